@@ -21,8 +21,14 @@ def write_config(folder: Path, config: Architecture) -> None:
 
 def write_adapters(folder: Path, config: Architecture, count: int) -> list[Path]:
     """Write adapters of rank 16 on q and v, float32: 20 different ones, and hard links to their files beyond."""
-    rng, sources = np.random.default_rng(0), []
-    said = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": list(config.targets)}
+    rng = np.random.default_rng(0)
+    sources = []
+    said = {
+        "peft_type": "LORA",
+        "r": RANK,
+        "lora_alpha": 2 * RANK,
+        "target_modules": list(config.targets),
+    }
     said |= {"task_type": family_of(config).task_type, "inference_mode": True}
     for n in range(count):
         sources.append(source := folder / f"adapter_{n:03d}")
@@ -35,7 +41,11 @@ def write_adapters(folder: Path, config: Architecture, count: int) -> list[Path]
         for path, (d_in, d_out) in linear_shapes(config).items():
             if path.rpartition(".")[2] in config.targets:
                 key = f"base_model.model.{path}.lora_"
-                tensors[f"{key}A.weight"] = rng.normal(scale=0.02, size=(RANK, d_in)).astype(np.float32)
-                tensors[f"{key}B.weight"] = rng.normal(scale=0.02, size=(d_out, RANK)).astype(np.float32)
+                tensors[f"{key}A.weight"] = rng.normal(
+                    scale=0.02, size=(RANK, d_in)
+                ).astype(np.float32)
+                tensors[f"{key}B.weight"] = rng.normal(
+                    scale=0.02, size=(d_out, RANK)
+                ).astype(np.float32)
         write_adapter(source, said, tensors)
     return sources

@@ -27,12 +27,17 @@ def dump() -> Path:
 
 def bundles(folder: Path) -> dict[str, int]:
     """Return the bundles of each instruction of the only program whose machine code is in the folder."""
-    named = [(re.fullmatch(r"\d+-(.*)-\d+-final_bundles\.txt", file.name), file) for file in folder.iterdir()]
+    named = [
+        (re.fullmatch(r"\d+-(.*)-\d+-final_bundles\.txt", file.name), file)
+        for file in folder.iterdir()
+    ]
     return {name.group(1): _count(file.read_text()) for name, file in named if name}
 
 
 def _count(text: str) -> int:
-    loops = [[0, 0, 0, 0]]  # depth, bundles, number that the loop ends at, stages of it that are one step behind
+    loops = [
+        [0, 0, 0, 0]
+    ]  # depth, bundles, number that the loop ends at, stages of it that are one step behind
 
     def leave(depth: int) -> None:
         while loops[1:] and loops[-1][0] > depth:

@@ -20,14 +20,20 @@ from flax import nnx
 from lorafusion_jax import Frozen, LowRank, generate, load_base, read_config
 from lorafusion_jax.parts import lora_adapter, write_adapter
 
-_NEW, _PROMPT, _RANK = 64, 512, 16  # tokens of an answer, tokens of a prompt, rank of the run on queries and values
+# tokens of an answer, tokens of a prompt, rank of the run on queries and values
+_NEW = 64
+_PROMPT = 512
+_RANK = 16
 # (required, ambition) of our time over that of the fastest of these types in llama.cpp, and how we load the file.
-_TYPES: dict[str, tuple[tuple[float, float | None], tuple[str, ...], dict[str, Any]]] = {
+_TYPES: dict[
+    str, tuple[tuple[float, float | None], tuple[str, ...], dict[str, Any]]
+] = {
     "F32": ((1.05, None), ("F32",), {}),
     "BF16": ((1.3, None), ("F16", "BF16"), {"dtype": "bfloat16"}),
     "Q8_0": ((1.6, 1.2), ("Q8_0",), {"quantise": "int8"}),
 }
-_OF_PROMPT, _OF_RUN = 1.3, 1.1
+_OF_PROMPT = 1.3
+_OF_RUN = 1.1
 # Run by llama.cpp's interpreter: it reads [prompt, new tokens] in lines, and prints seconds.
 _CHILD = """
 import json, sys, time, xllamacpp
@@ -53,8 +59,12 @@ for line in sys.stdin:
 def cases(file: Path, python: str, rounds: int) -> list[dict[str, Any]]:
     """Return ratios of CPU time for a token and for a long prompt; print llama.cpp's instruction set."""
     with tempfile.TemporaryDirectory() as name:
-        folder, runs = Path(name), {}
-        files = {kind: _of_type(file, folder / f"{kind}.gguf", kind) for kind in ("F32", "F16", "BF16", "Q8_0")}
+        folder = Path(name)
+        runs = {}
+        files = {
+            kind: _of_type(file, folder / f"{kind}.gguf", kind)
+            for kind in ("F32", "F16", "BF16", "Q8_0")
+        }
         run, lora = _run(files["F32"], folder)
         for kind, path in files.items():
             runs[f"llama.cpp {kind}"] = _theirs(python, path)
@@ -62,14 +72,28 @@ def cases(file: Path, python: str, rounds: int) -> list[dict[str, Any]]:
         for kind, (_, _, how) in _TYPES.items():
             runs[kind] = _ours(files[kind], how, {})
         runs["with a run"] = _ours(files["Q8_0"], _TYPES["Q8_0"][2], run)
-        token, prompt = (_seconds(runs, rounds, *of) for of in (([100], _NEW), ([*range(100, 100 + _PROMPT)], 1)))
+        token = _seconds(runs, rounds, *([100], _NEW))
+        prompt = _seconds(runs, rounds, *([*range(100, 100 + _PROMPT)], 1))
     found = []
 
-    def add(what: str, took: dict[str, np.ndarray], ours: str, peers: Sequence[str], *bars: float | None) -> None:
+    def add(
+        what: str,
+        took: dict[str, np.ndarray],
+        ours: str,
+        peers: Sequence[str],
+        *bars: float | None,
+    ) -> None:
         peer = min(peers, key=lambda name: np.median(took[name]))
-        numbers = {f"{who}cpu_ms": 1e3 * float(np.median(took[of])) for who, of in (("", ours), ("peer_", peer))}
+        numbers = {
+            f"{who}cpu_ms": 1e3 * float(np.median(took[of]))
+            for who, of in (("", ours), ("peer_", peer))
+        }
         title = f"{file.stem}, 1 core, 1 row, {what}: our {ours} / {peer}"
-        found.append(case(title, of_turns(took[ours], took[peer]), *bars, **numbers, rounds=rounds))
+        found.append(
+            case(
+                title, of_turns(took[ours], took[peer]), *bars, **numbers, rounds=rounds
+            )
+        )
 
     for kind, (bars, names, _) in _TYPES.items():
         peers = [f"llama.cpp {name}" for name in names]
@@ -80,21 +104,32 @@ def cases(file: Path, python: str, rounds: int) -> list[dict[str, Any]]:
     return found
 
 
-def _seconds(runs: dict[str, Any], rounds: int, prompt: list[int], new: int) -> dict[str, np.ndarray]:
+def _seconds(
+    runs: dict[str, Any], rounds: int, prompt: list[int], new: int
+) -> dict[str, np.ndarray]:
     """Return the CPU seconds of a token of an answer, [rounds]; the first call of each compiles."""
-    turns = [[run(prompt, new) / new for run in runs.values()] for _ in range(rounds + 1)][1:]
+    turns = [
+        [run(prompt, new) / new for run in runs.values()] for _ in range(rounds + 1)
+    ][1:]
     return dict(zip(runs, np.array(turns).T, strict=True))
 
 
 def _theirs(python: str, file: Path, *lora: Path) -> Callable[[list[int], int], float]:
     command = [python, "-c", _CHILD, *map(str, (file, *lora))]
     child = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
     assert child.stdin and child.stdout
-    sent, got = child.stdin, child.stdout
+    sent = child.stdin
+    got = child.stdout
     if not (system := got.readline()):
-        sys.exit(f"{python} cannot run xllamacpp: give an interpreter that can with --llama-cpp")
+        sys.exit(
+            f"{python} cannot run xllamacpp: give an interpreter that can with --llama-cpp"
+        )
     print(f"llama.cpp, {file.stem}: {system.strip()}", file=sys.stderr)
 
     def run(prompt: list[int], new: int) -> float:
@@ -104,7 +139,9 @@ def _theirs(python: str, file: Path, *lora: Path) -> Callable[[list[int], int], 
     return run
 
 
-def _ours(file: Path, how: dict[str, Any], adapters: dict[str, LowRank]) -> Callable[[list[int], int], float]:
+def _ours(
+    file: Path, how: dict[str, Any], adapters: dict[str, LowRank]
+) -> Callable[[list[int], int], float]:
     model = load_base(file, **how)
     model.config = dataclasses.replace(model.config, eos_id=-1)
     graph, weights = nnx.split(model)
@@ -112,7 +149,9 @@ def _ours(file: Path, how: dict[str, Any], adapters: dict[str, LowRank]) -> Call
 
     @partial(jax.jit, static_argnames="new")
     def answer(weights: Any, adapters: Any, ids: jax.Array, new: int) -> jax.Array:
-        return generate(nnx.merge(graph, weights), ids, ids >= 0, adapters, max_new_tokens=new)
+        return generate(
+            nnx.merge(graph, weights), ids, ids >= 0, adapters, max_new_tokens=new
+        )
 
     def run(prompt: list[int], new: int) -> float:
         began = time.process_time()
@@ -131,7 +170,10 @@ def _of_type(source: Path, target: Path, kind: str) -> Path:
     architecture = "general.architecture"
     writer = GGUFWriter(target, reader.fields[architecture].contents())
     for key, field in reader.fields.items():
-        if not key.startswith("GGUF.") and key not in (architecture, "general.file_type"):
+        if not key.startswith("GGUF.") and key not in (
+            architecture,
+            "general.file_type",
+        ):
             inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
             writer.add_key_value(key, field.contents(), field.types[0], sub_type=inner)
     for tensor in reader.tensors:
@@ -152,13 +194,18 @@ def _run(base: Path, folder: Path) -> tuple[dict[str, LowRank], Path]:
     def draw(*shape: int) -> jax.Array:
         return jnp.asarray(0.01 * rng.standard_normal(shape), jnp.float32)
 
-    config, out = read_config(base), folder / "lora"
+    config = read_config(base)
+    out = folder / "lora"
     adapters = {
-        name: LowRank(draw(site.layers, site.d_in, _RANK), draw(site.layers, _RANK, site.d_out))
+        name: LowRank(
+            draw(site.layers, site.d_in, _RANK), draw(site.layers, _RANK, site.d_out)
+        )
         for name, site in config.sites.items()
         if name.endswith(("q_proj", "v_proj"))
     }
-    write_adapter(folder / "pool" / "one", *lora_adapter(config, adapters, base=str(base)))
+    write_adapter(
+        folder / "pool" / "one", *lora_adapter(config, adapters, base=str(base))
+    )
     options = f"--base {base} --pool {folder}/pool --weights one=1 --format gguf --out {out}".split()
     command = [sys.executable, "-m", "lorafusion_jax.cli", "merge", *options]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

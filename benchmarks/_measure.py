@@ -20,14 +20,18 @@ ROOT = Path(__file__).resolve().parent.parent
 # As commands have it; PyTorch gets the same.
 MALLOC = {"GLIBC_TUNABLES": OF_COMMANDS}
 _SHORTEST_TURN = 0.1  # seconds; faster functions are called several times in a turn
-PRODUCT = 1024  # width of the square matrices whose product tells what each library reaches
+PRODUCT = (
+    1024  # width of the square matrices whose product tells what each library reaches
+)
 # What decides which kernels libraries choose, of the flags in /proc/cpuinfo.
 _FEATURES = "avx2 avx512f avx512_vnni avx512_bf16 avx512_fp16 avx512_vpopcntdq amx_bf16 amx_int8 asimd sve bf16".split()
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
     """Return a parser of the script's own description that knows --json."""
-    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     made.add_argument("--json", action="store_true", help="print one JSON object")
     return made
 
@@ -52,17 +56,31 @@ def case(
     }
 
 
-def show(cases: Sequence[Mapping[str, Any]], *, as_json: bool, rates: Mapping[str, float] | None = None) -> None:
+def show(
+    cases: Sequence[Mapping[str, Any]],
+    *,
+    as_json: bool,
+    rates: Mapping[str, float] | None = None,
+) -> None:
     """Print cases, and the rates of products in the same run, as the one JSON object of the contract or a line each."""
     if as_json:
-        found = {"processor": processor(), "features": features(), "rates": dict(rates or {}), "cases": cases}
+        found = {
+            "processor": processor(),
+            "features": features(),
+            "rates": dict(rates or {}),
+            "cases": cases,
+        }
         print(json.dumps(found, indent=1))
         return
     print(f"{processor()}: {' '.join(features())}")
     if rates:
-        print(f"one product of {PRODUCT} x {PRODUCT} x {PRODUCT}, GFLOP/s: {_rates(rates)}")
+        print(
+            f"one product of {PRODUCT} x {PRODUCT} x {PRODUCT}, GFLOP/s: {_rates(rates)}"
+        )
     for found in cases:
-        numbers = ", ".join(f"{key} {_short(value)}" for key, value in found["computed_from"].items())
+        numbers = ", ".join(
+            f"{key} {_short(value)}" for key, value in found["computed_from"].items()
+        )
         print(f"{found['name']}: {found['ratio']:.3g} ({bar(found)}); {numbers}")
 
 
@@ -71,7 +89,9 @@ def bar(found: Mapping[str, Any]) -> str:
     if found["required"] is None:
         return "no bar"
     bound = "at least" if found["higher_is_better"] else "at most"
-    return f"{bound} {found['required']:g}" + ("" if found["ambition"] is None else f", ambition {found['ambition']:g}")
+    return f"{bound} {found['required']:g}" + (
+        "" if found["ambition"] is None else f", ambition {found['ambition']:g}"
+    )
 
 
 def met(found: Mapping[str, Any]) -> bool | None:
@@ -79,7 +99,9 @@ def met(found: Mapping[str, Any]) -> bool | None:
     if found["required"] is None:
         return None
     return bool(
-        (found["ratio"] >= found["required"]) if found["higher_is_better"] else found["ratio"] <= found["required"]
+        (found["ratio"] >= found["required"])
+        if found["higher_is_better"]
+        else found["ratio"] <= found["required"]
     )
 
 
@@ -91,7 +113,9 @@ def launch(cores: int | None = None) -> None:
     there = sorted(os.sched_getaffinity(0))
     if cores is not None:
         if cores > len(there):
-            sys.exit(f"{cores} cores are asked for, and this process may use {len(there)}: ask for fewer")
+            sys.exit(
+                f"{cores} cores are asked for, and this process may use {len(there)}: ask for fewer"
+            )
         os.sched_setaffinity(0, there[:cores])
     pinned = cores is not None and cores < len(there)
     if pinned or not MALLOC.keys() <= os.environ.keys():
@@ -102,8 +126,13 @@ def launch(cores: int | None = None) -> None:
 def of_commands(folder: Path) -> dict[str, str]:
     """Return the environment of commands that keep compiled functions in a folder, and nothing else of this process."""
     other = {"JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE", *MALLOC}
-    environment = {name: value for name, value in os.environ.items() if name not in other}
-    return environment | {"XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in other
+    }
+    return environment | {
+        "XDG_CACHE_HOME": str(folder / "cache"),
+        "PYTHONPATH": str(ROOT),
+    }
 
 
 def cpu_of_children() -> float:
@@ -113,7 +142,9 @@ def cpu_of_children() -> float:
 
 
 def in_turns(
-    runs: Mapping[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] | None = None
+    runs: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    clock: Callable[[], float] | None = None,
 ) -> dict[str, np.ndarray]:
     """Return the seconds of a call of each function, [rounds]: one after the other, round by round.
 
@@ -130,7 +161,9 @@ def in_turns(
             seconds = _seconds(run, calls.get(name, 1), clock)
             if name not in calls:
                 calls[name] = max(1, int(_SHORTEST_TURN / seconds))
-                seconds = seconds if calls[name] == 1 else _seconds(run, calls[name], clock)
+                seconds = (
+                    seconds if calls[name] == 1 else _seconds(run, calls[name], clock)
+                )
             found[name].append(seconds)
     return {name: np.array(seconds) for name, seconds in found.items()}
 
@@ -148,7 +181,9 @@ def has_peft() -> bool:
 def need_peft() -> None:
     """End a script that has nothing else to compare with."""
     if not has_peft():
-        sys.exit("PyTorch and PEFT are not installed, and nothing else is compared with: pip install -e '.[peft]'")
+        sys.exit(
+            "PyTorch and PEFT are not installed, and nothing else is compared with: pip install -e '.[peft]'"
+        )
 
 
 def processor() -> str:
@@ -178,10 +213,13 @@ def product_rates(dtypes: Iterable[str], rounds: int = 5) -> dict[str, float]:
 
     from lorafusion_jax import matmul
 
-    rng, product = np.random.default_rng(0), jax.jit(matmul)
+    rng = np.random.default_rng(0)
+    product = jax.jit(matmul)
     x, w = (rng.standard_normal((PRODUCT, PRODUCT), np.float32) for _ in range(2))
     runs: dict[str, Callable[[], Any]] = {}
-    for dtype in dict.fromkeys("float32" if dtype == "nf4" else dtype for dtype in dtypes):
+    for dtype in dict.fromkeys(
+        "float32" if dtype == "nf4" else dtype for dtype in dtypes
+    ):
         ours = [jnp.asarray(a, dtype) for a in (x, w)]
         runs[f"XLA {dtype}"] = lambda a=ours: jax.block_until_ready(product(*a))
         if dtype == "float32":
@@ -192,7 +230,10 @@ def product_rates(dtypes: Iterable[str], rounds: int = 5) -> dict[str, float]:
             torch.set_num_threads(len(os.sched_getaffinity(0)))
             theirs = [torch.from_numpy(a).to(getattr(torch, dtype)) for a in (x, w)]
             runs[f"PyTorch {dtype}"] = lambda a=theirs: torch.matmul(*a)
-    return {name: 2 * PRODUCT**3 / seconds.min() / 1e9 for name, seconds in in_turns(runs, rounds).items()}
+    return {
+        name: 2 * PRODUCT**3 / seconds.min() / 1e9
+        for name, seconds in in_turns(runs, rounds).items()
+    }
 
 
 def memory(field: str) -> int:
@@ -215,7 +256,12 @@ def _cpuinfo(field: str) -> str | None:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     return next(
-        (value.strip() for name, _, value in (line.partition(":") for line in lines) if name.strip() == field), None
+        (
+            value.strip()
+            for name, _, value in (line.partition(":") for line in lines)
+            if name.strip() == field
+        ),
+        None,
     )
 
 
@@ -223,7 +269,9 @@ def _rates(rates: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items())
 
 
-def _seconds(run: Callable[[], Any], calls: int, clock: Callable[[], float] | None) -> float:
+def _seconds(
+    run: Callable[[], Any], calls: int, clock: Callable[[], float] | None
+) -> float:
     clock = clock or time.perf_counter
     began = clock()
     for _ in range(calls):

@@ -11,13 +11,19 @@ from typing import Any
 
 import numpy as np
 
-_FILL = {"input_ids": 0, "attention_mask": 0, "labels": -100}  # what transformers' losses leave out
+_FILL = {
+    "input_ids": 0,
+    "attention_mask": 0,
+    "labels": -100,
+}  # what transformers' losses leave out
 
 # LoRA layer, column of its block, A of all modules [N, r d_in], B of all modules [N, d_out r].
 Site = tuple[Any, int, Any, Any]
 
 
-def with_adapter(model: Any, task_type: str, rank: int, targets: Iterable[str], *, dora: bool) -> Any:
+def with_adapter(
+    model: Any, task_type: str, rank: int, targets: Iterable[str], *, dora: bool
+) -> Any:
     """Return PEFT's model with one new adapter, without dropout."""
     import peft
 
@@ -44,7 +50,9 @@ def compiled(model: Any, mode: str = "default") -> Any:
     return torch.compile(model.get_base_model(), dynamic=True, mode=mode)
 
 
-def lines(rows: Iterable[tuple[Sequence[int], Sequence[int]]], *, causal: bool) -> dict[str, np.ndarray]:
+def lines(
+    rows: Iterable[tuple[Sequence[int], Sequence[int]]], *, causal: bool
+) -> dict[str, np.ndarray]:
     """Return prompts and answers as transformers' models take them in training, as wide as the longest.
 
     A causal model's row is one text, whose prompt is no target.
@@ -52,10 +60,15 @@ def lines(rows: Iterable[tuple[Sequence[int], Sequence[int]]], *, causal: bool) 
     sides = []
     for source, target in rows:
         if causal:
-            source, target = [*source, *target], [*[_FILL["labels"]] * len(source), *target]
+            source, target = (
+                [*source, *target],
+                [*[_FILL["labels"]] * len(source), *target],
+            )
         sides.append((source, [1] * len(source), target))
     made = {}
-    for (name, fill), ragged in zip(_FILL.items(), zip(*sides, strict=True), strict=True):
+    for (name, fill), ragged in zip(
+        _FILL.items(), zip(*sides, strict=True), strict=True
+    ):
         made[name] = np.full((len(ragged), max(map(len, ragged))), fill)
         for line, row in zip(made[name], ragged, strict=True):
             line[: len(row)] = row
@@ -72,10 +85,17 @@ class Mix:
     def __init__(self, model: Any, sites: Sequence[Site], recipe: Mapping[str, float]):
         import torch
 
-        self.model, self.sites, self.recipe = model, sites, recipe
-        modules, columns = len(sites[0][2]), 1 + max(column for _, column, *_ in sites)
-        self.coefficients = torch.full((modules, columns), 1 / modules, requires_grad=True)
-        self.magnitudes = [layer.lora_magnitude_vector["default"].weight for layer, *_ in sites]
+        self.model = model
+        self.sites = sites
+        self.recipe = recipe
+        modules = len(sites[0][2])
+        columns = 1 + max(column for _, column, *_ in sites)
+        self.coefficients = torch.full(
+            (modules, columns), 1 / modules, requires_grad=True
+        )
+        self.magnitudes = [
+            layer.lora_magnitude_vector["default"].weight for layer, *_ in sites
+        ]
         self.first = [magnitude.detach().clone() for magnitude in self.magnitudes]
         self.write()
         self.reset()
@@ -87,10 +107,15 @@ class Mix:
         self.coefficients.data.fill_(1 / len(self.coefficients))
         for magnitude, first in zip(self.magnitudes, self.first, strict=True):
             magnitude.data.copy_(first)
-        recipe, coefficients = self.recipe, [self.coefficients]
+        recipe = self.recipe
+        coefficients = [self.coefficients]
         self.optimiser = torch.optim.Adam(
             [
-                {"params": coefficients, "lr": recipe["lr_coefficients"], "weight_decay": recipe["l2"]},
+                {
+                    "params": coefficients,
+                    "lr": recipe["lr_coefficients"],
+                    "weight_decay": recipe["l2"],
+                },
                 {"params": self.magnitudes, "lr": recipe["lr_magnitudes"]},
             ]
         )
@@ -111,7 +136,11 @@ class Mix:
         self.optimiser.zero_grad()
         loss = self.model(**inputs).loss.float() / len(inputs["labels"])
         loss.backward()
-        gradient = self.recipe["l1"] * torch.sign(self.coefficients.detach()) / self.coefficients.numel()
+        gradient = (
+            self.recipe["l1"]
+            * torch.sign(self.coefficients.detach())
+            / self.coefficients.numel()
+        )
         for layer, column, A, B in self.sites:
             for factor, modules in ((layer.lora_A, A), (layer.lora_B, B)):
                 weight = factor["default"].weight

@@ -60,12 +60,21 @@ from lorafusion_jax.parts import (
 )
 from lorafusion_jax.tasks import Batch, Encoded, Rows
 
-BATCH, SOURCE, TARGET = 5, 128, 8
-MODULES, RANK = 20, 16
+BATCH = 5
+SOURCE = 128
+TARGET = 8
+MODULES = 20
+RANK = 16
 _RECIPE = PRESETS["default"]
 # Of methods that are no fusion.
 _RECIPES = {LoRA: LoRARecipe(), FullFineTuning: FullRecipe()}
-CHOICES = ("small-pool", "flan-t5-small", "flan-t5-base", "flan-t5-large", "smollm2-135m")
+CHOICES = (
+    "small-pool",
+    "flan-t5-small",
+    "flan-t5-base",
+    "flan-t5-large",
+    "smollm2-135m",
+)
 
 # What weights and activations are: `nf4` weights are multiplied in float32.
 Dtype = Literal["float32", "bfloat16", "nf4"]
@@ -80,7 +89,11 @@ def held_in(dtype: Dtype) -> LoadIn:
 def config_of(shape: str, dtype: Dtype = "float32") -> Architecture:
     """Return the structure of a shape; of the embedded small base too only the sizes count here."""
     activations = "bfloat16" if dtype == "bfloat16" else "float32"
-    config = read_config(ROOT / "examples/small/base") if shape == "small-pool" else known_shapes()[shape]
+    config = (
+        read_config(ROOT / "examples/small/base")
+        if shape == "small-pool"
+        else known_shapes()[shape]
+    )
     return dataclasses.replace(config, dtype=activations)
 
 
@@ -99,21 +112,35 @@ def hf_config(config: Architecture) -> dict[str, Any]:
             "head_dim": config.d_head,
             "max_position_embeddings": config.context,
             "rms_norm_eps": config.eps,
-            "rope_parameters": {"rope_type": config.rope.scaling, "rope_theta": config.rope.theta},
+            "rope_parameters": {
+                "rope_type": config.rope.scaling,
+                "rope_theta": config.rope.theta,
+            },
             "tie_word_embeddings": config.tied,
             "pad_token_id": config.pad_id,
             "eos_token_id": list(config.end_ids),
         }
     assert isinstance(config, T5Config)
-    sizes = ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers")
-    return {name: getattr(config, name) for name in sizes} | {
-        "model_type": "t5",
-        "feed_forward_proj": "gated-gelu" if config.gated else "relu",
-        "decoder_start_token_id": config.start_id,
-        "pad_token_id": config.pad_id,
-        "tie_word_embeddings": config.scale_logits,  # transformers 5 takes it for that, and ties every head
-        "eos_token_id": config.eos_id,
-    }
+    sizes = (
+        "vocab_size",
+        "d_model",
+        "d_kv",
+        "d_ff",
+        "num_heads",
+        "num_layers",
+        "num_decoder_layers",
+    )
+    return (
+        {name: getattr(config, name) for name in sizes}
+        | {
+            "model_type": "t5",
+            "feed_forward_proj": "gated-gelu" if config.gated else "relu",
+            "decoder_start_token_id": config.start_id,
+            "pad_token_id": config.pad_id,
+            "tie_word_embeddings": config.scale_logits,  # transformers 5 takes it for that, and ties every head
+            "eos_token_id": config.eos_id,
+        }
+    )
 
 
 def unrolled(config: Architecture) -> Architecture:
@@ -132,7 +159,9 @@ def frozen(config: Architecture, dtype: Dtype, modules: int) -> Frozen:
     model = family_of(config).model(config, rngs=nnx.Rngs(0))
     adapted = targeted(config, None)
 
-    def draw(purpose: int, scale: dict[str, float], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    def draw(
+        purpose: int, scale: dict[str, float], shapes: dict[str, tuple[int, ...]]
+    ) -> dict[str, Any]:
         keys = jax.random.split(jax.random.key(purpose), len(shapes))
         return {
             name: scale[name] * jax.random.normal(key, shape)
@@ -149,7 +178,11 @@ def frozen(config: Architecture, dtype: Dtype, modules: int) -> Frozen:
     )  # fmt: skip
     if dtype == "nf4":
         set_matrices(
-            model, {n: quantise(dense(w, jnp.float32), "nf4", tiled_axis=-2) for n, w in matrices(model).items()}
+            model,
+            {
+                n: quantise(dense(w, jnp.float32), "nf4", tiled_axis=-2)
+                for n, w in matrices(model).items()
+            },
         )
         pool = pool.quantised("nf4")
     base = nnx.split(model)[1]
@@ -163,12 +196,17 @@ def frozen(config: Architecture, dtype: Dtype, modules: int) -> Frozen:
 def in_basis(config: Architecture, weights: Frozen, k: int) -> Frozen:
     """Return the weights with their pool in a shared basis of k directions."""
     assert isinstance(weights.pool, LoraPool)
-    return precomputed(config, Fusion(basis=k), Frozen(weights.base, shared_basis(weights.pool, k)))
+    return precomputed(
+        config, Fusion(basis=k), Frozen(weights.base, shared_basis(weights.pool, k))
+    )
 
 
 def precomputed(config: Architecture, method: Method, weights: Frozen) -> Frozen:
     """Return base and pool with what a run computes once from them, on the platform that is traced for."""
-    return method.precompute(Frozen(weights.base, weights.pool), kernels(nnx.merge(graph_of(config), weights.base)))
+    return method.precompute(
+        Frozen(weights.base, weights.pool),
+        kernels(nnx.merge(graph_of(config), weights.base)),
+    )
 
 
 def shapes_of(config: Architecture, dtype: Dtype, modules: int = MODULES) -> Frozen:
@@ -182,18 +220,31 @@ def apart(weights: Frozen) -> Frozen:
     def of_leaf(leaf: Any) -> Any:
         if isinstance(leaf, qwix.QArray) or len(leaf.shape) != 3:
             return leaf
-        return Unstacked((jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype),) * leaf.shape[0])
+        return Unstacked(
+            (jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype),) * leaf.shape[0]
+        )
 
-    base = jax.tree.map(of_leaf, weights.base, is_leaf=lambda leaf: isinstance(leaf, qwix.QArray))
+    base = jax.tree.map(
+        of_leaf, weights.base, is_leaf=lambda leaf: isinstance(leaf, qwix.QArray)
+    )
     return dataclasses.replace(weights, base=base)
 
 
-def answers(params: Params, batch: Batch, problem: Problem, new_tokens: int) -> np.ndarray:
+def answers(
+    params: Params, batch: Batch, problem: Problem, new_tokens: int
+) -> np.ndarray:
     """Return the ids that every seed generates for the rows of a batch, as runs generate them."""
-    ids, mask = np.asarray(batch.input_ids), np.asarray(batch.input_mask)
+    ids = np.asarray(batch.input_ids)
+    mask = np.asarray(batch.input_mask)
     prompts = tuple(row[real] for row, real in zip(ids, mask, strict=True))
-    how: Any = {"batch_size": len(prompts), "max_new_tokens": new_tokens, "pad_id": problem.config.pad_id}
-    return generate_rows(params, lambda number: problem, Encoded(prompts, prompts), **how).tokens
+    how: Any = {
+        "batch_size": len(prompts),
+        "max_new_tokens": new_tokens,
+        "pad_id": problem.config.pad_id,
+    }
+    return generate_rows(
+        params, lambda number: problem, Encoded(prompts, prompts), **how
+    ).tokens
 
 
 def arguments(
@@ -210,7 +261,10 @@ def arguments(
 
     `size` is that of input ids; a packed batch has `groups` of rows (`tasks.Rows.groups`).
     """
-    (count, source), target = size, sum(rows * target for rows, _, target in groups) or TARGET
+    (count, source), target = (
+        size,
+        sum(rows * target for rows, _, target in groups) or TARGET,
+    )
 
     def drawn(weights: Frozen) -> tuple[TrainState, Batch, Problem, Rates]:
         problem = Problem(
@@ -224,21 +278,40 @@ def arguments(
             input_ids=jnp.zeros((seeds, count, source), jnp.int32),
             input_mask=jnp.zeros((seeds, count, source), bool),
             labels=jnp.zeros((seeds, count, target), jnp.int32),
-            row_mask=jnp.zeros((seeds, sum(rows for rows, *_ in groups) or count), bool),
+            row_mask=jnp.zeros(
+                (seeds, sum(rows for rows, *_ in groups) or count), bool
+            ),
         )
         if groups:
-            sources, targets = (
-                tuple(jnp.zeros((seeds, group[0], group[part]), jnp.int32) for group in groups) for part in (1, 2)
+            sources = tuple(
+                jnp.zeros((seeds, group[0], group[1]), jnp.int32) for group in groups
+            )
+            targets = tuple(
+                jnp.zeros((seeds, group[0], group[2]), jnp.int32) for group in groups
             )
             batch = batch._replace(rows=Rows(sources, targets, batch.labels))
-        of_seed = jax.vmap(lambda index, key: init_state(problem.replace(index=index), key))
+        of_seed = jax.vmap(
+            lambda index, key: init_state(problem.replace(index=index), key)
+        )
         state = of_seed(problem.index, jax.random.split(jax.random.key(0), seeds))
-        return state, batch, problem, recipe_rates(method, _RECIPES.get(type(method), _RECIPE), seeds)
+        return (
+            state,
+            batch,
+            problem,
+            recipe_rates(method, _RECIPES.get(type(method), _RECIPE), seeds),
+        )
 
     return jax.eval_shape(drawn, weights)
 
 
-def lowered(config: Architecture, weights: Frozen, method: Method, count: int = BATCH, *, seeds: int = 1) -> Any:
+def lowered(
+    config: Architecture,
+    weights: Frozen,
+    method: Method,
+    count: int = BATCH,
+    *,
+    seeds: int = 1,
+) -> Any:
     """Return the step of some seeds in turn, traced from shapes, to be compiled."""
     return step_of(arguments(config, weights, method, (count, SOURCE), seeds=seeds))
 
@@ -247,19 +320,33 @@ def step_of(arguments: tuple[TrainState, Batch, Problem, Rates], steps: int = 1)
     """Return the program of some steps of all seeds, traced from shapes, to be compiled where their shardings say."""
     state, batch, problem, rates = arguments
     batches = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct((a.shape[0], steps, *a.shape[1:]), a.dtype, sharding=a.sharding), batch
+        lambda a: jax.ShapeDtypeStruct(
+            (a.shape[0], steps, *a.shape[1:]), a.dtype, sharding=a.sharding
+        ),
+        batch,
     )
-    return train_seeds.lower(state, batches, problem, rates, optimisation=_RECIPE.optimisation(steps=10))
+    return train_seeds.lower(
+        state, batches, problem, rates, optimisation=_RECIPE.optimisation(steps=10)
+    )
 
 
-def batch_of(config: Architecture, shape: tuple[int, int, int] = (BATCH, SOURCE, TARGET), *, seeds: int = 1) -> Batch:
+def batch_of(
+    config: Architecture,
+    shape: tuple[int, int, int] = (BATCH, SOURCE, TARGET),
+    *,
+    seeds: int = 1,
+) -> Batch:
     """Return random tokens, [seeds, B, S] and [seeds, B, T], no padding among them."""
     count, source, target = shape
     rng = np.random.default_rng(0)
     return Batch(
-        input_ids=jnp.asarray(rng.integers(2, config.vocab_size, (seeds, count, source)), jnp.int32),
+        input_ids=jnp.asarray(
+            rng.integers(2, config.vocab_size, (seeds, count, source)), jnp.int32
+        ),
         input_mask=jnp.ones((seeds, count, source), bool),
-        labels=jnp.asarray(rng.integers(2, config.vocab_size, (seeds, count, target)), jnp.int32),
+        labels=jnp.asarray(
+            rng.integers(2, config.vocab_size, (seeds, count, target)), jnp.int32
+        ),
         row_mask=jnp.ones((seeds, count), bool),
     )
 
@@ -267,7 +354,14 @@ def batch_of(config: Architecture, shape: tuple[int, int, int] = (BATCH, SOURCE,
 class Step:
     """The fusion step of the reference protocol, as runs call it: one program for all seeds, state carried along."""
 
-    def __init__(self, config: Architecture, weights: Frozen, composition: Composition, *, seeds: int = 1):
+    def __init__(
+        self,
+        config: Architecture,
+        weights: Frozen,
+        composition: Composition,
+        *,
+        seeds: int = 1,
+    ):
         assert weights.pool is not None
         recipe = dataclasses.replace(PRESETS["reference"], composition=composition)
         self.problem = Problem(
@@ -277,7 +371,9 @@ class Step:
             index=jnp.tile(jnp.arange(MODULES), (seeds, 1)),
             seed_mode=default_seed_mode(),
         ).unstacked()
-        self.batches = jax.tree.map(lambda a: a[:, None], batch_of(config, seeds=seeds))  # of one step
+        self.batches = jax.tree.map(
+            lambda a: a[:, None], batch_of(config, seeds=seeds)
+        )  # of one step
         self.optimisation = recipe.optimisation(steps=1000)
         self.rates = recipe_rates(self.problem.method, recipe, seeds)
         self.state: TrainState = start(self.problem, tuple(range(seeds)))
@@ -286,7 +382,11 @@ class Step:
     def __call__(self) -> None:
         """Take one step, and wait for it."""
         self.state, metrics = train_seeds(
-            self.state, self.batches, self.problem, self.rates, optimisation=self.optimisation
+            self.state,
+            self.batches,
+            self.problem,
+            self.rates,
+            optimisation=self.optimisation,
         )
         jax.block_until_ready(self.state)
         self.losses.append(float(metrics["loss"][0, 0]))
@@ -305,20 +405,31 @@ class Floor:
         kind: Any = family_of(config).model
         embed = kind._embed
 
-        def loss(shifts: dict[int, jax.Array], base: nnx.State, batch: Batch) -> jax.Array:
+        def loss(
+            shifts: dict[int, jax.Array], base: nnx.State, batch: Batch
+        ) -> jax.Array:
             def shifted(model: Any, ids: jax.Array) -> jax.Array:
                 return embed(model, ids) + shifts[ids.shape[1]]
 
             with mock.patch.object(kind, "_embed", shifted):
-                logits = nnx.merge(graph, base).label_logits(batch.input_ids, batch.input_mask, batch.labels, {})
+                logits = nnx.merge(graph, base).label_logits(
+                    batch.input_ids, batch.input_mask, batch.labels, {}
+                )
             return cross_entropy(logits, batch.labels) / BATCH
 
         # Gradients with respect to what is added to the embedded tokens are those of the first activations.
         widths = (SOURCE + TARGET - 1,) if config.causal else (SOURCE, TARGET)
-        shifts = {width: jnp.zeros((BATCH, width, config.d_model), config.dtype) for width in widths}
+        shifts = {
+            width: jnp.zeros((BATCH, width, config.d_model), config.dtype)
+            for width in widths
+        }
         self._leaves, tree = jax.tree.flatten((shifts, weights.unstacked().base, batch))
         gradient = jax.value_and_grad(loss)
-        self._program = jax.jit(lambda leaves: gradient(*tree.unflatten(leaves))).lower(self._leaves).compile()
+        self._program = (
+            jax.jit(lambda leaves: gradient(*tree.unflatten(leaves)))
+            .lower(self._leaves)
+            .compile()
+        )
         memory = self._program.memory_analysis()
         assert memory is not None
         self.temporaries = memory.temp_size_in_bytes

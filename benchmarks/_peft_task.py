@@ -25,23 +25,36 @@ Row = tuple[list[int], list[int]]
 
 def main(folder: Path, form: str) -> None:
     """Fuse and evaluate; the printed times are those at which each stage ended."""
-    times, job = [time.time()], json.loads((folder / "job.json").read_text())
+    times = [time.time()]
+    job = json.loads((folder / "job.json").read_text())
     base = folder.parent / "base"
     adapters = sorted((folder.parent / "adapters").iterdir())
     config: Any = peft.LoraConfig.from_pretrained(str(adapters[0]))
     causal = config.task_type == "CAUSAL_LM"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base, padding_side="left" if causal else "right")
-    kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForSeq2SeqLM
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        base, padding_side="left" if causal else "right"
+    )
+    kind = (
+        transformers.AutoModelForCausalLM
+        if causal
+        else transformers.AutoModelForSeq2SeqLM
+    )
     model = kind.from_pretrained(base, dtype=torch.float32).requires_grad_(False)
-    model = with_adapter(model, config.task_type, config.r, config.target_modules, dora=True)
+    model = with_adapter(
+        model, config.task_type, config.r, config.target_modules, dora=True
+    )
     recipe = job["recipe"]
     mix = Mix(model, _sites(model, adapters), recipe)
-    parts = {part: _encoded(tokenizer, rows, causal) for part, rows in job["rows"].items()}
+    parts = {
+        part: _encoded(tokenizer, rows, causal) for part, rows in job["rows"].items()
+    }
     train = _batches(parts["train"], recipe["batch_size"], causal)
-    validation, test = (_batches(parts[part], _EVAL_BATCH, causal) for part in ("validation", "test"))
+    validation = _batches(parts["validation"], _EVAL_BATCH, causal)
+    test = _batches(parts["test"], _EVAL_BATCH, causal)
     mix.model = compiled(model) if form == "compile" else model
     times.append(time.time())
-    steps, draw = [], random.Random(1)
+    steps = []
+    draw = random.Random(1)
     for _ in range(recipe["epochs"]):
         for batch in draw.sample(train, len(train)):
             began = time.time()
@@ -54,18 +67,35 @@ def main(folder: Path, form: str) -> None:
     merged = model.merge_and_unload()
     with torch.no_grad():
         loss = _loss(merged, test)
-        answers = _answers(merged, tokenizer, parts["test"], recipe["max_new_tokens"], causal)
+        answers = _answers(
+            merged, tokenizer, parts["test"], recipe["max_new_tokens"], causal
+        )
     compilation = steps[0] - float(np.median(steps))
-    found = {"loss": loss, "answers": answers, "compilation": compilation if form == "compile" else 0.0}
+    found = {
+        "loss": loss,
+        "answers": answers,
+        "compilation": compilation if form == "compile" else 0.0,
+    }
     print(json.dumps(found | {"times": [*times, time.time()]}))
 
 
 def _sites(model: Any, adapters: list[Path]) -> list[Site]:
     tensors = [load_file(adapter / "adapter_model.safetensors") for adapter in adapters]
-    layers, columns, sites = dict(model.named_modules()), dict[str, int](), []
-    for name in [name.removesuffix(".lora_A.weight") for name in tensors[0] if name.endswith(".lora_A.weight")]:
+    layers = dict(model.named_modules())
+    columns = dict[str, int]()
+    sites = []
+    for name in [
+        name.removesuffix(".lora_A.weight")
+        for name in tensors[0]
+        if name.endswith(".lora_A.weight")
+    ]:
         block = re.findall(r".*?\.\d+", name)[0]
-        A, B = (torch.stack([of[f"{name}.lora_{factor}.weight"].flatten() for of in tensors]) for factor in "AB")
+        A, B = (
+            torch.stack(
+                [of[f"{name}.lora_{factor}.weight"].flatten() for of in tensors]
+            )
+            for factor in "AB"
+        )
         sites.append((layers[name], columns.setdefault(block, len(columns)), A, B))
     return sites
 
@@ -75,13 +105,21 @@ def _encoded(tokenizer: Any, rows: list[tuple[str, str]], causal: bool) -> list[
     inputs = tokenizer([row[0] for row in rows]).input_ids
     answers = tokenizer([" " * causal + row[1] for row in rows]).input_ids
     ends = [tokenizer.eos_token_id] * causal
-    pairs = [(source, [*answer, *ends]) for source, answer in zip(inputs, answers, strict=True)]
+    pairs = [
+        (source, [*answer, *ends])
+        for source, answer in zip(inputs, answers, strict=True)
+    ]
     return sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
 
 
 def _batches(rows: list[Row], size: int, causal: bool) -> list[dict[str, torch.Tensor]]:
-    batches = (lines(rows[i : i + size], causal=causal) for i in range(0, len(rows), size))
-    return [{name: torch.tensor(array) for name, array in batch.items()} for batch in batches]
+    batches = (
+        lines(rows[i : i + size], causal=causal) for i in range(0, len(rows), size)
+    )
+    return [
+        {name: torch.tensor(array) for name, array in batch.items()}
+        for batch in batches
+    ]
 
 
 def _loss(model: Any, batches: list[dict[str, torch.Tensor]]) -> float:
@@ -91,15 +129,23 @@ def _loss(model: Any, batches: list[dict[str, torch.Tensor]]) -> float:
     return float(np.average(losses, weights=counts))
 
 
-def _answers(model: Any, tokenizer: Any, rows: list[Row], new_tokens: int, causal: bool) -> dict[str, str]:
+def _answers(
+    model: Any, tokenizer: Any, rows: list[Row], new_tokens: int, causal: bool
+) -> dict[str, str]:
     """Return greedy answers by their prompts' texts."""
     said = {}
     for i in range(0, len(rows), _EVAL_BATCH):
         prompts = [source for source, _ in rows[i : i + _EVAL_BATCH]]
         padded = tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
         ids = model.generate(**padded, max_new_tokens=new_tokens, do_sample=False)
-        texts = tokenizer.batch_decode(ids[:, padded["input_ids"].shape[1] * causal :], skip_special_tokens=True)
-        said |= zip(tokenizer.batch_decode(prompts, skip_special_tokens=True), texts, strict=True)
+        texts = tokenizer.batch_decode(
+            ids[:, padded["input_ids"].shape[1] * causal :], skip_special_tokens=True
+        )
+        said |= zip(
+            tokenizer.batch_decode(prompts, skip_special_tokens=True),
+            texts,
+            strict=True,
+        )
     return said
 
 

@@ -94,11 +94,16 @@ from lorafusion_jax.parts import (
 )
 from lorafusion_jax.tasks import Batch
 
-_GIB, _K = 2**30, 32
+_GIB = 2**30
+_K = 32
 _NEW = 32  # tokens that are generated
 _GROUP = 4  # layers that `compose` mixes at once
-_SIZE, _INPUTS = 1024, 256  # of a read
-_MEMORY, _FLOPS = 1.25, 1.02  # the larger of ours and the compiler's over the smaller
+# of a read
+_SIZE = 1024
+_INPUTS = 256
+# the larger of ours and the compiler's over the smaller
+_MEMORY = 1.25
+_FLOPS = 1.02
 _PADDED = 1.99  # the padding of tiles, at most
 
 
@@ -118,7 +123,9 @@ _PROGRAMS = {
     "mix": _Program("mix"),
     "mix, 10 steps in one call": _Program("mix", steps=10),
     "mix, base and pool in NF4": _Program("mix", weights="nf4"),
-    "mix, packed rows": _Program("mix", rows=1, source=640, groups=((2, 192, 8), (2, 112, 8), (1, 32, 8))),
+    "mix, packed rows": _Program(
+        "mix", rows=1, source=640, groups=((2, 192, 8), (2, 112, 8), (1, 32, 8))
+    ),
     "mix on a mesh of 4 x 2": _Program("mix", mesh=(4, 2)),
     "mix on a row of 4,096 tokens": _Program("mix", rows=1, source=4096),
     "sum": _Program("sum"),
@@ -136,7 +143,10 @@ _READS = {
     "read of imperfect arrays, by the definition": (_IMPERFECT, "definition"),
     "read of imperfect arrays, by the loop": (_IMPERFECT, "loop"),
     "read with noise": (crossbar.Device(read_noise=crossbar.ReadNoise(0.04)), None),
-    "read with noise, cell by cell": (crossbar.Device(read_noise=crossbar.ReadNoise(0.04, clip=True)), None),
+    "read with noise, cell by cell": (
+        crossbar.Device(read_noise=crossbar.ReadNoise(0.04, clip=True)),
+        None,
+    ),
 }
 
 
@@ -160,7 +170,13 @@ class _Chip(NamedTuple):
 _CHIPS = {
     "v5e": _Chip("v5e:2x4", "v5litepod-8", machine("v5e").peak["bfloat16"], 819e9),
     "v6e": _Chip("v6e:2x4", "v6e-8", machine("v6e").peak["bfloat16"], 1640e9),
-    "h100": _Chip("1x1x8", "NVIDIA H100 80GB HBM3", machine("h100").peak["bfloat16"], 3350e9, "cuda"),
+    "h100": _Chip(
+        "1x1x8",
+        "NVIDIA H100 80GB HBM3",
+        machine("h100").peak["bfloat16"],
+        3350e9,
+        "cuda",
+    ),
 }
 # XLA's description of an H100; without a card there is no choice of kernels by measurement.
 _H100 = """
@@ -195,52 +211,96 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 def main() -> None:
     parser = _measure.parser(__doc__)
     parser.add_argument("--chip", choices=_CHIPS, default="v5e")
-    parser.add_argument("--shape", choices=CHOICES, default="small-pool", help="of the base model")
     parser.add_argument(
-        "--program", choices=[*_PROGRAMS, *_READS, *_SHARED], nargs="+", help="by default all but long rows and reads"
+        "--shape", choices=CHOICES, default="small-pool", help="of the base model"
+    )
+    parser.add_argument(
+        "--program",
+        choices=[*_PROGRAMS, *_READS, *_SHARED],
+        nargs="+",
+        help="by default all but long rows and reads",
     )
     parser.add_argument("--seeds", type=int, default=8)
     options = parser.parse_args()
     chip = _CHIPS[options.chip]
-    needed, extra = ("libtpu", "aot-tpu") if chip.platform == "tpu" else ("jax_cuda12_plugin", "aot-cuda")
+    needed, extra = (
+        ("libtpu", "aot-tpu")
+        if chip.platform == "tpu"
+        else ("jax_cuda12_plugin", "aot-cuda")
+    )
     if importlib.util.find_spec(needed) is None:
-        sys.exit(f"{needed}, which compiles for {options.chip}, is not installed: pip install -e '.[{extra}]'")
+        sys.exit(
+            f"{needed}, which compiles for {options.chip}, is not installed: pip install -e '.[{extra}]'"
+        )
     # A mesh is compiled for TPUs alone.
-    usual = [name for name, of in _PROGRAMS.items() if of.source < 4096 and (chip.platform == "tpu" or not of.mesh)]
+    usual = [
+        name
+        for name, of in _PROGRAMS.items()
+        if of.source < 4096 and (chip.platform == "tpu" or not of.mesh)
+    ]
     names = options.program or usual
-    config, cases = config_of(options.shape, "bfloat16"), []
-    code = dump() if chip.platform == "tpu" and not _READS.keys().isdisjoint(names) else None
+    config = config_of(options.shape, "bfloat16")
+    cases = []
+    code = (
+        dump()
+        if chip.platform == "tpu" and not _READS.keys().isdisjoint(names)
+        else None
+    )
     for name in names:
         if name in _READS:
-            cases += _read(f"{options.chip}, compiled, not run: {name}:", name, chip, code)
+            cases += _read(
+                f"{options.chip}, compiled, not run: {name}:", name, chip, code
+            )
             continue
         if name in _SHARED:
-            cases += _shared_out(f"{options.chip}, compiled, not run: {name}:", _SHARED[name], chip)
+            cases += _shared_out(
+                f"{options.chip}, compiled, not run: {name}:", _SHARED[name], chip
+            )
             continue
         where = f"{options.chip}, compiled, not run: {options.shape}, {name}, {options.seeds} seeds:"
         cases += measured(where, name, config, options.seeds, chip)
     _measure.show(cases, as_json=options.json)
 
 
-def measured(where: str, name: str, config: Architecture, seeds: int, chip: _Chip) -> list[dict[str, Any]]:
+def measured(
+    where: str, name: str, config: Architecture, seeds: int, chip: _Chip
+) -> list[dict[str, Any]]:
     """Compile one program for some seeds, and return its cases."""
-    program, devices = _PROGRAMS[name], _devices(chip)
+    program = _PROGRAMS[name]
+    devices = _devices(chip)
     if program.mesh is None:
         with _traced_for(devices[0]):
-            lowered, planned, flops = _lowered(program, config, seeds, partial(_on, SingleDeviceSharding(devices[0])))
+            lowered, planned, flops = _lowered(
+                program, config, seeds, partial(_on, SingleDeviceSharding(devices[0]))
+            )
         return [
             _precision(where, lowered),
-            *_of_one_chip(where, lowered.compile(), planned, flops, chip, program.steps),
+            *_of_one_chip(
+                where, lowered.compile(), planned, flops, chip, program.steps
+            ),
         ]
     axes = (AxisType.Auto, AxisType.Auto)
-    with jax.set_mesh(Mesh(np.reshape(devices[: math.prod(program.mesh)], program.mesh), AXES, axis_types=axes)):
+    with jax.set_mesh(
+        Mesh(
+            np.reshape(devices[: math.prod(program.mesh)], program.mesh),
+            AXES,
+            axis_types=axes,
+        )
+    ):
         lowered, _, _ = _lowered(program, config, seeds, _on_mesh)
-        return [_precision(where, lowered), *_of_a_mesh(where, lowered.compile(), config, program.mesh, chip)]
+        return [
+            _precision(where, lowered),
+            *_of_a_mesh(where, lowered.compile(), config, program.mesh, chip),
+        ]
 
 
 def _traced_for(device: Any) -> Any:
     platform = "cuda" if device.platform == "gpu" else device.platform
-    return use_abstract_mesh(AbstractMesh((), (), abstract_device=AbstractDevice(device.device_kind, 1, platform)))
+    return use_abstract_mesh(
+        AbstractMesh(
+            (), (), abstract_device=AbstractDevice(device.device_kind, 1, platform)
+        )
+    )
 
 
 def _devices(chip: _Chip) -> Any:
@@ -255,29 +315,49 @@ def _devices(chip: _Chip) -> Any:
     from jax.experimental import topologies
 
     if chip.platform == "cuda":
-        return topologies.get_topology_desc(platform="cuda", topology=chip.topology, target_config=_H100).devices
-    return topologies.get_topology_desc(platform="tpu", topology_name=chip.topology).devices
+        return topologies.get_topology_desc(
+            platform="cuda", topology=chip.topology, target_config=_H100
+        ).devices
+    return topologies.get_topology_desc(
+        platform="tpu", topology_name=chip.topology
+    ).devices
 
 
-def _lowered(program: _Program, config: Architecture, seeds: int, on: Callable[..., Any]) -> tuple[Any, float, float]:
+def _lowered(
+    program: _Program, config: Architecture, seeds: int, on: Callable[..., Any]
+) -> tuple[Any, float, float]:
     """Return a program to be compiled, and what the package plans for it on one device: bytes and FLOPs.
 
     `on(shapes, config, of_seeds=)` places shapes of arrays as `training.mesh.on_mesh` places arrays.
     """
     composition, k, generates, dtype, _, steps, rows, source, groups = program
     weights = shapes_of(config, dtype)
-    method, recipe = Fusion(composition=composition, basis=k), FusionRecipe(composition=composition, basis=k)
-    how: Any = {"seed_mode": "batched", "device": "accelerator", "load_in": held_in(dtype)}
+    method = Fusion(composition=composition, basis=k)
+    recipe = FusionRecipe(composition=composition, basis=k)
+    how: Any = {
+        "seed_mode": "batched",
+        "device": "accelerator",
+        "load_in": held_in(dtype),
+    }
     settings = Settings(recipe=recipe, rank=RANK, seeds=seeds, **how)
-    update, trainable = update_of(config, "fusion", settings), trained_numbers(config, "fusion", settings)
+    update = update_of(config, "fusion", settings)
+    trainable = trained_numbers(config, "fusion", settings)
     weights = weights if k is None else _in_basis(weights, k)
     weights = jax.eval_shape(partial(precomputed, config, method), weights)
     shaped: Any = {"seeds": seeds, "seed_mode": "batched", "groups": groups}
-    state, batch, problem, rates = arguments(config, weights, method, (rows, source), **shaped)
-    state, batch, rates = on(state, config, of_seeds=True), on(batch, of_seeds=True), on(rates, of_seeds=True)
-    problem = problem.replace(frozen=on(problem.frozen, config), index=on(problem.index, of_seeds=True))
+    state, batch, problem, rates = arguments(
+        config, weights, method, (rows, source), **shaped
+    )
+    state = on(state, config, of_seeds=True)
+    batch = on(batch, of_seeds=True)
+    rates = on(rates, of_seeds=True)
+    problem = problem.replace(
+        frozen=on(problem.frozen, config), index=on(problem.index, of_seeds=True)
+    )
     if generates:
-        one = on(jax.eval_shape(lambda batch: jax.tree.map(lambda a: a[0], batch), batch))
+        one = on(
+            jax.eval_shape(lambda batch: jax.tree.map(lambda a: a[0], batch), batch)
+        )
         ended = jax.ShapeDtypeStruct((), jnp.int32, sharding=one.row_mask.sharding)
         lowered: Any = jax.jit(_generate).lower(state.params, one, problem, ended)
     else:
@@ -293,7 +373,11 @@ def _lowered(program: _Program, config: Architecture, seeds: int, on: Callable[.
         work = step_bytes(config, shape, trainable=trainable, **how)
         flops = steps * step_flops(config, shape, update, trainable=trainable)
         held = state_bytes(trainable)
-    held = seeds * held + weights_bytes(config, settings.load_in) + pool_bytes(config, update, settings.load_in)
+    held = (
+        seeds * held
+        + weights_bytes(config, settings.load_in)
+        + pool_bytes(config, update, settings.load_in)
+    )
     return lowered, held + work, seeds * flops
 
 
@@ -317,7 +401,12 @@ def _generate(params: Params, batch: Batch, problem: Problem, ended: Array) -> A
 def _of_zeros(config: Architecture, shape: Shape) -> float:
     """Return the FLOPs of zeros in attention from single tokens, which is one product for all heads."""
     return 4.0 * sum(
-        stack.layers * shape.rows * shape.target * row_tokens(attention, shape) * width * (attention.heads - 1)
+        stack.layers
+        * shape.rows
+        * shape.target
+        * row_tokens(attention, shape)
+        * width
+        * (attention.heads - 1)
         for stack in config.stacks.values()
         for attention in stack.attentions
         for width in [attention.heads * attention.d_head]
@@ -325,14 +414,29 @@ def _of_zeros(config: Architecture, shape: Shape) -> float:
     )
 
 
-def _on(sharding: Any, shapes: Any, config: Architecture | None = None, *, of_seeds: bool = False) -> Any:
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes)
+def _on(
+    sharding: Any,
+    shapes: Any,
+    config: Architecture | None = None,
+    *,
+    of_seeds: bool = False,
+) -> Any:
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes
+    )
 
 
-def _on_mesh(shapes: Any, config: Architecture | None = None, *, of_seeds: bool = False) -> Any:
+def _on_mesh(
+    shapes: Any, config: Architecture | None = None, *, of_seeds: bool = False
+) -> Any:
     leaves, structure = jax.tree.flatten(shapes)
     where = zip(leaves, shardings(shapes, config, of_seeds=of_seeds), strict=True)
-    return structure.unflatten([jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=of_leaf) for a, of_leaf in where])
+    return structure.unflatten(
+        [
+            jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=of_leaf)
+            for a, of_leaf in where
+        ]
+    )
 
 
 def _in_basis(weights: Frozen, k: int) -> Frozen:
@@ -341,8 +445,13 @@ def _in_basis(weights: Frozen, k: int) -> Frozen:
     assert isinstance(pool, LoraPool)
 
     def made(of: Callable[..., tuple[int, ...]]) -> dict[str, Any]:
-        sides = {n: (*A.shape[:3], pool.B[n].shape[3]) for n, A in pool.A.items()}  # layers, modules, d_in, d_out
-        return {site: jax.ShapeDtypeStruct(of(*sizes), jnp.float32) for site, sizes in sides.items()}
+        sides = {
+            n: (*A.shape[:3], pool.B[n].shape[3]) for n, A in pool.A.items()
+        }  # layers, modules, d_in, d_out
+        return {
+            site: jax.ShapeDtypeStruct(of(*sizes), jnp.float32)
+            for site, sizes in sides.items()
+        }
 
     basis = SharedBasis(
         U=made(lambda L, P, d_in, d_out: (L, d_in, k)),
@@ -358,7 +467,9 @@ def _in_basis(weights: Frozen, k: int) -> Frozen:
 
 def _precision(where: str, lowered: Any) -> dict[str, Any]:
     below = below_highest(lowered.as_text())
-    return case(f"{where} float32 products below highest", below.total(), 0, shapes=dict(below))
+    return case(
+        f"{where} float32 products below highest", below.total(), 0, shapes=dict(below)
+    )
 
 
 def _of_one_chip(
@@ -375,10 +486,14 @@ def _of_one_chip(
         temporaries_gib=memory.temp_size_in_bytes / _GIB,
         planned_gib=planned / _GIB,
     )
-    if chip.platform == "cuda":  # whose products are calls of libraries, and whose loops cannot be counted
+    if (
+        chip.platform == "cuda"
+    ):  # whose products are calls of libraries, and whose loops cannot be counted
         return [of_memory]
     found = counts(compiled.as_text())
-    fill, written = max(found.filled.items(), key=lambda filled: filled[1], default=("nothing", 0))
+    fill, written = max(
+        found.filled.items(), key=lambda filled: filled[1], default=("nothing", 0)
+    )
     return [
         of_memory,
         case(
@@ -388,10 +503,25 @@ def _of_one_chip(
             tflop=found.flops / 1e12,
             planned_tflop=flops / 1e12,
         ),
-        case(f"{where} collectives", found.collectives.total(), 0, kinds=dict(found.collectives)),
-        case(f"{where} largest padding of a weight", max(found.padding.values()), _PADDED, arrays=found.padding),
+        case(
+            f"{where} collectives",
+            found.collectives.total(),
+            0,
+            kinds=dict(found.collectives),
+        ),
+        case(
+            f"{where} largest padding of a weight",
+            max(found.padding.values()),
+            _PADDED,
+            arrays=found.padding,
+        ),
         # Without a bar: heads and positions of a cache are padded.
-        case(f"{where} largest padding in a loop", max(found.carried.values(), default=1), None, arrays=found.carried),
+        case(
+            f"{where} largest padding in a loop",
+            max(found.carried.values(), default=1),
+            None,
+            arrays=found.carried,
+        ),
         case(
             f"{where} largest fill, every time it runs / largest array of a loop",
             written / steps / found.largest,
@@ -406,13 +536,27 @@ def _of_one_chip(
 def _of_a_mesh(
     where: str, compiled: Any, config: Architecture, mesh: tuple[int, int], chip: _Chip
 ) -> list[dict[str, Any]]:
-    found, matrices = counts(compiled.as_text()), mesh[1]
+    found = counts(compiled.as_text())
+    matrices = mesh[1]
     # A sum for each attention and feed-forward layer, forward and backward; and around the layers of the embedded
     # tokens, of the loss (twice), of the head's gradient, and of two metrics. The coefficients' gradient is summed for
     # every group of layers that `compose` mixes at once, where there are several.
-    stated = 2 * sum(stack.layers * (len(stack.attentions) + 1) for stack in config.stacks.values()) + 6
-    stated += sum(math.ceil(site.layers / _GROUP) for site in targeted(config, None).values() if site.layers > _GROUP)
-    met = sum(len({device // matrices for device in group}) > 1 for group in found.groups)
+    stated = (
+        2
+        * sum(
+            stack.layers * (len(stack.attentions) + 1)
+            for stack in config.stacks.values()
+        )
+        + 6
+    )
+    stated += sum(
+        math.ceil(site.layers / _GROUP)
+        for site in targeted(config, None).values()
+        if site.layers > _GROUP
+    )
+    met = sum(
+        len({device // matrices for device in group}) > 1 for group in found.groups
+    )
     return [
         case(
             f"{where} collectives / those that are stated",
@@ -426,22 +570,44 @@ def _of_a_mesh(
     ]
 
 
-def _read(where: str, name: str, chip: _Chip, code: Path | None) -> list[dict[str, Any]]:
+def _read(
+    where: str, name: str, chip: _Chip, code: Path | None
+) -> list[dict[str, Any]]:
     """Compile one read of arrays, and return its cases; machine code is in this folder."""
-    dac, adc = crossbar.DAC(signed=False, scaling="fixed", limit=1.0), crossbar.ADC(bits=8, range="calibrated")
+    dac = crossbar.DAC(signed=False, scaling="fixed", limit=1.0)
+    adc = crossbar.ADC(bits=8, range="calibrated")
     (of_cells, path), device = _READS[name], _devices(chip)[0]
     config = crossbar.CrossbarConfig(dac=dac, adc=adc, device=of_cells)
     for file in [] if code is None else code.iterdir():  # of earlier programs
         file.unlink()
     with _traced_for(device):
-        w, x, key = jax.eval_shape(lambda: (jnp.zeros((_SIZE, _SIZE)), jnp.zeros((_INPUTS, _SIZE)), jax.random.key(0)))
-        arrays = jax.eval_shape(lambda w, key: crossbar.program(w, config, key, path=path), w, key)
-        ranges = jax.ShapeDtypeStruct((1, len(config.weight_slices), 2), w.dtype)  # which calibration will find
+        w, x, key = jax.eval_shape(
+            lambda: (
+                jnp.zeros((_SIZE, _SIZE)),
+                jnp.zeros((_INPUTS, _SIZE)),
+                jax.random.key(0),
+            )
+        )
+        arrays = jax.eval_shape(
+            lambda w, key: crossbar.program(w, config, key, path=path), w, key
+        )
+        ranges = jax.ShapeDtypeStruct(
+            (1, len(config.weight_slices), 2), w.dtype
+        )  # which calibration will find
         arrays = dataclasses.replace(arrays, limits=ranges)
-        read = jax.jit(lambda x, arrays, key: crossbar.matmul(x, crossbar.with_read_key(arrays, key)))
-        compiled: Any = read.lower(*_on(SingleDeviceSharding(device), (x, arrays, key))).compile()
+        read = jax.jit(
+            lambda x, arrays, key: crossbar.matmul(
+                x, crossbar.with_read_key(arrays, key)
+            )
+        )
+        compiled: Any = read.lower(
+            *_on(SingleDeviceSharding(device), (x, arrays, key))
+        ).compile()
     share = compiled.memory_analysis().temp_size_in_bytes / definition.BUDGET
-    how = {"path": arrays.plan.path, "temporaries_mib": share * definition.BUDGET / 2**20}
+    how = {
+        "path": arrays.plan.path,
+        "temporaries_mib": share * definition.BUDGET / 2**20,
+    }
     of_memory = case(f"{where} temporaries / 256 MiB", share, 1, **how)
     if code is None:
         return [of_memory]
@@ -452,42 +618,85 @@ def _shared_out(where: str, by: _By, chip: _Chip) -> list[dict[str, Any]]:
     """Compile reads for one device and for eight, and return their cases."""
     compiled: list[Any] = []
     path = None if by is None else "definition"  # XLA splits no kernels
-    config = crossbar.CrossbarConfig(adc=crossbar.ADC(bits=8, range="max"), device=_IMPERFECT)
+    config = crossbar.CrossbarConfig(
+        adc=crossbar.ADC(bits=8, range="max"), device=_IMPERFECT
+    )
     for count in (1, 8):
         devices = np.reshape(_devices(chip)[:count], (1, count) if by else (count, 1))
-        with jax.set_mesh(Mesh(devices, AXES, axis_types=(AxisType.Auto, AxisType.Auto))):
-            w, x = (jax.ShapeDtypeStruct((rows, _SIZE), jnp.float32) for rows in (_SIZE, _INPUTS))
+        with jax.set_mesh(
+            Mesh(devices, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+        ):
+            w = jax.ShapeDtypeStruct((_SIZE, _SIZE), jnp.float32)
+            x = jax.ShapeDtypeStruct((_INPUTS, _SIZE), jnp.float32)
             keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
             arrays = jax.eval_shape(
-                jax.vmap(lambda key, w: crossbar.program(w, config, key, path=path), (0, None)), keys, w
+                jax.vmap(
+                    lambda key, w: crossbar.program(w, config, key, path=path),
+                    (0, None),
+                ),
+                keys,
+                w,
             )
-            read, of_x, of_y = over_seeds(lambda one, x: crossbar.matmul(x, one), "batched"), P(), P("seed")
+            read = over_seeds(lambda one, x: crossbar.matmul(x, one), "batched")
+            of_x = P()
+            of_y = P("seed")
             if by is not None:
-                arrays = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), arrays)
-                arrays = dataclasses.replace(arrays, plan=dataclasses.replace(arrays.plan, split=Split(by, "model", 8)))
-                read, (of_x, of_y) = (lambda one, x: crossbar.matmul(x, one)), (P(), P(None, "model"))
+                arrays = jax.tree.map(
+                    lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype),
+                    arrays,
+                )
+                arrays = dataclasses.replace(
+                    arrays,
+                    plan=dataclasses.replace(arrays.plan, split=Split(by, "model", 8)),
+                )
+                read, (of_x, of_y) = (
+                    (lambda one, x: crossbar.matmul(x, one)),
+                    (P(), P(None, "model")),
+                )
                 if by == "rows":
                     of_x, of_y = of_y, of_x
-            given = _on_mesh(arrays, of_seeds=by is None), _on(NamedSharding(jax.sharding.get_mesh(), of_x), x)
+            given = (
+                _on_mesh(arrays, of_seeds=by is None),
+                _on(NamedSharding(jax.sharding.get_mesh(), of_x), x),
+            )
             there = NamedSharding(jax.sharding.get_mesh(), of_y)
             compiled.append(jax.jit(read, out_shardings=there).lower(*given).compile())
     held = [program.memory_analysis().argument_size_in_bytes for program in compiled]
-    found = collections.Counter(re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", compiled[1].as_text()))
+    found = collections.Counter(
+        re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", compiled[1].as_text())
+    )
     cases = [
         # Rows add up their outputs, and take the range of an input vector from all of its numbers.
-        case(f"{where} collectives", found.total(), 2 if by == "rows" else 0, kinds=dict(found)),
+        case(
+            f"{where} collectives",
+            found.total(),
+            2 if by == "rows" else 0,
+            kinds=dict(found),
+        ),
         # Every device has all inputs, or all of the inputs' ranges.
-        case(f"{where} bytes of a device's arguments / an eighth of all", 8 * held[1] / held[0], 1.2),
+        case(
+            f"{where} bytes of a device's arguments / an eighth of all",
+            8 * held[1] / held[0],
+            1.2,
+        ),
     ]
     if chip.platform == "tpu":
         flops = [program.cost_analysis()["flops"] for program in compiled]
-        cases.append(case(f"{where} FLOPs of a device / an eighth of all", 8 * flops[1] / flops[0], 1.05))
+        cases.append(
+            case(
+                f"{where} FLOPs of a device / an eighth of all",
+                8 * flops[1] / flops[0],
+                1.05,
+            )
+        )
     return cases
 
 
 def _time(where: str, found: Counts, chip: _Chip, steps: int = 1) -> dict[str, Any]:
     """Return the roofline time of a step, and what it is computed from."""
-    flops, moved, cycles = (count / steps for count in (found.flops, found.bytes, found.cycles))
+    flops = found.flops / steps
+    moved = found.bytes / steps
+    cycles = found.cycles / steps
     seconds = max(flops / chip.flops, moved / chip.bandwidth)
     rest: Any = {"tflop": flops / 1e12, "gb": moved / 1e9, "megacycles": cycles / 1e6}
     if found.bundles:

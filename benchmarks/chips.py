@@ -42,10 +42,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={cores}"
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={cores}"
+    )
     _measure.launch()
-    pool, task = str(_SMALL / "adapters"), str(_SMALL / "tasks" / "swapends_prev")
-    setup = load_setup(FuseOptions(base=str(_SMALL / "base"), pool=pool, task=task)).with_layers(unroll=False)
+    pool = str(_SMALL / "adapters")
+    task = str(_SMALL / "tasks" / "swapends_prev")
+    setup = load_setup(
+        FuseOptions(base=str(_SMALL / "base"), pool=pool, task=task)
+    ).with_layers(unroll=False)
     runs: dict[str, Callable[[], Any]] = {
         "one": _step(setup, 1, None),
         "mapped": _step(setup, options.chips, None),
@@ -74,21 +79,40 @@ def _step(setup: Setup, count: int, asked: str | None) -> Callable[[], Any]:
     keys = jnp.stack([chips.chip_key(number) for number in range(count)])
     first = start(setup.problem, (1,)).params
     recipe = FusionRecipe()
-    context = contextlib.nullcontext if asked is None else partial(jax.set_mesh, make_mesh(asked, count))
+    context = (
+        contextlib.nullcontext
+        if asked is None
+        else partial(jax.set_mesh, make_mesh(asked, count))
+    )
     with context():
-        on_all = on_every_chip(setup, first, chips.rules(), keys, modules=None, norm="ideal")
+        on_all = on_every_chip(
+            setup, first, chips.rules(), keys, modules=None, norm="ideal"
+        )
         assert on_all.split is not None
-        orders = batch_orders(on_all.split.train, batch_size=recipe.batch_size, epochs=1, seeds=(1,) * count)
-        batches = next(train_step_batches(setup.train, orders, pad_id=setup.tokenizer.pad_token_id)).batches
+        orders = batch_orders(
+            on_all.split.train,
+            batch_size=recipe.batch_size,
+            epochs=1,
+            seeds=(1,) * count,
+        )
+        batches = next(
+            train_step_batches(setup.train, orders, pad_id=setup.tokenizer.pad_token_id)
+        ).batches
         problem = on_all.problem.replace(seed_mode="sequential")
-        of_seeds = (start(problem, (1,) * count), batches, recipe_rates(problem.method, recipe, count))
+        of_seeds = (
+            start(problem, (1,) * count),
+            batches,
+            recipe_rates(problem.method, recipe, count),
+        )
         state, batches, rates = (on_mesh(part, of_seeds=True) for part in of_seeds)
     optimisation = recipe.optimisation(orders.shape[1])
 
     def step() -> None:
         nonlocal state
         with context():
-            state, _ = train_seeds(state, batches, problem, rates, optimisation=optimisation)
+            state, _ = train_seeds(
+                state, batches, problem, rates, optimisation=optimisation
+            )
             jax.block_until_ready(state)
 
     return step

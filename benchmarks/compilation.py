@@ -35,12 +35,18 @@ print(time.perf_counter() - began)
 
 def main() -> None:
     parser = _measure.parser(__doc__)
-    parser.add_argument("--shape", choices=CHOICES, default="flan-t5-large", help="of the base model")
+    parser.add_argument(
+        "--shape", choices=CHOICES, default="flan-t5-large", help="of the base model"
+    )
     parser.add_argument("--unroll", action="store_true", help="the layers")
     options = parser.parse_args()
     _measure.launch()
     layers = ", unrolled" * options.unroll
-    cases = [found for composition in ("mix", "sum") for found in _compile(options.shape, composition, layers)]
+    cases = [
+        found
+        for composition in ("mix", "sum")
+        for found in _compile(options.shape, composition, layers)
+    ]
     _measure.show(cases, as_json=options.json)
 
 
@@ -49,7 +55,10 @@ def _compile(shape: str, composition: str, layers: str) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as cache:
         for when, limit in _REQUIRED.items():
             paths = os.pathsep.join([str(Path(__file__).parent), str(ROOT)])
-            keep = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+            keep = {
+                "JAX_COMPILATION_CACHE_DIR": cache,
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            }
             done = subprocess.run(
                 [sys.executable, "-c", _COMPILE, shape, composition, layers],
                 env=os.environ | keep | {"PYTHONPATH": paths},
@@ -59,7 +68,9 @@ def _compile(shape: str, composition: str, layers: str) -> list[dict[str, Any]]:
             )
             seconds = float(done.stdout.splitlines()[-1])
             name = f"{shape}, {composition}{layers}: compilation of the step, {when} / {limit:g} s"
-            cases.append(case(name, seconds / limit, 1.0, seconds=seconds, limit_seconds=limit))
+            cases.append(
+                case(name, seconds / limit, 1.0, seconds=seconds, limit_seconds=limit)
+            )
     return cases
 
 

@@ -50,9 +50,12 @@ def _against_peft(sources: list[str]) -> dict[str, Any]:
         if hasattr(layer, "lora_A") and (place := places(_SHAPE).get(name)) is not None:
             site, index = place
             for n in range(_ADAPTERS):
-                a, b = (factor[str(n)].weight.numpy(force=True) for factor in (layer.lora_A, layer.lora_B))
+                a = layer.lora_A[str(n)].weight.numpy(force=True)
+                b = layer.lora_B[str(n)].weight.numpy(force=True)
                 assert np.array_equal(np.asarray(pool.A[site])[index, n], a.T)
-                assert np.array_equal(np.asarray(pool.B[site])[index, n], layer.scaling[str(n)] * b.T)
+                assert np.array_equal(
+                    np.asarray(pool.B[site])[index, n], layer.scaling[str(n)] * b.T
+                )
     seconds = float(np.median(ours))
     return case(
         "20 adapters of FLAN-T5-large's shape, from PEFT folders to arrays: PEFT's seconds / ours",

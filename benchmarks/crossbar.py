@@ -34,22 +34,35 @@ from lorafusion_jax import crossbar, matmul
 from lorafusion_jax.crossbar.read import definition as crossbar_definition
 from lorafusion_jax.parts import known_shapes
 
-_SIZE, _BATCH = 1024, 256
-_CHIPS, _CHIP_SIZE, _CHIP_BATCH = 16, 512, 64
+_SIZE = 1024
+_BATCH = 256
+_CHIPS = 16
+_CHIP_SIZE = 512
+_CHIP_BATCH = 64
 _REPEATS = 7
-_WIDTHS, _OUTPUTS = (64, 576, 1024, 1536, 2816), 576  # inputs and outputs of prepared reads
-_PROBED, _ROUNDS = 64, 3  # tokens that the ranges of --decoder are calibrated on
+# inputs and outputs of prepared reads
+_WIDTHS = (64, 576, 1024, 1536, 2816)
+_OUTPUTS = 576
+# tokens that the ranges of --decoder are calibrated on
+_PROBED = 64
+_ROUNDS = 3
 _CHIP = _measure.ROOT / "examples" / "smollm2" / "chip.yaml"
 _DAC = crossbar.DAC(signed=False, scaling="fixed", limit=1.0)
-_CONFIG = crossbar.CrossbarConfig(dac=_DAC, adc=crossbar.ADC(bits=8, range="calibrated"))
+_CONFIG = crossbar.CrossbarConfig(
+    dac=_DAC, adc=crossbar.ADC(bits=8, range="calibrated")
+)
 _PATHS = ("lookup", "tables", "packed", "loop")
 _PROGRAMMING = crossbar.Device(programming=crossbar.Independent(0.04))
 
 
 def main() -> None:
     parser = _measure.parser(__doc__)
-    parser.add_argument("--paths", action="store_true", help="print milliseconds of each path instead")
-    parser.add_argument("--decoder", action="store_true", help="read a layer of SmolLM2 instead")
+    parser.add_argument(
+        "--paths", action="store_true", help="print milliseconds of each path instead"
+    )
+    parser.add_argument(
+        "--decoder", action="store_true", help="read a layer of SmolLM2 instead"
+    )
     parser.add_argument("--tokens", type=int, default=512, help="of --decoder")
     options = parser.parse_args()
     _measure.launch(1)
@@ -64,45 +77,105 @@ def _cases() -> list[dict[str, Any]]:
     key = jax.random.key(0)
     w = jax.random.normal(key, (_SIZE, _SIZE))
     x = jax.random.uniform(jax.random.fold_in(key, 1), (_BATCH, _SIZE))
-    config, signed = _CONFIG, _with(_CONFIG, dac=dataclasses.replace(_DAC, signed=True))
-    floor, signed_floor, single = (_products(_BATCH, (_SIZE, _SIZE), count) for count in (32, 28, 1))
+    config = _CONFIG
+    signed = _with(_CONFIG, dac=dataclasses.replace(_DAC, signed=True))
+    floor = _products(_BATCH, (_SIZE, _SIZE), 32)
+    signed_floor = _products(_BATCH, (_SIZE, _SIZE), 28)
+    single = _products(_BATCH, (_SIZE, _SIZE), 1)
     cases = [
         _read("integer cells, unsigned inputs", w, x, config, floor, (0.60, 0.20)),
-        _read("integer cells, signed inputs", w, 2 * x - 1, signed, signed_floor, (0.65, 0.40)),
-        _read("real-valued cells", w, x, _with(config, device=_PROGRAMMING), floor, (1.10, 0.60)),
+        _read(
+            "integer cells, signed inputs",
+            w,
+            2 * x - 1,
+            signed,
+            signed_floor,
+            (0.65, 0.40),
+        ),
+        _read(
+            "real-valued cells",
+            w,
+            x,
+            _with(config, device=_PROGRAMMING),
+            floor,
+            (1.10, 0.60),
+        ),
         _read("no ADC", w, x, _with(config, adc=None), single, (1.2, 1.0)),
-        _read("lossless ADC", w, x, _with(config, adc=crossbar.ADC(bits=10, range="granular")), single, (1.2, 1.0)),
+        _read(
+            "lossless ADC",
+            w,
+            x,
+            _with(config, adc=crossbar.ADC(bits=10, range="granular")),
+            single,
+            (1.2, 1.0),
+        ),
     ]
     for kind in ("proportional", "independent"):
         noisy = _with(
-            config, adc=_given(w, x, config), device=crossbar.Device(read_noise=crossbar.ReadNoise(0.04, kind))
+            config,
+            adc=_given(w, x, config),
+            device=crossbar.Device(read_noise=crossbar.ReadNoise(0.04, kind)),
         )
         cases.append(_read(f"{kind} read noise", w, x, noisy, floor, (3.0, 1.7)))
     cases.append(_chips(key))
     program = jax.jit(lambda w: crossbar.program(w, config))
-    cases.append(_case("programming", crossbar.program(w, config).plan.path, program, (w,), single, (2.0, 1.0)))
+    cases.append(
+        _case(
+            "programming",
+            crossbar.program(w, config).plan.path,
+            program,
+            (w,),
+            single,
+            (2.0, 1.0),
+        )
+    )
     for width in _WIDTHS:
-        cases += [_prepared(width, "bit-sliced", _CONFIG.adc, 1.15), _prepared(width, "product", None, None)]
-    return cases + _temporaries(w[:_CHIP_SIZE, :_CHIP_SIZE], x[:_CHIP_BATCH, :_CHIP_SIZE])
+        cases += [
+            _prepared(width, "bit-sliced", _CONFIG.adc, 1.15),
+            _prepared(width, "product", None, None),
+        ]
+    return cases + _temporaries(
+        w[:_CHIP_SIZE, :_CHIP_SIZE], x[:_CHIP_BATCH, :_CHIP_SIZE]
+    )
 
 
 def _by_path() -> None:
     """Print the milliseconds of reads by each path that is exact for them, as a Markdown table."""
-    print(f"| read | vectors | {' | '.join(_PATHS)} |\n|---|{'---:|' * (1 + len(_PATHS))}")
+    print(
+        f"| read | vectors | {' | '.join(_PATHS)} |\n|---|{'---:|' * (1 + len(_PATHS))}"
+    )
     noisy = crossbar.Device(read_noise=crossbar.ReadNoise(0.04))
-    cells = {"integer cells": crossbar.Device(), "real cells": _PROGRAMMING, "read noise": noisy}
-    for bits, (name, device), signed in itertools.product((1, 2), cells.items(), (False, True)):
+    cells = {
+        "integer cells": crossbar.Device(),
+        "real cells": _PROGRAMMING,
+        "read noise": noisy,
+    }
+    for bits, (name, device), signed in itertools.product(
+        (1, 2), cells.items(), (False, True)
+    ):
         dac = dataclasses.replace(_DAC, slice_bits=bits, signed=signed)
         read = f"{_SIZE} x {_SIZE}, {name}, {'signed ' if signed else ''}{bits}-bit input slices"
-        _show_paths(read, _with(_CONFIG, dac=dac, device=device), (_SIZE, _SIZE), (_BATCH,))
+        _show_paths(
+            read, _with(_CONFIG, dac=dac, device=device), (_SIZE, _SIZE), (_BATCH,)
+        )
     chip = crossbar.load_config(_CHIP)
     assert chip.adc is not None
     chip = _with(chip, adc=dataclasses.replace(chip.adc, bits=6))
     for shape in ((1536, 576), (576, 576), (576, 192)):
-        _show_paths(f"{shape[0]} x {shape[1]} of SmolLM2, ADC of 6 bits", chip, shape, (1, 16, 128))
+        _show_paths(
+            f"{shape[0]} x {shape[1]} of SmolLM2, ADC of 6 bits",
+            chip,
+            shape,
+            (1, 16, 128),
+        )
 
 
-def _show_paths(name: str, config: crossbar.CrossbarConfig, shape: tuple[int, int], batches: tuple[int, ...]) -> None:
+def _show_paths(
+    name: str,
+    config: crossbar.CrossbarConfig,
+    shape: tuple[int, int],
+    batches: tuple[int, ...],
+) -> None:
     key = jax.random.key(0)
     w = jax.random.normal(key, shape)
     x = jax.random.uniform(jax.random.fold_in(key, 1), (max(batches), shape[0]))
@@ -111,42 +184,65 @@ def _show_paths(name: str, config: crossbar.CrossbarConfig, shape: tuple[int, in
     for path in _PATHS:
         with contextlib.suppress(ValueError):  # it would not be exact
             chip = crossbar.program(w, config, jax.random.key(1), path=path)
-            chips[path] = crossbar.with_read_key(crossbar.calibrated(chip, crossbar.probe(x, chip)[1]), key)
+            chips[path] = crossbar.with_read_key(
+                crossbar.calibrated(chip, crossbar.probe(x, chip)[1]), key
+            )
     matmul = jax.jit(crossbar.matmul)
     for batch in batches:
         given = {path: (x[:batch], chip) for path, chip in chips.items()}
-        runs = {path: lambda read=read: jax.block_until_ready(matmul(*read)) for path, read in given.items()}
-        medians = {path: 1e3 * np.median(seconds) for path, seconds in in_turns(runs, _REPEATS).items()}
+        runs = {
+            path: lambda read=read: jax.block_until_ready(matmul(*read))
+            for path, read in given.items()
+        }
+        medians = {
+            path: 1e3 * np.median(seconds)
+            for path, seconds in in_turns(runs, _REPEATS).items()
+        }
         shown = (f"{medians[path]:.2g}" if path in medians else "" for path in _PATHS)
         print(f"| {name} | {batch} | {' | '.join(shown)} |", flush=True)
 
 
 def _decoder(tokens: int) -> list[dict[str, Any]]:
-    shape, key = known_shapes()["smollm2-135m"], jax.random.key(0)
+    shape = known_shapes()["smollm2-135m"]
+    key = jax.random.key(0)
     sizes = {name: (site.d_in, site.d_out) for name, site in shape.sites.items()}
-    weights = {name: jax.random.normal(jax.random.fold_in(key, i), s) for i, (name, s) in enumerate(sizes.items())}
-    inputs = {name: jax.random.normal(jax.random.fold_in(key, s[0]), (tokens, s[0])) for name, s in sizes.items()}
+    weights = {
+        name: jax.random.normal(jax.random.fold_in(key, i), s)
+        for i, (name, s) in enumerate(sizes.items())
+    }
+    inputs = {
+        name: jax.random.normal(jax.random.fold_in(key, s[0]), (tokens, s[0]))
+        for name, s in sizes.items()
+    }
     perfect = crossbar.load_config(_CHIP)
     on_arrays = {
         "ideal ADC": _with(perfect, adc=None),
         "8-bit ADC": perfect,
         "8-bit ADC, programming error 1%": _with(
-            perfect, device=dataclasses.replace(perfect.device, programming=crossbar.Independent(0.01))
+            perfect,
+            device=dataclasses.replace(
+                perfect.device, programming=crossbar.Independent(0.01)
+            ),
         ),
     }
     chips = {
-        name: {site: _calibrated(w, inputs[site], config, _PROBED) for site, w in weights.items()}
+        name: {
+            site: _calibrated(w, inputs[site], config, _PROBED)
+            for site, w in weights.items()
+        }
         for name, config in on_arrays.items()
     }
     read = jax.jit(lambda x, w: {name: matmul(x[name], w[name]) for name in w})
     runs: dict[str, Callable[[], Any]] = {
-        name: lambda w=w: jax.block_until_ready(read(inputs, w)) for name, w in ({"digital": weights} | chips).items()
+        name: lambda w=w: jax.block_until_ready(read(inputs, w))
+        for name, w in ({"digital": weights} | chips).items()
     }
     products = [_products(tokens, size, 28) for size in sizes.values()]
     runs["the products of a read"] = lambda: [run() for run in products]
     runs["head"] = _products(tokens, (shape.d_model, shape.vocab_size), 1)
     seconds = in_turns(runs, _ROUNDS, time.process_time)
-    of_head, floor = seconds.pop("head"), seconds["the products of a read"]
+    of_head = seconds.pop("head")
+    floor = seconds["the products of a read"]
     depth = next(iter(shape.sites.values())).layers
 
     def path(chip: crossbar.Chip) -> str:
@@ -158,7 +254,8 @@ def _decoder(tokens: int) -> list[dict[str, Any]]:
             f"a layer of smollm2-135m, {name} / the products of a read",
             of_turns(took, floor),
             None,
-            tokens_per_second_of_the_model=tokens / float(np.median(depth * took + of_head)),
+            tokens_per_second_of_the_model=tokens
+            / float(np.median(depth * took + of_head)),
             milliseconds_of_a_layer=1e3 * float(np.median(took)),
             paths=sorted({path(chip) for chip in chips.get(name, {}).values()}),
         )
@@ -168,7 +265,9 @@ def _decoder(tokens: int) -> list[dict[str, Any]]:
 
 def _temporaries(w: jax.Array, x: jax.Array) -> list[dict[str, Any]]:
     """Compile, and do not run, reads that compute with every cell: 512 x 512, a batch of 64."""
-    wires = crossbar.Tile(wire=crossbar.Wire(row_resistance=1e-3, column_resistance=1e-3))
+    wires = crossbar.Tile(
+        wire=crossbar.Wire(row_resistance=1e-3, column_resistance=1e-3)
+    )
     sinh = crossbar.Device(iv=crossbar.Sinh())
     clipped = crossbar.Device(read_noise=crossbar.ReadNoise(0.01, clip=True))
     by_cell = {
@@ -179,11 +278,20 @@ def _temporaries(w: jax.Array, x: jax.Array) -> list[dict[str, Any]]:
     }
     cases = []
     for name, changes in by_cell.items():
-        config = crossbar.CrossbarConfig(adc=crossbar.ADC(bits=8, range="max"), **changes)
-        read = jax.jit(lambda x, state, key, config=config: crossbar.matmul(x, crossbar.with_read_key(state, key)))
-        compiled: Any = read.lower(x, crossbar.program(w, config), jax.random.key(2)).compile()
+        config = crossbar.CrossbarConfig(
+            adc=crossbar.ADC(bits=8, range="max"), **changes
+        )
+        read = jax.jit(
+            lambda x, state, key, config=config: crossbar.matmul(
+                x, crossbar.with_read_key(state, key)
+            )
+        )
+        compiled: Any = read.lower(
+            x, crossbar.program(w, config), jax.random.key(2)
+        ).compile()
         temporary = compiled.memory_analysis().temp_size_in_bytes
-        name, share = f"crossbar, {name}: temporaries / 256 MiB", temporary / crossbar_definition.BUDGET
+        name = f"crossbar, {name}: temporaries / 256 MiB"
+        share = temporary / crossbar_definition.BUDGET
         cases.append(case(name, share, 1.0, temporary_mib=temporary / 2**20))
     return cases
 
@@ -203,11 +311,15 @@ def _read(
     """Time one read of a programmed and calibrated chip."""
     state = _calibrated(w, x, config)
     key = None if config.device.read_noise is None else jax.random.key(2)
-    read = jax.jit(lambda x, state, key: crossbar.matmul(x, crossbar.with_read_key(state, key)))
+    read = jax.jit(
+        lambda x, state, key: crossbar.matmul(x, crossbar.with_read_key(state, key))
+    )
     return _case(name, state.plan.path, read, (x, state, key), floor, limits)
 
 
-def _calibrated(w: jax.Array, x: jax.Array, config: crossbar.CrossbarConfig, rows: int = _BATCH) -> crossbar.Chip:
+def _calibrated(
+    w: jax.Array, x: jax.Array, config: crossbar.CrossbarConfig, rows: int = _BATCH
+) -> crossbar.Chip:
     state = crossbar.program(w, config, jax.random.key(1))
     if config.adc is None or config.adc.range != "calibrated":
         return state
@@ -217,21 +329,40 @@ def _calibrated(w: jax.Array, x: jax.Array, config: crossbar.CrossbarConfig, row
 
 def _given(w: jax.Array, x: jax.Array, config: crossbar.CrossbarConfig) -> crossbar.ADC:
     """Return the ADC with the range that one chip's calibration finds, for reads and chips that share it."""
-    return crossbar.ADC(bits=8, range="given", limits=np.asarray(_calibrated(w, x, config).limits)[0].tolist())
+    return crossbar.ADC(
+        bits=8,
+        range="given",
+        limits=np.asarray(_calibrated(w, x, config).limits)[0].tolist(),
+    )
 
 
-def _prepared(width: int, kind: str, adc: crossbar.ADC | None, bar: float | None) -> dict[str, Any]:
+def _prepared(
+    width: int, kind: str, adc: crossbar.ADC | None, bar: float | None
+) -> dict[str, Any]:
     """Time reads with input factors and a transform against the same reads without."""
     plain = crossbar.CrossbarConfig(mapping=crossbar.Mapping(scale="column"), adc=adc)
-    changed = _with(plain, mapping=crossbar.Mapping(scale="column", factors=True, transform="hadamard"))
+    changed = _with(
+        plain,
+        mapping=crossbar.Mapping(scale="column", factors=True, transform="hadamard"),
+    )
     key = jax.random.key(0)
-    w, x = jax.random.normal(key, (width, _OUTPUTS)), jax.random.normal(jax.random.fold_in(key, 1), (_BATCH, width))
+    w = jax.random.normal(key, (width, _OUTPUTS))
+    x = jax.random.normal(jax.random.fold_in(key, 1), (_BATCH, width))
     made = crossbar.prepare({"w": w}, None, changed)["w"]
-    chips = {"ours": crossbar.program(w, changed, key, preparation=made), "plain": crossbar.program(w, plain, key)}
+    chips = {
+        "ours": crossbar.program(w, changed, key, preparation=made),
+        "plain": crossbar.program(w, plain, key),
+    }
     if adc is not None:
-        chips = {name: crossbar.calibrated(chip, crossbar.probe(x, chip)[1]) for name, chip in chips.items()}
+        chips = {
+            name: crossbar.calibrated(chip, crossbar.probe(x, chip)[1])
+            for name, chip in chips.items()
+        }
     read = jax.jit(crossbar.matmul)
-    runs = {name: lambda chip=chip: jax.block_until_ready(read(x, chip)) for name, chip in chips.items()}
+    runs = {
+        name: lambda chip=chip: jax.block_until_ready(read(x, chip))
+        for name, chip in chips.items()
+    }
     seconds = in_turns(runs, _REPEATS)
     return case(
         f"crossbar, prepared {kind} read of {width} inputs / the same unprepared",
@@ -271,7 +402,11 @@ def _products(batch: int, size: tuple[int, int], count: int) -> Callable[[], Any
     @jax.jit
     def products(x: jax.Array, w: jax.Array) -> jax.Array:
         zero = jnp.zeros((batch, size[1]))
-        return jax.lax.fori_loop(0, count, lambda i, total: add(i, total, x, w), zero) if count > 1 else x[0] @ w[0]
+        return (
+            jax.lax.fori_loop(0, count, lambda i, total: add(i, total, x, w), zero)
+            if count > 1
+            else x[0] @ w[0]
+        )
 
     return lambda: jax.block_until_ready(products(x, w))
 

@@ -19,16 +19,26 @@ from statistics import median
 
 _SCRIPT = Path(__file__).parent.parent / "experiments" / "small_pool.py"
 _METHODS = (
-    *("few-shot prompt", "uniform mean", "best single module", "LoRAFusion", "LoRAFusion, mix"),
+    *(
+        "few-shot prompt",
+        "uniform mean",
+        "best single module",
+        "LoRAFusion",
+        "LoRAFusion, mix",
+    ),
     *("coefficients only", "magnitudes only", "random pool", "LoRA", "VeRA"),
 )
 _JOBS = 6 * len(_METHODS)  # the script has six tasks
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--turns", type=int, default=1)
-    parser.add_argument("--warm", action="store_true", help="compile before the timed runs")
+    parser.add_argument(
+        "--warm", action="store_true", help="compile before the timed runs"
+    )
     options = parser.parse_args()
     # All addresses are 127.0.0.1, which Ray's variable means for other systems.
     os.environ.update(RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0", RAY_AUTH_MODE="disabled")
@@ -40,7 +50,9 @@ def main() -> None:
         _seconds(cores)
     for turn in range(options.turns):
         local = _seconds(cores[:1])
-        cluster = importlib.import_module("ray.cluster_utils").Cluster()  # of the extra ray
+        cluster = importlib.import_module(
+            "ray.cluster_utils"
+        ).Cluster()  # of the extra ray
         for core in cores:
             os.sched_setaffinity(0, {core})  # which the node and its workers inherit
             cluster.add_node(num_cpus=1)
@@ -48,10 +60,15 @@ def main() -> None:
         ray = _seconds(cores, "--engine", "ray", "--address", cluster.address)
         cluster.shutdown()
         times.append((local, ray))
-        print(f"turn {turn + 1}: {local:.0f} s in one process, {ray:.0f} s on two nodes", flush=True)
+        print(
+            f"turn {turn + 1}: {local:.0f} s in one process, {ray:.0f} s on two nodes",
+            flush=True,
+        )
     ratio = median(ray / local for local, ray in times)
     overhead = median((len(cores) * ray - local) / _JOBS for local, ray in times)
-    print(f"{_JOBS} jobs: ratio {ratio:.2f}, overhead of a job {overhead:.2f} s (medians of {len(times)} turns)")
+    print(
+        f"{_JOBS} jobs: ratio {ratio:.2f}, overhead of a job {overhead:.2f} s (medians of {len(times)} turns)"
+    )
 
 
 def _seconds(cores: list[int], *engine: str) -> float:
@@ -59,7 +76,14 @@ def _seconds(cores: list[int], *engine: str) -> float:
     with tempfile.TemporaryDirectory() as out:
         flags = ("--seeds", "1", "--out", out, *engine, "--methods", *_METHODS)
         begin = time.perf_counter()
-        command = ["taskset", "--cpu-list", ",".join(map(str, cores)), sys.executable, str(_SCRIPT), *flags]
+        command = [
+            "taskset",
+            "--cpu-list",
+            ",".join(map(str, cores)),
+            sys.executable,
+            str(_SCRIPT),
+            *flags,
+        ]
         subprocess.run(command, check=True, capture_output=True)
         assert (Path(out) / "results.jsonl").read_bytes().count(b"\n") == _JOBS
         return time.perf_counter() - begin

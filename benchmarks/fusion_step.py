@@ -40,28 +40,59 @@ _MIX = {"unrolled": (1.15, 1.08), "scanned": (1.22, 1.08)}
 _SUM = {"flan-t5-small": 1.40, "flan-t5-large": 1.20}
 _BASIS = {"flan-t5-large": 1.10}
 # A decoder's, more where a processor has tiles (AMX).
-_DECODER_MIX, _DECODER_MIX_AMX = 1.15, 1.25
+_DECODER_MIX = 1.15
+_DECODER_MIX_AMX = 1.25
 
 
 def main() -> None:
     parser = _measure.parser(__doc__)
-    parser.add_argument("--shape", choices=CHOICES, default="flan-t5-small", help="of the base model")
-    parser.add_argument("--dtype", choices=_DTYPES, nargs="+", default=["float32"], help="of weights and activations")
-    parser.add_argument("--pool", type=int, default=MODULES, help="modules in memory; 20 of them are fused")
-    parser.add_argument("--basis", type=int, help="directions of a shared basis, in float32")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="that share a program, also against one")
-    parser.add_argument("--cores", type=int, default=1, help="that the process is pinned to")
+    parser.add_argument(
+        "--shape", choices=CHOICES, default="flan-t5-small", help="of the base model"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=_DTYPES,
+        nargs="+",
+        default=["float32"],
+        help="of weights and activations",
+    )
+    parser.add_argument(
+        "--pool",
+        type=int,
+        default=MODULES,
+        help="modules in memory; 20 of them are fused",
+    )
+    parser.add_argument(
+        "--basis", type=int, help="directions of a shared basis, in float32"
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[1],
+        help="that share a program, also against one",
+    )
+    parser.add_argument(
+        "--cores", type=int, default=1, help="that the process is pinned to"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--bars", action="store_true", help="only what has a bar")
     options = parser.parse_args()
     if options.pool < MODULES:
-        parser.error(f"--pool {options.pool}: {MODULES} modules are fused, so give at least as many")
+        parser.error(
+            f"--pool {options.pool}: {MODULES} modules are fused, so give at least as many"
+        )
     if min(*options.seeds, options.rounds, options.cores) < 1:
         parser.error("--seeds, --rounds and --cores count from 1")
     _measure.launch(options.cores)
     rates = product_rates(options.dtype)
     cases = [] if 1 not in options.seeds else _single(options)
-    cases += [_seeds(options, dtype, count) for dtype in options.dtype for count in options.seeds if count > 1]
+    cases += [
+        _seeds(options, dtype, count)
+        for dtype in options.dtype
+        for count in options.seeds
+        if count > 1
+    ]
     _measure.show(cases, as_json=options.json, rates=rates)
 
 
@@ -70,12 +101,18 @@ def _single(options: Any) -> list[dict[str, Any]]:
     runs: dict[str, Any] = {}
     dtypes: list[Dtype] = ["float32"] if options.bars else options.dtype
     for dtype in dtypes:
-        config, weights = config_of(options.shape, dtype), _weights(options, dtype)
+        config = config_of(options.shape, dtype)
+        weights = _weights(options, dtype)
         structures = {"unrolled": unrolled(config), "scanned": config}
-        runs |= {f"{dtype} floor {structure}": Floor(built, weights) for structure, built in structures.items()}
+        runs |= {
+            f"{dtype} floor {structure}": Floor(built, weights)
+            for structure, built in structures.items()
+        }
         for composition in ("mix", "sum") if dtype == "float32" else ("mix",):
             for structure, built in structures.items():
-                runs[f"{dtype} {composition} {structure}"] = Step(built, weights, composition)
+                runs[f"{dtype} {composition} {structure}"] = Step(
+                    built, weights, composition
+                )
         if dtype == "float32" and options.basis is not None:
             directions = in_basis(config, weights, options.basis)
             for structure, built in structures.items():
@@ -86,30 +123,66 @@ def _single(options: Any) -> list[dict[str, Any]]:
     for name, took in seconds.items():
         dtype, kind, structure = name.split()
         if kind != "floor":
-            lowest = np.minimum(seconds[f"{dtype} floor unrolled"], seconds[f"{dtype} floor scanned"])
-            cases.append(_against_floor(options, where, dtype, kind, structure, took, lowest))
+            lowest = np.minimum(
+                seconds[f"{dtype} floor unrolled"], seconds[f"{dtype} floor scanned"]
+            )
+            cases.append(
+                _against_floor(options, where, dtype, kind, structure, took, lowest)
+            )
     for dtype in dtypes:
         computed_from: dict[str, Any] = {}
         for structure in ("unrolled", "scanned"):
-            computed_from[f"{structure}_seconds"] = _median(seconds[f"{dtype} floor {structure}"])
-            computed_from[f"{structure}_temporaries_gib"] = runs[f"{dtype} floor {structure}"].temporaries / 2**30
-        ratio = of_turns(seconds[f"{dtype} floor unrolled"], seconds[f"{dtype} floor scanned"])
-        cases.append(case(f"{where} {dtype} floor: unrolled / scanned", ratio, None, **computed_from))
+            computed_from[f"{structure}_seconds"] = _median(
+                seconds[f"{dtype} floor {structure}"]
+            )
+            computed_from[f"{structure}_temporaries_gib"] = (
+                runs[f"{dtype} floor {structure}"].temporaries / 2**30
+            )
+        ratio = of_turns(
+            seconds[f"{dtype} floor unrolled"], seconds[f"{dtype} floor scanned"]
+        )
+        cases.append(
+            case(
+                f"{where} {dtype} floor: unrolled / scanned",
+                ratio,
+                None,
+                **computed_from,
+            )
+        )
     return cases
 
 
 def _against_floor(
-    options: Any, where: str, dtype: str, composition: str, structure: str, took: np.ndarray, lowest: np.ndarray
+    options: Any,
+    where: str,
+    dtype: str,
+    composition: str,
+    structure: str,
+    took: np.ndarray,
+    lowest: np.ndarray,
 ) -> dict[str, Any]:
-    required, ambition = None, None
+    required = None
+    ambition = None
     if config_of(options.shape).causal:
         if dtype == "float32" and options.pool == MODULES and composition == "mix":
-            required = _DECODER_MIX_AMX if any("amx" in feature for feature in features()) else _DECODER_MIX
-    elif dtype == "float32" and options.pool == MODULES and options.shape != "small-pool":
-        required, ambition = _MIX[structure] if composition == "mix" else (_SUM.get(options.shape, 1.40), None)
+            required = (
+                _DECODER_MIX_AMX
+                if any("amx" in feature for feature in features())
+                else _DECODER_MIX
+            )
+    elif (
+        dtype == "float32" and options.pool == MODULES and options.shape != "small-pool"
+    ):
+        required, ambition = (
+            _MIX[structure]
+            if composition == "mix"
+            else (_SUM.get(options.shape, 1.40), None)
+        )
     what = composition
     if composition == "basis":
-        what, required, ambition = f"sum in a basis of {options.basis}", _BASIS.get(options.shape), None
+        what = f"sum in a basis of {options.basis}"
+        required = _BASIS.get(options.shape)
+        ambition = None
     return case(
         f"{where} {dtype} step / floor: {what}, {structure}",
         of_turns(took, lowest),
@@ -123,13 +196,21 @@ def _against_floor(
 
 
 def _seeds(options: Any, dtype: Dtype, count: int) -> dict[str, Any]:
-    config, weights = config_of(options.shape, dtype), _weights(options, dtype)
-    runs = {"one": Step(config, weights, "mix"), "all": Step(config, weights, "mix", seeds=count)}
+    config = config_of(options.shape, dtype)
+    weights = _weights(options, dtype)
+    runs = {
+        "one": Step(config, weights, "mix"),
+        "all": Step(config, weights, "mix", seeds=count),
+    }
     seconds = in_turns(runs, options.rounds)
     return case(
         f"{_where(options)} {dtype} {count} seeds in one program / {count} single steps: mix, scanned",
         of_turns(seconds["all"], count * seconds["one"]),
-        1.0 if runs["all"].problem.seed_mode == "sequential" else 0.6 if count == 8 else None,
+        1.0
+        if runs["all"].problem.seed_mode == "sequential"
+        else 0.6
+        if count == 8
+        else None,
         path=runs["all"].problem.seed_mode,
         seconds=_median(seconds["all"]),
         single_seconds=_median(seconds["one"]),
@@ -144,10 +225,19 @@ def _weights(options: Any, dtype: Dtype) -> Any:
 
 def _operations(options: Any, composition: Any, structure: str) -> float:
     """Return the counted operations of the step over those of its floor."""
-    config = unrolled(config_of(options.shape)) if structure == "unrolled" else config_of(options.shape)
+    config = (
+        unrolled(config_of(options.shape))
+        if structure == "unrolled"
+        else config_of(options.shape)
+    )
     batch = Shape(BATCH, SOURCE, TARGET)
     rank = options.basis if composition == "basis" else RANK
-    how: Any = {"rank": rank, "modules": MODULES, "pool": options.pool, "magnitudes": True}
+    how: Any = {
+        "rank": rank,
+        "modules": MODULES,
+        "pool": options.pool,
+        "magnitudes": True,
+    }
     update = MixUpdate(**how) if composition == "mix" else SumUpdate(**how, forms=True)
     base = step_flops(unrolled(config_of(options.shape)), batch, Update(), trainable=0)
     return step_flops(config, batch, update, trainable=0) / base

@@ -60,22 +60,36 @@ _METHODS = {
 }
 _GIB = 2**30
 _REQUIRED = 1.25  # the plan's tests allow a quarter, on small models
-_PEAK, _NF4_PEAK, _OF_SEED = 5.0, 2.5, 0.3  # GiB
+# GiB
+_PEAK = 5.0
+_NF4_PEAK = 2.5
+_OF_SEED = 0.3
 _SEEDS = 8
 
 
 def main() -> None:
     parser = _measure.parser(__doc__)
-    parser.add_argument("--shape", choices=CHOICES, default="flan-t5-large", help="of the base model")
-    parser.add_argument("--peak", action="store_true", help="only what has a bar in GiB")
+    parser.add_argument(
+        "--shape", choices=CHOICES, default="flan-t5-large", help="of the base model"
+    )
+    parser.add_argument(
+        "--peak", action="store_true", help="only what has a bar in GiB"
+    )
     options = parser.parse_args()
-    cases = [peak for name in ("fusion-mix", "fusion-sum") for peak in _peaks(name, options.shape)]
+    cases = [
+        peak
+        for name in ("fusion-mix", "fusion-sum")
+        for peak in _peaks(name, options.shape)
+    ]
     dtypes: tuple[Dtype, ...] = ("float32", "bfloat16", "nf4")
     if not options.peak:
         cases += [
             _compared(
                 f"{options.shape}, {_METHODS[name]}, {dtype}, batch {rows}",
-                *(of(name, options.shape, dtype, rows) for of in (_planned, _allocated)),
+                *(
+                    of(name, options.shape, dtype, rows)
+                    for of in (_planned, _allocated)
+                ),
             )
             for name in _METHODS
             for dtype in dtypes
@@ -88,16 +102,23 @@ def main() -> None:
 
 def _peaks(name: str, shape: str) -> list[dict[str, Any]]:
     """Return a step's peak in float32 and NF4, and what eight seeds add to one; bars are for FLAN-T5-large."""
-    whole, quantised = (_allocated(name, shape, dtype, 5) for dtype in ("float32", "nf4"))
+    whole = _allocated(name, shape, "float32", 5)
+    quantised = _allocated(name, shape, "nf4", 5)
     added = _allocated(name, shape, "float32", 5, seeds=_SEEDS) - whole
     where = f"{shape}, {_METHODS[name]}, batch 5:"
     bars = {
         f"{where} peak of a float32 step / {_PEAK:g} GiB": (whole, _PEAK),
         f"{where} peak of an NF4 step / {_NF4_PEAK:g} GiB": (quantised, _NF4_PEAK),
-        f"{where} what {_SEEDS} seeds add to one / {_SEEDS} x {_OF_SEED:g} GiB": (added, _SEEDS * _OF_SEED),
+        f"{where} what {_SEEDS} seeds add to one / {_SEEDS} x {_OF_SEED:g} GiB": (
+            added,
+            _SEEDS * _OF_SEED,
+        ),
     }
     required = 1.0 if shape == "flan-t5-large" else None
-    return [case(what, b / (g * _GIB), required, gib=b / _GIB, bar_gib=g) for what, (b, g) in bars.items()]
+    return [
+        case(what, b / (g * _GIB), required, gib=b / _GIB, bar_gib=g)
+        for what, (b, g) in bars.items()
+    ]
 
 
 def _compared(what: str, planned: int, allocated: int) -> dict[str, Any]:
@@ -112,55 +133,100 @@ def _compared(what: str, planned: int, allocated: int) -> dict[str, Any]:
 
 
 def _generation(shape: str, dtype: Dtype) -> dict[str, Any]:
-    config, load_in, rows, new = config_of(shape, dtype), held_in(dtype), 10, 32
-    update, trainable = update_of(config, "lora", _SETTINGS), trained_numbers(config, "lora", _SETTINGS)
+    config = config_of(shape, dtype)
+    load_in = held_in(dtype)
+    rows = 10
+    new = 32
+    update = update_of(config, "lora", _SETTINGS)
+    trainable = trained_numbers(config, "lora", _SETTINGS)
     needed = evaluation_bytes(
-        config, Shape(rows, SOURCE, TARGET), new, update, seeds=1, seed_mode="sequential", device="cpu", load_in=load_in
+        config,
+        Shape(rows, SOURCE, TARGET),
+        new,
+        update,
+        seeds=1,
+        seed_mode="sequential",
+        device="cpu",
+        load_in=load_in,
     )
-    held = weights_bytes(config, load_in) + 4 * trainable  # each program is given only those that it reads
+    held = (
+        weights_bytes(config, load_in) + 4 * trainable
+    )  # each program is given only those that it reads
     base = apart(Frozen(shapes_of(config, dtype).base))
-    state, batch, problem, _ = arguments(config, base, _method("lora", config), (rows, SOURCE))
-    of_rows = [jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for a in (batch.input_ids, batch.input_mask, batch.row_mask)]
-    whole, number = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((), (1,)))
+    state, batch, problem, _ = arguments(
+        config, base, _method("lora", config), (rows, SOURCE)
+    )
+    of_rows = [
+        jax.ShapeDtypeStruct(a.shape[1:], a.dtype)
+        for a in (batch.input_ids, batch.input_mask, batch.row_mask)
+    ]
+    whole = jax.ShapeDtypeStruct((), jnp.int32)
+    number = jax.ShapeDtypeStruct((1,), jnp.int32)
     limits = jax.ShapeDtypeStruct((rows,), jnp.int32)
     how: Any = {"max_new_tokens": new, "sampling": GREEDY}
     models: Any = SeedModels(state.params, problem, number)
     beginning = begin_rows.lower(models, *of_rows, limits, None, **how)
-    generation = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), beginning.out_info)
+    generation = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), beginning.out_info
+    )
     advancing = advance_rows.lower(models, *generation, (whole, whole), sampling=GREEDY)
     given = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(generation))
     used = max(_used(beginning.compile()), given + _used(advancing.compile()))
-    return _compared(f"{shape}, LoRA, {dtype}, generation for {rows} rows", held + needed, held + used)
+    return _compared(
+        f"{shape}, LoRA, {dtype}, generation for {rows} rows",
+        held + needed,
+        held + used,
+    )
 
 
 def _planned(name: str, shape: str, dtype: Dtype, rows: int) -> int:
-    config, load_in, batch = config_of(shape, dtype), held_in(dtype), Shape(rows, SOURCE, TARGET)
-    method, settings = name, _SETTINGS
+    config = config_of(shape, dtype)
+    load_in = held_in(dtype)
+    batch = Shape(rows, SOURCE, TARGET)
+    method = name
+    settings = _SETTINGS
     if name in _COMPOSITIONS:
-        method, settings = "fusion", Settings(recipe=FusionRecipe(composition=_COMPOSITIONS[name]))
-    update, trainable = update_of(config, method, settings), trained_numbers(config, method, settings)
+        method = "fusion"
+        settings = Settings(recipe=FusionRecipe(composition=_COMPOSITIONS[name]))
+    update = update_of(config, method, settings)
+    trainable = trained_numbers(config, method, settings)
     needed = step_bytes(
-        config, batch, update, trainable=trainable, seeds=1, seed_mode="sequential", device="cpu", load_in=load_in
+        config,
+        batch,
+        update,
+        trainable=trainable,
+        seeds=1,
+        seed_mode="sequential",
+        device="cpu",
+        load_in=load_in,
     )
     # Nothing reads the base where all of it is trained, and XLA does not count it.
     base = 0 if name == "full" else weights_bytes(config, load_in)
     return base + pool_bytes(config, update, load_in) + state_bytes(trainable) + needed
 
 
-def _allocated(name: str, shape: str, dtype: Dtype, rows: int, *, seeds: int = 1) -> int:
+def _allocated(
+    name: str, shape: str, dtype: Dtype, rows: int, *, seeds: int = 1
+) -> int:
     """Return the bytes of arguments, temporaries and results of the compiled step."""
     config = config_of(shape, dtype)
     weights = shapes_of(config, dtype)
     weights = weights if name in _COMPOSITIONS else Frozen(weights.base)
     weights = weights if name == "full" else apart(weights)
-    program = lowered(config, weights, _method(name, config), rows, seeds=seeds).compile()
+    program = lowered(
+        config, weights, _method(name, config), rows, seeds=seeds
+    ).compile()
     return program.memory_analysis().argument_size_in_bytes + _used(program)
 
 
 def _used(program: Any) -> int:
     """Return the bytes that a compiled program needs in addition to its arguments."""
     found = program.memory_analysis()
-    return found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return (
+        found.temp_size_in_bytes
+        + found.output_size_in_bytes
+        - found.alias_size_in_bytes
+    )
 
 
 def _method(name: str, config: Architecture) -> Method:

@@ -20,14 +20,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _measure import case, has_peft, in_turns, of_turns, product_rates
-from _model import CHOICES, MODULES, answers, batch_of, config_of, frozen, graph_of, in_basis
+from _model import (
+    CHOICES,
+    MODULES,
+    answers,
+    batch_of,
+    config_of,
+    frozen,
+    graph_of,
+    in_basis,
+)
 from _peer import mixed_batch
 
 from lorafusion_jax import Frozen, Fusion, Problem, TaskBank
 from lorafusion_jax.parts import Params
 from lorafusion_jax.tasks import Batch
 
-_SOURCE, _NEW = 16, 16
+_SOURCE = 16
+_NEW = 16
 _BATCHES = (64, 256)
 _BAR = 0.9
 _COMPARED = 4  # tasks whose ids are compared with those of a program of their own
@@ -40,7 +50,9 @@ _METHODS = {
 
 def main() -> None:
     parser = _measure.parser(__doc__)
-    parser.add_argument("--shape", choices=CHOICES, default="flan-t5-small", help="of the base model")
+    parser.add_argument(
+        "--shape", choices=CHOICES, default="flan-t5-small", help="of the base model"
+    )
     parser.add_argument("--cores", type=int, default=1, help="that both sides may use")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
@@ -59,11 +71,24 @@ def _cases(options: Any, name: str, method: Fusion) -> list[dict[str, Any]]:
         weights = in_basis(config, weights, method.basis)
     weights = jax.block_until_ready(weights)
     tasks = _tasks(method, weights, max(_BATCHES))
-    bank = TaskBank.empty(graph_of(config), weights, len(tasks), scaled=sorted(tasks[0].get("magnitudes", ())))
+    bank = TaskBank.empty(
+        graph_of(config),
+        weights,
+        len(tasks),
+        scaled=sorted(tasks[0].get("magnitudes", ())),
+    )
     for number, params in enumerate(tasks):
         bank = bank.with_task(number, method, params, range(MODULES))
-    problem = Problem(graph=graph_of(config), method=method, frozen=weights, index=jnp.arange(MODULES)[None])
-    batches = {rows: jax.tree.map(lambda a: a[0], batch_of(config, (rows, _SOURCE, _SOURCE))) for rows in _BATCHES}
+    problem = Problem(
+        graph=graph_of(config),
+        method=method,
+        frozen=weights,
+        index=jnp.arange(MODULES)[None],
+    )
+    batches = {
+        rows: jax.tree.map(lambda a: a[0], batch_of(config, (rows, _SOURCE, _SOURCE)))
+        for rows in _BATCHES
+    }
     runs: dict[str, Callable[[], np.ndarray]] = {}
     for rows, batch in batches.items():
 
@@ -75,12 +100,20 @@ def _cases(options: Any, name: str, method: Fusion) -> list[dict[str, Any]]:
     rows = _BATCHES[0]
     runs["alone"] = partial(_alone, tasks[0], batches[rows], problem)
     if name == "coefficients" and has_peft():
-        adapters = [jax.device_get(_factors(params, weights, method=method)) for params in tasks[:rows]]
-        peer = mixed_batch(config, weights.base, batches[rows], adapters, new_tokens=_NEW)
+        adapters = [
+            jax.device_get(_factors(params, weights, method=method))
+            for params in tasks[:rows]
+        ]
+        peer = mixed_batch(
+            config, weights.base, batches[rows], adapters, new_tokens=_NEW
+        )
         runs["peer one"] = partial(peer, [0] * rows)
         runs["peer mixed"] = partial(peer, list(range(rows)))
     mixed = {rows: runs[f"{rows} mixed"]() for rows in _BATCHES}
-    same = [np.mean(_alone(tasks[t], batches[rows], problem)[t] == mixed[rows][t]) for t in range(_COMPARED)]
+    same = [
+        np.mean(_alone(tasks[t], batches[rows], problem)[t] == mixed[rows][t])
+        for t in range(_COMPARED)
+    ]
     seconds = in_turns(runs, options.rounds)
     where = f"{options.shape}, {options.cores} core{'s' if options.cores > 1 else ''}, {name}"
 
@@ -100,28 +133,46 @@ def _cases(options: Any, name: str, method: Fusion) -> list[dict[str, Any]]:
         for rows in _BATCHES
     ]
     ours = seconds[f"{rows} mixed"]
-    beside = {f"{where}: tokens/s of {rows} tasks / of one in a program of its own, {rows} rows": "alone"}
+    beside = {
+        f"{where}: tokens/s of {rows} tasks / of one in a program of its own, {rows} rows": "alone"
+    }
     if "peer mixed" in runs:
-        beside[f"{where}: tokens/s of {rows} tasks / of PyTorch + PEFT, {rows} rows"] = "peer mixed"
+        beside[
+            f"{where}: tokens/s of {rows} tasks / of PyTorch + PEFT, {rows} rows"
+        ] = "peer mixed"
     for what, other in beside.items():
-        found = {"tokens_per_second": speed(f"{rows} mixed", rows), "other_tokens_per_second": speed(other, rows)}
+        found = {
+            "tokens_per_second": speed(f"{rows} mixed", rows),
+            "other_tokens_per_second": speed(other, rows),
+        }
         if other == "peer mixed":
             found["same_tokens"] = float(np.mean(mixed[rows] == runs[other]()))
             found["peer_of_one_task"] = of_turns(seconds["peer one"], seconds[other])
-        cases.append(case(what, of_turns(seconds[other], ours), None, higher_is_better=True, **found))
+        cases.append(
+            case(
+                what,
+                of_turns(seconds[other], ours),
+                None,
+                higher_is_better=True,
+                **found,
+            )
+        )
     return cases
 
 
 def _tasks(method: Fusion, weights: Frozen, count: int) -> list[Params]:
     """Return made-up numbers of tasks: coefficients as a fusion draws them, magnitudes about ||W||."""
-    keys, found = jax.random.split(jax.random.key(0), count), []
+    keys = jax.random.split(jax.random.key(0), count)
+    found = []
     start = dataclasses.replace(method, start="xavier")
     draw = jax.jit(start.init)
     for key in keys:
         params = draw(weights, jnp.arange(MODULES), key)
         if "magnitudes" in params:
             scale = jax.random.uniform(key, (), minval=0.8, maxval=1.2)
-            params["magnitudes"] = jax.tree.map(lambda m, by=scale: m * by, params["magnitudes"])
+            params["magnitudes"] = jax.tree.map(
+                lambda m, by=scale: m * by, params["magnitudes"]
+            )
         found.append(params)
     return found
 
@@ -133,7 +184,9 @@ def _alone(params: Params, batch: Batch, problem: Problem) -> np.ndarray:
 
 
 @partial(jax.jit, static_argnames="method")
-def _factors(params: Params, weights: Frozen, *, method: Fusion) -> dict[str, tuple[Any, Any]]:
+def _factors(
+    params: Params, weights: Frozen, *, method: Fusion
+) -> dict[str, tuple[Any, Any]]:
     """Return A and B of the module that is a task's mix, [L, d_in, r] and [L, r, d_out] by site."""
     adapters, _ = method.adapters(params, weights, jnp.arange(MODULES))
     return {site: (adapter.A, adapter.B) for site, adapter in adapters.items()}

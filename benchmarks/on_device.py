@@ -47,32 +47,52 @@ from lorafusion_jax.parts import MixUpdate, Shape, step_flops
 from lorafusion_jax.report import write_text
 
 _K = 32  # directions of the shared basis
-_ROWS, _NEW = 10, 32  # of generation
-_WIDEST, _COLUMNS = 4096, 256  # of a read: width of the matrix, vectors
+# of generation
+_ROWS = 10
+_NEW = 32
+# of a read: width of the matrix, vectors
+_WIDEST = 4096
+_COLUMNS = 256
 # Precision -> dtype, torch's setting of float32 products, and JAX's.
 _PRECISIONS: dict[str, tuple[Dtype, str, str]] = {
     "bfloat16": ("bfloat16", "highest", "default"),
     "float32, TF32 off": ("float32", "highest", "highest"),
     "float32, TF32 on": ("float32", "high", "tensorfloat32"),
 }
-_TOGETHER, _SHARE, _PEER = 0.6, (0.4, 0.6), 1.5
+_TOGETHER = 0.6
+_SHARE = (0.4, 0.6)
+_PEER = 1.5
 # Four slices of 2 bits, 8 unsigned input bits one by one, 8-bit ADCs: 32 products.
-_ARRAYS, _PRODUCTS = (
-    crossbar.CrossbarConfig(
-        dac=crossbar.DAC(signed=False, scaling="fixed", limit=1.0), adc=crossbar.ADC(bits=8, range="max")
-    ),
-    32,
+_ARRAYS = crossbar.CrossbarConfig(
+    dac=crossbar.DAC(signed=False, scaling="fixed", limit=1.0),
+    adc=crossbar.ADC(bits=8, range="max"),
 )
+_PRODUCTS = 32
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=CHOICES, default="flan-t5-large", help="of the base model")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[8, 16], help="that share a program")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shape", choices=CHOICES, default="flan-t5-large", help="of the base model"
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[8, 16], help="that share a program"
+    )
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--product", type=int, default=8192, help="width of the matrices of the product")
-    parser.add_argument("--no-tests", dest="tests", action="store_false", help="measure only")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "on_device", help="folder of the file")
+    parser.add_argument(
+        "--product", type=int, default=8192, help="width of the matrices of the product"
+    )
+    parser.add_argument(
+        "--no-tests", dest="tests", action="store_false", help="measure only"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "runs" / "on_device",
+        help="folder of the file",
+    )
     options = parser.parse_args()
     if min(*options.seeds, options.rounds, options.product) < 1:
         parser.error("--seeds, --rounds and --product count from 1")
@@ -82,7 +102,12 @@ def main() -> None:
     if device.platform == "cpu":
         print("JAX sees no GPU or TPU: these are a CPU's figures", file=sys.stderr)
     rate = _product_rate(options.product)
-    cases = [*_steps(options, rate), *_against_peer(options), *_generation(options), *_arrays(options, rate)]
+    cases = [
+        *_steps(options, rate),
+        *_against_peer(options),
+        *_generation(options),
+        *_arrays(options, rate),
+    ]
     found = {
         "device": device.device_kind,
         "date": datetime.date.today().isoformat(),
@@ -107,7 +132,16 @@ def main() -> None:
 def _tests() -> str:
     """Run the tests for accelerators in a process of their own, which lets go of the device, and say how they went."""
     platforms = {"JAX_PLATFORMS": "", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
-    script = [sys.executable, "-m", "pytest", "-q", "-m", "accelerator", "--durations=0", str(ROOT / "tests")]
+    script = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "accelerator",
+        "--durations=0",
+        str(ROOT / "tests"),
+    ]
     ran = subprocess.run(script, cwd=ROOT, env=os.environ | platforms)
     return "passed" if ran.returncode == 0 else f"failed, exit code {ran.returncode}"
 
@@ -116,7 +150,9 @@ def _product_rate(width: int) -> float:
     """Return the FLOP/s of one bfloat16 product."""
     x = jnp.ones((width, width), jnp.bfloat16)
     product = jax.jit(jnp.dot)
-    (seconds,) = in_turns({"product": lambda: jax.block_until_ready(product(x, x))}, 5).values()
+    (seconds,) = in_turns(
+        {"product": lambda: jax.block_until_ready(product(x, x))}, 5
+    ).values()
     return 2 * width**3 / float(seconds.min())
 
 
@@ -126,16 +162,28 @@ def _steps(options: argparse.Namespace, rate: float) -> list[dict[str, Any]]:
     basis = in_basis(config, weights, _K)
     runs: dict[str, Any] = {
         "mix": Step(config, weights, "mix"),
-        "sum": Step(config, precomputed(config, Fusion(composition="sum"), weights), "sum"),
+        "sum": Step(
+            config, precomputed(config, Fusion(composition="sum"), weights), "sum"
+        ),
         "basis": Step(config, basis, "sum"),
     }
-    runs |= {f"mix, {count} seeds": Step(config, weights, "mix", seeds=count) for count in options.seeds}
+    runs |= {
+        f"mix, {count} seeds": Step(config, weights, "mix", seeds=count)
+        for count in options.seeds
+    }
     seconds = in_turns(runs, options.rounds)
     trainable = sum(p[0].size for p in jax.tree.leaves(runs["mix"].state.params))
     update = MixUpdate(rank=RANK, modules=MODULES, pool=MODULES, magnitudes=True)
-    flops = step_flops(config, Shape(BATCH, SOURCE, TARGET), update, trainable=trainable)
+    flops = step_flops(
+        config, Shape(BATCH, SOURCE, TARGET), update, trainable=trainable
+    )
     cases = [
-        case(f"a step: {name} / mix", of_turns(seconds[name], seconds["mix"]), None, milliseconds=_ms(seconds[name]))
+        case(
+            f"a step: {name} / mix",
+            of_turns(seconds[name], seconds["mix"]),
+            None,
+            milliseconds=_ms(seconds[name]),
+        )
         for name in ("mix", "sum", "basis")
     ]
     for count in options.seeds:
@@ -150,7 +198,14 @@ def _steps(options: argparse.Namespace, rate: float) -> list[dict[str, Any]]:
         )
         share = count * flops / float(np.median(together)) / rate
         bars = _SHARE if count == max(options.seeds) else (None, None)
-        cases.append(case(f"{count} seeds: share of the product's rate", share, *bars, higher_is_better=True))
+        cases.append(
+            case(
+                f"{count} seeds: share of the product's rate",
+                share,
+                *bars,
+                higher_is_better=True,
+            )
+        )
     return cases
 
 
@@ -158,23 +213,36 @@ def _against_peer(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Compare a step with PyTorch's on the same device, in every precision of products."""
     platform = jax.devices()[0].platform
     if not has_peft() or platform == "tpu":
-        print("PyTorch and PEFT are left out: not installed (pip install -e '.[peft]'), or a TPU", file=sys.stderr)
+        print(
+            "PyTorch and PEFT are left out: not installed (pip install -e '.[peft]'), or a TPU",
+            file=sys.stderr,
+        )
         return []
     import torch
 
     device = "cuda" if platform == "gpu" else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        print("PyTorch sees no GPU, so it is left out: install its build with CUDA", file=sys.stderr)
+        print(
+            "PyTorch sees no GPU, so it is left out: install its build with CUDA",
+            file=sys.stderr,
+        )
         return []
     cases = []
     for name, (dtype, theirs, ours) in _PRECISIONS.items():
         config = config_of(options.shape, dtype)
         weights = jax.block_until_ready(frozen(config, dtype, MODULES))
-        peer, step = Peer(config, weights, dtype, device), Step(config, weights, "mix")
-        inputs = peer.inputs(lines_of(config, jax.tree.map(lambda a: a[0], batch_of(config))))
-        torch.set_float32_matmul_precision(theirs)  # its loss is read, so a step has ended when it returns
+        peer = Peer(config, weights, dtype, device)
+        step = Step(config, weights, "mix")
+        inputs = peer.inputs(
+            lines_of(config, jax.tree.map(lambda a: a[0], batch_of(config)))
+        )
+        torch.set_float32_matmul_precision(
+            theirs
+        )  # its loss is read, so a step has ended when it returns
         with jax.default_matmul_precision(ours):
-            seconds = in_turns({"peer": lambda p=peer, i=inputs: p(i), "ours": step}, options.rounds)
+            seconds = in_turns(
+                {"peer": lambda p=peer, i=inputs: p(i), "ours": step}, options.rounds
+            )
         cases.append(
             case(
                 f"PyTorch and PEFT / our step: mix, {name}",
@@ -190,7 +258,9 @@ def _against_peer(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _generation(options: argparse.Namespace) -> list[dict[str, Any]]:
     config = config_of(options.shape, "bfloat16")
-    weights = precomputed(config, Fusion(composition="sum"), frozen(config, "bfloat16", MODULES))
+    weights = precomputed(
+        config, Fusion(composition="sum"), frozen(config, "bfloat16", MODULES)
+    )
     batch = jax.tree.map(lambda a: a[0], batch_of(config, (_ROWS, SOURCE, TARGET)))
     runs = {}
     for count in (1, max(options.seeds)):
@@ -212,10 +282,14 @@ def _generation(options: argparse.Namespace) -> list[dict[str, Any]]:
 def _arrays(options: argparse.Namespace, rate: float) -> list[dict[str, Any]]:
     """Compare a read of arrays with bfloat16 products of all slices of weights and inputs."""
     width = min(options.product, _WIDEST)
-    chip = crossbar.program(jax.random.normal(jax.random.key(0), (width, width)), _ARRAYS, jax.random.key(1))
+    chip = crossbar.program(
+        jax.random.normal(jax.random.key(0), (width, width)), _ARRAYS, jax.random.key(1)
+    )
     x = jax.random.uniform(jax.random.key(2), (_COLUMNS, width))
     read = jax.jit(crossbar.matmul)
-    (seconds,) = in_turns({"read": lambda: jax.block_until_ready(read(x, chip))}, options.rounds).values()
+    (seconds,) = in_turns(
+        {"read": lambda: jax.block_until_ready(read(x, chip))}, options.rounds
+    ).values()
     share = _PRODUCTS * 2 * _COLUMNS * width**2 / float(np.median(seconds)) / rate
     name = f"a read of {width} x {width} weights, batch {_COLUMNS} ({chip.plan.path}): share of the product's rate"
     return [case(name, share, None, higher_is_better=True, milliseconds=_ms(seconds))]

@@ -55,8 +55,15 @@ _SMALL = ROOT / "examples/small"
 def main() -> None:
     parser = _measure.parser(__doc__)
     parser.add_argument("--tasks", nargs="+", type=Path, help="files or folders")
-    parser.add_argument("--shape", choices=CHOICES, default="flan-t5-large", help="model whose steps are counted")
-    parser.add_argument("--tokenizer", help="folder, hub id or GGUF file of a base model")
+    parser.add_argument(
+        "--shape",
+        choices=CHOICES,
+        default="flan-t5-large",
+        help="model whose steps are counted",
+    )
+    parser.add_argument(
+        "--tokenizer", help="folder, hub id or GGUF file of a base model"
+    )
     options = parser.parse_args()
     tasks, tokenizer = tasks_of(options.tasks, options.tokenizer)
     config = config_of(options.shape)
@@ -65,8 +72,13 @@ def main() -> None:
     cases = []
     for what in (*_TRAININGS, "evaluation"):
         parts = 1 if what == "evaluation" else 2  # generation reads no targets
-        found = {task.name: _count(_batches(what, task, tokenizer, packing), parts) for task in tasks}
-        real, computed, exact = (sum(count[i] for count in found.values()) for i in (0, 1, 3))
+        found = {
+            task.name: _count(_batches(what, task, tokenizer, packing), parts)
+            for task in tasks
+        }
+        real = sum(count[0] for count in found.values())
+        computed = sum(count[1] for count in found.values())
+        exact = sum(count[3] for count in found.values())
         shapes = {name: count[2] for name, count in found.items()}
         worst = min(found, key=lambda name: found[name][0] / found[name][1])
         where = f"{len(tasks)} tasks, {what}:"
@@ -74,7 +86,9 @@ def main() -> None:
             case(
                 f"{where} real tokens / computed ones",
                 real / computed,
-                _REQUIRED if what != "training, 5 seeds batched" and "padded" not in what else None,
+                _REQUIRED
+                if what != "training, 5 seeds batched" and "padded" not in what
+                else None,
                 higher_is_better=True,
                 real=real,
                 computed=computed,
@@ -84,7 +98,12 @@ def main() -> None:
             )
         )
         cases.append(
-            case(f"{where} most shapes of a task", max(shapes.values()), MOST_SHAPES, mean=np.mean([*shapes.values()]))
+            case(
+                f"{where} most shapes of a task",
+                max(shapes.values()),
+                MOST_SHAPES,
+                mean=np.mean([*shapes.values()]),
+            )
         )
     _measure.show(cases, as_json=options.json)
 
@@ -92,23 +111,40 @@ def main() -> None:
 def tasks_of(sources: Sequence[Path], source: Any = None) -> tuple[list[Task], Any]:
     """Return the tasks that --tasks names, or the embedded ones, and the tokenizer; None estimates lengths."""
     if not sources:
-        sources, source = sorted((_SMALL / "tasks").iterdir()), source or _SMALL / "base"
-    tasks = [load_task(path) for source in sources for path in (sorted(source.rglob("*.json")) or [source])]
+        sources = sorted((_SMALL / "tasks").iterdir())
+        source = source or _SMALL / "base"
+    tasks = [
+        load_task(path)
+        for source in sources
+        for path in (sorted(source.rglob("*.json")) or [source])
+    ]
     return tasks, load_tokenizer(source) if source else None
 
 
-def _batches(what: str, task: Task, tokenizer: Any, packing: Packing) -> Iterable[Batch]:
+def _batches(
+    what: str, task: Task, tokenizer: Any, packing: Packing
+) -> Iterable[Batch]:
     if what == "evaluation":
-        return (batch for _, batch in eval_batches(encoded(task.test, tokenizer), _EVAL_BATCH, pad_id=0))
+        return (
+            batch
+            for _, batch in eval_batches(
+                encoded(task.test, tokenizer), _EVAL_BATCH, pad_id=0
+            )
+        )
     count, batched, packed = _TRAININGS[what]
     orders = _orders(task, range(1, count + 1))
     how: Any = {"packing": packing if packed else None, "alike": batched}
-    return _cut(train_step_batches(encoded(task.train, tokenizer), orders, pad_id=0, **how))
+    return _cut(
+        train_step_batches(encoded(task.train, tokenizer), orders, pad_id=0, **how)
+    )
 
 
 def _orders(task: Task, seeds: Sequence[int]) -> Any:
-    rows, recipe = split(len(task.train), seeds).train, PRESETS["default"]
-    return batch_orders(rows, batch_size=recipe.batch_size, epochs=recipe.epochs, seeds=seeds)
+    rows = split(len(task.train), seeds).train
+    recipe = PRESETS["default"]
+    return batch_orders(
+        rows, batch_size=recipe.batch_size, epochs=recipe.epochs, seeds=seeds
+    )
 
 
 def _cut(steps: Iterable[StepBatch]) -> Iterator[Batch]:
@@ -118,7 +154,9 @@ def _cut(steps: Iterable[StepBatch]) -> Iterator[Batch]:
             yield batches
             continue
         for seed, number in enumerate(shape_of[:, 0]):
-            yield jax.tree.map(lambda leaf, seed=seed: leaf[seed], batches).cut(*shapes[number])
+            yield jax.tree.map(lambda leaf, seed=seed: leaf[seed], batches).cut(
+                *shapes[number]
+            )
 
 
 def encoded(examples: Any, tokenizer: Any) -> Encoded:
@@ -141,12 +179,21 @@ def _count(batches: Iterable[Batch], parts: int = 2) -> Counts:
     shapes = set()
     for batch in batches:
         shape = batch.input_ids.shape[-2:]
-        for ids, is_real in ((batch.input_ids, batch.input_mask), (batch.labels, batch.labels != IGNORED))[:parts]:
+        for ids, is_real in (
+            (batch.input_ids, batch.input_mask),
+            (batch.labels, batch.labels != IGNORED),
+        )[:parts]:
             lengths = np.sum(is_real, axis=-1)
             real += int(np.sum(lengths))
             computed += ids.size
             exact += int(np.max(lengths)) * lengths.size
-        shapes.add((shape, batch.labels.shape[-1], *(group.shape[-2:] for group in jax.tree.leaves(batch.rows))))
+        shapes.add(
+            (
+                shape,
+                batch.labels.shape[-1],
+                *(group.shape[-2:] for group in jax.tree.leaves(batch.rows)),
+            )
+        )
     return real, computed, len(shapes), exact
 
 

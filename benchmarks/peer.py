@@ -34,14 +34,29 @@ from typing import Any, NamedTuple
 import _measure
 import jax
 import numpy as np
-from _measure import MALLOC, ROOT, case, features, need_peft, of_turns, processor, product_rates
+from _measure import (
+    MALLOC,
+    ROOT,
+    case,
+    features,
+    need_peft,
+    of_turns,
+    processor,
+    product_rates,
+)
 from _mix import compiled
 from _model import CHOICES, MODULES, Dtype, Step, config_of, frozen
 from _peer import Peer, lines_of
 from padding import encoded, tasks_of
 
 from lorafusion_jax import PRESETS, Architecture, Frozen
-from lorafusion_jax.parts import markdown, packing_of, pays_unrolled, start, step_operations
+from lorafusion_jax.parts import (
+    markdown,
+    packing_of,
+    pays_unrolled,
+    start,
+    step_operations,
+)
 from lorafusion_jax.report import write_text
 from lorafusion_jax.tasks import Batch, Encoded, batch_orders, split, train_step_batches
 
@@ -94,9 +109,12 @@ _ISA = {
 }
 _EMULATED = {"native": "", "avx2": ", AVX2 emulated"}
 _COMPILED = ("default", "max-autotune")  # torch.compile's modes
-_PACKED, _PADDED, _SORTED = "packed", "in file order", "sorted by length"
+_PACKED = "packed"
+_PADDED = "in file order"
+_SORTED = "sorted by length"
 _RATES = "rates"  # the process that times single products
-_AS_RUN, _FAIREST = 1.3, 1.0
+_AS_RUN = 1.3
+_FAIREST = 1.0
 _STRUCTURE = 0.97  # of the other structure's speed, less than 1 for noise
 _SAME_LOSS = 1e-3  # relative
 
@@ -126,12 +144,30 @@ _Pass = dict[str, list[float]]
 def main() -> None:
     parser = _measure.parser(__doc__)
     parser.add_argument("--tasks", nargs="+", type=Path, help="files or folders")
-    parser.add_argument("--shape", choices=CHOICES, nargs="+", default=["flan-t5-small"], help="of the base model")
-    parser.add_argument("--isa", choices=_ISA, nargs="+", default=["native"], help="instructions that are used")
-    parser.add_argument("--candidates", choices=_CANDIDATES, nargs="+", default=[*_CANDIDATES])
-    parser.add_argument("--batches", type=int, default=3, help="that are measured of each form")
+    parser.add_argument(
+        "--shape",
+        choices=CHOICES,
+        nargs="+",
+        default=["flan-t5-small"],
+        help="of the base model",
+    )
+    parser.add_argument(
+        "--isa",
+        choices=_ISA,
+        nargs="+",
+        default=["native"],
+        help="instructions that are used",
+    )
+    parser.add_argument(
+        "--candidates", choices=_CANDIDATES, nargs="+", default=[*_CANDIDATES]
+    )
+    parser.add_argument(
+        "--batches", type=int, default=3, help="that are measured of each form"
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "peer", help="folder of the results")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "runs" / "peer", help="folder of the results"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if min(options.batches, options.rounds) < 1:
@@ -140,12 +176,16 @@ def main() -> None:
     if options.worker is not None:
         _work(options)
         return
-    cases, rates, tables = [], {}, []
+    cases = []
+    rates = {}
+    tables = []
     for isa in options.isa:
         for shape in options.shape:
             found = _group(options, shape, isa)
             where = f"{shape}, 1 core{_EMULATED[isa]}"
-            rates |= {f"{name}{_EMULATED[isa]}": rate for name, rate in found["rates"].items()}
+            rates |= {
+                f"{name}{_EMULATED[isa]}": rate for name, rate in found["rates"].items()
+            }
             cases += _cases(where, found)
             tables.append(_table(where, found))
     _measure.show(cases, as_json=options.json, rates=rates)
@@ -155,30 +195,47 @@ def main() -> None:
 
 def _group(options: argparse.Namespace, shape: str, isa: str) -> dict[str, Any]:
     """Return the results of one shape: the rounds that are kept, and those that are measured now."""
-    asked = {"candidates": options.candidates, "batches": options.batches, "processor": processor()}
-    asked |= {"tasks": [path.name for path in options.tasks or ()], "features": features()}
+    asked = {
+        "candidates": options.candidates,
+        "batches": options.batches,
+        "processor": processor(),
+    }
+    asked |= {
+        "tasks": [path.name for path in options.tasks or ()],
+        "features": features(),
+    }
     file = options.out / f"{shape}-{isa}.json"
     kept = json.loads(file.read_text()) if file.is_file() else {}
     found = kept if kept.items() >= asked.items() else asked | {"turns": []}
     missing = options.rounds - len(found["turns"])
     if missing <= 0:
         return found
-    left_out, names = {}, options.candidates
+    left_out = {}
+    names = options.candidates
     if shutil.which(os.environ.get("CXX", "g++")) is None:
-        left_out = {name: "not run: no compiler" for name in names if _CANDIDATES[name].form in _COMPILED}
+        left_out = {
+            name: "not run: no compiler"
+            for name in names
+            if _CANDIDATES[name].form in _COMPILED
+        }
         names = [name for name in names if name not in left_out]
-    workers, first = dict[str, subprocess.Popen[str]](), dict[str, Any]()
+    workers = dict[str, subprocess.Popen[str]]()
+    first = dict[str, Any]()
     try:
         # The first passes, which compile, run on all cores at once; the timed ones run alone.
         cores = sorted(os.sched_getaffinity(0))
         for begin in range(0, len(names) + 1, len(cores)):
             together = [_RATES, *names][begin : begin + len(cores)]
-            workers |= {name: _start(name, shape, isa, core) for name, core in zip(together, cores, strict=False)}
+            workers |= {
+                name: _start(name, shape, isa, core)
+                for name, core in zip(together, cores, strict=False)
+            }
             first |= {name: _answer(workers[name]) for name in together}
         left_out |= {name: "failed" for name in names if first[name] is None}
         names = [name for name in names if name not in left_out]
         forms = {
-            form: {"tokens": of.tokens, "share": of.share} for form, of in _forms(options, config_of(shape)).items()
+            form: {"tokens": of.tokens, "share": of.share}
+            for form, of in _forms(options, config_of(shape)).items()
         }
         found |= {"rates": first[_RATES], "forms": forms, "left_out": left_out}
         for _ in range(missing):
@@ -186,7 +243,10 @@ def _group(options: argparse.Namespace, shape: str, isa: str) -> dict[str, Any]:
             for name in names:
                 turn[name] = _next_pass(name, workers[name])
             _same_losses(turn)
-            found |= {"turns": [*found["turns"], turn], "date": datetime.date.today().isoformat()}
+            found |= {
+                "turns": [*found["turns"], turn],
+                "date": datetime.date.today().isoformat(),
+            }
             options.out.mkdir(parents=True, exist_ok=True)
             write_text(file, json.dumps(found, indent=1) + "\n")
     finally:
@@ -208,7 +268,10 @@ def _start(name: str, shape: str, isa: str, core: int) -> subprocess.Popen[str]:
     try:
         return subprocess.Popen(
             command,
-            env=os.environ | _ISA[isa] | kept | (MALLOC if keeps else dict.fromkeys(MALLOC, "")),
+            env=os.environ
+            | _ISA[isa]
+            | kept
+            | (MALLOC if keeps else dict.fromkeys(MALLOC, "")),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -243,7 +306,9 @@ def _work(options: argparse.Namespace) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print too
     if options.worker == _RATES:
-        print(json.dumps(product_rates(["float32", "bfloat16"])), file=answers, flush=True)
+        print(
+            json.dumps(product_rates(["float32", "bfloat16"])), file=answers, flush=True
+        )
         return
     candidate, (shape,) = _CANDIDATES[options.worker], options.shape
     config = config_of(shape, candidate.dtype)
@@ -251,9 +316,13 @@ def _work(options: argparse.Namespace) -> None:
     unroll = forms[_PACKED].unroll and candidate.dtype == "float32"
     config = dataclasses.replace(config, unroll=unroll != candidate.other)
     weights = jax.block_until_ready(frozen(config, candidate.dtype, MODULES))
-    reset, step = (_ours if candidate.form == "ours" else _theirs)(config, weights, candidate)
+    reset, step = (_ours if candidate.form == "ours" else _theirs)(
+        config, weights, candidate
+    )
     # A compiled function gains nothing from the file's order.
-    used = {"ours": [_PACKED], "eager": [_PADDED, _SORTED]}.get(candidate.form, [_SORTED])
+    used = {"ours": [_PACKED], "eager": [_PADDED, _SORTED]}.get(
+        candidate.form, [_SORTED]
+    )
     del weights
     while True:
         passes = {form: _timed(reset, step, forms[form].batches) for form in used}
@@ -262,7 +331,9 @@ def _work(options: argparse.Namespace) -> None:
             return
 
 
-def _timed(reset: Callable[[], None], step: Callable[[Any], float], batches: Sequence[Any]) -> _Pass:
+def _timed(
+    reset: Callable[[], None], step: Callable[[Any], float], batches: Sequence[Any]
+) -> _Pass:
     found: _Pass = {"seconds": [], "losses": []}
     reset()
     for batch in batches:
@@ -300,28 +371,43 @@ def _theirs(config: Architecture, weights: Frozen, candidate: _Candidate) -> _Tr
 def _forms(options: argparse.Namespace, config: Architecture) -> dict[str, _Form]:
     """Return the batches of one seed's epoch of all tasks in each form, those of a packed and a padded one alike."""
     tasks, tokenizer = tasks_of(options.tasks)
-    packing, recipe = packing_of(config, on_cpu=True), PRESETS["default"]
-    draw = partial(np.random.default_rng(0).integers, 2, config.vocab_size, dtype=np.int32)
+    packing = packing_of(config, on_cpu=True)
+    recipe = PRESETS["default"]
+    draw = partial(
+        np.random.default_rng(0).integers, 2, config.vocab_size, dtype=np.int32
+    )
     batches: dict[str, list[Any]] = {_PACKED: [], _PADDED: [], _SORTED: []}
     real = unrolled = 0
     for task in tasks:
         rows = np.sort(split(len(task.train), (1,)).train)
         texts = encoded(task.train, tokenizer)
-        inputs, labels = (tuple(draw(size=len(row)) for row in side) for side in (texts.inputs, texts.labels))
-        lengths = np.array([len(source) + len(target) for source, target in zip(inputs, labels, strict=True)])
+        inputs = tuple(draw(size=len(row)) for row in texts.inputs)
+        labels = tuple(draw(size=len(row)) for row in texts.labels)
+        lengths = np.array(
+            [
+                len(source) + len(target)
+                for source, target in zip(inputs, labels, strict=True)
+            ]
+        )
         tokens = Encoded(inputs, labels)
         real += int(lengths[rows].sum())
         in_order = partial(batch_orders, batch_size=recipe.batch_size)
-        ordered, by_length = in_order(rows), in_order(rows[:, np.argsort(lengths[rows[0]], kind="stable")])
+        ordered = in_order(rows)
+        by_length = in_order(rows[:, np.argsort(lengths[rows[0]], kind="stable")])
         # Lanes are chosen for a whole run, whose later epochs are shuffled.
         later = in_order(rows, epochs=recipe.epochs, seeds=(1,))[:, ordered.shape[1] :]
         run = np.concatenate([ordered, later], axis=1)
-        unrolled += int(lengths[rows].sum()) * pays_unrolled(config, tokens, run, packing)
+        unrolled += int(lengths[rows].sum()) * pays_unrolled(
+            config, tokens, run, packing
+        )
         steps = train_step_batches(tokens, run, pad_id=0, packing=packing)
         batches[_PACKED] += [step.batches for step in islice(steps, ordered.shape[1])]
         for form, order in ((_PADDED, ordered), (_SORTED, by_length)):
             steps = train_step_batches(tokens, order, pad_id=0)
-            batches[form] += [lines_of(config, jax.tree.map(lambda a: a[0, 0], step.batches)) for step in steps]
+            batches[form] += [
+                lines_of(config, jax.tree.map(lambda a: a[0, 0], step.batches))
+                for step in steps
+            ]
 
     def size(batch: Any) -> tuple[int, float]:
         """Return the computed tokens and operations of a batch."""
@@ -330,43 +416,73 @@ def _forms(options: argparse.Namespace, config: Architecture) -> dict[str, _Form
             groups = batch.rows.groups() if batch.rows else [(lines, source, target)]
         else:
             (lines, source), target = batch["input_ids"].shape, batch["labels"].shape[1]
-            source = 0 if config.causal else source  # one text, whose tokens all have logits
+            source = (
+                0 if config.causal else source
+            )  # one text, whose tokens all have logits
             groups = [(lines, source, target)]
         operations = step_operations(config, lines * source, lines * target, groups)
         return lines * (source + target), float(operations)
 
-    sizes = {form: np.array([size(batch) for batch in of_form]) for form, of_form in batches.items()}
+    sizes = {
+        form: np.array([size(batch) for batch in of_form])
+        for form, of_form in batches.items()
+    }
 
     def chosen(form: str) -> Any:
         """Return the numbers of whole batches that are evenly spaced in the order of their sizes."""
-        whole = np.flatnonzero([len(batch["labels"]) == recipe.batch_size for batch in batches[form]])
-        places = (np.arange(0.5, options.batches) * len(whole) / options.batches).astype(int)
+        whole = np.flatnonzero(
+            [len(batch["labels"]) == recipe.batch_size for batch in batches[form]]
+        )
+        places = (
+            np.arange(0.5, options.batches) * len(whole) / options.batches
+        ).astype(int)
         return whole[np.argsort(sizes[form][whole, 0], kind="stable")[places]]
 
     made = {}
     for form, like in ((_PACKED, _PADDED), (_PADDED, _PADDED), (_SORTED, _SORTED)):
         numbers, (computed, operations) = chosen(like), sizes[form].sum(axis=0)
         tokens = real * sizes[form][numbers, 1].sum() / operations
-        made[form] = _Form([batches[form][n] for n in numbers], tokens, real / computed, 2 * unrolled > real)
+        made[form] = _Form(
+            [batches[form][n] for n in numbers],
+            tokens,
+            real / computed,
+            2 * unrolled > real,
+        )
     return made
 
 
 def _same_losses(turn: Mapping[str, Mapping[str, _Pass]]) -> None:
     """Check that all float32 candidates train alike on the same rows."""
     for rows in ((_PACKED, _PADDED), (_SORTED,)):
-        exact = {name: passes for name, passes in turn.items() if _CANDIDATES[name].exact()}
-        losses = {name: passes[form]["losses"] for name, passes in exact.items() for form in rows if form in passes}
+        exact = {
+            name: passes for name, passes in turn.items() if _CANDIDATES[name].exact()
+        }
+        losses = {
+            name: passes[form]["losses"]
+            for name, passes in exact.items()
+            for form in rows
+            if form in passes
+        }
         for name, found in losses.items():
-            np.testing.assert_allclose(found, next(iter(losses.values())), rtol=_SAME_LOSS, err_msg=name)
+            np.testing.assert_allclose(
+                found, next(iter(losses.values())), rtol=_SAME_LOSS, err_msg=name
+            )
 
 
 def _runs(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the candidates and forms with their real tokens per second in each round."""
-    runs, turns = [], found["turns"]
+    runs = []
+    turns = found["turns"]
     for name, passes in turns[0].items():
         for form in passes if all(name in turn for turn in turns) else ():
             seconds = np.array([sum(turn[name][form]["seconds"]) for turn in turns])
-            runs.append({"candidate": name, "form": form, "speeds": found["forms"][form]["tokens"] / seconds})
+            runs.append(
+                {
+                    "candidate": name,
+                    "form": form,
+                    "speeds": found["forms"][form]["tokens"] / seconds,
+                }
+            )
     return runs
 
 
@@ -378,7 +494,11 @@ def _cases(where: str, found: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     def best(kept: Callable[[_Candidate, str], bool]) -> dict[str, Any] | None:
         of = _CANDIDATES
-        peers = [r for r in runs if of[r["candidate"]].form != "ours" and kept(of[r["candidate"]], r["form"])]
+        peers = [
+            r
+            for r in runs
+            if of[r["candidate"]].form != "ours" and kept(of[r["candidate"]], r["form"])
+        ]
         return max(peers, key=lambda run: np.median(run["speeds"]), default=None)
 
     compared = (
@@ -408,10 +528,19 @@ def _cases(where: str, found: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _table(where: str, found: Mapping[str, Any]) -> str:
-    lines = [[f"{where}, {found['date']}", "rows", "real / computed tokens", "real tokens per second"]]
+    lines = [
+        [
+            f"{where}, {found['date']}",
+            "rows",
+            "real / computed tokens",
+            "real tokens per second",
+        ]
+    ]
     for run in _runs(found):
         share = f"{100 * found['forms'][run['form']]['share']:.0f} %"
-        lines.append([run["candidate"], run["form"], share, f"{np.median(run['speeds']):.0f}"])
+        lines.append(
+            [run["candidate"], run["form"], share, f"{np.median(run['speeds']):.0f}"]
+        )
     lines += [[name, why, "", ""] for name, why in found["left_out"].items()]
     return markdown(lines, left=(0, 1))
 

@@ -29,14 +29,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _measure import case, in_turns
-from _model import BATCH, CHOICES, MODULES, RANK, SOURCE, TARGET, Step, config_of, frozen
+from _model import (
+    BATCH,
+    CHOICES,
+    MODULES,
+    RANK,
+    SOURCE,
+    TARGET,
+    Step,
+    config_of,
+    frozen,
+)
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lorafusion_jax import Architecture, FusionRecipe
-from lorafusion_jax.parts import MixUpdate, Settings, Shape, make_mesh, on_mesh, step_flops, tokens, trained_numbers
+from lorafusion_jax.parts import (
+    MixUpdate,
+    Settings,
+    Shape,
+    make_mesh,
+    on_mesh,
+    step_flops,
+    tokens,
+    trained_numbers,
+)
 
-_REQUIRED, _AMBITION = 1.25, 1.1  # measured / predicted, either way
+# measured / predicted, either way
+_REQUIRED = 1.25
+_AMBITION = 1.1
 _UPDATE = MixUpdate(rank=RANK, modules=MODULES, pool=MODULES, magnitudes=True)
 _SHAPE = Shape(BATCH, SOURCE, TARGET)
 _ITEM = {"float32": 4, "bfloat16": 2}
@@ -44,13 +65,19 @@ _ITEM = {"float32": 4, "bfloat16": 2}
 
 def main() -> None:
     parser = _measure.parser(__doc__)
-    parser.add_argument("--shape", choices=CHOICES, default="flan-t5-small", help="of the base model")
+    parser.add_argument(
+        "--shape", choices=CHOICES, default="flan-t5-small", help="of the base model"
+    )
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--point", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.point is not None:
-        print(json.dumps(_point(options.shape, options.seeds, options.rounds, options.point)))
+        print(
+            json.dumps(
+                _point(options.shape, options.seeds, options.rounds, options.point)
+            )
+        )
         return
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
@@ -60,16 +87,33 @@ def main() -> None:
     seeds = _measured(options, cores[:2], 2, "seed=2")
     matrices = _measured(options, cores[:2], 2, "model=2")
     config = config_of(options.shape)
-    trainable = trained_numbers(config, "fusion", Settings(recipe=FusionRecipe(modules=MODULES), rank=RANK))
+    trainable = trained_numbers(
+        config, "fusion", Settings(recipe=FusionRecipe(modules=MODULES), rank=RANK)
+    )
     flops = step_flops(config, _SHAPE, _UPDATE, trainable=trainable)
-    rates = Rates(options.seeds * flops / one["seconds"], matrices["bandwidth"], matrices["latency"])
+    rates = Rates(
+        options.seeds * flops / one["seconds"],
+        matrices["bandwidth"],
+        matrices["latency"],
+    )
     cases = []
-    for name, point, axis in (("seeds", seeds, "seed"), ("matrices", matrices, "model")):
+    for name, point, axis in (
+        ("seeds", seeds, "seed"),
+        ("matrices", matrices, "model"),
+    ):
         predicted = step_seconds(config, rates, flops, options.seeds, **{axis: 2})
         off = max(point["seconds"] / predicted, predicted / point["seconds"])
         what = f"{options.shape}, {options.seeds} seeds, {name} over 2 devices: measured / predicted, either way"
         cases.append(
-            case(what, off, _REQUIRED, _AMBITION, predicted=predicted, measured=point["seconds"], **rates._asdict())
+            case(
+                what,
+                off,
+                _REQUIRED,
+                _AMBITION,
+                predicted=predicted,
+                measured=point["seconds"],
+                **rates._asdict(),
+            )
         )
     cases.append(
         case(
@@ -95,30 +139,57 @@ class Rates(NamedTuple):
 
 def sums(config: Architecture) -> int:
     """Return the number of sums over the axis `model` in a step, forward and backward."""
-    return 2 * sum(site.layers for site in config.sites.values() if site.split == "rows")
+    return 2 * sum(
+        site.layers for site in config.sites.values() if site.split == "rows"
+    )
 
 
 def sum_bytes(config: Architecture, shape: Shape, model: int) -> float:
     """Return the bytes that each device moves for all sums of a step, in a ring: 2 (model - 1) / model of the array."""
     by_rows = [site for site in config.sites.values() if site.split == "rows"]
-    array = 2 * sum(s.layers * tokens(s.reads, shape) * s.d_out for s in by_rows) * _ITEM[config.dtype]
+    array = (
+        2
+        * sum(s.layers * tokens(s.reads, shape) * s.d_out for s in by_rows)
+        * _ITEM[config.dtype]
+    )
     return 2 * (model - 1) / model * array
 
 
 def step_seconds(
-    config: Architecture, rates: Rates, flops: float, seeds: int, *, seed: int = 1, model: int = 1
+    config: Architecture,
+    rates: Rates,
+    flops: float,
+    seeds: int,
+    *,
+    seed: int = 1,
+    model: int = 1,
 ) -> float:
     """Return the seconds of a step of all seeds, of so many FLOPs each, on the axes `seed`, a divisor, and `model`."""
     exchange = 0.0
     if model > 1:
-        exchange = sums(config) * rates.latency + sum_bytes(config, _SHAPE, model) / rates.bandwidth
+        exchange = (
+            sums(config) * rates.latency
+            + sum_bytes(config, _SHAPE, model) / rates.bandwidth
+        )
     return seeds // seed * (flops / (rates.flops * model) + exchange)
 
 
-def _measured(options: Any, cores: list[int], devices: int, mesh: str) -> dict[str, float]:
-    command = [sys.executable, __file__, "--shape", options.shape, "--seeds", str(options.seeds)]
+def _measured(
+    options: Any, cores: list[int], devices: int, mesh: str
+) -> dict[str, float]:
+    command = [
+        sys.executable,
+        __file__,
+        "--shape",
+        options.shape,
+        "--seeds",
+        str(options.seeds),
+    ]
     command += ["--rounds", str(options.rounds), "--point", mesh]
-    forced = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    forced = {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_PLATFORMS": "cpu",
+    }
     done = subprocess.run(
         command,
         env=_measure.MALLOC | os.environ | forced,
@@ -133,25 +204,48 @@ def _measured(options: Any, cores: list[int], devices: int, mesh: str) -> dict[s
 def _point(shape: str, seeds: int, rounds: int, mesh: str) -> dict[str, float]:
     """Return the seconds of a step of all seeds on a mesh, and what sums over its axis `model` cost."""
     config = config_of(shape)
-    with contextlib.nullcontext() if mesh == "seed=1" else jax.set_mesh(make_mesh(mesh, seeds)):
-        step = Step(config, on_mesh(frozen(config, "float32", MODULES), config), "mix", seeds=seeds)
+    with (
+        contextlib.nullcontext()
+        if mesh == "seed=1"
+        else jax.set_mesh(make_mesh(mesh, seeds))
+    ):
+        step = Step(
+            config,
+            on_mesh(frozen(config, "float32", MODULES), config),
+            "mix",
+            seeds=seeds,
+        )
         for name in ("state", "batches", "rates"):
             setattr(step, name, on_mesh(getattr(step, name), config, of_seeds=True))
-        step.problem = step.problem.replace(index=on_mesh(step.problem.index, of_seeds=True))
+        step.problem = step.problem.replace(
+            index=on_mesh(step.problem.index, of_seeds=True)
+        )
         found = {"seconds": float(np.median(in_turns({"step": step}, rounds)["step"]))}
         if "model" not in mesh:
             return found
         # A sum of one number is latency, one of a layer's activations bandwidth: a ring of two moves the array once.
         numbers = BATCH * SOURCE * config.d_model
-        took = in_turns({"one": _sum_over_devices(1), "many": _sum_over_devices(numbers)}, rounds)
-        latency, many = (float(np.median(took[name])) for name in ("one", "many"))
-        return found | {"latency": latency, "bandwidth": 4 * numbers / max(many - latency, 1e-9)}
+        took = in_turns(
+            {"one": _sum_over_devices(1), "many": _sum_over_devices(numbers)}, rounds
+        )
+        latency = float(np.median(took["one"]))
+        many = float(np.median(took["many"]))
+        return found | {
+            "latency": latency,
+            "bandwidth": 4 * numbers / max(many - latency, 1e-9),
+        }
 
 
 def _sum_over_devices(width: int) -> Callable[[], Any]:
     mesh = jax.sharding.get_mesh()
-    parts = jax.device_put(jnp.ones((mesh.size, width)), NamedSharding(mesh, P("model")))
-    total = jax.jit(jax.shard_map(lambda a: jax.lax.psum(a, "model"), in_specs=P("model"), out_specs=P()))
+    parts = jax.device_put(
+        jnp.ones((mesh.size, width)), NamedSharding(mesh, P("model"))
+    )
+    total = jax.jit(
+        jax.shard_map(
+            lambda a: jax.lax.psum(a, "model"), in_specs=P("model"), out_specs=P()
+        )
+    )
     return lambda: jax.block_until_ready(total(parts))
 
 

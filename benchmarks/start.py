@@ -20,7 +20,13 @@ import numpy as np
 from _measure import ROOT, case, cpu_of_children, of_commands, smollm2
 
 _IMPORT = "import jax"
-_GOALS = {"generate": 3.5, "evaluate": 8.0, "fuse": 4.0, "fuse --plan": 2.0, "cost": 2.0}  # seconds
+_GOALS = {
+    "generate": 3.5,
+    "evaluate": 8.0,
+    "fuse": 4.0,
+    "fuse --plan": 2.0,
+    "cost": 2.0,
+}  # seconds
 _SMALL = ROOT / "examples" / "small"
 _TASK = _SMALL / "tasks" / "swapends_prev"  # of `make demo`
 
@@ -33,7 +39,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         commands = _commands(Path(folder))
         first = {name: _seconds(run) for name, run in commands.items()}
-        rounds = [{name: _seconds(run) for name, run in commands.items()} for _ in range(options.rounds)]
+        rounds = [
+            {name: _seconds(run) for name, run in commands.items()}
+            for _ in range(options.rounds)
+        ]
     cases = []
     for name, goal in _GOALS.items():
         if name not in commands:
@@ -47,7 +56,9 @@ def main() -> None:
                 1.0,
                 seconds=wall,
                 cpu_seconds=cpu,
-                of_import_jax=float(np.median([found[name][1] / found[_IMPORT][1] for found in rounds])),
+                of_import_jax=float(
+                    np.median([found[name][1] / found[_IMPORT][1] for found in rounds])
+                ),
                 first_seconds=first[name][0],
                 rounds=options.rounds,
             )
@@ -57,24 +68,50 @@ def main() -> None:
 
 def _commands(folder: Path) -> dict[str, Callable[[], None]]:
     """Return every command as a function; those later in the list use what earlier ones wrote."""
-    environment, runs = of_commands(folder), folder / "runs"
+    environment = of_commands(folder)
+    runs = folder / "runs"
 
     def call(*arguments: str) -> None:
-        subprocess.run([sys.executable, *arguments], env=environment, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, *arguments],
+            env=environment,
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
 
     def command(name: str, *arguments: str | int | Path) -> None:
         call("-m", "lorafusion_jax.cli", name, *map(str, arguments))
 
     adapters = sorted((_SMALL / "adapters").iterdir())
-    command("convert", "--base", _SMALL / "base", "--out", folder / "pool", "--adapters", *adapters)
-    task = ("--base", _SMALL / "base", "--pool", folder / "pool", "--task", _TASK, "--out", runs, "--name")
+    command(
+        "convert",
+        "--base",
+        _SMALL / "base",
+        "--out",
+        folder / "pool",
+        "--adapters",
+        *adapters,
+    )
+    task = (
+        "--base",
+        _SMALL / "base",
+        "--pool",
+        folder / "pool",
+        "--task",
+        _TASK,
+        "--out",
+        runs,
+        "--name",
+    )
     (folder / "lines").write_text("What is the capital of France?\n")
     found = {
         _IMPORT: lambda: call("-c", f"{_IMPORT}; jax.devices()"),
         "cost": lambda: command("cost", "--shape", "flan-t5-large"),
         "fuse --plan": lambda: command("fuse", *task, "planned", "--plan"),
         "fuse": lambda: command("fuse", *task, len([*runs.glob("*")])),
-        "evaluate": lambda: command("evaluate", "--run", runs / "0", "--test-rows", "100"),
+        "evaluate": lambda: command(
+            "evaluate", "--run", runs / "0", "--test-rows", "100"
+        ),
     }
     if (file := smollm2()) is not None:
         answer = ("--base", file, "--file", folder / "lines", "--max-new-tokens", 32)
@@ -84,7 +121,8 @@ def _commands(folder: Path) -> dict[str, Callable[[], None]]:
 
 def _seconds(run: Callable[[], None]) -> tuple[float, float]:
     """Return the seconds of a call, and those that the core spent on it."""
-    before, began = cpu_of_children(), time.perf_counter()
+    before = cpu_of_children()
+    began = time.perf_counter()
     run()
     return time.perf_counter() - began, cpu_of_children() - before
 

@@ -26,7 +26,8 @@ from _measure import MALLOC, PRODUCT, ROOT, features, has_peft, met, processor
 from lorafusion_jax.parts import markdown
 from lorafusion_jax.report import write_text
 
-_SMALL, _LARGE = "fusion_step.py --shape flan-t5-small", "fusion_step.py --shape flan-t5-large --rounds 2"
+_SMALL = "fusion_step.py --shape flan-t5-small"
+_LARGE = "fusion_step.py --shape flan-t5-large --rounds 2"
 _FAST = ("fusion_step.py --shape small-pool --rounds 5", "padding.py")
 _BENCH = (
     f"{_SMALL} --dtype float32 bfloat16 --seeds 1 4 --rounds 3 --bars",
@@ -69,17 +70,27 @@ _FULL = (
     "start.py",
     "whole_task.py --shape flan-t5-small flan-t5-base smollm2-135m --rows 20 95",
 )
-_NEED_PEFT = ("peer.py", "generation.py", "convert.py", "whole_task.py")  # which compare with nothing else
+_NEED_PEFT = (
+    "peer.py",
+    "generation.py",
+    "convert.py",
+    "whole_task.py",
+)  # which compare with nothing else
 _LEVELS = {"fast": _FAST, "bench": _BENCH, "full": _FULL}
 _HEAD = ("what", "ratio", "required", "ambition", "verdict")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("level", choices=_LEVELS, help="how much is measured")
     parser.add_argument("--out", type=Path, help="folder for table.csv and cases.json")
     options = parser.parse_args()
-    began, cases, rates, failed = time.perf_counter(), [], [], []
+    began = time.perf_counter()
+    cases = []
+    rates = []
+    failed = []
     for command in _LEVELS[options.level]:
         print(f"{command} ...", file=sys.stderr, flush=True)
         found = _run(command)
@@ -88,10 +99,24 @@ def main() -> None:
             continue
         cases += [{"command": command, **of_script} for of_script in found["cases"]]
         if found["rates"]:
-            rates.append({"command": command, "processor": found["processor"], "gflops": found["rates"]})
+            rates.append(
+                {
+                    "command": command,
+                    "processor": found["processor"],
+                    "gflops": found["rates"],
+                }
+            )
     minutes = (time.perf_counter() - began) / 60
     tables = [*table(cases), *(["", *rates_table(rates)] if rates else [])]
-    print("\n".join([*tables, "", f"{processor()} ({' '.join(features())}), {minutes:.1f} minutes"]))
+    print(
+        "\n".join(
+            [
+                *tables,
+                "",
+                f"{processor()} ({' '.join(features())}), {minutes:.1f} minutes",
+            ]
+        )
+    )
     if options.out is not None:
         kept = {
             "level": options.level,
@@ -99,7 +124,10 @@ def main() -> None:
             "features": features(),
             "date": datetime.date.today().isoformat(),
         }
-        _write(options.out, kept | {"minutes": round(minutes), "rates": rates, "cases": cases})
+        _write(
+            options.out,
+            kept | {"minutes": round(minutes), "rates": rates, "cases": cases},
+        )
     if failed:
         sys.exit(f"failed: {'; '.join(failed)}")
 
@@ -118,13 +146,22 @@ def csv_of(cases: Sequence[Mapping[str, Any]]) -> str:
 
 def rates_table(rates: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the lines of a Markdown table of what one product of each library reached, a row for each script."""
-    libraries = list(dict.fromkeys(name for of_script in rates for name in of_script["gflops"]))
-    head = (f"GFLOP/s of one product, {PRODUCT} x {PRODUCT} x {PRODUCT}, in the run of", "on", *libraries)
+    libraries = list(
+        dict.fromkeys(name for of_script in rates for name in of_script["gflops"])
+    )
+    head = (
+        f"GFLOP/s of one product, {PRODUCT} x {PRODUCT} x {PRODUCT}, in the run of",
+        "on",
+        *libraries,
+    )
     rows = [
         (
             row["command"],
             row["processor"],
-            *(f"{row['gflops'][n]:.0f}" if n in row["gflops"] else "" for n in libraries),
+            *(
+                f"{row['gflops'][n]:.0f}" if n in row["gflops"] else ""
+                for n in libraries
+            ),
         )
         for row in rates
     ]
@@ -133,7 +170,10 @@ def rates_table(rates: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _cells(case: Mapping[str, Any]) -> tuple[str, ...]:
     sign = "≥" if case["higher_is_better"] else "≤"
-    bars = ("" if case[key] is None else f"{sign} {case[key]:g}" for key in ("required", "ambition"))
+    bars = (
+        "" if case[key] is None else f"{sign} {case[key]:g}"
+        for key in ("required", "ambition")
+    )
     verdict = {True: "met", False: "missed", None: ""}[met(case)]
     return (case["name"], f"{case['ratio']:.3g}", *bars, verdict)
 
@@ -141,8 +181,13 @@ def _cells(case: Mapping[str, Any]) -> tuple[str, ...]:
 def _run(command: str) -> dict[str, Any] | None:
     """Return the cases and rates of one script, none where it cannot run here, or None where it fails."""
     script, *arguments = command.split()
-    if "--cores" in arguments and int(arguments[arguments.index("--cores") + 1]) > len(os.sched_getaffinity(0)):
-        print(f"  left out: this process may use {len(os.sched_getaffinity(0))} cores", file=sys.stderr)
+    if "--cores" in arguments and int(arguments[arguments.index("--cores") + 1]) > len(
+        os.sched_getaffinity(0)
+    ):
+        print(
+            f"  left out: this process may use {len(os.sched_getaffinity(0))} cores",
+            file=sys.stderr,
+        )
         return {"cases": [], "rates": {}}
     if script in _NEED_PEFT and not has_peft():
         print("  left out: PyTorch and PEFT are not installed", file=sys.stderr)
@@ -159,7 +204,10 @@ def _run(command: str) -> dict[str, Any] | None:
 def _write(folder: Path, found: Mapping[str, Any]) -> None:
     """Write the table and what it is computed from, each complete or absent."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (("table.csv", csv_of(found["cases"])), ("cases.json", json.dumps(found, indent=1) + "\n")):
+    for name, text in (
+        ("table.csv", csv_of(found["cases"])),
+        ("cases.json", json.dumps(found, indent=1) + "\n"),
+    ):
         write_text(folder / name, text)
 
 

@@ -32,20 +32,48 @@ from typing import Any
 
 import _measure
 import numpy as np
-from _measure import MALLOC, ROOT, case, cpu_of_children, need_peft, of_commands, of_turns, smollm2
+from _measure import (
+    MALLOC,
+    ROOT,
+    case,
+    cpu_of_children,
+    need_peft,
+    of_commands,
+    of_turns,
+    smollm2,
+)
 from _model import CHOICES, MODULES, config_of, frozen
 from _peer import peft_model
 from flax import nnx
 from padding import encoded, tasks_of
 
 from lorafusion_jax import PRESETS, LoraPool, LowRank, load_tokenizer
-from lorafusion_jax.parts import RunFolder, dense, lora_adapter, markdown, open_base, write_adapter
+from lorafusion_jax.parts import (
+    RunFolder,
+    dense,
+    lora_adapter,
+    markdown,
+    open_base,
+    write_adapter,
+)
 from lorafusion_jax.tasks import Task, load_task, most_new_tokens, split
 
 _BARS = {"first": 1.2, "second": 1.5}
-_OURS, _PEERS = "ours", ("eager", "compile")
-_STAGES = ("start, imports", "training", "evaluation", "tracing", "lowering", "compilation")
-_LOGS = {"tracing": "tracing", "jaxpr to MLIR": "lowering", "XLA compilation": "compilation"}
+_OURS = "ours"
+_PEERS = ("eager", "compile")
+_STAGES = (
+    "start, imports",
+    "training",
+    "evaluation",
+    "tracing",
+    "lowering",
+    "compilation",
+)
+_LOGS = {
+    "tracing": "tracing",
+    "jaxpr to MLIR": "lowering",
+    "XLA compilation": "compilation",
+}
 _LOGGED = re.compile(rf"Finished ({'|'.join(_LOGS)}).* in ([\d.]+) sec")
 _SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 _RUN = "--preset reference --start uniform --protocol default --pack --no-stop-early --seeds 1"
@@ -55,43 +83,84 @@ _SMALL = ROOT / "examples" / "small"
 def main() -> None:
     parser = _measure.parser(__doc__)
     parser.add_argument("--tasks", nargs="+", type=Path, help="files or folders")
-    parser.add_argument("--shape", choices=CHOICES, nargs="+", default=["flan-t5-small"], help="of the base model")
-    parser.add_argument("--rows", type=int, nargs="+", default=[20], help="that are trained on; 5 %% more validate")
+    parser.add_argument(
+        "--shape",
+        choices=CHOICES,
+        nargs="+",
+        default=["flan-t5-small"],
+        help="of the base model",
+    )
+    parser.add_argument(
+        "--rows",
+        type=int,
+        nargs="+",
+        default=[20],
+        help="that are trained on; 5 %% more validate",
+    )
     parser.add_argument("--peers", choices=_PEERS, nargs="+", default=[*_PEERS])
-    parser.add_argument("--rounds", type=int, default=1, help="of calls after the first ones")
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="of calls after the first ones"
+    )
     options = parser.parse_args()
     if min(*options.rows, options.rounds) < 1:
         parser.error("--rows and --rounds count from 1")
     need_peft()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
-    tasks, cases, table = _tasks(options), [], [["seconds", "call", "all", "CPU", *_STAGES]]
+    tasks = _tasks(options)
+    cases = []
+    table = [["seconds", "call", "all", "CPU", *_STAGES]]
     for shape in options.shape:
         if shape.startswith("smollm2") and smollm2() is None:
             continue
         with tempfile.TemporaryDirectory() as name:
             base, words = _write_base(Path(name), shape)
-            for number, (task, tokenizer, rows) in enumerate([(*of, rows) for of in tasks for rows in options.rows]):
-                folder, where, turns = Path(name, str(number)), f"{shape}, 1 core, {task.name}, {rows} rows", []
+            for number, (task, tokenizer, rows) in enumerate(
+                [(*of, rows) for of in tasks for rows in options.rows]
+            ):
+                folder = Path(name, str(number))
+                where = f"{shape}, 1 core, {task.name}, {rows} rows"
+                turns = []
                 _write_task(folder, task, tokenizer, rows, words)
                 for turn in range(1 + options.rounds):
                     turns.append({})
                     for candidate in (_OURS, *options.peers):
-                        found = _ours(folder, base, turn) if candidate == _OURS else _theirs(folder, candidate)
-                        turns[-1][candidate], stages = found, (found["stages"].get(name, 0.0) for name in _STAGES)
-                        seconds = (f"{seconds:.1f}" for seconds in (found["seconds"], found["cpu"], *stages))
-                        table.append([f"{where}, {candidate}", "second" if turn else "first", *seconds])
+                        found = (
+                            _ours(folder, base, turn)
+                            if candidate == _OURS
+                            else _theirs(folder, candidate)
+                        )
+                        turns[-1][candidate] = found
+                        stages = (found["stages"].get(name, 0.0) for name in _STAGES)
+                        seconds = (
+                            f"{seconds:.1f}"
+                            for seconds in (found["seconds"], found["cpu"], *stages)
+                        )
+                        table.append(
+                            [
+                                f"{where}, {candidate}",
+                                "second" if turn else "first",
+                                *seconds,
+                            ]
+                        )
                         print(*table[-1], file=sys.stderr, flush=True)
-                cases += [_case(where, "first", turns[:1]), _case(where, "second", turns[1:])]
+                cases += [
+                    _case(where, "first", turns[:1]),
+                    _case(where, "second", turns[1:]),
+                ]
     _measure.show(cases, as_json=options.json)
     print(markdown(table, left=(0, 1)), file=sys.stderr if options.json else sys.stdout)
 
 
 def _tasks(options: Any) -> list[tuple[Task, Any]]:
     """Return tasks, each with the tokenizer that counts its tokens."""
-    chosen = [(load_task(_SMALL / "tasks" / "swapends_prev"), load_tokenizer(_SMALL / "base"))]
+    chosen = [
+        (load_task(_SMALL / "tasks" / "swapends_prev"), load_tokenizer(_SMALL / "base"))
+    ]
     if options.tasks:
         tasks, tokenizer = tasks_of(options.tasks)
-        tasks.sort(key=lambda task: np.mean([len(example.input) for example in task.train]))
+        tasks.sort(
+            key=lambda task: np.mean([len(example.input) for example in task.train])
+        )
         third = max(len(tasks) // 3, 1)
         chosen += [(task, tokenizer) for task in tasks[third // 2 :: third][:3]]
     return chosen
@@ -99,25 +168,47 @@ def _tasks(options: Any) -> list[tuple[Task, Any]]:
 
 def _write_base(folder: Path, shape: str) -> tuple[Path, list[str]]:
     """Write a base, adapters and their pool, and return the base that ours reads, and words of one token."""
-    config, file = config_of(shape), smollm2() if shape.startswith("smollm2") else None
-    weights, base = frozen(config, "float32", MODULES), folder / "base"
-    pool, of_base = weights.pool, weights.base if file is None else nnx.split(open_base(file).load())[1]
+    config = config_of(shape)
+    file = smollm2() if shape.startswith("smollm2") else None
+    weights = frozen(config, "float32", MODULES)
+    base = folder / "base"
+    pool = weights.pool
+    of_base = weights.base if file is None else nnx.split(open_base(file).load())[1]
     assert isinstance(pool, LoraPool)
     peft_model(config, of_base, "float32", dora=False).unload().save_pretrained(base)
-    tokenizer = _tokenizer(config.vocab_size) if file is None else open_base(file).tokenizer
+    tokenizer = (
+        _tokenizer(config.vocab_size) if file is None else open_base(file).tokenizer
+    )
     tokenizer.save_pretrained(base)
-    if file is None:  # FLAN-T5's folder has this file, for which `lorafusion` leaves the tokenizer to transformers
+    if (
+        file is None
+    ):  # FLAN-T5's folder has this file, for which `lorafusion` leaves the tokenizer to transformers
         (base / "special_tokens_map.json").write_text(json.dumps(_SPECIAL))
     factors: list[Any] = [
-        {site: np.asarray(dense(w, np.float32)) for site, w in side.items()} for side in (pool.A, pool.B)
+        {site: np.asarray(dense(w, np.float32)) for site, w in side.items()}
+        for side in (pool.A, pool.B)
     ]
     adapters = [str(folder / "adapters" / f"{number:02}") for number in range(MODULES)]
     for number, adapter in enumerate(adapters):
-        module = {site: LowRank(*(side[site][:, number] for side in factors)) for site in pool.A}
+        module = {
+            site: LowRank(*(side[site][:, number] for side in factors))
+            for site in pool.A
+        }
         write_adapter(Path(adapter), *lora_adapter(config, module, base=str(base)))
-    arguments = ["convert", "--base", str(file or base), "--out", str(folder / "pool"), "--adapters", *adapters]
+    arguments = [
+        "convert",
+        "--base",
+        str(file or base),
+        "--out",
+        str(folder / "pool"),
+        "--adapters",
+        *adapters,
+    ]
     _call(["-m", "lorafusion_jax.cli", *arguments], of_commands(folder))
-    words = (re.fullmatch(r"\u0120?(w\d+|(?<=\u0120)[a-z]+)", token) for token in tokenizer.get_vocab())
+    words = (
+        re.fullmatch(r"\u0120?(w\d+|(?<=\u0120)[a-z]+)", token)
+        for token in tokenizer.get_vocab()
+    )
     return file or base, sorted(word[1] for word in words if word)
 
 
@@ -126,87 +217,165 @@ def _tokenizer(size: int) -> Any:
     import tokenizers
     import transformers
 
-    end, tokens = _SPECIAL["eos_token"], [*_SPECIAL.values(), *(f"w{number}" for number in range(size))][:size]
+    end = _SPECIAL["eos_token"]
+    tokens = [*_SPECIAL.values(), *(f"w{number}" for number in range(size))][:size]
     vocabulary = {token: number for number, token in enumerate(tokens)}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, _SPECIAL["unk_token"]))
+    made = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel(vocabulary, _SPECIAL["unk_token"])
+    )
     made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    made.post_processor = tokenizers.processors.TemplateProcessing(f"$A {end}", special_tokens=[(end, vocabulary[end])])
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        f"$A {end}", special_tokens=[(end, vocabulary[end])]
+    )
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made, **_SPECIAL)
 
 
-def _write_task(folder: Path, task: Task, tokenizer: Any, rows: int, words: list[str]) -> None:
+def _write_task(
+    folder: Path, task: Task, tokenizer: Any, rows: int, words: list[str]
+) -> None:
     """Write a task for ours, and for peers its rows as ours divides them."""
     draw = np.random.default_rng(0).choice
-    used = next(number for number in count(rows) if len(split(number, (1,), limit=number).train[0]) == rows)
+    used = next(
+        number
+        for number in count(rows)
+        if len(split(number, (1,), limit=number).train[0]) == rows
+    )
     texts = []
     for part in (task.train[:used], task.test):
         tokens = encoded(part, tokenizer)
         sides = zip(tokens.inputs, tokens.labels, strict=True)
-        texts.append([[" ".join(draw(words, max(len(side) - 1, 1))) for side in row] for row in sides])
+        texts.append(
+            [
+                [" ".join(draw(words, max(len(side) - 1, 1))) for side in row]
+                for row in sides
+            ]
+        )
     train, test = texts
     folder.mkdir()
     for name, part in (("train", train), ("test", test)):
-        lines = (json.dumps({"input": source, "target": target}) for source, target in part)
+        lines = (
+            json.dumps({"input": source, "target": target}) for source, target in part
+        )
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
-    parts = {name: [train[i] for i in rows[0]] for name, rows in split(len(train), (1,))._asdict().items()}
-    longest = {"max_new_tokens": most_new_tokens(max(len(target.split()) + 1 for _, target in train))}
-    job = {"rows": parts | {"test": test}, "recipe": vars(PRESETS["reference"]) | longest}
+    parts = {
+        name: [train[i] for i in rows[0]]
+        for name, rows in split(len(train), (1,))._asdict().items()
+    }
+    longest = {
+        "max_new_tokens": most_new_tokens(
+            max(len(target.split()) + 1 for _, target in train)
+        )
+    }
+    job = {
+        "rows": parts | {"test": test},
+        "recipe": vars(PRESETS["reference"]) | longest,
+    }
     (folder / "job.json").write_text(json.dumps(job))
 
 
 def _ours(folder: Path, base: Path, turn: int) -> dict[str, Any]:
-    recipe, run = json.loads((folder / "job.json").read_text())["recipe"], folder / f"run-{turn}"
-    files = {"base": base, "pool": folder.parent / "pool", "task": folder, "out": folder, "name": run.name}
-    given = [text for name, value in files.items() for text in (f"--{name}", str(value))]
+    recipe = json.loads((folder / "job.json").read_text())["recipe"]
+    run = folder / f"run-{turn}"
+    files = {
+        "base": base,
+        "pool": folder.parent / "pool",
+        "task": folder,
+        "out": folder,
+        "name": run.name,
+    }
+    given = [
+        text for name, value in files.items() for text in (f"--{name}", str(value))
+    ]
     given += ["--max-new-tokens", str(recipe["max_new_tokens"])]
     command = ["-m", "lorafusion_jax.cli", "fuse", *_RUN.split(), *given]
     found = _call(command, of_commands(folder) | MALLOC | {"JAX_LOG_COMPILES": "1"})
-    results, rows = RunFolder(run).results(), RunFolder(run).predictions()
+    results = RunFolder(run).results()
+    rows = RunFolder(run).predictions()
     assert results is not None
-    found["stages"] |= {"training": results["seconds"]["train"], "evaluation": results["seconds"]["evaluate"]}
-    return found | {"loss": results["seeds"][0]["loss"], "answers": {row["input"]: row["prediction"] for row in rows}}
+    found["stages"] |= {
+        "training": results["seconds"]["train"],
+        "evaluation": results["seconds"]["evaluate"],
+    }
+    return found | {
+        "loss": results["seeds"][0]["loss"],
+        "answers": {row["input"]: row["prediction"] for row in rows},
+    }
 
 
 def _theirs(folder: Path, form: str) -> dict[str, Any]:
-    cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    cache = {
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    }
     began = time.time()
-    found = _call([str(ROOT / "benchmarks/_peft_task.py"), str(folder), form], of_commands(folder) | MALLOC | cache)
+    found = _call(
+        [str(ROOT / "benchmarks/_peft_task.py"), str(folder), form],
+        of_commands(folder) | MALLOC | cache,
+    )
     said = json.loads(found["output"][-1])
     imported, loaded, trained, evaluated = said["times"]
-    stages = {"start, imports": imported - began, "training": trained - loaded, "evaluation": evaluated - trained}
+    stages = {
+        "start, imports": imported - began,
+        "training": trained - loaded,
+        "evaluation": evaluated - trained,
+    }
     return found | said | {"stages": stages | {"compilation": said["compilation"]}}
 
 
 def _call(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
     """Run Python, and return its seconds, its output, and the seconds of stages that JAX logs."""
-    began, before, lines, traced = time.time(), cpu_of_children(), [], 0.0
+    began = time.time()
+    before = cpu_of_children()
+    lines = []
+    traced = 0.0
     stages: Any = dict.fromkeys(_STAGES, 0.0)
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen([sys.executable, *command], env=environment, **pipes) as process:
+    with subprocess.Popen(
+        [sys.executable, *command], env=environment, **pipes
+    ) as process:
         for line in process.stdout or ():
             lines.append(line)
             if logged := _LOGGED.search(line):
-                stages["start, imports"] = stages["start, imports"] or time.time() - began
-                stage, seconds = _LOGS[logged[1]], float(logged[2])
-                if stage == "tracing":  # of a program or, before it, of functions in it, whose time is part of its own
+                stages["start, imports"] = (
+                    stages["start, imports"] or time.time() - began
+                )
+                stage = _LOGS[logged[1]]
+                seconds = float(logged[2])
+                if (
+                    stage == "tracing"
+                ):  # of a program or, before it, of functions in it, whose time is part of its own
                     traced = seconds
                 else:
                     stages[stage] += seconds
             elif "Compiling jit(" in line:
-                stages["tracing"], traced = stages["tracing"] + traced, 0.0
+                stages["tracing"] = stages["tracing"] + traced
+                traced = 0.0
     if process.returncode:
-        sys.exit(f"{' '.join(command)} ended with status {process.returncode}:\n{''.join(lines[-20:])}")
+        sys.exit(
+            f"{' '.join(command)} ended with status {process.returncode}:\n{''.join(lines[-20:])}"
+        )
     took = {"seconds": time.time() - began, "cpu": cpu_of_children() - before}
     return took | {"output": lines, "stages": stages}
 
 
-def _case(where: str, call: str, turns: Sequence[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+def _case(
+    where: str, call: str, turns: Sequence[dict[str, dict[str, Any]]]
+) -> dict[str, Any]:
     """Return the ratio of the fastest peer to ours."""
-    seconds = {name: np.array([turn[name]["seconds"] for turn in turns]) for name in turns[0]}
-    cpu = {f"{name}_cpu": float(np.median([turn[name]["cpu"] for turn in turns])) for name in turns[0]}
+    seconds = {
+        name: np.array([turn[name]["seconds"] for turn in turns]) for name in turns[0]
+    }
+    cpu = {
+        f"{name}_cpu": float(np.median([turn[name]["cpu"] for turn in turns]))
+        for name in turns[0]
+    }
     peer = min(turns[0].keys() - {_OURS}, key=lambda name: np.median(seconds[name]))
-    ours, theirs = turns[0][_OURS], turns[0][peer]
-    same = [theirs["answers"].get(prompt) == said for prompt, said in ours["answers"].items()]
+    ours = turns[0][_OURS]
+    theirs = turns[0][peer]
+    same = [
+        theirs["answers"].get(prompt) == said
+        for prompt, said in ours["answers"].items()
+    ]
     return case(
         f"{where}, {call} call: fastest peer / ours",
         of_turns(seconds[peer], seconds[_OURS]),

@@ -29,12 +29,19 @@ extensions = [
 ]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 nb_execution_mode = "off"  # the outputs are in the notebooks; tests run them
-myst_heading_anchors = 4  # named as GitHub names them, so that the same links work in both places
+myst_heading_anchors = (
+    4  # named as GitHub names them, so that the same links work in both places
+)
 highlight_language = "none"
 
 # Pages link to the notebooks where they are in the repository; on the site they are in a folder of the pages.
 _HERE = Path(__file__).parent
-shutil.copytree(_HERE / "../examples/notebooks", _HERE / "notebooks", dirs_exist_ok=True, ignore=lambda *_: ["runs"])
+shutil.copytree(
+    _HERE / "../examples/notebooks",
+    _HERE / "notebooks",
+    dirs_exist_ok=True,
+    ignore=lambda *_: ["runs"],
+)
 
 default_role = "code"  # docstrings have single backticks
 autodoc_member_order = "bysource"
@@ -50,9 +57,17 @@ class Help(Directive):
     optional_arguments = 2
 
     def run(self) -> list[nodes.Node]:
-        command = [sys.executable, "-m", "lorafusion_jax.cli", *self.arguments, "--help"]
+        command = [
+            sys.executable,
+            "-m",
+            "lorafusion_jax.cli",
+            *self.arguments,
+            "--help",
+        ]
         wide = os.environ | {"COLUMNS": "100", "JAX_PLATFORMS": "cpu"}
-        text = subprocess.run(command, env=wide, check=True, capture_output=True, text=True).stdout
+        text = subprocess.run(
+            command, env=wide, check=True, capture_output=True, text=True
+        ).stdout
         return [nodes.literal_block(text, text, language="none")]
 
 
@@ -64,25 +79,39 @@ def _as_text(_app, what: str, _name: str, _object, _options, lines: list[str]) -
     if what == "property":  # napoleon takes what is before a colon for a type
         lines[0] = lines[0].replace(": ", ", ")
     for i, line in enumerate(lines):
-        line = re.sub(r"(`[^`]*`)|([*|])(?! )", lambda found: found[1] or "\\" + found[2], line)
+        line = re.sub(
+            r"(`[^`]*`)|([*|])(?! )", lambda found: found[1] or "\\" + found[2], line
+        )
         lines[i] = re.sub(r"^(Examples?):$", r"\1::\n", line)
     lines[:] = "\n".join(lines).split("\n")
 
 
-def _skipped(_app, _what: str, _name: str, member: object, _skip: bool, _options) -> bool | None:
+def _skipped(
+    _app, _what: str, _name: str, member: object, _skip: bool, _options
+) -> bool | None:
     # A field of a named tuple is described by its class.
     return True if type(member).__name__ == "_tuplegetter" else None
 
 
-def _short(_app, _what, _name, _object, _options, *texts: str | None) -> tuple[str | None, ...]:
-    return tuple(text and text.replace("jaxlib._jax.", "") for text in texts)  # jaxtyping writes modules out
+def _short(
+    _app, _what, _name, _object, _options, *texts: str | None
+) -> tuple[str | None, ...]:
+    return tuple(
+        text and text.replace("jaxlib._jax.", "") for text in texts
+    )  # jaxtyping writes modules out
 
 
 def _to_copies(_app, name: str, source: list[str]) -> None:
     source[0] = source[0].replace("../../examples/notebooks/", "../notebooks/")
-    source[0] = source[0].replace("](../../experiments/", "](path:../../experiments/")  # designs, which are no pages
+    source[0] = source[0].replace(
+        "](../../experiments/", "](path:../../experiments/"
+    )  # designs, which are no pages
     if name.startswith("notebooks/"):  # two folders deep in the repository
-        source[0] = source[0].replace("../../docs/", "../").replace("../../CONTRIBUTING.md", "../contributing.md")
+        source[0] = (
+            source[0]
+            .replace("../../docs/", "../")
+            .replace("../../CONTRIBUTING.md", "../contributing.md")
+        )
 
 
 def setup(app) -> None:

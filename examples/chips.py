@@ -10,11 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import lorafusion_jax as lf
-from lorafusion_jax.parts import EvaluateOnChipsOptions, OnArrays, ProgramOptions, evaluate_on_chips, write_chips
+from lorafusion_jax.parts import (
+    EvaluateOnChipsOptions,
+    OnArrays,
+    ProgramOptions,
+    evaluate_on_chips,
+    write_chips,
+)
 
 EXAMPLES = Path(__file__).parent
 SMALL = EXAMPLES / "small"
-BASE, POOL = str(SMALL / "base"), str(SMALL / "adapters")
+BASE = str(SMALL / "base")
+POOL = str(SMALL / "adapters")
 
 
 # Small, so that it takes a few minutes on a CPU. The defaults of `lf.FusionRecipe()` give better scores.
@@ -24,21 +31,43 @@ RECIPE = lf.FusionRecipe(modules=5, epochs=5)
 def main(out: Path, digital: tuple[str, ...] = (), **changes: Any) -> dict[str, float]:
     # Two independent draws of imperfect arrays, written once for every task. Matrices that a pattern of `digital` names
     # (as in "*.ff.*") stay digital.
-    chips, config = out / "chips", EXAMPLES / "chip.yaml"
+    chips = out / "chips"
+    config = EXAMPLES / "chip.yaml"
     manifest = write_chips(
-        ProgramOptions(base=BASE, pool=POOL, crossbar=str(config), chips=2, keep_digital=digital, out=chips)
+        ProgramOptions(
+            base=BASE,
+            pool=POOL,
+            crossbar=str(config),
+            chips=2,
+            keep_digital=digital,
+            out=chips,
+        )
     )
-    print(f"{manifest['one_chip']['arrays']:,} arrays, {manifest['one_chip']['cells']:,} cells in each chip")
+    print(
+        f"{manifest['one_chip']['arrays']:,} arrays, {manifest['one_chip']['cells']:,} cells in each chip"
+    )
 
     task = str(SMALL / "tasks" / "pairswap_numvow")
-    options = lf.FuseOptions(base=BASE, pool=POOL, task=task, recipe=RECIPE, test_rows=50, out=out, name="digital")
+    options = lf.FuseOptions(
+        base=BASE,
+        pool=POOL,
+        task=task,
+        recipe=RECIPE,
+        test_rows=50,
+        out=out,
+        name="digital",
+    )
     options = dataclasses.replace(options, **changes)
     scores = {"digital": lf.fuse(options)["exact_match"]}
 
     # The same numbers on both chips, and a month later, with the mean drift undone digitally.
-    on_chips = EvaluateOnChipsOptions(run=out / "digital", crossbar=str(chips), ages=("1s", "1month"), compensate="on")
+    on_chips = EvaluateOnChipsOptions(
+        run=out / "digital", crossbar=str(chips), ages=("1s", "1month"), compensate="on"
+    )
     for row in evaluate_on_chips(on_chips)["rows"]:
-        scores[f"digital parameters on chip {row['chip']} after {row['age']}"] = row["exact_match"]
+        scores[f"digital parameters on chip {row['chip']} after {row['age']}"] = row[
+            "exact_match"
+        ]
 
     # Coefficients and magnitudes trained with chip 0 in the forward pass, and evaluated on it.
     arrays = OnArrays(crossbar=str(chips), train_chip="chip", chip=0)

@@ -40,9 +40,12 @@ def main(bits: tuple[int, ...] = (8, 4), steps: int = 100) -> dict[str, float]:
     # Ten classes, scattered about ten random centres, in units that differ from input to input.
     noise, classes, centres, units = jax.random.split(jax.random.key(0), 4)
     labels = jax.random.randint(classes, (2_000,), 0, 10)
-    x = 0.6 * jax.random.normal(centres, (10, 32))[labels] + jax.random.normal(noise, (2_000, 32))
+    x = 0.6 * jax.random.normal(centres, (10, 32))[labels] + jax.random.normal(
+        noise, (2_000, 32)
+    )
     x = x * jnp.exp(jax.random.normal(units, (1, 32)))
-    train, test = slice(0, 1_000), slice(1_000, 2_000)
+    train = slice(0, 1_000)
+    test = slice(1_000, 2_000)
     model = trained(x[train], labels[train], steps)
 
     models = {"digital": model}
@@ -50,20 +53,35 @@ def main(bits: tuple[int, ...] = (8, 4), steps: int = 100) -> dict[str, float]:
         # 2-bit cells with 10 % programming error. `"head": None` as the first rule would keep the last layer digital.
         cells = crossbar.Device(programming=crossbar.Independent(0.1))
         plain = crossbar.CrossbarConfig(
-            mapping=crossbar.Mapping(scale="column"), adc=crossbar.ADC(bits=count), device=cells
+            mapping=crossbar.Mapping(scale="column"),
+            adc=crossbar.ADC(bits=count),
+            device=cells,
         )
-        changed = dataclasses.replace(plain.mapping, factors=True, transform="hadamard", clip="optimal")
-        for name, config in ("", plain), (", prepared", dataclasses.replace(plain, mapping=changed)):
-            rules, few = {"*": config}, [x[train][:64]]
+        changed = dataclasses.replace(
+            plain.mapping, factors=True, transform="hadamard", clip="optimal"
+        )
+        for name, config in (
+            ("", plain),
+            (", prepared", dataclasses.replace(plain, mapping=changed)),
+        ):
+            rules = {"*": config}
+            few = [x[train][:64]]
             # The inputs show what matters; no label and no chip is needed, so one preparation serves all chips.
             preparations = crossbar_flax.prepare(model, rules, few)
-            on_arrays = crossbar_flax.convert(model, rules, jax.random.key(1), preparations)
+            on_arrays = crossbar_flax.convert(
+                model, rules, jax.random.key(1), preparations
+            )
             models[f"{count}-bit ADC{name}"] = crossbar_flax.calibrate(on_arrays, few)
-    accuracy = {name: float(jnp.mean(each(x[test]).argmax(axis=1) == labels[test])) for name, each in models.items()}
+    accuracy = {
+        name: float(jnp.mean(each(x[test]).argmax(axis=1) == labels[test]))
+        for name, each in models.items()
+    }
     for name, share in accuracy.items():
         print(f"{name:19} {share:6.1%} of the test rows are right")
     for row in crossbar_flax.site_errors(models[f"{bits[-1]}-bit ADC"], [x[test][:64]]):
-        print(f"{row['site']:10} {row['sqnr']:.1f} dB of signal to error, {row['clipped']:.2%} clipped")
+        print(
+            f"{row['site']:10} {row['sqnr']:.1f} dB of signal to error, {row['clipped']:.2%} clipped"
+        )
     return accuracy
 
 

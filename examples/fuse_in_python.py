@@ -20,7 +20,10 @@ SMALL = Path(__file__).parent / "small"
 def main(epochs: int = 10, test_rows: int = 200) -> float:
     # A frozen base, and a frozen pool of PEFT adapters. The task joins operations that single adapters were trained on.
     model = lf.load_base(SMALL / "base")
-    adapters = [str(SMALL / "adapters" / name) for name in ("double_next", "double_prev", "pairswap_digit")]
+    adapters = [
+        str(SMALL / "adapters" / name)
+        for name in ("double_next", "double_prev", "pairswap_digit")
+    ]
     pool = lf.read_pool(adapters, model.config)
     task = tasks.load_task(SMALL / "tasks" / "double_digit")
     tokenizer = lf.load_tokenizer(SMALL / "base")
@@ -29,7 +32,9 @@ def main(epochs: int = 10, test_rows: int = 200) -> float:
 
     # The numbers to train: one coefficient per module and block, and one magnitude per column of a matrix.
     graph, base = nnx.split(model)
-    kernels = {site: kernel for site, kernel in lf.kernels(model).items() if site in pool.A}
+    kernels = {
+        site: kernel for site, kernel in lf.kernels(model).items() if site in pool.A
+    }
     frozen = lf.Frozen(base, pool, lf.gram(pool, kernels))
     fusion = lf.Fusion(composition="sum", granularity="block")
     index = jnp.arange(len(pool))
@@ -38,9 +43,18 @@ def main(epochs: int = 10, test_rows: int = 200) -> float:
 
     # A step is a pure function: (state, batch) -> (state, metrics). The problem's weights are arguments.
     step = jax.jit(lf.fusion_step, static_argnames="optimisation")
-    orders = tasks.batch_orders(np.arange(len(train), dtype=np.int32)[None], batch_size=10, epochs=epochs, seeds=(1,))
+    orders = tasks.batch_orders(
+        np.arange(len(train), dtype=np.int32)[None],
+        batch_size=10,
+        epochs=epochs,
+        seeds=(1,),
+    )
     optimisation = lf.Optimisation(steps=orders.shape[1], schedule="cosine", clip=1.0)
-    rates = lf.Rates({"coefficients": jnp.array(0.1), "magnitudes": jnp.array(0.01)}, jnp.array(0.0), jnp.array(0.0))
+    rates = lf.Rates(
+        {"coefficients": jnp.array(0.1), "magnitudes": jnp.array(0.01)},
+        jnp.array(0.0),
+        jnp.array(0.0),
+    )
     metrics = {}
     for batch in tasks.train_batches(train, orders, pad_id=padding):
         batch = jax.tree.map(lambda rows: jnp.asarray(rows[0]), batch)  # the only seed

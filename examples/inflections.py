@@ -108,7 +108,9 @@ def _table(words: str, form: Callable[[str, str, str], str]) -> dict[str, str]:
         marked, _, irregular = entry.partition("/")
         word = marked.rstrip("+")
         assert word not in found, word
-        found[word] = form(word, word + word[-1] * marked.endswith("+"), irregular.replace("_", " "))
+        found[word] = form(
+            word, word + word[-1] * marked.endswith("+"), irregular.replace("_", " ")
+        )
     return found
 
 
@@ -121,7 +123,9 @@ def _past(verb: str, stem: str, irregular: str) -> str:
 def _ing(verb: str, stem: str) -> str:
     if stem.endswith("ie"):
         return stem[:-2] + "ying"
-    silent = stem.endswith("e") and not stem.endswith(("ee", "oe", "ye")) and verb != "be"
+    silent = (
+        stem.endswith("e") and not stem.endswith(("ee", "oe", "ye")) and verb != "be"
+    )
     return (stem[:-1] if silent else stem) + "ing"
 
 
@@ -155,7 +159,9 @@ def main(out: Path) -> None:
         random.Random(0).shuffle(order)
         parts = {"test": order[:TEST_ROWS], "train": order[TEST_ROWS:]}
         for part, words in parts.items():
-            lines = [json.dumps({"input": word, "target": rows[word]}) for word in words]
+            lines = [
+                json.dumps({"input": word, "target": rows[word]}) for word in words
+            ]
             (out / name).mkdir(parents=True, exist_ok=True)
             write_text(out / name / f"{part}.jsonl", "\n".join(lines) + "\n")
 

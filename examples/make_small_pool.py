@@ -24,7 +24,16 @@ import tyro
 from flax import nnx
 from jaxtyping import Array
 from safetensors.numpy import load_file, save_file
-from string_tasks import CHARACTER_OPS, LETTERS, MAX_LETTERS, MAX_OUTPUT, POSITION_OPS, Task, draw, split
+from string_tasks import (
+    CHARACTER_OPS,
+    LETTERS,
+    MAX_LETTERS,
+    MAX_OUTPUT,
+    POSITION_OPS,
+    Task,
+    draw,
+    split,
+)
 
 from lorafusion_jax import LowRank, generate, save_base
 from lorafusion_jax.parts import (
@@ -39,12 +48,23 @@ from lorafusion_jax.parts import (
 from lorafusion_jax.parts import cross_entropy as of_logits
 from lorafusion_jax.tasks import IGNORED
 
-WORDS = ["<pad>", "</s>", "<unk>", ":", "then", *POSITION_OPS, *CHARACTER_OPS, *LETTERS, *"0123456789*-"]
+WORDS = [
+    "<pad>",
+    "</s>",
+    "<unk>",
+    ":",
+    "then",
+    *POSITION_OPS,
+    *CHARACTER_OPS,
+    *LETTERS,
+    *"0123456789*-",
+]
 CONFIG = T5Config(
     vocab_size=len(WORDS), d_model=96, d_kv=24, d_ff=256, num_heads=4, num_layers=2, num_decoder_layers=2,
     unroll=True,
 )  # fmt: skip
-RANK, ALPHA = 16, 32
+RANK = 16
+ALPHA = 32
 TARGETS = ("q", "v")
 PEFT_CONFIG: dict[str, Any] = {
     "alpha_pattern": {},
@@ -77,13 +97,20 @@ PEFT_CONFIG: dict[str, Any] = {
 }
 
 # Fewer steps than the base could use: it leaves the adapters, and then their fusion, something to learn.
-BASE_STEPS, BASE_BATCH, BASE_RATE = 1800, 64, 1.5e-3
-POOL_STEPS, POOL_BATCH, POOL_RATE = 250, 16, 4e-3
-WARM_UP_STEPS, STEPS_PER_CALL = 50, 25
-TRAIN_ROWS, TEST_ROWS = 100, 200
+BASE_STEPS = 1800
+BASE_BATCH = 64
+BASE_RATE = 1.5e-3
+POOL_STEPS = 250
+POOL_BATCH = 16
+POOL_RATE = 4e-3
+WARM_UP_STEPS = 50
+STEPS_PER_CALL = 25
+TRAIN_ROWS = 100
+TEST_ROWS = 200
 # Many adapters on the hub are in PEFT's older format: so are the first two of the pool, if PyTorch is there.
 BIN_ADAPTERS = 2 if importlib.util.find_spec("torch") else 0
-SOURCE_LENGTH, TARGET_LENGTH = 5 + MAX_LETTERS, 1 + MAX_OUTPUT
+SOURCE_LENGTH = 5 + MAX_LETTERS
+TARGET_LENGTH = 1 + MAX_OUTPUT
 
 # The parts of the seed: one for every kind of draw.
 TRAIN, TEST, ORDER, BASE_INIT, POOL_INIT = range(5)
@@ -111,9 +138,12 @@ def main(out: Path, seed: int = 0) -> None:
       seed: of every random draw.
     """
     if out.exists():
-        raise SystemExit(f"{out} exists: give --out a new folder, or remove this one first")
+        raise SystemExit(
+            f"{out} exists: give --out a new folder, or remove this one first"
+        )
     start = time.perf_counter()
-    tokenizer, tasks = make_tokenizer(), split()
+    tokenizer = make_tokenizer()
+    tasks = split()
     state, base_accuracy = train_base(tokenizer, tasks.base, seed)
     loras, pool_accuracies = train_pool(tokenizer, state, tasks.pool, seed)
     for_fusion = [*tasks.tuning, *tasks.unseen, tasks.out_of_reach]
@@ -122,22 +152,39 @@ def main(out: Path, seed: int = 0) -> None:
         write_base(folder / "base", tokenizer, state)
         for i, task in enumerate(tasks.pool):
             lora = jax.tree.map(lambda a, i=i: np.asarray(a[:, i]), loras)
-            write_lora(folder / "adapters" / task.name, lora, base=out / "base", as_bin=i < BIN_ADAPTERS)
+            write_lora(
+                folder / "adapters" / task.name,
+                lora,
+                base=out / "base",
+                as_bin=i < BIN_ADAPTERS,
+            )
         for task in for_fusion:
             write_task(folder / "tasks" / task.name, task, seed)
         minutes = (time.perf_counter() - start) / 60
-        (folder / "README.md").write_text(readme(base_accuracy, pool_accuracies, zero_shot, seed, minutes))
+        (folder / "README.md").write_text(
+            readme(base_accuracy, pool_accuracies, zero_shot, seed, minutes)
+        )
     print(f"wrote {out} in {minutes:.1f} minutes")
 
 
-def train_base(tokenizer: Any, mixture: list[Task], seed: int) -> tuple[nnx.State, float]:
+def train_base(
+    tokenizer: Any, mixture: list[Task], seed: int
+) -> tuple[nnx.State, float]:
     """Return the state of a T5 trained on the mixture, in float16's values, and its mean accuracy there."""
-    graph, state = nnx.split(T5(CONFIG, rngs=nnx.Rngs(jax.random.fold_in(jax.random.key(seed), BASE_INIT))))
+    graph, state = nnx.split(
+        T5(CONFIG, rngs=nnx.Rngs(jax.random.fold_in(jax.random.key(seed), BASE_INIT)))
+    )
     rows_per_task = -(-BASE_STEPS * BASE_BATCH // len(mixture))
-    data = [encode(tokenizer, train_rows(task, rows_per_task, seed)) for task in mixture]
-    order = np.random.default_rng((seed, ORDER)).permutation(rows_per_task * len(mixture))
+    data = [
+        encode(tokenizer, train_rows(task, rows_per_task, seed)) for task in mixture
+    ]
+    order = np.random.default_rng((seed, ORDER)).permutation(
+        rows_per_task * len(mixture)
+    )
     order = order[: BASE_STEPS * BASE_BATCH]
-    batches = jax.tree.map(lambda *a: np.concatenate(a)[order].reshape(BASE_STEPS, BASE_BATCH, -1), *data)
+    batches = jax.tree.map(
+        lambda *a: np.concatenate(a)[order].reshape(BASE_STEPS, BASE_BATCH, -1), *data
+    )
 
     def objective(state: nnx.State, batch: Batches) -> Array:
         return cross_entropy(nnx.merge(graph, state), None, batch)
@@ -152,7 +199,9 @@ def train_pool(
 ) -> tuple[dict[str, Factors], dict[Task, float]]:
     """Return the adapters of all tasks, leaves [L, N, ...] in float16's values, and their accuracies."""
     rows = [train_rows(task, POOL_STEPS * POOL_BATCH, seed) for task in tasks]
-    loras = train_loras(tokenizer, state, rows, jax.random.fold_in(jax.random.key(seed), POOL_INIT))
+    loras = train_loras(
+        tokenizer, state, rows, jax.random.fold_in(jax.random.key(seed), POOL_INIT)
+    )
     return loras, accuracies(tokenizer, state, loras, tasks, seed)
 
 
@@ -166,7 +215,10 @@ def train_loras(
     """Return an adapter for each list of POOL_STEPS * POOL_BATCH rows, leaves [L, N, ...] in float16's values."""
     graph = nnx.graphdef(abstract_model())
     data = [encode(tokenizer, own, target_length) for own in rows]
-    batches = jax.tree.map(lambda *a: np.stack([x.reshape(POOL_STEPS, POOL_BATCH, -1) for x in a], axis=1), *data)
+    batches = jax.tree.map(
+        lambda *a: np.stack([x.reshape(POOL_STEPS, POOL_BATCH, -1) for x in a], axis=1),
+        *data,
+    )
 
     def objective(loras: dict[str, Factors], batch: Batches) -> Array:
         def of_one(lora: dict[str, Factors], batch: Batches) -> Array:
@@ -175,26 +227,46 @@ def train_loras(
         # Adam works entry by entry, so the gradient of the sum trains every adapter on its own.
         return jnp.sum(jax.vmap(of_one, in_axes=(1, 0))(loras, batch))
 
-    return as_float16(fit(objective, initial_loras(len(rows), key), batches, POOL_RATE, "pool"))
+    return as_float16(
+        fit(objective, initial_loras(len(rows), key), batches, POOL_RATE, "pool")
+    )
 
 
 def initial_loras(count: int, key: Array) -> dict[str, Factors]:
     """Return LoRA's start for every adapted site: A uniform within 1 / sqrt(d_in) as PEFT's, B zero."""
-    adapted = {name: site for name, site in CONFIG.sites.items() if name.rpartition(".")[2] in TARGETS}
+    adapted = {
+        name: site
+        for name, site in CONFIG.sites.items()
+        if name.rpartition(".")[2] in TARGETS
+    }
     keys = dict(zip(adapted, jax.random.split(key, len(adapted)), strict=True))
     loras = {}
     for name, site in adapted.items():
         bound = site.d_in**-0.5
-        A = jax.random.uniform(keys[name], (site.layers, count, site.d_in, RANK), jnp.float32, -bound, bound)
+        A = jax.random.uniform(
+            keys[name],
+            (site.layers, count, site.d_in, RANK),
+            jnp.float32,
+            -bound,
+            bound,
+        )
         B = jnp.zeros((site.layers, count, RANK, site.d_out))
         loras[name] = Factors(A, B)
     return loras
 
 
-def fit(objective: Callable[[Any, Batches], Array], params: Any, batches: Batches, rate: float, label: str) -> Any:
+def fit(
+    objective: Callable[[Any, Batches], Array],
+    params: Any,
+    batches: Batches,
+    rate: float,
+    label: str,
+) -> Any:
     """Return `params` after one Adam step for each of the batches, the rate rising, then falling to zero."""
     steps = len(batches.source)
-    optimiser = optax.adam(optax.warmup_cosine_decay_schedule(0.0, rate, WARM_UP_STEPS, steps))
+    optimiser = optax.adam(
+        optax.warmup_cosine_decay_schedule(0.0, rate, WARM_UP_STEPS, steps)
+    )
 
     def step(carry: tuple[Any, Any], batch: Batches) -> tuple[tuple[Any, Any], Array]:
         params, state = carry
@@ -204,7 +276,9 @@ def fit(objective: Callable[[Any, Batches], Array], params: Any, batches: Batche
             params = optax.apply_updates(params, updates)
         return (params, state), value
 
-    run = jax.jit(lambda carry, batches: jax.lax.scan(step, carry, batches), donate_argnums=0)
+    run = jax.jit(
+        lambda carry, batches: jax.lax.scan(step, carry, batches), donate_argnums=0
+    )
     carry = jax.tree.map(jnp.copy, (params, optimiser.init(params)))
     with progress(label, steps) as bar:
         for first in range(0, steps, STEPS_PER_CALL):
@@ -225,27 +299,47 @@ def cross_entropy(model: T5, lora: dict[str, Factors] | None, batch: Batches) ->
 
 
 def adapters(lora: dict[str, Factors] | None) -> dict[str, LowRank]:
-    return {site: LowRank(A, B * (ALPHA / RANK)) for site, (A, B) in (lora or {}).items()}
+    return {
+        site: LowRank(A, B * (ALPHA / RANK)) for site, (A, B) in (lora or {}).items()
+    }
 
 
 def accuracies(
-    tokenizer: Any, state: nnx.State, loras: dict[str, Factors] | None, tasks: list[Task], seed: int
+    tokenizer: Any,
+    state: nnx.State,
+    loras: dict[str, Factors] | None,
+    tasks: list[Task],
+    seed: int,
 ) -> dict[Task, float]:
     """Return the exact match of greedy generation on the test rows of each task, with the adapter of its index."""
     graph = nnx.graphdef(abstract_model())
     rows = [test_rows(task, seed) for task in tasks]
     sources = jnp.stack([encode(tokenizer, r).source for r in rows])
 
-    def answer(state: nnx.State, lora: dict[str, Factors] | None, source: Array) -> Array:
+    def answer(
+        state: nnx.State, lora: dict[str, Factors] | None, source: Array
+    ) -> Array:
         model = nnx.merge(graph, state)
-        return generate(model, source, source != CONFIG.pad_id, adapters(lora), max_new_tokens=TARGET_LENGTH)
+        return generate(
+            model,
+            source,
+            source != CONFIG.pad_id,
+            adapters(lora),
+            max_new_tokens=TARGET_LENGTH,
+        )
 
     axis = None if loras is None else 1
-    answers = np.asarray(jax.jit(jax.vmap(answer, in_axes=(None, axis, 0)))(state, loras, sources))
+    answers = np.asarray(
+        jax.jit(jax.vmap(answer, in_axes=(None, axis, 0)))(state, loras, sources)
+    )
     scores = {}
     for task, task_rows, ids in zip(tasks, rows, answers, strict=True):
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        scores[task] = float(np.mean([t == r["completion"] for t, r in zip(texts, task_rows, strict=True)]))
+        scores[task] = float(
+            np.mean(
+                [t == r["completion"] for t, r in zip(texts, task_rows, strict=True)]
+            )
+        )
     return scores
 
 
@@ -263,14 +357,16 @@ def abstract_model() -> T5:
     return nnx.eval_shape(lambda: T5(CONFIG, rngs=nnx.Rngs(0)))
 
 
-def encode(tokenizer: Any, rows: list[dict[str, str]], target_length: int = TARGET_LENGTH) -> Batches:
+def encode(
+    tokenizer: Any, rows: list[dict[str, str]], target_length: int = TARGET_LENGTH
+) -> Batches:
     """Return the padded token ids of rows with context and completion."""
 
     def ids(key: str, length: int) -> np.ndarray:
         texts = [row[key] for row in rows]
-        return tokenizer(texts, padding="max_length", max_length=length, return_tensors="np")["input_ids"].astype(
-            np.int32
-        )
+        return tokenizer(
+            texts, padding="max_length", max_length=length, return_tensors="np"
+        )["input_ids"].astype(np.int32)
 
     return Batches(ids("context", SOURCE_LENGTH), ids("completion", target_length))
 
@@ -286,11 +382,18 @@ def make_tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     words = "|".join([*POSITION_OPS, *CHARACTER_OPS, "then"])
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(rf"^(?:{words})$|."), "isolated")]
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
     )
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Split(Regex(rf"^(?:{words})$|."), "isolated"),
+        ]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
         clean_up_tokenization_spaces=False, model_max_length=512,
@@ -326,7 +429,9 @@ def write_base(folder: Path, tokenizer: Any, state: nnx.State) -> None:
     }
     with tempfile.TemporaryDirectory() as template:
         tokenizer.save_pretrained(template)
-        tokenizer_config = json.loads(Path(template, "tokenizer_config.json").read_text())
+        tokenizer_config = json.loads(
+            Path(template, "tokenizer_config.json").read_text()
+        )
         # The name that transformers 4 knows it by as well.
         tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"
         write_json(Path(template, "tokenizer_config.json"), tokenizer_config)
@@ -334,11 +439,15 @@ def write_base(folder: Path, tokenizer: Any, state: nnx.State) -> None:
         write_json(Path(template, "generation_config.json"), ids)
         save_base(nnx.merge(nnx.graphdef(abstract_model()), state), folder, template)
     weights = folder / "model.safetensors"
-    halves = {name: tensor.astype(np.float16) for name, tensor in load_file(weights).items()}
+    halves = {
+        name: tensor.astype(np.float16) for name, tensor in load_file(weights).items()
+    }
     save_file(halves, weights, metadata={"format": "pt"})
 
 
-def write_lora(folder: Path, lora: dict[str, Factors], *, base: Path, as_bin: bool) -> None:
+def write_lora(
+    folder: Path, lora: dict[str, Factors], *, base: Path, as_bin: bool
+) -> None:
     """Write a PEFT folder; `as_bin` as PEFT did before safetensors."""
     tensors = {}
     for site, factors in lora.items():
@@ -346,10 +455,15 @@ def write_lora(folder: Path, lora: dict[str, Factors], *, base: Path, as_bin: bo
             prefix = f"base_model.model.{CONFIG.sites[site].path_of(layer)}"
             tensors[f"{prefix}.lora_A.weight"] = A.T.astype(np.float16)
             tensors[f"{prefix}.lora_B.weight"] = B.T.astype(np.float16)
-    write_adapter(folder, PEFT_CONFIG | {"base_model_name_or_path": base.as_posix()}, tensors)
+    write_adapter(
+        folder, PEFT_CONFIG | {"base_model_name_or_path": base.as_posix()}, tensors
+    )
     if as_bin:
         torch = importlib.import_module("torch")
-        copies = {key: torch.from_numpy(np.ascontiguousarray(tensor)) for key, tensor in tensors.items()}
+        copies = {
+            key: torch.from_numpy(np.ascontiguousarray(tensor))
+            for key, tensor in tensors.items()
+        }
         torch.save(copies, folder / "adapter_model.bin")
         (folder / "adapter_model.safetensors").unlink()
 
@@ -359,18 +473,28 @@ def write_task(folder: Path, task: Task, seed: int) -> None:
     folder.mkdir(parents=True)
     parts = {"train": train_rows(task, TRAIN_ROWS, seed), "test": test_rows(task, seed)}
     for name, rows in parts.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def readme(base: float, pool: dict[Task, float], zero_shot: dict[Task, float], seed: int, minutes: float) -> str:
+def readme(
+    base: float,
+    pool: dict[Task, float],
+    zero_shot: dict[Task, float],
+    seed: int,
+    minutes: float,
+) -> str:
     """Return the page on how the pool was made and how accurate it is."""
     tasks = split()
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(abstract_model())))
-    use = dict.fromkeys(tasks.tuning, "tuning") | dict.fromkeys(tasks.unseen, "measurement")
+    use = dict.fromkeys(tasks.tuning, "tuning") | dict.fromkeys(
+        tasks.unseen, "measurement"
+    )
     lines = [
         "# The embedded small pool",
         "",
@@ -398,7 +522,10 @@ def readme(base: float, pool: dict[Task, float], zero_shot: dict[Task, float], s
         "",
         "| task | for | base alone |",
         "|---|---|---|",
-        *(f"| {task.name} | {use.get(task, 'out of reach')} | {value:.1%} |" for task, value in zero_shot.items()),
+        *(
+            f"| {task.name} | {use.get(task, 'out of reach')} | {value:.1%} |"
+            for task, value in zero_shot.items()
+        ),
         "",
         "The base with each adapter, on the adapter's task:",
         "",

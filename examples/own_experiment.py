@@ -13,14 +13,30 @@ from lorafusion_jax import parts
 SMALL = Path(__file__).parent / "small"
 
 
-def main(out: Path, methods: tuple[str, ...] = ("zero-shot", "magnitudes", "fusion", "lora"), **options: Any) -> str:
+def main(
+    out: Path,
+    methods: tuple[str, ...] = ("zero-shot", "magnitudes", "fusion", "lora"),
+    **options: Any,
+) -> str:
     lines = [["method", "trained parameters", "exact match, %", "loss"]]
     for method in methods:
         pool = str(SMALL / "adapters") if lf.METHODS[method].pool else None
-        shared: dict[str, Any] = {"base": str(SMALL / "base"), "task": str(SMALL / "tasks" / "double_digit")} | options
-        found = lf.fuse(lf.FuseOptions(pool=pool, method=method, out=out, name=method, **shared))
+        shared: dict[str, Any] = {
+            "base": str(SMALL / "base"),
+            "task": str(SMALL / "tasks" / "double_digit"),
+        } | options
+        found = lf.fuse(
+            lf.FuseOptions(pool=pool, method=method, out=out, name=method, **shared)
+        )
         loss = sum(seed["loss"] for seed in found["seeds"]) / len(found["seeds"])
-        lines.append([method, f"{found['trainable']:,}", f"{found['exact_match']:.1f}", f"{loss:.2f}"])
+        lines.append(
+            [
+                method,
+                f"{found['trainable']:,}",
+                f"{found['exact_match']:.1f}",
+                f"{loss:.2f}",
+            ]
+        )
     return parts.markdown(lines)
 
 

@@ -45,9 +45,22 @@ def main(
     """
     pool = out / "pool"
     if not pool.exists():
-        sources = ("--adapters", *adapters) if adapters else ("--adapters-file", "lorahub")
+        sources = (
+            ("--adapters", *adapters) if adapters else ("--adapters-file", "lorahub")
+        )
         run(*LORAFUSION, "convert", "--base", base, *sources, "--out", str(pool))
-    matrix = [*MATRIX, "--base", base, "--pool", str(pool), "--data", str(data), "--out", str(out), *options]
+    matrix = [
+        *MATRIX,
+        "--base",
+        base,
+        "--pool",
+        str(pool),
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        *options,
+    ]
     matrix += ["--seeds", *map(str, seeds), *(("--tasks", *tasks) if tasks else ())]
     run(*matrix, "--plan")
     run(*matrix)
@@ -55,7 +68,14 @@ def main(
         task = folder.name.partition("-LoRAFusion-")[0]
         adapter = out / "adapters" / task
         if not adapter.exists():
-            export = ("--run", str(folder), "--seed", str(seeds[0]), "--out", str(adapter))
+            export = (
+                "--run",
+                str(folder),
+                "--seed",
+                str(seeds[0]),
+                "--out",
+                str(adapter),
+            )
             run(*LORAFUSION, "export", *export)
     print(f"The report is {out / 'report' / 'report.html'}")
 

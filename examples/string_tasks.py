@@ -12,7 +12,8 @@ import numpy as np
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 VOWELS = "aeiou"
-MIN_LETTERS, MAX_LETTERS = 3, 7
+MIN_LETTERS = 3
+MAX_LETTERS = 7
 MAX_OUTPUT = 2 * MAX_LETTERS
 
 # Four that a small T5 learns at once come first, next to copy: `split` takes unseen tasks from the others.
@@ -38,7 +39,9 @@ CHARACTER_OPS = {
     "prev": lambda s: _shift(s, -1),
     "digit": lambda s: "".join(str((LETTERS.index(c) + 1) % 10) for c in s),
     "dash": lambda s: "-".join(s),
-    "numvow": lambda s: "".join(str(VOWELS.index(c) + 1) if c in VOWELS else c for c in s),
+    "numvow": lambda s: "".join(
+        str(VOWELS.index(c) + 1) if c in VOWELS else c for c in s
+    ),
     "next2": lambda s: _shift(s, 2),
     "starvow": lambda s: "".join("*" if c in VOWELS else c for c in s),
     "starcon": lambda s: "".join(c if c in VOWELS else "*" for c in s),
@@ -60,7 +63,9 @@ class Task(NamedTuple):
         return f"{self.position} then {self.character} : {' '.join(letters)}"
 
     def completion(self, letters: str) -> str:
-        return " ".join(CHARACTER_OPS[self.character](POSITION_OPS[self.position](letters)))
+        return " ".join(
+            CHARACTER_OPS[self.character](POSITION_OPS[self.position](letters))
+        )
 
 
 class Split(NamedTuple):
@@ -82,19 +87,30 @@ def split() -> Split:
     """
     positions = [op for op in POSITION_OPS if op != "copy"]
     characters = [op for op in CHARACTER_OPS if op not in ("same", "mirror")]
-    singles = [Task(op, "same") for op in positions] + [Task("copy", op) for op in characters]
+    singles = [Task(op, "same") for op in positions] + [
+        Task("copy", op) for op in characters
+    ]
     pairs = [
         Task(position, characters[(row + diagonal) % len(characters)])
         for diagonal in range(len(characters))
         for row, position in enumerate(positions)
     ]
-    return Split(singles + pairs[:12], pairs[12:40], pairs[40:42], pairs[42:48], Task("reverse", "mirror"))
+    return Split(
+        singles + pairs[:12],
+        pairs[12:40],
+        pairs[40:42],
+        pairs[42:48],
+        Task("reverse", "mirror"),
+    )
 
 
-def draw(task: Task, count: int, seed: tuple[int, ...], *, exclude: Collection[str] = ()) -> list[dict[str, str]]:
+def draw(
+    task: Task, count: int, seed: tuple[int, ...], *, exclude: Collection[str] = ()
+) -> list[dict[str, str]]:
     """Return `count` rows with keys context and completion; contexts are distinct and not in `exclude`."""
     rng = np.random.default_rng((zlib.crc32(task.name.encode()), *seed))
-    seen, rows = set(exclude), []
+    seen = set(exclude)
+    rows = []
     while len(rows) < count:
         length = rng.integers(MIN_LETTERS, MAX_LETTERS + 1)
         letters = "".join(LETTERS[i] for i in rng.integers(0, len(LETTERS), length))

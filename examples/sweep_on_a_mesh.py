@@ -16,7 +16,9 @@ import lorafusion_jax as lf
 SMALL = Path(__file__).parent / "small"
 
 
-def main(out: Path, recipe: lf.Recipe = lf.PRESETS["default"], test_rows: int | None = None) -> dict:
+def main(
+    out: Path, recipe: lf.Recipe = lf.PRESETS["default"], test_rows: int | None = None
+) -> dict:
     options = lf.FuseOptions(
         base=str(SMALL / "base"),
         pool=str(SMALL / "adapters"),  # a folder of PEFT adapters, or a converted pool
@@ -30,12 +32,16 @@ def main(out: Path, recipe: lf.Recipe = lf.PRESETS["default"], test_rows: int | 
     )
     results = lf.fuse(options)
     for seed in results["seeds"]:
-        print(f"seed {seed['seed']}: {seed['exact_match']:.1f} %, loss {seed['loss']:.3f}")
+        print(
+            f"seed {seed['seed']}: {seed['exact_match']:.1f} %, loss {seed['loss']:.3f}"
+        )
     print(f"mean: {results['exact_match']:.1f} %")
 
     # A run can be read again, on any number of devices; trained parameters have an axis of seeds.
     _, params, config = lf.load_run(out / "mesh")
-    print(f"coefficients: {params['coefficients'].shape}; seed 1 fuses {', '.join(config['modules'][0][:3])}, ...")
+    print(
+        f"coefficients: {params['coefficients'].shape}; seed 1 fuses {', '.join(config['modules'][0][:3])}, ..."
+    )
     return results
 
 

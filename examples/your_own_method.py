@@ -37,21 +37,39 @@ class Gains(lf.Method):
     sites: tuple[tuple[str, int, int], ...]
     first: float = 1.0
 
-    def init(self, frozen, index, key):  # groups of numbers; each has the learning rate `lr_GROUP` of the recipe
-        return {"gains": {name: jnp.full(layers, self.first) for name, layers, _ in self.sites}}
+    def init(
+        self, frozen, index, key
+    ):  # groups of numbers; each has the learning rate `lr_GROUP` of the recipe
+        return {
+            "gains": {
+                name: jnp.full(layers, self.first) for name, layers, _ in self.sites
+            }
+        }
 
-    def adapters(self, params, frozen, index):  # what the model reads next to its kernels, and metrics
+    def adapters(
+        self, params, frozen, index
+    ):  # what the model reads next to its kernels, and metrics
         gains = params["gains"]
-        return {name: lf.Rescaled(jnp.tile(gains[name][:, None], (1, d_out))) for name, _, d_out in self.sites}, {}
+        return {
+            name: lf.Rescaled(jnp.tile(gains[name][:, None], (1, d_out)))
+            for name, _, d_out in self.sites
+        }, {}
 
 
 def build(built):
-    return Gains(tuple((name, site.layers, site.d_out) for name, site in built.sites), built.recipe.first_gain)
+    return Gains(
+        tuple((name, site.layers, site.d_out) for name, site in built.sites),
+        built.recipe.first_gain,
+    )
 
 
 def layouts(billed):  # what a task of the method takes in hardware, for costs
     words = sum(billed.counts.values())
-    return {"gains": lf.CostLayout(installed_words=words, macs=lambda site: site.d_out, words=lambda site: 1)}
+    return {
+        "gains": lf.CostLayout(
+            installed_words=words, macs=lambda site: site.d_out, words=lambda site: 1
+        )
+    }
 
 
 GAINS = lf.MethodEntry(
@@ -60,7 +78,9 @@ GAINS = lf.MethodEntry(
     title="gains from {first_gain:g}",  # of its row in `lorafusion params`
     build=build,
     recipe=GainsRecipe,
-    update=lambda recipe, modules: lf.Update(targets=recipe.lora_targets),  # its matrix products, for plans: none
+    update=lambda recipe, modules: lf.Update(
+        targets=recipe.lora_targets
+    ),  # its matrix products, for plans: none
     groups=("gains",),
     cost_layouts=layouts,
 )
@@ -71,10 +91,14 @@ def main(out: Path, **changes: Any) -> dict[str, float]:
     scores = {}
     for method in ("zero-shot", "gains", "magnitudes"):
         task = str(SMALL / "tasks" / "sort_next2")
-        options = lf.FuseOptions(base=str(SMALL / "base"), task=task, method=method, out=out, name=method)
+        options = lf.FuseOptions(
+            base=str(SMALL / "base"), task=task, method=method, out=out, name=method
+        )
         results = lf.fuse(dataclasses.replace(options, **changes))
         scores[method] = results["exact_match"]
-        print(f"{method:10} {results['trainable']:6,} numbers, {scores[method]:5.1f} % exact match")
+        print(
+            f"{method:10} {results['trainable']:6,} numbers, {scores[method]:5.1f} % exact match"
+        )
     return scores
 
 

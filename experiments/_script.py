@@ -8,5 +8,8 @@ from lorafusion_jax.support import interrupts
 
 __all__ = ["run"]
 
-if Path(getattr(__main__, "__file__", "")).resolve().parent == Path(__file__).resolve().parent:
+if (
+    Path(getattr(__main__, "__file__", "")).resolve().parent
+    == Path(__file__).resolve().parent
+):
     interrupts.watch()

@@ -24,11 +24,30 @@ from small_pool import SmallPoolOptions
 from lorafusion_jax.parts import MergeKind
 from lorafusion_jax.trials import ARMS, Arm
 
-Group = Literal["modules", "examples", "granularity", "composition", "start", "bits", "pruning", "controls", "merges"]
+Group = Literal[
+    "modules",
+    "examples",
+    "granularity",
+    "composition",
+    "start",
+    "bits",
+    "pruning",
+    "controls",
+    "merges",
+]
 
-_FUSION, _COEFFICIENTS = ARMS["LoRAFusion"], ARMS["coefficients only"]
+_FUSION = ARMS["LoRAFusion"]
+_COEFFICIENTS = ARMS["coefficients only"]
 # The svd forms of ties and its like sum dW in full: the same idea, at the price of a decomposition a matrix.
-_MERGES: tuple[MergeKind, ...] = ("linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+_MERGES: tuple[MergeKind, ...] = (
+    "linear",
+    "cat",
+    "svd",
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "magnitude_prune",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +79,10 @@ def main(arguments: Sequence[str] = ()) -> None:
 def entries_of(group: Group, options: AblationOptions) -> Mapping[str, Arm]:
     """Return the settings of a group by the names of their rows, the one to compare with first."""
     if group == "modules":
-        return {f"{n} modules": _with(_FUSION, modules=n) for n in sorted(options.counts, reverse=True)}
+        return {
+            f"{n} modules": _with(_FUSION, modules=n)
+            for n in sorted(options.counts, reverse=True)
+        }
     if group == "examples":
         pairs = {"LoRAFusion": _FUSION, "LoRA": ARMS["LoRA"]}
         return {
@@ -82,7 +104,10 @@ def entries_of(group: Group, options: AblationOptions) -> Mapping[str, Arm]:
             "sum, norm differentiated": _with(_FUSION, differentiate_norm=True),
         }
     if group == "start":
-        return {f"from {start}": _with(_FUSION, start=start) for start in ("uniform", "xavier", "zeros")}
+        return {
+            f"from {start}": _with(_FUSION, start=start)
+            for start in ("uniform", "xavier", "zeros")
+        }
     if group == "bits":
         return {
             "float32": _FUSION,
@@ -91,7 +116,8 @@ def entries_of(group: Group, options: AblationOptions) -> Mapping[str, Arm]:
         }
     if group == "pruning":
         return {
-            f"{share:.0%} of magnitudes at zero": _with(_FUSION, prune=share) for share in (0.0, 0.05, 0.15, 0.3, 0.5)
+            f"{share:.0%} of magnitudes at zero": _with(_FUSION, prune=share)
+            for share in (0.0, 0.05, 0.15, 0.3, 0.5)
         }
     if group == "controls":
         return {
@@ -99,12 +125,19 @@ def entries_of(group: Group, options: AblationOptions) -> Mapping[str, Arm]:
             "random pool": ARMS["random pool"],
             "shuffled layers": dataclasses.replace(_FUSION, control="shuffled"),
             "coefficients only": _COEFFICIENTS,
-            "coefficients only, random pool": dataclasses.replace(_COEFFICIENTS, control="random-factors"),
-            "coefficients only, shuffled layers": dataclasses.replace(_COEFFICIENTS, control="shuffled"),
+            "coefficients only, random pool": dataclasses.replace(
+                _COEFFICIENTS, control="random-factors"
+            ),
+            "coefficients only, shuffled layers": dataclasses.replace(
+                _COEFFICIENTS, control="shuffled"
+            ),
             # As near to fusion's numbers as a LoRA comes: rank 1, on v alone.
             "LoRA of equal size": _with(ARMS["LoRA"], lora_rank=1, lora_targets=("v",)),
         }
-    merges = {f"merge, {kind}": Arm(method="merge", recipe={"merge": kind}) for kind in _MERGES}
+    merges = {
+        f"merge, {kind}": Arm(method="merge", recipe={"merge": kind})
+        for kind in _MERGES
+    }
     return {"uniform mean": ARMS["uniform mean"]} | merges
 
 

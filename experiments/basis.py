@@ -29,11 +29,19 @@ from small_pool import SmallPoolOptions
 
 from lorafusion_jax import SharedBasis, load_basis
 from lorafusion_jax.report import Scores, colour, main_tables, plot, scores
-from lorafusion_jax.trials import ARMS, Arm, merge, print_matrix_plan, read_rows, run_matrix
+from lorafusion_jax.trials import (
+    ARMS,
+    Arm,
+    merge,
+    print_matrix_plan,
+    read_rows,
+    run_matrix,
+)
 
 Group = Literal["choice", "k32", "k16", "k8", "k24", "k48", "start", "controls", "mean"]
 
-_FUSION, _BEST = "LoRAFusion", "best 10"
+_FUSION = "LoRAFusion"
+_BEST = "best 10"
 # Rows of whole modules, and how they are chosen: a draw, all, the best.
 CHOICES: dict[str, dict[str, Any]] = {_FUSION: {}, "all modules": ALL, _BEST: BEST}
 SIZES = (8, 16, 24, 32, DIRECTIONS)
@@ -60,13 +68,19 @@ class BasisOptions(SmallPoolOptions):
 
 def entries_of(groups: Sequence[Group]) -> dict[str, Arm]:
     """Return the rows of groups by name."""
-    inside, with_core = IN_BASIS["basis"], IN_BASIS["basis and core"]
+    inside = IN_BASIS["basis"]
+    with_core = IN_BASIS["basis and core"]
     twice = dataclasses.replace(inside, recipe=inside.recipe | {"start": "twice"})
     found: dict[str, dict[str, Arm]] = {
-        "choice": {name: dataclasses.replace(ARMS[_FUSION], recipe=of) for name, of in CHOICES.items() if of},
+        "choice": {
+            name: dataclasses.replace(ARMS[_FUSION], recipe=of)
+            for name, of in CHOICES.items()
+            if of
+        },
         "start": {"k = 32, all modules, from 2/N": twice},
         "controls": {
-            f"k = 32, {text}": dataclasses.replace(inside, control=control) for control, text in _CONTROLS.items()
+            f"k = 32, {text}": dataclasses.replace(inside, control=control)
+            for control, text in _CONTROLS.items()
         }
         | {
             f"k = 32, {text}, core": dataclasses.replace(with_core, control=control)
@@ -77,7 +91,8 @@ def entries_of(groups: Sequence[Group]) -> dict[str, Arm]:
     }
     for k in SIZES:
         found[f"k{k}"] = {
-            in_basis(k, whole): dataclasses.replace(inside, recipe=of | {"basis": k}) for whole, of in CHOICES.items()
+            in_basis(k, whole): dataclasses.replace(inside, recipe=of | {"basis": k})
+            for whole, of in CHOICES.items()
         }
     return {name: entry for group in groups for name, entry in found[group].items()}
 
@@ -87,16 +102,29 @@ def in_basis(k: int, whole: str) -> str:
     return f"k = {k}, {'drawn' if whole == _FUSION else whole}"
 
 
-def tables(results: Scores, basis: SharedBasis, sizes: Sequence[int] = SIZES) -> dict[str, list[list[str]]]:
+def tables(
+    results: Scores, basis: SharedBasis, sizes: Sequence[int] = SIZES
+) -> dict[str, list[list[str]]]:
     """Return every row with its reads and its differences, the rows by task, and what the directions keep, by name.
 
     A matrix reads N r columns of A, or k of U.
     """
-    at_most, width = reads(results, _FUSION), next(iter(basis.U.values())).shape[1]
-    head = ["", "read of a matrix", f"/ {at_most}", "trained", "exact match, %", "95 % interval"]
-    lines = [[*head, f"minus {_FUSION}", f"minus {_BEST}", "minus the same modules, whole"]]
+    at_most = reads(results, _FUSION)
+    width = next(iter(basis.U.values())).shape[1]
+    head = [
+        "",
+        "read of a matrix",
+        f"/ {at_most}",
+        "trained",
+        "exact match, %",
+        "95 % interval",
+    ]
+    lines = [
+        [*head, f"minus {_FUSION}", f"minus {_BEST}", "minus the same modules, whole"]
+    ]
     for name in _in_order(results):
-        found, columns = results.summaries[name], reads(results, name)
+        found = results.summaries[name]
+        columns = reads(results, name)
         assert found is not None
         lines.append(
             [
@@ -114,8 +142,12 @@ def tables(results: Scores, basis: SharedBasis, sizes: Sequence[int] = SIZES) ->
     kept = [["k", "k / d", "kept of the modules' squared norms, by site, %"]]
     for k in sizes:
         shares = [100 * norms.mean() for norms in basis.first(k).kept().values()]
-        kept.append([f"{k}", f"{k / width:.2f}", f"{min(shares):.0f} to {max(shares):.0f}"])
-    ordered = Scores(results.shots, [row for name in _in_order(results) for row in results.of(name)])
+        kept.append(
+            [f"{k}", f"{k / width:.2f}", f"{min(shares):.0f} to {max(shares):.0f}"]
+        )
+    ordered = Scores(
+        results.shots, [row for name in _in_order(results) for row in results.of(name)]
+    )
     return {"table": lines, "tasks": main_tables(ordered)[0].texts, "kept": kept}
 
 
@@ -142,7 +174,14 @@ def _in_whole(results: Scores, name: str) -> str | None:
 
     if _recipe(results, name).get("basis") is None:
         return None
-    return next((row for row in CHOICES if row in results.methods and chosen(row) == chosen(name)), None)
+    return next(
+        (
+            row
+            for row in CHOICES
+            if row in results.methods and chosen(row) == chosen(name)
+        ),
+        None,
+    )
 
 
 def _recipe(results: Scores, name: str) -> dict[str, Any]:
@@ -150,33 +189,73 @@ def _recipe(results: Scores, name: str) -> dict[str, Any]:
 
 
 def _difference(results: Scores, name: str, other: str | None) -> str:
-    found = None if other in (None, name) or other not in results.methods else results.paired(name, other)
-    return "" if found is None else f"{found.difference:+.1f} ({found.low:+.1f} to {found.high:+.1f})"
+    found = (
+        None
+        if other in (None, name) or other not in results.methods
+        else results.paired(name, other)
+    )
+    return (
+        ""
+        if found is None
+        else f"{found.difference:+.1f} ({found.low:+.1f} to {found.high:+.1f})"
+    )
 
 
 def draw(results: Scores, path: Path) -> None:
     """Draw accuracy against the columns that are read of every matrix."""
-    at_most, there = reads(results, _FUSION), _in_order(results)
+    at_most = reads(results, _FUSION)
+    there = _in_order(results)
 
     def on(figure: Any) -> None:
         axes = figure.subplots()
 
-        def points(names: Sequence[str], label: str, beside: float = 1.0, **style: Any) -> None:
+        def points(
+            names: Sequence[str], label: str, beside: float = 1.0, **style: Any
+        ) -> None:
             names = [name for name in names if name in there]
             found = [of for name in names if (of := results.summaries[name])]
             if found:
-                x, means = [beside * reads(results, name) for name in names], [of.mean for of in found]
-                around = [[of.mean - of.low for of in found], [of.high - of.mean for of in found]]
+                x = [beside * reads(results, name) for name in names]
+                means = [of.mean for of in found]
+                around = [
+                    [of.mean - of.low for of in found],
+                    [of.high - of.mean for of in found],
+                ]
                 axes.errorbar(x, means, around, label=label, elinewidth=1, **style)
 
         for i, whole in enumerate(CHOICES, start=2):
             text = "20 drawn modules" if whole == _FUSION else whole
             of_basis = [in_basis(k, whole) for k in SIZES]
-            points(of_basis, f"{text}, in the basis", 1.03 ** (i - 3), fmt="o-", color=colour(i))
-            points([whole], f"{text}, whole", fmt="s", color=colour(i), markersize=8, markerfacecolor="white")
+            points(
+                of_basis,
+                f"{text}, in the basis",
+                1.03 ** (i - 3),
+                fmt="o-",
+                color=colour(i),
+            )
+            points(
+                [whole],
+                f"{text}, whole",
+                fmt="s",
+                color=colour(i),
+                markersize=8,
+                markerfacecolor="white",
+            )
         for i, text in enumerate(_CONTROLS.values(), start=5):
-            points([f"k = 32, {text}"], f"{text}, all modules", 1.03 ** (i - 3), fmt="x", color=colour(i))
-        points(["LoRA"], "LoRA, written for the task", fmt="*", color=colour(0), markersize=11)
+            points(
+                [f"k = 32, {text}"],
+                f"{text}, all modules",
+                1.03 ** (i - 3),
+                fmt="x",
+                color=colour(i),
+            )
+        points(
+            ["LoRA"],
+            "LoRA, written for the task",
+            fmt="*",
+            color=colour(0),
+            markersize=11,
+        )
         axes.set_xscale("log")
         ticks = sorted({reads(results, name) for name in there})
         axes.set_xticks(ticks, [f"{x}\n{x / at_most:.2f}" for x in ticks])
@@ -200,11 +279,19 @@ def main(arguments: Sequence[str] = ()) -> None:
     there = {(row["task"], row["seed"], row["shots"]) for row in own}
     compared = [
         row
-        for row in merge([ROOT / "results" / of / "results.jsonl" for of in ("small_pool", "small_pool_5")])
-        if row["method"] in ("LoRA", _FUSION) and (row["task"], row["seed"], row["shots"]) in there
+        for row in merge(
+            [
+                ROOT / "results" / of / "results.jsonl"
+                for of in ("small_pool", "small_pool_5")
+            ]
+        )
+        if row["method"] in ("LoRA", _FUSION)
+        and (row["task"], row["seed"], row["shots"]) in there
     ]
     if not any(row["method"] == _FUSION for row in compared):
-        raise ValueError("the main table has none of these tasks, seeds and shots: run experiments/small_pool.py first")
+        raise ValueError(
+            "the main table has none of these tasks, seeds and shots: run experiments/small_pool.py first"
+        )
     basis = load_basis(Path(options.pool))
     for results in scores([*compared, *own]):
         suffix = "" if results.shots == "95+5" else f"_{results.shots}"

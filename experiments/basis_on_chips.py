@@ -20,7 +20,16 @@ import _script
 import tyro
 from hardware import AGE
 from lab.common import ROOT, slug, with_spread, write_csv
-from lab.hardware import ChipsOptions, Row, Store, again, as_lines, matches, of_tasks, subject
+from lab.hardware import (
+    ChipsOptions,
+    Row,
+    Store,
+    again,
+    as_lines,
+    matches,
+    of_tasks,
+    subject,
+)
 from lab.methods import IN_BASIS
 
 from lorafusion_jax.crossbar import save_config
@@ -30,7 +39,11 @@ from lorafusion_jax.trials import ARMS
 # How numbers are trained, and the age at which they are read; None is new.
 COLUMNS = (
     ("digital", None),
-    *((case, age) for case in ("untouched", "fresh noise", "its chip") for age in (None, AGE)),
+    *(
+        (case, age)
+        for case in ("untouched", "fresh noise", "its chip")
+        for age in (None, AGE)
+    ),
     ("its chip, all rows", AGE),
     ("in advance", AGE),
 )
@@ -51,32 +64,48 @@ class Options(ChipsOptions):
 def main(arguments: Sequence[str] = ()) -> None:
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
     options.check(sizes=options.sizes)
-    aged(load_chips(options.crossbar).config, AGE, compensate=True)  # raises ValueError before anything is trained
-    store, rows = options.store("sizes"), []
+    aged(
+        load_chips(options.crossbar).config, AGE, compensate=True
+    )  # raises ValueError before anything is trained
+    store = options.store("sizes")
+    rows = []
     for size in options.sizes:
-        rows += of_tasks(options.tasks, lambda task, size=size: task_rows(store, task, size, options))
+        rows += of_tasks(
+            options.tasks, lambda task, size=size: task_rows(store, task, size, options)
+        )
     lines = table(rows)
     write_csv(options.out / "table.csv", lines)
     write_csv(options.out / "rows.csv", as_lines(rows))
     print(f"{markdown(lines)}\nwritten to {options.out}")
 
 
-def task_rows(store: Store, task: str, size: int | Literal["whole"], options: Options) -> Iterator[Row]:
+def task_rows(
+    store: Store, task: str, size: int | Literal["whole"], options: Options
+) -> Iterator[Row]:
     """Yield the rows of a fusion on a task: fusion, case, age, chip, seed, exact match (percent), loss."""
     # In a basis, the modules of LoRAFusion's row: a draw.
-    entry, fusion = dataclasses.replace(IN_BASIS["basis"], recipe={"basis": size}), f"k = {size}"
+    entry = dataclasses.replace(IN_BASIS["basis"], recipe={"basis": size})
+    fusion = f"k = {size}"
     if size == "whole":
-        entry, fusion = ARMS["LoRAFusion"], "whole modules"
+        entry = ARMS["LoRAFusion"]
+        fusion = "whole modules"
     on = subject(store, task, fusion, entry, options)
-    new, recipe, name = on.chips.config, on.options.recipe, on.options.name
+    new = on.chips.config
+    recipe = on.options.recipe
+    name = on.options.name
     month = aged(new, AGE, compensate=True)
-    save_config(aged(new, None, compensate=True), compensated := store.folder / "compensated.yaml")
+    save_config(
+        aged(new, None, compensate=True),
+        compensated := store.folder / "compensated.yaml",
+    )
 
     def on_fresh_chips(case: str, **chips: Any) -> Params:
         arrays = OnArrays(chip_key=options.chip_key, train_chip="fresh", **chips)
         return on.trained(slug(f"{name}-{case}"), arrays=arrays)
 
-    its_chip = store.numbers(slug(f"{name}-its chip"), lambda: on.train_on_chips(new, recipe))
+    its_chip = store.numbers(
+        slug(f"{name}-its chip"), lambda: on.train_on_chips(new, recipe)
+    )
     shorter = again(recipe, options.again_epochs)
     numbers = {
         "digital": on.params,
@@ -84,14 +113,17 @@ def task_rows(store: Store, task: str, size: int | Literal["whole"], options: Op
         "fresh noise": on_fresh_chips("fresh noise", crossbar=options.crossbar),
         "its chip": its_chip,
         "its chip, all rows": store.numbers(
-            slug(f"{name}-again"), lambda: on.train_on_chips(month, shorter, begin=its_chip)
+            slug(f"{name}-again"),
+            lambda: on.train_on_chips(month, shorter, begin=its_chip),
         ),
         "in advance": on_fresh_chips("in advance", crossbar=str(compensated), age=AGE),
     }
     for case, age in COLUMNS:
         config = None if case == "digital" else new if age is None else month
         of_case: Any = {"fusion": fusion, "case": case, "age": age}
-        yield from on.rows(f"{task}-{fusion}-{case}-{age or 'new'}", config, numbers[case], **of_case)
+        yield from on.rows(
+            f"{task}-{fusion}-{case}-{age or 'new'}", config, numbers[case], **of_case
+        )
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
@@ -102,8 +134,16 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
     said = [case if age is None else f"{case}, {age}" for case, age in COLUMNS]
     lines = [["exact match, %", *said, *(f"lost, {name}" for name in said[1:])]]
     for fusion in dict.fromkeys(row["fusion"] for row in rows):
-        found = [matches(rows, fusion=fusion, case=case, age=age) for case, age in COLUMNS]
-        lines.append([fusion, *map(with_spread, found), *(f"{found[0].mean() - of.mean():.1f}" for of in found[1:])])
+        found = [
+            matches(rows, fusion=fusion, case=case, age=age) for case, age in COLUMNS
+        ]
+        lines.append(
+            [
+                fusion,
+                *map(with_spread, found),
+                *(f"{found[0].mean() - of.mean():.1f}" for of in found[1:]),
+            ]
+        )
     return lines
 
 

@@ -40,7 +40,9 @@ class BBHOptions(MatrixOptions):
     bbh: Path | None = None
     data: Path | None = None
     tasks: tuple[str, ...] = ()
-    methods: tuple[str, ...] = tuple(name for name in ARMS if name != "full fine-tuning")
+    methods: tuple[str, ...] = tuple(
+        name for name in ARMS if name != "full fine-tuning"
+    )
     out: Path = ROOT / "runs" / "bbh"
 
 
@@ -50,7 +52,9 @@ def main(arguments: Sequence[str] = ()) -> None:
     for folder in folders:
         if overlap := prompt_overlap(load_task(folder)):
             rows = ", ".join(map(str, overlap))
-            print(f"{folder.name}: prompts of the test set that are also among the training rows: {rows}")
+            print(
+                f"{folder.name}: prompts of the test set that are also among the training rows: {rows}"
+            )
     matrix = dataclasses.replace(options, tasks=tuple(map(str, folders)))
     run_and_report(matrix, ARMS, "BIG-Bench Hard", "LoRAFusion")
 
@@ -60,9 +64,13 @@ def _folders(options: BBHOptions) -> list[Path]:
         there = lorahub_tasks(options.data)
         if unknown := set(options.tasks) - {path.name for path in there}:
             raise ValueError(f"{options.data} has no task {', '.join(sorted(unknown))}")
-        return [path for path in there if not options.tasks or path.name in options.tasks]
+        return [
+            path for path in there if not options.tasks or path.name in options.tasks
+        ]
     if options.data is None and options.bbh is not None:
-        return write_lorahub_split(options.bbh, options.out / "data_bbh", options.tasks or None)
+        return write_lorahub_split(
+            options.bbh, options.out / "data_bbh", options.tasks or None
+        )
     raise ValueError(
         f"no tasks: give --bbh with {BBH_DATA}, or --data with LoraHub's data_bbh ({LORAHUB_DATA}, unpacked)"
     )

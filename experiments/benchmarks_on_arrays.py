@@ -35,7 +35,9 @@ from lorafusion_jax.report import over_tasks
 from lorafusion_jax.tasks import load_task
 from lorafusion_jax.trials import Cells
 
-SHOTS, CHOICES, PAIRS = 2, 4, 8
+SHOTS = 2
+CHOICES = 4
+PAIRS = 8
 CALIBRATION = 4  # prompts
 # The harness's metrics, and the columns that show them.
 METRICS = {
@@ -63,7 +65,12 @@ class Options:
 
     tasks: Path
     base: str | None = None
-    names: tuple[str, ...] = ("country-capital", "present-past", "english-french", "person-sport")
+    names: tuple[str, ...] = (
+        "country-capital",
+        "present-past",
+        "english-french",
+        "person-sport",
+    )
     bits: tuple[Bits, ...] = ("digital", 8, 6, 7, 5, 4)
     rows: int = 5
     out: Path = ROOT / "runs" / "benchmarks_on_arrays"
@@ -79,29 +86,50 @@ def main(arguments: Sequence[str] = ()) -> None:
     write_tasks(options)
     cells.fill(
         options.bits,
-        lambda missing: (measured(model, bits, options.out) | environment() for bits in missing),
+        lambda missing: (
+            measured(model, bits, options.out) | environment() for bits in missing
+        ),
         lambda row: f"{row['bits']} bits",
     )
-    write_tables(options.out, tables([row for row in cells.rows() if row["bits"] in options.bits]))
+    write_tables(
+        options.out,
+        tables([row for row in cells.rows() if row["bits"] in options.bits]),
+    )
     print(f"written to {options.out}")
 
 
 def write_tasks(options: Options) -> None:
     """Write the three tasks, and prompts to calibrate on."""
-    folder, drawn = options.out / "tasks", random.Random(0)
+    folder = options.out / "tasks"
+    drawn = random.Random(0)
     (folder / "calibration").mkdir(parents=True, exist_ok=True)
-    choices, clozes, texts, others = [], [], [], []
+    choices = []
+    clozes = []
+    texts = []
+    others = []
     for name in options.names:
         task = load_task(find_task(options.tasks, name), train_rows=CALIBRATION)
         pairs = [(example.input, example.target) for example in task.test]
         shown = [f"{asked} -> {answer}" for asked, answer in pairs[:SHOTS]]
-        prompts = {asked: "\n".join([*shown, f"{asked} ->"]) for asked, _ in pairs[SHOTS:]}
+        prompts = {
+            asked: "\n".join([*shown, f"{asked} ->"]) for asked, _ in pairs[SHOTS:]
+        }
         for asked, answer in pairs[SHOTS:][: options.rows]:
-            wrong = drawn.sample(sorted({other for _, other in pairs} - {answer}), CHOICES - 1)
+            wrong = drawn.sample(
+                sorted({other for _, other in pairs} - {answer}), CHOICES - 1
+            )
             answers = drawn.sample([answer, *wrong], CHOICES)
-            choices.append({"question": prompts[asked], "choices": answers, "answer": answers.index(answer)})
+            choices.append(
+                {
+                    "question": prompts[asked],
+                    "choices": answers,
+                    "answer": answers.index(answer),
+                }
+            )
             clozes.append({"prompt": prompts[asked], "target": answer})
-            texts.append("\n".join(f"{a} -> {b}" for a, b in drawn.sample(pairs, PAIRS)))
+            texts.append(
+                "\n".join(f"{a} -> {b}" for a, b in drawn.sample(pairs, PAIRS))
+            )
         for example in task.train[: CALIBRATION // len(options.names)]:
             prompt = "\n".join([*shown, f"{example.input} ->"])
             others.append({"input": prompt, "target": example.target})
@@ -109,7 +137,9 @@ def write_tasks(options: Options) -> None:
     lm_eval_tasks.cloze(folder, "pairs_cloze", clozes)
     lm_eval_tasks.perplexity(folder, "pairs_text", texts)
     for part, of_part in (("train", others), ("test", others[:1])):
-        (folder / "calibration" / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_part))
+        (folder / "calibration" / f"{part}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in of_part)
+        )
 
 
 def measured(base: str, bits: Bits, out: Path) -> dict[str, Any]:
@@ -119,32 +149,49 @@ def measured(base: str, bits: Bits, out: Path) -> dict[str, Any]:
 
     from lorafusion_jax.harness.model import HarnessLM
 
-    began, energy = time.process_time(), None
+    began = time.process_time()
+    energy = None
     chip: dict[str, Any] = {}
     if bits != "digital":
         config = load_config(EXAMPLES / "chip.yaml")
         assert config.adc is not None
-        config = dataclasses.replace(config, adc=dataclasses.replace(config.adc, bits=bits))
+        config = dataclasses.replace(
+            config, adc=dataclasses.replace(config.adc, bits=bits)
+        )
         file = out / f"adc_{bits}.yaml"
         save_config(config, file)
-        chip = {"crossbar": str(file), "calibration_task": str(out / "tasks" / "calibration")}
+        chip = {
+            "crossbar": str(file),
+            "calibration_task": str(out / "tasks" / "calibration"),
+        }
         energy = token_energy(base, config)
     model = HarnessLM(base=base, batch_size=8, **chip)
     prepared = time.process_time()
     manager = TaskManager(include_path=str(out / "tasks"), include_defaults=False)
     measure: Any = evaluator.simple_evaluate
-    samples = measure(model=model, tasks=[*manager.all_tasks], task_manager=manager, bootstrap_iters=0)["samples"]
+    samples = measure(
+        model=model, tasks=[*manager.all_tasks], task_manager=manager, bootstrap_iters=0
+    )["samples"]
     return {
         "bits": bits,
-        "items": {f"{task} {metric}": values(samples[task], metric) for task, metric in METRICS},
+        "items": {
+            f"{task} {metric}": values(samples[task], metric)
+            for task, metric in METRICS
+        },
         "mj_per_token": energy,
-        "cpu_seconds": {"prepare": prepared - began, "measure": time.process_time() - prepared},
+        "cpu_seconds": {
+            "prepare": prepared - began,
+            "measure": time.process_time() - prepared,
+        },
     }
 
 
 def values(samples: Sequence[dict[str, Any]], metric: str) -> list[float]:
     """Return a metric of every item in the order of a task's rows; perplexities as nats per answer or word."""
-    ordered = [sample[metric] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
+    ordered = [
+        sample[metric]
+        for sample in sorted(samples, key=lambda sample: sample["doc_id"])
+    ]
     if metric == "word_perplexity":
         return [-score / words for score, words in ordered]
     return [-score if metric == "perplexity" else float(score) for score in ordered]
@@ -153,7 +200,9 @@ def values(samples: Sequence[dict[str, Any]], metric: str) -> list[float]:
 def token_energy(base: str, config: CrossbarConfig) -> list[float]:
     """Return low, typical and high energy of reading one token with the base alone, in mJ."""
     options = CostOptions(source=64, target=1)
-    of_base = bills(read_config(base), config, options)["full fine-tuning"]  # whose numbers are in the base's arrays
+    of_base = bills(read_config(base), config, options)[
+        "full fine-tuning"
+    ]  # whose numbers are in the base's arrays
     return [1e3 * joules for joules in dataclasses.astuple(of_base.source.total)]
 
 
@@ -162,25 +211,48 @@ def tables(rows: Sequence[dict[str, Any]]) -> dict[str, list[list[str]]]:
 
     Each mean over items has its 95 % t interval.
     """
-    ordered = sorted(rows, key=lambda row: 99 if row["bits"] == "digital" else row["bits"])
+    ordered = sorted(
+        rows, key=lambda row: 99 if row["bits"] == "digital" else row["bits"]
+    )
     head = ["ADC", "mJ per token (low / typical / high)"]
-    found = {"scores": [[*head, *METRICS.values()]], "paired": [["ADC", *METRICS.values()]]}
+    found = {
+        "scores": [[*head, *METRICS.values()]],
+        "paired": [["ADC", *METRICS.values()]],
+    }
     for row in ordered:
-        name, energy = row["bits"] if row["bits"] == "digital" else f"{row['bits']} bits", row["mj_per_token"]
+        name = row["bits"] if row["bits"] == "digital" else f"{row['bits']} bits"
+        energy = row["mj_per_token"]
         joules = "-" if energy is None else " / ".join(f"{mj:.3g}" for mj in energy)
-        found["scores"].append([name, joules, *(cell(row["items"], key) for key in METRICS)])
+        found["scores"].append(
+            [name, joules, *(cell(row["items"], key) for key in METRICS)]
+        )
         if row["bits"] != "digital" and ordered[-1]["bits"] == "digital":
-            found["paired"].append([name, *(cell(row["items"], key, ordered[-1]["items"]) for key in METRICS)])
+            found["paired"].append(
+                [
+                    name,
+                    *(cell(row["items"], key, ordered[-1]["items"]) for key in METRICS),
+                ]
+            )
     return found
 
 
-def cell(items: dict[str, list[float]], key: tuple[str, str], others: dict[str, list[float]] | None = None) -> str:
+def cell(
+    items: dict[str, list[float]],
+    key: tuple[str, str],
+    others: dict[str, list[float]] | None = None,
+) -> str:
     """Return the mean of a metric over items, or of its difference from others on the same items."""
-    name, percent = " ".join(key), METRICS[key].endswith("% right")
-    numbers = np.subtract(items[name], 0 if others is None else others[name]) * (100 if percent else 1)
+    name = " ".join(key)
+    percent = METRICS[key].endswith("% right")
+    numbers = np.subtract(items[name], 0 if others is None else others[name]) * (
+        100 if percent else 1
+    )
     ends = over_tasks(numbers.tolist())
     assert ends is not None
-    return " ± ".join(f"{value:{'.1f' if percent else '.2f'}}" for value in (ends.mean, ends.high - ends.mean))
+    return " ± ".join(
+        f"{value:{'.1f' if percent else '.2f'}}"
+        for value in (ends.mean, ends.high - ends.mean)
+    )
 
 
 if __name__ == "__main__":

@@ -30,7 +30,11 @@ from lorafusion_jax.parts import (
 )
 from lorafusion_jax.report import colour, plot
 
-_PARTS = {"putting it in place": "install", "its update": "update", "the base's passes": "base"}
+_PARTS = {
+    "putting it in place": "install",
+    "its update": "update",
+    "the base's passes": "base",
+}
 # Quantity -> unit and attribute.
 _WRITING = {
     "cells written": ("1", "written.cells"),
@@ -48,7 +52,10 @@ _OF_BILL = {
     **{
         f"one {token} token{label}": ("J", f"{token}.{part}")
         for token in ("source", "generated")
-        for label, part in {**{f", {part}": part for part in ReadEnergy._fields}, "": "total"}.items()
+        for label, part in {
+            **{f", {part}": part for part in ReadEnergy._fields},
+            "": "total",
+        }.items()
     },
     "latency of a generated token, arrays": ("s", "latency_arrays"),
     "latency of a generated token, digital": ("s", "latency_digital"),
@@ -60,7 +67,10 @@ _OF_STANDING = {
     "words of tables": ("1", "words"),
     "energy of tables": ("J", "tables"),
 }
-_OF_COMPARISON = {"extra_per_token": "J", "break_even": "tokens"}  # other ratios have no unit
+_OF_COMPARISON = {
+    "extra_per_token": "J",
+    "break_even": "tokens",
+}  # other ratios have no unit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +83,12 @@ class Options:
       out: folder to write to.
     """
 
-    shapes: tuple[str, ...] = ("flan-t5-small", "flan-t5-base", "flan-t5-large", "smollm2-135m")
+    shapes: tuple[str, ...] = (
+        "flan-t5-small",
+        "flan-t5-base",
+        "flan-t5-large",
+        "smollm2-135m",
+    )
     crossbars: tuple[str, ...] = ("isaac", "puma", "neurram")
     out: Path = Path("runs/cost")
 
@@ -81,23 +96,46 @@ class Options:
 def main(arguments: Sequence[str] = ()) -> None:
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
     if unknown := [shape for shape in options.shapes if shape not in known_shapes()]:
-        raise ValueError(f"no shapes {', '.join(unknown)}: choose of {', '.join(known_shapes())}")
-    lines = [["shape", "preset", "method", "quantity", "unit", "low", "typical", "high"]]
+        raise ValueError(
+            f"no shapes {', '.join(unknown)}: choose of {', '.join(known_shapes())}"
+        )
+    lines = [
+        ["shape", "preset", "method", "quantity", "unit", "low", "typical", "high"]
+    ]
     options.out.mkdir(parents=True, exist_ok=True)
     for shape in options.shapes:
         drawn = []
         for name in options.crossbars:
             asked = CostOptions(shape=shape, crossbar=name)
-            config, crossbar = known_shapes()[shape], load_config(name)
-            of = {activity.method: activity for activity in activities(config, crossbar, asked)}
-            bills = {name: price(activity, crossbar, asked) for name, activity in of.items()}
+            config = known_shapes()[shape]
+            crossbar = load_config(name)
+            of = {
+                activity.method: activity
+                for activity in activities(config, crossbar, asked)
+            }
+            bills = {
+                name: price(activity, crossbar, asked) for name, activity in of.items()
+            }
             drawn.append((asked, bills))
-            found = [(name, *of_bill) for name, bill in bills.items() for of_bill in quantities(bill, _OF_BILL)]
+            found = [
+                (name, *of_bill)
+                for name, bill in bills.items()
+                for of_bill in quantities(bill, _OF_BILL)
+            ]
             for other, compared in comparisons(of, crossbar, asked).items():
-                named = {what: (_OF_COMPARISON.get(what, "1"), what) for what in compared._fields}
-                found += [(f"LoRA in cells : {other}", *ratio) for ratio in quantities(compared, named)]
+                named = {
+                    what: (_OF_COMPARISON.get(what, "1"), what)
+                    for what in compared._fields
+                }
+                found += [
+                    (f"LoRA in cells : {other}", *ratio)
+                    for ratio in quantities(compared, named)
+                ]
             for what, standing in installed_once(config, crossbar, asked).items():
-                found += [(f"once: {what}", *one) for one in quantities(price_once(standing), _OF_STANDING)]
+                found += [
+                    (f"once: {what}", *one)
+                    for one in quantities(price_once(standing), _OF_STANDING)
+                ]
             lines += [[shape, asked.crossbar, *of_quantity] for of_quantity in found]
         draw(drawn, options.out / f"{shape}.png")
     write_csv(options.out / "table.csv", lines)
@@ -108,8 +146,17 @@ def quantities(of: Any, named: Mapping[str, tuple[str, str]]) -> Iterator[list[s
     """Yield quantity, unit, low, typical and high; six digits, and whole counts."""
     for what, (unit, path) in named.items():
         if (value := attrgetter(path)(of)) is not None:
-            ends = dataclasses.astuple(value if isinstance(value, Range) else Range.of(value))
-            yield [what, unit, *(f"{end:.{12 if unit == '1' and end == int(end) else 6}g}" for end in ends)]
+            ends = dataclasses.astuple(
+                value if isinstance(value, Range) else Range.of(value)
+            )
+            yield [
+                what,
+                unit,
+                *(
+                    f"{end:.{12 if unit == '1' and end == int(end) else 6}g}"
+                    for end in ends
+                ),
+            ]
 
 
 def draw(found: Sequence[tuple[CostOptions, dict[str, Bill]]], path: Path) -> None:
@@ -124,23 +171,49 @@ def draw(found: Sequence[tuple[CostOptions, dict[str, Bill]]], path: Path) -> No
             for row, of_token in enumerate((False, True)):
                 axis = axes[row][column]
                 for i, bill in enumerate(bills):
-                    parts = {label: getattr(bill, part) for label, part in _PARTS.items()}
+                    parts = {
+                        label: getattr(bill, part) for label, part in _PARTS.items()
+                    }
                     if of_token:
                         parts = {"": bill.inference / options.tokens_per_task}
                     for k, (label, value) in enumerate(parts.items()):
                         place = i + (0 if of_token else 0.22 * (k - 1))
-                        axis.hlines(place, value.low, value.high, color=colour(k + 3), linewidth=1.5)
+                        axis.hlines(
+                            place,
+                            value.low,
+                            value.high,
+                            color=colour(k + 3),
+                            linewidth=1.5,
+                        )
                         legend = label if i == 0 and not of_token else None
-                        axis.plot(value.typical, place, "o", color=colour(k + 3), markersize=4, label=legend)
+                        axis.plot(
+                            value.typical,
+                            place,
+                            "o",
+                            color=colour(k + 3),
+                            markersize=4,
+                            label=legend,
+                        )
                 axis.set_xscale("log")
                 axis.xaxis.set_major_formatter(EngFormatter("J"))
                 axis.set_yticks(range(len(bills)), [bill.method for bill in bills])
                 axis.grid(visible=True, axis="x")
-                axis.set_xlabel("energy of a token with its source" if of_token else "energy to learn a task")
+                axis.set_xlabel(
+                    "energy of a token with its source"
+                    if of_token
+                    else "energy to learn a task"
+                )
             axes[0][column].set_title(options.crossbar)
         axes[0][0].invert_yaxis()
-        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
-        figure.suptitle(f"{found[0][0].shape}: typical energy, with low and high ends", x=0.01, ha="left", size=12)
+        figure.legend(
+            *axes[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=3
+        )
+        figure.suptitle(
+            f"{found[0][0].shape}: typical energy, with low and high ends",
+            x=0.01,
+            ha="left",
+            size=12,
+        )
 
     plot(path, (4.2 * len(found), 7.5), on)
 

@@ -22,7 +22,14 @@ SEEDS = (1, 2, 3)
 TASKS = ("swapends_prev", "double_digit", "pairswap_numvow", "sort_next2")
 OUT_OF_REACH = "reverse_mirror"  # no adapter has its op
 
-SHOWN = ("zero-shot", "LoraHub", "coefficients only", "LoRAFusion", "random pool", "LoRA")
+SHOWN = (
+    "zero-shot",
+    "LoraHub",
+    "coefficients only",
+    "LoRAFusion",
+    "random pool",
+    "LoRA",
+)
 
 
 def main(arguments: Sequence[str] = ()) -> None:
@@ -32,7 +39,14 @@ def main(arguments: Sequence[str] = ()) -> None:
         convert_small_pool(FOLDER / "pool")
         where: Any = {"pool": FOLDER / "pool", "seeds": SEEDS, "out": FOLDER / "runs"}
         jobs = [
-            Job(task, method, "95+5", options_of_small(task, ARMS[method], name=slug(f"{task}-{method}"), **where))
+            Job(
+                task,
+                method,
+                "95+5",
+                options_of_small(
+                    task, ARMS[method], name=slug(f"{task}-{method}"), **where
+                ),
+            )
             for task in (*TASKS, OUT_OF_REACH)
             for method in SHOWN
         ]

@@ -38,27 +38,55 @@ def main(arguments: Sequence[str] = ()) -> None:
     began = time.perf_counter()
     with fresh_folder(FOLDER):
         convert(base(), sorted((EXAMPLES / "adapters").iterdir()), FOLDER / "pool")
-        where: Any = {"base": base(), "pool": FOLDER / "pool", "seeds": (1,), "out": FOLDER / "runs"}
-        task, file = EXAMPLES / "tasks" / "ing", FOLDER / "results.jsonl"
-        runs = {method: options_of(MAIN[method], task, name=slug(method), **where) for method in METHODS}
-        run_jobs([Job(TITLE, method, "95+5", run) for method, run in runs.items()], file, fuse)
+        where: Any = {
+            "base": base(),
+            "pool": FOLDER / "pool",
+            "seeds": (1,),
+            "out": FOLDER / "runs",
+        }
+        task = EXAMPLES / "tasks" / "ing"
+        file = FOLDER / "results.jsonl"
+        runs = {
+            method: options_of(MAIN[method], task, name=slug(method), **where)
+            for method in METHODS
+        }
+        run_jobs(
+            [Job(TITLE, method, "95+5", run) for method, run in runs.items()],
+            file,
+            fuse,
+        )
         rows = read_rows(file)
-        plot_accuracy(rows, FOLDER / "accuracy.png", title="SmolLM2-135M: a task that no adapter was trained on")
+        plot_accuracy(
+            rows,
+            FOLDER / "accuracy.png",
+            title="SmolLM2-135M: a task that no adapter was trained on",
+        )
         table = markdown_table(rows)
         write_text(FOLDER / "table.md", table)
     minutes = (time.perf_counter() - began) / 60
-    _show(*(RunFolder(FOLDER / "runs" / slug(method)).predictions() for method in ("zero-shot", "LoRAFusion")))
-    print("", *(f"{method:17}{meaning}" for method, meaning in METHODS.items()), sep="\n")
+    _show(
+        *(
+            RunFolder(FOLDER / "runs" / slug(method)).predictions()
+            for method in ("zero-shot", "LoRAFusion")
+        )
+    )
+    print(
+        "", *(f"{method:17}{meaning}" for method, meaning in METHODS.items()), sep="\n"
+    )
     print(f"\n{table}\n{minutes:.1f} minutes; written to {FOLDER}")
 
 
-def _show(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> None:
+def _show(
+    before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]
+) -> None:
     """Print a few answers of the base and of the fusion."""
     print(f"\n{PROMPT.format(input='...')}\n")
     print(f"{'':14}{'before':32}after")
     for base_row, fused_row in list(zip(before, after, strict=True))[:SHOWN]:
         word = base_row["input"].splitlines()[0].removeprefix("Q: ")
-        print(f"{word:14}{_short(base_row['prediction']):32}{_short(fused_row['prediction'])}")
+        print(
+            f"{word:14}{_short(base_row['prediction']):32}{_short(fused_row['prediction'])}"
+        )
 
 
 def _short(text: str) -> str:

@@ -27,10 +27,32 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from lab.common import ROOT, SMALL, slug, with_spread, write_csv, write_tables
-from lab.hardware import ChipsOptions, Row, Store, Subject, again, as_lines, matches, of_tasks, subject
+from lab.hardware import (
+    ChipsOptions,
+    Row,
+    Store,
+    Subject,
+    again,
+    as_lines,
+    matches,
+    of_tasks,
+    subject,
+)
 
-from lorafusion_jax.crossbar import CrossbarConfig, Independent, Proportional, load_config
-from lorafusion_jax.parts import CostOptions, OnArrays, aged, bills, load_chips, shape_config
+from lorafusion_jax.crossbar import (
+    CrossbarConfig,
+    Independent,
+    Proportional,
+    load_config,
+)
+from lorafusion_jax.parts import (
+    CostOptions,
+    OnArrays,
+    aged,
+    bills,
+    load_chips,
+    shape_config,
+)
 from lorafusion_jax.report import colour, plot
 from lorafusion_jax.trials import ARMS
 
@@ -40,7 +62,10 @@ AGE = "1month"
 # How numbers are trained; the first are read digitally, all others on the chips.
 TRAINED = ("digital", "untouched", "noise-blind", "fresh noise", "its chip")
 # Training again: name, rows of the training set, epochs over them (None: as the options have).
-BUDGETS: tuple[tuple[str, int | None, int | None], ...] = (("all rows", None, None), ("a handful", 20, 10))
+BUDGETS: tuple[tuple[str, int | None, int | None], ...] = (
+    ("all rows", None, None),
+    ("a handful", 20, 10),
+)
 POINTS: dict[Sweep, tuple[Any, ...]] = {
     "noise": (0, 0.025, 0.05, 0.1, 0.2),
     "adc": (4, 6, 8, 10),
@@ -94,13 +119,18 @@ def main(arguments: Sequence[str] = ()) -> None:
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
     options.check()
     config = load_chips(options.crossbar).config
-    for sweep in options.sweeps:  # these and the age raise ValueError before anything is trained
+    for sweep in (
+        options.sweeps
+    ):  # these and the age raise ValueError before anything is trained
         for point in POINTS[sweep]:
             at(config, sweep, point)
     aged(config, AGE, compensate=True)
     store = options.store("sweeps")
     for sweep in options.sweeps:
-        rows = of_tasks(options.tasks, lambda task, sweep=sweep: sweep_rows(store, sweep, task, options))
+        rows = of_tasks(
+            options.tasks,
+            lambda task, sweep=sweep: sweep_rows(store, sweep, task, options),
+        )
         found = {f"{sweep}_table": table(rows)}
         if sweep == "noise":
             energy = energies(rows, options)
@@ -120,12 +150,24 @@ def main(arguments: Sequence[str] = ()) -> None:
 def task_rows(store: Store, task: str, options: Options) -> Iterator[Row]:
     """Yield the rows of a task: case, age, whether drift is compensated, chip, seed, exact match (percent), loss."""
     on = subject(store, task, "LoRAFusion", ARMS["LoRAFusion"], options)
-    new, recipe = on.chips.config, on.options.recipe
+    new = on.chips.config
+    recipe = on.options.recipe
 
     def scored(
-        case: str, params: Any, age: str | None = None, *, compensate: bool | None = None, digital: bool = False
+        case: str,
+        params: Any,
+        age: str | None = None,
+        *,
+        compensate: bool | None = None,
+        digital: bool = False,
     ) -> Iterator[Row]:
-        config = None if digital else new if age is None else aged(new, age, compensate=compensate)
+        config = (
+            None
+            if digital
+            else new
+            if age is None
+            else aged(new, age, compensate=compensate)
+        )
         name = f"{task}-{case}" + ("" if digital else f"-{age or 'new'}-{compensate}")
         return on.rows(name, config, params, case=case, age=age, compensate=compensate)
 
@@ -134,12 +176,18 @@ def task_rows(store: Store, task: str, options: Options) -> Iterator[Row]:
     numbers = {
         "untouched": on.params,
         "noise-blind": on.trained(
-            f"{task}-blind", arrays=dataclasses.replace(arrays, train_chip="none"), recipe=recipe
+            f"{task}-blind",
+            arrays=dataclasses.replace(arrays, train_chip="none"),
+            recipe=recipe,
         ),
         "fresh noise": on.trained(
-            f"{task}-fresh", arrays=dataclasses.replace(arrays, train_chip="fresh"), recipe=recipe
+            f"{task}-fresh",
+            arrays=dataclasses.replace(arrays, train_chip="fresh"),
+            recipe=recipe,
         ),
-        "its chip": store.numbers(f"{task}-chip", lambda: on.train_on_chips(new, recipe)),
+        "its chip": store.numbers(
+            f"{task}-chip", lambda: on.train_on_chips(new, recipe)
+        ),
     }
     for case, params in numbers.items():
         yield from scored(case, params)
@@ -163,7 +211,9 @@ def task_rows(store: Store, task: str, options: Options) -> Iterator[Row]:
         yield from scored(f"noise-blind, {name}", blind, AGE, compensate=True)
         here = store.numbers(
             slug(f"{task}-again-{name}"),
-            lambda r=shorter, count=count: on.train_on_chips(month, r, begin=numbers["its chip"], rows=count),
+            lambda r=shorter, count=count: on.train_on_chips(
+                month, r, begin=numbers["its chip"], rows=count
+            ),
         )
         yield from scored(f"its chip, {name}", here, AGE, compensate=True)
 
@@ -172,19 +222,38 @@ def tables(rows: Sequence[Row]) -> dict[str, list[list[str]]]:
     """Return the tables by name: new chips, and chips of the age; mean ± standard deviation between chips."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
 
-    def spread(case: str, age: str | None = None, compensate: bool | None = None) -> list[str]:
-        found = [matches(rows, task=task, case=case, age=age, compensate=compensate) for task in tasks]
+    def spread(
+        case: str, age: str | None = None, compensate: bool | None = None
+    ) -> list[str]:
+        found = [
+            matches(rows, task=task, case=case, age=age, compensate=compensate)
+            for task in tasks
+        ]
         mean = np.mean([of_task.mean() for of_task in found])
         return [*map(with_spread, found), f"{mean:.1f}"]
 
-    def back(trained: str, untouched: str, digital: str, age: str | None, compensate: bool | None) -> list[str]:
-        shares = [won_back(rows, [task], trained, untouched, digital, age, compensate) for task in tasks]
-        shares.append(won_back(rows, tasks, trained, untouched, digital, age, compensate))
+    def back(
+        trained: str,
+        untouched: str,
+        digital: str,
+        age: str | None,
+        compensate: bool | None,
+    ) -> list[str]:
+        shares = [
+            won_back(rows, [task], trained, untouched, digital, age, compensate)
+            for task in tasks
+        ]
+        shares.append(
+            won_back(rows, tasks, trained, untouched, digital, age, compensate)
+        )
         return ["-" if share is None else f"{share:.0f}" for share in shares]
 
     head = [*tasks, "mean"]
     new = [["exact match, %", *head]] + [[f"{case}", *spread(case)] for case in TRAINED]
-    new += [[f"won back by {case}, %", *back(case, "untouched", "digital", None, None)] for case in TRAINED[2:]]
+    new += [
+        [f"won back by {case}, %", *back(case, "untouched", "digital", None, None)]
+        for case in TRAINED[2:]
+    ]
     month = [["exact match, %", *head]]
     for case in TRAINED[1:]:
         for compensate, note in ((False, ""), (True, ", drift compensated")):
@@ -192,7 +261,12 @@ def tables(rows: Sequence[Row]) -> dict[str, list[list[str]]]:
     for budget, *_ in BUDGETS:
         month.append([f"digital, {budget} again", *spread(f"digital, {budget}")])
         for case in ("untouched", "noise-blind", "its chip"):
-            month.append([f"{case}, {budget} again on it", *spread(f"{case}, {budget}", AGE, compensate=True)])
+            month.append(
+                [
+                    f"{case}, {budget} again on it",
+                    *spread(f"{case}, {budget}", AGE, compensate=True),
+                ]
+            )
         for case in ("noise-blind", "its chip"):
             names = (f"{case}, {budget}", f"untouched, {budget}", f"digital, {budget}")
             month.append([f"won back by {case}, %", *back(*names, AGE, True)])
@@ -214,7 +288,9 @@ def won_back(
         of: Any = {"case": case, "age": age, "compensate": compensate}
         return float(np.mean([matches(rows, task=task, **of).mean() for task in tasks]))
 
-    here, without, could = mean(trained, age, compensate), mean(untouched, age, compensate), mean(digital, None, None)
+    here = mean(trained, age, compensate)
+    without = mean(untouched, age, compensate)
+    could = mean(digital, None, None)
     return None if could == without else 100 * (here - without) / (could - without)
 
 
@@ -222,28 +298,54 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     """Accuracy by case and task, a dot for each chip: new chips, and those of the age."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     aged_cases = [(case, True) for case in TRAINED[1:]] + [
-        (f"{case}, {budget}", True) for budget, *_ in BUDGETS for case in ("untouched", "its chip")
+        (f"{case}, {budget}", True)
+        for budget, *_ in BUDGETS
+        for case in ("untouched", "its chip")
     ]
     panels: list[tuple[str, list[tuple[str, str | None, bool | None]]]] = [
         ("new chips", [(case, None, None) for case in TRAINED]),
-        (f"{AGE}, drift compensated", [(case, AGE, compensate) for case, compensate in aged_cases]),
+        (
+            f"{AGE}, drift compensated",
+            [(case, AGE, compensate) for case, compensate in aged_cases],
+        ),
     ]
 
     def on(figure: Any) -> None:
-        axes = figure.subplots(1, 2, sharey=True, width_ratios=[len(cases) for _, cases in panels])
+        axes = figure.subplots(
+            1, 2, sharey=True, width_ratios=[len(cases) for _, cases in panels]
+        )
         for axis, (title, cases) in zip(axes, panels, strict=True):
             for t, task in enumerate(tasks):
                 for i, case in enumerate(cases):
-                    found = matches(rows, task=task, **dict(zip(("case", "age", "compensate"), case, strict=True)))
+                    found = matches(
+                        rows,
+                        task=task,
+                        **dict(zip(("case", "age", "compensate"), case, strict=True)),
+                    )
                     place = i + 0.2 * (t - (len(tasks) - 1) / 2)
-                    axis.plot([place] * len(found), found, ".", color=colour(t + 1), alpha=0.6)
+                    axis.plot(
+                        [place] * len(found), found, ".", color=colour(t + 1), alpha=0.6
+                    )
                     label = task if i == 0 else None
-                    axis.plot(place, found.mean(), "_", color=colour(t + 1), markersize=14, label=label)
+                    axis.plot(
+                        place,
+                        found.mean(),
+                        "_",
+                        color=colour(t + 1),
+                        markersize=14,
+                        label=label,
+                    )
             axis.set_title(title)
-            axis.set_xticks(range(len(cases)), [case for case, *_ in cases], rotation=25, ha="right")
+            axis.set_xticks(
+                range(len(cases)), [case for case, *_ in cases], rotation=25, ha="right"
+            )
         axes[0].set_ylabel("exact match, %")
         axes[0].set_ylim(bottom=0)
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=len(tasks))
+        figure.legend(
+            *axes[0].get_legend_handles_labels(),
+            loc="outside upper right",
+            ncols=len(tasks),
+        )
 
     plot(path, (11, 4.5), on)
 
@@ -259,10 +361,14 @@ def at(base: CrossbarConfig, sweep: Sweep, point: Any) -> CrossbarConfig:
                 "the configuration has no programming error of one sigma to sweep: give another --crossbar"
             )
         model = dataclasses.replace(model, sigma=jnp.float32(point))
-        return dataclasses.replace(base, device=dataclasses.replace(base.device, programming=model))
+        return dataclasses.replace(
+            base, device=dataclasses.replace(base.device, programming=model)
+        )
     if sweep == "adc":
         if base.adc is None:
-            raise ValueError("the configuration has no ADC to sweep: give another --crossbar")
+            raise ValueError(
+                "the configuration has no ADC to sweep: give another --crossbar"
+            )
         return dataclasses.replace(base, adc=dataclasses.replace(base.adc, bits=point))
     return dataclasses.replace(
         base,
@@ -271,50 +377,90 @@ def at(base: CrossbarConfig, sweep: Sweep, point: Any) -> CrossbarConfig:
     )
 
 
-def sweep_rows(store: Store, sweep: Sweep, task: str, options: Options) -> Iterator[Row]:
+def sweep_rows(
+    store: Store, sweep: Sweep, task: str, options: Options
+) -> Iterator[Row]:
     """Yield point, line, compensate (of drift, None without ages), chip, seed, exact match (percent), loss."""
     methods = dict.fromkeys(line.method for line in LINES.values())
-    subjects = {method: subject(store, task, method, ARMS[method], options) for method in methods}
+    subjects = {
+        method: subject(store, task, method, ARMS[method], options)
+        for method in methods
+    }
     new = load_config(options.crossbar)
     for value in POINTS[sweep]:
-        config, point = at(new, sweep, value), str(value)
+        config = at(new, sweep, value)
+        point = str(value)
         for name, line in LINES.items():
             on = subjects[line.method]
             if name == "LoRAFusion, digital":
-                yield from on.rows(f"{task}-digital", None, on.params, point=point, line=name, compensate=None)
+                yield from on.rows(
+                    f"{task}-digital",
+                    None,
+                    on.params,
+                    point=point,
+                    line=name,
+                    compensate=None,
+                )
                 continue
             trained_at = new if sweep == "age" else config
             where = "new" if sweep == "age" else f"{sweep}-{point}"
-            params = _numbers(store, on, line, trained_at, f"{task}-{slug(name)}-{where}")
+            params = _numbers(
+                store, on, line, trained_at, f"{task}-{slug(name)}-{where}"
+            )
             for compensate in (False, True) if sweep == "age" else (None,):
-                here = config if compensate is None else aged(config, None, compensate=compensate)
-                key, of = f"{task}-{name}-{sweep}-{point}-{compensate}", {"point": point, "line": name}
-                yield from on.rows(key, here, params, in_cells=line.in_cells, **of, compensate=compensate)
+                here = (
+                    config
+                    if compensate is None
+                    else aged(config, None, compensate=compensate)
+                )
+                key = f"{task}-{name}-{sweep}-{point}-{compensate}"
+                of = {"point": point, "line": name}
+                yield from on.rows(
+                    key,
+                    here,
+                    params,
+                    in_cells=line.in_cells,
+                    **of,
+                    compensate=compensate,
+                )
         if sweep == "age":
-            on, config = subjects["LoRAFusion"], aged(config, None, compensate=True)
+            on = subjects["LoRAFusion"]
+            config = aged(config, None, compensate=True)
             recipe = again(on.options.recipe, options.again_epochs)
-            key, name = f"{task}-again-{point}", "LoRAFusion, its chip"
+            key = f"{task}-again-{point}"
+            name = "LoRAFusion, its chip"
             begin = _numbers(store, on, LINES[name], new, f"{task}-{slug(name)}-new")
             params = store.numbers(
-                key, lambda on=on, c=config, b=begin, recipe=recipe: on.train_on_chips(c, recipe, begin=b)
+                key,
+                lambda on=on, c=config, b=begin, recipe=recipe: on.train_on_chips(
+                    c, recipe, begin=b
+                ),
             )
-            yield from on.rows(key, config, params, point=point, line=_AGAIN, compensate=True)
+            yield from on.rows(
+                key, config, params, point=point, line=_AGAIN, compensate=True
+            )
         if sweep in ("adc", "cell"):
             jax.clear_caches()  # other bits are other programs, which take gigabytes
 
 
-def _numbers(store: Store, on: Subject, line: Line, config: CrossbarConfig, name: str) -> Any:
+def _numbers(
+    store: Store, on: Subject, line: Line, config: CrossbarConfig, name: str
+) -> Any:
     if line.training == "digital":
         return on.params
     return store.numbers(name, lambda: on.train_on_chips(config, on.options.recipe))
 
 
-def mean(rows: Sequence[Row], line: str, point: str, compensate: bool | None = None) -> float | None:
+def mean(
+    rows: Sequence[Row], line: str, point: str, compensate: bool | None = None
+) -> float | None:
     """Return exact match, the mean over tasks, chips and seeds, or None without any."""
     found = [
         row["exact_match"]
         for row in rows
-        if row["line"] == line and row["point"] == point and row["compensate"] in (compensate, None)
+        if row["line"] == line
+        and row["point"] == point
+        and row["compensate"] in (compensate, None)
     ]
     return float(np.mean(found)) if found else None
 
@@ -322,7 +468,10 @@ def mean(rows: Sequence[Row], line: str, point: str, compensate: bool | None = N
 def lines_of(rows: Sequence[Row]) -> list[tuple[str, str, bool | None]]:
     """Return label, line and compensation of what is drawn: with ages, both with and without compensation."""
     found = list(dict.fromkeys((row["line"], row["compensate"]) for row in rows))
-    return [(f"{line}, compensated" if compensate else line, line, compensate) for line, compensate in found]
+    return [
+        (f"{line}, compensated" if compensate else line, line, compensate)
+        for line, compensate in found
+    ]
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
@@ -331,7 +480,9 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
     lines = [["", *points]]
     for label, line, compensate in lines_of(rows):
         means = [mean(rows, line, point, compensate) for point in points]
-        lines.append([label, *("-" if value is None else f"{value:.1f}" for value in means)])
+        lines.append(
+            [label, *("-" if value is None else f"{value:.1f}" for value in means)]
+        )
     return lines
 
 
@@ -345,7 +496,8 @@ def draw_sweep(rows: Sequence[Row], sweep: Sweep, path: Path) -> None:
         for _, line, compensate in lines_of(rows):
             values = [mean(rows, line, point, compensate) for point in points]
             values = [np.nan if value is None else value for value in values]
-            i, digital = names.index(line), line == "LoRAFusion, digital"
+            i = names.index(line)
+            digital = line == "LoRAFusion, digital"
             axis.plot(
                 range(len(points)),
                 values,
@@ -355,7 +507,10 @@ def draw_sweep(rows: Sequence[Row], sweep: Sweep, path: Path) -> None:
                 color=colour(i),
                 label=None if compensate is False else line,
             )
-        axis.set_xticks(range(len(points)), [re.sub(r"^(\d+)([a-z])", r"\1 \2", point) for point in points])
+        axis.set_xticks(
+            range(len(points)),
+            [re.sub(r"^(\d+)([a-z])", r"\1 \2", point) for point in points],
+        )
         axis.set_xlabel(_LABELS[sweep])
         axis.set_ylabel("exact match, %")
         axis.set_ylim(bottom=0)
@@ -364,7 +519,9 @@ def draw_sweep(rows: Sequence[Row], sweep: Sweep, path: Path) -> None:
     plot(path, (9, 4.5), on)
 
 
-def energies(rows: Sequence[Row], options: Options) -> dict[str, tuple[float, Any, Any]]:
+def energies(
+    rows: Sequence[Row], options: Options
+) -> dict[str, tuple[float, Any, Any]]:
     """Return exact match on the chips of the configuration, and joules to learn and to answer, of billed lines."""
     base = load_config(options.crossbar)
     model = base.device.programming
@@ -382,7 +539,10 @@ def energies(rows: Sequence[Row], options: Options) -> dict[str, tuple[float, An
 def energy_table(energy: dict[str, tuple[float, Any, Any]]) -> list[list[str]]:
     """Return the methods with accuracy and energy (low / typical / high)."""
     head = ["", "exact match, %", "J to learn the task", "J for 1,000 tokens"]
-    body = [[name, f"{match:.1f}", _range(learning), _range(task)] for name, (match, learning, task) in energy.items()]
+    body = [
+        [name, f"{match:.1f}", _range(learning), _range(task)]
+        for name, (match, learning, task) in energy.items()
+    ]
     return [head, *body]
 
 
@@ -397,7 +557,11 @@ def draw_energy(energy: dict[str, tuple[float, Any, Any]], path: Path) -> None:
             for axis, of in zip(axes, joules, strict=True):
                 axis.hlines(match, of.low, of.high, color=colour(i), linewidth=1.5)
                 axis.plot(of.typical, match, "o", color=colour(i), label=name)
-        for axis, label in zip(axes, ("energy to learn the task", "energy of 1,000 generated tokens"), strict=True):
+        for axis, label in zip(
+            axes,
+            ("energy to learn the task", "energy of 1,000 generated tokens"),
+            strict=True,
+        ):
             axis.set_xscale("log")
             axis.xaxis.set_major_formatter(EngFormatter("J"))
             axis.set_xlabel(label)

@@ -54,20 +54,33 @@ from lorafusion_jax.report import Scores, colour, plot, scores
 from lorafusion_jax.tasks import BETWEEN_EXAMPLES
 from lorafusion_jax.trials import Arm, Job, read_rows, run_jobs
 
-Group = Literal["main", "more", "five", "twenty", "examples", "relevance", "more-relevance"]
+Group = Literal[
+    "main", "more", "five", "twenty", "examples", "relevance", "more-relevance"
+]
 
 UNSEEN_TASKS = tuple(name for tasks in UNSEEN.values() for name in tasks)
 # Tasks with a family of at least four modules in the pool, which a dose of relevant ones is drawn from.
 RELEVANCE = {"prev_item": "words", "person-sport": "knowledge"}
 DOSES = ("0", "1", "2", "all")
-_ROWS = {"five": 5, "twenty": 20, "examples": 20}  # to learn from; in the other groups 100
+_ROWS = {
+    "five": 5,
+    "twenty": 20,
+    "examples": 20,
+}  # to learn from; in the other groups 100
 # Pools that are made of adapters, the base and the tasks, linked: rows of any OUT and machine name the same files.
 FOLDER = ROOT / "runs" / "smollm2"
 _SHIPPED = EXAMPLES / "adapters"
 FUSED = 10  # modules, the relevant ones among them
 _TWIN = "random-"  # and the name of the module whose norms a random one has
 _FUSION = "LoRAFusion"
-_TRAINED = (_FUSION, "coefficients only", "magnitudes only", "random pool", "basis, k = 16", "LoRA")
+_TRAINED = (
+    _FUSION,
+    "coefficients only",
+    "magnitudes only",
+    "random pool",
+    "basis, k = 16",
+    "LoRA",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,62 +118,100 @@ def main(arguments: Sequence[str] = ()) -> None:
         )
     tasks = link_tasks(options.tasks)
     of_groups: dict[Group, dict[str, Path]] = {
-        group: unseen_tasks(options.unseen, tasks, options.adapters, _ROWS.get(group, TRAIN_ROWS))
+        group: unseen_tasks(
+            options.unseen, tasks, options.adapters, _ROWS.get(group, TRAIN_ROWS)
+        )
         for group in options.groups
     }
     for group, paths in of_groups.items():
         file = options.out / f"{group}.jsonl"
-        jobs = [job for job in jobs_of(group, options, paths) if not options.methods or job.method in options.methods]
+        jobs = [
+            job
+            for job in jobs_of(group, options, paths)
+            if not options.methods or job.method in options.methods
+        ]
         make_pools(options.adapters)
         run_jobs(jobs, file, fuse, root=ROOT)
         reference = "0 relevant" if "relevance" in group else _FUSION
         report(read_rows(file), options.out / group, f"SmolLM2: {group}", reference)
-    files = [options.out / f"{group}.jsonl" for group in ("relevance", "more-relevance")]
+    files = [
+        options.out / f"{group}.jsonl" for group in ("relevance", "more-relevance")
+    ]
     if rows := [row for file in files if file.exists() for row in read_rows(file)]:
         draw(scores(rows)[0], options.out / "relevance.png")
 
 
-def unseen_tasks(names: Sequence[str], tasks: Path, adapters: Path, train_rows: int = TRAIN_ROWS) -> dict[str, Path]:
+def unseen_tasks(
+    names: Sequence[str], tasks: Path, adapters: Path, train_rows: int = TRAIN_ROWS
+) -> dict[str, Path]:
     """Return unseen tasks by name, without the test pairs that they or a pool's adapters were trained on.
 
     Raises:
       ValueError: an adapter was trained on more than 5 % of a task's test pairs.
     """
-    trained = trained_pairs(sorted(path.name for path in adapters.iterdir() if path.is_dir()), tasks)
+    trained = trained_pairs(
+        sorted(path.name for path in adapters.iterdir() if path.is_dir()), tasks
+    )
     out = pool_of(adapters, "_unseen") / str(train_rows)
-    found = {name: unseen(find(name, tasks), trained, out, train_rows) for name in names}
+    found = {
+        name: unseen(find(name, tasks), trained, out, train_rows) for name in names
+    }
     for name, task in found.items():
         if task.left_out:
             what = f"left out {task.left_out} of the first {EVALUATED_ROWS} test pairs"
-            print(f"{name}: {what}, which are training pairs, ignoring case", file=sys.stderr)
+            print(
+                f"{name}: {what}, which are training pairs, ignoring case",
+                file=sys.stderr,
+            )
     return {name: task.path for name, task in found.items()}
 
 
-def jobs_of(group: Group, options: LanguageOptions, paths: dict[str, Path]) -> Iterator[Job]:
+def jobs_of(
+    group: Group, options: LanguageOptions, paths: dict[str, Path]
+) -> Iterator[Job]:
     """Yield the programs of a group, task by task."""
     for task, path in paths.items():
         if group in ("main", "more"):
             for method, entry in (MAIN if group == "main" else MORE).items():
                 # Without a draw, all seeds have the same mean.
                 seeds = options.seeds[:1] if method == "uniform mean" else options.seeds
-                yield _job(task, method, entry, path, dataclasses.replace(options, seeds=seeds))
+                yield _job(
+                    task, method, entry, path, dataclasses.replace(options, seeds=seeds)
+                )
         elif group == "five":
             for method in ("few-shot prompt", *_TRAINED):
                 # Of a single batch of the same rows, only LoRA and prompts draw anything.
-                seeds = options.seeds if method in ("few-shot prompt", "LoRA") else options.seeds[:1]
+                seeds = (
+                    options.seeds
+                    if method in ("few-shot prompt", "LoRA")
+                    else options.seeds[:1]
+                )
                 few = dataclasses.replace(options, seeds=seeds)
-                yield _job(task, method, MAIN[method], path, few, train_rows=_ROWS[group])
+                yield _job(
+                    task, method, MAIN[method], path, few, train_rows=_ROWS[group]
+                )
         elif group == "twenty":
             for method in (_FUSION, "random pool", "magnitudes only", "LoRA"):
-                yield _job(task, f"{method}, 20 examples", MAIN[method], path, options, train_rows=_ROWS[group])
+                yield _job(
+                    task,
+                    f"{method}, 20 examples",
+                    MAIN[method],
+                    path,
+                    options,
+                    train_rows=_ROWS[group],
+                )
         elif group == "examples":
             few = dataclasses.replace(options, seeds=options.seeds[:1])
             for shown in (1, 3):
                 prompted = with_examples(path, shown)
                 for method in ("zero-shot", _FUSION):
                     name = f"{method}, {shown} in the prompt"
-                    job = _job(task, name, MAIN[method], prompted, few, train_rows=_ROWS[group])
-                    yield job._replace(options=dataclasses.replace(job.options, prompt=None))
+                    job = _job(
+                        task, name, MAIN[method], prompted, few, train_rows=_ROWS[group]
+                    )
+                    yield job._replace(
+                        options=dataclasses.replace(job.options, prompt=None)
+                    )
         elif task in RELEVANCE:
             yield from _relevance(group, task, path, options)
 
@@ -168,15 +219,22 @@ def jobs_of(group: Group, options: LanguageOptions, paths: dict[str, Path]) -> I
 def with_examples(path: Path, shown: int) -> Path:
     """Return a task whose first training rows stand in the prompts of all others, and train nothing."""
     task = load(path, _ROWS["examples"])
-    said = "".join(f"{row.input} {row.target}{BETWEEN_EXAMPLES}" for row in task.train[:shown])
+    said = "".join(
+        f"{row.input} {row.target}{BETWEEN_EXAMPLES}" for row in task.train[:shown]
+    )
     folder = FOLDER / "_with_examples" / f"{task.name}-{shown}"
     return write_task(folder, before=said, train=task.train[shown:], test=task.test)
 
 
-def _relevance(group: Group, task: str, path: Path, options: LanguageOptions) -> Iterator[Job]:
-    both, alone = MAIN[_FUSION], MAIN["coefficients only"]
+def _relevance(
+    group: Group, task: str, path: Path, options: LanguageOptions
+) -> Iterator[Job]:
+    both = MAIN[_FUSION]
+    alone = MAIN["coefficients only"]
     forms = {"": (both, ""), ", random others": (both, _TWIN)}
-    forms |= {f"{form}, coefficients only": (alone, twin) for form, (_, twin) in forms.items()}
+    forms |= {
+        f"{form}, coefficients only": (alone, twin) for form, (_, twin) in forms.items()
+    }
     chosen = [""] if group == "relevance" else [form for form in forms if form]
     for form in chosen:
         entry, twin = forms[form]
@@ -184,7 +242,9 @@ def _relevance(group: Group, task: str, path: Path, options: LanguageOptions) ->
             for seed in options.seeds:
                 modules = dosed(RELEVANCE[task], dose, seed, twin)
                 few = dataclasses.replace(options, seeds=(seed,))
-                yield _job(task, f"{dose} relevant{form}", entry, path, few, adapters=modules)
+                yield _job(
+                    task, f"{dose} relevant{form}", entry, path, few, adapters=modules
+                )
 
 
 def dosed(family: str, dose: str, seed: int, twin: str = "") -> tuple[str, ...]:
@@ -197,7 +257,9 @@ def dosed(family: str, dose: str, seed: int, twin: str = "") -> tuple[str, ...]:
       twin: before the names of the others; that of random matrices, or nothing.
     """
     own = SOURCES[family]
-    others = [name for other, names in SOURCES.items() if other != family for name in names]
+    others = [
+        name for other, names in SOURCES.items() if other != family for name in names
+    ]
     count = len(own) if dose == "all" else int(dose)
     order = random.Random(f"relevant, seed {seed}").sample(own, len(own))
     filling = random.Random(f"irrelevant, seed {seed}").sample(others, len(others))
@@ -236,7 +298,9 @@ def link_tasks(folder: Path) -> Path:
       ValueError: there is no such folder.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder: give that of the function-vector data sets with --tasks")
+        raise ValueError(
+            f"{folder} is no folder: give that of the function-vector data sets with --tasks"
+        )
     return _link("tasks", folder)
 
 
@@ -248,7 +312,9 @@ def linked_base() -> Path:
 def make_pools(adapters: Path) -> None:
     """Convert a folder of adapters with a shared basis, and again with a random twin of each."""
     folders = sorted(path for path in adapters.iterdir() if path.is_dir())
-    pool, twins, both = (pool_of(adapters, kind) for kind in ("", "_random", "_and_random"))
+    pool = pool_of(adapters, "")
+    twins = pool_of(adapters, "_random")
+    both = pool_of(adapters, "_and_random")
     if not pool.exists():
         convert(base(), folders, pool, "--basis", str(DIRECTIONS))
     if not both.exists():
@@ -259,54 +325,97 @@ def make_pools(adapters: Path) -> None:
 def pool_of(adapters: Path, kind: str = "") -> Path:
     """Return where a folder of adapters is converted to, which is another place than that of the shipped ones."""
     own = adapters.resolve()
-    return FOLDER / f"{'' if own == _SHIPPED else f'{own.parent.name}_'}{own.name}{kind}"
+    return (
+        FOLDER / f"{'' if own == _SHIPPED else f'{own.parent.name}_'}{own.name}{kind}"
+    )
 
 
 def _link(name: str, to: Path) -> Path:
     """Link a file or folder into the experiment's own, and return the link."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    link, partial = FOLDER / name, FOLDER / f".{name}.{os.getpid()}.partial"
+    link = FOLDER / name
+    partial = FOLDER / f".{name}.{os.getpid()}.partial"
     partial.symlink_to(to.resolve())
     return partial.replace(link)
 
 
 def write_random(pool: Path, out: Path) -> None:
     """Write a random adapter for each module of a converted pool: Gaussian matrices of the same norms."""
-    modules, config = open_pool(pool).load(), read_config(base())
+    modules = open_pool(pool).load()
+    config = read_config(base())
     drawn = random_pool(modules, jax.random.key(0))
     both = (drawn.A, drawn.B)
     for i, name in enumerate(modules.names):
-        of = {site: LowRank(*(dense(factor[site], jnp.float32)[:, i] for factor in both)) for site in drawn.sites}
+        of = {
+            site: LowRank(*(dense(factor[site], jnp.float32)[:, i] for factor in both))
+            for site in drawn.sites
+        }
         settings, tensors = lora_adapter(config, of, base=HUB_ID)
-        halves = {key: tensor.astype(ml_dtypes.bfloat16) for key, tensor in tensors.items()}
+        halves = {
+            key: tensor.astype(ml_dtypes.bfloat16) for key, tensor in tensors.items()
+        }
         write_adapter(out / f"{_TWIN}{name}", settings, halves)
 
 
 def draw(results: Scores, path: Path) -> None:
     """Draw accuracy against the number of relevant modules, for each task and their mean."""
-    forms = ("", ", random others", ", coefficients only", ", random others, coefficients only")
-    labels = ("others irrelevant", "others random", "others irrelevant, no magnitudes", "others random, no magnitudes")
+    forms = (
+        "",
+        ", random others",
+        ", coefficients only",
+        ", random others, coefficients only",
+    )
+    labels = (
+        "others irrelevant",
+        "others random",
+        "others irrelevant, no magnitudes",
+        "others random, no magnitudes",
+    )
 
     def on(figure: Any) -> None:
         panels = figure.subplots(1, len(results.tasks) + 1, sharey=True)
         for axes, task in zip(panels, (*results.tasks, None), strict=True):
             of = (
-                results if task is None else Scores(results.shots, [row for row in results.rows if row["task"] == task])
+                results
+                if task is None
+                else Scores(
+                    results.shots, [row for row in results.rows if row["task"] == task]
+                )
             )
             for i, form in enumerate(forms, start=1):
-                found = {dose: of.summaries.get(f"{dose} relevant{form}") for dose in DOSES}
-                points = {x: summary for x, summary in enumerate(found.values()) if summary}
+                found = {
+                    dose: of.summaries.get(f"{dose} relevant{form}") for dose in DOSES
+                }
+                points = {
+                    x: summary for x, summary in enumerate(found.values()) if summary
+                }
                 if points:
                     x = [place + 0.06 * (i - 2.5) for place in points]
                     means = [summary.mean for summary in points.values()]
-                    around = [[s.mean - s.low for s in points.values()], [s.high - s.mean for s in points.values()]]
-                    axes.errorbar(x, means, around, fmt="o-", color=colour(i), elinewidth=1, label=labels[i - 1])
+                    around = [
+                        [s.mean - s.low for s in points.values()],
+                        [s.high - s.mean for s in points.values()],
+                    ]
+                    axes.errorbar(
+                        x,
+                        means,
+                        around,
+                        fmt="o-",
+                        color=colour(i),
+                        elinewidth=1,
+                        label=labels[i - 1],
+                    )
             family = f"\n({RELEVANCE[task]})" if task in RELEVANCE else ""
             axes.set_title(f"{task}{family}" if task else "mean of tasks", fontsize=9)
             axes.set_xticks(range(len(DOSES)), DOSES)
         panels[0].set_ylabel("exact match, %, with 95 % interval")
         figure.supxlabel("relevant modules of ten", fontsize=10)
-        figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=9)
+        figure.legend(
+            *panels[-1].get_legend_handles_labels(),
+            loc="outside upper center",
+            ncols=4,
+            fontsize=9,
+        )
 
     plot(path, (3.0 * (len(results.tasks) + 1), 4.0), on)
 

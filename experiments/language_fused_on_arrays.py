@@ -30,7 +30,12 @@ from language_on_arrays import DIGITAL, Bits, Setting, config_of
 
 from lorafusion_jax import fuse
 from lorafusion_jax.crossbar import save_config
-from lorafusion_jax.parts import EvaluateOnChipsOptions, OnArrays, evaluate_on_chips, markdown
+from lorafusion_jax.parts import (
+    EvaluateOnChipsOptions,
+    OnArrays,
+    evaluate_on_chips,
+    markdown,
+)
 
 ADAPTERS = EXAMPLES / "adapters"
 Case = Literal["digitally", "on another chip", "on the chip"]
@@ -67,17 +72,39 @@ class Options:
 def main(arguments: Sequence[str] = ()) -> None:
     """Run what is missing, and write the table of what was asked for."""
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
-    settings = [Setting(bits, error) for bits in options.bits for error in options.errors]
+    settings = [
+        Setting(bits, error) for bits in options.bits for error in options.errors
+    ]
     paths = unseen_tasks(options.unseen, link_tasks(options.tasks), ADAPTERS)
     make_pools(ADAPTERS)
-    store = Store(options.out, {name: getattr(options, name) for name in ("seeds", "test_rows", "calibration_rows")})
-    asked: list[tuple[Setting, Case]] = [(DIGITAL, "digitally"), *itertools.product(settings, options.trained)]
+    store = Store(
+        options.out,
+        {
+            name: getattr(options, name)
+            for name in ("seeds", "test_rows", "calibration_rows")
+        },
+    )
+    asked: list[tuple[Setting, Case]] = [
+        (DIGITAL, "digitally"),
+        *itertools.product(settings, options.trained),
+    ]
     rows = []
     for task, path in paths.items():
         for setting, case in asked:
             name = f"{task}-{name_of(setting)}-{slug(case)}"
-            found = store.rows(name, partial(scores, task, path, setting, case, options))
-            rows += [{"task": task, "bits": setting.bits, "error": setting.error, "trained": case, **r} for r in found]
+            found = store.rows(
+                name, partial(scores, task, path, setting, case, options)
+            )
+            rows += [
+                {
+                    "task": task,
+                    "bits": setting.bits,
+                    "error": setting.error,
+                    "trained": case,
+                    **r,
+                }
+                for r in found
+            ]
             jax.clear_caches()  # other settings are other programs
     lines = table(rows, asked, options)
     write_csv(options.out / "table.csv", lines)
@@ -90,7 +117,9 @@ def name_of(setting: Setting) -> str:
     return "digital" if setting.error is None else f"{setting.bits}-{setting.error:g}"
 
 
-def scores(task: str, path: Path, setting: Setting, case: Case, options: Options) -> list[Row]:
+def scores(
+    task: str, path: Path, setting: Setting, case: Case, options: Options
+) -> list[Row]:
     """Return the seed, exact match (percent) and loss of each seed."""
     digital = options_of(
         MAIN["LoRAFusion"],
@@ -101,42 +130,70 @@ def scores(task: str, path: Path, setting: Setting, case: Case, options: Options
         out=options.out / "runs",
         name=task,
     )
-    rows: dict[str, Any] = {"test_rows": options.test_rows, "eval_batch": options.test_rows}
+    rows: dict[str, Any] = {
+        "test_rows": options.test_rows,
+        "eval_batch": options.test_rows,
+    }
     trained = dataclasses.replace(digital, **rows)
     if setting == DIGITAL:
         found = fuse(trained)["seeds"]
     else:
-        crossbar, calibration = str(_config_file(setting, options)), options.calibration_rows
+        crossbar = str(_config_file(setting, options))
+        calibration = options.calibration_rows
         if case != "digitally":
-            other = case == "on another chip"  # rows are of chip 0; results of a run on chip 1 are not read
+            other = (
+                case == "on another chip"
+            )  # rows are of chip 0; results of a run on chip 1 are not read
             arrays = OnArrays(crossbar=crossbar, train_chip="chip", chip=int(other))
             name = f"{task}-{name_of(setting)}{'-other' if other else ''}"
             trained = dataclasses.replace(
-                trained, name=name, arrays=arrays, test_rows=1 if other else options.test_rows
+                trained,
+                name=name,
+                arrays=arrays,
+                test_rows=1 if other else options.test_rows,
             )
         results = fuse(trained)
         if case == "on the chip":
             found = results["seeds"]
         else:
             run = options.out / "runs" / str(trained.name)
-            on_chips = EvaluateOnChipsOptions(run=run, crossbar=crossbar, calibration_rows=calibration, **rows)
+            on_chips = EvaluateOnChipsOptions(
+                run=run, crossbar=crossbar, calibration_rows=calibration, **rows
+            )
             found = evaluate_on_chips(on_chips)["rows"]
-    return [{name: row[name] for name in ("seed", "exact_match", "loss")} for row in found]
+    return [
+        {name: row[name] for name in ("seed", "exact_match", "loss")} for row in found
+    ]
 
 
-def table(rows: Sequence[Row], asked: Sequence[tuple[Setting, Case]], options: Options) -> list[list[str]]:
+def table(
+    rows: Sequence[Row], asked: Sequence[tuple[Setting, Case]], options: Options
+) -> list[list[str]]:
     """Return exact match in percent by setting and task: the mean over seeds, and every seed's."""
-    lines = [["ADC", "programming error, % of Gmax", "trained", *options.unseen, "mean"]]
+    lines = [
+        ["ADC", "programming error, % of Gmax", "trained", *options.unseen, "mean"]
+    ]
     for setting, case in asked:
-        cells, means = [], []
+        cells = []
+        means = []
         for task in options.unseen:
-            here = [r for r in rows if (r["task"], r["bits"], r["error"], r["trained"]) == (task, *setting, case)]
+            here = [
+                r
+                for r in rows
+                if (r["task"], r["bits"], r["error"], r["trained"])
+                == (task, *setting, case)
+            ]
             of_seeds = [row["exact_match"] for row in here]
             means.append(statistics.fmean(of_seeds))
-            cells.append(f"{means[-1]:.1f} ({', '.join(f'{match:.1f}' for match in of_seeds)})")
+            cells.append(
+                f"{means[-1]:.1f} ({', '.join(f'{match:.1f}' for match in of_seeds)})"
+            )
         where = ["none: digital", "-"]
         if setting.error is not None:
-            where = ["ideal" if setting.bits == "ideal" else f"{setting.bits} bits", f"{100 * setting.error:g}"]
+            where = [
+                "ideal" if setting.bits == "ideal" else f"{setting.bits} bits",
+                f"{100 * setting.error:g}",
+            ]
         lines.append([*where, case, *cells, f"{statistics.fmean(means):.1f}"])
     return lines
 

@@ -27,13 +27,29 @@ from lab.common import ROOT, write_csv
 from lab.smollm2 import EXAMPLES, base
 
 from lorafusion_jax import LoadOptions
-from lorafusion_jax.crossbar import CrossbarConfig, Independent, calibrate_tree, chips_in, config_hash, load_config
-from lorafusion_jax.parts import LoadedModel, environment, load_model, log_likelihood, markdown, program_on_arrays
+from lorafusion_jax.crossbar import (
+    CrossbarConfig,
+    Independent,
+    calibrate_tree,
+    chips_in,
+    config_hash,
+    load_config,
+)
+from lorafusion_jax.parts import (
+    LoadedModel,
+    environment,
+    load_model,
+    log_likelihood,
+    markdown,
+    program_on_arrays,
+)
 from lorafusion_jax.report import colour, plot
 from lorafusion_jax.trials import Cells, Row
 
-TEXTS, CALIBRATION = EXAMPLES / "text", "calibration.txt"
-WINDOW, BATCH = 128, 8
+TEXTS = EXAMPLES / "text"
+CALIBRATION = "calibration.txt"
+WINDOW = 128
+BATCH = 8
 
 Bits = int | Literal["ideal"]
 
@@ -94,7 +110,9 @@ def main(arguments: Sequence[str] = ()) -> None:
         "text_sha256": text.sha256,
     }
     cells = Cells(options.out / "rows.jsonl", setting_of, common)
-    settings = [Setting(bits, error) for error in options.errors for bits in options.bits]
+    settings = [
+        Setting(bits, error) for error in options.errors for bits in options.bits
+    ]
 
     def show(row: Row) -> str:
         return f"{setting_of(row)}: perplexity {np.exp(row['loss']):.2f} in {row['cpu_seconds']:.0f} CPU seconds"
@@ -105,8 +123,17 @@ def main(arguments: Sequence[str] = ()) -> None:
             write_csv(options.out / f"{name}.csv", lines)
         draw(rows, options.out / "perplexity.png")
 
-    cells.fill([DIGITAL, *settings], lambda missing: measured(loaded, text, missing, options.chip_key), show, write)
-    print("\n".join([*map(markdown, tables(cells.rows()).values()), f"written to {options.out}"]))
+    cells.fill(
+        [DIGITAL, *settings],
+        lambda missing: measured(loaded, text, missing, options.chip_key),
+        show,
+        write,
+    )
+    print(
+        "\n".join(
+            [*map(markdown, tables(cells.rows()).values()), f"written to {options.out}"]
+        )
+    )
 
 
 def load_text(tokenizer: Any, options: Options) -> Text:
@@ -117,15 +144,21 @@ def load_text(tokenizer: Any, options: Options) -> Text:
     """
     files = sorted(TEXTS.glob("*.txt"))
     texts = {file.name: file.read_text() for file in files}
-    calibration = tokenizer(texts.pop(CALIBRATION), add_special_tokens=False)["input_ids"]
+    calibration = tokenizer(texts.pop(CALIBRATION), add_special_tokens=False)[
+        "input_ids"
+    ]
     ids = tokenizer("\n".join(texts.values()), add_special_tokens=False)["input_ids"]
-    count = len(ids) // WINDOW if options.tokens is None else -(-options.tokens // WINDOW)
+    count = (
+        len(ids) // WINDOW if options.tokens is None else -(-options.tokens // WINDOW)
+    )
     for name, asked, there in (
         ("tokens", count * WINDOW, len(ids)),
         ("calibration-tokens", options.calibration_tokens, len(calibration)),
     ):
         if not 0 < asked <= there:
-            raise ValueError(f"--{name} is {asked} tokens, and {TEXTS} has {there}: give 1 to {there}")
+            raise ValueError(
+                f"--{name} is {asked} tokens, and {TEXTS} has {there}: give 1 to {there}"
+            )
     return Text(
         np.array(ids[: count * WINDOW], np.int32).reshape(count, WINDOW),
         np.array([calibration[: options.calibration_tokens]], np.int32),
@@ -133,9 +166,12 @@ def load_text(tokenizer: Any, options: Options) -> Text:
     )
 
 
-def measured(loaded: LoadedModel, text: Text, settings: Sequence[Setting], chip_key: int) -> Iterator[Row]:
+def measured(
+    loaded: LoadedModel, text: Text, settings: Sequence[Setting], chip_key: int
+) -> Iterator[Row]:
     """Yield a row for each setting."""
-    graph, frozen = loaded.problem.graph, loaded.problem.frozen
+    graph = loaded.problem.graph
+    frozen = loaded.problem.frozen
     key = jax.random.fold_in(jax.random.key(chip_key), 0)
 
     def logits(weights: nnx.State, ids: Int[Array, "B T"]) -> Float[Array, "B T V"]:
@@ -146,14 +182,24 @@ def measured(loaded: LoadedModel, text: Text, settings: Sequence[Setting], chip_
         return -log_likelihood(logits(weights, ids)[:, :-1], ids[:, 1:])
 
     for setting in settings:
-        began, weights, arrays = time.process_time(), frozen.base, {}
+        began = time.process_time()
+        weights = frozen.base
+        arrays = {}
         if setting != DIGITAL:
             config = config_of(setting, jnp.float32)
             weights = program_on_arrays(graph, frozen, {"*": config}, key).base
             weights = calibrate_tree(logits, weights, [jnp.asarray(text.calibration)])
-            arrays = {"config_sha256": config_hash(config), "paths": sorted({c.plan.path for c in chips_in(weights)})}
-        batches = [text.windows[first : first + BATCH] for first in range(0, len(text.windows), BATCH)]
-        found = np.concatenate([np.asarray(losses(weights, batch), float) for batch in batches])
+            arrays = {
+                "config_sha256": config_hash(config),
+                "paths": sorted({c.plan.path for c in chips_in(weights)}),
+            }
+        batches = [
+            text.windows[first : first + BATCH]
+            for first in range(0, len(text.windows), BATCH)
+        ]
+        found = np.concatenate(
+            [np.asarray(losses(weights, batch), float) for batch in batches]
+        )
         yield {
             "bits": setting.bits,
             "error": setting.error,
@@ -167,13 +213,23 @@ def measured(loaded: LoadedModel, text: Text, settings: Sequence[Setting], chip_
         jax.clear_caches()  # other bits are other programs
 
 
-def config_of(setting: Setting, number: Callable[[float], Any] = float) -> CrossbarConfig:
+def config_of(
+    setting: Setting, number: Callable[[float], Any] = float
+) -> CrossbarConfig:
     """Return the arrays of a setting; `number` makes its error a JAX array where settings are to share a program."""
     config = load_config(EXAMPLES / "chip.yaml")
     assert config.adc is not None
-    adc = None if setting.bits == "ideal" else dataclasses.replace(config.adc, bits=setting.bits)
+    adc = (
+        None
+        if setting.bits == "ideal"
+        else dataclasses.replace(config.adc, bits=setting.bits)
+    )
     programming = Independent(number(setting.error)) if setting.error else None
-    return dataclasses.replace(config, adc=adc, device=dataclasses.replace(config.device, programming=programming))
+    return dataclasses.replace(
+        config,
+        adc=adc,
+        device=dataclasses.replace(config.device, programming=programming),
+    )
 
 
 def setting_of(row: Row) -> Setting:
@@ -192,22 +248,41 @@ def tables(rows: Sequence[Row]) -> dict[str, list[list[str]]]:
 
     def cells(said: Any) -> list[list[str]]:
         found = [[by_setting.get(Setting(b, error)) for b in bits] for error in errors]
-        head = ["programming error, % of Gmax", *(b if b == "ideal" else f"{b} bits" for b in bits)]
+        head = [
+            "programming error, % of Gmax",
+            *(b if b == "ideal" else f"{b} bits" for b in bits),
+        ]
         lines = zip(errors, found, strict=True)
-        return [head, *([f"{100 * e:g}", *("-" if row is None else said(row) for row in f)] for e, f in lines)]
+        return [
+            head,
+            *(
+                [f"{100 * e:g}", *("-" if row is None else said(row) for row in f)]
+                for e, f in lines
+            ),
+        ]
 
     def above(row: Row) -> str:
         differences = np.subtract(row["window_losses"], digital["window_losses"])
-        spread = differences.std(ddof=1) / np.sqrt(len(differences)) if len(differences) > 1 else np.nan
+        spread = (
+            differences.std(ddof=1) / np.sqrt(len(differences))
+            if len(differences) > 1
+            else np.nan
+        )
         return f"{differences.mean():.3f} ± {spread:.3f}"
 
-    return {"perplexity": cells(lambda row: _perplexity(np.exp(row["loss"]))), "loss": cells(above)}
+    return {
+        "perplexity": cells(lambda row: _perplexity(np.exp(row["loss"]))),
+        "loss": cells(above),
+    }
 
 
 def axes(rows: Sequence[Row]) -> tuple[list[float], list[Bits]]:
     """Return the errors and the bits that rows have, in order."""
     on_arrays = [row for row in rows if setting_of(row) != DIGITAL]
-    bits = sorted({row["bits"] for row in on_arrays}, key=lambda bits: np.inf if bits == "ideal" else bits)
+    bits = sorted(
+        {row["bits"] for row in on_arrays},
+        key=lambda bits: np.inf if bits == "ideal" else bits,
+    )
     return sorted({row["error"] for row in on_arrays}), bits
 
 
@@ -216,11 +291,15 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     errors, bits = axes(rows)
     found = {setting_of(row): np.exp(row["loss"]) for row in rows}
     of_bits = {
-        "perfect cells" if error == 0 else f"error {100 * error:g} %": [found.get(Setting(b, error)) for b in bits]
+        "perfect cells" if error == 0 else f"error {100 * error:g} %": [
+            found.get(Setting(b, error)) for b in bits
+        ]
         for error in errors
     }
     of_errors = {
-        "ideal ADC" if b == "ideal" else f"ADC of {b} bits": [found.get(Setting(b, error)) for error in errors]
+        "ideal ADC" if b == "ideal" else f"ADC of {b} bits": [
+            found.get(Setting(b, error)) for error in errors
+        ]
         for b in bits
     }
 
@@ -233,10 +312,19 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         right.set_xlabel("programming error, % of Gmax")
         for panel, lines in ((left, of_bits), (right, of_errors)):
             for i, (label, values) in enumerate(lines.items()):
-                places = [place for place, value in enumerate(values) if value is not None]
+                places = [
+                    place for place, value in enumerate(values) if value is not None
+                ]
                 if len(places) > 1:  # a single point is part of the other panel's lines
                     heights = [values[place] for place in places]
-                    panel.plot(places, heights, "o-", markersize=4, color=colour(i + 1), label=label)
+                    panel.plot(
+                        places,
+                        heights,
+                        "o-",
+                        markersize=4,
+                        color=colour(i + 1),
+                        label=label,
+                    )
             panel.axhline(found[DIGITAL], linestyle=":", color="black", label="digital")
             panel.set_yscale("log")
             panel.yaxis.set_major_formatter("{x:,.0f}")
@@ -246,7 +334,13 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 
 def _perplexity(value: float) -> str:
-    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"
+    return (
+        f"{value:.2f}"
+        if value < 1000
+        else f"{value:,.0f}"
+        if value < 1e6
+        else f"{value:.1e}"
+    )
 
 
 if __name__ == "__main__":

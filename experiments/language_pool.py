@@ -25,7 +25,16 @@ import ml_dtypes
 import numpy as np
 import tyro
 from lab.common import ROOT, write_csv
-from lab.language import EVALUATED_ROWS, NEW_TOKENS, POOLS, PROMPT, SOURCE_ROWS, find, load, source_rows
+from lab.language import (
+    EVALUATED_ROWS,
+    NEW_TOKENS,
+    POOLS,
+    PROMPT,
+    SOURCE_ROWS,
+    find,
+    load,
+    source_rows,
+)
 from lab.smollm2 import HUB_ID, base
 
 from lorafusion_jax import FuseOptions, LoRARecipe
@@ -44,12 +53,21 @@ from lorafusion_jax.parts import (
     with_targets,
     write_adapter,
 )
-from lorafusion_jax.tasks import TrainingRows, answer_options, batch_orders, train_batches
+from lorafusion_jax.tasks import (
+    TrainingRows,
+    answer_options,
+    batch_orders,
+    train_batches,
+)
 from lorafusion_jax.trials import Cells, read_lines
 
-SEED, BATCH = 1, 16
+SEED = 1
+BATCH = 16
 # The family of each source, in the order of tables.
-_FAMILIES = {pool: {name: family for family, names in of.items() for name in names} for pool, of in POOLS.items()}
+_FAMILIES = {
+    pool: {name: family for family, names in of.items() for name in names}
+    for pool, of in POOLS.items()
+}
 _FAMILY = _FAMILIES["first"] | _FAMILIES["second"]
 
 
@@ -86,12 +104,17 @@ def main(arguments: Sequence[str] = ()) -> None:
     file = options.out / "pool.jsonl"
     _check_settings(read_lines(file), options)
     cells = Cells(file, lambda row: row["task"])
-    todo = {name: find(name, options.tasks) for name in cells.missing(options.sources or _FAMILIES[options.pool])}
+    todo = {
+        name: find(name, options.tasks)
+        for name in cells.missing(options.sources or _FAMILIES[options.pool])
+    }
     for path in todo.values():
         load(path, source_rows(path))
     for name in todo:
         if (folder := options.out / "adapters" / name).exists():
-            raise ValueError(f"{folder} is there, but pool.jsonl has no line of it: remove it, to train it anew")
+            raise ValueError(
+                f"{folder} is there, but pool.jsonl has no line of it: remove it, to train it anew"
+            )
     cells.fill(
         todo,
         lambda missing: (_train(name, todo[name], options) for name in missing),
@@ -107,15 +130,51 @@ def table_of(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     """
     order = {name: place for place, name in enumerate(_FAMILY)}
     lines = [
-        ["family", "task", "rows trained", "test rows", "base", "adapter", "in the same case", "loss, base", "adapter"]
+        [
+            "family",
+            "task",
+            "rows trained",
+            "test rows",
+            "base",
+            "adapter",
+            "in the same case",
+            "loss, base",
+            "adapter",
+        ]
     ]
     for row in sorted(rows, key=lambda row: order.get(row["task"], len(order))):
-        before, after = row["base"], row["adapter"]
+        before = row["base"]
+        after = row["adapter"]
         scores = [before["exact_match"], after["exact_match"], after["same_case"]]
-        numbers = [*(f"{score:.1f}" for score in scores), f"{before['loss']:.2f}", f"{after['loss']:.2f}"]
-        lines.append([row["family"] or "tuning", row["task"], str(row["train_rows"]), str(row["test_rows"]), *numbers])
-    means = [fmean(row[who]["exact_match"] for row in rows) for who in ("base", "adapter")]
-    lines.append(["mean", f"{len(rows)} tasks", "", "", *(f"{mean:.1f}" for mean in means), "", "", ""])
+        numbers = [
+            *(f"{score:.1f}" for score in scores),
+            f"{before['loss']:.2f}",
+            f"{after['loss']:.2f}",
+        ]
+        lines.append(
+            [
+                row["family"] or "tuning",
+                row["task"],
+                str(row["train_rows"]),
+                str(row["test_rows"]),
+                *numbers,
+            ]
+        )
+    means = [
+        fmean(row[who]["exact_match"] for row in rows) for who in ("base", "adapter")
+    ]
+    lines.append(
+        [
+            "mean",
+            f"{len(rows)} tasks",
+            "",
+            "",
+            *(f"{mean:.1f}" for mean in means),
+            "",
+            "",
+            "",
+        ]
+    )
     return lines
 
 
@@ -134,7 +193,9 @@ def _check_settings(rows: Sequence[dict[str, Any]], options: Options) -> None:
             for k, was in ({"own_seeds": False, "base": None} | row["config"]).items()
             if was != settings[k]
         ]:
-            raise ValueError(f"{options.out}: {row['task']} was trained with {'; '.join(other)}: give another --out")
+            raise ValueError(
+                f"{options.out}: {row['task']} was trained with {'; '.join(other)}: give another --out"
+            )
 
 
 def fuse_options(name: str, path: Path, options: Options) -> FuseOptions:
@@ -169,12 +230,20 @@ def _train(name: str, path: Path, options: Options) -> dict[str, Any]:
     run = fuse_options(name, path, options)
     setup = load_setup(run)
     assert setup.split is not None
-    began, cpu = time.perf_counter(), time.process_time()
+    began = time.perf_counter()
+    cpu = time.process_time()
     epochs: list[Epoch] = []
     state = start(setup.problem, run.seeds)
     zero_shot = _scores(setup, run, state.params)  # B is zero: the base
     evaluated = time.perf_counter()
-    state = fit(setup.problem, setup.rows, state, run.recipe, run.seeds, after_epoch=epochs.append)
+    state = fit(
+        setup.problem,
+        setup.rows,
+        state,
+        run.recipe,
+        run.seeds,
+        after_epoch=epochs.append,
+    )
     trained = time.perf_counter()
     params = jax.tree.map(rounded, state.params)
     row = {
@@ -187,7 +256,10 @@ def _train(name: str, path: Path, options: Options) -> dict[str, Any]:
         "validation_loss": [float(epoch.validation_loss[0]) for epoch in epochs],
         "steps": int(state.step[0]),
         "tokens": _tokens(setup.rows, run),
-        "seconds": {"train": trained - evaluated, "evaluate": evaluated - began + time.perf_counter() - trained},
+        "seconds": {
+            "train": trained - evaluated,
+            "evaluate": evaluated - began + time.perf_counter() - trained,
+        },
         "cpu_seconds": round(time.process_time() - cpu, 1),
         "seed": run.seeds[0],
         "epochs": run.recipe.epochs,
@@ -195,7 +267,12 @@ def _train(name: str, path: Path, options: Options) -> dict[str, Any]:
         "data_sha256": setup.task.sha256,
         **environment(),
     }
-    write_lora(options.out / "adapters" / name, setup, params, options.base.stem if options.base else HUB_ID)
+    write_lora(
+        options.out / "adapters" / name,
+        setup,
+        params,
+        options.base.stem if options.base else HUB_ID,
+    )
     return row
 
 
@@ -203,16 +280,27 @@ def write_lora(folder: Path, setup: Setup, params: Params, base: str) -> None:
     """Write the LoRA of a run's only seed in PEFT's format, bfloat16."""
     of_seed = jax.tree.map(lambda p: p[0], params)
     problem = setup.problem.replace(index=setup.problem.index[0])
-    adapters, _ = jax.jit(problem.method.adapters)(of_seed, problem.frozen, problem.index)
+    adapters, _ = jax.jit(problem.method.adapters)(
+        of_seed, problem.frozen, problem.index
+    )
     config, tensors = lora_adapter(setup.config, adapters, base=base)
-    write_adapter(folder, config, {key: tensor.astype(ml_dtypes.bfloat16) for key, tensor in tensors.items()})
+    write_adapter(
+        folder,
+        config,
+        {key: tensor.astype(ml_dtypes.bfloat16) for key, tensor in tensors.items()},
+    )
 
 
 def _scores(setup: Setup, run: FuseOptions, params: dict[str, Any]) -> dict[str, Any]:
     """Return exact match, the share of answers that are also in the same case, option accuracy (percent), and loss."""
-    found = evaluate(setup, params, batch_size=run.eval_batch, options=answer_options(setup.task))
+    found = evaluate(
+        setup, params, batch_size=run.eval_batch, options=answer_options(setup.task)
+    )
     targets = [example.target for example in setup.task.test[: len(setup.test)]]
-    same = [said.strip() == target for said, target in zip(found.predictions[0], targets, strict=True)]
+    same = [
+        said.strip() == target
+        for said, target in zip(found.predictions[0], targets, strict=True)
+    ]
     row = seed_rows(run.seeds, found)[0]
     return {key: row[key] for key in ("exact_match", "option_accuracy", "loss")} | {
         "same_case": 100 * float(np.mean(same))
@@ -226,8 +314,12 @@ def rounded(p: jax.Array) -> jax.Array:
 
 def _tokens(rows: TrainingRows, run: FuseOptions) -> int:
     """Return how many tokens all training steps take, padding included."""
-    orders = batch_orders(rows.split.train, batch_size=BATCH, epochs=run.recipe.epochs, seeds=run.seeds)
-    batches = train_batches(rows.tokens, orders, pad_id=rows.pad_id, packing=rows.packing)
+    orders = batch_orders(
+        rows.split.train, batch_size=BATCH, epochs=run.recipe.epochs, seeds=run.seeds
+    )
+    batches = train_batches(
+        rows.tokens, orders, pad_id=rows.pad_id, packing=rows.packing
+    )
     return sum(batch.input_ids.size + batch.labels.size for batch in batches)
 
 

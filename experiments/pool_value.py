@@ -72,12 +72,18 @@ def main(arguments: Sequence[str] = ()) -> None:
     for rows in options.rows:
         for name in ARMS:
             if (kind := ARMS[name].pool) != "none":
-                for folder in write_pools(options.pools, shuffled=kind == "shuffled-labels"):
+                for folder in write_pools(
+                    options.pools, shuffled=kind == "shuffled-labels"
+                ):
                     print(f"trained {folder}", file=sys.stderr, flush=True)
             file = options.out / f"rows_{rows}.jsonl"
             run(lab, cells(name, rows), file, ARMS[name].rates, together=True)
-    everything = [row for rows in EPOCHS for row in read_lines(options.out / f"rows_{rows}.jsonl")]
-    write_tables(options.out, tables(everything, read_lines(options.out / "tune.jsonl")))
+    everything = [
+        row for rows in EPOCHS for row in read_lines(options.out / f"rows_{rows}.jsonl")
+    ]
+    write_tables(
+        options.out, tables(everything, read_lines(options.out / "tune.jsonl"))
+    )
     draw(everything, options.out / "advantage.png")
 
 
@@ -98,13 +104,23 @@ def draw_table() -> list[list[str]]:
     lines = [["pool", "use", "task"]]
     for name, tasks in design().pools.items():
         lines += [[name, "adapter", task.name] for task in tasks]
-        lines += [[name, target.relevance, target.task.name] for target in design().targets if target.pool == name]
+        lines += [
+            [name, target.relevance, target.task.name]
+            for target in design().targets
+            if target.pool == name
+        ]
     return lines
 
 
-def means(rows: Sequence[Row], arm: str, number: int, value: str = "test_loss") -> dict[str, float] | None:
+def means(
+    rows: Sequence[Row], arm: str, number: int, value: str = "test_loss"
+) -> dict[str, float] | None:
     """Return the mean of an arm by task, over seeds and draws, once all of its cells exist."""
-    own = {key_of(row): row for row in rows if (row["arm"], row["rows"]) == (arm, number) and value in row}
+    own = {
+        key_of(row): row
+        for row in rows
+        if (row["arm"], row["rows"]) == (arm, number) and value in row
+    }
     if not own.keys() >= {*cells(arm, number)}:
         return None
     by_task: dict[str, list[float]] = {}
@@ -113,23 +129,44 @@ def means(rows: Sequence[Row], arm: str, number: int, value: str = "test_loss") 
     return {task: float(np.mean(values)) for task, values in by_task.items()}
 
 
-def difference(rows: Sequence[Row], first: str, second: str, number: int) -> dict[str, float] | None:
+def difference(
+    rows: Sequence[Row], first: str, second: str, number: int
+) -> dict[str, float] | None:
     """Return the test loss of the first arm minus that of the second, by task of the draw."""
-    a, b = means(rows, first, number), means(rows, second, number)
-    return None if a is None or b is None else {task: a[task] - b[task] for task in RELEVANCE}
+    a = means(rows, first, number)
+    b = means(rows, second, number)
+    return (
+        None
+        if a is None or b is None
+        else {task: a[task] - b[task] for task in RELEVANCE}
+    )
 
 
-RELEVANCE = {name: target.relevance for name, target in TARGETS.items() if target.pool != "tuning"}
+RELEVANCE = {
+    name: target.relevance
+    for name, target in TARGETS.items()
+    if target.pool != "tuning"
+}
 
 
 def tests(rows: Sequence[Row]) -> list[Test]:
     """Return the tests whose cells all exist; an advantage is a loss minus that of LoRAFusion."""
     found: list[Test] = []
 
-    def add(name: str, statement: str, values: Sequence[float], p: float | None = None) -> None:
+    def add(
+        name: str, statement: str, values: Sequence[float], p: float | None = None
+    ) -> None:
         interval = over_tasks(values)
         assert interval is not None
-        found.append(Test(name, statement, len(values), *interval, _t(values, 0.0, "two-sided") if p is None else p))
+        found.append(
+            Test(
+                name,
+                statement,
+                len(values),
+                *interval,
+                _t(values, 0.0, "two-sided") if p is None else p,
+            )
+        )
 
     main = difference(rows, ROTATED, FUSION, ROWS_OF_TESTS)
     if main is not None:
@@ -139,13 +176,34 @@ def tests(rows: Sequence[Row]) -> list[Test]:
         half = scipy.stats.t.ppf(0.975, len(main) - 2) * trend.stderr
         slope = float(trend.slope)
         ends = (slope - half, slope + half)
-        found.append(Test("H2", "that, more per class of relevance", len(main), slope, *ends, float(trend.pvalue)))
-    few, many = difference(rows, ROTATED, FUSION, 5), difference(rows, ROTATED, FUSION, 95)
+        found.append(
+            Test(
+                "H2",
+                "that, more per class of relevance",
+                len(main),
+                slope,
+                *ends,
+                float(trend.pvalue),
+            )
+        )
+    few = difference(rows, ROTATED, FUSION, 5)
+    many = difference(rows, ROTATED, FUSION, 95)
     if few is not None and many is not None:
-        add("H3", "that, 5 rows minus 95 rows", [few[task] - many[task] for task in RELEVANCE])
+        add(
+            "H3",
+            "that, 5 rows minus 95 rows",
+            [few[task] - many[task] for task in RELEVANCE],
+        )
     if main is not None:
-        foreign = [value for task, value in main.items() if RELEVANCE[task] == "foreign"]
-        add("H4", f"that, foreign tasks; p of equivalence within {EQUIVALENT}", foreign, equivalence(foreign))
+        foreign = [
+            value for task, value in main.items() if RELEVANCE[task] == "foreign"
+        ]
+        add(
+            "H4",
+            f"that, foreign tasks; p of equivalence within {EQUIVALENT}",
+            foreign,
+            equivalence(foreign),
+        )
     if (lora := difference(rows, SMALL_LORA, FUSION, ROWS_OF_TESTS)) is not None:
         add("H5", "LoRA of rank 1 minus LoRAFusion, 20 rows", [*lora.values()])
     if (labels := difference(rows, ROTATED, SHUFFLED, ROWS_OF_TESTS)) is not None:
@@ -169,47 +227,97 @@ def tables(rows: Sequence[Row], tuning: Sequence[Row]) -> dict[str, list[list[st
     found: dict[str, list[list[str]]] = {}
     lines = [["arm", "parameters", "rows", "test loss", "exact match, %"]]
     for name, number in itertools.product(ARMS, EPOCHS):
-        loss, match = means(rows, name, number), means(rows, name, number, "exact_match")
+        loss = means(rows, name, number)
+        match = means(rows, name, number, "exact_match")
         if match is not None:
             counts = next(row["numbers"] for row in rows if row["arm"] == name)
             shown = "-" if loss is None else f"{np.mean([*loss.values()]):.3f}"
-            lines.append([name, f"{counts:,}", str(number), shown, f"{np.mean([*match.values()]):.1f}"])
+            lines.append(
+                [
+                    name,
+                    f"{counts:,}",
+                    str(number),
+                    shown,
+                    f"{np.mean([*match.values()]):.1f}",
+                ]
+            )
     found["arms"] = lines
-    lines = [["task", "pool", "relevance", "rows", "base", "base, training rows", "rotated", "LoRAFusion", "advantage"]]
-    curve = [["rows", "arm minus LoRAFusion", "relevance", "tasks", "nats", "95 % interval"]]
+    lines = [
+        [
+            "task",
+            "pool",
+            "relevance",
+            "rows",
+            "base",
+            "base, training rows",
+            "rotated",
+            "LoRAFusion",
+            "advantage",
+        ]
+    ]
+    curve = [
+        ["rows", "arm minus LoRAFusion", "relevance", "tasks", "nats", "95 % interval"]
+    ]
     for number in EPOCHS:
         arms = [means(rows, name, number) for name in (ZERO, ROTATED, FUSION)]
-        on_rows, gain = means(rows, ZERO, number, "training_rows_loss"), difference(rows, ROTATED, FUSION, number)
+        on_rows = means(rows, ZERO, number, "training_rows_loss")
+        gain = difference(rows, ROTATED, FUSION, number)
         if gain is None or on_rows is None:
             continue
         for target in design().targets:
             if (task := target.task.name) in gain:
-                base, rotated, fused = (by_task[task] for by_task in arms if by_task is not None)
+                base, rotated, fused = (
+                    by_task[task] for by_task in arms if by_task is not None
+                )
                 numbers = (base, on_rows[task], rotated, fused, gain[task])
                 of_target = [task, target.pool, target.relevance, str(number)]
                 lines.append([*of_target, *(f"{value:.4f}" for value in numbers)])
-    for number, arm in itertools.product(EPOCHS, (name for name in TRAINED if name != FUSION)):
+    for number, arm in itertools.product(
+        EPOCHS, (name for name in TRAINED if name != FUSION)
+    ):
         if (gain := difference(rows, arm, FUSION, number)) is not None:
             curve += [[str(number), arm, *line] for line in by_class(gain)]
-    alone = [["rows", "relevance", "tasks", "rotated minus real, coefficients only", "95 % interval"]]
+    alone = [
+        [
+            "rows",
+            "relevance",
+            "tasks",
+            "rotated minus real, coefficients only",
+            "95 % interval",
+        ]
+    ]
     for number in EPOCHS:
         if (gain := difference(rows, BARE_ROTATED, BARE, number)) is not None:
             alone += [[str(number), *line] for line in by_class(gain)]
     found |= {"advantage": lines, "contrasts": curve, "alone": alone}
     everything = tests(rows)
     p_of = {test.name: test.p for test in everything}
-    corrected = dict(zip(SECONDARY, holm([p_of.get(name, 1.0) for name in SECONDARY]), strict=True))
-    found["tests"] = [["", "contrast, nats", "tasks", "estimate", "95 % interval", "p", "p by Holm"]]
+    corrected = dict(
+        zip(SECONDARY, holm([p_of.get(name, 1.0) for name in SECONDARY]), strict=True)
+    )
+    found["tests"] = [
+        ["", "contrast, nats", "tasks", "estimate", "95 % interval", "p", "p by Holm"]
+    ]
     for test in everything:
-        p = f"{test.p:.2g}", f"{corrected[test.name]:.2g}" if test.name in corrected else "-"
+        p = (
+            f"{test.p:.2g}",
+            f"{corrected[test.name]:.2g}" if test.name in corrected else "-",
+        )
         interval = f"{test.estimate:.3f}", f"{test.low:.3f} to {test.high:.3f}"
-        found["tests"].append([test.name, test.statement, str(test.tasks), *interval, *p])
+        found["tests"].append(
+            [test.name, test.statement, str(test.tasks), *interval, *p]
+        )
     found["rates"] = [["arm", "rows", *_RATES, "mean test loss", "rates tried"]]
     for name, number in itertools.product(TRAINED, EPOCHS):
         best = best_tried(tuning, name, number)
         if best and {*cells(name, number)} <= {key_of(row) for row in rows}:
-            rates = [f"{best.rates[rate]:g}" if rate in best.rates else "-" for rate in _RATES]
-            found["rates"].append([name, str(number), *rates, f"{best.loss:.3f}", str(best.number)])
+            rates = [
+                f"{best.rates[rate]:g}" if rate in best.rates else "-"
+                for rate in _RATES
+            ]
+            found["rates"].append(
+                [name, str(number), *rates, f"{best.loss:.3f}", str(best.number)]
+            )
     return {name: lines for name, lines in found.items() if len(lines) > 1}
 
 
@@ -219,7 +327,11 @@ _RATES = ("lr_coefficients", "lr_magnitudes", "lr_lora")
 def by_class(gain: Mapping[str, float]) -> Iterator[list[str]]:
     """Yield class, number of tasks, mean and interval of differences by task, for all tasks and for each class."""
     for relevance in ("all", *CLASSES):
-        own = [value for task, value in gain.items() if relevance in ("all", RELEVANCE[task])]
+        own = [
+            value
+            for task, value in gain.items()
+            if relevance in ("all", RELEVANCE[task])
+        ]
         yield [relevance, str(len(own)), *with_interval(own, 3)]
 
 
@@ -233,11 +345,22 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     def on(figure: Any) -> None:
         panel = figure.subplots()
         for n, relevance in enumerate(CLASSES):
-            own = [[gain[task] for task in gain if RELEVANCE[task] == relevance] for gain in there.values()]
+            own = [
+                [gain[task] for task in gain if RELEVANCE[task] == relevance]
+                for gain in there.values()
+            ]
             ends = np.array([over_tasks(values) for values in own])
             at = np.array([*there]) * 1.03 ** (n - 1)
             about = np.abs(ends[:, 1:].T - ends[:, 0])
-            panel.errorbar(at, ends[:, 0], about, fmt="o-", capsize=3, color=colour(n + 1), label=_LABELS[relevance])
+            panel.errorbar(
+                at,
+                ends[:, 0],
+                about,
+                fmt="o-",
+                capsize=3,
+                color=colour(n + 1),
+                label=_LABELS[relevance],
+            )
         panel.axhline(0.0, linestyle=":", color="black")
         panel.set_xscale("log")
         panel.set_xlim(min(there) / 1.3, max(there) * 1.3)
@@ -250,7 +373,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     plot(path, (7.0, 4.2), on)
 
 
-_LABELS = {"both": "both operations in the pool", "one": "one of them", "foreign": "neither"}
+_LABELS = {
+    "both": "both operations in the pool",
+    "one": "one of them",
+    "foreign": "neither",
+}
 
 
 if __name__ == "__main__":

@@ -60,11 +60,26 @@ from lorafusion_jax.parts import (
     trainable_count,
     with_targets,
 )
-from lorafusion_jax.tasks import BETWEEN_EXAMPLES, Encoded, Split, Task, TrainingRows, few_shot, load_task
+from lorafusion_jax.tasks import (
+    BETWEEN_EXAMPLES,
+    Encoded,
+    Split,
+    Task,
+    TrainingRows,
+    few_shot,
+    load_task,
+)
 from lorafusion_jax.trials import Cells, read_lines
 
 DRAW = 20261128
-FIXED = ("english-spanish", "prev_item", "country-currency", "person-sport", "sentiment", "synonym")
+FIXED = (
+    "english-spanish",
+    "prev_item",
+    "country-currency",
+    "person-sport",
+    "sentiment",
+    "synonym",
+)
 DRAWN_FROM = (
     "present-past",
     "adjective_v_verb_5",
@@ -84,19 +99,32 @@ TARGETS = 12
 ADAPTERS = tuple(name for family in SOURCES.values() for name in family)
 # Of another base, which has only the fixed targets.
 FEWER_ADAPTERS = tuple(np.random.default_rng(DRAW).permutation(ADAPTERS)[:12].tolist())
-SEEDS, VALIDATION_ROWS = (1, 2, 3), 5
-TUNING_SEEDS: dict[int, tuple[int, ...]] = {20: (1, 2), 95: (1,)}  # a seed with 95 rows uses all 100
+SEEDS = (1, 2, 3)
+VALIDATION_ROWS = 5
+TUNING_SEEDS: dict[int, tuple[int, ...]] = {
+    20: (1, 2),
+    95: (1,),
+}  # a seed with 95 rows uses all 100
 EPOCHS = {20: 20, 95: 5}  # of batches of 10: 40 and 50 steps
 SHOWN_BATCH = 20  # test rows in a batch whose prompts have examples
 
 _BOTH = {"lr_coefficients": 0.01, "lr_magnitudes": 0.1}
-FUSION, ROTATED, MAGNITUDES, ZERO = "LoRAFusion", "rotated", "magnitudes only", "zero-shot"
-BARE, BARE_ROTATED, SHOWN_FUSION = "coefficients only", "coefficients only, rotated", "5 examples and LoRAFusion"
-SLOWER, AGAIN = "rotated, magnitudes at 0.0333", "LoRAFusion, pool trained again"  # with one pool
+FUSION = "LoRAFusion"
+ROTATED = "rotated"
+MAGNITUDES = "magnitudes only"
+ZERO = "zero-shot"
+BARE = "coefficients only"
+BARE_ROTATED = "coefficients only, rotated"
+SHOWN_FUSION = "5 examples and LoRAFusion"
+# with one pool
+SLOWER = "rotated, magnitudes at 0.0333"
+AGAIN = "LoRAFusion, pool trained again"
 ARMS = {
     FUSION: Arm("fusion", "real", rates=_BOTH),
     ROTATED: Arm("fusion", "rotated", rates=_BOTH),
-    SLOWER: Arm("fusion", "rotated", rates={"lr_coefficients": 0.01, "lr_magnitudes": 0.0333}),
+    SLOWER: Arm(
+        "fusion", "rotated", rates={"lr_coefficients": 0.01, "lr_magnitudes": 0.0333}
+    ),
     AGAIN: Arm("fusion", "real", rates={"lr_coefficients": 0.03, "lr_magnitudes": 0.1}),
     MAGNITUDES: Arm("magnitudes", rates={"lr_magnitudes": 0.1}),
     BARE: Arm("coefficients", "real", rates={"lr_coefficients": 0.1}),
@@ -107,7 +135,12 @@ ARMS = {
     "20 examples in the prompt": Arm("zero-shot", recipe={"shots": 20}),
     ZERO: Arm("zero-shot"),
 }
-MORE_PAIRS = ((BARE_ROTATED, BARE), (SLOWER, AGAIN), (SLOWER, ROTATED), (SLOWER, MAGNITUDES))
+MORE_PAIRS = (
+    (BARE_ROTATED, BARE),
+    (SLOWER, AGAIN),
+    (SLOWER, ROTATED),
+    (SLOWER, MAGNITUDES),
+)
 
 
 RESULTS = ROOT / "results" / "pool_value"
@@ -141,10 +174,22 @@ def main(arguments: Sequence[str] = ()) -> None:
     if options.tasks is not None:
         paths, table = draw(options.tasks, ROOT / "runs" / "pool_value" / "language")
         write_csv(options.out / "language_draw.csv", table)
-        committed = read_lines(RESULTS / ("gemma" if options.base else ".") / "language.jsonl")
-        lab = Lab(options.base or base(), options.pool, FEWER_ADAPTERS if options.base else ADAPTERS)
-        run(lab, [key_of(row) for row in committed if row["rows"] in options.rows], paths, options.out)
-    rows, trials = (read_lines(options.out / f"{name}.jsonl") for name in ("language", "language_tune"))
+        committed = read_lines(
+            RESULTS / ("gemma" if options.base else ".") / "language.jsonl"
+        )
+        lab = Lab(
+            options.base or base(),
+            options.pool,
+            FEWER_ADAPTERS if options.base else ADAPTERS,
+        )
+        run(
+            lab,
+            [key_of(row) for row in committed if row["rows"] in options.rows],
+            paths,
+            options.out,
+        )
+    rows = read_lines(options.out / f"{'language'}.jsonl")
+    trials = read_lines(options.out / f"{'language_tune'}.jsonl")
     targets = len({row["task"] for row in rows})
     write_tables(options.out, tables(rows, trials, targets), "language_")
 
@@ -156,8 +201,19 @@ def draw(tasks: Path, clean: Path) -> tuple[dict[str, Path], list[list[str]]]:
       tasks: folder of the function-vector data sets.
       clean: folder of the tasks that lose pairs.
     """
-    trained = trained_pairs([name for family in SOURCES.values() for name in family], tasks)
-    lines = [["task", "use", "closest source", "shared test pairs, %", "left out of the first 100", "test rows"]]
+    trained = trained_pairs(
+        [name for family in SOURCES.values() for name in family], tasks
+    )
+    lines = [
+        [
+            "task",
+            "use",
+            "closest source",
+            "shared test pairs, %",
+            "left out of the first 100",
+            "test rows",
+        ]
+    ]
     paths: dict[str, Path] = {}
     drawn = np.random.default_rng(DRAW).permutation(DRAWN_FROM).tolist()
     for name in (*TUNING, *FIXED, *drawn):
@@ -170,8 +226,20 @@ def draw(tasks: Path, clean: Path) -> tuple[dict[str, Path], list[list[str]]]:
             line[1] = "passed over"
         elif len(paths) < len(TUNING) + TARGETS:
             paths[name], left_out = unseen(find(name, tasks), trained, clean)
-            use = "tuning" if name in TUNING else "target" if name in FIXED else "target, drawn"
-            line = [*line[:1], use, *line[2:4], str(left_out), str(len(load(paths[name]).test[:EVALUATED_ROWS]))]
+            use = (
+                "tuning"
+                if name in TUNING
+                else "target"
+                if name in FIXED
+                else "target, drawn"
+            )
+            line = [
+                *line[:1],
+                use,
+                *line[2:4],
+                str(left_out),
+                str(len(load(paths[name]).test[:EVALUATED_ROWS])),
+            ]
         lines.append(line)
     return paths, lines
 
@@ -182,20 +250,34 @@ def key_of(row: Row) -> Key:
 
 def run(lab: "Lab", keys: Sequence[Key], paths: Mapping[str, Path], out: Path) -> None:
     """Measure the missing cells, each arm with rates that are tuned before."""
-    rates = {arm: tuned(lab, *arm, paths, out) for arm in dict.fromkeys(key[:2] for key in keys)}
+    rates = {
+        arm: tuned(lab, *arm, paths, out)
+        for arm in dict.fromkeys(key[:2] for key in keys)
+    }
 
     def measure(missing: Sequence[Key]) -> Iterator[Row]:
         for arm, rows, task, seed in missing:
-            began, chosen = time.process_time(), rates[arm, rows]
+            began = time.process_time()
+            chosen = rates[arm, rows]
             cell = lab.measure(arm, paths[task], rows, seed, chosen)
-            of_key = {"arm": arm, "rows": rows, "task": task, "seed": seed, "rates": chosen}
+            of_key = {
+                "arm": arm,
+                "rows": rows,
+                "task": task,
+                "seed": seed,
+                "rates": chosen,
+            }
             yield of_key | cell | {"cpu_seconds": round(time.process_time() - began, 1)}
 
     cells = Cells(out / "language.jsonl", key_of)
-    cells.fill(keys, measure, lambda row: f"{key_of(row)}: {row['cpu_seconds']:.0f} CPU s")
+    cells.fill(
+        keys, measure, lambda row: f"{key_of(row)}: {row['cpu_seconds']:.0f} CPU s"
+    )
 
 
-def tuned(lab: "Lab", name: str, rows: int, paths: Mapping[str, Path], out: Path) -> dict[str, float]:
+def tuned(
+    lab: "Lab", name: str, rows: int, paths: Mapping[str, Path], out: Path
+) -> dict[str, float]:
     """Return the rates of an arm whose mean test loss on the tuning tasks is no higher than at any neighbour."""
     begin = lab.arms[name].rates
     if not begin or name in lab.untuned:
@@ -204,11 +286,14 @@ def tuned(lab: "Lab", name: str, rows: int, paths: Mapping[str, Path], out: Path
     def measure(missing: Sequence[tuple[Any, ...]]) -> Iterator[Row]:
         for arm, _, point, task, seed in missing:
             rates = rates_at(begin, point)
-            loss = lab.measure(arm, paths[task], rows, seed, rates, answer=False)["test_loss"]
+            loss = lab.measure(arm, paths[task], rows, seed, rates, answer=False)[
+                "test_loss"
+            ]
             key = {"arm": arm, "rows": rows, "task": task, "seed": seed}
             yield key | {"point": point, "rates": rates, "test_loss": loss}
 
-    trials, over = Cells(out / "language_tune.jsonl", _tuning_key), [*itertools.product(TUNING, lab.tuning_seeds[rows])]
+    trials = Cells(out / "language_tune.jsonl", _tuning_key)
+    over = [*itertools.product(TUNING, lab.tuning_seeds[rows])]
     return tune(trials, (name, rows), begin, over, measure)
 
 
@@ -226,13 +311,17 @@ class Lab:
     def __init__(self, base: Path, pool: Path, adapters: Sequence[str] = ADAPTERS):
         there = {path.name for path in pool.iterdir()} if pool.is_dir() else set[str]()
         if others := sorted(there.difference(adapters)):
-            raise ValueError(f"{pool} has other adapters, {', '.join(others)}: expected only those of the design")
+            raise ValueError(
+                f"{pool} has other adapters, {', '.join(others)}: expected only those of the design"
+            )
         if missing := [name for name in adapters if name not in there]:
             raise ValueError(
                 f"{pool} lacks the adapters {', '.join(missing)}: "
                 "python experiments/language_pool.py --own-seeds trains them"
             )
-        self.path, self.pool, self.base = base, pool, None
+        self.path = base
+        self.pool = pool
+        self.base = None
         self.model = functools.lru_cache(maxsize=len(self.arms))(self._model)
 
     def measure(
@@ -248,27 +337,48 @@ class Lab:
     ) -> Row:
         """Train an arm on a seed's rows of a task, and return its row; without `answer` no test row is answered."""
         make_room()
-        arm, shots = self.arms[name], self.arms[name].recipe.get("shots", 0)
+        arm = self.arms[name]
+        shots = self.arms[name].recipe.get("shots", 0)
         model = self.model(name, seed if arm.pool == "rotated" else 0)
         setup = setup_of(model, load(path), rows, seed, shots)
         params: Any = {}
         steps = 0
         if arm.rates:
             test = test_batch(setup)
-            watched: Any = {"after_epoch": lambda epoch: watch(epoch, setup.problem, test)}
+            watched: Any = {
+                "after_epoch": lambda epoch: watch(epoch, setup.problem, test)
+            }
             params, steps = self.trained(name, setup, rows, seed, rates, **watched)
-        row: Row = {"numbers": sum(trainable_count(setup).values()), "steps": steps, "test_rows": len(setup.test)}
+        row: Row = {
+            "numbers": sum(trainable_count(setup).values()),
+            "steps": steps,
+            "test_rows": len(setup.test),
+        }
         if answer:
             stop = BETWEEN_EXAMPLES if shots else None
-            found = evaluate(setup, params, batch_size=SHOWN_BATCH if shots else EVALUATED_ROWS, stop=stop)
+            found = evaluate(
+                setup,
+                params,
+                batch_size=SHOWN_BATCH if shots else EVALUATED_ROWS,
+                stop=stop,
+            )
             assert found.loss is not None
-            row |= {"test_loss": round(float(found.loss[0]), 5), "exact_match": float(found.exact_match[0])}
+            row |= {
+                "test_loss": round(float(found.loss[0]), 5),
+                "exact_match": float(found.exact_match[0]),
+            }
         else:
             row["test_loss"] = round(float(test_losses(setup, params)[0]), 5)
         return row
 
     def trained(
-        self, name: str, setup: Setup, rows: int, seed: int, rates: Mapping[str, float], **how: Any
+        self,
+        name: str,
+        setup: Setup,
+        rows: int,
+        seed: int,
+        rates: Mapping[str, float],
+        **how: Any,
     ) -> tuple[Any, int]:
         """Return the parameters of an arm, and the number of steps."""
         return self.fitted(name, setup.problem, setup.rows, (rows, seed), rates, **how)
@@ -288,7 +398,14 @@ class Lab:
         """Return the parameters after a share of the epochs of so many rows and a seed, and the number of steps."""
         recipe = recipe_for(self.arms[name], of[0])
         numbers = vars(recipe) | dict(rates) | {"epochs": round(share * recipe.epochs)}
-        state = fit(problem, rows, start(problem, of[1:], begin), recipe_of(type(recipe), numbers), of[1:], **how)
+        state = fit(
+            problem,
+            rows,
+            start(problem, of[1:], begin),
+            recipe_of(type(recipe), numbers),
+            of[1:],
+            **how,
+        )
         return state.best, int(state.step[0])
 
     def _model(self, name: str, draw: int) -> LoadedModel:
@@ -307,12 +424,19 @@ class Lab:
         self.base = self.base or frozen.base
         pool: Any = frozen.pool
         if pool is not None:  # names are part of a compiled program's key
-            pool = dataclasses.replace(pool, names=tuple(map(str, range(len(pool)))), scaling=None)
-        return model.with_problem(frozen=dataclasses.replace(frozen, base=self.base, pool=pool))
+            pool = dataclasses.replace(
+                pool, names=tuple(map(str, range(len(pool)))), scaling=None
+            )
+        return model.with_problem(
+            frozen=dataclasses.replace(frozen, base=self.base, pool=pool)
+        )
 
 
 def recipe_for(arm: Arm, rows: int) -> Any:
-    shared = {"epochs": EPOCHS.get(rows, 1), "modules": len(ADAPTERS)}  # or all of a smaller pool
+    shared = {
+        "epochs": EPOCHS.get(rows, 1),
+        "modules": len(ADAPTERS),
+    }  # or all of a smaller pool
     return recipe_of(find_method(arm.method).recipe, shared | dict(arm.recipe))
 
 
@@ -321,14 +445,21 @@ def setup_of(model: LoadedModel, task: Task, rows: int, seed: int, shots: int) -
     first = (seed - 1) * (rows + VALIDATION_ROWS)
     own = task.train[first : first + rows + VALIDATION_ROWS]
     assert len(own) == rows + VALIDATION_ROWS
-    there = dataclasses.replace(task, train=own[:shots], test=(*own[shots:], *task.test[:EVALUATED_ROWS]))
+    there = dataclasses.replace(
+        task, train=own[:shots], test=(*own[shots:], *task.test[:EVALUATED_ROWS])
+    )
     asked = few_shot(there, shots, seed) if shots else there
-    tokens = encode_shown(Texts(model.tokenizer, model.text_format), asked, len(asked.test), NEW_TOKENS)
-    trained, count = rows - shots, rows - shots + VALIDATION_ROWS
+    tokens = encode_shown(
+        Texts(model.tokenizer, model.text_format), asked, len(asked.test), NEW_TOKENS
+    )
+    trained = rows - shots
+    count = rows - shots + VALIDATION_ROWS
     numbers = np.arange(count, dtype=np.int32)[None]
     return Setup(
         **vars(model),
-        task=dataclasses.replace(asked, train=asked.test[:count], test=asked.test[count:]),
+        task=dataclasses.replace(
+            asked, train=asked.test[:count], test=asked.test[count:]
+        ),
         train=Encoded(tokens.inputs[:count], tokens.labels[:count]),
         test=Encoded(tokens.inputs[count:], tokens.labels[count:]),
         split=Split(numbers[:, :trained], numbers[:, trained:]),
@@ -336,40 +467,69 @@ def setup_of(model: LoadedModel, task: Task, rows: int, seed: int, shots: int) -
     )
 
 
-def complete(rows: Sequence[Row], arm: str, number: int, targets: int) -> dict[int, dict[str, Row]]:
+def complete(
+    rows: Sequence[Row], arm: str, number: int, targets: int
+) -> dict[int, dict[str, Row]]:
     """Return the rows of an arm by task for each seed with which all targets have one."""
     by_seed: dict[int, dict[str, Row]] = {}
     for row in rows:
         if (row["arm"], row["rows"]) == (arm, number):
             by_seed.setdefault(row["seed"], {})[row["task"]] = row
-    return {seed: by_task for seed, by_task in by_seed.items() if len(by_task) == targets}
+    return {
+        seed: by_task for seed, by_task in by_seed.items() if len(by_task) == targets
+    }
 
 
-def means(by_seed: Mapping[int, Mapping[str, Row]], value: str = "test_loss") -> dict[str, float]:
+def means(
+    by_seed: Mapping[int, Mapping[str, Row]], value: str = "test_loss"
+) -> dict[str, float]:
     """Return means by task over seeds."""
     first = next(iter(by_seed.values()))
-    return {task: float(np.mean([of_task[task][value] for of_task in by_seed.values()])) for task in first}
+    return {
+        task: float(np.mean([of_task[task][value] for of_task in by_seed.values()]))
+        for task in first
+    }
 
 
-def tables(rows: Sequence[Row], tuning: Sequence[Row], targets: int = TARGETS) -> dict[str, list[list[str]]]:
+def tables(
+    rows: Sequence[Row], tuning: Sequence[Row], targets: int = TARGETS
+) -> dict[str, list[list[str]]]:
     """Return the tables of all arms and contrasts with at least one seed with which all targets have rows."""
     arms = [["arm", "parameters", "rows", "seeds", "test loss", "exact match, %"]]
     rates = [["arm", "rows", "rates", "mean test loss", "rates tried"]]
-    contrasts = [["rows", "contrast", "seeds", "tasks", "nats", "95 % interval", "p", "points", "95 % of points"]]
+    contrasts = [
+        [
+            "rows",
+            "contrast",
+            "seeds",
+            "tasks",
+            "nats",
+            "95 % interval",
+            "p",
+            "points",
+            "95 % of points",
+        ]
+    ]
     by_seed = [["rows", "seed", "tasks", "nats", "95 % interval", "p"]]
     by_task = [["task", "rows", "seeds", ROTATED, FUSION, "advantage"]]
     for number, arm in itertools.product(EPOCHS, ARMS):
         if own := complete(rows, arm, number, targets):
             counts = f"{next(iter(next(iter(own.values())).values()))['numbers']:,}"
-            loss, match = (np.mean([*means(own, value).values()]) for value in ("test_loss", "exact_match"))
-            arms.append([arm, counts, str(number), str(len(own)), f"{loss:.3f}", f"{match:.1f}"])
+            loss = np.mean([*means(own, "test_loss").values()])
+            match = np.mean([*means(own, "exact_match").values()])
+            arms.append(
+                [arm, counts, str(number), str(len(own)), f"{loss:.3f}", f"{match:.1f}"]
+            )
             rates += tried_line(tuning, arm, number)
     pairs = [(arm, FUSION) for arm in ARMS if arm != FUSION]
     for number, (arm, other) in itertools.product(EPOCHS, [*pairs, *MORE_PAIRS]):
-        first, second = complete(rows, arm, number, targets), complete(rows, other, number, targets)
+        first = complete(rows, arm, number, targets)
+        second = complete(rows, other, number, targets)
         if not (seeds := first.keys() & second.keys()):
             continue
-        of_both = [{seed: own[seed] for seed in sorted(seeds)} for own in (first, second)]
+        of_both = [
+            {seed: own[seed] for seed in sorted(seeds)} for own in (first, second)
+        ]
         a, b = (means(own) for own in of_both)
         gain = {task: a[task] - b[task] for task in a}
         match, of_other = (means(own, "exact_match") for own in of_both)
@@ -378,12 +538,21 @@ def tables(rows: Sequence[Row], tuning: Sequence[Row], targets: int = TARGETS) -
         contrasts.append([*label, *estimate([*gain.values()]), *points])
         if (arm, other) == (ROTATED, FUSION):
             for seed in sorted(seeds):
-                alone = [first[seed][task]["test_loss"] - second[seed][task]["test_loss"] for task in gain]
+                alone = [
+                    first[seed][task]["test_loss"] - second[seed][task]["test_loss"]
+                    for task in gain
+                ]
                 by_seed.append([str(number), str(seed), *estimate(alone)])
             for task in gain:
                 losses = (f"{value:.4f}" for value in (a[task], b[task], gain[task]))
                 by_task.append([task, str(number), str(len(seeds)), *losses])
-    found = {"arms": arms, "contrasts": contrasts, "by_seed": by_seed, "by_task": by_task, "rates": rates}
+    found = {
+        "arms": arms,
+        "contrasts": contrasts,
+        "by_seed": by_seed,
+        "by_task": by_task,
+        "rates": rates,
+    }
     return {name: lines for name, lines in found.items() if len(lines) > 1}
 
 

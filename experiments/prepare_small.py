@@ -30,18 +30,46 @@ from restore import Setting, fused
 
 from lorafusion_jax import PrepareOptions, fuse, prepare
 from lorafusion_jax.crossbar import Device, flax, load_config, save_config
-from lorafusion_jax.parts import EvaluateOnChipsOptions, RestoreOptions, evaluate_on_chips, read_json, restore_chips
+from lorafusion_jax.parts import (
+    EvaluateOnChipsOptions,
+    RestoreOptions,
+    evaluate_on_chips,
+    read_json,
+    restore_chips,
+)
 from lorafusion_jax.tasks import load_task
 from lorafusion_jax.trials import ARMS, Cells, Row
 
-CHIPS, SEEDS = {"fusions": 4, "language": 3, "digits": 10}, (0, 1, 2, 3, 4)
-ARRAYS, SCALES, PERFECT = ("today", "prepared"), ", then scales", "perfect cells"
-TASKS = ("swapends_prev", "pairswap_numvow", "sort_next2")  # those of docs/results/chips.md
+CHIPS = {"fusions": 4, "language": 3, "digits": 10}
+SEEDS = (0, 1, 2, 3, 4)
+ARRAYS = ("today", "prepared")
+SCALES = ", then scales"
+PERFECT = "perfect cells"
+TASKS = (
+    "swapends_prev",
+    "pairswap_numvow",
+    "sort_next2",
+)  # those of docs/results/chips.md
 # Those of docs/results/restore.md, which no shipped adapter was trained on.
-LANGUAGE = ("sentiment", "person-sport", "prev_item", "word_length", "country-currency", "english-spanish")
+LANGUAGE = (
+    "sentiment",
+    "person-sport",
+    "prev_item",
+    "word_length",
+    "country-currency",
+    "english-spanish",
+)
 # Tasks whose prompts show which inputs matter, and train scales: 47 of each.
-_PROMPTS = ("double_digit", "last3_starvow", "odd_dash", "reverse_mirror", "reverse_starcon", "rotr_next")
-_STEPS, _BATCH = 400, 128
+_PROMPTS = (
+    "double_digit",
+    "last3_starvow",
+    "odd_dash",
+    "reverse_mirror",
+    "reverse_starcon",
+    "rotr_next",
+)
+_STEPS = 400
+_BATCH = 128
 
 
 class Job(NamedTuple):
@@ -54,10 +82,16 @@ class Job(NamedTuple):
 
 PARTS = {
     **{
-        part: [Job(part, task, arm) for arm in (*ARRAYS, "prepared" + SCALES) for task in tasks]
+        part: [
+            Job(part, task, arm)
+            for arm in (*ARRAYS, "prepared" + SCALES)
+            for task in tasks
+        ]
         for part, tasks in (("fusions", TASKS), ("language", LANGUAGE))
     },
-    "digits": [Job("digits", seed, arm) for seed in SEEDS for arm in (*ARRAYS, PERFECT)],
+    "digits": [
+        Job("digits", seed, arm) for seed in SEEDS for arm in (*ARRAYS, PERFECT)
+    ],
 }
 
 
@@ -84,10 +118,16 @@ def main(arguments: Sequence[str] = ()) -> None:
     """Measure what is missing, and write the tables."""
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
     if unknown := set(options.parts) - PARTS.keys():
-        raise ValueError(f"there is no part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
+        raise ValueError(
+            f"there is no part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}"
+        )
     cells = Cells(options.out / "small.jsonl", job_of)
     wanted = [job for part in options.parts for job in PARTS[part]]
-    cells.fill(wanted, lambda missing: map(Bench(options).row, missing), lambda row: str(job_of(row)))
+    cells.fill(
+        wanted,
+        lambda missing: map(Bench(options).row, missing),
+        lambda row: str(job_of(row)),
+    )
     if rows := cells.rows():
         write_tables(options.out, tables(rows))
 
@@ -115,7 +155,8 @@ class Bench:
     """What rows share: fusions, preparations and scales in a folder, and the last CNN."""
 
     def __init__(self, options: Options):
-        self.options, self.seed = options, None
+        self.options = options
+        self.seed = None
 
     def row(self, job: Job) -> Row:
         """Return the row of a job: scores of the digital model and of each chip."""
@@ -124,34 +165,58 @@ class Bench:
 
     def fusion(self, job: Job) -> tuple[Row, list[Row]]:
         """Return exact match and loss of a task's fusion."""
-        task, numbers, options, runs = str(job.subject), range(CHIPS[job.part]), self.options, self.options.runs
+        task = str(job.subject)
+        numbers = range(CHIPS[job.part])
+        options = self.options
+        runs = self.options.runs
         if job.part == "language":
             if options.texts is None or options.tasks is None:
-                raise ValueError("`language` needs --texts and --tasks: give the folders of the texts and of the tasks")
-            runs, model, text = runs / "language", base(), fitted_text(options.texts)
+                raise ValueError(
+                    "`language` needs --texts and --tasks: give the folders of the texts and of the tasks"
+                )
+            runs = runs / "language"
+            model = base()
+            text = fitted_text(options.texts)
             runs.mkdir(parents=True, exist_ok=True)
             save_config(Setting().config(), crossbar := runs / "chip.yaml")
             fused(Fusing(tasks=options.tasks, runs=runs), [task])
         else:
-            model, crossbar, text = SMALL / "base", SMALL.parent / "chip.yaml", _prompts()
+            model = SMALL / "base"
+            crossbar = SMALL.parent / "chip.yaml"
+            text = _prompts()
             if not (runs / task).exists():
-                fuse(options_of_small(task, ARMS["LoRAFusion"], seeds=(1,), out=runs, name=task))
-        digital = read_json(runs / task / "results.json", dict[str, Any], "results")["seeds"][0]
+                fuse(
+                    options_of_small(
+                        task, ARMS["LoRAFusion"], seeds=(1,), out=runs, name=task
+                    )
+                )
+        digital = read_json(runs / task / "results.json", dict[str, Any], "results")[
+            "seeds"
+        ][0]
         (prompts := runs / "prompts.txt").write_text(text)
         of_base = {"base": str(model), "text": (prompts,)}
-        prepared, scales = runs / "prepared", runs / "scales-prepared"
+        prepared = runs / "prepared"
+        scales = runs / "scales-prepared"
         if job.arm != "today":
             if not prepared.exists():
                 prepare(PrepareOptions(crossbar=str(crossbar), out=prepared, **of_base))
             crossbar = prepared
         restored = None
         if job.arm.endswith(SCALES):
-            how = RestoreOptions(crossbar=str(crossbar), chip=(*numbers,), out=scales, **of_base)
+            how = RestoreOptions(
+                crossbar=str(crossbar), chip=(*numbers,), out=scales, **of_base
+            )
             training = {"epochs": 1} if job.part == "language" else {"rate": 0.01}
             restore_chips(dataclasses.replace(how, **training))
             restored = str(scales)
-        on_chips = {"crossbar": str(crossbar), "chips": len(numbers), "restore": restored}
-        scored = evaluate_on_chips(EvaluateOnChipsOptions(run=runs / task, **on_chips))["rows"]
+        on_chips = {
+            "crossbar": str(crossbar),
+            "chips": len(numbers),
+            "restore": restored,
+        }
+        scored = evaluate_on_chips(EvaluateOnChipsOptions(run=runs / task, **on_chips))[
+            "rows"
+        ]
         return _scores(digital), [_scores(row) for row in scored]
 
     def cnn(self, job: Job) -> tuple[Row, list[Row]]:
@@ -161,11 +226,18 @@ class Bench:
 
         images, labels = map(np.asarray, load_digits(return_X_y=True))
         images = images.reshape(-1, 8, 8, 1).astype(np.float32) / 16
-        train, test, labels, answers = map(np.asarray, train_test_split(images, labels, random_state=0))
+        train, test, labels, answers = map(
+            np.asarray, train_test_split(images, labels, random_state=0)
+        )
         if self.seed != job.subject:
-            self.seed, self.model = job.subject, trained(train, labels, int(job.subject))
+            self.seed = job.subject
+            self.model = trained(train, labels, int(job.subject))
         config = load_config("neurram")
-        changed = {"factors": True, "transform": "hadamard", "clip": "optimal"} if job.arm == "prepared" else {}
+        changed = (
+            {"factors": True, "transform": "hadamard", "clip": "optimal"}
+            if job.arm == "prepared"
+            else {}
+        )
         mapping = dataclasses.replace(config.mapping, scale="column", **changed)
         device = Device() if job.arm == PERFECT else config.device
         rules = {"*": dataclasses.replace(config, mapping=mapping, device=device)}
@@ -174,17 +246,27 @@ class Bench:
         predicted = nnx.jit(lambda model, x: model(x).argmax(axis=1))
 
         def accuracy(model: CNN) -> Row:
-            return {"accuracy": 100 * float(np.mean(np.asarray(predicted(model, test)) == answers))}
+            return {
+                "accuracy": 100
+                * float(np.mean(np.asarray(predicted(model, test)) == answers))
+            }
 
-        keys = [jax.random.fold_in(jax.random.key(int(job.subject)), chip) for chip in range(CHIPS["digits"])]
+        keys = [
+            jax.random.fold_in(jax.random.key(int(job.subject)), chip)
+            for chip in range(CHIPS["digits"])
+        ]
         keys = keys[:1] if job.arm == PERFECT else keys
-        on_chips = (flax.calibrate(flax.convert(self.model, rules, key, preparations), few) for key in keys)
+        on_chips = (
+            flax.calibrate(flax.convert(self.model, rules, key, preparations), few)
+            for key in keys
+        )
         return accuracy(self.model), [accuracy(model) for model in on_chips]
 
 
 def trained(images: np.ndarray, labels: np.ndarray, seed: int) -> CNN:
     """Return a CNN that is trained digitally."""
-    model, generator = CNN(nnx.Rngs(seed)), np.random.default_rng(seed)
+    model = CNN(nnx.Rngs(seed))
+    generator = np.random.default_rng(seed)
     optimizer = nnx.Optimizer(model, optax.adam(2e-3), wrt=nnx.Param)
 
     @nnx.jit
@@ -221,18 +303,36 @@ def tables(rows: Sequence[Row]) -> dict[str, list[list[str]]]:
             for arm in dict.fromkeys(row["arm"] for row in of_part):
                 lost = _lost(of_part, arm, score)
                 mean = statistics.fmean(lost)
-                numbers = [f"{digital - mean:.3f}", *with_interval(lost, 3), f"{100 * (1 - mean / today):.0f}"]
-                found.setdefault(part, [_HEAD]).append([arm, score, str(len(lost)), f"{digital:.3f}", *numbers])
+                numbers = [
+                    f"{digital - mean:.3f}",
+                    *with_interval(lost, 3),
+                    f"{100 * (1 - mean / today):.0f}",
+                ]
+                found.setdefault(part, [_HEAD]).append(
+                    [arm, score, str(len(lost)), f"{digital:.3f}", *numbers]
+                )
     return found
 
 
-_HEAD = ["arm", "score", "tasks or seeds", "digital", "on chips", "lost", "interval", "of today's loss that is back, %"]
+_HEAD = [
+    "arm",
+    "score",
+    "tasks or seeds",
+    "digital",
+    "on chips",
+    "lost",
+    "interval",
+    "of today's loss that is back, %",
+]
 
 
 def _lost(rows: Sequence[Row], arm: str, score: str) -> list[float]:
     """Return what each task or seed loses on chips, on average; of losses, minus what they gain."""
     of_arm = [row for row in rows if row["arm"] == arm]
-    return [row["digital"][score] - statistics.fmean(chip[score] for chip in row["chips"]) for row in of_arm]
+    return [
+        row["digital"][score] - statistics.fmean(chip[score] for chip in row["chips"])
+        for row in of_arm
+    ]
 
 
 if __name__ == "__main__":

@@ -50,7 +50,9 @@ STRINGS: dict[Task, tuple[str, ...]] = {
 }
 LANGUAGE = ("ing", "choose_middle_of_5", "word_length")
 ROWS = (20, 40)
-FURTHER_STRINGS, FURTHER_LANGUAGE = 200, 100  # rows that the truth is measured on
+# rows that the truth is measured on
+FURTHER_STRINGS = 200
+FURTHER_LANGUAGE = 100
 KEY = (20261130, 54)
 POOL = "LoRAFusion"
 
@@ -79,10 +81,20 @@ class Options:
 def main(arguments: Sequence[str] = ()) -> None:
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
     if (options.language or options.lora) and options.tasks is None:
-        raise ValueError("the language tasks are read from the function-vector data sets: give their folder by --tasks")
+        raise ValueError(
+            "the language tasks are read from the function-vector data sets: give their folder by --tasks"
+        )
     trials = {
-        **({task.name: string_trial(options.work, task) for task in STRINGS} if options.strings else {}),
-        **({name: language_trial(options, name) for name in LANGUAGE} if options.language else {}),
+        **(
+            {task.name: string_trial(options.work, task) for task in STRINGS}
+            if options.strings
+            else {}
+        ),
+        **(
+            {name: language_trial(options, name) for name in LANGUAGE}
+            if options.language
+            else {}
+        ),
     }
     cells = Cells(options.out / "truth.jsonl", lambda row: (row["task"], row["rows"]))
 
@@ -91,14 +103,20 @@ def main(arguments: Sequence[str] = ()) -> None:
             yield {"task": name, "rows": rows} | compared(trials[name], rows)
 
     keys = [(name, rows) for rows in ROWS for name in trials]
-    cells.fill(keys, measure, lambda row: f"{row['task']}, {row['rows']} rows: {row['sentence']}")
+    cells.fill(
+        keys,
+        measure,
+        lambda row: f"{row['task']}, {row['rows']} rows: {row['sentence']}",
+    )
     write_csv(options.out / "truth.csv", table(cells.rows()))
     of_lora = Cells(options.out / "lora.jsonl", lambda row: row["task"])
     if options.lora and options.tasks is not None:
         paths, _ = language_targets(options.tasks, options.work / "clean")
         of_lora.fill(
             [name for name in paths if name not in TUNING],
-            lambda missing: ({"task": name} | lora(options, name, paths[name]) for name in missing),
+            lambda missing: (
+                {"task": name} | lora(options, name, paths[name]) for name in missing
+            ),
             lambda row: f"{row['task']}: {row['test_loss']:.3f}",
         )
     if rows := of_lora.rows():
@@ -115,41 +133,68 @@ def string_trial(work: Path, task: Task) -> TrialOptions:
         link = pool / adapter.name
         if not {*adapter.name.split("_")} & {*STRINGS[task]} and not link.exists():
             link.symlink_to(adapter)
-    return TrialOptions(base=str(SMALL / "base"), pool=str(pool), task=(str(work / "tasks" / task.name),))
+    return TrialOptions(
+        base=str(SMALL / "base"),
+        pool=str(pool),
+        task=(str(work / "tasks" / task.name),),
+    )
 
 
 def language_trial(options: Options, name: str) -> TrialOptions:
     """Return the trial of a language task, whose rows are written if they are missing."""
     assert options.tasks is not None
-    task, folder = load(find(name, options.tasks)), options.work / "tasks" / name
-    parts = ([{"input": row.input, "target": row.target} for row in part] for part in (task.train, task.test))
+    task = load(find(name, options.tasks))
+    folder = options.work / "tasks" / name
+    parts = (
+        [{"input": row.input, "target": row.target} for row in part]
+        for part in (task.train, task.test)
+    )
     write_task(folder, *parts)
-    return TrialOptions(base=str(base()), pool=str(EXAMPLES / "adapters"), task=(str(folder),))
+    return TrialOptions(
+        base=str(base()), pool=str(EXAMPLES / "adapters"), task=(str(folder),)
+    )
 
 
 def write_task(folder: Path, train: Sequence[Any], test: Sequence[Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in (("train", train), ("test", test)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
 
 
 def compared(options: TrialOptions, rows: int) -> dict[str, Any]:
     """Return the verdict of a trial, and the true losses of its arms on further rows."""
     folder = Path(options.task[0])
-    options = dataclasses.replace(options, train_rows=rows, out=folder.parents[1] / "trials" / str(rows))
+    options = dataclasses.replace(
+        options, train_rows=rows, out=folder.parents[1] / "trials" / str(rows)
+    )
     began = time.process_time()
     ((one, outcomes),) = trial(options)
-    said, seconds = judge(outcomes), time.process_time() - began
-    further = load_task(folder).test[: FURTHER_LANGUAGE if folder.name in LANGUAGE else FURTHER_STRINGS]
-    lanes = Lanes({name: run for name, (_, run) in one.arms.items()}, (*one.rows, *further), options.seed)
-    train, test = tuple(range(rows)), tuple(range(rows, rows + len(further)))
+    said = judge(outcomes)
+    seconds = time.process_time() - began
+    further = load_task(folder).test[
+        : FURTHER_LANGUAGE if folder.name in LANGUAGE else FURTHER_STRINGS
+    ]
+    lanes = Lanes(
+        {name: run for name, (_, run) in one.arms.items()},
+        (*one.rows, *further),
+        options.seed,
+    )
+    train = tuple(range(rows))
+    test = tuple(range(rows, rows + len(further)))
     losses: dict[str, Any] = {}
     for arm in outcomes.arms:
         of = outcomes.tuned[arm.name][:2] if arm.rates else ((), 1.0)
         trainings = [
-            Training(arm.name, draw, *of, train if arm.learns else (), test, answers=False) for draw in arm.draws
+            Training(
+                arm.name, draw, *of, train if arm.learns else (), test, answers=False
+            )
+            for draw in arm.draws
         ]
-        losses[arm.name] = np.mean([scores.loss for scores in lanes.measure(trainings)], axis=0)
+        losses[arm.name] = np.mean(
+            [scores.loss for scores in lanes.measure(trainings)], axis=0
+        )
     of_pool = losses[next(arm.name for arm in outcomes.arms if arm.role == "pool")]
     return {
         "sentence": said.sentence,
@@ -158,10 +203,15 @@ def compared(options: TrialOptions, rows: int) -> dict[str, Any]:
         "rows_needed": said.rows,
         "contrasts": {contrast.arm: [*contrast.loss] for contrast in said.contrasts},
         "true_loss": {name: float(np.mean(of)) for name, of in losses.items()},
-        "true_contrast_error": {n: float(np.std(of - of_pool, ddof=1) / len(of) ** 0.5) for n, of in losses.items()},
+        "true_contrast_error": {
+            n: float(np.std(of - of_pool, ddof=1) / len(of) ** 0.5)
+            for n, of in losses.items()
+        },
         "rates": {name: dict(tuned.rates) for name, tuned in outcomes.tuned.items()},
         "shares": {name: tuned.share for name, tuned in outcomes.tuned.items()},
-        "edge": {name: tuned.edge for name, tuned in outcomes.tuned.items() if tuned.edge},
+        "edge": {
+            name: tuned.edge for name, tuned in outcomes.tuned.items() if tuned.edge
+        },
         "test_rows": len(further),
         "cpu_seconds": round(seconds),
     }
@@ -170,17 +220,31 @@ def compared(options: TrialOptions, rows: int) -> dict[str, Any]:
 def lora(options: Options, name: str, path: Path) -> dict[str, Any]:
     """Return the loss of a LoRA that is tuned as a trial tunes it, on the rows of seed 1 of the results page."""
     task = load(path)
-    rows, test = task.train[:20], task.test[:EVALUATED_ROWS]
-    run = FuseOptions(base=str(base()), task=name, method="lora", recipe=LoRARecipe(lora_rank=8), seeds=(0,))
+    rows = task.train[:20]
+    test = task.test[:EVALUATED_ROWS]
+    run = FuseOptions(
+        base=str(base()),
+        task=name,
+        method="lora",
+        recipe=LoRARecipe(lora_rank=8),
+        seeds=(0,),
+    )
     lanes = Lanes({"LoRA": run}, (*rows, *test), 0)
     arm = TrialArm(name="LoRA", rates={"lr_lora": LoRARecipe.lr_lora}, role="lora")
-    (tuned,) = tuned_rates([arm], [row.input_sha256 for row in rows], lanes.measure, seed=0).values()
+    (tuned,) = tuned_rates(
+        [arm], [row.input_sha256 for row in rows], lanes.measure, seed=0
+    ).values()
     numbers = tuple(range(20)), tuple(range(20, 20 + len(test)))
     training = Training("LoRA", 0, tuned.rates, tuned.share, *numbers, answers=False)
     (scores,) = lanes.measure([training])
     losses = scores.loss * np.mean([len(labels) for labels in lanes.tokens.labels])
     loss = losses.sum() / sum(len(labels) for labels in lanes.tokens.labels[20:])
-    return {"test_loss": float(loss), "rates": dict(tuned.rates), "share": tuned.share, "edge": tuned.edge}
+    return {
+        "test_loss": float(loss),
+        "rates": dict(tuned.rates),
+        "share": tuned.share,
+        "edge": tuned.edge,
+    }
 
 
 def against_page(rows: Sequence[dict[str, Any]]) -> str:
@@ -190,17 +254,32 @@ def against_page(rows: Sequence[dict[str, Any]]) -> str:
         for row in read_lines(RESULTS / "language.jsonl")
         if (row["arm"], row["rows"], row["seed"]) == ("LoRA, rank 8", 20, 1)
     }
-    mean, ends = with_interval([row["test_loss"] - of_page[row["task"]] for row in rows], 3)
+    mean, ends = with_interval(
+        [row["test_loss"] - of_page[row["task"]] for row in rows], 3
+    )
     return f"tuned LoRA minus the page's, {len(rows)} tasks: {mean} nats ({ends})"
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Return a line for each trial: its sentence, and how far its arm is from the best one in truth."""
-    lines = [["task", "rows", "sentence", "above the best arm, nats", "intervals that hold the truth", "CPU minutes"]]
+    lines = [
+        [
+            "task",
+            "rows",
+            "sentence",
+            "above the best arm, nats",
+            "intervals that hold the truth",
+            "CPU minutes",
+        ]
+    ]
     for row in rows:
-        true, pool = row["true_loss"], row["true_loss"][POOL]
+        true = row["true_loss"]
+        pool = row["true_loss"][POOL]
         above = None if row["arm"] is None else true[row["arm"]] - min(true.values())
-        held = sum(low <= true[arm] - pool <= high for arm, (_, low, high) in row["contrasts"].items())
+        held = sum(
+            low <= true[arm] - pool <= high
+            for arm, (_, low, high) in row["contrasts"].items()
+        )
         lines.append(
             [
                 row["task"],

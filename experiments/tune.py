@@ -32,27 +32,50 @@ from lorafusion_jax.trials import ARMS, Arm, Job, Shots, read_rows, run_jobs
 
 TASKS = ("reverse_starcon", "rotr_next")
 SEEDS = (101, 102)  # not those of any table; real language has the first
-_COEFFICIENTS, _MAGNITUDES = (0.03, 0.1, 0.3), (0.01, 0.03, 0.1)
-_PAIRS = [{"lr_coefficients": c, "lr_magnitudes": m} for c in _COEFFICIENTS for m in _MAGNITUDES]
-_DORA = [{"lr_lora": r, "lr_magnitudes": m} for r in (1e-3, 2e-3, 5e-3) for m in _MAGNITUDES]
-_RATES = [{"lr_coefficients": r} for r in (0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)]
+_COEFFICIENTS = (0.03, 0.1, 0.3)
+_MAGNITUDES = (0.01, 0.03, 0.1)
+_PAIRS = [
+    {"lr_coefficients": c, "lr_magnitudes": m}
+    for c in _COEFFICIENTS
+    for m in _MAGNITUDES
+]
+_DORA = [
+    {"lr_lora": r, "lr_magnitudes": m} for r in (1e-3, 2e-3, 5e-3) for m in _MAGNITUDES
+]
+_RATES = [
+    {"lr_coefficients": r} for r in (0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
+]
 Trials = dict[str, list[dict[str, float]]]
 TRIALS: Trials = {
     "LoRAFusion": _PAIRS,
     "LoRAFusion, mix": _PAIRS,
     "coefficients only": _RATES,
-    "magnitudes only": [{"lr_magnitudes": r} for r in (0.003, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3)],
+    "magnitudes only": [
+        {"lr_magnitudes": r}
+        for r in (0.003, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3)
+    ],
     "random pool": _PAIRS,
-    "LoRA": [{"lr_lora": r} for r in (3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2, 3e-2, 5e-2)],
+    "LoRA": [
+        {"lr_lora": r} for r in (3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2, 3e-2, 5e-2)
+    ],
     "DoRA": _DORA,
-    "VeRA": [{"lr_vera": r} for r in (1e-3, 3e-3, 1e-2, 2e-2, 3e-2, 5e-2, 0.1, 0.2, 0.3)],
-    "full fine-tuning": [{"lr_full": r} for r in (3e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3)],
+    "VeRA": [
+        {"lr_vera": r} for r in (1e-3, 3e-3, 1e-2, 2e-2, 3e-2, 5e-2, 0.1, 0.2, 0.3)
+    ],
+    "full fine-tuning": [
+        {"lr_full": r} for r in (3e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3)
+    ],
     **dict.fromkeys(COEFFICIENTS, _RATES),
     "basis": _PAIRS,
     "basis and core": [
-        {"lr_coefficients": c, "lr_magnitudes": 0.01, "lr_core": r} for c in _COEFFICIENTS for r in (5e-4, 2e-3, 5e-3)
+        {"lr_coefficients": c, "lr_magnitudes": 0.01, "lr_core": r}
+        for c in _COEFFICIENTS
+        for r in (5e-4, 2e-3, 5e-3)
     ],
-    "LoRA-XS": [{"lr_coefficients": 0.0, "lr_core": r} for r in (1e-4, 3e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2)],
+    "LoRA-XS": [
+        {"lr_coefficients": 0.0, "lr_core": r}
+        for r in (1e-4, 3e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2)
+    ],
     "mean module": _PAIRS,
 }
 # On real language coefficients are tuned at 0.01 instead of 0.3. The best of those nine was at their edge, (0.01, 0.1),
@@ -97,12 +120,21 @@ def main(arguments: Sequence[str] = ()) -> None:
     """Run the trials that are missing, and write the table of all."""
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
     small = options.tasks is None
-    everything, tasks, score = (TRIALS, TASKS, "exact_match") if small else (LANGUAGE_TRIALS, TUNING, "loss")
+    everything, tasks, score = (
+        (TRIALS, TASKS, "exact_match") if small else (LANGUAGE_TRIALS, TUNING, "loss")
+    )
     if unknown := [method for method in options.methods if method not in everything]:
-        raise ValueError(f"no trials of {', '.join(unknown)}: choose of {'; '.join(everything)}")
-    shots, share = (options.shots, 1 / 3 if options.shots == "5" else 1) if small else ("95+5", 1)
+        raise ValueError(
+            f"no trials of {', '.join(unknown)}: choose of {'; '.join(everything)}"
+        )
+    shots, share = (
+        (options.shots, 1 / 3 if options.shots == "5" else 1) if small else ("95+5", 1)
+    )
     trials = {
-        name: [{rate: float(f"{share * value:.2g}") for rate, value in trial.items()} for trial in of_method]
+        name: [
+            {rate: float(f"{share * value:.2g}") for rate, value in trial.items()}
+            for trial in of_method
+        ]
         for name, of_method in everything.items()
     }
     out = options.out or ROOT / "runs" / ("tune" if small else "language")
@@ -110,11 +142,23 @@ def main(arguments: Sequence[str] = ()) -> None:
     jobs = []
     for method, task in itertools.product(options.methods or trials, tasks):
         for rates in trials[method]:
-            arm, name = dataclasses.replace(arms[method], rates=rates, few_rates={}), label(method, rates)
-            run = run_of(options, task, arm, out=out / "runs", name=slug(f"{task}-{shots}-{name}"))
+            arm = dataclasses.replace(arms[method], rates=rates, few_rates={})
+            name = label(method, rates)
+            run = run_of(
+                options,
+                task,
+                arm,
+                out=out / "runs",
+                name=slug(f"{task}-{shots}-{name}"),
+            )
             jobs.append(Job(task, name, shots, run))
     run_jobs(jobs, out / "tune.jsonl", fuse, root=ROOT)
-    lines = table_of([row for row in read_rows(out / "tune.jsonl") if row["shots"] == shots], trials, tasks, score)
+    lines = table_of(
+        [row for row in read_rows(out / "tune.jsonl") if row["shots"] == shots],
+        trials,
+        tasks,
+        score,
+    )
     write_csv(out / "table_tune.csv", lines)
     print(f"{markdown(lines, left=(0, 1))}\nwritten to {out}")
 
@@ -124,12 +168,18 @@ def label(method: str, rates: Mapping[str, float]) -> str:
     return f"{method}: {', '.join(f'{name} {rate:g}' for name, rate in rates.items())}"
 
 
-def table_of(rows: Sequence[Any], trials: Trials, tasks: Sequence[str], score: str) -> list[list[str]]:
+def table_of(
+    rows: Sequence[Any], trials: Trials, tasks: Sequence[str], score: str
+) -> list[list[str]]:
     """Return a table of all trials, with an arrow at each method's best mean of the tasks (the first of equals)."""
     found: dict[tuple[str, str], list[float]] = {}
     for row in rows:  # a loss that was not finite is null
-        found.setdefault((row["method"], row["task"]), []).append(np.inf if row[score] is None else row[score])
-    places, best, head = (3, np.argmin, "mean loss") if score == "loss" else (1, np.argmax, "mean")
+        found.setdefault((row["method"], row["task"]), []).append(
+            np.inf if row[score] is None else row[score]
+        )
+    places, best, head = (
+        (3, np.argmin, "mean loss") if score == "loss" else (1, np.argmax, "mean")
+    )
     lines = [["method", "rates", *tasks, head, "best"]]
     for method, of_method in trials.items():
         keys = [[(label(method, rates), task) for task in tasks] for rates in of_method]
@@ -140,7 +190,9 @@ def table_of(rows: Sequence[Any], trials: Trials, tasks: Sequence[str], score: s
         for i, rates in enumerate(of_method):
             numbers = [f"{value:.{places}f}" for value in (*scores[i], means[i])]
             shown = label(method, rates).removeprefix(f"{method}: ")
-            lines.append([method, shown, *numbers, "←" if i == int(best(means)) else ""])
+            lines.append(
+                [method, shown, *numbers, "←" if i == int(best(means)) else ""]
+            )
     return lines
 
 
@@ -148,11 +200,19 @@ def run_of(options: Options, task: str, arm: Arm, **where: Any) -> FuseOptions:
     """Return the run of an arm on a task."""
     if options.tasks is None:
         pool = small_pool_in_basis() if "basis" in arm.recipe else None
-        return options_of_small(task, arm, pool=pool, seeds=SEEDS, shots=options.shots, resume=True, **where)
+        return options_of_small(
+            task, arm, pool=pool, seeds=SEEDS, shots=options.shots, resume=True, **where
+        )
     make_pools(options.adapters)
-    model: Any = {"base": linked_base(), "pool": pool_of(options.adapters), "seeds": SEEDS[:1]}
+    model: Any = {
+        "base": linked_base(),
+        "pool": pool_of(options.adapters),
+        "seeds": SEEDS[:1],
+    }
     run = options_of(arm, find(task, link_tasks(options.tasks)), **model, **where)
-    return dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, epochs=PASSES))
+    return dataclasses.replace(
+        run, recipe=dataclasses.replace(run.recipe, epochs=PASSES)
+    )
 
 
 if __name__ == "__main__":

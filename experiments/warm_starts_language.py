@@ -20,15 +20,25 @@ from lab.common import ROOT, write_tables
 from lab.pool_cells import Arm
 from lab.smollm2 import base
 from lab.tuning import best_tried
-from warm_starts import MAGNITUDES, MEAN, SINGLE, SINGLE_MODULES, WARM, WARM_ROTATED, best_single
+from warm_starts import (
+    MAGNITUDES,
+    MEAN,
+    SINGLE,
+    SINGLE_MODULES,
+    WARM,
+    WARM_ROTATED,
+    best_single,
+)
 
 from lorafusion_jax import Fusion, LoRA
 from lorafusion_jax.parts import Setup, start
 from lorafusion_jax.trials import read_lines
 
-LORA, BARE_WARM = "LoRA, rank 8", "from the fusion's update alone"
+LORA = "LoRA, rank 8"
+BARE_WARM = "from the fusion's update alone"
 SLOW, SLOW_ROTATED, DORA, SLOW_MAGNITUDES = SLOWER = tuple(
-    f"{arm}, a tenth of the rate" for arm in (WARM, WARM_ROTATED, "DoRA from the fusion", MAGNITUDES)
+    f"{arm}, a tenth of the rate"
+    for arm in (WARM, WARM_ROTATED, "DoRA from the fusion", MAGNITUDES)
 )
 ROWS = 20
 # What each arm starts from, and the share of the steps that train it. A DoRA and its fusion share a rate of magnitudes.
@@ -66,26 +76,51 @@ def main(arguments: Sequence[str] = ()) -> None:
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
     paths, _ = language.draw(options.tasks, ROOT / "runs" / "pool_value" / "language")
     targets = [task for task in paths if task not in language.TUNING]
-    seeds_of = {arm: language.SEEDS[:1] if arm in ONE_SEED else language.SEEDS for arm in (*STARTED, LORA)}
-    keys = [(arm, ROWS, task, seed) for arm, seeds in seeds_of.items() for seed in seeds for task in targets]
+    seeds_of = {
+        arm: language.SEEDS[:1] if arm in ONE_SEED else language.SEEDS
+        for arm in (*STARTED, LORA)
+    }
+    keys = [
+        (arm, ROWS, task, seed)
+        for arm, seeds in seeds_of.items()
+        for seed in seeds
+        for task in targets
+    ]
     language.run(StartedLab(base(), options.pool), keys, paths, options.out)
     rows = read_lines(options.out / "language.jsonl")
-    rows += [row for row in read_lines(language.RESULTS / "language.jsonl") if row["arm"] == language.FUSION]
+    rows += [
+        row
+        for row in read_lines(language.RESULTS / "language.jsonl")
+        if row["arm"] == language.FUSION
+    ]
     arms = [["arm", "seeds", "test loss", "exact match, %", "rates"]]
     contrasts = [["contrast", "seeds", "tasks", "nats", "95 % interval", "p"]]
-    complete = {arm: language.complete(rows, arm, ROWS, len(targets)) for arm in (language.FUSION, LORA, *STARTED)}
+    complete = {
+        arm: language.complete(rows, arm, ROWS, len(targets))
+        for arm in (language.FUSION, LORA, *STARTED)
+    }
     for arm, own in complete.items():
         if own:
-            loss, match = (np.mean([*language.means(own, value).values()]) for value in ("test_loss", "exact_match"))
-            found = next(row["rates"] for row in rows if row["arm"] == arm and row["rows"] == ROWS)
+            loss = np.mean([*language.means(own, "test_loss").values()])
+            match = np.mean([*language.means(own, "exact_match").values()])
+            found = next(
+                row["rates"]
+                for row in rows
+                if row["arm"] == arm and row["rows"] == ROWS
+            )
             rates = ", ".join(f"{rate} {value:g}" for rate, value in found.items())
             arms.append([arm, str(len(own)), f"{loss:.3f}", f"{match:.1f}", rates])
     for other, arm in itertools.product((WARM, SLOW), complete):
         seeds = complete[arm].keys() & complete[other].keys()
         if arm != other and seeds:
-            a, b = (language.means({seed: complete[name][seed] for seed in seeds}) for name in (arm, other))
+            a = language.means({seed: complete[arm][seed] for seed in seeds})
+            b = language.means({seed: complete[other][seed] for seed in seeds})
             contrasts.append(
-                [f"{arm} minus {other}", str(len(seeds)), *language.estimate([a[task] - b[task] for task in a])]
+                [
+                    f"{arm} minus {other}",
+                    str(len(seeds)),
+                    *language.estimate([a[task] - b[task] for task in a]),
+                ]
             )
     write_tables(options.out, {"arms": arms, "contrasts": contrasts}, "language_")
 
@@ -94,10 +129,17 @@ def _started(name: str) -> Arm:
     """Return an arm, whose tuning starts at the rates that were found for its two parts."""
     tried = read_lines(language.RESULTS / "language_tune.jsonl")
     parts = [best_tried(tried, part, ROWS) for part in (STARTED[name][0], LORA)]
-    rates = {rate: value for part in parts if part is not None for rate, value in part.rates.items()}
+    rates = {
+        rate: value
+        for part in parts
+        if part is not None
+        for rate, value in part.rates.items()
+    }
     if name in SLOWER:
         rates["lr_lora"] = 0.0005
-    return language.ARMS[LORA]._replace(method="dora" if name == DORA else "lora", rates=rates)
+    return language.ARMS[LORA]._replace(
+        method="dora" if name == DORA else "lora", rates=rates
+    )
 
 
 class StartedLab(language.Lab):
@@ -108,27 +150,49 @@ class StartedLab(language.Lab):
         **{name: _started(name) for name in STARTED},
         SINGLE_MODULES: Arm("coefficients", "real", {"granularity": "global"}),
     }
-    tuning_seeds, untuned = {ROWS: (1,)}, SLOWER
+    tuning_seeds = {ROWS: (1,)}
+    untuned = SLOWER
 
     def trained(
-        self, name: str, setup: Setup, rows: int, seed: int, rates: Mapping[str, float], **how: Any
+        self,
+        name: str,
+        setup: Setup,
+        rows: int,
+        seed: int,
+        rates: Mapping[str, float],
+        **how: Any,
     ) -> tuple[Any, int]:
         """Return the parameters of an arm, and the number of steps in all."""
         if name not in STARTED:
             return super().trained(name, setup, rows, seed, rates, **how)
         source, share = STARTED[name]
-        other = self.model(source, seed if self.arms[source].pool == "rotated" else 0).problem
-        params, steps = best_single(other, setup.rows) if name == SINGLE else start(other, (seed,)).params, 0
+        other = self.model(
+            source, seed if self.arms[source].pool == "rotated" else 0
+        ).problem
+        params = (
+            best_single(other, setup.rows)
+            if name == SINGLE
+            else start(other, (seed,)).params
+        )
+        steps = 0
         if share:
-            params, steps = self.fitted(source, other, setup.rows, (rows, seed), rates, share=share)
+            params, steps = self.fitted(
+                source, other, setup.rows, (rows, seed), rates, share=share
+            )
         if name == BARE_WARM:
             assert isinstance(other.method, Fusion)
-            other = other.replace(method=dataclasses.replace(other.method, magnitudes=False))
+            other = other.replace(
+                method=dataclasses.replace(other.method, magnitudes=False)
+            )
             params = {"coefficients": params["coefficients"]}
         assert isinstance(setup.problem.method, LoRA)
-        begin, _ = setup.problem.method.start_at(other, params, start(setup.problem, (seed,)).params)
+        begin, _ = setup.problem.method.start_at(
+            other, params, start(setup.problem, (seed,)).params
+        )
         how |= {"share": 1 - share, "begin": begin}
-        found, more = self.fitted(name, setup.problem, setup.rows, (rows, seed), rates, **how)
+        found, more = self.fitted(
+            name, setup.problem, setup.rows, (rows, seed), rates, **how
+        )
         return found, steps + more
 
 

@@ -16,11 +16,15 @@ def __getattr__(name: str) -> Any:
         if importlib.util.find_spec(f".{name}", __name__) is not None:
             return importlib.import_module(f".{name}", __name__)
         api = importlib.import_module("._api", __name__)
-        public = {each: value for each, value in vars(api).items() if not each.startswith("_")}
+        public = {
+            each: value for each, value in vars(api).items() if not each.startswith("_")
+        }
         public.pop("jaxtyping", None)  # its import hook adds it to every module
         public["__all__"] = [*public]
         if name in public:
-            return globals().setdefault(name, public[name])  # later look-ups find it without this function
+            return globals().setdefault(
+                name, public[name]
+            )  # later look-ups find it without this function
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

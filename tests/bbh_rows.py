@@ -16,10 +16,18 @@ def _yes_no(question: str) -> str:
 
 def _name(name: str, *edits: str) -> str:
     question = f"Which of the following is a humorous edit of this artist or movie name: '{name}'?"
-    return "\n".join([question, "Options:", *(f"({chr(ord('A') + i)}) {edit}" for i, edit in enumerate(edits))])
+    return "\n".join(
+        [
+            question,
+            "Options:",
+            *(f"({chr(ord('A') + i)}) {edit}" for i, edit in enumerate(edits)),
+        ]
+    )
 
 
-_TWICE = _yes_no("Ann waters the field, and Bo does too. Both were needed. Did Ann cause the flood?")
+_TWICE = _yes_no(
+    "Ann waters the field, and Bo does too. Both were needed. Did Ann cause the flood?"
+)
 
 # Name to the description in front of the prompts and to (input, target).
 TASKS: dict[str, tuple[str, list[tuple[str, str]]]] = {
@@ -30,7 +38,10 @@ TASKS: dict[str, tuple[str, list[tuple[str, str]]]] = {
             row
             for a in (True, False)
             for b in (False, True)
-            for row in ((f"not ( {a} ) and {b} is", str(not a and b)), (f"{a} or {b} is", str(a or b)))
+            for row in (
+                (f"not ( {a} ) and {b} is", str(not a and b)),
+                (f"{a} or {b} is", str(a or b)),
+            )
         ],
     ),
     # Options with a dash. The last test row repeats a training prompt, with the other answer.
@@ -38,8 +49,18 @@ TASKS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         "Answer questions about causal attribution.\n\n",
         [
             (_TWICE, "No"),
-            (_yes_no("Cy left the gate open, and the dog ran away. Did Cy cause this?"), "Yes"),
-            (_yes_no("Di pressed a switch that was not connected. Did Di cause the light to go on?"), "No"),
+            (
+                _yes_no(
+                    "Cy left the gate open, and the dog ran away. Did Cy cause this?"
+                ),
+                "Yes",
+            ),
+            (
+                _yes_no(
+                    "Di pressed a switch that was not connected. Did Di cause the light to go on?"
+                ),
+                "No",
+            ),
             (_yes_no("Fay pushed the cart, and it rolled. Did Fay cause this?"), "Yes"),
             (_yes_no("Ian broke the jar. Did Ian cause the spill?"), "Yes"),
             (_TWICE, "Yes"),
@@ -49,10 +70,20 @@ TASKS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "ruin_names": (
         "Select the humorous edit that 'ruins' the input movie or musical artist name.\n\n",
         [
-            (_name("the long road", "the long toad", "the wrong road", "thy long road"), "(A)"),
+            (
+                _name(
+                    "the long road", "the long toad", "the wrong road", "thy long road"
+                ),
+                "(A)",
+            ),
             (_name("rain men", "rain hen", "train men", "rain mens"), "(A)"),
             (_name("star field", "star fields", "tsar field", "stir field"), "(B)"),
-            (_name("the blue band", "the blue bland", "the glue band", "teh blue band"), "(B)"),
+            (
+                _name(
+                    "the blue band", "the blue bland", "the glue band", "teh blue band"
+                ),
+                "(B)",
+            ),
             (_name("iron hand", "irons hand", "iron ham", "irun hand"), "(B)"),
             (_name("earth, wind", "earth, wine", "dearth, wind"), "earth, wine"),
             (_name("sea view", "pea view", "sea vew"), "(A)"),
@@ -61,7 +92,10 @@ TASKS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     # Open answers.
     "object_counting": (
         "Questions that involve enumerating objects and asking the model to count them.\n\n",
-        [(f"I have{' a cup and' * n} a jug. How many objects do I have?", str(n + 1)) for n in range(8)],
+        [
+            (f"I have{' a cup and' * n} a jug. How many objects do I have?", str(n + 1))
+            for n in range(8)
+        ],
     ),
 }
 
@@ -69,8 +103,13 @@ TASKS: dict[str, tuple[str, list[tuple[str, str]]]] = {
 def lines(name: str, numbers: range | list[int]) -> list[str]:
     """Return the lines of a file of LoraHub's folder, for some rows of a task."""
     prefix, rows = TASKS[name]
-    prompts = [(f"{prefix}Q: {rows[i][0]}{separator(name)}A:", rows[i][1]) for i in numbers]
-    return [json.dumps({"context": context, "completion": answer}, ensure_ascii=False) for context, answer in prompts]
+    prompts = [
+        (f"{prefix}Q: {rows[i][0]}{separator(name)}A:", rows[i][1]) for i in numbers
+    ]
+    return [
+        json.dumps({"context": context, "completion": answer}, ensure_ascii=False)
+        for context, answer in prompts
+    ]
 
 
 def separator(name: str) -> str:
@@ -82,9 +121,14 @@ def index() -> dict[str, dict]:
     """Return the index of a split: rows by task, and the digests of the files that they make."""
     found = {}
     for name, (prefix, rows) in TASKS.items():
-        parts = {"example": list(range(TRAIN_ROWS)), "zero_shot": list(range(TRAIN_ROWS, len(rows)))}
+        parts = {
+            "example": list(range(TRAIN_ROWS)),
+            "zero_shot": list(range(TRAIN_ROWS, len(rows))),
+        }
         digests = {
-            f"sha256_{part}": hashlib.sha256("\n".join(lines(name, numbers)).encode()).hexdigest()
+            f"sha256_{part}": hashlib.sha256(
+                "\n".join(lines(name, numbers)).encode()
+            ).hexdigest()
             for part, numbers in parts.items()
         }
         found[name] = parts | {"prefix": [prefix], "sep": separator(name)} | digests

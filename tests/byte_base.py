@@ -20,7 +20,9 @@ def make(folder: Path, like: Path = _SMALL) -> Path:
 
     source = folder.with_name(f"{folder.name}-source")
     source.mkdir(parents=True)
-    config = json.loads((like / "config.json").read_text()) | {"vocab_size": _VOCABULARY}
+    config = json.loads((like / "config.json").read_text()) | {
+        "vocab_size": _VOCABULARY
+    }
     (source / "config.json").write_text(json.dumps(config))
     ByT5Tokenizer().save_pretrained(source)
     model = T5(dataclasses.replace(read_config(source), tied=False), rngs=nnx.Rngs(0))

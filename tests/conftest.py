@@ -34,7 +34,9 @@ os.environ["XLA_FLAGS"] = " ".join(
         # The emitters of fusions by way of MLIR took 30 to 45 % of the CPU time of what compiles most; where bits of
         # several programs are compared, the fixture `fusion_emitters` has them again.
         # One LLVM module a program: splitting small ones into parts took 8 % of the CPU time.
-        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1" if _IS_0_10 else "",
+        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+        if _IS_0_10
+        else "",
     )
 )
 # No stack of Python frames for every operation of a program.
@@ -46,7 +48,9 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(_ROOT / ".cache" / "hypothesis"))
+os.environ.setdefault(
+    "HYPOTHESIS_STORAGE_DIRECTORY", str(_ROOT / ".cache" / "hypothesis")
+)
 
 import beartype  # noqa: E402
 import hub_server  # noqa: E402
@@ -59,7 +63,9 @@ from jax._src import compilation_cache, compiler  # noqa: E402
 from jax._src.interpreters import mlir  # noqa: E402
 
 _jaxtyped = jaxtyping.jaxtyped
-_typechecker = beartype.beartype(conf=beartype.BeartypeConf(violation_type=jaxtyping.TypeCheckError))
+_typechecker = beartype.beartype(
+    conf=beartype.BeartypeConf(violation_type=jaxtyping.TypeCheckError)
+)
 
 
 def _checked(item: Any) -> Any:
@@ -72,9 +78,13 @@ def _checked(item: Any) -> Any:
             item.__init__ = _checked(item.__init__)
         return item
     hints = str([*item.__annotations__.values()])
-    unresolved = [hint for hint in item.__annotations__.values() if isinstance(hint, str)]
+    unresolved = [
+        hint for hint in item.__annotations__.values() if isinstance(hint, str)
+    ]
     # An axis as long as an argument says, and names that only type checkers import.
-    if "{" in hints or any(item.__qualname__.partition(".")[0] not in hint for hint in unresolved):
+    if "{" in hints or any(
+        item.__qualname__.partition(".")[0] not in hint for hint in unresolved
+    ):
         return _jaxtyped(item, typechecker=beartype.beartype)
     checked = _nested(item) if "<locals>" in item.__qualname__ else _typechecker(item)
     if "jaxtyping" not in hints:
@@ -97,7 +107,9 @@ def _nested(item: Any) -> Any:
     if wrapper is item:  # without annotations
         return item
     _wrappers[item.__code__] = wrapper
-    copied = types.FunctionType(wrapper.__code__, wrapper.__globals__, closure=wrapper.__closure__)
+    copied = types.FunctionType(
+        wrapper.__code__, wrapper.__globals__, closure=wrapper.__closure__
+    )
     copied.__kwdefaults__ = wrapper.__kwdefaults__ | {"__beartype_func": item}
     return functools.update_wrapper(copied, item)
 
@@ -119,14 +131,20 @@ if _IS_0_10:
     mlir.make_ir_context = _context_of_thread
     if not (compilation_cache.zstd or compilation_cache.zstandard):
         # At zlib's usual level, 300 compiled functions took 0.4 s instead of 0.15, for a quarter less space.
-        compilation_cache.compress_executable = functools.partial(zlib.compress, level=1)
+        compilation_cache.compress_executable = functools.partial(
+            zlib.compress, level=1
+        )
 
 from lorafusion_jax.support import interrupts  # noqa: E402
 
-interrupts.watch = lambda: None  # signals are pytest's, also while a test runs a command
+interrupts.watch = lambda: (
+    None
+)  # signals are pytest's, also while a test runs a command
 
 # The same examples in every run, however long the first compilation of one takes.
-hypothesis.settings.register_profile("deterministic", derandomize=True, database=None, deadline=None)
+hypothesis.settings.register_profile(
+    "deterministic", derandomize=True, database=None, deadline=None
+)
 hypothesis.settings.load_profile("deterministic")
 
 
@@ -149,7 +167,11 @@ faults/test_kills
 
 def _place_in_order(item: pytest.Item) -> int:
     inside = item.path.is_relative_to(_ROOT / "tests")
-    name = item.path.relative_to(_ROOT / "tests").with_suffix("").as_posix() if inside else ""
+    name = (
+        item.path.relative_to(_ROOT / "tests").with_suffix("").as_posix()
+        if inside
+        else ""
+    )
     return _FIRST.index(name) if name in _FIRST else len(_FIRST)
 
 
@@ -170,7 +192,8 @@ def _same_items_checked() -> None:
 
 
 # A program takes several mappings of memory; a thousand of them come with about 0.25 GB, traces included.
-_MAPPINGS, _MOST_MAPPINGS = Path("/proc/self/maps"), 8_000
+_MAPPINGS = Path("/proc/self/maps")
+_MOST_MAPPINGS = 8_000
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -178,7 +201,10 @@ def _room_for_programs() -> Iterator[None]:
     """Files share compiled programs, which are forgotten where they take much memory."""
     yield
     vars(_of_thread).clear()  # a context keeps the constants of its programs
-    if _MAPPINGS.is_file() and len(_MAPPINGS.read_bytes().splitlines()) > _MOST_MAPPINGS:
+    if (
+        _MAPPINGS.is_file()
+        and len(_MAPPINGS.read_bytes().splitlines()) > _MOST_MAPPINGS
+    ):
         jax.clear_caches()
         gc.collect()
 
@@ -188,8 +214,12 @@ def _compiled_with(**flags: Any) -> Iterator[None]:
     """Compile all programs of a block with other flags than XLA_FLAGS of tests."""
     options = compiler.get_compile_options
 
-    def with_flags(*args: Any, env_options_overrides: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-        return options(*args, env_options_overrides=flags | (env_options_overrides or {}), **kwargs)
+    def with_flags(
+        *args: Any, env_options_overrides: dict[str, Any] | None = None, **kwargs: Any
+    ) -> Any:
+        return options(
+            *args, env_options_overrides=flags | (env_options_overrides or {}), **kwargs
+        )
 
     jax.clear_caches()
     with pytest.MonkeyPatch.context() as patch:
@@ -201,14 +231,22 @@ def _compiled_with(**flags: Any) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def fusion_emitters() -> Iterator[None]:
     """Compile a file's programs as without XLA_FLAGS of tests: products of one seed and of several round alike."""
-    with _compiled_with(xla_cpu_use_fusion_emitters=True) if _IS_0_10 else contextlib.nullcontext():
+    with (
+        _compiled_with(xla_cpu_use_fusion_emitters=True)
+        if _IS_0_10
+        else contextlib.nullcontext()
+    ):
         yield
 
 
 @pytest.fixture(scope="module")
 def optimised_by_llvm() -> Iterator[None]:
     """Where programs run for longer than LLVM takes: those of a real language model need two thirds of the CPU time."""
-    with _compiled_with(xla_backend_optimization_level=2) if _IS_0_10 else contextlib.nullcontext():
+    with (
+        _compiled_with(xla_backend_optimization_level=2)
+        if _IS_0_10
+        else contextlib.nullcontext()
+    ):
         yield
 
 
@@ -233,7 +271,9 @@ def goldens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def hub(small: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[hub_server.Hub]:
+def hub(
+    small: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[hub_server.Hub]:
     """A hub with a base and an adapter, in place of the real one; its library caches deep in a folder of its own."""
     with hub_server.in_place(monkeypatch, tmp_path / "a" / "b" / "c") as found:
         found.add("org/base", small[0])
@@ -245,6 +285,10 @@ def hub(small: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 def figures(monkeypatch):
     """The figures that are drawn, which are not written."""
     drawn = []
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *a, **k: drawn.append(figure))
-    monkeypatch.setattr("lorafusion_jax.report.plots.write", lambda path, writer: writer(path))
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda figure, *a, **k: drawn.append(figure)
+    )
+    monkeypatch.setattr(
+        "lorafusion_jax.report.plots.write", lambda path, writer: writer(path)
+    )
     return drawn

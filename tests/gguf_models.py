@@ -17,13 +17,23 @@ def byte_letters():
     """GPT-2's letters of the 256 bytes."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return {byte: chr(byte) for byte in printable} | {
+        byte: chr(256 + i) for i, byte in enumerate(others)
+    }
 
 
 BYTE_LEVEL = {
     "tokenizer.ggml.model": "gpt2",
     "tokenizer.ggml.pre": "gpt-2",
-    "tokenizer.ggml.tokens": ["<pad>", "<s>", "</s>", "<think>", "th", "the", *byte_letters().values()],
+    "tokenizer.ggml.tokens": [
+        "<pad>",
+        "<s>",
+        "</s>",
+        "<think>",
+        "th",
+        "the",
+        *byte_letters().values(),
+    ],
     "tokenizer.ggml.token_type": [3, 3, 3, 4, *[1] * 258],
     "tokenizer.ggml.merges": ["t h", "th e"],
     "tokenizer.chat_template": "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}",
@@ -31,10 +41,28 @@ BYTE_LEVEL = {
 IDS = {"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2}
 
 
-PIECES = {"▁": -5.0, "a": -6.0, "b": -7.0, "c": -8.0, "ab": -1.0, "▁a": -2.0, "bc": -0.5, "abc": -3.0, "▁ab": -4.0}
+PIECES = {
+    "▁": -5.0,
+    "a": -6.0,
+    "b": -7.0,
+    "c": -8.0,
+    "ab": -1.0,
+    "▁a": -2.0,
+    "bc": -0.5,
+    "abc": -3.0,
+    "▁ab": -4.0,
+}
 SENTENCE_PIECE = {
     "tokenizer.ggml.model": "llama",
-    "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *PIECES, "  ", "<turn>"],
+    "tokenizer.ggml.tokens": [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{b:02X}>" for b in range(256)),
+        *PIECES,
+        "  ",
+        "<turn>",
+    ],
     "tokenizer.ggml.scores": [0.0] * 259 + [*PIECES.values(), -1000.0, -1000.0],
     "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * len(PIECES), 4, 3],
     "tokenizer.ggml.unknown_token_id": 0,
@@ -57,7 +85,11 @@ _LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
-_GRANITE = {"attention_multiplier": 0.5, "embedding_multiplier": 12.0, "residual_multiplier": 0.25}
+_GRANITE = {
+    "attention_multiplier": 0.5,
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.25,
+}
 _GRANITE |= {"logits_scaling": 8.0}
 # What differs from `TINY`, by general.architecture and a name.
 TINY = {
@@ -78,7 +110,12 @@ TINY = {
 }
 MODELS = {
     "llama": {"model_type": "llama"},
-    "llama 3": {"model_type": "llama", "head_dim": 64, "rope_theta": 500_000.0, "rope_scaling": _LLAMA3},
+    "llama 3": {
+        "model_type": "llama",
+        "head_dim": 64,
+        "rope_theta": 500_000.0,
+        "rope_scaling": _LLAMA3,
+    },
     "llama with biases, tied": {
         "model_type": "llama",
         "attention_bias": True,
@@ -107,7 +144,8 @@ MODELS = {
         "rope_local_base_freq": 10_000.0,
         "rope_scaling": {"rope_type": "linear", "factor": 8.0},
         "query_pre_attn_scalar": 16,
-        "layer_types": ["sliding_attention"] * 5 + ["full_attention", "sliding_attention"],
+        "layer_types": ["sliding_attention"] * 5
+        + ["full_attention", "sliding_attention"],
         "tie_word_embeddings": True,
     },
     "phi3": {"model_type": "phi3", "sliding_window": 64, "partial_rotary_factor": 0.5},
@@ -119,7 +157,11 @@ MODELS = {
         | {"short_factor": [1.0, 1.5] * 4, "long_factor": [2.0, 5.0] * 4},
     },
     "qwen2 with yarn": {"model_type": "qwen2", "rope_scaling": _YARN},
-    "gemma": {"model_type": "gemma", "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
+    "gemma": {
+        "model_type": "gemma",
+        "hidden_act": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+    },
     "granite": {"model_type": "granite"} | _GRANITE,
     "smollm3": {"model_type": "smollm3", "num_hidden_layers": 5},
     "olmo2": {"model_type": "olmo2"},
@@ -142,11 +184,18 @@ MODELS = {
         "linear_conv_kernel_dim": 4,
     },
 }
-_ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "olmo3": "olmo2", "qwen3_5_text": "qwen35"}
+_ARCHITECTURES = {
+    "mistral": "llama",
+    "gemma3_text": "gemma3",
+    "olmo3": "olmo2",
+    "qwen3_5_text": "qwen35",
+}
 INTERLEAVED = ("llama", "granite", "smollm3")
 
 
-def make(folder: Path, name: str, draw: Callable[[str, tuple[int, ...]], np.ndarray]) -> Path:
+def make(
+    folder: Path, name: str, draw: Callable[[str, tuple[int, ...]], np.ndarray]
+) -> Path:
     """Write a model's Hugging Face folder, with weights that `draw` makes of a tensor's name and shape."""
     config = TINY | MODELS[name]
     config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]]
@@ -155,24 +204,40 @@ def make(folder: Path, name: str, draw: Callable[[str, tuple[int, ...]], np.ndar
     family = family_of_json(config)
     model = family.abstract(family.read_config(config))
     slots = family.checkpoint(model.config).slots(model)
-    tensors = {title: draw(title, slot.shape).astype(np.float32) for slot in slots for title in slot.names}
+    tensors = {
+        title: draw(title, slot.shape).astype(np.float32)
+        for slot in slots
+        for title in slot.names
+    }
     save_file(tensors, folder / "model.safetensors")
     tokens = SENTENCE_PIECE if name in ("mistral", "gemma3") else BYTE_LEVEL | IDS
-    build_tokenizer(tokens | {"tokenizer.ggml.padding_token_id": 0}).save_pretrained(folder)
+    build_tokenizer(tokens | {"tokenizer.ggml.padding_token_id": 0}).save_pretrained(
+        folder
+    )
     return folder
 
 
 def interleaved(rows, heads):
     """Rows i and half + i of every head next to each other: llama.cpp's `permute`."""
-    return rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+    return (
+        rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:])
+        .swapaxes(1, 2)
+        .reshape(rows.shape)
+    )
 
 
 def of_delta_net(title, tensor, config):
     """As llama.cpp's `_reorder_v_heads`: heads of values by their number within a head of keys."""
-    keys, d_key, d_value = (config[f"linear_{size}"] for size in ("num_key_heads", "key_head_dim", "value_head_dim"))
+    keys = config[f"linear_{'num_key_heads'}"]
+    d_key = config[f"linear_{'key_head_dim'}"]
+    d_value = config[f"linear_{'value_head_dim'}"]
 
     def tiled(rows, width):
-        return rows.reshape(keys, -1, width, *rows.shape[1:]).swapaxes(0, 1).reshape(rows.shape)
+        return (
+            rows.reshape(keys, -1, width, *rows.shape[1:])
+            .swapaxes(0, 1)
+            .reshape(rows.shape)
+        )
 
     if "conv1d" in title or "in_proj_qkv" in title:
         of_keys, of_values = np.split(tensor.squeeze(), [2 * keys * d_key])
@@ -184,15 +249,22 @@ def of_delta_net(title, tensor, config):
     if "norm" in title:
         return tensor
     tensor = tiled(tensor, 1)
-    return -np.exp(tensor, dtype=np.float64).astype(np.float32) if "A_log" in title else tensor
+    return (
+        -np.exp(tensor, dtype=np.float64).astype(np.float32)
+        if "A_log" in title
+        else tensor
+    )
 
 
 def writer_of(folder, file, changes=None, kinds=lambda name: None):
     """A GGUF file of a Hugging Face folder, not yet written; `changes` replace values or remove them, or tensors."""
-    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
     kind = config["model_type"]
     name = _ARCHITECTURES.get(kind, kind)
-    heads, kv_heads, d_head = (config[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    heads = config["num_attention_heads"]
+    kv_heads = config["num_key_value_heads"]
+    d_head = config["head_dim"]
     values = {
         "context_length": config["max_position_embeddings"],
         "embedding_length": config["hidden_size"],
@@ -207,60 +279,122 @@ def writer_of(folder, file, changes=None, kinds=lambda name: None):
         "attn_logit_softcapping": config.get("attn_logit_softcapping"),
         "final_logit_softcapping": config.get("final_logit_softcapping"),
         "rope.freq_base": config["rope_theta"],
-        "rope.dimension_count": int(d_head * config.get("partial_rotary_factor", 1)) if kind != "gemma2" else None,
+        "rope.dimension_count": int(d_head * config.get("partial_rotary_factor", 1))
+        if kind != "gemma2"
+        else None,
         "vocab_size": config["vocab_size"],
     }
     if kind == "granite":
         scales = ("attention.scale", "embedding_scale", "residual_scale", "logit_scale")
         values |= dict(zip(scales, _GRANITE.values(), strict=True))
     if name == "qwen35":
-        sizes = {"conv_kernel": "conv_kernel_dim", "state_size": "key_head_dim", "group_count": "num_key_heads"}
+        sizes = {
+            "conv_kernel": "conv_kernel_dim",
+            "state_size": "key_head_dim",
+            "group_count": "num_key_heads",
+        }
         sizes["time_step_rank"] = "num_value_heads"
-        values |= {f"ssm.{key}": config[f"linear_{field}"] for key, field in sizes.items()}
-        values["ssm.inner_size"] = config["linear_num_value_heads"] * config["linear_value_head_dim"]
-        values |= {"full_attention_interval": 2, "rope.dimension_sections": [2, 1, 1, 0]}
+        values |= {
+            f"ssm.{key}": config[f"linear_{field}"] for key, field in sizes.items()
+        }
+        values["ssm.inner_size"] = (
+            config["linear_num_value_heads"] * config["linear_value_head_dim"]
+        )
+        values |= {
+            "full_attention_interval": 2,
+            "rope.dimension_sections": [2, 1, 1, 0],
+        }
     if kind == "olmo3":
         values["attention.sliding_window_pattern"] = [True, True, True, False, True]
     scaling = config.get("rope_scaling", {})
     if scaling.get("rope_type") == "yarn":
-        values |= {"rope.scaling.type": "yarn", "rope.scaling.factor": scaling["factor"]}
-        values["rope.scaling.original_context_length"] = scaling["original_max_position_embeddings"]
+        values |= {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": scaling["factor"],
+        }
+        values["rope.scaling.original_context_length"] = scaling[
+            "original_max_position_embeddings"
+        ]
     if scaling.get("rope_type") == "longrope":
-        values["rope.scaling.original_context_length"] = config["original_max_position_embeddings"]
+        values["rope.scaling.original_context_length"] = config[
+            "original_max_position_embeddings"
+        ]
         values["rope.scaling.attn_factor"] = scaling["attention_factor"]
         for part in ("short", "long"):
-            tensors[f"rope_factors_{part}"] = np.array(scaling[f"{part}_factor"], np.float32)
+            tensors[f"rope_factors_{part}"] = np.array(
+                scaling[f"{part}_factor"], np.float32
+            )
     if scaling.get("rope_type") == "linear":
-        values |= {"rope.scaling.type": "linear", "rope.scaling.factor": scaling["factor"]}
+        values |= {
+            "rope.scaling.type": "linear",
+            "rope.scaling.factor": scaling["factor"],
+        }
     if scaling.get("rope_type") == "llama3":
         tensors["rope_freqs"] = _quotients(config["rope_theta"], d_head, scaling)
-    end, *others = config["eos_token_id"] if isinstance(config["eos_token_id"], list) else [config["eos_token_id"]]
-    ids = {"bos": config["bos_token_id"], "eos": end, "padding": config["pad_token_id"], "eot": [*others, None][0]}
+    end, *others = (
+        config["eos_token_id"]
+        if isinstance(config["eos_token_id"], list)
+        else [config["eos_token_id"]]
+    )
+    ids = {
+        "bos": config["bos_token_id"],
+        "eos": end,
+        "padding": config["pad_token_id"],
+        "eot": [*others, None][0],
+    }
     values = {f"{name}.{key}": value for key, value in values.items()} | BYTE_LEVEL
-    values |= {f"tokenizer.ggml.{key}_token_id": token for key, token in ids.items()} | (changes or {})
+    values |= {
+        f"tokenizer.ggml.{key}_token_id": token for key, token in ids.items()
+    } | (changes or {})
     writer = gguf.GGUFWriter(file, name)
-    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+    add = {
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+        list: writer.add_array,
+    }
     for key, value in values.items():
         writer.kv_data[0].pop(key, None)
         if value is not None:
             (add | {bool: writer.add_bool})[type(value)](key, value)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[name.upper()], config["num_hidden_layers"])
+    names = gguf.get_tensor_name_map(
+        gguf.MODEL_ARCH[name.upper()], config["num_hidden_layers"]
+    )
     for title, tensor in tensors.items():
         if values.get(title, title) is None:
             continue
         if name in INTERLEAVED and (".q_proj" in title or ".k_proj" in title):
             tensor = interleaved(tensor, heads if ".q_proj" in title else kv_heads)
-        plain = not name.startswith("gemma") and (name != "qwen35" or "linear_attn.norm" in title)
+        plain = not name.startswith("gemma") and (
+            name != "qwen35" or "linear_attn.norm" in title
+        )
         if title.endswith("norm.weight") and not plain:
             tensor = tensor + 1
         if "linear_attn" in title:
-            title, tensor = title.replace("dt_bias", "dt_proj.bias"), of_delta_net(title, tensor, config)
+            title, tensor = (
+                title.replace("dt_bias", "dt_proj.bias"),
+                of_delta_net(title, tensor, config),
+            )
         stem, _, suffix = title.rpartition(".")
-        to = f"{title}.weight" if title.startswith("rope_f") else f"{names.get_name(stem)}.{suffix}"
+        to = (
+            f"{title}.weight"
+            if title.startswith("rope_f")
+            else f"{names.get_name(stem)}.{suffix}"
+        )
         to = names.get_name(title) if suffix == "A_log" else to
         quantised = kinds(title) if tensor.ndim == 2 and "conv1d" not in title else None
-        data = tensor if quantised is None else gguf.quantize(tensor, gguf.GGMLQuantizationType[quantised])
-        writer.add_tensor(to, data, raw_dtype=None if quantised is None else gguf.GGMLQuantizationType[quantised])
+        data = (
+            tensor
+            if quantised is None
+            else gguf.quantize(tensor, gguf.GGMLQuantizationType[quantised])
+        )
+        writer.add_tensor(
+            to,
+            data,
+            raw_dtype=None
+            if quantised is None
+            else gguf.GGMLQuantizationType[quantised],
+        )
     return writer
 
 
@@ -272,8 +406,11 @@ def _quotients(theta, width, scaling):
     """The stretches of all pairs, as llama.cpp's conversion computes them."""
     found = []
     for i in range(0, width, 2):
-        turns = scaling["original_max_position_embeddings"] / (2 * np.pi * theta ** (i / width))
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = scaling["original_max_position_embeddings"] / (
+            2 * np.pi * theta ** (i / width)
+        )
+        low = scaling["low_freq_factor"]
+        high = scaling["high_freq_factor"]
         kept = np.clip((turns - low) / (high - low), 0, 1)
         found.append(1 / ((1 - kept) / scaling["factor"] + kept))
     return np.array(found, np.float32)

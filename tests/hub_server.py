@@ -38,7 +38,9 @@ class Hub:
     def add(self, name: str, folder: Path) -> None:
         """Put a folder's files into a repository."""
         files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-        self.repositories[name] = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+        self.repositories[name] = {
+            path.relative_to(folder).as_posix(): path.read_bytes() for path in files
+        }
 
 
 @contextlib.contextmanager
@@ -46,7 +48,9 @@ def serving(hub: Hub) -> Iterator[str]:
     """Serve a hub, and yield its address."""
     handler = type("Handler", (_Handler,), {"hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+    )
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}"
@@ -66,7 +70,8 @@ def in_place(monkeypatch: Any, folder: Path) -> Iterator[Hub]:
     with serving(hub) as address:
         values = {
             "ENDPOINT": address,
-            "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}",
+            "HUGGINGFACE_CO_URL_TEMPLATE": address
+            + "/{repo_id}/resolve/{revision}/{filename}",
             "HF_HUB_CACHE": str(folder / "cache"),
             "HF_TOKEN_PATH": str(folder / "token"),
             "HF_HUB_DISABLE_XET": True,
@@ -88,47 +93,91 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def _answer(self) -> None:
-        hub, path = self.hub, unquote(urlsplit(self.path).path)
+        hub = self.hub
+        path = unquote(urlsplit(self.path).path)
         hub.requests.append((self.command, path))
         if hub.busy:
             hub.busy -= 1
             return self._send(429, b"slow down", {"Retry-After": "0"})
         if path in hub.answers:
             return self._given(*hub.answers[path])
-        if found := re.fullmatch(r"/stored/([\w-]+/[\w.-]+)/(.+)", path):  # where the hub keeps large files
+        if found := re.fullmatch(
+            r"/stored/([\w-]+/[\w.-]+)/(.+)", path
+        ):  # where the hub keeps large files
             return self._file(found[1], found[2])
-        if found := re.fullmatch(r"/api/(?:models|datasets)/([\w-]+/[\w.-]+)/tree/.+", path):
+        if found := re.fullmatch(
+            r"/api/(?:models|datasets)/([\w-]+/[\w.-]+)/tree/.+", path
+        ):
             return self._allowed(found[1]) and self._tree(found[1])
-        if found := re.fullmatch(r"/api/(?:models|datasets)/([\w-]+/[\w.-]+)(/revision/([^/]+))?", path):
+        if found := re.fullmatch(
+            r"/api/(?:models|datasets)/([\w-]+/[\w.-]+)(/revision/([^/]+))?", path
+        ):
             return self._allowed(found[1], revision=found[3]) and self._info(found[1])
-        if found := re.fullmatch(r"/(?:datasets/)?([\w-]+/[\w.-]+)/resolve/([^/]+)/(.+)", path):
-            return self._allowed(found[1], revision=found[2]) and self._resolve(found[1], found[3])
+        if found := re.fullmatch(
+            r"/(?:datasets/)?([\w-]+/[\w.-]+)/resolve/([^/]+)/(.+)", path
+        ):
+            return self._allowed(found[1], revision=found[2]) and self._resolve(
+                found[1], found[3]
+            )
         return self._send(404)
 
     do_HEAD = do_GET = _answer
 
     def _allowed(self, name: str, *, revision: str | None = None) -> bool:
         known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
-        if name not in self.hub.repositories or (name in self.hub.private and not known):
+        if name not in self.hub.repositories or (
+            name in self.hub.private and not known
+        ):
             # As the hub does: who may not see a repository cannot tell whether it is there.
-            self._send(401, headers={"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
+            self._send(
+                401,
+                headers={
+                    "X-Error-Code": "RepoNotFound",
+                    "X-Error-Message": "Repository not found",
+                },
+            )
         elif name in self.hub.gated:
             message = f"Access to model {name} is restricted. You must have access to it and be authenticated."
-            self._send(403, headers={"X-Error-Code": "GatedRepo", "X-Error-Message": message})
+            self._send(
+                403, headers={"X-Error-Code": "GatedRepo", "X-Error-Message": message}
+            )
         elif revision not in (None, "main", COMMIT):
             message = f"Invalid rev id: {revision}"
-            self._send(404, headers={"X-Error-Code": "RevisionNotFound", "X-Error-Message": message})
+            self._send(
+                404,
+                headers={
+                    "X-Error-Code": "RevisionNotFound",
+                    "X-Error-Message": message,
+                },
+            )
         else:
             return True
         return False
 
     def _info(self, name: str) -> None:
         siblings = [{"rfilename": path} for path in self.hub.repositories[name]]
-        self._json({"id": name, "modelId": name, "sha": COMMIT, "private": False, "tags": [], "siblings": siblings})
+        self._json(
+            {
+                "id": name,
+                "modelId": name,
+                "sha": COMMIT,
+                "private": False,
+                "tags": [],
+                "siblings": siblings,
+            }
+        )
 
     def _tree(self, name: str) -> None:
-        files = {path: (len(of), hashlib.sha1(of).hexdigest()) for path, of in self.hub.repositories[name].items()}
-        self._json([{"type": "file", "path": p, "size": size, "oid": oid} for p, (size, oid) in files.items()])
+        files = {
+            path: (len(of), hashlib.sha1(of).hexdigest())
+            for path, of in self.hub.repositories[name].items()
+        }
+        self._json(
+            [
+                {"type": "file", "path": p, "size": size, "oid": oid}
+                for p, (size, oid) in files.items()
+            ]
+        )
 
     def _resolve(self, name: str, path: str) -> None:
         content = self.hub.repositories[name].get(path)
@@ -149,25 +198,41 @@ class _Handler(BaseHTTPRequestHandler):
     def _url(self, path: str) -> str:
         return f"http://{self.headers['Host']}/{path}"
 
-    def _given(self, status: int, headers: dict[str, str], parts: Iterable[bytes]) -> None:
+    def _given(
+        self, status: int, headers: dict[str, str], parts: Iterable[bytes]
+    ) -> None:
         self.send_response(status)
         chunked = "Content-Length" not in headers
-        for key, value in (headers | ({"Transfer-Encoding": "chunked"} if chunked else {})).items():
+        for key, value in (
+            headers | ({"Transfer-Encoding": "chunked"} if chunked else {})
+        ).items():
             self.send_header(key, value)
-        self.send_header("Connection", "close")  # or the client may send its next request on it
+        self.send_header(
+            "Connection", "close"
+        )  # or the client may send its next request on it
         self.end_headers()
         self.close_connection = True
         with contextlib.suppress(OSError):  # the client may hang up
             for part in parts if self.command != "HEAD" else ():
-                self.wfile.write(b"%x\r\n%s\r\n" % (len(part), part) if chunked else part)
-            self.wfile.write(b"0\r\n\r\n" if chunked and self.command != "HEAD" else b"")
+                self.wfile.write(
+                    b"%x\r\n%s\r\n" % (len(part), part) if chunked else part
+                )
+            self.wfile.write(
+                b"0\r\n\r\n" if chunked and self.command != "HEAD" else b""
+            )
 
     def _json(self, found: object, status: int = 200) -> None:
-        self._send(status, json.dumps(found).encode(), {"Content-Type": "application/json"})
+        self._send(
+            status, json.dumps(found).encode(), {"Content-Type": "application/json"}
+        )
 
-    def _send(self, status: int, content: bytes = b"", headers: dict[str, str] | None = None) -> None:
+    def _send(
+        self, status: int, content: bytes = b"", headers: dict[str, str] | None = None
+    ) -> None:
         self.send_response(status)
-        for key, value in ({"Content-Length": str(len(content))} | (headers or {})).items():
+        for key, value in (
+            {"Content-Length": str(len(content))} | (headers or {})
+        ).items():
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":

@@ -13,7 +13,8 @@ from lorafusion_jax import generate, load_base, load_tokenizer
 
 def check(file: Path, golden: Path, tolerance: float) -> None:
     """Hold a file against a folder of goldens; its prompts are one batch, padded on the right."""
-    texts, wanted = json.loads((golden / "texts.json").read_text()), np.load(golden / "logits.npz")
+    texts = json.loads((golden / "texts.json").read_text())
+    wanted = np.load(golden / "logits.npz")
     tokenizer, (graph, weights) = load_tokenizer(file), nnx.split(load_base(file))
     rows = [tokenizer(prompt)["input_ids"] for prompt in texts["prompts"]]
     assert rows == texts["ids"]
@@ -28,8 +29,14 @@ def check(file: Path, golden: Path, tolerance: float) -> None:
             ("top_val", np.take_along_axis(some, wanted[f"{number}_top_id"], axis=-1)),
             ("probe_val", some[:, wanted["probe_ids"]]),
         ):
-            np.testing.assert_allclose(values, wanted[f"{number}_{name}"], rtol=0, atol=tolerance)
+            np.testing.assert_allclose(
+                values, wanted[f"{number}_{name}"], rtol=0, atol=tolerance
+            )
     tokens = max(map(len, texts["greedy"]))
-    say = jax.jit(lambda weights: generate(nnx.merge(graph, weights), ids, mask, max_new_tokens=tokens))
+    say = jax.jit(
+        lambda weights: generate(
+            nnx.merge(graph, weights), ids, mask, max_new_tokens=tokens
+        )
+    )
     for answer, expected in zip(np.asarray(say(weights)), texts["greedy"], strict=True):
         assert answer[: len(expected)].tolist() == expected

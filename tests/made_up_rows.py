@@ -22,15 +22,31 @@ METHODS = {  # name -> (strength, trainable parameters); without any to train, o
     "VeRA": (0.36, 3456),
     "full fine-tuning": (0.39, 1_183_104),
 }
-TASKS = ("swapends_prev", "double_digit", "pairswap_numvow", "sort_next2", "reverse_last", "upper_dash")
+TASKS = (
+    "swapends_prev",
+    "double_digit",
+    "pairswap_numvow",
+    "sort_next2",
+    "reverse_last",
+    "upper_dash",
+)
 
 
 def made_up(
-    *, shots="95+5", tasks=TASKS, methods=tuple(METHODS), seeds=(1, 2, 3, 4, 5), items=60, options=True, start=0
+    *,
+    shots="95+5",
+    tasks=TASKS,
+    methods=tuple(METHODS),
+    seeds=(1, 2, 3, 4, 5),
+    items=60,
+    options=True,
+    start=0,
 ):
     """Return rows as an experiment writes them."""
     rng = np.random.default_rng(start)
-    difficulty = {task: rng.normal(0, 0.08, items) + rng.normal(0, 0.05) for task in tasks}
+    difficulty = {
+        task: rng.normal(0, 0.08, items) + rng.normal(0, 0.05) for task in tasks
+    }
     rows = []
     for method in methods:
         strength, trainable = METHODS[method]
@@ -40,14 +56,30 @@ def made_up(
                 chance = np.clip(strength + difficulty[task] + luck, 0, 1)
                 correct = rng.random(items) < chance
                 option = correct | (rng.random(items) < 0.3)
-                rows.append(row(task, method, seed, correct, option if options else None, shots, trainable))
+                rows.append(
+                    row(
+                        task,
+                        method,
+                        seed,
+                        correct,
+                        option if options else None,
+                        shots,
+                        trainable,
+                    )
+                )
     return rows
 
 
 def row(task, method, seed, correct, option=None, shots="95+5", trainable=0):
     steps = 200 if trainable else 0
-    marks = [None if found is None else "".join("01"[int(c)] for c in found) for found in (correct, option)]
-    percents = [None if found is None else 100 * float(np.mean(found)) for found in (correct, option)]
+    marks = [
+        None if found is None else "".join("01"[int(c)] for c in found)
+        for found in (correct, option)
+    ]
+    percents = [
+        None if found is None else 100 * float(np.mean(found))
+        for found in (correct, option)
+    ]
     return {
         "task": task,
         "method": method,
@@ -63,7 +95,10 @@ def row(task, method, seed, correct, option=None, shots="95+5", trainable=0):
         "forward_rows": 10 * steps,
         "backward_rows": 9 * steps,
         "seconds": 0.01 * steps,
-        "config": {"method": method, "recipe": {"lr": 0.02 if "fusion" in method else 0.002, "epochs": 20}},
+        "config": {
+            "method": method,
+            "recipe": {"lr": 0.02 if "fusion" in method else 0.002, "epochs": 20},
+        },
         "data_sha256": hashlib.sha256(task.encode()).hexdigest(),
         "versions": {"python": "3.11.9", "jax": "0.10.2", "numpy": "2.3.0"},
         "device": "cpu",

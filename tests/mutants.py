@@ -60,7 +60,11 @@ MUTANTS = tuple(_mutants())
 
 def control(done: dict[str, dict]) -> Mutant:
     """Return no fault, and every test that killed a mutant."""
-    killers = dict.fromkeys(row["by"].removeprefix("tests/") for row in done.values() if row["result"] == "killed")
+    killers = dict.fromkeys(
+        row["by"].removeprefix("tests/")
+        for row in done.values()
+        if row["result"] == "killed"
+    )
     return Mutant(_UNCHANGED, "", "", "", tuple(killers))
 
 
@@ -72,21 +76,31 @@ def check(tree: Path) -> None:
         if not file.is_file():
             wrong.append(f"{mutant.name}: no file {mutant.file}")
         elif (found := file.read_text(encoding="utf-8").count(mutant.old)) != 1:
-            wrong.append(f"{mutant.name}: {mutant.file} holds the old text {found} times, expected once")
-        wrong += [f"{mutant.name}: no file tests/{t}" for t in mutant.tests if not (tree / "tests" / t).is_file()]
+            wrong.append(
+                f"{mutant.name}: {mutant.file} holds the old text {found} times, expected once"
+            )
+        wrong += [
+            f"{mutant.name}: no file tests/{t}"
+            for t in mutant.tests
+            if not (tree / "tests" / t).is_file()
+        ]
     if wrong:
         raise ValueError("update the list of mutants:\n" + "\n".join(wrong))
 
 
 def recorded(results: Path) -> dict[str, dict]:
     """Return the last row of every mutant."""
-    lines = results.read_text(encoding="utf-8").splitlines() if results.is_file() else []
+    lines = (
+        results.read_text(encoding="utf-8").splitlines() if results.is_file() else []
+    )
     return {row["mutant"]: row for row in map(json.loads, lines)}
 
 
 def copy_tree(tree: Path, copy: Path) -> None:
     """Copy the files of a checkout that git tracks, as they are now."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=tree, check=True, capture_output=True, text=True).stdout
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=tree, check=True, capture_output=True, text=True
+    ).stdout
     for name in filter(None, listed.split("\0")):
         if (tree / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
@@ -99,19 +113,42 @@ def run(copy: Path, mutant: Mutant, *, whole_suite: bool) -> dict:
     before = None if mutant.name == _UNCHANGED else file.read_bytes()
     if before is not None:
         file.write_bytes(before.replace(mutant.old.encode(), mutant.new.encode()))
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-m", _MARKERS, "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "--tb=no",
+        "-m",
+        _MARKERS,
+        "-p",
+        "no:cacheprovider",
+    ]
     tests = [] if whole_suite else [f"tests/{test}" for test in mutant.tests]
     # Python takes compiled files of the same second and size for those of the source.
     environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
     begun = time.monotonic()
     try:
-        done = subprocess.run([*command, *tests], cwd=copy, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, *tests],
+            cwd=copy,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
     finally:
         if before is not None:
             file.write_bytes(before)
     if done.returncode not in (0, 1, 2) and done.returncode > 0:
-        raise RuntimeError(f"{mutant.name}: pytest ended with {done.returncode}:\n{done.stdout}{done.stderr}")
-    failures = (line for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR ")))
+        raise RuntimeError(
+            f"{mutant.name}: pytest ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+        )
+    failures = (
+        line
+        for line in done.stdout.splitlines()
+        if line.startswith(("FAILED ", "ERROR "))
+    )
     by = next(failures, "").partition(" ")[2].partition(" - ")[0]
     return {
         "result": "killed" if done.returncode else "survived",
@@ -124,23 +161,51 @@ def run(copy: Path, mutant: Mutant, *, whole_suite: bool) -> dict:
 def record(copy: Path, mutant: Mutant, options: argparse.Namespace) -> bool:
     """Run a mutant and add its row, if there is something new to run; return whether there was."""
     row = recorded(options.results).get(mutant.name)
-    again = row is not None and options.survivors and row["result"] == "survived" and not row["whole_suite"]
+    again = (
+        row is not None
+        and options.survivors
+        and row["result"] == "survived"
+        and not row["whole_suite"]
+    )
     if row is not None and not again and mutant.name != _UNCHANGED:
         return False
-    row = {"mutant": mutant.name, **run(copy, mutant, whole_suite=again and mutant.name != _UNCHANGED)}
+    row = {
+        "mutant": mutant.name,
+        **run(copy, mutant, whole_suite=again and mutant.name != _UNCHANGED),
+    }
     with options.results.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
-    print(f"{row['result']:<9} {row['seconds']:>5} s  {mutant.name}  {row['by']}", flush=True)
+    print(
+        f"{row['result']:<9} {row['seconds']:>5} s  {mutant.name}  {row['by']}",
+        flush=True,
+    )
     return True
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tree", type=Path, default=_ROOT, help="the checkout that is copied, by default this one")
-    parser.add_argument("--results", type=Path, default=_RESULTS, help="rows of results, added to")
-    parser.add_argument("--only", default="", help="a word in the names of the mutants to run")
-    parser.add_argument("--survivors", action="store_true", help="run the whole suite for those that survived")
-    parser.add_argument("--check", action="store_true", help="only look for the old texts")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tree",
+        type=Path,
+        default=_ROOT,
+        help="the checkout that is copied, by default this one",
+    )
+    parser.add_argument(
+        "--results", type=Path, default=_RESULTS, help="rows of results, added to"
+    )
+    parser.add_argument(
+        "--only", default="", help="a word in the names of the mutants to run"
+    )
+    parser.add_argument(
+        "--survivors",
+        action="store_true",
+        help="run the whole suite for those that survived",
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="only look for the old texts"
+    )
     options = parser.parse_args()
     check(options.tree)
     if options.check:
@@ -148,10 +213,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         copy = Path(folder) / "tree"
         copy_tree(options.tree, copy)
-        ran = [record(copy, mutant, options) for mutant in MUTANTS if options.only in mutant.name]
+        ran = [
+            record(copy, mutant, options)
+            for mutant in MUTANTS
+            if options.only in mutant.name
+        ]
         if any(ran):
             record(copy, control(recorded(options.results)), options)
-    counts = collections.Counter(row["result"] for name, row in recorded(options.results).items() if name != _UNCHANGED)
+    counts = collections.Counter(
+        row["result"]
+        for name, row in recorded(options.results).items()
+        if name != _UNCHANGED
+    )
     print(f"{counts['killed']} of {len(MUTANTS)} killed, {counts['survived']} survived")
 
 

@@ -11,15 +11,28 @@ SMALL = Path(__file__).resolve().parent.parent / "examples" / "small"
 
 def cut(out: Path, *, adapters: int | None = 4) -> tuple[Path, Path]:
     """Write `out`/base and `out`/pool, the first adapters of the embedded ones (all for None), and return both."""
-    base, pool = out / "base", out / "pool"
-    sources = [path.parent for path in sorted((SMALL / "adapters").glob("*/*.safetensors"))[:adapters]]
-    for source, target in [(SMALL / "base", base), *((source, pool / source.name) for source in sources)]:
+    base = out / "base"
+    pool = out / "pool"
+    sources = [
+        path.parent
+        for path in sorted((SMALL / "adapters").glob("*/*.safetensors"))[:adapters]
+    ]
+    for source, target in [
+        (SMALL / "base", base),
+        *((source, pool / source.name) for source in sources),
+    ]:
         shutil.copytree(source, target)
         (weights,) = target.glob("*.safetensors")
-        kept = {name: tensor for name, tensor in load_file(weights).items() if "block.1." not in name}
+        kept = {
+            name: tensor
+            for name, tensor in load_file(weights).items()
+            if "block.1." not in name
+        }
         save_file(kept, weights, metadata={"format": "pt"})
     config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"num_layers": 1, "num_decoder_layers": 1}))
+    (base / "config.json").write_text(
+        json.dumps(config | {"num_layers": 1, "num_decoder_layers": 1})
+    )
     return base, pool
 
 

@@ -20,9 +20,21 @@ def t5(kind: str = "T5", **changes: Any) -> Any:
     import transformers
 
     torch.manual_seed(0)
-    names = ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers")
+    names = (
+        "vocab_size",
+        "d_model",
+        "d_kv",
+        "d_ff",
+        "num_heads",
+        "num_layers",
+        "num_decoder_layers",
+    )
     fields = {name: getattr(tiny.CONFIG, name) for name in names}
-    fields |= {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "decoder_start_token_id": 0}
+    fields |= {
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+        "decoder_start_token_id": 0,
+    }
     config = getattr(transformers, f"{kind}Config")(**fields | changes)
     return getattr(transformers, f"{kind}ForConditionalGeneration")(config)
 
@@ -49,18 +61,35 @@ class Fused(NamedTuple):
     adapters: dict[str, Any]
 
 
-def fused(model: Model, folders: list[Path], method: lf.Fusion, coefficients: Any = None) -> Fused:
+def fused(
+    model: Model, folders: list[Path], method: lf.Fusion, coefficients: Any = None
+) -> Fused:
     """Fuse adapters, at given coefficients or at some of either sign."""
     pool = lf.read_pool([str(folder) for folder in folders], model.config)
-    frozen = lf.Frozen(nnx.state(model), pool, _gram(pool, {site: lf.kernels(model)[site] for site in pool.A}))
+    frozen = lf.Frozen(
+        nnx.state(model),
+        pool,
+        _gram(pool, {site: lf.kernels(model)[site] for site in pool.A}),
+    )
     index = jnp.arange(len(folders))
     params = method.init(frozen, index, jax.random.key(0))
     shape = params["coefficients"].shape
-    params["coefficients"] = tiny.coefficients(shape) if coefficients is None else jnp.full(shape, coefficients)
+    params["coefficients"] = (
+        tiny.coefficients(shape)
+        if coefficients is None
+        else jnp.full(shape, coefficients)
+    )
     rng = np.random.default_rng(1)
     for site, m in params.get("magnitudes", {}).items():
-        params["magnitudes"][site] = m * jnp.asarray(rng.uniform(1.0, 1.3, m.shape), jnp.float32)
-    return Fused(method, frozen, params, _composed(method, params, lf.Frozen(nnx.State({}), pool, frozen.gram), index))
+        params["magnitudes"][site] = m * jnp.asarray(
+            rng.uniform(1.0, 1.3, m.shape), jnp.float32
+        )
+    return Fused(
+        method,
+        frozen,
+        params,
+        _composed(method, params, lf.Frozen(nnx.State({}), pool, frozen.gram), index),
+    )
 
 
 _gram = jax.jit(lf.gram)

@@ -11,7 +11,14 @@ from lorafusion_jax.parts import RunFolder, options_to_json, run_path
 
 TASK = one_block.SMALL / "tasks" / "double_digit"
 _NUMBERS = {name for entry in METHODS.values() for name in fields_of(entry)}
-_QUICK = {"epochs": 2, "batch_size": 48, "modules": 2, "max_new_tokens": 8, "lora_rank": 4, "vera_rank": 8}
+_QUICK = {
+    "epochs": 2,
+    "batch_size": 48,
+    "modules": 2,
+    "max_new_tokens": 8,
+    "lora_rank": 4,
+    "vera_rank": 8,
+}
 
 
 def recipe(method: str = "fusion", **numbers: Any) -> Recipe:
@@ -21,25 +28,54 @@ def recipe(method: str = "fusion", **numbers: Any) -> Recipe:
 
 def options(numbers: dict[str, Any], **values: Any) -> FuseOptions:
     """Options of a run, whose recipe is of those of the numbers that its method has; values may be numbers too."""
-    numbers = numbers | {name: values.pop(name) for name in [*values] if name in _NUMBERS}
-    return FuseOptions(**values, recipe=recipe(values.get("method", "fusion"), **numbers))
+    numbers = numbers | {
+        name: values.pop(name) for name in [*values] if name in _NUMBERS
+    }
+    return FuseOptions(
+        **values, recipe=recipe(values.get("method", "fusion"), **numbers)
+    )
 
 
 def small_run(small: tuple[Path, Path], out: Path, **changes: Any) -> FuseOptions:
     """Options of a short run on a base and a pool, such as those of the fixture `small`."""
     base, pool = map(str, small)
-    values = {"base": base, "pool": pool, "task": str(TASK), "seeds": (1, 2), "out": out, "test_rows": 5}
+    values = {
+        "base": base,
+        "pool": pool,
+        "task": str(TASK),
+        "seeds": (1, 2),
+        "out": out,
+        "test_rows": 5,
+    }
     return options(_QUICK, **values | changes)
 
 
 def run_config(options: FuseOptions, **changes: Any) -> dict[str, Any]:
     """The contents of the `config.json` of a run that is made up."""
-    environment = {"seed_mode": "sequential", "unroll": False, "dtype": "float32", "device": "cpu", "cores": 1}
-    config = {"options": options_to_json(options), "modules": [[]], "task_sha256": "", "trained_sha256": []}
-    config |= {"max_new_tokens": 8, "environment": environment | {"versions": {"lorafusion-jax": "0.1"}}}
+    environment = {
+        "seed_mode": "sequential",
+        "unroll": False,
+        "dtype": "float32",
+        "device": "cpu",
+        "cores": 1,
+    }
+    config = {
+        "options": options_to_json(options),
+        "modules": [[]],
+        "task_sha256": "",
+        "trained_sha256": [],
+    }
+    config |= {
+        "max_new_tokens": 8,
+        "environment": environment | {"versions": {"lorafusion-jax": "0.1"}},
+    }
     return config | {"digests": {"base": "", "modules": {}}, "folders": {}} | changes
 
 
 def answers(run: FuseOptions, seed: int) -> list[str]:
     """What a seed of a run answered to the test rows."""
-    return [row["prediction"] for row in RunFolder(run_path(run)).predictions() if row["seed"] == seed]
+    return [
+        row["prediction"]
+        for row in RunFolder(run_path(run)).predictions()
+        if row["seed"] == seed
+    ]

@@ -48,9 +48,18 @@ QWEN3_5 = {
 }
 
 
-def make_tokenizer(*, chat_template: str | None = CHATML, eos: str = SPECIAL[END]) -> Any:
+def make_tokenizer(
+    *, chat_template: str | None = CHATML, eos: str = SPECIAL[END]
+) -> Any:
     """A tokenizer with <s> before and </s> behind every text, as some are set up, and no token for padding."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import (
+        Tokenizer,
+        decoders,
+        models,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
     from transformers import PreTrainedTokenizerFast
 
     raw = Tokenizer(models.BPE())
@@ -58,12 +67,19 @@ def make_tokenizer(*, chat_template: str | None = CHATML, eos: str = SPECIAL[END
     raw.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
+        vocab_size=320,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     raw.train_from_iterator(_TEXTS * 3, trainer)
     ends = [(SPECIAL[BOS], BOS), (SPECIAL[EOS], EOS)]
-    raw.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
-    found = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=SPECIAL[BOS], eos_token=eos)
+    raw.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=ends
+    )
+    found = PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token=SPECIAL[BOS], eos_token=eos
+    )
     found.add_special_tokens({"additional_special_tokens": list(SPECIAL[2:])})
     found.chat_template = chat_template
     return found
@@ -74,7 +90,9 @@ def make(folder: Path, *, chat_template: str | None = CHATML, **config: Any) -> 
     source = folder.with_name(f"{folder.name}-source")
     source.mkdir(parents=True)
     tokenizer = make_tokenizer(chat_template=chat_template)
-    (source / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": len(tokenizer)} | config))
+    (source / "config.json").write_text(
+        json.dumps(CONFIG | {"vocab_size": len(tokenizer)} | config)
+    )
     tokenizer.save_pretrained(source)
     structure = read_config(source)
     save_base(family_of(structure).model(structure, rngs=nnx.Rngs(0)), folder, source)

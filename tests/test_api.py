@@ -18,7 +18,11 @@ _API_PAGES = _ROOT / "docs" / "reference" / "api"
 
 
 def test_every_public_name_exists_once_and_is_documented():
-    assert len(set(lf.__all__)) == len(lf.__all__) and {"fuse", "LoraPool", "crossbar"} <= {*lf.__all__}
+    assert len(set(lf.__all__)) == len(lf.__all__) and {
+        "fuse",
+        "LoraPool",
+        "crossbar",
+    } <= {*lf.__all__}
     for name in lf.__all__:
         assert getattr(lf, name).__doc__ or name == "PRESETS", name
     for name, value in (vars(lf.parts) | vars(lf.trials)).items():
@@ -31,22 +35,36 @@ def test_every_public_name_is_on_one_api_page():
     found = collections.Counter()
     for page in _API_PAGES.glob("*.md"):
         module = ""
-        for directive, name in re.findall(r"^\.\. (?:auto|py:)?(\w+):: (\S+)$", page.read_text(), re.MULTILINE):
+        for directive, name in re.findall(
+            r"^\.\. (?:auto|py:)?(\w+):: (\S+)$", page.read_text(), re.MULTILINE
+        ):
             if directive == "currentmodule":
                 module = name
             elif directive != "module":  # `parts` and `trials` are described whole
                 found[f"{module}.{name}"] += 1
-    names = [f"{module.__name__}.{name}" for module in (crossbar, crossbar_flax, tasks) for name in module.__all__]
+    names = [
+        f"{module.__name__}.{name}"
+        for module in (crossbar, crossbar_flax, tasks)
+        for name in module.__all__
+    ]
     # The names that the package takes from its crossbar library are described there.
     own = (name for name in lf.__all__ if name != "crossbar")
-    names += [f"{lf.__name__}.{name}" for name in own if getattr(crossbar, name, None) is not getattr(lf, name)]
+    names += [
+        f"{lf.__name__}.{name}"
+        for name in own
+        if getattr(crossbar, name, None) is not getattr(lf, name)
+    ]
     assert found == collections.Counter(names)
 
 
 def test_names_of_tasks_that_pages_and_examples_use_are_exported():
     """Type checkers refuse other names of a typed package."""
     files = [*_ROOT.glob("docs/**/*.md"), *_ROOT.glob("examples/*.py")]
-    used = {name for file in files for name in re.findall(r"\btasks\.(\w+)\(", file.read_text())}
+    used = {
+        name
+        for file in files
+        for name in re.findall(r"\btasks\.(\w+)\(", file.read_text())
+    }
     assert {"load_task", "pad"} <= used <= {*tasks.__all__}
 
 
@@ -56,4 +74,7 @@ def test_no_submodule_replaces_a_public_name():
             importlib.import_module(module.name)
     with pytest.raises(ValueError, match="seeds"):
         lf.fuse(lf.FuseOptions(base="base", task="task", seeds=()))
-    assert all(type(getattr(lf, name)) is not type(importlib) or name == "crossbar" for name in lf.__all__)
+    assert all(
+        type(getattr(lf, name)) is not type(importlib) or name == "crossbar"
+        for name in lf.__all__
+    )

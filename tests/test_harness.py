@@ -27,7 +27,10 @@ def test_weights_from_a_seed_have_the_bits_that_goldens_were_made_with():
     """Integer arithmetic and one rounding: the same on every machine."""
     weights = seeded.normal("a name", (64, 65), 0.1, mean=1.0)
     numbers = seeded.integers("a name", (100,), 3, 256)
-    digests = [hashlib.sha256(array.tobytes()).hexdigest()[:16] for array in (weights, numbers.astype("<i8"))]
+    digests = [
+        hashlib.sha256(array.tobytes()).hexdigest()[:16]
+        for array in (weights, numbers.astype("<i8"))
+    ]
     assert digests == ["94307ac8e7c3dec2", "5124f9a9725b5a0b"]
     assert abs(weights.mean() - 1) < 0.01 and abs(weights.std() - 0.1) < 0.005
 
@@ -39,7 +42,10 @@ def test_four_devices():
 def test_programs_are_cached_on_disk():
     assert jax.config.jax_persistent_cache_min_compile_time_secs == 0
     jax.jit(lambda x: jnp.tanh(x) @ x)(jnp.ones((5, 5)))
-    assert any("lambda" in entry.name for entry in Path(jax.config.jax_compilation_cache_dir).iterdir())
+    assert any(
+        "lambda" in entry.name
+        for entry in Path(jax.config.jax_compilation_cache_dir).iterdir()
+    )
 
 
 def test_warnings_are_errors():

@@ -11,13 +11,16 @@ import pytest
 
 
 def _load(name: str) -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "benchmarks" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(
+        name, Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    )
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-_hlo, _bundles = _load("_hlo"), _load("_bundles")
+_hlo = _load("_hlo")
+_bundles = _load("_bundles")
 
 # A sum, which exchanges of devices apply.
 _ADD = """
@@ -105,7 +108,9 @@ ENTRY %main.1 (w.1: f32[7,8,128], i.1: s32[], v.1: f32[1,8,128], c.1: pred[]) ->
 
 
 def test_an_update_in_place_moves_rows_alone():
-    assert _hlo.counts(_IN_PLACE).bytes == 3 * 4 * 8 * 128  # the old row and the new one are read, one is written
+    assert (
+        _hlo.counts(_IN_PLACE).bytes == 3 * 4 * 8 * 128
+    )  # the old row and the new one are read, one is written
 
 
 # An argument of 80 KiB whose rows of 40 are padded to 128, zeros of the array that a loop carries, and an exchange of
@@ -149,7 +154,10 @@ ENTRY %main.1 (w.1: f32[64,8,40], v.1: f32[8,128]) -> f32[16,128] {
 def test_padding_fills_and_exchanges():
     found = _hlo.counts(_EXCHANGES)
     assert found.padding == found.carried == {"f32[64,8,40]": 128 / 40}
-    assert found.filled == {"zeros.1": 4 * 64 * 8 * 128} and found.largest == 4 * 64 * 8 * 128
+    assert (
+        found.filled == {"zeros.1": 4 * 64 * 8 * 128}
+        and found.largest == 4 * 64 * 8 * 128
+    )
     assert found.collectives == {"all-gather": 1, "all-reduce": 1}
     assert found.groups == {(0, 2), (1, 3), (0, 1), (2, 3)}
 
@@ -186,7 +194,9 @@ def test_a_kernel_moves_its_operands_and_says_its_flops():
 
 def test_bundles_of_loops_count_as_often_as_they_run(tmp_path):
     (tmp_path / "17-read.1-72-final_bundles.txt").write_text(_CODE)
-    (tmp_path / "17-read.1-70-schedule-analysis_final_bundles.txt").write_text("Schedule analysis:")
+    (tmp_path / "17-read.1-70-schedule-analysis_final_bundles.txt").write_text(
+        "Schedule analysis:"
+    )
     assert _bundles.bundles(tmp_path) == {"read.1": 3 + 2 * (3 + 3 * 3)}
     # A loop that begins with an empty bundle is as deep as the next one.
     (tmp_path / "17-read.1-72-final_bundles.txt").write_text(
@@ -197,7 +207,12 @@ def test_bundles_of_loops_count_as_often_as_they_run(tmp_path):
 
 def test_a_loop_without_a_bound_is_refused():
     with pytest.raises(ValueError, match=r"the loop while\.1 has no bound"):
-        _hlo.counts(_TPU.replace("%bound.1 = s32[]{:T(128)} constant(3)", "%bound.1 = s32[]{:T(128)} copy(%i.1)"))
+        _hlo.counts(
+            _TPU.replace(
+                "%bound.1 = s32[]{:T(128)} constant(3)",
+                "%bound.1 = s32[]{:T(128)} copy(%i.1)",
+            )
+        )
 
 
 @pytest.mark.parametrize("precision", [None, "highest"])
@@ -210,7 +225,9 @@ def test_a_program_of_this_machine(precision):
 
         return jnp.sum(jax.lax.scan(layer, x, w)[0])
 
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((5, 16, 16), (8, 16))]
+    shapes = [
+        jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((5, 16, 16), (8, 16))
+    ]
     lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes)
     found = _hlo.counts(lowered.compile().as_text())
     assert found.flops == 5 * 3 * 2 * 8 * 16 * 16

@@ -15,7 +15,9 @@ import pytest
 
 _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGE = "lorafusion_jax"
-_HEAVY = set("datasets huggingface_hub matplotlib orbax peft torch tqdm transformers".split())
+_HEAVY = set(
+    "datasets huggingface_hub matplotlib orbax peft torch tqdm transformers".split()
+)
 
 # What every part may import.
 _ANYWHERE = {"support"}
@@ -31,14 +33,58 @@ _MAY_IMPORT = {
     "training": {"models", "adapters", "tasks"},
     "methods": {"models", "adapters", "tasks", "training"},
     "loading": {"models", "adapters", "io", "tasks", "training", "methods"},
-    "runs": {"loading", "models", "adapters", "io", "tasks", "report", "training", "methods"},
-    "serving": {"loading", "models", "adapters", "io", "tasks", "training", "methods", "runs"},
-    "hardware": {"loading", "crossbar", "models", "adapters", "io", "tasks", "training", "methods", "runs"},
-    "estimates": {"loading", "crossbar", "models", "adapters", "io", "tasks", "training", "methods", "runs"},
-    "trials": set("hardware io loading methods runs report tasks training estimates".split()),
+    "runs": {
+        "loading",
+        "models",
+        "adapters",
+        "io",
+        "tasks",
+        "report",
+        "training",
+        "methods",
+    },
+    "serving": {
+        "loading",
+        "models",
+        "adapters",
+        "io",
+        "tasks",
+        "training",
+        "methods",
+        "runs",
+    },
+    "hardware": {
+        "loading",
+        "crossbar",
+        "models",
+        "adapters",
+        "io",
+        "tasks",
+        "training",
+        "methods",
+        "runs",
+    },
+    "estimates": {
+        "loading",
+        "crossbar",
+        "models",
+        "adapters",
+        "io",
+        "tasks",
+        "training",
+        "methods",
+        "runs",
+    },
+    "trials": set(
+        "hardware io loading methods runs report tasks training estimates".split()
+    ),
     "harness": {"loading", "models", "io", "tasks", "training", "runs", "hardware"},
-    "parts": set("crossbar models adapters io loading training methods runs hardware estimates".split()),
-    "cli": set("crossbar io report training methods runs serving hardware estimates harness trials".split()),
+    "parts": set(
+        "crossbar models adapters io loading training methods runs hardware estimates".split()
+    ),
+    "cli": set(
+        "crossbar io report training methods runs serving hardware estimates harness trials".split()
+    ),
 }
 
 _PROBE = """
@@ -61,7 +107,9 @@ print(json.dumps([probe([package]), probe(modules)]))
 def _probe(*modules: str) -> list[dict]:
     """Import the package, then the modules, in a fresh interpreter: backend started, modules loaded."""
     command = [sys.executable, "-W", "error", "-c", _PROBE, _PACKAGE, *modules]
-    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, cwd=_ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -85,11 +133,17 @@ def _imports(name: str, path: Path, *, on_load: bool = False) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             parents = package.split(".")
-            base = ".".join(parents[: len(parents) - node.level + 1]) if node.level else ""
+            base = (
+                ".".join(parents[: len(parents) - node.level + 1]) if node.level else ""
+            )
             origin = ".".join(part for part in (base, node.module) if part)
             yield from (f"{origin}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
-            yield from (arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
+            ("import_module", "__import__")
+        ):
+            yield from (
+                arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant)
+            )
         if not (on_load and _is_deferred(node)):
             pending.extend(ast.iter_child_nodes(node))
 
@@ -112,7 +166,13 @@ def _own_modules(imported: Iterator[str], modules: dict[str, Path]) -> Iterator[
 
 @pytest.mark.smoke
 def test_no_module_starts_a_backend_or_loads_heavy_libraries():
-    probes = _probe(*(name for name in _modules() if not name.endswith(("__main__", ".harness.model"))))
+    probes = _probe(
+        *(
+            name
+            for name in _modules()
+            if not name.endswith(("__main__", ".harness.model"))
+        )
+    )
     for probe in probes:
         assert not probe["backend"]
         assert not _HEAVY & set(probe["roots"])
@@ -120,7 +180,13 @@ def test_no_module_starts_a_backend_or_loads_heavy_libraries():
 
 def test_a_command_handles_signals_before_it_loads_anything_heavy():
     code = "import sys; import lorafusion_jax.cli, lorafusion_jax.support.interrupts; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], cwd=_ROOT, capture_output=True, text=True, check=True).stdout
+    loaded = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=_ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert not {"jax", "numpy", "scipy", "yaml", "tyro", *_HEAVY} & set(loaded.split())
 
 
@@ -138,14 +204,23 @@ def test_torch_and_peft_are_never_imported():
 def test_every_library_that_the_package_imports_is_declared():
     project = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    of_extras = (extras[name][0] for name in ("plots", "lorahub", "cma", "lm-eval", "ray"))
+    of_extras = (
+        extras[name][0] for name in ("plots", "lorahub", "cma", "lm-eval", "ray")
+    )
     requirements = [*project["dependencies"], *of_extras]
     declared = {re.split(r"[^\w.-]", requirement)[0] for requirement in requirements}
     distributions = importlib.metadata.packages_distributions()
-    imported = {target.partition(".")[0] for name, path in _modules().items() for target in _imports(name, path)}
+    imported = {
+        target.partition(".")[0]
+        for name, path in _modules().items()
+        for target in _imports(name, path)
+    }
     undeclared = []
     for root in sorted(imported - {*sys.stdlib_module_names, _PACKAGE, ""}):
-        libraries = {re.sub("[-_.]+", "-", name).lower() for name in distributions.get(root, [root])}
+        libraries = {
+            re.sub("[-_.]+", "-", name).lower()
+            for name in distributions.get(root, [root])
+        }
         if not libraries & declared:
             undeclared.append(root)
     assert {"jax", "numpy"} <= imported and not undeclared
@@ -153,20 +228,28 @@ def test_every_library_that_the_package_imports_is_declared():
 
 def test_imports_run_downwards():
     modules = _modules()
-    wrong, imported = [], set()
+    wrong = []
+    imported = set()
     for name, path in modules.items():
         if name in (_PACKAGE, f"{_PACKAGE}._api"):
             continue
         part = name.split(".")[1]
-        assert part in _MAY_IMPORT, f"{part} has no place among the layers yet: say what it may import"
+        assert part in _MAY_IMPORT, (
+            f"{part} has no place among the layers yet: say what it may import"
+        )
         for target in _own_modules(_imports(name, path), modules):
-            if target == _PACKAGE or target.split(".")[1] not in _MAY_IMPORT[part] | {part} | _ANYWHERE:
+            if (
+                target == _PACKAGE
+                or target.split(".")[1] not in _MAY_IMPORT[part] | {part} | _ANYWHERE
+            ):
                 wrong.append(f"{name} imports {target}")
             imported.add((part, target.removeprefix(f"{_PACKAGE}.").partition(".")[0]))
     assert not wrong
     allowed = {(part, other) for part, below in _MAY_IMPORT.items() for other in below}
     assert allowed <= imported  # the table has no more than is needed
-    assert len(_MAY_IMPORT) <= 20 and sum(part != other for part, other in imported) <= 105
+    assert (
+        len(_MAY_IMPORT) <= 20 and sum(part != other for part, other in imported) <= 105
+    )
 
 
 def test_rooms_stand_on_each_other_in_one_order():
@@ -185,11 +268,19 @@ def test_imports_form_no_cycle():
             while target and not f"{name}.".startswith(f"{target}."):
                 graph[name].add(target)
                 target = target.rpartition(".")[0]
-    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
+    graphlib.TopologicalSorter(
+        graph
+    ).prepare()  # raises CycleError, which names the cycle
 
 
 # Namespaces that scripts may import from.
-_PUBLIC = {_PACKAGE, *(f"{_PACKAGE}.{name}" for name in ("crossbar", "tasks", "methods", "report", "parts", "trials"))}
+_PUBLIC = {
+    _PACKAGE,
+    *(
+        f"{_PACKAGE}.{name}"
+        for name in ("crossbar", "tasks", "methods", "report", "parts", "trials")
+    ),
+}
 _PUBLIC.add(f"{_PACKAGE}.crossbar.flax")
 # All other names that experiments and benchmarks import, each with its reason.
 _INTERNAL = {
@@ -204,9 +295,17 @@ _INTERNAL = {
 
 
 def test_experiments_and_benchmarks_import_public_names():
-    files = [path for folder in ("experiments", "benchmarks", "examples") for path in (_ROOT / folder).rglob("*.py")]
+    files = [
+        path
+        for folder in ("experiments", "benchmarks", "examples")
+        for path in (_ROOT / folder).rglob("*.py")
+    ]
     modules = _modules().keys() - _PUBLIC
-    attributes = {name for path in files for name in re.findall(r"\blf\.(\w+)\.", path.read_text())}
+    attributes = {
+        name
+        for path in files
+        for name in re.findall(r"\blf\.(\w+)\.", path.read_text())
+    }
     found = modules & {f"{_PACKAGE}.{name}" for name in attributes}
     imported = {target for path in files for target in _imports(path.stem, path)}
     own = {target for target in imported if target.partition(".")[0] == _PACKAGE}

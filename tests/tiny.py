@@ -14,7 +14,15 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 import lorafusion_jax as lf
 from lorafusion_jax.parts import T5, Params, T5Config, linear_shapes
 
-CONFIG = T5Config(vocab_size=48, d_model=16, d_kv=4, d_ff=24, num_heads=3, num_layers=3, num_decoder_layers=2)
+CONFIG = T5Config(
+    vocab_size=48,
+    d_model=16,
+    d_kv=4,
+    d_ff=24,
+    num_heads=3,
+    num_layers=3,
+    num_decoder_layers=2,
+)
 
 # The rank of adapter n at a site in a layer; 0 where it has none.
 Ranks = Callable[[int, str, int], int]
@@ -22,49 +30,74 @@ Ranks = Callable[[int, str, int], int]
 
 def somewhere(n: int, site: str, layer: int) -> int:
     """Rank 4, but module 0 has nothing in the decoder and module 2 nothing in the encoder's last layer."""
-    return 0 if (n == 0 and "decoder" in site) or (n == 2 and site.startswith("encoder") and layer == 2) else 4
+    return (
+        0
+        if (n == 0 and "decoder" in site)
+        or (n == 2 and site.startswith("encoder") and layer == 2)
+        else 4
+    )
 
 
-def for_tpu(kind: str = "TPU v5 lite", mesh: tuple[int, ...] = ()) -> contextlib.AbstractContextManager[None]:
+def for_tpu(
+    kind: str = "TPU v5 lite", mesh: tuple[int, ...] = ()
+) -> contextlib.AbstractContextManager[None]:
     """Trace programs for a TPU, or a mesh of several, that is not there."""
     axes = tuple(f"axis {i}" for i in range(len(mesh)))
-    return use_abstract_mesh(AbstractMesh(mesh, axes, abstract_device=AbstractDevice(kind, 1, "tpu")))
+    return use_abstract_mesh(
+        AbstractMesh(mesh, axes, abstract_device=AbstractDevice(kind, 1, "tpu"))
+    )
 
 
 def emitters(on: bool) -> dict[str, Any]:
     """Options of a compiler that has two kinds of fusions on a CPU. After 0.10 one kind is left, and no option."""
-    return {"xla_cpu_use_fusion_emitters": on} if jax.__version__.startswith("0.10.") else {}
+    return (
+        {"xla_cpu_use_fusion_emitters": on}
+        if jax.__version__.startswith("0.10.")
+        else {}
+    )
 
 
-def assert_same_model(got: Any, wanted: Any, compare: Callable[..., None] = np.testing.assert_array_equal) -> None:
+def assert_same_model(
+    got: Any, wanted: Any, compare: Callable[..., None] = np.testing.assert_array_equal
+) -> None:
     """Compare two models' configurations, and their weights by path."""
     assert got.config == wanted.config
-    ours, theirs = (dict(nnx.to_flat_state(nnx.state(model))) for model in (got, wanted))
+    ours = dict(nnx.to_flat_state(nnx.state(got)))
+    theirs = dict(nnx.to_flat_state(nnx.state(wanted)))
     assert ours.keys() == theirs.keys()
     for path, weight in theirs.items():
         compare(ours[path].get_value(), weight.get_value(), err_msg=str(path))
 
 
 def lora_tensors(
-    config: lf.Architecture, draw: Callable[[tuple[int, int]], np.ndarray], rank: int = 2
+    config: lf.Architecture,
+    draw: Callable[[tuple[int, int]], np.ndarray],
+    rank: int = 2,
 ) -> dict[str, np.ndarray]:
     """Return the factors of a PEFT adapter of all linear maps."""
     found = {}
     for path, (d_in, d_out) in linear_shapes(config).items():
         for factor, shape in (("A", (rank, d_in)), ("B", (d_out, rank))):
-            found[f"base_model.model.{path}.lora_{factor}.weight"] = draw(shape).astype(np.float32)
+            found[f"base_model.model.{path}.lora_{factor}.weight"] = draw(shape).astype(
+                np.float32
+            )
     return found
 
 
 def compiled(
-    function: Callable[..., Any], *trees: Any, out_shardings: Any = None, options: dict[str, Any] | None = None
+    function: Callable[..., Any],
+    *trees: Any,
+    out_shardings: Any = None,
+    options: dict[str, Any] | None = None,
 ) -> tuple[jax.stages.Compiled, list[jax.Array]]:
     """Return the compiled program of `function(*trees)`, which takes a list of the trees' leaves, and the leaves.
 
     Types are checked of trees that hold arrays, and a compiled program's description is no array.
     """
     leaves, tree = jax.tree.flatten(trees)
-    run = jax.jit(lambda leaves: function(*tree.unflatten(leaves)), out_shardings=out_shardings)
+    run = jax.jit(
+        lambda leaves: function(*tree.unflatten(leaves)), out_shardings=out_shardings
+    )
     return run.lower(leaves).compile(compiler_options=options), leaves
 
 
@@ -87,32 +120,60 @@ def pool(
 ) -> lf.LoraPool:
     """Random modules at the sites whose last name is one of `names`, about as large as the base's kernels."""
     rng = np.random.default_rng(seed)
-    A, B, rank = {}, {}, {}
+    A = {}
+    B = {}
+    rank = {}
     for name, site in config.sites.items():
         if name.rpartition(".")[2] not in names:
             continue
-        r = np.array([[ranks(n, name, layer) for n in range(modules)] for layer in range(site.layers)])
+        r = np.array(
+            [
+                [ranks(n, name, layer) for n in range(modules)]
+                for layer in range(site.layers)
+            ]
+        )
         real = np.arange(r.max()) < r[:, :, None]
-        a = rng.normal(size=(*r.shape, site.d_in, r.max())) * site.d_in**-0.5 * real[:, :, None, :]
+        a = (
+            rng.normal(size=(*r.shape, site.d_in, r.max()))
+            * site.d_in**-0.5
+            * real[:, :, None, :]
+        )
         b = rng.normal(size=(*r.shape, r.max(), site.d_out)) * 0.5 * real[:, :, :, None]
-        A[name], B[name] = jnp.asarray(a.astype(np.float32)), jnp.asarray(b.astype(np.float32))
+        A[name] = jnp.asarray(a.astype(np.float32))
+        B[name] = jnp.asarray(b.astype(np.float32))
         rank[name] = jnp.asarray(r.astype(np.int32))
-    return lf.LoraPool(A=A, B=B, rank=rank, names=tuple(f"module_{n}" for n in range(modules)))
+    return lf.LoraPool(
+        A=A, B=B, rank=rank, names=tuple(f"module_{n}" for n in range(modules))
+    )
 
 
 def frozen(model: T5, modules: lf.LoraPool | None = None) -> lf.Frozen:
     """The model with a pool: by default three modules of rank 4, of which the first has nothing in the decoder."""
-    modules = modules or pool(3, lambda n, site, layer: 0 if n == 0 and "decoder" in site else 4)
-    used = {site: kernel for site, kernel in lf.kernels(model).items() if site in modules.A}
+    modules = modules or pool(
+        3, lambda n, site, layer: 0 if n == 0 and "decoder" in site else 4
+    )
+    used = {
+        site: kernel for site, kernel in lf.kernels(model).items() if site in modules.A
+    }
     return lf.Frozen(nnx.state(model), modules, jax.jit(lf.gram)(modules, used))
 
 
 def problem(
-    method: lf.Method, weights: lf.Frozen, index: Any = (2, 0), config: T5Config = CONFIG, **more: Any
+    method: lf.Method,
+    weights: lf.Frozen,
+    index: Any = (2, 0),
+    config: T5Config = CONFIG,
+    **more: Any,
 ) -> lf.Problem:
     """A problem of the small T5; by default of a seed that fuses two of three modules."""
     graph, _ = _drawn(config, 0)
-    return lf.Problem(graph=graph, method=method, frozen=weights, index=jnp.asarray(index, jnp.int32), **more)
+    return lf.Problem(
+        graph=graph,
+        method=method,
+        frozen=weights,
+        index=jnp.asarray(index, jnp.int32),
+        **more,
+    )
 
 
 def loss(params: Params, of: lf.Problem) -> jax.Array:
@@ -120,7 +181,14 @@ def loss(params: Params, of: lf.Problem) -> jax.Array:
     return lf.objective(params, batch(), of, jnp.float32(0))[0]
 
 
-def batch(config: T5Config = CONFIG, seed: int = 0, *, rows: int = 3, source: int = 7, target: int = 5) -> lf.Batch:
+def batch(
+    config: T5Config = CONFIG,
+    seed: int = 0,
+    *,
+    rows: int = 3,
+    source: int = 7,
+    target: int = 5,
+) -> lf.Batch:
     """Random tokens, of which the last row's are partly padding."""
     rng = np.random.default_rng(seed)
     input_ids = rng.integers(2, config.vocab_size, (rows, source))
@@ -151,8 +219,15 @@ def coefficient_of(
     """
     array = np.asarray(array, np.float64)
     depths = {"encoder": config.num_layers, "decoder": config.num_decoder_layers}
-    blocks = [(stack, layer) for stack, depth in depths.items() for layer in range(depth)]
-    columns = [(site, n) for stack, n in blocks for site in config.sites if site in pool.A and site.startswith(stack)]
+    blocks = [
+        (stack, layer) for stack, depth in depths.items() for layer in range(depth)
+    ]
+    columns = [
+        (site, n)
+        for stack, n in blocks
+        for site in config.sites
+        if site in pool.A and site.startswith(stack)
+    ]
 
     def look_up(n: int, site: str, layer: int) -> np.ndarray:
         if granularity == "global":
@@ -165,19 +240,27 @@ def coefficient_of(
 
 
 def updates(
-    pool: lf.LoraPool, index: list[int], coefficient: Callable[[int, str, int], np.ndarray], composition: str
+    pool: lf.LoraPool,
+    index: list[int],
+    coefficient: Callable[[int, str, int], np.ndarray],
+    composition: str,
 ) -> dict[tuple[str, int], np.ndarray]:
     """Return dW [d_in, d_out] by site and layer, by the definition, in float64."""
     found = {}
     for site in pool.A:
-        A, B = (np.asarray(weight[site], np.float64) for weight in (pool.A, pool.B))
+        A = np.asarray(pool.A[site], np.float64)
+        B = np.asarray(pool.B[site], np.float64)
         for layer in range(A.shape[0]):
-            left, right, total = 0.0, 0.0, 0.0
+            left = 0.0
+            right = 0.0
+            total = 0.0
             for n, i in enumerate(index):
                 c = coefficient(n, site, layer)
                 c = c[: A.shape[3]] if c.ndim else c
-                a, b = A[layer, i] * c, B[layer, i]
+                a = A[layer, i] * c
+                b = B[layer, i]
                 total = total + a @ b
-                left, right = left + a, right + (b.T * c).T
+                left = left + a
+                right = right + (b.T * c).T
             found[site, layer] = total if composition == "sum" else left @ right
     return found

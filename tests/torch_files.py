@@ -10,14 +10,16 @@ class Global:
     """Pickles as a bare reference to `module.name`, which need not exist here."""
 
     def __init__(self, module, name):
-        self.module, self.name = module, name
+        self.module = module
+        self.name = name
 
 
 class Call:
     """Pickles as the call of a global."""
 
     def __init__(self, function, *args):
-        self.function, self.args = function, args
+        self.function = function
+        self.args = args
 
 
 class Pickler(pickle._Pickler):
@@ -59,7 +61,9 @@ def storage_of(kind, key, numel):
 
 
 def tensor_of(storage, offset, size, stride, *metadata):
-    return Call(_REBUILD, storage, offset, size, stride, False, OrderedDict(), *metadata)
+    return Call(
+        _REBUILD, storage, offset, size, stride, False, OrderedDict(), *metadata
+    )
 
 
 def write_zip(path, content, storages, *, members=()):
@@ -68,7 +72,10 @@ def write_zip(path, content, storages, *, members=()):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("anything/data.pkl", content)
         archive.writestr("anything/version", "3")
-        for name, data in (*members, *((f"data/{key}", data) for key, data in storages.items())):
+        for name, data in (
+            *members,
+            *((f"data/{key}", data) for key, data in storages.items()),
+        ):
             archive.writestr(f"anything/{name}", data)
     return path
 
@@ -81,4 +88,8 @@ def write_tensors(path, tensors):
         strides = tuple(stride // array.itemsize for stride in array.strides)
         of_array = storage_of(kinds[str(array.dtype)], str(key), array.size)
         content[name] = tensor_of(of_array, 0, array.shape, strides)
-    write_zip(path, content, {str(key): array.tobytes() for key, array in enumerate(tensors.values())})
+    write_zip(
+        path,
+        content,
+        {str(key): array.tobytes() for key, array in enumerate(tensors.values())},
+    )

@@ -24,7 +24,14 @@ SMALL = ROOT / "examples" / "small"
 # Of the embedded pool's shared basis: the first ones are smaller bases.
 DIRECTIONS = 48
 # The embedded tasks that nothing was trained or tuned on.
-TASKS = ("swapends_prev", "double_digit", "odd_dash", "pairswap_numvow", "sort_next2", "last3_starvow")
+TASKS = (
+    "swapends_prev",
+    "double_digit",
+    "odd_dash",
+    "pairswap_numvow",
+    "sort_next2",
+    "last3_starvow",
+)
 
 
 @contextlib.contextmanager
@@ -36,7 +43,11 @@ def fresh_folder(folder: Path) -> Iterator[None]:
     """
     if folder.exists():
         with RunFolder(folder).locked():
-            number = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}.{n}").exists())
+            number = next(
+                n
+                for n in itertools.count(1)
+                if not folder.with_name(f"{folder.name}.{n}").exists()
+            )
             folder.rename(folder.with_name(f"{folder.name}.{number}"))
     with RunFolder(folder).locked():
         yield
@@ -44,7 +55,14 @@ def fresh_folder(folder: Path) -> Iterator[None]:
 
 def convert(base: Path, adapters: Sequence[Path], out: Path, *options: str) -> None:
     """Convert adapters as a user would, with more options of the command."""
-    given = [sys.executable, ROOT / "convert_peft_weights.py", "--base", base, "--out", out]
+    given = [
+        sys.executable,
+        ROOT / "convert_peft_weights.py",
+        "--base",
+        base,
+        "--out",
+        out,
+    ]
     subprocess.run([*given, "--adapters", *adapters, *options], check=True)
 
 
@@ -73,7 +91,9 @@ def write_csv(file: Path, lines: Sequence[Sequence[Any]]) -> None:
     write_text(file, text.getvalue())
 
 
-def write_tables(folder: Path, tables: Mapping[str, Sequence[Sequence[str]]], prefix: str = "") -> None:
+def write_tables(
+    folder: Path, tables: Mapping[str, Sequence[Sequence[str]]], prefix: str = ""
+) -> None:
     """Write tables by name as CSV, with a prefix of their names, and print them."""
     for name, lines in tables.items():
         write_csv(folder / f"{prefix}{name}.csv", lines)
@@ -84,16 +104,27 @@ def with_interval(values: Sequence[float], digits: int) -> list[str]:
     """Return a mean, and its 95 % interval if there are several values."""
     ends = over_tasks(values)
     mean = fmean(values) if ends is None else ends.mean
-    return [f"{mean:.{digits}f}", "-" if ends is None else f"{ends.low:.{digits}f} to {ends.high:.{digits}f}"]
+    return [
+        f"{mean:.{digits}f}",
+        "-" if ends is None else f"{ends.low:.{digits}f} to {ends.high:.{digits}f}",
+    ]
 
 
 def with_spread(values: np.ndarray) -> str:
     """Return a mean, and the standard deviation if there are several values."""
-    return f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")
+    return f"{values.mean():.1f}" + (
+        f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
+    )
 
 
 def options_of_small(
-    task: str, arm: Arm, *, seeds: tuple[int, ...], pool: Path | None = None, shots: Shots = "95+5", **run: Any
+    task: str,
+    arm: Arm,
+    *,
+    seeds: tuple[int, ...],
+    pool: Path | None = None,
+    shots: Shots = "95+5",
+    **run: Any,
 ) -> FuseOptions:
     """Return the options of an arm on an embedded task, all seeds in one program.
 

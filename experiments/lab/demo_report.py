@@ -31,17 +31,29 @@ def markdown_table(rows: Sequence[Row], *, apart: Collection[str] = ()) -> str:
     lines = [("exact match, %", *map(escaped, methods))]
     for task, by_method in scores.items():
         found = [[*by_method.get(method, {}).values()] for method in methods]
-        cells = [spread((statistics.fmean(values), _deviation(values))) if values else EMPTY for values in found]
+        cells = [
+            spread((statistics.fmean(values), _deviation(values))) if values else EMPTY
+            for values in found
+        ]
         lines.append((f"**{task}**" if task == _MEAN else escaped(task), *cells))
     of = [[row for row in rows if row["method"] == method] for method in methods]
     trainable = [sorted(row["trainable"] for row in of_method) for of_method in of]
-    lines.append(("trainable parameters", *(counts((found[0], found[-1])) for found in trainable)))
-    seconds = [statistics.fmean(row["seconds"] for row in of_method) for of_method in of]
+    lines.append(
+        (
+            "trainable parameters",
+            *(counts((found[0], found[-1])) for found in trainable),
+        )
+    )
+    seconds = [
+        statistics.fmean(row["seconds"] for row in of_method) for of_method in of
+    ]
     lines.append(("seconds of training", *(f"{mean:.1f}" for mean in seconds)))
     return markdown(lines)
 
 
-def plot_accuracy(rows: Sequence[Row], path: Path, *, apart: Collection[str] = (), title: str = "") -> None:
+def plot_accuracy(
+    rows: Sequence[Row], path: Path, *, apart: Collection[str] = (), title: str = ""
+) -> None:
     """Draw exact match per task and method as bars, with the seeds as dots and their spread."""
     methods, scores = _seed_scores(rows, apart)
     width = 0.84 / len(methods)
@@ -49,23 +61,32 @@ def plot_accuracy(rows: Sequence[Row], path: Path, *, apart: Collection[str] = (
     def draw(figure: "Figure") -> None:
         axes = figure.subplots()
         for i, method in enumerate(methods):
-            label: str | None = literal(method)  # of its first bar: it may lack the first task
+            label: str | None = literal(
+                method
+            )  # of its first bar: it may lack the first task
             for position, by_method in enumerate(scores.values()):
                 values = list(by_method.get(method, {}).values())
                 if not values:
                     continue
                 x = position + (i - (len(methods) - 1) / 2) * width
-                mean, spread = statistics.fmean(values), _deviation(values)
+                mean = statistics.fmean(values)
+                spread = _deviation(values)
                 axes.bar(x, mean, 0.92 * width, color=colour(i), label=label)
                 label = None
                 if spread is not None:
-                    axes.errorbar(x, mean, spread, color="#333333", linewidth=1.2, capsize=2.5)
+                    axes.errorbar(
+                        x, mean, spread, color="#333333", linewidth=1.2, capsize=2.5
+                    )
                     offsets = np.linspace(-0.22, 0.22, len(values)) * width
                     dots = {"color": "white", "edgecolor": "#333333", "linewidth": 0.7}
-                    axes.scatter(x + offsets, values, s=11, zorder=3, clip_on=False, **dots)
+                    axes.scatter(
+                        x + offsets, values, s=11, zorder=3, clip_on=False, **dots
+                    )
         position = list(scores).index(_MEAN)
         axes.axvspan(position - 0.5, position + 0.5, color="#f3f3f3", zorder=-1)
-        axes.set_xticks(range(len(scores)), [literal(task).replace("_", "\n") for task in scores])
+        axes.set_xticks(
+            range(len(scores)), [literal(task).replace("_", "\n") for task in scores]
+        )
         axes.set_xlim(-0.5, len(scores) - 0.5)
         axes.set_ylim(0, 100)
         axes.tick_params(axis="x", length=0)
@@ -83,13 +104,24 @@ def _seed_scores(
     methods = list(dict.fromkeys(row["method"] for row in rows))
     scores: dict[str, dict[str, dict[int, float]]] = {}
     for row in rows:
-        scores.setdefault(row["task"], {}).setdefault(row["method"], {})[row["seed"]] = row["exact_match"]
-    counted = {task: by_method for task, by_method in scores.items() if task not in apart}
+        scores.setdefault(row["task"], {}).setdefault(row["method"], {})[
+            row["seed"]
+        ] = row["exact_match"]
+    counted = {
+        task: by_method for task, by_method in scores.items() if task not in apart
+    }
     means: dict[str, dict[int, float]] = {}
     for method in methods:
         seeds = [by_method.get(method, {}) for by_method in counted.values()]
-        everywhere = [seed for seed in seeds[0] if all(seed in there for there in seeds)] if seeds else []
-        means[method] = {seed: statistics.fmean(there[seed] for there in seeds) for seed in everywhere}
+        everywhere = (
+            [seed for seed in seeds[0] if all(seed in there for there in seeds)]
+            if seeds
+            else []
+        )
+        means[method] = {
+            seed: statistics.fmean(there[seed] for there in seeds)
+            for seed in everywhere
+        }
     return methods, counted | {_MEAN: means} | scores
 
 

@@ -26,7 +26,9 @@ def fitted_text(folder: Path) -> str:
     shipped = [file.read_text() for file in sorted((EXAMPLES / "text").glob("*.txt"))]
     articles = (folder / _FILES[FITTED]).read_text().splitlines()[:_FITTED_ARTICLES]
     each = _FITTED_ARTICLES // len(shipped)
-    parts = [[text, *articles[n * each : (n + 1) * each]] for n, text in enumerate(shipped)]
+    parts = [
+        [text, *articles[n * each : (n + 1) * each]] for n, text in enumerate(shipped)
+    ]
     return "\n".join(text for part in parts for text in part)
 
 

@@ -77,9 +77,14 @@ class ChipsOptions:
 
     def store(self, *apart: str) -> "Store":
         """Return the folder of results; raises ValueError for results of other settings than those not `apart`."""
-        settings = dataclasses.asdict(self) | {"config": load_chips(self.crossbar).sha256}
+        settings = dataclasses.asdict(self) | {
+            "config": load_chips(self.crossbar).sha256
+        }
         apart = ("out", "tasks", "crossbar", *apart)
-        return Store(self.out, {name: value for name, value in settings.items() if name not in apart})
+        return Store(
+            self.out,
+            {name: value for name, value in settings.items() if name not in apart},
+        )
 
 
 class Store:
@@ -93,7 +98,11 @@ class Store:
 
     def rows(self, name: str, compute: Callable[[], list[Row]]) -> list[Row]:
         """Return rows by name, computed only once."""
-        self.cells.fill([name], lambda _: [{"name": name, "rows": compute()}], lambda row: row["name"])
+        self.cells.fill(
+            [name],
+            lambda _: [{"name": name, "rows": compute()}],
+            lambda row: row["name"],
+        )
         return next(row["rows"] for row in self.cells.rows() if row["name"] == name)
 
     def numbers(self, name: str, compute: Callable[[], Params]) -> Params:
@@ -101,7 +110,9 @@ class Store:
         folder = self.folder / "numbers" / name
         if not folder.exists():
             save_arrays(folder, compute(), {})
-        return jax.tree.map(jnp.asarray, load_arrays(folder, what="trained parameters")[0])
+        return jax.tree.map(
+            jnp.asarray, load_arrays(folder, what="trained parameters")[0]
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,10 +137,19 @@ class Subject:
 
     def on_chips(self, config: CrossbarConfig, params: Params) -> Setup:
         """Return the setup of all seeds on all chips, whose converters cover what these numbers bring to them."""
-        return self._placed(self.setup, config, params, module_numbers(self.setup, self.options, self.chips))
+        return self._placed(
+            self.setup,
+            config,
+            params,
+            module_numbers(self.setup, self.options, self.chips),
+        )
 
     def train_on_chips(
-        self, config: CrossbarConfig, recipe: Recipe, begin: Params | None = None, rows: int | None = None
+        self,
+        config: CrossbarConfig,
+        recipe: Recipe,
+        begin: Params | None = None,
+        rows: int | None = None,
     ) -> Params:
         """Return numbers of every seed on every chip [C * S], each trained on its chip.
 
@@ -143,11 +163,25 @@ class Subject:
         first = begin or start(self.setup.problem, self.options.seeds).params
         on_all = self.on_chips(config, first)
         if rows is not None:
-            on_all = dataclasses.replace(on_all, split=split(len(self.setup.task.train), seeds, limit=rows))
-        return fit(on_all.problem, on_all.rows, start(on_all.problem, seeds, begin), recipe, seeds).params
+            on_all = dataclasses.replace(
+                on_all, split=split(len(self.setup.task.train), seeds, limit=rows)
+            )
+        return fit(
+            on_all.problem,
+            on_all.rows,
+            start(on_all.problem, seeds, begin),
+            recipe,
+            seeds,
+        ).params
 
     def rows(
-        self, name: str, config: CrossbarConfig | None, params: Params, *, in_cells: bool = False, **of: Any
+        self,
+        name: str,
+        config: CrossbarConfig | None,
+        params: Params,
+        *,
+        in_cells: bool = False,
+        **of: Any,
     ) -> Iterator[Row]:
         """Yield a row for every seed on every chip, or read digitally without a configuration, computed only once.
 
@@ -158,23 +192,37 @@ class Subject:
           in_cells: a LoRA is written into cells.
           of: more columns, the first ones.
         """
-        rows = self.store.rows(slug(name), lambda: self._scores(config, params, in_cells))
+        rows = self.store.rows(
+            slug(name), lambda: self._scores(config, params, in_cells)
+        )
         yield from ({**of, **row} for row in rows)
 
-    def _scores(self, config: CrossbarConfig | None, params: Params, in_cells: bool) -> list[Row]:
-        setup, chips = self.setup, 1
+    def _scores(
+        self, config: CrossbarConfig | None, params: Params, in_cells: bool
+    ) -> list[Row]:
+        setup = self.setup
+        chips = 1
         if config is not None:
             chips = len(self.keys)
             if in_cells:
                 setup, params = lora_in_cells(setup, params)
-            setup = self._placed(setup, config, params) if in_cells else self.on_chips(config, params)
+            setup = (
+                self._placed(setup, config, params)
+                if in_cells
+                else self.on_chips(config, params)
+            )
             if len(jax.tree.leaves(params)[0]) < len(setup.problem.index):
                 params = for_every_chip(params, chips)
         found = evaluate(setup, params, batch_size=self.options.eval_batch)
         assert found.loss is not None
         places = itertools.product(range(chips), self.options.seeds)
-        columns = zip(places, found.exact_match.tolist(), found.loss.tolist(), strict=True)
-        return [{"chip": n, "seed": seed, "exact_match": match, "loss": loss} for (n, seed), match, loss in columns]
+        columns = zip(
+            places, found.exact_match.tolist(), found.loss.tolist(), strict=True
+        )
+        return [
+            {"chip": n, "seed": seed, "exact_match": match, "loss": loss}
+            for (n, seed), match, loss in columns
+        ]
 
     def trained(self, name: str, **changes: Any) -> Params:
         """Return the numbers of a run with other options than the digital one, such as `arrays` or `start_from`."""
@@ -182,12 +230,27 @@ class Subject:
         fuse(options)
         return load_to_evaluate(EvaluateOptions(run=options.out / name))[2]
 
-    def _placed(self, setup: Setup, config: CrossbarConfig, params: Params, modules: Array | None = None) -> Setup:
+    def _placed(
+        self,
+        setup: Setup,
+        config: CrossbarConfig,
+        params: Params,
+        modules: Array | None = None,
+    ) -> Setup:
         first = jax.tree.map(lambda p: p[: len(self.options.seeds)], params)
-        return on_every_chip(setup, first, self.chips.rules(config), self.keys, modules=modules, norm="ideal")
+        return on_every_chip(
+            setup,
+            first,
+            self.chips.rules(config),
+            self.keys,
+            modules=modules,
+            norm="ideal",
+        )
 
 
-def subject(store: Store, task: str, method: str, entry: Arm, options: ChipsOptions) -> Subject:
+def subject(
+    store: Store, task: str, method: str, entry: Arm, options: ChipsOptions
+) -> Subject:
     """Train a method digitally on 95 + 5 rows of an embedded task, and return it with its chips."""
     fused = options_of_small(
         task,
@@ -205,7 +268,14 @@ def subject(store: Store, task: str, method: str, entry: Arm, options: ChipsOpti
     setup, fused, params = load_to_evaluate(run)
     chips = load_chips(options.crossbar, key=options.chip_key)
     keys = jnp.stack([chips.chip_key(number) for number in range(options.chips)])
-    return Subject(store, fused, chips.checked(setup).with_layers(unroll=False), params, chips, keys)
+    return Subject(
+        store,
+        fused,
+        chips.checked(setup).with_layers(unroll=False),
+        params,
+        chips,
+        keys,
+    )
 
 
 def of_tasks(tasks: Sequence[str], rows: Callable[[str], Iterable[Row]]) -> list[Row]:
@@ -228,7 +298,11 @@ def matches(rows: Sequence[Row], **of: Any) -> np.ndarray:
 
 def again(recipe: Recipe, epochs: int) -> Recipe:
     """Return the recipe of training again, at half the rates."""
-    halved = {name: getattr(recipe, name) / 2 for name in ("lr_coefficients", "lr_magnitudes") if hasattr(recipe, name)}
+    halved = {
+        name: getattr(recipe, name) / 2
+        for name in ("lr_coefficients", "lr_magnitudes")
+        if hasattr(recipe, name)
+    }
     return dataclasses.replace(recipe, epochs=epochs, **halved)
 
 

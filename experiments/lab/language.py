@@ -17,7 +17,14 @@ from lorafusion_jax import FuseOptions
 from lorafusion_jax.methods import find as find_method
 from lorafusion_jax.parts import LOSS, Params, Setup, seed_entropies
 from lorafusion_jax.report import write_text
-from lorafusion_jax.tasks import Batch, Example, Task, batch_orders, load_task, train_batches
+from lorafusion_jax.tasks import (
+    Batch,
+    Example,
+    Task,
+    batch_orders,
+    load_task,
+    train_batches,
+)
 from lorafusion_jax.trials import ARMS, Arm, recipe_of
 
 from .methods import IN_BASIS
@@ -25,7 +32,9 @@ from .smollm2 import EXAMPLES
 from .tasks import find_task
 
 PROMPT = "Q: {input}\nA:"
-TRAIN_ROWS, TEST_ROWS, LEAST_TEST_ROWS = 100, 200, 75
+TRAIN_ROWS = 100
+TEST_ROWS = 200
+LEAST_TEST_ROWS = 75
 MOST_SHARED = 0.05  # of an unseen task's test pairs, by the training rows of one source
 EVALUATED_ROWS = 100  # all in one batch
 NEW_TOKENS = 12  # more than 99 % of all answers have
@@ -35,7 +44,13 @@ SOURCE_ROWS = {500: 1, 250: 2, 166: 3, 100: 5}
 SOURCES = {
     "words": ("past", "plural", "comparative", "next_item"),
     "translation": ("english-french",),
-    "knowledge": ("country-capital", "national_parks", "person-instrument", "person-occupation", "product-company"),
+    "knowledge": (
+        "country-capital",
+        "national_parks",
+        "person-instrument",
+        "person-occupation",
+        "product-company",
+    ),
     "letters": (
         "capitalize",
         "capitalize_first_letter",
@@ -59,7 +74,13 @@ SOURCES = {
 # enough, except for one like an unseen task, of five words, not three (alphabetically_first_5).
 SECOND_SOURCES = {
     "words": ("past", "comparative", "present-past"),
-    "knowledge": ("country-capital", "national_parks", "person-instrument", "person-occupation", "product-company"),
+    "knowledge": (
+        "country-capital",
+        "national_parks",
+        "person-instrument",
+        "person-occupation",
+        "product-company",
+    ),
     "letters": ("lowercase_first_letter",),
     "extraction": (
         "animal_v_object_3",
@@ -99,7 +120,9 @@ _FUSION = {"lr_coefficients": 0.01, "lr_magnitudes": 0.1}
 
 
 def _entry(entry: Arm, rates: dict[str, float] | None = None, **recipe: Any) -> Arm:
-    return dataclasses.replace(entry, recipe=entry.recipe | _ALL | recipe, rates=rates or {}, few_rates={})
+    return dataclasses.replace(
+        entry, recipe=entry.recipe | _ALL | recipe, rates=rates or {}, few_rates={}
+    )
 
 
 _COEFFICIENTS = _entry(ARMS["coefficients only"], {"lr_coefficients": 0.05})
@@ -115,7 +138,9 @@ MAIN = {
     "LoRA": dataclasses.replace(ARMS["LoRA"], rates={"lr_lora": 5e-3}, few_rates={}),
     "random pool": _entry(ARMS["random pool"], _FUSION),
     "coefficients only": _COEFFICIENTS,
-    "magnitudes only": dataclasses.replace(ARMS["magnitudes only"], rates={"lr_magnitudes": 0.2}, few_rates={}),
+    "magnitudes only": dataclasses.replace(
+        ARMS["magnitudes only"], rates={"lr_magnitudes": 0.2}, few_rates={}
+    ),
     "basis, k = 16": _entry(IN_BASIS["basis"], _FUSION, basis=16),
 }
 MORE = {
@@ -149,7 +174,11 @@ def options_of(
       adapters: names of modules to fuse instead of all.
       run: other options, such as `out` and `name`.
     """
-    numbers: dict[str, Any] = {"lora_rank": 8, "epochs": EPOCHS[train_rows], "max_new_tokens": NEW_TOKENS}
+    numbers: dict[str, Any] = {
+        "lora_rank": 8,
+        "epochs": EPOCHS[train_rows],
+        "max_new_tokens": NEW_TOKENS,
+    }
     return FuseOptions(
         base=str(base),
         pool=str(pool) if find_method(entry.method).pool else None,
@@ -185,18 +214,28 @@ class Unseen(NamedTuple):
     left_out: int
 
 
-def trained_pairs(sources: Iterable[str], folder: Path) -> dict[str, set[tuple[str, str]]]:
+def trained_pairs(
+    sources: Iterable[str], folder: Path
+) -> dict[str, set[tuple[str, str]]]:
     """Return the pairs that trained the adapter of each source.
 
     Raises:
       ValueError: a source's task is not there.
     """
     paths = {name: find(name, folder) for name in sources}
-    rows = {name: load_task(path, train_rows=source_rows(path), need=("train",)) for name, path in paths.items()}
+    rows = {
+        name: load_task(path, train_rows=source_rows(path), need=("train",))
+        for name, path in paths.items()
+    }
     return {name: set(map(pair, task.train)) for name, task in rows.items()}
 
 
-def unseen(path: Path, trained: Mapping[str, set[tuple[str, str]]], out: Path, train_rows: int = TRAIN_ROWS) -> Unseen:
+def unseen(
+    path: Path,
+    trained: Mapping[str, set[tuple[str, str]]],
+    out: Path,
+    train_rows: int = TRAIN_ROWS,
+) -> Unseen:
     """Leave out the test pairs of a task that are also training pairs, its own or a source's.
 
     Case and full stops do not count, as in scores. A task that loses an evaluated pair is written to a folder of `out`.
@@ -220,7 +259,11 @@ def unseen(path: Path, trained: Mapping[str, set[tuple[str, str]]], out: Path, t
                 f"case, and at most {MOST_SHARED:.0%} may be: leave out the task (--unseen) or the adapter (--adapters)"
             )
     known = set(map(pair, task.train)).union(*trained.values())
-    kept = [example for example, pair in zip(task.test, pairs, strict=True) if pair not in known]
+    kept = [
+        example
+        for example, pair in zip(task.test, pairs, strict=True)
+        if pair not in known
+    ]
     if path.is_file() and len(kept) < LEAST_TEST_ROWS:
         raise ValueError(
             f"{path}: {len(pairs) - len(kept)} of {len(pairs)} test pairs are training pairs, ignoring case: expected "
@@ -236,7 +279,10 @@ def write_task(folder: Path, *, before: str = "", **parts: Iterable[Example]) ->
     """Write the parts of a task with a text before every input, and return their folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for part, rows in parts.items():
-        lines = [json.dumps({"input": before + row.input, "target": row.target}) + "\n" for row in rows]
+        lines = [
+            json.dumps({"input": before + row.input, "target": row.target}) + "\n"
+            for row in rows
+        ]
         write_text(folder / f"{part}.jsonl", "".join(lines))
     return folder
 
@@ -244,12 +290,17 @@ def write_task(folder: Path, *, before: str = "", **parts: Iterable[Example]) ->
 def shares(task: Task, trained: Mapping[str, set[tuple[str, str]]]) -> dict[str, float]:
     """Return the share of a task's test pairs that each source was trained on."""
     pairs = [*map(pair, task.test)]
-    return {source: sum(pair in rows for pair in pairs) / len(pairs) for source, rows in trained.items()}
+    return {
+        source: sum(pair in rows for pair in pairs) / len(pairs)
+        for source, rows in trained.items()
+    }
 
 
 def test_batch(setup: Setup) -> Batch:
     """Return the test rows, leaves [seeds, rows, ...]."""
-    rows = np.tile(np.arange(len(setup.test), dtype=np.int32), (setup.problem.index.shape[0], 1))
+    rows = np.tile(
+        np.arange(len(setup.test), dtype=np.int32), (setup.problem.index.shape[0], 1)
+    )
     orders = batch_orders(rows, batch_size=len(setup.test))
     return next(train_batches(setup.test, orders, pad_id=setup.tokenizer.pad_token_id))
 
@@ -257,12 +308,16 @@ def test_batch(setup: Setup) -> Batch:
 def test_losses(setup: Setup, params: Params) -> list[float]:
     """Return the loss of each seed on the test rows, in nats per token."""
     batch = test_batch(setup)
-    return jax.device_get(seed_entropies(params, batch, setup.problem.read(LOSS, 0))).tolist()
+    return jax.device_get(
+        seed_entropies(params, batch, setup.problem.read(LOSS, 0))
+    ).tolist()
 
 
 def pair(example: Example) -> tuple[str, str]:
     """Return input and answer as scores compare answers."""
-    return example.input.strip().lower(), example.target.strip().lower().replace(".", "")
+    return example.input.strip().lower(), example.target.strip().lower().replace(
+        ".", ""
+    )
 
 
 def load(path: Path, train_rows: int = TRAIN_ROWS) -> Task:

@@ -8,7 +8,9 @@ from typing import Any
 import yaml
 
 
-def write_task(folder: Path, name: str, rows: Sequence[Mapping[str, Any]], **config: Any) -> None:
+def write_task(
+    folder: Path, name: str, rows: Sequence[Mapping[str, Any]], **config: Any
+) -> None:
     """Write a task of the rows into a folder that the harness takes with `--include_path`.
 
     Args:
@@ -22,7 +24,10 @@ def write_task(folder: Path, name: str, rows: Sequence[Mapping[str, Any]], **con
     data = {
         "task": name,
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(file.absolute())}, "cache_dir": str(folder.absolute() / "cache")},
+        "dataset_kwargs": {
+            "data_files": {"test": str(file.absolute())},
+            "cache_dir": str(folder.absolute() / "cache"),
+        },
         "test_split": "test",
     }
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(data | config, sort_keys=False))
@@ -30,7 +35,10 @@ def write_task(folder: Path, name: str, rows: Sequence[Mapping[str, Any]], **con
 
 def multiple_choice(folder: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a task whose rows have a `question`, `choices` and the number of the right one, `answer`."""
-    metrics = [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")]
+    metrics = [
+        {"metric": metric, "aggregation": "mean", "higher_is_better": True}
+        for metric in ("acc", "acc_norm")
+    ]
     write_task(
         folder,
         name,
@@ -67,7 +75,11 @@ def cloze(folder: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         doc_to_text="{{prompt}}",
         doc_to_target=" {{target}}",
         metric_list=[
-            {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+            {
+                "metric": "perplexity",
+                "aggregation": "perplexity",
+                "higher_is_better": False,
+            },
             {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
         ],
     )

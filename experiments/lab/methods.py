@@ -4,7 +4,9 @@ from lorafusion_jax.trials import Arm
 
 # Coefficients of other granularities than the default: settings of an ablation, each at its own rates.
 COEFFICIENTS = {
-    f"coefficients only, {size}": Arm(method="coefficients", recipe={"granularity": size}, rates=rates)
+    f"coefficients only, {size}": Arm(
+        method="coefficients", recipe={"granularity": size}, rates=rates
+    )
     for size, rates in {
         "global": {"lr_coefficients": 0.3},
         "site": {"lr_coefficients": 0.03},
@@ -13,7 +15,8 @@ COEFFICIENTS = {
 }
 
 # Which of the small pool's 28 modules a seed fuses, other than the 20 that it draws.
-ALL, BEST = {"modules": 28}, {"modules": 10, "choose": "gradient"}
+ALL = {"modules": 28}
+BEST = {"modules": 10, "choose": "gradient"}
 # In a shared basis of 32 directions, and its controls; the rates serve other sizes and other modules too.
 IN_BASIS = {
     "basis": Arm(
@@ -34,5 +37,7 @@ IN_BASIS = {
         recipe={"basis": 32, "train_core": True, "start": "zeros", "modules": 1},
         rates={"lr_coefficients": 0.0, "lr_core": 2e-3},
     ),
-    "mean module": Arm(method="mean-fusion", rates={"lr_coefficients": 0.1, "lr_magnitudes": 0.03}),
+    "mean module": Arm(
+        method="mean-fusion", rates={"lr_coefficients": 0.1, "lr_magnitudes": 0.03}
+    ),
 }

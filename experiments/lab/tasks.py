@@ -10,15 +10,23 @@ def find_task(folder: str | Path, name: str) -> Path:
     names = (f"{name}.json", f"{name}.jsonl", name)
     found = sorted(path for path in Path(folder).rglob("*") if path.name in names)
     if not found:
-        raise ValueError(f"{folder} has no task {name}: expected {names[0]}, {names[1]} or a folder {name} inside it")
+        raise ValueError(
+            f"{folder} has no task {name}: expected {names[0]}, {names[1]} or a folder {name} inside it"
+        )
     if len(found) > 1:
-        raise ValueError(f"{folder} has several tasks {name}, {' and '.join(map(str, found))}: keep one of them")
+        raise ValueError(
+            f"{folder} has several tasks {name}, {' and '.join(map(str, found))}: keep one of them"
+        )
     return found[0]
 
 
 def lorahub_tasks(data: Path) -> list[Path]:
     """Return the folders of the tasks in LoraHub's own folder, `data_bbh`; raises ValueError if there are none."""
-    found = sorted(path for path in data.iterdir() if (path / "example.jsonl").is_file()) if data.is_dir() else []
+    found = (
+        sorted(path for path in data.iterdir() if (path / "example.jsonl").is_file())
+        if data.is_dir()
+        else []
+    )
     if not found:
         got = "has no task" if data.is_dir() else "does not exist"
         raise ValueError(
@@ -32,4 +40,8 @@ def lorahub_tasks(data: Path) -> list[Path]:
 def prompt_overlap(task: Task) -> tuple[int, ...]:
     """Return the numbers of the test rows whose prompt is also that of a training row, with any target."""
     trained = {(example.history, example.input) for example in task.train}
-    return tuple(row for row, example in enumerate(task.test) if (example.history, example.input) in trained)
+    return tuple(
+        row
+        for row, example in enumerate(task.test)
+        if (example.history, example.input) in trained
+    )

@@ -14,10 +14,15 @@ Point = tuple[int, ...]  # powers of 3, by which the rates of an arm are multipl
 
 def rates_at(start: Mapping[str, float], point: Point) -> dict[str, float]:
     """Return the rates at a point, from those at the start."""
-    return {name: float(f"{rate * 3.0**by:.3g}") for (name, rate), by in zip(start.items(), point, strict=True)}
+    return {
+        name: float(f"{rate * 3.0**by:.3g}")
+        for (name, rate), by in zip(start.items(), point, strict=True)
+    }
 
 
-def best_point(moves: Sequence[Point], losses: Callable[[Sequence[Point]], Sequence[float]]) -> Point:
+def best_point(
+    moves: Sequence[Point], losses: Callable[[Sequence[Point]], Sequence[float]]
+) -> Point:
     """Return a point that no move makes better, from all zeros on.
 
     Args:
@@ -53,13 +58,23 @@ def tune(
       together: several rates change at once.
     """
     most = len(begin) if together else 1
-    moves = [by for by in itertools.product((-1, 0, 1), repeat=len(begin)) if 0 < sum(map(abs, by)) <= most]
+    moves = [
+        by
+        for by in itertools.product((-1, 0, 1), repeat=len(begin))
+        if 0 < sum(map(abs, by)) <= most
+    ]
 
     def losses(points: Sequence[Point]) -> list[float]:
-        keys = [(*of_arm, point, *each) for each, point in itertools.product(over, points)]
-        cells.fill(keys, measure, lambda row: f"{cells.key_of(row)}: {row['test_loss']:.3f}")
+        keys = [
+            (*of_arm, point, *each) for each, point in itertools.product(over, points)
+        ]
+        cells.fill(
+            keys, measure, lambda row: f"{cells.key_of(row)}: {row['test_loss']:.3f}"
+        )
         found = {cells.key_of(row): row["test_loss"] for row in cells.rows()}
-        return [fmean(found[(*of_arm, point, *each)] for each in over) for point in points]
+        return [
+            fmean(found[(*of_arm, point, *each)] for each in over) for point in points
+        ]
 
     return rates_at(begin, best_point(moves, losses))
 
@@ -78,7 +93,10 @@ def best_tried(trials: Iterable[Row], arm: str, rows: int) -> Tried | None:
     for row in trials:
         if (row["arm"], row["rows"]) == (arm, rows):
             by_point.setdefault(tuple(row["point"]), []).append(row)
-    losses = {point: float(np.mean([row["test_loss"] for row in own])) for point, own in by_point.items()}
+    losses = {
+        point: float(np.mean([row["test_loss"] for row in own]))
+        for point, own in by_point.items()
+    }
     if not losses:
         return None
     best = min(losses, key=lambda point: losses[point])
@@ -90,5 +108,7 @@ def tried_line(trials: Iterable[Row], arm: str, rows: int) -> list[list[str]]:
     best = best_tried(trials, arm, rows)
     if best is None:
         return []
-    shown = ", ".join(f"{name.removeprefix('lr_')} {rate:g}" for name, rate in best.rates.items())
+    shown = ", ".join(
+        f"{name.removeprefix('lr_')} {rate:g}" for name, rate in best.rates.items()
+    )
     return [[arm, str(rows), shown, f"{best.loss:.3f}", str(best.number)]]

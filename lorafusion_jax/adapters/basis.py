@@ -76,8 +76,16 @@ class SharedBasis:
     def select(self, chosen: Sequence[str | int]) -> "SharedBasis":
         """Return the basis with the modules given by name or index alone, in that order; the directions stay."""
         index = np.array(self.indices(chosen))
-        S, energy, rank = jax.tree.map(lambda a: a[:, index], (self.S, self.energy, self.rank))
-        return dataclasses.replace(self, S=S, energy=energy, rank=rank, names=tuple(self.names[i] for i in index))
+        S, energy, rank = jax.tree.map(
+            lambda a: a[:, index], (self.S, self.energy, self.rank)
+        )
+        return dataclasses.replace(
+            self,
+            S=S,
+            energy=energy,
+            rank=rank,
+            names=tuple(self.names[i] for i in index),
+        )
 
     def first(self, k: int) -> "SharedBasis":
         """Return the basis of the first k directions."""
@@ -98,21 +106,32 @@ class SharedBasis:
         for site, s in self.S.items():
             whole = np.asarray(self.energy[site], float)
             inside = np.sum(np.square(np.asarray(s, float)), axis=(2, 3))
-            kept[site] = np.where(whole > 0, inside / np.where(whole > 0, whole, 1), 1.0)
+            kept[site] = np.where(
+                whole > 0, inside / np.where(whole > 0, whole, 1), 1.0
+            )
         return kept
 
     def quantised(self, qtype: str) -> "SharedBasis":
         """Return the basis with U and V in 4 or 8 bits, tiled along d_in and d_out (see `weights.quantise`)."""
         return dataclasses.replace(
             self,
-            U={site: quantise(dense(u, jnp.float32), qtype, tiled_axis=1) for site, u in self.U.items()},
-            V={site: quantise(dense(v, jnp.float32), qtype, tiled_axis=2) for site, v in self.V.items()},
+            U={
+                site: quantise(dense(u, jnp.float32), qtype, tiled_axis=1)
+                for site, u in self.U.items()
+            },
+            V={
+                site: quantise(dense(v, jnp.float32), qtype, tiled_axis=2)
+                for site, v in self.V.items()
+            },
         )
 
 
 Pool = LoraPool | SharedBasis
 # U and V by site.
-Directions = tuple[dict[str, Float[np.ndarray, "_L _d_in k"]], dict[str, Float[np.ndarray, "_L k _d_out"]]]
+Directions = tuple[
+    dict[str, Float[np.ndarray, "_L _d_in k"]],
+    dict[str, Float[np.ndarray, "_L k _d_out"]],
+]
 
 
 def shared_basis(pool: LoraPool, k: int) -> SharedBasis:
@@ -127,18 +146,23 @@ def shared_basis(pool: LoraPool, k: int) -> SharedBasis:
     return in_directions(pool, directions(pool, k))
 
 
-def directions(pool: LoraPool, k: int, *, done: Callable[[], Any] = lambda: None) -> Directions:
+def directions(
+    pool: LoraPool, k: int, *, done: Callable[[], Any] = lambda: None
+) -> Directions:
     """Return the leading k directions of a pool by site, with `shared_basis`'s errors; `done` follows each layer."""
     check_size(pool, k)
-    U, V = {}, {}
+    U = {}
+    V = {}
     for site in pool.rank:
-        left, right = [], []
+        left = []
+        right = []
         for layer in range(len(pool.rank[site])):
             A, B = _layer(pool, site, layer)
             left.append(_leading(A, B, k))
             right.append(_leading(B.swapaxes(1, 2), A.swapaxes(1, 2), k).T)
             done()
-        U[site], V[site] = np.stack(left), np.stack(right)
+        U[site] = np.stack(left)
+        V[site] = np.stack(right)
     return U, V
 
 
@@ -148,24 +172,41 @@ def in_directions(pool: LoraPool, given: Directions) -> SharedBasis:
     Raises a ValueError for a site without directions or of another shape, and for a DoRA adapter.
     """
     if pool.magnitude is not None:
-        raise ValueError("a DoRA adapter has magnitudes, which a basis does not hold: fuse it as a module")
+        raise ValueError(
+            "a DoRA adapter has magnitudes, which a basis does not hold: fuse it as a module"
+        )
     U, V = given
     for site, A in pool.A.items():
         sizes = (A.shape[0], A.shape[2], pool.B[site].shape[3])
         if site not in U:
-            raise ValueError(f"the basis lacks directions at {site}, which the modules adapt: make a new one of them")
+            raise ValueError(
+                f"the basis lacks directions at {site}, which the modules adapt: make a new one of them"
+            )
         if (got := (U[site].shape[0], U[site].shape[1], V[site].shape[2])) != sizes:
-            raise ValueError(f"directions at {site} for layers, d_in and d_out {got}: give ones for {sizes}")
-    S, energy = {}, {}
+            raise ValueError(
+                f"directions at {site} for layers, d_in and d_out {got}: give ones for {sizes}"
+            )
+    S = {}
+    energy = {}
     for site in pool.rank:
         of_layers = []
         for layer in range(len(pool.rank[site])):
             A, B = _layer(pool, site, layer)
-            left, right = (np.asarray(of[site][layer], float) for of in (U, V))
-            squared = np.sum((A.swapaxes(1, 2) @ A) * (B @ B.swapaxes(1, 2)), axis=(1, 2))
+            left = np.asarray(U[site][layer], float)
+            right = np.asarray(V[site][layer], float)
+            squared = np.sum(
+                (A.swapaxes(1, 2) @ A) * (B @ B.swapaxes(1, 2)), axis=(1, 2)
+            )
             of_layers.append(((left.T @ A) @ (B @ right.T), squared))
-        S[site], energy[site] = (np.stack(part) for part in zip(*of_layers, strict=True))
-    fields: Any = {"U": {site: U[site] for site in S}, "V": {site: V[site] for site in S}, "S": S, "energy": energy}
+        S[site], energy[site] = (
+            np.stack(part) for part in zip(*of_layers, strict=True)
+        )
+    fields: Any = {
+        "U": {site: U[site] for site in S},
+        "V": {site: V[site] for site in S},
+        "S": S,
+        "energy": energy,
+    }
     fields = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), fields)
     return SharedBasis(**fields, rank=pool.rank, names=pool.names, sites=pool.sites)
 
@@ -176,8 +217,13 @@ def extended(basis: SharedBasis, pool: LoraPool) -> SharedBasis:
     Raises a ValueError for a name that is taken, and as `in_directions` does.
     """
     if taken := sorted(set(basis.names) & set(pool.names)):
-        raise ValueError(f"the basis has a module {taken[0]!r} already: rename the new one")
-    plain = ({s: np.asarray(u) for s, u in basis.U.items()}, {s: np.asarray(v) for s, v in basis.V.items()})
+        raise ValueError(
+            f"the basis has a module {taken[0]!r} already: rename the new one"
+        )
+    plain = (
+        {s: np.asarray(u) for s, u in basis.U.items()},
+        {s: np.asarray(v) for s, v in basis.V.items()},
+    )
     new = in_directions(pool, plain)
 
     def joined(field: str, site: str) -> Array:
@@ -185,29 +231,43 @@ def extended(basis: SharedBasis, pool: LoraPool) -> SharedBasis:
         lacks = jnp.zeros((old.shape[0], len(new), *old.shape[2:]), old.dtype)
         return jnp.concatenate([old, getattr(new, field).get(site, lacks)], axis=1)
 
-    fields = {field: {site: joined(field, site) for site in basis.rank} for field in ("S", "energy", "rank")}
+    fields = {
+        field: {site: joined(field, site) for site in basis.rank}
+        for field in ("S", "energy", "rank")
+    }
     return dataclasses.replace(basis, **fields, names=(*basis.names, *pool.names))
 
 
 def random_directions(pool: LoraPool, k: int, key: PRNGKeyArray) -> Directions:
     """Return a control: directions at a pool's sites, drawn evenly and independently of the modules."""
     check_size(pool, k)
-    U, V = {}, {}
+    U = {}
+    V = {}
     for number, (site, A) in enumerate(pool.A.items()):
         left, right = jax.random.split(jax.random.fold_in(key, number))
         shape = A.shape[0], A.shape[2], pool.B[site].shape[3]
-        U[site] = np.linalg.qr(np.asarray(jax.random.normal(left, (shape[0], shape[1], k)), float))[0]
-        V[site] = np.linalg.qr(np.asarray(jax.random.normal(right, (shape[0], shape[2], k)), float))[0].swapaxes(1, 2)
+        U[site] = np.linalg.qr(
+            np.asarray(jax.random.normal(left, (shape[0], shape[1], k)), float)
+        )[0]
+        V[site] = np.linalg.qr(
+            np.asarray(jax.random.normal(right, (shape[0], shape[2], k)), float)
+        )[0].swapaxes(1, 2)
     return U, V
 
 
-def base_directions(pool: LoraPool, kernels: Mapping[str, Weight], k: int) -> Directions:
+def base_directions(
+    pool: LoraPool, kernels: Mapping[str, Weight], k: int
+) -> Directions:
     """Return a control: the leading singular directions of the base's matrices at a pool's sites, as in LoRA-XS."""
     check_size(pool, k)
-    U, V = {}, {}
+    U = {}
+    V = {}
     for site in pool.rank:
-        left, _, right = np.linalg.svd(np.asarray(dense(kernels[site], jnp.float32), float), full_matrices=False)
-        U[site], V[site] = left[..., :k], right[:, :k]
+        left, _, right = np.linalg.svd(
+            np.asarray(dense(kernels[site], jnp.float32), float), full_matrices=False
+        )
+        U[site] = left[..., :k]
+        V[site] = right[:, :k]
     return U, V
 
 
@@ -228,7 +288,9 @@ def check_size(pool: LoraPool, k: int) -> None:
 def check_width(k: int, site: str, d_in: int, d_out: int) -> None:
     """Raise ValueError if a matrix is too small for a basis of k directions."""
     if k > min(d_in, d_out):
-        raise ValueError(f"a basis of {k} directions, but {site} is {d_in} x {d_out}: use at most {min(d_in, d_out)}")
+        raise ValueError(
+            f"a basis of {k} directions, but {site} is {d_in} x {d_out}: use at most {min(d_in, d_out)}"
+        )
 
 
 def _layer(
@@ -237,12 +299,16 @@ def _layer(
     for weight in (pool.A[site], pool.B[site]):
         if not isinstance(weight, jax.Array | np.ndarray):
             kind = type(weight).__name__
-            raise ValueError(f"the modules at {site} are {kind}: give plain arrays, not quantised ones")
+            raise ValueError(
+                f"the modules at {site} are {kind}: give plain arrays, not quantised ones"
+            )
     A, B = jax.tree.map(lambda a: a[layer], (pool.A[site], pool.B[site]))
     return np.asarray(A, float), np.asarray(B, float)
 
 
-def _leading(left: Float[np.ndarray, "N d r"], right: Float[np.ndarray, "N r e"], k: int) -> Float[np.ndarray, "d k"]:
+def _leading(
+    left: Float[np.ndarray, "N d r"], right: Float[np.ndarray, "N r e"], k: int
+) -> Float[np.ndarray, "d k"]:
     """Return the leading eigenvectors of sum_n (left_n right_n)(left_n right_n)^T, each of positive largest entry."""
     import scipy.linalg  # 0.1 s that commands without a basis save
 
@@ -254,5 +320,7 @@ def _leading(left: Float[np.ndarray, "N d r"], right: Float[np.ndarray, "N r e"]
     else:
         gram = side_by_side @ side_by_side.T
         vectors = scipy.linalg.eigh(gram, subset_by_index=[d - k, d - 1])[1][:, ::-1]
-    largest = np.take_along_axis(vectors, np.argmax(np.abs(vectors), axis=0)[None], axis=0)
+    largest = np.take_along_axis(
+        vectors, np.argmax(np.abs(vectors), axis=0)[None], axis=0
+    )
     return vectors * np.where(largest < 0, -1.0, 1.0)

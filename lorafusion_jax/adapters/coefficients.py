@@ -29,7 +29,9 @@ def shape(pool: Pool, modules: int, granularity: Granularity) -> tuple[int, ...]
     ValueError in a shared basis, which mixes the ranks.
     """
     columns = () if granularity == "global" else (len(column_names(pool, granularity)),)
-    ranks = (max(_rank(pool, site) for site in pool.rank),) if granularity == "rank" else ()
+    ranks = (
+        (max(_rank(pool, site) for site in pool.rank),) if granularity == "rank" else ()
+    )
     return (modules, *columns, *ranks)
 
 
@@ -42,10 +44,14 @@ def initial(shape: tuple[int, ...], start: Start, key: Array) -> Float[Array, ".
     if start == "xavier":
         bound = math.sqrt(6 / (shape[0] + math.prod(shape[1:])))
         return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
-    return jnp.full(shape, {"uniform": 1, "twice": 2, "zeros": 0}[start] / shape[0], jnp.float32)
+    return jnp.full(
+        shape, {"uniform": 1, "twice": 2, "zeros": 0}[start] / shape[0], jnp.float32
+    )
 
 
-def expand(values: Float[Array, "..."], pool: Pool, granularity: Granularity) -> dict[str, Float[Array, "_L N _k"]]:
+def expand(
+    values: Float[Array, "..."], pool: Pool, granularity: Granularity
+) -> dict[str, Float[Array, "_L N _k"]]:
     """Return every site's coefficients, per layer and module (k = 1) or, for `rank`, also per rank (k = r)."""
     columns = _columns(pool, granularity)
     expanded = {}
@@ -54,12 +60,20 @@ def expand(values: Float[Array, "..."], pool: Pool, granularity: Granularity) ->
             spread = jnp.broadcast_to(values[None, :], (rank.shape[0], values.shape[0]))
         else:
             spread = jnp.swapaxes(values[:, columns[site]], 0, 1)
-        expanded[site] = spread[:, :, : _rank(pool, site)] if granularity == "rank" else spread[:, :, None]
+        expanded[site] = (
+            spread[:, :, : _rank(pool, site)]
+            if granularity == "rank"
+            else spread[:, :, None]
+        )
     return expanded
 
 
 def refined(
-    coefficients: Float[Array, "..."], pool: Pool, granularity: Granularity, to: Granularity, into: Pool | None = None
+    coefficients: Float[Array, "..."],
+    pool: Pool,
+    granularity: Granularity,
+    to: Granularity,
+    into: Pool | None = None,
 ) -> Float[Array, "..."]:
     """Return the coefficients of a pool in another granularity `to`, as fine or finer (see `GRANULARITIES`).
 
@@ -79,11 +93,15 @@ def refined(
             ranks = min(by_column.shape[2], finer.shape[2])
             finer = finer.at[:, columns[site], :ranks].set(by_column[:, :, :ranks])
         else:
-            finer = finer.at[:, columns[site]].set(by_column if to == "rank" else by_column[:, :, 0])
+            finer = finer.at[:, columns[site]].set(
+                by_column if to == "rank" else by_column[:, :, 0]
+            )
     return finer
 
 
-def present(pool: Pool, index: Int[Array, " N"], granularity: Granularity) -> Bool[Array, "..."]:
+def present(
+    pool: Pool, index: Int[Array, " N"], granularity: Granularity
+) -> Bool[Array, "..."]:
     """Return which coefficients affect the model; the others are neither counted nor penalised."""
     shape_ = shape(pool, index.shape[0], granularity)
     columns = _columns(pool, granularity)
@@ -104,26 +122,39 @@ def column_names(pool: Pool, granularity: Granularity) -> list[str]:
     """Return a label for each column, for plots and tables."""
     sites = [site for site in pool.sites if site in pool.rank]
     depths = {stack_of(site): pool.rank[site].shape[0] for site in sites}
-    blocks = [(stack, layer) for stack, depth in depths.items() for layer in range(depth)]
-    every = [_label(site, layer, granularity) for stack, layer in blocks for site in sites if stack_of(site) == stack]
+    blocks = [
+        (stack, layer) for stack, depth in depths.items() for layer in range(depth)
+    ]
+    every = [
+        _label(site, layer, granularity)
+        for stack, layer in blocks
+        for site in sites
+        if stack_of(site) == stack
+    ]
     return [*dict.fromkeys(every)]
 
 
 def _label(site: str, layer: int, granularity: Granularity) -> str:
     stack, _, name = site.partition(".")
-    return {"global": "all", "block": f"{stack}.{layer}"}.get(granularity, f"{stack}.{layer}.{name}")
+    return {"global": "all", "block": f"{stack}.{layer}"}.get(
+        granularity, f"{stack}.{layer}.{name}"
+    )
 
 
 def _columns(pool: Pool, granularity: Granularity) -> dict[str, np.ndarray]:
     """Return the column of each layer, by site."""
     place = {name: i for i, name in enumerate(column_names(pool, granularity))}
     return {
-        site: np.array([place[_label(site, layer, granularity)] for layer in range(rank.shape[0])])
+        site: np.array(
+            [place[_label(site, layer, granularity)] for layer in range(rank.shape[0])]
+        )
         for site, rank in pool.rank.items()
     }
 
 
 def _rank(pool: Pool, site: str) -> int:
     if isinstance(pool, SharedBasis):
-        raise ValueError("a shared basis mixes the modules' ranks: use the granularity global, block or site")
+        raise ValueError(
+            "a shared basis mixes the modules' ranks: use the granularity global, block or site"
+        )
     return jax.tree.leaves(pool.B[site])[0].shape[2]

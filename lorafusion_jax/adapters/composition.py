@@ -25,7 +25,15 @@ from jaxtyping import Array, Float, Int
 from ..models.weights import dense, is_in_arrays
 from ..support.platform import for_cpu, is_traced
 from .basis import SharedBasis
-from .norms import Gram, PairTerms, column_norm, norm_of_sum, product, product_is_smaller, squared_columns
+from .norms import (
+    Gram,
+    PairTerms,
+    column_norm,
+    norm_of_sum,
+    product,
+    product_is_smaller,
+    squared_columns,
+)
 from .pool import LoraPool, in_pool
 from .updates import Composition, Dense, InBasis, LowRank, Modules, Outputs, gather
 
@@ -39,7 +47,9 @@ def check_mix(pool: LoraPool, index: Int[Array, " N"] | None = None) -> None:
     """
     if is_traced(pool.rank):
         return
-    chosen = np.arange(len(pool)) if index is None or is_traced(index) else np.asarray(index)
+    chosen = (
+        np.arange(len(pool)) if index is None or is_traced(index) else np.asarray(index)
+    )
     for site, rank in pool.rank.items():
         ranks = np.asarray(rank)[..., chosen]
         if np.any((ranks > 0) & (ranks != ranks.max(axis=-1, keepdims=True))):
@@ -82,22 +92,34 @@ def compose(
     if composition == "mix":
         check_mix(pool, index)
     in_arrays = is_in_arrays((pool.A, pool.B))
-    alike = composition == "sum" and not in_arrays and all(c.shape[2] == 1 for c in coefficients.values())
+    alike = (
+        composition == "sum"
+        and not in_arrays
+        and all(c.shape[2] == 1 for c in coefficients.values())
+    )
     if magnitudes is not None and isinstance(gram, PairTerms) and not alike:
         raise ValueError(
             "pair terms give the norms of a sum of digital modules with one coefficient each: precompute the frozen "
             "weights with the fusion that is trained, or use gram(pool, kernels)"
         )
 
-    def of_layer(layer: tuple) -> tuple[LowRank | Dense | Array | None, Array | None, Array]:
+    def of_layer(
+        layer: tuple,
+    ) -> tuple[LowRank | Dense | Array | None, Array | None, Array]:
         (A, B, c, squared, cross, m), delta = layer, None
         if m is None and in_arrays:
             return None, None, jnp.int32(0)
         if composition == "mix":
-            A, B = dense(A, jnp.float32), dense(B, jnp.float32)
+            A = dense(A, jnp.float32)
+            B = dense(B, jnp.float32)
             # Weights scattered over the whole pool read it in place; gathering would copy the chosen modules.
-            spread = jnp.zeros((A.shape[0], c.shape[1]), c.dtype).at[index].set(c, mode="clip")
-            left, right = _weighted(A, spread[:, None, :]), _weighted(B, spread[:, :, None])
+            spread = (
+                jnp.zeros((A.shape[0], c.shape[1]), c.dtype)
+                .at[index]
+                .set(c, mode="clip")
+            )
+            left = _weighted(A, spread[:, None, :])
+            right = _weighted(B, spread[:, :, None])
             update = LowRank(left, right)
             if m is not None:
                 cross = _weighted(cross, spread[:, :, None])
@@ -114,36 +136,70 @@ def compose(
                 cross = _merged(jnp.take(cross, index, axis=0))
         if m is None:
             return update, None, jnp.int32(0)
-        of_update = squared_columns(left, right) if delta is None else jnp.sum(jnp.square(delta), axis=0)
-        norm, floored = column_norm(squared, 2 * jnp.sum(cross * right, axis=0), of_update)
-        return None if in_arrays else update, _scale(m, norm, differentiate_norm), floored
+        of_update = (
+            squared_columns(left, right)
+            if delta is None
+            else jnp.sum(jnp.square(delta), axis=0)
+        )
+        norm, floored = column_norm(
+            squared, 2 * jnp.sum(cross * right, axis=0), of_update
+        )
+        return (
+            None if in_arrays else update,
+            _scale(m, norm, differentiate_norm),
+            floored,
+        )
 
-    adapters, total = {}, jnp.int32(0)
+    adapters = {}
+    total = jnp.int32(0)
     for site, c in coefficients.items():
         c = c * factor
-        terms, of_pairs = (None, None, None), None
+        terms = (None, None, None)
+        of_pairs = None
         if magnitudes is not None and isinstance(gram, PairTerms):
-            norm, floored = norm_of_sum(gram.squared[site], gram.cross[site], gram.pairs[site], index, c[:, :, 0])
-            of_pairs, total = _scale(magnitudes[site], norm, differentiate_norm), total + floored
+            norm, floored = norm_of_sum(
+                gram.squared[site],
+                gram.cross[site],
+                gram.pairs[site],
+                index,
+                c[:, :, 0],
+            )
+            of_pairs = _scale(magnitudes[site], norm, differentiate_norm)
+            total = total + floored
         elif magnitudes is not None:
             assert gram is not None
             terms = (gram.squared[site], gram.cross[site], magnitudes[site])
-        A, B = pool.A[site], pool.B[site]
+        A = pool.A[site]
+        B = pool.B[site]
         if in_arrays:
             # Ranks that a module lacks have no cells: padding must not add cell noise.
-            real = jnp.arange(A.shape[-1])[None, None, :] < pool.rank[site][:, index][:, :, None]
+            real = (
+                jnp.arange(A.shape[-1])[None, None, :]
+                < pool.rank[site][:, index][:, :, None]
+            )
             c = c * real.astype(c.dtype)
-        of = gram.modules if isinstance(gram, Gram) and gram.modules is not None else pool
+        of = (
+            gram.modules
+            if isinstance(gram, Gram) and gram.modules is not None
+            else pool
+        )
         assert isinstance(of, LoraPool)
         layers = (of.A[site], of.B[site], c, *terms)
         # checkpoint: the backward pass dequantises modules again instead of keeping them; norms are kept.
-        of_layers = jax.checkpoint(of_layer, policy=jax.checkpoint_policies.save_only_these_names(_NORM))
-        if composition == "mix" and for_cpu() and all(isinstance(leaf, jax.Array) for leaf in layers[:2]):
+        of_layers = jax.checkpoint(
+            of_layer, policy=jax.checkpoint_policies.save_only_these_names(_NORM)
+        )
+        if (
+            composition == "mix"
+            and for_cpu()
+            and all(isinstance(leaf, jax.Array) for leaf in layers[:2])
+        ):
             # A loop would copy the pool, forward and backward.
             update, scale, floored = jax.jit(jax.vmap(of_layers))(layers)
         else:
             update, scale, floored = jax.lax.map(of_layers, layers, batch_size=4)
-        scale, total = scale if of_pairs is None else of_pairs, total + jnp.sum(floored, dtype=jnp.int32)
+        scale = scale if of_pairs is None else of_pairs
+        total = total + jnp.sum(floored, dtype=jnp.int32)
         per_layer = jnp.broadcast_to(index[None], (c.shape[0], *index.shape))
         if isinstance(update, LowRank | Dense):
             adapters[site] = dataclasses.replace(update, scale=scale)
@@ -173,28 +229,40 @@ def compose_in_basis(
     of = basis if gram is None or gram.modules is None else gram.modules
     assert isinstance(of, SharedBasis)
     factor = in_pool(len(basis), index)
-    adapters, total = {}, jnp.int32(0)
+    adapters = {}
+    total = jnp.int32(0)
     for site, c in coefficients.items():
         S = jnp.take(basis.S[site], index, axis=1, mode="clip")
         mixed = jnp.einsum("ln,lnij->lij", c[:, :, 0] * factor, S, precision="highest")
         if core is not None:
             mixed = mixed + core[site]
-        U, V = basis.U[site], basis.V[site]
-        right, scale = product(mixed, dense(of.V[site], jnp.float32)), None
+        U = basis.U[site]
+        V = basis.V[site]
+        right = product(mixed, dense(of.V[site], jnp.float32))
+        scale = None
         if magnitudes is not None:
             assert gram is not None
             left = dense(of.U[site], jnp.float32)
             between = 2 * jnp.sum(gram.cross[site] * right, axis=1)
             of_update = jax.vmap(squared_columns)(left, right)
             norm, floored = column_norm(gram.squared[site], between, of_update)
-            scale, total = _scale(magnitudes[site], norm, differentiate_norm), total + floored
-        adapters[site] = InBasis(U, V, mixed, scale) if in_arrays else LowRank(dense(U, jnp.float32), right, scale)
+            scale = _scale(magnitudes[site], norm, differentiate_norm)
+            total = total + floored
+        adapters[site] = (
+            InBasis(U, V, mixed, scale)
+            if in_arrays
+            else LowRank(dense(U, jnp.float32), right, scale)
+        )
     return adapters, total
 
 
-def _check_gram(pool: str, gram: Gram | PairTerms | None, magnitudes: dict[str, Array] | None) -> None:
+def _check_gram(
+    pool: str, gram: Gram | PairTerms | None, magnitudes: dict[str, Array] | None
+) -> None:
     if magnitudes is not None and gram is None:
-        raise ValueError(f"magnitudes need the Gram terms of the norms to divide by: give gram({pool}, kernels)")
+        raise ValueError(
+            f"magnitudes need the Gram terms of the norms to divide by: give gram({pool}, kernels)"
+        )
 
 
 def _scale(magnitudes: Array, norm: Array, differentiate_norm: bool) -> Array:
@@ -203,14 +271,18 @@ def _scale(magnitudes: Array, norm: Array, differentiate_norm: bool) -> Array:
     return magnitudes / norm
 
 
-def _weighted(modules: Float[Array, "P a b"], weights: Float[Array, "P #a #b"]) -> Float[Array, "a b"]:
+def _weighted(
+    modules: Float[Array, "P a b"], weights: Float[Array, "P #a #b"]
+) -> Float[Array, "a b"]:
     if weights.size == modules.shape[0]:
         return _weighted_whole(modules, weights.reshape(-1))
     return jnp.sum(modules * weights, axis=0)
 
 
 @jax.custom_vjp
-def _weighted_whole(modules: Float[Array, "P a b"], weights: Float[Array, " P"]) -> Float[Array, "a b"]:
+def _weighted_whole(
+    modules: Float[Array, "P a b"], weights: Float[Array, " P"]
+) -> Float[Array, "a b"]:
     """Return sum_n weights_n modules_n.
 
     On a CPU its last bits, and its gradient's, do not depend on modules of weight zero. This matters because the other
@@ -226,7 +298,9 @@ def _weighted_backward(factors: tuple[Array, Array], g: Array) -> tuple[Array, A
     return weights[:, None, None] * g[None], jnp.sum(modules * g[None], axis=(1, 2))
 
 
-_weighted_whole.defvjp(lambda *factors: (_weighted_whole(*factors), factors), _weighted_backward)
+_weighted_whole.defvjp(
+    lambda *factors: (_weighted_whole(*factors), factors), _weighted_backward
+)
 
 
 def _merged(modules: Float[Array, "N r d_out"]) -> Float[Array, "k d_out"]:

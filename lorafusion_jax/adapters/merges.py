@@ -42,11 +42,16 @@ MergeKind = Literal[_OnFactors, Literal["cat", "svd"]]
 def check_merge(pool: LoraPool, kind: MergeKind) -> None:
     """Raise ValueError for merges that PEFT cannot do, which are not supported here either."""
     if pool.magnitude is not None:
-        raise ValueError("a DoRA adapter has magnitudes, which a merge would lose: merge plain LoRAs")
+        raise ValueError(
+            "a DoRA adapter has magnitudes, which a merge would lose: merge plain LoRAs"
+        )
     # Any ranks will do for a single module, which is only weighted. Inside a compiled function ranks have no values.
     if kind not in get_args(_OnFactors) or len(pool) == 1 or is_traced(pool.rank):
         return
-    if len({int(r) for rank in pool.rank.values() for r in np.unique(rank) if r > 0}) > 1:
+    if (
+        len({int(r) for rank in pool.rank.values() for r in np.unique(rank) if r > 0})
+        > 1
+    ):
         raise ValueError(
             f"the pool's adapters have different ranks, and {kind} adds their matrices entry by entry: "
             "use cat or svd, or a pool of one rank"
@@ -78,31 +83,58 @@ def merge(
     """
     check_merge(pool, kind)
     if kind == "cat":
-        ones = {site: jnp.ones((ranks.shape[0], 1, 1)) for site, ranks in pool.rank.items()}
-        return compose(pool, index, {s: one * weights[None, :, None] for s, one in ones.items()}, "sum")[0]
+        ones = {
+            site: jnp.ones((ranks.shape[0], 1, 1)) for site, ranks in pool.rank.items()
+        }
+        return compose(
+            pool,
+            index,
+            {s: one * weights[None, :, None] for s, one in ones.items()},
+            "sum",
+        )[0]
     if kind.startswith("dare") and key is None:
         raise ValueError(f"{kind} keeps random entries: give a key")
     factor = in_pool(len(pool), index)
     rule = "linear" if index.shape[0] == 1 else kind
     width = max(A.shape[-1] for A in pool.A.values())
 
-    def of_layer(site: str, layer: tuple[Array, Weight, Weight, Array]) -> tuple[Array, Array]:
+    def of_layer(
+        site: str, layer: tuple[Array, Weight, Weight, Array]
+    ) -> tuple[Array, Array]:
         number, A, B, scaling = layer
-        A, B, scaling = (jnp.take(dense(w, jnp.float32), index, axis=0) for w in (A, B, scaling))
+        A = jnp.take(dense(A, jnp.float32), index, axis=0)
+        B = jnp.take(dense(B, jnp.float32), index, axis=0)
+        scaling = jnp.take(dense(scaling, jnp.float32), index, axis=0)
 
         def combined(what: str, tasks: Array, by: Array) -> Array:
             if rule.startswith("dare") and key is not None:
-                kept = dare_masks(key, pool.names, index, f"{what} of {site}", number, tasks.shape[1:], density)
+                kept = dare_masks(
+                    key,
+                    pool.names,
+                    index,
+                    f"{what} of {site}",
+                    number,
+                    tasks.shape[1:],
+                    density,
+                )
                 tasks = jnp.where(kept, tasks / density, jnp.zeros_like(tasks))
             elif rule in ("ties", "magnitude_prune"):
-                tasks = jax.vmap(partial(_largest, count=int(density * tasks[0].size)))(tasks)
-            return (_elected if rule.endswith("ties") else _summed)(tasks, by[:, None, None])
+                tasks = jax.vmap(partial(_largest, count=int(density * tasks[0].size)))(
+                    tasks
+                )
+            return (_elected if rule.endswith("ties") else _summed)(
+                tasks, by[:, None, None]
+            )
 
         if kind == "svd":
-            U, S, Vt = jnp.linalg.svd(_summed(product(A, B), weights[:, None, None]), full_matrices=False)
+            U, S, Vt = jnp.linalg.svd(
+                _summed(product(A, B), weights[:, None, None]), full_matrices=False
+            )
             return U[:, :width], S[:width, None] * Vt[:width]
         # B cannot be recovered from a scaling of 0.
-        unfolded = B / jnp.where(scaling == 0, jnp.ones_like(scaling), scaling)[:, None, None]
+        unfolded = (
+            B / jnp.where(scaling == 0, jnp.ones_like(scaling), scaling)[:, None, None]
+        )
         signed = weights * scaling
         root = jnp.sqrt(jnp.abs(signed))
         return combined("A", A, jnp.sign(signed) * root), combined("B", unfolded, root)
@@ -129,7 +161,9 @@ def dare_masks(
 
     `names` are those of the whole pool; `matrix` is `A of ` or `B of ` and the site.
     """
-    of_names = np.array([zlib.crc32(f"{matrix}, {name}".encode()) for name in names], np.uint32)
+    of_names = np.array(
+        [zlib.crc32(f"{matrix}, {name}".encode()) for name in names], np.uint32
+    )
 
     def draw(of_name: Array) -> Array:
         drawn = jax.random.fold_in(jax.random.fold_in(key, of_name), layer)
@@ -145,12 +179,18 @@ def _largest(matrix: Float[Array, "a b"], count: int) -> Float[Array, "a b"]:
     return jnp.where(mask, matrix, jnp.zeros_like(matrix))
 
 
-def _summed(tasks: Float[Array, "N a b"], weights: Float[Array, "N 1 1"]) -> Float[Array, "a b"]:
+def _summed(
+    tasks: Float[Array, "N a b"], weights: Float[Array, "N 1 1"]
+) -> Float[Array, "a b"]:
     return jnp.sum(tasks * weights, axis=0)
 
 
-def _elected(tasks: Float[Array, "N a b"], weights: Float[Array, "N 1 1"]) -> Float[Array, "a b"]:
+def _elected(
+    tasks: Float[Array, "N a b"], weights: Float[Array, "N 1 1"]
+) -> Float[Array, "a b"]:
     """Return the weighted mean over the modules that agree with the sign of the sum."""
     majority = jnp.where(jnp.sum(tasks, axis=0) >= 0, 1.0, -1.0)
     agreeing = (jnp.sign(tasks) == majority[None]).astype(tasks.dtype)
-    return _summed(tasks * agreeing, weights) / jnp.maximum(jnp.sum(agreeing, axis=0), 1)
+    return _summed(tasks * agreeing, weights) / jnp.maximum(
+        jnp.sum(agreeing, axis=0), 1
+    )

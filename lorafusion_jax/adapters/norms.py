@@ -68,12 +68,21 @@ def gram(pool: Pool, kernels: dict[str, Weight]) -> Gram:
 
     def of_layer(layer: tuple[Weight, Weight]) -> tuple[Array, Array]:
         kernel, A = (dense(w, jnp.float32) for w in layer)
-        cross = product(A.T, kernel) if A.ndim == 2 else jax.lax.map(lambda a: product(a.T, kernel), A)
+        cross = (
+            product(A.T, kernel)
+            if A.ndim == 2
+            else jax.lax.map(lambda a: product(a.T, kernel), A)
+        )
         return jnp.sum(jnp.square(kernel), axis=0), cross
 
     factors = pool.U if isinstance(pool, SharedBasis) else pool.A
-    terms = {site: jax.lax.map(of_layer, (kernels[site], A)) for site, A in factors.items()}
-    return Gram({site: t[0] for site, t in terms.items()}, {site: t[1] for site, t in terms.items()})
+    terms = {
+        site: jax.lax.map(of_layer, (kernels[site], A)) for site, A in factors.items()
+    }
+    return Gram(
+        {site: t[0] for site, t in terms.items()},
+        {site: t[1] for site, t in terms.items()},
+    )
 
 
 def pair_terms(pool: LoraPool, kernels: dict[str, Weight]) -> PairTerms:
@@ -90,10 +99,19 @@ def pair_terms(pool: LoraPool, kernels: dict[str, Weight]) -> PairTerms:
             return jnp.sum(B[n] * product(product(A[n].T, A[m]), B[m]), axis=0)
 
         cross = jax.lax.map(of_module, jnp.arange(len(pool)))
-        return jnp.sum(jnp.square(kernel), axis=0), cross, jax.lax.map(of_pair, np.triu_indices(len(pool)))
+        return (
+            jnp.sum(jnp.square(kernel), axis=0),
+            cross,
+            jax.lax.map(of_pair, np.triu_indices(len(pool))),
+        )
 
-    terms = {site: jax.lax.map(of_layer, (kernels[site], A, pool.B[site])) for site, A in pool.A.items()}
-    return PairTerms(*({site: of_site[i] for site, of_site in terms.items()} for i in range(3)))
+    terms = {
+        site: jax.lax.map(of_layer, (kernels[site], A, pool.B[site]))
+        for site, A in pool.A.items()
+    }
+    return PairTerms(
+        *({site: of_site[i] for site, of_site in terms.items()} for i in range(3))
+    )
 
 
 def norms(kernels: dict[str, Weight]) -> dict[str, Float[Array, "_L _d_out"]]:
@@ -116,7 +134,9 @@ def product(a: Float[Array, "*M k"], b: Float[Array, "*N k n"]) -> Float[Array, 
 
 
 def column_norm(
-    squared: Float[Array, "*L d_out"], between: Float[Array, "*L d_out"], of_update: Float[Array, "*L d_out"]
+    squared: Float[Array, "*L d_out"],
+    between: Float[Array, "*L d_out"],
+    of_update: Float[Array, "*L d_out"],
 ) -> tuple[Float[Array, "*L d_out"], Int[Array, ""]]:
     """Return ||W + dW|| per column from its Gram terms, and the number of floored ones.
 
@@ -140,7 +160,11 @@ def norm_of_sum(
     ||w + sum_n c_n d_n||^2 = ||w||^2 + 2 sum_n c_n w . d_n + sum_{n <= m} (2 - [n = m]) c_n c_m d_n . d_m.
     """
     modules = cross.shape[1]
-    c = jnp.zeros((len(squared), modules), coefficients.dtype).at[:, index].add(coefficients)
+    c = (
+        jnp.zeros((len(squared), modules), coefficients.dtype)
+        .at[:, index]
+        .add(coefficients)
+    )
     first, second = np.triu_indices(modules)
     of_pairs = jnp.where(first == second, 1.0, 2.0)[None] * c[:, first] * c[:, second]
     weighted = partial(jnp.einsum, "ln,lno->lo", precision="highest")
@@ -152,7 +176,9 @@ def product_is_smaller(d_in: int, k: int, d_out: int) -> bool:
     return d_in * d_out < k * (d_in + d_out)
 
 
-def squared_columns(left: Float[Array, "d_in k"], right: Float[Array, "k d_out"]) -> Float[Array, " d_out"]:
+def squared_columns(
+    left: Float[Array, "d_in k"], right: Float[Array, "k d_out"]
+) -> Float[Array, " d_out"]:
     """Return ||left right||^2 of every column, by the order of products that takes fewer operations."""
     (d_in, k), d_out = left.shape, right.shape[1]
     if product_is_smaller(d_in, k, d_out):

@@ -60,16 +60,26 @@ class LoraPool:
     def select(self, chosen: Sequence[str | int]) -> "LoraPool":
         """Return the pool of the adapters given by name or index, in that order."""
         index = np.array(self.indices(chosen))
-        fields = {field: getattr(self, field) for field in ("A", "B", "rank", "scaling")}
+        fields = {
+            field: getattr(self, field) for field in ("A", "B", "rank", "scaling")
+        }
         names = tuple(self.names[i] for i in index)
-        return dataclasses.replace(self, **jax.tree.map(lambda a: a[:, index], fields), names=names)
+        return dataclasses.replace(
+            self, **jax.tree.map(lambda a: a[:, index], fields), names=names
+        )
 
     def quantised(self, qtype: str) -> "LoraPool":
         """Return the pool in 4 or 8 bits: A tiled along d_in, B along d_out (see `weights.quantise`)."""
         return dataclasses.replace(
             self,
-            A={site: quantise(dense(a, jnp.float32), qtype, tiled_axis=2) for site, a in self.A.items()},
-            B={site: quantise(dense(b, jnp.float32), qtype, tiled_axis=3) for site, b in self.B.items()},
+            A={
+                site: quantise(dense(a, jnp.float32), qtype, tiled_axis=2)
+                for site, a in self.A.items()
+            },
+            B={
+                site: quantise(dense(b, jnp.float32), qtype, tiled_axis=3)
+                for site, b in self.B.items()
+            },
         )
 
 
@@ -79,21 +89,43 @@ def joined(pools: Sequence[LoraPool], layers: Mapping[str, int]) -> LoraPool:
     `layers` has the number of layers of each site, in the order of the computation.
     """
     if any(pool.magnitude is not None for pool in pools):
-        raise ValueError("a DoRA adapter's magnitudes cannot join other modules: serve its runs apart from LoRAs")
+        raise ValueError(
+            "a DoRA adapter's magnitudes cannot join other modules: serve its runs apart from LoRAs"
+        )
     sites = [site for site in layers if any(site in pool.rank for pool in pools)]
 
     def put_together(site: str) -> tuple[Array, Array, Array]:
         own = [p for p in pools if site in p.rank]
-        dense_of = {p.names: (dense(p.A[site], jnp.float32), dense(p.B[site], jnp.float32), p.rank[site]) for p in own}
+        dense_of = {
+            p.names: (
+                dense(p.A[site], jnp.float32),
+                dense(p.B[site], jnp.float32),
+                p.rank[site],
+            )
+            for p in own
+        }
         A, B, _ = dense_of[own[0].names]
-        most, parts = max(A.shape[3] for A, _, _ in dense_of.values()), []
+        most = max(A.shape[3] for A, _, _ in dense_of.values())
+        parts = []
         for pool in pools:
             size = layers[site], len(pool)
-            lacks = jnp.zeros((*size, A.shape[2], 0)), jnp.zeros((*size, 0, B.shape[3])), jnp.zeros(size, jnp.int32)
+            lacks = (
+                jnp.zeros((*size, A.shape[2], 0)),
+                jnp.zeros((*size, 0, B.shape[3])),
+                jnp.zeros(size, jnp.int32),
+            )
             a, b, rank = dense_of.get(pool.names, lacks)
             room = (0, most - a.shape[3])
-            parts.append((jnp.pad(a, [(0, 0)] * 3 + [room]), jnp.pad(b, [(0, 0)] * 2 + [room, (0, 0)]), rank))
-        A, B, rank = (jnp.concatenate(of_pools, axis=1) for of_pools in zip(*parts, strict=True))
+            parts.append(
+                (
+                    jnp.pad(a, [(0, 0)] * 3 + [room]),
+                    jnp.pad(b, [(0, 0)] * 2 + [room, (0, 0)]),
+                    rank,
+                )
+            )
+        A, B, rank = (
+            jnp.concatenate(of_pools, axis=1) for of_pools in zip(*parts, strict=True)
+        )
         return A, B, rank
 
     factors = {site: put_together(site) for site in sites}
@@ -111,16 +143,22 @@ def positions(names: Sequence[str], chosen: Sequence[str | int]) -> list[int]:
     Raises a ValueError for one that is not in the pool or occurs twice, and if `chosen` is empty or one text.
     """
     if isinstance(chosen, str):
-        raise ValueError(f"{chosen!r} is one name: give a list of names or indices, as in [{chosen!r}]")
+        raise ValueError(
+            f"{chosen!r} is one name: give a list of names or indices, as in [{chosen!r}]"
+        )
     if not chosen:
         raise ValueError("a pool needs at least one adapter: none was given")
     position = {name: i for i, name in enumerate(names)}
     numbers = [position.get(c, -1) if isinstance(c, str) else c for c in chosen]
     for given, index in zip(chosen, numbers, strict=True):
         if not 0 <= index < len(names):
-            raise ValueError(f"the pool lacks {given!r}: choose one of {len(names)}, {names[0]!r} to {names[-1]!r}")
+            raise ValueError(
+                f"the pool lacks {given!r}: choose one of {len(names)}, {names[0]!r} to {names[-1]!r}"
+            )
     if len(set(numbers)) < len(numbers):
-        raise ValueError(f"an adapter is chosen twice in {list(chosen)}: name each one once")
+        raise ValueError(
+            f"an adapter is chosen twice in {list(chosen)}: name each one once"
+        )
     return numbers
 
 
@@ -135,7 +173,9 @@ def in_pool(modules: int, index: Int[Array, "..."]) -> Float[Array, ""] | float:
     if not isinstance(index, jax.Array) or index.is_fully_addressable:
         known = np.asarray(index)
         if np.any((known < 0) | (known >= modules)):
-            raise ValueError(f"expected index from 0 to {modules - 1}, for a pool of {modules}, got {known.tolist()}")
+            raise ValueError(
+                f"expected index from 0 to {modules - 1}, for a pool of {modules}, got {known.tolist()}"
+            )
         if np.any(np.diff(np.sort(known)) == 0):
             raise ValueError(f"expected each module once, got index {known.tolist()}")
     return 1.0
@@ -150,21 +190,36 @@ def random_pool(pool: LoraPool, key: PRNGKeyArray) -> LoraPool:
 
     def like(a: Array, site: str, purpose: str, axis: int) -> Array:
         def draw(n: int, name: str) -> Array:
-            drawn = jax.random.fold_in(key, zlib.crc32(f"{purpose} of {site}, {name}".encode()))
-            own = a.shape[axis] if is_traced(pool.rank) else int(np.max(np.asarray(pool.rank[site])[:, n]))
-            shape, room = [a.shape[0], *a.shape[2:]], [(0, 0)] * 3
+            drawn = jax.random.fold_in(
+                key, zlib.crc32(f"{purpose} of {site}, {name}".encode())
+            )
+            own = (
+                a.shape[axis]
+                if is_traced(pool.rank)
+                else int(np.max(np.asarray(pool.rank[site])[:, n]))
+            )
+            shape = [a.shape[0], *a.shape[2:]]
+            room = [(0, 0)] * 3
             shape[axis - 1], room[axis - 1] = own, (0, a.shape[axis] - own)
             return jnp.pad(jax.random.normal(drawn, shape, a.dtype), room)
 
         noise = jnp.stack([draw(n, name) for n, name in enumerate(pool.names)], axis=1)
-        own = jax.lax.broadcasted_iota(jnp.int32, a.shape, axis) < jnp.expand_dims(pool.rank[site], (2, 3))
+        own = jax.lax.broadcasted_iota(jnp.int32, a.shape, axis) < jnp.expand_dims(
+            pool.rank[site], (2, 3)
+        )
         noise = jnp.where(own, noise, 0)
         return noise * (_norm(a) / jnp.maximum(_norm(noise), jnp.finfo(a.dtype).tiny))
 
     return dataclasses.replace(
         pool,
-        A={site: like(dense(a, jnp.float32), site, "A", 3) for site, a in pool.A.items()},
-        B={site: like(dense(b, jnp.float32), site, "B", 2) for site, b in pool.B.items()},
+        A={
+            site: like(dense(a, jnp.float32), site, "A", 3)
+            for site, a in pool.A.items()
+        },
+        B={
+            site: like(dense(b, jnp.float32), site, "B", 2)
+            for site, b in pool.B.items()
+        },
         names=tuple(f"random-factors {name}" for name in pool.names),
     )
 
@@ -180,7 +235,9 @@ def shuffled_pool(pool: LoraPool, key: PRNGKeyArray) -> LoraPool:
         layers = pool.rank[site].shape[0]
 
         def draw(name: str) -> Array:
-            drawn = jax.random.fold_in(key, zlib.crc32(f"layers of {stack_of(site)}, {name}".encode()))
+            drawn = jax.random.fold_in(
+                key, zlib.crc32(f"layers of {stack_of(site)}, {name}".encode())
+            )
             cycle = jax.random.permutation(drawn, layers)
             return jnp.zeros(layers, jnp.int32).at[cycle].set(jnp.roll(cycle, 1))
 
@@ -190,7 +247,10 @@ def shuffled_pool(pool: LoraPool, key: PRNGKeyArray) -> LoraPool:
     modules = jnp.arange(len(pool))[None]
 
     def moved(weights: dict[str, Any]) -> dict[str, Any]:
-        return {site: jax.tree.map(lambda a, s=sources[site]: a[s, modules], w) for site, w in weights.items()}
+        return {
+            site: jax.tree.map(lambda a, s=sources[site]: a[s, modules], w)
+            for site, w in weights.items()
+        }
 
     return dataclasses.replace(
         pool,
@@ -198,7 +258,8 @@ def shuffled_pool(pool: LoraPool, key: PRNGKeyArray) -> LoraPool:
         B=moved(pool.B),
         rank=moved(pool.rank),
         scaling=None if pool.scaling is None else moved(pool.scaling),
-        magnitude=pool.magnitude and {site: m[sources[site][:, 0]] for site, m in pool.magnitude.items()},
+        magnitude=pool.magnitude
+        and {site: m[sources[site][:, 0]] for site, m in pool.magnitude.items()},
         names=tuple(f"shuffled {name}" for name in pool.names),
     )
 
@@ -215,13 +276,21 @@ def rotated_pool(pool: LoraPool, key: PRNGKeyArray) -> LoraPool:
         layers, _, d, r = a.shape
 
         def draw(name: str, columns: int) -> Array:
-            of_name = jax.random.fold_in(key, zlib.crc32(f"{side} of {site}, {name}".encode()))
-            vectors, triangle = _qr(jax.random.normal(of_name, (layers, d, columns), a.dtype))
+            of_name = jax.random.fold_in(
+                key, zlib.crc32(f"{side} of {site}, {name}".encode())
+            )
+            vectors, triangle = _qr(
+                jax.random.normal(of_name, (layers, d, columns), a.dtype)
+            )
             return vectors * jnp.sign(jnp.diagonal(triangle, axis1=1, axis2=2))[:, None]
 
         of_modules = []
         for n, name in enumerate(pool.names):
-            own = r if is_traced(pool.rank) else int(np.max(np.asarray(pool.rank[site])[:, n]))
+            own = (
+                r
+                if is_traced(pool.rank)
+                else int(np.max(np.asarray(pool.rank[site])[:, n]))
+            )
             _, triangle = _qr(a[:, n, :, :own])
             new = jnp.matmul(draw(name, min(d, own)), triangle, precision="highest")
             of_modules.append(jnp.pad(new, [(0, 0), (0, 0), (0, r - own)]))
@@ -232,7 +301,10 @@ def rotated_pool(pool: LoraPool, key: PRNGKeyArray) -> LoraPool:
 
     return dataclasses.replace(
         pool,
-        A={site: turned(dense(a, jnp.float32), site, "inputs") for site, a in pool.A.items()},
+        A={
+            site: turned(dense(a, jnp.float32), site, "inputs")
+            for site, a in pool.A.items()
+        },
         B={site: of_outputs(dense(b, jnp.float32), site) for site, b in pool.B.items()},
         names=tuple(f"rotated {name}" for name in pool.names),
     )

@@ -24,7 +24,8 @@ from ..models.weights import Weight, dense
 from .updates import Dense, LowRank, Modules, Rescaled
 
 # Columns of the sketch beyond the rank, and its iterations: the part that is left out is then within 1 % of the least.
-_MORE, _ITERATIONS = 16, 4
+_MORE = 16
+_ITERATIONS = 4
 
 
 class Truncated(NamedTuple):
@@ -57,19 +58,31 @@ def factors_of(adapters: Mapping[str, Any]) -> dict[str, Factors]:
     def of_site(update: Any) -> Factors:
         if isinstance(update, Rescaled):
             return Factors(None, None, update.scale)
-        if isinstance(update, Dense):  # a sum whose factors are together larger than this matrix
+        if isinstance(
+            update, Dense
+        ):  # a sum whose factors are together larger than this matrix
             layers, _, d_out = update.delta.shape
-            return Factors(update.delta, jnp.broadcast_to(jnp.eye(d_out), (layers, d_out, d_out)), update.scale)
+            return Factors(
+                update.delta,
+                jnp.broadcast_to(jnp.eye(d_out), (layers, d_out, d_out)),
+                update.scale,
+            )
         if isinstance(update, Modules):
             update = update.low_rank()
         if not isinstance(update, LowRank):
-            raise ValueError(f"an update of the kind {type(update).__name__} has no factors to start a LoRA from")
-        return Factors(dense(update.A, jnp.float32), dense(update.B, jnp.float32), update.scale)
+            raise ValueError(
+                f"an update of the kind {type(update).__name__} has no factors to start a LoRA from"
+            )
+        return Factors(
+            dense(update.A, jnp.float32), dense(update.B, jnp.float32), update.scale
+        )
 
     return {site: of_site(update) for site, update in adapters.items()}
 
 
-def truncated(factors: Factors, kernel: Weight, rank: int, *, rescaled: bool = True) -> Truncated:
+def truncated(
+    factors: Factors, kernel: Weight, rank: int, *, rescaled: bool = True
+) -> Truncated:
     """Return the difference of the adapted and the base matrices of a site at a rank.
 
     With `rescaled` the scale is a part of the difference, otherwise only of the norms.
@@ -78,15 +91,28 @@ def truncated(factors: Factors, kernel: Weight, rank: int, *, rescaled: bool = T
       ValueError: the update has numbers that are not finite.
     """
     layers, d_in, d_out = kernel.shape
-    A, B = np.zeros((layers, d_in, rank), np.float32), np.zeros((layers, rank, d_out), np.float32)
-    norms, total, kept = np.zeros((layers, d_out), np.float32), 0.0, 0.0
+    A = np.zeros((layers, d_in, rank), np.float32)
+    B = np.zeros((layers, rank, d_out), np.float32)
+    norms = np.zeros((layers, d_out), np.float32)
+    total = 0.0
+    kept = 0.0
     for layer in range(layers):
-        W = np.asarray(dense(jax.tree.map(lambda a, at=layer: a[at], kernel), jnp.float32))
-        none = np.zeros((d_in, 0), np.float32), np.zeros((0, d_out), np.float32), np.ones(d_out, np.float32)
-        L, R, s = (own if a is None else np.asarray(a[layer]) for a, own in zip(factors, none, strict=True))
+        W = np.asarray(
+            dense(jax.tree.map(lambda a, at=layer: a[at], kernel), jnp.float32)
+        )
+        none = (
+            np.zeros((d_in, 0), np.float32),
+            np.zeros((0, d_out), np.float32),
+            np.ones(d_out, np.float32),
+        )
+        L, R, s = (
+            own if a is None else np.asarray(a[layer])
+            for a, own in zip(factors, none, strict=True)
+        )
         if not all(np.isfinite(a).all() for a in (L, R, s)):
             raise ValueError("the update has numbers that are not finite")
-        between, of_update = np.sum((L.T @ W) * R, axis=0), np.sum(((L.T @ L) @ R) * R, axis=0)
+        between = np.sum((L.T @ W) * R, axis=0)
+        of_update = np.sum(((L.T @ L) @ R) * R, axis=0)
         squared = np.sum(np.square(W), axis=0)
         norms[layer] = s * np.sqrt(np.maximum(squared + 2 * between + of_update, 0))
         if factors.scale is None or not rescaled:
@@ -94,7 +120,11 @@ def truncated(factors: Factors, kernel: Weight, rank: int, *, rescaled: bool = T
             total += float(np.sum(np.square(S)))
         else:
             U, S, Vt = _randomised_svd(W, L, R, s, rank)
-            of_columns = np.square(s - 1) * squared + 2 * s * (s - 1) * between + np.square(s) * of_update
+            of_columns = (
+                np.square(s - 1) * squared
+                + 2 * s * (s - 1) * between
+                + np.square(s) * of_update
+            )
             total += float(np.sum(of_columns))
         S = S[:rank] * (S[:rank] > np.finfo(np.float32).eps * max(d_in, d_out) * S[:1])
         kept += float(np.sum(np.square(S)))
@@ -112,8 +142,11 @@ def _svd_of_product(L: np.ndarray, R: np.ndarray) -> _Svd:
     return left @ U, S, Vt @ right.T
 
 
-def _randomised_svd(W: np.ndarray, L: np.ndarray, R: np.ndarray, s: np.ndarray, rank: int) -> _Svd:
-    by, scale = (s - 1)[:, None], s[:, None]
+def _randomised_svd(
+    W: np.ndarray, L: np.ndarray, R: np.ndarray, s: np.ndarray, rank: int
+) -> _Svd:
+    by = (s - 1)[:, None]
+    scale = s[:, None]
 
     def times(x: np.ndarray) -> np.ndarray:
         return np.linalg.qr(W @ (by * x) + L @ (R @ (scale * x)))[0]
@@ -122,7 +155,9 @@ def _randomised_svd(W: np.ndarray, L: np.ndarray, R: np.ndarray, s: np.ndarray, 
         return by * (W.T @ x) + scale * (R.T @ (L.T @ x))
 
     columns = min(rank + _MORE, *W.shape)
-    basis = times(np.random.default_rng(0).standard_normal((W.shape[1], columns), np.float32))
+    basis = times(
+        np.random.default_rng(0).standard_normal((W.shape[1], columns), np.float32)
+    )
     for _ in range(_ITERATIONS):
         basis = times(np.linalg.qr(transposed_times(basis))[0])
     U, S, Vt = np.linalg.svd(transposed_times(basis).T, full_matrices=False)

@@ -19,7 +19,16 @@ from qwix import QArray
 
 from ..models.architecture import Model, kernels
 from ..models.layers import widened
-from ..models.weights import FEW, SUM, Weight, at_layer, dense, is_in_arrays, matmul, summed
+from ..models.weights import (
+    FEW,
+    SUM,
+    Weight,
+    at_layer,
+    dense,
+    is_in_arrays,
+    matmul,
+    summed,
+)
 from .norms import column_norm, product
 
 Composition = Literal["mix", "sum"]
@@ -34,7 +43,9 @@ class LowRank:
     B: Weight
     scale: Array | None = None
 
-    def __call__(self, x: Float[Array, "*B d_in"], kernel: Weight) -> Float[Array, "*B d_out"]:
+    def __call__(
+        self, x: Float[Array, "*B d_in"], kernel: Weight
+    ) -> Float[Array, "*B d_out"]:
         read = checkpoint_name(matmul(x, self.A), SUM)
         return _scaled(matmul(x, kernel) + matmul(read, self.B), self.scale)
 
@@ -46,7 +57,9 @@ class Rescaled:
 
     scale: Float[Array, "*L d_out"]
 
-    def __call__(self, x: Float[Array, "*B d_in"], kernel: Weight) -> Float[Array, "*B d_out"]:
+    def __call__(
+        self, x: Float[Array, "*B d_in"], kernel: Weight
+    ) -> Float[Array, "*B d_out"]:
         return _scaled(matmul(x, kernel), self.scale)
 
 
@@ -62,7 +75,9 @@ class WeightDecomposed:
     B: Float[Array, "*L r d_out"]
     magnitude: Float[Array, "*L d_out"]
 
-    def __call__(self, x: Float[Array, "*B d_in"], kernel: Weight) -> Float[Array, "*B d_out"]:
+    def __call__(
+        self, x: Float[Array, "*B d_in"], kernel: Weight
+    ) -> Float[Array, "*B d_out"]:
         return self.rescaled(kernel)(x, kernel)
 
     def rescaled(self, kernel: Weight) -> LowRank:
@@ -88,7 +103,9 @@ class Dense:
     scale: Array | None = None
     apart: bool = dataclasses.field(default=False, metadata={"static": True})
 
-    def __call__(self, x: Float[Array, "*B d_in"], kernel: Weight) -> Float[Array, "*B d_out"]:
+    def __call__(
+        self, x: Float[Array, "*B d_in"], kernel: Weight
+    ) -> Float[Array, "*B d_out"]:
         if is_in_arrays(kernel) or (self.apart and x.size <= FEW * x.shape[-1]):
             return _scaled(matmul(x, kernel) + matmul(x, self.delta), self.scale)
         return _scaled(matmul(x, dense(kernel, jnp.float32) + self.delta), self.scale)
@@ -122,23 +139,44 @@ class Modules:
     scale: Array | None = None
     delta: Float[Array, "*L d_in d_out"] | None = None
 
-    def __call__(self, x: Float[Array, "*B d_in"], kernel: Weight) -> Float[Array, "*B d_out"]:
+    def __call__(
+        self, x: Float[Array, "*B d_in"], kernel: Weight
+    ) -> Float[Array, "*B d_out"]:
         # Added to weights in bfloat16, a small update would be rounded away.
-        if self.delta is not None and x.dtype == jnp.float32 and not is_in_arrays(kernel):
+        if (
+            self.delta is not None
+            and x.dtype == jnp.float32
+            and not is_in_arrays(kernel)
+        ):
             d_in, d_out = self.delta.shape
-            if matrix_is_faster(x.size // d_in, d_in, self.index.size * self.A.shape[-1], d_out):
+            if matrix_is_faster(
+                x.size // d_in, d_in, self.index.size * self.A.shape[-1], d_out
+            ):
                 return Dense(self.delta, self.scale)(x, kernel)
-        A, B = (dense(gather(w, self.index), x.dtype) for w in (self.A, self.B))
+        A = dense(gather(self.A, self.index), x.dtype)
+        B = dense(gather(self.B, self.index), x.dtype)
         reads = checkpoint_name(jnp.einsum("...i,nir->...nr", x, A), SUM)
-        mixed = reads * jnp.expand_dims(self.coefficients.astype(x.dtype), range(x.ndim - 1))
-        return _scaled(matmul(x, kernel) + jnp.einsum("...nr,nro->...o", mixed, B), self.scale)
+        mixed = reads * jnp.expand_dims(
+            self.coefficients.astype(x.dtype), range(x.ndim - 1)
+        )
+        return _scaled(
+            matmul(x, kernel) + jnp.einsum("...nr,nro->...o", mixed, B), self.scale
+        )
 
     def low_rank(self) -> LowRank:
         """Return the sum over all layers as one update, quantised if the modules are."""
-        A, B = side_by_side(*(jax.vmap(gather)(w, self.index) for w in (self.A, self.B)))
+        A, B = side_by_side(
+            *(jax.vmap(gather)(w, self.index) for w in (self.A, self.B))
+        )
         layers, N, _ = self.coefficients.shape
-        c = jnp.broadcast_to(self.coefficients, (layers, N, B.shape[1] // N)).reshape(layers, -1, 1)
-        weighted = dataclasses.replace(B, scale=B.scale * c) if isinstance(B, QArray) else dense(B, c.dtype) * c
+        c = jnp.broadcast_to(self.coefficients, (layers, N, B.shape[1] // N)).reshape(
+            layers, -1, 1
+        )
+        weighted = (
+            dataclasses.replace(B, scale=B.scale * c)
+            if isinstance(B, QArray)
+            else dense(B, c.dtype) * c
+        )
         return LowRank(A, weighted, self.scale)
 
 
@@ -157,13 +195,18 @@ class Outputs:
     composition: Composition = dataclasses.field(metadata={"static": True})
     scale: Array | None = None
 
-    def __call__(self, x: Float[Array, "*B d_in"], kernel: Weight) -> Float[Array, "*B d_out"]:
-        A, B = (gather(w, self.index) for w in (self.A, self.B))
+    def __call__(
+        self, x: Float[Array, "*B d_in"], kernel: Weight
+    ) -> Float[Array, "*B d_out"]:
+        A = gather(self.A, self.index)
+        B = gather(self.B, self.index)
         c = jnp.expand_dims(self.coefficients.astype(x.dtype), range(1, x.ndim))
         reads = jax.vmap(matmul, in_axes=(None, 0))(x, A) * c
         if self.composition == "mix":
             reads = jnp.sum(reads, axis=0)[None] * c
-        return _scaled(matmul(x, kernel) + jnp.sum(jax.vmap(matmul)(reads, B), axis=0), self.scale)
+        return _scaled(
+            matmul(x, kernel) + jnp.sum(jax.vmap(matmul)(reads, B), axis=0), self.scale
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -176,10 +219,14 @@ class InBasis:
     core: Float[Array, "*L k k"]
     scale: Array | None = None
 
-    def __call__(self, x: Float[Array, "*B d_in"], kernel: Weight) -> Float[Array, "*B d_out"]:
+    def __call__(
+        self, x: Float[Array, "*B d_in"], kernel: Weight
+    ) -> Float[Array, "*B d_out"]:
         mixed = jnp.dot(matmul(x, self.U), self.core.astype(x.dtype))
         # Converters may return an offset for zeros: where nothing is mixed, V is not read.
-        update = jnp.where(jnp.any(self.core != 0), matmul(mixed, self.V), jnp.zeros((), x.dtype))
+        update = jnp.where(
+            jnp.any(self.core != 0), matmul(mixed, self.V), jnp.zeros((), x.dtype)
+        )
         return _scaled(matmul(x, kernel) + update, self.scale)
 
 
@@ -189,29 +236,44 @@ def settled(adapters: Mapping[str, Any], model: Model) -> dict[str, Any]:
     def of_site(update: Any, kernel: Weight) -> Any:
         if isinstance(update, WeightDecomposed):
             layers = jnp.arange(kernel.shape[0])
-            return jax.lax.map(lambda layer: layer[0].rescaled(at_layer(kernel, layer[1])), (update, layers))
+            return jax.lax.map(
+                lambda layer: layer[0].rescaled(at_layer(kernel, layer[1])),
+                (update, layers),
+            )
         if isinstance(update, Dense):
             return dataclasses.replace(update, apart=True)
         if not isinstance(update, Modules):
             return update
         # Added to weights in bfloat16, a small update would be rounded away; quantised factors are read faster.
         plain = model.config.dtype == "float32" and not isinstance(update.A, QArray)
-        return update.low_rank() if update.delta is None or not plain else Dense(update.delta, update.scale, apart=True)
+        return (
+            update.low_rank()
+            if update.delta is None or not plain
+            else Dense(update.delta, update.scale, apart=True)
+        )
 
-    return {site: of_site(update, kernels(model)[site]) for site, update in adapters.items()}
+    return {
+        site: of_site(update, kernels(model)[site]) for site, update in adapters.items()
+    }
 
 
 def _scaled(y: Array, scale: Array | None) -> Array:
     y = summed(y)
     if scale is None:
         return y
-    exact = widened(y)  # XLA is slow at sums of bfloat16 on a CPU, here those of the gradient of the scale
-    return (exact * jnp.expand_dims(scale.astype(exact.dtype), range(y.ndim - 1))).astype(y.dtype)
+    exact = widened(
+        y
+    )  # XLA is slow at sums of bfloat16 on a CPU, here those of the gradient of the scale
+    return (
+        exact * jnp.expand_dims(scale.astype(exact.dtype), range(y.ndim - 1))
+    ).astype(y.dtype)
 
 
 def side_by_side(A: Weight, B: Weight) -> tuple[Weight, Weight]:
     """Return modules [L, N, d_in, r] and [L, N, r, d_out] as one of rank N r, which may be quantised."""
-    A = jax.tree.map(lambda a: jnp.swapaxes(a, 1, 2).reshape(a.shape[0], a.shape[2], -1), A)
+    A = jax.tree.map(
+        lambda a: jnp.swapaxes(a, 1, 2).reshape(a.shape[0], a.shape[2], -1), A
+    )
     return A, jax.tree.map(lambda b: b.reshape(b.shape[0], -1, b.shape[3]), B)
 
 

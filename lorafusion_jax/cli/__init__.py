@@ -38,7 +38,12 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one subcommand, as `run` does."""
     # Not where a program of another name calls this.
-    if arguments is None and Path(sys.argv[0]).name in _PROGRAMS and sys.argv[1:2] and sys.argv[1] in _COMPUTING:
+    if (
+        arguments is None
+        and Path(sys.argv[0]).name in _PROGRAMS
+        and sys.argv[1:2]
+        and sys.argv[1] in _COMPUTING
+    ):
         keep_memory()
     run(_subcommand, arguments)
 
@@ -51,7 +56,9 @@ def _subcommand(arguments: Sequence[str]) -> None:
             print(f"  {command:<11}{text}")
         print("\n`lorafusion SUBCOMMAND --help` lists the options of each.")
     elif name not in COMMANDS:
-        sys.exit(f"lorafusion: no subcommand {name!r}: choose one of {', '.join(COMMANDS)}")
+        sys.exit(
+            f"lorafusion: no subcommand {name!r}: choose one of {', '.join(COMMANDS)}"
+        )
     else:
         fresh = "jax" not in sys.modules  # otherwise another program calls the command
         if fresh:
@@ -65,7 +72,9 @@ def _subcommand(arguments: Sequence[str]) -> None:
         command.main(rest)
 
 
-def run(command: Callable[[list[str]], None], arguments: Sequence[str] | None = None) -> None:
+def run(
+    command: Callable[[list[str]], None], arguments: Sequence[str] | None = None
+) -> None:
     """Call a command, and turn errors about its input into one message on stderr and exit code 2.
 
     If the reader of its output ends first, so does the command, without a message. Ctrl-C and SIGTERM end the process

@@ -26,10 +26,18 @@ def main(arguments: Sequence[str]) -> None:
     elif options.adapters or options.adapters_file:
         show(report(manifest))
         totals = manifest["totals"]
-        done = "would be written (dry run)" if options.dry_run else f"written to {options.out}"
-        show(f"{totals['adapters']} adapters, {totals['parameters']:,} parameters, {done}")
+        done = (
+            "would be written (dry run)"
+            if options.dry_run
+            else f"written to {options.out}"
+        )
+        show(
+            f"{totals['adapters']} adapters, {totals['parameters']:,} parameters, {done}"
+        )
         if manifest["base"] is None:
-            show("without --base, these were not checked: modules, shapes, the base's family, copies of its weights")
+            show(
+                "without --base, these were not checked: modules, shapes, the base's family, copies of its weights"
+            )
     if manifest["base"] is None and manifest["skipped"] and not options.skip_bad:
         sys.exit(1)
     if options.basis is not None or options.basis_from is not None:
@@ -41,12 +49,30 @@ def report(manifest: Mapping[str, Any]) -> str:
     """Return a table of a pool's adapters, then the notes on them and the adapters that were left out."""
     rows = [("adapter", "modules", "rank", "scaling", "dtype", "parameters")]
     for entry in manifest["adapters"]:
-        modules = [pair for row in entry["sites"].values() for pair in zip(*row.values(), strict=True) if pair[0]]
+        modules = [
+            pair
+            for row in entry["sites"].values()
+            for pair in zip(*row.values(), strict=True)
+            if pair[0]
+        ]
         ranks, scalings = zip(*modules, strict=True)
         size = f"{entry['parameters']:,}"
-        rows.append((entry["name"], str(len(modules)), _range(ranks), _range(scalings), entry["dtype"], size))
+        rows.append(
+            (
+                entry["name"],
+                str(len(modules)),
+                _range(ranks),
+                _range(scalings),
+                entry["dtype"],
+                size,
+            )
+        )
     notes = Counter(note for entry in manifest["adapters"] for note in entry["notes"])
-    notes.update(f"trained on {entry['trained_on']}" for entry in manifest["adapters"] if entry.get("trained_on"))
+    notes.update(
+        f"trained on {entry['trained_on']}"
+        for entry in manifest["adapters"]
+        if entry.get("trained_on")
+    )
     lines = [f"{count} x {note}" for note, count in notes.items()]
     lines += [f"left out {entry['reason']}" for entry in manifest["skipped"]]
     return "\n".join([plain(rows), *map(one_line, lines)])
@@ -64,10 +90,17 @@ def basis_report(folder: Path) -> str:
         rows.append((site, shape, _percent(inside[site].sum(), whole[site].sum())))
     lines = [plain(rows)]
     for n, name in enumerate(basis.names):
-        if len(basis) > len(pool.names) and name in pool.names:  # it was projected on a basis of others
-            kept, all_of_it = (sum(part[site][:, n].sum() for site in basis.sites) for part in (inside, whole))
-            lines.append(f"{one_line(name)}: the basis keeps {_percent(kept, all_of_it)} of its squared norm")
-    lines.append(f"a basis of {basis.k} directions for {len(basis)} modules, written to {folder}")
+        if (
+            len(basis) > len(pool.names) and name in pool.names
+        ):  # it was projected on a basis of others
+            kept = sum(inside[site][:, n].sum() for site in basis.sites)
+            all_of_it = sum(whole[site][:, n].sum() for site in basis.sites)
+            lines.append(
+                f"{one_line(name)}: the basis keeps {_percent(kept, all_of_it)} of its squared norm"
+            )
+    lines.append(
+        f"a basis of {basis.k} directions for {len(basis)} modules, written to {folder}"
+    )
     return "\n".join(lines)
 
 
@@ -76,5 +109,6 @@ def _percent(part: float, whole: float) -> str:
 
 
 def _range(values: Sequence[int | float]) -> str:
-    low, high = min(values), max(values)
+    low = min(values)
+    high = max(values)
     return f"{low:g}" if low == high else f"{low:g}-{high:g}"

@@ -55,20 +55,43 @@ GROUPS = {
 def main(arguments: Sequence[str]) -> None:
     """Print the costs, and write the requested files; before that, raise ValueError for what cannot be used."""
     options = parse(CostCommand, arguments, "cost", groups=GROUPS)
-    config, crossbar = shape_config(options.shape), load_chips(options.crossbar).config
-    options = dataclasses.replace(options, targets=config.targets if options.targets is None else options.targets)
-    constants = CONSTANTS if options.constants is None else load_constants(options.constants)
-    activities = {activity.method: activity for activity in bill.activities(config, crossbar, options)}
-    bills = {name: bill.price(activity, crossbar, options, constants) for name, activity in activities.items()}
-    once = {name: bill.price_once(of, constants) for name, of in bill.installed_once(config, crossbar, options).items()}
+    config = shape_config(options.shape)
+    crossbar = load_chips(options.crossbar).config
+    options = dataclasses.replace(
+        options, targets=config.targets if options.targets is None else options.targets
+    )
+    constants = (
+        CONSTANTS if options.constants is None else load_constants(options.constants)
+    )
+    activities = {
+        activity.method: activity
+        for activity in bill.activities(config, crossbar, options)
+    }
+    bills = {
+        name: bill.price(activity, crossbar, options, constants)
+        for name, activity in activities.items()
+    }
+    once = {
+        name: bill.price_once(of, constants)
+        for name, of in bill.installed_once(config, crossbar, options).items()
+    }
     against = bill.comparisons(activities, crossbar, options, constants)
 
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         content = {
-            "options": {name: value for name, value in vars(options).items() if name not in ("constants", "json")},
-            "constants": {name: vars(constant) for name, constant in constants.table.items()},
-            "methods": {name: one._asdict() | {"learning": one.learning} for name, one in bills.items()},
+            "options": {
+                name: value
+                for name, value in vars(options).items()
+                if name not in ("constants", "json")
+            },
+            "constants": {
+                name: vars(constant) for name, constant in constants.table.items()
+            },
+            "methods": {
+                name: one._asdict() | {"learning": one.learning}
+                for name, one in bills.items()
+            },
             "once": once,
             "LoRA in cells over": against,
         }
@@ -88,7 +111,16 @@ def main(arguments: Sequence[str]) -> None:
 def _plain(value: Any) -> Any:
     """Return a value for JSON; ranges are [low, typical, high], in joules and seconds, and null if infinite."""
     if isinstance(value, Range):
-        return [None if math.isinf(end) else end for end in (value.low, value.typical, value.high)]
-    if isinstance(value, bill.Bill | bill.Comparison | bill.Once | ReadEnergy | WriteCost):
+        return [
+            None if math.isinf(end) else end
+            for end in (value.low, value.typical, value.high)
+        ]
+    if isinstance(
+        value, bill.Bill | bill.Comparison | bill.Once | ReadEnergy | WriteCost
+    ):
         value = value._asdict()
-    return {name: _plain(each) for name, each in value.items()} if isinstance(value, dict) else value
+    return (
+        {name: _plain(each) for name, each in value.items()}
+        if isinstance(value, dict)
+        else value
+    )

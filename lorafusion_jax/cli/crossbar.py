@@ -45,17 +45,31 @@ def main(arguments: Sequence[str]) -> None:
 
 def _prepare(arguments: Sequence[str]) -> None:
     """Prepare a base, and print the errors of each site that are expected before and after."""
-    options = parse(PrepareOptions, arguments, "crossbar prepare", groups=PREPARE_GROUPS)
+    options = parse(
+        PrepareOptions, arguments, "crossbar prepare", groups=PREPARE_GROUPS
+    )
     lines = [["site", "before", "after"]]
     for name, site in prepare(options)["sites"].items():
-        lines.append([name, *(f"{np.mean(errors):.3g}" for errors in (site["before"], site["after"]))])
-    show(f"expected error power on any chip, as a share of the outputs':\n{plain(lines, left=(0,))}")
+        lines.append(
+            [
+                name,
+                *(
+                    f"{np.mean(errors):.3g}"
+                    for errors in (site["before"], site["after"])
+                ),
+            ]
+        )
+    show(
+        f"expected error power on any chip, as a share of the outputs':\n{plain(lines, left=(0,))}"
+    )
     show(f"written to {options.out}: give it to other commands with --crossbar")
 
 
 def _program(arguments: Sequence[str]) -> None:
     """Program chips, and print the cost of each."""
-    options = parse(ProgramOptions, arguments, "crossbar program", groups=PROGRAM_GROUPS)
+    options = parse(
+        ProgramOptions, arguments, "crossbar program", groups=PROGRAM_GROUPS
+    )
     show(programmed_report(write_chips(options)))
     show(f"written to {options.out}")
 
@@ -63,13 +77,24 @@ def _program(arguments: Sequence[str]) -> None:
 def programmed_report(manifest: Mapping[str, Any]) -> str:
     """Return a table of the arrays, cells, pulses, joules and seconds of one chip."""
     one = manifest["one_chip"]
-    ranges = {name: " / ".join(f"{value:.3g}" for value in one[name]) for name in ("pulses", "joules", "seconds")}
+    ranges = {
+        name: " / ".join(f"{value:.3g}" for value in one[name])
+        for name in ("pulses", "joules", "seconds")
+    }
     lines = [
         ["  arrays", f"{one['arrays']:,}"],
-        ["  cells", f"{one['cells']:,} written, {one['utilisation']:.1%} of the arrays'"],
+        [
+            "  cells",
+            f"{one['cells']:,} written, {one['utilisation']:.1%} of the arrays'",
+        ],
         ["  pulses", f"{ranges['pulses']} (low / typical / high)"],
         ["  programming", f"{ranges['joules']} J, {ranges['seconds']} s"],
     ]
     if one["simulated_pulses"] is not None:
-        lines.append(["  write-verify", f"{one['simulated_pulses']:.2f} pulses a cell, as simulated"])
+        lines.append(
+            [
+                "  write-verify",
+                f"{one['simulated_pulses']:.2f} pulses a cell, as simulated",
+            ]
+        )
     return f"{manifest['chips']} chips of {manifest['config']}, each:\n{plain(lines, left=(0, 1))}"

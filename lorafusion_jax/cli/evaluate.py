@@ -11,7 +11,12 @@ import numpy as np
 from ..hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips, results_path
 from ..hardware.report import report_on_chips
 from ..runs.options import check_digital
-from ..runs.predict import EvaluateOptions, evaluate_mixture, evaluate_run, evaluate_runs
+from ..runs.predict import (
+    EvaluateOptions,
+    evaluate_mixture,
+    evaluate_run,
+    evaluate_runs,
+)
 from ..support.reading import show
 from ..support.text_tables import plain
 from .parsing import parse, part_of
@@ -74,34 +79,59 @@ def main(arguments: Sequence[str]) -> None:
         return
     if command.base is not None and command.run is None:
         if command.pool is None or command.task is None:
-            raise ValueError("a mixture needs a pool and a task: give both, --pool and --task")
-        show(score_table(evaluate_mixture(**part_of(command, evaluate_mixture, "--base"))))
+            raise ValueError(
+                "a mixture needs a pool and a task: give both, --pool and --task"
+            )
+        show(
+            score_table(
+                evaluate_mixture(**part_of(command, evaluate_mixture, "--base"))
+            )
+        )
         return
     if command.run is None:
-        raise ValueError("nothing to evaluate: give a run with --run, several with --runs, or --base and --pool")
-    options = EvaluateOnChipsOptions(**part_of(command, EvaluateOnChipsOptions, "--run"))
+        raise ValueError(
+            "nothing to evaluate: give a run with --run, several with --runs, or --base and --pool"
+        )
+    options = EvaluateOnChipsOptions(
+        **part_of(command, EvaluateOnChipsOptions, "--run")
+    )
     if options.crossbar is None:
-        every, digital = (kind.__dataclass_fields__ for kind in (EvaluateOnChipsOptions, EvaluateOptions))
+        every = EvaluateOnChipsOptions.__dataclass_fields__
+        digital = EvaluateOptions.__dataclass_fields__
         check_digital(options, [name for name in every if name not in digital])
         show(score_table(evaluate_run(options)))
     elif options.report:
-        results, path = report_on_chips(options), results_path(options, "crossbar")
+        results = report_on_chips(options)
+        path = results_path(options, "crossbar")
         show(f"{site_table(results)}\n{chip_table(results)}\nwritten to {path}")
     else:
-        show(f"{age_table(evaluate_on_chips(options))}\nwritten to {results_path(options)}")
+        show(
+            f"{age_table(evaluate_on_chips(options))}\nwritten to {results_path(options)}"
+        )
 
 
 def age_table(results: Mapping[str, Any]) -> str:
     """Return a table of the ages: mean over chips and seeds, and the spread of the chips' means."""
     lines = [["age", "compensated", "exact match %", "between chips", "loss"]]
-    for age, compensate in dict.fromkeys((row["age"], row["compensate"]) for row in results["rows"]):
-        here = [row for row in results["rows"] if (row["age"], row["compensate"]) == (age, compensate)]
-        of_chips = [np.mean([row["exact_match"] for row in here if row["chip"] == n]) for n in range(results["chips"])]
+    for age, compensate in dict.fromkeys(
+        (row["age"], row["compensate"]) for row in results["rows"]
+    ):
+        here = [
+            row
+            for row in results["rows"]
+            if (row["age"], row["compensate"]) == (age, compensate)
+        ]
+        of_chips = [
+            np.mean([row["exact_match"] for row in here if row["chip"] == n])
+            for n in range(results["chips"])
+        ]
         spread = f"± {np.std(of_chips, ddof=1):.1f}" if len(of_chips) > 1 else "-"
         kind = {None: "-", True: "yes", False: "no"}[compensate]
         losses = [row["loss"] for row in here]  # None is not finite
         mean_loss = None if None in losses else float(np.mean(losses))
-        lines.append([age or "-", kind, f"{np.mean(of_chips):.1f}", spread, loss(mean_loss)])
+        lines.append(
+            [age or "-", kind, f"{np.mean(of_chips):.1f}", spread, loss(mean_loss)]
+        )
     return plain(lines, left=(0, 1, 4))
 
 
@@ -114,15 +144,40 @@ def chip_table(results: Mapping[str, Any]) -> str:
 
 def site_table(results: Mapping[str, Any]) -> str:
     """Return a table of the sites: arrays, use of their cells, conversions, and errors over all chips."""
-    head = ["site", "matrices", "arrays", "cells used", "conversions", "path", "SQNR dB", "worst", "clipped"]
+    head = [
+        "site",
+        "matrices",
+        "arrays",
+        "cells used",
+        "conversions",
+        "path",
+        "SQNR dB",
+        "worst",
+        "clipped",
+    ]
     lines = [head]
     for site in results["sites"]:
-        rows = [row for chip in results["chips"] for row in chip["matrices"] if row["site"] == site["site"]]
+        rows = [
+            row
+            for chip in results["chips"]
+            for row in chip["matrices"]
+            if row["site"] == site["site"]
+        ]
         errors = ["", "", ""]
         if rows:
             sqnr = [row["sqnr"] for row in rows]
-            errors = [f"{statistics.fmean(sqnr):.1f}", f"{min(sqnr):.1f}", f"{max(row['clipped'] for row in rows):.2%}"]
-        counts = [f"{site['matrices']:,}", f"{site['arrays']:,}", f"{site['utilisation']:.1%}"]
-        lines.append([site["site"], *counts, f"{site['conversions']:,}", site["path"], *errors])
+            errors = [
+                f"{statistics.fmean(sqnr):.1f}",
+                f"{min(sqnr):.1f}",
+                f"{max(row['clipped'] for row in rows):.2%}",
+            ]
+        counts = [
+            f"{site['matrices']:,}",
+            f"{site['arrays']:,}",
+            f"{site['utilisation']:.1%}",
+        ]
+        lines.append(
+            [site["site"], *counts, f"{site['conversions']:,}", site["path"], *errors]
+        )
     lines.append(["all", "", f"{results['arrays']:,}", *[""] * 6])
     return plain(lines, left=(0, head.index("path")))

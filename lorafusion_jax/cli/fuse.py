@@ -64,18 +64,30 @@ def main(arguments: Sequence[str]) -> None:
     entry = find(asked.method)
     for option in given(arguments):
         if having(option) and option not in fields_of(entry):
-            raise ValueError(f"--{option.replace('_', '-')} is {not_an_option(option, entry.name)}")
+            raise ValueError(
+                f"--{option.replace('_', '-')} is {not_an_option(option, entry.name)}"
+            )
     if {"adapters", "modules"} <= {*given(arguments)}:
-        raise ValueError("--adapters names the modules: leave it out, or --modules, which draws that many")
+        raise ValueError(
+            "--adapters names the modules: leave it out, or --modules, which draws that many"
+        )
     recipe = recipe_of(entry.recipe, vars(PRESETS[asked.preset]))
-    command = parse(_command(entry), arguments, "fuse", groups=groups_of(entry), defaults=vars(recipe))
+    command = parse(
+        _command(entry),
+        arguments,
+        "fuse",
+        groups=groups_of(entry),
+        defaults=vars(recipe),
+    )
     command.check_plan()
     options = with_listed_modules(plain(command))
     if command.plan:
         for stage in stages(options):
             show(describe_run(stage, command))
         if options.arrays.crossbar is not None:
-            show(f"counted digitally: simulated arrays ({options.arrays.crossbar}) take more time and memory")
+            show(
+                f"counted digitally: simulated arrays ({options.arrays.crossbar}) take more time and memory"
+            )
         return
     results = fuse(options)
     if processes.first():
@@ -85,15 +97,25 @@ def main(arguments: Sequence[str]) -> None:
 def _command(entry: MethodEntry) -> type[FuseCommand]:
     """Return the command's options for one method: its own, and the names of all that are registered by now."""
     names = "; ".join(f"{name}: {each.help}" for name, each in METHODS.items())
-    method = Annotated[Literal[tuple(METHODS)], tyro.conf.arg(help=f"method that learns the task. {names}")]
+    method = Annotated[
+        Literal[tuple(METHODS)],
+        tyro.conf.arg(help=f"method that learns the task. {names}"),
+    ]
     named: Any = ("method", method, dataclasses.field(default=entry.name))
-    bases, doc = (FuseCommand, options_with(entry.recipe)), {"__doc__": FuseCommand.__doc__}
-    return dataclasses.make_dataclass("FuseCommand", [named], bases=bases, namespace=doc, frozen=True, kw_only=True)
+    bases = (FuseCommand, options_with(entry.recipe))
+    doc = {"__doc__": FuseCommand.__doc__}
+    return dataclasses.make_dataclass(
+        "FuseCommand", [named], bases=bases, namespace=doc, frozen=True, kw_only=True
+    )
 
 
 def groups_of(entry: MethodEntry) -> dict[str, Sequence[str]]:
     """Return the options by the title that the help text shows them under: those of a method have its name."""
-    common = [field.name for field in dataclasses.fields(Recipe) if field.name != "max_new_tokens"]
+    common = [
+        field.name
+        for field in dataclasses.fields(Recipe)
+        if field.name != "max_new_tokens"
+    ]
     own = [name for name in fields_of(entry) if name not in (*common, "max_new_tokens")]
     return {
         "data and base": (

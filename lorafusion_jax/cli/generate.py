@@ -59,12 +59,22 @@ def main(arguments: Sequence[str]) -> None:
     command = parse(GenerateCommand, arguments, "generate", groups=GROUPS)
     if command.runs or command.pool:
         options = dataclasses.replace(command, json=False)
-        answers = generate_rows(**part_of(options, generate_rows, "--runs" if command.runs else "--pool"))
+        answers = generate_rows(
+            **part_of(options, generate_rows, "--runs" if command.runs else "--pool")
+        )
     else:
         if command.prompt is not None:
-            raise ValueError("--prompt is the template of a base with a pool: give --pool, or leave it out")
-        answers = (stream_lines if command.stream else generate_lines)(command, _on_chip(command))
-    quote, shown = ('"', _in_json) if command.json else ("", one_line if sys.stdout.isatty() else _without_breaks)
+            raise ValueError(
+                "--prompt is the template of a base with a pool: give --pool, or leave it out"
+            )
+        answers = (stream_lines if command.stream else generate_lines)(
+            command, _on_chip(command)
+        )
+    quote, shown = (
+        ('"', _in_json)
+        if command.json
+        else ("", one_line if sys.stdout.isatty() else _without_breaks)
+    )
     for answer in answers:
         print(quote, end="")
         for piece in [answer] if isinstance(answer, str) else answer:
@@ -88,5 +98,7 @@ def _on_chip(command: GenerateCommand) -> Callable[[], Problem] | None:
         check_digital(command, of_chips)
         return None
     chip = {name: getattr(command, name) for name in of_chips}
-    options = HarnessOptions(run=command.run, run_seed=command.seed, base=command.base, **chip)
+    options = HarnessOptions(
+        run=command.run, run_seed=command.seed, base=command.base, **chip
+    )
     return lambda: load_measured(options).loaded.problem

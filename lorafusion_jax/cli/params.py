@@ -40,5 +40,11 @@ def main(arguments: Sequence[str]) -> None:
     numbers = {name: value for name, value in vars(options).items() if name != "shape"}
     of_methods = counts(shape_config(options.shape), **numbers)
     full = of_methods["full fine-tuning"]
-    lines = [[method, f"{count:,}", f"{100 * count / full:.4g} %"] for method, count in of_methods.items()]
-    show(markdown([["method", "trainable parameters", f"of {options.shape}"], *lines]), end="")
+    lines = [
+        [method, f"{count:,}", f"{100 * count / full:.4g} %"]
+        for method, count in of_methods.items()
+    ]
+    show(
+        markdown([["method", "trainable parameters", f"of {options.shape}"], *lines]),
+        end="",
+    )

@@ -35,11 +35,17 @@ def parse(
     groups = {title: names for title, names in (groups or {}).items() if names}
     shown = _shown(options, groups, defaults or {})
     description = inspect.cleandoc(options.__doc__ or "").partition("\nAttributes:")[0]
-    how: Any = {"prog": f"lorafusion {name}", "description": description, "config": (tyro.conf.OmitArgPrefixes,)}
+    how: Any = {
+        "prog": f"lorafusion {name}",
+        "description": description,
+        "config": (tyro.conf.OmitArgPrefixes,),
+    }
     if others is None:
         parsed = tyro.cli(shown, args=list(arguments), **how)
     else:
-        parsed, unknown = tyro.cli(shown, args=list(arguments), return_unknown_args=True, **how)
+        parsed, unknown = tyro.cli(
+            shown, args=list(arguments), return_unknown_args=True, **how
+        )
         others += unknown
     values = dict(vars(parsed))
     for title in groups:
@@ -51,21 +57,32 @@ def peek(options: type[Options], arguments: Sequence[str]) -> Options:
     """Return the options of a dataclass from the arguments, ignoring all other options."""
     import tyro
 
-    parsed, _ = tyro.cli(options, args=list(arguments), return_unknown_args=True, add_help=False)
+    parsed, _ = tyro.cli(
+        options, args=list(arguments), return_unknown_args=True, add_help=False
+    )
     return parsed
 
 
 def given(arguments: Sequence[str]) -> list[str]:
     """Return the names of the options that arguments give, as names of fields."""
-    names = [argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")]
+    names = [
+        argument[2:].partition("=")[0]
+        for argument in arguments
+        if argument.startswith("--")
+    ]
     return [name.replace("-", "_") for name in names]
 
 
 def part_of(command: Any, use: Callable[..., Any], flag: str) -> dict[str, Any]:
     """Return those options of a command that are arguments of a use, which `flag` chooses; ValueError for others."""
     own = inspect.signature(use).parameters
-    if flags := flags_given(command, [field.name for field in dataclasses.fields(command) if field.name not in own]):
-        raise ValueError(f"{flags}: not possible together with {flag}: leave one of them out")
+    if flags := flags_given(
+        command,
+        [field.name for field in dataclasses.fields(command) if field.name not in own],
+    ):
+        raise ValueError(
+            f"{flags}: not possible together with {flag}: leave one of them out"
+        )
     return {name: getattr(command, name) for name in own}
 
 
@@ -86,23 +103,45 @@ def _shown(options: type, groups: Groups, defaults: Mapping[str, Any]) -> type:
     by_name = {}
     for name, type_, field in flat_fields(options):
         default = defaults.get(name, field.default)
-        by_name[name] = (name, type_, dataclasses.field(default=default, default_factory=field.default_factory))
+        by_name[name] = (
+            name,
+            type_,
+            dataclasses.field(default=default, default_factory=field.default_factory),
+        )
     documented = {"__doc__": f"Options.\n\nAttributes:\n{_documented(options)}"}
-    fields: list[Any] = [by_name[name] for name in by_name if not any(name in names for names in groups.values())]
+    fields: list[Any] = [
+        by_name[name]
+        for name in by_name
+        if not any(name in names for names in groups.values())
+    ]
     for title, names in groups.items():
         group = dataclasses.make_dataclass(
-            "Group", [by_name[name] for name in names], kw_only=True, namespace=documented
+            "Group",
+            [by_name[name] for name in names],
+            kw_only=True,
+            namespace=documented,
         )
-        fields.append((_attribute(title), Annotated[group, tyro.conf.arg(name=title, help="")]))
-    return dataclasses.make_dataclass("Options", fields, kw_only=True, namespace=documented)
+        fields.append(
+            (_attribute(title), Annotated[group, tyro.conf.arg(name=title, help="")])
+        )
+    return dataclasses.make_dataclass(
+        "Options", fields, kw_only=True, namespace=documented
+    )
 
 
 def _documented(options: type) -> str:
     """Return the lines that describe the options, including those of parent classes and nested dataclasses."""
     hints = typing.get_type_hints(options, include_extras=True)
     nested = filter(None, map(_dataclass, hints.values()))
-    classes = [*reversed(options.__mro__), *(each for inner in nested for each in reversed(inner.__mro__))]
-    docs = (inspect.cleandoc(vars(each).get("__doc__") or "") for each in classes if dataclasses.is_dataclass(each))
+    classes = [
+        *reversed(options.__mro__),
+        *(each for inner in nested for each in reversed(inner.__mro__)),
+    ]
+    docs = (
+        inspect.cleandoc(vars(each).get("__doc__") or "")
+        for each in classes
+        if dataclasses.is_dataclass(each)
+    )
     return "\n".join(doc.partition("\nAttributes:\n")[2] for doc in docs)
 
 
@@ -112,7 +151,9 @@ def _built(options: type[Options], values: Mapping[str, Any]) -> Options:
     inner = {name: _dataclass(hint) for name, hint in hints.items()}
     return options(
         **{
-            field.name: values[field.name] if (of := inner[field.name]) is None else _built(of, values)
+            field.name: values[field.name]
+            if (of := inner[field.name]) is None
+            else _built(of, values)
             for field in dataclasses.fields(options)  # pyright: ignore[reportArgumentType]
         }
     )

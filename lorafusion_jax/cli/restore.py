@@ -24,9 +24,16 @@ def main(arguments: Sequence[str]) -> None:
     divergences = {str(chip): manifest["divergence"] for chip, manifest in made.items()}
     divergences["mean"] = np.mean(list(divergences.values()), axis=0).tolist()
     lines = [["chip", "before", "after"]]
-    lines += [[chip, *(f"{value:.4f}" for value in values)] for chip, values in divergences.items()]
+    lines += [
+        [chip, *(f"{value:.4f}" for value in values)]
+        for chip, values in divergences.items()
+    ]
     first = next(iter(made.values()))
-    show(f"{first['numbers']:,} digital parameters a chip, {first['share']:.2%} of the weights in arrays")
-    show(f"KL from the digital model, nats per token of text left out:\n{plain(lines, left=(0,))}")
+    show(
+        f"{first['numbers']:,} digital parameters a chip, {first['share']:.2%} of the weights in arrays"
+    )
+    show(
+        f"KL from the digital model, nats per token of text left out:\n{plain(lines, left=(0,))}"
+    )
     where = options.out or f"{options.crossbar}/restored-{options.method}"
     show(f"written to {where}")

@@ -19,7 +19,13 @@ def score_table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = score_lines(rows, "seed")
     if len(rows) > 1:
         scores = [row["exact_match"] for row in rows]
-        lines.append(["mean", f"{statistics.fmean(scores):.1f}", f"± {statistics.stdev(scores):.1f}"])
+        lines.append(
+            [
+                "mean",
+                f"{statistics.fmean(scores):.1f}",
+                f"± {statistics.stdev(scores):.1f}",
+            ]
+        )
     return plain(lines, left=(0, 2))
 
 

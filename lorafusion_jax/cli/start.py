@@ -15,7 +15,9 @@ from typing import Any
 # JAX can bound the cache too, but then reads the times of all entries before it writes one: 0.1 s for 3,000.
 _MOST_BYTES = 1 << 30
 _WIDTH = "--xla_cpu_prefer_vector_width"
-_UNREADABLE = re.compile(r"Error reading persistent compilation cache entry for '(\w+)'")
+_UNREADABLE = re.compile(
+    r"Error reading persistent compilation cache entry for '(\w+)'"
+)
 
 # glibc would map the temporaries of every call anew and give them back. One arena that maps nothing keeps them: other
 # arenas are too small for them.
@@ -28,12 +30,21 @@ def keep_memory() -> None:
 
     glibc reads its variable when a process starts. A variable that is set, even to nothing, stays as it is.
     """
-    if sys.platform != "linux" or {"GLIBC_TUNABLES", "PYTEST_VERSION"} & os.environ.keys():
+    if (
+        sys.platform != "linux"
+        or {"GLIBC_TUNABLES", "PYTEST_VERSION"} & os.environ.keys()
+    ):
         return
     platforms = os.environ.get("JAX_PLATFORMS", "")
-    if platforms != "cpu" and (platforms or any(map(importlib.util.find_spec, ("jax_plugins", "libtpu")))):
+    if platforms != "cpu" and (
+        platforms or any(map(importlib.util.find_spec, ("jax_plugins", "libtpu")))
+    ):
         return
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"GLIBC_TUNABLES": MALLOC})
+    os.execve(
+        sys.executable,
+        [sys.executable, *sys.orig_argv[1:]],
+        os.environ | {"GLIBC_TUNABLES": MALLOC},
+    )
 
 
 def keep_compiled() -> None:
@@ -41,14 +52,24 @@ def keep_compiled() -> None:
 
     JAX runs what its cache holds unchecked. A folder that others may open, or another user's, is left alone.
     """
-    if {"JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"} & os.environ.keys():
+    if {
+        "JAX_COMPILATION_CACHE_DIR",
+        "JAX_ENABLE_COMPILATION_CACHE",
+    } & os.environ.keys():
         return
     try:
         folder = _folder()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.lstat()
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
-            print(f"{folder} is not private to you: compiled functions are not kept. Remove it", file=sys.stderr)
+        if (
+            not stat.S_ISDIR(status.st_mode)
+            or status.st_uid != os.geteuid()
+            or status.st_mode & 0o077
+        ):
+            print(
+                f"{folder} is not private to you: compiled functions are not kept. Remove it",
+                file=sys.stderr,
+            )
             return
         _prune(folder)
     except (OSError, RuntimeError):  # a home that cannot be written to, or none
@@ -65,7 +86,11 @@ def widen_vectors() -> None:
     Older processors with AVX-512, which cannot count the bits of vectors, lower their clock rate for them.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    if "PYTEST_VERSION" not in os.environ and _WIDTH not in flags and "avx512_vpopcntdq" in _features():
+    if (
+        "PYTEST_VERSION" not in os.environ
+        and _WIDTH not in flags
+        and "avx512_vpopcntdq" in _features()
+    ):
         os.environ["XLA_FLAGS"] = f"{flags} {_WIDTH}=512".strip()
 
 
@@ -73,22 +98,36 @@ def _features() -> list[str]:
     """Return what the processor can do, as Linux names it; empty elsewhere."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    return sorted(next((line for line in lines if line.lower().startswith(("flags", "features"))), "").split())
+    return sorted(
+        next(
+            (line for line in lines if line.lower().startswith(("flags", "features"))),
+            "",
+        ).split()
+    )
 
 
 def _folder() -> Path:
     """Return the folder of this version of JAX, on processors with the same instructions."""
     home = os.environ.get("XDG_CACHE_HOME", "")
-    cache = Path(home) if os.path.isabs(home) else Path.home() / ".cache"  # as the XDG specification has it
+    cache = (
+        Path(home) if os.path.isabs(home) else Path.home() / ".cache"
+    )  # as the XDG specification has it
     features = hashlib.sha256(" ".join(_features()).encode()).hexdigest()[:8]
-    return cache / "lorafusion-jax" / f"jaxlib-{importlib.metadata.version('jaxlib')}-{os.uname().machine}-{features}"
+    return (
+        cache
+        / "lorafusion-jax"
+        / f"jaxlib-{importlib.metadata.version('jaxlib')}-{os.uname().machine}-{features}"
+    )
 
 
 def _prune(folder: Path) -> None:
     """Remove the oldest entries above the bound, by the time of their last use as far as the disk keeps it."""
-    entries, total = [], 0
+    entries = []
+    total = 0
     for path in folder.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # another command removes entries too
+        with contextlib.suppress(
+            FileNotFoundError
+        ):  # another command removes entries too
             s = path.stat()
             entries.append((max(s.st_atime, s.st_mtime), s.st_size, path))
     for _, size, path in sorted(entries, reverse=True):

@@ -13,7 +13,17 @@ from ..trials.verdict import Verdict, judge
 from .parsing import parse
 
 GROUPS = {
-    "data and base": ("base", "pool", "task", "prompt", "input", "target", "chat", "train_rows", "dtype"),
+    "data and base": (
+        "base",
+        "pool",
+        "task",
+        "prompt",
+        "input",
+        "target",
+        "chat",
+        "train_rows",
+        "dtype",
+    ),
     "comparison": ("arms", "folds", "nested", "epochs", "seed"),
     "run": ("out", "minutes", "plan", "engine", "address"),
 }
@@ -23,7 +33,9 @@ def main(arguments: Sequence[str]) -> None:
     """Print a table and a sentence for each task, and write the report."""
     options = parse(TrialOptions, arguments, "trial", groups=GROUPS)
     if options.plan:
-        jax.config.update("jax_enable_compilation_cache", False)  # the plan counts the time of compilation
+        jax.config.update(
+            "jax_enable_compilation_cache", False
+        )  # the plan counts the time of compilation
         show(describe_trial(options))
         return
     done = []

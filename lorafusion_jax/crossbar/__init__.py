@@ -34,14 +34,39 @@ from .chip.program import is_random, program
 from .chip.tree import Rules, program_tree
 from .config.files import config_hash, load_config, save_config
 from .config.presets import PRESETS
-from .config.schema import ADC, DAC, Cell, CrossbarConfig, Encoding, Mapping, Tile, deterministic
+from .config.schema import (
+    ADC,
+    DAC,
+    Cell,
+    CrossbarConfig,
+    Encoding,
+    Mapping,
+    Tile,
+    deterministic,
+)
 from .config.structure import Structure, split_config
 from .cost.constants import CONSTANTS, Constants, load_constants
-from .cost.energy import Counts, ReadEnergy, WriteCost, counts, read_energy, read_latency, write_cost
+from .cost.energy import (
+    Counts,
+    ReadEnergy,
+    WriteCost,
+    counts,
+    read_energy,
+    read_latency,
+    write_cost,
+)
 from .cost.explain import Explanation, explain
 from .cost.ranges import Constant, Range
 from .devices.device import Device, ReadNoise, Sinh, StuckAt
-from .devices.drift import PCM_DRIFT, RERAM_CMO_DRIFT, Flicker, LogLinear, PowerLaw, Relaxation, drift_compensation
+from .devices.drift import (
+    PCM_DRIFT,
+    RERAM_CMO_DRIFT,
+    Flicker,
+    LogLinear,
+    PowerLaw,
+    Relaxation,
+    drift_compensation,
+)
 from .devices.wires import Wire
 from .devices.write_error import (
     PCM_JOSHI_2020,
@@ -64,5 +89,7 @@ from .read.matmul import matmul
 
 # The imports are the public names, so that a second list of them is not needed.
 __all__ = sorted(  # pyright: ignore[reportUnsupportedDunderAll]
-    name for name, value in globals().items() if not name.startswith("_") and not isinstance(value, _ModuleType)
+    name
+    for name, value in globals().items()
+    if not name.startswith("_") and not isinstance(value, _ModuleType)
 )

@@ -14,7 +14,14 @@ from ..support.checks import at_least
 from ..training.recipe import Recipe
 from ..training.seeds import SeedMode
 from .flops import forward_flops, generation_flops, step_flops
-from .memory import Device, evaluation_bytes, pool_bytes, state_bytes, step_bytes, weights_bytes
+from .memory import (
+    Device,
+    evaluation_bytes,
+    pool_bytes,
+    state_bytes,
+    step_bytes,
+    weights_bytes,
+)
 from .params import trainable_count
 from .workload import Shapes, Workload
 
@@ -26,8 +33,12 @@ class Settings:
     # numbers of fusion, search and training; a method of another recipe has those that both share
     recipe: Recipe = Recipe()
     rank: int = 16  # rank of the pool's modules
-    targets: tuple[str, ...] | None = None  # the linear maps that they adapt; None for the family's own choice
-    pool: int | None = None  # number of modules in memory (those that any seed draws); None for those of one seed
+    targets: tuple[str, ...] | None = (
+        None  # the linear maps that they adapt; None for the family's own choice
+    )
+    pool: int | None = (
+        None  # number of modules in memory (those that any seed draws); None for those of one seed
+    )
     seeds: int = 5  # number of seeds of every method that draws anything
     seed_mode: SeedMode = "sequential"  # mode of the seeds (see `training.seeds`)
     device: Device = "cpu"
@@ -37,7 +48,9 @@ class Settings:
         """Return the modules that a method with this recipe fuses."""
         forms = self.device == "cpu" and config.dtype == "float32"
         pool = self.pool or modules_of(recipe)
-        return PlannedPool(self.rank, pool, self.targets, self.device == "accelerator", forms)
+        return PlannedPool(
+            self.rank, pool, self.targets, self.device == "accelerator", forms
+        )
 
 
 class Cost(NamedTuple):
@@ -49,7 +62,9 @@ class Cost(NamedTuple):
     trainable: int = 0  # parameters that one seed trains
     # forward pass of the largest batch that is trained or searched on, else of the largest test batch
     forward_flops: float = 0.0
-    training_flops: float = 0.0  # ranking the pool's modules, all steps and validations; or the search
+    training_flops: float = (
+        0.0  # ranking the pool's modules, all steps and validations; or the search
+    )
     evaluation_flops: float = 0.0  # generating up to the token limit for the test rows, their loss and their options
     weights_bytes: int = 0  # the base's weights
     pool_bytes: int = 0  # the modules and the terms of their norms
@@ -60,7 +75,9 @@ class Cost(NamedTuple):
     peak_bytes: int = 0  # the sum of these bytes
 
 
-def estimate(config: Architecture, method: str, work: Workload, settings: Settings) -> Cost:
+def estimate(
+    config: Architecture, method: str, work: Workload, settings: Settings
+) -> Cost:
     """Return the cost of one method on one task.
 
     Raises:
@@ -70,37 +87,71 @@ def estimate(config: Architecture, method: str, work: Workload, settings: Settin
     recipe.check()
     at_least(1, rank=settings.rank, seeds=settings.seeds)
     if settings.pool is not None and settings.pool < (modules := modules_of(recipe)):
-        raise ValueError(f"a pool of {settings.pool} for seeds that draw {modules} modules each: give at least as many")
-    update, trainable = update_of(config, method, settings), trained_numbers(config, method, settings)
+        raise ValueError(
+            f"a pool of {settings.pool} for seeds that draw {modules} modules each: give at least as many"
+        )
+    update = update_of(config, method, settings)
+    trainable = trained_numbers(config, method, settings)
     if entry.answers == "nothing":
         return Cost()
     asked = work.few_shot if entry.answers == "examples" else work.test
     if asked is None:
-        raise ValueError(f"the task has too few training rows for {recipe.shots} examples in a prompt: lower shots")
-    ranking, seeds, state = _ranking(config, entry, recipe, settings), seeds_of(method, settings), 0
-    how: Any = {"seed_mode": settings.seed_mode, "device": settings.device, "load_in": settings.load_in}
+        raise ValueError(
+            f"the task has too few training rows for {recipe.shots} examples in a prompt: lower shots"
+        )
+    ranking = _ranking(config, entry, recipe, settings)
+    seeds = seeds_of(method, settings)
+    state = 0
+    how: Any = {
+        "seed_mode": settings.seed_mode,
+        "device": settings.device,
+        "load_in": settings.load_in,
+    }
     step = partial(step_bytes, config, seeds=seeds, **how)
 
     def passes(shapes: Shapes) -> list[float]:
         return [forward_flops(config, shape, update) for shape in shapes]
 
     def asking(shapes: Shapes, new_tokens: int, members: int = 1) -> list[int]:
-        return [evaluation_bytes(config, one, new_tokens, update, seeds=seeds * members, **how) for one in set(shapes)]
+        return [
+            evaluation_bytes(
+                config, one, new_tokens, update, seeds=seeds * members, **how
+            )
+            for one in set(shapes)
+        ]
 
     activations = asking(asked.rows, work.new_tokens) + asking(asked.options, 0)
-    generated = sum(generation_flops(config, s._replace(target=work.new_tokens), update) for s in asked.rows)
+    generated = sum(
+        generation_flops(config, s._replace(target=work.new_tokens), update)
+        for s in asked.rows
+    )
     if entry.learns == "trained":
         state = seeds * state_bytes(trainable)
-        training = sum(step_flops(config, shape, update, trainable=trainable) for shape in work.steps)
-        activations += [step(shape, update=update, trainable=trainable) for shape in set(work.steps)]
+        training = sum(
+            step_flops(config, shape, update, trainable=trainable)
+            for shape in work.steps
+        )
+        activations += [
+            step(shape, update=update, trainable=trainable) for shape in set(work.steps)
+        ]
         if ranking is not None:
-            training += sum(step_flops(config, shape, ranking, trainable=0) for shape in work.search)
-            whole = pool_bytes(config, ranking, settings.load_in) if type(ranking) is not type(update) else 0
-            of_pass = partial(step, update=ranking, trainable=settings.fused(config, recipe).pool)
+            training += sum(
+                step_flops(config, shape, ranking, trainable=0) for shape in work.search
+            )
+            whole = (
+                pool_bytes(config, ranking, settings.load_in)
+                if type(ranking) is not type(update)
+                else 0
+            )
+            of_pass = partial(
+                step, update=ranking, trainable=settings.fused(config, recipe).pool
+            )
             activations += [whole + of_pass(shape) for shape in set(work.search)]
         training += work.epochs * forward_flops(config, work.validation, update)
     else:
-        training = entry.evaluations(recipe, modules_of(recipe)) * sum(passes(work.search))
+        training = entry.evaluations(recipe, modules_of(recipe)) * sum(
+            passes(work.search)
+        )
     if entry.learns == "searched":
         activations += asking(work.search, 0, entry.at_once(recipe))
     parts = {
@@ -111,7 +162,11 @@ def estimate(config: Architecture, method: str, work: Workload, settings: Settin
     }
     return Cost(
         trainable=trainable,
-        forward_flops=max(passes(work.search if entry.learns in ("trained", "searched") else asked.rows)),
+        forward_flops=max(
+            passes(
+                work.search if entry.learns in ("trained", "searched") else asked.rows
+            )
+        ),
         training_flops=training,
         # Each of these programs reads the source.
         evaluation_flops=generated + sum(passes((*asked.rows, *asked.options))),
@@ -134,7 +189,9 @@ def update_of(config: Architecture, method: str, settings: Settings) -> Update:
 def trained_numbers(config: Architecture, method: str, settings: Settings) -> int:
     """Return the number of parameters that a method trains or searches for one seed."""
     entry, recipe = _of(method, settings)
-    return sum(trainable_count(entry, config, recipe, settings.fused(config, recipe)).values())
+    return sum(
+        trainable_count(entry, config, recipe, settings.fused(config, recipe)).values()
+    )
 
 
 def _of(method: str, settings: Settings) -> tuple[MethodEntry, Any]:
@@ -143,9 +200,17 @@ def _of(method: str, settings: Settings) -> tuple[MethodEntry, Any]:
     return entry, recipe_of(entry.recipe, vars(settings.recipe))
 
 
-def _ranking(config: Architecture, entry: MethodEntry, recipe: Recipe, settings: Settings) -> Update | None:
+def _ranking(
+    config: Architecture, entry: MethodEntry, recipe: Recipe, settings: Settings
+) -> Update | None:
     """Return the arithmetic of the pass that ranks all modules in memory, whole or in a basis; None without one."""
     if choice_of(recipe) == "draw" or "coefficients" not in entry.groups:
         return None
-    basis, modules = None if choice_of(recipe) == "gradient" else basis_of(recipe), settings.fused(config, recipe)
-    return entry.update(recipe_of(entry.recipe, vars(recipe) | {"basis": basis, "modules": modules.pool}), modules)
+    basis = None if choice_of(recipe) == "gradient" else basis_of(recipe)
+    modules = settings.fused(config, recipe)
+    return entry.update(
+        recipe_of(
+            entry.recipe, vars(recipe) | {"basis": basis, "modules": modules.pool}
+        ),
+        modules,
+    )

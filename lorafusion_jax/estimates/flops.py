@@ -15,7 +15,15 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from ..methods.entry import Update
-from ..models.architecture import Architecture, Attention, Parts, Site, Stack, stack_of, targeted
+from ..models.architecture import (
+    Architecture,
+    Attention,
+    Parts,
+    Site,
+    Stack,
+    stack_of,
+    targeted,
+)
 
 # Operations per trained number and step: Adam with bias correction, the check for non-finite gradients, their norm and
 # clipping.
@@ -55,7 +63,10 @@ def adapted(config: Architecture, update: Update) -> Mapping[str, Site]:
 
 def products(sites: Iterable[Site], shape: Shape) -> int:
     """Return the FLOPs of multiplying the tokens of a batch by the matrices of sites."""
-    return sum(2 * tokens(site.reads, shape) * site.layers * site.d_in * site.d_out for site in sites)
+    return sum(
+        2 * tokens(site.reads, shape) * site.layers * site.d_in * site.d_out
+        for site in sites
+    )
 
 
 def head_flops(config: Architecture, shape: Shape) -> int:
@@ -87,7 +98,9 @@ def generation_flops(config: Architecture, shape: Shape, update: Update) -> floa
     a prompt.
     """
     rows, source, target, _ = shape
-    sites = [site for site in adapted(config, update).values() if "target" in site.reads]
+    sites = [
+        site for site in adapted(config, update).values() if "target" in site.reads
+    ]
     again = sum(site.layers * update.repeat(site) for site in sites)
     unread = 4 * sum(
         stack.layers * rows * source * target * attention.heads * attention.d_head
@@ -95,28 +108,55 @@ def generation_flops(config: Architecture, shape: Shape, update: Update) -> floa
         for attention in stack.attentions
         if "source" in stack.reads and "target" in attention.reads
     )
-    read, answers = shape._replace(target=0), Shape(rows, 0, 1)
-    updates = _updates(config, read, update) + target * _updates(config, answers, update, once=False)
-    apart = _recurrence(config, read) + target * _recurrence(config, answers) - _recurrence(config, shape)
-    return _base(config, shape) + updates + apart + float(again * max(target - 1, 0) - unread)
+    read = shape._replace(target=0)
+    answers = Shape(rows, 0, 1)
+    updates = _updates(config, read, update) + target * _updates(
+        config, answers, update, once=False
+    )
+    apart = (
+        _recurrence(config, read)
+        + target * _recurrence(config, answers)
+        - _recurrence(config, shape)
+    )
+    return (
+        _base(config, shape)
+        + updates
+        + apart
+        + float(again * max(target - 1, 0) - unread)
+    )
 
 
-def step_flops(config: Architecture, shape: Shape, update: Update, *, trainable: int) -> float:
+def step_flops(
+    config: Architecture, shape: Shape, update: Update, *, trainable: int
+) -> float:
     """Return the FLOPs of one training step.
 
     The backward pass has one product for every product with a frozen weight, for the gradient of the activations. Full
     fine-tuning adds the gradients of the weights. Each product of an attention or a recurrence has two in the backward
     pass.
     """
-    matrices, attention = products(config.sites.values(), shape), _attention(config, shape)
+    matrices = products(config.sites.values(), shape)
+    attention = _attention(config, shape)
     recurrence = _recurrence(config, shape)
-    updates, head = _updates(config, shape, update, once=False), head_flops(config, shape)
+    updates = _updates(config, shape, update, once=False)
+    head = head_flops(config, shape)
     sites = adapted(config, update).values()
-    gradients = sum(site.layers * update.gradients(site, tokens(site.reads, shape)) for site in sites)
-    backward = matrices + head + 2 * attention + updates + (matrices + head if update.trains_base else gradients)
+    gradients = sum(
+        site.layers * update.gradients(site, tokens(site.reads, shape))
+        for site in sites
+    )
+    backward = (
+        matrices
+        + head
+        + 2 * attention
+        + updates
+        + (matrices + head if update.trains_base else gradients)
+    )
     backward += 2 * recurrence
     if not config.unroll:
-        backward += attention / 2 + recurrence  # the scores and all of a recurrence, which are recomputed
+        backward += (
+            attention / 2 + recurrence
+        )  # the scores and all of a recurrence, which are recomputed
     elif not update.trains_base:
         backward -= _first_layers(config, shape)
     return forward_flops(config, shape, update) + backward + _OPTIMISER * trainable
@@ -124,7 +164,11 @@ def step_flops(config: Architecture, shape: Shape, update: Update, *, trainable:
 
 def _attention(config: Architecture, shape: Shape) -> float:
     return 4.0 * sum(
-        stack.layers * tokens(stack.reads, rows) * row_tokens(attention, rows) * attention.heads * attention.d_head
+        stack.layers
+        * tokens(stack.reads, rows)
+        * row_tokens(attention, rows)
+        * attention.heads
+        * attention.d_head
         for rows in shape.apart()
         for stack in config.stacks.values()
         for attention in stack.attentions
@@ -133,7 +177,9 @@ def _attention(config: Architecture, shape: Shape) -> float:
 
 def _recurrence(config: Architecture, shape: Shape) -> float:
     return 2.0 * sum(
-        stack.layers * tokens(stack.reads, rows) * stack.recurrence.multiplications(row_tokens(stack, rows))
+        stack.layers
+        * tokens(stack.reads, rows)
+        * stack.recurrence.multiplications(row_tokens(stack, rows))
         for rows in shape.apart()
         for stack in config.stacks.values()
         if stack.recurrence is not None
@@ -145,16 +191,24 @@ def _first_layers(config: Architecture, shape: Shape) -> int:
     first: dict[str, str] = {}
     for name, site in config.sites.items():
         first.setdefault(stack_of(name), site.stage)
-    sites = (s for name, s in config.sites.items() if s.stage == first[stack_of(name)] and s.first == 0)
+    sites = (
+        s
+        for name, s in config.sites.items()
+        if s.stage == first[stack_of(name)] and s.first == 0
+    )
     return products((dataclasses.replace(site, layers=1) for site in sites), shape)
 
 
-def _updates(config: Architecture, shape: Shape, update: Update, *, once: bool = True) -> float:
+def _updates(
+    config: Architecture, shape: Shape, update: Update, *, once: bool = True
+) -> float:
     """Return the FLOPs of the updates of all sites, forward."""
     total = 0
     for site in adapted(config, update).values():
         count = tokens(site.reads, shape)
-        of_token = update.width(site, count) * (site.d_in + site.d_out) + update.core(site)
+        of_token = update.width(site, count) * (site.d_in + site.d_out) + update.core(
+            site
+        )
         total += site.layers * 2 * count * of_token
         total += site.layers * update.once(site) if once else 0
     return float(total)

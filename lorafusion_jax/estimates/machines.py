@@ -20,7 +20,9 @@ from ..training.seeds import SeedMode, default_seed_mode
 from .flops import Shape, tokens
 from .memory import Device
 
-MachineName = Literal["cpu", "a100", "h100", "h200", "l4", "rtx4090", "v5e", "v5p", "v6e"]
+MachineName = Literal[
+    "cpu", "a100", "h100", "h200", "l4", "rtx4090", "v5e", "v5p", "v6e"
+]
 
 
 class Machine(NamedTuple):
@@ -28,8 +30,12 @@ class Machine(NamedTuple):
 
     device: Device
     seed_mode: SeedMode
-    capacity: int | None = None  # bytes of the device's memory, as its maker states them
-    peak: Mapping[str, float] = {}  # FLOP/s by dtype, for dense matrices; empty if it is not in the table
+    capacity: int | None = (
+        None  # bytes of the device's memory, as its maker states them
+    )
+    peak: Mapping[
+        str, float
+    ] = {}  # FLOP/s by dtype, for dense matrices; empty if it is not in the table
 
 
 def _accelerator(gigabytes: int, bfloat16: float, float32: float) -> Machine:
@@ -59,7 +65,11 @@ _SHARES: dict[Device, float] = {"accelerator": 0.3, "cpu": 0.5}
 
 def machine(name: MachineName | None) -> Machine:
     """Return a machine by its name; this one without a name."""
-    return _MACHINES[name] if name else Machine("cpu" if for_cpu() else "accelerator", default_seed_mode())
+    return (
+        _MACHINES[name]
+        if name
+        else Machine("cpu" if for_cpu() else "accelerator", default_seed_mode())
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,14 +94,25 @@ class PlanOptions:
 
     def check_plan(self) -> None:
         """Raise ValueError for options of a plan without `--plan`, or with values that no machine has."""
-        given = {"for": self.plan_for, "utilisation": self.utilisation, "price": self.price, "devices": self.devices}
+        given = {
+            "for": self.plan_for,
+            "utilisation": self.utilisation,
+            "price": self.price,
+            "devices": self.devices,
+        }
         for name, value in given.items():
             if value is not None and not self.plan:
-                raise ValueError(f"--{name} {value} is an option of a plan: add --plan, or leave it out")
+                raise ValueError(
+                    f"--{name} {value} is an option of a plan: add --plan, or leave it out"
+                )
         if self.utilisation is not None and not 0 < self.utilisation <= 1:
-            raise ValueError(f"utilisation is {self.utilisation}: expected a share of the peak, above 0 and at most 1")
+            raise ValueError(
+                f"utilisation is {self.utilisation}: expected a share of the peak, above 0 and at most 1"
+            )
         if self.price is not None and not 0 <= self.price < math.inf:
-            raise ValueError(f"price is {self.price}: expected the price of a device's hour, 0 or more")
+            raise ValueError(
+                f"price is {self.price}: expected the price of a device's hour, 0 or more"
+            )
         at_least(1, devices=self.devices)
 
 
@@ -105,17 +126,28 @@ class Pace(NamedTuple):
 def pace(options: PlanOptions, config: Architecture, step: Shape) -> Pace | None:
     """Return the pace of a machine for a model whose training steps have a shape; None of an unnamed accelerator."""
     where = machine(options.plan_for)
-    share = _SHARES[where.device] if options.utilisation is None else options.utilisation
+    share = (
+        _SHARES[where.device] if options.utilisation is None else options.utilisation
+    )
     if where.device == "cpu":
-        site = max(config.sites.values(), key=lambda site: site.layers * site.d_in * site.d_out)
-        product, cores = (tokens(site.reads, step), site.d_in, site.d_out), len(os.sched_getaffinity(0))
+        site = max(
+            config.sites.values(), key=lambda site: site.layers * site.d_in * site.d_out
+        )
+        product = (tokens(site.reads, step), site.d_in, site.d_out)
+        cores = len(os.sched_getaffinity(0))
         rate = cores * _measured(product, config.dtype)
         a, b, c = product
-        return Pace(share * rate, f"{share:g} of {_rate(rate)}, measured: {a} x {b} by {b} x {c}, {cores} cores")
+        return Pace(
+            share * rate,
+            f"{share:g} of {_rate(rate)}, measured: {a} x {b} by {b} x {c}, {cores} cores",
+        )
     if not where.peak:
         return None
     peak = where.peak[config.dtype]
-    return Pace(share * peak, f"{share:g} of the {_rate(peak)} of {options.plan_for} in {config.dtype}")
+    return Pace(
+        share * peak,
+        f"{share:g} of the {_rate(peak)} of {options.plan_for} in {config.dtype}",
+    )
 
 
 @functools.cache
@@ -126,10 +158,12 @@ def _measured(product: tuple[int, int, int], dtype: str) -> float:
     """
     rows, d_in, d_out = product
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        x, W = jnp.ones((rows, d_in), dtype), jnp.ones((d_out, d_in), dtype)
+        x = jnp.ones((rows, d_in), dtype)
+        W = jnp.ones((d_out, d_in), dtype)
         both = jax.jit(lambda x, W: x @ W.T @ W)
         both(x, W).block_until_ready()
-        count, began = 0, time.process_time()
+        count = 0
+        began = time.process_time()
         while (seconds := time.process_time() - began) < _CALIBRATION:
             both(x, W).block_until_ready()
             count += 1
@@ -147,12 +181,17 @@ def spent(jobs: Iterable[float], at: Pace | None, options: PlanOptions) -> str:
     """
     if at is None:
         if (options.utilisation, options.price, options.devices) != (None, None, None):
-            raise ValueError("the rate of this accelerator is not known: name a machine with --for")
+            raise ValueError(
+                "the rate of this accelerator is not known: name a machine with --for"
+            )
         return "Time: name a machine with --for."
     seconds = [flops / at.flops for flops in jobs]
-    total, devices = sum(seconds), options.devices or 1
+    total = sum(seconds)
+    devices = options.devices or 1
     ends = [0.0] * min(devices, len(seconds))
-    for job in sorted(seconds, reverse=True):  # the longest first, to the device that is free first
+    for job in sorted(
+        seconds, reverse=True
+    ):  # the longest first, to the device that is free first
         heapq.heapreplace(ends, ends[0] + job)
     found = f"Time at {at.source} (--utilisation), without compilation: {duration(total)} on one device"
     found += f", {duration(max(ends))} on {devices}." if devices > 1 else "."
@@ -170,4 +209,6 @@ def duration(seconds: float) -> str:
 
 
 def _rate(flops: float) -> str:
-    return f"{flops / 1e12:g} TFLOP/s" if flops >= 1e12 else f"{flops / 1e9:.0f} GFLOP/s"
+    return (
+        f"{flops / 1e12:g} TFLOP/s" if flops >= 1e12 else f"{flops / 1e9:.0f} GFLOP/s"
+    )

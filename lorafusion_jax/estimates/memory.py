@@ -31,13 +31,20 @@ def weights_bytes(config: Architecture, load_in: LoadIn = "full") -> int:
     matrices = [(s.layers * s.d_out, s.d_in) for s in config.sites.values()]
     matrices += [] if config.tied else [(config.vocab_size, config.d_model)]
     whole = sum(columns * length for columns, length in matrices)
-    return (size(config) - whole) * itemsize + sum(_bytes(*matrix, itemsize, load_in) for matrix in matrices)
+    return (size(config) - whole) * itemsize + sum(
+        _bytes(*matrix, itemsize, load_in) for matrix in matrices
+    )
 
 
 def pool_bytes(config: Architecture, update: Update, load_in: LoadIn = "full") -> int:
     """Return the bytes of a method's frozen matrices, such as a pool's, and of the terms that are kept with them."""
-    sites, width = tuple(adapted(config, update).values()), update.frozen_width()
-    factors = sum(_bytes(s.layers * width, side, _FLOAT32, load_in) for s in sites for side in (s.d_in, s.d_out))
+    sites = tuple(adapted(config, update).values())
+    width = update.frozen_width()
+    factors = sum(
+        _bytes(s.layers * width, side, _FLOAT32, load_in)
+        for s in sites
+        for side in (s.d_in, s.d_out)
+    )
     return factors + _FLOAT32 * update.frozen_numbers(sites)
 
 
@@ -67,11 +74,15 @@ def step_bytes(
     # A group of layers is recomputed as a whole.
     kept = _kept(config, shape, update) + sum(_recurrences(config, shape))
     batched = seeds if seed_mode == "batched" else 1
-    needed = batched * (kept + gradients + _work(config, shape) + _fused(config, update))
+    needed = batched * (
+        kept + gradients + _work(config, shape) + _fused(config, update)
+    )
     needed += _copies(config, device, load_in, stacked=update.trains_base)
     if update.trains_base:
         needed = max(needed, int(_UPDATING * batched * gradients))
-    return needed + (seeds * state_bytes(trainable) if seed_mode == "sequential" and seeds > 1 else 0)
+    return needed + (
+        seeds * state_bytes(trainable) if seed_mode == "sequential" and seeds > 1 else 0
+    )
 
 
 def evaluation_bytes(
@@ -95,12 +106,24 @@ def evaluation_bytes(
     # Without a backward pass a third of it is needed at a time, and of one layer.
     needed = _work(config, shape) + max(_recurrences(config, shape)) // 3
     if new_tokens:
-        cache = _cache(config, shape._replace(target=new_tokens), device) * _itemsize(config)
-        cache += _FLOAT32 * 2 * shape.rows * _states(config)  # the scan over layers writes new ones
+        cache = _cache(config, shape._replace(target=new_tokens), device) * _itemsize(
+            config
+        )
+        cache += (
+            _FLOAT32 * 2 * shape.rows * _states(config)
+        )  # the scan over layers writes new ones
         needed = max(needed, cache + _work(config, shape._replace(target=1)))
-    bits = 2 * math.prod(config.head) if device == "cpu" and config.dtype == "bfloat16" else 0
+    bits = (
+        2 * math.prod(config.head)
+        if device == "cpu" and config.dtype == "bfloat16"
+        else 0
+    )
     stacked = update.trains_base or not new_tokens
-    return batched * (needed + _fused(config, update)) + bits + _copies(config, device, load_in, stacked=stacked)
+    return (
+        batched * (needed + _fused(config, update))
+        + bits
+        + _copies(config, device, load_in, stacked=stacked)
+    )
 
 
 def _cache(config: Architecture, shape: Shape, device: Device) -> int:
@@ -134,7 +157,10 @@ def _states(config: Architecture) -> int:
 def _recurrences(config: Architecture, shape: Shape) -> list[int]:
     """Return the bytes of the values of one recurrence in each stack, chunk by chunk."""
     stacks = config.stacks.values()
-    return [_FLOAT32 * tokens(s.reads, shape) * s.elementwise if s.recurrence else 0 for s in stacks]
+    return [
+        _FLOAT32 * tokens(s.reads, shape) * s.elementwise if s.recurrence else 0
+        for s in stacks
+    ]
 
 
 def _kept(config: Architecture, shape: Shape, update: Update) -> int:
@@ -142,17 +168,28 @@ def _kept(config: Architecture, shape: Shape, update: Update) -> int:
 
     If layers are unrolled, these are followed by norms, attention weights and gates in float32.
     """
-    stacks, itemsize = config.stacks.values(), _itemsize(config)
-    total = sum(stack.layers * tokens(stack.reads, shape) * config.d_model for stack in stacks)
+    stacks = config.stacks.values()
+    itemsize = _itemsize(config)
+    total = sum(
+        stack.layers * tokens(stack.reads, shape) * config.d_model for stack in stacks
+    )
     # The last product of a block is part of the next one's input, so it is not kept itself.
     last = last_sites(config).values()
-    total += sum(tokens(s.reads, shape) * s.layers * s.d_out for s in config.sites.values() if s not in last)
+    total += sum(
+        tokens(s.reads, shape) * s.layers * s.d_out
+        for s in config.sites.values()
+        if s not in last
+    )
     for site in adapted(config, update).values():
         count = tokens(site.reads, shape)
         width = update.width(site, count)
         total += count * site.layers * (width + site.d_out if width else 0)
     parts = shape.rows * shape.source, shape.rows * shape.target
-    others = unrolled_numbers(config, *parts, [rows[:3] for rows in shape.apart()]) if config.unroll else 0
+    others = (
+        unrolled_numbers(config, *parts, [rows[:3] for rows in shape.apart()])
+        if config.unroll
+        else 0
+    )
     return total * itemsize + others * _FLOAT32
 
 
@@ -160,18 +197,30 @@ def _work(config: Architecture, shape: Shape) -> int:
     """Return the bytes of the logits and their gradient, and of one layer's attention and feed-forward."""
     logits = 2 * shape.rows * shape.target * config.vocab_size
     stacks = config.stacks.values()
-    heads = max((attention.heads for stack in stacks for attention in stack.attentions), default=0)
-    scores = heads * sum(max(tokens(s.reads, rows) * row_tokens(s, rows) for s in stacks) for rows in shape.apart())
-    hidden = max(tokens(stack.reads, shape) for stack in stacks) * max(stack.d_ff for stack in stacks)
+    heads = max(
+        (attention.heads for stack in stacks for attention in stack.attentions),
+        default=0,
+    )
+    scores = heads * sum(
+        max(tokens(s.reads, rows) * row_tokens(s, rows) for s in stacks)
+        for rows in shape.apart()
+    )
+    hidden = max(tokens(stack.reads, shape) for stack in stacks) * max(
+        stack.d_ff for stack in stacks
+    )
     return _FLOAT32 * (logits + 2 * scores) + 2 * _itemsize(config) * hidden
 
 
 def _fused(config: Architecture, update: Update) -> int:
     """Return the bytes of the modules that `compose` reads for a group of layers, of factors and their gradients."""
-    return _FLOAT32 * 2 * update.working_numbers(tuple(adapted(config, update).values()))
+    return (
+        _FLOAT32 * 2 * update.working_numbers(tuple(adapted(config, update).values()))
+    )
 
 
-def _copies(config: Architecture, device: Device, load_in: LoadIn, *, stacked: bool) -> int:
+def _copies(
+    config: Architecture, device: Device, load_in: LoadIn, *, stacked: bool
+) -> int:
     """Return the bytes of second copies of weights.
 
     A CPU holds `stacked` layers that are unrolled, and the bits of those in bfloat16 or of an NF4 model. Of weights in
@@ -183,7 +232,10 @@ def _copies(config: Architecture, device: Device, load_in: LoadIn, *, stacked: b
         of_number = itemsize + (2 if load_in == "nf4" else 0)
         of_codes = numbers // 2 if device == "cpu" and load_in == "nf4" else 0
         head = 0 if config.tied else math.prod(config.head)
-        return max(of_number * head, of_codes + of_number * max(s.d_in * s.d_out for s in config.sites.values()))
+        return max(
+            of_number * head,
+            of_codes + of_number * max(s.d_in * s.d_out for s in config.sites.values()),
+        )
     copied = stacked and (config.unroll or config.dtype == "bfloat16")
     return itemsize * numbers if device == "cpu" and copied else 0
 
@@ -192,7 +244,9 @@ def _bytes(columns: int, length: int, itemsize: int, load_in: LoadIn) -> int:
     """Return the bytes of columns of a matrix: of plain numbers, or of codes with a scale a tile."""
     if load_in == "full":
         return columns * length * itemsize
-    return columns * (math.ceil(length * _BITS[load_in] / 8) + length // tile_size(length) * itemsize)
+    return columns * (
+        math.ceil(length * _BITS[load_in] / 8) + length // tile_size(length) * itemsize
+    )
 
 
 def _itemsize(config: Architecture) -> int:

@@ -29,7 +29,9 @@ class PoolShape(NamedTuple):
 
     rank: int = 16  # the largest of a module
     modules: int = 196
-    targets: tuple[str, ...] | None = None  # that any module adapts; None for the family's own choice
+    targets: tuple[str, ...] | None = (
+        None  # that any module adapts; None for the family's own choice
+    )
 
 
 class Row(NamedTuple):
@@ -55,7 +57,9 @@ def plan(
     Names of the rows and recipes are in the order of the methods; by default all have that of the settings.
     """
     if not tasks or not methods:
-        raise ValueError(f"a plan of {len(methods)} methods for {len(tasks)} tasks: give at least one of each")
+        raise ValueError(
+            f"a plan of {len(methods)} methods for {len(tasks)} tasks: give at least one of each"
+        )
     rows = []
     recipes = recipes or [settings.recipe] * len(methods)
     for method, name, recipe in zip(methods, names or methods, recipes, strict=True):
@@ -67,7 +71,9 @@ def plan(
             training_flops=seeds * sum(cost.training_flops for cost in costs),
             evaluation_flops=seeds * sum(cost.evaluation_flops for cost in costs),
         )
-        jobs = tuple(seeds * (cost.training_flops + cost.evaluation_flops) for cost in costs)
+        jobs = tuple(
+            seeds * (cost.training_flops + cost.evaluation_flops) for cost in costs
+        )
         rows.append(Row(name, seeds * len(costs), cost, jobs))
     return rows
 
@@ -78,19 +84,34 @@ def plan_table(rows: Sequence[Row], at: Pace | None = None) -> str:
     head += "" if at is None else ",time of a job,time"
     lines: list[list[str]] = [[*head.split(",")]]
     for method, runs, (trainable, *numbers), jobs in rows:
-        flops, held = map(_flops, numbers[:3]), map(_bytes, numbers[3:])
-        lines.append([method, f"{runs:,}", f"{trainable:,}", *flops, *held, *_times(jobs, at)])
-    total = [sum(row.cost.training_flops for row in rows), sum(row.cost.evaluation_flops for row in rows)]
+        flops = map(_flops, numbers[:3])
+        held = map(_bytes, numbers[3:])
+        lines.append(
+            [method, f"{runs:,}", f"{trainable:,}", *flops, *held, *_times(jobs, at)]
+        )
+    total = [
+        sum(row.cost.training_flops for row in rows),
+        sum(row.cost.evaluation_flops for row in rows),
+    ]
     peak = _bytes(max(row.cost.peak_bytes for row in rows))
     times = _times([job for row in rows for job in row.jobs], at)
     runs = f"{sum(row.runs for row in rows):,}"
-    lines.append(["all", runs, "", "", *map(_flops, total), "", "", "", "", peak, *times])
+    lines.append(
+        ["all", runs, "", "", *map(_flops, total), "", "", "", "", peak, *times]
+    )
     return markdown(lines)
 
 
 def _times(jobs: Sequence[float], at: Pace | None) -> list[str]:
     """Return the mean time of jobs and that of all, none without a pace."""
-    return [] if at is None else [duration(sum(jobs) / len(jobs) / at.flops), duration(sum(jobs) / at.flops)]
+    return (
+        []
+        if at is None
+        else [
+            duration(sum(jobs) / len(jobs) / at.flops),
+            duration(sum(jobs) / at.flops),
+        ]
+    )
 
 
 def describe(
@@ -107,14 +128,18 @@ def describe(
     Rows that need more bytes than the device's capacity are listed, and times are those at a pace.
     """
     how = "batched" if settings.seed_mode == "batched" else "one after the other"
-    lines = [f"{len(rows)} methods and {len(tasks)} tasks, looped; {settings.seeds} seeds as one program, {how}."]
+    lines = [
+        f"{len(rows)} methods and {len(tasks)} tasks, looped; {settings.seeds} seeds as one program, {how}."
+    ]
     lines += [
         f"{name}: training in {_batches(work.steps)}, evaluation in {_batches(work.test.rows)}, "
         f"{work.new_tokens} new tokens at most; lengths {work.lengths}, padded."
         for name, work in tasks.items()
     ]
     where = "a CPU" if settings.device == "cpu" else "an accelerator"
-    held = "" if settings.load_in == "full" else f", base and pool in {settings.load_in}"
+    held = (
+        "" if settings.load_in == "full" else f", base and pool in {settings.load_in}"
+    )
     if settings.device == "cpu":
         # Measured on FLAN-T5-large's shape (docs/results/bbh.md).
         more = "The process takes about 0.9 GiB more:\n"
@@ -124,7 +149,9 @@ def describe(
         more = "What else an accelerator holds was not measured."
         if capacity is not None:
             over = [row.method for row in rows if row.cost.peak_bytes > capacity]
-            fits = f"More than that need: {'; '.join(over)}." if over else "All rows fit."
+            fits = (
+                f"More than that need: {'; '.join(over)}." if over else "All rows fit."
+            )
             more += f"\nThe device has {_bytes(capacity)}. {fits}"
     return (
         "\n".join(lines) + f"\n\n{plan_table(rows, at)}\n"
@@ -156,14 +183,22 @@ def run_cost(options: FuseOptions, device: Device) -> Cost:
     return estimate(config, options.method, next(iter(work.values())), settings)
 
 
-def _planned(options: FuseOptions, where: Machine) -> tuple[Architecture, dict[str, Workload], Settings]:
+def _planned(
+    options: FuseOptions, where: Machine
+) -> tuple[Architecture, dict[str, Workload], Settings]:
     check(options)
     recipe = options.recipe
-    k = basis_of(recipe) if options.control == "none" else None  # a control projects whole modules
+    k = (
+        basis_of(recipe) if options.control == "none" else None
+    )  # a control projects whole modules
     base = None if options.base in known_shapes() else options.base
-    rank, size, targets = PoolShape() if options.pool is None else pool_shape(Path(options.pool), k, base)
+    rank, size, targets = (
+        PoolShape() if options.pool is None else pool_shape(Path(options.pool), k, base)
+    )
     if options.adapters and options.pool and Path(options.pool).is_dir():
-        named_modules(options.adapters, module_names(open_pool(Path(options.pool)), options))
+        named_modules(
+            options.adapters, module_names(open_pool(Path(options.pool)), options)
+        )
     modules = len(options.adapters) or min(modules_of(recipe), size)
     recipe = recipe_of(type(recipe), vars(recipe) | {"modules": modules})
     drawn = len(options.adapters) or min(len(options.seeds) * modules, size)
@@ -183,15 +218,22 @@ def _planned(options: FuseOptions, where: Machine) -> tuple[Architecture, dict[s
     return config, work, settings
 
 
-def workloads(runs: Iterable[FuseOptions], recipe: Recipe, config: Architecture, where: Machine) -> dict[str, Workload]:
+def workloads(
+    runs: Iterable[FuseOptions], recipe: Recipe, config: Architecture, where: Machine
+) -> dict[str, Workload]:
     """Return the workloads of runs by the names of their tasks, with batches and prompts of one recipe.
 
     The runs differ in their tasks. Their base may be the name of a shape.
     """
-    found, texts = {}, None
+    found = {}
+    texts = None
     for run in runs:
         if texts is None:
-            texts = {} if run.base in known_shapes() else load_texts(open_base(run.base), chat=run.chat)._asdict()
+            texts = (
+                {}
+                if run.base in known_shapes()
+                else load_texts(open_base(run.base), chat=run.chat)._asdict()
+            )
         task = load_task(run.task, **row_format(run), train_rows=run.train_rows)
         found[task.name] = workload(
             task,
@@ -205,7 +247,9 @@ def workloads(runs: Iterable[FuseOptions], recipe: Recipe, config: Architecture,
     return found
 
 
-def pool_shape(folder: Path, k: int | None = None, base: str | None = None) -> PoolShape:
+def pool_shape(
+    folder: Path, k: int | None = None, base: str | None = None
+) -> PoolShape:
     """Return the shape of a pool whose modules are fused whole or in k directions; LoraHub's without such a folder."""
     if not folder.is_dir():
         return PoolShape()
@@ -216,17 +260,30 @@ def pool_shape(folder: Path, k: int | None = None, base: str | None = None) -> P
 
 def _batches(shapes: Shapes) -> str:
     """Return the number of batches and their range of sizes."""
-    columns = ([getattr(shape, name) for shape in shapes] for name in ("rows", "source", "target"))
+    columns = (
+        [getattr(shape, name) for shape in shapes]
+        for name in ("rows", "source", "target")
+    )
     sizes = (sorted(set(column)) for column in columns)
-    rows, source, target = (str(s[0]) if len(s) == 1 else f"{s[0]} to {s[-1]}" for s in sizes)
+    rows, source, target = (
+        str(s[0]) if len(s) == 1 else f"{s[0]} to {s[-1]}" for s in sizes
+    )
     of_rows = (
-        f"{sum(count for count, *_ in shapes[0].groups)} packed rows, together" if shapes[0].groups else f"{rows} rows,"
+        f"{sum(count for count, *_ in shapes[0].groups)} packed rows, together"
+        if shapes[0].groups
+        else f"{rows} rows,"
     )
     return f"{len(shapes):,} batches of {of_rows} {source} source and {target} target tokens"
 
 
 def _flops(count: float | int) -> str:
-    for unit, name in ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP")):
+    for unit, name in (
+        (1e18, "EFLOP"),
+        (1e15, "PFLOP"),
+        (1e12, "TFLOP"),
+        (1e9, "GFLOP"),
+        (1e6, "MFLOP"),
+    ):
         if count >= unit:
             return f"{count / unit:.3g} {name}"
     return f"{count:.0f}"

@@ -34,9 +34,13 @@ class Workload:
     validation: Shape  # the batch at the end of every epoch
     epochs: int
     test: EvaluationShapes  # batches of evaluation
-    few_shot: EvaluationShapes | None  # the same with examples in every prompt; None if there are too few rows for that
+    few_shot: (
+        EvaluationShapes | None
+    )  # the same with examples in every prompt; None if there are too few rows for that
     new_tokens: int  # limit of generated tokens for a row
-    lengths: Literal["tokenised", "estimated from characters"]  # source of the token lengths
+    lengths: Literal[
+        "tokenised", "estimated from characters"
+    ]  # source of the token lengths
 
 
 def workload(
@@ -59,18 +63,29 @@ def workload(
     if not task.test:
         raise ValueError(f"{task.name} has no test rows: give at least one")
     train = _encode(task.train, tokenizer, text_format)
-    rows = tasks.split(len(task.train), (_SEED,), protocol=recipe.protocol, limit=train_rows)
+    rows = tasks.split(
+        len(task.train), (_SEED,), protocol=recipe.protocol, limit=train_rows
+    )
     shuffle = None if recipe.protocol == "reference" else (_SEED,)
     orders = {
-        "steps": tasks.batch_orders(rows.train, batch_size=recipe.batch_size, epochs=recipe.epochs, seeds=shuffle),
+        "steps": tasks.batch_orders(
+            rows.train,
+            batch_size=recipe.batch_size,
+            epochs=recipe.epochs,
+            seeds=shuffle,
+        ),
         "search": tasks.batch_orders(rows.train, batch_size=recipe.batch_size),
-        "validation": tasks.batch_orders(rows.validation, batch_size=rows.validation.shape[1]),
+        "validation": tasks.batch_orders(
+            rows.validation, batch_size=rows.validation.shape[1]
+        ),
     }
     rules: dict[str, tasks.Packing] = {}
     if packing is not None and recipe.pack:
         rules = {"steps": packing, "validation": packing.repeated(recipe.epochs)}
     shapes = {
-        name: _shapes(tasks.train_batches(train, order, pad_id=0, packing=rules.get(name)))
+        name: _shapes(
+            tasks.train_batches(train, order, pad_id=0, packing=rules.get(name))
+        )
         for name, order in orders.items()
     }
     shots = recipe.shots if isinstance(recipe, FewShotRecipe) else FewShotRecipe.shots
@@ -89,7 +104,9 @@ def workload(
         validation=shapes["validation"][0],
         epochs=recipe.epochs,
         test=_asked(task, options, tokenizer, text_format, **how),
-        few_shot=None if prompted is None else _asked(prompted, options, tokenizer, unlimited, **how),
+        few_shot=None
+        if prompted is None
+        else _asked(prompted, options, tokenizer, unlimited, **how),
         new_tokens=recipe.max_new_tokens or tasks.most_new_tokens(longest),
         lengths="estimated from characters" if tokenizer is None else "tokenised",
     )
@@ -105,31 +122,47 @@ def _asked(
     **worth: float,
 ) -> EvaluationShapes:
     def shapes(rows: tasks.Encoded) -> Shapes:
-        return _shapes(batch for _, batch in tasks.eval_batches(rows, eval_batch, pad_id=0, **worth))
+        return _shapes(
+            batch
+            for _, batch in tasks.eval_batches(rows, eval_batch, pad_id=0, **worth)
+        )
 
     asked = EvaluationShapes(shapes(_encode(task.test, tokenizer, text_format)))
     if options is None:
         return asked
     pairs = zip(task.test, options, strict=True)
-    answered = [dataclasses.replace(example, target=option) for example, of_row in pairs for option in of_row]
+    answered = [
+        dataclasses.replace(example, target=option)
+        for example, of_row in pairs
+        for option in of_row
+    ]
     return asked._replace(options=shapes(_encode(answered, tokenizer, text_format)))
 
 
 def _shapes(batches: Iterable[tasks.Batch]) -> Shapes:
     def shape(batch: tasks.Batch) -> Shape:
         rows, source = batch.input_ids.shape[-2:]
-        return Shape(rows, source, batch.labels.shape[-1], batch.rows.groups() if batch.rows else ())
+        return Shape(
+            rows,
+            source,
+            batch.labels.shape[-1],
+            batch.rows.groups() if batch.rows else (),
+        )
 
     return tuple(map(shape, batches))
 
 
-def _encode(examples: Sequence[tasks.Example], tokenizer: Any, text_format: tasks.TextFormat) -> tasks.Encoded:
+def _encode(
+    examples: Sequence[tasks.Example], tokenizer: Any, text_format: tasks.TextFormat
+) -> tasks.Encoded:
     """Return tokens; without a tokenizer, a number of them estimated from characters, and an end token."""
     if tokenizer is not None:
         return tasks.encode(tokenizer, examples, text_format)
 
     def stand_in(text: str) -> np.ndarray:
-        return np.zeros(min(-(-len(text) // CHARACTERS_PER_TOKEN) + 1, tasks.LONGEST), np.int32)
+        return np.zeros(
+            min(-(-len(text) // CHARACTERS_PER_TOKEN) + 1, tasks.LONGEST), np.int32
+        )
 
     return tasks.Encoded(
         inputs=tuple(stand_in(example.input) for example in examples),

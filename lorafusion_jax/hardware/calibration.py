@@ -34,9 +34,15 @@ def calibration_batches(
     """Yield the training rows to calibrate on, with every seed's numbers."""
     params, indices = to_host((dict(params), setup.problem.index))
     some = Encoded(*(part[:rows] for part in (setup.train.inputs, setup.train.labels)))
-    for _, batch in eval_batches(some, min(batch_size, len(some)), pad_id=setup.tokenizer.pad_token_id):
+    for _, batch in eval_batches(
+        some, min(batch_size, len(some)), pad_id=setup.tokenizer.pad_token_id
+    ):
         for seed, index in enumerate(indices):
-            yield jax.tree.map(lambda p, seed=seed: p[seed], params), jnp.asarray(index), batch
+            yield (
+                jax.tree.map(lambda p, seed=seed: p[seed], params),
+                jnp.asarray(index),
+                batch,
+            )
 
 
 @functools.lru_cache  # the same function again: `crossbar.calibration` compiles once for each
@@ -47,6 +53,10 @@ def logits_of(
 
     def run(frozen: Frozen, inputs: tuple[Params, Array, Batch]) -> Array:
         params, index, batch = inputs
-        return batch_logits(params, batch, Problem(graph=graph, method=method, frozen=frozen, index=index))[0]
+        return batch_logits(
+            params,
+            batch,
+            Problem(graph=graph, method=method, frozen=frozen, index=index),
+        )[0]
 
     return run

@@ -62,7 +62,9 @@ class Redrawn(Frozen):
 
     def of_seed(self, number: Int[Array, ""]) -> Frozen:
         """Return the weights of one seed, which draws its own chips."""
-        return dataclasses.replace(reads(self, number), key=jax.random.fold_in(self.key, number))
+        return dataclasses.replace(
+            reads(self, number), key=jax.random.fold_in(self.key, number)
+        )
 
     def unstacked(self) -> Frozen:
         """Return the weights unchanged: steps choose between stacks of this chip and of another one."""
@@ -71,8 +73,11 @@ class Redrawn(Frozen):
     def of_step(self, step: Int[Array, ""], graph: nnx.GraphDef) -> Frozen:
         """Return the chip of one training step: the present one, or a new one with the same converters."""
         here = reads(_plain(self), step)
-        rules, key = dict(self.structure.config(self.values)), jax.random.fold_in(self.key, step)
-        new = _with_limits(program(graph, self.digital, rules, key, norm=self.norm), limits_of(here))
+        rules = dict(self.structure.config(self.values))
+        key = jax.random.fold_in(self.key, step)
+        new = _with_limits(
+            program(graph, self.digital, rules, key, norm=self.norm), limits_of(here)
+        )
         new = reads(new, step)
         if self.steps == "every":
             return new
@@ -102,10 +107,20 @@ class ChipPerSeed(Frozen):
         return self
 
 
-def redrawn(chip: Frozen, digital: Frozen, rules: Rules, key: PRNGKeyArray, *, steps: Steps, norm: Norms) -> Redrawn:
+def redrawn(
+    chip: Frozen,
+    digital: Frozen,
+    rules: Rules,
+    key: PRNGKeyArray,
+    *,
+    steps: Steps,
+    norm: Norms,
+) -> Redrawn:
     """Return a chip that training steps leave for others; further arguments as for `program`."""
     structure, values = split_config(tuple(rules.items()))
-    if isinstance(digital.gram, PairTerms):  # every step would compute Gram terms instead
+    if isinstance(
+        digital.gram, PairTerms
+    ):  # every step would compute Gram terms instead
         digital = dataclasses.replace(digital, gram=chip.gram)
     how = {"structure": structure, "steps": steps, "norm": norm}
     return Redrawn(**_fields(chip), digital=digital, values=values, key=key, **how)
@@ -139,18 +154,34 @@ def on_every_chip(
     problem = setup.problem
     how = {"modules": modules, "norm": norm}
     of_first = restored[0] if restored else None
-    first = program(problem.graph, problem.frozen, rules, keys[0], restored=of_first, **how)
+    first = program(
+        problem.graph, problem.frozen, rules, keys[0], restored=of_first, **how
+    )
     limits = limits_of(calibrate(setup, params, first, rows=calibration_rows))
     chip_of_seed, seed = _places(len(keys), len(problem.index))
     # The chips of a device follow each other; fewer than those of another device are filled up with the next ones.
     first_of_device = chip_of_seed.reshape(axis_size("seed"), -1)[:, :1]
-    of_device = chip_of_seed - np.repeat(first_of_device, len(seed) // len(first_of_device))
-    there = np.minimum(first_of_device + np.arange(of_device.max() + 1), len(keys) - 1).ravel()
-    on_chips = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(restored[n] for n in there)) if restored else None
-    weights = programmed(problem, rules, keys[there], on_chips, limits=limits, modules=modules, norm=norm)
+    of_device = chip_of_seed - np.repeat(
+        first_of_device, len(seed) // len(first_of_device)
+    )
+    there = np.minimum(
+        first_of_device + np.arange(of_device.max() + 1), len(keys) - 1
+    ).ravel()
+    on_chips = (
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *(restored[n] for n in there))
+        if restored
+        else None
+    )
+    weights = programmed(
+        problem, rules, keys[there], on_chips, limits=limits, modules=modules, norm=norm
+    )
     frozen = ChipPerSeed(**_fields(weights), chip_of_seed=tuple(of_device.tolist()))
-    on_all = setup.with_problem(frozen=frozen, index=on_mesh(problem.index[seed], of_seeds=True))
-    return dataclasses.replace(on_all, split=setup.split and Split(*(rows[seed] for rows in setup.split)))
+    on_all = setup.with_problem(
+        frozen=frozen, index=on_mesh(problem.index[seed], of_seeds=True)
+    )
+    return dataclasses.replace(
+        on_all, split=setup.split and Split(*(rows[seed] for rows in setup.split))
+    )
 
 
 def programmed(
@@ -165,14 +196,20 @@ def programmed(
 ) -> Frozen:
     """Return the weights on several chips, given their keys; leaves have an axis of chips, which a mesh splits."""
     structure, values = split_config(tuple(rules.items()))
-    own, shared = on_mesh((keys, restored), of_seeds=True), (problem.frozen, values, limits, modules)
-    written = _program_all(own, shared, structure=structure, graph=problem.graph, norm=norm)
+    own = on_mesh((keys, restored), of_seeds=True)
+    shared = (problem.frozen, values, limits, modules)
+    written = _program_all(
+        own, shared, structure=structure, graph=problem.graph, norm=norm
+    )
     return on_mesh(written, problem.config, of_seeds=True)
 
 
 def for_every_chip(tree: _Tree, count: int) -> _Tree:
     """Return leaves of S seeds again for each of `count` chips; the last again until a mesh divides their number."""
-    return on_mesh(jax.tree.map(lambda leaf: leaf[_places(count, len(leaf))[1]], tree), of_seeds=True)
+    return on_mesh(
+        jax.tree.map(lambda leaf: leaf[_places(count, len(leaf))[1]], tree),
+        of_seeds=True,
+    )
 
 
 def _places(count: int, seeds: int) -> tuple[np.ndarray, np.ndarray]:
@@ -188,7 +225,9 @@ def limits_of(frozen: Frozen) -> Limits:
 
 
 def _fields(frozen: Frozen) -> dict[str, Any]:
-    return {field.name: getattr(frozen, field.name) for field in dataclasses.fields(Frozen)}
+    return {
+        field.name: getattr(frozen, field.name) for field in dataclasses.fields(Frozen)
+    }
 
 
 def _plain(frozen: Frozen) -> Frozen:
@@ -222,6 +261,8 @@ def _with_limits(frozen: Frozen, limits: Limits) -> Frozen:
             leaves.append(leaf)
             continue
         dac = leaf.config.dac
-        own = leaf.input_limit if dac is None or dac.scaling != "calibrated" else of_dacs
+        own = (
+            leaf.input_limit if dac is None or dac.scaling != "calibrated" else of_dacs
+        )
         leaves.append(dataclasses.replace(leaf, limits=of_adcs, input_limit=own))
     return with_chips(frozen, leaves)

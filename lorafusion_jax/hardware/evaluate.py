@@ -94,12 +94,19 @@ def asked(options: EvaluateOnChipsOptions) -> EvaluationRequest:
     """
     assert options.crossbar is not None
     at_least(1, chips=options.chips, calibration_rows=options.calibration_rows)
-    chips = load_chips(options.crossbar, key=options.chip_key, digital=options.keep_digital)
+    chips = load_chips(
+        options.crossbar, key=options.chip_key, digital=options.keep_digital
+    )
     config = _overridden(chips.config, options)
-    configs = {(age, compensate): aged(config, age, compensate=compensate) for age, compensate in cases(options)}
+    configs = {
+        (age, compensate): aged(config, age, compensate=compensate)
+        for age, compensate in cases(options)
+    }
     count = options.chips or chips.count or 1
     if count > 1 and not is_random(config) and not config.reads_at_random:
-        raise ValueError(f"nothing in {options.crossbar} is random, so {count} chips are all alike: use 1")
+        raise ValueError(
+            f"nothing in {options.crossbar} is random, so {count} chips are all alike: use 1"
+        )
     chips.chip_key(count - 1)  # raises ValueError where the folder has fewer
     setup, fused, params = load_to_evaluate(options)
     check(setup, fused)
@@ -108,11 +115,25 @@ def asked(options: EvaluateOnChipsOptions) -> EvaluationRequest:
     restored = []
     if options.restore is not None:
         base = digests(setup)["base"]
-        restored = load_restored(options.restore, dataclasses.replace(chips, config=config), range(count), base)
+        restored = load_restored(
+            options.restore,
+            dataclasses.replace(chips, config=config),
+            range(count),
+            base,
+        )
     if options.lora_in == "cells":
         setup, params = lora_in_cells(setup, params)
         numbers = None
-    return EvaluationRequest(without_merged_pool(setup), fused, params, chips, count, numbers, restored, configs)
+    return EvaluationRequest(
+        without_merged_pool(setup),
+        fused,
+        params,
+        chips,
+        count,
+        numbers,
+        restored,
+        configs,
+    )
 
 
 def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
@@ -129,9 +150,12 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
             f"{on.fused.method} has other examples in its prompts for every seed, but all chips of a program get the "
             "same prompts: give --report, which evaluates one chip after another"
         )
-    params, chips, count = on.params, on.chips, on.count
+    params = on.params
+    chips = on.chips
+    count = on.count
     keys = jnp.stack([chips.chip_key(number) for number in range(count)])
-    seeds, rows = on.fused.seeds, []
+    seeds = on.fused.seeds
+    rows = []
     on_devices = contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
     with on_devices, progress("chips", count * len(on.configs)) as bar:
         setup = on.setup.with_layers(unroll=False)
@@ -150,7 +174,9 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
             everyone = for_every_chip(params, count)
             evaluation = evaluate(on_all, everyone, batch_size=options.eval_batch)
             computed = len(evaluation.correct)  # more on a mesh
-            scores = seed_rows((seeds * computed)[:computed], evaluation)[: count * len(seeds)]
+            scores = seed_rows((seeds * computed)[:computed], evaluation)[
+                : count * len(seeds)
+            ]
             rows += [
                 {"age": age, "compensate": compensate, "chip": number // len(seeds)}
                 | {name: row[name] for name in ("seed", "exact_match", "loss")}
@@ -168,52 +194,96 @@ def settings(method: str, options: EvaluateOnChipsOptions) -> dict[str, Any]:
     return {
         "method": method,
         "options": _given(options),
-        **{name: getattr(options, name) for name in ("read_noise", "adc_bits", "norm", "restore")},
+        **{
+            name: getattr(options, name)
+            for name in ("read_noise", "adc_bits", "norm", "restore")
+        },
         "lora_in": options.lora_in if method == "lora" else None,
     }
 
 
-def results_path(options: EvaluateOnChipsOptions, kind: Literal["chips", "crossbar"] = "chips") -> Path:
+def results_path(
+    options: EvaluateOnChipsOptions, kind: Literal["chips", "crossbar"] = "chips"
+) -> Path:
     """Return the file of an evaluation, or of a report, `crossbar`: its digest is of the options that change it."""
     digest = hashlib.sha256(json.dumps(_given(options)).encode()).hexdigest()[:12]
-    return options.run / f"{kind}-{Path(options.crossbar or '').name[:_LONGEST_NAME]}-{digest}.json"
+    return (
+        options.run
+        / f"{kind}-{Path(options.crossbar or '').name[:_LONGEST_NAME]}-{digest}.json"
+    )
 
 
 def _given(options: EvaluateOnChipsOptions) -> dict[str, Any]:
     """Return the options of an evaluation that are not at their defaults, with absolute paths of files."""
-    own = [name for name in vars(options) if name not in ("run", "eval_batch", "report", "mesh")]
-    given = {name: value for name in own if (value := getattr(options, name)) != getattr(EvaluateOnChipsOptions, name)}
-    paths = {name: given[name] for name in ("crossbar", "task", "restore") if os.path.exists(given.get(name) or "")}
-    lists = {name: list(value) for name, value in given.items() if isinstance(value, tuple)}
-    return given | lists | {name: str(Path(path).resolve()) for name, path in paths.items()}
+    own = [
+        name
+        for name in vars(options)
+        if name not in ("run", "eval_batch", "report", "mesh")
+    ]
+    given = {
+        name: value
+        for name in own
+        if (value := getattr(options, name)) != getattr(EvaluateOnChipsOptions, name)
+    }
+    paths = {
+        name: given[name]
+        for name in ("crossbar", "task", "restore")
+        if os.path.exists(given.get(name) or "")
+    }
+    lists = {
+        name: list(value) for name, value in given.items() if isinstance(value, tuple)
+    }
+    return (
+        given
+        | lists
+        | {name: str(Path(path).resolve()) for name, path in paths.items()}
+    )
 
 
 def lora_in_cells(setup: Setup, params: Params) -> tuple[Setup, Params]:
     """Return a trained LoRA as a pool with one module for each seed, so that it is programmed like modules."""
-    problem, method = setup.problem, setup.problem.method
+    problem = setup.problem
+    method = setup.problem.method
     if not isinstance(method, LoRA) or method.dora:
-        raise ValueError("the run trained no LoRA to write into cells: leave out --lora-in cells")
+        raise ValueError(
+            "the run trained no LoRA to write into cells: leave out --lora-in cells"
+        )
     seeds = len(problem.index)
     pool = as_pool(method, params, [f"seed {seed}" for seed in range(seeds)])
     terms = jax.jit(gram)(pool, kernels(nnx.merge(problem.graph, problem.frozen.base)))
     frozen = dataclasses.replace(problem.frozen, pool=pool, gram=terms)
-    index, coefficients = jnp.arange(seeds)[:, None], jnp.ones((seeds, 1))
-    return setup.with_problem(frozen=frozen, method=PLAIN_SUM, index=index), {"coefficients": coefficients}
+    index = jnp.arange(seeds)[:, None]
+    coefficients = jnp.ones((seeds, 1))
+    return setup.with_problem(frozen=frozen, method=PLAIN_SUM, index=index), {
+        "coefficients": coefficients
+    }
 
 
 def cases(options: EvaluateOnChipsOptions) -> list[tuple[str | None, bool | None]]:
     """Return the ages and ways of compensation that are evaluated; None for the configuration's own."""
     choices = {None: (None,), "on": (True,), "off": (False,), "both": (False, True)}
-    return [(age, compensate) for age in options.ages or (None,) for compensate in choices[options.compensate]]
+    return [
+        (age, compensate)
+        for age in options.ages or (None,)
+        for compensate in choices[options.compensate]
+    ]
 
 
-def _overridden(config: CrossbarConfig, options: EvaluateOnChipsOptions) -> CrossbarConfig:
+def _overridden(
+    config: CrossbarConfig, options: EvaluateOnChipsOptions
+) -> CrossbarConfig:
     """Return the configuration with the options' changes of reads."""
     if options.read_noise is not None:
         noise = ReadNoise(options.read_noise) if options.read_noise else None
-        config = dataclasses.replace(config, device=dataclasses.replace(config.device, read_noise=noise))
+        config = dataclasses.replace(
+            config, device=dataclasses.replace(config.device, read_noise=noise)
+        )
     if options.adc_bits is not None:
         if config.adc is None:
-            raise ValueError(f"{options.crossbar} has no ADC to give {options.adc_bits} bits: leave out --adc-bits")
-        config = dataclasses.replace(config, adc=dataclasses.replace(config.adc, bits=options.adc_bits))
+            raise ValueError(
+                f"{options.crossbar} has no ADC to give {options.adc_bits} bits: leave out --adc-bits"
+            )
+        config = dataclasses.replace(
+            config, adc=dataclasses.replace(config.adc, bits=options.adc_bits)
+        )
     return config

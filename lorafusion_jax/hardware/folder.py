@@ -36,7 +36,14 @@ MANIFEST = "manifest.json"
 STEP_CHIPS = 2**32 - 1
 
 Loaded = TypeVar("Loaded", bound=LoadedModel)
-_UNITS = {"s": 1, "min": 60, "h": 3600, "day": 86_400, "month": 30 * 86_400, "year": 365 * 86_400}
+_UNITS = {
+    "s": 1,
+    "min": 60,
+    "h": 3600,
+    "day": 86_400,
+    "month": 30 * 86_400,
+    "year": 365 * 86_400,
+}
 
 
 class OneChip(TypedDict):
@@ -90,7 +97,9 @@ class Chips:
 
     def __post_init__(self):
         if "*" in self.digital:
-            raise ValueError("the digital weights '*' leave none for arrays: name fewer")
+            raise ValueError(
+                "the digital weights '*' leave none for arrays: name fewer"
+            )
 
     @property
     def count(self) -> int | None:
@@ -117,9 +126,13 @@ class Chips:
           ValueError: the folder has no such chip.
         """
         if self.count is not None and not 0 <= number < self.count:
-            raise ValueError(f"{self.name} has no chip {number}: it has 0 to {self.count - 1}: choose one")
+            raise ValueError(
+                f"{self.name} has no chip {number}: it has 0 to {self.count - 1}: choose one"
+            )
         if not 0 <= number < STEP_CHIPS:
-            raise ValueError(f"there is no chip {number}: chips are numbered from 0 to {STEP_CHIPS - 1:,}: choose one")
+            raise ValueError(
+                f"there is no chip {number}: chips are numbered from 0 to {STEP_CHIPS - 1:,}: choose one"
+            )
         return jax.random.fold_in(self.key, number)
 
     def checked(self, fused: Loaded, control: str = "none") -> Loaded:
@@ -130,8 +143,13 @@ class Chips:
         frozen = fused.problem.frozen
         if self.prepared is not None:
             base = matrices(nnx.merge(fused.problem.graph, frozen.base))
-            self.prepared.check(digests(fused)["base"], {name: weight.shape for name, weight in base.items()})
-            fused = fused.with_problem(frozen=dataclasses.replace(frozen, preparations=self.prepared.of_sites))
+            self.prepared.check(
+                digests(fused)["base"],
+                {name: weight.shape for name, weight in base.items()},
+            )
+            fused = fused.with_problem(
+                frozen=dataclasses.replace(frozen, preparations=self.prepared.of_sites)
+            )
         elif frozen.preparations is None and crossbar.needs_preparation(self.config):
             raise ValueError(
                 f"{self.name} has mapping.factors, transform or clip, which depend on the base and its inputs: run "
@@ -143,19 +161,29 @@ class Chips:
 
     def _check(self, fused: LoadedModel, manifest: Manifest, control: str) -> None:
         if control != "none":
-            raise ValueError(f"{self.name} holds no {control} control: give a preset or a file with --crossbar")
-        now, on_chips = digests(fused), manifest["modules"]
+            raise ValueError(
+                f"{self.name} holds no {control} control: give a preset or a file with --crossbar"
+            )
+        now = digests(fused)
+        on_chips = manifest["modules"]
         if now["base"] != manifest["base_sha256"]:
             raise ValueError(
                 f"{self.name} holds another base model (sha256 {manifest['base_sha256'][:12]}, the run's is "
                 f"{now['base'][:12]}): program chips with the run's base, or evaluate a run on theirs"
             )
-        pairs = {f"module {name}": (digest, on_chips.get(name)) for name, digest in now["modules"].items()}
+        pairs = {
+            f"module {name}": (digest, on_chips.get(name))
+            for name, digest in now["modules"].items()
+        }
         if basis := now.get("basis"):
             pairs = {"shared basis": (basis, manifest["basis_sha256"])}
         for name, (digest, written) in pairs.items():
             if digest != written:
-                there = "is not there" if written is None else f"has the sha256 {written[:12]}"
+                there = (
+                    "is not there"
+                    if written is None
+                    else f"has the sha256 {written[:12]}"
+                )
                 raise ValueError(
                     f"the run fuses the {name} (sha256 {digest[:12]}), which on {self.name} {there}: the chips were "
                     "programmed with another pool; program them with the run's"
@@ -169,15 +197,23 @@ class Chips:
         """
         folder = Path(self.name) / "chip_0"
         base = matrices(nnx.merge(fused.problem.graph, fused.problem.frozen.base))
-        site = next((site for site in base if (folder / f"{site}.safetensors").is_file()), None)
+        site = next(
+            (site for site in base if (folder / f"{site}.safetensors").is_file()), None
+        )
         if site is None:
             return
         weight = {site: dense(base[site], jnp.float32)}
         of_site = {site: self.prepared.of_sites[site]} if self.prepared else None
-        drawn = crossbar.program_tree(weight, {site: self.config}, self.chip_key(0), preparations=of_site)[site]
-        written = crossbar.programmed_weights(crossbar.load_chip(folder / f"{site}.safetensors", self.config))
+        drawn = crossbar.program_tree(
+            weight, {site: self.config}, self.chip_key(0), preparations=of_site
+        )[site]
+        written = crossbar.programmed_weights(
+            crossbar.load_chip(folder / f"{site}.safetensors", self.config)
+        )
         now = crossbar.programmed_weights(drawn)[: len(written)]
-        if not np.allclose(now, written, rtol=0, atol=1e-2 * float(np.abs(written).max())):
+        if not np.allclose(
+            now, written, rtol=0, atol=1e-2 * float(np.abs(written).max())
+        ):
             raise ValueError(
                 f"{folder / site}.safetensors holds other arrays than the key draws now: another version of this "
                 "package or of JAX wrote them, or the run loads its weights in fewer bits. Program chips again"
@@ -198,21 +234,36 @@ def load_chips(name: str, *, key: int = 0, digital: tuple[str, ...] = ()) -> Chi
     if not (folder / MANIFEST).is_file():
         if prepared is not None:
             digital = (*digital, *prepared.digital)
-            return Chips(prepared.config, digital, jax.random.key(key), None, name, prepared)
+            return Chips(
+                prepared.config, digital, jax.random.key(key), None, name, prepared
+            )
         if folder.is_dir():
             raise ValueError(
                 f"{folder} has no {MANIFEST}: give a folder that `lorafusion crossbar program` or `prepare` wrote"
             )
-        return Chips(crossbar.load_config(name), digital, jax.random.key(key), None, name)
+        return Chips(
+            crossbar.load_config(name), digital, jax.random.key(key), None, name
+        )
     manifest = read_json(folder / MANIFEST, Manifest, "a folder of chips")
     if digital or key:
-        raise ValueError(f"{folder} has its own key and digital weights: leave out these options")
+        raise ValueError(
+            f"{folder} has its own key and digital weights: leave out these options"
+        )
     config = crossbar.load_config(folder / CONFIG)
     if crossbar.config_hash(config) != manifest["config_sha256"]:
         raise FileError(
-            folder / CONFIG, got="not the configuration that the chips were programmed with", fix="restore it"
+            folder / CONFIG,
+            got="not the configuration that the chips were programmed with",
+            fix="restore it",
         )
-    return Chips(config, tuple(manifest["digital"]), jax.random.key(manifest["key"]), manifest, name, prepared)
+    return Chips(
+        config,
+        tuple(manifest["digital"]),
+        jax.random.key(manifest["key"]),
+        manifest,
+        name,
+        prepared,
+    )
 
 
 def seconds(age: str) -> float:
@@ -222,7 +273,9 @@ def seconds(age: str) -> float:
     try:
         age_in_seconds = float(number) * _UNITS[unit]
     except (KeyError, ValueError):
-        raise ValueError(f"an age of {age!r}: give seconds, or a number with one of {', '.join(_UNITS)}") from None
+        raise ValueError(
+            f"an age of {age!r}: give seconds, or a number with one of {', '.join(_UNITS)}"
+        ) from None
     if not 0 <= age_in_seconds < float("inf"):
         raise ValueError(f"an age of {age!r}: give a finite age of 0 or more")
     return age_in_seconds
@@ -239,8 +292,16 @@ def aged(
       ValueError: nothing in the configuration depends on time.
     """
     device = config.device
-    over_time = len(getattr(device.programming, "seconds", ())) > 1  # measured at several times
-    needs = f"an age of {age}" if age is not None and seconds(age) else "--compensate" if compensate else None
+    over_time = (
+        len(getattr(device.programming, "seconds", ())) > 1
+    )  # measured at several times
+    needs = (
+        f"an age of {age}"
+        if age is not None and seconds(age)
+        else "--compensate"
+        if compensate
+        else None
+    )
     if needs is not None and device.drift is None and not over_time:
         raise ValueError(
             f"{needs}, but these cells have no drift model: give device.drift, such as "

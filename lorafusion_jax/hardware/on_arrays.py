@@ -39,9 +39,13 @@ def check(setup: Setup, options: FuseOptions) -> None:
     """Raise ValueError for a run that leaves no frozen model to program, or has no rows to calibrate ADCs on."""
     method = options.entry
     if "base" in method.groups or method.answers == "nothing":
-        raise ValueError(f"the method {options.method} leaves no frozen model to program: leave out --crossbar")
+        raise ValueError(
+            f"the method {options.method} leaves no frozen model to program: leave out --crossbar"
+        )
     if not len(setup.train):
-        raise ValueError(f"{setup.task.name} has no training rows to calibrate on: set some apart (--train-rows)")
+        raise ValueError(
+            f"{setup.task.name} has no training rows to calibrate on: set some apart (--train-rows)"
+        )
 
 
 def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> HardwareSetup:
@@ -55,18 +59,25 @@ def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> HardwareSet
     asked = options.arrays
     setup, chips, config, restored = _chips(setup, asked, options.control)
     if asked.train_chip in ("fresh", "both") and not is_random(config):
-        raise ValueError(f"programming is not random in {chips.name}: train with --train-chip chip, or none")
+        raise ValueError(
+            f"programming is not random in {chips.name}: train with --train-chip chip, or none"
+        )
     if asked.restore is not None and asked.train_chip in ("fresh", "both"):
-        raise ValueError(f"{asked.restore} corrects chip {asked.chip} alone: train with --train-chip chip, or none")
+        raise ValueError(
+            f"{asked.restore} corrects chip {asked.chip} alone: train with --train-chip chip, or none"
+        )
     setup = without_merged_pool(setup).with_layers(unroll=False)
-    graph, digital = setup.problem.graph, setup.problem.frozen
+    graph = setup.problem.graph
+    digital = setup.problem.frozen
 
     def calibrated(config: CrossbarConfig, restored: Restored | None) -> Frozen:
         numbers = module_numbers(setup, options, chips)
         key = chips.chip_key(asked.chip)
         how = {"modules": numbers, "norm": asked.norm, "restored": restored}
         chip = program(graph, digital, chips.rules(config), key, **how)
-        return on_mesh(calibrate(setup, params, chip, rows=CALIBRATION_ROWS), setup.config)
+        return on_mesh(
+            calibrate(setup, params, chip, rows=CALIBRATION_ROWS), setup.config
+        )
 
     chip = calibrated(config, restored)
     training = chip
@@ -75,12 +86,16 @@ def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> HardwareSet
     elif asked.train_chip != "chip":
         key = jax.random.fold_in(chips.key, STEP_CHIPS)
         steps = "every" if asked.train_chip == "fresh" else "other"
-        training = redrawn(chip, digital, chips.rules(config), key, steps=steps, norm=asked.norm)
+        training = redrawn(
+            chip, digital, chips.rules(config), key, steps=steps, norm=asked.norm
+        )
         training = on_mesh(training, setup.config)
 
     def tested(trained: Params) -> Setup:
         # Again, because the trained parameters change the inputs of the converters.
-        return setup.with_problem(frozen=calibrate(setup, trained, chip, rows=CALIBRATION_ROWS))
+        return setup.with_problem(
+            frozen=calibrate(setup, trained, chip, rows=CALIBRATION_ROWS)
+        )
 
     return HardwareSetup(setup.with_problem(frozen=training), tested)
 
@@ -88,8 +103,11 @@ def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> HardwareSet
 def restored_base(loaded: LoadedModel, asked: OnArrays) -> Frozen:
     """Return a base without a pool on a restored chip, whose converters' ranges are those of the corrections."""
     loaded, chips, config, restored = _chips(loaded, asked)
-    problem, key = loaded.with_layers(unroll=False).problem, chips.chip_key(asked.chip)
-    return program(problem.graph, problem.frozen, chips.rules(config), key, restored=restored)
+    problem = loaded.with_layers(unroll=False).problem
+    key = chips.chip_key(asked.chip)
+    return program(
+        problem.graph, problem.frozen, chips.rules(config), key, restored=restored
+    )
 
 
 def _chips(
@@ -99,26 +117,39 @@ def _chips(
     assert asked.crossbar is not None
     chips = load_chips(asked.crossbar, key=asked.chip_key, digital=asked.keep_digital)
     loaded = chips.checked(loaded, control)
-    config, restored = aged(chips.config, asked.age), None
+    config = aged(chips.config, asked.age)
+    restored = None
     if asked.restore is not None:
-        (restored,) = load_restored(asked.restore, chips, [asked.chip], digests(loaded)["base"])
+        (restored,) = load_restored(
+            asked.restore, chips, [asked.chip], digests(loaded)["base"]
+        )
     return loaded, chips, config, restored
 
 
-def module_numbers(setup: Setup, options: FuseOptions, chips: Chips) -> Int[Array, " P"] | None:
+def module_numbers(
+    setup: Setup, options: FuseOptions, chips: Chips
+) -> Int[Array, " P"] | None:
     """Return the numbers of the setup's modules on the chips; None without a pool, and for a shared basis."""
     pool = setup.problem.frozen.pool
     if not isinstance(pool, LoraPool) or options.pool is None:
         return None
-    there = list(open_pool(options.pool).names if chips.manifest is None else chips.manifest["modules"])
+    there = list(
+        open_pool(options.pool).names
+        if chips.manifest is None
+        else chips.manifest["modules"]
+    )
     # A control is in the arrays of the module that it replaces, and its name ends with the name of that module.
     prefix = "" if options.control == "none" else f"{options.control} "
-    return jnp.array([there.index(name.removeprefix(prefix)) for name in pool.names], jnp.int32)
+    return jnp.array(
+        [there.index(name.removeprefix(prefix)) for name in pool.names], jnp.int32
+    )
 
 
 def without_merged_pool(setup: Setup) -> Setup:
     """Return the setup without the modules of a merge, because only the merged module is read."""
     problem = setup.problem
     if isinstance(problem.method, Merge) and problem.method.kind != "cat":
-        return setup.with_problem(frozen=dataclasses.replace(problem.frozen, pool=None, gram=None))
+        return setup.with_problem(
+            frozen=dataclasses.replace(problem.frozen, pool=None, gram=None)
+        )
     return setup

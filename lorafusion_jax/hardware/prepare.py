@@ -65,38 +65,75 @@ def prepare(options: PrepareOptions) -> PreparedManifest:
         prepared for, a pattern matches no weight, matrices have a width without a transform, or the text is too short.
     """
     if options.out.exists():
-        raise ValueError(f"{options.out} exists: give another --out; preparations are never overwritten")
+        raise ValueError(
+            f"{options.out} exists: give another --out; preparations are never overwritten"
+        )
     at_least(1, tokens=options.tokens, text=len(options.text))
     check_uint32(seed=options.seed)
     config = _changing(crossbar.load_config(options.crossbar), options.crossbar)
     content = read_texts(options.text)
-    loaded = load_model(LoadOptions(base=options.base, method="zero-shot")).with_layers(unroll=False)
-    graph, frozen, digital = loaded.problem.graph, loaded.problem.frozen, options.keep_digital
+    loaded = load_model(LoadOptions(base=options.base, method="zero-shot")).with_layers(
+        unroll=False
+    )
+    graph = loaded.problem.graph
+    frozen = loaded.problem.frozen
+    digital = options.keep_digital
     base = matrices(nnx.merge(graph, frozen.base))
-    base = {name: weight for name, weight in base.items() if not any(fnmatchcase(name, each) for each in digital)}
+    base = {
+        name: weight
+        for name, weight in base.items()
+        if not any(fnmatchcase(name, each) for each in digital)
+    }
     if not base:
-        raise ValueError(f"the digital weights {', '.join(digital)} leave none for arrays: name fewer")
+        raise ValueError(
+            f"the digital weights {', '.join(digital)} leave none for arrays: name fewer"
+        )
     for name, weight in base.items() if config.mapping.transform != "none" else ():
         with named(name):
             transform_matrices(weight.shape[-2])  # refuses a width that has none
     batches = _batches(loaded, content, options)
     rules = dict.fromkeys(digital) | {"*": crossbar.PRESETS["ideal"]}
     perfect = program(graph, frozen, rules, jax.random.key(0)).base
-    weights, run = {name: dense(weight, jnp.float32) for name, weight in base.items()}, logits_of_base(graph)
-    moments = crossbar.moments(run, perfect, progress("text", batches), counted=no_padding(loaded))
-    errors, found = crossbar.code_errors(config), dict[str, crossbar.Preparation]()
+    weights = {name: dense(weight, jnp.float32) for name, weight in base.items()}
+    run = logits_of_base(graph)
+    moments = crossbar.moments(
+        run, perfect, progress("text", batches), counted=no_padding(loaded)
+    )
+    errors = crossbar.code_errors(config)
+    found = dict[str, crossbar.Preparation]()
     sites: dict[str, OneSite] = {}
     with progress("sites", len(weights)) as bar:
         for names in sharing_inputs(loaded.config.sites, weights):
             squares = moments[names[0]]
-            found |= crossbar.prepare({n: weights[n] for n in names}, squares, config, seed=options.seed, errors=errors)
+            found |= crossbar.prepare(
+                {n: weights[n] for n in names},
+                squares,
+                config,
+                seed=options.seed,
+                errors=errors,
+            )
             for name in names:
                 one = found[name]
-                before, after = (
-                    np.atleast_1d(crossbar.expected_error(weights[name], squares, config, how, errors=errors)).tolist()
-                    for how in (crossbar.Preparation(), one)
+                before = np.atleast_1d(
+                    crossbar.expected_error(
+                        weights[name],
+                        squares,
+                        config,
+                        crossbar.Preparation(),
+                        errors=errors,
+                    )
+                ).tolist()
+                after = np.atleast_1d(
+                    crossbar.expected_error(
+                        weights[name], squares, config, one, errors=errors
+                    )
+                ).tolist()
+                sites[name] = OneSite(
+                    transforms=one.transforms,
+                    identity=one.identity,
+                    before=before,
+                    after=after,
                 )
-                sites[name] = OneSite(transforms=one.transforms, identity=one.identity, before=before, after=after)
                 bar.update()
     manifest = PreparedManifest(
         base=options.base,
@@ -121,20 +158,30 @@ def _changing(config: crossbar.CrossbarConfig, name: str) -> crossbar.CrossbarCo
         raise ValueError(
             f"{name} has mapping.scale = {mapping.scale!r}: ranges are chosen for columns; set it to column"
         )
-    changed = dataclasses.replace(mapping, factors=True, transform="hadamard", clip="optimal")
+    changed = dataclasses.replace(
+        mapping, factors=True, transform="hadamard", clip="optimal"
+    )
     return dataclasses.replace(config, mapping=changed)
 
 
 def _batches(loaded: LoadedModel, content: str, options: PrepareOptions) -> list[Batch]:
     """Return batches of the text; its first tokens for a causal model."""
     if loaded.config.causal:
-        whole = tokenise(loaded.tokenizer, content, add_special_tokens=False, verbose=False)["input_ids"]
+        whole = tokenise(
+            loaded.tokenizer, content, add_special_tokens=False, verbose=False
+        )["input_ids"]
         ids = whole[: options.tokens]
-        batches, there = windows(loaded, ids), f"{len(ids)} tokens"
+        batches = windows(loaded, ids)
+        there = f"{len(ids)} tokens"
     else:
         lines = [line for line in content.splitlines() if line.strip()]
-        batches, there = answered(loaded, lines), f"{len(lines)} lines"
+        batches = answered(loaded, lines)
+        there = f"{len(lines)} lines"
     if not batches:
-        least = f"a window of {WINDOW} tokens, better {PrepareOptions.tokens:,}" if loaded.config.causal else "a line"
+        least = (
+            f"a window of {WINDOW} tokens, better {PrepareOptions.tokens:,}"
+            if loaded.config.causal
+            else "a line"
+        )
         raise ValueError(f"the text has {there}: give at least {least}")
     return batches

@@ -20,7 +20,8 @@ from ..io.folders import new_folder
 from ..support.reading import FileError, named
 from ..support.text import shown
 
-CONFIG, PREPARATIONS = "config.yaml", "preparations"
+CONFIG = "config.yaml"
+PREPARATIONS = "preparations"
 _PARTS = ("factors", "ranges")
 
 
@@ -73,16 +74,25 @@ class Prepared:
         for name, one in self.of_sites.items():
             with named(f"{self.folder}: {shown(name)}"):
                 if name not in shapes:
-                    raise ValueError(f"no matrix of the base: expected some of {', '.join(shapes)}")
+                    raise ValueError(
+                        f"no matrix of the base: expected some of {', '.join(shapes)}"
+                    )
                 check_preparation(one, shapes[name], self.config)
 
 
 def save_prepared(
-    folder: Path, config: crossbar.CrossbarConfig, of_sites: dict[str, crossbar.Preparation], manifest: PreparedManifest
+    folder: Path,
+    config: crossbar.CrossbarConfig,
+    of_sites: dict[str, crossbar.Preparation],
+    manifest: PreparedManifest,
 ) -> None:
     """Write a folder of preparations, which must not exist."""
     tree = {
-        name: {part: np.asarray(values) for part in _PARTS if (values := getattr(one, part)) is not None}
+        name: {
+            part: np.asarray(values)
+            for part in _PARTS
+            if (values := getattr(one, part)) is not None
+        }
         for name, one in of_sites.items()
     }
     with new_folder(folder) as partial:
@@ -92,27 +102,64 @@ def save_prepared(
 
 def load_prepared(folder: Path) -> Prepared:
     """Return the preparations of a folder; raises a FileError if it is damaged, or has another configuration now."""
-    tree, manifest = arrays.load(folder / PREPARATIONS, metadata=PreparedManifest, what="a folder of preparations")
+    tree, manifest = arrays.load(
+        folder / PREPARATIONS,
+        metadata=PreparedManifest,
+        what="a folder of preparations",
+    )
     again = "restore it, or run `lorafusion crossbar prepare` again with another --out"
     config = crossbar.load_config(folder / CONFIG)
     if crossbar.config_hash(config) != manifest["config_sha256"]:
-        raise FileError(folder / CONFIG, got="not the configuration that the base was prepared for", fix=again)
+        raise FileError(
+            folder / CONFIG,
+            got="not the configuration that the base was prepared for",
+            fix=again,
+        )
     found = {}
     for name, of_site in manifest["sites"].items():
         arrays_of_site = tree.get(name, {})
         if not isinstance(arrays_of_site, dict) or not set(arrays_of_site) <= {*_PARTS}:
-            got, expected = "other arrays", ", ".join(_PARTS)
-            raise FileError(folder / PREPARATIONS, field=shown(name), got=got, expected=expected, fix=again)
-        leads = {getattr(values, "shape", ())[:-1] for values in arrays_of_site.values()}
+            got = "other arrays"
+            expected = ", ".join(_PARTS)
+            raise FileError(
+                folder / PREPARATIONS,
+                field=shown(name),
+                got=got,
+                expected=expected,
+                fix=again,
+            )
+        leads = {
+            getattr(values, "shape", ())[:-1] for values in arrays_of_site.values()
+        }
         for part, values in arrays_of_site.items():
-            dtype, shape = getattr(values, "dtype", "a folder"), getattr(values, "shape", ())
-            if dtype != np.float32 or not shape or len(leads) > 1 or not np.all(np.isfinite(values) & (values != 0)):
+            dtype = getattr(values, "dtype", "a folder")
+            shape = getattr(values, "shape", ())
+            if (
+                dtype != np.float32
+                or not shape
+                or len(leads) > 1
+                or not np.all(np.isfinite(values) & (values != 0))
+            ):
                 expected = "[L, d] of finite float32 numbers, none of them 0, with the L of the other array"
-                got, field = f"{dtype}{list(shape)}", shown(f"{name}/{part}")
-                raise FileError(folder / PREPARATIONS, field=field, got=got, expected=expected, fix=again)
+                got = f"{dtype}{list(shape)}"
+                field = shown(f"{name}/{part}")
+                raise FileError(
+                    folder / PREPARATIONS,
+                    field=field,
+                    got=got,
+                    expected=expected,
+                    fix=again,
+                )
         parts = {part: jnp.asarray(values) for part, values in arrays_of_site.items()}
         one = crossbar.Preparation(transforms=of_site["transforms"])
         found[name] = dataclasses.replace(one, **parts).identified()
         if found[name].identity != of_site["identity"]:
-            raise FileError(folder / PREPARATIONS, field=shown(name), got="arrays with another identity", fix=again)
-    return Prepared(found, manifest["base_sha256"], str(folder), config, tuple(manifest["digital"]))
+            raise FileError(
+                folder / PREPARATIONS,
+                field=shown(name),
+                got="arrays with another identity",
+                fix=again,
+            )
+    return Prepared(
+        found, manifest["base_sha256"], str(folder), config, tuple(manifest["digital"])
+    )

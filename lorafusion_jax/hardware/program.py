@@ -16,7 +16,16 @@ from jaxtyping import Array, Int
 
 from ..adapters.norms import PairTerms, gram, norms
 from ..adapters.pool import LoraPool
-from ..crossbar import Chip, Correction, Preparation, Rules, chips_in, program_tree, with_chips, with_corrections
+from ..crossbar import (
+    Chip,
+    Correction,
+    Preparation,
+    Rules,
+    chips_in,
+    program_tree,
+    with_chips,
+    with_corrections,
+)
 from ..crossbar.chip.plan import Cut, Split
 from ..crossbar.chip.split import unfit
 from ..models.architecture import Architecture, kernels, matrices, set_matrices
@@ -36,7 +45,9 @@ class Restored:
 
     corrections: dict[str, Correction]
     ranges: dict[str, dict[str, Array]]
-    folder: str = dataclasses.field(default="the corrections", metadata={"static": True})
+    folder: str = dataclasses.field(
+        default="the corrections", metadata={"static": True}
+    )
 
     def on(self, weights: Any) -> Any:
         """Return a tree of weights with these corrections and ranges on its chips; other chips keep theirs.
@@ -47,13 +58,18 @@ class Restored:
             for chip in chips_in(weights):
                 for part, values in self.ranges.get(chip.name, {}).items():
                     lead = chip.shape[:-2]
-                    if values.shape[: len(lead)] != lead or values.ndim != len(lead) + (3 if part == "limits" else 0):
+                    if values.shape[: len(lead)] != lead or values.ndim != len(lead) + (
+                        3 if part == "limits" else 0
+                    ):
                         raise ValueError(
                             f"{part} of {chip.name!r} in the corrections has the shape {values.shape}, not that of "
                             f"{math.prod(lead)} matrices: run `lorafusion restore` again"
                         )
             weights = with_corrections(weights, self.corrections)
-        ranged = [dataclasses.replace(chip, **self.ranges.get(chip.name, {})) for chip in chips_in(weights)]
+        ranged = [
+            dataclasses.replace(chip, **self.ranges.get(chip.name, {}))
+            for chip in chips_in(weights)
+        ]
         return with_chips(weights, ranged)
 
 
@@ -85,35 +101,61 @@ def program(
         are arrays.
     """
     # A copy of the state: merged models share its variables, and the digital one must stay as it is.
-    model, pool = nnx.merge(graph, jax.tree.map(lambda weight: weight, frozen.base)), frozen.pool
-    base = {name: dense(weight, jnp.float32) for name, weight in matrices(model).items()}
+    model = nnx.merge(graph, jax.tree.map(lambda weight: weight, frozen.base))
+    pool = frozen.pool
+    base = {
+        name: dense(weight, jnp.float32) for name, weight in matrices(model).items()
+    }
     factors = {} if pool is None else pool.factors
-    factors = {factor: {s: dense(w, jnp.float32) for s, w in by_site.items()} for factor, by_site in factors.items()}
+    factors = {
+        factor: {s: dense(w, jnp.float32) for s, w in by_site.items()}
+        for factor, by_site in factors.items()
+    }
     if pool is None:  # chips may be for fusions too
-        rules = {pattern: config for pattern, config in rules.items() if not pattern.startswith("pool.")}
+        rules = {
+            pattern: config
+            for pattern, config in rules.items()
+            if not pattern.startswith("pool.")
+        }
     numbers = None
     # The arrays of a module are those of its number on the chip, in every layer.
     if modules is not None and isinstance(pool, LoraPool):
-        layered = ((f"pool.{factor}.{site}", len(w)) for factor, sites in factors.items() for site, w in sites.items())
+        layered = (
+            (f"pool.{factor}.{site}", len(w))
+            for factor, sites in factors.items()
+            for site, w in sites.items()
+        )
         numbers = {path: (jnp.arange(layers), modules) for path, layers in layered}
     preparations = _with_pool(frozen.preparations or {}, factors)
-    write = functools.partial(program_tree, rules=rules, key=key, numbers=numbers, preparations=preparations)
+    write = functools.partial(
+        program_tree, rules=rules, key=key, numbers=numbers, preparations=preparations
+    )
     written = base | ({"pool": factors} if factors else {})
 
     def finished(weights: Any) -> Any:
-        return _shared_out(weights if restored is None else restored.on(weights), model.config)
+        return _shared_out(
+            weights if restored is None else restored.on(weights), model.config
+        )
 
-    if restored is not None or axis_size("model") > 1:  # what does not fit is refused before anything is written
+    if (
+        restored is not None or axis_size("model") > 1
+    ):  # what does not fit is refused before anything is written
         jax.eval_shape(lambda weights: len(finished(write(weights))), written)
     placed = finished(write(written))
     if any(config is not None for config in rules.values()) and not chips_in(placed):
-        raise ValueError(f"the digital weights {', '.join(map(repr, rules))} leave none for arrays: name fewer")
+        raise ValueError(
+            f"the digital weights {', '.join(map(repr, rules))} leave none for arrays: name fewer"
+        )
     factors = placed.pop("pool", None)
     set_matrices(model, placed)
     _, state = nnx.split(model)
     programmed = dataclasses.replace(frozen, base=state, preparations=None)
     if frozen.norms is not None and norm == "programmed":
-        adapted = {site: kernel for site, kernel in kernels(model).items() if site in frozen.norms}
+        adapted = {
+            site: kernel
+            for site, kernel in kernels(model).items()
+            if site in frozen.norms
+        }
         programmed = dataclasses.replace(programmed, norms=jax.jit(norms)(adapted))
     if pool is None or factors is None:
         return programmed
@@ -123,8 +165,12 @@ def program(
         terms = frozen.gram
         if isinstance(terms, PairTerms):
             terms = jax.jit(gram)(pool, kernels(nnx.merge(graph, frozen.base)))
-        return dataclasses.replace(programmed, gram=terms and dataclasses.replace(terms, modules=pool))
-    return dataclasses.replace(programmed, gram=jax.jit(gram)(in_arrays, kernels(model)))
+        return dataclasses.replace(
+            programmed, gram=terms and dataclasses.replace(terms, modules=pool)
+        )
+    return dataclasses.replace(
+        programmed, gram=jax.jit(gram)(in_arrays, kernels(model))
+    )
 
 
 def _shared_out(weights: Any, config: Architecture) -> Any:
@@ -135,21 +181,40 @@ def _shared_out(weights: Any, config: Architecture) -> Any:
     splits: dict[str, Cut] = {**config.splits}
     for name, site in config.sites.items():
         factors = "BV" if site.split == "columns" else "AU"
-        splits.update(dict.fromkeys((name, *(f"pool.{factor}.{name}" for factor in factors)), site.split))
-    cut: list[tuple[Chip, Cut | None]] = [(chip, splits.get(chip.name)) for chip in chips_in(weights)]
+        splits.update(
+            dict.fromkeys(
+                (name, *(f"pool.{factor}.{name}" for factor in factors)), site.split
+            )
+        )
+    cut: list[tuple[Chip, Cut | None]] = [
+        (chip, splits.get(chip.name)) for chip in chips_in(weights)
+    ]
 
     def refused(parts: int) -> list[str]:
         reasons = ((chip.name, by and unfit(chip, by, parts)) for chip, by in cut)
         return [f"{name} has {reason}" for name, reason in reasons if reason]
 
     if why := refused(devices):
-        fits = next(parts for parts in range(devices - 1, 0, -1) if devices % parts == 0 and not refused(parts))
+        fits = next(
+            parts
+            for parts in range(devices - 1, 0, -1)
+            if devices % parts == 0 and not refused(parts)
+        )
         raise ValueError(
             f"--mesh model={devices} splits arrays between tiles, but {why[0]}: give model={fits}, or keep it digital "
             "(--keep-digital)"
         )
-    plans = [dataclasses.replace(chip.plan, split=by and Split(by, "model", devices)) for chip, by in cut]
-    return with_chips(weights, [dataclasses.replace(c, plan=plan) for (c, _), plan in zip(cut, plans, strict=True)])
+    plans = [
+        dataclasses.replace(chip.plan, split=by and Split(by, "model", devices))
+        for chip, by in cut
+    ]
+    return with_chips(
+        weights,
+        [
+            dataclasses.replace(c, plan=plan)
+            for (c, _), plan in zip(cut, plans, strict=True)
+        ],
+    )
 
 
 def _with_pool(
@@ -163,8 +228,12 @@ def _with_pool(
             if factor in ("A", "U") and site in preparations:
                 of_site = preparations[site]
                 shape = (weights.shape[0], *[1] * (weights.ndim - 3), weights.shape[-2])
-                wide = None if of_site.factors is None else of_site.factors.reshape(shape)
-                wide = None if wide is None else jnp.broadcast_to(wide, weights.shape[:-1])
+                wide = (
+                    None if of_site.factors is None else of_site.factors.reshape(shape)
+                )
+                wide = (
+                    None if wide is None else jnp.broadcast_to(wide, weights.shape[:-1])
+                )
                 one = dataclasses.replace(of_site, factors=wide, ranges=None)
             found[f"pool.{factor}.{site}"] = one
     return found

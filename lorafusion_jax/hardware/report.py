@@ -4,7 +4,14 @@ import math
 import time
 from typing import Any
 
-from ..crossbar import calibrate_tree, chips_in, config_hash, explain, observe, site_errors
+from ..crossbar import (
+    calibrate_tree,
+    chips_in,
+    config_hash,
+    explain,
+    observe,
+    site_errors,
+)
 from ..io.folders import write_json
 from ..runs.evaluate import evaluate_seeds, seed_rows
 from ..support.progress import progress
@@ -22,31 +29,59 @@ def report_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
       ValueError: more than one age or way of compensation, or a mesh; and as `asked` does.
     """
     if len(cases(options)) > 1:
-        raise ValueError("a report is of one age, compensated or not: give one of --ages, and not --compensate both")
+        raise ValueError(
+            "a report is of one age, compensated or not: give one of --ages, and not --compensate both"
+        )
     if options.mesh is not None:
-        raise ValueError("a report evaluates one chip after another: leave out --mesh, or --report")
+        raise ValueError(
+            "a report evaluates one chip after another: leave out --mesh, or --report"
+        )
     on = asked(options)
     check_writable(path := results_path(options, "crossbar"))
     (((age, compensate), config),) = on.configs.items()
-    params, chips = on.params, on.chips
+    params = on.params
+    chips = on.chips
     digital = seed_rows(*evaluate_seeds(on.setup, on.fused, params))
     setup = on.setup.with_layers(unroll=False)
     problem = setup.problem
     run = logits_of(problem.graph, problem.method)
-    batches = list(calibration_batches(setup, params, options.calibration_rows, batch_size=options.eval_batch))
-    of_chips, sites = [], []
+    batches = list(
+        calibration_batches(
+            setup, params, options.calibration_rows, batch_size=options.eval_batch
+        )
+    )
+    of_chips = []
+    sites = []
     with progress("chips", on.count) as bar:
         for chip in range(on.count):
             began = time.perf_counter()
             restored = on.restored[chip] if on.restored else None
             how = {"modules": on.modules, "norm": options.norm, "restored": restored}
-            frozen = program(problem.graph, problem.frozen, chips.rules(config), chips.chip_key(chip), **how)
+            frozen = program(
+                problem.graph,
+                problem.frozen,
+                chips.rules(config),
+                chips.chip_key(chip),
+                **how,
+            )
             frozen = calibrate_tree(run, frozen, batches)
             rows = site_errors(frozen, observe(run, frozen, batches))
             calibrated = time.perf_counter()
-            seeds, scores = evaluate_seeds(setup.with_problem(frozen=frozen), on.fused, params)
-            seconds = {"program": calibrated - began, "evaluate": time.perf_counter() - calibrated}
-            of_chips.append({"chip": chip, "seeds": seed_rows(seeds, scores), "seconds": seconds, "matrices": rows})
+            seeds, scores = evaluate_seeds(
+                setup.with_problem(frozen=frozen), on.fused, params
+            )
+            seconds = {
+                "program": calibrated - began,
+                "evaluate": time.perf_counter() - calibrated,
+            }
+            of_chips.append(
+                {
+                    "chip": chip,
+                    "seeds": seed_rows(seeds, scores),
+                    "seconds": seconds,
+                    "matrices": rows,
+                }
+            )
             sites = _sites(frozen)
             bar.update()
     results = {
@@ -57,7 +92,9 @@ def report_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
         "age": age,
         "compensate": compensate,
         **settings(on.fused.method, options),
-        "chip_key": options.chip_key if chips.manifest is None else chips.manifest["key"],
+        "chip_key": options.chip_key
+        if chips.manifest is None
+        else chips.manifest["key"],
         "digital": digital,
         "chips": of_chips,
         "sites": sites,

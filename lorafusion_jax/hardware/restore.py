@@ -60,19 +60,27 @@ class Restoring:
         for name in ("ridge", "rate", "rate_low_rank"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{name} is {value}: expected a finite number of at least 0")
+                raise ValueError(
+                    f"{name} is {value}: expected a finite number of at least 0"
+                )
         if (self.method in ("low-rank", "lora")) != (self.numbers > 0):
             raise ValueError(
                 f"the method {self.method} with {self.numbers} numbers of low rank: expected more than 0 for low-rank "
                 "and lora, and 0 for scales and offsets"
             )
         if self.method == "lora" and not self.epochs:
-            raise ValueError("lora starts as zeros and has no closed form: give 1 epoch or more, or choose low-rank")
+            raise ValueError(
+                "lora starts as zeros and has no closed form: give 1 epoch or more, or choose low-rank"
+            )
 
     @property
     def rate_of_matrices(self) -> float:
         """Adam's learning rate of the matrices, with its default."""
-        return (3e-3 if self.method == "lora" else 1e-3) if self.rate_low_rank is None else self.rate_low_rank
+        return (
+            (3e-3 if self.method == "lora" else 1e-3)
+            if self.rate_low_rank is None
+            else self.rate_low_rank
+        )
 
 
 def restore(
@@ -105,7 +113,9 @@ def restore(
       ValueError: there are no batches, or what `crossbar.fit_corrections` refuses.
     """
     kinds = {"left_out": left_out, "counted": counted}
-    return restore_each(run, _stacked([weights]), matrices, batches, targets, how, **kinds)[0]
+    return restore_each(
+        run, _stacked([weights]), matrices, batches, targets, how, **kinds
+    )[0]
 
 
 def restore_each(
@@ -124,22 +134,45 @@ def restore_each(
     `models` are their weights: every leaf has a leading axis of models, which a mesh splits over its axis `seed`.
     """
     names = [chip.name for chip in crossbar.chips_in(models)]
-    count, key = len(jax.tree.leaves(models)[0]), jax.random.fold_in(jax.random.key(how.seed), 1)
+    count = len(jax.tree.leaves(models)[0])
+    key = jax.random.fold_in(jax.random.key(how.seed), 1)
     if how.method == "lora":
         found = [_zeros(names, matrices, how.numbers, key)] * count
     else:
-        kinds = {"offsets": how.method == "offsets", "numbers": how.numbers, "ridge": how.ridge}
+        kinds = {
+            "offsets": how.method == "offsets",
+            "numbers": how.numbers,
+            "ridge": how.ridge,
+        }
         total = output_moments(
-            of_each(run), models, [_stacked([m] * count) for m in matrices], batches, counted, **kinds
+            of_each(run),
+            models,
+            [_stacked([m] * count) for m in matrices],
+            batches,
+            counted,
+            **kinds,
         )
         total = jax.device_get(total)
-        each = (jax.tree.map(lambda leaf, place=place: leaf[place], total) for place in range(count))
+        each = (
+            jax.tree.map(lambda leaf, place=place: leaf[place], total)
+            for place in range(count)
+        )
         found = [closed_forms(names, matrices, moments, **kinds) for moments in each]
         if how.epochs and left_out is not None:
             starts = found, [_neutral(one, key) for one in found]
-            off = [_diverged(run, models, stacked_corrections(start), left_out) for start in starts]
-            found = [one if a <= b else other for one, other, a, b in zip(*starts, *off, strict=True)]
-    return _distil_each(run, models, found, batches, targets, how, left_out) if how.epochs else found
+            off = [
+                _diverged(run, models, stacked_corrections(start), left_out)
+                for start in starts
+            ]
+            found = [
+                one if a <= b else other
+                for one, other, a, b in zip(*starts, *off, strict=True)
+            ]
+    return (
+        _distil_each(run, models, found, batches, targets, how, left_out)
+        if how.epochs
+        else found
+    )
 
 
 @lru_cache  # the same function again: it is compiled once for each
@@ -163,7 +196,9 @@ def distil(
     Each step minimises KL(digital || chip) on one batch with Adam, whose rates fall to zero in a cosine. Every epoch
     has a separate random order.
     """
-    return _distil_each(run, _stacked([weights]), [corrections], batches, targets, how, left_out)[0]
+    return _distil_each(
+        run, _stacked([weights]), [corrections], batches, targets, how, left_out
+    )[0]
 
 
 def _distil_each(
@@ -176,50 +211,93 @@ def _distil_each(
     left_out: LeftOut | None,
 ) -> list[dict[str, crossbar.Correction]]:
     if len(batches) != len(targets) or not batches:
-        raise ValueError(f"{len(batches)} batches and {len(targets)} targets: expected as many, and at least 1")
+        raise ValueError(
+            f"{len(batches)} batches and {len(targets)} targets: expected as many, and at least 1"
+        )
     steps = how.epochs * len(batches)
     best = _stacked_parts(corrections)
     params = jax.tree.map(jnp.copy, best)
     optimiser = _optimiser(how.rate, how.rate_of_matrices, steps)
-    key, state = jax.random.fold_in(jax.random.key(how.seed), 0), jax.vmap(optimiser.init)(params)
-    orders = [jax.random.permutation(jax.random.fold_in(key, epoch), len(batches)) for epoch in range(how.epochs)]
-    least = np.array(math.inf) if left_out is None else _diverged(run, models, _corrections(best), left_out)
+    key = jax.random.fold_in(jax.random.key(how.seed), 0)
+    state = jax.vmap(optimiser.init)(params)
+    orders = [
+        jax.random.permutation(jax.random.fold_in(key, epoch), len(batches))
+        for epoch in range(how.epochs)
+    ]
+    least = (
+        np.array(math.inf)
+        if left_out is None
+        else _diverged(run, models, _corrections(best), left_out)
+    )
     with progress("steps", steps) as bar:
         for step, number in enumerate(np.concatenate(orders), start=1):
             here = crossbar.reads(models, step - 1)
-            params, state = _step(params, state, here, batches[number], targets[number], run, optimiser.update)
+            params, state = _step(
+                params,
+                state,
+                here,
+                batches[number],
+                targets[number],
+                run,
+                optimiser.update,
+            )
             bar.update()
             if step % len(batches) == 0:
-                now = jax.tree.map(jnp.copy, params)  # the step reuses the memory of params
+                now = jax.tree.map(
+                    jnp.copy, params
+                )  # the step reuses the memory of params
                 better = np.ones(len(corrections), bool)
                 if left_out is not None:
-                    better = (diverged := _diverged(run, models, _corrections(now), left_out)) < least
+                    better = (
+                        diverged := _diverged(run, models, _corrections(now), left_out)
+                    ) < least
                     least = np.where(better, diverged, least)
                 best = jax.tree.map(partial(_where, better), now, best)
     best = jax.device_get(best)
     return [
-        {site: _cut(best[site], place, like) for site, like in one.items()} for place, one in enumerate(corrections)
+        {site: _cut(best[site], place, like) for site, like in one.items()}
+        for place, one in enumerate(corrections)
     ]
 
 
 @lru_cache  # the same function again: a step is compiled once for all chips
-def _optimiser(rate: float, rate_low_rank: float, steps: int) -> optax.GradientTransformation:
+def _optimiser(
+    rate: float, rate_low_rank: float, steps: int
+) -> optax.GradientTransformation:
     def kinds(params: Any) -> Any:
-        return {s: {name: "low rank" if name in ("U", "V") else "columns" for name in of} for s, of in params.items()}
+        return {
+            s: {name: "low rank" if name in ("U", "V") else "columns" for name in of}
+            for s, of in params.items()
+        }
 
     rates = {"columns": rate, "low rank": rate_low_rank}
     return optax.multi_transform(
-        {kind: optax.adam(optax.cosine_decay_schedule(of_kind, steps)) for kind, of_kind in rates.items()}, kinds
+        {
+            kind: optax.adam(optax.cosine_decay_schedule(of_kind, steps))
+            for kind, of_kind in rates.items()
+        },
+        kinds,
     )
 
 
 @partial(jax.jit, static_argnums=(5, 6), donate_argnums=(0, 1))
-def _step(params: Any, state: Any, weights: Any, batch: Any, target: Array, run: Run, update: Any) -> tuple[Any, Any]:
+def _step(
+    params: Any,
+    state: Any,
+    weights: Any,
+    batch: Any,
+    target: Array,
+    run: Run,
+    update: Any,
+) -> tuple[Any, Any]:
     def of_model(model: Any, shared: Any) -> tuple[Any, Any]:
         (params, state, weights), (batch, target) = model, shared
 
         def loss(params: Any) -> Array:
-            return divergence(run(crossbar.with_corrections(weights, _corrections(params)), batch), target)
+            return divergence(
+                run(crossbar.with_corrections(weights, _corrections(params)), batch),
+                target,
+            )
 
         gradient = jax.grad(loss)(params)
         with standard_promotion():
@@ -229,33 +307,51 @@ def _step(params: Any, state: Any, weights: Any, batch: Any, target: Array, run:
     return over_seeds(of_model, "sequential")((params, state, weights), (batch, target))
 
 
-def _diverged(run: Run, models: Any, corrections: crossbar.Corrections, left_out: LeftOut) -> Float[np.ndarray, " C"]:
+def _diverged(
+    run: Run, models: Any, corrections: crossbar.Corrections, left_out: LeftOut
+) -> Float[np.ndarray, " C"]:
     """Return the mean divergence of each model with corrections from the targets."""
     corrected = crossbar.with_corrections(models, corrections)
     numbered = enumerate(zip(*left_out, strict=True))
-    return np.mean([divergences(crossbar.reads(corrected, n), *pair, run) for n, pair in numbered], axis=0, dtype=float)
+    return np.mean(
+        [divergences(crossbar.reads(corrected, n), *pair, run) for n, pair in numbered],
+        axis=0,
+        dtype=float,
+    )
 
 
 @partial(jax.jit, static_argnums=3)
 def divergences(models: Any, batch: Any, target: Array, run: Run) -> Float[Array, " C"]:
     """Return the divergence of each of several models from the targets of a batch."""
-    off = over_seeds(lambda weights, shared: divergence(run(weights, shared[0]), shared[1]), "sequential")
+    off = over_seeds(
+        lambda weights, shared: divergence(run(weights, shared[0]), shared[1]),
+        "sequential",
+    )
     return off(models, (batch, target))
 
 
-def stacked_corrections(corrections: Sequence[crossbar.Corrections]) -> dict[str, crossbar.Correction]:
+def stacked_corrections(
+    corrections: Sequence[crossbar.Corrections],
+) -> dict[str, crossbar.Correction]:
     """Return the corrections of several models with a leading axis, filled up to the highest rank with zeros."""
     return _corrections(_stacked_parts(corrections))
 
 
-def _stacked_parts(corrections: Sequence[crossbar.Corrections]) -> dict[str, dict[str, Array]]:
-    parts = [{site: _parts(correction) for site, correction in one.items()} for one in corrections]
+def _stacked_parts(
+    corrections: Sequence[crossbar.Corrections],
+) -> dict[str, dict[str, Array]]:
+    parts = [
+        {site: _parts(correction) for site, correction in one.items()}
+        for one in corrections
+    ]
     of_one_rank(parts)
     return _stacked(parts)
 
 
 def _parts(correction: crossbar.Correction) -> dict[str, Array]:
-    return {name: values for name, values in vars(correction).items() if values is not None}
+    return {
+        name: values for name, values in vars(correction).items() if values is not None
+    }
 
 
 def of_one_rank(of_chips: Sequence[dict[str, dict[str, Any]]]) -> None:
@@ -266,24 +362,40 @@ def of_one_rank(of_chips: Sequence[dict[str, dict[str, Any]]]) -> None:
         for part in parts:
             more = (0, widest - part["V"].shape[-2])
             lead = [(0, 0)] * (part["V"].ndim - 2)
-            part["U"], part["V"] = np.pad(part["U"], [*lead, (0, 0), more]), np.pad(part["V"], [*lead, more, (0, 0)])
+            part["U"], part["V"] = (
+                np.pad(part["U"], [*lead, (0, 0), more]),
+                np.pad(part["V"], [*lead, more, (0, 0)]),
+            )
 
 
-def _cut(parts: dict[str, np.ndarray], place: int, like: crossbar.Correction) -> crossbar.Correction:
+def _cut(
+    parts: dict[str, np.ndarray], place: int, like: crossbar.Correction
+) -> crossbar.Correction:
     """Return one of stacked corrections in the shapes of another one."""
-    shapes = {name: tuple(map(slice, values.shape)) for name, values in _parts(like).items()}
-    return crossbar.Correction(**{name: jnp.asarray(parts[name][place][shape]) for name, shape in shapes.items()})
+    shapes = {
+        name: tuple(map(slice, values.shape)) for name, values in _parts(like).items()
+    }
+    return crossbar.Correction(
+        **{
+            name: jnp.asarray(parts[name][place][shape])
+            for name, shape in shapes.items()
+        }
+    )
 
 
 def _stacked(trees: Sequence[Any]) -> Any:
-    return on_mesh(jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees), of_seeds=True)
+    return on_mesh(
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees), of_seeds=True
+    )
 
 
 def _where(better: np.ndarray, new: Array, old: Array) -> Array:
     return jnp.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
 
-def _neutral(corrections: crossbar.Corrections, key: Array) -> dict[str, crossbar.Correction]:
+def _neutral(
+    corrections: crossbar.Corrections, key: Array
+) -> dict[str, crossbar.Correction]:
     """Return corrections of the same kind and shapes that change nothing yet: U is random, and V is zero."""
 
     def of_part(name: str, values: Array, key: Array) -> Array:
@@ -294,7 +406,9 @@ def _neutral(corrections: crossbar.Corrections, key: Array) -> dict[str, crossba
     found = {}
     for number, (site, one) in enumerate(corrections.items()):
         key_here = jax.random.fold_in(key, number)
-        found[site] = crossbar.Correction(**{name: of_part(name, v, key_here) for name, v in _parts(one).items()})
+        found[site] = crossbar.Correction(
+            **{name: of_part(name, v, key_here) for name, v in _parts(one).items()}
+        )
     return found
 
 
@@ -302,20 +416,28 @@ def _corrections(params: dict[str, dict[str, Array]]) -> dict[str, crossbar.Corr
     return {site: crossbar.Correction(**parts) for site, parts in params.items()}
 
 
-def divergence(logits: Float[Array, "*B V"], target: Float[Array, "*B V"]) -> Float[Array, ""]:
+def divergence(
+    logits: Float[Array, "*B V"], target: Float[Array, "*B V"]
+) -> Float[Array, ""]:
     """Return the mean of KL(softmax(target) || softmax(logits)), in nats."""
     wanted = jax.nn.log_softmax(target.astype(jnp.float32))
     got = jax.nn.log_softmax(logits.astype(jnp.float32))
     return jnp.mean(jnp.sum(jnp.exp(wanted) * (wanted - got), axis=-1))
 
 
-def _zeros(names: Sequence[str], matrices: Sequence[Array], numbers: int, key: Array) -> dict[str, crossbar.Correction]:
+def _zeros(
+    names: Sequence[str], matrices: Sequence[Array], numbers: int, key: Array
+) -> dict[str, crossbar.Correction]:
     """Return corrections of low rank that change nothing yet: U is random and V is zero, as in LoRA."""
     per_rank = crossbar.numbers_per_rank(matrices)
     if not (rank := numbers // per_rank):
-        raise ValueError(f"{numbers:,} numbers are less than one rank for each matrix: give at least {per_rank:,}")
+        raise ValueError(
+            f"{numbers:,} numbers are less than one rank for each matrix: give at least {per_rank:,}"
+        )
     empty = {}
     for name, matrix in zip(names, matrices, strict=True):
         *lead, d_in, d_out = matrix.shape
-        empty[name] = crossbar.Correction(U=jnp.zeros((*lead, d_in, rank)), V=jnp.zeros((*lead, rank, d_out)))
+        empty[name] = crossbar.Correction(
+            U=jnp.zeros((*lead, d_in, rank)), V=jnp.zeros((*lead, rank, d_out))
+        )
     return _neutral(empty, key)

@@ -35,8 +35,26 @@ from ..training.mesh import axis_size, make_mesh, on_mesh
 from .chips import programmed
 from .folder import Chips, aged, load_chips
 from .program import Restored, program
-from .restore import Method, Restoring, divergences, of_each, of_one_rank, restore_each, stacked_corrections
-from .texts import LINES, WINDOW, Outputs, answered, logits_of_base, no_padding, read_texts, sampled, windows
+from .restore import (
+    Method,
+    Restoring,
+    divergences,
+    of_each,
+    of_one_rank,
+    restore_each,
+    stacked_corrections,
+)
+from .texts import (
+    LINES,
+    WINDOW,
+    Outputs,
+    answered,
+    logits_of_base,
+    no_padding,
+    read_texts,
+    sampled,
+    windows,
+)
 
 _WHAT = "a folder of corrections"
 _RANGES = ("limits", "input_limit")
@@ -150,24 +168,45 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
     check_uint32(seed=options.seed)
     mesh = None if options.mesh is None else make_mesh(options.mesh)
     if mesh is not None and mesh.shape["model"] > 1:
-        raise ValueError(f"--mesh {options.mesh} would split the chips that a device restores: give seed alone")
-    low_rank, rank = options.method in ("low-rank", "lora"), 4.0 if options.rank is None else options.rank
-    unused = ("rate",) if options.method == "lora" else () if low_rank else ("rank", "rate_low_rank")
+        raise ValueError(
+            f"--mesh {options.mesh} would split the chips that a device restores: give seed alone"
+        )
+    low_rank = options.method in ("low-rank", "lora")
+    rank = 4.0 if options.rank is None else options.rank
+    unused = (
+        ("rate",)
+        if options.method == "lora"
+        else ()
+        if low_rank
+        else ("rank", "rate_low_rank")
+    )
     if flags := flags_given(options, unused):
-        raise ValueError(f"{flags}: without effect on the method {options.method}: leave it out, or choose another one")
+        raise ValueError(
+            f"{flags}: without effect on the method {options.method}: leave it out, or choose another one"
+        )
     if not 0 < rank < float("inf"):
         raise ValueError(f"rank is {rank}: expected a finite number above 0")
-    chips = load_chips(options.crossbar, key=options.chip_key, digital=options.keep_digital)
-    same = {name: getattr(options, name) for name in ("method", "epochs", "rate", "rate_low_rank", "seed")}
+    chips = load_chips(
+        options.crossbar, key=options.chip_key, digital=options.keep_digital
+    )
+    same = {
+        name: getattr(options, name)
+        for name in ("method", "epochs", "rate", "rate_low_rank", "seed")
+    }
     if options.rate is None:
         same["rate"] = Restoring.rate if chips.prepared is None else _PREPARED_RATE
-    how = Restoring(**same, numbers=int(low_rank))  # refuses what cannot work, before the model is loaded
+    how = Restoring(
+        **same, numbers=int(low_rank)
+    )  # refuses what cannot work, before the model is loaded
     same["rate_low_rank"] = how.rate_of_matrices
-    config, keys = aged(chips.config, options.age), {number: chips.chip_key(number) for number in options.chip}
+    config = aged(chips.config, options.age)
+    keys = {number: chips.chip_key(number) for number in options.chip}
     if options.in_advance:
         config = drifting_otherwise(config)
     if options.out is None and chips.manifest is None:
-        raise ValueError(f"{options.crossbar} is no folder of chips to put corrections into: give a folder with --out")
+        raise ValueError(
+            f"{options.crossbar} is no folder of chips to put corrections into: give a folder with --out"
+        )
     content = read_texts(options.text)
     loaded = load_model(LoadOptions(base=options.base, method="zero-shot"))
     loaded = chips.checked(loaded)
@@ -177,7 +216,9 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
         age=options.age,
         in_advance=options.in_advance,
         rank=rank if low_rank else 0.0,
-        text=hashlib.sha256(content.encode()).hexdigest() if options.text else "sampled",
+        text=hashlib.sha256(content.encode()).hexdigest()
+        if options.text
+        else "sampled",
         tokens=options.tokens or (None if options.text else _SAMPLED),
     )
     out = options.out or Path(options.crossbar) / f"restored-{options.method}"
@@ -196,27 +237,44 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
     with locked(out, "another --out"), on_devices:
         made = _all_kept(out, settings)
         setup = setup.with_problem(frozen=on_mesh(setup.problem.frozen))
-        digital, devices = setup.problem.frozen, axis_size("seed")
+        digital = setup.problem.frozen
+        devices = axis_size("seed")
         missing = [number for number in keys if number not in made]
         for first in progress("chips", range(0, len(missing), devices)):
-            group = missing[first : first + devices]  # one chip on every device, the last also where none is left
-            there = jnp.stack([keys[number] for number in [*group, *group[-1:] * (devices - len(group))]])
+            group = missing[
+                first : first + devices
+            ]  # one chip on every device, the last also where none is left
+            there = jnp.stack(
+                [
+                    keys[number]
+                    for number in [*group, *group[-1:] * (devices - len(group))]
+                ]
+            )
             weights = _on_chips(setup, chips.rules(config), there)
             weights = crossbar.calibrate_tree(of_each(run), weights, train)
             held = digital_matrices(setup, weights)
             if low_rank:
-                how = dataclasses.replace(how, numbers=round(rank * crossbar.numbers_per_rank(held)))
-            targets, kept_back = (Outputs(logits, digital.base, batches) for batches in (train, left_out))
+                how = dataclasses.replace(
+                    how, numbers=round(rank * crossbar.numbers_per_rank(held))
+                )
+            targets = Outputs(logits, digital.base, train)
+            kept_back = Outputs(logits, digital.base, left_out)
             own = {"left_out": (left_out, kept_back), "counted": no_padding(setup)}
             corrections = restore_each(run, weights, held, train, targets, how, **own)
-            corrected = crossbar.with_corrections(weights, stacked_corrections(corrections))
+            corrected = crossbar.with_corrections(
+                weights, stacked_corrections(corrections)
+            )
             before_and_after = np.zeros((2, devices))
             for of_batch in zip(*own["left_out"], strict=True):
                 off = [divergences(on, *of_batch, run) for on in (weights, corrected)]
                 before_and_after += np.asarray(off) * of_batch[0].labels.size / count
-            ranges = jax.device_get({c.name: (c.limits, c.input_limit) for c in crossbar.chips_in(weights)})
+            ranges = jax.device_get(
+                {c.name: (c.limits, c.input_limit) for c in crossbar.chips_in(weights)}
+            )
             for place, number in enumerate(group):
-                numbers = sum(correction.numbers() for correction in corrections[place].values())
+                numbers = sum(
+                    correction.numbers() for correction in corrections[place].values()
+                )
                 made[number] = {
                     "chip": number,
                     "settings": settings,
@@ -226,11 +284,17 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
                     "divergence": before_and_after[:, place].tolist(),
                 }
                 of_chip = jax.tree.map(lambda leaf, place=place: leaf[place], ranges)
-                arrays.save(out / f"chip_{number}", _to_save(of_chip, corrections[place]), made[number])
+                arrays.save(
+                    out / f"chip_{number}",
+                    _to_save(of_chip, corrections[place]),
+                    made[number],
+                )
     return {number: made[number] for number in keys}
 
 
-def load_restored(name: str, chips: Chips, numbers: Sequence[int], base_sha256: str) -> list[Restored]:
+def load_restored(
+    name: str, chips: Chips, numbers: Sequence[int], base_sha256: str
+) -> list[Restored]:
     """Return the corrections of some chips; matrices of low rank have the same rank on all of them.
 
     Args:
@@ -246,15 +310,23 @@ def load_restored(name: str, chips: Chips, numbers: Sequence[int], base_sha256: 
     inside = Path(chips.name) / name
     folder = inside if inside.is_dir() else Path(name)
     now = _of_chips(chips, base_sha256)
-    names = {"base_sha256": "base model", "config_sha256": "configuration or preparation"}
+    names = {
+        "base_sha256": "base model",
+        "config_sha256": "configuration or preparation",
+    }
     names |= {"key": "key", "digital": "digital weights"}
     if not (there := _numbers(folder)):
-        raise ValueError(f"{folder} has no corrections of a chip: give a folder that `lorafusion restore` wrote")
-    trees, first = [], None
+        raise ValueError(
+            f"{folder} has no corrections of a chip: give a folder that `lorafusion restore` wrote"
+        )
+    trees = []
+    first = None
     for number in numbers:
         if number not in there:
             named = ", ".join(map(str, there))
-            raise ValueError(f"{folder} corrects {named}, not chip {number}: run `lorafusion restore` on it too")
+            raise ValueError(
+                f"{folder} corrects {named}, not chip {number}: run `lorafusion restore` on it too"
+            )
         of_chip = folder / f"chip_{number}"
         tree, manifest = arrays.load(of_chip, metadata=Manifest, what=_WHAT)
         _check_number(of_chip, manifest, number)
@@ -262,7 +334,11 @@ def load_restored(name: str, chips: Chips, numbers: Sequence[int], base_sha256: 
         first = first or (tree.keys(), manifest["settings"])
         if first != (tree.keys(), manifest["settings"]):
             fix = "run `lorafusion restore` on all of them with another --out"
-            raise FileError(of_chip, got=f"computed with other settings than chip {numbers[0]}", fix=fix)
+            raise FileError(
+                of_chip,
+                got=f"computed with other settings than chip {numbers[0]}",
+                fix=fix,
+            )
         for field, what in names.items():
             if manifest["settings"][field] != now[field]:
                 raise ValueError(
@@ -278,15 +354,33 @@ def _check_parts(folder: Path, tree: dict[str, Any]) -> None:
     """Raise a FileError if the arrays of a chip are not the parts of corrections; their shapes are checked on it."""
     for site, parts in tree.items():
         parts = parts if isinstance(parts, dict) else {"": parts}
-        shapes = {part: getattr(values, "shape", None) for part, values in parts.items()}
-        u, v = (shapes.get(part, (0, 0)) or () for part in ("U", "V"))
+        shapes = {
+            part: getattr(values, "shape", None) for part, values in parts.items()
+        }
+        u = shapes.get("U", (0, 0)) or ()
+        v = shapes.get("V", (0, 0)) or ()
         for part, values in parts.items():
             known = part in _PARTS and getattr(values, "dtype", None) == np.float32
-            if not known or np.isnan(values).any() or len(u) < 2 or len(v) < 2 or u[-1] != v[-2] or u[:-2] != v[:-2]:
-                got = f"{getattr(values, 'dtype', 'a folder')}{list(shapes[part] or ())}"
+            if (
+                not known
+                or np.isnan(values).any()
+                or len(u) < 2
+                or len(v) < 2
+                or u[-1] != v[-2]
+                or u[:-2] != v[:-2]
+            ):
+                got = (
+                    f"{getattr(values, 'dtype', 'a folder')}{list(shapes[part] or ())}"
+                )
                 wanted = f"float32 without NaN in {', '.join(_PARTS)}, and U [d_in, r] with V [r, d_out]"
                 fix = "run `lorafusion restore` again with another --out"
-                raise FileError(folder, field=shown(f"{site}/{part}"), got=got, expected=wanted, fix=fix)
+                raise FileError(
+                    folder,
+                    field=shown(f"{site}/{part}"),
+                    got=got,
+                    expected=wanted,
+                    fix=fix,
+                )
 
 
 def drifting_otherwise(config: crossbar.CrossbarConfig) -> crossbar.CrossbarConfig:
@@ -297,12 +391,16 @@ def drifting_otherwise(config: crossbar.CrossbarConfig) -> crossbar.CrossbarConf
     """
     device = config.device
     if device.drift is None or device.time is None:
-        raise ValueError("corrections are made in advance for an age of chips that drift: give --age, and device.drift")
+        raise ValueError(
+            "corrections are made in advance for an age of chips that drift: give --age, and device.drift"
+        )
     drift = jax.tree_util.Partial(_drifted_otherwise, device.drift)
     return dataclasses.replace(config, device=dataclasses.replace(device, drift=drift))
 
 
-def digital_matrices(loaded: LoadedModel, weights: Any) -> list[Float[Array, "*N d_in d_out"]]:
+def digital_matrices(
+    loaded: LoadedModel, weights: Any
+) -> list[Float[Array, "*N d_in d_out"]]:
     """Return the digital matrices of the chips in a tree of the base's weights, or of several chips."""
     base = matrices(nnx.merge(loaded.problem.graph, loaded.problem.frozen.base))
     return [dense(base[chip.name], jnp.float32) for chip in crossbar.chips_in(weights)]
@@ -340,29 +438,43 @@ def _all_kept(out: Path, settings: Settings) -> dict[int, Manifest]:
 
 def _check_number(folder: Path, manifest: Manifest, number: int) -> None:
     if (chip := manifest["chip"]) != number:
-        raise FileError(folder, field="chip", got=str(chip), expected=str(number), fix=f"rename it to chip_{chip}")
+        raise FileError(
+            folder,
+            field="chip",
+            got=str(chip),
+            expected=str(number),
+            fix=f"rename it to chip_{chip}",
+        )
 
 
 def _tokens(batches: Sequence[Batch]) -> int:
     return sum(int(np.sum(np.asarray(batch.labels) != IGNORED)) for batch in batches)
 
 
-def _read_text(loaded: LoadedModel, options: RestoreOptions, content: str) -> tuple[list[Batch], list[Batch]]:
+def _read_text(
+    loaded: LoadedModel, options: RestoreOptions, content: str
+) -> tuple[list[Batch], list[Batch]]:
     """Return batches of the text, the content of its files or a sample: those to train on, and those left out."""
     if not loaded.config.causal:
         lines = [line for line in content.splitlines() if line.strip()]
         if len(lines) <= LINES or options.tokens:
             needed = f"more than {LINES} lines with --text, without --tokens"
-            raise ValueError(f"{options.base} is not causal, and the text has {len(lines)} lines: give {needed}")
+            raise ValueError(
+                f"{options.base} is not causal, and the text has {len(lines)} lines: give {needed}"
+            )
         to_train = [line for place, line in enumerate(lines) if place % _MEASURED]
         return answered(loaded, to_train), answered(loaded, lines[::_MEASURED])
     if options.text:
-        whole = tokenise(loaded.tokenizer, content, add_special_tokens=False, verbose=False)["input_ids"]
+        whole = tokenise(
+            loaded.tokenizer, content, add_special_tokens=False, verbose=False
+        )["input_ids"]
         ids = whole[: options.tokens]
     else:
         ids = sampled(loaded, options.tokens or _SAMPLED, options.seed)
     if len(batches := windows(loaded, ids)) < 2:
-        raise ValueError(f"the text has {len(ids)} tokens: give at least two windows of {WINDOW}, better {_SAMPLED:,}")
+        raise ValueError(
+            f"the text has {len(ids)} tokens: give at least two windows of {WINDOW}, better {_SAMPLED:,}"
+        )
     measured = max(1, len(batches) // _MEASURED)
     return batches[:-measured], batches[-measured:]
 
@@ -383,12 +495,17 @@ def _to_save(
     by_site = {}
     for site, values in ranges.items():
         parts = vars(corrections[site]) | dict(zip(_RANGES, values, strict=True))
-        by_site[site] = {name: np.asarray(value) for name, value in parts.items() if value is not None}
+        by_site[site] = {
+            name: np.asarray(value)
+            for name, value in parts.items()
+            if value is not None
+        }
     return by_site
 
 
 def _restored(tree: dict[str, dict[str, np.ndarray]], folder: str) -> Restored:
-    corrections, ranges = {}, {}
+    corrections = {}
+    ranges = {}
     for site, parts in tree.items():
         values = {part: jnp.asarray(value) for part, value in parts.items()}
         ranges[site] = {part: values.pop(part) for part in _RANGES if part in values}
@@ -396,7 +513,9 @@ def _restored(tree: dict[str, dict[str, np.ndarray]], folder: str) -> Restored:
     return Restored(corrections, ranges, folder)
 
 
-def _drifted_otherwise(drift: Callable[..., Array], G: Array, key: Array, time: Any) -> Array:
+def _drifted_otherwise(
+    drift: Callable[..., Array], G: Array, key: Array, time: Any
+) -> Array:
     return drift(G, jax.random.fold_in(key, 1), time)
 
 

@@ -19,7 +19,9 @@ from ..tasks import IGNORED, Batch, Example, encode, eval_batches, tokenise
 
 WINDOW = 128  # most tokens of a row of text
 _PROMPT = 16  # tokens of a text that a sample continues
-LINES, _ANSWER = 16, 32  # lines in a batch of a model that is not causal, and most tokens of its answers
+# lines in a batch of a model that is not causal, and most tokens of its answers
+LINES = 16
+_ANSWER = 32
 
 
 def read_texts(paths: Sequence[Path]) -> str:
@@ -35,8 +37,12 @@ def read_texts(paths: Sequence[Path]) -> str:
 class Outputs(Sequence[Array]):
     """Outputs of a model on batches, computed where they are read: all logits together can be larger than the model."""
 
-    def __init__(self, run: Callable[[Any, Any], Array], weights: Any, batches: Sequence[Any]):
-        self._run, self._weights, self._batches = run, weights, batches
+    def __init__(
+        self, run: Callable[[Any, Any], Array], weights: Any, batches: Sequence[Any]
+    ):
+        self._run = run
+        self._weights = weights
+        self._batches = batches
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -46,7 +52,9 @@ class Outputs(Sequence[Array]):
 
 
 @functools.lru_cache  # the same function again: it is compiled once for each
-def logits_of_base(graph: nnx.GraphDef) -> Callable[[nnx.State, Batch], Float[Array, "B T V"]]:
+def logits_of_base(
+    graph: nnx.GraphDef,
+) -> Callable[[nnx.State, Batch], Float[Array, "B T V"]]:
     """Return the base model as a function of its weights and a batch; logits of positions without a label are 0."""
 
     def run(base: nnx.State, batch: Batch) -> Float[Array, "B T V"]:
@@ -66,16 +74,27 @@ def windows(loaded: LoadedModel, ids: Sequence[int]) -> list[Batch]:
     bos = _before_a_text(loaded)
     width = WINDOW - len(bos)
     text = np.asarray(ids[: len(ids) // width * width], np.int32).reshape(-1, width)
-    rows = jnp.asarray(np.concatenate([np.tile(np.asarray(bos, np.int32), (len(text), 1)), text], axis=1))[:, None]
-    first, alone = jnp.ones((1, 1), bool), jnp.ones(1, bool)
+    rows = jnp.asarray(
+        np.concatenate(
+            [np.tile(np.asarray(bos, np.int32), (len(text), 1)), text], axis=1
+        )
+    )[:, None]
+    first = jnp.ones((1, 1), bool)
+    alone = jnp.ones(1, bool)
     return [Batch(row[:, :1], first, row[:, 1:], alone) for row in rows]
 
 
 def _before_a_text(loaded: LoadedModel) -> list[int]:
-    return [token for token in tokenise(loaded.tokenizer, "")["input_ids"] if token == loaded.tokenizer.bos_token_id]
+    return [
+        token
+        for token in tokenise(loaded.tokenizer, "")["input_ids"]
+        if token == loaded.tokenizer.bos_token_id
+    ]
 
 
-def sampled(loaded: LoadedModel, tokens: int, seed: int, text: Sequence[int] = ()) -> list[int]:
+def sampled(
+    loaded: LoadedModel, tokens: int, seed: int, text: Sequence[int] = ()
+) -> list[int]:
     """Return text that a causal model samples from itself at temperature 1, in rows that fill a window each.
 
     Rows continue 16 tokens of the text, from a random place in it. Without a text, they continue the token before a
@@ -86,12 +105,18 @@ def sampled(loaded: LoadedModel, tokens: int, seed: int, text: Sequence[int] = (
     start = np.tile(np.asarray(bos or loaded.config.end_ids[:1], np.int32), (rows, 1))
     if len(text):
         places = np.random.default_rng(seed).integers(0, len(text) - _PROMPT + 1, rows)
-        prompts = np.stack([np.asarray(text[at : at + _PROMPT], np.int32) for at in places])
+        prompts = np.stack(
+            [np.asarray(text[at : at + _PROMPT], np.int32) for at in places]
+        )
         start = np.concatenate([start[:, : len(bos)], prompts], axis=1)
     keys = jax.random.split(jax.random.key(seed), rows)
     model = nnx.merge(loaded.problem.graph, loaded.problem.frozen.base)
     new = jax.jit(
-        functools.partial(generate, max_new_tokens=WINDOW - start.shape[1], sampling=Sampling(temperature=1.0)),
+        functools.partial(
+            generate,
+            max_new_tokens=WINDOW - start.shape[1],
+            sampling=Sampling(temperature=1.0),
+        ),
     )(model, jnp.asarray(start), jnp.ones_like(start, bool), row_keys=keys)
     whole = np.concatenate([start, _until_the_end(loaded, new)], axis=1)
     return whole[:, len(bos) :].reshape(-1).tolist()
@@ -100,23 +125,32 @@ def sampled(loaded: LoadedModel, tokens: int, seed: int, text: Sequence[int] = (
 def _until_the_end(loaded: LoadedModel, tokens: Array) -> np.ndarray:
     """Return generated tokens with `IGNORED` behind the first that ends an answer."""
     ended = np.cumsum(np.isin(tokens, loaded.config.end_ids), axis=1)
-    return np.where(np.pad(ended, [(0, 0), (1, 0)])[:, :-1] > 0, IGNORED, np.asarray(tokens))
+    return np.where(
+        np.pad(ended, [(0, 0), (1, 0)])[:, :-1] > 0, IGNORED, np.asarray(tokens)
+    )
 
 
 def answered(loaded: LoadedModel, lines: Sequence[str]) -> list[Batch]:
     """Return lines of text as sources, in batches; targets are the digital model's answers."""
-    model, tokenizer = nnx.merge(loaded.problem.graph, loaded.problem.frozen.base), loaded.tokenizer
+    model = nnx.merge(loaded.problem.graph, loaded.problem.frozen.base)
+    tokenizer = loaded.tokenizer
     answer = jax.jit(functools.partial(generate, max_new_tokens=_ANSWER))
-    encoded = encode(tokenizer, [Example(line, "") for line in lines], loaded.text_format)
+    encoded = encode(
+        tokenizer, [Example(line, "") for line in lines], loaded.text_format
+    )
     batches = []
     for numbers, batch in eval_batches(encoded, LINES, pad_id=tokenizer.pad_token_id):
         tokens = answer(model, batch.input_ids, batch.input_mask)
-        labels = np.where((numbers < 0)[:, None], IGNORED, _until_the_end(loaded, tokens))
+        labels = np.where(
+            (numbers < 0)[:, None], IGNORED, _until_the_end(loaded, tokens)
+        )
         batches.append(batch._replace(labels=labels))
     return [jax.tree.map(jnp.asarray, batch) for batch in batches]
 
 
-def no_padding(loaded: LoadedModel) -> Callable[[Batch, str], Bool[Array, "B T"]] | None:
+def no_padding(
+    loaded: LoadedModel,
+) -> Callable[[Batch, str], Bool[Array, "B T"]] | None:
     """Return a function to the inputs of a matrix that are no padding; None for a causal model, which has none here."""
     sites = loaded.config.sites
 

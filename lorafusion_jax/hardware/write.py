@@ -61,22 +61,45 @@ def write_chips(options: ProgramOptions) -> Manifest:
         cannot be used.
     """
     if options.out.exists():  # before hours of programming
-        raise ValueError(f"{options.out} exists: give another --out; chips are never overwritten")
+        raise ValueError(
+            f"{options.out} exists: give another --out; chips are never overwritten"
+        )
     at_least(1, chips=options.chips, basis=options.basis)
     check_uint32(chip_key=options.chip_key)
-    chips = load_chips(options.crossbar, key=options.chip_key, digital=options.keep_digital)
+    chips = load_chips(
+        options.crossbar, key=options.chip_key, digital=options.keep_digital
+    )
     config = chips.config
     if options.chips > 1 and not crossbar.is_random(config):
-        raise ValueError(f"programming is not random in {options.crossbar}, so {options.chips} chips are alike: use 1")
+        raise ValueError(
+            f"programming is not random in {options.crossbar}, so {options.chips} chips are alike: use 1"
+        )
     pool = open_pool(options.pool)
-    names = pool.names if options.basis is None else tuple(pool.basis_modules(options.basis))
+    names = (
+        pool.names
+        if options.basis is None
+        else tuple(pool.basis_modules(options.basis))
+    )
     recipe = FusionRecipe(modules=len(names), basis=options.basis)
-    fused = chips.checked(load_model(LoadOptions(base=options.base, pool=options.pool, adapters=names, recipe=recipe)))
+    fused = chips.checked(
+        load_model(
+            LoadOptions(
+                base=options.base, pool=options.pool, adapters=names, recipe=recipe
+            )
+        )
+    )
     with new_folder(options.out) as folder:
-        problem, leaves = fused.problem, list[crossbar.Chip]()
+        problem = fused.problem
+        leaves = list[crossbar.Chip]()
         with progress("chips", options.chips) as bar:
             for number in range(options.chips):
-                chip = program(problem.graph, problem.frozen, chips.rules(), chips.chip_key(number), norm="ideal")
+                chip = program(
+                    problem.graph,
+                    problem.frozen,
+                    chips.rules(),
+                    chips.chip_key(number),
+                    norm="ideal",
+                )
                 leaves = crossbar.chips_in(chip)
                 (of_chip := folder / f"chip_{number}").mkdir()
                 for leaf in leaves:
@@ -99,13 +122,17 @@ def write_chips(options: ProgramOptions) -> Manifest:
         }
         crossbar.save_config(config, folder / CONFIG)
         if chips.prepared is not None:
-            shutil.copytree(Path(options.crossbar) / PREPARATIONS, folder / PREPARATIONS)
+            shutil.copytree(
+                Path(options.crossbar) / PREPARATIONS, folder / PREPARATIONS
+            )
         write_json(folder / MANIFEST, manifest)
     return manifest
 
 
 def _report(leaves: list[crossbar.Chip]) -> OneChip:
-    total, there, used = crossbar.Counts(), 0, 0.0
+    total = crossbar.Counts()
+    there = 0
+    used = 0.0
     pulses = []
     for leaf in leaves:
         matrices = math.prod(leaf.shape[:-2])
@@ -113,7 +140,8 @@ def _report(leaves: list[crossbar.Chip]) -> OneChip:
         total = total + of_one * matrices
         explained = crossbar.explain(leaf)
         cells = explained.arrays * math.prod(explained.array) * matrices
-        there, used = there + cells, used + explained.utilisation * cells
+        there = there + cells
+        used = used + explained.utilisation * cells
         if leaf.pulses is not None:
             pulses.append((float(leaf.pulses.mean()), of_one.cells * matrices))
     cost = crossbar.write_cost(total)
@@ -124,5 +152,7 @@ def _report(leaves: list[crossbar.Chip]) -> OneChip:
         "pulses": list(dataclasses.astuple(cost.pulses)),
         "joules": list(dataclasses.astuple(cost.energy)),
         "seconds": list(dataclasses.astuple(cost.time)),
-        "simulated_pulses": sum(p * c for p, c in pulses) / total.cells if pulses else None,
+        "simulated_pulses": sum(p * c for p, c in pulses) / total.cells
+        if pulses
+        else None,
     }

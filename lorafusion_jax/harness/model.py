@@ -47,9 +47,14 @@ from .options import HarnessOptions, load_measured
 _BATCH = 32  # rows
 _NEW_TOKENS = 256  # of an answer, where a task states no number
 _MOST_LOGITS = 1 << 28  # numbers of a batch's logits: 1 GiB
-_BETWEEN_CHECKS = 8  # tokens that are generated before rows are searched for the texts that end them
+_BETWEEN_CHECKS = (
+    8  # tokens that are generated before rows are searched for the texts that end them
+)
 _SAMPLING = ("temperature", "top_k", "top_p")
-_NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0}  # arguments of generation with which nothing changes
+_NEUTRAL = {
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+}  # arguments of generation with which nothing changes
 # Contexts, continuations and the texts that they were made of.
 _Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
@@ -86,30 +91,52 @@ class HarnessLM(TemplateLM):
         **options: Any,
     ):
         super().__init__()
-        if unknown := sorted(options.keys() - HarnessOptions.__dataclass_fields__.keys()):
+        if unknown := sorted(
+            options.keys() - HarnessOptions.__dataclass_fields__.keys()
+        ):
             known = ", ".join(HarnessOptions.__dataclass_fields__)
-            raise ValueError(f"no model argument {unknown[0]}: expected some of {known}, batch_size")
-        for name, value in options.items():  # JSON has lists, and `adapters=NAME` one text
-            value = [value] if isinstance(value, str) and isinstance(getattr(HarnessOptions, name), tuple) else value
+            raise ValueError(
+                f"no model argument {unknown[0]}: expected some of {known}, batch_size"
+            )
+        for (
+            name,
+            value,
+        ) in options.items():  # JSON has lists, and `adapters=NAME` one text
+            value = (
+                [value]
+                if isinstance(value, str)
+                and isinstance(getattr(HarnessOptions, name), tuple)
+                else value
+            )
             options[name] = tuple(value) if isinstance(value, list) else value
         if options.get("run") is not None:
             options["run"] = Path(options["run"])
         chosen = HarnessOptions(**options)
-        self.batch_size = _BATCH if batch_size is None or str(batch_size).startswith("auto") else int(batch_size)
+        self.batch_size = (
+            _BATCH
+            if batch_size is None or str(batch_size).startswith("auto")
+            else int(batch_size)
+        )
         at_least(1, batch_size=self.batch_size)
         at_least(2, max_length=chosen.max_length)
         loaded, self._params, base = load_measured(chosen)
         # The harness would fork processes for the standard errors of perplexities, but JAX's threads may hold locks.
         os.environ.setdefault("DISABLE_MULTIPROC", "1")
-        self._problem, self.tokenizer, self._text_format = loaded.problem, loaded.tokenizer, loaded.text_format
+        self._problem = loaded.problem
+        self.tokenizer = loaded.tokenizer
+        self._text_format = loaded.text_format
         config = loaded.config
         self.backend = "causal" if config.causal else "seq2seq"
         self._vocabulary = config.vocab_size
         context = config.longest_row
         if context is not None and (chosen.max_length or 0) > context:
-            raise ValueError(f"max_length is {chosen.max_length}: expected at most the model's context of {context}")
+            raise ValueError(
+                f"max_length is {chosen.max_length}: expected at most the model's context of {context}"
+            )
         raw: Any = types.SimpleNamespace(**({} if context else open_base(base).raw))
-        self.max_length = chosen.max_length or context or resolve_max_length(raw, self.tokenizer)
+        self.max_length = (
+            chosen.max_length or context or resolve_max_length(raw, self.tokenizer)
+        )
         self._reads = 0
 
     @property
@@ -128,11 +155,17 @@ class HarnessLM(TemplateLM):
         """Name that cached requests with a chat template are kept under."""
         return self.tokenizer.name_or_path.replace("/", "__")
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
         """Return the tokens of a text; those that begin a text are not added twice."""
         if add_special_tokens is None:
-            add_special_tokens = not has_bos_prefix(string, self.tokenizer.decode([self.prefix_token_id]))
-        tokens = tokenise(self.tokenizer, string, add_special_tokens=add_special_tokens)["input_ids"]
+            add_special_tokens = not has_bos_prefix(
+                string, self.tokenizer.decode([self.prefix_token_id])
+            )
+        tokens = tokenise(
+            self.tokenizer, string, add_special_tokens=add_special_tokens
+        )["input_ids"]
         if max(tokens, default=0) >= self._vocabulary:
             raise ValueError(
                 f"{string[:40]!r} has the token {max(tokens)}, and the model's embedding holds {self._vocabulary}: "
@@ -140,22 +173,34 @@ class HarnessLM(TemplateLM):
             )
         return tokens
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
         """Return a conversation as the base's own template renders it; without a system message if it rejects one."""
         if self.tokenizer.chat_template is None:
-            raise ValueError(f"{self.tokenizer.name_or_path} has no chat template: leave out --apply_chat_template")
-        how = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+            raise ValueError(
+                f"{self.tokenizer.name_or_path} has no chat template: leave out --apply_chat_template"
+            )
+        how = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": not add_generation_prompt,
+        }
         try:
             return render_chat(self.tokenizer, chat_history, **how)
         except ValueError:
-            others = [message for message in chat_history if message["role"] != "system"]
+            others = [
+                message for message in chat_history if message["role"] != "system"
+            ]
             if len(others) == len(chat_history):
                 raise
             return render_chat(self.tokenizer, others, **how)
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
         """Return the log-likelihood of whole texts, in windows of the model's context."""
-        windows, of_request = [], []
+        windows = []
+        of_request = []
         for number, (text,) in enumerate(request.args for request in requests):
             of_text = get_rolling_token_windows(
                 token_list=self.tok_encode(text),
@@ -166,17 +211,25 @@ class HarnessLM(TemplateLM):
             windows += [(None, *make_disjoint_window(window)) for window in of_text]
             of_request += [number] * (len(windows) - len(of_request))
         scores = [score for score, _ in self._loglikelihood_tokens(windows)]
-        totals = np.bincount(of_request, weights=scores, minlength=len(requests)).tolist()
+        totals = np.bincount(
+            of_request, weights=scores, minlength=len(requests)
+        ).tolist()
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
-    def _loglikelihood_tokens(self, requests: Sequence[_Request], **kwargs: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests: Sequence[_Request], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
         """Return the log-likelihood of each continuation, and whether it is the greedy one."""
-        rows = [self._cut(context, continuation) for _, context, continuation in requests]
-        scores, greedy = np.zeros(len(rows)), np.zeros(len(rows), bool)
+        rows = [
+            self._cut(context, continuation) for _, context, continuation in requests
+        ]
+        scores = np.zeros(len(rows))
+        greedy = np.zeros(len(rows), bool)
         # A context is read once for all its continuations of one token; longer ones are read in groups of like lengths.
-        of_context, of_length = collections.defaultdict[tuple[int, ...], list[int]](list), collections.defaultdict(list)
+        of_context = collections.defaultdict[tuple[int, ...], list[int]](list)
+        of_length = collections.defaultdict(list)
         for place, (context, continuation) in enumerate(rows):
             if len(continuation) == 1:
                 of_context[tuple(context)].append(place)
@@ -184,20 +237,31 @@ class HarnessLM(TemplateLM):
                 of_length[4 ** math.ceil(math.log(len(continuation), 4))].append(place)
         with progress("log-likelihoods", len(rows)) as bar:
             shared = list(of_context.values())
-            for numbers, batch in self._batches([rows[places[0]] for places in shared], 1):
-                log_probs = np.asarray(_next_log_probs(self._params, batch, self._read(OPTIONS)))
+            for numbers, batch in self._batches(
+                [rows[places[0]] for places in shared], 1
+            ):
+                log_probs = np.asarray(
+                    _next_log_probs(self._params, batch, self._read(OPTIONS))
+                )
                 best = log_probs.argmax(axis=1)
-                for number, of_row, most_likely in zip(numbers, log_probs, best, strict=True):
+                for number, of_row, most_likely in zip(
+                    numbers, log_probs, best, strict=True
+                ):
                     for place in shared[number] if number >= 0 else ():
                         (token,) = rows[place][1]
-                        scores[place], greedy[place] = of_row[token], token == most_likely
+                        scores[place] = of_row[token]
+                        greedy[place] = token == most_likely
                         bar.update()
             for longest, places in of_length.items():
-                for numbers, batch in self._batches([rows[place] for place in places], longest):
+                for numbers, batch in self._batches(
+                    [rows[place] for place in places], longest
+                ):
                     real = numbers >= 0
                     there = np.array(places)[numbers[real]]
                     scored = _scores(self._params, batch, self._read(OPTIONS))
-                    scores[there], greedy[there] = (np.asarray(part)[real] for part in scored)
+                    scores[there], greedy[there] = (
+                        np.asarray(part)[real] for part in scored
+                    )
                     bar.update(len(there))
         answers = list(zip(scores.tolist(), greedy.tolist(), strict=True))
         for (texts, _, _), answer in zip(requests, answers, strict=True):
@@ -205,19 +269,32 @@ class HarnessLM(TemplateLM):
                 self.cache_hook.add_partial("loglikelihood", texts, answer)
         return answers
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[str]:
         """Return the text that follows each prompt, up to the first of its stop texts."""
         asked: list[Any] = [request.args for request in requests]
         of_arguments = collections.defaultdict(list)
         for place, (_, arguments) in enumerate(asked):
             of_arguments[json.dumps(arguments, sort_keys=True)].append(place)
-        plans = [(self._plan(asked[places[0]][1]), places) for places in of_arguments.values()]
+        plans = [
+            (self._plan(asked[places[0]][1]), places)
+            for places in of_arguments.values()
+        ]
         answers = [""] * len(requests)
         with progress("answers", len(requests)) as bar:
             for plan, places in plans:
-                longest = self.max_length - (plan.new_tokens if self.backend == "causal" else 0)
-                prompts = [self.tok_encode(asked[place][0])[-longest:] or [self.prefix_token_id] for place in places]
-                for place, text in zip(places, self._generated(prompts, plan, bar.update), strict=True):
+                longest = self.max_length - (
+                    plan.new_tokens if self.backend == "causal" else 0
+                )
+                prompts = [
+                    self.tok_encode(asked[place][0])[-longest:]
+                    or [self.prefix_token_id]
+                    for place in places
+                ]
+                for place, text in zip(
+                    places, self._generated(prompts, plan, bar.update), strict=True
+                ):
                     answers[place] = postprocess_generated_text(text, plan.until, None)
         for arguments, text in zip(asked, answers, strict=True):
             self.cache_hook.add_partial("generate_until", arguments, text)
@@ -226,33 +303,51 @@ class HarnessLM(TemplateLM):
     def _plan(self, arguments: dict[str, Any]) -> _Plan:
         """Return the plan that a task's arguments of generation describe."""
         given: dict[str, Any] = dict(normalize_gen_kwargs(arguments, _NEW_TOKENS))
-        until = handle_stop_sequences(given.pop("until"), eos=self.tokenizer.decode([self.eot_token_id]))
+        until = handle_stop_sequences(
+            given.pop("until"), eos=self.tokenizer.decode([self.eot_token_id])
+        )
         new_tokens = given.pop("max_gen_toks")
         at_least(1, max_gen_toks=new_tokens)
         if self.backend == "causal" and new_tokens >= self.max_length:
-            raise ValueError(f"max_gen_toks is {new_tokens}: expected less than the model's context, {self.max_length}")
+            raise ValueError(
+                f"max_gen_toks is {new_tokens}: expected less than the model's context, {self.max_length}"
+            )
         draws = given.pop("do_sample")
-        sampling: dict[str, Any] = {"temperature": 1.0}  # of a draw by default, as in `hf`
+        sampling: dict[str, Any] = {
+            "temperature": 1.0
+        }  # of a draw by default, as in `hf`
         sampling |= {name: given.pop(name) for name in _SAMPLING if name in given}
-        if other := [name for name, value in given.items() if _NEUTRAL.get(name) != value]:
+        if other := [
+            name for name, value in given.items() if _NEUTRAL.get(name) != value
+        ]:
             raise ValueError(
                 f"the task generates with {other[0]}, which is not supported: expected some of do_sample, "
                 f"{', '.join(_SAMPLING)}, until, max_gen_toks (--gen_kwargs overrides a task's own)"
             )
         return _Plan(new_tokens, until, Sampling(**sampling) if draws else GREEDY)
 
-    def _generated(self, prompts: Sequence[list[int]], plan: _Plan, update: Callable[[int], Any]) -> list[str]:
+    def _generated(
+        self, prompts: Sequence[list[int]], plan: _Plan, update: Callable[[int], Any]
+    ) -> list[str]:
         """Return the texts that follow prompts, with their stop texts and what follows those."""
         one = self._problem.replace(index=self._problem.index[None])
         # Special tokens are not in the texts, so those that end an answer are searched for by number.
         special = set(self.tokenizer.all_special_tokens) & set(plan.until)
-        ends = (*one.config.end_ids, *self.tokenizer.convert_tokens_to_ids(sorted(special)))
+        ends = (
+            *one.config.end_ids,
+            *self.tokenizer.convert_tokens_to_ids(sorted(special)),
+        )
         text_format = dataclasses.replace(self._text_format, ends=ends)
 
         def stops(rows: list[Int[np.ndarray, " _"]]) -> list[bool]:
             texts = decode(self.tokenizer, [row.tolist() for row in rows], text_format)
-            stopped = [any(stop and stop in text for stop in plan.until) for text in texts]
-            return [bool(np.isin(row, ends).any()) or at for row, at in zip(rows, stopped, strict=True)]
+            stopped = [
+                any(stop and stop in text for stop in plan.until) for text in texts
+            ]
+            return [
+                bool(np.isin(row, ends).any()) or at
+                for row, at in zip(rows, stopped, strict=True)
+            ]
 
         def read(number: int) -> Problem:
             self._reads += 1
@@ -277,13 +372,19 @@ class HarnessLM(TemplateLM):
         self, rows: Sequence[tuple[list[int], list[int]]], longest: int
     ) -> Iterator[tuple[Int[np.ndarray, " B"], Batch]]:
         """Yield batches of contexts and continuations of at most `longest` tokens (see `eval_batches`)."""
-        return eval_batches(_encoded(rows), self._rows(longest), pad_id=self.tokenizer.pad_token_id)
+        return eval_batches(
+            _encoded(rows), self._rows(longest), pad_id=self.tokenizer.pad_token_id
+        )
 
     def _rows(self, longest: int) -> int:
         """Return how many rows a batch has at most, given the tokens whose logits are computed."""
-        return min(self.batch_size, max(1, _MOST_LOGITS // (longest * self._vocabulary)))
+        return min(
+            self.batch_size, max(1, _MOST_LOGITS // (longest * self._vocabulary))
+        )
 
-    def _cut(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
+    def _cut(
+        self, context: list[int], continuation: list[int]
+    ) -> tuple[list[int], list[int]]:
         """Return a context without the first tokens that the model has no room for, and its continuation."""
         if not 1 <= len(continuation) <= self.max_length:
             raise ValueError(
@@ -291,7 +392,11 @@ class HarnessLM(TemplateLM):
                 "Take it out of the task"
             )
         # The last token of a continuation is not read.
-        room = self.max_length + 1 - len(continuation) if self.backend == "causal" else self.max_length
+        room = (
+            self.max_length + 1 - len(continuation)
+            if self.backend == "causal"
+            else self.max_length
+        )
         return context[-room:], continuation
 
     def _read(self, purpose: int) -> Problem:
@@ -301,19 +406,24 @@ class HarnessLM(TemplateLM):
 
 
 def _encoded(rows: Sequence[tuple[list[int], list[int]]]) -> Encoded:
-    inputs, labels = (tuple(np.array(row[part], np.int32) for row in rows) for part in (0, 1))
+    inputs = tuple(np.array(row[0], np.int32) for row in rows)
+    labels = tuple(np.array(row[1], np.int32) for row in rows)
     return Encoded(inputs, labels)
 
 
 @jax.jit
-def _next_log_probs(params: Params, batch: Batch, problem: Problem) -> Float[Array, "B V"]:
+def _next_log_probs(
+    params: Params, batch: Batch, problem: Problem
+) -> Float[Array, "B V"]:
     """Return the log-probabilities of the token that follows each context."""
     logits, _ = batch_logits(params, batch, problem)
     return jax.nn.log_softmax(logits[:, 0].astype(jnp.float32))
 
 
 @jax.jit
-def _scores(params: Params, batch: Batch, problem: Problem) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
+def _scores(
+    params: Params, batch: Batch, problem: Problem
+) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
     """Return the log-likelihood of each row's labels, and whether each label is the most likely token."""
     logits, _ = batch_logits(params, batch, problem)
     labels = jnp.asarray(batch.labels)

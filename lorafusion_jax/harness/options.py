@@ -80,47 +80,75 @@ def load_measured(options: HarnessOptions) -> MeasuredModel:
         a file cannot be used.
     """
     if (options.run is None) == (options.base is None):
-        raise ValueError("expected one model: give a fused run with --run, or a base model with --base")
+        raise ValueError(
+            "expected one model: give a fused run with --run, or a base model with --base"
+        )
     if options.crossbar is None:
         check_digital(options, CalibratedChipOptions.__dataclass_fields__)
     if options.run is None and options.run_seed is not None:
         raise ValueError("a base model has no seeds: leave out --run-seed")
-    fused, params, config, place = _of_base(options), None, None, 0
+    fused = _of_base(options)
+    params = None
+    config = None
+    place = 0
     if options.run is not None:
         if flags := flags_given(options, _OF_BASES):
-            raise ValueError(f"{flags}: only for a base without a run, since a run has its own: leave it out")
+            raise ValueError(
+                f"{flags}: only for a base without a run, since a run has its own: leave it out"
+            )
         fused, params, config = load_run(options.run)
         check_answers(options.run, fused)
         place = seed_place(options.run, fused.seeds, options.run_seed)
     if options.crossbar is None:
         loaded = load_model(fused)
     else:
-        chip = {field.name: getattr(options, field.name) for field in dataclasses.fields(ChipOptions)}
+        chip = {
+            field.name: getattr(options, field.name)
+            for field in dataclasses.fields(ChipOptions)
+        }
         arrays = OnArrays(train_chip="chip", **chip)
-        task = options.calibration_task or (fused.task if isinstance(fused, FuseOptions) else None)
+        task = options.calibration_task or (
+            fused.task if isinstance(fused, FuseOptions) else None
+        )
         if task is not None:
-            fused = FuseOptions(**vars(fused) | {"task": task, "test_rows": 1, "arrays": arrays})
+            fused = FuseOptions(
+                **vars(fused) | {"task": task, "test_rows": 1, "arrays": arrays}
+            )
             own = None
-            if options.run is not None and config is not None and options.calibration_task is None:
+            if (
+                options.run is not None
+                and config is not None
+                and options.calibration_task is None
+            ):
                 own = own_task(fused, options.run, config)
             loaded = load_setup(fused, to_train=False, task=own)
         elif options.restore is not None and options.pool is None:
             loaded = load_model(fused)
-            loaded = loaded.with_layers(unroll=False).with_problem(frozen=restored_base(loaded, arrays))
+            loaded = loaded.with_layers(unroll=False).with_problem(
+                frozen=restored_base(loaded, arrays)
+            )
         else:
             raise ValueError(
                 "a chip needs text that sets the ranges of its ADCs: name a task with training rows by "
                 "--calibration-task, or a restored base by --restore"
             )
     if options.run is not None and config is not None:
-        loaded = of_run(loaded, fused, options.run, config, jax.tree.map(lambda p: p[place], params))
+        loaded = of_run(
+            loaded, fused, options.run, config, jax.tree.map(lambda p: p[place], params)
+        )
     if params is None:
-        of_seed = loaded.problem.replace(index=loaded.problem.index[0]).init(jax.random.key(0))
+        of_seed = loaded.problem.replace(index=loaded.problem.index[0]).init(
+            jax.random.key(0)
+        )
         params = jax.tree.map(lambda p: p[None], of_seed)
-    if isinstance(loaded, Setup) and isinstance(fused, FuseOptions):  # with all seeds, whose modules share the chip
+    if isinstance(loaded, Setup) and isinstance(
+        fused, FuseOptions
+    ):  # with all seeds, whose modules share the chip
         loaded = on_arrays(loaded, fused, params).training
     of_seed = jax.tree.map(lambda p: p[place], params)
-    return MeasuredModel(loaded.with_problem(index=loaded.problem.index[place]), of_seed, fused.base)
+    return MeasuredModel(
+        loaded.with_problem(index=loaded.problem.index[place]), of_seed, fused.base
+    )
 
 
 def _of_base(options: HarnessOptions) -> LoadOptions:
@@ -128,7 +156,9 @@ def _of_base(options: HarnessOptions) -> LoadOptions:
     adapters = options.adapters
     if options.base is None or options.pool is None:
         if adapters:
-            raise ValueError("--adapters names modules of a pool: give it with --base and --pool")
+            raise ValueError(
+                "--adapters names modules of a pool: give it with --base and --pool"
+            )
     elif not adapters:
         adapters = tuple(open_pool(options.pool, options.base).names)
     return LoadOptions(

@@ -16,7 +16,14 @@ from ..support import processes
 from ..support.reading import FileError, T
 from ..support.text import shown, some
 from . import safetensors
-from .folders import RESTORE, Manifest, check_files, newest_sound, read_manifest, sealed_folder
+from .folders import (
+    RESTORE,
+    Manifest,
+    check_files,
+    newest_sound,
+    read_manifest,
+    sealed_folder,
+)
 
 _FILE = "arrays.safetensors"
 _DEEPEST = 10  # names in the path of an array
@@ -29,13 +36,20 @@ def save(folder: Path, tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> 
     """
     arrays = flatten_dict(dict(tree))
     if slashed := [name for path in arrays for name in path if "/" in name]:
-        raise ValueError(f"an array is named {slashed[0]!r}: expected a name without a slash")
+        raise ValueError(
+            f"an array is named {slashed[0]!r}: expected a name without a slash"
+        )
     with sealed_folder(folder, metadata) as partial:
         if processes.first():
-            safetensors.save(partial / _FILE, {"/".join(path): np.asarray(array) for path, array in arrays.items()})
+            safetensors.save(
+                partial / _FILE,
+                {"/".join(path): np.asarray(array) for path, array in arrays.items()},
+            )
 
 
-def load(folder: Path, *, metadata: type[T] | Any = dict[str, Any], what: str) -> tuple[dict[str, Any], T]:
+def load(
+    folder: Path, *, metadata: type[T] | Any = dict[str, Any], what: str
+) -> tuple[dict[str, Any], T]:
     """Return the tree of a saved folder, as read-only views of the mapped file, and its metadata as a type.
 
     Raises a FileError if the folder, of the kind `what`, was not written by `save`, or is damaged.
@@ -49,32 +63,55 @@ def load_sound(
     folder: Path, *, metadata: type[T] | Any, what: str, note: Callable[[str], None]
 ) -> tuple[dict[str, Any], T] | None:
     """Return what `load` does, or None if the folder is missing or damaged (see `folders.newest_sound`)."""
-    sound = newest_sound([folder], metadata, what, note=note) if folder.exists() else None
+    sound = (
+        newest_sound([folder], metadata, what, note=note) if folder.exists() else None
+    )
     return sound and (_nested(folder, sound[1]), sound[2])
 
 
 def signature(tree: Any) -> dict[str, str]:
     """Return dtype and shape of each array by its path in a tree, such as `float32[2, 3]`."""
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
+        jax.tree_util.keystr(
+            path, simple=True, separator="/"
+        ): f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
         for path, leaf in jax.tree.leaves_with_path(tree)
     }
 
 
-def check_signature(folder: Path, present: Mapping[str, str], expected: Mapping[str, str], *, fix: str) -> None:
+def check_signature(
+    folder: Path, present: Mapping[str, str], expected: Mapping[str, str], *, fix: str
+) -> None:
     """Raise a FileError for the first array of a folder whose signature is not the expected one."""
     for path in {**expected, **present}:
-        got, needed = present.get(path, "absent"), expected.get(path, "no such array")
+        got = present.get(path, "absent")
+        needed = expected.get(path, "no such array")
         if got != needed:
-            raise FileError(folder, field=some([path]), got=got, expected=needed, fix=fix)
+            raise FileError(
+                folder, field=some([path]), got=got, expected=needed, fix=fix
+            )
 
 
 def _nested(folder: Path, manifest: Manifest) -> dict[str, Any]:
     if _FILE not in manifest["files"]:
-        raise FileError(folder, got=f"the manifest lists no {_FILE}", fix="copy the whole folder again")
-    arrays = {tuple(path.split("/")): array for path, array in safetensors.load(folder / _FILE).items()}
+        raise FileError(
+            folder,
+            got=f"the manifest lists no {_FILE}",
+            fix="copy the whole folder again",
+        )
+    arrays = {
+        tuple(path.split("/")): array
+        for path, array in safetensors.load(folder / _FILE).items()
+    }
     for path in arrays:
-        if len(path) > _DEEPEST or any(path[:above] in arrays for above in range(1, len(path))):
+        if len(path) > _DEEPEST or any(
+            path[:above] in arrays for above in range(1, len(path))
+        ):
             field = shown("/".join(path))
-            raise FileError(folder / _FILE, field=field, got="not the path of an array in a tree", fix=RESTORE)
+            raise FileError(
+                folder / _FILE,
+                field=field,
+                got="not the path of an array in a tree",
+                fix=RESTORE,
+            )
     return unflatten_dict(arrays)

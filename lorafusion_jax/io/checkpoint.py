@@ -82,12 +82,16 @@ def load_newest(
     folder, manifest, described = sound
     if abstract is not None:
         fix = "resume the run that saved it, or restore it from a copy"
-        check_signature(folder, manifest.get("arrays", {}), signature(abstract), fix=fix)
+        check_signature(
+            folder, manifest.get("arrays", {}), signature(abstract), fix=fix
+        )
         abstract = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract)
     return ocp.load(str((folder / _ARRAYS).absolute()), abstract), described
 
 
-def save_step(checkpoints: Path, step: int, tree: Any, metadata: Mapping[str, Any], *, keep: int) -> None:
+def save_step(
+    checkpoints: Path, step: int, tree: Any, metadata: Mapping[str, Any], *, keep: int
+) -> None:
     """Save `checkpoints / step_000123`, then remove all but the latest `keep` (>= 1)."""
     save(checkpoints / f"step_{step:06d}", tree, metadata)
     if processes.first():
@@ -98,5 +102,9 @@ def save_step(checkpoints: Path, step: int, tree: Any, metadata: Mapping[str, An
 
 def steps(checkpoints: Path) -> list[Path]:
     """Return the folders of the saved steps, oldest first."""
-    steps = {int(match[1]): path for path in checkpoints.glob("*") if (match := _STEP.fullmatch(path.name))}
+    steps = {
+        int(match[1]): path
+        for path in checkpoints.glob("*")
+        if (match := _STEP.fullmatch(path.name))
+    }
     return [steps[step] for step in sorted(steps)]

@@ -20,7 +20,14 @@ from ..support.reading import check_name, check_regular, utf8
 from ..support.version import __version__
 from .folders import new_folder
 from .hf import base_tensor, open_base
-from .peft.adapter import CONFIG, WEIGHTS, AdapterError, PeftAdapter, read_adapter, resave
+from .peft.adapter import (
+    CONFIG,
+    WEIGHTS,
+    AdapterError,
+    PeftAdapter,
+    read_adapter,
+    resave,
+)
 from .peft.tensors import MAGNITUDE
 from .pool.adapter_files import describe
 from .pool.basis import FOLDER, save_basis
@@ -82,22 +89,36 @@ def convert(options: ConvertOptions) -> dict[str, Any]:
     Raises ValueError, before anything is written, if an option is wrong, `out` exists, or an adapter cannot be used.
     """
     if options.basis is not None and options.basis_from is not None:
-        raise ValueError("--basis makes a basis, and --basis-from takes another pool's: give one of them")
+        raise ValueError(
+            "--basis makes a basis, and --basis-from takes another pool's: give one of them"
+        )
     makes_basis = options.basis is not None or options.basis_from is not None
     if options.dry_run and makes_basis:
-        raise ValueError("a dry run makes no basis: leave out --dry-run, or --basis and --basis-from")
+        raise ValueError(
+            "a dry run makes no basis: leave out --dry-run, or --basis and --basis-from"
+        )
     sources = _sources(options)
     for source in (options.base or "", str(options.out or ""), *sources):
         check_name(source)
     if options.out is None and not options.dry_run:
-        raise ValueError("the pool has no folder: give --out FOLDER, or --dry-run to write nothing")
+        raise ValueError(
+            "the pool has no folder: give --out FOLDER, or --dry-run to write nothing"
+        )
     if not sources and options.out is not None:
-        if flags := flags_given(options, ("base", "alpha", "dtype", "skip_bad", "json")):
-            raise ValueError(f"{flags}: only for adapters that are converted: leave it out, or give --adapters")
+        if flags := flags_given(
+            options, ("base", "alpha", "dtype", "skip_bad", "json")
+        ):
+            raise ValueError(
+                f"{flags}: only for adapters that are converted: leave it out, or give --adapters"
+            )
         pool = ConvertedPool(options.out)
         _add_basis(options, options.out)
         return dict(pool.manifest)
-    with contextlib.nullcontext() if options.dry_run or options.out is None else new_folder(options.out) as folder:
+    with (
+        contextlib.nullcontext()
+        if options.dry_run or options.out is None
+        else new_folder(options.out) as folder
+    ):
         manifest = _convert(sources, options, folder)
         if folder is not None and makes_basis:
             _add_basis(options, folder)
@@ -109,7 +130,9 @@ def add_basis(folder: Path, k: int) -> None:
     stored = _without_basis(folder)
     pool = stored.load()
     check_size(pool, k)
-    with progress("basis", sum(len(rank) for rank in pool.rank.values()), unit="layer") as bar:
+    with progress(
+        "basis", sum(len(rank) for rank in pool.rank.values()), unit="layer"
+    ) as bar:
         basis = in_directions(pool, directions(pool, k, done=bar.update))
     save_basis(folder, basis, made_of=stored.made_of, base=stored.manifest["base"])
 
@@ -118,43 +141,68 @@ def _add_basis(options: ConvertOptions, folder: Path) -> None:
     if options.basis_from is None:
         add_basis(folder, options.basis or 0)
         return
-    stored, other = _without_basis(folder), ConvertedPool(options.basis_from)
+    stored = _without_basis(folder)
+    other = ConvertedPool(options.basis_from)
     other.check_base(stored.config)
     made_of = other.basis_modules() | stored.made_of
-    save_basis(folder, extended(other.basis(), stored.load()), made_of=made_of, base=stored.manifest["base"])
+    save_basis(
+        folder,
+        extended(other.basis(), stored.load()),
+        made_of=made_of,
+        base=stored.manifest["base"],
+    )
 
 
 def _without_basis(folder: Path) -> ConvertedPool:
     if (folder / FOLDER).exists():
-        raise ValueError(f"{folder / FOLDER} exists: move it away to make another basis")
+        raise ValueError(
+            f"{folder / FOLDER} exists: move it away to make another basis"
+        )
     return ConvertedPool(folder)
 
 
 def _sources(options: ConvertOptions) -> list[str]:
-    sources, file = list(options.adapters), options.adapters_file
+    sources = list(options.adapters)
+    file = options.adapters_file
     if file is not None:
         if not file.is_file() and str(file) == "lorahub":
             file = Path(__file__).with_name("lorahub_adapters.txt")
         if not file.is_file():
-            raise ValueError(f"{file}: no such file: expected a list of adapters, one a line, or lorahub for LoraHub's")
+            raise ValueError(
+                f"{file}: no such file: expected a list of adapters, one a line, or lorahub for LoraHub's"
+            )
         check_regular(file)
         with utf8(file):
             lines = file.read_text(encoding="utf-8-sig").splitlines()
-        sources += [source for line in lines if (source := line.partition("#")[0].strip())]
-    if not sources and ((options.basis is None and options.basis_from is None) or options.out is None):
-        raise ValueError("no adapters given: --adapters FOLDER_OR_HUB_ID ..., or --adapters-file LIST")
+        sources += [
+            source for line in lines if (source := line.partition("#")[0].strip())
+        ]
+    if not sources and (
+        (options.basis is None and options.basis_from is None) or options.out is None
+    ):
+        raise ValueError(
+            "no adapters given: --adapters FOLDER_OR_HUB_ID ..., or --adapters-file LIST"
+        )
     return sources
 
 
-def _convert(sources: list[str], options: ConvertOptions, folder: Path | None) -> dict[str, Any]:
+def _convert(
+    sources: list[str], options: ConvertOptions, folder: Path | None
+) -> dict[str, Any]:
     """Read and check all adapters, write them and the manifest if there is a folder, and return the manifest."""
     if options.base is None and not options.dry_run:
-        raise ValueError("the adapters need their base model: give --base FOLDER_OR_HUB_ID, or --dry-run")
+        raise ValueError(
+            "the adapters need their base model: give --base FOLDER_OR_HUB_ID, or --dry-run"
+        )
     opened = None if options.base is None else open_base(options.base)
     config = opened and opened.config
     needs_base: dict[str, Any] = {}
     if opened is not None:
-        needs_base = {"base": opened, "shapes": linear_shapes(opened.config), "base_tensor": base_tensor(opened)}
+        needs_base = {
+            "base": opened,
+            "shapes": linear_shapes(opened.config),
+            "base_tensor": base_tensor(opened),
+        }
     adapters: dict[str, dict[str, Any]] = {}
     skipped = []
     for source in progress("convert", sources, unit="adapter"):
@@ -174,10 +222,14 @@ def _convert(sources: list[str], options: ConvertOptions, folder: Path | None) -
         if folder is not None:
             written = folder / entry["folder"]
             resave(adapter, written)
-            entry["files"] = {name: sha256(written / name) for name in (CONFIG, WEIGHTS)}
+            entry["files"] = {
+                name: sha256(written / name) for name in (CONFIG, WEIGHTS)
+            }
         adapters[adapter.name] = entry
     if not adapters and opened is not None:
-        raise AdapterError(f"none of {len(sources)} adapters can be used; the first: {skipped[0]['reason']}")
+        raise AdapterError(
+            f"none of {len(sources)} adapters can be used; the first: {skipped[0]['reason']}"
+        )
     parameters = sum(entry["parameters"] for entry in adapters.values())
     manifest = {
         "base": opened
@@ -185,12 +237,20 @@ def _convert(sources: list[str], options: ConvertOptions, folder: Path | None) -
             "source": options.base,
             "config_sha256": opened.files.config_sha256(),
             "family": opened.config.family,
-            "config": {k: v for k, v in dataclasses.asdict(opened.config).items() if k not in _RUNTIME_FIELDS},
+            "config": {
+                k: v
+                for k, v in dataclasses.asdict(opened.config).items()
+                if k not in _RUNTIME_FIELDS
+            },
         },
         "cast_to": options.dtype,
         "adapters": list(adapters.values()),
         "skipped": skipped,
-        "totals": {"adapters": len(adapters), "skipped": len(skipped), "parameters": parameters},
+        "totals": {
+            "adapters": len(adapters),
+            "skipped": len(skipped),
+            "parameters": parameters,
+        },
         "versions": {"python": platform.python_version(), "lorafusion-jax": __version__}
         | {name: importlib.metadata.version(name) for name in _PACKAGES},
     }
@@ -208,6 +268,10 @@ def _cast(adapter: PeftAdapter, dtype: str) -> PeftAdapter:
 
     return dataclasses.replace(
         adapter,
-        factors={path: (cast(path, "lora_A", a), cast(path, "lora_B", b)) for path, (a, b) in adapter.factors.items()},
-        magnitude=adapter.magnitude and {path: cast(path, MAGNITUDE, m) for path, m in adapter.magnitude.items()},
+        factors={
+            path: (cast(path, "lora_A", a), cast(path, "lora_B", b))
+            for path, (a, b) in adapter.factors.items()
+        },
+        magnitude=adapter.magnitude
+        and {path: cast(path, MAGNITUDE, m) for path, m in adapter.magnitude.items()},
     )

@@ -18,7 +18,9 @@ from ..adapters.pool import LoraPool
 from .buffers import Tensor, release
 from .gguf.reader import StoredTensor
 
-_ROWS = 1024  # hashed at a time: a tensor that was transposed is never in memory as a whole
+_ROWS = (
+    1024  # hashed at a time: a tensor that was transposed is never in memory as a whole
+)
 
 
 class Digests(TypedDict):
@@ -45,7 +47,15 @@ class PoolDigests(NamedTuple):
 def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 of tensors; their order makes no difference."""
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        return digest_of_all(dict(zip(tensors, threads.map(digest_of_one, tensors, tensors.values()), strict=True)))
+        return digest_of_all(
+            dict(
+                zip(
+                    tensors,
+                    threads.map(digest_of_one, tensors, tensors.values()),
+                    strict=True,
+                )
+            )
+        )
 
 
 def digest_of_one(name: str, tensor: Tensor) -> bytes:
@@ -55,7 +65,11 @@ def digest_of_one(name: str, tensor: Tensor) -> bytes:
     many = len(tensor.shape) > 1
     for row in range(0, tensor.shape[0] if many else 1, _ROWS):
         rows = slice(row, row + _ROWS) if many else slice(None)
-        part = tensor.as_stored(rows) if isinstance(tensor, StoredTensor) else np.atleast_1d(tensor)[rows]
+        part = (
+            tensor.as_stored(rows)
+            if isinstance(tensor, StoredTensor)
+            else np.atleast_1d(tensor)[rows]
+        )
         sha.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
     release(tensor)
     return sha.digest()
@@ -63,7 +77,9 @@ def digest_of_one(name: str, tensor: Tensor) -> bytes:
 
 def digest_of_all(digests: Mapping[str, bytes]) -> str:
     """Return the SHA-256 of tensors from that of each, by name."""
-    return hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()
+    return hashlib.sha256(
+        b"".join(digests[name] for name in sorted(digests))
+    ).hexdigest()
 
 
 def pool_digests(pool: Pool) -> PoolDigests:
@@ -74,22 +90,37 @@ def pool_digests(pool: Pool) -> PoolDigests:
     if isinstance(pool, SharedBasis):
         cores = {site: np.asarray(S) for site, S in pool.S.items()}
         modules = {
-            name: tensor_digest({site: S[:, n] for site, S in cores.items() if np.any(S[:, n])})
+            name: tensor_digest(
+                {site: S[:, n] for site, S in cores.items() if np.any(S[:, n])}
+            )
             for n, name in enumerate(pool.names)
         }
-        of_all = {f"{of}.{site}": np.asarray(a) for of, factor in pool.factors.items() for site, a in factor.items()}
+        of_all = {
+            f"{of}.{site}": np.asarray(a)
+            for of, factor in pool.factors.items()
+            for site, a in factor.items()
+        }
         return PoolDigests(modules, tensor_digest(of_all))
-    return PoolDigests({name: tensor_digest(_tensors(pool, n)) for n, name in enumerate(pool.names)}, None)
+    return PoolDigests(
+        {name: tensor_digest(_tensors(pool, n)) for n, name in enumerate(pool.names)},
+        None,
+    )
 
 
 def _tensors(pool: LoraPool, n: int) -> dict[str, np.ndarray]:
     """Return the matrices of one module, without the zeros that pad smaller ranks."""
     matrices = {}
     for site, rank in pool.rank.items():
-        A, B = np.asarray(pool.A[site]), np.asarray(pool.B[site])
+        A = np.asarray(pool.A[site])
+        B = np.asarray(pool.B[site])
         for layer, r in enumerate(np.asarray(rank)[:, n].tolist()):
             if r:
-                matrices |= {f"{site}.{layer}.A": A[layer, n, :, :r], f"{site}.{layer}.B": B[layer, n, :r]}
+                matrices |= {
+                    f"{site}.{layer}.A": A[layer, n, :, :r],
+                    f"{site}.{layer}.B": B[layer, n, :r],
+                }
                 if pool.magnitude is not None:
-                    matrices[f"{site}.{layer}.magnitude"] = np.asarray(pool.magnitude[site])[layer]
+                    matrices[f"{site}.{layer}.magnitude"] = np.asarray(
+                        pool.magnitude[site]
+                    )[layer]
     return matrices

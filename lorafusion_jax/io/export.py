@@ -60,16 +60,24 @@ def fused_adapter(
     for site, spread in coefficients.items():
         ranks = np.asarray(pool.rank[site])[:, chosen]
         for layer in np.flatnonzero(ranks.any(axis=1)).tolist():
-            of_layer = (jax.tree.map(lambda a, at=layer: a[at][chosen], weight[site]) for weight in (pool.A, pool.B))
+            of_layer = (
+                jax.tree.map(lambda a, at=layer: a[at][chosen], weight[site])
+                for weight in (pool.A, pool.B)
+            )
             A, B = (np.asarray(dense(weight, jnp.float32)) for weight in of_layer)
             c = np.asarray(spread[layer])
             if composition == "mix":
-                mixed = (A * c[:, None, :]).sum(axis=0).T, (B * c[:, :, None]).sum(axis=0)
+                mixed = (
+                    (A * c[:, None, :]).sum(axis=0).T,
+                    (B * c[:, :, None]).sum(axis=0),
+                )
             else:
                 real = (np.arange(A.shape[2]) < ranks[layer][:, None]) & (c != 0)
                 mixed = A.swapaxes(1, 2)[real], (B * c[:, :, None])[real]
             factors[site, layer] = mixed
-    return _adapter(config, factors, base, pool.magnitude if magnitudes is None else magnitudes)
+    return _adapter(
+        config, factors, base, pool.magnitude if magnitudes is None else magnitudes
+    )
 
 
 def lora_adapter(
@@ -88,7 +96,12 @@ def lora_adapter(
     factors = {
         (site, layer): (A.T, B)
         for site, lora in adapters.items()
-        for layer, (A, B) in enumerate(zip(*(np.asarray(dense(w, jnp.float32)) for w in (lora.A, lora.B)), strict=True))
+        for layer, (A, B) in enumerate(
+            zip(
+                *(np.asarray(dense(w, jnp.float32)) for w in (lora.A, lora.B)),
+                strict=True,
+            )
+        )
     }
     return _adapter(config, factors, base, magnitudes)
 
@@ -100,7 +113,11 @@ def merged_base(model: Model, adapters: Mapping[str, Adapter]) -> Model:
     """
     check_sites(adapters, model.config.sites)
     merged = nnx.clone(model)
-    adapted = {site: _merge(adapters[site], kernel) for site, kernel in kernels(model).items() if site in adapters}
+    adapted = {
+        site: _merge(adapters[site], kernel)
+        for site, kernel in kernels(model).items()
+        if site in adapters
+    }
     set_matrices(merged, adapted)
     return merged
 
@@ -114,16 +131,26 @@ def _merge(adapter: Adapter, kernel: Weight) -> Float[Array, "L d_in d_out"]:
 
 
 def _adapter(
-    config: Architecture, factors: _Factors, base: str, magnitudes: Mapping[str, Float[Array, "_L _d_out"]] | None
+    config: Architecture,
+    factors: _Factors,
+    base: str,
+    magnitudes: Mapping[str, Float[Array, "_L _d_out"]] | None,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     rank = max(1, *(A.shape[0] for A, _ in factors.values()))
     tensors = {}
-    paths = {(site, layer): config.sites[site].path_of(layer) for site, layer in factors}
+    paths = {
+        (site, layer): config.sites[site].path_of(layer) for site, layer in factors
+    }
     for (site, layer), pair in factors.items():
         module = f"base_model.model.{paths[site, layer]}"
         A, B = (np.pad(factor, ((0, rank - len(factor)), (0, 0))) for factor in pair)
         tensors |= {f"{module}.lora_A.weight": A, f"{module}.lora_B.weight": B.T}
         if magnitudes is not None:
-            tensors[f"{module}.lora_magnitude_vector"] = np.asarray(magnitudes[site][layer], np.float32)
-    task, dora = family_of(config).task_type, magnitudes is not None
-    return plain_config(base, paths.values(), rank=rank, alpha=rank, task_type=task, dora=dora), tensors
+            tensors[f"{module}.lora_magnitude_vector"] = np.asarray(
+                magnitudes[site][layer], np.float32
+            )
+    task = family_of(config).task_type
+    dora = magnitudes is not None
+    return plain_config(
+        base, paths.values(), rank=rank, alpha=rank, task_type=task, dora=dora
+    ), tensors

@@ -35,12 +35,20 @@ class FastTokenizer:
     ):
         from tokenizers import AddedToken
 
-        self.backend_tokenizer, self.chat_template, self.name_or_path = backend, chat_template, name
-        self.special_tokens_map = {key: special[key] for key in _SPECIAL if special.get(key) is not None}
+        self.backend_tokenizer = backend
+        self.chat_template = chat_template
+        self.name_or_path = name
+        self.special_tokens_map = {
+            key: special[key] for key in _SPECIAL if special.get(key) is not None
+        }
         self._load = whole
         added = {token.content for token in backend.get_added_tokens_decoder().values()}
-        missing = [text for text in self.special_tokens_map.values() if text not in added]
-        backend.add_tokens([AddedToken(text, special=True) for text in dict.fromkeys(missing)])
+        missing = [
+            text for text in self.special_tokens_map.values() if text not in added
+        ]
+        backend.add_tokens(
+            [AddedToken(text, special=True) for text in dict.fromkeys(missing)]
+        )
         backend.no_padding()
 
     def __call__(
@@ -58,7 +66,9 @@ class FastTokenizer:
         else:
             self.backend_tokenizer.no_truncation()
         one = isinstance(texts, str)
-        rows = self.backend_tokenizer.encode_batch([texts] if one else texts, add_special_tokens=add_special_tokens)
+        rows = self.backend_tokenizer.encode_batch(
+            [texts] if one else texts, add_special_tokens=add_special_tokens
+        )
         encoded = {"input_ids": [row.ids for row in rows]}
         encoded["special_tokens_mask"] = [row.special_tokens_mask for row in rows]
         return {key: values[0] for key, values in encoded.items()} if one else encoded
@@ -67,12 +77,18 @@ class FastTokenizer:
         return self.backend_tokenizer.get_vocab_size()
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "whole":  # else an error of `whole` would come here again
+        if (
+            name.startswith("__") or name == "whole"
+        ):  # else an error of `whole` would come here again
             raise AttributeError(name)
         if name.endswith("_token_id") and name.removesuffix("_id") in _SPECIAL:
             text = self.special_tokens_map.get(name.removesuffix("_id"))
             return None if text is None else self.backend_tokenizer.token_to_id(text)
-        return self.special_tokens_map.get(name) if name in _SPECIAL else getattr(self.whole, name)
+        return (
+            self.special_tokens_map.get(name)
+            if name in _SPECIAL
+            else getattr(self.whole, name)
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _SPECIAL:
@@ -91,9 +107,13 @@ class FastTokenizer:
         made.name_or_path = self.name_or_path
         return made
 
-    def batch_decode(self, rows: Iterable[Iterable[Any]], skip_special_tokens: bool = False) -> list[str]:
+    def batch_decode(
+        self, rows: Iterable[Iterable[Any]], skip_special_tokens: bool = False
+    ) -> list[str]:
         """Return the texts of rows of tokens."""
-        return self.backend_tokenizer.decode_batch([[*map(int, row)] for row in rows], skip_special_tokens)
+        return self.backend_tokenizer.decode_batch(
+            [[*map(int, row)] for row in rows], skip_special_tokens
+        )
 
     def convert_ids_to_tokens(self, number: int) -> str | None:
         """Return the text of a token, as the vocabulary spells it."""
@@ -105,4 +125,8 @@ class FastTokenizer:
 
     def get_chat_template(self) -> str:
         """Return the chat template."""
-        return self.whole.get_chat_template() if self.chat_template is None else self.chat_template
+        return (
+            self.whole.get_chat_template()
+            if self.chat_template is None
+            else self.chat_template
+        )

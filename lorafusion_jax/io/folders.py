@@ -30,7 +30,9 @@ class Manifest(TypedDict):
     metadata: dict[str, Any]
     files: dict[str, str]
     versions: NotRequired[dict[str, str]]
-    arrays: NotRequired[dict[str, str]]  # of a state: "float32[2, 3]" by the path in the tree
+    arrays: NotRequired[
+        dict[str, str]
+    ]  # of a state: "float32[2, 3]" by the path in the tree
 
 
 @contextlib.contextmanager
@@ -46,7 +48,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
     if folder.exists():
         raise ValueError(f"{folder} exists: give a new folder, or remove it first")
     partial = folder.with_name(f".{folder.name}.partial")
-    with writing(folder.parent), _claimed(partial) if processes.first() else contextlib.nullcontext():
+    with (
+        writing(folder.parent),
+        _claimed(partial) if processes.first() else contextlib.nullcontext(),
+    ):
         processes.barrier(f"{folder.name} is there")
         yield partial
         if processes.first():
@@ -68,7 +73,9 @@ def _claimed(partial: Path) -> Iterator[None]:
         alone = False
     try:
         if not alone:  # another process writes it, or has just renamed it
-            raise ValueError(f"{partial} is being written by another process: wait for it, or give another folder")
+            raise ValueError(
+                f"{partial} is being written by another process: wait for it, or give another folder"
+            )
         try:
             for path in partial.iterdir():
                 _remove(path)
@@ -123,12 +130,16 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON with one entry a line, but lists of numbers on one line."""
     # A JSON string never holds a line break, so the pattern cannot match inside one.
     numbers = re.compile(r"\[\n\s*([-+.\deE][-+.\deE,\s]*?)\s*\]")
-    text = numbers.sub(lambda match: f"[{' '.join(match[1].split())}]", json.dumps(content, indent=1))
+    text = numbers.sub(
+        lambda match: f"[{' '.join(match[1].split())}]", json.dumps(content, indent=1)
+    )
     write_text(path, f"{text}\n")
 
 
 @contextlib.contextmanager
-def sealed_folder(folder: Path, metadata: Mapping[str, Any], **fields: Any) -> Iterator[Path]:
+def sealed_folder(
+    folder: Path, metadata: Mapping[str, Any], **fields: Any
+) -> Iterator[Path]:
     """Yield a `new_folder` that gets a manifest and its name once all files are on the disk.
 
     `metadata` is any JSON, and `fields` are other fields of the manifest.
@@ -136,22 +147,34 @@ def sealed_folder(folder: Path, metadata: Mapping[str, Any], **fields: Any) -> I
     with new_folder(folder) as partial:
         yield partial
         if processes.first():
-            names = sorted(path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file())
-            files, versions = {name: sha256(partial / name) for name in names}, {"lorafusion-jax": __version__}
-            write_json(partial / MANIFEST, {"metadata": metadata, "versions": versions, **fields, "files": files})
+            names = sorted(
+                path.relative_to(partial).as_posix()
+                for path in partial.rglob("*")
+                if path.is_file()
+            )
+            files = {name: sha256(partial / name) for name in names}
+            versions = {"lorafusion-jax": __version__}
+            write_json(
+                partial / MANIFEST,
+                {"metadata": metadata, "versions": versions, **fields, "files": files},
+            )
             for path in partial.rglob("*"):
                 _flush(path)
     with writing(folder.parent):
         _flush(folder.parent)
 
 
-def read_manifest(folder: Path, metadata: type[T] | Any, what: str) -> tuple[Manifest, T]:
+def read_manifest(
+    folder: Path, metadata: type[T] | Any, what: str
+) -> tuple[Manifest, T]:
     """Return the manifest that `sealed_folder` wrote, and its metadata as the type `metadata`.
 
     Raises a FileError if the folder, of the kind `what`, has no manifest, or another one.
     """
     manifest = read_json(folder / MANIFEST, Manifest, what)
-    return manifest, structured(manifest["metadata"], metadata, folder / MANIFEST, whole=manifest)
+    return manifest, structured(
+        manifest["metadata"], metadata, folder / MANIFEST, whole=manifest
+    )
 
 
 def check_files(folder: Path, files: Mapping[str, str]) -> None:
@@ -159,13 +182,25 @@ def check_files(folder: Path, files: Mapping[str, str]) -> None:
     for name, digest in files.items():
         path = inside(folder, name)
         if not path.is_file():
-            raise FileError(path, got="no such file, though the manifest lists it", fix="copy the whole folder again")
+            raise FileError(
+                path,
+                got="no such file, though the manifest lists it",
+                fix="copy the whole folder again",
+            )
         if sha256(path) != digest:
-            raise FileError(path, got="damaged or altered, its SHA-256 is not the manifest's", fix=RESTORE)
+            raise FileError(
+                path,
+                got="damaged or altered, its SHA-256 is not the manifest's",
+                fix=RESTORE,
+            )
 
 
 def newest_sound(
-    folders: Sequence[Path], metadata: type[T] | Any, what: str, *, note: Callable[[str], None]
+    folders: Sequence[Path],
+    metadata: type[T] | Any,
+    what: str,
+    *,
+    note: Callable[[str], None],
 ) -> tuple[Path, Manifest, T] | None:
     """Return the last of some `sealed_folder`s (oldest first) that is sound, or None if none is.
 
@@ -184,8 +219,15 @@ def newest_sound(
         except FileError as error:
             if error.version:
                 raise
-            names = (f"{folder.name}.damaged{f'-{number}' if number > 1 else ''}" for number in itertools.count(1))
-            aside = next(path for path in map(folder.with_name, names) if not os.path.lexists(path))
+            names = (
+                f"{folder.name}.damaged{f'-{number}' if number > 1 else ''}"
+                for number in itertools.count(1)
+            )
+            aside = next(
+                path
+                for path in map(folder.with_name, names)
+                if not os.path.lexists(path)
+            )
             damaged.append((folder, aside, error))
         else:
             sound = folder, manifest, described

@@ -19,7 +19,14 @@ import numpy as np
 import qwix
 
 from ..models import weights as linear
-from ..models.architecture import Architecture, Checkpoint, Family, Model, Slot, unwrapped
+from ..models.architecture import (
+    Architecture,
+    Checkpoint,
+    Family,
+    Model,
+    Slot,
+    unwrapped,
+)
 from ..models.registry import family_of_json
 from ..support.reading import named, read_json
 from ..support.text import shown, some
@@ -55,8 +62,13 @@ class Base:
     def __init__(self, source: str | Path):
         # Imported without PyTorch, transformers warns that there are no models: none are needed.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        self.source, path = str(source), at_home(source)
-        self.files: Files = GGUFBase(path) if path.is_file() or path.suffix == ".gguf" else FolderBase(self.source)
+        self.source = str(source)
+        path = at_home(source)
+        self.files: Files = (
+            GGUFBase(path)
+            if path.is_file() or path.suffix == ".gguf"
+            else FolderBase(self.source)
+        )
 
     @functools.cached_property
     def raw(self) -> Mapping[str, Any]:
@@ -68,7 +80,9 @@ class Base:
         """The family; ValueError if it is not known."""
         classes = self.raw.get("architectures")
         with named(self.files.config_place):
-            if isinstance(classes, list) and any(isinstance(name, str) and name.endswith(_HEADS) for name in classes):
+            if isinstance(classes, list) and any(
+                isinstance(name, str) and name.endswith(_HEADS) for name in classes
+            ):
                 got = f"architectures is {shown(classes)}, a model whose head generates no text"
                 raise ValueError(f"{got}: give the language model")
             return family_of_json(self.raw)
@@ -89,7 +103,9 @@ class Base:
     def _known(self) -> Mapping[str, str]:
         layout = self.checkpoint
         slots = layout.slots(self.family.abstract(self.config))
-        return {unwrapped(name): name for slot in slots for name in slot.names} | {layout.head: layout.head}
+        return {unwrapped(name): name for slot in slots for name in slot.names} | {
+            layout.head: layout.head
+        }
 
     def model_name(self, stored: str) -> str:
         """Return the name that the model gives to a stored tensor."""
@@ -97,7 +113,10 @@ class Base:
 
     def tensors(self) -> Mapping[str, Tensor]:
         """Return the stored tensors by the model's names."""
-        return {self.model_name(name): tensor for name, tensor in self.files.tensors().items()}
+        return {
+            self.model_name(name): tensor
+            for name, tensor in self.files.tensors().items()
+        }
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -108,32 +127,56 @@ class Base:
     def digest(self) -> str:
         """The SHA-256 of the stored tensors that the model uses; raises `load_base`'s errors."""
         tensors, _, slots = self._opened("float32")
-        return tensor_digest({name: tensors[name] for slot in slots for name in slot.names})
+        return tensor_digest(
+            {name: tensors[name] for slot in slots for name in slot.names}
+        )
 
-    def load(self, *, dtype: str = "float32", quantise: str | None = None, hashed: bool = False) -> Model:
+    def load(
+        self,
+        *,
+        dtype: str = "float32",
+        quantise: str | None = None,
+        hashed: bool = False,
+    ) -> Model:
         """Load the weights (see `load_base`), with `hashed` the digest too."""
         tensors, model, slots = self._opened(dtype)
         digests: dict[str, Future[bytes]] = {}
         with named(self.files.place), ThreadPoolExecutor(os.cpu_count()) as threads:
             for slot in slots:
                 if hashed and "digest" not in vars(self):
-                    digests |= {name: threads.submit(digest_of_one, name, tensors[name]) for name in slot.names}
+                    digests |= {
+                        name: threads.submit(digest_of_one, name, tensors[name])
+                        for name in slot.names
+                    }
                 if quantise and slot.transposed:
-                    slot.variable.set_value(_gather_quantised(slot, tensors, dtype, quantise))
-                elif quantise == "int8" and model.config.tied and slot.names == [self.checkpoint.embedding]:
+                    slot.variable.set_value(
+                        _gather_quantised(slot, tensors, dtype, quantise)
+                    )
+                elif (
+                    quantise == "int8"
+                    and model.config.tied
+                    and slot.names == [self.checkpoint.embedding]
+                ):
                     slot.variable.set_value(_embedding(slot, tensors, dtype))
                 else:
-                    slot.variable.set_value(jax.device_put(_gather(slot, tensors, dtype)))
+                    slot.variable.set_value(
+                        jax.device_put(_gather(slot, tensors, dtype))
+                    )
         if digests:
-            self.digest = digest_of_all({name: digest.result() for name, digest in digests.items()})
+            self.digest = digest_of_all(
+                {name: digest.result() for name, digest in digests.items()}
+            )
         return model
 
     def _opened(self, dtype: str) -> tuple[Mapping[str, Tensor], Model, list[Slot]]:
         """Return the tensors (checked but not read), the model without weights, and its slots."""
-        tensors, names = self.tensors(), self.checkpoint
+        tensors = self.tensors()
+        names = self.checkpoint
         config = dataclasses.replace(self.config, dtype=dtype)
         if names.head in tensors:
-            tied = names.embedding in tensors and np.array_equal(tensors[names.head], tensors[names.embedding])
+            tied = names.embedding in tensors and np.array_equal(
+                tensors[names.head], tensors[names.embedding]
+            )
             config = dataclasses.replace(config, tied=tied)
         model = self.family.abstract(config)
         slots = names.slots(model)
@@ -168,7 +211,10 @@ def load_tokenizer(source: str | Path) -> "transformers.PreTrainedTokenizerBase"
 
 
 def load_base(
-    source: str | Path, *, dtype: Literal["float32", "bfloat16"] = "float32", quantise: str | None = None
+    source: str | Path,
+    *,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    quantise: str | None = None,
 ) -> Model:
     """Load a base model. Peak memory is little more than the model itself.
 
@@ -225,12 +271,20 @@ def put_base(model: Model, folder: Path, source: str | Path | Base) -> None:
         stored = base.files.tensors()
         places = {base.model_name(name): name for name in stored}
         tensors = {places.get(name, name): tensor for name, tensor in tensors.items()}
-        unread = {name for pattern in patterns for name in fnmatch.filter(stored, pattern)}
+        unread = {
+            name for pattern in patterns for name in fnmatch.filter(stored, pattern)
+        }
         tensors |= {name: np.asarray(stored[name]) for name in unread}
     base.files.save_texts(folder)
     # transformers loads the weights in the dtype of config.json.
-    content = read_json(folder / "config.json", dict[str, Any], "a Hugging Face model", own=False)
-    if other := [name for name in ("dtype", "torch_dtype") if content.get(name) not in (None, model.config.dtype)]:
+    content = read_json(
+        folder / "config.json", dict[str, Any], "a Hugging Face model", own=False
+    )
+    if other := [
+        name
+        for name in ("dtype", "torch_dtype")
+        if content.get(name) not in (None, model.config.dtype)
+    ]:
         text = json.dumps(content | dict.fromkeys(other, model.config.dtype), indent=2)
         write_text(folder / "config.json", f"{text}\n")
     safetensors.save(folder / "model.safetensors", tensors)
@@ -239,33 +293,53 @@ def put_base(model: Model, folder: Path, source: str | Path | Base) -> None:
 def hf_tensors(model: Model, source: str | Path | Base) -> dict[str, np.ndarray]:
     """Return weights by Hugging Face's names, matrices [d_out, d_in]; `source` is the base they come from."""
     base = open_base(source)
-    names, tensors = base.checkpoint, {}
+    names = base.checkpoint
+    tensors = {}
     for slot in names.slots(model):
-        weights = np.asarray(linear.dense(slot.variable.get_value(), model.config.dtype))
+        weights = np.asarray(
+            linear.dense(slot.variable.get_value(), model.config.dtype)
+        )
         layers = weights if slot.stacked else weights[None]
-        tensors |= {name: layer.T if slot.transposed else layer for name, layer in zip(slot.names, layers, strict=True)}
+        tensors |= {
+            name: layer.T if slot.transposed else layer
+            for name, layer in zip(slot.names, layers, strict=True)
+        }
     # A head that equals the embedding is tied here; transformers needs it if the configuration is untied.
     if model.config.tied and not base.config.tied:
         tensors[names.head] = tensors[names.embedding].copy()
     return tensors
 
 
-def _check_tensors(tensors: Mapping[str, Tensor], slots: list[Slot], layout: Checkpoint, *, tied: bool) -> None:
+def _check_tensors(
+    tensors: Mapping[str, Tensor], slots: list[Slot], layout: Checkpoint, *, tied: bool
+) -> None:
     shapes = {name: slot.shape for slot in slots for name in slot.names}
     optional = {*layout.copies} | ({layout.head} if tied else set())
     advice = "give a configuration and weights that belong together"
     if missing := [name for name in shapes if name not in tensors]:
         raise ValueError(f"the weights lack {some(missing)}: {advice}")
-    unused = {name for pattern in layout.unused + layout.unread for name in fnmatch.filter(tensors, pattern)}
-    if unexpected := [name for name in tensors if name not in {*shapes, *optional, *unused}]:
+    unused = {
+        name
+        for pattern in layout.unused + layout.unread
+        for name in fnmatch.filter(tensors, pattern)
+    }
+    if unexpected := [
+        name for name in tensors if name not in {*shapes, *optional, *unused}
+    ]:
         raise ValueError(f"the model has no place for {some(unexpected)}: {advice}")
     for name, shape in shapes.items():
         if tensors[name].dtype.kind in "biuc":
-            raise ValueError(f"{name} has dtype {tensors[name].dtype}: expected floats; save it unquantised")
+            raise ValueError(
+                f"{name} has dtype {tensors[name].dtype}: expected floats; save it unquantised"
+            )
         if tensors[name].shape != shape:
-            raise ValueError(f"{name} has shape {list(tensors[name].shape)}, not {list(shape)}: {advice}")
+            raise ValueError(
+                f"{name} has shape {list(tensors[name].shape)}, not {list(shape)}: {advice}"
+            )
     for name in layout.copies:
-        if name in tensors and not np.array_equal(tensors[name], tensors[layout.embedding]):
+        if name in tensors and not np.array_equal(
+            tensors[name], tensors[layout.embedding]
+        ):
             raise ValueError(
                 f"{name} differs from {layout.embedding}: the model has one embedding: fetch the weights again"
             )
@@ -273,12 +347,16 @@ def _check_tensors(tensors: Mapping[str, Tensor], slots: list[Slot], layout: Che
 
 def _gather(slot: Slot, tensors: Mapping[str, Tensor], dtype: str) -> np.ndarray:
     weights = aligned_zeros(slot.variable.shape, dtype)
-    for name, layer in zip(slot.names, weights if slot.stacked else weights[None], strict=True):
+    for name, layer in zip(
+        slot.names, weights if slot.stacked else weights[None], strict=True
+    ):
         _copy(name, tensors[name], layer, slot.transposed)
     return weights
 
 
-def _embedding(slot: Slot, tensors: Mapping[str, Tensor], dtype: str) -> jax.Array | qwix.QArray:
+def _embedding(
+    slot: Slot, tensors: Mapping[str, Tensor], dtype: str
+) -> jax.Array | qwix.QArray:
     """Return an embedding that is the head too, in its codes if the file holds some; other ones stay whole."""
     (name,) = slot.names
     if not _in_int8(tensor := tensors[name]):
@@ -290,14 +368,20 @@ def _embedding(slot: Slot, tensors: Mapping[str, Tensor], dtype: str) -> jax.Arr
     return qwix.QArray(jax.device_put(codes), jax.device_put(scales), qtype="int8")
 
 
-def _gather_quantised(slot: Slot, tensors: Mapping[str, Tensor], dtype: str, qtype: str) -> qwix.QArray:
+def _gather_quantised(
+    slot: Slot, tensors: Mapping[str, Tensor], dtype: str, qtype: str
+) -> qwix.QArray:
     """Return a slot's matrices in few bits, quantised one by one, so that the full stack is never in memory."""
     shape = slot.variable.shape
     stored = qtype == "int8" and any(_in_int8(tensors[name]) for name in slot.names)
     tile = _Q8_0_TILE if stored else linear.tile_size(shape[-2])
-    codes = aligned_zeros(shape, np.int8 if qtype == "int8" else jnp.uint4 if qtype == "nf4" else jnp.int4)
+    codes = aligned_zeros(
+        shape, np.int8 if qtype == "int8" else jnp.uint4 if qtype == "nf4" else jnp.int4
+    )
     # The scales are float16 in the file, and a product with a code is exact in float32.
-    scales = aligned_zeros((*shape[:-2], shape[-2] // tile, shape[-1]), np.float32 if stored else dtype)
+    scales = aligned_zeros(
+        (*shape[:-2], shape[-2] // tile, shape[-1]), np.float32 if stored else dtype
+    )
     layers = zip(codes, scales, strict=True) if slot.stacked else [(codes, scales)]
     for name, (code, scale) in zip(slot.names, layers, strict=True):
         tensor = tensors[name]
@@ -310,8 +394,11 @@ def _gather_quantised(slot: Slot, tensors: Mapping[str, Tensor], dtype: str, qty
         else:
             plain = aligned_zeros(code.shape, dtype)
             _copy(name, tensor, plain, transposed=True)
-            quantised = linear.quantise(jax.device_put(plain), qtype, tiled_axis=-2, tile=tile)
-            code[...], scale[...] = np.asarray(quantised.qvalue), np.asarray(quantised.scale)
+            quantised = linear.quantise(
+                jax.device_put(plain), qtype, tiled_axis=-2, tile=tile
+            )
+            code[...] = np.asarray(quantised.qvalue)
+            scale[...] = np.asarray(quantised.scale)
     return qwix.QArray(jax.device_put(codes), jax.device_put(scales), qtype=qtype)
 
 
@@ -334,4 +421,6 @@ def _copy(name: str, tensor: Tensor, out: np.ndarray, transposed: bool) -> None:
 
 def _check_finite(name: str, numbers: np.ndarray) -> None:
     if not np.isfinite(numbers).all():
-        raise ValueError(f"{name} holds NaN or infinity in {numbers.dtype}: fetch the weights again")
+        raise ValueError(
+            f"{name} holds NaN or infinity in {numbers.dtype}: fetch the weights again"
+        )

@@ -25,17 +25,27 @@ _CONFIG = "config.json"
 _GENERATION = "generation_config.json"
 _SAFETENSORS = "model.safetensors"
 _BIN = "pytorch_model.bin"
-_TOKENIZER, _TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+_TOKENIZER = "tokenizer.json"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
 _TEMPLATE = "chat_template.jinja"
 _FURTHER = ("added_tokens.json", "special_tokens_map.json", _TEMPLATE)
-_IMAGES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "chat_template.json")
-_UNCHANGED = 100_000  # transformers looks for faults of known models in larger vocabularies
+_IMAGES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
+_UNCHANGED = (
+    100_000  # transformers looks for faults of known models in larger vocabularies
+)
 _TEXTS = (
     *(_CONFIG, _GENERATION, _TOKENIZER, _TOKENIZER_CONFIG, *_FURTHER),
     *("merges.txt", "spiece.model", "tokenizer.model", "vocab.json"),
     *_IMAGES,
 )
-_TOKENIZER_FILES = [name for name in _TEXTS if name not in (_CONFIG, _GENERATION, _TEMPLATE, *_IMAGES)]
+_TOKENIZER_FILES = [
+    name for name in _TEXTS if name not in (_CONFIG, _GENERATION, _TEMPLATE, *_IMAGES)
+]
 
 
 class _Plain(TypedDict, total=False):
@@ -87,9 +97,13 @@ class FolderBase:
         contents = []
         ends: list[list[int]] = []
         for path in files:
-            contents.append(read_json(path, dict[str, Any], "a Hugging Face model", own=False))
+            contents.append(
+                read_json(path, dict[str, Any], "a Hugging Face model", own=False)
+            )
             said = structured(contents[-1], _Ends, path, own=False).get("eos_token_id")
-            ends.append([] if said is None else said if isinstance(said, list) else [said])
+            ends.append(
+                [] if said is None else said if isinstance(said, list) else [said]
+            )
         every = [*dict.fromkeys(token for of_file in ends for token in of_file)]
         if len(every) == len(ends[0]):
             return contents[0]
@@ -101,12 +115,15 @@ class FolderBase:
 
     def tokenizer_sha256(self) -> str:
         """Return the SHA-256 of the tokenizer's files, without chat templates and whatever the order of settings."""
-        folder, sha = resolve(self._source, patterns=_TEXTS), hashlib.sha256()
+        folder = resolve(self._source, patterns=_TEXTS)
+        sha = hashlib.sha256()
         for name in _TOKENIZER_FILES:
             if (path := folder / name).is_file():
                 content = path.read_bytes()
                 if name == _TOKENIZER_CONFIG:
-                    settings = read_json(path, dict[str, Any], "a Hugging Face tokenizer", own=False)
+                    settings = read_json(
+                        path, dict[str, Any], "a Hugging Face tokenizer", own=False
+                    )
                     settings.pop("chat_template", None)
                     content = json.dumps(settings, sort_keys=True).encode()
                 sha.update(f"{name} {len(content)}\n".encode() + content)
@@ -127,14 +144,18 @@ class FolderBase:
             folder = self._texts()
             # By default, transformers may offer on a terminal to run the repository's code.
             with panics():
-                tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+                tokenizer = AutoTokenizer.from_pretrained(
+                    str(folder), trust_remote_code=False
+                )
             if not isinstance(longest := tokenizer.model_max_length, int | float):
                 raise ValueError(f"model_max_length is {longest!r}: expected a number")
             tokenizer.name_or_path = self._source  # for messages
             return tokenizer
         except FileError:
             raise
-        except Exception as error:  # tokenizers raises a bare Exception on a file that it cannot parse
+        except (
+            Exception
+        ) as error:  # tokenizers raises a bare Exception on a file that it cannot parse
             raise ValueError(
                 f"{self._source} gives no tokenizer: expected a folder or hub id with config.json and tokenizer.json "
                 f"or spiece.model. Found: {error}"
@@ -152,7 +173,9 @@ class FolderBase:
         folder = self._texts()
         file = folder / _TOKENIZER
         try:
-            settings = read_json(folder / _TOKENIZER_CONFIG, _Plain, "a Hugging Face tokenizer")
+            settings = read_json(
+                folder / _TOKENIZER_CONFIG, _Plain, "a Hugging Face tokenizer"
+            )
         except FileError:  # missing, damaged, or with settings that `_Plain` lacks: for transformers to judge
             return self.tokenizer()
         if not file.is_file() or any((folder / name).is_file() for name in _FURTHER):
@@ -165,7 +188,11 @@ class FolderBase:
             raise FileError(file, got=f"not a tokenizer ({error})", fix=fix) from error
         if backend.truncation or backend.get_vocab_size() > _UNCHANGED:
             return self.tokenizer()
-        special = {name: str(text) for name, text in settings.items() if name.endswith("_token")}
+        special = {
+            name: str(text)
+            for name, text in settings.items()
+            if name.endswith("_token")
+        }
         return FastTokenizer(backend, special, None, self._source, self.tokenizer)
 
     def _texts(self) -> Path:
@@ -179,11 +206,19 @@ class FolderBase:
         """Copy config.json and the files of the tokenizer."""
         origin = self._texts()
         # In the hub's cache, files are links to a folder next to the one that has the snapshots.
-        own = origin.resolve().parents[1] if origin.parent.name == "snapshots" else origin.resolve()
+        own = (
+            origin.resolve().parents[1]
+            if origin.parent.name == "snapshots"
+            else origin.resolve()
+        )
         for name in _TEXTS:
             if (path := origin / name).is_file():
                 if not path.resolve().is_relative_to(own) or path.stat().st_nlink > 1:
-                    raise FileError(path, got="a link out of its folder", fix="put a copy of the file itself there")
+                    raise FileError(
+                        path,
+                        got="a link out of its folder",
+                        fix="put a copy of the file itself there",
+                    )
                 shutil.copyfile(path, folder / name)
 
 
@@ -202,4 +237,6 @@ def _open(folder: Path) -> dict[str, np.ndarray]:
                     got = f"does not hold {tensor}, though {index.name} lists it"
                     raise FileError(path, got=got, fix="fetch it again")
             return {tensor: shards[path][tensor] for tensor, path in paths.items()}
-    raise ValueError(f"{folder} has no weights: expected {_SAFETENSORS} or {_BIN}, whole or in shards with an index")
+    raise ValueError(
+        f"{folder} has no weights: expected {_SAFETENSORS} or {_BIN}, whole or in shards with an index"
+    )

@@ -12,8 +12,17 @@ from ..support.text import shown
 from .source import map_file
 
 _AGAIN = "fetch the file again"
-_DTYPES = {f"{kind[0].upper()}{bits}": f"{kind}{bits}" for kind in ("uint", "int", "float") for bits in (8, 16, 32, 64)}
-_DTYPES |= {"BOOL": "bool", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+_DTYPES = {
+    f"{kind[0].upper()}{bits}": f"{kind}{bits}"
+    for kind in ("uint", "int", "float")
+    for bits in (8, 16, 32, 64)
+}
+_DTYPES |= {
+    "BOOL": "bool",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
@@ -33,16 +42,28 @@ def load(path: Path) -> dict[str, np.ndarray]:
                 header = file.get_slice(key)
                 dtype = _DTYPES.get(header.get_dtype())
                 if dtype is None:
-                    raise FileError(path, field=shown(key), got=f"{header.get_dtype()}, unknown to NumPy", fix=_AGAIN)
+                    raise FileError(
+                        path,
+                        field=shown(key),
+                        got=f"{header.get_dtype()}, unknown to NumPy",
+                        fix=_AGAIN,
+                    )
                 shape = header.get_shape()
                 try:
                     array = np.ndarray(shape, dtype, data, offset)
                 except ValueError as error:
-                    raise FileError(path, field=shown(key), got=f"of shape {shape} ({error})", fix=_AGAIN) from None
+                    raise FileError(
+                        path,
+                        field=shown(key),
+                        got=f"of shape {shape} ({error})",
+                        fix=_AGAIN,
+                    ) from None
                 offset += array.nbytes
                 tensors[key] = array
     except SafetensorError as error:
-        raise FileError(path, got=f"truncated or corrupt ({error})", fix=_AGAIN) from error
+        raise FileError(
+            path, got=f"truncated or corrupt ({error})", fix=_AGAIN
+        ) from error
     return tensors
 
 
@@ -51,7 +72,13 @@ def save(path: Path, arrays: Mapping[str, ArrayLike]) -> None:
     from safetensors.numpy import save_file
 
     path.touch()
-    mode = path.stat().st_mode  # the library replaces the file by one that only its owner can read
+    mode = (
+        path.stat().st_mode
+    )  # the library replaces the file by one that only its owner can read
     # It needs C order; PEFT and transformers reject a file without its format in the metadata.
-    save_file({name: np.asarray(a, order="C") for name, a in arrays.items()}, path, metadata={"format": "pt"})
+    save_file(
+        {name: np.asarray(a, order="C") for name, a in arrays.items()},
+        path,
+        metadata={"format": "pt"},
+    )
     path.chmod(mode)

@@ -10,7 +10,9 @@ from pathlib import Path
 from ..support.reading import FileError, check_lfs, check_regular
 from ..support.text import shown
 
-_LONGEST_NAME, _LONGEST_PATH = 255, 1000  # bytes of a file's name, characters of its path below a folder
+# bytes of a file's name, characters of its path below a folder
+_LONGEST_NAME = 255
+_LONGEST_PATH = 1000
 _LONGEST_REASON = 1000  # characters of an error, whose text a hub may write
 _SHA256 = re.compile("[0-9a-f]{64}")
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(.+))?")
@@ -46,16 +48,22 @@ def resolve(source: str, *, patterns: Sequence[str] | None) -> Path:
         if folder.is_file():
             raise ValueError(f"{source} is a file: give the folder that holds it")
     except OSError as error:  # a name that is too long
-        raise ValueError(f"{shown(source)} cannot be a folder: {error.strerror}; shorten its name") from None
+        raise ValueError(
+            f"{shown(source)} cannot be a folder: {error.strerror}; shorten its name"
+        ) from None
     if not is_hub_id(source):
-        raise ValueError(f"{source!r} is neither a folder here nor a hub id: give a path, owner/name or owner/name@rev")
+        raise ValueError(
+            f"{source!r} is neither a folder here nor a hub id: give a path, owner/name or owner/name@rev"
+        )
     name, revision = split_revision(source)
     try:
         return _fetched(name, revision, patterns)
     except FileError:
         raise
     except Exception as error:  # the HTTP library, and answers that the hub's library does not expect, raise others
-        raise ValueError(f"{source!r} is not a folder here, and the hub did not give it: {_reason(error)}") from error
+        raise ValueError(
+            f"{source!r} is not a folder here, and the hub did not give it: {_reason(error)}"
+        ) from error
 
 
 def _fetched(name: str, revision: str | None, patterns: Sequence[str] | None) -> Path:
@@ -65,30 +73,55 @@ def _fetched(name: str, revision: str | None, patterns: Sequence[str] | None) ->
     cache = Path(constants.HF_HUB_CACHE).resolve()
     blobs = cache / f"models--{name.replace('/', '--')}" / "blobs"
     before = {*blobs.iterdir()} if blobs.is_dir() else set[Path]()
-    folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns) if patterns else None))
+    folder = Path(
+        snapshot_download(
+            name, revision=revision, allow_patterns=list(patterns) if patterns else None
+        )
+    )
     for path in (folder, *folder.rglob("*")):
         stored = path.resolve()
         if not stored.is_relative_to(cache):
-            raise FileError(path, got="outside of the hub's cache", expected=f"a file in {cache}", fix="remove it")
+            raise FileError(
+                path,
+                got="outside of the hub's cache",
+                expected=f"a file in {cache}",
+                fix="remove it",
+            )
         # Large files are stored under their SHA-256. The library checks sizes.
-        if stored not in before and _SHA256.fullmatch(stored.name) and sha256(stored) != stored.name:
+        if (
+            stored not in before
+            and _SHA256.fullmatch(stored.name)
+            and sha256(stored) != stored.name
+        ):
             stored.unlink()
-            raise FileError(path, got="damaged, its SHA-256 is not the one that the hub states", fix="fetch it again")
+            raise FileError(
+                path,
+                got="damaged, its SHA-256 is not the one that the hub states",
+                fix="fetch it again",
+            )
     return folder
 
 
 def _reason(error: Exception) -> str:
     """Return why the hub refused, and how to fix it."""
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     login = "run `hf auth login` or set HF_TOKEN"
     if isinstance(error, GatedRepoError):
-        return f"access is restricted: request it on the repository's page, then {login}"
+        return (
+            f"access is restricted: request it on the repository's page, then {login}"
+        )
     if isinstance(error, RepositoryNotFoundError):
         return f"there is no such repository, or it is private: check the spelling, or {login}"
     if isinstance(error, RevisionNotFoundError):
         return "it has no such revision: check the text after the @"
-    first = next(iter(str(error).strip().splitlines()), type(error).__name__)[:_LONGEST_REASON]
+    first = next(iter(str(error).strip().splitlines()), type(error).__name__)[
+        :_LONGEST_REASON
+    ]
     return f"{first} (check the spelling, the network and HF_HUB_OFFLINE)"
 
 
@@ -96,9 +129,18 @@ def inside(folder: Path, name: str) -> Path:
     """Return `folder / name` for a name from a file; raises FileError if it is outside or impossible."""
     # Links are not resolved: the hub's cache keeps every file as a link to another folder.
     parts = re.split(r"[/\\]", name)
-    impossible = "\0" in name or len(name) > _LONGEST_PATH or max(len(part.encode()) for part in parts) > _LONGEST_NAME
+    impossible = (
+        "\0" in name
+        or len(name) > _LONGEST_PATH
+        or max(len(part.encode()) for part in parts) > _LONGEST_NAME
+    )
     if not name or Path(name).is_absolute() or ".." in parts or impossible:
-        raise FileError(folder, field=shown(name), got="not a file inside this folder", fix="correct the name")
+        raise FileError(
+            folder,
+            field=shown(name),
+            got="not a file inside this folder",
+            fix="correct the name",
+        )
     return folder / name
 
 

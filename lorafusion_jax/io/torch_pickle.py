@@ -37,17 +37,22 @@ _STORAGES = {
 }
 # Names that a pickle may contain, those of storages with the type of their numbers.
 _TYPES = {
-    f"{module}.{name}Storage": np.dtype(of) for module in ("torch", "torch.cuda") for name, of in _STORAGES.items()
+    f"{module}.{name}Storage": np.dtype(of)
+    for module in ("torch", "torch.cuda")
+    for name, of in _STORAGES.items()
 }
 _TENSOR = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2")
-_PARAMETER, _ORDERED_DICT = "torch._utils._rebuild_parameter", "collections.OrderedDict"
+_PARAMETER = "torch._utils._rebuild_parameter"
+_ORDERED_DICT = "collections.OrderedDict"
 _NAMES = {*_TYPES, *_TENSOR, _PARAMETER, _ORDERED_DICT}
 _MAX_OPCODES = 1 << 20  # a tensor takes about 30, so this allows 35,000 tensors
 _MAX_PICKLE = 1 << 26
-_MAX_DIMENSIONS, _MAX_NAME = 8, 300
+_MAX_DIMENSIONS = 8
+_MAX_NAME = 300
 # Limits on repeated elements. Tied weights share a storage under up to four names, and a stride of 0 repeats elements.
 # Small files may repeat them more often.
-_MAX_REPEATS, _SMALL = 8, 1 << 20
+_MAX_REPEATS = 8
+_SMALL = 1 << 20
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
@@ -74,9 +79,14 @@ def load(path: Path) -> dict[str, np.ndarray]:
             raise _Refused(f"holds a {_kind(content)}: expected a dict of tensors")
         for key, value in content:
             if type(key) is not str or type(value) is not _View:
-                raise _Refused(f"entry {_shown(key)} holds a {_kind(value)}: expected a flat dict of tensors by name")
+                raise _Refused(
+                    f"entry {_shown(key)} holds a {_kind(value)}: expected a flat dict of tensors by name"
+                )
         views: dict[str, _View] = dict(content)
-        total = sum(math.prod(view.size) * view.storage.dtype.itemsize for view in views.values())
+        total = sum(
+            math.prod(view.size) * view.storage.dtype.itemsize
+            for view in views.values()
+        )
         if total > max(_MAX_REPEATS * len(data), _SMALL):
             raise _Refused(
                 f"its {len(data):,} bytes claim to be tensors of {total:,} bytes, by strides that repeat elements: "
@@ -85,7 +95,9 @@ def load(path: Path) -> dict[str, np.ndarray]:
         return {key: _array(view, storages) for key, view in views.items()}
     except _Refused as error:
         raise ValueError(f"{path}: {error}") from None
-    except Exception as error:  # damaged pickles, archives and storages raise a dozen others
+    except (
+        Exception
+    ) as error:  # damaged pickles, archives and storages raise a dozen others
         raise ValueError(
             f"{path}: truncated or corrupt, not a file that torch.save wrote ({str(error)[:200]}): fetch the file again"
         ) from error
@@ -129,11 +141,15 @@ def _read_pickle(data: bytes) -> Any:
     memo: dict[Any, Any] = {}
     for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
         if number == _MAX_OPCODES:
-            raise _Refused(f"its pickle has more than {_MAX_OPCODES:,} opcodes: save fewer tensors in one file")
+            raise _Refused(
+                f"its pickle has more than {_MAX_OPCODES:,} opcodes: save fewer tensors in one file"
+            )
         match opcode.name:
             case "PROTO":
                 pass
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINUNICODE" | "NONE":  # with the argument None
+            case (
+                "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINUNICODE" | "NONE"
+            ):  # with the argument None
                 stack.append(argument)
             case "NEWTRUE" | "NEWFALSE":
                 stack.append(opcode.name == "NEWTRUE")
@@ -145,7 +161,8 @@ def _read_pickle(data: bytes) -> Any:
                 below.append(stack)
                 stack = []
             case "TUPLE":
-                items, stack = stack, below.pop()
+                items = stack
+                stack = below.pop()
                 stack.append(tuple(items))
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 items = [stack.pop() for _ in range(int(opcode.name[-1]))]
@@ -154,7 +171,8 @@ def _read_pickle(data: bytes) -> Any:
                 if opcode.name == "SETITEM":
                     items = [stack.pop(-2), stack.pop()]
                 else:
-                    items, stack = stack, below.pop()
+                    items = stack
+                    stack = below.pop()
                 _check(stack[-1], "changes")
                 stack[-1].extend(zip(items[::2], items[1::2], strict=True))
             case "GLOBAL":
@@ -165,7 +183,8 @@ def _read_pickle(data: bytes) -> Any:
                     )
                 stack.append(_Global(name))
             case "REDUCE":
-                arguments, function = stack.pop(), stack.pop()
+                arguments = stack.pop()
+                function = stack.pop()
                 stack.append(_called(function, arguments))
             case "BUILD":  # an OrderedDict's attributes (torch's `_metadata`), which tensors do not need
                 stack.pop()
@@ -179,14 +198,18 @@ def _read_pickle(data: bytes) -> Any:
             case "STOP":
                 break
             case name:
-                raise _Refused(f"its pickle has the opcode {name}, which no flat dict of tensors needs: save one")
+                raise _Refused(
+                    f"its pickle has the opcode {name}, which no flat dict of tensors needs: save one"
+                )
     return stack.pop()
 
 
 def _check(value: Any, does: str, kind: type = _Dict) -> None:
     if type(value) is not kind:
         name = value.name if type(value) is _Global else f"a {type(value).__name__}"
-        raise _Refused(f"its pickle {does} {name}, which no tensor needs: refused, nothing was executed")
+        raise _Refused(
+            f"its pickle {does} {name}, which no tensor needs: refused, nothing was executed"
+        )
 
 
 def _called(function: Any, arguments: tuple) -> _View | _Dict:
@@ -201,10 +224,16 @@ def _called(function: Any, arguments: tuple) -> _View | _Dict:
         raise TypeError(f"a call of {name} that does not rebuild a tensor")
     storage, offset, size, stride = arguments[:4]
     if any(arguments[6:7]):  # metadata
-        raise _Refused("a tensor is a lazy negative or conjugate: save it after resolve_neg(), resolve_conj()")
+        raise _Refused(
+            "a tensor is a lazy negative or conjugate: save it after resolve_neg(), resolve_conj()"
+        )
     if len(size) > _MAX_DIMENSIONS:
-        raise _Refused(f"a tensor has {len(size)} dimensions: expected at most {_MAX_DIMENSIONS}")
-    return _View(storage, _size(offset), tuple(map(_size, size)), tuple(map(_size, stride)))
+        raise _Refused(
+            f"a tensor has {len(size)} dimensions: expected at most {_MAX_DIMENSIONS}"
+        )
+    return _View(
+        storage, _size(offset), tuple(map(_size, size)), tuple(map(_size, stride))
+    )
 
 
 def _persistent(pid: Any) -> _Storage:
@@ -238,7 +267,13 @@ def _array(view: _View, storages: Mapping[str, memoryview]) -> np.ndarray:
     key, dtype, numel = view.storage
     item = dtype.itemsize
     buffer = storages[key][: numel * item]
-    return np.ndarray(view.size, dtype, buffer, view.offset * item, [step * item for step in view.stride])
+    return np.ndarray(
+        view.size,
+        dtype,
+        buffer,
+        view.offset * item,
+        [step * item for step in view.stride],
+    )
 
 
 def _read_zip(path: Path, data: mmap.mmap) -> tuple[Any, dict[str, memoryview]]:
@@ -246,11 +281,15 @@ def _read_zip(path: Path, data: mmap.mmap) -> tuple[Any, dict[str, memoryview]]:
         members = {entry.filename: entry for entry in archive.infolist()}
     names = [name for name in members if name.endswith("/data.pkl")]
     if len(names) != 1:
-        raise _Refused(f"a zip archive with {len(names)} members data.pkl: torch.save writes one")
+        raise _Refused(
+            f"a zip archive with {len(names)} members data.pkl: torch.save writes one"
+        )
     root = names[0].removesuffix("data.pkl")
     order = members.get(f"{root}byteorder")
     if order and _member(order, data) != b"little":
-        raise _Refused("written on a big-endian machine: re-save its tensors as safetensors there")
+        raise _Refused(
+            "written on a big-endian machine: re-save its tensors as safetensors there"
+        )
     storages = {
         name.removeprefix(f"{root}data/"): _member(entry, data)
         for name, entry in members.items()
@@ -258,14 +297,18 @@ def _read_zip(path: Path, data: mmap.mmap) -> tuple[Any, dict[str, memoryview]]:
     }
     content = _member(members[names[0]], data)
     if len(content) > _MAX_PICKLE:
-        raise _Refused(f"its pickle has {len(content):,} bytes: expected at most {_MAX_PICKLE:,}")
+        raise _Refused(
+            f"its pickle has {len(content):,} bytes: expected at most {_MAX_PICKLE:,}"
+        )
     return _read_pickle(bytes(content)), storages
 
 
 def _member(entry: zipfile.ZipInfo, data: mmap.mmap) -> memoryview:
     """Return a member's bytes in the mapped file."""
     if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-        raise _Refused(f"{_shown(entry.filename)} is compressed or encrypted, unlike torch.save's: zip it again, plain")
+        raise _Refused(
+            f"{_shown(entry.filename)} is compressed or encrypted, unlike torch.save's: zip it again, plain"
+        )
     # The name and the extra field of the local header pad the content to its alignment.
     name, extra = struct.unpack_from("<HH", data, entry.header_offset + 26)
     start = entry.header_offset + 30 + name + extra

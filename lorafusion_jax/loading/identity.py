@@ -30,12 +30,24 @@ def _digest(value: Any) -> str:
 
 def _changed_fields(config: Any) -> dict[str, Any]:
     """Return the fields of a dataclass that are not the defaults, so that later versions may add fields."""
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    differing = {field.name for field in dataclasses.fields(config) if values[field.name] != field.default}
-    return {n: _changed_fields(v) if dataclasses.is_dataclass(v) else v for n, v in values.items() if n in differing}
+    values = {
+        field.name: getattr(config, field.name) for field in dataclasses.fields(config)
+    }
+    differing = {
+        field.name
+        for field in dataclasses.fields(config)
+        if values[field.name] != field.default
+    }
+    return {
+        n: _changed_fields(v) if dataclasses.is_dataclass(v) else v
+        for n, v in values.items()
+        if n in differing
+    }
 
 
-def check_digests(folder: Path, recorded: Digests, now: Digests, options: LoadOptions) -> None:
+def check_digests(
+    folder: Path, recorded: Digests, now: Digests, options: LoadOptions
+) -> None:
     """Raise a ValueError if a run was fused with other tensors or texts than those that were loaded to use it."""
     is_ = _by_kind(now, options)
     for (kind, what), was in _by_kind(recorded, options).items():
@@ -49,12 +61,18 @@ def check_digests(folder: Path, recorded: Digests, now: Digests, options: LoadOp
 
 def _by_kind(of: Digests, options: LoadOptions) -> dict[tuple[str, str], str | None]:
     """Return each digest by the kind of what it is of, and a description."""
-    base, pool = f"of {options.base}", f"of the pool {options.pool}"
+    base = f"of {options.base}"
+    pool = f"of the pool {options.pool}"
     return {
         ("weights", f"the base {options.base}"): of["base"],
         ("weights", f"the shared basis {pool}"): of.get("basis"),
-        **{("weights", f"{name} {pool}"): digest for name, digest in of["modules"].items()},
+        **{
+            ("weights", f"{name} {pool}"): digest
+            for name, digest in of["modules"].items()
+        },
         ("texts", f"the tokenizer {base}"): of.get("tokenizer"),
-        ("texts", f"the chat template {base}"): of.get("chat_template") if options.chat else None,
+        ("texts", f"the chat template {base}"): of.get("chat_template")
+        if options.chat
+        else None,
         ("settings", f"the configuration {base}"): of.get("config"),
     }

@@ -12,15 +12,33 @@ from flax import nnx
 from jaxtyping import Array, Int, Int32
 
 from .. import tasks
-from ..adapters.basis import Pool, base_directions, directions, in_directions, random_directions
-from ..adapters.pool import LoraPool, positions, random_pool, rotated_pool, shuffled_pool
+from ..adapters.basis import (
+    Pool,
+    base_directions,
+    directions,
+    in_directions,
+    random_directions,
+)
+from ..adapters.pool import (
+    LoraPool,
+    positions,
+    random_pool,
+    rotated_pool,
+    shuffled_pool,
+)
 from ..io.digests import PoolDigests, pool_digests
 from ..io.hf import Base, open_base
 from ..io.pool import AdapterFolders, ConvertedPool, open_pool
 from ..methods.entry import Built
 from ..methods.fusion import choice_of
 from ..methods.recipes import basis_of, modules_of
-from ..models.architecture import Architecture, Model, kernels, step_operations, unrolled_numbers
+from ..models.architecture import (
+    Architecture,
+    Model,
+    kernels,
+    step_operations,
+    unrolled_numbers,
+)
 from ..models.weights import Weight
 from ..support.platform import for_cpu
 from ..tasks.batches import step_widths
@@ -39,7 +57,9 @@ AnyLoaded = TypeVar("AnyLoaded", bound="LoadedModel")
 _SHALLOW = 8
 # Of training with unrolled layers on a CPU, as measured (docs/concepts/speed_bounds.md): the share of a step that it
 # saves, the operations of compiling each further layer, and the most bytes that it may keep for the backward pass.
-_SAVED, _COMPILING_LAYER, _KEPT = 0.05, 5e10, 2**30
+_SAVED = 0.05
+_COMPILING_LAYER = 5e10
+_KEPT = 2**30
 _CONTROL_KEY = 0
 _CONTROLS: dict[str, Callable[[LoraPool, Array], LoraPool]] = {
     "random-factors": random_pool,
@@ -63,7 +83,9 @@ class Texts(NamedTuple):
 class LoadedModel:
     """A model and the modules that are fused onto it, without a task."""
 
-    problem: Problem  # problem of all seeds; its pool holds all modules that any seed draws
+    problem: (
+        Problem  # problem of all seeds; its pool holds all modules that any seed draws
+    )
     modules: tuple[tuple[str, ...], ...]  # names of the modules of each seed
     tokenizer: Any
     text_format: tasks.TextFormat  # format of its prompts and answers
@@ -89,7 +111,13 @@ class LoadedModel:
 def packing_of(config: Architecture, *, on_cpu: bool) -> tasks.Packing:
     """Return the rule for packed batches of a model."""
     packing = tasks.Packing(config.causal, functools.partial(step_operations, config))
-    return packing if on_cpu else packing._replace(compiling=_ACCELERATED * packing.compiling, moving=_MOVING)
+    return (
+        packing
+        if on_cpu
+        else packing._replace(
+            compiling=_ACCELERATED * packing.compiling, moving=_MOVING
+        )
+    )
 
 
 def evaluation_worth(config: Architecture) -> float:
@@ -99,9 +127,12 @@ def evaluation_worth(config: Architecture) -> float:
 
 def load_texts(base: Base, *, chat: bool) -> Texts:
     """Load the tokenizer of a base model; ValueError if it has no template for a chat."""
-    config, tokenizer = base.config, base.tokenizer
+    config = base.config
+    tokenizer = base.tokenizer
     if chat and (not config.causal or tokenizer.chat_template is None):
-        raise ValueError(f"{base.source} has no chat template: leave out --chat, and describe the task with --prompt")
+        raise ValueError(
+            f"{base.source} has no chat template: leave out --chat, and describe the task with --prompt"
+        )
     if not config.causal:
         return Texts(tokenizer, tasks.TextFormat(vocabulary=config.vocab_size))
     ends = sorted(config.end_ids, key=lambda token: token != tokenizer.eos_token_id)
@@ -110,7 +141,10 @@ def load_texts(base: Base, *, chat: bool) -> Texts:
     if pad_id is None or pad_id >= config.vocab_size:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ends[0])
     text_format = tasks.TextFormat(
-        ends=tuple(ends), chat=chat, context=config.longest_row, vocabulary=config.vocab_size
+        ends=tuple(ends),
+        chat=chat,
+        context=config.longest_row,
+        vocabulary=config.vocab_size,
     )
     return Texts(tokenizer, text_format)
 
@@ -126,11 +160,15 @@ def pays_unrolled(
     Arguments other than the structure are those of `train_step_batches`, for seeds in turn.
     """
     of_steps = step_widths(encoded, orders, packing, alike=False)
-    programs, times = np.unique(of_steps.reshape(-1, of_steps.shape[-1]), axis=0, return_counts=True)
+    programs, times = np.unique(
+        of_steps.reshape(-1, of_steps.shape[-1]), axis=0, return_counts=True
+    )
     shape = step_shape(orders.shape[2], *programs.T)
     saved = _SAVED * np.sum(times * step_operations(config, *shape))
     compiling = len(programs) * max(config.layers - _SHALLOW, 0) * _COMPILING_LAYER
-    return bool(saved > compiling and 4 * np.max(unrolled_numbers(config, *shape)) <= _KEPT)
+    return bool(
+        saved > compiling and 4 * np.max(unrolled_numbers(config, *shape)) <= _KEPT
+    )
 
 
 def load_model(
@@ -150,19 +188,26 @@ def load_model(
     """
     base = base or (open_base(options.base) if like is None else like.base)
     texts = load_texts(base, chat=options.chat)
-    stored = open_pool(options.pool, base) if options.pool and options.entry.pool else None
-    names, modules = _draw(options, () if stored is None else module_names(stored, options))
+    stored = (
+        open_pool(options.pool, base) if options.pool and options.entry.pool else None
+    )
+    names, modules = _draw(
+        options, () if stored is None else module_names(stored, options)
+    )
     if like is None:
         sharding.check_model(base.config)
         quantise = None if options.load_in == "full" else options.load_in
         with sharding.loading():
             model = base.load(dtype=options.dtype, quantise=quantise, hashed=True)
-        model.config = dataclasses.replace(model.config, unroll=model.config.layers <= _SHALLOW)
+        model.config = dataclasses.replace(
+            model.config, unroll=model.config.layers <= _SHALLOW
+        )
         graph, weights = nnx.split(model)
         weights = on_mesh(weights, model.config)
         nnx.update(model, weights)
     else:
-        graph, weights = like.problem.graph, like.problem.frozen.base
+        graph = like.problem.graph
+        weights = like.problem.frozen.base
         model = nnx.merge(graph, weights)
     method, frozen, digests = _frozen(model, weights, options, stored, names, modules)
     problem = Problem(
@@ -170,9 +215,12 @@ def load_model(
         method=method,
         frozen=frozen,
         index=_index(modules, {name: i for i, name in enumerate(names)}),
-        seed_mode=seed_mode or (default_seed_mode() if options.seed_mode == "auto" else options.seed_mode),
+        seed_mode=seed_mode
+        or (default_seed_mode() if options.seed_mode == "auto" else options.seed_mode),
     )
-    return LoadedModel(problem, modules, texts.tokenizer, texts.text_format, digests, base)
+    return LoadedModel(
+        problem, modules, texts.tokenizer, texts.text_format, digests, base
+    )
 
 
 def _frozen(
@@ -184,49 +232,79 @@ def _frozen(
     modules: Sequence[Sequence[str]],
 ) -> tuple[Method, Frozen, PoolDigests]:
     """Return the method, its frozen base and modules, and the digests of the modules."""
-    pool, digests = None, PoolDigests({}, None)
+    pool = None
+    digests = PoolDigests({}, None)
     if stored is not None:
         with sharding.loading():
             pool, digests = _load_pool(stored, names, options, kernels(model))
         pool = on_mesh(pool, model.config)
-    built = Built(config=model.config, recipe=options.recipe, pool=pool, modules=len(modules[0]))
+    built = Built(
+        config=model.config, recipe=options.recipe, pool=pool, modules=len(modules[0])
+    )
     method = options.entry.build(built)
-    return method, on_mesh(method.precompute(Frozen(base, pool), kernels(model)), model.config), digests
+    return (
+        method,
+        on_mesh(method.precompute(Frozen(base, pool), kernels(model)), model.config),
+        digests,
+    )
 
 
 def with_whole_modules(loaded: AnyLoaded, options: LoadOptions) -> AnyLoaded:
     """Return a model with whole modules instead of the same modules in a basis, to rank them."""
     assert options.pool is not None
-    stored, names = open_pool(options.pool, loaded.base), loaded.modules[0]
+    stored = open_pool(options.pool, loaded.base)
+    names = loaded.modules[0]
     if missing := sorted(set(names) - set(stored.names)):
-        raise ValueError(f"{options.pool} has no whole module {missing[0]}: rank by --choose basis-gradient")
+        raise ValueError(
+            f"{options.pool} has no whole module {missing[0]}: rank by --choose basis-gradient"
+        )
     recipe: Any = options.recipe
     recipe = dataclasses.replace(recipe, basis=None, train_core=False)
-    whole = dataclasses.replace(options, recipe=recipe, control="none")  # controls differ only in directions
+    whole = dataclasses.replace(
+        options, recipe=recipe, control="none"
+    )  # controls differ only in directions
     model = nnx.merge(loaded.problem.graph, loaded.problem.frozen.base)
-    method, frozen, _ = _frozen(model, loaded.problem.frozen.base, whole, stored, names, loaded.modules)
+    method, frozen, _ = _frozen(
+        model, loaded.problem.frozen.base, whole, stored, names, loaded.modules
+    )
     return loaded.with_problem(method=method, frozen=frozen)
 
 
-def with_modules(loaded: AnyLoaded, options: LoadOptions, of_seeds: Sequence[Sequence[str]]) -> AnyLoaded:
+def with_modules(
+    loaded: AnyLoaded, options: LoadOptions, of_seeds: Sequence[Sequence[str]]
+) -> AnyLoaded:
     """Return the loaded model with the modules that the run fused; ValueError if the pool or the draws differ."""
     wanted = tuple(map(tuple, of_seeds))
     if choice_of(options.recipe) == "draw" and loaded.modules != wanted:
-        raise ValueError(f"{options.pool} is not the pool of the run, whose seeds drew other modules: give that pool")
+        raise ValueError(
+            f"{options.pool} is not the pool of the run, whose seeds drew other modules: give that pool"
+        )
     if loaded.modules == wanted:
         return loaded
     position = {name: i for i, name in enumerate(loaded.modules[0])}
-    if missing := sorted({name for names in wanted for name in names} - position.keys()):
-        raise ValueError(f"{options.pool} is not the pool of the run: it lacks {', '.join(missing)}; give that pool")
-    return dataclasses.replace(loaded.with_problem(index=_index(wanted, position)), modules=wanted)
+    if missing := sorted(
+        {name for names in wanted for name in names} - position.keys()
+    ):
+        raise ValueError(
+            f"{options.pool} is not the pool of the run: it lacks {', '.join(missing)}; give that pool"
+        )
+    return dataclasses.replace(
+        loaded.with_problem(index=_index(wanted, position)), modules=wanted
+    )
 
 
-def _index(modules: tuple[tuple[str, ...], ...], position: dict[str, int]) -> Int[Array, "seeds N"]:
-    places = np.array([[position[name] for name in names] for names in modules], np.int32)
+def _index(
+    modules: tuple[tuple[str, ...], ...], position: dict[str, int]
+) -> Int[Array, "seeds N"]:
+    places = np.array(
+        [[position[name] for name in names] for names in modules], np.int32
+    )
     return on_mesh(jax.device_put(places), of_seeds=True)
 
 
-def _draw(options: LoadOptions, there: Sequence[str]) -> tuple[list[str], tuple[tuple[str, ...], ...]]:
+def _draw(
+    options: LoadOptions, there: Sequence[str]
+) -> tuple[list[str], tuple[tuple[str, ...], ...]]:
     """Return the names of all modules that are needed, in the order of the pool, and those of each seed."""
     if not there:
         return [], tuple(() for _ in options.seeds)
@@ -234,7 +312,9 @@ def _draw(options: LoadOptions, there: Sequence[str]) -> tuple[list[str], tuple[
         drawn = (named_modules(options.adapters, there),) * len(options.seeds)
     elif choice_of(options.recipe) != "draw":
         if not 1 <= (count := modules_of(options.recipe)) <= len(there):
-            raise ValueError(f"{count} modules to be chosen from a pool of {len(there)}: give 1 to {len(there)}")
+            raise ValueError(
+                f"{count} modules to be chosen from a pool of {len(there)}: give 1 to {len(there)}"
+            )
         drawn = tuple(tuple(there) for _ in options.seeds)
     else:
         count = min(modules_of(options.recipe), len(there))
@@ -249,14 +329,23 @@ def named_modules(adapters: Sequence[str], there: Sequence[str]) -> tuple[str, .
     return tuple(there[i] for i in positions(there, names))
 
 
-def module_names(stored: ConvertedPool | AdapterFolders, options: LoadOptions) -> tuple[str, ...]:
+def module_names(
+    stored: ConvertedPool | AdapterFolders, options: LoadOptions
+) -> tuple[str, ...]:
     """Return the names of the modules that seeds can draw: the pool's, or those in its basis."""
     k = basis_of(options.recipe)
-    return stored.names if k is None or options.control != "none" else tuple(stored.basis_modules(k))
+    return (
+        stored.names
+        if k is None or options.control != "none"
+        else tuple(stored.basis_modules(k))
+    )
 
 
 def _load_pool(
-    stored: ConvertedPool | AdapterFolders, names: Sequence[str], options: LoadOptions, kernels: Mapping[str, Weight]
+    stored: ConvertedPool | AdapterFolders,
+    names: Sequence[str],
+    options: LoadOptions,
+    kernels: Mapping[str, Weight],
 ) -> tuple[Pool, PoolDigests]:
     """Return the named modules, or the control that replaces them, whole or in a basis, in full precision or not.
 
@@ -270,7 +359,10 @@ def _load_pool(
         whole = stored.load()
         digests = pool_digests(whole)
         # Its directions are made of all modules.
-        digests = PoolDigests(digests.modules, hashlib.sha256("".join(digests.modules.values()).encode()).hexdigest())
+        digests = PoolDigests(
+            digests.modules,
+            hashlib.sha256("".join(digests.modules.values()).encode()).hexdigest(),
+        )
         if options.control == "random-factors":
             of = random_directions(whole, k, _control_key(options))
         elif options.control in _CONTROLS:
@@ -280,9 +372,13 @@ def _load_pool(
         pool = in_directions(whole.select(names), of)
     if options.control != "none" and isinstance(pool, LoraPool):
         pool = _CONTROLS[options.control](pool, _control_key(options))
-    return (pool if options.load_in == "full" else pool.quantised(options.load_in)), digests
+    return (
+        pool if options.load_in == "full" else pool.quantised(options.load_in)
+    ), digests
 
 
 def _control_key(options: LoadOptions) -> Array:
     key = jax.random.key(_CONTROL_KEY)
-    return jax.random.fold_in(key, options.control_draw) if options.control_draw else key
+    return (
+        jax.random.fold_in(key, options.control_draw) if options.control_draw else key
+    )

@@ -52,7 +52,9 @@ class LoadOptions:
 
     def __post_init__(self) -> None:
         if self.method in METHODS:
-            object.__setattr__(self, "recipe", _recipe_for(METHODS[self.method], self.recipe))
+            object.__setattr__(
+                self, "recipe", _recipe_for(METHODS[self.method], self.recipe)
+            )
 
     @property
     def entry(self) -> MethodEntry:

@@ -23,9 +23,13 @@ def register(*entries: MethodEntry) -> None:
     """
     for entry in entries:
         if entry.name in METHODS:
-            raise ValueError(f"there is a method {entry.name!r} already: give this one another name")
+            raise ValueError(
+                f"there is a method {entry.name!r} already: give this one another name"
+            )
         if entry.pool and not issubclass(entry.recipe, PoolRecipe):
-            raise ValueError(f"method {entry.name} fuses a pool: let {entry.recipe.__name__} inherit from PoolRecipe")
+            raise ValueError(
+                f"method {entry.name} fuses a pool: let {entry.recipe.__name__} inherit from PoolRecipe"
+            )
         METHODS[entry.name] = entry
 
 

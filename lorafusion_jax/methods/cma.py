@@ -25,7 +25,9 @@ from .lorahub import BOUND, Objective, build, objective_of, recorder
 from .recipes import PoolRecipe
 
 _SEARCH = 1  # purpose of a seed's key; 0 is the start of training
-_DEVIATION = 0.3  # standard deviation of the first generation about zero, a fifth of the bound
+_DEVIATION = (
+    0.3  # standard deviation of the first generation about zero, a fifth of the bound
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,9 @@ def search(
     *,
     generations: int,
     population: int,
-    after_generation: Callable[[int, Float[np.ndarray, " seeds"]], None] = lambda number, scores: None,
+    after_generation: Callable[
+        [int, Float[np.ndarray, " seeds"]], None
+    ] = lambda number, scores: None,
 ) -> Float[np.ndarray, "seeds N"]:
     """Return the best weights of N modules of all generations of each seed, within LoraHub's bounds.
 
@@ -61,21 +65,39 @@ def search(
     """
     seeds = len(keys)
     with _promotions():
-        strategy = load_evosax().CMA_ES(population_size=population, solution=jnp.zeros(modules))
+        strategy = load_evosax().CMA_ES(
+            population_size=population, solution=jnp.zeros(modules)
+        )
         settings = strategy.default_params.replace(std_init=jnp.asarray(_DEVIATION))
-        states = [strategy.init(jax.random.fold_in(key, 0), jnp.zeros(modules), settings) for key in keys]
-    best, best_score = np.zeros((seeds, modules)), np.full(seeds, np.inf)
+        states = [
+            strategy.init(jax.random.fold_in(key, 0), jnp.zeros(modules), settings)
+            for key in keys
+        ]
+    best = np.zeros((seeds, modules))
+    best_score = np.full(seeds, np.inf)
     for number in range(1, generations + 1):
         # One seed at a time: in a batch, the last bits of a search, and soon all of it, depend on the other seeds.
         now = [jax.random.split(jax.random.fold_in(key, number)) for key in keys]
         with _promotions():
-            drawn = [strategy.ask(key[0], state, settings) for key, state in zip(now, states, strict=True)]
-        tried = np.clip(np.stack([np.asarray(generation, float) for generation, _ in drawn]), -BOUND, BOUND)
+            drawn = [
+                strategy.ask(key[0], state, settings)
+                for key, state in zip(now, states, strict=True)
+            ]
+        tried = np.clip(
+            np.stack([np.asarray(generation, float) for generation, _ in drawn]),
+            -BOUND,
+            BOUND,
+        )
         flat = objective(number, tried.reshape(-1, modules))
         scores = np.where(np.isfinite(flat), flat, np.inf).reshape(seeds, population)
         with _promotions():
             states = [
-                strategy.tell(key[1], *(jnp.asarray(a[seed], jnp.float32) for a in (tried, scores)), state, settings)[0]
+                strategy.tell(
+                    key[1],
+                    *(jnp.asarray(a[seed], jnp.float32) for a in (tried, scores)),
+                    state,
+                    settings,
+                )[0]
                 for seed, (key, (_, state)) in enumerate(zip(now, drawn, strict=True))
             ]
         winner = np.argmin(scores, axis=1)
@@ -94,12 +116,17 @@ def _promotions() -> Iterator[None]:
         yield
 
 
-load_evosax = partial(load_optional, "evosax.algorithms", extra="cma", needed_by="CMA-ES")
+load_evosax = partial(
+    load_optional, "evosax.algorithms", extra="cma", needed_by="CMA-ES"
+)
 
 
 def _search(job: SearchJob) -> tuple[Params, int]:
-    generations, population = job.recipe.generations, job.recipe.population
-    keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), _SEARCH) for seed in job.seeds])
+    generations = job.recipe.generations
+    population = job.recipe.population
+    keys = jnp.stack(
+        [jax.random.fold_in(jax.random.key(seed), _SEARCH) for seed in job.seeds]
+    )
     with progress("search", generations) as bar:
         weights = search(
             objective_of(job, population),

@@ -14,7 +14,9 @@ from ..training.method import Method, Params
 from ..training.problem import Problem
 from ..training.recipe import Recipe
 
-WITH_CORE = ", with a core"  # ends the title of a fusion in a basis that trains a core too
+WITH_CORE = (
+    ", with a core"  # ends the title of a fusion in a basis that trains a core too
+)
 
 Matrix = tuple[int, int]
 Storage = Literal["arrays", "memory"]
@@ -116,7 +118,9 @@ class Built(NamedTuple):
     @property
     def sites(self) -> tuple[tuple[str, Site], ...]:
         """Linear maps that a method without a pool adapts."""
-        return tuple(targeted(self.config, self.recipe.lora_targets, "lora_targets").items())
+        return tuple(
+            targeted(self.config, self.recipe.lora_targets, "lora_targets").items()
+        )
 
 
 class PlannedPool(NamedTuple):

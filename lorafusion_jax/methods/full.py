@@ -36,7 +36,12 @@ class FullFineTuning(Method):
 
     def init(self, frozen: Frozen, index: Index, key: PRNGKeyArray) -> Params:
         by_path, _ = jax.tree.flatten_with_path(frozen.base)
-        return {"base": {jax.tree_util.keystr(path): weight.astype(jnp.float32) for path, weight in by_path}}
+        return {
+            "base": {
+                jax.tree_util.keystr(path): weight.astype(jnp.float32)
+                for path, weight in by_path
+            }
+        }
 
     def adapters(self, params: Params, frozen: Frozen, index: Index) -> Adapted:
         return {}, {}
@@ -52,7 +57,9 @@ ENTRIES = (
         update=lambda recipe, modules: Update(trains_base=True),
         groups=("base",),
         cost_layouts=lambda billed: {
-            "full fine-tuning": CostLayout(installed_words=billed.counts["base"] - billed.base, passes=1)
+            "full fine-tuning": CostLayout(
+                installed_words=billed.counts["base"] - billed.base, passes=1
+            )
         },
     ),
 )

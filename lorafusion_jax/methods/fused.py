@@ -50,9 +50,15 @@ class MixUpdate(FusedUpdate):
     """Update by (sum c A)(sum c B)."""
 
     def once(self, site: Site) -> int:
-        d_in, d_out, r = site.d_in, site.d_out, self.rank
+        d_in = site.d_in
+        d_out = site.d_out
+        r = self.rank
         factors = 2 * self.pool * r * (d_in + d_out)
-        return factors + (2 * self.pool * r * d_out + 2 * r * r * (d_in + d_out) if self.magnitudes else 0)
+        return factors + (
+            2 * self.pool * r * d_out + 2 * r * r * (d_in + d_out)
+            if self.magnitudes
+            else 0
+        )
 
     def gradients(self, site: Site, tokens: int) -> int:
         return 2 * (self.pool + tokens) * self.rank * (site.d_in + site.d_out)
@@ -84,15 +90,22 @@ class SumUpdate(FusedUpdate):
 
     def _forms(self, site: Site) -> bool:
         needed = self.forms and self.magnitudes and not self.in_arrays
-        return self.is_dense(site) or needed and product_is_smaller(site.d_in, self.modules * self.rank, site.d_out)
+        return (
+            self.is_dense(site)
+            or needed
+            and product_is_smaller(site.d_in, self.modules * self.rank, site.d_out)
+        )
 
     def _multiplies(self, site: Site, tokens: int) -> bool:
         """Return whether tokens are multiplied by the sum as a matrix."""
-        faster = matrix_is_faster(tokens, site.d_in, self.modules * self.rank, site.d_out)
+        faster = matrix_is_faster(
+            tokens, site.d_in, self.modules * self.rank, site.d_out
+        )
         return self.is_dense(site) or faster and self._forms(site)
 
     def once(self, site: Site) -> int:
-        k, of_pairs = self.modules * self.rank, 2 * self.pair_terms * site.d_out
+        k = self.modules * self.rank
+        of_pairs = 2 * self.pair_terms * site.d_out
         if self.is_dense(site):
             return 2 * k * site.d_in * site.d_out + of_pairs
         if of_pairs:
@@ -125,12 +138,24 @@ class BasisUpdate(FusedUpdate):
 
     def once(self, site: Site) -> int:
         k = self.rank
-        mixed = 2 * k * k * (self.modules + (0 if self.in_arrays and not self.magnitudes else site.d_out))
+        mixed = (
+            2
+            * k
+            * k
+            * (
+                self.modules
+                + (0 if self.in_arrays and not self.magnitudes else site.d_out)
+            )
+        )
         return mixed + (_norm(k, site) if self.magnitudes else 0)
 
     def gradients(self, site: Site, tokens: int) -> int:
         k = self.rank
-        of_core = tokens * self.core(site) if self.in_arrays else k * site.d_out * (tokens + k)
+        of_core = (
+            tokens * self.core(site)
+            if self.in_arrays
+            else k * site.d_out * (tokens + k)
+        )
         return 2 * (of_core + self.modules * k**2)
 
     def frozen_width(self) -> int:
@@ -141,7 +166,9 @@ class BasisUpdate(FusedUpdate):
         return cores + super().frozen_numbers(sites)
 
     def working_numbers(self, sites: Sequence[Site]) -> int:
-        return sum(s.layers * self.rank * (self.modules * self.rank + s.d_out) for s in sites)
+        return sum(
+            s.layers * self.rank * (self.modules * self.rank + s.d_out) for s in sites
+        )
 
 
 def _norm(k: int, site: Site) -> int:
@@ -150,22 +177,43 @@ def _norm(k: int, site: Site) -> int:
 
 
 def _group(sites: Sequence[Site], width: int) -> int:
-    return max((min(s.layers, _GROUP) * width * (s.d_in + 2 * s.d_out) for s in sites), default=0)
+    return max(
+        (min(s.layers, _GROUP) * width * (s.d_in + 2 * s.d_out) for s in sites),
+        default=0,
+    )
 
 
 def fused(
-    recipe: PoolRecipe, modules: PlannedPool, composition: Composition, *, magnitudes: bool = False, alike: bool = True
+    recipe: PoolRecipe,
+    modules: PlannedPool,
+    composition: Composition,
+    *,
+    magnitudes: bool = False,
+    alike: bool = True,
 ) -> FusedUpdate:
     """Return the update of a method that fuses the recipe's number of modules, a sum in the recipe's basis.
 
     `alike` means that the ranks of a module have one coefficient.
     """
-    P, targets = modules.pool, modules.targets
-    shared: dict[str, Any] = {"modules": recipe.modules, "pool": P, "magnitudes": magnitudes, "targets": targets}
+    P = modules.pool
+    targets = modules.targets
+    shared: dict[str, Any] = {
+        "modules": recipe.modules,
+        "pool": P,
+        "magnitudes": magnitudes,
+        "targets": targets,
+    }
     if composition == "mix":
         return MixUpdate(rank=modules.rank, **shared)
     if (k := basis_of(recipe)) is not None:
         return BasisUpdate(rank=k, **shared)
-    in_pairs = modules.accelerator and magnitudes and alike and pairs_are_smaller(P, modules.rank)
+    in_pairs = (
+        modules.accelerator
+        and magnitudes
+        and alike
+        and pairs_are_smaller(P, modules.rank)
+    )
     pair_terms = P * (P + 1) // 2 + P if in_pairs else 0
-    return SumUpdate(rank=modules.rank, **shared, forms=modules.forms, pair_terms=pair_terms)
+    return SumUpdate(
+        rank=modules.rank, **shared, forms=modules.forms, pair_terms=pair_terms
+    )

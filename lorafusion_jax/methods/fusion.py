@@ -16,7 +16,14 @@ from ..adapters import coefficients as coefficients_lib
 from ..adapters.basis import Pool, SharedBasis
 from ..adapters.coefficients import GRANULARITIES, Granularity, Start
 from ..adapters.composition import check_mix, compose, compose_in_basis
-from ..adapters.norms import Gram, PairTerms, column_norms, gram, pair_terms, pairs_are_smaller
+from ..adapters.norms import (
+    Gram,
+    PairTerms,
+    column_norms,
+    gram,
+    pair_terms,
+    pairs_are_smaller,
+)
 from ..adapters.pool import LoraPool
 from ..adapters.updates import Composition
 from ..models.weights import Weight, is_in_arrays
@@ -25,7 +32,15 @@ from ..support.platform import for_cpu
 from ..training.frozen import Frozen
 from ..training.method import Adapted, Fused, Index, Method, Params
 from ..training.recipe import Optimisation, Recipe
-from .entry import WITH_CORE, Billed, Built, CostLayout, MethodEntry, PlannedPool, module
+from .entry import (
+    WITH_CORE,
+    Billed,
+    Built,
+    CostLayout,
+    MethodEntry,
+    PlannedPool,
+    module,
+)
 from .fused import FusedUpdate, fused
 from .recipes import BasisRecipe
 
@@ -71,11 +86,18 @@ class CoefficientsRecipe(BasisRecipe):
     def check(self) -> None:
         super().check()
         check_basis(self)
-        in_basis = {"--train-core": self.train_core, "--choose basis-gradient": self.choose == "basis-gradient"}
-        if self.basis is None and (given := [option for option, is_given in in_basis.items() if is_given]):
+        in_basis = {
+            "--train-core": self.train_core,
+            "--choose basis-gradient": self.choose == "basis-gradient",
+        }
+        if self.basis is None and (
+            given := [option for option, is_given in in_basis.items() if is_given]
+        ):
             raise ValueError(f"{given[0]} needs a shared basis: {GIVE_BASIS}")
         if self.choose != "draw" and self.composition != "sum":
-            raise ValueError("no gradient can choose modules of a mix: leave out --choose, or use the composition sum")
+            raise ValueError(
+                "no gradient can choose modules of a mix: leave out --choose, or use the composition sum"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +115,9 @@ class FusionRecipe(CoefficientsRecipe):
     def check(self) -> None:
         super().check()
         if not 0 <= self.prune < 1:
-            raise ValueError(f"prune is {self.prune}: give a share of the magnitudes, from 0 to below 1")
+            raise ValueError(
+                f"prune is {self.prune}: give a share of the magnitudes, from 0 to below 1"
+            )
 
     def optimisation(self, steps: int) -> Optimisation:
         return dataclasses.replace(super().optimisation(steps), prune=self.prune)
@@ -173,15 +197,26 @@ class Fusion(Method):
         if self.basis is not None and isinstance(pool, SharedBasis):
             pool = pool.first(self.basis)
         if isinstance(pool, LoraPool) and self._in_pairs(pool):
-            return dataclasses.replace(frozen, gram=jax.jit(pair_terms)(pool, dict(kernels)))
-        return dataclasses.replace(frozen, pool=pool, gram=jax.jit(gram)(pool, dict(kernels)))
+            return dataclasses.replace(
+                frozen, gram=jax.jit(pair_terms)(pool, dict(kernels))
+            )
+        return dataclasses.replace(
+            frozen, pool=pool, gram=jax.jit(gram)(pool, dict(kernels))
+        )
 
     def _in_pairs(self, pool: LoraPool) -> bool:
         """Return whether norms come from inner products of modules. CPUs use the other way, which keeps its bits."""
-        if for_cpu() or not self.magnitudes or self.composition == "mix" or self.granularity == "rank":
+        if (
+            for_cpu()
+            or not self.magnitudes
+            or self.composition == "mix"
+            or self.granularity == "rank"
+        ):
             return False
         ranks = (jax.tree.leaves(b)[0].shape[2] for b in pool.B.values())
-        return not is_in_arrays((pool.A, pool.B)) and pairs_are_smaller(len(pool), min(ranks))
+        return not is_in_arrays((pool.A, pool.B)) and pairs_are_smaller(
+            len(pool), min(ranks)
+        )
 
     def check(self, pool: Pool) -> None:
         if isinstance(pool, SharedBasis):
@@ -189,7 +224,9 @@ class Fusion(Method):
             if self.basis is not None:
                 pool.first(self.basis)
         elif self.basis is not None or self.core:
-            raise ValueError(f"the pool has no shared basis: run `lorafusion convert --basis {self.basis or 32}`")
+            raise ValueError(
+                f"the pool has no shared basis: run `lorafusion convert --basis {self.basis or 32}`"
+            )
         elif self.composition == "mix":
             check_mix(pool)
 
@@ -198,18 +235,31 @@ class Fusion(Method):
         if self.composition == "mix" and not isinstance(pool, SharedBasis):
             check_mix(pool, index)
         shape = coefficients_lib.shape(pool, index.shape[0], self.granularity)
-        params: Params = {"coefficients": coefficients_lib.initial(shape, self.start, key)}
-        if (own := pool.magnitude) is not None:  # one adapter, which training starts from as it is
+        params: Params = {
+            "coefficients": coefficients_lib.initial(shape, self.start, key)
+        }
+        if (
+            own := pool.magnitude
+        ) is not None:  # one adapter, which training starts from as it is
             params["coefficients"] = jnp.ones(shape, jnp.float32)
         if self.magnitudes:
-            params["magnitudes"] = _magnitudes(own or column_norms(terms), frozen, index)
+            params["magnitudes"] = _magnitudes(
+                own or column_norms(terms), frozen, index
+            )
         if self.core and isinstance(pool, SharedBasis):
-            params["core"] = {site: jnp.zeros((s.shape[0], *s.shape[2:]), jnp.float32) for site, s in pool.S.items()}
+            params["core"] = {
+                site: jnp.zeros((s.shape[0], *s.shape[2:]), jnp.float32)
+                for site, s in pool.S.items()
+            }
         return params
 
-    def start_at(self, coefficients: Float[Array, "N ..."], frozen: Frozen, index: Index) -> Params:
+    def start_at(
+        self, coefficients: Float[Array, "N ..."], frozen: Frozen, index: Index
+    ) -> Params:
         """Return the numbers that leave the model at W + dW: coefficients, and as magnitudes its column norms."""
-        params = self.init(frozen, index, jax.random.key(0)) | {"coefficients": coefficients}
+        params = self.init(frozen, index, jax.random.key(0)) | {
+            "coefficients": coefficients
+        }
         if self.magnitudes:
             ones = jax.tree.map(jnp.ones_like, params["magnitudes"])
             adapters, _ = self.adapters(params | {"magnitudes": ones}, frozen, index)
@@ -223,25 +273,40 @@ class Fusion(Method):
         magnitudes = params.get("magnitudes", pool.magnitude)
         if magnitudes is not None:
             magnitudes = _magnitudes(magnitudes, frozen, index)
-        how = {"gram": terms, "magnitudes": magnitudes, "differentiate_norm": self.differentiate_norm}
+        how = {
+            "gram": terms,
+            "magnitudes": magnitudes,
+            "differentiate_norm": self.differentiate_norm,
+        }
         if isinstance(pool, SharedBasis):
-            adapters, floored = compose_in_basis(pool, index, spread, core=params.get("core"), **how)
+            adapters, floored = compose_in_basis(
+                pool, index, spread, core=params.get("core"), **how
+            )
         else:
             adapters, floored = compose(pool, index, spread, self.composition, **how)
         return adapters, {"floored_norms": floored}
 
     def as_fusion(self, params: Params, frozen: Frozen, index: Index) -> Fused | None:
-        if not isinstance(frozen.pool, LoraPool) or type(self).adapters is not Fusion.adapters:
+        if (
+            not isinstance(frozen.pool, LoraPool)
+            or type(self).adapters is not Fusion.adapters
+        ):
             return None
-        return coefficients_lib.expand(params["coefficients"], frozen.pool, self.granularity), self.composition
+        return coefficients_lib.expand(
+            params["coefficients"], frozen.pool, self.granularity
+        ), self.composition
 
     def trainable(self, params: Params, frozen: Frozen, index: Index) -> Params:
         pool, _ = _pool_of(frozen)
-        acting: Params = {"coefficients": coefficients_lib.present(pool, index, self.granularity)}
+        acting: Params = {
+            "coefficients": coefficients_lib.present(pool, index, self.granularity)
+        }
         adapted = _adapted(pool, index)
         for group in params.keys() - acting.keys():
             acting[group] = {
-                s: jnp.broadcast_to(jnp.expand_dims(adapted[s], range(1, p.ndim)), p.shape)
+                s: jnp.broadcast_to(
+                    jnp.expand_dims(adapted[s], range(1, p.ndim)), p.shape
+                )
                 for s, p in params[group].items()
             }
         return acting
@@ -254,9 +319,13 @@ def check_basis(asked: Fusion | CoefficientsRecipe) -> None:
     if asked.basis < 1:
         raise ValueError(f"expected a basis of at least 1 direction, got {asked.basis}")
     if asked.composition == "mix":
-        raise ValueError("a shared basis lacks a mix's factors: use the composition sum, or leave out the basis")
+        raise ValueError(
+            "a shared basis lacks a mix's factors: use the composition sum, or leave out the basis"
+        )
     if asked.granularity == "rank":
-        raise ValueError("a shared basis mixes the modules' ranks: use the granularity global, block or site")
+        raise ValueError(
+            "a shared basis mixes the modules' ranks: use the granularity global, block or site"
+        )
 
 
 # One coefficient for each module, and no magnitudes.
@@ -265,23 +334,35 @@ PLAIN_SUM = Fusion(granularity="global", magnitudes=False)
 
 def _pool_of(frozen: Frozen) -> tuple[Pool, Gram | PairTerms]:
     if frozen.pool is None or frozen.gram is None:
-        raise ValueError("a fusion needs a pool and its Gram terms: Frozen(base, pool, gram(pool, kernels))")
+        raise ValueError(
+            "a fusion needs a pool and its Gram terms: Frozen(base, pool, gram(pool, kernels))"
+        )
     return frozen.pool, frozen.gram
 
 
 def _adapted(pool: Pool, index: Index) -> dict[str, Array]:
     """Return, by site, the layers [L] that any of the chosen modules adapts."""
-    return {site: jnp.any(rank[:, index] > 0, axis=1) for site, rank in pool.rank.items()}
+    return {
+        site: jnp.any(rank[:, index] > 0, axis=1) for site, rank in pool.rank.items()
+    }
 
 
-def _magnitudes(magnitudes: dict[str, Array], frozen: Frozen, index: Index) -> dict[str, Array]:
+def _magnitudes(
+    magnitudes: dict[str, Array], frozen: Frozen, index: Index
+) -> dict[str, Array]:
     """Return the magnitudes, with ||W|| in layers that none of the chosen modules adapts."""
     pool, terms = _pool_of(frozen)
-    adapted, norms = _adapted(pool, index), column_norms(terms)
-    return {s: jnp.where(adapted[s][:, None], m.astype(norms[s].dtype), norms[s]) for s, m in magnitudes.items()}
+    adapted = _adapted(pool, index)
+    norms = column_norms(terms)
+    return {
+        s: jnp.where(adapted[s][:, None], m.astype(norms[s].dtype), norms[s])
+        for s, m in magnitudes.items()
+    }
 
 
-def build(built: Built, kind: type[Fusion] = Fusion, *, magnitudes: bool = True) -> Fusion:
+def build(
+    built: Built, kind: type[Fusion] = Fusion, *, magnitudes: bool = True
+) -> Fusion:
     """Return the fusion of a recipe; ValueError if it cannot use the pool."""
     recipe = built.recipe
     fusion = kind(
@@ -298,10 +379,14 @@ def build(built: Built, kind: type[Fusion] = Fusion, *, magnitudes: bool = True)
     return fusion
 
 
-def update(recipe: CoefficientsRecipe, modules: PlannedPool, *, magnitudes: bool) -> FusedUpdate:
+def update(
+    recipe: CoefficientsRecipe, modules: PlannedPool, *, magnitudes: bool
+) -> FusedUpdate:
     """Return the update of a fusion by its recipe."""
     alike = recipe.granularity != "rank"
-    return fused(recipe, modules, recipe.composition, magnitudes=magnitudes, alike=alike)
+    return fused(
+        recipe, modules, recipe.composition, magnitudes=magnitudes, alike=alike
+    )
 
 
 def cost_layout(modules: int, rank: int, words: int) -> CostLayout:
@@ -328,7 +413,9 @@ def _basis_cost_layout(billed: Billed, k: int) -> CostLayout:
     """
     N = billed.recipe.modules
     return CostLayout(
-        installed_words=billed.adapted * (N + 1) * k**2 + billed.counts["magnitudes"] + billed.counts.get("core", 0),
+        installed_words=billed.adapted * (N + 1) * k**2
+        + billed.counts["magnitudes"]
+        + billed.counts.get("core", 0),
         installed_macs=billed.adapted * N * k**2,
         matrices=module(k),
         macs=lambda site: k**2 + 2 * site.d_out,
@@ -345,11 +432,16 @@ def _cost_layouts(billed: Billed) -> dict[str, CostLayout]:
     The second layout can be read by a sum alone. A basis has one layout.
     """
     if (k := billed.recipe.basis) is not None:
-        title = _BASIS_TITLE.format(basis=k) + (WITH_CORE if billed.recipe.train_core else "")
+        title = _BASIS_TITLE.format(basis=k) + (
+            WITH_CORE if billed.recipe.train_core else ""
+        )
         return {title: _basis_cost_layout(billed, k)}
-    N, r = billed.recipe.modules, billed.rank
+    N = billed.recipe.modules
+    r = billed.rank
     own = cost_layout(N, r, sum(billed.counts.values()))
-    together = dataclasses.replace(own, matrices=module(N * r), macs=lambda site: N * r + 2 * site.d_out)
+    together = dataclasses.replace(
+        own, matrices=module(N * r), macs=lambda site: N * r + 2 * site.d_out
+    )
     return {"LoRAFusion": own, "LoRAFusion, side by side": together}
 
 

@@ -82,7 +82,9 @@ class WeightDecomposedUpdate(LowRankUpdate):
     """Update of DoRA, which has norms of the columns too."""
 
     def once(self, site: Site) -> int:
-        r, d_in, d_out = self.rank, site.d_in, site.d_out
+        r = self.rank
+        d_in = site.d_in
+        d_out = site.d_out
         return 2 * r * d_in * d_out + 2 * r * r * (d_in + d_out)
 
     def repeat(self, site: Site) -> int:
@@ -108,23 +110,38 @@ class LoRA(Method):
     dora: bool = False
 
     def precompute(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:
-        return with_norms(frozen, kernels, [name for name, _ in self.sites]) if self.dora else frozen
+        return (
+            with_norms(frozen, kernels, [name for name, _ in self.sites])
+            if self.dora
+            else frozen
+        )
 
     def init(self, frozen: Frozen, index: Index, key: PRNGKeyArray) -> Params:
         keys = jax.random.split(key, len(self.sites))
         bounds = {name: site.d_in**-0.5 for name, site in self.sites}
         A = {
-            name: jax.random.uniform(k, (site.layers, site.d_in, self.rank), jnp.float32, -bounds[name], bounds[name])
+            name: jax.random.uniform(
+                k,
+                (site.layers, site.d_in, self.rank),
+                jnp.float32,
+                -bounds[name],
+                bounds[name],
+            )
             for (name, site), k in zip(self.sites, keys, strict=True)
         }
-        B = {name: jnp.zeros((site.layers, self.rank, site.d_out)) for name, site in self.sites}
+        B = {
+            name: jnp.zeros((site.layers, self.rank, site.d_out))
+            for name, site in self.sites
+        }
         params: Params = {"lora": {"A": A, "B": B}}
         if self.dora:
             assert frozen.norms is not None
             params["magnitudes"] = {name: frozen.norms[name] for name, _ in self.sites}
         return params
 
-    def start_at(self, source: Problem, of_source: Params, fresh: Params) -> tuple[Params, list[dict[str, float]]]:
+    def start_at(
+        self, source: Problem, of_source: Params, fresh: Params
+    ) -> tuple[Params, list[dict[str, float]]]:
         """Return the numbers whose model is that of another method at this rank, and what the rank leaves out.
 
         Scales of columns are a part of A B, or of the magnitudes of a DoRA. Sites and ranks that the other method does
@@ -142,11 +159,19 @@ class LoRA(Method):
         Raises:
           ValueError: the other method adapts no site, or one that this one does not.
         """
-        found, base = [], kernels(nnx.merge(source.graph, source.frozen.base))
+        found = []
+        base = kernels(nnx.merge(source.graph, source.frozen.base))
         for place, index in enumerate(source.index):
-            of_seed, own = (jax.tree.map(lambda p, at=place: p[at], tree) for tree in (of_source, fresh))
-            found.append(self._start_of_seed(to_host(_factors(of_seed, source.replace(index=index))), base, own))
-        return jax.tree.map(lambda *p: jnp.stack(p), *(params for params, _ in found)), [share for _, share in found]
+            of_seed = jax.tree.map(lambda p, at=place: p[at], of_source)
+            own = jax.tree.map(lambda p, at=place: p[at], fresh)
+            found.append(
+                self._start_of_seed(
+                    to_host(_factors(of_seed, source.replace(index=index))), base, own
+                )
+            )
+        return jax.tree.map(
+            lambda *p: jnp.stack(p), *(params for params, _ in found)
+        ), [share for _, share in found]
 
     def _start_of_seed(
         self, factors: dict[str, Factors], base: dict[str, Weight], fresh: Params
@@ -154,22 +179,36 @@ class LoRA(Method):
         if not factors:
             raise ValueError("it adapts no matrices")
         if outside := [name for name in factors if name not in dict(self.sites)]:
-            raise ValueError(f"it adapts {some(outside)}, which --lora-targets leaves out: add them")
-        A, B, magnitudes, left_out = *({**fresh["lora"][side]} for side in "AB"), {**fresh.get("magnitudes", {})}, {}
+            raise ValueError(
+                f"it adapts {some(outside)}, which --lora-targets leaves out: add them"
+            )
+        A, B, magnitudes, left_out = (
+            *({**fresh["lora"][side]} for side in "AB"),
+            {**fresh.get("magnitudes", {})},
+            {},
+        )
         for site, of_site in factors.items():
-            kernel = jax.tree.map(jnp.asarray, to_host(base[site]))  # whole in every process
+            kernel = jax.tree.map(
+                jnp.asarray, to_host(base[site])
+            )  # whole in every process
             found = truncated(of_site, kernel, self.rank, rescaled=not self.dora)
             used = np.any(found.B != 0, axis=2)[:, None]
-            A[site], B[site] = jnp.where(used, found.A, A[site]), jnp.asarray(found.B * (self.rank / self.alpha))
-            magnitudes[site], left_out[site] = jnp.asarray(found.norms), found.left_out
+            A[site] = jnp.where(used, found.A, A[site])
+            B[site] = jnp.asarray(found.B * (self.rank / self.alpha))
+            magnitudes[site] = jnp.asarray(found.norms)
+            left_out[site] = found.left_out
         params: Params = {"lora": {"A": A, "B": B}}
         return params | ({"magnitudes": magnitudes} if self.dora else {}), left_out
 
     def adapters(self, params: Params, frozen: Frozen, index: Index) -> Adapted:
-        A, B = params["lora"]["A"], params["lora"]["B"]
+        A = params["lora"]["A"]
+        B = params["lora"]["B"]
         B = {site: b * (self.alpha / self.rank) for site, b in B.items()}
         if self.dora:
-            return {site: WeightDecomposed(A[site], B[site], params["magnitudes"][site]) for site in A}, {}
+            return {
+                site: WeightDecomposed(A[site], B[site], params["magnitudes"][site])
+                for site in A
+            }, {}
         return {site: LowRank(A[site], B[site]) for site in A}, {}
 
 
@@ -180,10 +219,17 @@ def _factors(params: Params, problem: Problem) -> dict[str, Factors]:
 
 def as_pool(method: LoRA, params: Params, names: Sequence[str]) -> LoraPool:
     """Return trained LoRAs, leaves with a leading axis of seeds, as the modules of a pool."""
-    A: dict[str, Weight] = {site: jnp.moveaxis(a, 0, 1) for site, a in params["lora"]["A"].items()}
+    A: dict[str, Weight] = {
+        site: jnp.moveaxis(a, 0, 1) for site, a in params["lora"]["A"].items()
+    }
     scale = method.alpha / method.rank
-    B: dict[str, Weight] = {site: jnp.moveaxis(b, 0, 1) * scale for site, b in params["lora"]["B"].items()}
-    ranks = {site: jnp.full(weight.shape[:2], method.rank, jnp.int32) for site, weight in A.items()}
+    B: dict[str, Weight] = {
+        site: jnp.moveaxis(b, 0, 1) * scale for site, b in params["lora"]["B"].items()
+    }
+    ranks = {
+        site: jnp.full(weight.shape[:2], method.rank, jnp.int32)
+        for site, weight in A.items()
+    }
     return LoraPool(A=A, B=B, rank=ranks, names=tuple(names))
 
 
@@ -194,12 +240,17 @@ def _build(built: Built, *, dora: bool) -> LoRA:
 
 def _in_cells(billed: Billed) -> CostLayout:
     return CostLayout(
-        installed_words=0, matrices=module(billed.rank), macs=lambda site: site.d_out, stays_in="arrays", passes=1
+        installed_words=0,
+        matrices=module(billed.rank),
+        macs=lambda site: site.d_out,
+        stays_in="arrays",
+        passes=1,
     )
 
 
 def _lora_cost_layouts(billed: Billed) -> dict[str, CostLayout]:
-    r, cells = billed.rank, _in_cells(billed)
+    r = billed.rank
+    cells = _in_cells(billed)
     sram = dataclasses.replace(
         cells,
         installed_words=sum(billed.counts.values()),
@@ -209,7 +260,11 @@ def _lora_cost_layouts(billed: Billed) -> dict[str, CostLayout]:
         passes=0,
     )
     every_step = dataclasses.replace(cells, trains_in="arrays", passes=billed.steps)
-    return {"LoRA in cells": cells, "LoRA in cells, every step": every_step, "LoRA in SRAM": sram}
+    return {
+        "LoRA in cells": cells,
+        "LoRA in cells, every step": every_step,
+        "LoRA in SRAM": sram,
+    }
 
 
 def _dora_cost_layouts(billed: Billed) -> dict[str, CostLayout]:
@@ -229,7 +284,9 @@ ENTRIES = (
         title="LoRA, rank {lora_rank}",
         build=partial(_build, dora=False),
         recipe=LoRARecipe,
-        update=lambda recipe, modules: LowRankUpdate(rank=recipe.lora_rank, targets=recipe.lora_targets),
+        update=lambda recipe, modules: LowRankUpdate(
+            rank=recipe.lora_rank, targets=recipe.lora_targets
+        ),
         groups=("lora",),
         cost_layouts=_lora_cost_layouts,
     ),
@@ -239,7 +296,9 @@ ENTRIES = (
         title="DoRA, rank {lora_rank}",
         build=partial(_build, dora=True),
         recipe=DoRARecipe,
-        update=lambda recipe, modules: WeightDecomposedUpdate(rank=recipe.lora_rank, targets=recipe.lora_targets),
+        update=lambda recipe, modules: WeightDecomposedUpdate(
+            rank=recipe.lora_rank, targets=recipe.lora_targets
+        ),
         groups=("lora", "magnitudes"),
         cost_layouts=_dora_cost_layouts,
     ),

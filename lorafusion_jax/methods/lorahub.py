@@ -73,26 +73,34 @@ def search(
     modules: int,
     *,
     evaluations: int,
-    after_evaluation: Callable[[int, Float[np.ndarray, " seeds"]], None] = lambda number, scores: None,
+    after_evaluation: Callable[
+        [int, Float[np.ndarray, " seeds"]], None
+    ] = lambda number, scores: None,
 ) -> Search:
     """Search the weights of all seeds in parallel.
 
     `after_evaluation` is called with the number of the evaluation, from 1, and the score of every seed.
     """
     nevergrad = load_nevergrad()
-    tried, scores, optimisers = [], [], []
+    tried = []
+    scores = []
+    optimisers = []
     try:
         with warnings.catch_warnings():
             # SciPy's, about the budget; raised in threads of nevergrad's.
             warnings.filterwarnings("ignore", module="scipy|nevergrad")
-            optimisers += [_optimiser(nevergrad, modules, evaluations, seed) for seed in seeds]
+            optimisers += [
+                _optimiser(nevergrad, modules, evaluations, seed) for seed in seeds
+            ]
             for number in range(1, evaluations + 1):
                 candidates = [optimiser.ask() for optimiser in optimisers]
                 tried.append(np.stack([candidate.value for candidate in candidates]))
                 scores.append(objective(number, tried[-1]))
                 _tell(optimisers, candidates, scores[-1])
                 after_evaluation(number, scores[-1])
-            weights = np.stack([optimiser.provide_recommendation().value for optimiser in optimisers])
+            weights = np.stack(
+                [optimiser.provide_recommendation().value for optimiser in optimisers]
+            )
     finally:
         # Their threads end with the optimisers; alive, they would keep an interrupted Python from exiting. So the frame
         # of this function, which a traceback keeps, must not have another name for one of them.
@@ -107,8 +115,12 @@ def _optimiser(nevergrad: ModuleType, modules: int, evaluations: int, seed: int)
     return optimiser
 
 
-def _tell(optimisers: Sequence[Any], candidates: Sequence[Any], scores: np.ndarray) -> None:
-    for optimiser, candidate, value in zip(optimisers, candidates, scores.tolist(), strict=True):
+def _tell(
+    optimisers: Sequence[Any], candidates: Sequence[Any], scores: np.ndarray
+) -> None:
+    for optimiser, candidate, value in zip(
+        optimisers, candidates, scores.tolist(), strict=True
+    ):
         optimiser.tell(candidate, value)
 
 
@@ -129,20 +141,30 @@ def score(
     losses = []
     for number, batch in enumerate(batches):
         read = problem.replace(frozen=reads(problem.frozen, number))
-        losses.append(to_host(seed_entropies(params, on_mesh(batch, of_seeds=True), read)))
+        losses.append(
+            to_host(seed_entropies(params, on_mesh(batch, of_seeds=True), read))
+        )
     rows = np.sum([np.sum(batch.row_mask, axis=1) for batch in batches], axis=0)
-    return np.sum(losses, axis=0, dtype=float) / rows + L1 * np.mean(np.abs(weights), axis=1)
+    return np.sum(losses, axis=0, dtype=float) / rows + L1 * np.mean(
+        np.abs(weights), axis=1
+    )
 
 
-load_nevergrad = partial(load_optional, "nevergrad", extra="lorahub", needed_by="LoraHub's search")
+load_nevergrad = partial(
+    load_optional, "nevergrad", extra="lorahub", needed_by="LoraHub's search"
+)
 
 
-def recorder(job: SearchJob, bar: Any) -> Callable[[int, Float[np.ndarray, " seeds"]], None]:
+def recorder(
+    job: SearchJob, bar: Any
+) -> Callable[[int, Float[np.ndarray, " seeds"]], None]:
     """Return a function that records the scores of all seeds after a round of a search, and moves its bar."""
 
     def record(number: int, scores: np.ndarray) -> None:
         pairs = zip(job.seeds, scores.tolist(), strict=True)
-        job.record({"step": number, "seed": seed, "score": score} for seed, score in pairs)
+        job.record(
+            {"step": number, "seed": seed, "score": score} for seed, score in pairs
+        )
         bar.update()
 
     return record
@@ -161,23 +183,38 @@ def build(built: Built) -> Fusion:
 
 
 def _build(built: Built) -> Fusion:
-    evaluations, most = built.recipe.evaluations, _MOST_EVALUATIONS * built.modules
+    evaluations = built.recipe.evaluations
+    most = _MOST_EVALUATIONS * built.modules
     if evaluations > most:
-        raise ValueError(f"expected at most {most} evaluations for {built.modules} modules, got {evaluations}")
+        raise ValueError(
+            f"expected at most {most} evaluations for {built.modules} modules, got {evaluations}"
+        )
     return build(built)
 
 
 def _search(job: SearchJob) -> tuple[Params, int]:
-    count, modules = job.recipe.evaluations, job.problem.index.shape[1]
+    count = job.recipe.evaluations
+    modules = job.problem.index.shape[1]
     with progress("search", count) as bar:
-        best = search(objective_of(job), job.seeds, modules, evaluations=count, after_evaluation=recorder(job, bar))
+        best = search(
+            objective_of(job),
+            job.seeds,
+            modules,
+            evaluations=count,
+            after_evaluation=recorder(job, bar),
+        )
     return {"coefficients": jnp.asarray(best.weights, jnp.float32)}, count
 
 
 def _cost_layouts(billed: Billed) -> dict[str, CostLayout]:
-    N, r = billed.recipe.modules, billed.rank
+    N = billed.recipe.modules
+    r = billed.rank
     pool = cost_layout(N, r, sum(billed.counts.values()))
-    unscaled = {"macs": lambda site: N * (2 * r + site.d_out), "words": lambda site: N, "tables": lambda site: 0}
+    unscaled = {
+        "macs": lambda site: N * (2 * r + site.d_out),
+        "words": lambda site: N,
+        "tables": lambda site: 0,
+    }
     return {"LoraHub": dataclasses.replace(pool, **unscaled)}
 
 

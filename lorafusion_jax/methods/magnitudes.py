@@ -47,10 +47,15 @@ class Magnitudes(Method):
 
     def adapters(self, params: Params, frozen: Frozen, index: Index) -> Adapted:
         assert frozen.norms is not None
-        return {site: Rescaled(m / frozen.norms[site]) for site, m in params["magnitudes"].items()}, {}
+        return {
+            site: Rescaled(m / frozen.norms[site])
+            for site, m in params["magnitudes"].items()
+        }, {}
 
 
-def with_norms(frozen: Frozen, kernels: Mapping[str, Weight], sites: Iterable[str] | None) -> Frozen:
+def with_norms(
+    frozen: Frozen, kernels: Mapping[str, Weight], sites: Iterable[str] | None
+) -> Frozen:
     """Return the frozen weights with ||W|| of every column of some sites; None for all sites."""
     adapted = {name: kernels[name] for name in (kernels if sites is None else sites)}
     return dataclasses.replace(frozen, norms=jax.jit(norms)(adapted))

@@ -49,7 +49,9 @@ class MeanFusion(Fusion):
     def as_fusion(self, params: Params, frozen: Frozen, index: Index) -> Fused | None:
         if not isinstance(frozen.pool, LoraPool):
             return None
-        return expand(_alike(params, len(index))["coefficients"], frozen.pool, self.granularity), self.composition
+        return expand(
+            _alike(params, len(index))["coefficients"], frozen.pool, self.granularity
+        ), self.composition
 
     def trainable(self, params: Params, frozen: Frozen, index: Index) -> Params:
         acting = super().trainable(_alike(params, len(index)), frozen, index)
@@ -58,21 +60,33 @@ class MeanFusion(Fusion):
 
 def _alike(params: Params, modules: int) -> Params:
     """Return the numbers of the fusion that gives each of N modules an N-th of the coefficients."""
-    others, mean = dict(params), params["mean"]
+    others = dict(params)
+    mean = params["mean"]
     del others["mean"]
-    return others | {"coefficients": jnp.broadcast_to(mean / modules, (modules, *mean.shape))}
+    return others | {
+        "coefficients": jnp.broadcast_to(mean / modules, (modules, *mean.shape))
+    }
 
 
-def single_losses(batches: Sequence[Batch], problem: Problem) -> Float[np.ndarray, "seeds N"]:
+def single_losses(
+    batches: Sequence[Batch], problem: Problem
+) -> Float[np.ndarray, "seeds N"]:
     """Return the training loss of every module alone, in nats per token; batches have a leading axis of seeds."""
     seeds, modules = problem.index.shape
-    total, targets = np.zeros((seeds, modules)), np.zeros(seeds)
+    total = np.zeros((seeds, modules))
+    targets = np.zeros(seeds)
     for number, batch in enumerate(batches):
         count = np.sum(batch.labels != IGNORED, axis=(1, 2))
-        read, batch = problem.read(SEARCH, number), on_mesh(batch, of_seeds=True)
+        read = problem.read(SEARCH, number)
+        batch = on_mesh(batch, of_seeds=True)
         for n in range(modules):
-            params = on_mesh({"coefficients": jnp.tile(jax.nn.one_hot(n, modules), (seeds, 1))}, of_seeds=True)
-            total[:, n] += to_host(seed_entropies(params, batch, read)).astype(float) * count
+            params = on_mesh(
+                {"coefficients": jnp.tile(jax.nn.one_hot(n, modules), (seeds, 1))},
+                of_seeds=True,
+            )
+            total[:, n] += (
+                to_host(seed_entropies(params, batch, read)).astype(float) * count
+            )
         targets += count
     return total / targets[:, None]
 
@@ -80,7 +94,12 @@ def single_losses(batches: Sequence[Batch], problem: Problem) -> Float[np.ndarra
 def _search(job: SearchJob) -> tuple[Params, int]:
     losses = single_losses(list(job.rows.once(job.recipe.batch_size)), job.problem)
     job.record(
-        {"step": n + 1, "seed": seed, "score": losses[s, n].item(), "module": job.modules[s][n]}
+        {
+            "step": n + 1,
+            "seed": seed,
+            "score": losses[s, n].item(),
+            "module": job.modules[s][n],
+        }
         for s, seed in enumerate(job.seeds)
         for n in range(losses.shape[1])
     )

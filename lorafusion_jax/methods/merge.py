@@ -51,7 +51,9 @@ class Merge(Method):
     def __post_init__(self) -> None:
         one_of(get_args(MergeKind), kind=self.kind)
         if not 0 < self.density <= 1:
-            raise ValueError(f"density is {self.density}: give the share of entries to keep, above 0 and up to 1")
+            raise ValueError(
+                f"density is {self.density}: give the share of entries to keep, above 0 and up to 1"
+            )
 
     def check(self, pool: Pool) -> None:
         check_merge(_whole(pool), self.kind)
@@ -61,13 +63,23 @@ class Merge(Method):
         if self.kind == "cat":
             return {"weights": weights}
         merged = self._merge(frozen, index, weights, key)
-        factors = {site: lora for site, lora in merged.items() if isinstance(lora, LowRank)}
-        return {"merged": {"A": {s: m.A for s, m in factors.items()}, "B": {s: m.B for s, m in factors.items()}}}
+        factors = {
+            site: lora for site, lora in merged.items() if isinstance(lora, LowRank)
+        }
+        return {
+            "merged": {
+                "A": {s: m.A for s, m in factors.items()},
+                "B": {s: m.B for s, m in factors.items()},
+            }
+        }
 
     def adapters(self, params: Params, frozen: Frozen, index: Index) -> Adapted:
         if self.kind == "cat":
-            return self._merge(frozen, index, jax.lax.stop_gradient(params["weights"]), None), {}
-        A, B = (jax.lax.stop_gradient(params["merged"][name]) for name in ("A", "B"))
+            return self._merge(
+                frozen, index, jax.lax.stop_gradient(params["weights"]), None
+            ), {}
+        A = jax.lax.stop_gradient(params["merged"]["A"])
+        B = jax.lax.stop_gradient(params["merged"]["B"])
         return {site: LowRank(A[site], B[site]) for site in A}, {}
 
     def as_fusion(self, params: Params, frozen: Frozen, index: Index) -> Fused | None:
@@ -78,13 +90,28 @@ class Merge(Method):
     def trainable(self, params: Params, frozen: Frozen, index: Index) -> Params:
         return jax.tree.map(lambda p: jnp.zeros(p.shape, bool), params)
 
-    def _merge(self, frozen: Frozen, index: Index, weights: Float[Array, " N"], key: Array | None) -> dict[str, Any]:
-        return merge(_whole(frozen.pool), index, weights, self.kind, density=self.density, key=key)
+    def _merge(
+        self,
+        frozen: Frozen,
+        index: Index,
+        weights: Float[Array, " N"],
+        key: Array | None,
+    ) -> dict[str, Any]:
+        return merge(
+            _whole(frozen.pool),
+            index,
+            weights,
+            self.kind,
+            density=self.density,
+            key=key,
+        )
 
 
 def _whole(pool: Pool | None) -> LoraPool:
     if not isinstance(pool, LoraPool):
-        raise ValueError("a merge needs a pool of whole modules: give Frozen(base, pool) a LoraPool")
+        raise ValueError(
+            "a merge needs a pool of whole modules: give Frozen(base, pool) a LoraPool"
+        )
     return pool
 
 

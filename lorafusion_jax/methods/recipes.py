@@ -55,4 +55,10 @@ def basis_of(recipe: Recipe) -> int | None:
 
 def recipe_of(kind: type[OneRecipe], numbers: Mapping[str, Any]) -> OneRecipe:
     """Return a recipe of a class with its fields from numbers such as the `vars` of another recipe."""
-    return kind(**{field.name: numbers[field.name] for field in dataclasses.fields(kind) if field.name in numbers})
+    return kind(
+        **{
+            field.name: numbers[field.name]
+            for field in dataclasses.fields(kind)
+            if field.name in numbers
+        }
+    )

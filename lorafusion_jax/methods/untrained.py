@@ -51,6 +51,10 @@ ENTRIES = (
         seeded=True,
     ),
     dataclasses.replace(
-        _ZERO_SHOT, name="constant", help="give the most common answer", answers="nothing", seeded=True
+        _ZERO_SHOT,
+        name="constant",
+        help="give the most common answer",
+        answers="nothing",
+        seeded=True,
     ),
 )

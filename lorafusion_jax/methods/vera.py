@@ -75,28 +75,48 @@ class VeRA(Method):
     rank: int = 128
 
     def precompute(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:
-        return dataclasses.replace(frozen, precomputed=self.projections(jax.random.key(_PROJECTION_KEY)))
+        return dataclasses.replace(
+            frozen, precomputed=self.projections(jax.random.key(_PROJECTION_KEY))
+        )
 
     def projections(self, key: PRNGKeyArray) -> Projections:
         """Return the random matrices, Kaiming uniform as PEFT draws them."""
-        widest_in, widest_out = (max(getattr(site, d) for _, site in self.sites) for d in ("d_in", "d_out"))
+        widest_in = max((site.d_in for _, site in self.sites))
+        widest_out = max((site.d_out for _, site in self.sites))
         bounds = math.sqrt(6 / widest_in), math.sqrt(6 / self.rank)
         shapes = (widest_in, self.rank), (self.rank, widest_out)
         A, B = (
             jax.random.uniform(k, shape, jnp.float32, -bound, bound)
-            for k, shape, bound in zip(jax.random.split(key), shapes, bounds, strict=True)
+            for k, shape, bound in zip(
+                jax.random.split(key), shapes, bounds, strict=True
+            )
         )
         return Projections(A, B)
 
     def init(self, frozen: Frozen, index: Index, key: PRNGKeyArray) -> Params:
-        d = {name: jnp.full((site.layers, self.rank), _START) for name, site in self.sites}
-        return {"vera": {"d": d, "b": {name: jnp.zeros((site.layers, site.d_out)) for name, site in self.sites}}}
+        d = {
+            name: jnp.full((site.layers, self.rank), _START)
+            for name, site in self.sites
+        }
+        return {
+            "vera": {
+                "d": d,
+                "b": {
+                    name: jnp.zeros((site.layers, site.d_out))
+                    for name, site in self.sites
+                },
+            }
+        }
 
     def adapters(self, params: Params, frozen: Frozen, index: Index) -> Adapted:
         A, B = frozen.precomputed
-        d, b = params["vera"]["d"], params["vera"]["b"]
+        d = params["vera"]["d"]
+        b = params["vera"]["b"]
         return {
-            name: LowRank(A[None, : site.d_in] * d[name][:, None], B[None, :, : site.d_out] * b[name][:, None])
+            name: LowRank(
+                A[None, : site.d_in] * d[name][:, None],
+                B[None, :, : site.d_out] * b[name][:, None],
+            )
             for name, site in self.sites
         }, {}
 
@@ -122,7 +142,9 @@ ENTRIES = (
         title="VeRA, rank {vera_rank}",
         build=lambda built: VeRA(sites=built.sites, rank=built.recipe.vera_rank),
         recipe=VeRARecipe,
-        update=lambda recipe, modules: SharedUpdate(rank=recipe.vera_rank, targets=recipe.lora_targets),
+        update=lambda recipe, modules: SharedUpdate(
+            rank=recipe.vera_rank, targets=recipe.lora_targets
+        ),
         groups=("vera",),
         cost_layouts=_cost_layouts,
     ),

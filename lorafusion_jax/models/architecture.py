@@ -12,7 +12,15 @@ import functools
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Protocol,
+    runtime_checkable,
+)
 
 import msgspec
 import numpy as np
@@ -64,9 +72,13 @@ class Recurrence(NamedTuple):
 
         Those with the tokens solve a triangular system too, by the inverse of its matrix. Rows are filled up to chunks.
         """
-        chunk, k, v = min(1 << (length - 1).bit_length(), self.chunk), self.d_key, self.d_value
+        chunk = min(1 << (length - 1).bit_length(), self.chunk)
+        k = self.d_key
+        v = self.d_value
         filled = -(-length // chunk) * chunk / length
-        return round(filled * self.heads * (chunk * (3 * k + 2 * v) + chunk**2 / 3 + 3 * k * v))
+        return round(
+            filled * self.heads * (chunk * (3 * k + 2 * v) + chunk**2 / 3 + 3 * k * v)
+        )
 
 
 class Stack(NamedTuple):
@@ -202,7 +214,12 @@ class Model(Protocol):
         ...
 
     def label_logits(
-        self, input_ids: Source, input_mask: Mask, labels: Target, adapters: Adapters, rows: Rows | None = None
+        self,
+        input_ids: Source,
+        input_mask: Mask,
+        labels: Target,
+        adapters: Adapters,
+        rows: Rows | None = None,
     ) -> Logits:
         """Return the logits that predict each label, from the source and the labels before it.
 
@@ -287,7 +304,8 @@ class Checkpoint:
 
     def slots(self, model: Model) -> list[Slot]:
         """Return every variable of the model with the tensors that fill it."""
-        variables, slots = model.variables(), self.others(model)
+        variables = model.variables()
+        slots = self.others(model)
         if "head" in variables:
             slots.append(Slot(variables["head"], [self.head], transposed=True))
         for name, site in model.config.sites.items():
@@ -319,7 +337,11 @@ class Stored(NamedTuple):
         if self.change == "decay":
             array = -np.exp(array, dtype=np.float64).astype(np.float32)
         array = array.reshape(len(array), -1) if self.change == "taps" else array
-        moved = array if self.order is None else array.take(self.order(array.shape[self.axis]), self.axis)
+        moved = (
+            array
+            if self.order is None
+            else array.take(self.order(array.shape[self.axis]), self.axis)
+        )
         return np.ascontiguousarray(moved)
 
 
@@ -384,7 +406,9 @@ class Family:
 
 # Tracing takes a tenth of a second, and a command opens a base several times.
 @functools.lru_cache(maxsize=16)
-def _abstract(model: Callable[..., Model], config: Architecture) -> tuple[nnx.GraphDef[Any], nnx.State]:
+def _abstract(
+    model: Callable[..., Model], config: Architecture
+) -> tuple[nnx.GraphDef[Any], nnx.State]:
     return nnx.split(nnx.eval_shape(lambda: model(config, rngs=nnx.Rngs(0))))
 
 
@@ -406,29 +430,44 @@ def set_matrices(model: Model, weights: Mapping[str, Weight]) -> None:
         variables[name].set_value(weight)
 
 
-def targeted(config: Architecture, targets: Collection[str] | None, option: str = "targets") -> dict[str, Site]:
+def targeted(
+    config: Architecture, targets: Collection[str] | None, option: str = "targets"
+) -> dict[str, Site]:
     """Return the sites whose last name is one of `targets`, or of the family's choice for None.
 
     Raises a ValueError that names the `option` if there are no targets, or the model lacks one of them.
     """
     targets = config.targets if targets is None else targets
-    sites = {name: site for name, site in config.sites.items() if name.rpartition(".")[2] in targets}
+    sites = {
+        name: site
+        for name, site in config.sites.items()
+        if name.rpartition(".")[2] in targets
+    }
     if not sites or set(targets) - {name.rpartition(".")[2] for name in sites}:
         known = dict.fromkeys(name.rpartition(".")[2] for name in config.sites)
         usual = " ".join(config.targets)
-        raise ValueError(f"{option} are {' '.join(targets) or 'none'}: choose of {' '.join(known)}, such as {usual}")
+        raise ValueError(
+            f"{option} are {' '.join(targets) or 'none'}: choose of {' '.join(known)}, such as {usual}"
+        )
     return sites
 
 
 @functools.lru_cache(maxsize=16)
 def places(config: Architecture) -> Mapping[str, tuple[str, int]]:
     """Return (site, layer) of every matrix that an adapter may sit on, by its Hugging Face module path."""
-    return {site.path_of(layer): (name, layer) for name, site in config.sites.items() for layer in range(site.layers)}
+    return {
+        site.path_of(layer): (name, layer)
+        for name, site in config.sites.items()
+        for layer in range(site.layers)
+    }
 
 
 def linear_shapes(config: Architecture) -> dict[str, tuple[int, int]]:
     """Return (d_in, d_out) of every adaptable matrix by its Hugging Face module path."""
-    return {path: (config.sites[name].d_in, config.sites[name].d_out) for path, (name, _) in places(config).items()}
+    return {
+        path: (config.sites[name].d_in, config.sites[name].d_out)
+        for path, (name, _) in places(config).items()
+    }
 
 
 def unwrapped(name: str) -> str:
@@ -436,14 +475,17 @@ def unwrapped(name: str) -> str:
     return _WRAPPERS.sub("", name)
 
 
-def step_operations(config: Architecture, source: Any, target: Any, rows: Iterable[tuple[int, Any, Any]]) -> Any:
+def step_operations(
+    config: Architecture, source: Any, target: Any, rows: Iterable[tuple[int, Any, Any]]
+) -> Any:
     """Return about how many operations a training step with frozen weights takes, to compare shapes of its batch.
 
     `source` and `target` are numbers of tokens. Attention computes `rows`: a number, source width and target width for
     each group of rows. All but the first may be arrays.
     """
     products = target * math.prod(config.head) + sum(
-        _tokens(site.reads, source, target) * (site.layers * site.d_in * site.d_out) for site in config.sites.values()
+        _tokens(site.reads, source, target) * (site.layers * site.d_in * site.d_out)
+        for site in config.sites.values()
     )
     scores = sum(
         count * _tokens(stack.reads, *widths) * _tokens(attention.reads, *widths)
@@ -453,7 +495,10 @@ def step_operations(config: Architecture, source: Any, target: Any, rows: Iterab
         for attention in stack.attentions
     )  # fmt: skip
     scores += sum(
-        count * _tokens(stack.reads, *widths) * stack.layers * stack.recurrence.multiplications(stack.recurrence.chunk)
+        count
+        * _tokens(stack.reads, *widths)
+        * stack.layers
+        * stack.recurrence.multiplications(stack.recurrence.chunk)
         for count, *widths in rows
         for stack in config.stacks.values()
         if stack.recurrence is not None
@@ -461,19 +506,26 @@ def step_operations(config: Architecture, source: Any, target: Any, rows: Iterab
     return 4.0 * (products + _SCORES * scores)
 
 
-def unrolled_numbers(config: Architecture, source: Any, target: Any, rows: Iterable[tuple[int, Any, Any]]) -> Any:
+def unrolled_numbers(
+    config: Architecture, source: Any, target: Any, rows: Iterable[tuple[int, Any, Any]]
+) -> Any:
     """Return how many float32 numbers a backward pass keeps if layers are unrolled, in addition to those of a loop.
 
     They are norms, gates and attention weights. Arguments are those of `step_operations`.
     """
     scores = sum(
-        count * _tokens(stack.reads, *widths) * _tokens(attention.reads, *widths) * (stack.layers * attention.heads)
+        count
+        * _tokens(stack.reads, *widths)
+        * _tokens(attention.reads, *widths)
+        * (stack.layers * attention.heads)
         for count, *widths in rows
         for stack in config.stacks.values()
         for attention in stack.attentions
     )
     stacks = config.stacks.values()
-    return scores + sum(_tokens(s.reads, source, target) * (s.layers * s.elementwise) for s in stacks)
+    return scores + sum(
+        _tokens(s.reads, source, target) * (s.layers * s.elementwise) for s in stacks
+    )
 
 
 def _tokens(reads: Parts, source: Any, target: Any) -> Any:
@@ -485,7 +537,9 @@ def sharing_inputs(sites: Mapping[str, Site], names: Iterable[str]) -> list[list
     found: dict[Any, list[str]] = {}
     for name in names:
         site = sites.get(name)
-        found.setdefault(name if site is None else (stack_of(name), site.stage, site.reads), []).append(name)
+        found.setdefault(
+            name if site is None else (stack_of(name), site.stage, site.reads), []
+        ).append(name)
     return list(found.values())
 
 

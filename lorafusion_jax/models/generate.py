@@ -39,12 +39,18 @@ class Sampling:
 
     def __post_init__(self):
         if self.temperature and not 1e-6 <= self.temperature < math.inf:
-            raise ValueError(f"temperature is {self.temperature}: expected a number from 1e-6 up, or 0 for no draw")
+            raise ValueError(
+                f"temperature is {self.temperature}: expected a number from 1e-6 up, or 0 for no draw"
+            )
         at_least(1, top_k=self.top_k)
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}: expected a probability above 0, up to 1")
+            raise ValueError(
+                f"top_p is {self.top_p}: expected a probability above 0, up to 1"
+            )
         if not self.temperature and (self.top_k is not None or self.top_p < 1):
-            raise ValueError("top_k and top_p filter a draw, and temperature 0 draws nothing: give a temperature")
+            raise ValueError(
+                "top_k and top_p filter a draw, and temperature 0 draws nothing: give a temperature"
+            )
 
     def filtered(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
         """Return the logits of the distribution to draw from, in float32; -inf for tokens that are filtered out."""
@@ -54,16 +60,29 @@ class Sampling:
         if self.top_k is None and self.top_p == 1:
             return scaled
         ordered = jnp.sort(scaled, axis=-1, descending=True)
-        least = ordered[:, -1:] if self.top_k is None else ordered[:, : self.top_k][:, -1:]
+        least = (
+            ordered[:, -1:] if self.top_k is None else ordered[:, : self.top_k][:, -1:]
+        )
         if self.top_p < 1:
             likely = ordered >= least
-            probabilities = jax.nn.softmax(jnp.where(likely, ordered, -jnp.inf), axis=-1)
-            before = jnp.pad(jnp.cumsum(probabilities, axis=-1)[:, :-1], [(0, 0), (1, 0)])
-            least = jnp.min(jnp.where(likely & (before < self.top_p), ordered, jnp.inf), axis=-1, keepdims=True)
+            probabilities = jax.nn.softmax(
+                jnp.where(likely, ordered, -jnp.inf), axis=-1
+            )
+            before = jnp.pad(
+                jnp.cumsum(probabilities, axis=-1)[:, :-1], [(0, 0), (1, 0)]
+            )
+            least = jnp.min(
+                jnp.where(likely & (before < self.top_p), ordered, jnp.inf),
+                axis=-1,
+                keepdims=True,
+            )
         return jnp.where(scaled >= least, scaled, -jnp.inf)
 
     def choose(
-        self, logits: Float[Array, "B V"], position: Int[Array, " B"], row_keys: Key[Array, " B"] | None
+        self,
+        logits: Float[Array, "B V"],
+        position: Int[Array, " B"],
+        row_keys: Key[Array, " B"] | None,
     ) -> Int[Array, " B"]:
         """Return the next token of every row: a draw depends on the row's key and position alone."""
         if not self.temperature:
@@ -74,7 +93,9 @@ class Sampling:
         def draw(key: Array, position: Array, row: Array) -> Array:
             return jax.random.categorical(jax.random.fold_in(key, position), row)
 
-        return jax.vmap(draw)(row_keys, position, self.filtered(logits)).astype(jnp.int32)
+        return jax.vmap(draw)(row_keys, position, self.filtered(logits)).astype(
+            jnp.int32
+        )
 
 
 GREEDY = Sampling()
@@ -106,14 +127,18 @@ class Generation(NamedTuple):
     row_keys: Key[Array, " B"] | None
     cache: Any
 
-    def rows(self, of_rows: Callable[..., Array], *others: "Generation") -> "Generation":
+    def rows(
+        self, of_rows: Callable[..., Array], *others: "Generation"
+    ) -> "Generation":
         """Return the state with `of_rows` (axis of rows, array [..., B, ...], others' arrays) for every array."""
 
         def of_field(name: str) -> Any:
             parts = (getattr(state, name) for state in (self, *others))
             return jax.tree.map(partial(of_rows, int(name == "cache")), *parts)
 
-        return self._replace(**{name: of_field(name) for name in self._fields if name != "column"})
+        return self._replace(
+            **{name: of_field(name) for name in self._fields if name != "column"}
+        )
 
 
 def generate(
@@ -144,8 +169,14 @@ def generate(
     Raises:
       ValueError: `max_new_tokens` is below 1; a draw without keys.
     """
-    how: dict[str, Any] = {"row_mask": row_mask, "sampling": sampling, "row_keys": row_keys}
-    state = begin(model, input_ids, input_mask, adapters, max_new_tokens=max_new_tokens, **how)
+    how: dict[str, Any] = {
+        "row_mask": row_mask,
+        "sampling": sampling,
+        "row_keys": row_keys,
+    }
+    state = begin(
+        model, input_ids, input_mask, adapters, max_new_tokens=max_new_tokens, **how
+    )
     return advance(model, state, adapters, sampling=sampling).tokens
 
 
@@ -167,18 +198,40 @@ def begin(
     """
     at_least(1, max_new_tokens=max_new_tokens)
     read_model, read_adapters = _read(model, adapters, 0)
-    first, cache = read_model.prompt(input_ids, input_mask, max_new_tokens, read_adapters)
-    (batch, width), pad_id, causal = input_ids.shape, model.config.pad_id, model.config.causal
+    first, cache = read_model.prompt(
+        input_ids, input_mask, max_new_tokens, read_adapters
+    )
+    (batch, width), pad_id, causal = (
+        input_ids.shape,
+        model.config.pad_id,
+        model.config.causal,
+    )
     done = jnp.zeros(batch, bool) if row_mask is None else ~jnp.asarray(row_mask)
-    tokens, none = jnp.full((batch, max_new_tokens), pad_id, jnp.int32), jnp.zeros(batch, jnp.int32)
-    column, token = jnp.int32(width if causal else 0), none + pad_id if causal else first
+    tokens = jnp.full((batch, max_new_tokens), pad_id, jnp.int32)
+    none = jnp.zeros(batch, jnp.int32)
+    column = jnp.int32(width if causal else 0)
+    token = none + pad_id if causal else first
     limit = none + max_new_tokens if row_limits is None else jnp.asarray(row_limits)
-    state = Generation(column, token, none, limit, done, tokens, jnp.asarray(input_mask), row_keys, cache)
+    state = Generation(
+        column,
+        token,
+        none,
+        limit,
+        done,
+        tokens,
+        jnp.asarray(input_mask),
+        row_keys,
+        cache,
+    )
     return _with_token(model, state, first, sampling) if causal else state
 
 
 def next_token(
-    model: Model, state: Generation, adapters: Adapters | None = None, *, sampling: Sampling = GREEDY
+    model: Model,
+    state: Generation,
+    adapters: Adapters | None = None,
+    *,
+    sampling: Sampling = GREEDY,
 ) -> Generation:
     """Return the state with one more token in every row; the arguments are those of `generate`.
 
@@ -187,7 +240,9 @@ def next_token(
     read_model, read_adapters = _read(model, adapters, jnp.max(state.position) + 1)
     rows = (state.token, state.position, state.column, state.cache, state.input_mask)
     logits, cache = read_model.decode_token(*rows, read_adapters)
-    return _with_token(model, state._replace(column=state.column + 1, cache=cache), logits, sampling)
+    return _with_token(
+        model, state._replace(column=state.column + 1, cache=cache), logits, sampling
+    )
 
 
 def advance(
@@ -205,7 +260,11 @@ def advance(
     It takes at most `most_steps` steps; further arguments are those of `generate`. The members of the `axis` end
     together: with a position for each, every token would rewrite all caches under `jax.vmap`.
     """
-    wanted = state.done.size * (1 if axis is None else jax.lax.psum(1, axis)) if ended is None else ended
+    wanted = (
+        state.done.size * (1 if axis is None else jax.lax.psum(1, axis))
+        if ended is None
+        else ended
+    )
     if axis is not None:  # equal for all, and known to be
         state = state._replace(column=jax.lax.pmax(state.column, axis))
     last = None if most_steps is None else state.column + most_steps
@@ -215,7 +274,11 @@ def advance(
         waits = (count if axis is None else jax.lax.psum(count, axis)) < wanted
         return waits if last is None else waits & (state.column < last)
 
-    return jax.lax.while_loop(running, lambda state: next_token(model, state, adapters, sampling=sampling), state)
+    return jax.lax.while_loop(
+        running,
+        lambda state: next_token(model, state, adapters, sampling=sampling),
+        state,
+    )
 
 
 def refill(
@@ -231,7 +294,14 @@ def refill(
 
     Further arguments are those of `begin`.
     """
-    new = begin(model, input_ids, input_mask, adapters, max_new_tokens=state.tokens.shape[1], **how)
+    new = begin(
+        model,
+        input_ids,
+        input_mask,
+        adapters,
+        max_new_tokens=state.tokens.shape[1],
+        **how,
+    )
     new = new._replace(cache=model.moved(new.cache, state.column - new.column))
 
     def put(axis: int, old: Array, new: Array) -> Array:
@@ -245,7 +315,9 @@ def widened(model: Model, state: Generation, width: int) -> Generation:
     more = width - state.input_mask.shape[1]
     cache = model.moved(state.cache, -state.column, more)
     mask = jnp.pad(state.input_mask, [(0, 0), (0, more)])
-    return state._replace(column=jnp.zeros_like(state.column), input_mask=mask, cache=cache)
+    return state._replace(
+        column=jnp.zeros_like(state.column), input_mask=mask, cache=cache
+    )
 
 
 def of_rows(state: Generation, rows: Int[Array, " R"]) -> Generation:
@@ -253,9 +325,17 @@ def of_rows(state: Generation, rows: Int[Array, " R"]) -> Generation:
     return state.rows(lambda axis, array: jnp.take(array, rows, axis=axis))
 
 
-def _with_token(model: Model, state: Generation, logits: Float[Array, "B V"], sampling: Sampling) -> Generation:
-    token = jnp.where(state.done, model.config.pad_id, sampling.choose(logits, state.position, state.row_keys))
-    here = (jnp.arange(state.tokens.shape[1])[None] == state.position[:, None]) & ~state.done[:, None]
+def _with_token(
+    model: Model, state: Generation, logits: Float[Array, "B V"], sampling: Sampling
+) -> Generation:
+    token = jnp.where(
+        state.done,
+        model.config.pad_id,
+        sampling.choose(logits, state.position, state.row_keys),
+    )
+    here = (
+        jnp.arange(state.tokens.shape[1])[None] == state.position[:, None]
+    ) & ~state.done[:, None]
     tokens = jnp.where(here, token[:, None], state.tokens)
     position = state.position + (~state.done).astype(jnp.int32)
     ends = jnp.isin(token, jnp.array(model.config.end_ids, jnp.int32))
@@ -263,7 +343,9 @@ def _with_token(model: Model, state: Generation, logits: Float[Array, "B V"], sa
     return state._replace(token=token, position=position, done=done, tokens=tokens)
 
 
-def _read(model: Model, adapters: Adapters | None, number: Array | int) -> tuple[Model, Adapters]:
+def _read(
+    model: Model, adapters: Adapters | None, number: Array | int
+) -> tuple[Model, Adapters]:
     """Return model and adapters with the read noise of one token; number 0 is the source."""
     graph, weights = nnx.split(model)
     read, adapted = reads((weights, adapters or {}), number)

@@ -50,18 +50,32 @@ class Linear(nnx.Module):
     """
 
     def __init__(
-        self, site: str, layers: int, d_in: int, d_out: int, *, scale: float, biased: bool = False, rngs: nnx.Rngs
+        self,
+        site: str,
+        layers: int,
+        d_in: int,
+        d_out: int,
+        *,
+        scale: float,
+        biased: bool = False,
+        rngs: nnx.Rngs,
     ):
         self.site = site
         self.kernel = Base(scale * rngs.params.normal((layers, d_in, d_out)))
         self.bias = Base(jnp.zeros((layers, d_out))) if biased else None
 
-    def __call__(self, x: Float[Array, "*B d_in"], adapters: Adapters) -> Float[Array, "*B d_out"]:
+    def __call__(
+        self, x: Float[Array, "*B d_in"], adapters: Adapters
+    ) -> Float[Array, "*B d_out"]:
         """Return the product with the kernel, through this site's adapter if it has one, plus the bias."""
         kernel = self.kernel.get_value()
         adapter = adapters.get(self.site)
         y = summed(matmul(x, kernel)) if adapter is None else adapter(x, kernel)
-        return y if self.bias is None else y + jnp.expand_dims(self.bias[...].astype(y.dtype), range(y.ndim - 1))
+        return (
+            y
+            if self.bias is None
+            else y + jnp.expand_dims(self.bias[...].astype(y.dtype), range(y.ndim - 1))
+        )
 
 
 class RMSNorm(nnx.Module):
@@ -73,7 +87,8 @@ class RMSNorm(nnx.Module):
     """
 
     def __init__(self, shape: tuple[int, ...], eps: float, *, offset: float = 0.0):
-        self.eps, self.offset = eps, offset
+        self.eps = eps
+        self.offset = offset
         self.scale = Base(jnp.full(shape, 1.0 - offset))
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
@@ -87,7 +102,12 @@ class RMSNorm(nnx.Module):
 
 
 def scan_blocks(
-    block: Callable[..., tuple[Any, Any]], stacked: nnx.Module, x: Any, xs: Any, *, unroll: bool
+    block: Callable[..., tuple[Any, Any]],
+    stacked: nnx.Module,
+    x: Any,
+    xs: Any,
+    *,
+    unroll: bool,
 ) -> tuple[Any, Any]:
     """Call `block(layer, x, xs of the layer)` for one layer after the other; return the last x and all outputs.
 
@@ -103,26 +123,35 @@ def scan_blocks(
             return block(nnx.merge(graph, with_shared_factors(weights)), x, own)
 
     if unroll and apart:
-        of_layer, outputs = jax.jit(of_layer), []  # traced once for all layers
+        # traced once for all layers
+        of_layer = jax.jit(of_layer)
+        outputs = []
         for layer in _layers((state, xs)):
             x, output = of_layer(x, *layer)
             outputs.append(output)
         return x, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *outputs)
     # Stacks in separate arrays are not sliced: the loop passes numbers of layers instead.
     sliced = tree.unflatten(
-        [Unstacked((), jnp.arange(leaf.shape[0])) if is_unstacked(leaf) else leaf for leaf in leaves]
+        [
+            Unstacked((), jnp.arange(leaf.shape[0])) if is_unstacked(leaf) else leaf
+            for leaf in leaves
+        ]
     )
 
     def body(x: Any, layer: Any) -> tuple[Any, Any]:
         x, (weights, own) = from_bits((x, layer))
         following = iter(apart)
         weights = jax.tree.map(
-            lambda leaf: next(following).at(leaf.layer) if is_unstacked(leaf) else leaf, weights, is_leaf=is_unstacked
+            lambda leaf: next(following).at(leaf.layer) if is_unstacked(leaf) else leaf,
+            weights,
+            is_leaf=is_unstacked,
         )
         return to_bits(of_layer(x, weights, own))
 
     if not unroll:
-        body = jax.checkpoint(body, policy=_PRODUCTS if for_cpu() else _SUMS, prevent_cse=False)
+        body = jax.checkpoint(
+            body, policy=_PRODUCTS if for_cpu() else _SUMS, prevent_cse=False
+        )
     return from_bits(jax.lax.scan(body, *to_bits((x, (sliced, xs))), unroll=unroll))
 
 
@@ -132,20 +161,32 @@ def _layers(stacked: Any) -> list[Any]:
     def split(leaf: Any) -> Sequence[Any]:
         if is_unstacked(leaf):
             whole = not isinstance(leaf.matrices, tuple)  # a stack in codes
-            return [leaf.at(jnp.int32(layer)) for layer in range(leaf.shape[0])] if whole else leaf.matrices
+            return (
+                [leaf.at(jnp.int32(layer)) for layer in range(leaf.shape[0])]
+                if whole
+                else leaf.matrices
+            )
         return [jnp.squeeze(part, 0) for part in jax.lax.split(leaf, [1] * len(leaf))]
 
     leaves, tree = jax.tree.flatten(stacked, is_leaf=is_unstacked)
-    return [tree.unflatten(of_layer) for of_layer in zip(*map(split, leaves), strict=True)]
+    return [
+        tree.unflatten(of_layer) for of_layer in zip(*map(split, leaves), strict=True)
+    ]
 
 
-def of_stack(adapters: Adapters, stack: str, sites: Mapping[str, Any]) -> Mapping[str, Any]:
+def of_stack(
+    adapters: Adapters, stack: str, sites: Mapping[str, Any]
+) -> Mapping[str, Any]:
     """Return the adapters of one stack, by their sites' names without the stack's.
 
     Raises a ValueError as `check_sites` does.
     """
     check_sites(adapters, sites)
-    return {site.partition(".")[2]: adapter for site, adapter in adapters.items() if site.partition(".")[0] == stack}
+    return {
+        site.partition(".")[2]: adapter
+        for site, adapter in adapters.items()
+        if site.partition(".")[0] == stack
+    }
 
 
 def check_sites(adapters: Adapters, sites: Mapping[str, Any]) -> None:
@@ -157,7 +198,9 @@ def check_sites(adapters: Adapters, sites: Mapping[str, Any]) -> None:
     for site, adapter in adapters.items():
         for name, values in getattr(adapter, "__dict__", {}).items():
             layers = sites[site].layers
-            if isinstance(values, jax.Array | np.ndarray) and values.shape[:1] != (layers,):
+            if isinstance(values, jax.Array | np.ndarray) and values.shape[:1] != (
+                layers,
+            ):
                 raise ValueError(
                     f"{name} of the adapter at {site} has the shape {values.shape}: stack it for {layers} layers, "
                     f"({layers}, ...)"
@@ -191,7 +234,11 @@ def line_of(groups: Sequence[Int[Array, "_ _"]], width: int) -> Line:
     """Return a line of so many tokens, from the places of each row's tokens; larger ones mean none."""
     tokens = jnp.concatenate([jnp.ravel(group) for group in groups])
     places = jnp.full(width, len(tokens), jnp.int32)
-    return Line(tuple(groups), tokens, places.at[tokens].set(jnp.arange(len(tokens), dtype=jnp.int32), mode="drop"))
+    return Line(
+        tuple(groups),
+        tokens,
+        places.at[tokens].set(jnp.arange(len(tokens), dtype=jnp.int32), mode="drop"),
+    )
 
 
 def folded(line: Shaped[Array, "1 T"]) -> Shaped[Array, "_ _"]:
@@ -205,7 +252,10 @@ def apart(x: Float[Array, "B T D"], line: Line | None) -> list[Float[Array, "_ _
         return [x]
     moved = _moved(x.reshape(-1, x.shape[-1]), line.tokens, line.places)
     parts = jax.lax.split(moved, [group.size for group in line.groups])
-    return [part.reshape(*group.shape, -1) for part, group in zip(parts, line.groups, strict=True)]
+    return [
+        part.reshape(*group.shape, -1)
+        for part, group in zip(parts, line.groups, strict=True)
+    ]
 
 
 def together(
@@ -219,7 +269,9 @@ def together(
 
 
 @jax.custom_vjp
-def _moved(x: Float[Array, "M D"], to: Int[Array, " N"], back: Int[Array, " M"]) -> Float[Array, "N D"]:
+def _moved(
+    x: Float[Array, "M D"], to: Int[Array, " N"], back: Int[Array, " M"]
+) -> Float[Array, "N D"]:
     """Return row `to[n]` of `x` at n, or zero; `back` is the inverse, so that the gradient is no scatter either."""
     return jnp.take(x, to, axis=0, mode="fill", fill_value=0)
 

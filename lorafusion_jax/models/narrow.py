@@ -38,7 +38,9 @@ def to_bits(tree: Any) -> Any:
 
 def from_bits(tree: Any) -> Any:
     """Return the original of a tree from `to_bits`, or of one layer of it."""
-    return jax.tree.map(lambda a: _read(a.bits, a.numbers) if _is_bits(a) else a, tree, is_leaf=_is_bits)
+    return jax.tree.map(
+        lambda a: _read(a.bits, a.numbers) if _is_bits(a) else a, tree, is_leaf=_is_bits
+    )
 
 
 def pack(numbers: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
@@ -50,7 +52,11 @@ def pack(numbers: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
 
 def unpack(array: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     """Return the original of an array from `pack`, or of a part of it."""
-    return jax.lax.bitcast_convert_type(array, jnp.bfloat16) if array.dtype == jnp.uint16 else array
+    return (
+        jax.lax.bitcast_convert_type(array, jnp.bfloat16)
+        if array.dtype == jnp.uint16
+        else array
+    )
 
 
 def _to_bits(numbers: Array) -> Array | Bits:

@@ -9,7 +9,9 @@ from ..support.text import shown
 from . import decoder, qwen3_5, t5
 from .architecture import Architecture, Family, GGUFLayout, Model
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (t5.FAMILY, decoder.FAMILY, qwen3_5.FAMILY)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (t5.FAMILY, decoder.FAMILY, qwen3_5.FAMILY)
+}
 
 
 def family_of(config: Architecture) -> Family:
@@ -24,7 +26,11 @@ def abstract_model(config: Architecture) -> Model:
 
 def known_shapes() -> dict[str, Architecture]:
     """Return the known sizes of all families by name."""
-    return {name: config for family in FAMILIES.values() for name, config in family.shapes.items()}
+    return {
+        name: config
+        for family in FAMILIES.values()
+        for name, config in family.shapes.items()
+    }
 
 
 def family_of_json(raw: Mapping[str, Any]) -> Family:
@@ -44,7 +50,12 @@ def types_of_name(name: str) -> set[str]:
     """Return the `model_type`s that the last part of a path or hub id shows; maybe none."""
     last = last_part(name)
     patterns = [item for family in FAMILIES.values() for item in family.names.items()]
-    return {kind for pattern, kinds in patterns if re.search(pattern, last) for kind in kinds}
+    return {
+        kind
+        for pattern, kinds in patterns
+        if re.search(pattern, last)
+        for kind in kinds
+    }
 
 
 def last_part(name: str) -> str:
@@ -52,7 +63,9 @@ def last_part(name: str) -> str:
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1].partition("@")[0].lower()
 
 
-def gguf_layout(name: str | None, by: Literal["general.architecture", "model_type"]) -> GGUFLayout:
+def gguf_layout(
+    name: str | None, by: Literal["general.architecture", "model_type"]
+) -> GGUFLayout:
     """Return the layout of GGUF files, given the name of the models in such a file or in a config.json.
 
     Raises:
@@ -61,7 +74,11 @@ def gguf_layout(name: str | None, by: Literal["general.architecture", "model_typ
     layouts = [family.gguf for family in FAMILIES.values() if family.gguf is not None]
     known: list[str] = []
     for layout in layouts:
-        names = layout.architectures if by == "model_type" else dict.fromkeys(layout.architectures.values())
+        names = (
+            layout.architectures
+            if by == "model_type"
+            else dict.fromkeys(layout.architectures.values())
+        )
         if name in names:
             return layout
         known += names
@@ -71,7 +88,12 @@ def gguf_layout(name: str | None, by: Literal["general.architecture", "model_typ
 
 def paths_in_tunix(module: str) -> tuple[str, ...]:
     """Return the paths of the linear maps in a module of tunix's models; none if it is of no family."""
-    return tuple(path for family in FAMILIES.values() if family.tunix for path in family.tunix(module))
+    return tuple(
+        path
+        for family in FAMILIES.values()
+        if family.tunix
+        for path in family.tunix(module)
+    )
 
 
 def recorded_config(base: Mapping[str, Any]) -> Architecture:
@@ -79,5 +101,11 @@ def recorded_config(base: Mapping[str, Any]) -> Architecture:
     name = base["family"]
     if name not in FAMILIES:
         fix = "restore it from a copy, or use the version that wrote it"
-        raise FileError("", field="family", got=repr(name), expected=f"one of {', '.join(FAMILIES)}", fix=fix)
+        raise FileError(
+            "",
+            field="family",
+            got=repr(name),
+            expected=f"one of {', '.join(FAMILIES)}",
+            fix=fix,
+        )
     return structured(base["config"], FAMILIES[name].config, "")

@@ -48,7 +48,11 @@ class Unstacked:
     @property
     def shape(self) -> tuple[int, ...]:
         stack = self.matrices
-        return stack.shape if isinstance(stack, qwix.QArray) else (len(stack), *stack[0].shape)
+        return (
+            stack.shape
+            if isinstance(stack, qwix.QArray)
+            else (len(stack), *stack[0].shape)
+        )
 
     def at(self, layer: Int[Array, ""]) -> "Unstacked":
         return dataclasses.replace(self, layer=layer)
@@ -61,21 +65,31 @@ FEW = 16  # rows of a product that takes less time than forming the matrix, from
 _LOOPED = contextvars.ContextVar("looped", default=False)
 # Names by which a policy of `jax.checkpoint` saves values: products that it cannot see because of their custom
 # gradients; and outputs of linear maps, the reads of their adapters and the residual stream.
-PRODUCT, SUM = "product", "sum"
+PRODUCT = "product"
+SUM = "sum"
 
 
-def matmul(x: Float[Array, "*batch d_in"], weight: Weight) -> Float[Array, "*batch d_out"]:
+def matmul(
+    x: Float[Array, "*batch d_in"], weight: Weight
+) -> Float[Array, "*batch d_out"]:
     """Return `x @ weight` in the dtype of `x`; `weight` is [d_in, d_out]."""
     if isinstance(weight, Chip):
         return crossbar.matmul(x, weight)
     if isinstance(weight, Unstacked):
         assert weight.layer is not None
         if isinstance(weight.matrices, tuple):
-            return kept(_layer_dot(x, weight.matrices, weight.bits, weight.layer), PRODUCT)
+            return kept(
+                _layer_dot(x, weight.matrices, weight.bits, weight.layer), PRODUCT
+            )
         if x.size == x.shape[-1]:
             return _row_product(x, weight.matrices, weight.layer)
         weight = at_layer(weight.matrices, weight.layer)
-    if _LOOPED.get() and isinstance(weight, qwix.QArray) and 0 < math.prod(x.shape[:-1]) <= FEW and for_cpu():
+    if (
+        _LOOPED.get()
+        and isinstance(weight, qwix.QArray)
+        and 0 < math.prod(x.shape[:-1]) <= FEW
+        and for_cpu()
+    ):
         weight = _after(x, weight)
     plain = dense(weight, x.dtype)
     return kept(_dot(x, plain, 0), PRODUCT) if for_cpu() else jnp.dot(x, plain)
@@ -89,23 +103,42 @@ def _row_product(
     XLA would otherwise copy the layer's codes, and write its matrix in float32. It computes a last sum in the loop too,
     where it is slow, so that one is a product.
     """
-    numbers, scale = weight.qvalue, weight.scale
+    numbers = weight.qvalue
+    scale = weight.scale
     tiles, d_out = scale.shape[1:]
     numbers = numbers.reshape(len(numbers), tiles, -1, d_out)
-    row, sums = x.reshape(tiles, -1, 1).astype(_exact(x)), jnp.zeros((), _exact(x))
+    row = x.reshape(tiles, -1, 1).astype(_exact(x))
+    sums = jnp.zeros((), _exact(x))
     for place in range(row.shape[1]):
-        of_place = jax.lax.dynamic_slice(numbers, (layer, 0, place, 0), (1, tiles, 1, d_out)).reshape(tiles, d_out)
+        of_place = jax.lax.dynamic_slice(
+            numbers, (layer, 0, place, 0), (1, tiles, 1, d_out)
+        ).reshape(tiles, d_out)
         sums = sums + row[:, place] * of_place.astype(row.dtype)
     sums = sums * scale[layer].astype(row.dtype)
-    return jnp.dot(jnp.ones(tiles, row.dtype), sums).reshape(*x.shape[:-1], d_out).astype(x.dtype)
+    return (
+        jnp.dot(jnp.ones(tiles, row.dtype), sums)
+        .reshape(*x.shape[:-1], d_out)
+        .astype(x.dtype)
+    )
 
 
-def _row_of_bits(x: Float[Array, "*batch d_in"], bits: UInt[Array, "d_in d_out"]) -> Float[Array, "*batch d_out"]:
+def _row_of_bits(
+    x: Float[Array, "*batch d_in"], bits: UInt[Array, "d_in d_out"]
+) -> Float[Array, "*batch d_out"]:
     """Return the product of one row with the bits of a matrix in bfloat16, which a loop reads once, in long streams."""
-    streams, d_out = math.gcd(x.size, 8), bits.shape[1]
-    row, parts = x.reshape(streams, -1, 1).astype(jnp.float32), bits.reshape(streams, -1, d_out)
-    sums = functools.reduce(jnp.add, (r * _widened(part, row.dtype) for r, part in zip(row, parts, strict=True)))
-    return jnp.dot(jnp.ones(len(sums), row.dtype), sums).reshape(*x.shape[:-1], d_out).astype(x.dtype)
+    streams = math.gcd(x.size, 8)
+    d_out = bits.shape[1]
+    row = x.reshape(streams, -1, 1).astype(jnp.float32)
+    parts = bits.reshape(streams, -1, d_out)
+    sums = functools.reduce(
+        jnp.add,
+        (r * _widened(part, row.dtype) for r, part in zip(row, parts, strict=True)),
+    )
+    return (
+        jnp.dot(jnp.ones(len(sums), row.dtype), sums)
+        .reshape(*x.shape[:-1], d_out)
+        .astype(x.dtype)
+    )
 
 
 @contextlib.contextmanager
@@ -126,7 +159,9 @@ def _after(x: Float[Array, "*batch d_in"], weight: qwix.QArray) -> qwix.QArray:
     if not jax.sharding.get_abstract_mesh().empty:  # devices would wait for each other
         return weight
     one = 1 + _zero(jax.lax.stop_gradient(x[(0,) * x.ndim]).astype(jnp.float32))
-    return dataclasses.replace(weight, scale=weight.scale * one.astype(weight.scale.dtype))
+    return dataclasses.replace(
+        weight, scale=weight.scale * one.astype(weight.scale.dtype)
+    )
 
 
 @jax.custom_batching.custom_vmap
@@ -136,18 +171,26 @@ def _zero(x: Float[Array, ""]) -> Float[Array, ""]:
 
 
 @_zero.def_vmap
-def _zero_of_batch(size: int, batched: Any, x: Float[Array, " B"]) -> tuple[Float[Array, ""], bool]:
+def _zero_of_batch(
+    size: int, batched: Any, x: Float[Array, " B"]
+) -> tuple[Float[Array, ""], bool]:
     return _zero(x[0]), False  # members share the weight
 
 
-def embed(embedding: Array | qwix.QArray, ids: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
+def embed(
+    embedding: Array | qwix.QArray, ids: Int[Array, "*batch"]
+) -> Float[Array, "*batch D"]:
     """Return the rows of an embedding. On a CPU, XLA would make a float32 copy of one in bfloat16 to take them from."""
     check_mesh((embedding, ids))
-    rows = from_bits(jax.tree.map(lambda table: jnp.take(table, ids, axis=0), to_bits(embedding)))
+    rows = from_bits(
+        jax.tree.map(lambda table: jnp.take(table, ids, axis=0), to_bits(embedding))
+    )
     return _dequantised(rows) if isinstance(rows, qwix.QArray) else rows
 
 
-def unembed(x: Float[Array, "*batch D"], embedding: Array | qwix.QArray) -> Float[Array, "*batch V"]:
+def unembed(
+    x: Float[Array, "*batch D"], embedding: Array | qwix.QArray
+) -> Float[Array, "*batch V"]:
     """Return `x @ embedding.T` in the dtype of `x`: the logits of a model whose head is its embedding."""
     if isinstance(embedding, qwix.QArray) and for_cpu() and x.size == x.shape[-1]:
         return _row_of_table(x, embedding)
@@ -157,19 +200,38 @@ def unembed(x: Float[Array, "*batch D"], embedding: Array | qwix.QArray) -> Floa
     return _dot(x, plain, 1)
 
 
-def _row_of_table(x: Float[Array, "*batch D"], table: Array | qwix.QArray) -> Float[Array, "*batch V"]:
+def _row_of_table(
+    x: Float[Array, "*batch D"], table: Array | qwix.QArray
+) -> Float[Array, "*batch V"]:
     """Return the product of one row with all rows of a table in codes or bfloat16, which a loop reads once."""
-    numbers, scale = (table.qvalue, table.scale) if isinstance(table, qwix.QArray) else (pack(table), None)
-    tiles = x.size // math.gcd(x.size, 16 if x.size < 1024 else 64) if scale is None else scale.shape[1]
+    numbers, scale = (
+        (table.qvalue, table.scale)
+        if isinstance(table, qwix.QArray)
+        else (pack(table), None)
+    )
+    tiles = (
+        x.size // math.gcd(x.size, 16 if x.size < 1024 else 64)
+        if scale is None
+        else scale.shape[1]
+    )
     numbers = numbers.reshape(len(numbers), tiles, -1)
-    row, sums = x.reshape(tiles, 1, -1).astype(_exact(x)), jnp.zeros((), _exact(x))
+    row = x.reshape(tiles, 1, -1).astype(_exact(x))
+    sums = jnp.zeros((), _exact(x))
     # Else XLA would keep copies in float32 for all tokens.
-    start = _zero(jax.lax.stop_gradient(row[0, 0, 0]).astype(jnp.float32)).astype(jnp.int32)
+    start = _zero(jax.lax.stop_gradient(row[0, 0, 0]).astype(jnp.float32)).astype(
+        jnp.int32
+    )
     for tile in range(tiles):
         of_tile = jax.lax.dynamic_slice_in_dim(numbers, tile + start, 1, axis=1)[:, 0]
         part = row[tile] * _widened(of_tile, row.dtype)
-        sums = sums + (part if scale is None else part * scale[:, tile, None].astype(row.dtype))
-    return jnp.dot(sums, jnp.ones(sums.shape[1], row.dtype)).reshape(*x.shape[:-1], -1).astype(x.dtype)
+        sums = sums + (
+            part if scale is None else part * scale[:, tile, None].astype(row.dtype)
+        )
+    return (
+        jnp.dot(sums, jnp.ones(sums.shape[1], row.dtype))
+        .reshape(*x.shape[:-1], -1)
+        .astype(x.dtype)
+    )
 
 
 def _widened(numbers: Array, dtype: Any) -> Array:
@@ -179,7 +241,9 @@ def _widened(numbers: Array, dtype: Any) -> Array:
     return jax.lax.bitcast_convert_type(numbers.astype(jnp.uint32) << 16, jnp.float32)
 
 
-def heads_matmul(x: Float[Array, "B H T C"], y: Float[Array, "B H C S"]) -> Float[Array, "B H T S"]:
+def heads_matmul(
+    x: Float[Array, "B H T C"], y: Float[Array, "B H C S"]
+) -> Float[Array, "B H T S"]:
     """Return `x @ y` of every head; of bfloat16 on a CPU in float32, the result of its kernels."""
     if x.dtype != jnp.bfloat16 or not for_cpu():
         return jnp.matmul(x, y)
@@ -189,7 +253,9 @@ def heads_matmul(x: Float[Array, "B H T C"], y: Float[Array, "B H C S"]) -> Floa
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _dot(x: Float[Array, "*batch d_in"], w: Float[Array, "m n"], axis: int) -> Float[Array, "*batch d_out"]:
+def _dot(
+    x: Float[Array, "*batch d_in"], w: Float[Array, "m n"], axis: int
+) -> Float[Array, "*batch d_out"]:
     """Return the product of `x` with `w`, whose `axis` is d_in, by XLA's fast kernels on a CPU, forward and backward.
 
     These need factors that are not transposed, and give float32 results of bfloat16. XLA computes other products of
@@ -200,14 +266,20 @@ def _dot(x: Float[Array, "*batch d_in"], w: Float[Array, "m n"], axis: int) -> F
     if x.size == x.shape[-1] and x.dtype == w.dtype == jnp.bfloat16:
         return _row_of_table(x, w)
     # In this order, or a loop over tokens would keep a transposed copy.
-    y = jax.lax.dot_general(w, x, (((1,), (x.ndim - 1,)), ((), ())), preferred_element_type=_exact(x))
+    y = jax.lax.dot_general(
+        w, x, (((1,), (x.ndim - 1,)), ((), ())), preferred_element_type=_exact(x)
+    )
     return jnp.moveaxis(y, 0, -1).astype(x.dtype)
 
 
 def _backward(axis: int, factors: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, w = factors
-    first, second = (a.reshape(-1, a.shape[-1]) for a in ((x, g) if axis == 0 else (g, x)))
-    return _gradient_of_x(g, w, 1 - axis), _transposed_matmul(first, second).astype(w.dtype)
+    first, second = (
+        a.reshape(-1, a.shape[-1]) for a in ((x, g) if axis == 0 else (g, x))
+    )
+    return _gradient_of_x(g, w, 1 - axis), _transposed_matmul(first, second).astype(
+        w.dtype
+    )
 
 
 def _converted(x: Array, w: Array) -> Array:
@@ -215,12 +287,16 @@ def _converted(x: Array, w: Array) -> Array:
 
 
 def _product(x: Array, w: Array) -> Array:
-    return jnp.dot(x, _converted(x, w), preferred_element_type=_exact(x)).astype(x.dtype)
+    return jnp.dot(x, _converted(x, w), preferred_element_type=_exact(x)).astype(
+        x.dtype
+    )
 
 
 def _gradient_of_x(g: Array, w: Array, axis: int = 1) -> Array:
     contracted = (((g.ndim - 1,), (axis,)), ((), ()))
-    return jax.lax.dot_general(g, _converted(g, w), contracted, preferred_element_type=_exact(g)).astype(g.dtype)
+    return jax.lax.dot_general(
+        g, _converted(g, w), contracted, preferred_element_type=_exact(g)
+    ).astype(g.dtype)
 
 
 _dot.defvjp(lambda x, w, axis: (_dot(x, w, axis), (x, w)), _backward)
@@ -228,7 +304,10 @@ _dot.defvjp(lambda x, w, axis: (_dot(x, w, axis), (x, w)), _backward)
 
 @jax.custom_vjp
 def _layer_dot(
-    x: Float[Array, "*batch d_in"], matrices: tuple[Array, ...], bits: tuple[Array, ...], layer: Int[Array, ""]
+    x: Float[Array, "*batch d_in"],
+    matrices: tuple[Array, ...],
+    bits: tuple[Array, ...],
+    layer: Int[Array, ""],
 ) -> Float[Array, "*batch d_out"]:
     """Return the product of `x` with the matrix of a layer."""
     if bits and x.size == x.shape[-1] and x.dtype == jnp.bfloat16:
@@ -236,37 +315,52 @@ def _layer_dot(
     return _choose(matrices, layer, _product, x)
 
 
-def _layer_backward(factors: tuple[tuple[Array, ...], Array], g: Array) -> tuple[Array, None, None, None]:
+def _layer_backward(
+    factors: tuple[tuple[Array, ...], Array], g: Array
+) -> tuple[Array, None, None, None]:
     return _choose(*factors, _gradient_of_x, g), None, None, None
 
 
 _layer_dot.defvjp(
-    lambda x, matrices, bits, layer: (_layer_dot(x, matrices, bits, layer), (matrices, layer)),
+    lambda x, matrices, bits, layer: (
+        _layer_dot(x, matrices, bits, layer),
+        (matrices, layer),
+    ),
     _layer_backward,
 )
 
 
 @jax.custom_vjp
-def _heads_dot(x: Float[Array, "N T C"], y: Float[Array, "N C S"]) -> Float[Array, "N T S"]:
+def _heads_dot(
+    x: Float[Array, "N T C"], y: Float[Array, "N C S"]
+) -> Float[Array, "N T S"]:
     return jnp.matmul(x, y, preferred_element_type=jnp.float32)
 
 
 def _heads_backward(factors: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, y = factors
     g = g.astype(x.dtype)
-    of_x = jax.lax.dot_general(g, y, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+    of_x = jax.lax.dot_general(
+        g, y, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32
+    )
     return of_x.astype(x.dtype), _transposed_matmul(x, g).astype(y.dtype)
 
 
 _heads_dot.defvjp(lambda x, y: (_heads_dot(x, y), (x, y)), _heads_backward)
 
 
-def _transposed_matmul(x: Float[Array, "*N T C"], y: Float[Array, "*N T S"]) -> Float[Array, "*N C S"]:
+def _transposed_matmul(
+    x: Float[Array, "*N T C"], y: Float[Array, "*N T S"]
+) -> Float[Array, "*N C S"]:
     """Return `x.T @ y`. The narrower factor is transposed in memory, because XLA is slow at transposed ones."""
 
     def transposed(a: Array) -> Array:
-        turned = jnp.swapaxes(a, -2, -1)  # below one matrix, because XLA would not write out several ones transposed
-        return jax.lax.optimization_barrier(turned.reshape(-1, a.shape[-2])).reshape(turned.shape)
+        turned = jnp.swapaxes(
+            a, -2, -1
+        )  # below one matrix, because XLA would not write out several ones transposed
+        return jax.lax.optimization_barrier(turned.reshape(-1, a.shape[-2])).reshape(
+            turned.shape
+        )
 
     if x.shape[-1] <= y.shape[-1]:
         return jnp.matmul(transposed(x), y, preferred_element_type=_exact(x))
@@ -291,7 +385,9 @@ def dense(weight: Weight, dtype: jax.typing.DTypeLike) -> Float[Array, "..."]:
     if isinstance(weight, Unstacked):
         assert weight.layer is not None
         if isinstance(weight.matrices, tuple):
-            return _choose(weight.matrices, weight.layer, _converted, jnp.zeros((), dtype))
+            return _choose(
+                weight.matrices, weight.layer, _converted, jnp.zeros((), dtype)
+            )
         return dense(at_layer(weight.matrices, weight.layer), dtype)
     if isinstance(weight, qwix.QArray):
         weight = _dequantised(weight)
@@ -304,15 +400,25 @@ def _dequantised(weight: qwix.QArray) -> Array:
     """Return the numbers of a quantised array, on accelerators those of NF4 without a gather: a TPU is slow at it."""
     if weight.qtype != "nf4" or for_cpu():
         return qwix.dequantize(weight)
-    codes, scale = weight.qvalue, weight.scale
+    codes = weight.qvalue
+    scale = weight.scale
     with jax.ensure_compile_time_eval():
-        every = qwix.QArray(qvalue=jnp.arange(16, dtype=codes.dtype), scale=jnp.ones(1), qtype="nf4")
+        every = qwix.QArray(
+            qvalue=jnp.arange(16, dtype=codes.dtype), scale=jnp.ones(1), qtype="nf4"
+        )
         values: list[Any] = list(np.asarray(qwix.dequantize(every)))
     for bit in range(4):
         is_set = (codes.astype(jnp.int32) >> bit) & 1 == 1
-        values = [jnp.where(is_set, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
+        values = [
+            jnp.where(is_set, high, low)
+            for low, high in zip(values[::2], values[1::2], strict=True)
+        ]
     # Every axis as tiles and the numbers in a tile.
-    tiled = [size for length, tiles in zip(codes.shape, scale.shape, strict=True) for size in (tiles, length // tiles)]
+    tiled = [
+        size
+        for length, tiles in zip(codes.shape, scale.shape, strict=True)
+        for size in (tiles, length // tiles)
+    ]
     scales = [size for tiles in scale.shape for size in (tiles, 1)]
     return (values[0].reshape(tiled) * scale.reshape(scales)).reshape(codes.shape)
 
@@ -327,24 +433,41 @@ def unstacked(weights: Any) -> Any:
     def of_leaf(leaf: Any) -> Any:
         in_codes = isinstance(leaf, qwix.QArray) and leaf.qtype == "int8"
         numbers = leaf.qvalue if in_codes else leaf
-        if not isinstance(numbers, jax.Array) or numbers.ndim != 3 or is_traced(numbers):
+        if (
+            not isinstance(numbers, jax.Array)
+            or numbers.ndim != 3
+            or is_traced(numbers)
+        ):
             return leaf
-        if {device.platform for device in numbers.devices()} != {"cpu"} or len(numbers.devices()) > 1:
+        if {device.platform for device in numbers.devices()} != {"cpu"} or len(
+            numbers.devices()
+        ) > 1:
             return leaf
         if in_codes:  # narrower scales would be copied to float32 for every token
             return Unstacked(leaf) if leaf.scale.dtype == jnp.float32 else leaf
         # `device_put` makes an array from a view of the stack's memory without copying it.
-        where, views = numbers.sharding if numbers.committed else None, list(np.asarray(numbers))
-        bits = [view.view(np.uint16) for view in views] if numbers.dtype == jnp.bfloat16 else []
+        where = numbers.sharding if numbers.committed else None
+        views = list(np.asarray(numbers))
+        bits = (
+            [view.view(np.uint16) for view in views]
+            if numbers.dtype == jnp.bfloat16
+            else []
+        )
         matrices, bits = jax.device_put((tuple(views), tuple(bits)), where)
         return Unstacked(matrices, bits=bits)
 
-    return jax.tree.map(of_leaf, weights, is_leaf=lambda leaf: isinstance(leaf, qwix.QArray | Chip))
+    return jax.tree.map(
+        of_leaf, weights, is_leaf=lambda leaf: isinstance(leaf, qwix.QArray | Chip)
+    )
 
 
 def at_layer(stack: Weight, layer: Int[Array, ""]) -> Weight:
     """Return the matrix of a layer."""
-    return stack.at(layer) if isinstance(stack, Unstacked) else jax.tree.map(lambda a: a[layer], stack)
+    return (
+        stack.at(layer)
+        if isinstance(stack, Unstacked)
+        else jax.tree.map(lambda a: a[layer], stack)
+    )
 
 
 def is_unstacked(leaf: Any) -> bool:
@@ -352,13 +475,22 @@ def is_unstacked(leaf: Any) -> bool:
     return isinstance(leaf, Unstacked)
 
 
-def _choose(matrices: tuple[Array, ...], layer: Int[Array, ""], fn: Callable[[Array, Array], Array], x: Array) -> Array:
+def _choose(
+    matrices: tuple[Array, ...],
+    layer: Int[Array, ""],
+    fn: Callable[[Array, Array], Array],
+    x: Array,
+) -> Array:
     """Return `fn(x, matrix of a layer)`."""
-    return jax.lax.switch(layer, [_branch(fn, number) for number in range(len(matrices))], x, matrices)
+    return jax.lax.switch(
+        layer, [_branch(fn, number) for number in range(len(matrices))], x, matrices
+    )
 
 
 @functools.cache  # so that JAX traces one branch for all sites of one shape
-def _branch(fn: Callable[[Array, Array], Array], layer: int) -> Callable[[Array, tuple[Array, ...]], Array]:
+def _branch(
+    fn: Callable[[Array, Array], Array], layer: int
+) -> Callable[[Array, tuple[Array, ...]], Array]:
     return lambda x, matrices: fn(x, matrices[layer])
 
 
@@ -369,19 +501,26 @@ def is_in_arrays(weights: Any) -> bool:
 
 def read_at_random(weights: Any) -> bool:
     """Return whether any weight of a tree is read with noise."""
-    return any(is_chip(leaf) and leaf.key is not None for leaf in jax.tree.leaves(weights, is_leaf=is_chip))
+    return any(
+        is_chip(leaf) and leaf.key is not None
+        for leaf in jax.tree.leaves(weights, is_leaf=is_chip)
+    )
 
 
 # Compiled as one function: the stacks of FLAN-T5-large took 17 s in NF4 on two cores; op by op they took 207 s.
 @functools.partial(jax.jit, static_argnames=("qtype", "tiled_axis", "tile"))
-def quantise(weight: Float[Array, "..."], qtype: str, *, tiled_axis: int, tile: int | None = None) -> qwix.QArray:
+def quantise(
+    weight: Float[Array, "..."], qtype: str, *, tiled_axis: int, tile: int | None = None
+) -> qwix.QArray:
     """Quantise `weight` to one of `QUANTISED_TYPES` in tiles along `tiled_axis`; each tile has one scale.
 
     All other axes are channelwise. The length of a tile divides the axis (qwix does not accept a remainder) and is by
     default its largest divisor that is at most 64.
     """
     if qtype not in QUANTISED_TYPES:
-        raise ValueError(f"cannot quantise to {qtype!r}: choose one of {', '.join(QUANTISED_TYPES)}")
+        raise ValueError(
+            f"cannot quantise to {qtype!r}: choose one of {', '.join(QUANTISED_TYPES)}"
+        )
     axis = tiled_axis % weight.ndim
     channels: Collection[int] = [a for a in range(weight.ndim) if a != axis]
     tiles = {axis: tile or tile_size(weight.shape[axis])}

@@ -26,14 +26,19 @@ class Table:
     def __post_init__(self):
         for line in self.lines:
             if len(line) != len(self.columns):
-                raise ValueError(f"a line has {len(line)} cells: expected {len(self.columns)}, got {line}")
+                raise ValueError(
+                    f"a line has {len(line)} cells: expected {len(self.columns)}, got {line}"
+                )
 
     @property
     def texts(self) -> list[list[str]]:
         """Headings, then the cells of every line, as they are read."""
         kinds = [_KINDS[column.kind] for column in self.columns]
         lines = (zip(kinds, line, strict=True) for line in self.lines)
-        cells = [[text_tables.EMPTY if cell is None else kind(cell) for kind, cell in line] for line in lines]
+        cells = [
+            [text_tables.EMPTY if cell is None else kind(cell) for kind, cell in line]
+            for line in lines
+        ]
         return [[column.name for column in self.columns], *cells]
 
 
@@ -56,11 +61,17 @@ def counts(cell: tuple[int, int]) -> str:
 
 
 def _signed(cell: float, digits: int) -> str:
-    return f"{cell:+.{digits}f}".replace("-", "−") if round(cell, digits) else f"{0:.{digits}f}"
+    return (
+        f"{cell:+.{digits}f}".replace("-", "−")
+        if round(cell, digits)
+        else f"{0:.{digits}f}"
+    )
 
 
 def _interval(cell: tuple[float, float], digits: int) -> str:
-    return " to ".join(f"{round(end, digits) + 0.0:.{digits}f}".replace("-", "−") for end in cell)
+    return " to ".join(
+        f"{round(end, digits) + 0.0:.{digits}f}".replace("-", "−") for end in cell
+    )
 
 
 _KINDS: dict[str, Callable[[Any], str]] = {

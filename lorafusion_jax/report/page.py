@@ -78,7 +78,11 @@ def write_report(
     Raises:
       WriteError: the folder cannot be written to.
     """
-    paragraphs = "".join(f"<p>{html.escape(part.strip())}</p>\n" for part in re.split(r"\n\s*\n", text) if part.strip())
+    paragraphs = "".join(
+        f"<p>{html.escape(part.strip())}</p>\n"
+        for part in re.split(r"\n\s*\n", text)
+        if part.strip()
+    )
     page = (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -99,20 +103,38 @@ def _csv(table: Table) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     parts = [_PARTS.get(column.kind, ("",)) for column in table.columns]
-    writer.writerow([column.name + part for column, of in zip(table.columns, parts, strict=True) for part in of])
+    writer.writerow(
+        [
+            column.name + part
+            for column, of in zip(table.columns, parts, strict=True)
+            for part in of
+        ]
+    )
     for line in table.lines:
         numbers: list[Any] = []
         for of, cell in zip(parts, line, strict=True):
-            numbers += [None] * len(of) if cell is None else [cell] if len(of) == 1 else cell
-        writer.writerow([f"{number:.6g}" if isinstance(number, float) else number for number in numbers])
+            numbers += (
+                [None] * len(of) if cell is None else [cell] if len(of) == 1 else cell
+            )
+        writer.writerow(
+            [
+                f"{number:.6g}" if isinstance(number, float) else number
+                for number in numbers
+            ]
+        )
     return text.getvalue()
 
 
 def _latex(table: Table) -> str:
     """Return a table for the booktabs package."""
     escapes = str.maketrans(_LATEX)
-    first, *lines = [" & ".join(cell.translate(escapes) for cell in line) + r" \\" for line in table.texts]
-    alignment = "".join("l" if column.kind == "text" else "r" for column in table.columns)
+    first, *lines = [
+        " & ".join(cell.translate(escapes) for cell in line) + r" \\"
+        for line in table.texts
+    ]
+    alignment = "".join(
+        "l" if column.kind == "text" else "r" for column in table.columns
+    )
     body = "\n".join(lines)
     return rf"""% needs \usepackage{{booktabs}}
 \begin{{table}}
@@ -132,12 +154,22 @@ def _latex(table: Table) -> str:
 def _html(table: Table) -> str:
     """Return a table with scopes of headings, in a box that scrolls sideways."""
     first, *lines = table.texts
-    numeric = [' class="number"' if column.kind != "text" else "" for column in table.columns]
-    names = [html.escape(name).replace("_", "_<wbr>") for name in first]  # where a long name may break
-    head = "".join(f'<th scope="col"{c}>{name}</th>' for c, name in zip(numeric, names, strict=True))
+    numeric = [
+        ' class="number"' if column.kind != "text" else "" for column in table.columns
+    ]
+    names = [
+        html.escape(name).replace("_", "_<wbr>") for name in first
+    ]  # where a long name may break
+    head = "".join(
+        f'<th scope="col"{c}>{name}</th>'
+        for c, name in zip(numeric, names, strict=True)
+    )
     body = "".join(
         f'<tr><th scope="row">{html.escape(line[0])}</th>'
-        + "".join(f"<td{c}>{html.escape(cell)}</td>" for c, cell in zip(numeric[1:], line[1:], strict=True))
+        + "".join(
+            f"<td{c}>{html.escape(cell)}</td>"
+            for c, cell in zip(numeric[1:], line[1:], strict=True)
+        )
         + "</tr>\n"
         for line in lines
     )

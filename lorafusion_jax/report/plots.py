@@ -17,7 +17,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, told apart by colour-blind eyes, without its yellow, too light for lines on white.
-_COLOURS = ("#999999", "#E69F00", "#56B4E9", "#0072B2", "#CC79A7", "#D55E00", "#009E73", "#000000")
+_COLOURS = (
+    "#999999",
+    "#E69F00",
+    "#56B4E9",
+    "#0072B2",
+    "#CC79A7",
+    "#D55E00",
+    "#009E73",
+    "#000000",
+)
 _STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.titlesize": 12,
@@ -41,10 +50,14 @@ def literal(name: str) -> str:
     return printable(name).replace("$", r"\$")
 
 
-load_matplotlib = partial(load_optional, "matplotlib", extra="plots", needed_by="a plot")
+load_matplotlib = partial(
+    load_optional, "matplotlib", extra="plots", needed_by="a plot"
+)
 
 
-def plot(path: Path, size: tuple[float, float], draw: Callable[["Figure"], None]) -> None:
+def plot(
+    path: Path, size: tuple[float, float], draw: Callable[["Figure"], None]
+) -> None:
     """Write a figure, of a size in inches, as PNG; raise ValueError if matplotlib is not installed."""
     matplotlib = load_matplotlib()
     from matplotlib.figure import Figure
@@ -59,22 +72,35 @@ def plot(path: Path, size: tuple[float, float], draw: Callable[["Figure"], None]
 
 def plot_means(scores: Scores, path: Path, *, title: str = "") -> None:
     """Draw each method's mean exact match as a dot with its 95 % interval, in the order given, the first on top."""
-    summaries = {method: summary for method, summary in scores.summaries.items() if summary}
+    summaries = {
+        method: summary for method, summary in scores.summaries.items() if summary
+    }
     if not summaries:
         raise ValueError(
             f"no method has results of all {len(scores.tasks)} tasks: there are no means to draw; add results"
         )
 
     def draw(figure: "Figure") -> None:
-        axes, shade = figure.subplots(), colour(3)
+        axes = figure.subplots()
+        shade = colour(3)
         for position, summary in enumerate(summaries.values()):
             axes.hlines(position, summary.low, summary.high, color=shade, linewidth=2)
             axes.plot(summary.mean, position, "o", color=shade, markersize=6)
             margin = axes.get_yaxis_transform()
-            axes.text(1.01, position, f"{summary.mean:.1f}", transform=margin, va="center", color="#333333", size=10)
+            axes.text(
+                1.01,
+                position,
+                f"{summary.mean:.1f}",
+                transform=margin,
+                va="center",
+                color="#333333",
+                size=10,
+            )
         axes.set_yticks(range(len(summaries)), [*map(literal, summaries)])
         axes.set_ylim(len(summaries) - 0.4, -0.6)
-        axes.set_xlim(0, 1.04 * max(summary.high for summary in summaries.values()) or 1)
+        axes.set_xlim(
+            0, 1.04 * max(summary.high for summary in summaries.values()) or 1
+        )
         axes.grid(visible=True, axis="both")
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)

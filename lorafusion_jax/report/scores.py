@@ -37,8 +37,14 @@ class Scores:
     @cached_property
     def summaries(self) -> dict[str, Summary | None]:
         """Exact match of each method, mean of the tasks; None where it lacks a task."""
-        answers = {method: self._all_answers(method, self.tasks, "correct") for method in self.methods}
-        return {method: None if correct is None else summary(correct) for method, correct in answers.items()}
+        answers = {
+            method: self._all_answers(method, self.tasks, "correct")
+            for method in self.methods
+        }
+        return {
+            method: None if correct is None else summary(correct)
+            for method, correct in answers.items()
+        }
 
     def exact_match(self, method: str, task: str) -> Spread | None:
         """Return mean and standard deviation of a method on one task, None where it was not run."""
@@ -58,18 +64,28 @@ class Scores:
         seeds, others = self._seeds_of_both(method, other)
         if not seeds or not others:
             return None
-        return paired(self._answers(method, self.tasks, seeds), self._answers(other, self.tasks, others))
+        return paired(
+            self._answers(method, self.tasks, seeds),
+            self._answers(other, self.tasks, others),
+        )
 
     def loss(self, method: str) -> float | None:
         """Return the loss on test rows, mean over tasks and seeds; None where a task or a loss is missing."""
         values = self._values(method, self._seeds(method, self.tasks), "loss")
         return None if values is None else fmean(values)
 
-    def over_tasks(self, method: str, other: str, of: Values = "exact_match") -> OverTasks | None:
+    def over_tasks(
+        self, method: str, other: str, of: Values = "exact_match"
+    ) -> OverTasks | None:
         """Return a method minus another, with a t interval over the tasks; seeds are those of `paired`."""
         seeds, others = self._seeds_of_both(method, other)
-        a, b = self._values(method, seeds, of), self._values(other, others, of)
-        return None if a is None or b is None else over_tasks([x - y for x, y in zip(a, b, strict=True)])
+        a = self._values(method, seeds, of)
+        b = self._values(other, others, of)
+        return (
+            None
+            if a is None or b is None
+            else over_tasks([x - y for x, y in zip(a, b, strict=True)])
+        )
 
     def of(self, method: str) -> list[Row]:
         """Return all rows of a method."""
@@ -84,28 +100,58 @@ class Scores:
 
     def _seeds(self, method: str, tasks: Sequence[str]) -> list[int]:
         """Return the seeds that a method was run with on every task."""
-        return sorted(set.intersection(*(set(self._cells.get((method, task), {})) for task in tasks)))
+        return sorted(
+            set.intersection(
+                *(set(self._cells.get((method, task), {})) for task in tasks)
+            )
+        )
 
     def _seeds_of_both(self, method: str, other: str) -> tuple[list[int], list[int]]:
-        seeds, others = (self._seeds(name, self.tasks) for name in (method, other))
+        seeds = self._seeds(method, self.tasks)
+        others = self._seeds(other, self.tasks)
         if len(seeds) > 1 and len(others) > 1:
             seeds = others = [seed for seed in seeds if seed in others]
         return seeds, others
 
-    def _values(self, method: str, seeds: Sequence[int], of: Values) -> list[float] | None:
+    def _values(
+        self, method: str, seeds: Sequence[int], of: Values
+    ) -> list[float] | None:
         """Return the mean over seeds for each task, None where a value is missing."""
-        of_tasks = [[self._cells[method, task][seed][of] for seed in seeds] for task in self.tasks]
+        of_tasks = [
+            [self._cells[method, task][seed][of] for seed in seeds]
+            for task in self.tasks
+        ]
         if not seeds or any(value is None for values in of_tasks for value in values):
             return None
-        return [fmean(value for value in values if value is not None) for values in of_tasks]
+        return [
+            fmean(value for value in values if value is not None) for values in of_tasks
+        ]
 
-    def _answers(self, method: str, tasks: Sequence[str], seeds: Sequence[int], marks: Marks = "correct") -> Answers:
-        by_task = [[self._cells[method, task][seed][marks] or "" for seed in seeds] for task in tasks]
-        return [np.array([[mark == "1" for mark in answers] for answers in by_seed]) for by_seed in by_task]
+    def _answers(
+        self,
+        method: str,
+        tasks: Sequence[str],
+        seeds: Sequence[int],
+        marks: Marks = "correct",
+    ) -> Answers:
+        by_task = [
+            [self._cells[method, task][seed][marks] or "" for seed in seeds]
+            for task in tasks
+        ]
+        return [
+            np.array([[mark == "1" for mark in answers] for answers in by_seed])
+            for by_seed in by_task
+        ]
 
-    def _all_answers(self, method: str, tasks: Sequence[str], marks: Marks) -> Answers | None:
+    def _all_answers(
+        self, method: str, tasks: Sequence[str], marks: Marks
+    ) -> Answers | None:
         seeds = self._seeds(method, tasks)
-        if not seeds or any(self._cells[method, task][seed][marks] is None for task in tasks for seed in seeds):
+        if not seeds or any(
+            self._cells[method, task][seed][marks] is None
+            for task in tasks
+            for seed in seeds
+        ):
             return None
         return self._answers(method, tasks, seeds, marks)
 
@@ -120,12 +166,19 @@ def scores(rows: Sequence[Row]) -> list[Scores]:
         first = items.setdefault(row["task"], row)
         if len(first["correct"]) != len(row["correct"]):
             counts = f"{len(first['correct'])} ({first['method']}) and {len(row['correct'])} ({row['method']})"
-            raise ValueError(f"{row['task']} has {counts} test rows: give the same for all methods and seeds")
+            raise ValueError(
+                f"{row['task']} has {counts} test rows: give the same for all methods and seeds"
+            )
         if key(row) in seen:
-            raise ValueError(f"{name(row)} occurs twice: read the files with merge, which keeps one of equals")
+            raise ValueError(
+                f"{name(row)} occurs twice: read the files with merge, which keeps one of equals"
+            )
         seen.add(key(row))
     counts = dict.fromkeys(row["shots"] for row in rows)
-    return [Scores(shots, [row for row in rows if row["shots"] == shots]) for shots in counts]
+    return [
+        Scores(shots, [row for row in rows if row["shots"] == shots])
+        for shots in counts
+    ]
 
 
 def key(row: Row) -> tuple[str, str, str, int]:

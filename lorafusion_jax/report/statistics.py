@@ -23,7 +23,9 @@ class Summary(NamedTuple):
     """Percent of right answers, mean of the tasks, with the ends of its 95 % interval."""
 
     mean: float
-    std: float | None  # of the seeds' means, one degree of freedom less; None for a single seed
+    std: (
+        float | None
+    )  # of the seeds' means, one degree of freedom less; None for a single seed
     low: float
     high: float
 
@@ -45,7 +47,9 @@ class OverTasks(NamedTuple):
     high: float
 
 
-def summary(correct: Sequence[Bool[np.ndarray, "_seeds _items"]], *, seed: int = 0) -> Summary:
+def summary(
+    correct: Sequence[Bool[np.ndarray, "_seeds _items"]], *, seed: int = 0
+) -> Summary:
     """Return mean, standard deviation over seeds and 95 % interval of the mean over tasks.
 
     For each task, `correct` marks each seed's right answers to each item. A single seed stands for all; other numbers
@@ -56,14 +60,21 @@ def summary(correct: Sequence[Bool[np.ndarray, "_seeds _items"]], *, seed: int =
     return Summary(mean, std, float(100 * low), float(100 * high))
 
 
-def spread(correct: Sequence[Bool[np.ndarray, "_seeds _items"]]) -> tuple[float, float | None]:
+def spread(
+    correct: Sequence[Bool[np.ndarray, "_seeds _items"]],
+) -> tuple[float, float | None]:
     """Return mean and standard deviation as `summary` does, without the interval."""
     by_seed = np.mean([table.mean(axis=1) for table in _with_seeds(correct)], axis=0)
-    return float(100 * by_seed.mean()), float(100 * by_seed.std(ddof=1)) if len(by_seed) > 1 else None
+    return float(100 * by_seed.mean()), float(100 * by_seed.std(ddof=1)) if len(
+        by_seed
+    ) > 1 else None
 
 
 def paired(
-    a: Sequence[Bool[np.ndarray, "_seeds _items"]], b: Sequence[Bool[np.ndarray, "_seeds _items"]], *, seed: int = 0
+    a: Sequence[Bool[np.ndarray, "_seeds _items"]],
+    b: Sequence[Bool[np.ndarray, "_seeds _items"]],
+    *,
+    seed: int = 0,
 ) -> Paired:
     """Return the difference of two methods on the same tasks, seeds and items, with 95 % interval and p.
 
@@ -73,13 +84,20 @@ def paired(
     Answers and errors are as in `summary`, with tasks, seeds and items in the same order.
     """
     if len(a) != len(b):
-        raise ValueError(f"the methods have {len(a)} and {len(b)} tasks: give the same tasks for both")
+        raise ValueError(
+            f"the methods have {len(a)} and {len(b)} tasks: give the same tasks for both"
+        )
     for number, (first, second) in enumerate(zip(a, b, strict=True)):
         if first.shape[1] != second.shape[1]:
             items = f"{first.shape[1]} and {second.shape[1]} items"
-            raise ValueError(f"task {number}: the methods have {items}: give the same items for both")
+            raise ValueError(
+                f"task {number}: the methods have {items}: give the same items for both"
+            )
     both = _with_seeds([*a, *b])
-    values = [first - second for first, second in zip(both[: len(a)], both[len(a) :], strict=True)]
+    values = [
+        first - second
+        for first, second in zip(both[: len(a)], both[len(a) :], strict=True)
+    ]
     differences = _resampled(values, seed)
     low, high = np.quantile(differences, _TAILS)
     rounding = 1e-12
@@ -98,7 +116,8 @@ def over_tasks(values: Sequence[float]) -> OverTasks | None:
 
     if len(values) < 2:
         return None
-    mean, error = np.mean(values), np.std(values, ddof=1) / np.sqrt(len(values))
+    mean = np.mean(values)
+    error = np.std(values, ddof=1) / np.sqrt(len(values))
     half = stdtrit(len(values) - 1, _TAILS[1]) * error
     return OverTasks(float(mean), float(mean - half), float(mean + half))
 
@@ -108,45 +127,69 @@ def holm(p: Sequence[float]) -> list[float]:
 
     Rejecting those below 5 % makes any false rejection at most 5 % likely, whatever the tests have in common.
     """
-    found, so_far = [0.0] * len(p), 0.0
+    found = [0.0] * len(p)
+    so_far = 0.0
     for place, test in enumerate(sorted(range(len(p)), key=p.__getitem__)):
         so_far = max(so_far, min(1.0, (len(p) - place) * p[test]))
         found[test] = so_far
     return found
 
 
-def _with_seeds(tables: Sequence[Bool[np.ndarray, "_seeds _items"]]) -> list[Int[np.ndarray, "_seeds _items"]]:
+def _with_seeds(
+    tables: Sequence[Bool[np.ndarray, "_seeds _items"]],
+) -> list[Int[np.ndarray, "_seeds _items"]]:
     """Return the tables as integers with the same number of seeds each, single ones repeated."""
     if not tables:
         raise ValueError("no task to summarise: give at least one")
     for table in tables:
         if table.ndim != 2 or 0 in table.shape:
-            raise ValueError(f"a task's answers are {list(table.shape)}: expected [seeds, items], at least one of each")
+            raise ValueError(
+                f"a task's answers are {list(table.shape)}: expected [seeds, items], at least one of each"
+            )
     counts = sorted({len(table) for table in tables} - {1}) or [1]
     if len(counts) > 1:
-        raise ValueError(f"the tasks have {' and '.join(map(str, counts))} seeds: give the same seeds for all")
-    return [np.broadcast_to(table.astype(np.int64), (counts[0], table.shape[1])) for table in tables]
+        raise ValueError(
+            f"the tasks have {' and '.join(map(str, counts))} seeds: give the same seeds for all"
+        )
+    return [
+        np.broadcast_to(table.astype(np.int64), (counts[0], table.shape[1]))
+        for table in tables
+    ]
 
 
-def _resampled(values: list[Int[np.ndarray, "_seeds _items"]], seed: int) -> Float[np.ndarray, "resamples"]:
+def _resampled(
+    values: list[Int[np.ndarray, "_seeds _items"]], seed: int
+) -> Float[np.ndarray, "resamples"]:
     """Return the mean over the tasks in every resample."""
     seeds = len(values[0])
-    drawn = np.random.default_rng(seed).multinomial(seeds, np.full(seeds, 1 / seeds), size=_RESAMPLES) / seeds
+    drawn = (
+        np.random.default_rng(seed).multinomial(
+            seeds, np.full(seeds, 1 / seeds), size=_RESAMPLES
+        )
+        / seeds
+    )
     means = np.zeros(_RESAMPLES)
     for task, table in enumerate(values):
         items = table.shape[1]
-        by_seed = _item_draws(seed, task, items).astype(np.float32) @ table.T.astype(np.float32)  # exact: integers
+        by_seed = _item_draws(seed, task, items).astype(np.float32) @ table.T.astype(
+            np.float32
+        )  # exact: integers
         means += np.sum(drawn * by_seed, axis=1) / (items * len(values))
     return means
 
 
 @functools.lru_cache(maxsize=64)
-def _item_draws(seed: int, task: int, items: int) -> UInt8[np.ndarray, "resamples items"]:
+def _item_draws(
+    seed: int, task: int, items: int
+) -> UInt8[np.ndarray, "resamples items"]:
     """Return how often each resample draws each item of a task; every method gets the same."""
     rng = np.random.default_rng([seed, task])
     chunks = []
     for _ in range(_RESAMPLES // _CHUNK):
-        draws = rng.integers(items, size=(_CHUNK, items)) + items * np.arange(_CHUNK)[:, None]
+        draws = (
+            rng.integers(items, size=(_CHUNK, items))
+            + items * np.arange(_CHUNK)[:, None]
+        )
         counts = np.bincount(draws.ravel(), minlength=items * _CHUNK)
         chunks.append(counts.reshape(_CHUNK, items).astype(np.uint8))
     return np.concatenate(chunks)

@@ -27,15 +27,30 @@ def main_tables(scores: Scores) -> list[Table]:
     second table, of tasks by methods.
     """
     shown = scores.tasks if len(scores.tasks) <= _MOST_TASKS else []
-    columns = [Column("method", "text"), *(Column(task, "spread") for task in shown), *_MEANS]
-    lines = [[m, *(scores.exact_match(m, task) for task in shown), *_means(scores, m)] for m in scores.methods]
-    seeds = max(len({row["seed"] for row in scores.of(method)}) for method in scores.methods)
+    columns = [
+        Column("method", "text"),
+        *(Column(task, "spread") for task in shown),
+        *_MEANS,
+    ]
+    lines = [
+        [m, *(scores.exact_match(m, task) for task in shown), *_means(scores, m)]
+        for m in scores.methods
+    ]
+    seeds = max(
+        len({row["seed"] for row in scores.of(method)}) for method in scores.methods
+    )
     over = f"{seeds} seed{'s' if seeds > 1 else ''}"
     caption = f"Exact match, %, {shots_name(scores.shots)}: mean ± standard deviation over {over}"
     tables = [Table(caption, columns, lines)]
     if not shown:
-        columns = [Column("task", "text"), *(Column(method, "spread") for method in scores.methods)]
-        lines = [[task, *(scores.exact_match(method, task) for method in scores.methods)] for task in scores.tasks]
+        columns = [
+            Column("task", "text"),
+            *(Column(method, "spread") for method in scores.methods),
+        ]
+        lines = [
+            [task, *(scores.exact_match(method, task) for method in scores.methods)]
+            for task in scores.tasks
+        ]
         tables.append(Table(f"{caption}, by task", columns, lines))
     return tables
 
@@ -47,15 +62,30 @@ def paired_table(scores: Scores, reference: str) -> Table:
     a t interval over the tasks. The loss has a t interval over the tasks alone.
     """
     if reference not in scores.methods:
-        raise ValueError(f"no results of {reference!r} to compare with: choose one of {', '.join(scores.methods)}")
+        raise ValueError(
+            f"no results of {reference!r} to compare with: choose one of {', '.join(scores.methods)}"
+        )
     lines = []
     for method in scores.methods:
         if method != reference:
             pair = scores.paired(reference, method)
-            points, nats = (scores.over_tasks(reference, method, of) for of in ("exact_match", "loss"))
-            difference, interval, p = (None,) * 3 if pair is None else (pair[0], pair[1:3], pair.p)
+            points = scores.over_tasks(reference, method, "exact_match")
+            nats = scores.over_tasks(reference, method, "loss")
+            difference, interval, p = (
+                (None,) * 3 if pair is None else (pair[0], pair[1:3], pair.p)
+            )
             loss, of_loss = (None, None) if nats is None else (nats.mean, nats[1:])
-            lines.append([method, difference, interval, None if points is None else points[1:], p, loss, of_loss])
+            lines.append(
+                [
+                    method,
+                    difference,
+                    interval,
+                    None if points is None else points[1:],
+                    p,
+                    loss,
+                    of_loss,
+                ]
+            )
     columns = [
         Column("method", "text"),
         Column("difference", "points"),
@@ -72,7 +102,11 @@ def paired_table(scores: Scores, reference: str) -> Table:
 
 def best_method(scores: Scores) -> str:
     """Return the method with the highest mean, the first of equals; the first of all if none has every task."""
-    means = {method: of_method.mean for method, of_method in scores.summaries.items() if of_method}
+    means = {
+        method: of_method.mean
+        for method, of_method in scores.summaries.items()
+        if of_method
+    }
     return max(means, key=lambda method: means[method], default=scores.methods[0])
 
 

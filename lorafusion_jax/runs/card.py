@@ -37,12 +37,20 @@ def write_card(
 
     The format is one of `export.Format`. The coefficients, by site, are None if the run fused no modules.
     """
-    recorded, results = run.config(), run.results()
-    merged, gguf = format not in ("adapter", "gguf"), format.startswith("gguf")
+    recorded = run.config()
+    results = run.results()
+    merged = format not in ("adapter", "gguf")
+    gguf = format.startswith("gguf")
     modules = recorded["modules"][options.seeds.index(seed)]
     task = f"{_code(_shown(options.task))} (SHA-256 {_text(recorded['task_sha256'])})"
-    tested = "" if results is None else f", and {results['test_rows']:,} rows were tested"
-    control = "" if options.control == "none" else f", the control `{options.control}` instead of the pool itself,"
+    tested = (
+        "" if results is None else f", and {results['test_rows']:,} rows were tested"
+    )
+    control = (
+        ""
+        if options.control == "none"
+        else f", the control `{options.control}` instead of the pool itself,"
+    )
     what = "A model" if merged else "A LoRA adapter" if gguf else "A PEFT adapter"
     parts = [
         _front_matter(options, merged=merged, gguf=gguf),
@@ -56,13 +64,17 @@ def write_card(
         parts.append(_accuracy(run, results, seed))
     if coefficients:
         table = _by_module(coefficients, modules)
-        parts.append(f"## The pool\n\nThe adapters that were fused, with their coefficients.\n\n{table}")
+        parts.append(
+            f"## The pool\n\nThe adapters that were fused, with their coefficients.\n\n{table}"
+        )
     write_text(out / "README.md", "\n".join(parts))
 
 
 def _front_matter(options: FuseOptions, *, merged: bool, gguf: bool) -> str:
     lines = ["tags:", "- lorafusion", *([] if merged else ["- lora"])]
-    lines.append(f"library_name: {'gguf' if gguf else 'transformers' if merged else 'peft'}")
+    lines.append(
+        f"library_name: {'gguf' if gguf else 'transformers' if merged else 'peft'}"
+    )
     if is_hub_id(options.base):  # the hub refuses anything else
         lines.append(f"base_model: {split_revision(options.base)[0]}")
     return "\n".join(["---", *lines, "---", ""])
@@ -83,7 +95,9 @@ def _code(name: str) -> str:
     return _text(name) if "`" in name or "\n" in name else f"`{printable(name)}`"
 
 
-def _how_to_load(options: FuseOptions, config: Architecture, *, merged: bool, gguf: bool) -> str:
+def _how_to_load(
+    options: FuseOptions, config: Architecture, *, merged: bool, gguf: bool
+) -> str:
     kind = "AutoModelForCausalLM" if config.causal else "AutoModelForSeq2SeqLM"
     # A string of JSON is also one of Python, whatever the name contains.
     name, revision = split_revision(options.base)
@@ -92,7 +106,10 @@ def _how_to_load(options: FuseOptions, config: Architecture, *, merged: bool, gg
         base += f", revision={json.dumps(printable(revision), ensure_ascii=False)}"
     language = "python"
     if gguf:
-        language, code = "bash", "llama-cli --model " + ("model.gguf" if merged else "BASE.gguf --lora adapter.gguf")
+        language = "bash"
+        code = "llama-cli --model " + (
+            "model.gguf" if merged else "BASE.gguf --lora adapter.gguf"
+        )
     elif merged:
         code = f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained("THIS_FOLDER")'
     else:
@@ -107,23 +124,38 @@ def _how_to_load(options: FuseOptions, config: Architecture, *, merged: bool, gg
     elif options.prompt is not None:
         longest = max(map(len, re.findall("`+", options.prompt)), default=0)
         fence = "`" * max(3, longest + 1)
-        prompt = f"\nIts prompts:\n\n{fence}text\n{printable(options.prompt)}\n{fence}\n"
+        prompt = (
+            f"\nIts prompts:\n\n{fence}text\n{printable(options.prompt)}\n{fence}\n"
+        )
     return f"## Load it\n\n```{language}\n{code}\n```\n{prompt}"
 
 
 def _accuracy(run: RunFolder, results: Mapping[str, Any], seed: int) -> str:
     rows = run.predictions()
-    by_seed = {of["seed"]: [row["correct"] for row in rows if row["seed"] == of["seed"]] for of in results["seeds"]}
+    by_seed = {
+        of["seed"]: [row["correct"] for row in rows if row["seed"] == of["seed"]]
+        for of in results["seeds"]
+    }
     lines = [["", "exact match, %", "95 % interval"]]
-    for name, seeds in ((f"seed {seed}, this one", [seed]), (f"all {len(by_seed)} seeds", list(by_seed))):
+    for name, seeds in (
+        (f"seed {seed}, this one", [seed]),
+        (f"all {len(by_seed)} seeds", list(by_seed)),
+    ):
         accuracy = summary([np.array([by_seed[s] for s in seeds], bool)])
-        lines.append([name, f"{accuracy.mean:.1f}", f"{accuracy.low:.1f} to {accuracy.high:.1f}"])
+        lines.append(
+            [name, f"{accuracy.mean:.1f}", f"{accuracy.low:.1f} to {accuracy.high:.1f}"]
+        )
     return f"## Accuracy\n\n{markdown(lines[:2] if len(by_seed) == 1 else lines)}"
 
 
-def _by_module(coefficients: Mapping[str, Float[np.ndarray, "_L N _k"]], modules: Sequence[str]) -> str:
+def _by_module(
+    coefficients: Mapping[str, Float[np.ndarray, "_L N _k"]], modules: Sequence[str]
+) -> str:
     """Return a table of each module's mean, least and greatest coefficient, the greatest in size first."""
-    flat = np.concatenate([np.moveaxis(c, 1, 0).reshape(len(modules), -1) for c in coefficients.values()], axis=1)
+    flat = np.concatenate(
+        [np.moveaxis(c, 1, 0).reshape(len(modules), -1) for c in coefficients.values()],
+        axis=1,
+    )
     lines = [["adapter", "mean", "least", "greatest"]]
     for i in np.argsort(-np.abs(flat.mean(axis=1)), kind="stable").tolist():
         of_module = (flat[i].mean(), flat[i].min(), flat[i].max())

@@ -10,7 +10,10 @@ import tyro
 from ..report import Scores, Table, main_tables, paired_table, plot_means, scores
 from .folder import RunFolder
 
-_OVER_TASKS = ("over tasks", "loss over tasks")  # columns that a single task leaves empty
+_OVER_TASKS = (
+    "over tasks",
+    "loss over tasks",
+)  # columns that a single task leaves empty
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,32 +49,50 @@ def compare(options: CompareOptions) -> list[Table]:
         raise ValueError(f"expected two or more different runs, got {given or 'none'}")
     reference = folders[0] if options.reference is None else options.reference.resolve()
     if reference not in folders:
-        raise ValueError(f"{options.reference} is none of the runs: expected one of {given}")
+        raise ValueError(
+            f"{options.reference} is none of the runs: expected one of {given}"
+        )
     # The last part of a folder names a run, unless two runs have the same one.
     last = [folder.name for folder in folders]
-    names = {folder: str(folder) if last.count(folder.name) > 1 else folder.name for folder in folders}
-    of_runs, name = _scores(names), names[reference]
+    names = {
+        folder: str(folder) if last.count(folder.name) > 1 else folder.name
+        for folder in folders
+    }
+    of_runs = _scores(names)
+    name = names[reference]
     (task,) = of_runs.tasks
     if options.plot is not None:
         plot_means(of_runs, options.plot, title=task)
     caption = f"{task}: exact match, %, mean ± standard deviation over seeds"
     differences = f"{name} minus each other run, on the same seeds and test rows"
-    return [_table(main_tables(of_runs)[0], caption), _table(paired_table(of_runs, name), differences)]
+    return [
+        _table(main_tables(of_runs)[0], caption),
+        _table(paired_table(of_runs, name), differences),
+    ]
 
 
 def _scores(names: dict[Path, str]) -> Scores:
     """Return the scores of runs, if all were evaluated on the same rows."""
-    rows, tested = list[Any](), dict[Path, tuple[str, list[str]]]()
+    rows = list[Any]()
+    tested = dict[Path, tuple[str, list[str]]]()
     for folder, name in names.items():
         run = RunFolder(folder)
         results = run.results()
         if results is None:
             what = "is not complete: continue it with `lorafusion fuse --resume`"
-            raise ValueError(f"{folder} {what if run.exists() else 'is not the folder of a run: name one'}")
+            raise ValueError(
+                f"{folder} {what if run.exists() else 'is not the folder of a run: name one'}"
+            )
         predictions = run.predictions()
         for seed in results["seeds"]:
-            of_seed = sorted((row for row in predictions if row["seed"] == seed["seed"]), key=lambda row: row["row"])
-            if len({row["row"] for row in of_seed}) != len(of_seed) or len(of_seed) != results["test_rows"]:
+            of_seed = sorted(
+                (row for row in predictions if row["seed"] == seed["seed"]),
+                key=lambda row: row["row"],
+            )
+            if (
+                len({row["row"] for row in of_seed}) != len(of_seed)
+                or len(of_seed) != results["test_rows"]
+            ):
                 raise ValueError(
                     f"{folder / 'predictions.jsonl'} holds {len(of_seed)} rows of seed {seed['seed']}: expected each "
                     f"of the {results['test_rows']} test rows once; restore it from a copy"
@@ -80,7 +101,11 @@ def _scores(names: dict[Path, str]) -> Scores:
             marks: dict[str, str | None] = {}
             for key in ("correct", "option_correct"):
                 of_rows = [row[key] for row in of_seed]
-                marks[key] = None if None in of_rows else "".join("01"[bool(mark)] for mark in of_rows)
+                marks[key] = (
+                    None
+                    if None in of_rows
+                    else "".join("01"[bool(mark)] for mark in of_rows)
+                )
             rows.append(
                 {
                     "task": results["task"],
@@ -89,7 +114,10 @@ def _scores(names: dict[Path, str]) -> Scores:
                     "trainable": results["trainable"],
                     "seconds": results["seconds"]["train"] / len(results["seeds"]),
                     "forward_rows": seed.get("forward_rows", 0),
-                    **{key: seed.get(key) for key in ("seed", "exact_match", "option_accuracy", "loss")},
+                    **{
+                        key: seed.get(key)
+                        for key in ("seed", "exact_match", "option_accuracy", "loss")
+                    },
                     **marks,
                 }
             )
@@ -100,10 +128,18 @@ def _scores(names: dict[Path, str]) -> Scores:
                 f"{folder} was evaluated on other test rows than {first}: evaluate both on the same task, with the "
                 "same --train-rows, --test-rows and --target"
             )
-    return scores([row | {"task": rows[0]["task"]} for row in rows])[0]  # a task's file may have got another name
+    return scores([row | {"task": rows[0]["task"]} for row in rows])[
+        0
+    ]  # a task's file may have got another name
 
 
 def _table(table: Table, caption: str) -> Table:
     """Return the table with another caption, and without the columns that need several tasks."""
-    some = itemgetter(*(place for place, column in enumerate(table.columns) if column.name not in _OVER_TASKS))
+    some = itemgetter(
+        *(
+            place
+            for place, column in enumerate(table.columns)
+            if column.name not in _OVER_TASKS
+        )
+    )
     return Table(caption, some(table.columns), [some(line) for line in table.lines])

@@ -38,7 +38,9 @@ class Evaluation(NamedTuple):
     """A model's answers to every row of a test set, and their scores, for every seed."""
 
     predictions: list[list[str]]  # texts, [seeds][rows]
-    correct: Bool[np.ndarray, "seeds rows"]  # exact match after strip, lower case and full stops removed
+    correct: Bool[
+        np.ndarray, "seeds rows"
+    ]  # exact match after strip, lower case and full stops removed
     # mean cross-entropy of the targets in nats per token; None if no model was evaluated
     loss: Float[np.ndarray, " seeds"] | None
     # the likeliest of a row's options is its target; None for a task without options
@@ -52,7 +54,11 @@ class Evaluation(NamedTuple):
     @property
     def option_accuracy(self) -> Float[np.ndarray, " seeds"] | None:
         """Share of rows whose likeliest option is the target, in percent; None without options."""
-        return None if self.option_correct is None else 100 * self.option_correct.mean(axis=1)
+        return (
+            None
+            if self.option_correct is None
+            else 100 * self.option_correct.mean(axis=1)
+        )
 
 
 def evaluate(
@@ -67,10 +73,13 @@ def evaluate(
 
     `options` are the possible answers of each test row, to be scored, and `stop` is text that ends an answer.
     """
-    problem, pad_id = setup.problem, setup.tokenizer.pad_token_id
-    seeds, rows = problem.index.shape[0], len(setup.test)
+    problem = setup.problem
+    pad_id = setup.tokenizer.pad_token_id
+    seeds = problem.index.shape[0]
+    rows = len(setup.test)
     worth = evaluation_worth(setup.config)
-    entropy, targets = np.zeros(seeds), 0
+    entropy = np.zeros(seeds)
+    targets = 0
     with progress("answers", seeds * rows) as bar:
         tokens, _ = generate_rows(
             params,
@@ -82,9 +91,13 @@ def evaluate(
             update=bar.update,
         )
     with progress("losses", rows) as bar:
-        for number, (numbers, batch) in enumerate(eval_batches(setup.test, batch_size, pad_id=pad_id, worth=worth)):
+        for number, (numbers, batch) in enumerate(
+            eval_batches(setup.test, batch_size, pad_id=pad_id, worth=worth)
+        ):
             count = int(np.sum(batch.labels >= 0))
-            losses = seed_entropies(params, _for_every_seed(batch, seeds), problem.read(LOSS, number))
+            losses = seed_entropies(
+                params, _for_every_seed(batch, seeds), problem.read(LOSS, number)
+            )
             entropy += to_host(losses).astype(float) * count
             targets += count
             bar.update(int(np.sum(numbers >= 0)))
@@ -96,11 +109,15 @@ def evaluate(
         predictions=texts,
         correct=exact_match(texts, wanted),
         loss=entropy / targets,
-        option_correct=None if options is None else _option_correct(setup, params, options[:rows], batch_size),
+        option_correct=None
+        if options is None
+        else _option_correct(setup, params, options[:rows], batch_size),
     )
 
 
-def evaluate_seeds(setup: Setup, options: FuseOptions, params: Params) -> tuple[tuple[int, ...], Evaluation]:
+def evaluate_seeds(
+    setup: Setup, options: FuseOptions, params: Params
+) -> tuple[tuple[int, ...], Evaluation]:
     """Return the seeds (only the first if all answer alike) and their evaluation, depending on the method.
 
     A method answers with a model, with a model and examples in the prompt, or without a model.
@@ -109,10 +126,16 @@ def evaluate_seeds(setup: Setup, options: FuseOptions, params: Params) -> tuple[
     if method.answers == "nothing":
         return options.seeds, _constant(setup, tasks_of_seeds(setup.task, options))
     if method.answers == "examples":
-        return options.seeds, _few_shot(setup, shown_to_seeds(setup.task, options), options.eval_batch)
+        return options.seeds, _few_shot(
+            setup, shown_to_seeds(setup.task, options), options.eval_batch
+        )
     seeds = options.seeds if method.seeded else options.seeds[:1]
-    asked = setup if method.seeded else setup.with_problem(index=setup.problem.index[:1])
-    return seeds, evaluate(asked, params, batch_size=options.eval_batch, options=answer_options(setup.task))
+    asked = (
+        setup if method.seeded else setup.with_problem(index=setup.problem.index[:1])
+    )
+    return seeds, evaluate(
+        asked, params, batch_size=options.eval_batch, options=answer_options(setup.task)
+    )
 
 
 def _constant(setup: Setup, of_seeds: list[Task]) -> Evaluation:
@@ -120,7 +143,12 @@ def _constant(setup: Setup, of_seeds: list[Task]) -> Evaluation:
     wanted = [example.target for example in setup.task.test[: len(setup.test)]]
     said = [[constant_answer(task)] * len(wanted) for task in of_seeds]
     correct = exact_match(said, wanted)
-    return Evaluation(said, correct, loss=None, option_correct=correct if answer_options(setup.task) else None)
+    return Evaluation(
+        said,
+        correct,
+        loss=None,
+        option_correct=correct if answer_options(setup.task) else None,
+    )
 
 
 def _few_shot(setup: Setup, shown_to: list[Task], batch_size: int) -> Evaluation:
@@ -128,12 +156,20 @@ def _few_shot(setup: Setup, shown_to: list[Task], batch_size: int) -> Evaluation
     closed = answer_options(setup.task)
     texts = Texts(setup.tokenizer, setup.text_format)
     # After its answer, a model that continues the prompt adds further examples.
-    stop = BETWEEN_EXAMPLES if texts.text_format.ends and not texts.text_format.chat else None
+    stop = (
+        BETWEEN_EXAMPLES
+        if texts.text_format.ends and not texts.text_format.chat
+        else None
+    )
     of_seeds = []
     for shown in shown_to:
         test = encode_shown(texts, shown, len(setup.test), setup.max_new_tokens)
-        asked = dataclasses.replace(setup.with_problem(index=setup.problem.index[:1]), task=shown, test=test)
-        of_seeds.append(evaluate(asked, {}, batch_size=batch_size, options=closed, stop=stop))
+        asked = dataclasses.replace(
+            setup.with_problem(index=setup.problem.index[:1]), task=shown, test=test
+        )
+        of_seeds.append(
+            evaluate(asked, {}, batch_size=batch_size, options=closed, stop=stop)
+        )
     scored = [one.option_correct for one in of_seeds if one.option_correct is not None]
     losses = [one.loss for one in of_seeds if one.loss is not None]
     return Evaluation(
@@ -147,9 +183,13 @@ def _few_shot(setup: Setup, shown_to: list[Task], batch_size: int) -> Evaluation
 def seed_rows(seeds: tuple[int, ...], evaluation: Evaluation) -> list[dict[str, Any]]:
     """Return {seed, exact_match, option_accuracy (percent or None), loss (nats per token or None)} of every seed."""
     columns = (evaluation.exact_match, evaluation.option_accuracy, evaluation.loss)
-    numbers = [[None] * len(seeds) if column is None else column.tolist() for column in columns]
+    numbers = [
+        [None] * len(seeds) if column is None else column.tolist() for column in columns
+    ]
     # JSON cannot hold a loss that is not finite.
-    numbers[2] = [loss if loss is None or math.isfinite(loss) else None for loss in numbers[2]]
+    numbers[2] = [
+        loss if loss is None or math.isfinite(loss) else None for loss in numbers[2]
+    ]
     return [
         {"seed": seed, "exact_match": match, "option_accuracy": options, "loss": loss}
         for seed, match, options, loss in zip(seeds, *numbers, strict=True)
@@ -160,38 +200,62 @@ def _option_correct(
     setup: Setup, params: Params, options: Sequence[Sequence[str]], batch_size: int
 ) -> Bool[np.ndarray, "seeds rows"]:
     """Return whether the option of the greatest log-likelihood is each row's target."""
-    asked = with_options(setup.tokenizer, setup.task, setup.test, options, setup.text_format)
-    problem, seeds = setup.problem, setup.problem.index.shape[0]
+    asked = with_options(
+        setup.tokenizer, setup.task, setup.test, options, setup.text_format
+    )
+    problem = setup.problem
+    seeds = setup.problem.index.shape[0]
     likelihoods = np.zeros((seeds, len(asked)))
-    how: Any = {"pad_id": setup.tokenizer.pad_token_id, "worth": evaluation_worth(setup.config)}
+    how: Any = {
+        "pad_id": setup.tokenizer.pad_token_id,
+        "worth": evaluation_worth(setup.config),
+    }
     for number, (numbers, batch) in enumerate(eval_batches(asked, batch_size, **how)):
         real = numbers >= 0
-        of_batch = seed_likelihoods(params, _for_every_seed(batch, seeds), problem.read(OPTIONS, number))
+        of_batch = seed_likelihoods(
+            params, _for_every_seed(batch, seeds), problem.read(OPTIONS, number)
+        )
         likelihoods[:, numbers[real]] = to_host(of_batch)[:, real]
     return likeliest_correct(likelihoods, options, setup.task)
 
 
 def with_options(
-    tokenizer: Any, task: Task, test: Encoded, options: Sequence[Sequence[str]], text_format: TextFormat
+    tokenizer: Any,
+    task: Task,
+    test: Encoded,
+    options: Sequence[Sequence[str]],
+    text_format: TextFormat,
 ) -> Encoded:
     """Return every test row once for each of its options, which replaces its target."""
     pairs = [(row, option) for row, of_row in enumerate(options) for option in of_row]
-    examples = [dataclasses.replace(task.test[row], target=option) for row, option in pairs]
+    examples = [
+        dataclasses.replace(task.test[row], target=option) for row, option in pairs
+    ]
     labels = encode(tokenizer, examples, text_format).labels
     return Encoded(tuple(test.inputs[row] for row, _ in pairs), labels)
 
 
 def likeliest_correct(
-    likelihoods: Float[np.ndarray, "seeds pairs"], options: Sequence[Sequence[str]], task: Task
+    likelihoods: Float[np.ndarray, "seeds pairs"],
+    options: Sequence[Sequence[str]],
+    task: Task,
 ) -> Bool[np.ndarray, "seeds rows"]:
     """Return whether each test row's likeliest option is its target, given likelihoods of rows of `with_options`."""
     ends = np.cumsum([len(of_row) for of_row in options])
-    chosen = [np.argmax(part, axis=1) for part in np.split(likelihoods, ends[:-1], axis=1)]
+    chosen = [
+        np.argmax(part, axis=1) for part in np.split(likelihoods, ends[:-1], axis=1)
+    ]
     wanted = [example.target for example in task.test[: len(options)]]
     of_seeds: list[list[int]] = np.stack(chosen, axis=1).tolist()
-    said = [[of_row[i] for of_row, i in zip(options, best, strict=True)] for best in of_seeds]
+    said = [
+        [of_row[i] for of_row, i in zip(options, best, strict=True)]
+        for best in of_seeds
+    ]
     return exact_match(said, wanted)
 
 
 def _for_every_seed(batch: Batch, seeds: int) -> Batch:
-    return on_mesh(jax.tree.map(lambda a: np.broadcast_to(a, (seeds, *a.shape)), batch), of_seeds=True)
+    return on_mesh(
+        jax.tree.map(lambda a: np.broadcast_to(a, (seeds, *a.shape)), batch),
+        of_seeds=True,
+    )

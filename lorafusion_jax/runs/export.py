@@ -62,12 +62,20 @@ class ExportOptions:
 def export(options: ExportOptions) -> str:
     """Write the export, and return a description of it; ValueError if `out` exists or the options do not fit."""
     if options.out.exists():
-        raise ValueError(f"{options.out} exists: give a new folder with --out, or remove it first")
-    if (options.run is None) == (options.pool is None) or (options.pool is None) != (options.adapter is None):
-        raise ValueError("nothing to export: give --run RUN, or --pool POOL --adapter NAME")
+        raise ValueError(
+            f"{options.out} exists: give a new folder with --out, or remove it first"
+        )
+    if (options.run is None) == (options.pool is None) or (options.pool is None) != (
+        options.adapter is None
+    ):
+        raise ValueError(
+            "nothing to export: give --run RUN, or --pool POOL --adapter NAME"
+        )
     if options.run is None and (flags := flags_given(options, ("seed", "format"))):
         fix = "`lorafusion merge` writes modules of a pool in other formats"
-        raise ValueError(f"{flags}: only for a run, because an adapter of a pool is saved as it came: {fix}")
+        raise ValueError(
+            f"{flags}: only for a run, because an adapter of a pool is saved as it came: {fix}"
+        )
     if options.run is not None:
         return _export_run(options, options.run)
     assert options.pool is not None and options.adapter is not None
@@ -77,12 +85,17 @@ def export(options: ExportOptions) -> str:
 
 def _export_run(options: ExportOptions, folder: Path) -> str:
     fused, of_seed, config, place = load_seed(folder, options.seed)
-    seed, method = fused.seeds[place], fused.entry
+    seed = fused.seeds[place]
+    method = fused.entry
     if method.learns == "untrained":
-        raise ValueError(f"{folder} is of the method {fused.method}, which trains nothing: export another run")
+        raise ValueError(
+            f"{folder} is of the method {fused.method}, which trains nothing: export another run"
+        )
     merged = options.format in MERGED
     if "base" in method.groups and not merged:
-        raise ValueError(f"{folder} fine-tuned all weights, not an adapter: export it with --format merged")
+        raise ValueError(
+            f"{folder} fine-tuned all weights, not an adapter: export it with --format merged"
+        )
     base = open_base(fused.base)
     check_format(options.format, base)
     loaded = of_run(load_model(fused, base=base), fused, folder, config, of_seed)
@@ -103,7 +116,9 @@ def _export_run(options: ExportOptions, folder: Path) -> str:
             seed,
             problem.config,
             format=options.format,
-            coefficients=None if fusion is None else {site: np.asarray(c) for site, c in fusion[0].items()},
+            coefficients=None
+            if fusion is None
+            else {site: np.asarray(c) for site, c in fusion[0].items()},
         )
     return f"seed {seed} of {folder}, {fused.method}"
 
@@ -115,15 +130,23 @@ def check_format(format: Format, base: Base) -> None:
 
 
 def put_as(
-    folder: Path, format: Format, base: Base, fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+    folder: Path,
+    format: Format,
+    base: Base,
+    fields: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
 ) -> None:
     """Write an adapter, PEFT's configuration, A [r, d_in] and B [d_out, r], into a folder as PEFT's files or GGUF."""
     if format == "adapter":
         put_adapter(folder, fields, tensors)
     elif fields["use_dora"]:
-        raise ValueError("a GGUF LoRA has no magnitudes: use --format gguf-f16 or gguf-q8_0, which merge them")
+        raise ValueError(
+            "a GGUF LoRA has no magnitudes: use --format gguf-f16 or gguf-q8_0, which merge them"
+        )
     else:
-        write_lora(folder / "adapter.gguf", base.raw, tensors, float(fields["lora_alpha"]))
+        write_lora(
+            folder / "adapter.gguf", base.raw, tensors, float(fields["lora_alpha"])
+        )
 
 
 def put_merged(folder: Path, format: Format, base: Base, model: Model) -> None:
@@ -135,20 +158,45 @@ def put_merged(folder: Path, format: Format, base: Base, model: Model) -> None:
         write_merged(folder / "model.gguf", base.files, hf_tensors(model, base), kind)
 
 
-def _adapter(problem: Problem, of_seed: Params, base: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _adapter(
+    problem: Problem, of_seed: Params, base: str
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return the configuration and the tensors of the PEFT adapter that equals one seed's numbers."""
-    magnitudes, frozen, config = of_seed.get("magnitudes"), problem.frozen, problem.config
+    magnitudes = of_seed.get("magnitudes")
+    frozen = problem.frozen
+    config = problem.config
     fusion = problem.method.as_fusion(of_seed, frozen, problem.index)
     if fusion is not None and isinstance(frozen.pool, LoraPool):
-        return fused_adapter(config, frozen.pool, problem.index, *fusion, base=base, magnitudes=magnitudes)
+        return fused_adapter(
+            config,
+            frozen.pool,
+            problem.index,
+            *fusion,
+            base=base,
+            magnitudes=magnitudes,
+        )
     adapters, _ = jax.jit(problem.method.adapters)(of_seed, frozen, problem.index)
-    if magnitudes is not None and all(isinstance(update, Rescaled) for update in adapters.values()):
-        adapted = {name: site for name, site in config.sites.items() if name in magnitudes}
+    if magnitudes is not None and all(
+        isinstance(update, Rescaled) for update in adapters.values()
+    ):
+        adapted = {
+            name: site for name, site in config.sites.items() if name in magnitudes
+        }
         adapters = {  # PEFT has magnitudes only next to an update: here one of rank 1 that is zero
-            name: LowRank(jnp.zeros((site.layers, site.d_in, 1)), jnp.zeros((site.layers, 1, site.d_out)))
+            name: LowRank(
+                jnp.zeros((site.layers, site.d_in, 1)),
+                jnp.zeros((site.layers, 1, site.d_out)),
+            )
             for name, site in adapted.items()
         }
-    if others := [update for update in adapters.values() if not isinstance(update, LowRank | WeightDecomposed)]:
-        method, kind = type(problem.method).__name__, type(others[0]).__name__
-        raise ValueError(f"{method} makes updates of the kind {kind}, which PEFT lacks: export with --format merged")
+    if others := [
+        update
+        for update in adapters.values()
+        if not isinstance(update, LowRank | WeightDecomposed)
+    ]:
+        method = type(problem.method).__name__
+        kind = type(others[0]).__name__
+        raise ValueError(
+            f"{method} makes updates of the kind {kind}, which PEFT lacks: export with --format merged"
+        )
     return lora_adapter(config, adapters, base=base, magnitudes=magnitudes)

@@ -62,7 +62,9 @@ class RunConfig(TypedDict):
     options: FuseOptions
     modules: list[list[str]]  # of each seed
     task_sha256: str
-    trained_sha256: list[str]  # of the inputs that any seed was trained or validated on (`Example.input_sha256`)
+    trained_sha256: list[
+        str
+    ]  # of the inputs that any seed was trained or validated on (`Example.input_sha256`)
     max_new_tokens: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
     environment: Environment
     digests: Digests
@@ -80,7 +82,9 @@ class SeedResults(TypedDict):
     option_accuracy: NotRequired[float | None]
     forward_rows: NotRequired[int]
     backward_rows: NotRequired[int]
-    left_out: NotRequired[dict[str, float]]  # share of the squared norm of a start that a LoRA's rank lacks, by site
+    left_out: NotRequired[
+        dict[str, float]
+    ]  # share of the squared norm of a start that a LoRA's rank lacks, by site
 
 
 class Results(TypedDict):
@@ -116,7 +120,9 @@ class _Step(TypedDict):
     step: int
 
 
-_typed_dict: Any = TypedDict  # called with fields that are only known when a run is read
+_typed_dict: Any = (
+    TypedDict  # called with fields that are only known when a run is read
+)
 
 
 class RunFolder:
@@ -124,7 +130,8 @@ class RunFolder:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.checkpoints, self.final = folder / "checkpoints", folder / "final"
+        self.checkpoints = folder / "checkpoints"
+        self.final = folder / "final"
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -155,8 +162,15 @@ class RunFolder:
         config: RunConfig = structured(raw, _typed_dict("RunConfig", fields), path)
         config["options"] = plain(config["options"])
         if len(config["modules"]) != len(config["options"].seeds):
-            got, wanted = f"of {len(config['modules'])} seeds", f"of {len(config['options'].seeds)}, as in the options"
-            raise FileError(path, field="modules", got=got, expected=wanted, fix="restore it from a copy")
+            got = f"of {len(config['modules'])} seeds"
+            wanted = f"of {len(config['options'].seeds)}, as in the options"
+            raise FileError(
+                path,
+                field="modules",
+                got=got,
+                expected=wanted,
+                fix="restore it from a copy",
+            )
         return config
 
     def results(self) -> Results | None:
@@ -165,16 +179,24 @@ class RunFolder:
         if not path.is_file():
             return None
         results: Results = read_json(path, Results, "a complete run", own=False)
-        seeds, wanted = [seed["seed"] for seed in results["seeds"]], [*self.config()["options"].seeds]
+        seeds = [seed["seed"] for seed in results["seeds"]]
+        wanted = [*self.config()["options"].seeds]
         if seeds not in (wanted, wanted[:1]):  # one for all that answer alike
-            expected, fix = f"{wanted}, as in {_CONFIG}", "restore it from a copy"
-            raise FileError(path, field="seeds", got=str(seeds), expected=expected, fix=fix)
+            expected = f"{wanted}, as in {_CONFIG}"
+            fix = "restore it from a copy"
+            raise FileError(
+                path, field="seeds", got=str(seeds), expected=expected, fix=fix
+            )
         return results
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return all lines of the metrics, except a last line that a killed process left unfinished."""
         path = self.folder / _METRICS
-        rows = read_lines(path, dict[str, int | float | bool | str | None]) if path.is_file() else []
+        rows = (
+            read_lines(path, dict[str, int | float | bool | str | None])
+            if path.is_file()
+            else []
+        )
         for number, row in enumerate(rows, start=1):
             structured(row, _Step, f"{path}, line {number}", own=False)
         return rows
@@ -185,7 +207,10 @@ class RunFolder:
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write the configuration of the run."""
-        _write(self.folder / _CONFIG, json.dumps(msgspec.to_builtins(config, enc_hook=str), indent=1) + "\n")
+        _write(
+            self.folder / _CONFIG,
+            json.dumps(msgspec.to_builtins(config, enc_hook=str), indent=1) + "\n",
+        )
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Write the results, which completes the run; a number that is not finite is null."""
@@ -193,7 +218,9 @@ class RunFolder:
 
     def write_predictions(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write the model's answers to every row."""
-        _write(self.folder / _PREDICTIONS, "".join(json.dumps(row) + "\n" for row in rows))
+        _write(
+            self.folder / _PREDICTIONS, "".join(json.dumps(row) + "\n" for row in rows)
+        )
 
     def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add lines to the metrics; a number that is not finite is null."""
@@ -205,7 +232,9 @@ class RunFolder:
     def cut_metrics(self, step: int) -> None:
         """Remove lines after a step, and a line that a killed process left unfinished."""
         if (self.folder / _METRICS).is_file():
-            kept = [json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step]
+            kept = [
+                json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step
+            ]
             _write(self.folder / _METRICS, "".join(kept))
 
 
@@ -218,8 +247,11 @@ def _options_class(raw: Any, where: str | Path, prefix: str = "") -> type[FuseOp
     """Return the class of the options in JSON, by their method."""
     method = raw.get("method", FuseOptions.method) if isinstance(raw, dict) else None
     if isinstance(method, str) and method not in METHODS:
-        fix, wanted = "register it first, or restore the file from a copy", f"one of {', '.join(METHODS)}"
-        raise FileError(where, field=f"{prefix}method", got=shown(method), expected=wanted, fix=fix)
+        fix = "register it first, or restore the file from a copy"
+        wanted = f"one of {', '.join(METHODS)}"
+        raise FileError(
+            where, field=f"{prefix}method", got=shown(method), expected=wanted, fix=fix
+        )
     return options_with(METHODS[method].recipe if isinstance(method, str) else Recipe)
 
 

@@ -51,7 +51,9 @@ def merge(options: MergeOptions) -> str:
       ValueError: `out` exists, or a weight is not a number of a module of the pool.
     """
     if options.out.exists():
-        raise ValueError(f"{options.out} exists: give a new folder with --out, or remove it first")
+        raise ValueError(
+            f"{options.out} exists: give a new folder with --out, or remove it first"
+        )
     base = open_base(options.base)
     check_format(options.format, base)
     weights = typed_weights(options.weights, options.weights_file)
@@ -63,10 +65,20 @@ def merge(options: MergeOptions) -> str:
     with new_folder(options.out) as partial:
         if options.format in MERGED:
             adapters, _ = compose(pool, index, coefficients, "sum")
-            put_merged(partial, options.format, base, merged_base(base.load(hashed=True), adapters))
+            put_merged(
+                partial,
+                options.format,
+                base,
+                merged_base(base.load(hashed=True), adapters),
+            )
         else:
-            adapter = fused_adapter(base.config, pool, index, coefficients, "sum", base=options.base)
+            adapter = fused_adapter(
+                base.config, pool, index, coefficients, "sum", base=options.base
+            )
             put_as(partial, options.format, base, *adapter)
         digests: Digests = {"base": base.digest, "modules": pool_digests(pool).modules}
-        write_text(partial / RECORD, json.dumps(Merged(weights=weights, digests=digests), indent=1) + "\n")
+        write_text(
+            partial / RECORD,
+            json.dumps(Merged(weights=weights, digests=digests), indent=1) + "\n",
+        )
     return f"{len(weights)} modules of {options.pool}"

@@ -113,18 +113,28 @@ class FuseOptions(LoadOptions):
 @functools.cache
 def options_with(recipe: type[Recipe]) -> type[FuseOptions]:
     """Return the options of runs with recipes of a class, whose fields are options of the command line too."""
-    common = {field.name for part in (FuseOptions, OnArrays) for field in dataclasses.fields(part)}
+    common = {
+        field.name
+        for part in (FuseOptions, OnArrays)
+        for field in dataclasses.fields(part)
+    }
     if taken := sorted(common & {field.name for field in dataclasses.fields(recipe)}):
-        raise ValueError(f"{recipe.__name__} has a field {taken[0]}, which is an option of every run: rename the field")
+        raise ValueError(
+            f"{recipe.__name__} has a field {taken[0]}, which is an option of every run: rename the field"
+        )
     shown = Annotated[recipe, tyro.conf.arg(name="")]
     named: Any = ("recipe", shown, dataclasses.field(default=recipe()))
-    return dataclasses.make_dataclass("FuseOptions", [named], bases=(FuseOptions,), frozen=True, kw_only=True)
+    return dataclasses.make_dataclass(
+        "FuseOptions", [named], bases=(FuseOptions,), frozen=True, kw_only=True
+    )
 
 
 def check_digital(options: Any, of_chips: Iterable[str]) -> None:
     """Raise ValueError for options of chips, by their names, that are given without any chips."""
     if flags := flags_given(options, of_chips):
-        raise ValueError(f"{flags}: only for simulated chips: name them with --crossbar, or leave it out")
+        raise ValueError(
+            f"{flags}: only for simulated chips: name them with --crossbar, or leave it out"
+        )
 
 
 def options_to_json(options: FuseOptions) -> dict[str, Any]:
@@ -137,11 +147,16 @@ def plain(options: FuseOptions) -> FuseOptions:
 
     Options that msgspec reads leave defaults to their classes, and do not equal others with the same values.
     """
-    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(FuseOptions)}
+    values = {
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(FuseOptions)
+    }
     parts = {name: dataclasses.replace(values[name]) for name in ("recipe", "arrays")}
     return FuseOptions(**values | parts)
 
 
 def row_format(options: FuseOptions) -> dict[str, Any]:
     """Return the arguments of `load_task` that turn rows into texts."""
-    return {name: getattr(options, name) for name in ("prompt", "input", "target", "chat")}
+    return {
+        name: getattr(options, name) for name in ("prompt", "input", "target", "chat")
+    }

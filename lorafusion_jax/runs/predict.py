@@ -121,13 +121,25 @@ class _Answering:
 
     def encode(self, texts: Texts, lines: Mapping[int, str]) -> Encoded:
         """Tokenise lines, given by their places in the text."""
-        prompt, column = (self.fused.prompt, self.fused.input) if isinstance(self.fused, FuseOptions) else (None, None)
+        prompt, column = (
+            (self.fused.prompt, self.fused.input)
+            if isinstance(self.fused, FuseOptions)
+            else (None, None)
+        )
         rows = {f"line {place + 1}": line for place, line in lines.items()}
         if columns(prompt) - {"input"}:
             fix = f"give a row such as {row_example(prompt)}"
-            rows = {of: decode_json(row.encode(), dict[str, Any], of, own=False, fix=fix) for of, row in rows.items()}
-        examples = [Example(as_input(row, of, prompt, input=column), "") for of, row in rows.items()]
-        return encode(texts.tokenizer, examples, texts.text_format, new_tokens=self.new_tokens)
+            rows = {
+                of: decode_json(row.encode(), dict[str, Any], of, own=False, fix=fix)
+                for of, row in rows.items()
+            }
+        examples = [
+            Example(as_input(row, of, prompt, input=column), "")
+            for of, row in rows.items()
+        ]
+        return encode(
+            texts.tokenizer, examples, texts.text_format, new_tokens=self.new_tokens
+        )
 
     def load(self, tokens: int, steps: int, rows: int = 1) -> tuple[Params, Problem]:
         """Load the model, with an index of the seed alone, and its numbers.
@@ -137,7 +149,9 @@ class _Answering:
         loaded = load_model(self.fused, base=self.base)
         if self.run is not None:
             loaded = of_run(loaded, self.fused, *self.run, self.params)
-        problem = loaded.problem.replace(index=jax.device_put(to_host(loaded.problem.index)[self.place]))
+        problem = loaded.problem.replace(
+            index=jax.device_put(to_host(loaded.problem.index)[self.place])
+        )
         of_seed = self.params, problem.frozen, problem.index
         adapters_of = jax.jit(problem.method.adapters)
         model = nnx.merge(problem.graph, problem.frozen.base)
@@ -150,12 +164,16 @@ class _Answering:
         plain = all(isinstance(kernel, jax.Array) for kernel in kernels(model).values())
         size = sum(leaf.size for leaf in jax.tree.leaves(shapes))
         sites = [problem.config.sites[name] for name in shapes]
-        merging = sum(site.layers * site.d_in**2 * site.d_out for site in sites)  # products of `merged_base`
+        merging = sum(
+            site.layers * site.d_in**2 * site.d_out for site in sites
+        )  # products of `merged_base`
         if not plain or merging >= size * (tokens + steps * max(rows, _READING)):
             return self.params, problem
         adapters, _ = adapters_of(*of_seed)
         merged = nnx.state(merged_base(model, adapters))
-        merged = jax.tree.map(lambda new, old: new.astype(old.dtype), merged, problem.frozen.base)
+        merged = jax.tree.map(
+            lambda new, old: new.astype(old.dtype), merged, problem.frozen.base
+        )
         return {}, problem.replace(method=ZeroShot(), frozen=Frozen(merged))
 
 
@@ -176,14 +194,21 @@ def evaluate_runs(
 
     Other arguments are those of `EvaluateOptions`.
     """
-    how: Any = {"task": task, "train_rows": train_rows, "test_rows": test_rows, "eval_batch": eval_batch}
+    how: Any = {
+        "task": task,
+        "train_rows": train_rows,
+        "test_rows": test_rows,
+        "eval_batch": eval_batch,
+    }
     for run in runs:  # raises ValueError before anything is evaluated
         load_run(run)
     rows = []
     for run in runs:
         setup, fused, params = load_to_evaluate(EvaluateOptions(run=run, **how))
         named = {"run": str(run), "task": setup.task.name}
-        rows += [named | row for row in seed_rows(*evaluate_seeds(setup, fused, params))]
+        rows += [
+            named | row for row in seed_rows(*evaluate_seeds(setup, fused, params))
+        ]
     return rows
 
 
@@ -229,11 +254,17 @@ def load_to_evaluate(options: EvaluateOptions) -> tuple[Setup, FuseOptions, Para
     """Return the setup of a run, its options updated by those of the evaluation, and its trained parameters."""
     at_least(1, test_rows=options.test_rows)
     fused, params, config = load_run(options.run)
-    task = task_to_evaluate(fused, options.run, config, options.task, options.train_rows)
+    task = task_to_evaluate(
+        fused, options.run, config, options.task, options.train_rows
+    )
     recipe = dataclasses.replace(fused.recipe, max_new_tokens=config["max_new_tokens"])
     train_rows = fused.train_rows if options.train_rows is None else options.train_rows
     test_rows = options.test_rows or fused.test_rows
-    rows = {"train_rows": train_rows, "test_rows": test_rows, "eval_batch": options.eval_batch}
+    rows = {
+        "train_rows": train_rows,
+        "test_rows": test_rows,
+        "eval_batch": options.eval_batch,
+    }
     fused = dataclasses.replace(fused, task=task.source, recipe=recipe, **rows)
     setup = load_setup(fused, to_train=False, task=task)
     of_first = jax.eval_shape(lambda: jax.tree.map(lambda p: p[0], params))
@@ -241,7 +272,11 @@ def load_to_evaluate(options: EvaluateOptions) -> tuple[Setup, FuseOptions, Para
 
 
 def task_to_evaluate(
-    fused: FuseOptions, folder: Path, config: RunConfig, task: str | None, train_rows: int | None
+    fused: FuseOptions,
+    folder: Path,
+    config: RunConfig,
+    task: str | None,
+    train_rows: int | None,
 ) -> Task:
     """Return the task of a run, or another one without the rows that the run was trained on.
 
@@ -251,7 +286,9 @@ def task_to_evaluate(
     at_least(0, train_rows=train_rows)
     if task is None:
         if train_rows is not None:
-            raise ValueError("--train-rows divides another task: name it with --task, or leave it out")
+            raise ValueError(
+                "--train-rows divides another task: name it with --task, or leave it out"
+            )
         return own_task(fused, folder, config)
     needed = fused.entry.answers != "model"
     if train_rows is None:
@@ -263,13 +300,21 @@ def task_to_evaluate(
     for row in rows.test:
         parts[row.input_sha256 in trained].append(row)
     if parts[True]:
-        note(f"note: {len(parts[True])} rows of {task} are left out, because {folder} was trained on their inputs")
+        note(
+            f"note: {len(parts[True])} rows of {task} are left out, because {folder} was trained on their inputs"
+        )
     if not parts[False]:
-        raise ValueError(f"{folder} was trained on the inputs of all rows of {task}: give others with --task")
-    return dataclasses.replace(rows, train=(*rows.train, *parts[True]), test=tuple(parts[False]))
+        raise ValueError(
+            f"{folder} was trained on the inputs of all rows of {task}: give others with --task"
+        )
+    return dataclasses.replace(
+        rows, train=(*rows.train, *parts[True]), test=tuple(parts[False])
+    )
 
 
-def generate_lines(options: GenerateOptions, load: Callable[[], Problem] | None = None) -> list[str]:
+def generate_lines(
+    options: GenerateOptions, load: Callable[[], Problem] | None = None
+) -> list[str]:
     """Return the answers of a run's seed or of a base model to the lines of a file or of standard input.
 
     A blank line has an empty answer, so that answers and lines have the same numbers. By default the options' model
@@ -279,11 +324,18 @@ def generate_lines(options: GenerateOptions, load: Callable[[], Problem] | None 
     lines = list(_lines(options))
     texts = load_texts(answering.base, chat=answering.fused.chat)
     asked = {place: line for place, line in enumerate(lines) if line.strip()}
-    encoded, places = answering.encode(texts, asked), np.array([*asked])
+    encoded = answering.encode(texts, asked)
+    places = np.array([*asked])
     rows = min(options.eval_batch, len(encoded))
-    work = sum(map(len, encoded.inputs)), answering.new_tokens * -(-len(encoded) // max(rows, 1)), rows
+    work = (
+        sum(map(len, encoded.inputs)),
+        answering.new_tokens * -(-len(encoded) // max(rows, 1)),
+        rows,
+    )
     params, problem = (answering.params, load()) if load else answering.load(*work)
-    params, index = jax.device_put(jax.tree.map(lambda p: p[None], to_host((params, problem.index))))
+    params, index = jax.device_put(
+        jax.tree.map(lambda p: p[None], to_host((params, problem.index)))
+    )
     problem = problem.replace(index=index)
     answers = [""] * len(lines)
     generated = generate_rows(
@@ -294,35 +346,57 @@ def generate_lines(options: GenerateOptions, load: Callable[[], Problem] | None 
         max_new_tokens=answering.new_tokens,
         pad_id=texts.tokenizer.pad_token_id,
         sampling=options.sampling,
-        keys=lambda numbers: draw_keys(options.sampling, options.sampling_seed, places[numbers]),
+        keys=lambda numbers: draw_keys(
+            options.sampling, options.sampling_seed, places[numbers]
+        ),
     )
-    for place, said in zip(places, decode(texts.tokenizer, generated.tokens[0], texts.text_format), strict=True):
+    for place, said in zip(
+        places,
+        decode(texts.tokenizer, generated.tokens[0], texts.text_format),
+        strict=True,
+    ):
         answers[place] = said
     return answers
 
 
-def stream_lines(options: GenerateOptions, load: Callable[[], Problem] | None = None) -> Iterator[Iterator[str]]:
+def stream_lines(
+    options: GenerateOptions, load: Callable[[], Problem] | None = None
+) -> Iterator[Iterator[str]]:
     """Yield the answers of `generate_lines`, line after line, each in pieces as its tokens come.
 
     A line is read after the previous answer is complete.
     """
     answering = _answering(options)
     texts = load_texts(answering.base, chat=answering.fused.chat)
-    params, problem = (answering.params, load()) if load else answering.load(0, answering.new_tokens)
+    params, problem = (
+        (answering.params, load()) if load else answering.load(0, answering.new_tokens)
+    )
     if "base" not in params:
         problem = problem.unstacked()
 
-    one, tokenizer = jax.tree.map(lambda p: p[None], params), texts.tokenizer
+    one = jax.tree.map(lambda p: p[None], params)
+    tokenizer = texts.tokenizer
     models = SeedModels(one, problem.replace(index=problem.index[None]), np.arange(1))
 
     def tokens(number: int, batch: Batch) -> Iterator[int]:
-        new_tokens, how = answering.new_tokens, {"sampling": options.sampling}
+        new_tokens = answering.new_tokens
+        how = {"sampling": options.sampling}
         keys = draw_keys(options.sampling, options.sampling_seed, np.array([number]))
-        rows = (batch.input_ids, batch.input_mask, batch.row_mask, np.full(1, new_tokens, np.int32), keys)
+        rows = (
+            batch.input_ids,
+            batch.input_mask,
+            batch.row_mask,
+            np.full(1, new_tokens, np.int32),
+            keys,
+        )
         state, adapters = begin_rows(models, *rows, max_new_tokens=new_tokens, **how)
         for position in range(new_tokens):
-            if state.position[0, 0] == position:  # else the first token is there already
-                state, _ = advance_rows(models, state, adapters, (np.int32(1), np.int32(1)), **how)
+            if (
+                state.position[0, 0] == position
+            ):  # else the first token is there already
+                state, _ = advance_rows(
+                    models, state, adapters, (np.int32(1), np.int32(1)), **how
+                )
             yield int(state.token[0, 0])
             if state.done[0, 0]:
                 return
@@ -331,7 +405,9 @@ def stream_lines(options: GenerateOptions, load: Callable[[], Problem] | None = 
         if not line.strip():
             yield iter(())
             continue
-        ((_, batch),) = eval_batches(answering.encode(texts, {number: line}), 1, pad_id=tokenizer.pad_token_id)
+        ((_, batch),) = eval_batches(
+            answering.encode(texts, {number: line}), 1, pad_id=tokenizer.pad_token_id
+        )
         yield stream_text(tokenizer, tokens(number, batch), texts.text_format)
 
 
@@ -339,8 +415,13 @@ def _lines(options: GenerateOptions) -> Iterator[str]:
     """Yield the lines of the text, blank ones too, as they arrive."""
     if options.file is not None and not options.file.is_fifo():
         check_regular(options.file)
-    source = contextlib.nullcontext(sys.stdin) if options.file is None else open(options.file, encoding="utf-8-sig")
-    empty, where = True, options.file or "standard input"
+    source = (
+        contextlib.nullcontext(sys.stdin)
+        if options.file is None
+        else open(options.file, encoding="utf-8-sig")
+    )
+    empty = True
+    where = options.file or "standard input"
     with source as text, utf8(where):
         for line in text:  # U+2028 and its like end no line, as in files of rows
             line.encode()  # in some locales bytes that are not UTF-8 become half characters
@@ -354,15 +435,30 @@ def _answering(options: GenerateOptions) -> _Answering:
     at_least(1, max_new_tokens=options.max_new_tokens, eval_batch=options.eval_batch)
     check_uint32(sampling_seed=options.sampling_seed)
     if (options.run is None) == (options.base is None):
-        raise ValueError("give one model: a fused run with --run, or an unchanged base model with --base")
+        raise ValueError(
+            "give one model: a fused run with --run, or an unchanged base model with --base"
+        )
     if options.run is None:
         if options.seed is not None:
             raise ValueError("a base model has no seeds: leave out --seed")
-        fused = LoadOptions(base=str(options.base), method="zero-shot", chat=options.chat)
-        return _Answering(fused, open_base(fused.base), None, {}, 0, options.max_new_tokens or _NEW_TOKENS)
+        fused = LoadOptions(
+            base=str(options.base), method="zero-shot", chat=options.chat
+        )
+        return _Answering(
+            fused,
+            open_base(fused.base),
+            None,
+            {},
+            0,
+            options.max_new_tokens or _NEW_TOKENS,
+        )
     if options.chat:
-        raise ValueError("a run uses the chat template if it was fused with it: leave out --chat")
+        raise ValueError(
+            "a run uses the chat template if it was fused with it: leave out --chat"
+        )
     fused, params, config, place = load_seed(options.run, options.seed)
     check_answers(options.run, fused)
     new_tokens = options.max_new_tokens or config["max_new_tokens"]
-    return _Answering(fused, open_base(fused.base), (options.run, config), params, place, new_tokens)
+    return _Answering(
+        fused, open_base(fused.base), (options.run, config), params, place, new_tokens
+    )

@@ -16,7 +16,16 @@ from jaxtyping import Array, Bool, Int, Int32, Key
 from ..adapters.updates import settled
 from ..loading.model import evaluation_worth
 from ..models.architecture import Architecture, Model
-from ..models.generate import GREEDY, Generation, Sampling, advance, begin, of_rows, refill, widened
+from ..models.generate import (
+    GREEDY,
+    Generation,
+    Sampling,
+    advance,
+    begin,
+    of_rows,
+    refill,
+    widened,
+)
 from ..models.layers import Adapters
 from ..models.weights import read_at_random
 from ..support.platform import for_cpu
@@ -27,7 +36,9 @@ from ..training.problem import Problem
 from ..training.seeds import AXIS
 
 _FEWEST = 4  # rows of a state: fewer take about as long
-_LONG = 32  # tokens of an answer from which on programs of fewer rows are worth compiling
+_LONG = (
+    32  # tokens of an answer from which on programs of fewer rows are worth compiling
+)
 _COMMON = 32  # tokens: the room for answers is a multiple, if that costs little, so that tasks share programs
 
 Keys = Callable[[Int[np.ndarray, " B"]], Key[Array, " B"] | None]
@@ -41,7 +52,9 @@ class Generated(NamedTuple):
     computed: int
 
 
-def draw_keys(sampling: Sampling, sampling_seed: int, numbers: Int[np.ndarray, " B"]) -> Key[Array, " B"] | None:
+def draw_keys(
+    sampling: Sampling, sampling_seed: int, numbers: Int[np.ndarray, " B"]
+) -> Key[Array, " B"] | None:
     """Return a key for each row, by its number; None if nothing is drawn."""
     if not sampling.temperature:
         return None
@@ -85,23 +98,49 @@ def generate_rows(
     problem = read(0)
     worth = evaluation_worth(problem.config) if worth is None else worth
     batches = list(eval_batches(encoded, batch_size, pad_id=pad_id, worth=worth))
-    seeds, noisy = problem.index.shape[0], read_at_random(problem.frozen)
+    seeds = problem.index.shape[0]
+    noisy = read_at_random(problem.frozen)
     # Seeds are computed in turn: in each turn one of every device, or, batched, all of them.
     turns = 1 if problem.seed_mode == "batched" else seeds // axis_size("seed")
-    tokens, computed = np.full((seeds, len(encoded), max_new_tokens), pad_id, np.int32), 0
+    tokens = np.full((seeds, len(encoded), max_new_tokens), pad_id, np.int32)
+    computed = 0
     limits = np.full(len(encoded), max_new_tokens)
-    how: Any = {"sampling": sampling, "room": room_for(max_new_tokens, batch_size, worth)}
-    for number, of_turn in enumerate([[batch] for batch in batches] if noisy else [batches]):
+    how: Any = {
+        "sampling": sampling,
+        "room": room_for(max_new_tokens, batch_size, worth),
+    }
+    for number, of_turn in enumerate(
+        [[batch] for batch in batches] if noisy else [batches]
+    ):
         problem = problem if number == 0 else read(number)
         if "base" not in params:  # otherwise those of a seed replace the frozen ones
             problem = problem.unstacked()
         for turn in range(turns):
-            own, of_seeds = np.arange(seeds)[turn::turns], (params, problem.index)
-            ours, index = of_seeds if turns == 1 else _of_turn(of_seeds, turn, turns=turns)
-            models = SeedModels(ours, problem.replace(index=index), on_mesh(own, of_seeds=True))
-            rows = Rows(lambda numbers, models=models: models, len(own), problem.config, of_turn, limits, keys, **how)
-            shrinks = not noisy and max_new_tokens >= _LONG and max_new_tokens * batch_size > worth
-            for place, row, said in rows.ended(shrinks, stops, between_stops if stops else max_new_tokens):
+            own = np.arange(seeds)[turn::turns]
+            of_seeds = (params, problem.index)
+            ours, index = (
+                of_seeds if turns == 1 else _of_turn(of_seeds, turn, turns=turns)
+            )
+            models = SeedModels(
+                ours, problem.replace(index=index), on_mesh(own, of_seeds=True)
+            )
+            rows = Rows(
+                lambda numbers, models=models: models,
+                len(own),
+                problem.config,
+                of_turn,
+                limits,
+                keys,
+                **how,
+            )
+            shrinks = (
+                not noisy
+                and max_new_tokens >= _LONG
+                and max_new_tokens * batch_size > worth
+            )
+            for place, row, said in rows.ended(
+                shrinks, stops, between_stops if stops else max_new_tokens
+            ):
                 tokens[own[place], row] = said[:max_new_tokens]
                 update(1)
             computed += rows.computed
@@ -129,7 +168,13 @@ class Models(Protocol):
         """Return whether the adapters of the first rows are those of all."""
         ...
 
-    def each(self, fn: Callable[..., Any], adapters: Adapters | None, own: tuple[Any, ...], shared: Any = ()) -> Any:
+    def each(
+        self,
+        fn: Callable[..., Any],
+        adapters: Adapters | None,
+        own: tuple[Any, ...],
+        shared: Any = (),
+    ) -> Any:
         """Return `fn(model, adapters, *arrays of the seed, *shared)` for every seed; None has the adapters computed."""
         ...
 
@@ -148,12 +193,24 @@ class SeedModels:
     def axis(self) -> str | None:
         return AXIS if self.problem.seed_mode == "batched" else None
 
-    def each(self, fn: Callable[..., Any], adapters: Adapters | None, own: tuple[Any, ...], shared: Any = ()) -> Any:
-        def one_seed(one: Problem, params: Params, adapters: Adapters | None, *arrays: Any) -> Any:
-            model, computed, _ = one.adapted_model(params)  # what is not used is not computed
+    def each(
+        self,
+        fn: Callable[..., Any],
+        adapters: Adapters | None,
+        own: tuple[Any, ...],
+        shared: Any = (),
+    ) -> Any:
+        def one_seed(
+            one: Problem, params: Params, adapters: Adapters | None, *arrays: Any
+        ) -> Any:
+            model, computed, _ = one.adapted_model(
+                params
+            )  # what is not used is not computed
             return fn(model, computed if adapters is None else adapters, *arrays)
 
-        return self.problem.over_seeds(one_seed, (self.params, adapters, *own), shared, self.seeds)
+        return self.problem.over_seeds(
+            one_seed, (self.params, adapters, *own), shared, self.seeds
+        )
 
 
 class _Prompt(NamedTuple):
@@ -190,17 +247,29 @@ class Rows:
         room: int,
         sampling: Sampling,
     ):
-        self.models, self.limits, self.keys, self.pad_id = models, limits.astype(np.int32), keys, config.pad_id
-        self.room, self.sampling, self.causal, self.computed = room, sampling, config.causal, 0
+        self.models = models
+        self.limits = limits.astype(np.int32)
+        self.keys = keys
+        self.pad_id = config.pad_id
+        self.room = room
+        self.sampling = sampling
+        self.causal = config.causal
+        self.computed = 0
         self.waiting = [
-            _Prompt(int(row), batch.input_ids[place][batch.input_mask[place]], batch.input_ids.shape[1])
+            _Prompt(
+                int(row),
+                batch.input_ids[place][batch.input_mask[place]],
+                batch.input_ids.shape[1],
+            )
             for rows, batch in batches
             for place, row in enumerate(rows)
             if row >= 0
         ]
         self.taken = np.zeros(seeds, int)  # of those that wait, by each seed
         places = len(batches[0][0])
-        self.row = np.full((seeds, places), -1)  # number of the prompt that has each place; -1 for none
+        self.row = np.full(
+            (seeds, places), -1
+        )  # number of the prompt that has each place; -1 for none
         # A prompt costs a CPU the same in any company, and an accelerator less in a larger one.
         self.refilled = -(-places // (16 if for_cpu() else 4))
         self.state = self.adapters = None
@@ -210,9 +279,13 @@ class Rows:
     ) -> Iterator[tuple[int, int, Int32[np.ndarray, " T"]]]:
         """Yield the seed's place, the number and the tokens of every answer, and padding behind, as answers end."""
         while True:
-            free, left = np.sum(self.row < 0, axis=1), len(self.waiting) - self.taken
-            wanted = np.minimum(self.refilled, left)  # so many free places are worth a refill
-            places, fewer = self.row.shape[1], -(-self.row.shape[1] // 2)
+            free = np.sum(self.row < 0, axis=1)
+            left = len(self.waiting) - self.taken
+            wanted = np.minimum(
+                self.refilled, left
+            )  # so many free places are worth a refill
+            places = self.row.shape[1]
+            fewer = -(-self.row.shape[1] // 2)
             if np.all(free == places) and not np.any(left):
                 return
             if np.all(free == places) and np.all(left == left[0]):
@@ -226,22 +299,36 @@ class Rows:
             elif shrinks and fewer >= _FEWEST:
                 if np.all(places - free <= fewer):
                     kept = np.argsort(self.row < 0, axis=1, stable=True)[:, :fewer]
-                    self.state = _of_rows(self._models(), self.state, self.adapters, on_mesh(kept, of_seeds=True))
+                    self.state = _of_rows(
+                        self._models(),
+                        self.state,
+                        self.adapters,
+                        on_mesh(kept, of_seeds=True),
+                    )
                     self.row = np.take_along_axis(self.row, kept, axis=1)
                     continue
                 enough = np.sum(np.maximum(free, places - fewer))
             else:
                 enough = self.row.size
             to_do = (np.int32(enough), np.int32(most_steps))
-            self.state, steps = advance_rows(self._models(), self.state, self.adapters, to_do, sampling=self.sampling)
+            self.state, steps = advance_rows(
+                self._models(), self.state, self.adapters, to_do, sampling=self.sampling
+            )
             seen = (self.state.done, self.state.position, self.state.tokens, steps)
             done, position, tokens, steps = map(np.array, to_host(seen))
             self.computed += int(np.sum(steps)) * places
             there = self.row >= 0
             going = there & ~done
             if stops is not None and np.any(going):
-                done[going] = stops([row[:end] for row, end in zip(tokens[going], position[going], strict=True)])
-                self.state = self.state._replace(done=on_mesh(jnp.asarray(done), of_seeds=True))
+                done[going] = stops(
+                    [
+                        row[:end]
+                        for row, end in zip(tokens[going], position[going], strict=True)
+                    ]
+                )
+                self.state = self.state._replace(
+                    done=on_mesh(jnp.asarray(done), of_seeds=True)
+                )
             for seed, place in np.argwhere(done & there):
                 yield int(seed), int(self.row[seed, place]), tokens[seed, place]
             self.row[done] = -1
@@ -254,63 +341,119 @@ class Rows:
         self.taken += len(prompts)
         self.width = max(prompt.width for prompt in prompts)
         numbers = self.row[0]
-        rows = on_mesh((*self._padded(prompts, self.row.shape[1]), numbers >= 0, self._limits(numbers)))
+        rows = on_mesh(
+            (
+                *self._padded(prompts, self.row.shape[1]),
+                numbers >= 0,
+                self._limits(numbers),
+            )
+        )
         how = {"max_new_tokens": self.room, "sampling": self.sampling}
-        self.state, self.adapters = begin_rows(self._models(), *rows, self.keys(numbers), **how)
+        self.state, self.adapters = begin_rows(
+            self._models(), *rows, self.keys(numbers), **how
+        )
         self.computed += self.causal * self.row.size
 
     def _refill(self) -> None:
         """Begin answers in the free places of every seed, in as many as are refilled at once."""
-        places = np.full((len(self.row), self.refilled), self.row.shape[1])  # behind the last: for none
-        numbers, new = np.full_like(places, -1), []
+        places = np.full(
+            (len(self.row), self.refilled), self.row.shape[1]
+        )  # behind the last: for none
+        numbers = np.full_like(places, -1)
+        new = []
         for seed, taken in enumerate(self.taken):
             free = np.flatnonzero(self.row[seed] < 0)[: self.refilled]
             prompts = self.waiting[taken : taken + len(free)]
             free = free[: len(prompts)]
             places[seed, : len(free)] = free
-            numbers[seed, : len(free)] = self.row[seed, free] = [prompt.row for prompt in prompts]
+            numbers[seed, : len(free)] = self.row[seed, free] = [
+                prompt.row for prompt in prompts
+            ]
             self.taken[seed] += len(free)
             new.append(prompts)
         width = max(prompt.width for prompts in new for prompt in prompts)
         if width > self.width:
-            self.state, self.width = _widened(self._models(), self.state, self.adapters, width=width), width
-        source, mask = (np.stack(parts) for parts in zip(*(self._padded(p, self.refilled) for p in new), strict=True))
+            self.state = _widened(
+                self._models(), self.state, self.adapters, width=width
+            )
+            self.width = width
+        source, mask = (
+            np.stack(parts)
+            for parts in zip(
+                *(self._padded(p, self.refilled) for p in new), strict=True
+            )
+        )
         keys = self.keys(numbers.ravel())
         keys = None if keys is None else keys.reshape(numbers.shape)
-        rows = on_mesh((places, source, mask, self._limits(numbers), keys), of_seeds=True)
-        self.state = refill_rows(self.models(numbers), self.state, self.adapters, rows, sampling=self.sampling)
+        rows = on_mesh(
+            (places, source, mask, self._limits(numbers), keys), of_seeds=True
+        )
+        self.state = refill_rows(
+            self.models(numbers),
+            self.state,
+            self.adapters,
+            rows,
+            sampling=self.sampling,
+        )
         self.computed += self.causal * places.size
 
     def _models(self) -> Models:
         return self.models(self.row)
 
-    def _limits(self, numbers: Int[np.ndarray, "*seeds R"]) -> Int32[np.ndarray, "*seeds R"]:
+    def _limits(
+        self, numbers: Int[np.ndarray, "*seeds R"]
+    ) -> Int32[np.ndarray, "*seeds R"]:
         return np.where(numbers < 0, 1, self.limits[numbers])
 
     def _padded(
         self, prompts: Sequence[_Prompt], rows: int
     ) -> tuple[Int32[np.ndarray, "{rows} S"], Bool[np.ndarray, "{rows} S"]]:
-        ids = [prompt.ids for prompt in prompts] + [np.zeros(0, np.int32)] * (rows - len(prompts))
-        return pad(ids, self.pad_id, self.width), np.arange(self.width) < np.array([len(row) for row in ids])[:, None]
+        ids = [prompt.ids for prompt in prompts] + [np.zeros(0, np.int32)] * (
+            rows - len(prompts)
+        )
+        return pad(ids, self.pad_id, self.width), np.arange(self.width) < np.array(
+            [len(row) for row in ids]
+        )[:, None]
 
 
 @partial(jax.jit, static_argnames="turns")
 def _of_turn(of_seeds: Any, turn: Array, *, turns: int) -> Any:
     """Return leaves `leaf[turn::turns]`, with one program for all turns."""
-    return jax.tree.map(lambda leaf: leaf.reshape(len(leaf) // turns, turns, *leaf.shape[1:])[:, turn], of_seeds)
+    return jax.tree.map(
+        lambda leaf: leaf.reshape(len(leaf) // turns, turns, *leaf.shape[1:])[:, turn],
+        of_seeds,
+    )
 
 
 @partial(jax.jit, static_argnames=("max_new_tokens", "sampling"))
-def begin_rows(models: Models, *rows: Array | None, **how: Any) -> tuple[Generation, Adapters | None]:
+def begin_rows(
+    models: Models, *rows: Array | None, **how: Any
+) -> tuple[Generation, Adapters | None]:
     """Return a new state of every seed, and its adapters if the models keep them.
 
     `rows` are the source tokens, their mask, the mask of rows, and the rows' limits and keys; `how` is room for new
     tokens, `max_new_tokens`, and the sampling.
     """
 
-    def one(model: Model, adapters: Adapters, ids: Array, mask: Array, there: Array, *of_rows: Array | None) -> Any:
+    def one(
+        model: Model,
+        adapters: Adapters,
+        ids: Array,
+        mask: Array,
+        there: Array,
+        *of_rows: Array | None,
+    ) -> Any:
         limits, keys = of_rows
-        state = begin(model, ids, mask, adapters, row_mask=there, row_limits=limits, row_keys=keys, **how)
+        state = begin(
+            model,
+            ids,
+            mask,
+            adapters,
+            row_mask=there,
+            row_limits=limits,
+            row_keys=keys,
+            **how,
+        )
         return state, settled(adapters, model) if models.keeps_adapters else None
 
     return models.each(one, None, (), rows)
@@ -326,8 +469,22 @@ def advance_rows(
 ) -> tuple[Generation, Int[Array, " seeds"]]:
     """Return the state of every seed once so many rows have ended, or after most steps (`limits`), and its steps."""
 
-    def one(model: Model, adapters: Adapters, state: Generation, ended: Array, most_steps: Array) -> Any:
-        new = advance(model, state, adapters, ended=ended, most_steps=most_steps, axis=models.axis, **how)
+    def one(
+        model: Model,
+        adapters: Adapters,
+        state: Generation,
+        ended: Array,
+        most_steps: Array,
+    ) -> Any:
+        new = advance(
+            model,
+            state,
+            adapters,
+            ended=ended,
+            most_steps=most_steps,
+            axis=models.axis,
+            **how,
+        )
         return new, new.column - state.column
 
     return models.each(one, adapters, (state,), limits)
@@ -335,25 +492,49 @@ def advance_rows(
 
 @partial(jax.jit, static_argnames="sampling", donate_argnames="state")
 def refill_rows(
-    models: Models, state: Generation, adapters: Adapters | None, new: tuple[Array | None, ...], **how: Any
+    models: Models,
+    state: Generation,
+    adapters: Adapters | None,
+    new: tuple[Array | None, ...],
+    **how: Any,
 ) -> Generation:
     """Return the state with `new` in places of every seed: places, tokens [seeds, R, S], mask, limits and keys.
 
     The models are those of the new rows.
     """
 
-    def one(model: Model, adapters: Adapters, state: Generation, *new: Any) -> Generation:
+    def one(
+        model: Model, adapters: Adapters, state: Generation, *new: Any
+    ) -> Generation:
         places, ids, mask, limits, keys = new
-        return refill(model, state, places, ids, mask, adapters, row_limits=limits, row_keys=keys, **how)
+        return refill(
+            model,
+            state,
+            places,
+            ids,
+            mask,
+            adapters,
+            row_limits=limits,
+            row_keys=keys,
+            **how,
+        )
 
     return models.each(one, adapters, (state, *new))
 
 
 @partial(jax.jit, static_argnames="width")
-def _widened(models: Models, state: Generation, adapters: Adapters | None, *, width: int) -> Generation:
-    return models.each(lambda model, adapters, state: widened(model, state, width), adapters, (state,))
+def _widened(
+    models: Models, state: Generation, adapters: Adapters | None, *, width: int
+) -> Generation:
+    return models.each(
+        lambda model, adapters, state: widened(model, state, width), adapters, (state,)
+    )
 
 
 @jax.jit
-def _of_rows(models: Models, state: Generation, adapters: Adapters | None, kept: Array) -> Generation:
-    return models.each(lambda model, adapters, *rows: of_rows(*rows), adapters, (state, kept))
+def _of_rows(
+    models: Models, state: Generation, adapters: Adapters | None, kept: Array
+) -> Generation:
+    return models.each(
+        lambda model, adapters, *rows: of_rows(*rows), adapters, (state, kept)
+    )

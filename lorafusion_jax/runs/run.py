@@ -53,7 +53,9 @@ class HardwareSetup(NamedTuple):
     """A run on hardware."""
 
     training: Setup  # setup of the training
-    tested: Callable[[Params], Setup]  # function from the trained parameters to the setup of the evaluation
+    tested: Callable[
+        [Params], Setup
+    ]  # function from the trained parameters to the setup of the evaluation
 
 
 # Puts a run on hardware: (digital setup, options, numbers to start from).
@@ -72,9 +74,15 @@ def run(options: FuseOptions, set_up: SetUpHardware | None = None) -> dict[str, 
     make_room()
     with contextlib.ExitStack() as stack:
         if options.distributed:
-            stack.enter_context(processes.joined(options.coordinator, options.processes, options.process))
+            stack.enter_context(
+                processes.joined(
+                    options.coordinator, options.processes, options.process
+                )
+            )
         if options.mesh is not None:
-            stack.enter_context(jax.set_mesh(make_mesh(options.mesh, len(options.seeds))))
+            stack.enter_context(
+                jax.set_mesh(make_mesh(options.mesh, len(options.seeds)))
+            )
         return _run(with_targets(options, base), base, set_up)
 
 
@@ -86,10 +94,14 @@ def with_targets(options: FuseOptions, base: Base | None = None) -> FuseOptions:
     base = base or open_base(options.base)
     pool = open_pool(options.pool, base) if options.pool and is_warm(recipe) else None
     targets = base.config.targets if pool is None else pool.targets
-    return dataclasses.replace(options, recipe=dataclasses.replace(recipe, lora_targets=targets))
+    return dataclasses.replace(
+        options, recipe=dataclasses.replace(recipe, lora_targets=targets)
+    )
 
 
-def _run(options: FuseOptions, base: Base, set_up: SetUpHardware | None) -> dict[str, Any]:
+def _run(
+    options: FuseOptions, base: Base, set_up: SetUpHardware | None
+) -> dict[str, Any]:
     options.entry.check()
     run = RunFolder(run_path(options))
     if not options.resume:
@@ -102,7 +114,11 @@ def _run(options: FuseOptions, base: Base, set_up: SetUpHardware | None) -> dict
     for stage in before:
         _check_targets(last, base)
         _run(stage, base, set_up)
-    setup = load_setup(last, seed_mode=recorded["environment"]["seed_mode"] if recorded else None, base=base)
+    setup = load_setup(
+        last,
+        seed_mode=recorded["environment"]["seed_mode"] if recorded else None,
+        base=base,
+    )
     if choice_of(options.recipe) != "draw":
         setup = _chosen(setup, options, recorded)
     now = digests(setup)
@@ -116,12 +132,16 @@ def _run(options: FuseOptions, base: Base, set_up: SetUpHardware | None) -> dict
         check_digests(run.folder, recorded["digests"], now, options)
     hardware = HardwareSetup(setup.with_layers(unroll=unroll), lambda params: setup)
     if set_up is not None:
-        hardware = set_up(setup, last, begin or start(setup.problem, options.seeds).params)
+        hardware = set_up(
+            setup, last, begin or start(setup.problem, options.seeds).params
+        )
     processes.barrier("every process has read what is there")
     with run.locked():
         if recorded is None:
             if processes.first():
-                _refuse_begun(run)  # again: another run may have begun it while this one was loading
+                _refuse_begun(
+                    run
+                )  # again: another run may have begun it while this one was loading
             run.write_config(config)
         return _complete(run, hardware, last, config, begin, left_out)
 
@@ -131,20 +151,31 @@ def stages(options: FuseOptions) -> tuple[FuseOptions, ...]:
     recipe = options.recipe
     if not is_warm(recipe):
         return (options,)
-    folder, half = run_path(options), recipe.epochs // 2
-    shared = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(Recipe)}
+    folder = run_path(options)
+    half = recipe.epochs // 2
+    shared = {
+        field.name: getattr(recipe, field.name) for field in dataclasses.fields(Recipe)
+    }
     fusion = recipe_of(FusionRecipe, shared | {"epochs": half})
     lora = dataclasses.replace(recipe, epochs=recipe.epochs - half, warm_start="none")
-    first = dataclasses.replace(options, method="fusion", recipe=fusion, out=folder, name="fusion")
-    return first, dataclasses.replace(options, recipe=lora, start_from=folder / "fusion")
+    first = dataclasses.replace(
+        options, method="fusion", recipe=fusion, out=folder, name="fusion"
+    )
+    return first, dataclasses.replace(
+        options, recipe=lora, start_from=folder / "fusion"
+    )
 
 
 def _check_targets(options: FuseOptions, base: Base) -> None:
     """Raise ValueError, before its first stage, if a LoRA with a warm start does not adapt all that the pool does."""
     assert isinstance(options.recipe, LoRARecipe) and options.pool is not None
-    missing = {*open_pool(options.pool, base).targets} - {*(options.recipe.lora_targets or ())}
+    missing = {*open_pool(options.pool, base).targets} - {
+        *(options.recipe.lora_targets or ())
+    }
     if missing:
-        raise ValueError(f"{options.pool} adapts {some(sorted(missing))}, which --lora-targets leaves out: add them")
+        raise ValueError(
+            f"{options.pool} adapts {some(sorted(missing))}, which --lora-targets leaves out: add them"
+        )
 
 
 def _chosen(setup: Setup, options: FuseOptions, recorded: RunConfig | None) -> Setup:
@@ -154,16 +185,24 @@ def _chosen(setup: Setup, options: FuseOptions, recorded: RunConfig | None) -> S
     recipe = options.recipe
     in_whole = basis_of(recipe) is not None and choice_of(recipe) == "gradient"
     ranked = with_whole_modules(setup, options) if in_whole else setup
-    gradient = gradient_at_zero(ranked.problem, options.seeds, list(ranked.rows.once(recipe.batch_size)))
-    descent = -np.sum(gradient, axis=tuple(range(2, gradient.ndim)))  # [seeds, modules], over columns of coefficients
+    gradient = gradient_at_zero(
+        ranked.problem, options.seeds, list(ranked.rows.once(recipe.batch_size))
+    )
+    descent = -np.sum(
+        gradient, axis=tuple(range(2, gradient.ndim))
+    )  # [seeds, modules], over columns of coefficients
     greatest = np.argsort(-descent, axis=1, kind="stable")[:, : modules_of(recipe)]
     of_seeds = zip(ranked.modules, greatest.tolist(), strict=True)
-    return with_modules(setup, options, [[modules[i] for i in chosen] for modules, chosen in of_seeds])
+    return with_modules(
+        setup, options, [[modules[i] for i in chosen] for modules, chosen in of_seeds]
+    )
 
 
 def _refuse_begun(run: RunFolder) -> None:
     if run.exists():
-        raise ValueError(f"{run.folder} holds a run: give this one another --name, or continue that one with --resume")
+        raise ValueError(
+            f"{run.folder} holds a run: give this one another --name, or continue that one with --resume"
+        )
 
 
 def run_path(options: FuseOptions) -> Path:
@@ -183,31 +222,49 @@ def load_run(folder: str | Path) -> tuple[FuseOptions, dict[str, Any], RunConfig
     if options.entry.learns == "untrained":
         return options, {}, config
     if not run.final.is_dir():
-        raise ValueError(f"{folder} has not been trained to its end: resume it with --resume")
+        raise ValueError(
+            f"{folder} has not been trained to its end: resume it with --resume"
+        )
     params, _ = arrays.load(run.final, metadata=FinalSteps, what=FINAL)
-    if wrong := [p.shape for p in jax.tree.leaves(params) if p.shape[:1] != (len(options.seeds),)]:
-        wanted, fix = f"an axis of {len(options.seeds)} seeds", "restore it from a copy, or train again"
-        raise FileError(run.final, got=f"has an array of shape {wrong[0]}", expected=wanted, fix=fix)
+    if wrong := [
+        p.shape for p in jax.tree.leaves(params) if p.shape[:1] != (len(options.seeds),)
+    ]:
+        wanted = f"an axis of {len(options.seeds)} seeds"
+        fix = "restore it from a copy, or train again"
+        raise FileError(
+            run.final, got=f"has an array of shape {wrong[0]}", expected=wanted, fix=fix
+        )
     return options, jax.device_put(params), config
 
 
-def load_seed(folder: Path, seed: int | None) -> tuple[FuseOptions, Params, RunConfig, int]:
+def load_seed(
+    folder: Path, seed: int | None
+) -> tuple[FuseOptions, Params, RunConfig, int]:
     """Return the options of a run, the numbers of one seed (by default its first), the config, and the seed's place."""
     options, params, config = load_run(folder)
     place = seed_place(folder, options.seeds, seed)
-    return options, jax.device_put(jax.tree.map(lambda p: p[place], to_host(params))), config, place
+    return (
+        options,
+        jax.device_put(jax.tree.map(lambda p: p[place], to_host(params))),
+        config,
+        place,
+    )
 
 
 def check_answers(folder: Path, options: FuseOptions) -> None:
     """Raise a ValueError for a run whose method needs rows of the task to answer."""
     if options.entry.answers != "model":
-        raise ValueError(f"{folder} is of {options.method}, which needs rows of its task: use `lorafusion evaluate`")
+        raise ValueError(
+            f"{folder} is of {options.method}, which needs rows of its task: use `lorafusion evaluate`"
+        )
 
 
 def seed_place(folder: Path, seeds: tuple[int, ...], seed: int | None) -> int:
     """Return the place of one of a run's seeds (by default its first) among them; raises a ValueError for others."""
     if seed is not None and seed not in seeds:
-        raise ValueError(f"{folder} has no seed {seed}: it has {', '.join(map(str, seeds))}; choose one")
+        raise ValueError(
+            f"{folder} has no seed {seed}: it has {', '.join(map(str, seeds))}; choose one"
+        )
     return 0 if seed is None else seeds.index(seed)
 
 
@@ -245,7 +302,9 @@ def _complete(
         "trainable": sum(counts.values()),
         "trainable_by_group": counts,
         "exact_match": float(np.mean(evaluation.exact_match)),
-        "exact_match_std": float(np.std(evaluation.exact_match, ddof=1)) if len(seeds) > 1 else None,
+        "exact_match_std": float(np.std(evaluation.exact_match, ddof=1))
+        if len(seeds) > 1
+        else None,
         "seeds": [
             row
             | {"steps": steps[i], "modules": list(setup.modules[i])}
@@ -273,7 +332,10 @@ def _start_params(
     nothing: list[dict[str, Any]] = [{}] * len(options.seeds)
     if options.start_from is None:
         return None, nothing
-    if isinstance(setup.problem.method, LoRA) and (source := _lora_source(setup, options)) is not None:
+    if (
+        isinstance(setup.problem.method, LoRA)
+        and (source := _lora_source(setup, options)) is not None
+    ):
         return _lora_start(setup, options, *source)
     if (listed := read_weights(options.start_from)) is not None:
         return listed_params(setup, options, now, *listed), nothing
@@ -295,21 +357,34 @@ def _start_params(
     return params, nothing
 
 
-def _lora_source(setup: Setup, options: FuseOptions) -> tuple[LoadedModel, Params] | None:
+def _lora_source(
+    setup: Setup, options: FuseOptions
+) -> tuple[LoadedModel, Params] | None:
     """Return the model that a LoRA starts from, with the numbers of all seeds; None for a run of the same method."""
     folder = options.start_from
     assert folder is not None
-    if (listed := read_weights(folder)) is None and not (folder / "adapter_config.json").is_file():
+    if (listed := read_weights(folder)) is None and not (
+        folder / "adapter_config.json"
+    ).is_file():
         other, params, config = load_run(folder)
         if other.method == options.method:
             return None
         if other.seeds != options.seeds:
-            raise ValueError(f"{folder} has the seeds {list(other.seeds)}, here {list(options.seeds)}: give the same")
+            raise ValueError(
+                f"{folder} has the seeds {list(other.seeds)}, here {list(options.seeds)}: give the same"
+            )
         first = jax.tree.map(lambda p: p[0], params)
-        return of_run(load_model(other, like=setup), other, folder, config, first), params
+        return of_run(
+            load_model(other, like=setup), other, folder, config, first
+        ), params
     pool = options.pool if listed else str(folder.parent)
     weights, recorded = listed or ({folder.name: 1.0}, None)
-    changes: Any = {"method": "coefficients", "recipe": CoefficientsRecipe(), "adapters": tuple(weights), "pool": pool}
+    changes: Any = {
+        "method": "coefficients",
+        "recipe": CoefficientsRecipe(),
+        "adapters": tuple(weights),
+        "pool": pool,
+    }
     source = dataclasses.replace(options, **changes)
     loaded = load_model(source, like=setup)
     return loaded, listed_params(loaded, source, digests(loaded), weights, recorded)
@@ -319,7 +394,8 @@ def _lora_start(
     setup: Setup, options: FuseOptions, source: LoadedModel, params: Params
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the numbers of a LoRA whose model is the source's as far as its rank allows, and what that leaves out."""
-    method, fresh = setup.problem.method, start(setup.problem, options.seeds).params
+    method = setup.problem.method
+    fresh = start(setup.problem, options.seeds).params
     assert isinstance(method, LoRA)
     try:
         begin, left_out = method.start_at(source.problem, params, fresh)
@@ -335,18 +411,26 @@ def _lora_start(
 
 def rows_passed(setup: Setup, options: FuseOptions, steps: int) -> dict[str, int]:
     """Return the number of rows that one seed passed forward and backward to adapt, validation included."""
-    method, recipe = options.entry, options.recipe
+    method = options.entry
+    recipe = options.recipe
     if setup.split is None or method.learns == "given":
         return {"forward_rows": 0, "backward_rows": 0}
-    train, validation = setup.split.train.shape[1], setup.split.validation.shape[1]
+    train = setup.split.train.shape[1]
+    validation = setup.split.validation.shape[1]
     if method.search is not None:
-        return {"forward_rows": method.evaluations(recipe, setup.problem.index.shape[1]) * train, "backward_rows": 0}
+        return {
+            "forward_rows": method.evaluations(recipe, setup.problem.index.shape[1])
+            * train,
+            "backward_rows": 0,
+        }
     epochs = steps // -(-train // min(recipe.batch_size, train))
     backward = (epochs if choice_of(recipe) == "draw" else epochs + 1) * train
     return {"forward_rows": backward + epochs * validation, "backward_rows": backward}
 
 
-def _prediction_rows(setup: Setup, seeds: tuple[int, ...], evaluation: Evaluation) -> Iterator[dict[str, Any]]:
+def _prediction_rows(
+    setup: Setup, seeds: tuple[int, ...], evaluation: Evaluation
+) -> Iterator[dict[str, Any]]:
     options = evaluation.option_correct
     for s, seed in enumerate(seeds):
         for i, prediction in enumerate(evaluation.predictions[s]):
@@ -362,12 +446,25 @@ def _prediction_rows(setup: Setup, seeds: tuple[int, ...], evaluation: Evaluatio
             }
 
 
-def _config(options: FuseOptions, setup: Setup, now: Digests, unroll: bool) -> RunConfig:
-    trained = [] if setup.split is None else np.unique(np.concatenate(setup.split, axis=None))
-    folders, how = Folders(), {"seed_mode": setup.problem.seed_mode, "unroll": unroll, "dtype": options.dtype}
+def _config(
+    options: FuseOptions, setup: Setup, now: Digests, unroll: bool
+) -> RunConfig:
+    trained = (
+        [] if setup.split is None else np.unique(np.concatenate(setup.split, axis=None))
+    )
+    folders = Folders()
+    how = {
+        "seed_mode": setup.problem.seed_mode,
+        "unroll": unroll,
+        "dtype": options.dtype,
+    }
     for name in ("base", "pool", "task"):
         given = getattr(options, name)
-        if given and not Path(given).expanduser().is_absolute() and Path(given).exists():
+        if (
+            given
+            and not Path(given).expanduser().is_absolute()
+            and Path(given).exists()
+        ):
             folders[name] = os.path.abspath(given)
     return {
         "options": options,
@@ -386,30 +483,41 @@ def environment() -> dict[str, Any]:
     return {
         "device": jax.devices()[0].device_kind,
         "cores": len(os.sched_getaffinity(0)),
-        "versions": {"lorafusion-jax": __version__} | {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "versions": {"lorafusion-jax": __version__}
+        | {name: importlib.metadata.version(name) for name in _PACKAGES},
     }
 
 
 def _recorded(run: RunFolder, options: FuseOptions) -> RunConfig:
     """Return the config of the run to resume; ValueError if it was begun with other options."""
     config = run.config()
-    was, now = (_flat(**options_to_json(o)) for o in (config["options"], options))
+    was = _flat(**options_to_json(config["options"]))
+    now = _flat(**options_to_json(options))
     different = [k for k in now if k not in _FREE_TO_CHANGE and now[k] != was.get(k)]
     if different:
-        changes = "; ".join(f"{k} was {was.get(k)!r}, now {now[k]!r}" for k in different)
-        raise ValueError(f"{run.folder} was begun with other options: {changes}. Resume it with the same")
+        changes = "; ".join(
+            f"{k} was {was.get(k)!r}, now {now[k]!r}" for k in different
+        )
+        raise ValueError(
+            f"{run.folder} was begun with other options: {changes}. Resume it with the same"
+        )
     return config
 
 
-def _flat(recipe: dict[str, Any], arrays: dict[str, Any], **others: Any) -> dict[str, Any]:
+def _flat(
+    recipe: dict[str, Any], arrays: dict[str, Any], **others: Any
+) -> dict[str, Any]:
     return others | recipe | arrays
 
 
 def _compare_environment(recorded: RunConfig, now: RunConfig) -> None:
     for key in ("modules", "task_sha256"):
         if recorded[key] != now[key]:
-            raise ValueError(f"the {key} changed since the run was begun: restore them, or begin another run")
-    was, is_ = recorded["environment"], now["environment"]
+            raise ValueError(
+                f"the {key} changed since the run was begun: restore them, or begin another run"
+            )
+    was = recorded["environment"]
+    is_ = now["environment"]
     if different := [key for key in was if was[key] != is_[key]]:
         changes = "; ".join(f"{key} was {was[key]}, is {is_[key]}" for key in different)
         note(f"note: {changes}; the last bits may differ from an uninterrupted run")

@@ -48,7 +48,9 @@ class Setup(LoadedModel):
     task: tasks.Task  # texts
     train: tasks.Encoded  # tokens of the task's training rows
     test: tasks.Encoded  # tokens of the rows to evaluate on
-    split: tasks.Split | None  # training and validation rows of each seed; None if nothing is trained
+    split: (
+        tasks.Split | None
+    )  # training and validation rows of each seed; None if nothing is trained
     max_new_tokens: int  # limit of generated tokens
 
     @property
@@ -56,62 +58,121 @@ class Setup(LoadedModel):
         """Rows that the seeds use in training."""
         assert self.split is not None
         packing = packing_of(self.config, on_cpu=for_cpu())
-        return tasks.TrainingRows(self.train, self.split, self.tokenizer.pad_token_id, packing)
+        return tasks.TrainingRows(
+            self.train, self.split, self.tokenizer.pad_token_id, packing
+        )
 
 
 def check(options: FuseOptions) -> None:
     """Raise ValueError for options that contradict each other, before anything is loaded."""
-    name, method, recipe = options.method, options.entry, options.recipe
-    chosen, in_arrays = choice_of(recipe) != "draw", options.arrays.crossbar is not None
+    name = options.method
+    method = options.entry
+    recipe = options.recipe
+    chosen = choice_of(recipe) != "draw"
+    in_arrays = options.arrays.crossbar is not None
     if not in_arrays:
         check_digital(options.arrays, OnArrays.__dataclass_fields__)
     if not options.seeds:
         raise ValueError("no seeds: give at least one, for example --seeds 1 2 3")
     if len(set(options.seeds)) < len(options.seeds):
-        raise ValueError(f"a seed is given twice in {list(options.seeds)}: give each one once")
+        raise ValueError(
+            f"a seed is given twice in {list(options.seeds)}: give each one once"
+        )
     for seed in options.seeds:
         check_uint32(seed=seed)
     check_uint32(control_draw=options.control_draw)
     one_of(get_args(Control), control=options.control)
     at_least(0, train_rows=options.train_rows)
-    at_least(1, test_rows=options.test_rows, eval_batch=options.eval_batch, processes=options.processes)
+    at_least(
+        1,
+        test_rows=options.test_rows,
+        eval_batch=options.eval_batch,
+        processes=options.processes,
+    )
     recipe.check()
     for number, value in (vars(options) | vars(recipe)).items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{number} is {value}: give a finite number, because config.json cannot hold others")
+            raise ValueError(
+                f"{number} is {value}: give a finite number, because config.json cannot hold others"
+            )
     warm = is_warm(recipe)
-    quantised, controlled, mesh = options.load_in != "full", options.control != "none", options.mesh is not None
+    quantised = options.load_in != "full"
+    controlled = options.control != "none"
+    mesh = options.mesh is not None
     by_hand = (options.coordinator, options.processes, options.process)
     for wrong, message in (
         (
             options.name is not None and Path(options.name).name in ("", ".."),
             f"--name {options.name!r} is not the name of a folder: give one such as snarks-fusion",
         ),
-        (method.pool and options.pool is None, f"the method {name} fuses a pool: give one with --pool"),
-        (controlled and quantised, f"the {options.control} control is drawn in full precision: leave out --load-in"),
-        (controlled and not method.pool, f"the method {name} has no pool to replace: leave out --control"),
-        (options.adapters and not method.pool, f"the method {name} fuses no modules: leave out --adapters"),
-        ("base" in method.groups and quantised, f"{name} trains weights, not 4 or 8 bits of them: leave out --load-in"),
+        (
+            method.pool and options.pool is None,
+            f"the method {name} fuses a pool: give one with --pool",
+        ),
+        (
+            controlled and quantised,
+            f"the {options.control} control is drawn in full precision: leave out --load-in",
+        ),
+        (
+            controlled and not method.pool,
+            f"the method {name} has no pool to replace: leave out --control",
+        ),
+        (
+            options.adapters and not method.pool,
+            f"the method {name} fuses no modules: leave out --adapters",
+        ),
+        (
+            "base" in method.groups and quantised,
+            f"{name} trains weights, not 4 or 8 bits of them: leave out --load-in",
+        ),
         (
             options.control_draw != 0 and options.control in ("none", "svd"),
             "--control-draw numbers the draws of a random control: leave it out, or choose another --control",
         ),
-        (options.control == "svd" and basis_of(recipe) is None, f"--control svd needs a shared basis: {GIVE_BASIS}"),
+        (
+            options.control == "svd" and basis_of(recipe) is None,
+            f"--control svd needs a shared basis: {GIVE_BASIS}",
+        ),
         (
             chosen and "coefficients" not in method.groups,
             f"the method {name} has no coefficients of single modules, whose gradient would choose them: leave out "
             "--choose, or use the method fusion or coefficients",
         ),
-        (chosen and options.adapters, "--adapters names the modules already: leave it out, or --choose"),
-        (warm and options.pool is None, "--warm-start fusion trains a fusion first: give its pool with --pool"),
-        (warm and options.start_from, "--warm-start fusion makes the start: leave it out, or --from"),
-        (warm and recipe.epochs < 2, "--warm-start fusion divides the epochs into two parts: give 2 or more"),
-        (options.start_from and method.learns != "trained", f"the method {name} starts from no run: leave out --from"),
-        (mesh and method.learns == "untrained", f"{name} trains no seeds to share out over devices: leave out --mesh"),
-        (options.distributed and in_arrays, "a run on simulated arrays is of one process: leave out --distributed"),
-        (options.distributed and not mesh, "--distributed shares a run out over devices: give a layout with --mesh"),
         (
-            by_hand != (None, None, None) and (None in by_hand or not options.distributed),
+            chosen and options.adapters,
+            "--adapters names the modules already: leave it out, or --choose",
+        ),
+        (
+            warm and options.pool is None,
+            "--warm-start fusion trains a fusion first: give its pool with --pool",
+        ),
+        (
+            warm and options.start_from,
+            "--warm-start fusion makes the start: leave it out, or --from",
+        ),
+        (
+            warm and recipe.epochs < 2,
+            "--warm-start fusion divides the epochs into two parts: give 2 or more",
+        ),
+        (
+            options.start_from and method.learns != "trained",
+            f"the method {name} starts from no run: leave out --from",
+        ),
+        (
+            mesh and method.learns == "untrained",
+            f"{name} trains no seeds to share out over devices: leave out --mesh",
+        ),
+        (
+            options.distributed and in_arrays,
+            "a run on simulated arrays is of one process: leave out --distributed",
+        ),
+        (
+            options.distributed and not mesh,
+            "--distributed shares a run out over devices: give a layout with --mesh",
+        ),
+        (
+            by_hand != (None, None, None)
+            and (None in by_hand or not options.distributed),
             "--coordinator, --processes and --process start processes by hand: give all three, with --distributed",
         ),
         (
@@ -119,7 +180,8 @@ def check(options: FuseOptions) -> None:
             f"--process {options.process} of --processes {options.processes}: give 0 to {(options.processes or 1) - 1}",
         ),
         (
-            recipe.optimisation(1).prune and not {"coefficients", "magnitudes"} <= set(method.groups),
+            recipe.optimisation(1).prune
+            and not {"coefficients", "magnitudes"} <= set(method.groups),
             f"the method {name} does not prune: only a fusion with magnitudes does. Leave out --prune",
         ),
     ):
@@ -141,8 +203,11 @@ def load_setup(
     training rows for a method that trains. `task` and `base` are those of the options, if they have been read.
     """
     check(options)
-    recipe, method = options.recipe, options.entry
-    needs_training_rows = (to_train and method.learns != "untrained") or method.answers != "model"
+    recipe = options.recipe
+    method = options.entry
+    needs_training_rows = (
+        to_train and method.learns != "untrained"
+    ) or method.answers != "model"
     task = task or tasks.load_task(
         options.task,
         **row_format(options),
@@ -151,24 +216,49 @@ def load_setup(
     )
     there = min(len(task.train), options.train_rows)
     if isinstance(recipe, FewShotRecipe) and recipe.shots > there:
-        raise ValueError(f"prompts of {recipe.shots} examples, but {there} training rows of {task.name}: lower --shots")
+        raise ValueError(
+            f"prompts of {recipe.shots} examples, but {there} training rows of {task.name}: lower --shots"
+        )
     rows = None
     if method.learns != "untrained" and (to_train or there > 0):
-        rows = tasks.split(len(task.train), options.seeds, protocol=recipe.protocol, limit=options.train_rows)
-        steps = tasks.batch_orders(rows.train, batch_size=recipe.batch_size, epochs=recipe.epochs).shape[1]
+        rows = tasks.split(
+            len(task.train),
+            options.seeds,
+            protocol=recipe.protocol,
+            limit=options.train_rows,
+        )
+        steps = tasks.batch_orders(
+            rows.train, batch_size=recipe.batch_size, epochs=recipe.epochs
+        ).shape[1]
         if to_train and recipe.warmup > steps:
-            raise ValueError(f"a warm-up of {recipe.warmup} steps, but training has {steps}: lower --warmup")
+            raise ValueError(
+                f"a warm-up of {recipe.warmup} steps, but training has {steps}: lower --warmup"
+            )
     base = base or open_base(options.base)
     texts = load_texts(base, chat=options.chat)
     train = tasks.encode(texts.tokenizer, task.train, texts.text_format)
     longest = max((len(row) for row in train.labels), default=128)
     new_tokens = recipe.max_new_tokens or tasks.most_new_tokens(longest)
-    test = tasks.encode(texts.tokenizer, task.test[: options.test_rows], texts.text_format, new_tokens=new_tokens)
+    test = tasks.encode(
+        texts.tokenizer,
+        task.test[: options.test_rows],
+        texts.text_format,
+        new_tokens=new_tokens,
+    )
     if method.answers == "examples" and texts.text_format.context is not None:
-        for shown in shown_to_seeds(task, options):  # raises ValueError for a prompt that is too long
+        for shown in shown_to_seeds(
+            task, options
+        ):  # raises ValueError for a prompt that is too long
             encode_shown(texts, shown, len(test), new_tokens)
     fused = load_model(options, seed_mode, base)
-    return Setup(**vars(fused), task=task, train=train, test=test, split=rows, max_new_tokens=new_tokens)
+    return Setup(
+        **vars(fused),
+        task=task,
+        train=train,
+        test=test,
+        split=rows,
+        max_new_tokens=new_tokens,
+    )
 
 
 def unrolls(setup: Setup, options: FuseOptions) -> bool:
@@ -176,19 +266,38 @@ def unrolls(setup: Setup, options: FuseOptions) -> bool:
 
     It was measured with frozen float32 weights and seeds in turn, on a CPU without a mesh.
     """
-    entry, recipe, single = options.entry, options.recipe, jax.sharding.get_abstract_mesh().empty and for_cpu()
-    plain = options.dtype == "float32" and options.load_in == "full" and setup.problem.seed_mode == "sequential"
+    entry = options.entry
+    recipe = options.recipe
+    single = jax.sharding.get_abstract_mesh().empty and for_cpu()
+    plain = (
+        options.dtype == "float32"
+        and options.load_in == "full"
+        and setup.problem.seed_mode == "sequential"
+    )
     if entry.learns != "trained" or "base" in entry.groups or not (single and plain):
         return setup.config.unroll
     orders = orders_of(setup.rows, recipe, options.seeds)
-    return pays_unrolled(setup.config, setup.train, orders, setup.rows.packing if recipe.pack else None)
+    return pays_unrolled(
+        setup.config, setup.train, orders, setup.rows.packing if recipe.pack else None
+    )
 
 
 def tasks_of_seeds(task: tasks.Task, options: FuseOptions) -> list[tasks.Task]:
     """Return the task of each seed, with the training rows that the seed would use."""
-    rows = tasks.split(len(task.train), options.seeds, protocol=options.recipe.protocol, limit=options.train_rows)
-    chosen = [np.unique(np.concatenate([*of_seed])) for of_seed in zip(rows.train, rows.validation, strict=True)]
-    return [dataclasses.replace(task, train=tuple(task.train[i] for i in of_seed)) for of_seed in chosen]
+    rows = tasks.split(
+        len(task.train),
+        options.seeds,
+        protocol=options.recipe.protocol,
+        limit=options.train_rows,
+    )
+    chosen = [
+        np.unique(np.concatenate([*of_seed]))
+        for of_seed in zip(rows.train, rows.validation, strict=True)
+    ]
+    return [
+        dataclasses.replace(task, train=tuple(task.train[i] for i in of_seed))
+        for of_seed in chosen
+    ]
 
 
 def shown_to_seeds(task: tasks.Task, options: FuseOptions) -> list[tasks.Task]:
@@ -198,21 +307,37 @@ def shown_to_seeds(task: tasks.Task, options: FuseOptions) -> list[tasks.Task]:
     return [tasks.few_shot(own, options.recipe.shots, seed) for seed, own in of_seeds]
 
 
-def encode_shown(texts: Texts, shown: tasks.Task, rows: int, new_tokens: int) -> tasks.Encoded:
+def encode_shown(
+    texts: Texts, shown: tasks.Task, rows: int, new_tokens: int
+) -> tasks.Encoded:
     """Tokenise the first test rows of a task with examples in its prompts (see `few_shot`).
 
     A prompt that is cut loses its first examples, not the question at its end.
     """
     tokenizer, text_format = texts
-    encoded = tasks.encode(tokenizer, shown.test[:rows], text_format, max_length=_UNCUT, new_tokens=new_tokens)
+    encoded = tasks.encode(
+        tokenizer,
+        shown.test[:rows],
+        text_format,
+        max_length=_UNCUT,
+        new_tokens=new_tokens,
+    )
     return (
         encoded
         if text_format.ends
-        else tasks.Encoded(tuple(ids[-tasks.LONGEST :] for ids in encoded.inputs), encoded.labels)
+        else tasks.Encoded(
+            tuple(ids[-tasks.LONGEST :] for ids in encoded.inputs), encoded.labels
+        )
     )
 
 
-def of_run(loaded: AnyLoaded, options: LoadOptions, folder: Path, config: RunConfig, params: Params) -> AnyLoaded:
+def of_run(
+    loaded: AnyLoaded,
+    options: LoadOptions,
+    folder: Path,
+    config: RunConfig,
+    params: Params,
+) -> AnyLoaded:
     """Return the loaded model with the modules of a run, whose trained parameters of one seed are given.
 
     Raises a ValueError if base or pool are not those of the run, or the numbers have other shapes than its method's.
@@ -220,19 +345,30 @@ def of_run(loaded: AnyLoaded, options: LoadOptions, folder: Path, config: RunCon
     placed = with_modules(loaded, options, config["modules"])
     check_digests(folder, config["digests"], digests(placed), options)
     problem = placed.problem
-    check_params(folder, params, lambda: problem.replace(index=problem.index[0]).init(jax.random.key(0)))
+    check_params(
+        folder,
+        params,
+        lambda: problem.replace(index=problem.index[0]).init(jax.random.key(0)),
+    )
     return placed
 
 
 def check_params(folder: Path, params: Params, begin: Callable[[], Params]) -> None:
     """Raise a FileError for a run's parameters of one seed with other shapes or dtypes than `begin` returns."""
     expected = signature(jax.eval_shape(begin))
-    check_signature(folder / "final", signature(params), expected, fix="restore it from a copy, or train again")
+    check_signature(
+        folder / "final",
+        signature(params),
+        expected,
+        fix="restore it from a copy, or train again",
+    )
 
 
 def own_task(options: FuseOptions, folder: Path, config: RunConfig) -> tasks.Task:
     """Return the task of a run; ValueError if it has other rows than the run was fused on."""
-    task = tasks.load_task(options.task, **row_format(options), train_rows=options.train_rows, need=())
+    task = tasks.load_task(
+        options.task, **row_format(options), train_rows=options.train_rows, need=()
+    )
     if task.sha256 != config["task_sha256"]:
         raise ValueError(
             f"{options.task} has other rows than {folder} was fused on: restore them, fuse the run again, or evaluate "
@@ -243,7 +379,10 @@ def own_task(options: FuseOptions, folder: Path, config: RunConfig) -> tasks.Tas
 
 def trainable_count(setup: Setup) -> dict[str, int]:
     """Return the count of parameters that the first seed trains, by group."""
-    return {group: sum(map(int, jax.tree.leaves(tree))) for group, tree in _acting(setup.problem).items()}
+    return {
+        group: sum(map(int, jax.tree.leaves(tree)))
+        for group, tree in _acting(setup.problem).items()
+    }
 
 
 @jax.jit

@@ -42,7 +42,8 @@ def train(
     run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, Any] | None
 ) -> tuple[dict[str, Any], list[int], float]:
     """Return the trained parameters, each seed's steps, and seconds of training; `begin` has those to start from."""
-    method, began = options.entry, time.monotonic()
+    method = options.entry
+    began = time.monotonic()
     if method.learns == "untrained":
         return {}, [0] * len(options.seeds), 0.0
     saved = arrays.load_sound(run.final, metadata=FinalSteps, what=FINAL, note=note)
@@ -52,30 +53,43 @@ def train(
         return params, metadata["steps"], metadata.get("seconds", 0.0)
     with interrupts.released():
         if method.learns == "given":
-            params, steps = start(setup.problem, options.seeds).params, [0] * len(options.seeds)
+            params = start(setup.problem, options.seeds).params
+            steps = [0] * len(options.seeds)
         elif method.search is not None:
             run.cut_metrics(0)  # a search is not resumed, but repeated
-            of_all = (setup.problem, setup.rows, options.recipe, options.seeds, setup.modules)
+            of_all = (
+                setup.problem,
+                setup.rows,
+                options.recipe,
+                options.seeds,
+                setup.modules,
+            )
             params, taken = method.search(SearchJob(*of_all, record=run.append_metrics))
             steps = [taken] * len(options.seeds)
         else:
             state, began = _fit(run, setup, options, begin)
             params = state.best if options.recipe.stop_early else state.params
             steps = to_host(state.step).tolist()
-        numbers, seconds = to_host(params), time.monotonic() - began
+        numbers = to_host(params)
+        seconds = time.monotonic() - began
         arrays.save(run.final, numbers, {"steps": steps, "seconds": seconds})
     return on_mesh(params, setup.config, of_seeds=True), steps, seconds
 
 
-def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, Any] | None) -> tuple[TrainState, float]:
+def _fit(
+    run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, Any] | None
+) -> tuple[TrainState, float]:
     """Return the last state, and the time at which training began or, after an interruption, would have begun."""
-    began, state, reached = time.monotonic(), start(setup.problem, options.seeds, begin), 0
+    began = time.monotonic()
+    state = start(setup.problem, options.seeds, begin)
+    reached = 0
     steps = checkpoint.steps(run.checkpoints)
     saved = checkpoint.load_newest(steps, state, metadata=_Reached, note=note)
     if saved is not None:
         state, metadata = saved
         state = on_mesh(jax.tree.map(jnp.asarray, state), setup.config, of_seeds=True)
-        reached, began = metadata["step"], began - metadata.get("seconds", 0.0)
+        reached = metadata["step"]
+        began = began - metadata.get("seconds", 0.0)
     if steps:
         note(f"{run.folder}: going on from step {reached}")
     run.cut_metrics(reached)
@@ -94,7 +108,9 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
 
     last_save = ended = time.monotonic()
     several = processes.several()
-    by_epoch, taken = whole_epochs() or several, 0.0  # unit after which a signal stops, and the seconds of the last one
+    # unit after which a signal stops, and the seconds of the last one
+    by_epoch = whole_epochs() or several
+    taken = 0.0
 
     def save(epochs: int, step: int, state: TrainState) -> None:
         metadata = {"epochs": epochs, "step": step, "seconds": time.monotonic() - began}
@@ -105,13 +121,21 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
         saved = f"its state is saved in {run.folder}, and resuming continues from it"
         interrupts.hold(f"after this {when} (the last one took {taken:.1f} s); {saved}")
 
-    def after_interval(number: int, state: TrainState, metrics: Sequence[Mapping[str, Any]]) -> None:
+    def after_interval(
+        number: int, state: TrainState, metrics: Sequence[Mapping[str, Any]]
+    ) -> None:
         nonlocal taken, ended
         if not by_epoch:
             taken = time.monotonic() - ended
         hold()
-        if interrupts.asked() and not several:  # several processes agree on a stop only after an epoch
-            rows = list(_step_rows(joined(to_host(list(metrics))), number, reached, options.seeds))
+        if (
+            interrupts.asked() and not several
+        ):  # several processes agree on a stop only after an epoch
+            rows = list(
+                _step_rows(
+                    joined(to_host(list(metrics))), number, reached, options.seeds
+                )
+            )
             run.append_metrics(rows)
             save(number - 1, rows[-1]["step"], state)
             interrupts.release()
@@ -127,7 +151,9 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
         run.append_metrics(rows)
         _count_bad_steps(rows, bad)
         reached = rows[-1]["step"]
-        due, asked = processes.any_of(time.monotonic() - last_save >= options.save_seconds, interrupts.asked())
+        due, asked = processes.any_of(
+            time.monotonic() - last_save >= options.save_seconds, interrupts.asked()
+        )
         if min(bad.values()) >= _BAD_STEPS or due or asked:
             save(epoch.number, reached, epoch.state)
             last_save = time.monotonic()
@@ -139,7 +165,9 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
 
     if not np.all(to_host(state.stopped)):
         how = {"after_interval": after_interval, "after_epoch": after_epoch}
-        state = fit(setup.problem, setup.rows, state, options.recipe, options.seeds, **how)
+        state = fit(
+            setup.problem, setup.rows, state, options.recipe, options.seeds, **how
+        )
     return state, began
 
 
@@ -147,12 +175,17 @@ def _count_bad_steps(rows: Iterable[Mapping[str, Any]], bad: dict[int, int]) -> 
     """Update the number of steps of each seed since its last finite loss by rows of metrics."""
     for row in rows:
         if "loss" in row and (seed := row.get("seed")) in bad:
-            finite = row["loss"] is not None and np.isfinite(row["loss"])  # null in a file is not finite
+            finite = row["loss"] is not None and np.isfinite(
+                row["loss"]
+            )  # null in a file is not finite
             bad[seed] = 0 if finite else bad[seed] + 1
 
 
 def _step_rows(
-    metrics: Mapping[str, np.ndarray], epoch: int, first_step: int, seeds: tuple[int, ...]
+    metrics: Mapping[str, np.ndarray],
+    epoch: int,
+    first_step: int,
+    seeds: tuple[int, ...],
 ) -> Iterator[dict[str, Any]]:
     for i in range(len(next(iter(metrics.values())))):
         for s, seed in enumerate(seeds):
@@ -164,5 +197,8 @@ def _epoch_rows(epoch: Epoch, seeds: tuple[int, ...]) -> Iterator[dict[str, Any]
     yield from _step_rows(epoch.metrics, epoch.number, epoch.first_step, seeds)
     step = epoch.first_step + len(next(iter(epoch.metrics.values())))
     for s, seed in enumerate(seeds):
-        scores = {"validation_loss": epoch.validation_loss[s].item(), "stopped": epoch.stopped[s].item()}
+        scores = {
+            "validation_loss": epoch.validation_loss[s].item(),
+            "stopped": epoch.stopped[s].item(),
+        }
         yield {"step": step, "epoch": epoch.number, "seed": seed, **scores}

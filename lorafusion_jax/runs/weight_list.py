@@ -44,7 +44,9 @@ def read_weights(source: Path) -> tuple[Weights, Digests | None] | None:
       ValueError: there is no such file or folder, or the file is not such a list.
     """
     if not source.exists():
-        raise ValueError(f"--from {source}: no such file or folder: give a run, a merged folder or a list of weights")
+        raise ValueError(
+            f"--from {source}: no such file or folder: give a run, a merged folder or a list of weights"
+        )
     if source.is_file():
         return read_json(source, Weights, "weights by module", own=False), None
     if not (source / RECORD).is_file():
@@ -62,47 +64,71 @@ def typed_weights(weights: Sequence[str], file: Path | None) -> Weights:
     found: Weights = {}
     if file is not None:
         if not file.is_file():
-            raise ValueError(f'{file}: no such file: expected JSON such as {{"sort_dash": 0.7}}')
+            raise ValueError(
+                f'{file}: no such file: expected JSON such as {{"sort_dash": 0.7}}'
+            )
         found |= read_json(file, Weights, "weights by module", own=False)
     for text in weights:
         name, _, number = text.rpartition("=")
         if name in found:
-            raise ValueError(f"{name} has two weights, one in --weights {shown(text)}: give one")
+            raise ValueError(
+                f"{name} has two weights, one in --weights {shown(text)}: give one"
+            )
         try:
             found[name] = float(number)
         except ValueError:
             name = ""
         if not name:
-            raise ValueError(f"--weights {shown(text)}: expected name=number, such as sort_dash=0.7")
+            raise ValueError(
+                f"--weights {shown(text)}: expected name=number, such as sort_dash=0.7"
+            )
     if not found:
-        raise ValueError("no weights: give some with --weights name=0.7 or --weights-file")
+        raise ValueError(
+            "no weights: give some with --weights name=0.7 or --weights-file"
+        )
     return found
 
 
-def check_modules(chosen: Iterable[str], there: Sequence[str], pool: str | None) -> None:
+def check_modules(
+    chosen: Iterable[str], there: Sequence[str], pool: str | None
+) -> None:
     """Raise a ValueError for names that are not modules of a pool."""
     if unknown := [name for name in chosen if name not in there]:
-        raise ValueError(f"{pool} has no module {some(unknown)}: it has {some(there)}; correct the names")
+        raise ValueError(
+            f"{pool} has no module {some(unknown)}: it has {some(there)}; correct the names"
+        )
 
 
-def coefficients_of(weights: Weights, pool: Pool, source: str | None) -> Float[Array, "N blocks"]:
+def coefficients_of(
+    weights: Weights, pool: Pool, source: str | None
+) -> Float[Array, "N blocks"]:
     """Return the coefficients of every module of a pool by block, zero for those without a weight.
 
     Raises:
       ValueError: a weight is not a finite number, a block is not the pool's, or the pool is a DoRA adapter (`source`).
     """
     if pool.magnitude is not None:
-        raise ValueError(f"{source} is a DoRA adapter, whose magnitudes a weighted sum would lose: use plain LoRAs")
+        raise ValueError(
+            f"{source} is a DoRA adapter, whose magnitudes a weighted sum would lose: use plain LoRAs"
+        )
     blocks = column_names(pool, "block")
     coefficients = np.zeros((len(pool), len(blocks)), np.float32)
     for row, name in enumerate(pool.names):
         of_module = weights.get(name, 0.0)
-        by_block = of_module if isinstance(of_module, Mapping) else dict.fromkeys(blocks, of_module)
+        by_block = (
+            of_module
+            if isinstance(of_module, Mapping)
+            else dict.fromkeys(blocks, of_module)
+        )
         for block, weight in by_block.items():
             if block not in blocks:
-                raise ValueError(f"the weights of {name} name a block {shown(block)}: expected one of {some(blocks)}")
+                raise ValueError(
+                    f"the weights of {name} name a block {shown(block)}: expected one of {some(blocks)}"
+                )
             if not abs(weight) <= float(np.finfo(np.float32).max):
-                raise ValueError(f"the weight of {name} is {shown(weight)}: expected a finite number of float32")
+                raise ValueError(
+                    f"the weight of {name} is {shown(weight)}: expected a finite number of float32"
+                )
             coefficients[row, blocks.index(block)] = weight
     return jnp.asarray(coefficients)
 
@@ -113,50 +139,90 @@ def with_listed_modules(options: FuseOptions) -> FuseOptions:
     Raises:
       ValueError: the options choose other modules, or their method does not start from a weighted sum.
     """
-    if options.start_from is None or (listed := read_weights(options.start_from)) is None:
+    if (
+        options.start_from is None
+        or (listed := read_weights(options.start_from)) is None
+    ):
         return options
-    names, recipe, method = tuple(listed[0]), options.recipe, options.entry
+    names = tuple(listed[0])
+    recipe = options.recipe
+    method = options.entry
     lora = isinstance(recipe, LoRARecipe)
     for wrong, message in (
         (not names, "it has none: give a weight for each module to fuse"),
-        (lora and options.pool is None, "the modules are those of a pool: give it with --pool"),
         (
-            not lora and (not isinstance(recipe, CoefficientsRecipe) or "coefficients" not in method.groups),
+            lora and options.pool is None,
+            "the modules are those of a pool: give it with --pool",
+        ),
+        (
+            not lora
+            and (
+                not isinstance(recipe, CoefficientsRecipe)
+                or "coefficients" not in method.groups
+            ),
             f"the method {method.name} cannot start from them: use fusion, coefficients, lora or dora",
         ),
-        (getattr(recipe, "composition", "sum") != "sum", "they belong to a sum: use the composition sum"),
         (
-            not lora and options.adapters not in ((), names) or choice_of(recipe) != "draw",
+            getattr(recipe, "composition", "sum") != "sum",
+            "they belong to a sum: use the composition sum",
+        ),
+        (
+            not lora
+            and options.adapters not in ((), names)
+            or choice_of(recipe) != "draw",
             "they name the modules already: leave out --adapters and --choose",
         ),
     ):
         if wrong:
-            raise ValueError(f"--from {options.start_from} is a list of weights: {message}")
+            raise ValueError(
+                f"--from {options.start_from} is a list of weights: {message}"
+            )
     return options if lora else dataclasses.replace(options, adapters=names)
 
 
 def listed_params(
-    setup: LoadedModel, options: FuseOptions, now: Digests, weights: Weights, recorded: Digests | None
+    setup: LoadedModel,
+    options: FuseOptions,
+    now: Digests,
+    weights: Weights,
+    recorded: Digests | None,
 ) -> dict[str, Any]:
     """Return the numbers of all seeds that give the model of a list of weights, from the digests of both sides."""
-    problem, source = setup.problem, options.start_from
-    method, pool = problem.method, problem.frozen.pool
+    problem = setup.problem
+    source = options.start_from
+    method = problem.method
+    pool = problem.frozen.pool
     assert isinstance(method, Fusion) and pool is not None and source is not None
     if recorded is not None:
-        if basis_of(options.recipe) is not None:  # modules in a basis have digests of other arrays
+        if (
+            basis_of(options.recipe) is not None
+        ):  # modules in a basis have digests of other arrays
             recorded = {"base": recorded["base"], "modules": {}}
         check_digests(source, recorded, now, options)
     if missing := sorted(weights.keys() - {*setup.modules[0]}):
-        raise ValueError(f"{options.pool} has no module {some(missing)}, which {source} names: correct the names")
+        raise ValueError(
+            f"{options.pool} has no module {some(missing)}, which {source} names: correct the names"
+        )
     if options.control != "none":  # its modules are named after those that they replace
-        pool = dataclasses.replace(pool, names=tuple(name.removeprefix(f"{options.control} ") for name in pool.names))
+        pool = dataclasses.replace(
+            pool,
+            names=tuple(
+                name.removeprefix(f"{options.control} ") for name in pool.names
+            ),
+        )
     by_block = coefficients_of(weights, pool, options.pool)
-    by_block = by_block[jnp.array([pool.names.index(name) for name in setup.modules[0]])]
+    by_block = by_block[
+        jnp.array([pool.names.index(name) for name in setup.modules[0]])
+    ]
     if method.granularity != "global":
         coefficients = refined(by_block, pool, "block", method.granularity)
     elif any(isinstance(of_module, dict) for of_module in weights.values()):
-        raise ValueError(f"{source} has weights by block: use the granularity block, site or rank")
+        raise ValueError(
+            f"{source} has weights by block: use the granularity block, site or rank"
+        )
     else:
         coefficients = by_block[:, 0]
     params = jax.jit(method.start_at)(coefficients, problem.frozen, problem.index[0])
-    return jax.tree.map(lambda p: jnp.broadcast_to(p, (len(options.seeds), *p.shape)), params)
+    return jax.tree.map(
+        lambda p: jnp.broadcast_to(p, (len(options.seeds), *p.shape)), params
+    )

@@ -112,18 +112,27 @@ class TaskBank:
             raise ValueError(
                 f"no site {', '.join(sorted(unknown))} to scale: the model has {', '.join(sites)}; choose of these"
             )
-        coefficients, pool = None, frozen.pool
+        coefficients = None
+        pool = frozen.pool
         if not scaled:
             frozen = dataclasses.replace(frozen, gram=None, norms=None)
         elif pool is not None and not isinstance(frozen.gram, Gram):
-            frozen = dataclasses.replace(frozen, gram=jax.jit(gram)(pool, kernels(model)))
+            frozen = dataclasses.replace(
+                frozen, gram=jax.jit(gram)(pool, kernels(model))
+            )
         if pool is not None:
             shape = coefficients_lib.shape(pool, len(pool), granularity)
             coefficients = jnp.zeros((capacity + 1, *shape), jnp.float32)
-        scales = {site: jnp.ones((capacity + 1, sites[site].layers, sites[site].d_out)) for site in scaled}
+        scales = {
+            site: jnp.ones((capacity + 1, sites[site].layers, sites[site].d_out))
+            for site in scaled
+        }
         of_sites = {}
         if cores and isinstance(pool, SharedBasis):
-            of_sites = {s: jnp.zeros((capacity + 1, c.shape[0], *c.shape[2:]), jnp.float32) for s, c in pool.S.items()}
+            of_sites = {
+                s: jnp.zeros((capacity + 1, c.shape[0], *c.shape[2:]), jnp.float32)
+                for s, c in pool.S.items()
+            }
         tasks = Tasks(coefficients, jnp.zeros(capacity + 1, bool), scales, of_sites)
         return cls(graph=graph, frozen=frozen, tasks=tasks, granularity=granularity)
 
@@ -155,13 +164,21 @@ class TaskBank:
           ValueError: no such number; a method, modules, a granularity or magnitudes that the bank cannot hold.
         """
         self._check_number(number)
-        if type(method) not in (Fusion, Magnitudes):  # a method that extends them may read its numbers otherwise
-            raise ValueError(f"a bank holds fusions, and magnitudes alone, not {type(method).__name__}: merge that one")
-        index, own = jnp.zeros(0, jnp.int32), self.frozen.pool
+        if type(method) not in (
+            Fusion,
+            Magnitudes,
+        ):  # a method that extends them may read its numbers otherwise
+            raise ValueError(
+                f"a bank holds fusions, and magnitudes alone, not {type(method).__name__}: merge that one"
+            )
+        index = jnp.zeros(0, jnp.int32)
+        own = self.frozen.pool
         needed = "coefficients" if isinstance(method, Fusion) else "magnitudes"
         if needed not in params:
             given = ", ".join(sorted(params)) or "no numbers"
-            raise ValueError(f"a task of {type(method).__name__} with {given}: give its {needed}")
+            raise ValueError(
+                f"a task of {type(method).__name__} with {given}: give its {needed}"
+            )
         if isinstance(method, Fusion):
             own = self._own_pool(method, params, sites)
             index = self._index(method, params, modules, own)
@@ -171,82 +188,136 @@ class TaskBank:
                 f"{', '.join(sorted(self.tasks.scales)) or 'no site'}: make the bank with these sites as `scaled`"
             )
         if "core" in params and not self.tasks.cores:
-            raise ValueError("the task has trained cores, and the bank has no room for them: make it with cores=True")
+            raise ValueError(
+                "the task has trained cores, and the bank has no room for them: make it with cores=True"
+            )
         frozen = self.frozen
-        if isinstance(method, Magnitudes) and params["magnitudes"].keys() - (frozen.norms or {}).keys():
-            frozen = with_norms(frozen, kernels(nnx.merge(self.graph, frozen.base)), params["magnitudes"])
+        if (
+            isinstance(method, Magnitudes)
+            and params["magnitudes"].keys() - (frozen.norms or {}).keys()
+        ):
+            frozen = with_norms(
+                frozen,
+                kernels(nnx.merge(self.graph, frozen.base)),
+                params["magnitudes"],
+            )
         how: Any = {"method": method, "granularity": self.granularity}
-        entry = _entry(self.tasks, nameless(frozen), params, index, _unnamed(own), **how)
+        entry = _entry(
+            self.tasks, nameless(frozen), params, index, _unnamed(own), **how
+        )
         return dataclasses.replace(self, tasks=_replaced(self.tasks, number, entry))
 
     def without_task(self, number: int) -> "TaskBank":
         """Return the bank without a task: the plain base serves its number."""
         self._check_number(number)
-        return dataclasses.replace(self, tasks=_replaced(self.tasks, number, _plain(self.tasks)))
+        return dataclasses.replace(
+            self, tasks=_replaced(self.tasks, number, _plain(self.tasks))
+        )
 
     def with_pool(self, pool: LoraPool) -> "TaskBank":
         """Return the bank with a pool that has its modules, at the same places, and others behind them."""
-        old, frozen, c = self.frozen.pool, self.frozen, self.tasks.coefficients
+        old = self.frozen.pool
+        frozen = self.frozen
+        c = self.tasks.coefficients
         assert old is not None and c is not None
-        terms = jax.jit(gram)(pool, kernels(nnx.merge(self.graph, frozen.base))) if frozen.gram is not None else None
-        refined = partial(coefficients_lib.refined, granularity=self.granularity, to=self.granularity, into=pool)
+        terms = (
+            jax.jit(gram)(pool, kernels(nnx.merge(self.graph, frozen.base)))
+            if frozen.gram is not None
+            else None
+        )
+        refined = partial(
+            coefficients_lib.refined,
+            granularity=self.granularity,
+            to=self.granularity,
+            into=pool,
+        )
         c = jax.vmap(partial(refined, pool=old))(c)
         c = jnp.pad(c, [(0, 0), (0, len(pool) - len(old)), *[(0, 0)] * (c.ndim - 2)])
         frozen = dataclasses.replace(frozen, pool=pool, gram=terms)
-        return dataclasses.replace(self, frozen=frozen, tasks=self.tasks._replace(coefficients=c))
+        return dataclasses.replace(
+            self, frozen=frozen, tasks=self.tasks._replace(coefficients=c)
+        )
 
     def with_modules_of(self, numbers: Int[np.ndarray, "..."]) -> "TaskBank":
         """Return the bank with only the modules that the tasks of these numbers use, up to the next power of two.
 
         A shared basis, and modules in arrays, stay whole.
         """
-        pool, c = self.frozen.pool, self.tasks.coefficients
-        if not isinstance(pool, LoraPool) or c is None or is_in_arrays((pool.A, pool.B)):
+        pool = self.frozen.pool
+        c = self.tasks.coefficients
+        if (
+            not isinstance(pool, LoraPool)
+            or c is None
+            or is_in_arrays((pool.A, pool.B))
+        ):
             return self
         used = np.any(np.asarray(c)[numbers] != 0, axis=(0, *range(2, c.ndim)))
         room = 1 << max(int(np.sum(used)) - 1, 0).bit_length()
         if room >= len(pool):
             return self
-        index = np.sort(np.argsort(~used, kind="stable")[:room])  # modules beyond the used ones have zeros
-        frozen = dataclasses.replace(self.frozen, pool=_unnamed(pool.select(index.tolist())), gram=None)
-        return dataclasses.replace(self, frozen=frozen, tasks=self.tasks._replace(coefficients=c[:, index]))
+        index = np.sort(
+            np.argsort(~used, kind="stable")[:room]
+        )  # modules beyond the used ones have zeros
+        frozen = dataclasses.replace(
+            self.frozen, pool=_unnamed(pool.select(index.tolist())), gram=None
+        )
+        return dataclasses.replace(
+            self, frozen=frozen, tasks=self.tasks._replace(coefficients=c[:, index])
+        )
 
     def adapters(self, numbers: Int[Array, " B"]) -> dict[str, RowAdapter]:
         """Return the adapters of a batch, by site, from the number of each row's task (-1 for the plain base)."""
-        pool, of_rows = self.frozen.pool, jax.tree.map(lambda numbers_of: numbers_of[numbers], self.tasks)
-        scale = {site: jnp.swapaxes(scales, 0, 1) for site, scales in of_rows.scales.items()}
+        pool = self.frozen.pool
+        of_rows = jax.tree.map(lambda numbers_of: numbers_of[numbers], self.tasks)
+        scale = {
+            site: jnp.swapaxes(scales, 0, 1) for site, scales in of_rows.scales.items()
+        }
         modules: dict[str, RowModules | RowCores] = {}
         coefficients = {}
         if pool is not None:
-            expand = partial(coefficients_lib.expand, pool=pool, granularity=self.granularity)
+            expand = partial(
+                coefficients_lib.expand, pool=pool, granularity=self.granularity
+            )
             coefficients = jax.vmap(expand, out_axes=1)(of_rows.coefficients)
         if isinstance(pool, SharedBasis):
             for site, c in coefficients.items():
-                core = jnp.einsum("lbn,lnij->lbij", c[..., 0], pool.S[site], precision="highest")
+                core = jnp.einsum(
+                    "lbn,lnij->lbij", c[..., 0], pool.S[site], precision="highest"
+                )
                 if site in of_rows.cores:
                     core = core + jnp.swapaxes(of_rows.cores[site], 0, 1)
                 modules[site] = RowCores(pool.U[site], pool.V[site], core)
         elif pool is not None:
             in_arrays = is_in_arrays((pool.A, pool.B))
             for site, c in coefficients.items():
-                A, B = pool.A[site], pool.B[site]
+                A = pool.A[site]
+                B = pool.B[site]
                 if in_arrays:  # ranks that a module lacks have no cells: padding must not add their noise
-                    real = jnp.arange(A.shape[-1])[None, None, None] < jnp.expand_dims(pool.rank[site], (1, 3))
+                    real = jnp.arange(A.shape[-1])[None, None, None] < jnp.expand_dims(
+                        pool.rank[site], (1, 3)
+                    )
                     c = jnp.where(real, c, jnp.zeros_like(c))
                 else:
                     A, B = side_by_side(A, B)
                 mixes = jnp.broadcast_to(of_rows.mixes, (c.shape[0], c.shape[1]))
                 modules[site] = RowModules(A, B, c, mixes, in_arrays)
-        return {site: RowAdapter(modules.get(site), scale.get(site)) for site in {**modules, **scale}}
+        return {
+            site: RowAdapter(modules.get(site), scale.get(site))
+            for site in {**modules, **scale}
+        }
 
     @jax.jit
     def logits(self, batch: Batch, numbers: Int[Array, " B"]) -> Float[Array, "B T V"]:
         """Return the logits that predict each label; the arguments are those of `generate`."""
         model = nnx.merge(self.graph, self.frozen.base)
-        return model.label_logits(batch.input_ids, batch.input_mask, batch.labels, self.adapters(numbers))
+        return model.label_logits(
+            batch.input_ids, batch.input_mask, batch.labels, self.adapters(numbers)
+        )
 
     @jax.jit
-    def log_likelihoods(self, batch: Batch, numbers: Int[Array, " B"]) -> Float[Array, " B"]:
+    def log_likelihoods(
+        self, batch: Batch, numbers: Int[Array, " B"]
+    ) -> Float[Array, " B"]:
         """Return the log-probability of every row's labels, in nats; the arguments are those of `generate`."""
         return log_likelihood(self.logits(batch, numbers), jnp.asarray(batch.labels))
 
@@ -264,13 +335,24 @@ class TaskBank:
         The number of the plain base is -1. Rows draw with their keys.
         """
         bank = dataclasses.replace(self, frozen=self.frozen.unstacked())
-        return _generate(bank, batch, numbers, row_keys, max_new_tokens=max_new_tokens, sampling=sampling)
+        return _generate(
+            bank,
+            batch,
+            numbers,
+            row_keys,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+        )
 
     def _check_number(self, number: int) -> None:
         if not 0 <= number < self.capacity:
-            raise ValueError(f"no task {number} in a bank of capacity {self.capacity}: give 0 to {self.capacity - 1}")
+            raise ValueError(
+                f"no task {number} in a bank of capacity {self.capacity}: give 0 to {self.capacity - 1}"
+            )
 
-    def _own_pool(self, method: Fusion, params: Params, sites: Collection[str] | None) -> Pool | None:
+    def _own_pool(
+        self, method: Fusion, params: Params, sites: Collection[str] | None
+    ) -> Pool | None:
         """Return a pool that gives a fusion's coefficients their shape: the bank's, or one of other sites or ranks."""
         pool = self.frozen.pool
         if not isinstance(pool, LoraPool):
@@ -278,40 +360,76 @@ class TaskBank:
         own = set(params.get("magnitudes", pool.rank) if sites is None else sites)
         given = jnp.shape(params["coefficients"])
         padded = method.granularity == "rank" and len(given) == 3
-        if own == pool.rank.keys() and not (padded and given != coefficients_lib.shape(pool, given[0], "rank")):
+        if own == pool.rank.keys() and not (
+            padded and given != coefficients_lib.shape(pool, given[0], "rank")
+        ):
             return pool
         config = nnx.merge(self.graph, self.frozen.base).config
-        layers = {name: site.layers for name, site in config.sites.items() if name in own}
+        layers = {
+            name: site.layers for name, site in config.sites.items() if name in own
+        }
         width = given[2] if padded else 0
-        nothing: dict[str, Weight] = {site: jnp.zeros((depth, 0, width, 0)) for site, depth in layers.items()}
-        rank = {site: jnp.zeros((depth, 0), jnp.int32) for site, depth in layers.items()}
+        nothing: dict[str, Weight] = {
+            site: jnp.zeros((depth, 0, width, 0)) for site, depth in layers.items()
+        }
+        rank = {
+            site: jnp.zeros((depth, 0), jnp.int32) for site, depth in layers.items()
+        }
         return LoraPool(A=nothing, B=nothing, rank=rank, names=())
 
     def _index(
-        self, method: Fusion, params: Params, modules: Sequence[str | int], own: Pool | None
+        self,
+        method: Fusion,
+        params: Params,
+        modules: Sequence[str | int],
+        own: Pool | None,
     ) -> Int[Array, " N"]:
         """Return the places of a fusion's modules in the pool, if the bank can hold it; `own` is from `_own_pool`."""
         pool = self.frozen.pool
         if pool is None or own is None:
-            raise ValueError("the bank has no pool, so it holds magnitudes alone: make it from a Frozen with a pool")
+            raise ValueError(
+                "the bank has no pool, so it holds magnitudes alone: make it from a Frozen with a pool"
+            )
         index = jnp.array(pool.indices(modules), jnp.int32)
-        if GRANULARITIES.index(method.granularity) > GRANULARITIES.index(self.granularity):
+        if GRANULARITIES.index(method.granularity) > GRANULARITIES.index(
+            self.granularity
+        ):
             raise ValueError(
                 f"coefficients of the granularity {method.granularity} do not fit into a bank of the granularity "
                 f"{self.granularity}: make the bank with granularity={method.granularity!r}"
             )
         # Modules of other tasks may differ from these in rank.
-        chosen = pool if isinstance(pool, SharedBasis) else dataclasses.replace(pool, A={}, B={}).select(modules)
+        chosen = (
+            pool
+            if isinstance(pool, SharedBasis)
+            else dataclasses.replace(pool, A={}, B={}).select(modules)
+        )
         method.check(chosen)
-        if lacks := sorted({site for site, rank in chosen.rank.items() if np.any(rank)} - own.rank.keys()):
-            raise ValueError(f"the fusion has no numbers for {', '.join(lacks)}, which modules adapt: give all sites")
+        if lacks := sorted(
+            {site for site, rank in chosen.rank.items() if np.any(rank)}
+            - own.rank.keys()
+        ):
+            raise ValueError(
+                f"the fusion has no numbers for {', '.join(lacks)}, which modules adapt: give all sites"
+            )
         needed = coefficients_lib.shape(own, len(modules), method.granularity)
         if (got := jnp.shape(params["coefficients"])) != needed:
-            raise ValueError(f"expected coefficients of shape {needed}, of one seed, got {got}")
-        if method.granularity == "rank" and got[2] < (most := max(int(np.max(r)) for r in chosen.rank.values())):
-            raise ValueError(f"coefficients for {got[2]} ranks of modules of rank {most}: give one for each")
-        if pool.magnitude is not None and not pool.rank.keys() <= self.tasks.scales.keys():
-            raise ValueError("the pool has a DoRA adapter's magnitudes: make the bank with its sites as `scaled`")
+            raise ValueError(
+                f"expected coefficients of shape {needed}, of one seed, got {got}"
+            )
+        if method.granularity == "rank" and got[2] < (
+            most := max(int(np.max(r)) for r in chosen.rank.values())
+        ):
+            raise ValueError(
+                f"coefficients for {got[2]} ranks of modules of rank {most}: give one for each"
+            )
+        if (
+            pool.magnitude is not None
+            and not pool.rank.keys() <= self.tasks.scales.keys()
+        ):
+            raise ValueError(
+                "the pool has a DoRA adapter's magnitudes: make the bank with its sites as `scaled`"
+            )
         return index
 
 
@@ -335,9 +453,16 @@ class TaskModels:
     # Other tasks take the places of rows.
     keeps_adapters: bool = dataclasses.field(default=False, metadata={"static": True})
 
-    def each(self, fn: Callable[..., Any], adapters: Adapters | None, own: tuple[Any, ...], shared: Any = ()) -> Any:
+    def each(
+        self,
+        fn: Callable[..., Any],
+        adapters: Adapters | None,
+        own: tuple[Any, ...],
+        shared: Any = (),
+    ) -> Any:
         """Return what `fn` does for the one seed (see `Models.each`)."""
-        model, of_rows = nnx.merge(self.bank.graph, self.bank.frozen.base), self.bank.adapters(self.tasks[0])
+        model = nnx.merge(self.bank.graph, self.bank.frozen.base)
+        of_rows = self.bank.adapters(self.tasks[0])
         result = fn(model, of_rows, *jax.tree.map(lambda leaf: leaf[0], own), *shared)
         return jax.tree.map(lambda leaf: leaf[None], result)
 
@@ -376,34 +501,51 @@ def _entry(
     granularity: Granularity,
 ) -> Tasks:
     """Return a task's numbers as a bank stores them; `own` is the pool that gives its coefficients their shape."""
-    entry, pool = _plain(tasks), frozen.pool
+    entry = _plain(tasks)
+    pool = frozen.pool
     if isinstance(method, Fusion):
         assert pool is not None and own is not None and entry.coefficients is not None
         both = pool
         if isinstance(pool, LoraPool) and own.rank.keys() != pool.rank.keys():
             both, params = _at_sites(pool, own, params)
             frozen = dataclasses.replace(frozen, pool=both)
-        c = coefficients_lib.refined(params["coefficients"], own, method.granularity, method.granularity, both)
+        c = coefficients_lib.refined(
+            params["coefficients"], own, method.granularity, method.granularity, both
+        )
         params = params | {"coefficients": c}
         c = coefficients_lib.refined(c, both, method.granularity, granularity, pool)
         entry = entry._replace(
-            coefficients=entry.coefficients.at[index].set(c), mixes=jnp.array(method.composition == "mix")
+            coefficients=entry.coefficients.at[index].set(c),
+            mixes=jnp.array(method.composition == "mix"),
         )
     if "core" in params:
         entry = entry._replace(cores=entry.cores | params["core"])
-    if "magnitudes" in params or (isinstance(method, Fusion) and pool is not None and pool.magnitude is not None):
+    if "magnitudes" in params or (
+        isinstance(method, Fusion) and pool is not None and pool.magnitude is not None
+    ):
         adapters, _ = method.adapters(params, frozen, index)
-        entry = entry._replace(scales=entry.scales | {site: adapter.scale for site, adapter in adapters.items()})
+        entry = entry._replace(
+            scales=entry.scales
+            | {site: adapter.scale for site, adapter in adapters.items()}
+        )
     return entry
 
 
 def _at_sites(pool: LoraPool, own: Pool, params: Params) -> tuple[LoraPool, Params]:
     """Return a bank's pool, and a task's numbers, at the sites that this pool and the task's own both have."""
     both = tuple(site for site in pool.sites if site in pool.rank and site in own.rank)
-    A, B, rank = ({site: of_sites[site] for site in both} for of_sites in (pool.A, pool.B, pool.rank))
-    if "magnitudes" in params:  # elsewhere no module of the task acts, and they are the base's own norms
-        params = params | {"magnitudes": {site: params["magnitudes"][site] for site in both}}
-    return dataclasses.replace(pool, A=A, B=B, rank=rank, scaling=None, sites=both), params
+    A = {site: pool.A[site] for site in both}
+    B = {site: pool.B[site] for site in both}
+    rank = {site: pool.rank[site] for site in both}
+    if (
+        "magnitudes" in params
+    ):  # elsewhere no module of the task acts, and they are the base's own norms
+        params = params | {
+            "magnitudes": {site: params["magnitudes"][site] for site in both}
+        }
+    return dataclasses.replace(
+        pool, A=A, B=B, rank=rank, scaling=None, sites=both
+    ), params
 
 
 def _plain(tasks: Tasks) -> Tasks:
@@ -413,4 +555,6 @@ def _plain(tasks: Tasks) -> Tasks:
 
 @jax.jit
 def _replaced(tasks: Tasks, number: int | Array, entry: Tasks) -> Tasks:
-    return jax.tree.map(lambda of_tasks, new: of_tasks.at[number].set(new), tasks, entry)
+    return jax.tree.map(
+        lambda of_tasks, new: of_tasks.at[number].set(new), tasks, entry
+    )

@@ -41,24 +41,44 @@ def generate_rows(
     """
     at_least(1, max_new_tokens=max_new_tokens, eval_batch=eval_batch)
     if runs and (base, pool, prompt, chat) != (None, None, None, False):
-        raise ValueError("runs have their base, pool, prompt and chat template: leave out these options, or --runs")
+        raise ValueError(
+            "runs have their base, pool, prompt and chat template: leave out these options, or --runs"
+        )
     if not runs and None in (base, pool):
-        raise ValueError("mixtures need a base and a pool: give both, --base and --pool")
+        raise ValueError(
+            "mixtures need a base and a pool: give both, --base and --pool"
+        )
     by_name = _read(runs)
-    names = {spelling: name for name in by_name for spelling in (name, str(by_name[name].folder))}
+    names = {
+        spelling: name
+        for name in by_name
+        for spelling in (name, str(by_name[name].folder))
+    }
     where = file or "standard input"
     if file is not None and not file.is_fifo():
         check_regular(file)
     with utf8(where):
-        text = sys.stdin.read() if file is None else file.read_text(encoding="utf-8-sig")
+        text = (
+            sys.stdin.read() if file is None else file.read_text(encoding="utf-8-sig")
+        )
         # A text of JSON may hold U+2028 and its like, which end no line here.
-        lines = {f"{where}:{i}": line.encode() for i, line in enumerate(text.split("\n"), start=1) if line.strip()}
+        lines = {
+            f"{where}:{i}": line.encode()
+            for i, line in enumerate(text.split("\n"), start=1)
+            if line.strip()
+        }
     if not lines:
-        raise ValueError(f"{where} holds no rows: give a line for each answer, such as {_EXAMPLE}")
+        raise ValueError(
+            f"{where} holds no rows: give a line for each answer, such as {_EXAMPLE}"
+        )
     rows = [_row(line, of, names, by_name, prompt) for of, line in lines.items()]
     mixtures = {name: mixture for _, name, mixture in rows if name and mixture}
-    lines_of = {name: of for (_, name, _), of in reversed([*zip(rows, lines, strict=True)])}
-    source = pool or next((run.options.pool for run in by_name.values() if run.options.entry.pool), None)
+    lines_of = {
+        name: of for (_, name, _), of in reversed([*zip(rows, lines, strict=True)])
+    }
+    source = pool or next(
+        (run.options.pool for run in by_name.values() if run.options.entry.pool), None
+    )
     there = open_pool(source).names if mixtures and source else ()
     for name, mixture in mixtures.items():
         with named(lines_of[name]):
@@ -66,7 +86,14 @@ def generate_rows(
     modules = sorted({module for mixture in mixtures.values() for module in mixture})
     capacity = max(1, len(by_name) + len(mixtures))
     if base is not None and pool is not None:
-        service = Service.open(base, pool, modules=modules or None, capacity=capacity, prompt=prompt, chat=chat)
+        service = Service.open(
+            base,
+            pool,
+            modules=modules or None,
+            capacity=capacity,
+            prompt=prompt,
+            chat=chat,
+        )
     else:
         service = Service([*by_name.values()], modules=modules, capacity=capacity)
     for name, run in by_name.items():
@@ -76,33 +103,63 @@ def generate_rows(
             service.add_mixture(name, mixture)
     texts, asked, _ = zip(*rows, strict=True)
     how = {"sampling": sampling, "sampling_seed": sampling_seed}
-    return service.generate(texts, asked, max_new_tokens=max_new_tokens, eval_batch=eval_batch, **how)
+    return service.generate(
+        texts, asked, max_new_tokens=max_new_tokens, eval_batch=eval_batch, **how
+    )
 
 
 def _row(
-    line: bytes, where: str, names: Mapping[str, str], runs: Mapping[str, FusedRun], prompt: str | None
+    line: bytes,
+    where: str,
+    names: Mapping[str, str],
+    runs: Mapping[str, FusedRun],
+    prompt: str | None,
 ) -> tuple[dict[str, Any], str | None, Weights | None]:
     """Return the columns of a row, the name of the task that answers it, and its weights if that is a mixture."""
-    row = decode_json(line, dict[str, Any], where, own=False, fix=f"give a row such as {_EXAMPLE}")
-    run, mixture = row.pop("run", None), row.pop("mixture", None)
+    row = decode_json(
+        line, dict[str, Any], where, own=False, fix=f"give a row such as {_EXAMPLE}"
+    )
+    run = row.pop("run", None)
+    mixture = row.pop("mixture", None)
     if run is not None and run not in [*names]:  # JSON of any type
         known = ", ".join(dict.fromkeys(names.values())) or "none without --runs"
         raise ValueError(f"{where} names the run {shown(run)}: expected one of {known}")
     if run is not None and mixture is not None:
         raise ValueError(f"{where} has a run and a mixture: leave one of them out")
     if mixture is not None:
-        mixture = structured(mixture, Weights, f"{where}, mixture", own=False, fix='give weights such as {"name": 0.7}')
+        mixture = structured(
+            mixture,
+            Weights,
+            f"{where}, mixture",
+            own=False,
+            fix='give weights such as {"name": 0.7}',
+        )
         if not mixture:
-            raise ValueError(f"{where} has an empty mixture: give the weight of at least one module")
+            raise ValueError(
+                f"{where} has an empty mixture: give the weight of at least one module"
+            )
     name = None if run is None else names[run]
-    run_input(row, where, None if name is None else runs[name], prompt)  # raises ValueError before anything is loaded
-    return row, name if mixture is None else json.dumps(mixture, sort_keys=True), mixture
+    run_input(
+        row, where, None if name is None else runs[name], prompt
+    )  # raises ValueError before anything is loaded
+    return (
+        row,
+        name if mixture is None else json.dumps(mixture, sort_keys=True),
+        mixture,
+    )
 
 
 def _read(folders: Sequence[Path]) -> dict[str, FusedRun]:
     """Return the runs by name: the last part of the folder, or all of it where two runs have the same last part."""
     last = [folder.absolute().name for folder in folders]
-    names = [str(folder) if last.count(name) > 1 else name for folder, name in zip(folders, last, strict=True)]
+    names = [
+        str(folder) if last.count(name) > 1 else name
+        for folder, name in zip(folders, last, strict=True)
+    ]
     if len({folder.resolve() for folder in folders}) < len(folders):
-        raise ValueError(f"a run is given twice in {', '.join(map(str, folders))}: name each one once")
-    return {name: FusedRun.read(folder) for name, folder in zip(names, folders, strict=True)}
+        raise ValueError(
+            f"a run is given twice in {', '.join(map(str, folders))}: name each one once"
+        )
+    return {
+        name: FusedRun.read(folder) for name, folder in zip(names, folders, strict=True)
+    }

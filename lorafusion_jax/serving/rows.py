@@ -43,7 +43,9 @@ class RowModules:
             read = matmul(x, self.A).reshape(*x.shape[:-1], c.shape[-2], -1)
         weighted = read * c
         mixed = jnp.sum(weighted, axis=-2, keepdims=True) * c
-        inner = jnp.where(jnp.expand_dims(self.mixes, range(1, read.ndim)), mixed, weighted)
+        inner = jnp.where(
+            jnp.expand_dims(self.mixes, range(1, read.ndim)), mixed, weighted
+        )
         if not self.one_by_one:
             return matmul(inner.reshape(*x.shape[:-1], -1), self.B)
         of_modules = jax.vmap(matmul)(jnp.moveaxis(inner, -2, 0), self.B)
@@ -63,10 +65,17 @@ class RowCores:
 
     def __call__(self, x: Float[Array, "B *T d_in"]) -> Float[Array, "B *T d_out"]:
         """Return `x dW`."""
-        update = matmul(jnp.einsum("b...i,bij->b...j", matmul(x, self.U), self.core.astype(x.dtype)), self.V)
+        update = matmul(
+            jnp.einsum(
+                "b...i,bij->b...j", matmul(x, self.U), self.core.astype(x.dtype)
+            ),
+            self.V,
+        )
         # Converters may return an offset for zeros: for a row that mixes nothing, V is not read.
         used = jnp.any(self.core != 0, axis=(1, 2))
-        return jnp.where(jnp.expand_dims(used, range(1, x.ndim)), update, jnp.zeros((), x.dtype))
+        return jnp.where(
+            jnp.expand_dims(used, range(1, x.ndim)), update, jnp.zeros((), x.dtype)
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -77,9 +86,15 @@ class RowAdapter:
     modules: RowModules | RowCores | None
     scale: Float[Array, "*L B d_out"] | None
 
-    def __call__(self, x: Float[Array, "B *T d_in"], kernel: Weight) -> Float[Array, "B *T d_out"]:
+    def __call__(
+        self, x: Float[Array, "B *T d_in"], kernel: Weight
+    ) -> Float[Array, "B *T d_out"]:
         """Return the adapted product."""
         y = matmul(x, kernel)
         if self.modules is not None:
             y = y + self.modules(x)
-        return y if self.scale is None else y * jnp.expand_dims(self.scale.astype(y.dtype), range(1, y.ndim - 1))
+        return (
+            y
+            if self.scale is None
+            else y * jnp.expand_dims(self.scale.astype(y.dtype), range(1, y.ndim - 1))
+        )

@@ -79,16 +79,29 @@ class FusedRun(NamedTuple):
         """
         options, params, config = load_run(folder)
         groups = {*options.entry.groups} or params.keys()
-        if not params or (groups - {"coefficients", "magnitudes", "core"} and groups != {"lora"}):
+        if not params or (
+            groups - {"coefficients", "magnitudes", "core"} and groups != {"lora"}
+        ):
             raise ValueError(
                 f"{folder} is of the method {options.method}, which no bank holds: give runs of a fusion, with "
                 "magnitudes or without, of magnitudes alone, or of a LoRA"
             )
         modules = tuple(map(tuple, config["modules"]))
-        run = cls(Path(folder), options, params, modules, config["max_new_tokens"], config["digests"])
+        run = cls(
+            Path(folder),
+            options,
+            params,
+            modules,
+            config["max_new_tokens"],
+            config["digests"],
+        )
         if not run.is_lora:
             return run
-        return run._replace(modules=tuple((f"{Path(folder).absolute()}, seed {seed}",) for seed in options.seeds))
+        return run._replace(
+            modules=tuple(
+                (f"{Path(folder).absolute()}, seed {seed}",) for seed in options.seeds
+            )
+        )
 
     @property
     def is_lora(self) -> bool:
@@ -101,9 +114,13 @@ class FusedRun(NamedTuple):
         assert isinstance(method, LoRA)
         return as_pool(method, self.params, [name for (name,) in self.modules])
 
-    def check_params(self, graph: nnx.GraphDef, frozen: Frozen, sites: Collection[str]) -> None:
+    def check_params(
+        self, graph: nnx.GraphDef, frozen: Frozen, sites: Collection[str]
+    ) -> None:
         """Raise a FileError for parameters of other shapes or dtypes than the method's; `sites` are the modules'."""
-        of_seed, names, own = jax.tree.map(lambda p: p[0], self.params), self.modules[0], None
+        of_seed = jax.tree.map(lambda p: p[0], self.params)
+        names = self.modules[0]
+        own = None
         if (pool := frozen.pool) is not None and names:
             if isinstance(pool, LoraPool):
                 rank = {site: rank for site, rank in pool.rank.items() if site in sites}
@@ -111,14 +128,30 @@ class FusedRun(NamedTuple):
             own = pool.select(names)
 
         def begin() -> Params:
-            model, pool = nnx.merge(graph, frozen.base), own
-            if isinstance(pool, LoraPool):  # padding may be of another width in the bank
-                width, size = (jnp.shape(of_seed.get("coefficients")) or (0,))[-1], (len(names),)
-                shapes = {name: site for name, site in model.config.sites.items() if name in pool.rank}
-                A = {name: jnp.zeros((s.layers, *size, s.d_in, width)) for name, s in shapes.items()}
-                B = {name: jnp.zeros((s.layers, *size, width, s.d_out)) for name, s in shapes.items()}
+            model = nnx.merge(graph, frozen.base)
+            pool = own
+            if isinstance(
+                pool, LoraPool
+            ):  # padding may be of another width in the bank
+                width = (jnp.shape(of_seed.get("coefficients")) or (0,))[-1]
+                size = (len(names),)
+                shapes = {
+                    name: site
+                    for name, site in model.config.sites.items()
+                    if name in pool.rank
+                }
+                A = {
+                    name: jnp.zeros((s.layers, *size, s.d_in, width))
+                    for name, s in shapes.items()
+                }
+                B = {
+                    name: jnp.zeros((s.layers, *size, width, s.d_out))
+                    for name, s in shapes.items()
+                }
                 pool = dataclasses.replace(pool, A=A, B=B)
-            method = self.options.entry.build(Built(model.config, self.options.recipe, pool, len(names)))
+            method = self.options.entry.build(
+                Built(model.config, self.options.recipe, pool, len(names))
+            )
             ready = method.precompute(Frozen(frozen.base, pool), kernels(model))
             return method.init(ready, jnp.arange(len(names)), jax.random.key(0))
 
@@ -129,9 +162,17 @@ class FusedRun(NamedTuple):
         if self.is_lora:
             return PLAIN_SUM
         if pool is not None and self.modules[0]:
-            pool = pool if isinstance(pool, SharedBasis) else dataclasses.replace(pool, A={}, B={})
-            pool = pool.select(self.modules[0])  # the ranks of other modules do not matter
-        return self.options.entry.build(Built(config, self.options.recipe, pool, len(self.modules[0])))
+            pool = (
+                pool
+                if isinstance(pool, SharedBasis)
+                else dataclasses.replace(pool, A={}, B={})
+            )
+            pool = pool.select(
+                self.modules[0]
+            )  # the ranks of other modules do not matter
+        return self.options.entry.build(
+            Built(config, self.options.recipe, pool, len(self.modules[0]))
+        )
 
 
 class Task(NamedTuple):
@@ -174,16 +215,26 @@ class Service:
             modules have other weights than a run was fused with.
         """
         if not runs and options is None:
-            raise ValueError("no runs: give at least one, whose base and pool are loaded, or use Service.open")
-        self._rooms = set[int]()  # numbers of modules, fewer than the bank's, of earlier batches
-        self.prompt, self.chat, self._source = prompt, options is not None and options.chat, "the service"
+            raise ValueError(
+                "no runs: give at least one, whose base and pool are loaded, or use Service.open"
+            )
+        self._rooms = set[
+            int
+        ]()  # numbers of modules, fewer than the bank's, of earlier batches
+        self.prompt = prompt
+        self.chat = options is not None and options.chat
+        self._source = "the service"
         if options is None:  # magnitudes alone need no pool
-            self._source, options, *_ = next((run for run in runs if run.options.entry.pool), runs[0])
+            self._source, options, *_ = next(
+                (run for run in runs if run.options.entry.pool), runs[0]
+            )
         self._options = options = dataclasses.replace(options, seeds=(0,))
         for run in runs:
             self._check_shares(run)
         loras = [run for run in runs if run.is_lora]
-        if loras and (basis_of(options.recipe) is not None or options.load_in != "full"):
+        if loras and (
+            basis_of(options.recipe) is not None or options.load_in != "full"
+        ):
             raise ValueError(
                 f"{loras[0].folder} is of a LoRA, which joins whole modules in full precision: serve it apart from "
                 "runs in a basis or with --load-in"
@@ -191,23 +242,45 @@ class Service:
         if options.entry.pool:
             assert options.pool is not None
             fused_runs = [run for run in runs if not run.is_lora]
-            used = {*modules, *(name for run in fused_runs for of_seed in run.modules for name in of_seed)}
+            used = {
+                *modules,
+                *(
+                    name
+                    for run in fused_runs
+                    for of_seed in run.modules
+                    for name in of_seed
+                ),
+            }
             there = module_names(open_pool(options.pool), options)
             if missing := ", ".join(sorted(used - set(there))):
-                raise ValueError(f"{options.pool} lacks {missing}: give the pool of the runs, or correct the names")
+                raise ValueError(
+                    f"{options.pool} lacks {missing}: give the pool of the runs, or correct the names"
+                )
             names = tuple(name for name in there if name in used)
             # Modules that no run mixes with each other may differ in rank.
-            recipe = recipe_of(CoefficientsRecipe, vars(options.recipe) | {"composition": "sum", "train_core": False})
-            options = dataclasses.replace(options, method="coefficients", recipe=recipe, adapters=names)
+            recipe = recipe_of(
+                CoefficientsRecipe,
+                vars(options.recipe) | {"composition": "sum", "train_core": False},
+            )
+            options = dataclasses.replace(
+                options, method="coefficients", recipe=recipe, adapters=names
+            )
         fused = load_model(options)
         self._loaded = fused.with_problem(frozen=Frozen(fused.problem.frozen.base))
         self._digests = digests(fused)
         for run in runs:
             check_digests(run.folder, run.digests, self._digests, run.options)
-        self.tokenizer, self.text_format, self.tasks = fused.tokenizer, fused.text_format, dict[str, Task]()
-        frozen, self._config = fused.problem.frozen, fused.config
-        if frozen.pool is not None:  # runs record the names of the modules that a control replaces
-            frozen = dataclasses.replace(frozen, pool=dataclasses.replace(frozen.pool, names=fused.modules[0]))
+        self.tokenizer = fused.tokenizer
+        self.text_format = fused.text_format
+        self.tasks = dict[str, Task]()
+        frozen = fused.problem.frozen
+        self._config = fused.config
+        if (
+            frozen.pool is not None
+        ):  # runs record the names of the modules that a control replaces
+            frozen = dataclasses.replace(
+                frozen, pool=dataclasses.replace(frozen.pool, names=fused.modules[0])
+            )
         for run in loras:
             run.check_params(fused.problem.graph, Frozen(frozen.base), ())
         if loras:
@@ -217,7 +290,9 @@ class Service:
             frozen = dataclasses.replace(frozen, gram=None, pool=joined(pools, layers))
         pool = frozen.pool
         methods = [run.method(self._config, pool) for run in runs]
-        granularities = [GRANULARITIES.index(m.granularity) for m in methods if isinstance(m, Fusion)]
+        granularities = [
+            GRANULARITIES.index(m.granularity) for m in methods if isinstance(m, Fusion)
+        ]
         scaled = {site for run in runs for site in run.params.get("magnitudes", {})}
         if pool is not None and pool.magnitude is not None:
             scaled |= pool.magnitude.keys()
@@ -225,7 +300,9 @@ class Service:
             fused.problem.graph,
             frozen,
             capacity,
-            granularity=GRANULARITIES[max([*granularities, GRANULARITIES.index("block")])],
+            granularity=GRANULARITIES[
+                max([*granularities, GRANULARITIES.index("block")])
+            ],
             scaled=sorted(scaled),
             cores=any("core" in run.params for run in runs),
         )
@@ -258,7 +335,14 @@ class Service:
         Raises:
           ValueError: the pool lacks a module, or the base has no chat template.
         """
-        options = LoadOptions(base=base, pool=pool, method="coefficients", chat=chat, dtype=dtype, load_in=load_in)
+        options = LoadOptions(
+            base=base,
+            pool=pool,
+            method="coefficients",
+            chat=chat,
+            dtype=dtype,
+            load_in=load_in,
+        )
         names = open_pool(pool).names if modules is None else modules
         return cls((), capacity=capacity, modules=names, options=options, prompt=prompt)
 
@@ -271,7 +355,8 @@ class Service:
             weights than the run was fused with.
         """
         self._check_shares(run)
-        place, pool = seed_place(run.folder, run.options.seeds, seed), self.bank.frozen.pool
+        place = seed_place(run.folder, run.options.seeds, seed)
+        pool = self.bank.frozen.pool
         number = self._number(name)
         modules = run.modules[place]
         if missing := ", ".join(sorted(set(modules) - set(pool.names if pool else ()))):
@@ -284,14 +369,25 @@ class Service:
         sites = None
         if isinstance(pool, LoraPool) and "magnitudes" not in of_seed:
             # The run was trained with the modules of all its seeds.
-            of_run = pool.indices(sorted({name for of_each in run.modules for name in of_each} & {*pool.names}))
-            sites = [site for site, rank in pool.rank.items() if np.any(np.asarray(rank)[:, of_run])]
+            of_run = pool.indices(
+                sorted(
+                    {name for of_each in run.modules for name in of_each}
+                    & {*pool.names}
+                )
+            )
+            sites = [
+                site
+                for site, rank in pool.rank.items()
+                if np.any(np.asarray(rank)[:, of_run])
+            ]
         if run.is_lora:
             of_seed = {"coefficients": np.ones(1, np.float32)}
         else:
             own = of_seed.get("magnitudes", ()) if sites is None else sites
             run.check_params(self.bank.graph, self.bank.frozen, own)
-        self.bank = self.bank.with_task(number, run.method(self._config, pool), of_seed, modules, sites=sites)
+        self.bank = self.bank.with_task(
+            number, run.method(self._config, pool), of_seed, modules, sites=sites
+        )
         self.tasks[name] = Task(number, run)
 
     def add_mixture(self, name: str, weights: Weights) -> None:
@@ -305,18 +401,26 @@ class Service:
         """
         pool = self.bank.frozen.pool
         if pool is None:
-            raise ValueError("the service has no pool, so it has no modules to mix: open it with a pool")
+            raise ValueError(
+                "the service has no pool, so it has no modules to mix: open it with a pool"
+            )
         if name in self.tasks and self.tasks[name].run is not None:
-            raise ValueError(f"{shown(name)} is the name of a run: give the mixture another name")
+            raise ValueError(
+                f"{shown(name)} is the name of a run: give the mixture another name"
+            )
         if not weights:
             raise ValueError("an empty mixture: give the weight of at least one module")
         loaded = [module for module in pool.names if module != _FREE]
         if missing := sorted(weights.keys() - {*loaded}):
-            raise ValueError(f"the module {some(missing)} is not loaded: choose of {some(loaded)}, or load it")
+            raise ValueError(
+                f"the module {some(missing)} is not loaded: choose of {some(loaded)}, or load it"
+            )
         # Of all modules, so that other modules are the same program.
         coefficients = coefficients_of(weights, pool, self._options.pool)
         number = self._number(name)
-        self.bank = self.bank.with_task(number, _MIXTURE, {"coefficients": coefficients}, range(len(pool)))
+        self.bank = self.bank.with_task(
+            number, _MIXTURE, {"coefficients": coefficients}, range(len(pool))
+        )
         self.tasks[name] = Task(number, None)
 
     def load_modules(self, names: Sequence[str]) -> None:
@@ -327,22 +431,35 @@ class Service:
         Raises:
           ValueError: the pool lacks a module, one is loaded already, or modules are in 4 or 8 bits or in a basis.
         """
-        pool, source = self.bank.frozen.pool, self._options.pool
-        if not isinstance(pool, LoraPool) or self._options.load_in != "full" or source is None:
-            raise ValueError("only whole modules in full precision join a running service: open it with these modules")
+        pool = self.bank.frozen.pool
+        source = self._options.pool
+        if (
+            not isinstance(pool, LoraPool)
+            or self._options.load_in != "full"
+            or source is None
+        ):
+            raise ValueError(
+                "only whole modules in full precision join a running service: open it with these modules"
+            )
         check_modules(names, open_pool(source).names, source)
         if there := sorted({*names} & {*pool.names}):
             raise ValueError(f"{some(there)} is loaded already: leave it out")
-        options = dataclasses.replace(self._options, method="coefficients", recipe=Recipe(), adapters=tuple(names))
+        options = dataclasses.replace(
+            self._options, method="coefficients", recipe=Recipe(), adapters=tuple(names)
+        )
         new = load_model(options, like=self._loaded)
         added = new.problem.frozen.pool
         assert isinstance(added, LoraPool)
-        in_order = dataclasses.replace(added.select(new.problem.index[0].tolist()), names=new.modules[0])
+        in_order = dataclasses.replace(
+            added.select(new.problem.index[0].tolist()), names=new.modules[0]
+        )
         pools = [pool.select([name for name in pool.names if name != _FREE]), in_order]
         count = len(pools[0]) + len(pools[1])
         if count > len(pool):
             pools.append(_nothing(2 ** (count - 1).bit_length() - count))
-            note(f"note: the service has room for {sum(map(len, pools))} modules now, and compiles again")
+            note(
+                f"note: the service has room for {sum(map(len, pools))} modules now, and compiles again"
+            )
         else:
             pools.append(_nothing(len(pool) - count))
         layers = {site: shape.layers for site, shape in self._config.sites.items()}
@@ -357,7 +474,8 @@ class Service:
         Raises:
           ValueError: the bank is full, or the module was not loaded.
         """
-        number, one = self._number(name), {"coefficients": np.ones(1, np.float32)}
+        number = self._number(name)
+        one = {"coefficients": np.ones(1, np.float32)}
         self.bank = self.bank.with_task(number, PLAIN_SUM, one, [module])
         self.tasks[name] = Task(number, None)
 
@@ -396,38 +514,79 @@ class Service:
         at_least(1, max_new_tokens=max_new_tokens, eval_batch=eval_batch)
         check_uint32(sampling_seed=sampling_seed)
         if len(texts) != len(names):
-            raise ValueError(f"{len(texts)} texts and {len(names)} names of tasks: give one for each text, or None")
-        runs = {name: None if name is None else self._task(name).run for name in dict.fromkeys(names)}
-        longest = max((task.run.max_new_tokens for task in self.tasks.values() if task.run), default=128)
-        limits = {name: max_new_tokens or (run.max_new_tokens if run else longest) for name, run in runs.items()}
+            raise ValueError(
+                f"{len(texts)} texts and {len(names)} names of tasks: give one for each text, or None"
+            )
+        runs = {
+            name: None if name is None else self._task(name).run
+            for name in dict.fromkeys(names)
+        }
+        longest = max(
+            (task.run.max_new_tokens for task in self.tasks.values() if task.run),
+            default=128,
+        )
+        limits = {
+            name: max_new_tokens or (run.max_new_tokens if run else longest)
+            for name, run in runs.items()
+        }
         inputs: dict[int, Int[np.ndarray, " _"]] = {}
         for name, run in runs.items():
             rows = [row for row, of_row in enumerate(names) if of_row == name]
-            examples = [Example(run_input(texts[row], f"text {row + 1}", run, self.prompt), "") for row in rows]
-            text_format = dataclasses.replace(self.text_format, chat=run.options.chat if run else self.chat)
-            tokens = encode(self.tokenizer, examples, text_format, new_tokens=limits[name])
+            examples = [
+                Example(run_input(texts[row], f"text {row + 1}", run, self.prompt), "")
+                for row in rows
+            ]
+            text_format = dataclasses.replace(
+                self.text_format, chat=run.options.chat if run else self.chat
+            )
+            tokens = encode(
+                self.tokenizer, examples, text_format, new_tokens=limits[name]
+            )
             inputs |= zip(rows, tokens.inputs, strict=True)
-        encoded = Encoded(tuple(inputs[row] for row in range(len(texts))), (np.zeros(0, np.int32),) * len(texts))
-        numbers = np.array([-1 if name is None else self.tasks[name].number for name in names], np.int32)
+        encoded = Encoded(
+            tuple(inputs[row] for row in range(len(texts))),
+            (np.zeros(0, np.int32),) * len(texts),
+        )
+        numbers = np.array(
+            [-1 if name is None else self.tasks[name].number for name in names],
+            np.int32,
+        )
         worth = evaluation_worth(self._config)
-        batches = list(eval_batches(encoded, eval_batch, pad_id=self.tokenizer.pad_token_id, worth=worth))
+        batches = list(
+            eval_batches(
+                encoded, eval_batch, pad_id=self.tokenizer.pad_token_id, worth=worth
+            )
+        )
         answers: list[list[int]] = [[]] * len(encoded)
         bank = self.bank.with_modules_of(numbers)
-        if bank is not self.bank and (room := len(bank.frozen.pool or ())) not in self._rooms:
+        if (
+            bank is not self.bank
+            and (room := len(bank.frozen.pool or ())) not in self._rooms
+        ):
             self._rooms.add(room)
             of = len(self.bank.frozen.pool or ())
-            note(f"note: the tasks of these texts use at most {room} of {of} modules, and their first batch compiles")
+            note(
+                f"note: the tasks of these texts use at most {room} of {of} modules, and their first batch compiles"
+            )
         bank = dataclasses.replace(bank, frozen=nameless(bank.frozen).unstacked())
-        most, longest = [limits[name] for name in names], max(limits.values(), default=1)
+        most = [limits[name] for name in names]
+        longest = max(limits.values(), default=1)
         keys = partial(draw_keys, sampling, sampling_seed)
-        how: dict[str, Any] = {"room": room_for(longest, eval_batch, worth), "sampling": sampling}
+        how: dict[str, Any] = {
+            "room": room_for(longest, eval_batch, worth),
+            "sampling": sampling,
+        }
 
         def models(prompts: Int[np.ndarray, "1 B"]) -> TaskModels:
-            return TaskModels(bank, np.where(prompts < 0, -1, numbers[prompts]).astype(np.int32))
+            return TaskModels(
+                bank, np.where(prompts < 0, -1, numbers[prompts]).astype(np.int32)
+            )
 
         # The noise of a token depends on the rows next to it.
         alone = read_at_random(bank.frozen)
-        for of_turn in [[batch] for batch in batches] if alone else filter(None, [batches]):
+        for of_turn in (
+            [[batch] for batch in batches] if alone else filter(None, [batches])
+        ):
             rows = Rows(models, 1, self._config, of_turn, np.array(most), keys, **how)
             for _, row, tokens in rows.ended(False, None, longest):
                 answers[row] = tokens[: most[row]].tolist()
@@ -437,7 +596,9 @@ class Service:
         """Return the number of a task, or a free one for a new task."""
         if name in self.tasks:
             return self.tasks[name].number
-        free = set(range(self.bank.capacity)) - {task.number for task in self.tasks.values()}
+        free = set(range(self.bank.capacity)) - {
+            task.number for task in self.tasks.values()
+        }
         if not free:
             raise ValueError(
                 f"no room for {name}: the bank holds {len(self.tasks)} tasks, its capacity. Remove one, or give a "
@@ -447,19 +608,35 @@ class Service:
 
     def _task(self, name: str) -> Task:
         if name not in self.tasks:
-            raise ValueError(f"no task {name!r}: there are {', '.join(self.tasks) or 'none'}; add it")
+            raise ValueError(
+                f"no task {name!r}: there are {', '.join(self.tasks) or 'none'}; add it"
+            )
         return self.tasks[name]
 
     def _check_shares(self, run: FusedRun) -> None:
         first = self._options
-        if run.options.entry.pool and basis_of(run.options.recipe) != basis_of(first.recipe):
-            k, other = (basis_of(of.recipe) for of in (run.options, first))
-            here, there = (f"modules in a basis of {n} directions" if n else "whole modules" for n in (k, other))
-            raise ValueError(f"{run.folder} fuses {here}, and {self._source} {there}: serve them apart, or fuse again")
+        if run.options.entry.pool and basis_of(run.options.recipe) != basis_of(
+            first.recipe
+        ):
+            k = basis_of(run.options.recipe)
+            other = basis_of(first.recipe)
+            here = f"modules in a basis of {k} directions" if k else "whole modules"
+            there = (
+                f"modules in a basis of {other} directions"
+                if other
+                else "whole modules"
+            )
+            raise ValueError(
+                f"{run.folder} fuses {here}, and {self._source} {there}: serve them apart, or fuse again"
+            )
         for field in _SHARED:
-            if field in ("pool", "control", "control_draw") and not run.options.entry.pool:
+            if (
+                field in ("pool", "control", "control_draw")
+                and not run.options.entry.pool
+            ):
                 continue
-            here, there = (_resolved(getattr(of, field)) for of in (run.options, first))
+            here = _resolved(getattr(run.options, field))
+            there = _resolved(getattr(first, field))
             if here != there:
                 raise ValueError(
                     f"{run.folder} has the {field} {here}, and {self._source} has {there}: one bank has one {field}. "
@@ -467,7 +644,9 @@ class Service:
                 )
 
 
-def run_input(row: str | Mapping[str, Any], where: str, run: FusedRun | None, prompt: str | None) -> str:
+def run_input(
+    row: str | Mapping[str, Any], where: str, run: FusedRun | None, prompt: str | None
+) -> str:
     """Return the model's input for a text or row of a run, or of none with a prompt (see `tasks.as_input`)."""
     prompt, input = (run.options.prompt, run.options.input) if run else (prompt, None)
     return as_input(row, where, prompt, input=input)
@@ -480,4 +659,8 @@ def _nothing(modules: int) -> LoraPool:
 
 def _resolved(value: str | int | None) -> str | int | None:
     """Return a folder's absolute path; other values, such as hub ids, unchanged."""
-    return str(Path(value).resolve()) if isinstance(value, str) and Path(value).exists() else value
+    return (
+        str(Path(value).resolve())
+        if isinstance(value, str) and Path(value).exists()
+        else value
+    )

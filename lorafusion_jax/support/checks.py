@@ -23,14 +23,18 @@ def check_uint32(**seeds: int) -> None:
     """
     for name, seed in seeds.items():
         if not 0 <= seed < 2**32:
-            raise ValueError(f"{name} is {seed}: expected an integer from 0 to {2**32 - 1}")
+            raise ValueError(
+                f"{name} is {seed}: expected an integer from 0 to {2**32 - 1}"
+            )
 
 
 def one_of(choices: Collection[str], **names: str) -> None:
     """Raise a ValueError that tells the first of some names that is not among the choices."""
     for name, value in names.items():
         if value not in choices:
-            raise ValueError(f"{name} is {value!r}: expected one of {', '.join(choices)}")
+            raise ValueError(
+                f"{name} is {value!r}: expected one of {', '.join(choices)}"
+            )
 
 
 def flags_given(options: Any, names: Iterable[str]) -> str:

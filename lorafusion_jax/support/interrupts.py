@@ -19,7 +19,9 @@ from typing import NoReturn
 _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 _unfinished: set[Path] = set()
 _watching = False
-_held: str | None = None  # advice for the user while a state must be saved before the end
+_held: str | None = (
+    None  # advice for the user while a state must be saved before the end
+)
 _asked: int | None = None  # the signal that arrived meanwhile
 
 
@@ -31,7 +33,9 @@ def watch() -> None:
     _watching = True
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # Python's C handler writes signals there at once
+    signal.set_wakeup_fd(
+        writer, warn_on_full_buffer=False
+    )  # Python's C handler writes signals there at once
     threading.Thread(target=_act, args=(reader,), daemon=True).start()
     for number in _NAMES:
         signal.signal(number, _freeze)
@@ -113,7 +117,9 @@ def _say(line: str) -> None:
 
 def _end(number: int) -> NoReturn:
     # Without an import: the main thread may have stopped inside one and hold its lock.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # hide complaints of other threads about the removed folders
+    os.dup2(
+        os.open(os.devnull, os.O_WRONLY), 2
+    )  # hide complaints of other threads about the removed folders
     for folder in list(_unfinished):
         # Renamed first: this fails if the main thread has just renamed the finished folder.
         aside = folder.with_name(f".{folder.name}.removed.partial")

@@ -14,14 +14,22 @@ def for_cpu() -> bool:
     machine's. The mesh is a part of the key under which JAX caches traced functions.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() == "cpu" if device is None else device.device_kind == "cpu"
+    return (
+        jax.default_backend() == "cpu"
+        if device is None
+        else device.device_kind == "cpu"
+    )
 
 
 def for_one_tpu() -> bool:
     """Return whether programs are traced for one TPU that multiplies bytes, which is v5 or later."""
     mesh = jax.sharding.get_abstract_mesh()
     kind = (mesh.abstract_device or jax.devices()[0]).device_kind
-    return mesh.size <= 1 and kind.startswith("TPU") and not kind.startswith(("TPU v2", "TPU v3", "TPU v4"))
+    return (
+        mesh.size <= 1
+        and kind.startswith("TPU")
+        and not kind.startswith(("TPU v2", "TPU v3", "TPU v4"))
+    )
 
 
 def is_traced(tree: Any) -> bool:
@@ -35,7 +43,10 @@ def check_mesh(tree: Any) -> None:
     With them JAX requires a layout for each lookup and product that is ambiguous.
     """
     arrays = (leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array))
-    for mesh in (jax.sharding.get_abstract_mesh(), *(jax.typeof(array).sharding.mesh for array in arrays)):
+    for mesh in (
+        jax.sharding.get_abstract_mesh(),
+        *(jax.typeof(array).sharding.mesh for array in arrays),
+    ):
         if AxisType.Explicit in mesh.axis_types:
             raise ValueError(
                 f"expected a mesh whose axes are Auto, got {dict(zip(mesh.axis_names, mesh.axis_types, strict=True))}: "

@@ -19,7 +19,8 @@ import jax
 import numpy as np
 
 # Seconds between two heartbeats, and the longest time without one.
-_BEAT, _LOST = 5, 15
+_BEAT = 5
+_LOST = 15
 ARRIVAL = 300  # seconds in which all processes have to start
 _DAY = 24 * 3600
 _numbers = itertools.count()
@@ -51,7 +52,11 @@ def any_of(*flags: bool) -> tuple[bool, ...]:
 
 
 @contextlib.contextmanager
-def joined(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> Iterator[None]:
+def joined(
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+) -> Iterator[None]:
     """Join the other processes of a run, which Slurm, Open MPI, GKE, a TPU or the arguments describe.
 
     Call it before JAX initialises its backend; it does nothing after `jax.distributed.initialize`. If another process
@@ -60,12 +65,21 @@ def joined(coordinator: str | None = None, processes: int | None = None, process
     """
     if not jax.distributed.is_initialized():
         address = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
-        if address and not ((port := re.fullmatch(r".+:(\d{1,5})", address)) and 0 < int(port[1]) < 2**16):
-            raise ValueError(f"--coordinator: expected host:port, such as host0:12345, got {address!r}")
-        jax.config.update("jax_enable_preemption_service", False)  # it would only record a SIGTERM
+        if address and not (
+            (port := re.fullmatch(r".+:(\d{1,5})", address))
+            and 0 < int(port[1]) < 2**16
+        ):
+            raise ValueError(
+                f"--coordinator: expected host:port, such as host0:12345, got {address!r}"
+            )
+        jax.config.update(
+            "jax_enable_preemption_service", False
+        )  # it would only record a SIGTERM
         try:
             with _on_abort(f"not all processes of this run started within {ARRIVAL} s"):
-                jax.distributed.initialize(coordinator, processes, process, initialization_timeout=ARRIVAL)
+                jax.distributed.initialize(
+                    coordinator, processes, process, initialization_timeout=ARRIVAL
+                )
         except (ValueError, RuntimeError) as error:
             raise ValueError(
                 f"--distributed: JAX cannot join other processes here ({error}): start them with Slurm, Open MPI or "
@@ -81,7 +95,9 @@ def joined(coordinator: str | None = None, processes: int | None = None, process
         except BaseException as error:
             # After a failed collective, the heartbeats show whether a process is lost. If not, the others may fail for
             # the same reason, for example bad options; then all raise the error.
-            heart.join(_BEAT + _LOST if isinstance(error, jax.errors.JaxRuntimeError) else 0)
+            heart.join(
+                _BEAT + _LOST if isinstance(error, jax.errors.JaxRuntimeError) else 0
+            )
             try:
                 _wait("the end", _LOST)
             except jax.errors.JaxRuntimeError:
@@ -121,5 +137,9 @@ def _wait(name: str, seconds: int) -> None:
 
 def end(why: str) -> NoReturn:
     """End this process with the exit code EX_TEMPFAIL, and without JAX's shutdown, which would wait for a lost one."""
-    print(f"error: {why}: start all processes again with --resume", file=sys.stderr, flush=True)
+    print(
+        f"error: {why}: start all processes again with --resume",
+        file=sys.stderr,
+        flush=True,
+    )
     os._exit(os.EX_TEMPFAIL)

@@ -23,7 +23,10 @@ T = TypeVar("T")
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _LARGEST = 1 << 28  # bytes of a file that is read whole
 _MISSING = object()
-_SPELL.maxlevel, _SPELL.maxstring, _SPELL.maxlong, _SPELL.maxother = 3, 120, 120, 120
+_SPELL.maxlevel = 3
+_SPELL.maxstring = 120
+_SPELL.maxlong = 120
+_SPELL.maxother = 120
 _KINDS = {
     int: "an integer",
     float: "a number",
@@ -48,18 +51,36 @@ class FileError(ValueError):
       version: the version that wrote the file, if it is another one; else empty.
     """
 
-    def __init__(self, file: str | Path, *, got: str, fix: str, field: str = "", expected: str = "", version: str = ""):
-        self.file, self.field, self.got, self.expected, self.fix = str(file), field, got, expected, fix
+    def __init__(
+        self,
+        file: str | Path,
+        *,
+        got: str,
+        fix: str,
+        field: str = "",
+        expected: str = "",
+        version: str = "",
+    ):
+        self.file = str(file)
+        self.field = field
+        self.got = got
+        self.expected = expected
+        self.fix = fix
         self.version = version
         place = f"{self.file}: " if self.file else ""
         fault = f"{field} is {got}" if field else got
         needed = f"expected {expected}; " if expected else ""
-        other = f" (written by version {version}, this is {__version__})" if version else ""
+        other = (
+            f" (written by version {version}, this is {__version__})" if version else ""
+        )
         super().__init__(f"{place}{fault}: {needed}{fix}{other}")
 
     def at(self, file: str | Path) -> "FileError":
         """Return the same fault of this file."""
-        return FileError(file, **{name: value for name, value in vars(self).items() if name != "file"})
+        return FileError(
+            file,
+            **{name: value for name, value in vars(self).items() if name != "file"},
+        )
 
 
 def read_json(path: Path, kind: type[T] | Any, what: str, *, own: bool = True) -> T:
@@ -75,7 +96,12 @@ def read_json(path: Path, kind: type[T] | Any, what: str, *, own: bool = True) -
         raise FileError(path.parent, got=f"not {what}", fix=f"it has no {path.name}")
     check_regular(path)
     if (size := path.stat().st_size) > _LARGEST:
-        raise FileError(path, got=f"has {size:,} bytes", expected=f"at most {_LARGEST:,}", fix="restore it from a copy")
+        raise FileError(
+            path,
+            got=f"has {size:,} bytes",
+            expected=f"at most {_LARGEST:,}",
+            fix="restore it from a copy",
+        )
     return decode(path.read_bytes(), kind, path, own=own)
 
 
@@ -88,11 +114,19 @@ def read_lines(path: Path, kind: type[T] | Any, *, own: bool = True) -> list[T]:
     if is_object(last):
         lines.append(last)
     fix = "fix or remove the line"
-    return [decode(line, kind, f"{path}, line {n}", own=own, fix=fix) for n, line in enumerate(lines, start=1)]
+    return [
+        decode(line, kind, f"{path}, line {n}", own=own, fix=fix)
+        for n, line in enumerate(lines, start=1)
+    ]
 
 
 def decode(
-    content: bytes, kind: type[T] | Any, where: str | Path, *, own: bool = True, fix: str = "restore it from a copy"
+    content: bytes,
+    kind: type[T] | Any,
+    where: str | Path,
+    *,
+    own: bool = True,
+    fix: str = "restore it from a copy",
 ) -> T:
     """Return the JSON in some bytes as an object of a type; raises `read_json`'s errors."""
     if content.startswith(_LFS_POINTER):
@@ -100,7 +134,10 @@ def decode(
     try:
         raw = msgspec.json.decode(content)
         parse_json(content)  # msgspec takes the last of equal keys
-    except (ValueError, RecursionError) as error:  # msgspec's own errors are ValueErrors
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # msgspec's own errors are ValueErrors
         raise FileError(where, got=f"not JSON ({error})", fix=fix) from None
     return structured(raw, kind, where, own=own, fix=fix)
 
@@ -140,7 +177,11 @@ def structured(
     """
     try:
         made = msgspec.convert(raw, kind, dec_hook=_from_text)
-        unknown = next(_beyond(raw, msgspec.to_builtins(made, enc_hook=str)), None) if own else None
+        unknown = (
+            next(_beyond(raw, msgspec.to_builtins(made, enc_hook=str)), None)
+            if own
+            else None
+        )
     except RecursionError:
         raise FileError(where, got="nested too deeply", fix=fix) from None
     except UnicodeEncodeError as error:  # half a character
@@ -152,10 +193,23 @@ def structured(
         if not field:
             got = f"holds {_KINDS[type(raw)]}, not {_described(hint)}"
             raise FileError(where, got=got, fix=fix, version=version) from None
-        raise FileError(where, field=field, got=got, expected=_described(hint), fix=fix, version=version) from None
+        raise FileError(
+            where,
+            field=field,
+            got=got,
+            expected=_described(hint),
+            fix=fix,
+            version=version,
+        ) from None
     if unknown is not None:
         fix = f"remove it, or {fix}"
-        raise FileError(where, field=unknown, got="unknown", fix=fix, version=_other_version(whole or raw))
+        raise FileError(
+            where,
+            field=unknown,
+            got="unknown",
+            fix=fix,
+            version=_other_version(whole or raw),
+        )
     return made
 
 
@@ -178,7 +232,9 @@ def utf8(where: str | Path) -> Iterator[None]:
     try:
         yield
     except UnicodeError as error:
-        raise FileError(where, got=f"not UTF-8 text ({error})", fix="save it as UTF-8") from None
+        raise FileError(
+            where, got=f"not UTF-8 text ({error})", fix="save it as UTF-8"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -197,7 +253,9 @@ def check_name(name: str) -> None:
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise FileError(shown(name), got="a name that is not UTF-8 text", fix="rename it") from None
+        raise FileError(
+            shown(name), got="a name that is not UTF-8 text", fix="rename it"
+        ) from None
 
 
 def _from_text(kind: type, value: Any) -> Any:
@@ -234,13 +292,22 @@ def _parts(value: Any, hint: Any) -> Iterator[tuple[str, Any, Any]]:
     if typing.get_origin(hint) is Annotated:
         hint = typing.get_args(hint)[0]
     for option in _options(hint):
-        origin, inner = typing.get_origin(option), typing.get_args(option)
-        if isinstance(value, dict) and (dataclasses.is_dataclass(option) or typing.is_typeddict(option)):
+        origin = typing.get_origin(option)
+        inner = typing.get_args(option)
+        if isinstance(value, dict) and (
+            dataclasses.is_dataclass(option) or typing.is_typeddict(option)
+        ):
             needed = getattr(option, "__required_keys__", None)
             if needed is None:
                 fields = dataclasses.fields(option)
-                needed = {f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING}
-            for name, of_field in typing.get_type_hints(option, include_extras=True).items():
+                needed = {
+                    f.name
+                    for f in fields
+                    if f.default is f.default_factory is dataclasses.MISSING
+                }
+            for name, of_field in typing.get_type_hints(
+                option, include_extras=True
+            ).items():
                 if typing.get_origin(of_field) in (typing.Required, typing.NotRequired):
                     of_field = typing.get_args(of_field)[0]
                 if name in value or name in needed:
@@ -252,7 +319,11 @@ def _parts(value: Any, hint: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return (
+        typing.get_args(hint)
+        if typing.get_origin(hint) in (typing.Union, types.UnionType)
+        else (hint,)
+    )
 
 
 def _described(hint: Any) -> str:
@@ -260,10 +331,20 @@ def _described(hint: Any) -> str:
     options = _options(hint)
     if len(options) > 1:
         return " or ".join(map(_described, options))
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    inner = typing.get_args(hint)
     if origin is Annotated:
-        meta = next((each for each in inner[1:] if isinstance(each, msgspec.Meta)), msgspec.Meta())
-        bounds = "" if meta.ge is None else f" from {meta.ge:,} to {meta.le:,}" if meta.le else f" of {meta.ge} or more"
+        meta = next(
+            (each for each in inner[1:] if isinstance(each, msgspec.Meta)),
+            msgspec.Meta(),
+        )
+        bounds = (
+            ""
+            if meta.ge is None
+            else f" from {meta.ge:,} to {meta.le:,}"
+            if meta.le
+            else f" of {meta.ge} or more"
+        )
         return meta.description or f"{_described(inner[0])}{bounds}"
     if origin is Literal:
         return " or ".join(map(repr, inner))
@@ -275,18 +356,26 @@ def _other_version(raw: Any) -> str:
     for place in ("versions", "environment"):
         raw = raw.get(place, raw) if isinstance(raw, dict) else {}
         raw = raw.get("versions", raw) if isinstance(raw, dict) else {}
-    written = raw.get("lorafusion-jax", __version__) if isinstance(raw, dict) else __version__
+    written = (
+        raw.get("lorafusion-jax", __version__) if isinstance(raw, dict) else __version__
+    )
     return "" if written == __version__ else shown(written)
 
 
 def check_regular(path: Path) -> None:
     """Raise a FileError for a pipe, a device, a folder or a file of the kernel, because reading one may never end."""
     if path.exists() and not path.is_file():
-        raise FileError(path, got="a pipe, a device or a folder, not a file", fix="give a file")
+        raise FileError(
+            path, got="a pipe, a device or a folder, not a file", fix="give a file"
+        )
     if path.is_file() and path.stat().st_size == 0:
         with path.open("rb") as file:
             if file.read(1):
-                raise FileError(path, got="a file of the kernel, which has no size", fix="give a file on a disk")
+                raise FileError(
+                    path,
+                    got="a file of the kernel, which has no size",
+                    fix="give a file on a disk",
+                )
 
 
 def check_lfs(path: Path) -> None:

@@ -5,7 +5,9 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-_TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # marks that reorder text
+_TURNING = (
+    "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # marks that reorder text
+)
 _SPELL = reprlib.Repr()
 
 
@@ -16,15 +18,24 @@ def shown(value: Any) -> str:
 
 def some(names: Sequence[str]) -> str:
     """Return the first 20 of a file's names as text for a message."""
-    first = [name if name.isprintable() and len(name) <= 120 else shown(name) for name in names[:20]]
-    return ", ".join(first) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    first = [
+        name if name.isprintable() and len(name) <= 120 else shown(name)
+        for name in names[:20]
+    ]
+    return ", ".join(first) + (
+        f" and {len(names) - 20} more" if len(names) > 20 else ""
+    )
 
 
 def printable(text: str) -> str:
     """Return a text with escapes for the characters that control a terminal or turn its direction."""
 
     def shows(c: str) -> bool:
-        return c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp") and c not in _TURNING
+        return (
+            c in "\n\t"
+            or unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp")
+            and c not in _TURNING
+        )
 
     return "".join(c if shows(c) else c.encode("unicode_escape").decode() for c in text)
 

@@ -7,10 +7,13 @@ from .text import one_line
 
 EMPTY = "–"  # a cell without a value
 # Characters that end a line or a cell, or start emphasis, code, a link or a tag.
-_BREAKS, _MARKUP = re.compile(r"[\n\r\v\f\x85\u2028\u2029]"), re.compile(r"[\\|*`\[]|<(?=\S)")
+_BREAKS = re.compile(r"[\n\r\v\f\x85\u2028\u2029]")
+_MARKUP = re.compile(r"[\\|*`\[]|<(?=\S)")
 
 
-def padded(lines: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> list[list[str]]:
+def padded(
+    lines: Sequence[Sequence[str]], *, left: Collection[int] = (0,)
+) -> list[list[str]]:
     """Return the cells of every line, padded to the width of their column.
 
     Args:
@@ -19,7 +22,10 @@ def padded(lines: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> l
     """
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
-        [cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))]
+        [
+            cell.ljust(w) if i in left else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ]
         for line in lines
     ]
 
@@ -33,7 +39,10 @@ def plain(lines: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> st
 def markdown(lines: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> str:
     """Return a Markdown table whose first line is its heading; the arguments are those of `padded`."""
     head, *rest = padded(lines, left=left)
-    rule = ["-" * len(cell) if i in left else "-" * (len(cell) - 1) + ":" for i, cell in enumerate(head)]
+    rule = [
+        "-" * len(cell) if i in left else "-" * (len(cell) - 1) + ":"
+        for i, cell in enumerate(head)
+    ]
     return "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *rest))
 
 

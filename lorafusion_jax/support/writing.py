@@ -28,7 +28,10 @@ class WriteError(OSError):
         )
 
 
-_NO_LOCKS = "its file system has no locks, which keep two processes apart", "mount it with locks"
+_NO_LOCKS = (
+    "its file system has no locks, which keep two processes apart",
+    "mount it with locks",
+)
 _FORBIDDEN = "that is not permitted", "change its owner or mode"
 _GONE = "it is gone", "make or mount it again"
 # Cause and remedy of the operating system's errors. Reading does not raise these ...
@@ -61,11 +64,16 @@ def writing(folder: Path) -> Iterator[None]:
     except WriteError:
         raise
     except Exception as error:
-        code_in_text = re.search(r"os_error_code='(\d+)'|\(os error (\d+)\)", str(error))
-        code = getattr(error, "errno", None) or (int(code_in_text[1] or code_in_text[2]) if code_in_text else None)
+        code_in_text = re.search(
+            r"os_error_code='(\d+)'|\(os error (\d+)\)", str(error)
+        )
+        code = getattr(error, "errno", None) or (
+            int(code_in_text[1] or code_in_text[2]) if code_in_text else None
+        )
         name = getattr(error, "filename", None)
         here = not folder.exists() or (
-            name is not None and Path(os.fsdecode(name)).absolute().is_relative_to(folder.absolute())
+            name is not None
+            and Path(os.fsdecode(name)).absolute().is_relative_to(folder.absolute())
         )
         if code in _OF_WRITING or (code in _OF_READING_TOO and here):
             raise WriteError(folder, code) from error
@@ -74,11 +82,19 @@ def writing(folder: Path) -> Iterator[None]:
 
 def check_no_link(path: Path) -> None:
     """Raise a FileError for a link or a special file where a file is written in place."""
-    if os.path.lexists(path) and (path.is_symlink() or not (path.is_file() or path.is_dir())):
-        raise FileError(path, got="a link, which could lead out of its folder, or a special file", fix="remove it")
+    if os.path.lexists(path) and (
+        path.is_symlink() or not (path.is_file() or path.is_dir())
+    ):
+        raise FileError(
+            path,
+            got="a link, which could lead out of its folder, or a special file",
+            fix="remove it",
+        )
     if path.is_file() and path.stat().st_nlink > 1:
         got = "a hard link, so writing to it would change a file elsewhere"
-        raise FileError(path, got=got, fix="copy it to a new file, and give that its name")
+        raise FileError(
+            path, got=got, fix="copy it to a new file, and give that its name"
+        )
 
 
 def write(path: Path, writer: Callable[[BinaryIO], Any]) -> None:
@@ -108,7 +124,9 @@ def _fresh(path: Path) -> Iterator[BinaryIO]:
     partial = path.with_name(f".{secrets.token_hex(8)}.partial")
     with writing(path.parent):
         try:
-            with partial.open("xb") as file:  # not an existing link or pipe, which others may have put there
+            with partial.open(
+                "xb"
+            ) as file:  # not an existing link or pipe, which others may have put there
                 yield file
         finally:
             with contextlib.suppress(OSError):

@@ -16,13 +16,32 @@ from .batches import (
     train_step_batches,
 )
 from .bbh import BBH_DATA, LORAHUB_DATA, write_lorahub_split
-from .data import BETWEEN_EXAMPLES, Example, Task, as_input, columns, few_shot, load_task, row_example
+from .data import (
+    BETWEEN_EXAMPLES,
+    Example,
+    Task,
+    as_input,
+    columns,
+    few_shot,
+    load_task,
+    row_example,
+)
 from .metrics import constant_answer, exact_match
 from .options import answer_options
 from .packing import Packing
 from .protocol import Protocol, Split, batch_orders, draw_modules, split
 from .readers import without_revision
-from .tokenizer import LONGEST, SEPARATE_TEXTS, Encoded, TextFormat, decode, encode, render_chat, stream_text, tokenise
+from .tokenizer import (
+    LONGEST,
+    SEPARATE_TEXTS,
+    Encoded,
+    TextFormat,
+    decode,
+    encode,
+    render_chat,
+    stream_text,
+    tokenise,
+)
 
 # The names for other programs; the package itself uses the others too.
 __all__ = [

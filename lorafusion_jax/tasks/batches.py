@@ -9,7 +9,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int, Int32
 
-from .packing import COMMON, FEWEST_TOKENS, MOST_SHAPES, Costs, Numbers, Packing, few_widths, groups
+from .packing import (
+    COMMON,
+    FEWEST_TOKENS,
+    MOST_SHAPES,
+    Costs,
+    Numbers,
+    Packing,
+    few_widths,
+    groups,
+)
 from .protocol import Split, batch_orders
 from .tokenizer import Encoded
 
@@ -35,7 +44,10 @@ class Rows(NamedTuple):
     def groups(self) -> tuple[tuple[int, int, int], ...]:
         """Return the number of rows, and the widths of sources and targets, of each group."""
         parts = zip(self.sources, self.targets, strict=True)
-        return tuple((*of_source.shape[-2:], of_target.shape[-1]) for of_source, of_target in parts)
+        return tuple(
+            (*of_source.shape[-2:], of_target.shape[-1])
+            for of_source, of_target in parts
+        )
 
 
 class Batch(NamedTuple):
@@ -60,8 +72,13 @@ class Batch(NamedTuple):
         rows = self.rows
         if rows is not None:
             sources, targets = (
-                tuple(group[..., :width] for group, width in zip(part, widths, strict=True))
-                for part, widths in zip(rows[:2], (of_rows[::2], of_rows[1::2]), strict=True)
+                tuple(
+                    group[..., :width]
+                    for group, width in zip(part, widths, strict=True)
+                )
+                for part, widths in zip(
+                    rows[:2], (of_rows[::2], of_rows[1::2]), strict=True
+                )
             )
             rows = Rows(sources, targets, rows.before[..., :target_width])
         return self._replace(
@@ -93,7 +110,12 @@ class _Table(NamedTuple):
     labels: Int32[np.ndarray, "rows+1 T"]
     lengths: Int[np.ndarray, "rows+1 2"]
 
-    def take(self, rows: Int32[np.ndarray, "*leading B"], source_width: int, target_width: int) -> Batch:
+    def take(
+        self,
+        rows: Int32[np.ndarray, "*leading B"],
+        source_width: int,
+        target_width: int,
+    ) -> Batch:
         return Batch(
             input_ids=self.input_ids[rows, :source_width],
             input_mask=np.arange(source_width) < self.lengths[rows, :1],
@@ -102,12 +124,16 @@ class _Table(NamedTuple):
         )
 
 
-def pad(sequences: Sequence[Int[np.ndarray, " _"]], pad_id: int, width: int) -> Int32[np.ndarray, "rows {width}"]:
+def pad(
+    sequences: Sequence[Int[np.ndarray, " _"]], pad_id: int, width: int
+) -> Int32[np.ndarray, "rows {width}"]:
     """Fill up every sequence to `width` with `pad_id`; raises ValueError for a longer one."""
     padded = np.full((len(sequences), width), pad_id, np.int32)
     for row, sequence in enumerate(sequences):
         if len(sequence) > width:
-            raise ValueError(f"sequence {row} has {len(sequence)} tokens: expected at most {width}")
+            raise ValueError(
+                f"sequence {row} has {len(sequence)} tokens: expected at most {width}"
+            )
         padded[row, : len(sequence)] = sequence
     return padded
 
@@ -129,16 +155,30 @@ def most_new_tokens(longest: int) -> int:
 
 
 def train_batches(
-    encoded: Encoded, orders: Int32[np.ndarray, "seeds steps B"], *, pad_id: int, packing: Packing | None = None
+    encoded: Encoded,
+    orders: Int32[np.ndarray, "seeds steps B"],
+    *,
+    pad_id: int,
+    packing: Packing | None = None,
 ) -> Iterator[Batch]:
     """Yield the batches of all seeds, step by step: `[seeds, B, width]` (see `train_step_batches`)."""
-    for batches, _, _ in train_step_batches(encoded, orders, pad_id=pad_id, packing=packing):
+    for batches, _, _ in train_step_batches(
+        encoded, orders, pad_id=pad_id, packing=packing
+    ):
         rows = batches.rows
         if rows is not None:
-            sources, targets = (tuple(group[:, 0] for group in part) for part in rows[:2])
+            sources, targets = (
+                tuple(group[:, 0] for group in part) for part in rows[:2]
+            )
             rows = Rows(sources, targets, rows.before[:, 0])
         row_mask = batches.row_mask[:, 0]
-        yield Batch(batches.input_ids[:, 0], batches.input_mask[:, 0], batches.labels[:, 0], row_mask, rows)
+        yield Batch(
+            batches.input_ids[:, 0],
+            batches.input_mask[:, 0],
+            batches.labels[:, 0],
+            row_mask,
+            rows,
+        )
 
 
 def train_step_batches(
@@ -158,15 +198,21 @@ def train_step_batches(
     `orders` (row numbers from `batch_orders`), so a resumed run, and every interval of a run, has the same shapes.
     Every interval but the first ends `length` steps after the one before it, or with the last step.
     """
-    table, of_step = _table(encoded, pad_id), step_widths(encoded, orders, packing, alike=alike)
+    table = _table(encoded, pad_id)
+    of_step = step_widths(encoded, orders, packing, alike=alike)
 
     def take(steps: slice, *widths: int) -> Batch:
         if packing is None or len(widths) == 2:
             return table.take(orders[:, steps], *widths)
-        return _packed(encoded, orders[:, steps], widths, pad_id=pad_id, causal=packing.causal)
+        return _packed(
+            encoded, orders[:, steps], widths, pad_id=pad_id, causal=packing.causal
+        )
 
-    different, number = np.unique(of_step.reshape(-1, of_step.shape[-1]), axis=0, return_inverse=True)
-    shapes, shape_of = tuple(map(tuple, different.tolist())), number.reshape(of_step.shape[:-1]).astype(np.int32)
+    different, number = np.unique(
+        of_step.reshape(-1, of_step.shape[-1]), axis=0, return_inverse=True
+    )
+    shapes = tuple(map(tuple, different.tolist()))
+    shape_of = number.reshape(of_step.shape[:-1]).astype(np.int32)
     while first_step < orders.shape[1]:
         steps = slice(first_step, first_step - first_step % length + length)
         own = shape_of[..., steps]
@@ -178,7 +224,11 @@ def train_step_batches(
 
 
 def step_widths(
-    encoded: Encoded, orders: Int32[np.ndarray, "seeds steps B"], packing: Packing | None, *, alike: bool
+    encoded: Encoded,
+    orders: Int32[np.ndarray, "seeds steps B"],
+    packing: Packing | None,
+    *,
+    alike: bool,
 ) -> Int[np.ndarray, "*seeds steps widths"]:
     """Return the widths of all steps: those of `Packing.plan`, or the source and target width of padded rows."""
     lengths = _lengths(encoded)[orders]
@@ -233,14 +283,19 @@ class TrainingRows(NamedTuple):
 
     def once(self, batch_size: int) -> Iterator[Batch]:
         """Yield padded batches that hold every training row of every seed once; leaves have a leading axis of seeds."""
-        return train_batches(self.tokens, batch_orders(self.split.train, batch_size=batch_size), pad_id=self.pad_id)
+        return train_batches(
+            self.tokens,
+            batch_orders(self.split.train, batch_size=batch_size),
+            pad_id=self.pad_id,
+        )
 
 
 def _table(encoded: Encoded, pad_id: int) -> _Table:
     def widest(length: int) -> int:
         return -(-bucket(length) // max(COMMON)) * max(COMMON)
 
-    lengths, nothing = _lengths(encoded), np.zeros(0, np.int32)
+    lengths = _lengths(encoded)
+    nothing = np.zeros(0, np.int32)
     source, target = map(widest, lengths.max(axis=0).tolist())
     return _Table(
         input_ids=pad((*encoded.inputs, nothing), pad_id, source),
@@ -251,26 +306,37 @@ def _table(encoded: Encoded, pad_id: int) -> _Table:
 
 def _lengths(encoded: Encoded) -> Int[np.ndarray, "_ 2"]:
     """Return the numbers of source and target tokens of all rows, and of an empty one behind them."""
-    return np.array([*zip(map(len, encoded.inputs), map(len, encoded.labels), strict=True), (0, 0)])
+    return np.array(
+        [*zip(map(len, encoded.inputs), map(len, encoded.labels), strict=True), (0, 0)]
+    )
 
 
 def _packed(
-    encoded: Encoded, rows: Int32[np.ndarray, "*leading B"], widths: Sequence[int], *, pad_id: int, causal: bool
+    encoded: Encoded,
+    rows: Int32[np.ndarray, "*leading B"],
+    widths: Sequence[int],
+    *,
+    pad_id: int,
+    causal: bool,
 ) -> Batch:
     """Return batches whose rows lie behind each other, of the widths of `Packing.plan`."""
     leading, (source_width, target_width, *of_rows) = rows.shape[:-1], widths
-    ids, labels, before = (
-        np.full((*leading, 1, width), fill, np.int32)
-        for width, fill in ((source_width, pad_id), (target_width, IGNORED), (target_width, -1))
-    )
+    ids = np.full((*leading, 1, source_width), pad_id, np.int32)
+    labels = np.full((*leading, 1, target_width), IGNORED, np.int32)
+    before = np.full((*leading, 1, target_width), -1, np.int32)
     lengths = np.maximum(_lengths(encoded) - np.array([causal, 0]), 0)[rows]
     members = groups(lengths)
-    sources, targets = (
-        tuple(
+    sources = tuple(
+        (
             np.full((*leading, numbers.shape[-1], width), NOWHERE, np.int32)
-            for numbers, width in zip(members, part, strict=True)
+            for numbers, width in zip(members, of_rows[::2], strict=True)
         )
-        for part in (of_rows[::2], of_rows[1::2])
+    )
+    targets = tuple(
+        (
+            np.full((*leading, numbers.shape[-1], width), NOWHERE, np.int32)
+            for numbers, width in zip(members, of_rows[1::2], strict=True)
+        )
     )
     for batch in np.ndindex(leading):
         ends = np.cumsum(lengths[batch], axis=0)
@@ -278,14 +344,20 @@ def _packed(
         for row, of_row in zip(rows[batch], places, strict=True):
             if row < 0:
                 continue
-            source, target = encoded.inputs[row], encoded.labels[row]
+            source = encoded.inputs[row]
+            target = encoded.labels[row]
             first, source = (source[-1:], source[:-1]) if causal else ([-1], source)
             at_source, at_target = ((*batch, 0, slice(*ends)) for ends in of_row)
-            ids[at_source], labels[at_target] = source, target
+            ids[at_source] = source
+            labels[at_target] = target
             before[at_target] = np.concatenate([first, target])[:-1]
-        for part, of_part in zip((sources, targets), places.swapaxes(0, 1), strict=True):
+        for part, of_part in zip(
+            (sources, targets), places.swapaxes(0, 1), strict=True
+        ):
             for group, numbers in zip(part, members, strict=True):
-                for line, (begin, end) in zip(group[batch], of_part[numbers[batch]], strict=True):
+                for line, (begin, end) in zip(
+                    group[batch], of_part[numbers[batch]], strict=True
+                ):
                     line[: end - begin] = np.arange(begin, end)
     real = np.arange(source_width) < lengths[..., 0].sum(axis=-1)[..., None, None]
     return Batch(ids, real, labels, rows >= 0, Rows(sources, targets, before))
@@ -299,8 +371,11 @@ def _shapes(longest: Int[np.ndarray, "steps 2"]) -> list[tuple[int, int]]:
         # Drop the width whose batches grow least, all told, when they take the next one.
         cheapest = int(np.argmin(batches[:-1] * np.diff(widths)))
         batches[cheapest + 1] += batches[cheapest]
-        widths, batches = np.delete(widths, cheapest), np.delete(batches, cheapest)
+        widths = np.delete(widths, cheapest)
+        batches = np.delete(batches, cheapest)
     sources = widths[np.searchsorted(widths, wanted)]
     # One target width for each source width: long answers of long questions do not widen the others.
-    targets = {int(width): bucket(int(longest[sources == width, 1].max())) for width in widths}
+    targets = {
+        int(width): bucket(int(longest[sources == width, 1].max())) for width in widths
+    }
     return [(int(source), targets[int(source)]) for source in sources]

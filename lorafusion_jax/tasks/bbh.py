@@ -20,7 +20,10 @@ LORAHUB_DATA = "https://github.com/sail-sg/lorahub/releases/download/0.1/data_bb
 BBH_DATA = "the folder bbh of https://github.com/suzgunmirac/BIG-Bench-Hard"
 
 _INDEX = Path(__file__).with_name("lorahub_split.json")
-_PARTS: tuple[Literal["example", "zero_shot"], ...] = ("example", "zero_shot")  # LoraHub's: train and test
+_PARTS: tuple[Literal["example", "zero_shot"], ...] = (
+    "example",
+    "zero_shot",
+)  # LoraHub's: train and test
 
 
 class _Entry(TypedDict):
@@ -53,7 +56,9 @@ def write_lorahub_split(
     entries: dict[str, _Entry] = json.loads(index.read_text(encoding="utf-8"))
     for name in names or ():
         if name not in entries:
-            raise ValueError(f"{index} has no task {name}: it has {', '.join(entries)}; choose of these")
+            raise ValueError(
+                f"{index} has no task {name}: it has {', '.join(entries)}; choose of these"
+            )
     chosen = entries if names is None else {name: entries[name] for name in names}
     contents: dict[Path, bytes] = {}
     for name, entry in chosen.items():
@@ -69,7 +74,9 @@ def write_lorahub_split(
     missing = [path for path in contents if not path.exists()]
     for path, content in contents.items():
         if path not in missing and path.read_bytes() != content:
-            raise ValueError(f"{path} exists with other rows: move it away, or write to another folder")
+            raise ValueError(
+                f"{path} exists with other rows: move it away, or write to another folder"
+            )
     for path in missing:
         path.parent.mkdir(parents=True, exist_ok=True)
         content = contents[path]
@@ -77,7 +84,12 @@ def write_lorahub_split(
     return [out / name for name in chosen]
 
 
-def _file(entry: _Entry, part: Literal["example", "zero_shot"], rows: list[tuple[str, Row]], source: Path) -> bytes:
+def _file(
+    entry: _Entry,
+    part: Literal["example", "zero_shot"],
+    rows: list[tuple[str, Row]],
+    source: Path,
+) -> bytes:
     lines = []
     for number in entry[part]:
         if number >= len(rows):
@@ -88,10 +100,16 @@ def _file(entry: _Entry, part: Literal["example", "zero_shot"], rows: list[tuple
         where, row = rows[number]
         example = as_example(row, where)
         prompt = f"{entry['prefix'][0]}Q: {example.input}{entry['sep']}A:"
-        lines.append(json.dumps({"context": prompt, "completion": example.target}, ensure_ascii=False))
+        lines.append(
+            json.dumps(
+                {"context": prompt, "completion": example.target}, ensure_ascii=False
+            )
+        )
     content = "\n".join(lines).encode()
     digest = hashlib.sha256(content).hexdigest()
-    expected = entry["sha256_example"] if part == "example" else entry["sha256_zero_shot"]
+    expected = (
+        entry["sha256_example"] if part == "example" else entry["sha256_zero_shot"]
+    )
     if digest != expected:
         raise ValueError(
             f"{source.stem}, {part}.jsonl: its rows have the sha256 {digest[:12]}..., and LoraHub's have "

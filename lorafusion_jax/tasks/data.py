@@ -24,7 +24,13 @@ _LAYOUT = (
 _FIELD = re.compile(r"\{\{([^\W\d]\w*)\}\}|\{([^\W\d]\w*)\}")
 BETWEEN_EXAMPLES = "\n\n"  # in a few-shot prompt
 # Roles of ShareGPT's conversations.
-_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +52,9 @@ class Example:
     @property
     def input_sha256(self) -> str:
         """SHA-256 of the input and the messages before it."""
-        return hashlib.sha256(json.dumps([self.input, *self.history]).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps([self.input, *self.history]).encode()
+        ).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +70,10 @@ class Task:
     def sha256(self) -> str:
         """Fingerprint of all rows in their order, prompts included."""
         parts = (self.train, self.test)
-        rows = [[(example.input, example.target, *example.history) for example in part] for part in parts]
+        rows = [
+            [(example.input, example.target, *example.history) for example in part]
+            for part in parts
+        ]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
@@ -114,12 +125,16 @@ def load_task(
         file and line), a file without rows, a needed part that is missing.
     """
     if prompt is not None and not columns(prompt):
-        raise ValueError(f"the prompt {prompt!r} has no {{input}} or other column: write it where its text belongs")
+        raise ValueError(
+            f"the prompt {prompt!r} has no {{input}} or other column: write it where its text belongs"
+        )
     parts = {
         part: [
             dataclasses.replace(
                 as_example(row, where, prompt, input=input, target=target, chat=chat),
-                row=hashlib.sha256(json.dumps(row, sort_keys=True, default=repr).encode()).hexdigest(),
+                row=hashlib.sha256(
+                    json.dumps(row, sort_keys=True, default=repr).encode()
+                ).hexdigest(),
             )
             for where, row in rows
         ]
@@ -129,11 +144,14 @@ def load_task(
         parts = _divide(parts["all"], train_rows, source)
     for part in need:
         if not parts.get(part):
-            raise ValueError(f"{source} has no {part} rows: give a folder or data set that has both parts")
+            raise ValueError(
+                f"{source} has no {part} rows: give a folder or data set that has both parts"
+            )
     path = Path(without_revision(source))
     return Task(
         # A hub id's config stays in the name, without the colon that no folder's name should have.
-        name=name or (path.stem if path.is_file() else path.absolute().name.replace(":", "-")),
+        name=name
+        or (path.stem if path.is_file() else path.absolute().name.replace(":", "-")),
         train=tuple(parts.get("train", ())),
         test=tuple(parts.get("test", ())),
         source=str(source),
@@ -151,10 +169,17 @@ def few_shot(task: Task, shots: int, seed: int) -> Task:
     `encode` cuts separate texts at the end, which is the question: keep its `max_length` above the longest prompt.
     """
     if not 1 <= shots <= len(task.train):
-        raise ValueError(f"{shots} examples in a prompt: use 1 to {len(task.train)}, the training rows of {task.name}")
+        raise ValueError(
+            f"{shots} examples in a prompt: use 1 to {len(task.train)}, the training rows of {task.name}"
+        )
     drawn = random.Random(f"few-shot, seed {seed}").sample(task.train, shots)
-    said = "".join(f"{example.input} {example.target}{BETWEEN_EXAMPLES}" for example in drawn)
-    test = tuple(dataclasses.replace(example, input=said + example.input) for example in task.test)
+    said = "".join(
+        f"{example.input} {example.target}{BETWEEN_EXAMPLES}" for example in drawn
+    )
+    test = tuple(
+        dataclasses.replace(example, input=said + example.input)
+        for example in task.test
+    )
     return dataclasses.replace(task, test=test)
 
 
@@ -171,8 +196,14 @@ def fill(prompt: str | None, row: Mapping[str, Any], where: str) -> str:
         if literal is not None:
             return f"{{{literal}}}"
         if not _is_text(row.get(name), named=name != "input"):
-            got = f"has {name} {shown(row[name])}" if name in row else f"has no column {name} (it has {some([*row])})"
-            raise ValueError(f"{where} {got}, which the prompt names; write {{{{{name}}}}} for the text {{{name}}}")
+            got = (
+                f"has {name} {shown(row[name])}"
+                if name in row
+                else f"has no column {name} (it has {some([*row])})"
+            )
+            raise ValueError(
+                f"{where} {got}, which the prompt names; write {{{{{name}}}}} for the text {{{name}}}"
+            )
         return str(row[name])
 
     return _FIELD.sub(column, prompt or "{input}")
@@ -192,33 +223,58 @@ def as_example(
         raise ValueError(f"{where} is {shown(row)}: expected an object with {_LAYOUT}")
     for option, name in (("--input", input), ("--target", target)):
         if name is not None and name not in row:
-            raise ValueError(f"{where} has {some([*row]) or 'no columns'}: expected {name} ({option})")
+            raise ValueError(
+                f"{where} has {some([*row]) or 'no columns'}: expected {name} ({option})"
+            )
     own = columns(prompt) - {"input"}
     pairs = [(input or key, target or answer) for key, answer in _KEYS]
     keys = next((keys for keys in pairs if row.keys() >= set(keys)), None)
-    if keys is None and (own or (row.get("instruction") is not None and not row.keys() & {"input", "context"})):
+    if keys is None and (
+        own
+        or (
+            row.get("instruction") is not None and not row.keys() & {"input", "context"}
+        )
+    ):
         keys = next((keys for keys in pairs if keys[1] in row), None)
     conversation = row.get("messages", row.get("conversations"))
     if keys is None and conversation is not None:
         if not chat:
-            raise ValueError(f"{where} is a conversation, which needs the model's chat template: give --chat")
+            raise ValueError(
+                f"{where} is a conversation, which needs the model's chat template: give --chat"
+            )
         *history, (_, asked), (_, answer) = _conversation(conversation, where)
-        return Example(fill(prompt, row | {"input": asked}, where), answer, tuple(history))
+        return Example(
+            fill(prompt, row | {"input": asked}, where), answer, tuple(history)
+        )
     if keys is None:
         raise ValueError(f"{where} has {some([*row]) or 'no keys'}: expected {_LAYOUT}")
-    filled, answer = _filled(row, where, prompt, keys[0], named=input is not None), row[keys[1]]
+    filled = _filled(row, where, prompt, keys[0], named=input is not None)
+    answer = row[keys[1]]
     if not _is_text(answer, named=target is not None) or not str(answer).strip():
-        raise ValueError(f"{where}: its {keys[1]} is {shown(answer)}: give it a text, or take the row out")
+        raise ValueError(
+            f"{where}: its {keys[1]} is {shown(answer)}: give it a text, or take the row out"
+        )
     return Example(filled, str(answer))
 
 
-def as_input(row: Row | str, where: str, prompt: str | None = None, *, input: str | None = None) -> str:
+def as_input(
+    row: Row | str, where: str, prompt: str | None = None, *, input: str | None = None
+) -> str:
     """Return the model's input for a row without its answer, or for a text, where the prompt names no other column."""
     if not isinstance(row, str):
-        key = next((key for key in (input, "input", "context") if key is not None and key in row), input or "input")
+        key = next(
+            (
+                key
+                for key in (input, "input", "context")
+                if key is not None and key in row
+            ),
+            input or "input",
+        )
         return _filled(row, where, prompt, key, named=input is not None)
     if columns(prompt) - {"input"}:
-        raise ValueError(f"{where} is a text: the prompt needs a row such as {row_example(prompt)}")
+        raise ValueError(
+            f"{where} is a text: the prompt needs a row such as {row_example(prompt)}"
+        )
     return fill(prompt, {"input": row}, where)
 
 
@@ -231,41 +287,69 @@ def _filled(row: Row, where: str, prompt: str | None, key: str, *, named: bool) 
     """Return the prompt around a row's column `key`; `named` if the user named it."""
     asked = row.get(key)
     if not columns(prompt) - {"input"}:
-        parts = {key: asked} if named else {"instruction": row.get("instruction"), key: asked}
+        parts = (
+            {key: asked}
+            if named
+            else {"instruction": row.get("instruction"), key: asked}
+        )
         parts = {key: text for key, text in parts.items() if text is not None}
         for key, text in parts.items():
             if not _is_text(text, named=named):
-                raise ValueError(f"{where}: its {key} is {shown(text)}: give it a text, or take the row out")
+                raise ValueError(
+                    f"{where}: its {key} is {shown(text)}: give it a text, or take the row out"
+                )
         asked = "\n".join(str(text) for text in parts.values() if str(text).strip())
         if not asked:
-            got = ", and its ".join(f"{key} is {shown(text)}" for key, text in parts.items()) or f"{key} is None"
+            got = (
+                ", and its ".join(
+                    f"{key} is {shown(text)}" for key, text in parts.items()
+                )
+                or f"{key} is None"
+            )
             raise ValueError(f"{where}: its {got}: give it a text, or take the row out")
     return fill(prompt, row if asked is None else {**row, "input": asked}, where)
 
 
 def _is_text(value: Any, *, named: bool) -> bool:
     """Return whether a value is a text, or a finite number in a column that the user named."""
-    number = isinstance(value, int) if not isinstance(value, float) else math.isfinite(value)
+    number = (
+        isinstance(value, int) if not isinstance(value, float) else math.isfinite(value)
+    )
     return isinstance(value, str) or (named and number and not isinstance(value, bool))
 
 
 def _conversation(messages: Row, where: str) -> list[tuple[str, str]]:
-    if isinstance(messages, list) and all(isinstance(message, dict) and "from" in message for message in messages):
+    if isinstance(messages, list) and all(
+        isinstance(message, dict) and "from" in message for message in messages
+    ):
         messages = [
-            {"role": _SPEAKERS.get(who, who) if isinstance(who, str) else who, "content": message.get("value")}
+            {
+                "role": _SPEAKERS.get(who, who) if isinstance(who, str) else who,
+                "content": message.get("value"),
+            }
             for message, who in ((message, message["from"]) for message in messages)
         ]
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise ValueError(f'{where}: its messages are not a list of {{"role": ..., "content": ...}}: fix the row')
+    if not isinstance(messages, list) or not all(
+        isinstance(message, dict) for message in messages
+    ):
+        raise ValueError(
+            f'{where}: its messages are not a list of {{"role": ..., "content": ...}}: fix the row'
+        )
     turns = []
     for number, message in enumerate(messages, start=1):
-        said = {key: value for key, value in message.items() if value is not None}  # `datasets` fills up keys with None
-        if said.keys() != {"role", "content"} or not all(isinstance(value, str) for value in said.values()):
+        said = {
+            key: value for key, value in message.items() if value is not None
+        }  # `datasets` fills up keys with None
+        if said.keys() != {"role", "content"} or not all(
+            isinstance(value, str) for value in said.values()
+        ):
             raise ValueError(
                 f"{where}: message {number} has {some([*said]) or 'nothing'}: expected role and content, both texts"
             )
         turns.append((said["role"], said["content"]))
-    if [role for role, _ in turns[-2:]] != ["user", "assistant"] or not all(text.strip() for _, text in turns[-2:]):
+    if [role for role, _ in turns[-2:]] != ["user", "assistant"] or not all(
+        text.strip() for _, text in turns[-2:]
+    ):
         roles = some([role for role, _ in turns]) or "nobody"
         raise ValueError(
             f"{where} has messages of {roles}: expected the user's message and then the assistant's answer as the last "
@@ -274,8 +358,12 @@ def _conversation(messages: Row, where: str) -> list[tuple[str, str]]:
     return turns
 
 
-def _divide(rows: list[Example], train_rows: int, source: str | Path) -> dict[str, list[Example]]:
-    different: dict[str, Example] = {}  # inputs, because a test row must not be a training row too
+def _divide(
+    rows: list[Example], train_rows: int, source: str | Path
+) -> dict[str, list[Example]]:
+    different: dict[
+        str, Example
+    ] = {}  # inputs, because a test row must not be a training row too
     for row in rows:
         different.setdefault(row.input_sha256, row)
     rows = list(different.values())

@@ -9,12 +9,16 @@ from jaxtyping import Bool
 from .data import Task
 
 
-def exact_match(predictions: Sequence[Sequence[str]], targets: Sequence[str]) -> Bool[np.ndarray, "seeds rows"]:
+def exact_match(
+    predictions: Sequence[Sequence[str]], targets: Sequence[str]
+) -> Bool[np.ndarray, "seeds rows"]:
     """Compare texts, by seed, after strip, lower case and removal of full stops, in this order (the paper's code)."""
     wanted = [_normal(target) for target in targets]
     for texts in predictions:
         if len(texts) != len(wanted) or not wanted:
-            raise ValueError(f"{len(texts)} predictions for {len(wanted)} targets: expected one for each")
+            raise ValueError(
+                f"{len(texts)} predictions for {len(wanted)} targets: expected one for each"
+            )
     pairs = (zip(map(_normal, texts), wanted, strict=True) for texts in predictions)
     return np.array([[said == target for said, target in of_seed] for of_seed in pairs])
 
@@ -22,7 +26,9 @@ def exact_match(predictions: Sequence[Sequence[str]], targets: Sequence[str]) ->
 def constant_answer(task: Task) -> str:
     """Return the most common target of the training rows, of equally common ones the first: a baseline."""
     if not task.train:
-        raise ValueError(f"{task.name} has no training rows, so it has no most common target: give it some")
+        raise ValueError(
+            f"{task.name} has no training rows, so it has no most common target: give it some"
+        )
     # most_common keeps equal counts in the order in which they came.
     return Counter(example.target for example in task.train).most_common(1)[0][0]
 

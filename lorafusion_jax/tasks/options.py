@@ -7,7 +7,9 @@ from .data import Example, Task
 
 _MOST_LABELS = 10
 # "Options:" and, on separate lines, "(A) text" or "- text".
-_BLOCK = re.compile(r"^options:[ \t]*((?:\n(?:\([A-Z]\)|-) .*)+)", re.IGNORECASE | re.MULTILINE)
+_BLOCK = re.compile(
+    r"^options:[ \t]*((?:\n(?:\([A-Z]\)|-) .*)+)", re.IGNORECASE | re.MULTILINE
+)
 _OPTION = re.compile(r"^(?:(\([A-Z]\))|- (.*))", re.MULTILINE)
 
 
@@ -24,7 +26,9 @@ def answer_options(task: Task) -> tuple[tuple[str, ...], ...] | None:
       share of rows whose label was seen once.)
     """
     pairs = [(example.target, _stated(example)) for example in task.train]
-    trusted = 2 * sum(target.strip() in stated for target, stated in pairs) >= len(pairs)
+    trusted = 2 * sum(target.strip() in stated for target, stated in pairs) >= len(
+        pairs
+    )
     counts = Counter(example.target for example in task.train)
     closed = 2 <= len(counts) <= _MOST_LABELS and min(counts.values()) > 1
     labels = tuple(sorted(counts)) if closed else ()

@@ -13,7 +13,8 @@ MOST_SHAPES = 6
 # Operations that a core of a CPU computes while a step is compiled: about 5 s of 1e11 each.
 COMPILING = 5e11
 # Programs of evaluation are smaller: one more shape must save so much of it, but at least so many tokens.
-_OF_EVALUATION, FEWEST_TOKENS = 0.05, 400.0
+_OF_EVALUATION = 0.05
+FEWEST_TOKENS = 400.0
 # Widths are multiples of these if that costs little, so that more tasks share programs.
 COMMON = (16, 4)
 _LITTLE = 0.1  # of what one more shape must save
@@ -50,11 +51,17 @@ class Packing(NamedTuple):
 
     def evaluation_worth(self) -> float:
         """Return the number of tokens that one more shape of an evaluation must save."""
-        of_token = self.operations(1, 1, [(1, 1, 1)]) / 4  # two tokens, of a step with a backward pass
+        of_token = (
+            self.operations(1, 1, [(1, 1, 1)]) / 4
+        )  # two tokens, of a step with a backward pass
         return max(FEWEST_TOKENS, _OF_EVALUATION * self.compiling / of_token)
 
     def plan(
-        self, lengths: Int[np.ndarray, "seeds steps B 2"], padded: Int[np.ndarray, "steps 2"], *, alike: bool
+        self,
+        lengths: Int[np.ndarray, "seeds steps B 2"],
+        padded: Int[np.ndarray, "steps 2"],
+        *,
+        alike: bool,
     ) -> Int[np.ndarray, "*seeds steps widths"] | None:
         """Return the widths of every batch, from the source and target tokens of its rows.
 
@@ -66,14 +73,19 @@ class Packing(NamedTuple):
         seeds, steps, rows, _ = lengths.shape
         together = seeds if alike else 1  # batches of so many seeds in one program
         packed = np.maximum(lengths - np.array([self.causal, 0]), 0)
-        of_groups = [np.take_along_axis(packed, numbers[..., None], axis=2).max(axis=2) for numbers in groups(packed)]
+        of_groups = [
+            np.take_along_axis(packed, numbers[..., None], axis=2).max(axis=2)
+            for numbers in groups(packed)
+        ]
         widths = np.concatenate([packed.sum(axis=2), *of_groups], axis=2)
         widths = widths.max(axis=0) if alike else widths
 
         def cost(number: Any, *of_step: Any) -> Any:
             return together * number * self.operations(*step_shape(rows, *of_step))
 
-        few = few_widths(widths.reshape(-1, widths.shape[-1]), cost, worth=self.compiling)
+        few = few_widths(
+            widths.reshape(-1, widths.shape[-1]), cost, worth=self.compiling
+        )
         further = max(len(np.unique(few, axis=0)) - len(np.unique(padded, axis=0)), 1)
         padding = seeds * np.sum(self.operations(*step_shape(rows, *padded.T)))
         if self.moving * np.sum(cost(1, *few.T)) + self.compiling * further >= padding:
@@ -81,18 +93,26 @@ class Packing(NamedTuple):
         return few.reshape(widths.shape)
 
 
-def groups(lengths: Int[np.ndarray, "*leading B 2"]) -> list[Int[np.ndarray, "*leading _"]]:
+def groups(
+    lengths: Int[np.ndarray, "*leading B 2"],
+) -> list[Int[np.ndarray, "*leading _"]]:
     """Return the numbers of the rows that attention pads alike: those of the longer half, and those of the shorter."""
     ranked = np.argsort(-lengths.sum(axis=-1), axis=-1, kind="stable")
     return np.array_split(ranked, min(_GROUPS, ranked.shape[-1]), axis=-1)
 
 
-def step_shape(rows: int, source: Any, target: Any, *of_groups: Any) -> tuple[Any, Any, list[Group]]:
+def step_shape(
+    rows: int, source: Any, target: Any, *of_groups: Any
+) -> tuple[Any, Any, list[Group]]:
     """Return the arguments of `Packing.operations` for widths of a step, those of `Packing.plan` or of padded rows."""
     if not of_groups:
         return rows * source, rows * target, [(rows, source, target)]
     counts = [len(numbers) for numbers in groups(np.zeros((rows, 2), int))]
-    return source, target, list(zip(counts, of_groups[::2], of_groups[1::2], strict=True))
+    return (
+        source,
+        target,
+        list(zip(counts, of_groups[::2], of_groups[1::2], strict=True)),
+    )
 
 
 def few_widths(
@@ -116,7 +136,9 @@ def _grouped(
     widths: Int[np.ndarray, "n widths"], cost: Callable[..., Costs], worth: float
 ) -> tuple[float, Int[np.ndarray, "n widths"]]:
     """Return the cost of the lists of `few_widths`, and the lists."""
-    sources, place, counts = np.unique(widths[:, 0], return_inverse=True, return_counts=True)
+    sources, place, counts = np.unique(
+        widths[:, 0], return_inverse=True, return_counts=True
+    )
     least = np.zeros((len(sources), widths.shape[1]), int)
     np.maximum.at(least, place, widths)
     # Cost of a group of consecutive sources, from number i to number j.
@@ -124,9 +146,12 @@ def _grouped(
     for i in range(len(sources)):
         costs[i, i:] = cost(np.cumsum(counts[i:]), *np.maximum.accumulate(least[i:]).T)
     # Of groups up to j: their cost, and where the last one begins, for each number of groups.
-    best, begins = [costs[0]], [np.zeros(len(sources), int)]
+    best = [costs[0]]
+    begins = [np.zeros(len(sources), int)]
     while len(best) < min(MOST_SHAPES, len(sources)):
-        totals = np.pad(best[-1][:-1, None] + costs[1:], ((1, 0), (0, 0)), constant_values=np.inf)
+        totals = np.pad(
+            best[-1][:-1, None] + costs[1:], ((1, 0), (0, 0)), constant_values=np.inf
+        )
         begins.append(np.argmin(totals, axis=0))
         best.append(np.min(totals, axis=0))
     totals = np.array([one[-1] for one in best]) + worth * np.arange(1, len(best) + 1)

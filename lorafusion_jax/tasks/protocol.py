@@ -29,7 +29,13 @@ def shuffled(count: int, key: int | str) -> list[int]:
     return order
 
 
-def split(count: int, seeds: Sequence[int], *, protocol: Protocol = "default", limit: int = 100) -> Split:
+def split(
+    count: int,
+    seeds: Sequence[int],
+    *,
+    protocol: Protocol = "default",
+    limit: int = 100,
+) -> Split:
     """Split the first `limit` of `count` shuffled rows into 95 % for training and 5 % for validation.
 
     The paper's code ("reference") shuffles once with seed 42, whatever the run's seed, and takes the first 5 of 100
@@ -38,15 +44,24 @@ def split(count: int, seeds: Sequence[int], *, protocol: Protocol = "default", l
     """
     used = min(count, limit)
     if used < 1:
-        raise ValueError(f"{used} of {count} rows to split: give at least one to train on")
-    keys = [REFERENCE_SEED if protocol == "reference" else f"split, seed {seed}" for seed in seeds]
+        raise ValueError(
+            f"{used} of {count} rows to split: give at least one to train on"
+        )
+    keys = [
+        REFERENCE_SEED if protocol == "reference" else f"split, seed {seed}"
+        for seed in seeds
+    ]
     order = np.array([shuffled(count, key)[:used] for key in keys], np.int32)
     held_out = used * 5 // 100
     return Split(train=order[:, held_out:], validation=order[:, : held_out or used])
 
 
 def batch_orders(
-    rows: Int32[np.ndarray, "seeds rows"], *, batch_size: int, epochs: int = 1, seeds: Sequence[int] | None = None
+    rows: Int32[np.ndarray, "seeds rows"],
+    *,
+    batch_size: int,
+    epochs: int = 1,
+    seeds: Sequence[int] | None = None,
 ) -> Int32[np.ndarray, "seeds steps B"]:
     """Return the row numbers of every batch; each epoch holds every row once.
 
@@ -62,7 +77,9 @@ def batch_orders(
         order = rows
         if seeds is not None:
             keys = [f"order, epoch {epoch}, seed {seed}" for seed in seeds]
-            order = np.take_along_axis(rows, np.array([shuffled(count, key) for key in keys]), axis=1)
+            order = np.take_along_axis(
+                rows, np.array([shuffled(count, key) for key in keys]), axis=1
+            )
         pieces += [order, filling]
     return np.concatenate(pieces, axis=1).reshape(runs, -1, size)
 
@@ -70,5 +87,7 @@ def batch_orders(
 def draw_modules(names: Sequence[str], count: int, seed: int) -> tuple[str, ...]:
     """Draw `count` different modules of a pool, as LoraHub and the paper's code do; the order of `names` matters."""
     if not 1 <= count <= len(names):
-        raise ValueError(f"{count} modules to be drawn from a pool of {len(names)}: draw 1 to {len(names)}")
+        raise ValueError(
+            f"{count} modules to be drawn from a pool of {len(names)}: draw 1 to {len(names)}"
+        )
     return tuple(names[i] for i in random.Random(seed).sample(range(len(names)), count))

@@ -14,7 +14,12 @@ Row = Any  # any JSON: checked where rows become examples
 Rows = Iterator[tuple[str, Row]]  # each with its place, for messages
 
 # The plain names and LoraHub's.
-_PARTS = {"train.jsonl": "train", "example.jsonl": "train", "test.jsonl": "test", "zero_shot.jsonl": "test"}
+_PARTS = {
+    "train.jsonl": "train",
+    "example.jsonl": "train",
+    "test.jsonl": "test",
+    "zero_shot.jsonl": "test",
+}
 # In CSV, where a number has no quotes to tell it from a text.
 _NOT_FINITE = re.compile(r"\s*[+-]?(nan|inf|infinity)\s*", re.IGNORECASE)
 _HUB_ID = re.compile(r"([\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?:@([\w./-]+))?(?::([\w.-]+))?")
@@ -29,10 +34,14 @@ def read_rows(source: str | Path) -> dict[str, Rows]:
     try:
         is_file = path.is_file()
     except OSError as error:  # a name that is too long
-        raise ValueError(f"{shown(str(source))} cannot be a task: {error.strerror}; shorten its name") from None
+        raise ValueError(
+            f"{shown(str(source))} cannot be a task: {error.strerror}; shorten its name"
+        ) from None
     if is_file:
         return {_PARTS.get(path.name, "all"): _file_rows(path)}
-    if path.is_dir() and not any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):
+    if path.is_dir() and not any(
+        (path / file).is_file() for file in ("dataset_dict.json", "state.json")
+    ):
         return _folder_rows(path)
     return _dataset_rows(str(source))
 
@@ -40,7 +49,11 @@ def read_rows(source: str | Path) -> dict[str, Rows]:
 def without_revision(source: str | Path) -> str:
     """Return a hub id without its revision, and any other source as it is."""
     hub_id = None if Path(source).exists() else _HUB_ID.fullmatch(str(source))
-    return str(source) if hub_id is None else hub_id[1] + (f":{hub_id[3]}" if hub_id[3] else "")
+    return (
+        str(source)
+        if hub_id is None
+        else hub_id[1] + (f":{hub_id[3]}" if hub_id[3] else "")
+    )
 
 
 def _folder_rows(path: Path) -> dict[str, Rows]:
@@ -53,14 +66,23 @@ def _folder_rows(path: Path) -> dict[str, Rows]:
         )
     parts = {_PARTS[file]: _file_rows(path / file) for file in files}
     if len(parts) < len(files):
-        raise ValueError(f"{path} holds {', '.join(files)}, two files for one part: keep one of them")
+        raise ValueError(
+            f"{path} holds {', '.join(files)}, two files for one part: keep one of them"
+        )
     return parts
 
 
 def _file_rows(path: Path) -> Rows:
-    readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+    readers = {
+        ".jsonl": _jsonl_rows,
+        ".json": _json_rows,
+        ".csv": _csv_rows,
+        ".parquet": _parquet_rows,
+    }
     if path.suffix not in readers:
-        raise ValueError(f"{path} ends in {path.suffix or 'no suffix'}: expected one of {', '.join(readers)}")
+        raise ValueError(
+            f"{path} ends in {path.suffix or 'no suffix'}: expected one of {', '.join(readers)}"
+        )
     check_regular(path)
     check_lfs(path)
     return _some(readers[path.suffix](path), path)
@@ -103,11 +125,21 @@ def _csv_rows(path: Path) -> Rows:
                 where = f"{path}, line {rows.line_num}"
                 if None in row or None in row.values():
                     header = some(rows.fieldnames or [])
-                    raise ValueError(f"{where} has more or fewer columns than the header {header}: fix the line")
-                yield where, {name: float(cell) if _NOT_FINITE.fullmatch(cell) else cell for name, cell in row.items()}
+                    raise ValueError(
+                        f"{where} has more or fewer columns than the header {header}: fix the line"
+                    )
+                yield (
+                    where,
+                    {
+                        name: float(cell) if _NOT_FINITE.fullmatch(cell) else cell
+                        for name, cell in row.items()
+                    },
+                )
         except csv.Error as error:
             fix = "quote texts that contain commas, quotes or line breaks"
-            raise FileError(f"{path}, line {rows.line_num + 1}", got=f"not CSV: {error}", fix=fix) from error
+            raise FileError(
+                f"{path}, line {rows.line_num + 1}", got=f"not CSV: {error}", fix=fix
+            ) from error
 
 
 def _parquet_rows(path: Path) -> Rows:
@@ -117,17 +149,29 @@ def _parquet_rows(path: Path) -> Rows:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             _check_columns(file.schema_arrow.names, path)
-            for n, row in enumerate(row for batch in file.iter_batches(1000) for row in batch.to_pylist()):
+            for n, row in enumerate(
+                row for batch in file.iter_batches(1000) for row in batch.to_pylist()
+            ):
                 yield f"{path}, row {n}", row
     except FileError:
         raise
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, LookupError) as error:  # also of single values
-        raise FileError(path, got=f"not Parquet: {error}", fix="write the file again") from error
+    except (
+        pyarrow.ArrowException,
+        OSError,
+        ValueError,
+        OverflowError,
+        LookupError,
+    ) as error:  # also of single values
+        raise FileError(
+            path, got=f"not Parquet: {error}", fix="write the file again"
+        ) from error
 
 
 def _check_columns(names: Sequence[str], path: Path) -> None:
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise FileError(path, got=f"two columns named {some(twice)}", fix="rename one of them")
+        raise FileError(
+            path, got=f"two columns named {some(twice)}", fix="rename one of them"
+        )
 
 
 def _parse(text: str, path: Path, line: int = 1) -> Row:
@@ -138,16 +182,26 @@ def _parse(text: str, path: Path, line: int = 1) -> Row:
             json.dumps(row, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         got = f"not JSON: {error.msg} at column {error.colno}"
-        raise FileError(f"{path}, line {line + error.lineno - 1}", got=got, fix="fix the line") from error
-    except (ValueError, RecursionError) as error:  # also of integers of thousands of digits
-        raise FileError(f"{path}, line {line}", got=f"not JSON: {error}", fix="fix the line") from error
+        raise FileError(
+            f"{path}, line {line + error.lineno - 1}", got=got, fix="fix the line"
+        ) from error
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # also of integers of thousands of digits
+        raise FileError(
+            f"{path}, line {line}", got=f"not JSON: {error}", fix="fix the line"
+        ) from error
     return row
 
 
 def _dataset_rows(source: str) -> dict[str, Rows]:
-    local, hub_id = Path(source).is_dir(), _HUB_ID.fullmatch(source)
+    local = Path(source).is_dir()
+    hub_id = _HUB_ID.fullmatch(source)
     if not local and (hub_id is None or source.endswith((".json", ".jsonl"))):
-        raise ValueError(f"{source} does not exist: give a task file, a task folder or a data set's hub id")
+        raise ValueError(
+            f"{source} does not exist: give a task file, a task folder or a data set's hub id"
+        )
     import datasets
 
     try:
@@ -158,19 +212,27 @@ def _dataset_rows(source: str) -> dict[str, Rows]:
                 if path.suffix == ".json":
                     _parse(path.read_text(encoding="utf-8"), path)
             saved = datasets.load_from_disk(source)
-            loaded: Any = {"all": saved} if isinstance(saved, datasets.Dataset) else saved
+            loaded: Any = (
+                {"all": saved} if isinstance(saved, datasets.Dataset) else saved
+            )
             for part in loaded.values():
-                part.data.validate(full=True)  # Arrow follows offsets of its files without a look, out of the file
+                part.data.validate(
+                    full=True
+                )  # Arrow follows offsets of its files without a look, out of the file
         else:
             assert hub_id is not None
             repository, revision, config = hub_id.groups()
             loaded = datasets.load_dataset(repository, config, revision=revision)
         # As they are stored: decoding would open the images and sounds that a row names, also over the network.
         loaded = {split: part.with_format("arrow") for split, part in loaded.items()}
-    except Exception as error:  # of many kinds; a saved data set without rows gives an IndexError
+    except (
+        Exception
+    ) as error:  # of many kinds; a saved data set without rows gives an IndexError
         said = f"{type(error).__name__}: {error}"
         if local:
-            raise ValueError(f"{source} cannot be loaded by datasets ({said}): save it again") from error
+            raise ValueError(
+                f"{source} cannot be loaded by datasets ({said}): save it again"
+            ) from error
         raise ValueError(
             f"{source} is not a local path, and could not be loaded from the hub: {said} (check the spelling, the "
             "network and HF_HUB_OFFLINE; private data, and data with terms to accept, need `hf auth login` or HF_TOKEN)"
@@ -178,15 +240,21 @@ def _dataset_rows(source: str) -> dict[str, Rows]:
 
     def rows(split: str) -> Rows:
         where = f"{source}, split {split}"
-        stored = (row for batch in loaded[split].iter(1000) for row in batch.to_pylist())
-        return _some(((f"{where}, row {n}", row) for n, row in enumerate(stored)), where)
+        stored = (
+            row for batch in loaded[split].iter(1000) for row in batch.to_pylist()
+        )
+        return _some(
+            ((f"{where}, row {n}", row) for n, row in enumerate(stored)), where
+        )
 
     if len(loaded) == 1:
         return {"all": rows(*loaded)}
     splits = {"train": "train", "test": "test" if "test" in loaded else "validation"}
     parts = {part: rows(split) for part, split in splits.items() if split in loaded}
     if not parts:
-        raise ValueError(f"{source} has the splits {some([*loaded])}: expected train, and test or validation")
+        raise ValueError(
+            f"{source} has the splits {some([*loaded])}: expected train, and test or validation"
+        )
     return parts
 
 

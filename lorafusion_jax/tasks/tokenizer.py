@@ -15,7 +15,9 @@ from .data import Example
 Tokenizer: TypeAlias = Any
 
 LONGEST = 2048  # tokens that a text is cut to, as in the paper's code
-LONGEST_ROW = 1 << 20  # characters of a row's texts, also rendered by a chat template; a token takes up to 300 bytes
+LONGEST_ROW = (
+    1 << 20
+)  # characters of a row's texts, also rendered by a chat template; a token takes up to 300 bytes
 _SHOWN = 40  # characters of a text in a message
 _NO_TOKENS = "the tokenizer makes no tokens of {text!r}: take the row out"
 
@@ -88,14 +90,23 @@ def encode(
     if text_format.ends:
         encoded = _continued(tokenizer, examples, text_format)
     else:
-        parts = [example.input for example in examples], [example.target for example in examples]
+        parts = (
+            [example.input for example in examples],
+            [example.target for example in examples],
+        )
         encoded = Encoded(*(_separate(tokenizer, texts, max_length) for texts in parts))
     _check_rows(tokenizer, encoded, examples, text_format, new_tokens)
     return encoded
 
 
-def _separate(tokenizer: Tokenizer, texts: list[str], max_length: int) -> tuple[np.ndarray, ...]:
-    rows = tokenise(tokenizer, texts, max_length=max_length, truncation=True)["input_ids"] if texts else []
+def _separate(
+    tokenizer: Tokenizer, texts: list[str], max_length: int
+) -> tuple[np.ndarray, ...]:
+    rows = (
+        tokenise(tokenizer, texts, max_length=max_length, truncation=True)["input_ids"]
+        if texts
+        else []
+    )
     for row, text in zip(rows, texts, strict=True):
         if not row:
             raise ValueError(_NO_TOKENS.format(text=text))
@@ -103,7 +114,9 @@ def _separate(tokenizer: Tokenizer, texts: list[str], max_length: int) -> tuple[
 
 
 def decode(
-    tokenizer: Tokenizer, rows: list[list[int]] | Int[np.ndarray, "rows T"], text_format: TextFormat
+    tokenizer: Tokenizer,
+    rows: list[list[int]] | Int[np.ndarray, "rows T"],
+    text_format: TextFormat,
 ) -> list[str]:
     """Return the texts of generated tokens, without special tokens and without what follows an end token."""
     if text_format.ends:
@@ -111,7 +124,9 @@ def decode(
     return tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
-def stream_text(tokenizer: Tokenizer, tokens: Iterable[int], text_format: TextFormat) -> Iterator[str]:
+def stream_text(
+    tokenizer: Tokenizer, tokens: Iterable[int], text_format: TextFormat
+) -> Iterator[str]:
     """Yield the text of generated tokens, piece by piece as they come; together the pieces are `decode`'s text.
 
     A piece waits until no later token can change it: a character for all of its bytes, and a word for the space behind
@@ -121,7 +136,9 @@ def stream_text(tokenizer: Tokenizer, tokens: Iterable[int], text_format: TextFo
     said = ""
     for token in tokens:
         row.append(token)
-        text = decode(tokenizer, [row], text_format)[0].rstrip("\N{REPLACEMENT CHARACTER}")
+        text = decode(tokenizer, [row], text_format)[0].rstrip(
+            "\N{REPLACEMENT CHARACTER}"
+        )
         if tokenizer.clean_up_tokenization_spaces:
             text = text[: max(text.rfind(" "), 0)]
         if len(text) > len(said):
@@ -131,17 +148,22 @@ def stream_text(tokenizer: Tokenizer, tokens: Iterable[int], text_format: TextFo
         yield rest
 
 
-def _continued(tokenizer: Tokenizer, examples: Sequence[Example], text_format: TextFormat) -> Encoded:
+def _continued(
+    tokenizer: Tokenizer, examples: Sequence[Example], text_format: TextFormat
+) -> Encoded:
     texts = [_rendered(tokenizer, example, text_format) for example in examples]
     # A chat template has written the special tokens already.
     special = not text_format.chat
     prompts = _open_ended(tokenizer, [prompt for prompt, _ in texts], special=special)
     wholes = _open_ended(tokenizer, [whole for _, whole in texts], special=special)
-    inputs, labels = [], []
+    inputs = []
+    labels = []
     for (prompt, whole), start, ids in zip(texts, prompts, wholes, strict=True):
         answer = ids[len(start) :]
         if ids[: len(start)] != start:
-            answer = tokenise(tokenizer, whole[len(prompt) :], add_special_tokens=False)["input_ids"]
+            answer = tokenise(
+                tokenizer, whole[len(prompt) :], add_special_tokens=False
+            )["input_ids"]
         for text, tokens in ((prompt, start), (whole[len(prompt) :], answer)):
             if not tokens and (text or tokens is start):
                 raise ValueError(_NO_TOKENS.format(text=text))
@@ -157,16 +179,24 @@ def _end(row: Sequence[int] | Int[np.ndarray, " T"], ends: tuple[int, ...]) -> i
     return next((place for place, token in enumerate(row) if token in ends), len(row))
 
 
-def _rendered(tokenizer: Tokenizer, example: Example, text_format: TextFormat) -> tuple[str, str]:
+def _rendered(
+    tokenizer: Tokenizer, example: Example, text_format: TextFormat
+) -> tuple[str, str]:
     """Return the prompt, and the whole text of prompt and answer."""
     if not text_format.chat:
-        apart = not example.input[-1:].isspace() and example.target and not example.target[0].isspace()
+        apart = (
+            not example.input[-1:].isspace()
+            and example.target
+            and not example.target[0].isspace()
+        )
         return example.input, f"{example.input}{' ' if apart else ''}{example.target}"
     said = [*example.history, ("user", example.input)]
     prompt = _chat(tokenizer, said, add_generation_prompt=True)
     if not example.target:
         return prompt, prompt
-    whole = _chat(tokenizer, [*said, ("assistant", example.target)], add_generation_prompt=False)
+    whole = _chat(
+        tokenizer, [*said, ("assistant", example.target)], add_generation_prompt=False
+    )
     if not whole.startswith(prompt):
         raise ValueError(
             f"the chat template renders {_beginning(example.input)} with its answer as {shown(whole)}, which does not "
@@ -176,12 +206,16 @@ def _rendered(tokenizer: Tokenizer, example: Example, text_format: TextFormat) -
     return prompt, whole
 
 
-def _chat(tokenizer: Tokenizer, said: list[tuple[str, str]], *, add_generation_prompt: bool) -> str:
+def _chat(
+    tokenizer: Tokenizer, said: list[tuple[str, str]], *, add_generation_prompt: bool
+) -> str:
     messages = [{"role": role, "content": content} for role, content in said]
     return render_chat(tokenizer, messages, add_generation_prompt=add_generation_prompt)
 
 
-def render_chat(tokenizer: Tokenizer, messages: list[dict[str, str]], **how: bool) -> str:
+def render_chat(
+    tokenizer: Tokenizer, messages: list[dict[str, str]], **how: bool
+) -> str:
     """Return the text of a conversation, as `tokenizer.apply_chat_template` renders it, in jinja2's sandbox.
 
     `how` are that method's `add_generation_prompt` and `continue_final_message`. Raises a ValueError for a template
@@ -189,15 +223,22 @@ def render_chat(tokenizer: Tokenizer, messages: list[dict[str, str]], **how: boo
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    template, special = tokenizer.get_chat_template(), tokenizer.special_tokens_map
+    template = tokenizer.get_chat_template()
+    special = tokenizer.special_tokens_map
     try:
-        rendered: Any = render_jinja_template(conversations=[messages], chat_template=template, **how, **special)
+        rendered: Any = render_jinja_template(
+            conversations=[messages], chat_template=template, **how, **special
+        )
     except Exception as error:  # a template may raise anything
         roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(f"the chat template rejects messages of {roles}: {error}: leave out --chat") from error
+        raise ValueError(
+            f"the chat template rejects messages of {roles}: {error}: leave out --chat"
+        ) from error
     text: str = rendered[0][0]
     if len(text) > LONGEST_ROW:
-        raise ValueError(f"the chat template renders {len(text):,} characters: expected at most {LONGEST_ROW:,}")
+        raise ValueError(
+            f"the chat template renders {len(text):,} characters: expected at most {LONGEST_ROW:,}"
+        )
     return text
 
 
@@ -206,19 +247,31 @@ def tokenise(tokenizer: Tokenizer, texts: str | list[str], **how: Any) -> Any:
     try:
         with panics():
             return tokenizer(texts, **how)
-    except Exception as error:  # tokenizers raises a bare one, such as for a missing unknown token
+    except (
+        Exception
+    ) as error:  # tokenizers raises a bare one, such as for a missing unknown token
         raise ValueError(
             f"the tokenizer of {tokenizer.name_or_path} rejects a text ({error}): give a base with a sound tokenizer"
         ) from error
 
 
-def _open_ended(tokenizer: Tokenizer, texts: list[str], *, special: bool) -> list[list[int]]:
+def _open_ended(
+    tokenizer: Tokenizer, texts: list[str], *, special: bool
+) -> list[list[int]]:
     """Return the tokens of texts that are continued: with the tokenizer's first special tokens, without its last."""
     if not texts:
         return []
-    encoded = tokenise(tokenizer, texts, add_special_tokens=special, return_special_tokens_mask=True, verbose=False)
+    encoded = tokenise(
+        tokenizer,
+        texts,
+        add_special_tokens=special,
+        return_special_tokens_mask=True,
+        verbose=False,
+    )
     rows = []
-    for row, added in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
+    for row, added in zip(
+        encoded["input_ids"], encoded["special_tokens_mask"], strict=True
+    ):
         length = len(row)
         while special and length and added[length - 1]:
             length -= 1
@@ -229,7 +282,11 @@ def _open_ended(tokenizer: Tokenizer, texts: list[str], *, special: bool) -> lis
 def _check_characters(examples: Sequence[Example]) -> None:
     """Raise ValueError for the first row whose texts would take too much memory as tokens."""
     for row, example in enumerate(examples, start=1):
-        texts = (example.input, example.target, *(content for _, content in example.history))
+        texts = (
+            example.input,
+            example.target,
+            *(content for _, content in example.history),
+        )
         if (length := sum(map(len, texts))) > LONGEST_ROW:
             raise ValueError(
                 f"row {row}, {_beginning(example.input)}, has {length:,} characters: expected at most {LONGEST_ROW:,}: "
@@ -238,11 +295,18 @@ def _check_characters(examples: Sequence[Example]) -> None:
 
 
 def _check_rows(
-    tokenizer: Tokenizer, encoded: Encoded, examples: Sequence[Example], text_format: TextFormat, new_tokens: int
+    tokenizer: Tokenizer,
+    encoded: Encoded,
+    examples: Sequence[Example],
+    text_format: TextFormat,
+    new_tokens: int,
 ) -> None:
     """Raise ValueError for the first row that the model's context does not hold, or its embedding: logits were NaN."""
-    context, vocabulary = text_format.context if text_format.ends else None, text_format.vocabulary
-    for row, (prompt, answer) in enumerate(zip(encoded.inputs, encoded.labels, strict=True)):
+    context = text_format.context if text_format.ends else None
+    vocabulary = text_format.vocabulary
+    for row, (prompt, answer) in enumerate(
+        zip(encoded.inputs, encoded.labels, strict=True)
+    ):
         where = f"row {row + 1}, {_beginning(examples[row].input)}, has"
         length = len(prompt) + max(len(answer), new_tokens)
         if context is not None and length > context:
@@ -251,7 +315,9 @@ def _check_rows(
                 f"model's context holds {context}. Shorten the row or take it out, give fewer examples in the prompt "
                 "(--shots), or shorten answers (--max-new-tokens)"
             )
-        largest = max((int(ids.max()) for ids in (prompt, answer) if ids.size), default=0)
+        largest = max(
+            (int(ids.max()) for ids in (prompt, answer) if ids.size), default=0
+        )
         if vocabulary is not None and largest >= vocabulary:
             raise ValueError(
                 f"{where} the token {tokenizer.convert_ids_to_tokens(largest)!r}, number {largest}, and the model's "

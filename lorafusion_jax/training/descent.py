@@ -34,13 +34,21 @@ def gradient_at_zero(
     of_batches = []
     for number, batch in enumerate(batches):
         read = problem.read(SEARCH, number)
-        of_batches.append(to_host(coefficient_gradients(params, on_mesh(batch, of_seeds=True), read)))
-    tokens = np.stack([np.sum(np.asarray(batch.labels) != IGNORED, axis=(1, 2)) for batch in batches])
-    return np.einsum("bs,bs...->s...", tokens / np.sum(tokens, axis=0), np.stack(of_batches))
+        of_batches.append(
+            to_host(coefficient_gradients(params, on_mesh(batch, of_seeds=True), read))
+        )
+    tokens = np.stack(
+        [np.sum(np.asarray(batch.labels) != IGNORED, axis=(1, 2)) for batch in batches]
+    )
+    return np.einsum(
+        "bs,bs...->s...", tokens / np.sum(tokens, axis=0), np.stack(of_batches)
+    )
 
 
 @per_seed
-def coefficient_gradients(params: Params, batch: Batch, problem: Problem) -> Float[Array, "N *columns"]:
+def coefficient_gradients(
+    params: Params, batch: Batch, problem: Problem
+) -> Float[Array, "N *columns"]:
     """Return the gradient of a batch's cross-entropy, in nats per token, in the coefficients."""
 
     def loss(coefficients: Array) -> Array:

@@ -11,7 +11,14 @@ from jaxtyping import Array, Bool, Int, Int32
 
 from ..support.platform import for_cpu
 from ..support.progress import progress
-from ..tasks import Batch, StepBatch, TrainingRows, batch_orders, train_batches, train_step_batches
+from ..tasks import (
+    Batch,
+    StepBatch,
+    TrainingRows,
+    batch_orders,
+    train_batches,
+    train_step_batches,
+)
 from .frozen import VALIDATION
 from .loss import seed_entropies
 from .mesh import on_mesh, to_host
@@ -52,7 +59,10 @@ AfterInterval = Callable[[int, TrainState, Sequence[Mapping[str, Any]]], None]
 
 def joined(intervals: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Return the metrics of several intervals, name -> [steps, seeds]."""
-    return {name: np.concatenate([interval[name] for interval in intervals]) for name in intervals[0]}
+    return {
+        name: np.concatenate([interval[name] for interval in intervals])
+        for name in intervals[0]
+    }
 
 
 def whole_epochs() -> bool:
@@ -63,7 +73,9 @@ def whole_epochs() -> bool:
     return not for_cpu()
 
 
-def start(problem: Problem, seeds: tuple[int, ...], params: Params | None = None) -> TrainState:
+def start(
+    problem: Problem, seeds: tuple[int, ...], params: Params | None = None
+) -> TrainState:
     """Return the initial state of all seeds, each with its own key; `params` as in `init_state`, leaves [seeds]."""
     params = on_mesh(params, problem.config, of_seeds=True)
     of_seeds = on_mesh(np.array(seeds, np.uint32), of_seeds=True)
@@ -103,26 +115,47 @@ def fit(
     order = batch_orders(validating, batch_size=validating.shape[1])
     packing = rows.packing if recipe.pack else None
     of_epochs = None if packing is None else packing.repeated(recipe.epochs)
-    held_out = next(train_batches(rows.tokens, order, pad_id=rows.pad_id, packing=of_epochs))
+    held_out = next(
+        train_batches(rows.tokens, order, pad_id=rows.pad_id, packing=of_epochs)
+    )
     held_out = on_mesh(held_out, of_seeds=True)
-    rates = on_mesh(rates or recipe_rates(problem.method, recipe, len(seeds)), of_seeds=True)
+    rates = on_mesh(
+        rates or recipe_rates(problem.method, recipe, len(seeds)), of_seeds=True
+    )
     if "base" not in state.params:  # otherwise those of a seed replace the frozen ones
         problem = problem.unstacked()
-    first_step = int(np.max(to_host(state.step)))  # a seed that has stopped counts no more steps
+    first_step = int(
+        np.max(to_host(state.step))
+    )  # a seed that has stopped counts no more steps
     length = per_epoch if whole_epochs() else 1
-    how: Any = {"length": length, "first_step": first_step, "alike": problem.seed_mode == "batched"}
-    steps_of_seeds = train_step_batches(rows.tokens, orders, pad_id=rows.pad_id, packing=packing, **how)
+    how: Any = {
+        "length": length,
+        "first_step": first_step,
+        "alike": problem.seed_mode == "batched",
+    }
+    steps_of_seeds = train_step_batches(
+        rows.tokens, orders, pad_id=rows.pad_id, packing=packing, **how
+    )
     intervals = map(_placed, steps_of_seeds)
     following = next(intervals, None)
     with progress("train", orders.shape[1], first_step) as bar:
         for number in range(first_step // per_epoch + 1, recipe.epochs + 1):
-            metrics, left = [], number * per_epoch - first_step
+            metrics = []
+            left = number * per_epoch - first_step
             while left and following is not None:
                 batches, shapes, shape_of = following
                 state, of_interval = train_seeds(
-                    state, batches, problem, rates, shape_of, optimisation=optimisation, shapes=shapes
+                    state,
+                    batches,
+                    problem,
+                    rates,
+                    shape_of,
+                    optimisation=optimisation,
+                    shapes=shapes,
                 )
-                following = next(intervals, None)  # is put on the device while this one runs
+                following = next(
+                    intervals, None
+                )  # is put on the device while this one runs
                 metrics.append(of_interval)
                 if not whole_epochs():  # otherwise JAX runs up to 32 steps ahead, and a stop would wait for them
                     jax.block_until_ready(of_interval)
@@ -131,7 +164,9 @@ def fit(
                 bar.update(steps)
                 if left:
                     after_interval(number, state, metrics)
-            validation_loss = seed_entropies(state.params, held_out, problem.read(VALIDATION, number))
+            validation_loss = seed_entropies(
+                state.params, held_out, problem.read(VALIDATION, number)
+            )
             state = _after_epoch(
                 state,
                 validation_loss,
@@ -139,7 +174,9 @@ def fit(
                 optimisation=optimisation,
                 pruning=optimisation.prune > 0 and number == (recipe.epochs + 1) // 2,
             )
-            metrics, validation_loss, stopped = to_host((metrics, validation_loss, state.stopped))
+            metrics, validation_loss, stopped = to_host(
+                (metrics, validation_loss, state.stopped)
+            )
             after_epoch(
                 Epoch(
                     number=number,
@@ -157,13 +194,22 @@ def fit(
     return state
 
 
-def orders_of(rows: TrainingRows, recipe: Recipe, seeds: tuple[int, ...]) -> Int32[np.ndarray, "seeds steps B"]:
+def orders_of(
+    rows: TrainingRows, recipe: Recipe, seeds: tuple[int, ...]
+) -> Int32[np.ndarray, "seeds steps B"]:
     """Return the rows of every step of a training."""
     shuffle = None if recipe.protocol == "reference" else seeds
-    return batch_orders(rows.split.train, batch_size=recipe.batch_size, epochs=recipe.epochs, seeds=shuffle)
+    return batch_orders(
+        rows.split.train,
+        batch_size=recipe.batch_size,
+        epochs=recipe.epochs,
+        seeds=shuffle,
+    )
 
 
-@partial(jax.jit, static_argnames=("optimisation", "shapes"), donate_argnames=("state",))
+@partial(
+    jax.jit, static_argnames=("optimisation", "shapes"), donate_argnames=("state",)
+)
 def train_seeds(
     state: TrainState,
     batches: Batch,
@@ -180,24 +226,48 @@ def train_seeds(
     `fusion_step` are [steps, seeds].
     """
 
-    def in_shape(number: Array | None, step: Callable[[Batch], Any], batch: Batch) -> Any:
+    def in_shape(
+        number: Array | None, step: Callable[[Batch], Any], batch: Batch
+    ) -> Any:
         if number is None:
             return step(batch)
         steps = [lambda batch, shape=shape: step(batch.cut(*shape)) for shape in shapes]
         return jax.lax.switch(number, steps, batch)
 
     def train_seed(
-        one: Problem, state: TrainState, batch: Batch, rates: Rates, number: Array | None
+        one: Problem,
+        state: TrainState,
+        batch: Batch,
+        rates: Rates,
+        number: Array | None,
     ) -> tuple[TrainState, dict[str, Array]]:
-        return in_shape(number, lambda batch: fusion_step(state, batch, one, rates, optimisation=optimisation), batch)
+        return in_shape(
+            number,
+            lambda batch: fusion_step(
+                state, batch, one, rates, optimisation=optimisation
+            ),
+            batch,
+        )
 
-    def step(state: TrainState, of_step: tuple[Batch, Array | None]) -> tuple[TrainState, dict[str, Array]]:
+    def step(
+        state: TrainState, of_step: tuple[Batch, Array | None]
+    ) -> tuple[TrainState, dict[str, Array]]:
         batch, number = of_step
-        own, shared = (None, number) if number is None or number.ndim == 0 else (number, None)
-        return in_shape(shared, lambda batch: problem.over_seeds(train_seed, (state, batch, rates, own)), batch)
+        own, shared = (
+            (None, number) if number is None or number.ndim == 0 else (number, None)
+        )
+        return in_shape(
+            shared,
+            lambda batch: problem.over_seeds(train_seed, (state, batch, rates, own)),
+            batch,
+        )
 
     of_steps = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), batches)
-    return jax.lax.scan(step, state, (of_steps, None if shape_of is None else jnp.moveaxis(shape_of, -1, 0)))
+    return jax.lax.scan(
+        step,
+        state,
+        (of_steps, None if shape_of is None else jnp.moveaxis(shape_of, -1, 0)),
+    )
 
 
 @jax.jit
@@ -210,7 +280,12 @@ def _start(seeds: Array, params: Params | None, problem: Problem) -> TrainState:
 
 @partial(jax.jit, static_argnames=("optimisation", "pruning"))
 def _after_epoch(
-    state: TrainState, loss: Array, number: Array, *, optimisation: Optimisation, pruning: bool
+    state: TrainState,
+    loss: Array,
+    number: Array,
+    *,
+    optimisation: Optimisation,
+    pruning: bool,
 ) -> TrainState:
     def end_of_seed(seed: tuple[TrainState, Array], number: Array) -> TrainState:
         state, loss = seed
@@ -223,7 +298,9 @@ def _after_epoch(
 def recipe_rates(method: Method, recipe: Recipe, seeds: int) -> Rates:
     """Return a recipe's learning rates for a method, the same for every seed."""
     numbers = (method.learning_rates(recipe), *recipe.penalties)
-    learning_rate, l1, l2 = jax.tree.map(lambda number: jax.device_put(np.full(seeds, number, np.float32)), numbers)
+    learning_rate, l1, l2 = jax.tree.map(
+        lambda number: jax.device_put(np.full(seeds, number, np.float32)), numbers
+    )
     return Rates(learning_rate, l2=l2, l1=l1)
 
 
@@ -234,4 +311,6 @@ def _placed(interval: StepBatch) -> StepBatch:
     if shape_of is not None:
         shape_of = on_mesh(shape_of, of_seeds=shape_of.ndim > 1)
     # A CPU takes NumPy's arrays at once.
-    return StepBatch(jax.device_put(batches) if whole_epochs() else batches, shapes, shape_of)
+    return StepBatch(
+        jax.device_put(batches) if whole_epochs() else batches, shapes, shape_of
+    )

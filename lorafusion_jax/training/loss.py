@@ -13,23 +13,32 @@ from .method import Metrics, Params
 from .problem import Problem, per_seed
 
 
-def cross_entropy(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Float[Array, ""]:
+def cross_entropy(
+    logits: Float[Array, "B T V"], labels: Int[Array, "B T"]
+) -> Float[Array, ""]:
     """Return the mean cross-entropy in nats over the tokens whose label is not -100, in float32 or wider."""
     total = jnp.sum(log_likelihood(logits, labels))
     return -total / jnp.maximum(jnp.sum(labels != IGNORED), 1).astype(total.dtype)
 
 
-def log_likelihood(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Float[Array, " B"]:
+def log_likelihood(
+    logits: Float[Array, "B T V"], labels: Int[Array, "B T"]
+) -> Float[Array, " B"]:
     """Return the log-probability of every row's labels other than -100, in nats, in float32 or wider."""
-    real, exact = labels != IGNORED, widened(logits)
+    real = labels != IGNORED
+    exact = widened(logits)
     picked = jnp.take_along_axis(exact, jnp.where(real, labels, 0)[:, :, None], axis=-1)
     # As `log_softmax`, whose other log-probabilities would take two more arrays of the size of the logits.
     top = jax.lax.stop_gradient(jnp.max(exact, axis=-1, keepdims=True))
-    log_probs = picked - top - jnp.log(jnp.sum(jnp.exp(exact - top), axis=-1, keepdims=True))
+    log_probs = (
+        picked - top - jnp.log(jnp.sum(jnp.exp(exact - top), axis=-1, keepdims=True))
+    )
     return jnp.sum(jnp.where(real, log_probs[:, :, 0], 0.0), axis=1)
 
 
-def objective(params: Params, batch: Batch, problem: Problem, l1: Float[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
+def objective(
+    params: Params, batch: Batch, problem: Problem, l1: Float[Array, ""]
+) -> tuple[Float[Array, ""], Metrics]:
     """Return the training objective of one seed and its parts.
 
     Mean token cross-entropy over the number of rows, plus `l1 * mean |c|` (the paper's code).
@@ -42,13 +51,22 @@ def objective(params: Params, batch: Batch, problem: Problem, l1: Float[Array, "
         acting = problem.trainable(params)["coefficients"]
         size = jnp.sum(jnp.where(acting, jnp.abs(params["coefficients"]), 0.0))
         penalty = l1 * size / jnp.maximum(jnp.sum(acting), 1).astype(jnp.float32)
-    return loss + penalty, {"loss": loss, "cross_entropy": entropy, "l1": penalty, **metrics}
+    return loss + penalty, {
+        "loss": loss,
+        "cross_entropy": entropy,
+        "l1": penalty,
+        **metrics,
+    }
 
 
-def batch_logits(params: Params, batch: Batch, problem: Problem) -> tuple[Float[Array, "B T V"], Metrics]:
+def batch_logits(
+    params: Params, batch: Batch, problem: Problem
+) -> tuple[Float[Array, "B T V"], Metrics]:
     """Return the logits of teacher forcing, and the method's metrics."""
     model, adapters, metrics = problem.adapted_model(params)
-    return model.label_logits(batch.input_ids, batch.input_mask, batch.labels, adapters, batch.rows), metrics
+    return model.label_logits(
+        batch.input_ids, batch.input_mask, batch.labels, adapters, batch.rows
+    ), metrics
 
 
 @per_seed
@@ -58,7 +76,9 @@ def seed_entropies(params: Params, batch: Batch, problem: Problem) -> Float[Arra
 
 
 @per_seed
-def seed_likelihoods(params: Params, batch: Batch, problem: Problem) -> Float[Array, " B"]:
+def seed_likelihoods(
+    params: Params, batch: Batch, problem: Problem
+) -> Float[Array, " B"]:
     """Return the log-likelihood of every row of a batch, in nats."""
     logits, _ = batch_logits(params, batch, problem)
     return log_likelihood(logits, jnp.asarray(batch.labels))

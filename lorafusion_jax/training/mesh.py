@@ -40,18 +40,33 @@ def make_mesh(asked: str, seeds: int = 0) -> Mesh:
     for part in asked.split(","):
         name, _, size = part.partition("=")
         if name not in AXES or not size.isdecimal() or int(size) < 1:
-            raise ValueError(f"--mesh {asked}: {part!r} is not an axis and its size: give for example seed=4,model=2")
+            raise ValueError(
+                f"--mesh {asked}: {part!r} is not an axis and its size: give for example seed=4,model=2"
+            )
         sizes[name] = int(size)
     if seeds % sizes["seed"]:
-        raise ValueError(f"{seeds} seeds cannot be shared out evenly over --mesh seed={sizes['seed']}: give a multiple")
-    size, there = sizes["seed"] * sizes["model"], jax.device_count()
+        raise ValueError(
+            f"{seeds} seeds cannot be shared out evenly over --mesh seed={sizes['seed']}: give a multiple"
+        )
+    size = sizes["seed"] * sizes["model"]
+    there = jax.device_count()
     if size > there:
         forced = f", or set XLA_FLAGS=--xla_force_host_platform_device_count={size}"
-        raise ValueError(f"--mesh {asked} needs {size} devices, got {there}: use fewer" + (forced if for_cpu() else ""))
+        raise ValueError(
+            f"--mesh {asked} needs {size} devices, got {there}: use fewer"
+            + (forced if for_cpu() else "")
+        )
     if jax.process_count() > 1 and size < there:
-        raise ValueError(f"--mesh {asked} uses {size} of {there} devices of {jax.process_count()} processes: use all")
+        raise ValueError(
+            f"--mesh {asked} uses {size} of {there} devices of {jax.process_count()} processes: use all"
+        )
     shape = tuple(sizes.values())
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto, AxisType.Auto), devices=jax.devices()[:size])
+    return jax.make_mesh(
+        shape,
+        AXES,
+        axis_types=(AxisType.Auto, AxisType.Auto),
+        devices=jax.devices()[:size],
+    )
 
 
 @functools.lru_cache(maxsize=16)
@@ -69,20 +84,28 @@ def rules(config: Architecture) -> Rules:
         if id(node) in variables
     }
     of_splits = {
-        split: [name for name, site in config.sites.items() if site.split == split] for split in get_args(Split)
+        split: [name for name, site in config.sites.items() if site.split == split]
+        for split in get_args(Split)
     }
     split_paths: list[tuple[str, tuple[str | None, ...]]] = [
         (rf"\b{name}\b", _SPLIT[split]) for name, split in config.splits.items()
     ]
     for split, names in of_splits.items():
         if names:
-            split_paths.append((rf"\b({'|'.join(paths[name] for name in names)})\b", _SPLIT[split]))
+            split_paths.append(
+                (rf"\b({'|'.join(paths[name] for name in names)})\b", _SPLIT[split])
+            )
             sites = rf"({'|'.join(map(re.escape, names))})(?![\w.])"
             if split == "rows":
                 split_paths.append((rf"\b[AU]/{sites}", _SPLIT[split]))
             else:
                 split_paths.append((rf"\b[BV]/{sites}", _SPLIT[split]))
-                split_paths.append((rf"\b(squared|cross|pairs|norms|magnitudes?|kept)/{sites}", ("model",)))
+                split_paths.append(
+                    (
+                        rf"\b(squared|cross|pairs|norms|magnitudes?|kept)/{sites}",
+                        ("model",),
+                    )
+                )
     return tuple(split_paths)
 
 
@@ -99,7 +122,9 @@ def check_model(config: Architecture) -> None:
     _check_divides(size, config.vocab_size, "vocab_size")
 
 
-def on_mesh(tree: _Tree, config: Architecture | None = None, *, of_seeds: bool = False) -> _Tree:
+def on_mesh(
+    tree: _Tree, config: Architecture | None = None, *, of_seeds: bool = False
+) -> _Tree:
     """Return arrays placed on the ambient mesh, or unchanged without one; with several processes, the same in each.
 
     `config` is the structure of the model, None if no matrix is split, as in batches. With `of_seeds` the arrays have a
@@ -108,10 +133,14 @@ def on_mesh(tree: _Tree, config: Architecture | None = None, *, of_seeds: bool =
     if jax.sharding.get_mesh().empty:
         return tree
     leaves, structure = jax.tree.flatten(tree)
-    return structure.unflatten(map(_placed, leaves, shardings(tree, config, of_seeds=of_seeds)))
+    return structure.unflatten(
+        map(_placed, leaves, shardings(tree, config, of_seeds=of_seeds))
+    )
 
 
-def shardings(tree: Any, config: Architecture | None = None, *, of_seeds: bool = False) -> list[NamedSharding]:
+def shardings(
+    tree: Any, config: Architecture | None = None, *, of_seeds: bool = False
+) -> list[NamedSharding]:
     """Return where `on_mesh` places the leaves of a tree, given arrays or their shapes."""
     mesh = jax.sharding.get_mesh()
     split = () if config is None else rules(config)
@@ -133,7 +162,9 @@ def shardings(tree: Any, config: Architecture | None = None, *, of_seeds: bool =
     return [sharding for path, leaf in by_path for sharding in of_leaf(path, leaf)]
 
 
-def partition(name: str, dimensions: int, rules: Rules, *, of_seeds: bool = False) -> PartitionSpec:
+def partition(
+    name: str, dimensions: int, rules: Rules, *, of_seeds: bool = False
+) -> PartitionSpec:
     """Return the partition of an array by its path, such as `pool/A/first.map`, and its number of dimensions."""
     last = next((axes for pattern, axes in rules if re.search(pattern, name)), ())
     first = ("seed",) if of_seeds else ()
@@ -166,12 +197,16 @@ def _placed(leaf: Any, sharding: NamedSharding) -> jax.Array:
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return jax.device_put(leaf, sharding)  # from where it is on the mesh already
     whole = np.asarray(leaf)
-    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+    return jax.make_array_from_callback(
+        whole.shape, sharding, lambda index: whole[index]
+    )
 
 
 def _check_divides(size: int, dimension: int, name: str, axis: str = "model") -> None:
     if dimension % size:
-        raise ValueError(f"--mesh {axis}={size} does not divide {name}, which is {dimension}: give one that divides it")
+        raise ValueError(
+            f"--mesh {axis}={size} does not divide {name}, which is {dimension}: give one that divides it"
+        )
 
 
 def axis_size(axis: str) -> int:

@@ -55,7 +55,11 @@ class Method(Protocol):
 
     def learning_rates(self, recipe: Recipe) -> dict[str, float]:
         """Return the learning rate of every group: by default the recipe's `lr_GROUP`. Others are not trained."""
-        of_groups = [field.name for field in dataclasses.fields(recipe) if field.name.startswith("lr_")]
+        of_groups = [
+            field.name
+            for field in dataclasses.fields(recipe)
+            if field.name.startswith("lr_")
+        ]
         return {name.removeprefix("lr_"): getattr(recipe, name) for name in of_groups}
 
     def precompute(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:

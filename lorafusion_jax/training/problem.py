@@ -42,12 +42,17 @@ class Problem:
     method: Method = dataclasses.field(metadata={"static": True})
     frozen: Frozen
     index: Int[Array, "*seeds N"]
-    seed_mode: SeedMode = dataclasses.field(default="batched", metadata={"static": True})
+    seed_mode: SeedMode = dataclasses.field(
+        default="batched", metadata={"static": True}
+    )
 
     def __post_init__(self) -> None:
         check_mesh((self.frozen, self.index))
         # Transformations also fill the fields with other objects than arrays.
-        if isinstance(self.index, np.ndarray | jax.Array) and self.frozen.pool is not None:
+        if (
+            isinstance(self.index, np.ndarray | jax.Array)
+            and self.frozen.pool is not None
+        ):
             in_pool(len(self.frozen.pool), self.index)
 
     @property
@@ -89,11 +94,15 @@ class Problem:
 
         def one_seed(seed: tuple[Any, ...], everything: tuple[Frozen, Any]) -> Any:
             (number, index, *own), (frozen, shared) = seed, everything
-            return fn(self.replace(frozen=frozen.of_seed(number), index=index), *own, *shared)
+            return fn(
+                self.replace(frozen=frozen.of_seed(number), index=index), *own, *shared
+            )
 
         numbers = jnp.arange(self.index.shape[0]) if numbers is None else numbers
         seeds = (numbers, self.index, *of_seeds)
-        return over_seeds(one_seed, self.seed_mode, (self.frozen.split, WHOLE))(seeds, (self.frozen, shared))
+        return over_seeds(one_seed, self.seed_mode, (self.frozen.split, WHOLE))(
+            seeds, (self.frozen, shared)
+        )
 
     def adapted_model(self, params: Params) -> tuple[Model, dict[str, Any], Metrics]:
         """Return the model of one seed, the adapters to call it with, and metrics about them.
@@ -104,18 +113,25 @@ class Problem:
         weights = self.frozen.base
         if "base" in params:
             by_path, tree = jax.tree.flatten_with_path(weights)
-            weights = tree.unflatten([params["base"][jax.tree_util.keystr(path)] for path, _ in by_path])
+            weights = tree.unflatten(
+                [params["base"][jax.tree_util.keystr(path)] for path, _ in by_path]
+            )
         return nnx.merge(self.graph, weights), adapters, metrics
 
 
-def per_seed(of_batch: Callable[[Params, Any, Problem], Any]) -> Callable[[Params, Any, Problem], Any]:
+def per_seed(
+    of_batch: Callable[[Params, Any, Problem], Any],
+) -> Callable[[Params, Any, Problem], Any]:
     """Return `of_batch(params, batch, problem)` of one seed as one jitted program for all seeds.
 
     Params, batch and the problem's index have a leading axis of seeds. Each seed has separate read noise.
     """
 
     def of_seeds(params: Params, batch: Any, problem: Problem) -> Any:
-        return problem.over_seeds(lambda one, params, batch: of_batch(params, batch, one), (params, batch))
+        return problem.over_seeds(
+            lambda one, params, batch: of_batch(params, batch, one), (params, batch)
+        )
 
-    of_seeds.__name__, of_seeds.__doc__ = of_batch.__name__, of_batch.__doc__
+    of_seeds.__name__ = of_batch.__name__
+    of_seeds.__doc__ = of_batch.__doc__
     return jax.jit(of_seeds)

@@ -39,8 +39,12 @@ class Optimisation:
     def __post_init__(self) -> None:
         one_of(get_args(Schedule), schedule=self.schedule)
         at_least(0, warmup=self.warmup)
-        if self.clip is not None and not self.clip > 0:  # a negative norm would turn the gradients around
-            raise ValueError(f"clip is {self.clip}: give a norm above 0, or None for no clipping")
+        if (
+            self.clip is not None and not self.clip > 0
+        ):  # a negative norm would turn the gradients around
+            raise ValueError(
+                f"clip is {self.clip}: give a norm above 0, or None for no clipping"
+            )
 
 
 class Rates(NamedTuple):
@@ -91,9 +95,20 @@ class Recipe:
 
     def check(self) -> None:
         """Raise ValueError for numbers that training cannot use. Whole numbers, except `warmup`, are at least 1."""
-        penalties = {name: value for name, value in vars(self).items() if name.startswith(("lr_", "l1", "l2"))}
+        penalties = {
+            name: value
+            for name, value in vars(self).items()
+            if name.startswith(("lr_", "l1", "l2"))
+        }
         at_least(0, warmup=self.warmup, **penalties)
-        at_least(1, **{name: value for name, value in vars(self).items() if type(value) is int and name != "warmup"})
+        at_least(
+            1,
+            **{
+                name: value
+                for name, value in vars(self).items()
+                if type(value) is int and name != "warmup"
+            },
+        )
         self.optimisation(1)  # raises ValueError for settings without a meaning
 
     def optimisation(self, steps: int) -> Optimisation:

@@ -22,7 +22,9 @@ def default_seed_mode() -> SeedMode:
     return "sequential" if for_cpu() else "batched"
 
 
-def over_seeds(fn: Callable[..., Any], seed_mode: SeedMode, split: Any = WHOLE) -> Callable[..., Any]:
+def over_seeds(
+    fn: Callable[..., Any], seed_mode: SeedMode, split: Any = WHOLE
+) -> Callable[..., Any]:
     """Return `fn(seeds, shared)`, of one seed's arrays and shared ones, mapped over the first axis of all `seeds`.
 
     Results of `batched` are within 1e-5 of single runs, and those of `sequential` equal them bit for bit. On a mesh
@@ -41,4 +43,10 @@ def over_seeds(fn: Callable[..., Any], seed_mode: SeedMode, split: Any = WHOLE) 
     # The compiler partitions the axis `model`. Without that axis, the program has the bits of one device.
     by_hand = {axis for axis, size in mesh.shape.items() if axis == "seed" or size == 1}
     of_seeds = PartitionSpec("seed")
-    return jax.shard_map(mapped, in_specs=(of_seeds, split), out_specs=of_seeds, axis_names=by_hand, check_vma=False)
+    return jax.shard_map(
+        mapped,
+        in_specs=(of_seeds, split),
+        out_specs=of_seeds,
+        axis_names=by_hand,
+        check_vma=False,
+    )

@@ -49,13 +49,17 @@ def standard_promotion() -> Any:
     return jax.numpy_dtype_promotion("standard")
 
 
-def init_state(problem: Problem, key: PRNGKeyArray, params: Params | None = None) -> TrainState:
+def init_state(
+    problem: Problem, key: PRNGKeyArray, params: Params | None = None
+) -> TrainState:
     """Return the state that training of one seed starts from, given the key of the method's draws.
 
     Arrays are copied, so the state's buffers can be donated. `params` are groups of numbers to start from, instead of
     the method's; a ValueError is raised if the method lacks one of them, or its shapes differ.
     """
-    own: Params = jax.tree.map(jnp.copy, problem.init(key))  # some methods start from frozen weights
+    own: Params = jax.tree.map(
+        jnp.copy, problem.init(key)
+    )  # some methods start from frozen weights
     params = own if params is None else own | _like(params, own)
     kept = jax.tree.map(lambda m: jnp.ones(m.shape, bool), params.get("magnitudes"))
     return TrainState(
@@ -71,7 +75,12 @@ def init_state(problem: Problem, key: PRNGKeyArray, params: Params | None = None
 
 
 def fusion_step(
-    state: TrainState, batch: Batch, problem: Problem, rates: Rates, *, optimisation: Optimisation
+    state: TrainState,
+    batch: Batch,
+    problem: Problem,
+    rates: Rates,
+    *,
+    optimisation: Optimisation,
 ) -> tuple[TrainState, Metrics]:
     """Take one step of one seed, with the weights that its problem has for this step.
 
@@ -88,23 +97,38 @@ def fusion_step(
       ValueError: a group of numbers has no learning rate.
     """
     if missing := state.params.keys() - rates.learning_rate.keys():
-        raise ValueError(f"no learning rate for {', '.join(sorted(missing))}: add it to Rates.learning_rate")
+        raise ValueError(
+            f"no learning rate for {', '.join(sorted(missing))}: add it to Rates.learning_rate"
+        )
     problem = problem.replace(frozen=problem.frozen.of_step(state.step, problem.graph))
-    (_, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(state.params, batch, problem, rates.l1)
-    broken = sum(jnp.sum(~jnp.isfinite(g), dtype=jnp.int32) for g in jax.tree.leaves(gradients))
-    gradients = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, jnp.zeros_like(g)), gradients)
-    metrics |= {"nonfinite_gradients": broken, "gradient_norm": optax.tree.norm(gradients)}
+    (_, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(
+        state.params, batch, problem, rates.l1
+    )
+    broken = sum(
+        jnp.sum(~jnp.isfinite(g), dtype=jnp.int32) for g in jax.tree.leaves(gradients)
+    )
+    gradients = jax.tree.map(
+        lambda g: jnp.where(jnp.isfinite(g), g, jnp.zeros_like(g)), gradients
+    )
+    metrics |= {
+        "nonfinite_gradients": broken,
+        "gradient_norm": optax.tree.norm(gradients),
+    }
     updates, adam = _adam(gradients, state, rates.l2, optimisation.clip)
     with standard_promotion():
         schedule = _schedule(optimisation)(state.step)
     params = {
         group: jax.tree.map(
-            lambda p, u, rate=rates.learning_rate[group] * schedule: p - rate * u, values, updates[group]
+            lambda p, u, rate=rates.learning_rate[group] * schedule: p - rate * u,
+            values,
+            updates[group],
         )
         for group, values in state.params.items()
     }
     if optimisation.prune:
-        params["magnitudes"] = jax.tree.map(_zero_unless, state.kept, params["magnitudes"])
+        params["magnitudes"] = jax.tree.map(
+            _zero_unless, state.kept, params["magnitudes"]
+        )
         adam = _prune_moments(adam, state.kept)
     new = state._replace(params=params, adam=adam, step=state.step + 1)
     return _select(state.stopped, state, new), metrics
@@ -118,7 +142,9 @@ def prune(state: TrainState, share: float) -> TrainState:
     magnitudes = state.params["magnitudes"]
     flat, unflatten = ravel_pytree(jax.tree.map(jnp.abs, magnitudes))
     smallest = jnp.argsort(flat)[: int(share * flat.size)]
-    kept = jax.tree.map(lambda k: k > 0, unflatten(jnp.ones_like(flat).at[smallest].set(0)))
+    kept = jax.tree.map(
+        lambda k: k > 0, unflatten(jnp.ones_like(flat).at[smallest].set(0))
+    )
     params = state.params | {"magnitudes": jax.tree.map(_zero_unless, kept, magnitudes)}
     new = state._replace(
         params=params,
@@ -131,7 +157,10 @@ def prune(state: TrainState, share: float) -> TrainState:
 
 
 def end_epoch(
-    state: TrainState, validation_loss: Float[Array, ""], epoch: Int[Array, ""], optimisation: Optimisation
+    state: TrainState,
+    validation_loss: Float[Array, ""],
+    epoch: Int[Array, ""],
+    optimisation: Optimisation,
 ) -> TrainState:
     """Remember the best parameters, and stop after `patience` counted epochs without better ones."""
     better = validation_loss < state.best_loss
@@ -149,15 +178,21 @@ def end_epoch(
     return _select(state.stopped, state, new)
 
 
-_ADAM = optax.scale_by_adam()  # beta 0.9 / 0.999, eps 1e-8: torch's defaults, and the paper's
+_ADAM = (
+    optax.scale_by_adam()
+)  # beta 0.9 / 0.999, eps 1e-8: torch's defaults, and the paper's
 
 
-def _adam(gradients: Any, state: TrainState, l2: Array, clip: float | None) -> tuple[Params, Any]:
+def _adam(
+    gradients: Any, state: TrainState, l2: Array, clip: float | None
+) -> tuple[Params, Any]:
     """Clip, add the coefficients' L2, and return Adam's updates (before the learning rates) and its state."""
     updates: Any = gradients
     with standard_promotion():
         if clip is not None:
-            updates, _ = optax.clip_by_global_norm(clip).update(updates, optax.EmptyState())
+            updates, _ = optax.clip_by_global_norm(clip).update(
+                updates, optax.EmptyState()
+            )
         if "coefficients" in updates:
             decayed = updates["coefficients"] + l2 * state.params["coefficients"]
             updates = updates | {"coefficients": decayed}
@@ -169,7 +204,9 @@ def _schedule(optimisation: Optimisation) -> optax.Schedule:
     if optimisation.schedule == "constant":
         tail = optax.constant_schedule(1.0)
     else:
-        tail = optax.cosine_decay_schedule(1.0, max(optimisation.steps - optimisation.warmup, 1))
+        tail = optax.cosine_decay_schedule(
+            1.0, max(optimisation.steps - optimisation.warmup, 1)
+        )
     if not optimisation.warmup:
         return tail
     ramp = optax.linear_schedule(1 / optimisation.warmup, 1.0, optimisation.warmup - 1)
@@ -178,7 +215,9 @@ def _schedule(optimisation: Optimisation) -> optax.Schedule:
 
 def _prune_moments(adam: Any, kept: Any) -> Any:
     def pruned(moment: Params) -> Params:
-        return moment | {"magnitudes": jax.tree.map(_zero_unless, kept, moment["magnitudes"])}
+        return moment | {
+            "magnitudes": jax.tree.map(_zero_unless, kept, moment["magnitudes"])
+        }
 
     return adam._replace(mu=pruned(adam.mu), nu=pruned(adam.nu))
 
@@ -187,11 +226,20 @@ def _like(params: Params, own: Params) -> Params:
     """Return copies of given numbers in the types of a method's own."""
     for group, values in params.items():
         if group not in own:
-            raise ValueError(f"no group {group!r} to start from: expected some of {', '.join(own) or 'none'}")
-        given, shapes = (jax.tree.map(jnp.shape, numbers) for numbers in (values, own[group]))
+            raise ValueError(
+                f"no group {group!r} to start from: expected some of {', '.join(own) or 'none'}"
+            )
+        given = jax.tree.map(jnp.shape, values)
+        shapes = jax.tree.map(jnp.shape, own[group])
         if given != shapes:
-            raise ValueError(f"numbers to start from: expected {group} of the shapes {shapes}, got {given}")
-    return jax.tree.map(lambda new, old: jnp.array(new, old.dtype), params, {group: own[group] for group in params})
+            raise ValueError(
+                f"numbers to start from: expected {group} of the shapes {shapes}, got {given}"
+            )
+    return jax.tree.map(
+        lambda new, old: jnp.array(new, old.dtype),
+        params,
+        {group: own[group] for group in params},
+    )
 
 
 def _zero_unless(kept: Array, value: Array) -> Array:

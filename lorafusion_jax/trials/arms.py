@@ -8,7 +8,9 @@ from ..methods import find
 from ..methods.recipes import recipe_of as recipe_with
 from ..training.recipe import Recipe
 
-Shots = Literal["95+5", "5"]  # rows to learn from: 95 and 5 for validation, or LoraHub's 5
+Shots = Literal[
+    "95+5", "5"
+]  # rows to learn from: 95 and 5 for validation, or LoraHub's 5
 
 # Rows that a seed uses, and passes over them.
 TRAIN_ROWS: dict[Shots, int] = {"95+5": 100, "5": 5}
@@ -52,12 +54,20 @@ ARMS = {
         few_rates={"lr_coefficients": 0.01, "lr_magnitudes": 0.0033},
     ),
     "LoRAFusion, mix": Arm(
-        method="fusion", recipe={"composition": "mix"}, rates={"lr_coefficients": 0.1, "lr_magnitudes": 0.01}
+        method="fusion",
+        recipe={"composition": "mix"},
+        rates={"lr_coefficients": 0.1, "lr_magnitudes": 0.01},
     ),
     "coefficients only": Arm(
-        method="coefficients", rates={"lr_coefficients": 0.3}, few_rates={"lr_coefficients": 0.0033}
+        method="coefficients",
+        rates={"lr_coefficients": 0.3},
+        few_rates={"lr_coefficients": 0.0033},
     ),
-    "magnitudes only": Arm(method="magnitudes", rates={"lr_magnitudes": 0.02}, few_rates={"lr_magnitudes": 0.0017}),
+    "magnitudes only": Arm(
+        method="magnitudes",
+        rates={"lr_magnitudes": 0.02},
+        few_rates={"lr_magnitudes": 0.0017},
+    ),
     "random pool": Arm(
         method="fusion",
         control="random-factors",
@@ -79,6 +89,7 @@ def recipe_of(arm: Arm, *, shots: Shots = "95+5", **defaults: Any) -> Recipe:
     Raises:
       TypeError: the arm has a number that its method does not have.
     """
-    kind, rates = find(arm.method).recipe, (shots == "5" and arm.few_rates) or arm.rates
+    kind = find(arm.method).recipe
+    rates = (shots == "5" and arm.few_rates) or arm.rates
     shared = recipe_with(kind, {"epochs": EPOCHS[shots], "pack": False} | defaults)
     return dataclasses.replace(shared, **arm.recipe | rates)

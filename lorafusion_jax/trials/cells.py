@@ -29,11 +29,17 @@ def read_lines(file: Path) -> list[Row]:
     check_regular(file)
     *lines, last = file.read_bytes().split(b"\n") if file.exists() else [b""]
     rows = []
-    for number, line in enumerate([*lines, last] if is_object(last) else lines, start=1):
+    for number, line in enumerate(
+        [*lines, last] if is_object(last) else lines, start=1
+    ):
         try:
-            rows.append(json.loads(line))  # which also reads NaN, the loss of a training that diverged
+            rows.append(
+                json.loads(line)
+            )  # which also reads NaN, the loss of a training that diverged
         except ValueError as error:
-            raise ValueError(f"{file}, line {number} is not JSON ({error}): fix or remove the line") from error
+            raise ValueError(
+                f"{file}, line {number} is not JSON ({error}): fix or remove the line"
+            ) from error
     return rows
 
 
@@ -53,7 +59,9 @@ def append_lines(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         with open(file, "a+b") as opened:
             fcntl.flock(opened, fcntl.LOCK_EX)
             opened.seek(0)
-            last = opened.read().rpartition(b"\n")[2]  # empty if the last line has its end
+            last = opened.read().rpartition(b"\n")[
+                2
+            ]  # empty if the last line has its end
             if is_object(last):
                 lines = [b"\n", *lines]
             elif last:
@@ -89,9 +97,15 @@ class Cells(Generic[Key]):
         """
         rows = self.read(self.file) if self.file.exists() else []
         for row in rows:
-            others = {name: now for name, now in self.common.items() if row.get(name) != now}
-            if other := [f"{name} was {row.get(name)}, is {now}" for name, now in others.items()]:
-                raise ValueError(f"{self.file} holds other rows ({'; '.join(other)}): give another --out")
+            others = {
+                name: now for name, now in self.common.items() if row.get(name) != now
+            }
+            if other := [
+                f"{name} was {row.get(name)}, is {now}" for name, now in others.items()
+            ]:
+                raise ValueError(
+                    f"{self.file} holds other rows ({'; '.join(other)}): give another --out"
+                )
         return rows
 
     def missing(self, keys: Iterable[Key]) -> list[Key]:
@@ -135,5 +149,6 @@ def print_plan(costs: Iterable[tuple[str, float]], note: str = "") -> None:
         by_label.setdefault(label, []).append(seconds)
     for label, seconds in by_label.items():
         print(f"{label}: {len(seconds)} cells, {sum(seconds) / 60:.1f} minutes")
-    count, total = sum(map(len, by_label.values())), sum(map(sum, by_label.values()))
+    count = sum(map(len, by_label.values()))
+    total = sum(map(sum, by_label.values()))
     print(f"{count} cells, {total / 60:.0f} CPU minutes{note}")

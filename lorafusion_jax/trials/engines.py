@@ -34,7 +34,9 @@ class EngineOptions:
 
     def __post_init__(self):
         if self.address is not None and self.engine != "ray":
-            raise ValueError(f"--address {self.address} is that of a Ray cluster: add --engine ray, or leave it out")
+            raise ValueError(
+                f"--address {self.address} is that of a Ray cluster: add --engine ray, or leave it out"
+            )
 
 
 LOCAL = EngineOptions()
@@ -68,7 +70,9 @@ def run_items(
     if options.engine == "ray":
         from .ray_engine import run_on_ray
 
-        yield from run_on_ray(function, items, options.address, check=check, memory=memory)
+        yield from run_on_ray(
+            function, items, options.address, check=check, memory=memory
+        )
     else:
         for item in items:
             yield item, attempt(function, item)
@@ -79,8 +83,13 @@ def attempt(function: Callable[[Item], Result], item: Item) -> Result | OutOfMem
     try:
         return function(item)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(
+            error
+        ):
             raise
-        failure = OutOfMemory(printable(str(error).partition("\n")[0][:_LONGEST_ERROR]) or type(error).__name__)
+        failure = OutOfMemory(
+            printable(str(error).partition("\n")[0][:_LONGEST_ERROR])
+            or type(error).__name__
+        )
     gc.collect()  # the error's traceback held the arrays of the run
     return failure

@@ -28,7 +28,9 @@ _BOOKKEEPING = (
     *("seeds", "name", "out", "resume", "start_from", "save_seconds"),
     *("coordinator", "processes", "process"),
 )
-_PROCESS_BYTES = 2**30  # of Python, libraries, compiled programs and freed memory (docs/results/bbh.md)
+_PROCESS_BYTES = (
+    2**30
+)  # of Python, libraries, compiled programs and freed memory (docs/results/bbh.md)
 
 
 class Job(NamedTuple):
@@ -51,7 +53,9 @@ class Job(NamedTuple):
     @property
     def keys(self) -> list[Key]:
         """Keys of its rows: what draws nothing has one."""
-        seeds = self.options.seeds if self.options.entry.seeded else self.options.seeds[:1]
+        seeds = (
+            self.options.seeds if self.options.entry.seeded else self.options.seeds[:1]
+        )
         return [(self.task, self.method, self.shots, seed) for seed in seeds]
 
 
@@ -96,15 +100,25 @@ def run_jobs(
     todo = list(jobs)
     for job in todo:
         job.options.entry.check()
-    cells = Cells(file, key, read=read_rows, append=append_rows)  # whose rows are checked
+    cells = Cells(
+        file, key, read=read_rows, append=append_rows
+    )  # whose rows are checked
     of_any = {job[:3]: job for job in todo}
     of_seed = {(*job[:3], seed): job for job in todo for seed in job.options.seeds}
     for row in cells.rows():
         if job := of_seed.get(key(row), of_any.get(key(row)[:3])):
             drawn = () if row["seed"] in job.options.seeds else job.drawn
-            _check_same(row["config"], job.options, f"{file}: {name(row)}", root=root, drawn=drawn)
+            _check_same(
+                row["config"],
+                job.options,
+                f"{file}: {name(row)}",
+                root=root,
+                drawn=drawn,
+            )
     failures = file.with_name("failed.jsonl")
-    before = [] if retry_failed or not failures.exists() else read_lines(failures, _Failed)
+    before = (
+        [] if retry_failed or not failures.exists() else read_lines(failures, _Failed)
+    )
     failed = [dict(failure) | {"error": ""} for failure in before]
     left_out = 0
 
@@ -115,11 +129,17 @@ def run_jobs(
         now = [job for job in wanted if _failure(job, root) not in failed]
         left_out = len(wanted) - len(now)
         how: Any = {"check": functools.partial(_open, now), "memory": _memory}
-        for job, found in run_items(functools.partial(_rows, run, root), now, engine, **how):
+        for job, found in run_items(
+            functools.partial(_rows, run, root), now, engine, **how
+        ):
             if isinstance(found, OutOfMemory):
                 append_lines(failures, [_failure(job, root) | {"error": found.error}])
                 left_out += 1
-                print(f"{', '.join(job[:3])}: out of memory ({found.error})", file=sys.stderr, flush=True)
+                print(
+                    f"{', '.join(job[:3])}: out of memory ({found.error})",
+                    file=sys.stderr,
+                    flush=True,
+                )
             else:
                 yield from (row for row in found if key(row) in cells_left)
 
@@ -137,7 +157,11 @@ def run_jobs(
 
 def _failure(job: Job, root: Path | None) -> dict[str, Any]:
     """Return the line of a job that ran out of memory, without the error."""
-    shared = {"seeds": list(job.options.seeds), "config": settings_of(job.options, root), "error": ""}
+    shared = {
+        "seeds": list(job.options.seeds),
+        "config": settings_of(job.options, root),
+        "error": "",
+    }
     return {"task": job.task, "method": job.method, "shots": job.shots, **shared}
 
 
@@ -150,15 +174,31 @@ def settings_of(options: FuseOptions, root: Path | None = None) -> dict[str, Any
 
 
 def _check_same(
-    was: Mapping[str, Any], now: FuseOptions, where: str, *, root: Path | None, drawn: Sequence[str]
+    was: Mapping[str, Any],
+    now: FuseOptions,
+    where: str,
+    *,
+    root: Path | None,
+    drawn: Sequence[str],
 ) -> None:
     """Raise ValueError if a row's configuration differs from a run's options, other than those drawn."""
     known = {field.name for field in dataclasses.fields(FuseOptions)}
-    before = read_options({name: value for name, value in was.items() if name in known}, where)
-    old, new = (values | values.pop("recipe") for values in (settings_of(options, root) for options in (before, now)))
-    if different := [name for name in new if name not in drawn and old.get(name) != new[name]]:
-        changes = "; ".join(f"{name} was {old.get(name)}, is {new[name]}" for name in different)
-        raise ValueError(f"{where} was run with other settings ({changes}): give another --out")
+    before = read_options(
+        {name: value for name, value in was.items() if name in known}, where
+    )
+    old, new = (
+        values | values.pop("recipe")
+        for values in (settings_of(options, root) for options in (before, now))
+    )
+    if different := [
+        name for name in new if name not in drawn and old.get(name) != new[name]
+    ]:
+        changes = "; ".join(
+            f"{name} was {old.get(name)}, is {new[name]}" for name in different
+        )
+        raise ValueError(
+            f"{where} was run with other settings ({changes}): give another --out"
+        )
 
 
 def _open(jobs: Sequence[Job]) -> None:
@@ -174,11 +214,14 @@ def _memory(job: Job) -> int:
     return run_cost(job.options, "cpu").peak_bytes + _PROCESS_BYTES
 
 
-def _rows(run: Callable[[FuseOptions], Mapping[str, Any]], root: Path | None, job: Job) -> list[dict[str, Any]]:
+def _rows(
+    run: Callable[[FuseOptions], Mapping[str, Any]], root: Path | None, job: Job
+) -> list[dict[str, Any]]:
     """Run a job and return its rows."""
     results = run(job.options)
     folder = RunFolder(run_path(job.options))
-    config, predictions = folder.config(), folder.predictions()
+    config = folder.config()
+    predictions = folder.predictions()
     shared = {
         "task": job.task,
         "method": job.method,
@@ -187,7 +230,10 @@ def _rows(run: Callable[[FuseOptions], Mapping[str, Any]], root: Path | None, jo
         "seconds": results["seconds"]["train"] / len(results["seeds"]),
         "config": settings_of(job.options, root),
         "data_sha256": config["task_sha256"],
-        **{name: config["environment"][name] for name in ("versions", "device", "cores")},
+        **{
+            name: config["environment"][name]
+            for name in ("versions", "device", "cores")
+        },
     }
     rows = []
     for seed in results["seeds"]:
@@ -195,7 +241,11 @@ def _rows(run: Callable[[FuseOptions], Mapping[str, Any]], root: Path | None, jo
         scored = all(row["option_correct"] is not None for row in of_seed)
         scores = {
             "correct": "".join(str(int(row["correct"])) for row in of_seed),
-            "option_correct": "".join(str(int(row["option_correct"] or False)) for row in of_seed) if scored else None,
+            "option_correct": "".join(
+                str(int(row["option_correct"] or False)) for row in of_seed
+            )
+            if scored
+            else None,
             **{name: value for name, value in seed.items() if name != "modules"},
         }
         rows.append(shared | scores)

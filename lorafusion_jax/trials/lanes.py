@@ -55,8 +55,14 @@ class Lanes:
         """Yield the scores of trainings, in their order."""
         for lanes in self.together(trainings):
             make_room()
-            options = dataclasses.replace(self.arms[lanes[0].arm], control_draw=lanes[0].draw)
-            yield from self._adapted(options, lanes) if self._learns(lanes[0]) else self._untrained(options, lanes)
+            options = dataclasses.replace(
+                self.arms[lanes[0].arm], control_draw=lanes[0].draw
+            )
+            yield from (
+                self._adapted(options, lanes)
+                if self._learns(lanes[0])
+                else self._untrained(options, lanes)
+            )
 
     def together(self, trainings: Sequence[Training]) -> list[list[Training]]:
         """Return trainings in groups that are measured at once: neighbours of one arm, draw and length.
@@ -67,7 +73,13 @@ class Lanes:
 
         def group_of(each: Training) -> tuple[Any, ...]:
             alone = for_cpu() and self._learns(each)
-            return each.arm, each.draw, each.share, each.answers, each if alone else None
+            return (
+                each.arm,
+                each.draw,
+                each.share,
+                each.answers,
+                each if alone else None,
+            )
 
         return [[*group] for _, group in itertools.groupby(trainings, key=group_of)]
 
@@ -86,7 +98,14 @@ class Lanes:
     def base(self) -> LoadedModel:
         """The base model alone."""
         of_arm = next(iter(self.arms.values()))
-        return load_model(LoadOptions(base=of_arm.base, method="zero-shot", chat=of_arm.chat, dtype=of_arm.dtype))
+        return load_model(
+            LoadOptions(
+                base=of_arm.base,
+                method="zero-shot",
+                chat=of_arm.chat,
+                dtype=of_arm.dtype,
+            )
+        )
 
     @functools.cached_property
     def digests(self) -> Digests:
@@ -105,46 +124,88 @@ class Lanes:
         return tasks.most_new_tokens(max(map(len, self._encode().labels)))
 
     def _encode(self, new_tokens: int = 0) -> Encoded:
-        return tasks.encode(self.base.tokenizer, self.rows, self.base.text_format, new_tokens=new_tokens)
+        return tasks.encode(
+            self.base.tokenizer, self.rows, self.base.text_format, new_tokens=new_tokens
+        )
 
     @functools.cached_property
     def answers(self) -> tuple[tuple[str, ...], ...] | None:
         """The possible answers of every row; None for a task without a closed set."""
-        return tasks.answer_options(self._task(range(len(self.rows)), range(len(self.rows))))
+        return tasks.answer_options(
+            self._task(range(len(self.rows)), range(len(self.rows)))
+        )
 
     def _task(self, train: Sequence[int], test: Sequence[int]) -> Task:
-        return Task("the rows", tuple(self.rows[i] for i in train), tuple(self.rows[i] for i in test), "")
+        return Task(
+            "the rows",
+            tuple(self.rows[i] for i in train),
+            tuple(self.rows[i] for i in test),
+            "",
+        )
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 (the models live as long as the trial)
     def _loaded(self, options: LoadOptions) -> LoadedModel:
         return load_model(options, like=self.base)
 
-    def _untrained(self, options: LoadOptions, lanes: Sequence[Training]) -> Iterator[Scores]:
+    def _untrained(
+        self, options: LoadOptions, lanes: Sequence[Training]
+    ) -> Iterator[Scores]:
         """Score the unchanged base, without or with examples in its prompts: all lanes at once."""
-        tokens, stop = self.tokens, None
+        tokens = self.tokens
+        stop = None
         asked = [row for lane in lanes for row in lane.test]
         if isinstance(options.recipe, FewShotRecipe):
-            texts, shots = Texts(self.base.tokenizer, self.base.text_format), options.recipe.shots
-            shown = [tasks.few_shot(self._task(lane.train, lane.test), shots, self.seed) for lane in lanes]
-            parts = [encode_shown(texts, one, len(one.test), self.new_tokens) for one in shown]
-            tokens = Encoded(*(sum((getattr(part, side) for part in parts), ()) for side in ("inputs", "labels")))
+            texts = Texts(self.base.tokenizer, self.base.text_format)
+            shots = options.recipe.shots
+            shown = [
+                tasks.few_shot(self._task(lane.train, lane.test), shots, self.seed)
+                for lane in lanes
+            ]
+            parts = [
+                encode_shown(texts, one, len(one.test), self.new_tokens)
+                for one in shown
+            ]
+            tokens = Encoded(
+                *(
+                    sum((getattr(part, side) for part in parts), ())
+                    for side in ("inputs", "labels")
+                )
+            )
             # After its answer, a model that continues the prompt adds further examples.
-            stop = tasks.BETWEEN_EXAMPLES if texts.text_format.ends and not texts.text_format.chat else None
+            stop = (
+                tasks.BETWEEN_EXAMPLES
+                if texts.text_format.ends and not texts.text_format.chat
+                else None
+            )
         else:
-            tokens = Encoded(*(tuple(side[row] for row in asked) for side in (tokens.inputs, tokens.labels)))
-        problem, every = self.base.problem, range(len(asked))
+            tokens = Encoded(
+                *(
+                    tuple(side[row] for row in asked)
+                    for side in (tokens.inputs, tokens.labels)
+                )
+            )
+        problem = self.base.problem
+        every = range(len(asked))
         losses = self._losses({}, problem, tokens, [every])[0]
-        correct = self._correct({}, problem, tokens, [self.rows[row] for row in asked], stop)
+        correct = self._correct(
+            {}, problem, tokens, [self.rows[row] for row in asked], stop
+        )
         chosen = self._chosen({}, problem, tokens, [every], [asked])
         borders = np.cumsum([len(lane.test) for lane in lanes])[:-1]
         of_lanes = (np.split(losses, borders), np.split(correct, borders))
-        options_of_lanes = [None] * len(lanes) if chosen is None else np.split(chosen[0], borders)
+        options_of_lanes = (
+            [None] * len(lanes) if chosen is None else np.split(chosen[0], borders)
+        )
         yield from map(Scores, *of_lanes, options_of_lanes)
 
-    def _adapted(self, options: LoadOptions, lanes: Sequence[Training]) -> Iterator[Scores]:
+    def _adapted(
+        self, options: LoadOptions, lanes: Sequence[Training]
+    ) -> Iterator[Scores]:
         """Train the lanes, and score the test rows of each."""
         loaded = self._loaded(options)
-        problem = loaded.problem.replace(index=jnp.tile(loaded.problem.index, (len(lanes), 1)))
+        problem = loaded.problem.replace(
+            index=jnp.tile(loaded.problem.index, (len(lanes), 1))
+        )
         params = self._params(problem, loaded, options, lanes)
         asked = [lane.test for lane in lanes]
         losses = self._losses(params, problem, self.tokens, asked)
@@ -152,49 +213,104 @@ class Lanes:
             yield from (Scores(losses[i, : len(rows)]) for i, rows in enumerate(asked))
             return
         chosen = self._chosen(params, problem, self.tokens, asked, asked)
-        longest = max(range(len(self.rows)), key=lambda row: len(self.tokens.inputs[row]))
+        longest = max(
+            range(len(self.rows)), key=lambda row: len(self.tokens.inputs[row])
+        )
         most = max(map(len, asked)) + 1
         for place, rows in enumerate(asked):
             # Filled up with the longest row, the prompts of all lanes have one shape.
             filled = [*rows, *[longest] * (most - len(rows))]
-            prompts = Encoded(*(tuple(side[row] for row in filled) for side in vars(self.tokens).values()))
-            one = jax.tree.map(lambda leaf, place=place: leaf[place : place + 1], params)
+            prompts = Encoded(
+                *(
+                    tuple(side[row] for row in filled)
+                    for side in vars(self.tokens).values()
+                )
+            )
+            one = jax.tree.map(
+                lambda leaf, place=place: leaf[place : place + 1], params
+            )
             of_lane = problem.replace(index=problem.index[place : place + 1])
-            correct = self._correct(one, of_lane, prompts, [self.rows[row] for row in filled])
-            yield Scores(losses[place, : len(rows)], correct[: len(rows)], None if chosen is None else chosen[place])
+            correct = self._correct(
+                one, of_lane, prompts, [self.rows[row] for row in filled]
+            )
+            yield Scores(
+                losses[place, : len(rows)],
+                correct[: len(rows)],
+                None if chosen is None else chosen[place],
+            )
 
-    def _params(self, problem: Problem, loaded: LoadedModel, options: LoadOptions, lanes: Sequence[Training]) -> Params:
+    def _params(
+        self,
+        problem: Problem,
+        loaded: LoadedModel,
+        options: LoadOptions,
+        lanes: Sequence[Training],
+    ) -> Params:
         """Return the parameters of all lanes, trained, searched or given."""
-        entry, seeds = options.entry, (self.seed,) * len(lanes)
+        entry = options.entry
+        seeds = (self.seed,) * len(lanes)
         recipe = shortened(options.recipe, lanes[0].share)
         if entry.learns == "given":
             return start(problem, seeds).params
         train = _table([lane.train for lane in lanes])
         # Training validates after each epoch, on one row here, because nothing depends on it.
-        split, packing = Split(train, train[:, :1]), packing_of(loaded.config, on_cpu=for_cpu())
-        rows = TrainingRows(self.tokens, split, self.base.tokenizer.pad_token_id, packing)
+        split = Split(train, train[:, :1])
+        packing = packing_of(loaded.config, on_cpu=for_cpu())
+        rows = TrainingRows(
+            self.tokens, split, self.base.tokenizer.pad_token_id, packing
+        )
         if entry.search is not None:
             modules = loaded.modules * len(lanes)
-            return entry.search(SearchJob(problem, rows, recipe, seeds, modules, record=lambda rows: None))[0]
-        of_lanes = [problem.method.learning_rates(dataclasses.replace(recipe, **dict(lane.rates))) for lane in lanes]
-        by_group = {group: jnp.array([rates[group] for rates in of_lanes], jnp.float32) for group in of_lanes[0]}
-        rates = recipe_rates(problem.method, recipe, len(lanes))._replace(learning_rate=by_group)
-        return fit(problem, rows, start(problem, seeds), recipe, seeds, rates=rates).params
+            return entry.search(
+                SearchJob(
+                    problem, rows, recipe, seeds, modules, record=lambda rows: None
+                )
+            )[0]
+        of_lanes = [
+            problem.method.learning_rates(
+                dataclasses.replace(recipe, **dict(lane.rates))
+            )
+            for lane in lanes
+        ]
+        by_group = {
+            group: jnp.array([rates[group] for rates in of_lanes], jnp.float32)
+            for group in of_lanes[0]
+        }
+        rates = recipe_rates(problem.method, recipe, len(lanes))._replace(
+            learning_rate=by_group
+        )
+        return fit(
+            problem, rows, start(problem, seeds), recipe, seeds, rates=rates
+        ).params
 
     def _losses(
-        self, params: Params, problem: Problem, tokens: Encoded, asked: Sequence[Sequence[int]]
+        self,
+        params: Params,
+        problem: Problem,
+        tokens: Encoded,
+        asked: Sequence[Sequence[int]],
     ) -> Float[np.ndarray, "lanes rows"]:
         """Return the loss of each lane on its own rows of the tokens."""
         answer_tokens = np.mean([len(labels) for labels in self.tokens.labels])
         return -self._likelihoods(params, problem, tokens, asked, LOSS) / answer_tokens
 
     def _likelihoods(
-        self, params: Params, problem: Problem, tokens: Encoded, asked: Sequence[Sequence[int]], purpose: int
+        self,
+        params: Params,
+        problem: Problem,
+        tokens: Encoded,
+        asked: Sequence[Sequence[int]],
+        purpose: int,
     ) -> Float[np.ndarray, "lanes rows"]:
-        table, parts = _table(asked), []
+        table = _table(asked)
+        parts = []
         orders = tasks.batch_orders(table, batch_size=_BATCH)
-        for number, batch in enumerate(tasks.train_batches(tokens, orders, pad_id=self.base.tokenizer.pad_token_id)):
-            of_batch = seed_likelihoods(params, on_mesh(batch, of_seeds=True), problem.read(purpose, number))
+        for number, batch in enumerate(
+            tasks.train_batches(tokens, orders, pad_id=self.base.tokenizer.pad_token_id)
+        ):
+            of_batch = seed_likelihoods(
+                params, on_mesh(batch, of_seeds=True), problem.read(purpose, number)
+            )
             parts.append(to_host(of_batch).astype(float))
         return np.concatenate(parts, axis=1)[:, : table.shape[1]]
 
@@ -212,12 +328,16 @@ class Lanes:
         """
         if self.answers is None:
             return None
-        by_place = dict(zip(itertools.chain(*asked), itertools.chain(*numbers), strict=True))
+        by_place = dict(
+            zip(itertools.chain(*asked), itertools.chain(*numbers), strict=True)
+        )
         places = [*by_place]
         task = self._task((), [by_place[place] for place in places])
         options = [self.answers[by_place[place]] for place in places]
         prompts = Encoded(tuple(tokens.inputs[place] for place in places), ())
-        pairs = with_options(self.base.tokenizer, task, prompts, options, self.base.text_format)
+        pairs = with_options(
+            self.base.tokenizer, task, prompts, options, self.base.text_format
+        )
         ends = np.cumsum([0, *map(len, options)])
         own = {place: range(ends[i], ends[i + 1]) for i, place in enumerate(places)}
         of_lanes = [[pair for place in lane for pair in own[place]] for lane in asked]
@@ -225,11 +345,20 @@ class Lanes:
         chosen = []
         for values, of_lane, rows in zip(likelihoods, of_lanes, numbers, strict=True):
             own_answers = [self.answers[row] for row in rows]
-            chosen += [*likeliest_correct(values[None, : len(of_lane)], own_answers, self._task((), rows))]
+            chosen += [
+                *likeliest_correct(
+                    values[None, : len(of_lane)], own_answers, self._task((), rows)
+                )
+            ]
         return chosen
 
     def _correct(
-        self, params: Params, problem: Problem, prompts: Encoded, rows: Sequence[Example], stop: str | None = None
+        self,
+        params: Params,
+        problem: Problem,
+        prompts: Encoded,
+        rows: Sequence[Example],
+        stop: str | None = None,
     ) -> Bool[np.ndarray, " rows"]:
         """Return whether the generated answers of one lane match."""
         answers = generate_rows(
@@ -241,7 +370,9 @@ class Lanes:
             pad_id=self.base.tokenizer.pad_token_id,
             worth=math.inf,
         )
-        said = tasks.decode(self.base.tokenizer, answers.tokens[0], self.base.text_format)
+        said = tasks.decode(
+            self.base.tokenizer, answers.tokens[0], self.base.text_format
+        )
         if stop is not None:
             said = [text.partition(stop)[0] for text in said]
         return tasks.exact_match([said], [row.target for row in rows])[0]

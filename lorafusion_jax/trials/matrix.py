@@ -67,7 +67,9 @@ class MatrixOptions(EngineOptions, PlanOptions):
         self.check_plan()
 
 
-def run_matrix(options: MatrixOptions, arms: Mapping[str, Arm], *, root: Path | None = None) -> Path:
+def run_matrix(
+    options: MatrixOptions, arms: Mapping[str, Arm], *, root: Path | None = None
+) -> Path:
     """Run what is missing of a matrix, and return its file of rows; `root` is as in `run_jobs`.
 
     Raises:
@@ -75,11 +77,20 @@ def run_matrix(options: MatrixOptions, arms: Mapping[str, Arm], *, root: Path | 
         every job ran out of memory; and as `fuse` does.
     """
     file = options.out / "results.jsonl"
-    run_jobs(jobs(options, arms), file, fuse, root=root, retry_failed=options.retry_failed, engine=options)
+    run_jobs(
+        jobs(options, arms),
+        file,
+        fuse,
+        root=root,
+        retry_failed=options.retry_failed,
+        engine=options,
+    )
     return file
 
 
-def jobs(options: MatrixOptions, arms: Mapping[str, Arm], *, check_pool: bool = True) -> Iterator[Job]:
+def jobs(
+    options: MatrixOptions, arms: Mapping[str, Arm], *, check_pool: bool = True
+) -> Iterator[Job]:
     """Yield the programs of a matrix, task by task; errors are those of `run_matrix`."""
     chosen = options.methods or tuple(arms)
     if unknown := [method for method in chosen if method not in arms]:
@@ -92,10 +103,17 @@ def jobs(options: MatrixOptions, arms: Mapping[str, Arm], *, check_pool: bool = 
         for task in options.tasks:
             name = Path(task).stem if Path(task).is_file() else Path(task).name
             for method in chosen:
-                yield Job(name, method, shots, _fuse_options(options, task, name, method, shots, arms[method]))
+                yield Job(
+                    name,
+                    method,
+                    shots,
+                    _fuse_options(options, task, name, method, shots, arms[method]),
+                )
 
 
-def _fuse_options(options: MatrixOptions, task: str, name: str, method: str, shots: Shots, arm: Arm) -> FuseOptions:
+def _fuse_options(
+    options: MatrixOptions, task: str, name: str, method: str, shots: Shots, arm: Arm
+) -> FuseOptions:
     recipe = recipe_of(arm, shots=shots, modules=options.modules)
     return FuseOptions(
         base=options.base,
@@ -104,12 +122,16 @@ def _fuse_options(options: MatrixOptions, task: str, name: str, method: str, sho
         seeds=options.seeds,
         out=options.out / "runs",
         # The seeds are part of the name, so that further ones, added later, are a separate run.
-        name="-".join((name, method, shots, *map(str, options.seeds))).replace(" ", "_").replace(",", ""),
+        name="-".join((name, method, shots, *map(str, options.seeds)))
+        .replace(" ", "_")
+        .replace(",", ""),
         method=arm.method,
         control=arm.control,
         prompt=options.prompt,
         chat=options.chat,
-        recipe=dataclasses.replace(recipe, epochs=recipe.epochs if options.epochs is None else options.epochs),
+        recipe=dataclasses.replace(
+            recipe, epochs=recipe.epochs if options.epochs is None else options.epochs
+        ),
         train_rows=min(arm.train_rows or TRAIN_ROWS[shots], TRAIN_ROWS[shots]),
         test_rows=options.test_rows,
         eval_batch=options.eval_batch,

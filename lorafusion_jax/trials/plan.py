@@ -28,17 +28,32 @@ def print_matrix_plan(options: MatrixOptions, arms: Mapping[str, Arm]) -> None:
       ValueError: as `run_matrix` does.
     """
     config = dataclasses.replace(shape_config(options.base), dtype=options.dtype)
-    pool, where = Path(options.pool), machine(options.plan_for)
+    pool = Path(options.pool)
+    where = machine(options.plan_for)
     groups: dict[tuple[Any, ...], list[Job]] = {}
-    at, of_all = None, []
+    at = None
+    of_all = []
     for job in jobs(options, arms, check_pool=pool.is_dir()):
         recipe = job.options.recipe
         # Methods without a pool are planned next to those that fuse the matrix' number of modules.
         core = getattr(recipe, "train_core", False)
-        fused = (modules_of(recipe) or options.modules, choice_of(recipe), basis_of(recipe), core)
+        fused = (
+            modules_of(recipe) or options.modules,
+            choice_of(recipe),
+            basis_of(recipe),
+            core,
+        )
         work = (recipe.epochs, recipe.batch_size, recipe.max_new_tokens)
-        groups.setdefault((job.shots, job.options.train_rows, job.options.load_in, fused, work), []).append(job)
-    for (shots, rows, load_in, (modules, choose, basis, core), (epochs, *_)), of_group in groups.items():
+        groups.setdefault(
+            (job.shots, job.options.train_rows, job.options.load_in, fused, work), []
+        ).append(job)
+    for (
+        shots,
+        rows,
+        load_in,
+        (modules, choose, basis, core),
+        (epochs, *_),
+    ), of_group in groups.items():
         of_task = {job.task: job.options for job in of_group}
         of_method = {job.method: job.options for job in of_group}
         recipes = [options.recipe for options in of_method.values()]
@@ -53,15 +68,24 @@ def print_matrix_plan(options: MatrixOptions, arms: Mapping[str, Arm]) -> None:
             device=where.device,
             load_in=load_in,
         )
-        prompted = next((recipe for recipe in recipes if isinstance(recipe, FewShotRecipe)), recipes[0])
+        prompted = next(
+            (recipe for recipe in recipes if isinstance(recipe, FewShotRecipe)),
+            recipes[0],
+        )
         work = workloads(of_task.values(), prompted, config, where)
         chosen = f"{modules} modules" + ("" if choose == "draw" else f" by {choose}")
-        within = "" if basis is None else f", in a basis of {basis}{WITH_CORE if core else ''}"
+        within = (
+            ""
+            if basis is None
+            else f", in a basis of {basis}{WITH_CORE if core else ''}"
+        )
         few = "" if rows == TRAIN_ROWS[shots] else f" over {rows} rows"
         print(f"{shots} shots, {epochs} epochs{few}, {chosen}{within}")
         methods = [options.method for options in of_method.values()]
         at = at or pace(options, config, next(iter(work.values())).steps[0])
-        planned = plan(config, methods, work, settings, names=[*of_method], recipes=recipes)
+        planned = plan(
+            config, methods, work, settings, names=[*of_method], recipes=recipes
+        )
         print(describe(planned, config, work, settings, capacity=where.capacity, at=at))
         of_all += [job for row in planned for job in row.jobs]
     print(spent(of_all, at, options))

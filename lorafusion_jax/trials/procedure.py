@@ -10,7 +10,9 @@ from jaxtyping import Bool, Float, Int
 from .folds import TUNING_PARTS, divide
 from .tuning import Candidate, Rates, Tuned, tune
 
-Role = Literal["base", "examples", "magnitudes", "pool", "control", "single", "lora", "other"]
+Role = Literal[
+    "base", "examples", "magnitudes", "pool", "control", "single", "lora", "other"
+]
 
 
 class Training(NamedTuple):
@@ -131,18 +133,26 @@ def procedure(
       ValueError: names of arms are equal, or the rows are too few for the folds.
     """
     if len({arm.name for arm in arms}) < len(arms):
-        raise ValueError(f"arms have the same name: {', '.join(arm.name for arm in arms)}: give each its own")
+        raise ValueError(
+            f"arms have the same name: {', '.join(arm.name for arm in arms)}: give each its own"
+        )
     groups = list(groups)
     fold = divide(groups, folds, (seed,))
     every = range(len(groups))
-    own_rows = [tuple(row for row in every if fold[row] != number) for number in range(folds)]
+    own_rows = [
+        tuple(row for row in every if fold[row] != number) for number in range(folds)
+    ]
     sets = [tuple(every), *(own_rows if nested else ())]  # rows that rates are tuned on
     splits = [_split(rows, groups, (seed, number)) for number, rows in enumerate(sets)]
     return _run(tuple(arms), groups, measure, fold, own_rows, splits, by_fold)
 
 
 def tuned_rates(
-    arms: Sequence[TrialArm], groups: Sequence[Hashable], measure: Measure, *, seed: int = 0
+    arms: Sequence[TrialArm],
+    groups: Sequence[Hashable],
+    measure: Measure,
+    *,
+    seed: int = 0,
 ) -> dict[str, Tuned]:
     """Return the best rates of each arm that has rates, on an inner split of all rows, as `procedure` tunes them."""
     groups = list(groups)
@@ -151,7 +161,9 @@ def tuned_rates(
 
 
 def _tuned(
-    arms: Sequence[TrialArm], splits: list[tuple[tuple[int, ...], ...]], measure: Measure
+    arms: Sequence[TrialArm],
+    splits: list[tuple[tuple[int, ...], ...]],
+    measure: Measure,
 ) -> dict[str, list[Tuned]]:
     """Return the best rates of each arm that has rates, on each split into rows to train on and to compare on."""
     problems = [(arm, split) for arm in arms if arm.rates for split in splits]
@@ -161,21 +173,31 @@ def _tuned(
         for candidate in candidates:
             arm, (train, test) = problems[candidate.problem]
             of_rates = (candidate.rates, candidate.share)
-            trainings.append(Training(arm.name, arm.draws[0], *of_rates, train, test, answers=False))
+            trainings.append(
+                Training(arm.name, arm.draws[0], *of_rates, train, test, answers=False)
+            )
         return [float(np.mean(scores.loss)) for scores in measure(trainings)]
 
-    found = tune([tuple(arm.rates.items()) for arm, _ in problems], [arm.name for arm, _ in problems], losses)
+    found = tune(
+        [tuple(arm.rates.items()) for arm, _ in problems],
+        [arm.name for arm, _ in problems],
+        losses,
+    )
     of_arm: dict[str, list[Tuned]] = {}
     for (arm, _), tuned in zip(problems, found, strict=True):
         of_arm.setdefault(arm.name, []).append(tuned)
     return of_arm
 
 
-def _split(rows: tuple[int, ...], groups: list[Hashable], key: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+def _split(
+    rows: tuple[int, ...], groups: list[Hashable], key: tuple[int, ...]
+) -> tuple[tuple[int, ...], ...]:
     """Return training and test rows for tuning."""
     part = divide([groups[row] for row in rows], TUNING_PARTS, key)
     pairs = list(zip(rows, part, strict=True))
-    return tuple(row for row, part in pairs if part > 0), tuple(row for row, part in pairs if part == 0)
+    return tuple(row for row, part in pairs if part > 0), tuple(
+        row for row, part in pairs if part == 0
+    )
 
 
 def _run(
@@ -187,7 +209,8 @@ def _run(
     splits: list[tuple[tuple[int, ...], ...]],
     by_fold: bool,
 ) -> Iterator[Outcomes]:
-    every, folds = tuple(range(len(groups))), len(own_rows)
+    every = tuple(range(len(groups)))
+    folds = len(own_rows)
     spent = {arm.name: 0.0 for arm in arms}
 
     def counted(trainings: Sequence[Training]) -> Iterator[Scores]:
@@ -201,7 +224,11 @@ def _run(
         """Yield the trainings that folds test; those of an arm and a draw are neighbours."""
         for arm, draw in ((each, draw) for each in arms for draw in each.draws):
             for number in numbers:
-                chosen = of_arm[arm.name][(1 + number) % len(splits)] if arm.rates else _UNTUNED
+                chosen = (
+                    of_arm[arm.name][(1 + number) % len(splits)]
+                    if arm.rates
+                    else _UNTUNED
+                )
                 if arm.learns:
                     test = tuple(row for row in every if fold[row] == number)
                     yield Training(arm.name, draw, *chosen[:2], own_rows[number], test)
@@ -211,7 +238,9 @@ def _run(
     def empty() -> dict[str, Float[np.ndarray, "_draws rows"]]:
         return {arm.name: np.full((len(arm.draws), len(every)), np.nan) for arm in arms}
 
-    loss, correct, option_correct = empty(), empty(), empty()
+    loss = empty()
+    correct = empty()
+    option_correct = empty()
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     draws = {arm.name: arm.draws for arm in arms}
     looks = [[number] for number in range(folds)] if by_fold else [[*range(folds)]]
@@ -230,7 +259,9 @@ def _run(
             loss={name: values.copy() for name, values in loss.items()},
             correct={name: values.copy() for name, values in correct.items()},
             option_correct={
-                name: values.copy() for name, values in option_correct.items() if not np.isnan(values).all()
+                name: values.copy()
+                for name, values in option_correct.items()
+                if not np.isnan(values).all()
             },
             tuned={name: found[0] for name, found in of_arm.items()},
             spent=dict(spent),

@@ -44,7 +44,9 @@ def run_on_ray(
         held = _accelerators(nodes)
 
         def submit(call: Callable[[], Any], **options: Any) -> Any:
-            return task.options(**options).remote(_VERSIONS, os.getcwd(), ray.cloudpickle.dumps((call, METHODS)))
+            return task.options(**options).remote(
+                _VERSIONS, os.getcwd(), ray.cloudpickle.dumps((call, METHODS))
+            )
 
         _check(ray, nodes, functools.partial(submit, check or int))
         most = max(int(node["Resources"]["memory"]) for node in nodes)
@@ -52,14 +54,22 @@ def run_on_ray(
         for item in items:
             if interrupts.asked():
                 return
-            needed = min(memory(item), most) if memory is not None and not held else None
-            running[submit(functools.partial(attempt, function, item), memory=needed, **held)] = item
+            needed = (
+                min(memory(item), most) if memory is not None and not held else None
+            )
+            running[
+                submit(
+                    functools.partial(attempt, function, item), memory=needed, **held
+                )
+            ] = item
             yield from _finished(ray, running, timeout=0)
         while running and not interrupts.asked():
             yield from _finished(ray, running, timeout=1)
 
 
-def _finished(ray: Any, running: dict[Any, Item], timeout: int) -> Iterator[tuple[Item, Any]]:
+def _finished(
+    ray: Any, running: dict[Any, Item], timeout: int
+) -> Iterator[tuple[Item, Any]]:
     for ref in ray.wait([*running], timeout=timeout)[0]:
         yield running.pop(ref), _result(ray, ref)
 
@@ -91,7 +101,9 @@ def _on_worker() -> Callable[..., Any]:
             except ImportError:
                 there = "not installed"
             if there != version:
-                raise ValueError(f"{name} is {there}, and {version} where the command runs: install the same version")
+                raise ValueError(
+                    f"{name} is {there}, and {version} where the command runs: install the same version"
+                )
         # JAX stays on the accelerator on which it starts. Ray runs this task again, and starts another process.
         devices = str(ray.get_runtime_context().get_accelerator_ids())
         if os.environ.setdefault("LORAFUSION_ACCELERATORS", devices) != devices:
@@ -101,7 +113,9 @@ def _on_worker() -> Callable[..., Any]:
         call, methods = pickle.loads(pickled)
         from lorafusion_jax.methods import METHODS
 
-        METHODS.update({name: entry for name, entry in methods.items() if name not in METHODS})
+        METHODS.update(
+            {name: entry for name, entry in methods.items() if name not in METHODS}
+        )
         return call()
 
     return on_worker
@@ -109,23 +123,39 @@ def _on_worker() -> Callable[..., Any]:
 
 def _usable(ray: Any) -> list[dict[str, Any]]:
     """Return the nodes that tasks run on: those with accelerators if there are any, or with CPUs."""
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    nodes = [
+        node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")
+    ]
     with_devices = [node for node in nodes if _accelerators([node])]
     if not nodes:
-        raise ValueError("no node of the Ray cluster has CPUs for tasks: start Ray on another one")
+        raise ValueError(
+            "no node of the Ray cluster has CPUs for tasks: start Ray on another one"
+        )
     return with_devices or nodes
 
 
 def _accelerators(nodes: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the options of a task that holds an accelerator, if the nodes have any."""
     there = {name for node in nodes for name in node["Resources"]}
-    return {"num_gpus": 1} if "GPU" in there else {"resources": {"TPU": 1}} if "TPU" in there else {}
+    return (
+        {"num_gpus": 1}
+        if "GPU" in there
+        else {"resources": {"TPU": 1}}
+        if "TPU" in there
+        else {}
+    )
 
 
-def _check(ray: Any, nodes: Sequence[dict[str, Any]], submit: Callable[..., Any]) -> None:
+def _check(
+    ray: Any, nodes: Sequence[dict[str, Any]], submit: Callable[..., Any]
+) -> None:
     """Submit a task to each node, and raise a ValueError that names the node where one fails."""
-    on = functools.partial(ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy, soft=False)
-    refs = [submit(num_cpus=0, scheduling_strategy=on(node["NodeID"])) for node in nodes]
+    on = functools.partial(
+        ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy, soft=False
+    )
+    refs = [
+        submit(num_cpus=0, scheduling_strategy=on(node["NodeID"])) for node in nodes
+    ]
     for node, ref in zip(nodes, refs, strict=True):
         try:
             _result(ray, ref)
@@ -152,7 +182,9 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
                 "--head`, or leave out --address"
             ) from error
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)  # Ray's would end the process without its message
+            signal.signal(
+                signal.SIGTERM, handler
+            )  # Ray's would end the process without its message
         try:
             yield
         finally:

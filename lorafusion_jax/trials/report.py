@@ -17,7 +17,17 @@ from .verdict import Interval, Verdict, judge, judge_tasks
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_GIVEN = ("base", "pool", "prompt", "input", "target", "chat", "dtype", "method", "control")  # to `fuse`
+_GIVEN = (
+    "base",
+    "pool",
+    "prompt",
+    "input",
+    "target",
+    "chat",
+    "dtype",
+    "method",
+    "control",
+)  # to `fuse`
 _LOSS = [
     Column("loss", "nats"),
     Column("minus LoRAFusion", "more nats"),
@@ -25,53 +35,95 @@ _LOSS = [
     Column("p (Holm)", "p"),
 ]
 _POINTS = [Column("more points", "points"), Column("95 % of points", "interval")]
-_RATES = [Column("learning rates", "text"), Column("epochs", "count"), Column("trained rows", "count")]
+_RATES = [
+    Column("learning rates", "text"),
+    Column("epochs", "count"),
+    Column("trained rows", "count"),
+]
 
 
 def arms_table(one: TaskTrial, outcomes: Outcomes, said: Verdict) -> Table:
     """Return a line for each arm of a task; of options instead of exact match, if the task has some."""
-    contrasts, lines = {contrast.arm: contrast for contrast in said.contrasts}, []
+    contrasts = {contrast.arm: contrast for contrast in said.contrasts}
+    lines = []
     scores = outcomes.option_correct or outcomes.correct
     for arm in outcomes.arms:
-        contrast, tuned = contrasts.get(arm.name), outcomes.tuned.get(arm.name)
-        rates = ", ".join(f"{name.removeprefix('lr_')} {value:.2g}" for name, value in tuned.rates) if tuned else None
+        contrast = contrasts.get(arm.name)
+        tuned = outcomes.tuned.get(arm.name)
+        rates = (
+            ", ".join(
+                f"{name.removeprefix('lr_')} {value:.2g}" for name, value in tuned.rates
+            )
+            if tuned
+            else None
+        )
         epochs = tuned and one.epochs(arm.name, tuned)
-        points = contrast and (contrast.option_correct if outcomes.option_correct else contrast.correct)
+        points = contrast and (
+            contrast.option_correct if outcomes.option_correct else contrast.correct
+        )
         lines.append(
             [
                 arm.name,
                 arm.parameters,
-                *_cells(float(np.nanmean(outcomes.loss[arm.name])), contrast and contrast.loss),
+                *_cells(
+                    float(np.nanmean(outcomes.loss[arm.name])),
+                    contrast and contrast.loss,
+                ),
                 contrast and contrast.p,
                 100 * np.nanmean(scores[arm.name]),
                 points and points.mean,
                 points and (points.low, points.high),
-                rates and rates + (f" ({tuned.edge} end)" if tuned and tuned.edge else ""),
+                rates
+                and rates + (f" ({tuned.edge} end)" if tuned and tuned.edge else ""),
                 epochs,
                 round(outcomes.spent[arm.name] * len(one.rows)),
             ]
         )
-    scored = Column("right options, %" if outcomes.option_correct else "exact match, %", "percent")
-    columns = [Column("arm", "text"), Column("trained parameters", "count"), *_LOSS, scored, *_POINTS, *_RATES]
+    scored = Column(
+        "right options, %" if outcomes.option_correct else "exact match, %", "percent"
+    )
+    columns = [
+        Column("arm", "text"),
+        Column("trained parameters", "count"),
+        *_LOSS,
+        scored,
+        *_POINTS,
+        *_RATES,
+    ]
     return Table(
-        f"{one.task}: {len(one.rows)} rows, loss in nats per answer token on rows of other folds", columns, lines
+        f"{one.task}: {len(one.rows)} rows, loss in nats per answer token on rows of other folds",
+        columns,
+        lines,
     )
 
 
 def tasks_table(done: Sequence[tuple[TaskTrial, Outcomes]], said: Verdict) -> Table:
     """Return a line for each arm: its loss on each task, and its difference from LoRAFusion over the tasks."""
-    contrasts, lines = {contrast.arm: contrast for contrast in said.contrasts}, []
+    contrasts = {contrast.arm: contrast for contrast in said.contrasts}
+    lines = []
     for arm in done[0][1].arms:
         losses = [float(np.nanmean(outcomes.loss[arm.name])) for _, outcomes in done]
         contrast = contrasts.get(arm.name)
         own = _cells(float(np.mean(losses)), contrast and contrast.loss)
         lines.append([arm.name, *losses, *own, contrast and contrast.p])
-    columns = [Column("arm", "text"), *(Column(one.task, "nats") for one, _ in done), *_LOSS]
-    return Table(f"{len(done)} tasks: loss in nats per answer token, and intervals over tasks", columns, lines)
+    columns = [
+        Column("arm", "text"),
+        *(Column(one.task, "nats") for one, _ in done),
+        *_LOSS,
+    ]
+    return Table(
+        f"{len(done)} tasks: loss in nats per answer token, and intervals over tasks",
+        columns,
+        lines,
+    )
 
 
 def _cells(loss: float, contrast: Interval | None) -> list[Any]:
-    return [loss, contrast and contrast.mean, contrast and (contrast.low, contrast.high)]
+    return [
+        loss,
+        contrast and contrast.mean,
+        contrast and (contrast.low, contrast.high),
+    ]
 
 
 def train_command(one: TaskTrial, outcomes: Outcomes, winner: str) -> str:
@@ -86,12 +138,24 @@ def train_command(one: TaskTrial, outcomes: Outcomes, winner: str) -> str:
     train_rows = len(one.rows) - (not rows.train and len(rows.test) == len(one.rows))
     tuned = outcomes.tuned.get(winner)
     default = run.entry.recipe()
-    recipe = {name: value for name, value in vars(run.recipe).items() if value != getattr(default, name)}
-    given = {name: getattr(run, name) for name in _GIVEN if getattr(run, name) != getattr(FuseOptions, name, None)}
+    recipe = {
+        name: value
+        for name, value in vars(run.recipe).items()
+        if value != getattr(default, name)
+    }
+    given = {
+        name: getattr(run, name)
+        for name in _GIVEN
+        if getattr(run, name) != getattr(FuseOptions, name, None)
+    }
     if tuned:
-        recipe |= {"epochs": one.epochs(winner, tuned)} | {name: f"{rate:.3g}" for name, rate in tuned.rates}
+        recipe |= {"epochs": one.epochs(winner, tuned)} | {
+            name: f"{rate:.3g}" for name, rate in tuned.rates
+        }
     name = "-".join((one.task, run.method, "all"))
-    train = _flags(given | {"task": one.source, "train_rows": train_rows, "name": name} | recipe)
+    train = _flags(
+        given | {"task": one.source, "train_rows": train_rows, "name": name} | recipe
+    )
     return f"lorafusion fuse {train}\nlorafusion export --run runs/{name} --out {name}-adapter"
 
 
@@ -99,7 +163,13 @@ def _flags(values: Mapping[str, Any]) -> str:
     parts = []
     for name, value in values.items():
         if value is not None:
-            texts = [] if value is True else map(str, value) if isinstance(value, tuple) else [str(value)]
+            texts = (
+                []
+                if value is True
+                else map(str, value)
+                if isinstance(value, tuple)
+                else [str(value)]
+            )
             parts += [f"--{name.replace('_', '-')}", *map(shlex.quote, texts)]
     return " ".join(parts)
 
@@ -108,33 +178,50 @@ def draw_arms(path: Path, one: TaskTrial, said: Verdict) -> None:
     """Draw each arm's difference from LoRAFusion with its interval; ValueError if matplotlib is not installed."""
 
     def draw(figure: "Figure") -> None:
-        axes, shade = figure.subplots(), colour(3)
+        axes = figure.subplots()
+        shade = colour(3)
         axes.axvline(0, color="#333333", linewidth=1)
         for place, contrast in enumerate(said.contrasts):
-            axes.hlines(place, contrast.loss.low, contrast.loss.high, color=shade, linewidth=2)
+            axes.hlines(
+                place, contrast.loss.low, contrast.loss.high, color=shade, linewidth=2
+            )
             axes.plot(contrast.loss.mean, place, "o", color=shade, markersize=6)
-        axes.set_yticks(range(len(said.contrasts)), [literal(contrast.arm) for contrast in said.contrasts])
+        axes.set_yticks(
+            range(len(said.contrasts)),
+            [literal(contrast.arm) for contrast in said.contrasts],
+        )
         axes.set_ylim(len(said.contrasts) - 0.4, -0.6)
         axes.grid(visible=True, axis="x")
-        axes.set_xlabel("loss minus that of LoRAFusion, nats per answer token, with 95 % interval")
+        axes.set_xlabel(
+            "loss minus that of LoRAFusion, nats per answer token, with 95 % interval"
+        )
         figure.suptitle(literal(one.task), x=0.01, ha="left", size=12)
 
     plot(path, (7.0, 0.3 * len(said.contrasts) + 1.2), draw)
 
 
-def write_trial(folder: Path, done: Sequence[tuple[TaskTrial, Outcomes]]) -> tuple[Table, Verdict] | None:
+def write_trial(
+    folder: Path, done: Sequence[tuple[TaskTrial, Outcomes]]
+) -> tuple[Table, Verdict] | None:
     """Write tables, a figure for each task and report.html, and return table and verdict over several tasks."""
-    text, tables, figures, together = [], {}, {}, None
+    text = []
+    tables = {}
+    figures = {}
+    together = None
     for one, outcomes in done:
         said = judge(outcomes)
         text.append(f"{one.task}: {' '.join((said.sentence, *said.notes))}")
         tables[one.task] = arms_table(one, outcomes, said)
         draw_arms(folder / f"{one.task}.png", one, said)
-        figures[f"{one.task}.png"] = f"{one.task}: differences of the arms from LoRAFusion"
+        figures[f"{one.task}.png"] = (
+            f"{one.task}: differences of the arms from LoRAFusion"
+        )
     if len(done) > 1:
         over = judge_tasks([outcomes for _, outcomes in done])
         tables["all_tasks"] = tasks_table(done, over)
         text.append(f"Over {len(done)} tasks: {' '.join((over.sentence, *over.notes))}")
         together = tables["all_tasks"], over
-    write_report(folder, "Is the pool worth it?", tables, figures, text="\n\n".join(text))
+    write_report(
+        folder, "Is the pool worth it?", tables, figures, text="\n\n".join(text)
+    )
     return together

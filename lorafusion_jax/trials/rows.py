@@ -17,8 +17,15 @@ Key = tuple[str, str, str, int]
 
 _Name = Annotated[str, msgspec.Meta(pattern=r"\S", description="a name")]
 _Count = Annotated[int, msgspec.Meta(ge=0, description="a count")]
-_Marks = Annotated[str, msgspec.Meta(pattern=r"^[01]+\Z", description="a 0 or 1 for each of at least one test row")]
-_Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z", description="64 hexadecimal digits")]
+_Marks = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"^[01]+\Z", description="a 0 or 1 for each of at least one test row"
+    ),
+]
+_Digest = Annotated[
+    str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z", description="64 hexadecimal digits")
+]
 
 
 class Result(TypedDict):
@@ -47,7 +54,10 @@ class Result(TypedDict):
 
 def read_rows(path: Path) -> list[Result]:
     """Return the rows of a file, without a last line that was cut off; ValueError for a line that is not a row."""
-    return [_checked(row, f"{path}, line {n}") for n, row in enumerate(read_lines(path, dict[str, Any]), start=1)]
+    return [
+        _checked(row, f"{path}, line {n}")
+        for n, row in enumerate(read_lines(path, dict[str, Any]), start=1)
+    ]
 
 
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -60,7 +70,13 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
       ValueError: a row lacks a key or has a wrong value, or the file is a link; nothing is written.
       WriteError: the disk is full, read-only or gone, or has no locks.
     """
-    append_lines(path, [_whole(row, f"row {n} of {len(rows)} to append") for n, row in enumerate(rows, start=1)])
+    append_lines(
+        path,
+        [
+            _whole(row, f"row {n} of {len(rows)} to append")
+            for n, row in enumerate(rows, start=1)
+        ],
+    )
 
 
 def merge(files: Sequence[Path]) -> list[Result]:
@@ -80,7 +96,11 @@ def merge(files: Sequence[Path]) -> list[Result]:
                 )
             kept, origin = merged.setdefault(key(row), (row, path))
             if kept != row:
-                differing = ", ".join(field for field in Result.__annotations__ if kept[field] != row[field])
+                differing = ", ".join(
+                    field
+                    for field in Result.__annotations__
+                    if kept[field] != row[field]
+                )
                 raise ValueError(
                     f"{name(row)} has two results, in {origin} and {path}, which differ in {differing}: remove one"
                 )
@@ -95,9 +115,16 @@ def _whole(row: Mapping[str, Any], where: str) -> Result:
     try:
         json.dumps(checked, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}, {name(row)}: JSON cannot hold it: {error}") from error
+        raise ValueError(
+            f"{where}, {name(row)}: JSON cannot hold it: {error}"
+        ) from error
     return checked
 
 
 def _checked(row: dict[str, Any], where: str) -> Result:
-    return structured(row, Result, where, fix="fix the row; what describes the run belongs into config")
+    return structured(
+        row,
+        Result,
+        where,
+        fix="fix the row; what describes the run belongs into config",
+    )

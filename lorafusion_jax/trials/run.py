@@ -36,7 +36,9 @@ from .tuning import Tuned
 from .verdict import judge
 
 _DRAWS = (1, 2, 3)  # of a control
-_COEFFICIENTS = 0.03  # rate of coefficients to start from, which fits few rows (see `tuning`)
+_COEFFICIENTS = (
+    0.03  # rate of coefficients to start from, which fits few rows (see `tuning`)
+)
 _FORMAT = ("prompt", "input", "target", "chat")  # of rows
 # Options of a run that a score depends on. Base, pool and rows have digests.
 _SETTINGS = ("method", "control", "recipe", "adapters", "chat", "dtype")
@@ -104,7 +106,11 @@ class Contestant(NamedTuple):
 
 
 def contestants(
-    options: TrialOptions, task: str, rows: int, base: Base, pool: ConvertedPool | AdapterFolders
+    options: TrialOptions,
+    task: str,
+    rows: int,
+    base: Base,
+    pool: ConvertedPool | AdapterFolders,
 ) -> dict[str, Contestant]:
     """Return the arms of a trial on a task of so many rows, by name.
 
@@ -115,8 +121,18 @@ def contestants(
     lora = LoRARecipe(lora_rank=pool.largest_rank, lora_targets=pool.targets)
     given: dict[str, tuple[Role, str, str, Recipe]] = {
         "base alone": ("base", "zero-shot", "none", Recipe()),
-        "examples in the prompt": ("examples", "few-shot", "none", FewShotRecipe(shots=shots)),
-        "magnitudes": ("magnitudes", "magnitudes", "none", MagnitudesRecipe(lora_targets=pool.targets)),
+        "examples in the prompt": (
+            "examples",
+            "few-shot",
+            "none",
+            FewShotRecipe(shots=shots),
+        ),
+        "magnitudes": (
+            "magnitudes",
+            "magnitudes",
+            "none",
+            MagnitudesRecipe(lora_targets=pool.targets),
+        ),
         "LoRAFusion": ("pool", "fusion", "none", METHODS["fusion"].recipe()),
         "rotated modules": ("control", "fusion", "rotated", METHODS["fusion"].recipe()),
         "LoRA": ("lora", "lora", "none", lora),
@@ -126,7 +142,9 @@ def contestants(
         name, _, what = text.partition("=")
         method, _, control = what.partition(":")
         if not (name.strip() and method):
-            raise ValueError(f"--arms {text!r} is no arm: give NAME=METHOD or NAME=METHOD:CONTROL")
+            raise ValueError(
+                f"--arms {text!r} is no arm: give NAME=METHOD or NAME=METHOD:CONTROL"
+            )
         recipe = find(method).recipe()
         if isinstance(recipe, TargetedRecipe):
             recipe = dataclasses.replace(recipe, lora_targets=pool.targets)
@@ -136,10 +154,14 @@ def contestants(
     for name, (role, method, control, recipe) in given.items():
         entry = find(method)
         if entry.answers == "nothing":
-            raise ValueError(f"arm {name}: the method {method} has no loss: leave it out of --arms")
+            raise ValueError(
+                f"arm {name}: the method {method} has no loss: leave it out of --arms"
+            )
         entry.check()
         if isinstance(recipe, PoolRecipe):
-            recipe = dataclasses.replace(recipe, modules=min(recipe.modules, len(pool.names)))
+            recipe = dataclasses.replace(
+                recipe, modules=min(recipe.modules, len(pool.names))
+            )
         run = FuseOptions(
             base=options.base,
             pool=options.pool if entry.pool else None,
@@ -151,7 +173,12 @@ def contestants(
             seeds=(options.seed,),
         )
         check(run)
-        fused = Settings(recipe=run.recipe, rank=pool.largest_rank, targets=pool.targets, pool=len(pool.names))
+        fused = Settings(
+            recipe=run.recipe,
+            rank=pool.largest_rank,
+            targets=pool.targets,
+            pool=len(pool.names),
+        )
         arm = TrialArm(
             name=name,
             rates=_rates(run) if entry.learns == "trained" else {},
@@ -166,18 +193,30 @@ def contestants(
 
 def _rates(run: FuseOptions) -> dict[str, float]:
     """Return the learning rates that tuning starts from: those of the recipe that the method has a use for."""
-    rates = {name: value for name, value in vars(run.recipe).items() if name.startswith("lr_")}
+    rates = {
+        name: value
+        for name, value in vars(run.recipe).items()
+        if name.startswith("lr_")
+    }
     if not getattr(run.recipe, "train_core", False):
         rates.pop("lr_core", None)
     if {"lr_coefficients", "lr_magnitudes"} <= rates.keys():
-        rates = {"lr_magnitudes": rates.pop("lr_magnitudes"), "lr_coefficients": _COEFFICIENTS} | rates
+        rates = {
+            "lr_magnitudes": rates.pop("lr_magnitudes"),
+            "lr_coefficients": _COEFFICIENTS,
+        } | rates
     return rates
 
 
 def rows_of(options: TrialOptions, task: str) -> tuple[str, tuple[Example, ...]]:
     """Return the name of a task and the rows to use; ValueError for a task that cannot be read."""
     at_least(1, train_rows=options.train_rows)
-    loaded = load_task(task, **{name: getattr(options, name) for name in _FORMAT}, train_rows=0, need=())
+    loaded = load_task(
+        task,
+        **{name: getattr(options, name) for name in _FORMAT},
+        train_rows=0,
+        need=(),
+    )
     rows = (loaded.train or loaded.test)[: options.train_rows]
     if not rows:
         raise ValueError(f"{task} has no rows: give it rows with inputs and answers")
@@ -205,9 +244,16 @@ class TaskTrial(NamedTuple):
 
     def looks(self, options: TrialOptions, measure: Measure) -> Iterator[Outcomes]:
         """Return an iterator over looks at the outcomes, which measures what the next one needs."""
-        arms, inputs = [arm for arm, _ in self.arms.values()], [row.input_sha256 for row in self.rows]
-        how: Any = {"folds": options.folds, "nested": options.nested, "seed": options.seed}
-        return procedure(arms, inputs, measure, **how, by_fold=options.minutes is not None)
+        arms = [arm for arm, _ in self.arms.values()]
+        inputs = [row.input_sha256 for row in self.rows]
+        how: Any = {
+            "folds": options.folds,
+            "nested": options.nested,
+            "seed": options.seed,
+        }
+        return procedure(
+            arms, inputs, measure, **how, by_fold=options.minutes is not None
+        )
 
     def trainings(self, options: TrialOptions) -> list[Training]:
         """Return what is trained and tested, with rates as if the recipe's were the best."""
@@ -217,10 +263,15 @@ class TaskTrial(NamedTuple):
             planned.extend(trainings)
             for training in trainings:
                 default = self.arms[training.arm].arm.rates
-                far = sum(abs(math.log(value / default[name])) for name, value in training.rates)
+                far = sum(
+                    abs(math.log(value / default[name]))
+                    for name, value in training.rates
+                )
                 # The longest training counts as the best one, so that a plan is not too short.
                 far -= training.share
-                yield Scores(np.full(len(training.test), far), np.zeros(len(training.test), bool))
+                yield Scores(
+                    np.full(len(training.test), far), np.zeros(len(training.test), bool)
+                )
 
         for _ in self.looks(options, measure):
             pass
@@ -240,20 +291,33 @@ def trial(options: TrialOptions) -> Iterator[tuple[TaskTrial, Outcomes]]:
         one.trainings(options)  # raises for rows that are too few to tune on
     ends = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     for left, one in zip(range(len(tried), 0, -1), tried, strict=True):
-        until = None if ends is None else time.monotonic() + (ends - time.monotonic()) / left
+        until = (
+            None
+            if ends is None
+            else time.monotonic() + (ends - time.monotonic()) / left
+        )
         yield one, _outcomes(options, one, until)
 
 
 def task_trials(options: TrialOptions) -> list[TaskTrial]:
     """Return the tasks of a trial with their rows and arms; errors are those of `trial`."""
-    base, tried = open_base(options.base), []
+    base = open_base(options.base)
+    tried = []
     pool = open_pool(options.pool, base)
     for source in options.task:
         task, rows = rows_of(options, source)
-        divide([row.input_sha256 for row in rows], options.folds, (options.seed,))  # raises for too few rows
-        tried.append(TaskTrial(task, source, rows, contestants(options, source, len(rows), base, pool)))
+        divide(
+            [row.input_sha256 for row in rows], options.folds, (options.seed,)
+        )  # raises for too few rows
+        tried.append(
+            TaskTrial(
+                task, source, rows, contestants(options, source, len(rows), base, pool)
+            )
+        )
     if len({one.task for one in tried}) < len(tried):
-        raise ValueError(f"two tasks have the same name in {', '.join(one.task for one in tried)}: rename one")
+        raise ValueError(
+            f"two tasks have the same name in {', '.join(one.task for one in tried)}: rename one"
+        )
     return tried
 
 
@@ -267,7 +331,9 @@ def _outcomes(options: TrialOptions, one: TaskTrial, until: float | None) -> Out
     weights = {training: _weight(one, training) for training in one.trainings(options)}
     with progress(one.task, sum(weights.values()), unit="row") as bar:
         try:
-            for outcomes in one.looks(options, _measure(options, one, until, bar.update)):
+            for outcomes in one.looks(
+                options, _measure(options, one, until, bar.update)
+            ):
                 if options.minutes is not None and judge(outcomes).decision == "named":
                     break
         except _OutOfTime:
@@ -287,11 +353,21 @@ def _weight(one: TaskTrial, training: Training) -> int:
     return round(epochs * len(training.train)) + len(training.test)
 
 
-def _measure(options: TrialOptions, one: TaskTrial, until: float | None, update: Callable[[int], Any]) -> Measure:
+def _measure(
+    options: TrialOptions,
+    one: TaskTrial,
+    until: float | None,
+    update: Callable[[int], Any],
+) -> Measure:
     """Return a function that reads scores from OUT, and measures those that are missing there."""
-    lanes, settings = lanes_of(options, one.source), {name: _settings(run) for name, (_, run) in one.arms.items()}
+    lanes = lanes_of(options, one.source)
+    settings = {name: _settings(run) for name, (_, run) in one.arms.items()}
     rows_sha256 = _digest([row.row for row in one.rows])
-    common = {"base_and_pool": _digest(lanes.digests), "rows": rows_sha256, "seed": options.seed}
+    common = {
+        "base_and_pool": _digest(lanes.digests),
+        "rows": rows_sha256,
+        "seed": options.seed,
+    }
     cells = Cells(options.out / one.task / "measured.jsonl", _key_of, common)
 
     def measure(trainings: Sequence[Training]) -> Iterator[Scores]:
@@ -304,9 +380,14 @@ def _measure(options: TrialOptions, one: TaskTrial, until: float | None, update:
         for group, scores in run_items(work, lanes.together(missing), options.engine):
             if isinstance(scores, OutOfMemory):
                 what = f"{one.task}, {group[0].arm}: out of memory ({scores.error})"
-                raise ValueError(f"{what}: use --dtype bfloat16 or another machine; {cells.file} keeps what it has")
+                raise ValueError(
+                    f"{what}: use --dtype bfloat16 or another machine; {cells.file} keeps what it has"
+                )
             pairs = zip(group, scores, strict=True)
-            cells.append(cells.file, [common | _row(settings[each.arm], each, of) for each, of in pairs])
+            cells.append(
+                cells.file,
+                [common | _row(settings[each.arm], each, of) for each, of in pairs],
+            )
             update(sum(_weight(one, training) for training in group))
             if until is not None and time.monotonic() > until:
                 raise _OutOfTime
@@ -316,7 +397,9 @@ def _measure(options: TrialOptions, one: TaskTrial, until: float | None, update:
     return measure
 
 
-def scores_of(options: TrialOptions, source: str, group: Sequence[Training]) -> list[Scores]:
+def scores_of(
+    options: TrialOptions, source: str, group: Sequence[Training]
+) -> list[Scores]:
     """Return the scores of trainings of one arm, draw and length on a task of the trial."""
     return [*lanes_of(options, source).measure(group)]
 
@@ -325,7 +408,9 @@ def scores_of(options: TrialOptions, source: str, group: Sequence[Training]) -> 
 def lanes_of(options: TrialOptions, source: str) -> Lanes:
     """Return the models of a trial's arms on a task; a process keeps those of the last one."""
     (one,) = task_trials(dataclasses.replace(options, task=(source,)))
-    return Lanes({name: run for name, (_, run) in one.arms.items()}, one.rows, options.seed)
+    return Lanes(
+        {name: run for name, (_, run) in one.arms.items()}, one.rows, options.seed
+    )
 
 
 def _settings(run: FuseOptions) -> str:
@@ -339,17 +424,24 @@ def _digest(value: Any) -> str:
 
 
 def _row(settings: str, training: Training, scores: Scores) -> Row:
-    marks = {name: values if values is None else values.tolist() for name, values in scores._asdict().items()}
+    marks = {
+        name: values if values is None else values.tolist()
+        for name, values in scores._asdict().items()
+    }
     return {"settings": settings, **training._asdict(), **marks}
 
 
 def _key_of(row: Row) -> tuple[str, Training]:
     rates = tuple((name, rate) for name, rate in row["rates"])
     rows = tuple(row["train"]), tuple(row["test"])
-    return row["settings"], Training(row["arm"], row["draw"], rates, row["share"], *rows, row["answers"])
+    return row["settings"], Training(
+        row["arm"], row["draw"], rates, row["share"], *rows, row["answers"]
+    )
 
 
 def _scores(row: Row) -> Scores:
     """Return the scores of a row; a loss that JSON holds as null was not finite."""
-    values: Any = (None if row[name] is None else np.array(row[name]) for name in Scores._fields)
+    values: Any = (
+        None if row[name] is None else np.array(row[name]) for name in Scores._fields
+    )
     return Scores(*values)

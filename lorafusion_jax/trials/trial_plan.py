@@ -13,7 +13,8 @@ from .run import TaskTrial, TrialOptions, lanes_of, task_trials
 
 # A method compiles programs for each stage of the tuning and for the folds, of several shapes. Measured on the embedded
 # trial, in units of one training with answers; a method that is not trained has no step to compile.
-_TRAINED, _UNTRAINED = 4.0, 0.5
+_TRAINED = 4.0
+_UNTRAINED = 0.5
 
 
 class Calibration(NamedTuple):
@@ -28,7 +29,8 @@ def describe_trial(options: TrialOptions) -> str:
     """Return trainings, steps and minutes of each arm; errors are those of `trial`."""
     tried = task_trials(options)
     calibration = _calibrated(options, tried[0])
-    lines, total = [["arm", "trainings", "steps", "minutes"]], 0.0
+    lines = [["arm", "trainings", "steps", "minutes"]]
+    total = 0.0
     by_arm: dict[str, list[tuple[TaskTrial, Training]]] = {}
     for one in tried:
         for training in one.trainings(options):
@@ -36,11 +38,17 @@ def describe_trial(options: TrialOptions) -> str:
     compiled: set[str] = set()
     for name, trainings in by_arm.items():
         entry = trainings[0][0].arms[name].options.entry
-        seconds = sum(_seconds(one, training, calibration) for one, training in trainings)
+        seconds = sum(
+            _seconds(one, training, calibration) for one, training in trainings
+        )
         if entry.name not in compiled:
-            seconds += calibration.compiled * (_TRAINED if entry.learns == "trained" else _UNTRAINED)
+            seconds += calibration.compiled * (
+                _TRAINED if entry.learns == "trained" else _UNTRAINED
+            )
         compiled.add(entry.name)
-        steps = sum(lanes_of(options, one.source).steps(training) for one, training in trainings)
+        steps = sum(
+            lanes_of(options, one.source).steps(training) for one, training in trainings
+        )
         counted = len(trainings) if trainings[0][0].arms[name].arm.rates else 0
         lines.append([name, f"{counted:,}", f"{steps:,}", f"{seconds / 60:.1f}"])
         total += seconds
@@ -57,15 +65,26 @@ def _seconds(one: TaskTrial, training: Training, calibration: Calibration) -> fl
     entry = run.entry
     generated = training.answers * len(training.test) * calibration.generated
     if entry.learns == "trained":
-        return shortened(run.recipe, training.share).epochs * len(training.train) * calibration.trained + generated
-    passes = entry.evaluations(run.recipe, modules_of(run.recipe)) if entry.search is not None else 0
+        return (
+            shortened(run.recipe, training.share).epochs
+            * len(training.train)
+            * calibration.trained
+            + generated
+        )
+    passes = (
+        entry.evaluations(run.recipe, modules_of(run.recipe))
+        if entry.search is not None
+        else 0
+    )
     return passes * len(training.train) * calibration.trained / 3 + generated
 
 
 def _calibrated(options: TrialOptions, one: TaskTrial) -> Calibration:
     """Return the seconds of a short training of LoRAFusion."""
     arm = next(arm for arm, _ in one.arms.values() if arm.role == "pool")
-    last = [training for training in one.trainings(options) if training.arm == arm.name][-1]
+    last = [
+        training for training in one.trainings(options) if training.arm == arm.name
+    ][-1]
     run = one.arms[arm.name].options
     short = dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, epochs=2))
     lanes = Lanes({arm.name: short}, one.rows, options.seed)
@@ -76,13 +95,19 @@ def _calibrated(options: TrialOptions, one: TaskTrial) -> Calibration:
 
     def seconds(share: float) -> float:
         began = clock()
-        list(lanes.measure([last._replace(rates=rates, share=share, answers=share == 1)]))
+        list(
+            lanes.measure([last._replace(rates=rates, share=share, answers=share == 1)])
+        )
         return clock() - began
 
     _ = lanes.digests  # loads the model
     seconds(0.5)
-    first, again, one_epoch = seconds(1.0), seconds(1.0), seconds(0.5)
-    tested = len(last.test) / 3 / len(last.train)  # of an epoch, for the loss of the test rows
+    first = seconds(1.0)
+    again = seconds(1.0)
+    one_epoch = seconds(0.5)
+    tested = (
+        len(last.test) / 3 / len(last.train)
+    )  # of an epoch, for the loss of the test rows
     epoch = one_epoch / (1 + tested)
     return Calibration(
         trained=epoch / len(last.train),

@@ -51,7 +51,9 @@ class Tuned(NamedTuple):
 
 
 def tune(
-    defaults: Sequence[Rates], names: Sequence[str], evaluate: Callable[[list[Candidate]], Sequence[float]]
+    defaults: Sequence[Rates],
+    names: Sequence[str],
+    evaluate: Callable[[list[Candidate]], Sequence[float]],
 ) -> list[Tuned]:
     """Return the best rates of several problems, which pass through each stage together.
 
@@ -65,15 +67,28 @@ def tune(
     Raises:
       ValueError: no rate of a problem has a finite loss.
     """
-    found = [dict[tuple[Rates, float], float]() for _ in defaults]  # loss by rates and share
+    found = [
+        dict[tuple[Rates, float], float]() for _ in defaults
+    ]  # loss by rates and share
     leaders: list[list[Rates]] = [_line(rates) for rates in defaults]
     for share in SHARES:
-        candidates = [Candidate(number, rates, share) for number, own in enumerate(leaders) for rates in own]
+        candidates = [
+            Candidate(number, rates, share)
+            for number, own in enumerate(leaders)
+            for rates in own
+        ]
         for candidate, loss in zip(candidates, evaluate(candidates), strict=True):
-            found[candidate.problem][candidate.rates, share] = loss if math.isfinite(loss) else math.inf
+            found[candidate.problem][candidate.rates, share] = (
+                loss if math.isfinite(loss) else math.inf
+            )
         for number, losses in enumerate(found):
-            best = sorted(leaders[number], key=lambda rates, losses=losses, share=share: losses[rates, share])[:2]
-            leaders[number] = best + _neighbours(best[0]) if share == SHARES[0] else best
+            best = sorted(
+                leaders[number],
+                key=lambda rates, losses=losses, share=share: losses[rates, share],
+            )[:2]
+            leaders[number] = (
+                best + _neighbours(best[0]) if share == SHARES[0] else best
+            )
     return [_chosen(*problem) for problem in zip(defaults, names, found, strict=True)]
 
 
@@ -92,7 +107,9 @@ def _times(rates: Rates, place: int, factor: float) -> Rates:
     return (*rates[:place], (name, value * factor), *rates[place + 1 :])
 
 
-def _chosen(defaults: Rates, name: str, losses: dict[tuple[Rates, float], float]) -> Tuned:
+def _chosen(
+    defaults: Rates, name: str, losses: dict[tuple[Rates, float], float]
+) -> Tuned:
     rates, share = min(losses, key=losses.__getitem__)
     if math.isinf(losses[rates, share]):
         tried = f"{defaults[0][0]} {defaults[0][1]:.2g}"

@@ -93,7 +93,9 @@ def judge(outcomes: Outcomes) -> Verdict:
     Raises:
       ValueError: not exactly one arm has the role "pool".
     """
-    measured = np.all([np.isfinite(table).all(axis=0) for table in outcomes.correct.values()], axis=0)
+    measured = np.all(
+        [np.isfinite(table).all(axis=0) for table in outcomes.correct.values()], axis=0
+    )
     tables = [
         {name: values.mean(axis=0)[measured] for name, values in table.items()}
         for table in (outcomes.loss, outcomes.correct, outcomes.option_correct)
@@ -118,13 +120,22 @@ def judge_tasks(tasks: Sequence[Outcomes]) -> Verdict:
     arms = tasks[0].arms
     for number, outcomes in enumerate(tasks):
         if (names := [arm.name for arm in outcomes.arms]) != [arm.name for arm in arms]:
-            raise ValueError(f"task {number} has the arms {', '.join(names)}: give all tasks the arms of the first one")
+            raise ValueError(
+                f"task {number} has the arms {', '.join(names)}: give all tasks the arms of the first one"
+            )
 
     tables = [
-        {name: np.array([one[name].mean() for one in of_task]) for name in set.intersection(*map(set, of_task))}
-        for of_task in zip(*((one.loss, one.correct, one.option_correct) for one in tasks), strict=True)
+        {
+            name: np.array([one[name].mean() for one in of_task])
+            for name in set.intersection(*map(set, of_task))
+        }
+        for of_task in zip(
+            *((one.loss, one.correct, one.option_correct) for one in tasks), strict=True
+        )
     ]
-    return _judge(arms, _Sample(np.arange(len(tasks)), 1.0, 1, "tasks"), tables, notes=[])
+    return _judge(
+        arms, _Sample(np.arange(len(tasks)), 1.0, 1, "tasks"), tables, notes=[]
+    )
 
 
 class _Sample(NamedTuple):
@@ -144,8 +155,15 @@ class _Sample(NamedTuple):
         if self.freedom < 1:
             return np.full(values.shape[:-1], np.inf)
         groups, of_group = np.unique(self.groups, return_inverse=True)
-        sums = (values - values.mean(axis=-1, keepdims=True)) @ np.eye(len(groups))[of_group]
-        variance = np.sum(sums**2, axis=-1) / len(self.groups) ** 2 * len(groups) / self.freedom
+        sums = (values - values.mean(axis=-1, keepdims=True)) @ np.eye(len(groups))[
+            of_group
+        ]
+        variance = (
+            np.sum(sums**2, axis=-1)
+            / len(self.groups) ** 2
+            * len(groups)
+            / self.freedom
+        )
         return np.asarray(np.sqrt(self.inflation * variance))
 
     def reach(self, alpha: float) -> float:
@@ -156,17 +174,24 @@ class _Sample(NamedTuple):
 
     def interval(self, values: Float[np.ndarray, " units"]) -> Interval:
         """Return the mean with its two-sided interval."""
-        mean, half = values.mean(), self.reach((1 - LEVEL) / 2) * float(self.error(values))
+        mean = values.mean()
+        half = self.reach((1 - LEVEL) / 2) * float(self.error(values))
         return Interval(float(mean), float(mean - half), float(mean + half))
 
     def p(self, values: Float[np.ndarray, " units"]) -> float:
         """Return the two-sided p of the mean."""
         from scipy.special import stdtr
 
-        mean, error = abs(values.mean()), float(self.error(values))
+        mean = abs(values.mean())
+        error = float(self.error(values))
         if mean == 0 or np.isinf(error):
             return 1.0
-        return min(1.0, self.looks * 2 * float(stdtr(self.freedom, -mean / error if error else -np.inf)))
+        return min(
+            1.0,
+            self.looks
+            * 2
+            * float(stdtr(self.freedom, -mean / error if error else -np.inf)),
+        )
 
 
 def _judge(
@@ -176,16 +201,30 @@ def _judge(
     notes: list[str],
 ) -> Verdict:
     if len(pools := [arm.name for arm in arms if arm.role == "pool"]) != 1:
-        raise ValueError(f'{len(pools)} arms have the role "pool": contrasts need exactly one')
+        raise ValueError(
+            f'{len(pools)} arms have the role "pool": contrasts need exactly one'
+        )
     loss = tables[0]
     diverged = [arm.name for arm in arms if not np.isfinite(loss[arm.name]).all()]
-    notes = [*notes, *(f"{name} is not compared, because its loss is NaN or infinite." for name in diverged)]
+    notes = [
+        *notes,
+        *(
+            f"{name} is not compared, because its loss is NaN or infinite."
+            for name in diverged
+        ),
+    ]
     arms = sorted((arm for arm in arms if arm.name not in diverged), key=_cost)
     if not arms:
-        raise ValueError("the loss of every arm is NaN or infinite: check the base and the rows")
-    contrasts = () if pools[0] in diverged else _contrasts(arms, pools[0], sample, tables)
+        raise ValueError(
+            "the loss of every arm is NaN or infinite: check the base and the rows"
+        )
+    contrasts = (
+        () if pools[0] in diverged else _contrasts(arms, pools[0], sample, tables)
+    )
     losses = np.stack([loss[arm.name] for arm in arms])
-    difference = losses.mean(axis=1)[:, None] - losses.mean(axis=1)  # of the row's arm minus the column's
+    difference = losses.mean(axis=1)[:, None] - losses.mean(
+        axis=1
+    )  # of the row's arm minus the column's
     error = sample.error(losses[:, None] - losses)
     np.fill_diagonal(error, 0)
     half = sample.reach(1 - NAMING) * error
@@ -193,24 +232,45 @@ def _judge(
     worst = bounds.max(axis=1)
     if (named := worst < MARGIN).any():
         place = int(np.argmax(named))  # the first one is the cheapest
-        arm, decision, rows = arms[place], "named", None
+        arm = arms[place]
+        decision = "named"
+        rows = None
         sentence = _WINS[arm.role].format(name=arm.name)
         if arm.role == "pool":
-            as_good = [one.name for one, bound in zip(arms, bounds[:, place], strict=True) if bound < MARGIN]
-            controls = [one.name for one in arms if one.role == "control" and one.name in as_good]
-            notes += [f"{name} is as good, so it is not the pool's content that helps." for name in controls]
+            as_good = [
+                one.name
+                for one, bound in zip(arms, bounds[:, place], strict=True)
+                if bound < MARGIN
+            ]
+            controls = [
+                one.name
+                for one in arms
+                if one.role == "control" and one.name in as_good
+            ]
+            notes += [
+                f"{name} is as good, so it is not the pool's content that helps."
+                for name in controls
+            ]
     elif worst.min() < CLOSE:
-        arm, decision = arms[int(np.argmin(worst))], "close"
+        arm = arms[int(np.argmin(worst))]
+        decision = "close"
         rows = _deciding(difference, half, MARGIN, sample)
         sentence = f"No clear winner: {arm.name} is the best so far, no arm is better by more than {CLOSE:g} nats, and "
         sentence += f"about {rows} {sample.unit} would decide."
     else:
-        arm, decision = None, "more"
+        arm = None
+        decision = "more"
         rows = _deciding(difference, half, CLOSE, sample)
         first = int(np.argmin(worst))
-        width = sample.reach((1 - LEVEL) / 2) * error[first, int(np.argmax(bounds[first]))]
+        width = (
+            sample.reach((1 - LEVEL) / 2) * error[first, int(np.argmax(bounds[first]))]
+        )
         sentence = f"More {sample.unit} needed"
-        sentence += f": the interval is ±{width:.2f} nats; about {rows} {sample.unit} would decide." if rows else "."
+        sentence += (
+            f": the interval is ±{width:.2f} nats; about {rows} {sample.unit} would decide."
+            if rows
+            else "."
+        )
     return Verdict(
         decision=decision,
         arm=arm and arm.name,
@@ -226,7 +286,10 @@ def _cost(arm: TrialArm) -> tuple[int, int]:
 
 
 def _deciding(
-    difference: Float[np.ndarray, "arms arms"], half: Float[np.ndarray, "arms arms"], margin: float, sample: _Sample
+    difference: Float[np.ndarray, "arms arms"],
+    half: Float[np.ndarray, "arms arms"],
+    margin: float,
+    sample: _Sample,
 ) -> int | None:
     """Return how many rows bring the bounds of an arm below a margin, if the differences stay; None if none do."""
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -237,11 +300,19 @@ def _deciding(
 
 
 def _contrasts(
-    arms: Sequence[TrialArm], pool: str, sample: _Sample, tables: Sequence[dict[str, Float[np.ndarray, " units"]]]
+    arms: Sequence[TrialArm],
+    pool: str,
+    sample: _Sample,
+    tables: Sequence[dict[str, Float[np.ndarray, " units"]]],
 ) -> tuple[Contrast, ...]:
     others = [arm.name for arm in arms if arm.name != pool]
     loss, correct, option_correct = (
-        {name: table[name] - table[pool] for name in others if name in table and pool in table} for table in tables
+        {
+            name: table[name] - table[pool]
+            for name in others
+            if name in table and pool in table
+        }
+        for table in tables
     )
     corrected = holm([sample.p(loss[name]) for name in others])
     return tuple(
@@ -250,7 +321,9 @@ def _contrasts(
             loss=sample.interval(loss[name]),
             p=p,
             correct=sample.interval(100 * correct[name]),
-            option_correct=sample.interval(100 * option_correct[name]) if name in option_correct else None,
+            option_correct=sample.interval(100 * option_correct[name])
+            if name in option_correct
+            else None,
         )
         for name, p in zip(others, corrected, strict=True)
     )

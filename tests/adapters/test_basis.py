@@ -11,7 +11,13 @@ import tiny
 from flax import nnx
 
 import lorafusion_jax as lf
-from lorafusion_jax.adapters.basis import base_directions, directions, extended, in_directions, random_directions
+from lorafusion_jax.adapters.basis import (
+    base_directions,
+    directions,
+    extended,
+    in_directions,
+    random_directions,
+)
 from lorafusion_jax.adapters.coefficients import shape
 from lorafusion_jax.adapters.composition import compose_in_basis
 from lorafusion_jax.adapters.updates import InBasis
@@ -24,12 +30,17 @@ _INDEX = [3, 0, 2]  # of a pool of four
 
 def _shallow(pool):
     """The first layer of every stack."""
-    first = {field: {s: w[:1] for s, w in getattr(pool, field).items()} for field in ("A", "B", "rank")}
+    first = {
+        field: {s: w[:1] for s, w in getattr(pool, field).items()}
+        for field in ("A", "B", "rank")
+    }
     return dataclasses.replace(pool, **first)
 
 
 def _deltas(pool, site, layer):
-    return np.asarray(pool.A[site][layer], float) @ np.asarray(pool.B[site][layer], float)
+    return np.asarray(pool.A[site][layer], float) @ np.asarray(
+        pool.B[site][layer], float
+    )
 
 
 def _frozen(method, pool):
@@ -43,7 +54,9 @@ def _gram(basis):
 @functools.partial(jax.jit, static_argnames=("granularity",))
 def _fuse(c, basis, granularity, core=None, gram=None, magnitudes=None):
     spread = expand(c, basis, granularity)
-    return compose_in_basis(basis, jnp.array(_INDEX), spread, core=core, gram=gram, magnitudes=magnitudes)
+    return compose_in_basis(
+        basis, jnp.array(_INDEX), spread, core=core, gram=gram, magnitudes=magnitudes
+    )
 
 
 def _matrix(adapter, site, layer):
@@ -53,7 +66,9 @@ def _matrix(adapter, site, layer):
     return np.asarray(of_layer(jnp.eye(kernel.shape[0]), kernel))
 
 
-@pytest.mark.parametrize("modules", [2, 9])  # 8 columns side by side are fewer than 16 rows, 36 are more
+@pytest.mark.parametrize(
+    "modules", [2, 9]
+)  # 8 columns side by side are fewer than 16 rows, 36 are more
 def test_directions_are_the_leading_eigenvectors(modules):
     pool = tiny.pool(modules, lambda n, site, layer: (n + layer) % 4 + 1)
     basis = lf.shared_basis(pool, 3)
@@ -61,20 +76,38 @@ def test_directions_are_the_leading_eigenvectors(modules):
     for site in pool.rank:
         for layer in range(len(pool.rank[site])):
             deltas = _deltas(pool, site, layer)
-            U, V = np.asarray(basis.U[site][layer]), np.asarray(basis.V[site][layer])
-            for found, squares in ((U, deltas @ deltas.swapaxes(1, 2)), (V.T, deltas.swapaxes(1, 2) @ deltas)):
+            U = np.asarray(basis.U[site][layer])
+            V = np.asarray(basis.V[site][layer])
+            for found, squares in (
+                (U, deltas @ deltas.swapaxes(1, 2)),
+                (V.T, deltas.swapaxes(1, 2) @ deltas),
+            ):
                 leading = np.linalg.eigh(squares.sum(axis=0))[1][:, -3:]
-                np.testing.assert_allclose(found @ found.T, leading @ leading.T, atol=1e-5)
+                np.testing.assert_allclose(
+                    found @ found.T, leading @ leading.T, atol=1e-5
+                )
                 np.testing.assert_allclose(found.T @ found, np.eye(3), atol=1e-6)
-                assert (np.take_along_axis(found, np.abs(found).argmax(axis=0)[None], axis=0) > 0).all()
-            np.testing.assert_allclose(basis.S[site][layer], U.T @ deltas @ V.T, atol=1e-5)
-            np.testing.assert_allclose(basis.energy[site][layer], (deltas**2).sum(axis=(1, 2)), rtol=1e-5)
+                assert (
+                    np.take_along_axis(
+                        found, np.abs(found).argmax(axis=0)[None], axis=0
+                    )
+                    > 0
+                ).all()
+            np.testing.assert_allclose(
+                basis.S[site][layer], U.T @ deltas @ V.T, atol=1e-5
+            )
+            np.testing.assert_allclose(
+                basis.energy[site][layer], (deltas**2).sum(axis=(1, 2)), rtol=1e-5
+            )
 
 
 def test_the_first_directions_are_the_smaller_basis_and_keep_less():
     pool = tiny.pool(4)
-    large, small = lf.shared_basis(pool, 6), lf.shared_basis(pool, 2)
-    for got, wanted in zip(jax.tree.leaves(large.first(2)), jax.tree.leaves(small), strict=True):
+    large = lf.shared_basis(pool, 6)
+    small = lf.shared_basis(pool, 2)
+    for got, wanted in zip(
+        jax.tree.leaves(large.first(2)), jax.tree.leaves(small), strict=True
+    ):
         np.testing.assert_allclose(got, wanted, atol=1e-5)
     for site, kept in large.kept().items():
         assert (small.kept()[site] < kept).all() and (kept < 1).all()
@@ -89,7 +122,10 @@ def test_adapters_are_the_definition(granularity):
     basis = lf.shared_basis(pool, 5)
     c = tiny.coefficients(shape(basis, len(_INDEX), granularity))
     of_module = tiny.coefficient_of(c, pool, granularity)
-    core = {site: 0.1 * jax.random.normal(jax.random.key(1), (s.shape[0], 5, 5)) for site, s in basis.S.items()}
+    core = {
+        site: 0.1 * jax.random.normal(jax.random.key(1), (s.shape[0], 5, 5))
+        for site, s in basis.S.items()
+    }
     terms = _gram(basis)
     magnitudes = {site: 2.0 * norm for site, norm in lf.column_norms(terms).items()}
     adapters, floored = _fuse(c, basis, granularity, core, terms, magnitudes)
@@ -97,25 +133,46 @@ def test_adapters_are_the_definition(granularity):
     for site, adapter in adapters.items():
         assert isinstance(adapter, lf.LowRank)
         for layer in range(len(pool.rank[site])):
-            U, V = np.asarray(basis.U[site][layer], float), np.asarray(basis.V[site][layer], float)
+            U = np.asarray(basis.U[site][layer], float)
+            V = np.asarray(basis.V[site][layer], float)
             deltas = _deltas(pool, site, layer)
-            inside = sum(of_module(n, site, layer) * U.T @ deltas[i] @ V.T for n, i in enumerate(_INDEX))
+            inside = sum(
+                of_module(n, site, layer) * U.T @ deltas[i] @ V.T
+                for n, i in enumerate(_INDEX)
+            )
             W = np.asarray(_KERNELS[site][layer], float)
             adapted = W + U @ (inside + np.asarray(core[site][layer])) @ V
-            wanted = 2 * np.linalg.norm(W, axis=0) * adapted / np.linalg.norm(adapted, axis=0)
-            np.testing.assert_allclose(_matrix(adapter, site, layer), wanted, rtol=1e-4, atol=1e-5)
+            wanted = (
+                2
+                * np.linalg.norm(W, axis=0)
+                * adapted
+                / np.linalg.norm(adapted, axis=0)
+            )
+            np.testing.assert_allclose(
+                _matrix(adapter, site, layer), wanted, rtol=1e-4, atol=1e-5
+            )
 
 
 def test_a_basis_of_the_pools_whole_rank_is_the_fusion_of_whole_modules():
     """Loss, gradients and counts: a method on the basis is the method on the modules."""
     pool = tiny.pool(3, tiny.somewhere)
-    basis, method = lf.shared_basis(pool, 12), lf.Fusion()
+    basis = lf.shared_basis(pool, 12)
+    method = lf.Fusion()
     index = jnp.array([2, 0, 1])
-    of_modules, in_basis = (_frozen(method, p) for p in (pool, basis))
-    params = jax.tree.map(lambda p: 1.1 * p, method.init(of_modules, index, jax.random.key(0)))
-    assert jax.tree.map(jnp.shape, method.init(in_basis, index, jax.random.key(0))) == jax.tree.map(jnp.shape, params)
+    of_modules = _frozen(method, pool)
+    in_basis = _frozen(method, basis)
+    params = jax.tree.map(
+        lambda p: 1.1 * p, method.init(of_modules, index, jax.random.key(0))
+    )
+    assert jax.tree.map(
+        jnp.shape, method.init(in_basis, index, jax.random.key(0))
+    ) == jax.tree.map(jnp.shape, params)
     for got, wanted in zip(
-        *(jax.tree.leaves(method.trainable(params, frozen, index)) for frozen in (in_basis, of_modules)), strict=True
+        *(
+            jax.tree.leaves(method.trainable(params, frozen, index))
+            for frozen in (in_basis, of_modules)
+        ),
+        strict=True,
     ):
         np.testing.assert_array_equal(got, wanted)
 
@@ -129,9 +186,15 @@ def test_a_basis_of_the_pools_whole_rank_is_the_fusion_of_whole_modules():
             total += jnp.sum(jnp.sin(y))
         return total
 
-    (got, gradient), (wanted, of_whole) = (jax.value_and_grad(loss)(params, of) for of in (in_basis, of_modules))
+    (got, gradient), (wanted, of_whole) = (
+        jax.value_and_grad(loss)(params, of) for of in (in_basis, of_modules)
+    )
     np.testing.assert_allclose(got, wanted, rtol=1e-5)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), gradient, of_whole)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4),
+        gradient,
+        of_whole,
+    )
 
 
 def test_a_core_starts_at_zero_and_acts_where_modules_do():
@@ -143,43 +206,64 @@ def test_a_core_starts_at_zero_and_acts_where_modules_do():
     for site, core in params["core"].items():
         assert core.shape == (pool.rank[site].shape[0], 3, 3) and not core.any()
         assert acting["core"][site].shape == core.shape
-        assert acting["core"][site].all(axis=(1, 2)).tolist() == [layer != 1 for layer in range(len(core))]
+        assert acting["core"][site].all(axis=(1, 2)).tolist() == [
+            layer != 1 for layer in range(len(core))
+        ]
         assert not acting["core"][site][1].any()
 
 
 def test_quantised_directions_have_the_norms_of_what_they_are():
     basis = lf.shared_basis(tiny.pool(4), 8).quantised("int8")
-    for U, V in zip(basis.U.values(), basis.V.values(), strict=True):  # one scale for each direction
-        assert U.scale.shape == (len(U.qvalue), 1, 8) and V.scale.shape == (len(V.qvalue), 8, 1)
+    for U, V in zip(
+        basis.U.values(), basis.V.values(), strict=True
+    ):  # one scale for each direction
+        assert U.scale.shape == (len(U.qvalue), 1, 8) and V.scale.shape == (
+            len(V.qvalue),
+            8,
+            1,
+        )
     c = tiny.coefficients(shape(basis, len(_INDEX), "block"))
     terms = _gram(basis)
     adapters, _ = _fuse(c, basis, "block", None, terms, lf.column_norms(terms))
     for site, adapter in adapters.items():
         norms = np.linalg.norm(_matrix(adapter, site, 0), axis=0)
-        np.testing.assert_allclose(norms, np.linalg.norm(_KERNELS[site][0], axis=0), rtol=1e-5)
+        np.testing.assert_allclose(
+            norms, np.linalg.norm(_KERNELS[site][0], axis=0), rtol=1e-5
+        )
 
 
 def test_modules_outside_the_basis_lose_what_it_lacks():
-    pool, other = tiny.pool(4), dataclasses.replace(tiny.pool(2, seed=1), names=("new_0", "new_1"))
+    pool = tiny.pool(4)
+    other = dataclasses.replace(tiny.pool(2, seed=1), names=("new_0", "new_1"))
     lacks = dataclasses.replace(tiny.pool(1, names="q", seed=1), names=("new",))
     with_nothing = extended(lf.shared_basis(pool, 5), lacks)
     for field in (with_nothing.S, with_nothing.energy, with_nothing.rank):
-        assert not field["encoder.self.v"][:, 4].any() and field["encoder.self.q"][:, 4].any()
-    assert (with_nothing.kept()["encoder.self.v"][:, 4] == 1).all()  # of nothing, nothing is lost
+        assert (
+            not field["encoder.self.v"][:, 4].any()
+            and field["encoder.self.q"][:, 4].any()
+        )
+    assert (
+        with_nothing.kept()["encoder.self.v"][:, 4] == 1
+    ).all()  # of nothing, nothing is lost
     basis = lf.shared_basis(pool, 6)
     both = extended(basis, other)
     assert both.names == (*pool.names, "new_0", "new_1")
     for site in basis.S:
         np.testing.assert_array_equal(both.S[site][:, :4], basis.S[site])
         np.testing.assert_array_equal(both.U[site], basis.U[site])
-        U, V = np.asarray(basis.U[site][0]), np.asarray(basis.V[site][0])
-        np.testing.assert_allclose(both.S[site][0, 5], U.T @ _deltas(other, site, 0)[1] @ V.T, atol=1e-5)
+        U = np.asarray(basis.U[site][0])
+        V = np.asarray(basis.V[site][0])
+        np.testing.assert_allclose(
+            both.S[site][0, 5], U.T @ _deltas(other, site, 0)[1] @ V.T, atol=1e-5
+        )
         assert both.kept()[site][:, 4:].max() < basis.kept()[site].min()
     chosen = both.select(["new_1", 0])
     assert chosen.names == ("new_1", "module_0")
     for field in ("S", "energy", "rank"):
         of_all = getattr(both, field)["encoder.self.q"]
-        np.testing.assert_array_equal(getattr(chosen, field)["encoder.self.q"], of_all[:, jnp.array([5, 0])])
+        np.testing.assert_array_equal(
+            getattr(chosen, field)["encoder.self.q"], of_all[:, jnp.array([5, 0])]
+        )
     with pytest.raises(ValueError, match="has a module 'module_0' already"):
         extended(basis, pool)
     wide = dataclasses.replace(tiny.pool(1, names="o"), names=("wide",))
@@ -190,10 +274,14 @@ def test_modules_outside_the_basis_lose_what_it_lacks():
 def test_directions_of_controls_are_orthonormal_and_keep_less():
     pool = tiny.pool(4)
     own = lf.shared_basis(pool, 4)
-    for given in (random_directions(pool, 4, jax.random.key(0)), base_directions(pool, _KERNELS, 4)):
+    for given in (
+        random_directions(pool, 4, jax.random.key(0)),
+        base_directions(pool, _KERNELS, 4),
+    ):
         control = in_directions(pool, given)
         for site in pool.rank:
-            U, V = np.asarray(control.U[site][1]), np.asarray(control.V[site][1])
+            U = np.asarray(control.U[site][1])
+            V = np.asarray(control.V[site][1])
             np.testing.assert_allclose(U.T @ U, np.eye(4), atol=1e-5)
             np.testing.assert_allclose(V @ V.T, np.eye(4), atol=1e-5)
             assert control.kept()[site].mean() < own.kept()[site].mean()
@@ -203,7 +291,8 @@ def test_directions_of_controls_are_orthonormal_and_keep_less():
     assert np.abs(np.corrcoef(drawn) - np.eye(len(drawn))).max() < 0.95
     W = np.asarray(_KERNELS["encoder.self.q"][1], float)
     first = base_directions(pool, _KERNELS, 1)
-    left, right = first[0]["encoder.self.q"][1][:, 0], first[1]["encoder.self.q"][1][0]
+    left = first[0]["encoder.self.q"][1][:, 0]
+    right = first[1]["encoder.self.q"][1][0]
     assert left @ W @ right == pytest.approx(np.linalg.norm(W, 2))
 
 
@@ -212,15 +301,41 @@ def test_directions_of_controls_are_orthonormal_and_keep_less():
     [
         (lambda pool: lf.shared_basis(pool, 0), "0 directions: expected at least 1"),
         (lambda pool: lf.shared_basis(pool, 13), "is 16 x 12: use at most 12"),
-        (lambda pool: directions(pool.select([0]), 5), "1 modules of rank 4 .* at most 4"),
+        (
+            lambda pool: directions(pool.select([0]), 5),
+            "1 modules of rank 4 .* at most 4",
+        ),
         (lambda pool: lf.shared_basis(pool, 3).first(4), "has 3 directions, not 4"),
-        (lambda pool: _frozen(lf.Fusion(basis=2), pool), "no shared basis: run `lorafusion convert"),
-        (lambda pool: in_directions(pool, directions(_shallow(pool), 3)), r"give ones for \(3, 16, 12\)"),
-        (lambda pool: lf.Fusion(basis=4, composition="mix"), "a shared basis lacks a mix's factors"),
-        (lambda pool: lf.Fusion(basis=4, granularity="rank"), "a shared basis mixes the modules' ranks"),
-        (lambda pool: _frozen(lf.Fusion(composition="mix"), lf.shared_basis(pool, 3)), "lacks a mix's factors"),
-        (lambda pool: lf.shared_basis(dataclasses.replace(pool, magnitude={}), 3), "a DoRA adapter has magnitudes"),
-        (lambda pool: lf.shared_basis(pool.quantised("int8"), 3), "are QArray: give plain arrays, not quantised ones"),
+        (
+            lambda pool: _frozen(lf.Fusion(basis=2), pool),
+            "no shared basis: run `lorafusion convert",
+        ),
+        (
+            lambda pool: in_directions(pool, directions(_shallow(pool), 3)),
+            r"give ones for \(3, 16, 12\)",
+        ),
+        (
+            lambda pool: lf.Fusion(basis=4, composition="mix"),
+            "a shared basis lacks a mix's factors",
+        ),
+        (
+            lambda pool: lf.Fusion(basis=4, granularity="rank"),
+            "a shared basis mixes the modules' ranks",
+        ),
+        (
+            lambda pool: _frozen(
+                lf.Fusion(composition="mix"), lf.shared_basis(pool, 3)
+            ),
+            "lacks a mix's factors",
+        ),
+        (
+            lambda pool: lf.shared_basis(dataclasses.replace(pool, magnitude={}), 3),
+            "a DoRA adapter has magnitudes",
+        ),
+        (
+            lambda pool: lf.shared_basis(pool.quantised("int8"), 3),
+            "are QArray: give plain arrays, not quantised ones",
+        ),
     ],
 )
 def test_bases_that_cannot_be_are_refused(make, message):
@@ -233,6 +348,11 @@ def test_a_basis_in_no_arrays_makes_low_rank_updates_and_in_basis_is_the_same():
     c = tiny.coefficients(shape(basis, len(_INDEX), "block"))
     adapters, _ = _fuse(c, basis, "block")
     for site, adapter in adapters.items():
-        core = sum(expand(c, basis, "block")[site][:, n, :, None] * basis.S[site][:, i] for n, i in enumerate(_INDEX))
+        core = sum(
+            expand(c, basis, "block")[site][:, n, :, None] * basis.S[site][:, i]
+            for n, i in enumerate(_INDEX)
+        )
         same = InBasis(basis.U[site], basis.V[site], core)
-        np.testing.assert_allclose(_matrix(same, site, 0), _matrix(adapter, site, 0), atol=1e-5)
+        np.testing.assert_allclose(
+            _matrix(same, site, 0), _matrix(adapter, site, 0), atol=1e-5
+        )

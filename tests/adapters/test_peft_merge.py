@@ -23,7 +23,11 @@ pytestmark = pytest.mark.peft
 _ADAPTERS = {
     "two": {"r": 4, "lora_alpha": 8, "target_modules": ["SelfAttention.q"]},
     "several": {"r": 4, "lora_alpha": 2, "target_modules": ["SelfAttention.q", "wi_0"]},
-    "one": {"r": 4, "lora_alpha": 4, "target_modules": ["decoder.block.1.layer.0.SelfAttention.q", "wi_0"]},
+    "one": {
+        "r": 4,
+        "lora_alpha": 4,
+        "target_modules": ["decoder.block.1.layer.0.SelfAttention.q", "wi_0"],
+    },
     "wide": {"r": 6, "lora_alpha": 3, "target_modules": ["SelfAttention.q"]},
 }
 _ONE_RANK = ("two", "several", "one")
@@ -36,7 +40,10 @@ def model():
     """A T5 with all adapters, by transformers and PEFT."""
     import peft
 
-    configs = {name: peft.LoraConfig(task_type="SEQ_2_SEQ_LM", **fields) for name, fields in _ADAPTERS.items()}
+    configs = {
+        name: peft.LoraConfig(task_type="SEQ_2_SEQ_LM", **fields)
+        for name, fields in _ADAPTERS.items()
+    }
     first, *others = configs
     model = peft.get_peft_model(peft_models.t5(), configs[first], adapter_name=first)
     for name in others:
@@ -54,13 +61,26 @@ def pool_of(model, tmp_path_factory):
 def _layers(model):
     """PEFT's layers by site and layer."""
     modules = dict(model.base_model.model.named_modules())
-    found = {(s, n): modules[site.path_of(n)] for s, site in tiny.CONFIG.sites.items() for n in range(site.layers)}
-    return {where: module for where, module in found.items() if hasattr(module, "lora_A")}
+    found = {
+        (s, n): modules[site.path_of(n)]
+        for s, site in tiny.CONFIG.sites.items()
+        for n in range(site.layers)
+    }
+    return {
+        where: module for where, module in found.items() if hasattr(module, "lora_A")
+    }
 
 
 def _peft(model, names, weights, kind, **fields):
     """What PEFT adds to every kernel, transposed to our layout."""
-    model.add_weighted_adapter(list(names), list(weights), "merged", combination_type=kind, density=_DENSITY, **fields)
+    model.add_weighted_adapter(
+        list(names),
+        list(weights),
+        "merged",
+        combination_type=kind,
+        density=_DENSITY,
+        **fields,
+    )
     found = {
         where: layer.get_delta_weight("merged").detach().numpy().T
         for where, layer in _layers(model).items()
@@ -72,14 +92,26 @@ def _peft(model, names, weights, kind, **fields):
 
 def _ours(pool, weights, kind):
     check_merge(pool, kind)
-    adapters = merge(pool, jnp.arange(len(pool)), jnp.array(weights, jnp.float32), kind, density=_DENSITY)
+    adapters = merge(
+        pool,
+        jnp.arange(len(pool)),
+        jnp.array(weights, jnp.float32),
+        kind,
+        density=_DENSITY,
+    )
 
     def matrix(site, adapter):
         unit = jnp.eye(pool.A[site].shape[2])
-        run = jax.vmap(lambda a: a(unit, jnp.zeros((unit.shape[0], pool.B[site].shape[-1]))))
+        run = jax.vmap(
+            lambda a: a(unit, jnp.zeros((unit.shape[0], pool.B[site].shape[-1])))
+        )
         return np.asarray(run(adapter))
 
-    return {(s, n): m for s, adapter in adapters.items() for n, m in enumerate(matrix(s, adapter))}
+    return {
+        (s, n): m
+        for s, adapter in adapters.items()
+        for n, m in enumerate(matrix(s, adapter))
+    }
 
 
 def _equal(ours, theirs, kind):
@@ -88,19 +120,30 @@ def _equal(ours, theirs, kind):
     assert theirs.keys() <= ours.keys()
     for where, wanted in theirs.items():
         assert np.abs(wanted).max() > 1e-3
-        np.testing.assert_allclose(ours[where], wanted, rtol=0, atol=atol, err_msg=str(where))
+        np.testing.assert_allclose(
+            ours[where], wanted, rtol=0, atol=atol, err_msg=str(where)
+        )
     for where in ours.keys() - theirs.keys():
         assert not ours[where].any()
 
 
 @pytest.mark.parametrize("weights", _WEIGHTS)
-@pytest.mark.parametrize("kind", [kind for kind in get_args(MergeKind) if not kind.startswith("dare")])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in get_args(MergeKind) if not kind.startswith("dare")]
+)
 def test_merges(model, pool_of, kind, weights):
     pool = pool_of(_ONE_RANK)
-    _equal(_ours(pool, _WEIGHTS[weights], kind), _peft(model, _ONE_RANK, _WEIGHTS[weights], kind), kind)
+    _equal(
+        _ours(pool, _WEIGHTS[weights], kind),
+        _peft(model, _ONE_RANK, _WEIGHTS[weights], kind),
+        kind,
+    )
 
 
 @pytest.mark.parametrize("kind", ["cat", "svd"])
 def test_merges_of_several_ranks(model, pool_of, kind):
-    names, weights = ("wide", "several"), (0.9, -0.5)
-    _equal(_ours(pool_of(names), weights, kind), _peft(model, names, weights, kind), kind)
+    names = ("wide", "several")
+    weights = (0.9, -0.5)
+    _equal(
+        _ours(pool_of(names), weights, kind), _peft(model, names, weights, kind), kind
+    )

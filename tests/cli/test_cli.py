@@ -17,12 +17,25 @@ _ROOT = Path(__file__).resolve().parents[2]
 _SMALL = _ROOT / "examples" / "small"
 _FUSE = ["fuse", "--task", str(_SMALL / "tasks" / "double_digit")]
 # The programs are those of tests/methods/test_methods.py.
-_QUICK = ["--modules", "2", "--epochs", "1", "--batch-size", "48", "--max-new-tokens", "8", "--test-rows", "5"]
+_QUICK = [
+    "--modules",
+    "2",
+    "--epochs",
+    "1",
+    "--batch-size",
+    "48",
+    "--max-new-tokens",
+    "8",
+    "--test-rows",
+    "5",
+]
 
 
 def _convert(base: Path, adapters: Path, out: Path) -> Path:
     folders = [str(folder) for folder in sorted(adapters.iterdir())]
-    cli.main(["convert", "--base", str(base), "--adapters", *folders, "--out", str(out)])
+    cli.main(
+        ["convert", "--base", str(base), "--adapters", *folders, "--out", str(out)]
+    )
     return out
 
 
@@ -32,7 +45,19 @@ def pool(small, tmp_path_factory) -> Path:
 
 
 def _fuse(base: Path, pool: Path, out: Path) -> Path:
-    options = ["--base", str(base), "--pool", str(pool), "--seeds", "1", "2", "--out", str(out), "--name", "r"]
+    options = [
+        "--base",
+        str(base),
+        "--pool",
+        str(pool),
+        "--seeds",
+        "1",
+        "2",
+        "--out",
+        str(out),
+        "--name",
+        "r",
+    ]
     cli.main([*_FUSE, *_QUICK, *options])
     return out / "r"
 
@@ -49,8 +74,12 @@ def test_convert_writes_all_adapters_of_the_embedded_pool(tmp_path):
     assert len(manifest["adapters"]) == 28
 
 
-def test_evaluate_scores_all_rows_of_a_file_that_the_run_has_not_seen(run, tmp_path, capsys):
-    rows = (_SMALL / "tasks" / "double_digit" / "test.jsonl").read_text().splitlines()[:3]
+def test_evaluate_scores_all_rows_of_a_file_that_the_run_has_not_seen(
+    run, tmp_path, capsys
+):
+    rows = (
+        (_SMALL / "tasks" / "double_digit" / "test.jsonl").read_text().splitlines()[:3]
+    )
     (tmp_path / "new.jsonl").write_text("\n".join(rows))
     (only_test := tmp_path / "only_test").mkdir()
     (only_test / "test.jsonl").write_text("\n".join(rows))
@@ -59,23 +88,50 @@ def test_evaluate_scores_all_rows_of_a_file_that_the_run_has_not_seen(run, tmp_p
         cli.main(["evaluate", "--run", str(run), "--task", str(task)])
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1]
-    assert [line.split()[0] for line in printed[0].splitlines()] == ["seed", "1", "2", "mean"]
+    assert [line.split()[0] for line in printed[0].splitlines()] == [
+        "seed",
+        "1",
+        "2",
+        "mean",
+    ]
 
 
 def test_errors_are_one_message_and_exit_code_2(run, tmp_path, capsys):
     fuse = [*_FUSE, "--base", str(_SMALL / "base")]
     chips = ["evaluate", "--run", str(run), "--crossbar", "isaac"]
     for arguments, message in [
-        ([*fuse, "--adapters", "0", "--modules", "3"], "--adapters names the modules: leave it out, or --modules"),
+        (
+            [*fuse, "--adapters", "0", "--modules", "3"],
+            "--adapters names the modules: leave it out, or --modules",
+        ),
         (["export", "--out", str(tmp_path / "x")], "nothing to export: give --run"),
         (
-            ["export", "--pool", "pool", "--adapter", "a", "--format", "gguf", "--out", str(tmp_path / "x")],
+            [
+                "export",
+                "--pool",
+                "pool",
+                "--adapter",
+                "a",
+                "--format",
+                "gguf",
+                "--out",
+                str(tmp_path / "x"),
+            ],
             "--format: only for a run, because an adapter of a pool is saved as it came: `lorafusion merge` writes",
         ),
         (["evaluate", "--run", str(tmp_path)], ": not a run: it has no config.json"),
-        ([*chips, "--compensate", "both", "--report"], "a report is of one age, compensated or not: give one"),
-        ([*chips, "--keep-digital", "embedding", "--report"], "the rule 'embedding' matches no weight"),
-        (["generate", "--base", "b", "--top-p", "0.9"], "top_k and top_p filter a draw, and temperature 0 draws"),
+        (
+            [*chips, "--compensate", "both", "--report"],
+            "a report is of one age, compensated or not: give one",
+        ),
+        (
+            [*chips, "--keep-digital", "embedding", "--report"],
+            "the rule 'embedding' matches no weight",
+        ),
+        (
+            ["generate", "--base", "b", "--top-p", "0.9"],
+            "top_k and top_p filter a draw, and temperature 0 draws",
+        ),
     ]:
         with pytest.raises(SystemExit) as stop:
             cli.main(arguments)
@@ -87,14 +143,28 @@ def test_errors_are_one_message_and_exit_code_2(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda a: a | {"coefficients": a["coefficients"][:1]}, "has an array of shape (1,"),
-        (lambda a: a | {"coefficients": a["coefficients"][..., :1]}, "coefficients is float32["),
-        (lambda a: a | {"coefficients": a["coefficients"].astype("int32")}, "coefficients is int32["),
-        (lambda a: {"coefficients": a["coefficients"]}, " is absent: expected float32["),
+        (
+            lambda a: a | {"coefficients": a["coefficients"][:1]},
+            "has an array of shape (1,",
+        ),
+        (
+            lambda a: a | {"coefficients": a["coefficients"][..., :1]},
+            "coefficients is float32[",
+        ),
+        (
+            lambda a: a | {"coefficients": a["coefficients"].astype("int32")},
+            "coefficients is int32[",
+        ),
+        (
+            lambda a: {"coefficients": a["coefficients"]},
+            " is absent: expected float32[",
+        ),
         (lambda a: a | {"others": a["coefficients"]}, "others is float32["),
     ],
 )
-def test_trained_numbers_of_other_shapes_under_a_right_digest_are_refused(run, change, message, tmp_path, capsys):
+def test_trained_numbers_of_other_shapes_under_a_right_digest_are_refused(
+    run, change, message, tmp_path, capsys
+):
     folder = shutil.copytree(run, tmp_path / "run")
     save_file(change(load_file(file := folder / "final" / "arrays.safetensors")), file)
     manifest = json.loads((folder / "final" / "manifest.json").read_text())
@@ -109,17 +179,31 @@ def test_trained_numbers_of_other_shapes_under_a_right_digest_are_refused(run, c
     ):
         with pytest.raises(SystemExit):
             cli.main([*command, str(folder)])
-        assert f"error: {folder / 'final'}: " in (error := capsys.readouterr().err) and message in error
+        assert (
+            f"error: {folder / 'final'}: " in (error := capsys.readouterr().err)
+            and message in error
+        )
 
 
 _PRINTS = "import sys; from lorafusion_jax import cli; cli.run(lambda _: print('x' * int(sys.argv[1])), [])"
 
 
-@pytest.mark.parametrize("arguments", [["-m", "lorafusion_jax.cli", "--help"], ["-c", _PRINTS, "1000000"]])
-def test_a_command_ends_without_a_message_where_the_reader_of_its_output_has_ended(arguments):
+@pytest.mark.parametrize(
+    "arguments", [["-m", "lorafusion_jax.cli", "--help"], ["-c", _PRINTS, "1000000"]]
+)
+def test_a_command_ends_without_a_message_where_the_reader_of_its_output_has_ended(
+    arguments,
+):
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer) as output:
         command = [sys.executable, *arguments]
-        done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+        done = subprocess.run(
+            command,
+            stdout=output,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            check=False,
+        )
     assert (done.returncode, done.stderr) == (141, "")

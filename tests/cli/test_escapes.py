@@ -10,6 +10,17 @@ _PLAIN = {"__init__.py", "generate.py", "start.py"}
 
 
 def test_commands_print_by_one_function():
-    files = [path for path in Path(cli.__file__).parent.glob("*.py") if path.name not in _PLAIN]
-    calls = (node for path in files for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
-    assert len(files) > 10 and not [call.lineno for call in calls if ast.unparse(call.func) == "print"]
+    files = [
+        path
+        for path in Path(cli.__file__).parent.glob("*.py")
+        if path.name not in _PLAIN
+    ]
+    calls = (
+        node
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+    )
+    assert len(files) > 10 and not [
+        call.lineno for call in calls if ast.unparse(call.func) == "print"
+    ]

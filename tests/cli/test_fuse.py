@@ -42,8 +42,24 @@ def asked(monkeypatch):
 
 def test_options_in_every_group_reach_the_run(asked):
     assert asked() == lf.FuseOptions(base="b", task="t")
-    options = asked("--method", "lora", "--lr-lora", "0.5", "--age", "1day", "--from", "..", "--seeds", "3", "4")
-    assert (options.method, options.recipe.lr_lora, options.arrays.age) == ("lora", 0.5, "1day")
+    options = asked(
+        "--method",
+        "lora",
+        "--lr-lora",
+        "0.5",
+        "--age",
+        "1day",
+        "--from",
+        "..",
+        "--seeds",
+        "3",
+        "4",
+    )
+    assert (options.method, options.recipe.lr_lora, options.arrays.age) == (
+        "lora",
+        0.5,
+        "1day",
+    )
     assert (options.start_from, options.seeds) == (Path(".."), (3, 4))
 
 
@@ -51,34 +67,103 @@ def test_a_preset_gives_the_numbers_that_the_other_options_do_not(asked):
     reference = lf.PRESETS["reference"]
     assert asked("--preset", "reference").recipe == reference
     # An option that repeats the default recipe's number overrides the preset's all the same.
-    changed = asked("--composition", "sum", "--preset", "reference", "--lr-coefficients", "0.1")
-    assert changed.recipe == dataclasses.replace(reference, composition="sum", lr_coefficients=0.1)
+    changed = asked(
+        "--composition", "sum", "--preset", "reference", "--lr-coefficients", "0.1"
+    )
+    assert changed.recipe == dataclasses.replace(
+        reference, composition="sum", lr_coefficients=0.1
+    )
     # Another method has some of these numbers.
     dora = asked("--preset", "reference", "--method", "dora", "--lora-rank", "4").recipe
-    shared = {name: value for name, value in vars(reference).items() if hasattr(dora, name)}
-    assert dora == lf.DoRARecipe(**shared, lora_rank=4) and shared.keys() >= {"lr_magnitudes", "protocol", "clip"}
+    shared = {
+        name: value for name, value in vars(reference).items() if hasattr(dora, name)
+    }
+    assert dora == lf.DoRARecipe(**shared, lora_rank=4) and shared.keys() >= {
+        "lr_magnitudes",
+        "protocol",
+        "clip",
+    }
 
 
 def test_a_recipe_of_another_method_is_accepted_only_with_common_numbers():
-    options = lf.FuseOptions(base="b", task="t", method="lora", recipe=lf.FusionRecipe(epochs=3))
+    options = lf.FuseOptions(
+        base="b", task="t", method="lora", recipe=lf.FusionRecipe(epochs=3)
+    )
     assert options.recipe == lf.LoRARecipe(epochs=3)
-    with pytest.raises(ValueError, match="modules is an option of the methods fusion, .* not of lora"):
-        lf.FuseOptions(base="b", task="t", method="lora", recipe=lf.FusionRecipe(modules=3))
+    with pytest.raises(
+        ValueError, match="modules is an option of the methods fusion, .* not of lora"
+    ):
+        lf.FuseOptions(
+            base="b", task="t", method="lora", recipe=lf.FusionRecipe(modules=3)
+        )
 
 
 def test_a_plan_shows_what_a_run_needs_and_runs_nothing(capsys, tmp_path):
-    where = ["--pool", str(_SMALL / "adapters"), "--task", str(_SMALL / "tasks" / "double_digit")]
-    main(["fuse", "--base", str(_SMALL / "base"), *where, "--out", str(tmp_path), "--plan"])
+    where = [
+        "--pool",
+        str(_SMALL / "adapters"),
+        "--task",
+        str(_SMALL / "tasks" / "double_digit"),
+    ]
+    main(
+        [
+            "fuse",
+            "--base",
+            str(_SMALL / "base"),
+            *where,
+            "--out",
+            str(tmp_path),
+            "--plan",
+        ]
+    )
     out = capsys.readouterr().out
-    assert "1 methods and 1 tasks, looped; 1 seeds" in out and "double_digit: training in 200 batches" in out
+    assert (
+        "1 methods and 1 tasks, looped; 1 seeds" in out
+        and "double_digit: training in 200 batches" in out
+    )
     assert "| fusion |" in out and "lengths tokenised" in out
-    main(["fuse", "--base", "flan-t5-large", "--pool", "none", *where[2:], "--preset", "reference", "--plan"])
+    main(
+        [
+            "fuse",
+            "--base",
+            "flan-t5-large",
+            "--pool",
+            "none",
+            *where[2:],
+            "--preset",
+            "reference",
+            "--plan",
+        ]
+    )
     out = capsys.readouterr().out
     assert "148,416" in out and "lengths estimated from characters" in out
-    main(["fuse", "--base", str(_SMALL / "base"), *where, "--crossbar", "isaac", "--plan"])
-    assert "counted digitally: simulated arrays (isaac) take more" in capsys.readouterr().out
+    main(
+        [
+            "fuse",
+            "--base",
+            str(_SMALL / "base"),
+            *where,
+            "--crossbar",
+            "isaac",
+            "--plan",
+        ]
+    )
+    assert (
+        "counted digitally: simulated arrays (isaac) take more"
+        in capsys.readouterr().out
+    )
     with pytest.raises(SystemExit, match="2"):
-        main(["fuse", "--base", str(_SMALL / "base"), *where, "--adapters", "nobody", "--plan"])
+        main(
+            [
+                "fuse",
+                "--base",
+                str(_SMALL / "base"),
+                *where,
+                "--adapters",
+                "nobody",
+                "--plan",
+            ]
+        )
     assert "nobody" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -87,7 +172,27 @@ def test_a_plan_shows_what_a_run_needs_and_runs_nothing(capsys, tmp_path):
 def test_a_run_of_two_seeds_has_at_most_twelve_programs(small, tmp_path):
     """Single operations outside of compiled functions would be programs of their own."""
     base, pool = map(str, small)
-    where = ["--base", base, "--pool", pool, "--task", str(_SMALL / "tasks" / "double_digit"), "--out", str(tmp_path)]
-    command = [sys.executable, "-c", _COUNTED, "fuse", *where, "--seeds", "1", "2", "--epochs", "1"]
+    where = [
+        "--base",
+        base,
+        "--pool",
+        pool,
+        "--task",
+        str(_SMALL / "tasks" / "double_digit"),
+        "--out",
+        str(tmp_path),
+    ]
+    command = [
+        sys.executable,
+        "-c",
+        _COUNTED,
+        "fuse",
+        *where,
+        "--seeds",
+        "1",
+        "2",
+        "--epochs",
+        "1",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert 0 < int(done.stdout.split()[-1]) <= 12

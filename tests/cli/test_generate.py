@@ -23,26 +23,55 @@ class _Out(io.StringIO):
         self.flushed.append(self.getvalue())
 
 
-def test_streamed_text_is_the_printed_text_piece_by_piece(base, tmp_path, capsys, monkeypatch):
+def test_streamed_text_is_the_printed_text_piece_by_piece(
+    base, tmp_path, capsys, monkeypatch
+):
     (tmp_path / "lines").write_text("hot\nthe tall one\n")
-    command = ["generate", "--base", str(base), "--chat", "--file", str(tmp_path / "lines"), "--max-new-tokens", "12"]
-    command += ["--temperature", "2", "--top-k", "300", "--top-p", "0.99", "--sampling-seed", "3"]
+    command = [
+        "generate",
+        "--base",
+        str(base),
+        "--chat",
+        "--file",
+        str(tmp_path / "lines"),
+        "--max-new-tokens",
+        "12",
+    ]
+    command += [
+        "--temperature",
+        "2",
+        "--top-k",
+        "300",
+        "--top-p",
+        "0.99",
+        "--sampling-seed",
+        "3",
+    ]
     cli.main(command)
     printed = capsys.readouterr().out
     assert printed.endswith("\n") and len(printed) > 20
     out = _Out()
     monkeypatch.setattr("sys.stdout", out)
-    (tmp_path / "lines").write_text("hot\nthe tall one\n", encoding="utf-8-sig")  # a mark that is no text
+    (tmp_path / "lines").write_text(
+        "hot\nthe tall one\n", encoding="utf-8-sig"
+    )  # a mark that is no text
     cli.main([*command, "--stream"])
     assert out.getvalue() == printed
-    assert all(later.startswith(earlier) for earlier, later in zip(out.flushed, out.flushed[1:], strict=False))
+    assert all(
+        later.startswith(earlier)
+        for earlier, later in zip(out.flushed, out.flushed[1:], strict=False)
+    )
     assert len(out.flushed) > 8
 
 
 @pytest.mark.parametrize("how", [["--base"], ["--base", "--stream"], ["--runs"]])
-def test_every_answer_is_one_line_and_a_json_string_has_its_text(how, tmp_path, capsys, monkeypatch):
+def test_every_answer_is_one_line_and_a_json_string_has_its_text(
+    how, tmp_path, capsys, monkeypatch
+):
     said = ["a\nb", "c\r\u2028d\te\x1b é"]
-    monkeypatch.setattr(generate, "stream_lines", lambda *_: (iter(answer) for answer in said))
+    monkeypatch.setattr(
+        generate, "stream_lines", lambda *_: (iter(answer) for answer in said)
+    )
     monkeypatch.setattr(generate, "generate_lines", lambda *_: said)
     rows = functools.wraps(generate.generate_rows)(lambda **_: said)
     monkeypatch.setattr(generate, "generate_rows", rows)
@@ -53,7 +82,9 @@ def test_every_answer_is_one_line_and_a_json_string_has_its_text(how, tmp_path, 
 
 
 @pytest.mark.parametrize("stream", ["stdin", "stdout", "stderr"])
-def test_a_standard_stream_that_is_closed_is_an_empty_one(base, stream, tmp_path, monkeypatch):
+def test_a_standard_stream_that_is_closed_is_an_empty_one(
+    base, stream, tmp_path, monkeypatch
+):
     (tmp_path / "lines").write_text("hot\n")
     monkeypatch.setattr(sys, stream, None)  # as Python has it then
     command = ["generate", "--base", str(base), "--max-new-tokens", "2"]

@@ -40,7 +40,9 @@ def test_help_lists_the_subcommands(capsys):
     main(["--help"])
     out = capsys.readouterr().out
     assert all(f"\n  {name} " in out for name in COMMANDS)
-    with pytest.raises(SystemExit, match="no subcommand 'fly': choose one of trial, convert, fuse"):
+    with pytest.raises(
+        SystemExit, match="no subcommand 'fly': choose one of trial, convert, fuse"
+    ):
         main(["fly"])
 
 
@@ -66,7 +68,16 @@ def test_every_help_text_describes_every_option(subcommand):
 
 def test_options_are_shown_in_groups_and_the_common_ones_first():
     boxes = _boxes("fuse")
-    assert list(boxes) == ["", "data and base", "method", "method fusion", "training", "hardware", "plan", "run"]
+    assert list(boxes) == [
+        "",
+        "data and base",
+        "method",
+        "method fusion",
+        "training",
+        "hardware",
+        "plan",
+        "run",
+    ]
     assert boxes[""] == ["help", "preset"]
     first = [options[0] for options in list(boxes.values())[1:]]
     assert first == ["base", "method", "modules", "epochs", "crossbar", "plan", "seeds"]
@@ -76,7 +87,9 @@ def test_options_are_shown_in_groups_and_the_common_ones_first():
 @pytest.mark.parametrize("method", METHODS)
 def test_fuse_shows_the_options_of_the_chosen_method(method):
     boxes = _boxes(f"fuse --method {method}")
-    numbers = {option.replace("-", "_") for box in boxes.values() for option in box} & _NUMBERS
+    numbers = {
+        option.replace("-", "_") for box in boxes.values() for option in box
+    } & _NUMBERS
     assert numbers == set(fields_of(METHODS[method]))
     assert all(boxes.values()) and len(boxes[""]) == 2  # every other option has a group
 
@@ -84,18 +97,31 @@ def test_fuse_shows_the_options_of_the_chosen_method(method):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("fuse --base b --task t --lora-rank 4", "--lora-rank is an option of the methods lora, dora, not of fusion"),
-        ("fuse --base b --task t --preset best", "invalid choice 'best' for argument '--preset'. Expected one of ("),
-        ("crossbar --run run", "`lorafusion crossbar` has the actions prepare and program"),
+        (
+            "fuse --base b --task t --lora-rank 4",
+            "--lora-rank is an option of the methods lora, dora, not of fusion",
+        ),
+        (
+            "fuse --base b --task t --preset best",
+            "invalid choice 'best' for argument '--preset'. Expected one of (",
+        ),
+        (
+            "crossbar --run run",
+            "`lorafusion crossbar` has the actions prepare and program",
+        ),
     ],
 )
-def test_options_of_other_methods_and_other_values_are_refused(command, message, capsys):
+def test_options_of_other_methods_and_other_values_are_refused(
+    command, message, capsys
+):
     with pytest.raises(SystemExit, match="2"):
         main(command.split())
     assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
-@pytest.mark.parametrize(("preset", "composition"), [*zip(PRESETS, ("sum", "mix"), strict=True)])
+@pytest.mark.parametrize(
+    ("preset", "composition"), [*zip(PRESETS, ("sum", "mix"), strict=True)]
+)
 def test_a_preset_sets_the_defaults_of_the_help_text(preset, composition, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["fuse", f"--preset={preset}", "--help"])

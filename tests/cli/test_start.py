@@ -24,7 +24,11 @@ jax.monitoring.register_event_listener(lambda name, **_: events.append(name.rpar
 jax.jit(lambda x: x * 2 + 1).lower(jax.ShapeDtypeStruct((3,), "float32")).compile()
 print(json.dumps([events.count("cache_hits"), events.count("cache_misses")]))
 """
-_OWN = {"JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"}
+_OWN = {
+    "JAX_COMPILATION_CACHE_DIR",
+    "JAX_ENABLE_COMPILATION_CACHE",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -50,8 +54,16 @@ def _folder() -> Path:
 
 def _run(code: str = _PROGRAM, **variables: str) -> str:
     """What a new process prints; it has no messages."""
-    environment = {name: value for name, value in os.environ.items() if name not in _OWN} | variables
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    environment = {
+        name: value for name, value in os.environ.items() if name not in _OWN
+    } | variables
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert not done.stderr
     return done.stdout
 
@@ -76,7 +88,8 @@ def test_a_second_process_finds_what_the_first_one_compiled(home):
 
 def test_functions_of_other_versions_processors_and_compilers_are_not_found(home):
     assert _counts() == [0, 1]
-    folder, version = _folder(), importlib.metadata.version("jaxlib")
+    folder = _folder()
+    version = importlib.metadata.version("jaxlib")
     name, features = folder.name.rsplit("-", 1)
     assert name == f"jaxlib-{version}-{os.uname().machine}" and len(features) == 8
     for other in (folder.name.replace(version, "0.0.1"), f"{name}-{'0' * 8}"):
@@ -106,7 +119,10 @@ def test_a_folder_that_is_not_private_is_left_alone(home, capsys, fault):
     else:
         pytest.skip("only root can give a folder to another user")
     assert _kept() is None and not [*folder.iterdir()]
-    assert "is not private to you: compiled functions are not kept" in capsys.readouterr().err
+    assert (
+        "is not private to you: compiled functions are not kept"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_home_that_cannot_be_written_to_keeps_nothing(home, monkeypatch):
@@ -122,7 +138,10 @@ def test_the_oldest_entries_above_the_bound_are_removed():
             file.truncate(400 << 20)  # takes no space
         os.utime(folder / f"{name}-cache", (1e9 - age, 1e9 - age))
     assert _folder() == folder
-    assert sorted(path.name for path in folder.iterdir()) == ["middle-cache", "newest-cache"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "middle-cache",
+        "newest-cache",
+    ]
 
 
 def test_importing_the_package_keeps_nothing(home):
@@ -133,14 +152,26 @@ def test_importing_the_package_keeps_nothing(home):
 def _malloc(tmp_path: Path, *command: str, **variables: str) -> str | None:
     """GLIBC_TUNABLES of a command, as the kernel has it of the process that waits for text."""
     ours = _OWN | {"PYTEST_VERSION", "GLIBC_TUNABLES"}
-    environment = {name: value for name, value in os.environ.items() if name not in ours}
-    environment |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu", **variables}
-    with subprocess.Popen([sys.executable, *command], env=environment, stdin=subprocess.PIPE) as process:
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ours
+    }
+    environment |= {
+        "XDG_CACHE_HOME": str(tmp_path),
+        "JAX_PLATFORMS": "cpu",
+        **variables,
+    }
+    with subprocess.Popen(
+        [sys.executable, *command], env=environment, stdin=subprocess.PIPE
+    ) as process:
         place = Path("/proc", str(process.pid), "environ")
         # The cache's folder is made behind the second start, if there is one.
         while process.poll() is None and not (tmp_path / "lorafusion-jax").exists():
             time.sleep(0.01)
-        found = dict(line.split("=", 1) for line in place.read_bytes().decode().split("\0") if line)
+        found = dict(
+            line.split("=", 1)
+            for line in place.read_bytes().decode().split("\0")
+            if line
+        )
         process.kill()
     return found.get("GLIBC_TUNABLES")
 
@@ -154,7 +185,11 @@ _GENERATE = ("-m", "lorafusion_jax.cli", "generate", "--base", "no base")
     [
         (_GENERATE, {}, MALLOC),
         (("-m", "lorafusion_jax.cli", "cost"), {}, None),  # computes nothing
-        (("-c", "from lorafusion_jax import cli; cli.main()", *_GENERATE[2:]), {}, None),  # another program
+        (
+            ("-c", "from lorafusion_jax import cli; cli.main()", *_GENERATE[2:]),
+            {},
+            None,
+        ),  # another program
         (_GENERATE, {"GLIBC_TUNABLES": ""}, ""),
         (_GENERATE, {"JAX_PLATFORMS": "cuda"}, None),
         (_GENERATE, {"PYTEST_VERSION": "9"}, None),
@@ -164,10 +199,14 @@ _GENERATE = ("-m", "lorafusion_jax.cli", "generate", "--base", "no base")
     ],
     ids=str,
 )
-def test_a_command_that_computes_on_a_cpu_keeps_its_memory(tmp_path, command, variables, malloc):
+def test_a_command_that_computes_on_a_cpu_keeps_its_memory(
+    tmp_path, command, variables, malloc
+):
     if "PYTHONPATH" in variables:
         (tmp_path / "libtpu.py").touch()
-        variables = variables | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+        variables = variables | {
+            "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])
+        }
     assert _malloc(tmp_path / "cache", *command, **variables) == malloc
 
 
@@ -180,13 +219,23 @@ def test_make_sets_the_malloc_of_commands():
     ("features", "flags", "found"),
     [
         (["avx512f", "avx512_vpopcntdq"], "", "--xla_cpu_prefer_vector_width=512"),
-        (["avx512_vpopcntdq"], "--xla_dump_to=a", "--xla_dump_to=a --xla_cpu_prefer_vector_width=512"),
-        (["avx512_vpopcntdq"], "--xla_cpu_prefer_vector_width=256", "--xla_cpu_prefer_vector_width=256"),
+        (
+            ["avx512_vpopcntdq"],
+            "--xla_dump_to=a",
+            "--xla_dump_to=a --xla_cpu_prefer_vector_width=512",
+        ),
+        (
+            ["avx512_vpopcntdq"],
+            "--xla_cpu_prefer_vector_width=256",
+            "--xla_cpu_prefer_vector_width=256",
+        ),
         (["avx2", "avx512f"], "", ""),
     ],
     ids=["wide", "other flags stay", "a width that is given stays", "older"],
 )
-def test_vectors_are_wide_where_the_processor_is_fast_with_them(monkeypatch, features, flags, found):
+def test_vectors_are_wide_where_the_processor_is_fast_with_them(
+    monkeypatch, features, flags, found
+):
     monkeypatch.setattr("lorafusion_jax.cli.start._features", lambda: features)
     monkeypatch.delenv("PYTEST_VERSION")
     monkeypatch.setenv("XLA_FLAGS", flags)
@@ -200,9 +249,16 @@ def test_the_compiler_takes_the_width_on_every_processor():
 
 @pytest.mark.parametrize("platform", ["cuda", "abacus"])
 def test_a_platform_that_jax_lacks_is_one_message(platform):
-    command, environment = ["params", "--shape", "flan-t5-small"], os.environ | {"JAX_PLATFORMS": platform}
+    command = ["params", "--shape", "flan-t5-small"]
+    environment = os.environ | {"JAX_PLATFORMS": platform}
     done = subprocess.run(
-        [sys.executable, "-m", "lorafusion_jax.cli", *command], env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "lorafusion_jax.cli", *command],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2
-    assert re.fullmatch(f"error: JAX cannot start JAX_PLATFORMS={platform}.*, such as cpu, or unset it\n", done.stderr)
+    assert re.fullmatch(
+        f"error: JAX cannot start JAX_PLATFORMS={platform}.*, such as cpu, or unset it\n",
+        done.stderr,
+    )

@@ -69,7 +69,14 @@ Drawn = Callable[[np.ndarray], np.ndarray]
 
 def scaled(four: np.ndarray, factor: Any) -> np.ndarray:
     """Return a quantity with an error times a factor."""
-    return np.stack([four[0] * factor, four[1] * np.abs(factor), four[2] * factor**2, four[3] * np.abs(factor)])
+    return np.stack(
+        [
+            four[0] * factor,
+            four[1] * np.abs(factor),
+            four[2] * factor**2,
+            four[3] * np.abs(factor),
+        ]
+    )
 
 
 # Structure
@@ -87,7 +94,9 @@ def parts(size: int, limit: int | None, how: str) -> list[int]:
 
 def grid(shape: tuple[int, int], config: CrossbarConfig) -> tuple[list[int], list[int]]:
     tile = config.tile
-    return parts(shape[0], tile.rows, tile.partition), parts(shape[1], tile.cols, tile.partition)
+    return parts(shape[0], tile.rows, tile.partition), parts(
+        shape[1], tile.cols, tile.partition
+    )
 
 
 def starts(sizes: Any) -> list[int]:
@@ -95,7 +104,10 @@ def starts(sizes: Any) -> list[int]:
 
 
 def spans(sizes: list[int]) -> list[slice]:
-    return [slice(start, start + size) for start, size in zip(starts(sizes), sizes, strict=True)]
+    return [
+        slice(start, start + size)
+        for start, size in zip(starts(sizes), sizes, strict=True)
+    ]
 
 
 def tiles(rows: list[int], cols: list[int]) -> Iterator[tuple[int, int, slice, slice]]:
@@ -106,7 +118,9 @@ def tiles(rows: list[int], cols: list[int]) -> Iterator[tuple[int, int, slice, s
 
 
 def g_min(config: CrossbarConfig) -> float:
-    return 0.0 if config.cell.on_off_ratio is None else 1 / float(config.cell.on_off_ratio)
+    return (
+        0.0 if config.cell.on_off_ratio is None else 1 / float(config.cell.on_off_ratio)
+    )
 
 
 def tops(config: CrossbarConfig) -> list[int]:
@@ -125,7 +139,10 @@ def zeros(config: CrossbarConfig) -> list[float]:
     if config.cell.bits is None:
         return [0.5]
     shift = 2 ** (config.mapping.weight_bits - 1)
-    return [float((shift >> s) % 2**b) for s, b in zip(starts(config.cell.bits), config.cell.bits, strict=True)]
+    return [
+        float((shift >> s) % 2**b)
+        for s, b in zip(starts(config.cell.bits), config.cell.bits, strict=True)
+    ]
 
 
 def input_slices(config: CrossbarConfig) -> list[int]:
@@ -147,21 +164,31 @@ def pulse_top(config: CrossbarConfig) -> int:
 
 def subtracts(config: CrossbarConfig) -> bool:
     """Whether the polarities are subtracted before they are converted."""
-    return config.encoding.kind == "differential" and not (config.adc is not None and config.adc.separate)
+    return config.encoding.kind == "differential" and not (
+        config.adc is not None and config.adc.separate
+    )
 
 
 def integer_sums(config: CrossbarConfig) -> bool:
     """Whether every sum that a perfect chip brings to its ADC is an integer in level units."""
-    device, adc = config.device, config.adc
+    device = config.device
+    adc = config.adc
     if config.cell.bits is None or config.dac is None:
         return False
-    if config.tile.wire or device.iv or config.tile.current_limit is not None or device.read_noise is not None:
+    if (
+        config.tile.wire
+        or device.iv
+        or config.tile.current_limit is not None
+        or device.read_noise is not None
+    ):
         return False
     if device.programming or device.stuck or (device.drift and device.time is not None):
         return False
     if adc is not None and not adc.gain_error is adc.offset_error is adc.noise is None:
         return False
-    return subtracts(config) or (config.cell.on_off_ratio is None and not config.encoding.two_sided)
+    return subtracts(config) or (
+        config.cell.on_off_ratio is None and not config.encoding.two_sided
+    )
 
 
 # Programming
@@ -171,11 +198,18 @@ def program(W: np.ndarray, config: CrossbarConfig) -> Chip:
     """Return a chip of perfect cells. Weights are divided and rounded in their own dtype, as the package does."""
     rows, cols = grid(W.shape, config)
     d_in, d_out = W.shape
-    blocks = {"matrix": ([d_in], [d_out]), "tile": (rows, cols), "column": ([d_in], [1] * d_out)}
-    full, quantile = np.empty_like(W), config.mapping.quantile
+    blocks = {
+        "matrix": ([d_in], [d_out]),
+        "tile": (rows, cols),
+        "column": ([d_in], [1] * d_out),
+    }
+    full = np.empty_like(W)
+    quantile = config.mapping.quantile
     for _, _, *here in tiles(*blocks[config.mapping.scale]):
         block = np.abs(W[*here])
-        top = (np.quantile(block, quantile) if quantile < 1 else 0) or block.max()  # a quantile of zero: no full scale
+        top = (
+            np.quantile(block, quantile) if quantile < 1 else 0
+        ) or block.max()  # a quantile of zero: no full scale
         full[*here] = top if top > 0 else 1
     bits = config.mapping.weight_bits
     top = 1 if bits is None else 2 ** (bits - 1) - 1
@@ -183,13 +217,19 @@ def program(W: np.ndarray, config: CrossbarConfig) -> Chip:
     codes = (W / scale).astype(float)
     codes = np.clip(codes if bits is None else np.rint(codes), -top, top)
 
-    K, unit = len(tops(config)), config.encoding.unit_column
+    K = len(tops(config))
+    unit = config.encoding.unit_column
     P = 2 if config.encoding.kind == "differential" else 1
     cells = np.zeros((K, P, len(rows), len(cols), max(rows), max(cols) + unit))
-    flipped = np.zeros((K, len(rows), len(cols), max(cols)), bool) if config.encoding.flip else None
+    flipped = (
+        np.zeros((K, len(rows), len(cols), max(cols)), bool)
+        if config.encoding.flip
+        else None
+    )
     for r, c, of_rows, of_cols in tiles(rows, cols):
         tile = codes[of_rows, of_cols]
-        bottom, width = max(rows) - len(tile), tile.shape[1]
+        bottom = max(rows) - len(tile)
+        width = tile.shape[1]
         for k, top in enumerate(tops(config)):
             levels = np.stack(_levels(tile, k, config))
             if flipped is not None:
@@ -197,7 +237,9 @@ def program(W: np.ndarray, config: CrossbarConfig) -> Chip:
                 levels = np.where(flip, top - levels, levels)
             cells[k, :, r, c, bottom:, :width] = levels
             if unit:
-                cells[k, 0, r, c, :, -1] = 1.0 if config.encoding.flip else zeros(config)[k]
+                cells[k, 0, r, c, :, -1] = (
+                    1.0 if config.encoding.flip else zeros(config)[k]
+                )
     return Chip(cells, flipped, scale[starts(rows)].astype(float))
 
 
@@ -207,9 +249,14 @@ def _levels(codes: np.ndarray, k: int, config: CrossbarConfig) -> list[np.ndarra
     if config.cell.bits is None:
         digit = (codes + 1) / 2 if offset else codes
     else:
-        start, bits = starts(config.cell.bits)[k], config.cell.bits[k]
-        shifted = codes + 2 ** (config.mapping.weight_bits - 1) if offset else np.abs(codes)
-        digit = (1 if offset else np.sign(codes)) * ((shifted.astype(int) >> start) % 2**bits)
+        start = starts(config.cell.bits)[k]
+        bits = config.cell.bits[k]
+        shifted = (
+            codes + 2 ** (config.mapping.weight_bits - 1) if offset else np.abs(codes)
+        )
+        digit = (1 if offset else np.sign(codes)) * (
+            (shifted.astype(int) >> start) % 2**bits
+        )
     if offset:
         return [digit]
     if config.encoding.two_sided:
@@ -223,22 +270,30 @@ def weights(chip: Chip, d_in: int, config: CrossbarConfig) -> np.ndarray:
     device = dataclasses.replace(config.device, iv=None, read_noise=None)
     tile = dataclasses.replace(config.tile, wire=None, current_limit=None)
     ideal = {**vars(config), "dac": None, "adc": None, "device": device, "tile": tile}
-    return read(chip._replace(gain=None, offset=None), np.eye(d_in), CrossbarConfig(**ideal)).y
+    return read(
+        chip._replace(gain=None, offset=None), np.eye(d_in), CrossbarConfig(**ideal)
+    ).y
 
 
 # Reading
 
 
-def full_scale(x: np.ndarray, config: CrossbarConfig, input_limit: float | None) -> np.ndarray:
+def full_scale(
+    x: np.ndarray, config: CrossbarConfig, input_limit: float | None
+) -> np.ndarray:
     """Return the input [B, 1] that the highest code stands for, in the dtype of `x`."""
     if config.dac is not None and config.dac.scaling != "row":
         limit = config.dac.limit if config.dac.scaling == "fixed" else input_limit
         return np.full((len(x), 1), limit, x.dtype)
-    limit = (np.abs(x) if config.dac is None or config.dac.signed else np.maximum(x, 0)).max(1, keepdims=True)
+    limit = (
+        np.abs(x) if config.dac is None or config.dac.signed else np.maximum(x, 0)
+    ).max(1, keepdims=True)
     return np.where(limit > 0, limit, x.dtype.type(1))
 
 
-def input_codes(x: np.ndarray, full: np.ndarray, config: CrossbarConfig, drawn: Drawn | None) -> np.ndarray:
+def input_codes(
+    x: np.ndarray, full: np.ndarray, config: CrossbarConfig, drawn: Drawn | None
+) -> np.ndarray:
     """Return the input codes; divided and rounded in the dtype of `x`."""
     if config.dac is None:
         return (x / full).astype(float)
@@ -254,11 +309,19 @@ def pulses(n: np.ndarray, config: CrossbarConfig) -> np.ndarray:
     """Return the input slices [J, B, d_in]."""
     if config.dac is None:
         return n[None]
-    sizes, whole = input_slices(config), np.abs(n).astype(int)
-    return np.stack([np.sign(n) * ((whole >> s) % 2**b) for s, b in zip(starts(sizes), sizes, strict=True)])
+    sizes = input_slices(config)
+    whole = np.abs(n).astype(int)
+    return np.stack(
+        [
+            np.sign(n) * ((whole >> s) % 2**b)
+            for s, b in zip(starts(sizes), sizes, strict=True)
+        ]
+    )
 
 
-def lsbs(config: CrossbarConfig, rows: list[int], limits: np.ndarray | None) -> np.ndarray | None:
+def lsbs(
+    config: CrossbarConfig, rows: list[int], limits: np.ndarray | None
+) -> np.ndarray | None:
     """Return the level units of a code, [R, K], exactly where they follow from the configuration.
 
     `limits` [1 or R, K, 2] are those of the state, for a calibrated range, and for `max` with flipped columns.
@@ -272,18 +335,28 @@ def lsbs(config: CrossbarConfig, rows: list[int], limits: np.ndarray | None) -> 
     if adc.range == "max" and not config.encoding.flip:
         highest = np.asarray(rows, float)[:, None]
     else:
-        highest = np.asarray(adc.limits if adc.range == "given" else limits, float)[..., 1]
-    steps = np.broadcast_to(highest * units / code_range(config)[1], (len(rows), len(units)))
+        highest = np.asarray(adc.limits if adc.range == "given" else limits, float)[
+            ..., 1
+        ]
+    steps = np.broadcast_to(
+        highest * units / code_range(config)[1], (len(rows), len(units))
+    )
     if integer_sums(config) and adc.range == "calibrated":
         whole = np.rint(steps)
-        assert (np.abs(steps - whole) < 1e-4 * steps).all(), f"calibrated steps {steps} are not whole"
+        assert (np.abs(steps - whole) < 1e-4 * steps).all(), (
+            f"calibrated steps {steps} are not whole"
+        )
         return whole
     return steps
 
 
 def full_current(config: CrossbarConfig) -> np.ndarray:
     """Return the level units [K] of one cell at Gmax under the largest input that is converted."""
-    converted = input_top(config) if config.adc is not None and config.adc.convert == "sum" else pulse_top(config)
+    converted = (
+        input_top(config)
+        if config.adc is not None and config.adc.convert == "sum"
+        else pulse_top(config)
+    )
     return np.asarray([converted * t / (1 - g_min(config)) for t in tops(config)])
 
 
@@ -313,15 +386,29 @@ def read(
     beyond = 0
     if config.dac is not None:
         beyond = int(((np.abs(x) > scale) | ((x < 0) & (not config.dac.signed))).sum())
-    return Read(*scaled(four, scale.astype(float) / input_top(config)), sums, clipped, beyond, lsb)
+    return Read(
+        *scaled(four, scale.astype(float) / input_top(config)),
+        sums,
+        clipped,
+        beyond,
+        lsb,
+    )
 
 
 def _once(
-    chip: Chip, n: np.ndarray, dtype: np.dtype, config: CrossbarConfig, limits: np.ndarray | None, *, rounds: bool
+    chip: Chip,
+    n: np.ndarray,
+    dtype: np.dtype,
+    config: CrossbarConfig,
+    limits: np.ndarray | None,
+    *,
+    rounds: bool,
 ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], np.ndarray | None]:
     """Return the product of input codes with its error, clipped conversions [K, 2], sums and steps."""
     rows, cols = grid((n.shape[1], chip.scale.shape[1]), config)
-    lsb, sizes, adc = lsbs(config, rows, limits), input_slices(config), config.adc
+    lsb = lsbs(config, rows, limits)
+    sizes = input_slices(config)
+    adc = config.adc
     of_slice = 2.0 ** np.asarray(starts(sizes))[:, None, None]
     eps = 3e-6 if dtype == np.float32 else 1e-11
     if config.tile.wire is not None:
@@ -335,9 +422,12 @@ def _once(
         u[:, :, max(rows) - rows[r] :] = pulses(n[:, of_rows], config)
         used = np.r_[: cols[c], -1] if config.encoding.unit_column else np.r_[: cols[c]]
         for k in range(K):
-            total, weight = column_sums(u, chip.cells[k, :, r, c], k, config), of_slice  # [4, P, J, B, cols]
+            # [4, P, J, B, cols]
+            total = column_sums(u, chip.cells[k, :, r, c], k, config)
+            weight = of_slice
             if adc is not None and adc.convert == "sum":
-                total, weight = scaled(total, weight).sum(2, keepdims=True), 1.0
+                total = scaled(total, weight).sum(2, keepdims=True)
+                weight = 1.0
             if chip.gain is not None:
                 total = scaled(total, chip.gain[k, :, r, c][:, None, None])
             if chip.offset is not None:
@@ -348,24 +438,38 @@ def _once(
                 total[2] += (float(adc.noise) * full_current(config)[k]) ** 2
             seen[k].append(total[0][..., used].reshape(-1))
             if lsb is not None:
-                total, beyond = convert(scaled(total, 1 / lsb[r, k]), eps, config, rounds=rounds)
+                total, beyond = convert(
+                    scaled(total, 1 / lsb[r, k]), eps, config, rounds=rounds
+                )
                 clipped[k] += beyond[..., used].sum((1, 2, 3, 4))
                 total = scaled(total, lsb[r, k])
             total = scaled(total, weight).sum(2)
             flipped = None if chip.flipped is None else chip.flipped[k, r, c]
-            value = _recombine(total, n[:, of_rows].sum(1)[:, None], k, flipped, config)[..., : cols[c]]
-            out[:, :, of_cols] += scaled(value, worths(config)[k] * chip.scale[r, of_cols])
+            value = _recombine(
+                total, n[:, of_rows].sum(1)[:, None], k, flipped, config
+            )[..., : cols[c]]
+            out[:, :, of_cols] += scaled(
+                value, worths(config)[k] * chip.scale[r, of_cols]
+            )
     return out, clipped, [np.concatenate(s) for s in seen], lsb
 
 
-def column_sums(u: np.ndarray, cells: np.ndarray, k: int, config: CrossbarConfig) -> np.ndarray:
+def column_sums(
+    u: np.ndarray, cells: np.ndarray, k: int, config: CrossbarConfig
+) -> np.ndarray:
     """Return the sums [4, P, J, B, cols] of one array of each polarity."""
-    low, top, pulse = g_min(config), tops(config)[k], pulse_top(config)
-    G, v = low + cells / top * (1 - low), u / pulse
+    low = g_min(config)
+    top = tops(config)[k]
+    pulse = pulse_top(config)
+    G = low + cells / top * (1 - low)
+    v = u / pulse
     drive = v if config.device.iv is None else _sinh(config.device.iv, v)
-    noise, spread = config.device.read_noise, np.zeros_like(G)
+    noise = config.device.read_noise
+    spread = np.zeros_like(G)
     if noise is not None:
-        spread = float(noise.sigma) * (G if noise.kind == "proportional" else np.ones_like(G))
+        spread = float(noise.sigma) * (
+            G if noise.kind == "proportional" else np.ones_like(G)
+        )
         if noise.clip:
             G, spread = _rectified(G, spread)
     if config.tile.wire is None:
@@ -375,8 +479,12 @@ def column_sums(u: np.ndarray, cells: np.ndarray, k: int, config: CrossbarConfig
     if config.tile.current_limit is not None:
         most = float(config.tile.current_limit)
         current = np.clip(current, -most, most)
-    variance, size = (np.einsum("jbr,prc->pjbc", a, b) for a, b in ((drive**2, spread**2), (np.abs(drive), G)))
-    four = scaled(np.stack([current, np.zeros_like(current), variance, size]), pulse * top / (1 - low))
+    variance = np.einsum("jbr,prc->pjbc", drive**2, spread**2)
+    size = np.einsum("jbr,prc->pjbc", np.abs(drive), G)
+    four = scaled(
+        np.stack([current, np.zeros_like(current), variance, size]),
+        pulse * top / (1 - low),
+    )
     return (four[:, 0] + scaled(four[:, 1], -1))[:, None] if subtracts(config) else four
 
 
@@ -385,7 +493,9 @@ def _sinh(iv: Any, v: np.ndarray) -> np.ndarray:
     return np.sinh(a * v) / np.sinh(a)
 
 
-def _rectified(mean: np.ndarray, deviation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _rectified(
+    mean: np.ndarray, deviation: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Return mean and deviation of max(N(mean, deviation), 0)."""
     safe = np.where(deviation > 0, deviation, 1)
     z = mean / safe
@@ -393,7 +503,9 @@ def _rectified(mean: np.ndarray, deviation: np.ndarray) -> tuple[np.ndarray, np.
     first = mean * ndtr(z) + safe * density
     second = (mean**2 + safe**2) * ndtr(z) + mean * safe * density
     found = np.sqrt(np.maximum(second - first**2, 0))
-    return np.where(deviation > 0, first, np.maximum(mean, 0)), np.where(deviation > 0, found, 0)
+    return np.where(deviation > 0, first, np.maximum(mean, 0)), np.where(
+        deviation > 0, found, 0
+    )
 
 
 def nodal(v: np.ndarray, G: np.ndarray, config: CrossbarConfig) -> np.ndarray:
@@ -405,9 +517,19 @@ def nodal(v: np.ndarray, G: np.ndarray, config: CrossbarConfig) -> np.ndarray:
     rows, cols = G.shape
     r, c = np.divmod(np.arange(rows * cols), cols)
     # Segments of the word line up to the nearer of two cells, and of the bit line below the lower of both.
-    drop = float(config.tile.wire.row_resistance) * (r[:, None] == r) * (np.minimum(c[:, None], c) + 1)
-    drop += float(config.tile.wire.column_resistance) * (c[:, None] == c) * (rows - np.maximum(r[:, None], r))
-    out, iv, g = np.zeros((*v.shape[:-1], cols)), config.device.iv, G.reshape(-1)
+    drop = (
+        float(config.tile.wire.row_resistance)
+        * (r[:, None] == r)
+        * (np.minimum(c[:, None], c) + 1)
+    )
+    drop += (
+        float(config.tile.wire.column_resistance)
+        * (c[:, None] == c)
+        * (rows - np.maximum(r[:, None], r))
+    )
+    out = np.zeros((*v.shape[:-1], cols))
+    iv = config.device.iv
+    g = G.reshape(-1)
     a = None if iv is None else float(iv.read_voltage) / float(iv.scale)
     for at in np.ndindex(*v.shape[:-1]):
         source = np.repeat(v[at], cols)
@@ -423,7 +545,9 @@ def nodal(v: np.ndarray, G: np.ndarray, config: CrossbarConfig) -> np.ndarray:
     return out
 
 
-def convert(four: np.ndarray, eps: float, config: CrossbarConfig, *, rounds: bool) -> tuple[np.ndarray, np.ndarray]:
+def convert(
+    four: np.ndarray, eps: float, config: CrossbarConfig, *, rounds: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the codes of sums in units of a code, [4, ...], and [2, ...] which sums are clipped.
 
     `eps` is how far rounding errors may have moved a sum, relative to its magnitude.
@@ -435,19 +559,26 @@ def convert(four: np.ndarray, eps: float, config: CrossbarConfig, *, rounds: boo
     beyond = np.stack(clipped).astype(float)
     if not rounds:
         code = np.clip(t, low, high)
-        return np.stack([code, np.zeros_like(t), np.zeros_like(t), np.abs(code)]), beyond
+        return np.stack(
+            [code, np.zeros_like(t), np.zeros_like(t), np.abs(code)]
+        ), beyond
     nearest = np.floor(t) + 0.5
     if exact_ties(config):
-        t, eps = np.where(np.abs(t - nearest) < 1e-9 * np.maximum(1, np.abs(t)), nearest, t), 0.0
+        t = np.where(np.abs(t - nearest) < 1e-9 * np.maximum(1, np.abs(t)), nearest, t)
+        eps = 0.0
     codes = np.stack([np.clip(np.rint(t + e), low, high) for e in (-eps, eps)])
-    code, slack, variance = codes.mean(0), np.abs(codes[1] - codes[0]) / 2, np.zeros_like(t)
+    code = codes.mean(0)
+    slack = np.abs(codes[1] - codes[0]) / 2
+    variance = np.zeros_like(t)
     noisy = V > 0
     if noisy.any():  # the mean of a code that exceeds c with probability P(c): low + sum P(c); likewise its square
         c = np.arange(low, high)
         above = ndtr((t[noisy][:, None] - c - 0.5) / np.sqrt(V[noisy])[:, None])
         mean = low + above.sum(1)
         square = low**2 + ((2 * c + 1) * above).sum(1)
-        code[noisy], variance[noisy], slack[noisy] = mean, np.maximum(square - mean**2, 0), 0
+        code[noisy] = mean
+        variance[noisy] = np.maximum(square - mean**2, 0)
+        slack[noisy] = 0
     return np.stack([code, slack, variance, np.abs(code)]), beyond
 
 
@@ -461,11 +592,19 @@ def exact_ties(config: CrossbarConfig) -> bool:
     if config.cell.on_off_ratio is not None:
         return False
     limits = 64 * np.asarray(adc.limits if adc.range == "given" else 0, float)
-    return not config.encoding.flip if adc.range == "max" else bool((limits == np.rint(limits)).all())
+    return (
+        not config.encoding.flip
+        if adc.range == "max"
+        else bool((limits == np.rint(limits)).all())
+    )
 
 
 def _recombine(
-    total: np.ndarray, ones: np.ndarray, k: int, flipped: np.ndarray | None, config: CrossbarConfig
+    total: np.ndarray,
+    ones: np.ndarray,
+    k: int,
+    flipped: np.ndarray | None,
+    config: CrossbarConfig,
 ) -> np.ndarray:
     """Return what the columns [4, P, B, cols] stand for, offsets taken off."""
     if total.shape[1] == 2:
@@ -473,12 +612,14 @@ def _recombine(
     total = total[:, 0]
     if config.encoding.kind == "differential":
         return total
-    top, zero = tops(config)[k], zeros(config)[k]
+    top = tops(config)[k]
+    zero = zeros(config)[k]
     kappa = g_min(config) / (1 - g_min(config)) * top
     if not config.encoding.unit_column:
         shift = (kappa + zero) * ones
         return total + np.stack([-shift, 0 * shift, 0 * shift, np.abs(shift)])
-    values, unit = total[..., :-1], total[..., -1:]
+    values = total[..., :-1]
+    unit = total[..., -1:]
     if flipped is None:
         return values + scaled(unit, -1)
     # A flipped column stands for top sum(u) - S, and the unit column of ones measures sum(u) (1 + kappa).

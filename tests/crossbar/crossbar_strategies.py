@@ -14,7 +14,18 @@ import numpy as np
 from hypothesis import strategies as st
 
 from lorafusion_jax import crossbar
-from lorafusion_jax.crossbar import ADC, DAC, Cell, CrossbarConfig, Device, Encoding, Mapping, ReadNoise, Tile, Wire
+from lorafusion_jax.crossbar import (
+    ADC,
+    DAC,
+    Cell,
+    CrossbarConfig,
+    Device,
+    Encoding,
+    Mapping,
+    ReadNoise,
+    Tile,
+    Wire,
+)
 
 ENCODINGS = {
     "differential": Encoding(),
@@ -23,7 +34,19 @@ ENCODINGS = {
     "unit column": Encoding(kind="offset", unit_column=True),
     "flip": Encoding(kind="offset", unit_column=True, flip=True),
 }
-CELLS = [(2,), (1,), (2, 2), (1, 1), (3,), (4,), (2, 1), (3, 3), (4, 4), (1, 1, 1), None]
+CELLS = [
+    (2,),
+    (1,),
+    (2, 2),
+    (1, 1),
+    (3,),
+    (4,),
+    (2, 1),
+    (3, 3),
+    (4, 4),
+    (1, 1, 1),
+    None,
+]
 
 
 # By name: all choices, the simplest first; repeated where they are wanted more often.
@@ -53,7 +76,16 @@ OPTIONS: dict[str, Sequence[Any]] = {
     "clip": [0.5, 1.0, 0.2],  # of the largest sum, where ranges are given
     "whole": [False, True],  # whether given limits are simple fractions
     "nonlinear": [None] * 9 + ["current", "wire", "iv", "iv and wire"],
-    "device": [None, None, None, "independent", "proportional", "stuck", "drift", "range"],
+    "device": [
+        None,
+        None,
+        None,
+        "independent",
+        "proportional",
+        "stuck",
+        "drift",
+        "range",
+    ],
     "noise": [None],
     "adc_noise": [None],
     "d_in": [4, 1, 2, 3, 5, 6, 7, 9, 10, 12],
@@ -88,12 +120,24 @@ _CONVERTS = {
     "offset": st.none(),
     "nonlinear": st.none(),
 }
-_NARROW = {"bits": st.sampled_from([3, 2, 4, 5]), "slice_bits": st.sampled_from([1, 2]), "convert": st.just("slice")}
-_INTEGERS = {"cells": st.sampled_from(CELLS[:-1]), "device": st.none(), "gain": st.none(), "ratio": st.none()}
+_NARROW = {
+    "bits": st.sampled_from([3, 2, 4, 5]),
+    "slice_bits": st.sampled_from([1, 2]),
+    "convert": st.just("slice"),
+}
+_INTEGERS = {
+    "cells": st.sampled_from(CELLS[:-1]),
+    "device": st.none(),
+    "gain": st.none(),
+    "ratio": st.none(),
+}
 SUITED: dict[str | None, dict[str, Any]] = {
     None: {},
     "definition": {},
-    "product": {"adc": st.sampled_from([None, None, None, "granular"]), "nonlinear": st.none()},
+    "product": {
+        "adc": st.sampled_from([None, None, None, "granular"]),
+        "nonlinear": st.none(),
+    },
     "loop": _CONVERTS,
     "lookup": _CONVERTS | _NARROW,
     "tables": _CONVERTS | _NARROW,
@@ -102,9 +146,13 @@ SUITED: dict[str | None, dict[str, Any]] = {
 }
 
 
-def reads(*paths: str | None, **fixed: Any) -> st.SearchStrategy[tuple[str | None, dict[str, Any]]]:
+def reads(
+    *paths: str | None, **fixed: Any
+) -> st.SearchStrategy[tuple[str | None, dict[str, Any]]]:
     """Return one of some paths and choices that suit it; None is the path that programming chooses."""
-    return st.sampled_from(paths).flatmap(lambda path: st.tuples(st.just(path), choices(**{**SUITED[path], **fixed})))
+    return st.sampled_from(paths).flatmap(
+        lambda path: st.tuples(st.just(path), choices(**{**SUITED[path], **fixed}))
+    )
 
 
 def build(c: dict[str, Any]) -> CrossbarConfig:
@@ -115,7 +163,8 @@ def build(c: dict[str, Any]) -> CrossbarConfig:
         cells = (2,)
     capacity = None if cells is None else sum(cells) + (encoding.kind == "differential")
     if capacity == 1:  # weights have a sign
-        cells, capacity = (1, 1), 2
+        cells = (1, 1)
+        capacity = 2
     weight_bits = None if capacity is None else max(2, capacity - c["spare"])
     slice_bits = c["slice_bits"]
     if c["bits"] is not None and slice_bits is not None:
@@ -133,12 +182,21 @@ def build(c: dict[str, Any]) -> CrossbarConfig:
     if c["nonlinear"] in ("wire", "iv and wire"):
         wire = Wire(row_resistance=0.01, column_resistance=0.02, tolerance=1e-6)
     limit = 0.7 if c["nonlinear"] == "current" else None
-    tile = Tile(rows=c["rows"], cols=c["cols"], partition=c["partition"], wire=wire, current_limit=limit)
-    device, ratio = _device(c), c["ratio"]
+    tile = Tile(
+        rows=c["rows"],
+        cols=c["cols"],
+        partition=c["partition"],
+        wire=wire,
+        current_limit=limit,
+    )
+    device = _device(c)
+    ratio = c["ratio"]
     config = CrossbarConfig(
         cell=Cell(bits=cells, on_off_ratio=ratio),
         encoding=encoding,
-        mapping=Mapping(weight_bits=weight_bits, scale=c["scale"], quantile=c["weight_quantile"]),
+        mapping=Mapping(
+            weight_bits=weight_bits, scale=c["scale"], quantile=c["weight_quantile"]
+        ),
         tile=tile,
         dac=dac,
         device=device,
@@ -159,8 +217,13 @@ def _device(c: dict[str, Any]) -> Device:
         parts["compensate"] = c["seed"] % 2 == 0
     iv = crossbar.Sinh(0.4, 0.25) if c["nonlinear"] in ("iv", "iv and wire") else None
     # The oracle knows the distribution of clipped noise, but not what an ADC makes of its sum.
-    clip, kind = c["noise"] == "clipped", "proportional" if c["noise"] == "proportional" else "independent"
-    noise = None if c["noise"] is None else ReadNoise(0.3, kind, clip=clip and c["adc"] is None)
+    clip = c["noise"] == "clipped"
+    kind = "proportional" if c["noise"] == "proportional" else "independent"
+    noise = (
+        None
+        if c["noise"] is None
+        else ReadNoise(0.3, kind, clip=clip and c["adc"] is None)
+    )
     return Device(**parts, iv=iv, read_noise=noise)
 
 
@@ -181,15 +244,22 @@ def _adc(c: dict[str, Any], config: CrossbarConfig) -> ADC | None:
     if not kind.startswith("given"):
         return ADC(range=kind, **common)
     signed = (
-        config.dac is None or config.dac.signed or (config.encoding.kind == "differential" and not common["separate"])
+        config.dac is None
+        or config.dac.signed
+        or (config.encoding.kind == "differential" and not common["separate"])
     )
     rng = np.random.default_rng(c["seed"])
     height = min(c["rows"] or c["d_in"], c["d_in"])
-    slices, tiles = len(config.weight_slices), row_tiles(c, config)
+    slices = len(config.weight_slices)
+    tiles = row_tiles(c, config)
     share = c["clip"] * height * rng.uniform(0.5, 1, (tiles, slices))
     tops = np.ceil(share * 8) / 8 if c["whole"] else share
-    limits = tuple(tuple((-t if signed else 0.0, t) for t in row) for row in tops.tolist())
-    return ADC(range="given", limits=limits if kind == "given by row" else limits[0], **common)
+    limits = tuple(
+        tuple((-t if signed else 0.0, t) for t in row) for row in tops.tolist()
+    )
+    return ADC(
+        range="given", limits=limits if kind == "given by row" else limits[0], **common
+    )
 
 
 def row_tiles(c: dict[str, Any], config: CrossbarConfig) -> int:
@@ -198,7 +268,8 @@ def row_tiles(c: dict[str, Any], config: CrossbarConfig) -> int:
 
 def weights(c: dict[str, Any], number: int = 0) -> np.ndarray:
     """Return the matrix of some choices; `number` tells several of one kind apart."""
-    rng, shape = np.random.default_rng((c["seed"], number)), (c["d_in"], c["d_out"])
+    rng = np.random.default_rng((c["seed"], number))
+    shape = (c["d_in"], c["d_out"])
     W = rng.normal(size=shape)
     if c["weights"] == "sparse":
         W *= rng.random(shape) < 0.3
@@ -215,7 +286,8 @@ def weights(c: dict[str, Any], number: int = 0) -> np.ndarray:
 
 def inputs(c: dict[str, Any], number: int = 0) -> np.ndarray:
     """Return a batch of inputs, none of them negative where the DAC is unsigned."""
-    rng, shape = np.random.default_rng((c["seed"], number, 1)), (c["batch"], c["d_in"])
+    rng = np.random.default_rng((c["seed"], number, 1))
+    shape = (c["batch"], c["d_in"])
     x = rng.uniform(-1, 1, shape)
     if c["inputs"] == "sparse":
         x *= rng.random(shape) < 0.4
@@ -231,8 +303,11 @@ def dtype(c: dict[str, Any]) -> type:
     return np.float64 if c["float64"] else np.float32
 
 
-def problem(d_in: int = 30, d_out: int = 9, batch: int = 4, *, seed: int = 0) -> tuple[jax.Array, jax.Array]:
+def problem(
+    d_in: int = 30, d_out: int = 9, batch: int = 4, *, seed: int = 0
+) -> tuple[jax.Array, jax.Array]:
     """Return normal weights, and inputs that are spread evenly from -1 to 1."""
     rng = np.random.default_rng(seed)
-    W, x = rng.normal(size=(d_in, d_out)), rng.uniform(-1, 1, (batch, d_in))
+    W = rng.normal(size=(d_in, d_out))
+    x = rng.uniform(-1, 1, (batch, d_in))
     return jnp.asarray(W, jnp.float32), jnp.asarray(x, jnp.float32)

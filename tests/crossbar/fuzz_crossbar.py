@@ -13,7 +13,9 @@ import sys
 import time
 import warnings
 
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # an hour's programs, none of which comes again
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = (
+    "false"  # an hour's programs, none of which comes again
+)
 
 import conftest  # noqa: F401  strict JAX and type checks, before anything imports JAX
 import hypothesis
@@ -29,14 +31,23 @@ ROUND = 10
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=3600.0, help="how long to begin new rounds")
-    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32), help="of the first draws")
+    parser.add_argument(
+        "--seconds", type=float, default=3600.0, help="how long to begin new rounds"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=random.SystemRandom().randrange(2**32),
+        help="of the first draws",
+    )
     parser.add_argument("--only", default="", help="part of a property's name")
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
     properties.COMPILER.clear()  # programs as users' are compiled
     # As in the tests: what it warns of is drawn on purpose.
-    warnings.filterwarnings("ignore", "adc.range='granular' with convert='sum'", UserWarning)
+    warnings.filterwarnings(
+        "ignore", "adc.range='granular' with convert='sum'", UserWarning
+    )
     settings = hypothesis.settings(
         max_examples=ROUND,
         derandomize=False,
@@ -55,14 +66,21 @@ def main() -> int:
             settings(hypothesis.seed(seed)(hypothesis.given(**drawn)(check)))()
         except Exception as error:  # whatever a crash raises is a finding
             properties.TALLY[name, "any", "failed"] += 1
-            message = "\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
+            message = "\n".join(
+                [f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])]
+            )
             print(f"\nFAILED {name}, seed {seed}\n{message[:4000]}\n", flush=True)
         jax.clear_caches()
         gc.collect()
     outcomes = ("within tolerance", "refused", "failed")
-    print(f"\n{'property':70}{'path':10}" + "".join(f"{outcome:>18}" for outcome in outcomes))
+    print(
+        f"\n{'property':70}{'path':10}"
+        + "".join(f"{outcome:>18}" for outcome in outcomes)
+    )
     for name, path in sorted({key[:2] for key in properties.TALLY}):
-        counts = "".join(f"{properties.TALLY[name, path, outcome]:18,}" for outcome in outcomes)
+        counts = "".join(
+            f"{properties.TALLY[name, path, outcome]:18,}" for outcome in outcomes
+        )
         print(f"{name:70}{path:10}{counts}")
     return int(any(outcome == "failed" for *_, outcome in properties.TALLY))
 

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from lorafusion_jax import crossbar
-from lorafusion_jax.crossbar import ADC, DAC, CrossbarConfig, Device, Encoding, calibrated, matmul
+from lorafusion_jax.crossbar import (
+    ADC,
+    DAC,
+    CrossbarConfig,
+    Device,
+    Encoding,
+    calibrated,
+    matmul,
+)
 
 # Operations one by one take longer to compile than together.
 program = jax.jit(crossbar.program, static_argnames=("config", "path"))
@@ -16,17 +24,27 @@ probe = jax.jit(crossbar.probe)
 KEY = jax.random.key(5)
 _UNIT = Encoding(kind="offset", unit_column=True)
 FLIP = dataclasses.replace(_UNIT, flip=True)
-ONE = CrossbarConfig(cell=crossbar.Cell(bits=(7,)), dac=DAC(bits=8, slice_bits=None, scaling="fixed"), adc=ADC(bits=8))
+ONE = CrossbarConfig(
+    cell=crossbar.Cell(bits=(7,)),
+    dac=DAC(bits=8, slice_bits=None, scaling="fixed"),
+    adc=ADC(bits=8),
+)
 REAL = dataclasses.replace(ONE, device=Device(programming=crossbar.Proportional(0.05)))
 
 
 def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng((seed, *shape)).normal(size=shape), jnp.float32)
+    return jnp.asarray(
+        np.random.default_rng((seed, *shape)).normal(size=shape), jnp.float32
+    )
 
 
 def settled(chip, x):
     chip = calibrated(chip, probe(x, chip)[1])
-    return chip if chip.limits is not None or chip.config.adc is None else calibrated(chip, probe(x, chip)[1])
+    return (
+        chip
+        if chip.limits is not None or chip.config.adc is None
+        else calibrated(chip, probe(x, chip)[1])
+    )
 
 
 # Every vector counts.
@@ -35,7 +53,8 @@ def settled(chip, x):
 def test_clipped_conversions_of_all_vectors_are_counted():
     """Ranges of small vectors clip most conversions of the last ten, which are large."""
     vectors = 5000
-    weights, x = normal(40, 6), (0.01 * normal(vectors, 40)).at[-10:].multiply(60)
+    weights = normal(40, 6)
+    x = (0.01 * normal(vectors, 40)).at[-10:].multiply(60)
     chip = settled(program(weights, ONE), x[:-10])
     share = float(probe(x, chip)[1].clip_share[0])
     of_last = float(probe(x[-10:], chip)[1].clip_share[0])
@@ -46,7 +65,11 @@ def test_clipped_conversions_of_all_vectors_are_counted():
 def test_a_sample_of_the_sums_stands_for_all():
     """Of 1.1 million conversions a million are put into bins: the counts are of all, the range of the sample."""
     x = normal(1200, 256)
-    chip = program(normal(256, 64), dataclasses.replace(REAL, dac=DAC(bits=8), adc=ADC(bits=8, quantile=0.99)), KEY)
+    chip = program(
+        normal(256, 64),
+        dataclasses.replace(REAL, dac=DAC(bits=8), adc=ADC(bits=8, quantile=0.99)),
+        KEY,
+    )
     seen = probe(x, chip)[1]
     np.testing.assert_allclose(seen.histogram.sum(), 1200 * 7 * 2 * 64, rtol=1e-5)
     share = probe(x, calibrated(chip, seen))[1].clip_share
@@ -65,12 +88,17 @@ def test_ranges_of_a_prepared_chip_have_the_least_error_of_its_outputs():
         adc=ADC(bits=4),
         tile=crossbar.Tile(rows=64),
     )
-    weights, x = normal(64, 16), normal(200, 64).at[0, 3].set(300)
+    weights = normal(64, 16)
+    x = normal(200, 64).at[0, 3].set(300)
     preparation = crossbar.prepare({"w": weights}, jnp.mean(x**2, axis=0), config)["w"]
     chip = settled(crossbar.program(weights, config, preparation=preparation), x)
 
     def error(limits):
-        return float(jnp.sum((matmul(x, dataclasses.replace(chip, limits=limits)) - x @ weights) ** 2))
+        return float(
+            jnp.sum(
+                (matmul(x, dataclasses.replace(chip, limits=limits)) - x @ weights) ** 2
+            )
+        )
 
     errors = [error(chip.limits * 2.0**octave) for octave in range(-3, 4)]
     assert np.argmin(errors) == 3
@@ -78,27 +106,45 @@ def test_ranges_of_a_prepared_chip_have_the_least_error_of_its_outputs():
 
 def test_ranges_of_real_sums_follow_them_however_small_they_are():
     """Their quantile, to a bin, where the worst case is far larger; zeros have no part in it."""
-    weights, x = normal(4096, 8).at[3, 2].set(60), normal(32, 4096).at[:, 3].set(0).at[5, 7].set(50)
+    weights = normal(4096, 8).at[3, 2].set(60)
+    x = normal(32, 4096).at[:, 3].set(0).at[5, 7].set(50)
     x = jnp.concatenate([x, jnp.zeros((3000, 4096))])
     adc = ADC(bits=8, quantile=0.9)
-    config = dataclasses.replace(REAL, dac=DAC(bits=8, slice_bits=None), adc=adc, tile=crossbar.Tile(rows=None))
+    config = dataclasses.replace(
+        REAL, dac=DAC(bits=8, slice_bits=None), adc=adc, tile=crossbar.Tile(rows=None)
+    )
     chip = settled(program(weights, config, KEY), x)
-    codes = np.rint(np.asarray(x[:32]) / np.abs(x[:32]).max(axis=1, keepdims=True) * 127)
+    codes = np.rint(
+        np.asarray(x[:32]) / np.abs(x[:32]).max(axis=1, keepdims=True) * 127
+    )
     sums = np.abs(codes @ np.asarray(chip.codes, float)) / 127**2
-    assert 1 <= float(chip.limits.max()) / np.quantile(sums, 0.9, method="inverted_cdf") < 1.012
+    assert (
+        1
+        <= float(chip.limits.max()) / np.quantile(sums, 0.9, method="inverted_cdf")
+        < 1.012
+    )
 
 
 def test_a_slice_that_meets_only_zeros_has_a_range():
-    config = CrossbarConfig(adc=ADC(bits=8), device=Device(programming=crossbar.Proportional(0.05)))
+    config = CrossbarConfig(
+        adc=ADC(bits=8), device=Device(programming=crossbar.Proportional(0.05))
+    )
     chip = program(0.01 * jnp.abs(normal(40, 6)).at[0, 0].set(100), config, KEY)
     x = normal(50, 40).at[:, 0].set(0)
     limits = settled(chip, x).limits
-    assert np.isfinite(limits).all() and float(limits.max() / limits[..., 1].min()) <= 2**10
+    assert (
+        np.isfinite(limits).all()
+        and float(limits.max() / limits[..., 1].min()) <= 2**10
+    )
 
 
 def test_calibrated_ranges_cover_flipped_columns_whose_cells_exceed_their_targets():
     """All cells at Gmax where half of it is the target of a flipped column: the range is what the sums reach."""
-    config = CrossbarConfig(encoding=FLIP, dac=DAC(signed=False, scaling="fixed"), adc=ADC(bits=8, quantile=1.0))
+    config = CrossbarConfig(
+        encoding=FLIP,
+        dac=DAC(signed=False, scaling="fixed"),
+        adc=ADC(bits=8, quantile=1.0),
+    )
     weights = normal(40, 6)
     cells = program(weights, config, path="definition").cells
     state = program(weights, config, conductances=jnp.ones_like(cells))
@@ -124,23 +170,38 @@ def test_full_scale_covers_inputs_of_any_size(exponent):
     assert 1 <= float(chip.input_limit) / float(jnp.abs(x).max()) < 1.02
 
 
-@pytest.mark.parametrize(("signed", "low", "wanted"), [(True, -8.0, 8.0), (False, -8.0, 1.0), (True, 0.0, 1.0)])
+@pytest.mark.parametrize(
+    ("signed", "low", "wanted"),
+    [(True, -8.0, 8.0), (False, -8.0, 1.0), (True, 0.0, 1.0)],
+)
 def test_the_range_of_inputs_is_of_those_that_the_dac_can_pass(signed, low, wanted):
     """Not of negative ones where it is unsigned; and 1 where all are zero, as for each input vector."""
     x = normal(8, 40)
     x = jnp.where(x < 0, low, x / jnp.max(x)) if low else jnp.zeros_like(x)
     encoding = Encoding() if signed else Encoding(kind="offset")
-    config = CrossbarConfig(encoding=encoding, dac=DAC(signed=signed, scaling="calibrated", quantile=1.0))
-    np.testing.assert_allclose(settled(program(normal(40, 6), config), x).input_limit, wanted, rtol=0.02)
+    config = CrossbarConfig(
+        encoding=encoding, dac=DAC(signed=signed, scaling="calibrated", quantile=1.0)
+    )
+    np.testing.assert_allclose(
+        settled(program(normal(40, 6), config), x).input_limit, wanted, rtol=0.02
+    )
 
 
 def test_inputs_that_are_nan_are_refused():
     x = normal(8, 40).at[3, 2].set(np.nan)
-    chip = crossbar.program_tree({"head": normal(40, 6)}, {"*": CrossbarConfig(adc=ADC(bits=6))}, KEY)
+    chip = crossbar.program_tree(
+        {"head": normal(40, 6)}, {"*": CrossbarConfig(adc=ADC(bits=6))}, KEY
+    )
     run = lambda weights, x: matmul(x, weights["head"])  # noqa: E731
     seen = crossbar.observe(run, chip, [x])
-    for refused in (lambda: crossbar.calibrate_tree(run, chip, [x]), lambda: crossbar.site_errors(chip, seen)):
-        with pytest.raises(ValueError, match="inputs or outputs of head are NaN or infinite: give batches whose"):
+    for refused in (
+        lambda: crossbar.calibrate_tree(run, chip, [x]),
+        lambda: crossbar.site_errors(chip, seen),
+    ):
+        with pytest.raises(
+            ValueError,
+            match="inputs or outputs of head are NaN or infinite: give batches whose",
+        ):
             refused()
 
 
@@ -149,11 +210,16 @@ def test_inputs_without_a_full_scale_are_refused(size):
     with jax.enable_x64(True):
         x = jnp.full((3, 4), size)
         chip = program(jnp.ones((4, 2)), CrossbarConfig(dac=DAC(scaling="calibrated")))
-        with pytest.raises(ValueError, match="inputs are below 2.-128, above 2.128 or infinite: scale them"):
+        with pytest.raises(
+            ValueError,
+            match="inputs are below 2.-128, above 2.128 or infinite: scale them",
+        ):
             calibrated(chip, probe(x, chip)[1])
 
 
-@pytest.mark.parametrize("encoding", [pytest.param(Encoding(), marks=pytest.mark.long), _UNIT])
+@pytest.mark.parametrize(
+    "encoding", [pytest.param(Encoding(), marks=pytest.mark.long), _UNIT]
+)
 def test_the_statistics_are_those_of_every_conversion(encoding):
     """Tiles of unequal height, in groups that do not divide the batch."""
     config = CrossbarConfig(
@@ -165,10 +231,16 @@ def test_the_statistics_are_those_of_every_conversion(encoding):
         tile=crossbar.Tile(rows=10, partition="full"),
         device=Device(programming=crossbar.Independent(0.02)),
     )
-    weights, x = normal(25, 7), jnp.clip(normal(11, 25), -1, 1)
-    ways = [probe(x, program(weights, config, KEY, path=each))[1] for each in ("loop", "definition")]
+    weights = normal(25, 7)
+    x = jnp.clip(normal(11, 25), -1, 1)
+    ways = [
+        probe(x, program(weights, config, KEY, path=each))[1]
+        for each in ("loop", "definition")
+    ]
     for one, other in zip(*map(jax.tree.leaves, ways), strict=True):
-        np.testing.assert_allclose(np.atleast_1d(one).sum(-1), np.atleast_1d(other).sum(-1), rtol=1e-3)
+        np.testing.assert_allclose(
+            np.atleast_1d(one).sum(-1), np.atleast_1d(other).sum(-1), rtol=1e-3
+        )
     columns = 7 + encoding.unit_column
     assert ways[0].histogram.sum(axis=-1).tolist() == [11 * 3 * columns] * 2
     assert float(ways[0].inputs.sum()) == 11 * 25
@@ -178,4 +250,6 @@ def test_negative_inputs_of_an_unsigned_dac_are_counted():
     config = CrossbarConfig(dac=DAC(signed=False))
     x = normal(8, 40)
     seen = probe(x, program(normal(40, 6), config))[1]
-    assert float(seen.clip_share_of_inputs) == pytest.approx(float(np.mean(np.asarray(x) < 0)))
+    assert float(seen.clip_share_of_inputs) == pytest.approx(
+        float(np.mean(np.asarray(x) < 0))
+    )

@@ -27,7 +27,9 @@ _BATCHES = [jax.random.normal(jax.random.key(n), (20, 8)) for n in (2, 3)]
 
 def _run(weights, x):
     """A residual network of three layers, scanned, and a head."""
-    x, _ = jax.lax.scan(lambda x, w: (x + product(jnp.tanh(x), w), None), x, weights["layers"])
+    x, _ = jax.lax.scan(
+        lambda x, w: (x + product(jnp.tanh(x), w), None), x, weights["layers"]
+    )
     return product(x, weights["head"])
 
 
@@ -41,7 +43,9 @@ def _chips(config=_NOISY):
 
 def _fit(weights=None, batches=_BATCHES, **how):
     weights = _chips() if weights is None else weights
-    return crossbar.fit_corrections(_run, weights, [_WEIGHTS["head"], _WEIGHTS["layers"]], batches, **how)
+    return crossbar.fit_corrections(
+        _run, weights, [_WEIGHTS["head"], _WEIGHTS["layers"]], batches, **how
+    )
 
 
 @functools.cache
@@ -51,11 +55,21 @@ def _fitted(**how):
 
 def _seen_by_layers():
     """Inputs, digital outputs, reads and row weights of every matrix in the digital model, in float64."""
-    x, found = np.concatenate(_BATCHES).astype(float), []
-    programmed = {of.name: np.asarray(crossbar.programmed_weights(of), float) for of in crossbar.chips_in(_chips())}
+    x = np.concatenate(_BATCHES).astype(float)
+    found = []
+    programmed = {
+        of.name: np.asarray(crossbar.programmed_weights(of), float)
+        for of in crossbar.chips_in(_chips())
+    }
     for layer in range(3):
         inputs = np.tanh(x)
-        found.append((inputs, inputs @ np.asarray(_WEIGHTS["layers"][layer]), inputs @ programmed["layers"][layer]))
+        found.append(
+            (
+                inputs,
+                inputs @ np.asarray(_WEIGHTS["layers"][layer]),
+                inputs @ programmed["layers"][layer],
+            )
+        )
         x = x + found[-1][1]
     found.append((x, x @ np.asarray(_WEIGHTS["head"]), x @ programmed["head"]))
     return [(x, y, z, 1 / np.mean(np.square(y), axis=1)) for x, y, z in found]
@@ -75,10 +89,13 @@ def _of_layer(corrections, layer):
 def test_scales_are_those_of_weighted_least_squares(offsets):
     found = _fit(offsets=offsets, ridge=0.0)
     for layer, (_, y, z, weight) in enumerate(_seen_by_layers()):
-        one, root = _of_layer(found, layer), np.sqrt(weight)
+        one = _of_layer(found, layer)
+        root = np.sqrt(weight)
         for column in range(y.shape[1]):
             unknowns = np.stack([z[:, column], np.ones(len(z))][: 1 + offsets], axis=1)
-            wanted, *_ = np.linalg.lstsq(unknowns * root[:, None], y[:, column] * root, rcond=None)
+            wanted, *_ = np.linalg.lstsq(
+                unknowns * root[:, None], y[:, column] * root, rcond=None
+            )
             got = [one.scale[column], *([one.offset[column]] if offsets else [])]
             np.testing.assert_allclose(got, wanted, rtol=2e-4, atol=2e-5)
 
@@ -86,9 +103,16 @@ def test_scales_are_those_of_weighted_least_squares(offsets):
 def test_padding_does_not_count():
     padded = [jnp.concatenate([x, 100 * x]) for x in _BATCHES]
     counted = {"counted": lambda batch, name: jnp.arange(len(batch)) < len(batch) // 2}
-    found = _fit(batches=padded, offsets=True, **counted), crossbar.moments(_run, _chips(), padded, **counted)
+    found = (
+        _fit(batches=padded, offsets=True, **counted),
+        crossbar.moments(_run, _chips(), padded, **counted),
+    )
     wanted = _fitted(offsets=True), crossbar.moments(_run, _chips(), _BATCHES)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, wanted)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+        found,
+        wanted,
+    )
 
 
 def test_low_rank_is_the_best_matrix_of_that_rank():
@@ -102,13 +126,18 @@ def test_low_rank_is_the_best_matrix_of_that_rank():
     found = _fit(numbers=3 * 16 + 13, ridge=1e-7)
     removed = 0.0
     for layer, (x, y, z, weight) in enumerate(_seen_by_layers()):
-        one, root = _of_layer(found, layer), np.sqrt(weight)[:, None]
+        one = _of_layer(found, layer)
+        root = np.sqrt(weight)[:, None]
         rank = int(np.any(np.asarray(one.U) != 0, axis=0).sum())
         orthogonal, triangle = np.linalg.qr(x * root)
         error = (y - np.asarray(one.scale) * z) * root
         left, singular, right = np.linalg.svd(orthogonal.T @ error, full_matrices=False)
-        wanted = np.linalg.solve(triangle, (left[:, :rank] * singular[:rank]) @ right[:rank])
-        np.testing.assert_allclose(one.U @ one.V, wanted, atol=2e-3 * np.abs(wanted).max())
+        wanted = np.linalg.solve(
+            triangle, (left[:, :rank] * singular[:rank]) @ right[:rank]
+        )
+        np.testing.assert_allclose(
+            one.U @ one.V, wanted, atol=2e-3 * np.abs(wanted).max()
+        )
         removed += rank
     assert removed > 0
 
@@ -121,15 +150,23 @@ def test_a_perfect_chip_needs_no_correction():
 
 
 def test_low_rank_stays_within_its_numbers_and_prefers_what_removes_most():
-    few, many = (_fitted(numbers=numbers) for numbers in (40, 90))
-    used = [sum(c.numbers() for c in found.values()) - 3 * 8 - 5 for found in (few, many)]
+    few = _fitted(numbers=40)
+    many = _fitted(numbers=90)
+    used = [
+        sum(c.numbers() for c in found.values()) - 3 * 8 - 5 for found in (few, many)
+    ]
     assert 0 < used[0] <= 40 < used[1] <= 90
 
 
 def test_corrections_of_the_same_chip_are_the_same_and_bring_outputs_closer():
-    chips, x = _chips(), jax.random.normal(jax.random.key(9), (30, 8))
-    scaled, further = (crossbar.with_corrections(chips, _fitted(numbers=numbers)) for numbers in (0, 200))
-    errors = [np.mean(np.square(_outputs(tree, x) - _outputs(_WEIGHTS, x))) for tree in (chips, scaled, further)]
+    chips = _chips()
+    x = jax.random.normal(jax.random.key(9), (30, 8))
+    scaled = crossbar.with_corrections(chips, _fitted(numbers=0))
+    further = crossbar.with_corrections(chips, _fitted(numbers=200))
+    errors = [
+        np.mean(np.square(_outputs(tree, x) - _outputs(_WEIGHTS, x)))
+        for tree in (chips, scaled, further)
+    ]
     assert errors[2] < 0.5 * errors[1] and errors[1] < errors[0]
     again = _fit(scaled, numbers=90)  # a chip that has a correction already
     jax.tree.map(np.testing.assert_array_equal, _fitted(numbers=90), again)
@@ -140,35 +177,54 @@ def test_programmed_weights_contain_the_correction():
     x = _BATCHES[0]
     for chip in crossbar.chips_in(chips):
         held = crossbar.programmed_weights(chip)
-        one, of_one = (chip, held) if held.ndim == 2 else (jax.tree.map(lambda leaf: leaf[1], chip), held[1])
+        one, of_one = (
+            (chip, held)
+            if held.ndim == 2
+            else (jax.tree.map(lambda leaf: leaf[1], chip), held[1])
+        )
         np.testing.assert_allclose(crossbar.matmul(x, one), x @ of_one, atol=1e-4)
 
 
 def test_a_calibrated_and_corrected_chip_keeps_its_ranges():
-    config = CrossbarConfig(adc=ADC(bits=5), device=Device(programming=Independent(0.03)))
+    config = CrossbarConfig(
+        adc=ADC(bits=5), device=Device(programming=Independent(0.03))
+    )
     chips = crossbar.calibrate_tree(_run, _chips(config), _BATCHES)
     corrected = crossbar.with_corrections(chips, _fit(chips, numbers=60))
     again = crossbar.calibrate_tree(_run, corrected, [4 * _BATCHES[0]])
-    for before, after in zip(crossbar.chips_in(corrected), crossbar.chips_in(again), strict=True):
+    for before, after in zip(
+        crossbar.chips_in(corrected), crossbar.chips_in(again), strict=True
+    ):
         np.testing.assert_array_equal(before.limits, after.limits)
 
 
 def test_gradients_reach_corrections_and_inputs():
-    chips, corrections, x = _chips(), _fitted(numbers=90), _BATCHES[0]
+    chips = _chips()
+    corrections = _fitted(numbers=90)
+    x = _BATCHES[0]
 
     @jax.jit
     def loss(corrections):
-        return jnp.mean(jnp.square(_run(crossbar.with_corrections(chips, corrections), x)))
+        return jnp.mean(
+            jnp.square(_run(crossbar.with_corrections(chips, corrections), x))
+        )
 
     gradient = jax.grad(loss)(corrections)
     direction = jax.tree.map(jnp.ones_like, corrections)
-    up, down = (loss(jax.tree.map(lambda c, d, s=s: c + s * d, corrections, direction)) for s in (1e-3, -1e-3))
+    up, down = (
+        loss(jax.tree.map(lambda c, d, s=s: c + s * d, corrections, direction))
+        for s in (1e-3, -1e-3)
+    )
     along = sum(float(jnp.sum(leaf)) for leaf in jax.tree.leaves(gradient))
     np.testing.assert_allclose(along, (up - down) / 2e-3, rtol=2e-2)
 
 
 def test_a_converted_flax_model_is_restored():
-    digital = nnx.Sequential(nnx.Linear(8, 16, rngs=nnx.Rngs(0)), jnp.tanh, nnx.Linear(16, 5, rngs=nnx.Rngs(1)))
+    digital = nnx.Sequential(
+        nnx.Linear(8, 16, rngs=nnx.Rngs(0)),
+        jnp.tanh,
+        nnx.Linear(16, 5, rngs=nnx.Rngs(1)),
+    )
     on_arrays = crossbar_flax.convert(digital, {"*": _NOISY}, jax.random.key(3))
     graph, weights = nnx.split(on_arrays)
 
@@ -181,7 +237,8 @@ def test_a_converted_flax_model_is_restored():
     targets = [digital(x) for x in inputs]
     found = lf.restore(run, weights, matrices, inputs[:-1], targets[:-1])
     restored = crossbar.with_corrections(weights, found)
-    before, after = (float(jnp.mean(jnp.square(run(tree, inputs[-1]) - targets[-1]))) for tree in (weights, restored))
+    before = float(jnp.mean(jnp.square(run(weights, inputs[-1]) - targets[-1])))
+    after = float(jnp.mean(jnp.square(run(restored, inputs[-1]) - targets[-1])))
     assert after < 0.8 * before
     assert sum(correction.numbers() for correction in found.values()) == 16 + 5
 
@@ -189,14 +246,19 @@ def test_a_converted_flax_model_is_restored():
 @pytest.mark.parametrize("method", ["scales", "low-rank"])
 def test_left_out_inputs_choose_the_start_and_the_epoch(method):
     """A rate of 5 makes training worse than its start: the closed form or ones, whichever is wanted."""
-    chips, matrices = _chips(), [_WEIGHTS[chip.name] for chip in crossbar.chips_in(_chips())]
+    chips = _chips()
+    matrices = [_WEIGHTS[chip.name] for chip in crossbar.chips_in(_chips())]
     digital = [_outputs(_WEIGHTS, x) for x in _BATCHES]
     numbers = 90 if method == "low-rank" else 0
 
     def restored(wanted):
         left_out = [_outputs(wanted, x) for x in _BATCHES]
-        how = lf.Restoring(method=method, numbers=numbers, epochs=2, rate=5.0, rate_low_rank=5.0)
-        return lf.restore(_run, chips, matrices, _BATCHES, digital, how, left_out=(_BATCHES, left_out))
+        how = lf.Restoring(
+            method=method, numbers=numbers, epochs=2, rate=5.0, rate_low_rank=5.0
+        )
+        return lf.restore(
+            _run, chips, matrices, _BATCHES, digital, how, left_out=(_BATCHES, left_out)
+        )
 
     closed = crossbar.fit_corrections(_run, chips, matrices, _BATCHES, numbers=numbers)
     for name, correction in restored(crossbar.with_corrections(chips, closed)).items():
@@ -207,7 +269,9 @@ def test_left_out_inputs_choose_the_start_and_the_epoch(method):
 
 
 def test_fewer_vectors_than_inputs_warn_of_the_ridge():
-    with pytest.warns(UserWarning, match=r"fewer than its 8 inputs: the ridge of 0\.01 decides"):
+    with pytest.warns(
+        UserWarning, match=r"fewer than its 8 inputs: the ridge of 0\.01 decides"
+    ):
         _fit(batches=[_BATCHES[0][:4]], numbers=90)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -223,23 +287,37 @@ def test_offsets_are_part_of_the_reference_of_corrected_chips():
 
 
 def test_chips_are_corrected_by_names_of_their_own():
-    nameless = [crossbar.program(_WEIGHTS["layers"][n], _NOISY, jax.random.key(n)) for n in range(2)]
-    with pytest.raises(ValueError, match="2 chips have the name '', .*: set other names with"):
-        crossbar.fit_corrections(_run, nameless, [chip.codes for chip in nameless], _BATCHES)
+    nameless = [
+        crossbar.program(_WEIGHTS["layers"][n], _NOISY, jax.random.key(n))
+        for n in range(2)
+    ]
+    with pytest.raises(
+        ValueError, match="2 chips have the name '', .*: set other names with"
+    ):
+        crossbar.fit_corrections(
+            _run, nameless, [chip.codes for chip in nameless], _BATCHES
+        )
     with pytest.raises(ValueError, match="2 chips have the name ''"):
         crossbar.with_corrections(nameless, {"": Correction(scale=jnp.ones(8))})
-    with pytest.raises(ValueError, match="1 chips for a tree with 2: give one for each"):
+    with pytest.raises(
+        ValueError, match="1 chips for a tree with 2: give one for each"
+    ):
         crossbar.with_chips(nameless, nameless[:1])
 
 
 def _wide_head():
     chip = crossbar.program(_WEIGHTS["head"], _PERFECT)
-    return dataclasses.replace(chip, name="head", correction=Correction(scale=jnp.ones(1)))
+    return dataclasses.replace(
+        chip, name="head", correction=Correction(scale=jnp.ones(1))
+    )
 
 
 def test_a_saved_correction_of_another_width_is_refused(tmp_path):
     crossbar.save_chip(_wide_head(), tmp_path / "chip.safetensors")
-    with pytest.raises(ValueError, match=r"chip\.safetensors: the scale of the correction of 'head' has shape \(1,\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"chip\.safetensors: the scale of the correction of 'head' has shape \(1,\)",
+    ):
         crossbar.load_chip(tmp_path / "chip.safetensors")
 
 
@@ -251,32 +329,56 @@ _CONV = jnp.ones((3, 3, 1, 8))
     ("case", "message"),
     [
         (lambda: _fit(batches=[]), "there are no batches"),
-        (lambda: _fit(batches=_NAN), "inputs or outputs of head are NaN or infinite: give batches whose"),
+        (
+            lambda: _fit(batches=_NAN),
+            "inputs or outputs of head are NaN or infinite: give batches whose",
+        ),
         (lambda: _fit(batches=_NAN, numbers=90), "inputs or outputs of head are NaN"),
-        (lambda: _fit(ridge=-0.1), r"ridge = -0\.1: give a finite share, above 0 with numbers"),
+        (
+            lambda: _fit(ridge=-0.1),
+            r"ridge = -0\.1: give a finite share, above 0 with numbers",
+        ),
         (lambda: _fit(ridge=float("nan")), "ridge = nan"),
-        (lambda: _fit(numbers=90, ridge=0.0), r"ridge = 0\.0: give a finite share, above 0 with numbers"),
+        (
+            lambda: _fit(numbers=90, ridge=0.0),
+            r"ridge = 0\.0: give a finite share, above 0 with numbers",
+        ),
         (lambda: _fit(numbers=-3), "numbers = -3: give a whole number of at least 0"),
-        (lambda: _fit(batches=[0 * _BATCHES[0]], numbers=90, ridge=1e-300), "do not determine its matrix of low rank"),
-        (lambda: Correction(U=jnp.ones((8, 2))), "U and V are the factors of one matrix: give both or neither"),
+        (
+            lambda: _fit(batches=[0 * _BATCHES[0]], numbers=90, ridge=1e-300),
+            "do not determine its matrix of low rank",
+        ),
+        (
+            lambda: Correction(U=jnp.ones((8, 2))),
+            "U and V are the factors of one matrix: give both or neither",
+        ),
         (
             lambda: crossbar.fit_corrections(
-                _run, {"conv": crossbar.program(_CONV.reshape(9, 8), _PERFECT)}, [_CONV], _BATCHES
+                _run,
+                {"conv": crossbar.program(_CONV.reshape(9, 8), _PERFECT)},
+                [_CONV],
+                _BATCHES,
             ),
             r"\(3, 3, 1, 8\): expected \(9, 8\)\. .* kernel of \(3, 3, 1\) inputs in this order, give "
             r"kernel\.reshape\(-1, 8\)",
         ),
         (
-            lambda: crossbar.fit_corrections(_run, _chips(), [_WEIGHTS["head"]], _BATCHES),
+            lambda: crossbar.fit_corrections(
+                _run, _chips(), [_WEIGHTS["head"]], _BATCHES
+            ),
             "1 matrices for 2 chips: expected one for each",
         ),
         (lambda: _fit(offsets=True, numbers=9), "offsets are fitted without"),
         (
-            lambda: crossbar.fit_corrections(_run, _chips(), [_WEIGHTS["head"].T, _WEIGHTS["layers"]], _BATCHES),
+            lambda: crossbar.fit_corrections(
+                _run, _chips(), [_WEIGHTS["head"].T, _WEIGHTS["layers"]], _BATCHES
+            ),
             r"the matrix of head has the shape \(5, 8\): expected \(8, 5\)",
         ),
         (
-            lambda: crossbar.with_corrections(_chips(), {"tail": Correction(scale=jnp.ones(5))}),
+            lambda: crossbar.with_corrections(
+                _chips(), {"tail": Correction(scale=jnp.ones(5))}
+            ),
             "a correction of 'tail': expected one of the chips head, layers",
         ),
         (

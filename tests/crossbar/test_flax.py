@@ -28,7 +28,9 @@ from lorafusion_jax.crossbar.flax import (
 _KEY = jax.random.key(0)
 _IDEAL = crossbar.load_config("ideal")
 _CHANGES = {"scale": "column", "factors": True, "transform": "hadamard"}
-_PREPARED = dataclasses.replace(_IDEAL, mapping=crossbar.Mapping(weight_bits=None, **_CHANGES))
+_PREPARED = dataclasses.replace(
+    _IDEAL, mapping=crossbar.Mapping(weight_bits=None, **_CHANGES)
+)
 # One slice of weights and of inputs, which compiles fast.
 _COARSE = crossbar.CrossbarConfig(
     cell=crossbar.Cell(bits=(7,)),
@@ -37,15 +39,21 @@ _COARSE = crossbar.CrossbarConfig(
     tile=crossbar.Tile(rows=8, cols=4),
 )
 _CALIBRATED = dataclasses.replace(
-    _COARSE, dac=dataclasses.replace(_COARSE.dac, bits=6, slice_bits=5, scaling="calibrated"), adc=crossbar.ADC(bits=7)
+    _COARSE,
+    dac=dataclasses.replace(_COARSE.dac, bits=6, slice_bits=5, scaling="calibrated"),
+    adc=crossbar.ADC(bits=7),
 )
 _NOISY = crossbar.CrossbarConfig(
-    device=crossbar.Device(programming=crossbar.Independent(0.02), read_noise=crossbar.ReadNoise(0.02))
+    device=crossbar.Device(
+        programming=crossbar.Independent(0.02), read_noise=crossbar.ReadNoise(0.02)
+    )
 )
 
 
 def _normal(*shape):
-    return jnp.asarray(np.random.default_rng(len(shape)).normal(size=shape), jnp.float32)
+    return jnp.asarray(
+        np.random.default_rng(len(shape)).normal(size=shape), jnp.float32
+    )
 
 
 _X = _normal(3, 4, 5, 6)
@@ -64,18 +72,30 @@ def _read(x, matrix):
 def _by_patches(x, kernel):
     """Read the inputs under a filter with strides of (2, 1), by a convolution that JAX defines."""
     axes = ("NHWC", "HWIO", "NHWC")
-    taps = jax.lax.conv_general_dilated_patches(x, kernel.shape[:-2], (2, 1), "SAME", dimension_numbers=axes)
+    taps = jax.lax.conv_general_dilated_patches(
+        x, kernel.shape[:-2], (2, 1), "SAME", dimension_numbers=axes
+    )
     taps = taps.reshape(*taps.shape[:-1], x.shape[-1], -1).swapaxes(-1, -2)
-    return _read(taps.reshape(*taps.shape[:-2], -1), kernel.reshape(-1, kernel.shape[-1]))
+    return _read(
+        taps.reshape(*taps.shape[:-2], -1), kernel.reshape(-1, kernel.shape[-1])
+    )
 
 
 _MASK = jnp.tril(jnp.ones((3, 6, 8), jnp.float32))
-_GROUPS = {"padding": ((1, 2), (0, 1)), "input_dilation": (1, 2), "kernel_dilation": (2, 1), "feature_group_count": 2}
-_WRAPPED, _CAUSAL = {"strides": 2, "padding": "CIRCULAR"}, {"kernel_dilation": 2, "padding": "CAUSAL", "mask": _MASK}
+_GROUPS = {
+    "padding": ((1, 2), (0, 1)),
+    "input_dilation": (1, 2),
+    "kernel_dilation": (2, 1),
+    "feature_group_count": 2,
+}
+_WRAPPED = {"strides": 2, "padding": "CIRCULAR"}
+_CAUSAL = {"kernel_dilation": 2, "padding": "CAUSAL", "mask": _MASK}
 _LAYERS = {
     "linear": lambda rngs: nnx.Linear(6, 7, rngs=rngs),
     "general": lambda rngs: nnx.LinearGeneral((5, 6), (2, 3), axis=(-2, -1), rngs=rngs),
-    "general of groups": lambda rngs: nnx.LinearGeneral(6, 7, batch_axis={0: 3}, rngs=rngs),
+    "general of groups": lambda rngs: nnx.LinearGeneral(
+        6, 7, batch_axis={0: 3}, rngs=rngs
+    ),
     "einsum": lambda rngs: nnx.Einsum("...d,dhf->...hf", (6, 2, 7), (2, 7), rngs=rngs),
     "einsum of groups": lambda rngs: nnx.Einsum("nthd,hfd->hntf", (5, 7, 6), rngs=rngs),
     "convolution": lambda rngs: nnx.Conv(6, 8, (3, 2), strides=(2, 1), rngs=rngs),
@@ -86,9 +106,13 @@ _LAYERS = {
 # Reads of their kernels, laid out as matrices by hand.
 _BY_HAND = {
     "linear": _read,
-    "general": lambda x, k: _read(x.reshape(3, 4, 30), k.reshape(30, 6)).reshape(3, 4, 2, 3),
+    "general": lambda x, k: _read(x.reshape(3, 4, 30), k.reshape(30, 6)).reshape(
+        3, 4, 2, 3
+    ),
     "einsum": lambda x, k: _read(x, k.reshape(6, 14)).reshape(3, 4, 5, 2, 7),
-    "einsum of groups": lambda x, k: jnp.stack([_read(x[:, :, h], k[h].T) for h in range(5)]),
+    "einsum of groups": lambda x, k: jnp.stack(
+        [_read(x[:, :, h], k[h].T) for h in range(5)]
+    ),
     "convolution": _by_patches,
 }
 
@@ -101,22 +125,33 @@ def _layer(name):
 @pytest.mark.parametrize("name", _BY_HAND)
 def test_a_layer_reads_its_kernel_as_a_matrix(name):
     layer = _layer(name)
-    np.testing.assert_array_equal(convert(layer, {"*": _COARSE}, _KEY)(_X), _BY_HAND[name](_X, layer.kernel[...]))
+    np.testing.assert_array_equal(
+        convert(layer, {"*": _COARSE}, _KEY)(_X), _BY_HAND[name](_X, layer.kernel[...])
+    )
 
 
 def test_layers_on_ideal_arrays_are_the_digital_ones():
     names = [*_LAYERS, *(prepared := ["einsum of groups", "convolution of groups"])]
     rules = [_IDEAL] * len(_LAYERS) + [_PREPARED] * len(prepared)
-    on_arrays = [convert(_layer(name), {"*": config}, _KEY) for name, config in zip(names, rules, strict=True)]
+    on_arrays = [
+        convert(_layer(name), {"*": config}, _KEY)
+        for name, config in zip(names, rules, strict=True)
+    ]
     digital = [convert(_layer(name), {}, _KEY) for name in names]
     biased = functools.partial(jax.tree_util.tree_map_with_path, _with_bias)
     compiled = jax.jit(lambda layers: [layer(_X) for layer in biased(layers)])
-    for name, got, wanted in zip(names, compiled(on_arrays), compiled(digital), strict=True):
+    for name, got, wanted in zip(
+        names, compiled(on_arrays), compiled(digital), strict=True
+    ):
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=2e-6, err_msg=name)
 
 
 def _with_bias(path, leaf):
-    return leaf + jnp.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape) if "bias" in str(path) else leaf
+    return (
+        leaf + jnp.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape)
+        if "bias" in str(path)
+        else leaf
+    )
 
 
 # Models.
@@ -140,11 +175,15 @@ class _Language(nnx.Module):
         self.kinds = nnx.Embed(2, 8, rngs=rngs)
         self.positions = nnx.Param(0.1 * jnp.ones((1, 4, 8)))
         self.blocks = nnx.split_rngs(splits=2)(nnx.vmap(_Block))(rngs)
-        self.attention = nnx.MultiHeadAttention(num_heads=2, in_features=8, decode=False, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(
+            num_heads=2, in_features=8, decode=False, rngs=rngs
+        )
 
     def __call__(self, tokens):
         x = self.embed(tokens) + self.kinds(tokens % 2) + self.positions[...]
-        x = nnx.scan(lambda block, x: block(x), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(self.blocks, x)
+        x = nnx.scan(
+            lambda block, x: block(x), in_axes=(0, nnx.Carry), out_axes=nnx.Carry
+        )(self.blocks, x)
         return self.embed.attend(self.attention(x))
 
 
@@ -163,11 +202,22 @@ def _compiled(model, x):
 
 
 def test_a_language_model_goes_onto_arrays_in_one_call():
-    digital, on_arrays = (convert(_language(), rules, _KEY) for rules in ({}, _DIGITAL | {"*": _IDEAL}))
-    np.testing.assert_allclose(_compiled(on_arrays, _TOKENS), _compiled(digital, _TOKENS), rtol=1e-4, atol=1e-5)
-    chips = [leaf.name for leaf in jax.tree.leaves(on_arrays, is_leaf=_is_chip) if _is_chip(leaf)]
+    digital = convert(_language(), {}, _KEY)
+    on_arrays = convert(_language(), _DIGITAL | {"*": _IDEAL}, _KEY)
+    np.testing.assert_allclose(
+        _compiled(on_arrays, _TOKENS), _compiled(digital, _TOKENS), rtol=1e-4, atol=1e-5
+    )
+    chips = [
+        leaf.name
+        for leaf in jax.tree.leaves(on_arrays, is_leaf=_is_chip)
+        if _is_chip(leaf)
+    ]
     layers = [f"attention.{name}" for name in ("key", "out", "query", "value")]
-    assert sorted(chips) == [*layers, "blocks.down", "blocks.up"]  # and no table of an embedding
+    assert sorted(chips) == [
+        *layers,
+        "blocks.down",
+        "blocks.up",
+    ]  # and no table of an embedding
 
 
 def test_layers_of_one_input_are_prepared_together_for_the_inputs_of_a_model():
@@ -178,10 +228,21 @@ def test_layers_of_one_input_are_prepared_together_for_the_inputs_of_a_model():
     np.testing.assert_array_equal(found[heads[0]].factors, found[heads[1]].factors)
     assert found["blocks.up"].factors.shape == (2, 8) and not found["blocks.up"].white
     white = prepare(_language(), rules)
-    assert white[heads[0]].white and not np.allclose(white[heads[0]].factors, white[heads[1]].factors)
+    assert white[heads[0]].white and not np.allclose(
+        white[heads[0]].factors, white[heads[1]].factors
+    )
     on_arrays = convert(_language(), rules, _KEY, found)
-    np.testing.assert_allclose(_compiled(on_arrays, _TOKENS), _compiled(_language(), _TOKENS), rtol=1e-4, atol=1e-5)
-    assert "equal power" in str(crossbar.explain(convert(_layer("linear"), {"*": _PREPARED}, _KEY).kernel[...].chip))
+    np.testing.assert_allclose(
+        _compiled(on_arrays, _TOKENS),
+        _compiled(_language(), _TOKENS),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    assert "equal power" in str(
+        crossbar.explain(
+            convert(_layer("linear"), {"*": _PREPARED}, _KEY).kernel[...].chip
+        )
+    )
 
 
 def _is_chip(leaf):
@@ -190,18 +251,28 @@ def _is_chip(leaf):
 
 def test_reads_are_counted_by_layer_over_positions_calls_and_stacked_layers():
     on_arrays = convert(_language(), _DIGITAL | {"*": _CALIBRATED}, _KEY)
-    attention = {f"attention.{name}": 2 * 4 for name in ("key", "out", "query", "value")}
+    attention = {
+        f"attention.{name}": 2 * 4 for name in ("key", "out", "query", "value")
+    }
     stacked = {"blocks.down": 2 * 2 * 4, "blocks.up": 2 * 2 * 4}  # two layers
     assert count_reads(on_arrays, _TOKENS) == attention | stacked
 
 
 def test_a_convolution_reads_a_vector_for_each_position_and_group():
     rngs = nnx.Rngs(0)
-    pictures = nnx.Sequential(nnx.Conv(1, 4, (3, 3), rngs=rngs), nnx.Conv(4, 4, (3, 3), strides=2, rngs=rngs))
-    counted = count_reads(convert(pictures, {"*": _CALIBRATED}, _KEY), _normal(3, 4, 4, 1))
+    pictures = nnx.Sequential(
+        nnx.Conv(1, 4, (3, 3), rngs=rngs), nnx.Conv(4, 4, (3, 3), strides=2, rngs=rngs)
+    )
+    counted = count_reads(
+        convert(pictures, {"*": _CALIBRATED}, _KEY), _normal(3, 4, 4, 1)
+    )
     assert counted == {"layers.0": 3 * 4 * 4, "layers.1": 3 * 2 * 2}
-    grouped = nnx.Sequential(nnx.Conv(4, 6, (3,), feature_group_count=2, padding="VALID", rngs=nnx.Rngs(0)))
-    assert count_reads(convert(grouped, {"*": _IDEAL}, _KEY), _normal(3, 5, 4)) == {"layers.0": 2 * 3 * 3}
+    grouped = nnx.Sequential(
+        nnx.Conv(4, 6, (3,), feature_group_count=2, padding="VALID", rngs=nnx.Rngs(0))
+    )
+    assert count_reads(convert(grouped, {"*": _IDEAL}, _KEY), _normal(3, 5, 4)) == {
+        "layers.0": 2 * 3 * 3
+    }
 
 
 def test_reads_of_a_layer_without_a_gradient_are_not_taken_for_none():
@@ -217,9 +288,13 @@ def test_reads_of_a_layer_without_a_gradient_are_not_taken_for_none():
 
 
 def test_a_layer_goes_onto_arrays_without_its_adapter():
-    adapted = nnx.LoRALinear(6, 7, lora_rank=2, b_initializer=nnx.initializers.normal(), rngs=nnx.Rngs(0))
+    adapted = nnx.LoRALinear(
+        6, 7, lora_rank=2, b_initializer=nnx.initializers.normal(), rngs=nnx.Rngs(0)
+    )
     on_arrays = convert(adapted, {"*": _IDEAL}, _KEY)
-    assert isinstance(on_arrays.kernel, InArrays) and isinstance(on_arrays.lora.lora_a, nnx.LoRAParam)
+    assert isinstance(on_arrays.kernel, InArrays) and isinstance(
+        on_arrays.lora.lora_a, nnx.LoRAParam
+    )
     np.testing.assert_allclose(on_arrays(_X), adapted(_X), rtol=1e-5, atol=1e-6)
 
 
@@ -227,13 +302,17 @@ def test_a_layer_goes_onto_arrays_without_its_adapter():
 
 
 def _mlp():
-    return nnx.Sequential(nnx.Linear(6, 8, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(8, 6, rngs=nnx.Rngs(1)))
+    return nnx.Sequential(
+        nnx.Linear(6, 8, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(8, 6, rngs=nnx.Rngs(1))
+    )
 
 
 class _Unable(nnx.Module):
     def __init__(self, rngs):
         self.transposed = nnx.ConvTranspose(6, 7, 3, rngs=rngs)
-        self.quantised = nnx.Linear(6, 7, dot_general=lambda *args, **options: jax.lax.dot(*args), rngs=rngs)
+        self.quantised = nnx.Linear(
+            6, 7, dot_general=lambda *args, **options: jax.lax.dot(*args), rngs=rngs
+        )
         self.by_hand = nnx.Param(jnp.ones((6, 7)))
         self.outer = nnx.Einsum("td,tdf->tf", (3, 6, 7), rngs=rngs)
         self.odd = nnx.Einsum("td,dfg->tf", (6, 7, 2), rngs=rngs)
@@ -248,7 +327,8 @@ def test_the_rest_of_a_model_may_follow_onto_arrays():
 
 class _Unused(nnx.Module):
     def __init__(self, rngs):
-        self.used, self.unused = nnx.Linear(6, 7, rngs=rngs), nnx.Linear(6, 7, rngs=rngs)
+        self.used = nnx.Linear(6, 7, rngs=rngs)
+        self.unused = nnx.Linear(6, 7, rngs=rngs)
 
     def __call__(self, x):
         return self.used(x)
@@ -283,26 +363,36 @@ class _Extra(nnx.Linear):
 
 
 def _of_qwix(layer, provider=None):
-    provider = provider or qwix.PtqProvider([qwix.QuantizationRule(weight_qtype="int8")])
+    provider = provider or qwix.PtqProvider(
+        [qwix.QuantizationRule(weight_qtype="int8")]
+    )
     with warnings.catch_warnings(action="ignore"):  # of what qwix calls in Flax
         return qwix.quantize_model(layer, provider, _X, rngs=nnx.Rngs(0))
 
 
 def _second_axis():
-    return nnx.vmap(lambda rngs: nnx.Linear(6, 7, rngs=rngs), in_axes=0, out_axes=1)(nnx.Rngs(0).split(3))
+    return nnx.vmap(lambda rngs: nnx.Linear(6, 7, rngs=rngs), in_axes=0, out_axes=1)(
+        nnx.Rngs(0).split(3)
+    )
 
 
 def _scanned(*kinds):
     """Scan two blocks on arrays, with an axis for variables of some kinds alone."""
-    model, x = convert(_language().blocks, {"*": _IDEAL}, _KEY), _normal(2, 8)
+    model = convert(_language().blocks, {"*": _IDEAL}, _KEY)
+    x = _normal(2, 8)
     axes = nnx.StateAxes({kinds: 0, ...: None})
-    return nnx.scan(lambda block, x: block(x), in_axes=(axes, nnx.Carry), out_axes=nnx.Carry)(model, x)
+    return nnx.scan(
+        lambda block, x: block(x), in_axes=(axes, nnx.Carry), out_axes=nnx.Carry
+    )(model, x)
 
 
 def _calibrated_inside(key):
     device = crossbar.Device(programming=crossbar.Independent(0.02))
     layer = nnx.Linear(6, 7, rngs=nnx.Rngs(0))
-    return calibrate(convert(layer, {"*": dataclasses.replace(_CALIBRATED, device=device)}, key), [_X])
+    return calibrate(
+        convert(layer, {"*": dataclasses.replace(_CALIBRATED, device=device)}, key),
+        [_X],
+    )
 
 
 def _small():
@@ -310,8 +400,12 @@ def _small():
 
 
 _SQUARE = jnp.ones((7, 7))
-_FREE = [inspect.unwrap(put) for put in (convert, crossbar.program_tree)]  # of the tests' type checks
-_NO_RULE = r"'decoder' matches no weight: .*, blocks.down, blocks.norm, blocks.up, embed"
+_FREE = [
+    inspect.unwrap(put) for put in (convert, crossbar.program_tree)
+]  # of the tests' type checks
+_NO_RULE = (
+    r"'decoder' matches no weight: .*, blocks.down, blocks.norm, blocks.up, embed"
+)
 _ONE_ARRAY = r"batches is one array of shape \(3, 4, 5, 6\): give a list"
 _NO_TABLE = r"rules of type CrossbarConfig: give a table .*\{'\*': config\}"
 _OUTSIDE = r"calibrate outside of them, .*jnp.stack\(leaves\), \*models\)"
@@ -325,43 +419,112 @@ _REFUSED = [
         lambda: _on_arrays(_mlp(), {"layers.*": _COARSE, "layers.2": None}),
         r"'layers.2' never decides, .*comes first",
     ),
-    (lambda: _unable("transposed"), f"{_NO_FORM}.*Leave it digital.*'transposed': None"),
-    (lambda: _unable("quantised"), "quantised cannot be put on arrays: its dot_general is not that of JAX"),
-    (lambda: _unable("by_hand"), r"by_hand .*: it is a parameter of shape \(6, 7\), and no layer's kernel"),
+    (
+        lambda: _unable("transposed"),
+        f"{_NO_FORM}.*Leave it digital.*'transposed': None",
+    ),
+    (
+        lambda: _unable("quantised"),
+        "quantised cannot be put on arrays: its dot_general is not that of JAX",
+    ),
+    (
+        lambda: _unable("by_hand"),
+        r"by_hand .*: it is a parameter of shape \(6, 7\), and no layer's kernel",
+    ),
     (lambda: _unable("odd"), "odd .*: the kernel of 'td,dfg->tf' has an axis"),
     (lambda: _on_arrays(_Extra(square=_Frozen(_SQUARE))), _OTHER),
     (lambda: _on_arrays(_Extra(square=_SQUARE)), _OTHER),
     (lambda: _on_arrays(_Extra(square=nnx.Param(_SQUARE))), _OTHER),
-    (lambda: _on_arrays(_Extra(square=nnx.Param(_SQUARE[None])), "square"), "square cannot .*no layer's kernel"),
+    (
+        lambda: _on_arrays(_Extra(square=nnx.Param(_SQUARE[None])), "square"),
+        "square cannot .*no layer's kernel",
+    ),
     *(
-        (lambda of=of: _on_arrays(of(_small(), rngs=nnx.Rngs(0))), f"{of.__name__} computes its")
+        (
+            lambda of=of: _on_arrays(of(_small(), rngs=nnx.Rngs(0))),
+            f"{of.__name__} computes its",
+        )
         for of in (nnx.WeightNorm, nnx.SpectralNorm)
     ),
     (lambda: _on_arrays(_of_qwix(_small())), "comes from qwix"),
-    (lambda: _on_arrays(_of_qwix(_small(), qwix.LoraProvider(rank=2, alpha=2))), "comes from qwix.*nnx.LoRA"),
-    (lambda: _on_arrays(_of_qwix(_mlp()).layers[0]), "its kernel is a WithAux instead of an array"),
-    (lambda: _of_qwix(_on_arrays()), "dot_general has been replaced, as by a model of qwix"),
-    (lambda: _on_arrays(nnx.Linear(0, 3, kernel_init=nnx.initializers.zeros, rngs=nnx.Rngs(0))), r"\(0, 3\) is empty"),
-    *((lambda put=put: put(_mlp(), {"*": "isaac"}, _KEY), r"'\*' gives 'isaac': .*\('isaac'\)") for put in _FREE),
+    (
+        lambda: _on_arrays(_of_qwix(_small(), qwix.LoraProvider(rank=2, alpha=2))),
+        "comes from qwix.*nnx.LoRA",
+    ),
+    (
+        lambda: _on_arrays(_of_qwix(_mlp()).layers[0]),
+        "its kernel is a WithAux instead of an array",
+    ),
+    (
+        lambda: _of_qwix(_on_arrays()),
+        "dot_general has been replaced, as by a model of qwix",
+    ),
+    (
+        lambda: _on_arrays(
+            nnx.Linear(0, 3, kernel_init=nnx.initializers.zeros, rngs=nnx.Rngs(0))
+        ),
+        r"\(0, 3\) is empty",
+    ),
+    *(
+        (
+            lambda put=put: put(_mlp(), {"*": "isaac"}, _KEY),
+            r"'\*' gives 'isaac': .*\('isaac'\)",
+        )
+        for put in _FREE
+    ),
     *((lambda put=put: put(_mlp(), _COARSE, _KEY), _NO_TABLE) for put in _FREE),
-    *((lambda put=put: put(_mlp(), {"*": _IDEAL}, 3), "the key is 3: give one PRNG key, such as") for put in _FREE),
-    *((lambda name=name: _twice(_layer(name)), "is on arrays already") for name in ("linear", "convolution")),
-    (lambda: _on_arrays(_second_axis()), r"of shape \(6, 7\) are stacked to \(6, 3, 7\), and their axis has to be"),
-    (lambda: _FREE[0]({"w": _X}, {"*": _IDEAL}, _KEY), "a model of type dict: give an NNX module, or put the"),
-    (lambda: _on_arrays()(_X, out_sharding=jax.sharding.PartitionSpec()), "on arrays, which take no out_sharding"),
+    *(
+        (
+            lambda put=put: put(_mlp(), {"*": _IDEAL}, 3),
+            "the key is 3: give one PRNG key, such as",
+        )
+        for put in _FREE
+    ),
+    *(
+        (lambda name=name: _twice(_layer(name)), "is on arrays already")
+        for name in ("linear", "convolution")
+    ),
+    (
+        lambda: _on_arrays(_second_axis()),
+        r"of shape \(6, 7\) are stacked to \(6, 3, 7\), and their axis has to be",
+    ),
+    (
+        lambda: _FREE[0]({"w": _X}, {"*": _IDEAL}, _KEY),
+        "a model of type dict: give an NNX module, or put the",
+    ),
+    (
+        lambda: _on_arrays()(_X, out_sharding=jax.sharding.PartitionSpec()),
+        "on arrays, which take no out_sharding",
+    ),
     (lambda: inspect.unwrap(calibrate)(_on_arrays(), _X), _ONE_ARRAY),
     (lambda: inspect.unwrap(site_errors)(_on_arrays(), _X), _ONE_ARRAY),
-    (lambda: _scanned(nnx.Param), r"up is a stack of \(2,\) layers, .*give it to crossbar.flax.InArrays as well"),
-    (lambda: calibrate(_on_arrays(_Unused(nnx.Rngs(0)), config=_CALIBRATED), [_X]), "unused was read by none"),
-    (lambda: prepare(_language(), _DIGITAL | {"*": _PREPARED}, together=[["kinds"]]), "kinds in `together`: expected"),
+    (
+        lambda: _scanned(nnx.Param),
+        r"up is a stack of \(2,\) layers, .*give it to crossbar.flax.InArrays as well",
+    ),
+    (
+        lambda: calibrate(_on_arrays(_Unused(nnx.Rngs(0)), config=_CALIBRATED), [_X]),
+        "unused was read by none",
+    ),
+    (
+        lambda: prepare(_language(), _DIGITAL | {"*": _PREPARED}, together=[["kinds"]]),
+        "kinds in `together`: expected",
+    ),
     (
         lambda: prepare(
-            _language(), _DIGITAL | {"*": _PREPARED}, [_TOKENS], together=[["attention.query", "attention.out"]]
+            _language(),
+            _DIGITAL | {"*": _PREPARED},
+            [_TOKENS],
+            together=[["attention.query", "attention.out"]],
         ),
         "attention.out and attention.query in `together` meet different inputs",
     ),
     (
-        lambda: prepare(_mlp(), {"layers.0": _PREPARED, "*": _IDEAL}, together=[["layers.0", "layers.2"]]),
+        lambda: prepare(
+            _mlp(),
+            {"layers.0": _PREPARED, "*": _IDEAL},
+            together=[["layers.0", "layers.2"]],
+        ),
         "layers.2 and layers.0 in `together` have two configurations",
     ),
     (lambda: jax.jit(_calibrated_inside)(_KEY), _OUTSIDE),
@@ -370,7 +533,9 @@ _REFUSED = [
 
 
 @pytest.mark.parametrize(("act", "message"), _REFUSED)
-def test_what_cannot_be_put_on_arrays_or_read_there_is_refused_with_advice(act, message):
+def test_what_cannot_be_put_on_arrays_or_read_there_is_refused_with_advice(
+    act, message
+):
     with pytest.raises(ValueError, match=message):
         act()
 
@@ -378,7 +543,9 @@ def test_what_cannot_be_put_on_arrays_or_read_there_is_refused_with_advice(act, 
 def test_what_is_close_to_a_refusal_goes_onto_arrays():
     frozen = _on_arrays(_Extra(kernel=_Frozen(_normal(6, 7))))
     assert isinstance(frozen.kernel, InArrays)
-    _on_arrays(_mlp(), {"layers.0": None, "layers.2": None, "*": _COARSE})  # a rule for the rest may have none
+    _on_arrays(
+        _mlp(), {"layers.0": None, "layers.2": None, "*": _COARSE}
+    )  # a rule for the rest may have none
     assert _scanned(nnx.Param, InArrays).shape == (2, 8)
 
 
@@ -386,12 +553,19 @@ def test_the_dtype_of_a_layer_is_that_of_its_result():
     layer = nnx.Linear(6, 7, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     y = convert(layer, {"*": _IDEAL}, _KEY)(_X)
     assert y.dtype == jnp.bfloat16
-    np.testing.assert_allclose(y.astype(jnp.float32), layer(_X).astype(jnp.float32), atol=0.05)
+    np.testing.assert_allclose(
+        y.astype(jnp.float32), layer(_X).astype(jnp.float32), atol=0.05
+    )
 
 
 def test_a_drift_without_a_time_warns():
-    config = crossbar.CrossbarConfig(device=crossbar.Device(drift=crossbar.PowerLaw(0.05)))
-    with pytest.warns(UserWarning, match=r"the rule '\*' has a device.drift, but its device.time is None"):
+    config = crossbar.CrossbarConfig(
+        device=crossbar.Device(drift=crossbar.PowerLaw(0.05))
+    )
+    with pytest.warns(
+        UserWarning,
+        match=r"the rule '\*' has a device.drift, but its device.time is None",
+    ):
         convert(nnx.Linear(6, 7, rngs=nnx.Rngs(0)), {"*": config}, _KEY)
 
 
@@ -401,9 +575,14 @@ def test_a_drift_without_a_time_warns():
 def test_a_layer_is_calibrated_as_its_chip_is():
     layer = nnx.Linear(6, 7, use_bias=False, rngs=nnx.Rngs(0))
     on_arrays = convert(layer, {"*": _CALIBRATED}, _KEY)
-    with pytest.raises(ValueError, match="the model has a DAC whose range comes from data: .*crossbar.flax.calibrate"):
+    with pytest.raises(
+        ValueError,
+        match="the model has a DAC whose range comes from data: .*crossbar.flax.calibrate",
+    ):
         on_arrays(_X)
-    chip = jax.jit(functools.partial(crossbar.program, config=_CALIBRATED))(layer.kernel[...])
+    chip = jax.jit(functools.partial(crossbar.program, config=_CALIBRATED))(
+        layer.kernel[...]
+    )
     for _ in "inputs", "sums":
         chip = crossbar.calibrated(chip, crossbar.probe(_X, chip)[1])
     on_arrays = calibrate(on_arrays, [_X])
@@ -415,20 +594,31 @@ def test_a_layer_is_calibrated_as_its_chip_is():
 
 @pytest.mark.long
 def test_all_layers_of_a_model_are_calibrated_in_their_scan():
-    digital, on_arrays = (convert(_language(), how, _KEY) for how in ({}, {"blocks.*": _CALIBRATED}))
+    digital = convert(_language(), {}, _KEY)
+    on_arrays = convert(_language(), {"blocks.*": _CALIBRATED}, _KEY)
     on_arrays = calibrate(on_arrays, [(_TOKENS,), (_TOKENS[::-1],)])
-    got, wanted = _compiled(on_arrays, _TOKENS), _compiled(digital, _TOKENS)
+    got = _compiled(on_arrays, _TOKENS)
+    wanted = _compiled(digital, _TOKENS)
     assert 0 < jnp.linalg.norm(got - wanted) < 0.2 * jnp.linalg.norm(wanted)
     chip = on_arrays.blocks.up.kernel[...].chip
-    assert chip.limits.shape == (2, 1, 1, 2) and chip.input_limit[0] != chip.input_limit[1]
+    assert (
+        chip.limits.shape == (2, 1, 1, 2) and chip.input_limit[0] != chip.input_limit[1]
+    )
 
 
 def test_calibration_of_another_chip_compiles_nothing(caplog):
     def chip(number):
-        device = crossbar.Device(programming=crossbar.Independent(jnp.float32(0.01 * number)))
-        return convert(_mlp(), {"*": dataclasses.replace(_CALIBRATED, device=device)}, jax.random.key(number))
+        device = crossbar.Device(
+            programming=crossbar.Independent(jnp.float32(0.01 * number))
+        )
+        return convert(
+            _mlp(),
+            {"*": dataclasses.replace(_CALIBRATED, device=device)},
+            jax.random.key(number),
+        )
 
-    x, chips = _normal(7, 6), (chip(1), chip(2))
+    x = _normal(7, 6)
+    chips = (chip(1), chip(2))
     compiled = []
     for each in chips:
         caplog.clear()
@@ -446,7 +636,8 @@ def test_a_model_is_calibrated_with_an_array_among_its_options():
         def __call__(self, x, *, scale):
             return scale * self.linear(x)
 
-    x, scale = _normal(5, 6), jnp.float32(2)
+    x = _normal(5, 6)
+    scale = jnp.float32(2)
     on_arrays = convert(Scaled(nnx.Rngs(0)), {"*": _CALIBRATED}, _KEY)
     assert calibrate(on_arrays, [x], scale=scale)(x, scale=scale).shape == (5, 3)
 
@@ -458,7 +649,10 @@ def test_read_noise_needs_a_key_and_calibration_has_one():
     noisy = dataclasses.replace(_CALIBRATED, device=_NOISY.device)
     on_arrays = calibrate(convert(_layer("linear"), {"*": noisy}, _KEY), [_X])
     assert site_errors(on_arrays, [_X])[0]["sqnr"] > 0
-    with pytest.raises(ValueError, match="again for every read: give it a key, .*crossbar.flax.with_read_key"):
+    with pytest.raises(
+        ValueError,
+        match="again for every read: give it a key, .*crossbar.flax.with_read_key",
+    ):
         on_arrays(_X)
     assert with_read_key(on_arrays, _KEY)(_X).shape == (3, 4, 5, 7)
 
@@ -473,9 +667,15 @@ def test_a_read_key_decides_the_noise_of_all_layers():
     np.testing.assert_array_equal(step(model, 1), step(model, 1))
     assert not np.array_equal(step(model, 1), step(model, 2))
     keyed = with_read_key(model, jax.random.key(1))
-    keys = [jax.random.key_data(leaf.key) for leaf in jax.tree.leaves(keyed, is_leaf=_is_chip) if _is_chip(leaf)]
+    keys = [
+        jax.random.key_data(leaf.key)
+        for leaf in jax.tree.leaves(keyed, is_leaf=_is_chip)
+        if _is_chip(leaf)
+    ]
     keys = np.concatenate([np.asarray(key).reshape(-1, 2) for key in keys])
-    assert len(np.unique(keys, axis=0)) == len(keys) == 4  # by path, and by layer within a scan
+    assert (
+        len(np.unique(keys, axis=0)) == len(keys) == 4
+    )  # by path, and by layer within a scan
 
 
 def test_training_leaves_arrays_alone_and_passes_gradients_through_them():
@@ -492,9 +692,13 @@ def test_training_leaves_arrays_alone_and_passes_gradients_through_them():
         optimizer.update(model, slopes)
         return value
 
-    values = [float(step(model, optimizer, jax.random.key(number))) for number in range(5)]
+    values = [
+        float(step(model, optimizer, jax.random.key(number))) for number in range(5)
+    ]
     assert values[-1] < values[0]
-    for old, new in zip(before[0], jax.tree.leaves(nnx.state(model, InArrays)), strict=True):
+    for old, new in zip(
+        before[0], jax.tree.leaves(nnx.state(model, InArrays)), strict=True
+    ):
         assert (old == new).all()
     paths = [path for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
     assert paths == [("layers", 0, "bias"), ("layers", 2, "bias")]
@@ -502,7 +706,10 @@ def test_training_leaves_arrays_alone_and_passes_gradients_through_them():
 
     layer = convert(nnx.Linear(6, 7, rngs=nnx.Rngs(0)), {"*": _COARSE}, _KEY)
     slope = jax.grad(lambda x: jnp.sum(layer(x)))(_X[0, 0])
-    wanted = jnp.broadcast_to(jnp.sum(crossbar.programmed_weights(layer.kernel[...].chip), axis=1), slope.shape)
+    wanted = jnp.broadcast_to(
+        jnp.sum(crossbar.programmed_weights(layer.kernel[...].chip), axis=1),
+        slope.shape,
+    )
     np.testing.assert_allclose(slope, wanted, rtol=1e-5)
 
 
@@ -518,5 +725,8 @@ def test_a_model_on_arrays_is_saved_and_read(tmp_path):
 def test_a_chip_is_shown_on_one_line():
     stacked = convert(_language().blocks, {"up": _COARSE}, _KEY)
     (chip,) = crossbar.chips_in(stacked)
-    assert repr(chip) == f"Chip('up', shape=(2, 8, 16), arrays=16, path={chip.plan.path!r})"
+    assert (
+        repr(chip)
+        == f"Chip('up', shape=(2, 8, 16), arrays=16, path={chip.plan.path!r})"
+    )
     assert 2 * crossbar.counts(chip.matrix_shape, _COARSE).arrays == 16

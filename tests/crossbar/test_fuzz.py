@@ -8,6 +8,7 @@ same shape, which count as one. Here the draws are the same in every run; `make 
 import collections
 import contextlib
 import dataclasses
+import functools
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -37,12 +38,16 @@ from lorafusion_jax.crossbar import (
     with_read_key,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:adc.range='granular' with convert='sum'")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:adc.range='granular' with convert='sum'"
+)
 
 # How often each outcome was met: (property, path, outcome) -> cases.
 TALLY: collections.Counter[tuple[str, str, str]] = collections.Counter()
 # What `fuzz_crossbar.py` runs: the functions and what they draw.
-PROPERTIES: dict[str, tuple[Callable[..., None], dict[str, st.SearchStrategy[Any]]]] = {}
+PROPERTIES: dict[
+    str, tuple[Callable[..., None], dict[str, st.SearchStrategy[Any]]]
+] = {}
 # Matrices and batches that each program runs on.
 DRAWS = 2
 
@@ -74,7 +79,9 @@ def case_of(path: str | None, c: dict[str, Any], number: int = 0) -> Case:
     return Case(path, c, build(c), jax.random.key(c["seed"]), *arrays)
 
 
-def cases(count: int, **drawn: st.SearchStrategy[Any]) -> Callable[[Callable[..., Any]], Callable[..., None]]:
+def cases(
+    count: int, **drawn: st.SearchStrategy[Any]
+) -> Callable[[Callable[..., Any]], Callable[..., None]]:
     """Make a property a test of two draws and a nightly one of `count`, the same in every run; and one to be fuzzed."""
 
     def decorate(check: Callable[..., Any]) -> Callable[..., None]:
@@ -85,17 +92,29 @@ def cases(count: int, **drawn: st.SearchStrategy[Any]) -> Callable[[Callable[...
             note(repr(build(c)))
             with jax.enable_x64(c["float64"]), refusals() as refused:
                 check(case_of(path, c), **more)
-            TALLY[name, path or "chosen", "refused" if refused else "within tolerance"] += 1
+            TALLY[
+                name, path or "chosen", "refused" if refused else "within tolerance"
+            ] += 1
 
         PROPERTIES[name] = one, drawn
 
-        @pytest.mark.parametrize("examples", [2, pytest.param(count, marks=pytest.mark.nightly)])
+        @pytest.mark.parametrize(
+            "examples", [2, pytest.param(count, marks=pytest.mark.nightly)]
+        )
         def test(examples: int) -> None:
             TALLY.clear()
-            settings(max_examples=examples, phases=[Phase.generate])(given(**drawn)(one))()
+            settings(max_examples=examples, phases=[Phase.generate])(
+                given(**drawn)(one)
+            )()
             # A property says nothing about what a path refuses.
-            refused = sum(number for (*_, outcome), number in TALLY.items() if outcome == "refused")
-            assert refused <= 0.75 * TALLY.total() + 1, f"{refused} of {TALLY.total()} cases are refused"
+            refused = sum(
+                number
+                for (*_, outcome), number in TALLY.items()
+                if outcome == "refused"
+            )
+            assert refused <= 0.75 * TALLY.total() + 1, (
+                f"{refused} of {TALLY.total()} cases are refused"
+            )
 
         test.__doc__ = check.__doc__
         return test
@@ -160,12 +179,18 @@ def drawn_codes(case: Case) -> oracle.Drawn | None:
         dac=dataclasses.replace(dac, scaling="fixed", limit=1.0),
     )
     key = jax.random.fold_in(case.key, 1)
-    read = jit(lambda v: matmul(v, with_read_key(program(jnp.eye(v.shape[1], dtype=v.dtype), plain), key)))
+    read = jit(
+        lambda v: matmul(
+            v, with_read_key(program(jnp.eye(v.shape[1], dtype=v.dtype), plain), key)
+        )
+    )
 
     def drawn(voltages: np.ndarray) -> np.ndarray:
         codes = np.rint(top * np.asarray(read(jnp.asarray(voltages)), float))
         exact = np.clip(voltages.astype(float), -1 if dac.signed else 0, 1) * top
-        assert (np.abs(codes - exact) < 1 + 1e-5).all(), f"{voltages} as {codes} of {top}"
+        assert (np.abs(codes - exact) < 1 + 1e-5).all(), (
+            f"{voltages} as {codes} of {top}"
+        )
         return codes
 
     return drawn
@@ -176,9 +201,15 @@ def assert_within(found: Any, wanted: oracle.Read, case: Case, what: str) -> Non
     if case.config.tile.wire is not None:
         eps = max(eps, 20 * case.config.tile.wire.tolerance)
     error = np.abs(np.asarray(found, float) - wanted.y)
-    allowed = wanted.slack * (1 + 1e-6) + eps * np.max(wanted.magnitude, axis=0, keepdims=True) + 1e-30
+    allowed = (
+        wanted.slack * (1 + 1e-6)
+        + eps * np.max(wanted.magnitude, axis=0, keepdims=True)
+        + 1e-30
+    )
     if not (error <= allowed).all():
-        at = np.unravel_index(np.argmax(np.where(np.isnan(error), np.inf, error) / allowed), error.shape)
+        at = np.unravel_index(
+            np.argmax(np.where(np.isnan(error), np.inf, error) / allowed), error.shape
+        )
         raise AssertionError(
             f"{what}: {np.asarray(found)[at]} where the loops give {wanted.y[at]} within {allowed[at]:.3g} "
             f"(output {tuple(map(int, at))}, {np.mean(~(error <= allowed)):.0%} of all)"
@@ -191,22 +222,39 @@ def chip_of(state: Any) -> oracle.Chip:
     def array(leaf: Any) -> np.ndarray | None:
         return None if leaf is None else np.asarray(leaf, float)
 
-    scale = np.broadcast_to(np.asarray(state.scale, float), (state.cells.shape[2], state.shape[1]))
+    scale = np.broadcast_to(
+        np.asarray(state.scale, float), (state.cells.shape[2], state.shape[1])
+    )
     flipped = None if state.flipped is None else np.asarray(state.flipped)
-    return oracle.Chip(np.asarray(state.cells, float), flipped, scale, array(state.gain), array(state.offset))
+    return oracle.Chip(
+        np.asarray(state.cells, float),
+        flipped,
+        scale,
+        array(state.gain),
+        array(state.offset),
+    )
 
 
 def programmed_chip(case: Case) -> oracle.Chip:
     """Return the chip of a case: read back where it is random."""
-    config, adc = case.config, case.config.adc
-    if is_perfect(config) and (adc is None or adc.gain_error is adc.offset_error is None):
+    config = case.config
+    adc = case.config.adc
+    if is_perfect(config) and (
+        adc is None or adc.gain_error is adc.offset_error is None
+    ):
         return oracle.program(case.W, config)
-    return chip_of(jit(lambda W: program(W, config, case.key, path="definition"))(jnp.asarray(case.W)))
+    return chip_of(
+        jit(lambda W: program(W, config, case.key, path="definition"))(
+            jnp.asarray(case.W)
+        )
+    )
 
 
 def is_perfect(config: CrossbarConfig) -> bool:
     device = config.device
-    return not (device.programming or device.stuck or (device.drift and device.time is not None))
+    return not (
+        device.programming or device.stuck or (device.drift and device.time is not None)
+    )
 
 
 def same_bits(case: Case) -> bool:
@@ -214,7 +262,9 @@ def same_bits(case: Case) -> bool:
     config, (d_in, d_out) = case.config, case.W.shape
     if not oracle.integer_sums(config) or config.mapping.scale == "tile":
         return False
-    if config.encoding.kind == "offset" and (config.encoding.flip or not config.encoding.unit_column):
+    if config.encoding.kind == "offset" and (
+        config.encoding.flip or not config.encoding.unit_column
+    ):
         return False
     if config.adc is not None and config.adc.range in ("max", "given"):
         rows, _ = oracle.grid((d_in, d_out), config)
@@ -222,8 +272,12 @@ def same_bits(case: Case) -> bool:
         shifts = np.log2(lsb / lsb[0, 0])
         if (np.abs(shifts - np.rint(shifts)) > 1e-12).any():
             return False
-    largest = sum(w * t for w, t in zip(oracle.worths(config), oracle.tops(config), strict=True))
-    return largest * oracle.input_top(config) * d_in * 2 < (2**24 if dtype(case.c) == np.float32 else 2**53)
+    largest = sum(
+        w * t for w, t in zip(oracle.worths(config), oracle.tops(config), strict=True)
+    )
+    return largest * oracle.input_top(config) * d_in * 2 < (
+        2**24 if dtype(case.c) == np.float32 else 2**53
+    )
 
 
 def limits_of(state: Any) -> np.ndarray | None:
@@ -237,7 +291,12 @@ AT_READ: dict[str, Any] = {
 }
 
 
-@cases(34, case=reads(None, "product", "loop", "lookup", "tables", "packed", "mosaic", **AT_READ))
+@cases(
+    34,
+    case=reads(
+        None, "product", "loop", "lookup", "tables", "packed", "mosaic", **AT_READ
+    ),
+)
 def test_every_path_reads_what_the_loops_say(case: Case):
     """Cells, ranges and products of `definition` and of one more path; NaN and infinite inputs on the way."""
     assert_paths([case.path], case.c)
@@ -255,16 +314,23 @@ def assert_paths(paths: list[str | None], c: dict[str, Any]) -> None:
         run = compiled(draws[0])
         first = [assert_defined(case, run, drawn) for case in draws]
     assert not refused, refused
-    exact, config = same_bits(draws[0]), draws[0].config
+    exact = same_bits(draws[0])
+    config = draws[0].config
     for path in paths:
         run = compiled(draws[0]._replace(path=path))
-        for number, (case, (chip, y, limits)) in enumerate(zip(draws, first, strict=True)):
+        for number, (case, (chip, y, limits)) in enumerate(
+            zip(draws, first, strict=True)
+        ):
             found, statistics, state = run(*arrays_of(case.W, case.x, case.seen))
             what = f"{path or 'chosen ' + state.plan.path}, draw {number}"
             own = limits_of(state)
             if oracle.integer_sums(config) and limits is not None:
-                np.testing.assert_allclose(own, limits, rtol=1e-6, err_msg=f"ADC limits of {what}")
-            wanted = oracle.read(chip, case.x, config, own, input_limit=state.input_limit, drawn=drawn)
+                np.testing.assert_allclose(
+                    own, limits, rtol=1e-6, err_msg=f"ADC limits of {what}"
+                )
+            wanted = oracle.read(
+                chip, case.x, config, own, input_limit=state.input_limit, drawn=drawn
+            )
             assert_within(found, wanted, case, what)
             if exact:
                 np.testing.assert_array_equal(found, y, what)
@@ -273,12 +339,33 @@ def assert_paths(paths: list[str | None], c: dict[str, Any]) -> None:
 
 
 _TILED = {"d_in": 12, "rows": 6, "d_out": 4}
-_TIES = {**_TILED, "encoding": "offset", "cells": (4, 4), "adc_bits": 4}  # steps of 6 levels
-_BY_ROW = {**_TILED, "adc": "given by row", "signed": True, "cells": (2, 2), "partition": "full", "rows": 5}
+_TIES = {
+    **_TILED,
+    "encoding": "offset",
+    "cells": (4, 4),
+    "adc_bits": 4,
+}  # steps of 6 levels
+_BY_ROW = {
+    **_TILED,
+    "adc": "given by row",
+    "signed": True,
+    "cells": (2, 2),
+    "partition": "full",
+    "rows": 5,
+}
 _FLIPPED = {**_TILED, "encoding": "flip", "weights": "positive", "cells": (1, 1, 1)}
 _CLIPPED = {**_TILED, "adc": "given", "clip": 0.2, "signed": True}
 _CONVERTING = ["loop", "lookup", "tables", "packed", "mosaic"]
-_TALL = {"d_in": 80, "rows": 40, "d_out": 70, "batch": 6, "cells": (2, 2, 2, 2), "bits": 8, "adc": "given", "clip": 0.2}
+_TALL = {
+    "d_in": 80,
+    "rows": 40,
+    "d_out": 70,
+    "batch": 6,
+    "cells": (2, 2, 2, 2),
+    "bits": 8,
+    "adc": "given",
+    "clip": 0.2,
+}
 _LARGEST = {"weights": "extreme", "inputs": "full"}
 _SHORT = {**_TALL, "d_in": 18, "rows": 9}
 # Paths and choices of crossbars that few draws have.
@@ -296,40 +383,100 @@ CORNERS: dict[str, tuple[list[str | None], dict[str, Any]]] = {
     ),
     "arrays in chunks, the last one shorter": (
         ["tables"],
-        {**_TALL, **_LARGEST, "d_in": 200, "rows": 128, "d_out": 5, "signed": True, "whole": True, "partition": "full"},
+        {
+            **_TALL,
+            **_LARGEST,
+            "d_in": 200,
+            "rows": 128,
+            "d_out": 5,
+            "signed": True,
+            "whole": True,
+            "partition": "full",
+        },
     ),
-    "two bits in a pulse": (["loop", "tables", "packed", "mosaic"], {**_SHORT, "slice_bits": 2, "signed": True}),
-    "more inputs and columns than a block": (["lookup", "tables", "mosaic"], {**_TILED, "batch": 260, "d_out": 520}),
+    "two bits in a pulse": (
+        ["loop", "tables", "packed", "mosaic"],
+        {**_SHORT, "slice_bits": 2, "signed": True},
+    ),
+    "more inputs and columns than a block": (
+        ["lookup", "tables", "mosaic"],
+        {**_TILED, "batch": 260, "d_out": 520},
+    ),
     "one input and column": (["mosaic"], {"batch": 1, "d_out": 1}),
-    "words of packed slices that are full": (["packed"], {**_TALL, **_LARGEST, "d_in": 600, "rows": 300}),
+    "words of packed slices that are full": (
+        ["packed"],
+        {**_TALL, **_LARGEST, "d_in": 600, "rows": 300},
+    ),
     "ties of calibrated steps": ([None], {**_TIES, "adc": "calibrated"}),
-    "Gmin and a digital offset": (["loop"], {**_TILED, "encoding": "offset", "ratio": 2.5}),
+    "Gmin and a digital offset": (
+        ["loop"],
+        {**_TILED, "encoding": "offset", "ratio": 2.5},
+    ),
     "Gmin, a unit column, gains": (
         ["lookup", "tables"],
         {**_TILED, "encoding": "unit column", "ratio": 10.0, "gain": 0.05},
     ),
-    "both polarities, Gmin, gains": (["loop"], {**_TILED, "separate": True, "ratio": 10.0, "gain": 0.05}),
-    "two-sided pairs": (["loop"], {**_TILED, "encoding": "two-sided", "signed": True, "cells": (2, 1)}),
+    "both polarities, Gmin, gains": (
+        ["loop"],
+        {**_TILED, "separate": True, "ratio": 10.0, "gain": 0.05},
+    ),
+    "two-sided pairs": (
+        ["loop"],
+        {**_TILED, "encoding": "two-sided", "signed": True, "cells": (2, 1)},
+    ),
     "gains and offsets": ([], {**_TILED, "gain": 0.05, "offset": 0.1, "signed": True}),
     "flipped columns": ([None], _FLIPPED),
-    "flipped columns, Gmin, calibrated": ([None], {**_FLIPPED, "ratio": 10.0, "adc": "calibrated"}),
+    "flipped columns, Gmin, calibrated": (
+        [None],
+        {**_FLIPPED, "ratio": 10.0, "adc": "calibrated"},
+    ),
     "flipped columns, a scale for each tile": ([], {**_FLIPPED, "scale": "tile"}),
     "flipped columns, clipped": ([], {**_FLIPPED, **_CLIPPED, "scaling": "fixed"}),
     "clipped conversions": (["loop"], _CLIPPED),
-    "currents limited on either side": ([], {**_TILED, "nonlinear": "current", "signed": True}),
-    "wires": ([], {**_TILED, "nonlinear": "wire", "signed": True, "rows": 5, "partition": "full"}),
-    "nonlinear cells and wires": ([], {"nonlinear": "iv and wire", "slice_bits": None, "signed": True}),
-    "nonlinear cells": ([], {**_TILED, "nonlinear": "iv", "bits": 5, "slice_bits": None, "adc": None}),
+    "currents limited on either side": (
+        [],
+        {**_TILED, "nonlinear": "current", "signed": True},
+    ),
+    "wires": (
+        [],
+        {**_TILED, "nonlinear": "wire", "signed": True, "rows": 5, "partition": "full"},
+    ),
+    "nonlinear cells and wires": (
+        [],
+        {"nonlinear": "iv and wire", "slice_bits": None, "signed": True},
+    ),
+    "nonlinear cells": (
+        [],
+        {**_TILED, "nonlinear": "iv", "bits": 5, "slice_bits": None, "adc": None},
+    ),
     "a quantile that is zero": (
         ["product"],
         {"weights": "sparse", "weight_quantile": 0.5, "scale": "column", "adc": None},
     ),
-    "weights beyond a quantile": (["lookup", "tables"], {**_TILED, "weight_quantile": 0.9, "scale": "tile"}),
-    "no weights": (["loop"], {"weights": "zero", "scale": "column", "encoding": "unit column"}),
-    "rounding at random": ([], {**_TILED, "rounding": "stochastic", "scaling": "calibrated"}),
-    "one conversion for all pulses": (["loop"], {**_TILED, "convert": "sum", "bits": 5, "slice_bits": 2}),
-    "real cells and inputs": (["product"], {"cells": None, "bits": None, "encoding": "unit column", "adc": None}),
-    "float64": (["lookup", "tables"], {**_TILED, "float64": True, "inputs": "beyond", "scaling": "fixed"}),
+    "weights beyond a quantile": (
+        ["lookup", "tables"],
+        {**_TILED, "weight_quantile": 0.9, "scale": "tile"},
+    ),
+    "no weights": (
+        ["loop"],
+        {"weights": "zero", "scale": "column", "encoding": "unit column"},
+    ),
+    "rounding at random": (
+        [],
+        {**_TILED, "rounding": "stochastic", "scaling": "calibrated"},
+    ),
+    "one conversion for all pulses": (
+        ["loop"],
+        {**_TILED, "convert": "sum", "bits": 5, "slice_bits": 2},
+    ),
+    "real cells and inputs": (
+        ["product"],
+        {"cells": None, "bits": None, "encoding": "unit column", "adc": None},
+    ),
+    "float64": (
+        ["lookup", "tables"],
+        {**_TILED, "float64": True, "inputs": "beyond", "scaling": "fixed"},
+    ),
 }
 
 
@@ -350,7 +497,10 @@ _LONG = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long if n in _LONG else ()) for n in CORNERS])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.long if n in _LONG else ()) for n in CORNERS],
+)
 def test_corners_are_read_as_the_loops_say(name: str):
     paths, changes = CORNERS[name]
     with jax.enable_x64("float64" in changes):
@@ -361,18 +511,27 @@ def assert_defined(
     case: Case, run: Callable[..., Any], drawn: oracle.Drawn | None
 ) -> tuple[oracle.Chip, Any, np.ndarray | None]:
     """Hold the definition against the loops; return its chip, its product and its ADC's limits."""
-    config, what = case.config, "definition"
+    config = case.config
+    what = "definition"
     y, statistics, state = run(*arrays_of(case.W, case.x, case.seen))
-    chip, limits, input_limit = chip_of(state), limits_of(state), state.input_limit
+    chip = chip_of(state)
+    limits = limits_of(state)
+    input_limit = state.input_limit
     if is_perfect(config):
         assert_same_cells(chip, oracle.program(case.W, config), config)
-    wanted = oracle.read(chip, case.x, config, limits, input_limit=input_limit, drawn=drawn)
+    wanted = oracle.read(
+        chip, case.x, config, limits, input_limit=input_limit, drawn=drawn
+    )
     assert_within(y, wanted, case, what)
     assert_clipped(statistics, wanted, what)
     if config.dac is not None and config.dac.scaling == "calibrated":
         reach = reach_of(case.seen, config.dac.quantile) or 2 ** (-1 / 64)
-        assert reach * (1 - 1e-5) <= input_limit <= reach * 2 ** (1 / 64) * (1 + 1e-5), f"{input_limit} covers {reach}"
-    seen = oracle.read(chip, case.seen, config, limits, input_limit=input_limit, drawn=drawn)
+        assert (
+            reach * (1 - 1e-5) <= input_limit <= reach * 2 ** (1 / 64) * (1 + 1e-5)
+        ), f"{input_limit} covers {reach}"
+    seen = oracle.read(
+        chip, case.seen, config, limits, input_limit=input_limit, drawn=drawn
+    )
     assert_range(seen, config, case.W.shape)
     assert_not_finite(run, case, y, input_limit, what)
     return chip, y, limits
@@ -381,12 +540,24 @@ def assert_defined(
 def reach_of(values: np.ndarray, quantile: float) -> float:
     """Return the quantile of the sizes of the values that are not zero, which have no part in ranges; 0 without any."""
     sizes = np.abs(values[values != 0])
-    return float(np.quantile(sizes, quantile, method="inverted_cdf")) if sizes.size else 0.0
+    return (
+        float(np.quantile(sizes, quantile, method="inverted_cdf"))
+        if sizes.size
+        else 0.0
+    )
 
 
-def assert_same_cells(found: oracle.Chip, wanted: oracle.Chip, config: CrossbarConfig) -> None:
+def assert_same_cells(
+    found: oracle.Chip, wanted: oracle.Chip, config: CrossbarConfig
+) -> None:
     exact = config.cell.bits is not None
-    np.testing.assert_allclose(found.cells, wanted.cells, rtol=0, atol=1e-12 if exact else 1e-6, err_msg="cells")
+    np.testing.assert_allclose(
+        found.cells,
+        wanted.cells,
+        rtol=0,
+        atol=1e-12 if exact else 1e-6,
+        err_msg="cells",
+    )
     np.testing.assert_allclose(found.scale, wanted.scale, rtol=1e-6, err_msg="scale")
     if wanted.flipped is not None:
         np.testing.assert_array_equal(found.flipped, wanted.flipped, "flipped columns")
@@ -396,11 +567,15 @@ def assert_clipped(statistics: Any, wanted: oracle.Read, what: str) -> None:
     if statistics is None:
         return
     (low, high), count = wanted.clipped.T, np.asarray(statistics.clipped)
-    assert (low <= count).all() and (count <= high).all(), f"{what}: {count} clipped, by loops {low} to {high}"
+    assert (low <= count).all() and (count <= high).all(), (
+        f"{what}: {count} clipped, by loops {low} to {high}"
+    )
     assert statistics.clipped_inputs == wanted.clipped_inputs, what
 
 
-def assert_range(seen: oracle.Read, config: CrossbarConfig, shape: tuple[int, int]) -> None:
+def assert_range(
+    seen: oracle.Read, config: CrossbarConfig, shape: tuple[int, int]
+) -> None:
     """`max` clips no sum of perfect cells; calibrated steps are those with the least error, or cover the quantile."""
     adc = config.adc
     if adc is None or seen.lsb is None:
@@ -408,7 +583,9 @@ def assert_range(seen: oracle.Read, config: CrossbarConfig, shape: tuple[int, in
     mismatched = adc.gain_error is not None or adc.offset_error is not None
     linear = config.device.iv is None and config.tile.wire is None
     if adc.range == "max" and is_perfect(config) and not mismatched and linear:
-        assert not seen.clipped[:, 0].any(), f"the range `max` clips {seen.clipped[:, 0]} of the conversions"
+        assert not seen.clipped[:, 0].any(), (
+            f"the range `max` clips {seen.clipped[:, 0]} of the conversions"
+        )
     if adc.range != "calibrated":
         return
     bounds = max(oracle.grid(shape, config)[0]) * oracle.full_current(config)
@@ -419,22 +596,36 @@ def assert_range(seen: oracle.Read, config: CrossbarConfig, shape: tuple[int, in
             steps = 2.0 ** np.arange(24)[:, None]
             errors = np.sum((steps * np.clip(np.rint(s / steps), 0, top) - s) ** 2, 1)
             error = errors[np.flatnonzero(steps == seen.lsb[0, k])[0]]
-            if bound < 4000:  # beyond, the histogram has fewer bins than there are integers
-                assert error <= errors.min() * (1 + 1e-4) + 1e-9, f"slice {k}: a step of {seen.lsb[0, k]}: {errors}"
+            if (
+                bound < 4000
+            ):  # beyond, the histogram has fewer bins than there are integers
+                assert error <= errors.min() * (1 + 1e-4) + 1e-9, (
+                    f"slice {k}: a step of {seen.lsb[0, k]}: {errors}"
+                )
         return
     if any(s.max() > bound for s, bound in zip(sums, bounds, strict=True)):
         return
     reach = [reach_of(s, adc.quantile) for s in sums]
-    reach = [one or max(reach) for one in reach]  # a slice that met only zeros gets the range of the widest
+    reach = [
+        one or max(reach) for one in reach
+    ]  # a slice that met only zeros gets the range of the widest
     covered = seen.lsb[0] * top
     slack = bounds / 2000 + 1e-6
-    assert (covered >= np.multiply(reach, 0.995) - slack).all(), f"{covered} covers less than {reach}"
-    assert (covered <= 2.01 * np.add(reach, slack)).all(), f"{covered} is more than twice {reach}"
+    assert (covered >= np.multiply(reach, 0.995) - slack).all(), (
+        f"{covered} covers less than {reach}"
+    )
+    assert (covered <= 2.01 * np.add(reach, slack)).all(), (
+        f"{covered} is more than twice {reach}"
+    )
     powers = np.log2(covered / covered.max())
-    np.testing.assert_allclose(powers, np.rint(powers), atol=1e-3, err_msg="ranges are powers of two apart")
+    np.testing.assert_allclose(
+        powers, np.rint(powers), atol=1e-3, err_msg="ranges are powers of two apart"
+    )
 
 
-def assert_not_finite(run: Callable[..., Any], case: Case, y: Any, input_limit: Any, what: str) -> None:
+def assert_not_finite(
+    run: Callable[..., Any], case: Case, y: Any, input_limit: Any, what: str
+) -> None:
     """NaN makes the outputs of its row NaN and no others; a DAC with one range clips infinity, else it is like NaN."""
     config = case.config
 
@@ -445,11 +636,17 @@ def assert_not_finite(run: Callable[..., Any], case: Case, y: Any, input_limit: 
 
     for value in (np.nan, np.inf):
         found = replaced(value)
-        np.testing.assert_array_equal(found[1:], np.asarray(y)[1:], f"{what}: rows beside one with {value}")
+        np.testing.assert_array_equal(
+            found[1:], np.asarray(y)[1:], f"{what}: rows beside one with {value}"
+        )
         if np.isinf(value) and config.dac is not None and config.dac.scaling != "row":
-            np.testing.assert_array_equal(found, replaced(float(input_limit)), f"{what}: {value}")
+            np.testing.assert_array_equal(
+                found, replaced(float(input_limit)), f"{what}: {value}"
+            )
         else:
-            assert not np.isfinite(found[0]).any(), f"{what}: {value} at the input gives {found[0]}"
+            assert not np.isfinite(found[0]).any(), (
+                f"{what}: {value} at the input gives {found[0]}"
+            )
 
 
 NOISE: dict[str, Any] = {
@@ -484,7 +681,14 @@ PAIRS: dict[str, Any] = {
     15,
     case=reads("lookup", "packed", **{**OF_ADC, **PAIRS})
     | reads("loop", "lookup", None, **OF_ADC)
-    | reads("definition", **{**OF_ADC, "noise": None, "nonlinear": st.sampled_from([None, "current", "iv"])})
+    | reads(
+        "definition",
+        **{
+            **OF_ADC,
+            "noise": None,
+            "nonlinear": st.sampled_from([None, "current", "iv"]),
+        },
+    )
     | reads("lookup", "packed", **{**NOISE, **PAIRS})
     | reads("lookup", "loop", **NOISE)
     | reads("product", **{**NOISE, "adc": None})
@@ -497,7 +701,9 @@ def test_noise_has_the_mean_and_variance_of_its_conversions(case: Case):
     The noise is that of cells, that of ADCs, or both.
     """
     y, limits, input_limit = many_reads(case)
-    wanted = oracle.read(programmed_chip(case), case.x, case.config, limits, input_limit=input_limit)
+    wanted = oracle.read(
+        programmed_chip(case), case.x, case.config, limits, input_limit=input_limit
+    )
     assert_moments(y, wanted, case)
 
 
@@ -506,8 +712,12 @@ def many_reads(case: Case) -> tuple[np.ndarray, Any, Any]:
 
     @jit
     def run(W: Any, x: Any, seen: Any) -> Any:
-        state = settled(program(W, case.config, case.key, path=case.path), seen, case.key)
-        y = jax.vmap(lambda key: matmul(x, with_read_key(state, key)))(jax.random.split(case.key, 5000))
+        state = settled(
+            program(W, case.config, case.key, path=case.path), seen, case.key
+        )
+        y = jax.vmap(lambda key: matmul(x, with_read_key(state, key)))(
+            jax.random.split(case.key, 5000)
+        )
         return y, state.limits, state.input_limit
 
     y, limits, input_limit = run(*arrays_of(case.W, case.x, case.seen))
@@ -527,32 +737,57 @@ ROUNDING: dict[str, Any] = {
 @cases(6, case=reads("product", "definition", **ROUNDING))
 def test_stochastic_rounding_of_inputs_is_right_on_average(case: Case):
     """Without an ADC, over 5,000 reads: the mean loses nothing to rounding, and each input has variance f (1 - f)."""
-    (y, _, input_limit), chip, x, config = many_reads(case), programmed_chip(case), case.x, case.config
-    full, real = oracle.full_scale(x, config, input_limit).astype(float), oracle.weights(chip, len(case.W), config)
-    top, low = oracle.input_top(config), -1 if config.dac.signed else 0
+    (y, _, input_limit), chip, x, config = (
+        many_reads(case),
+        programmed_chip(case),
+        case.x,
+        case.config,
+    )
+    full = oracle.full_scale(x, config, input_limit).astype(float)
+    real = oracle.weights(chip, len(case.W), config)
+    top = oracle.input_top(config)
+    low = -1 if config.dac.signed else 0
     codes = np.clip(x / full, low, 1) * top
-    share, by = codes - np.floor(codes), full / top
-    nearest = dataclasses.replace(config, dac=dataclasses.replace(config.dac, rounding="nearest"))
+    share = codes - np.floor(codes)
+    by = full / top
+    nearest = dataclasses.replace(
+        config, dac=dataclasses.replace(config.dac, rounding="nearest")
+    )
     plain = oracle.read(chip, x, nearest, input_limit=input_limit)
-    wanted = plain._replace(y=codes @ real * by, variance=(share * (1 - share)) @ real**2 * by**2)
+    wanted = plain._replace(
+        y=codes @ real * by, variance=(share * (1 - share)) @ real**2 * by**2
+    )
     assert_moments(y, wanted, case)
 
 
 def assert_moments(y: np.ndarray, wanted: oracle.Read, case: Case) -> None:
     """Compare draws [n, B, d_out] with means and variances, within 5.5 and 6 standard errors."""
-    n, error = len(y), y - wanted.y
+    n = len(y)
+    error = y - wanted.y
     rounding = wanted.slack + 1e-5 * wanted.magnitude + 1e-30
-    rare = 4 * np.abs(error).max(0) / n  # one draw too many of a code that is seldom met
+    rare = (
+        4 * np.abs(error).max(0) / n
+    )  # one draw too many of a code that is seldom met
     allowed = 5.5 * np.sqrt(wanted.variance / n) + rare + rounding
     bias = np.abs(error.mean(0))
     assert (bias <= allowed).all(), f"means are off by {bias}, allowed {allowed}"
-    square, expected = np.sum(error**2, axis=2), np.sum(wanted.variance, axis=1)
-    allowed = 6 * square.std(0) / np.sqrt(n) + 4 * square.max(0) / n + 0.01 * expected + np.sum(rounding**2, axis=1)
-    if case.config.adc is not None:  # 10 draws of a code, about a step apart, that is so rare that none may have it
+    square = np.sum(error**2, axis=2)
+    expected = np.sum(wanted.variance, axis=1)
+    allowed = (
+        6 * square.std(0) / np.sqrt(n)
+        + 4 * square.max(0) / n
+        + 0.01 * expected
+        + np.sum(rounding**2, axis=1)
+    )
+    if (
+        case.config.adc is not None
+    ):  # 10 draws of a code, about a step apart, that is so rare that none may have it
         step = wanted.magnitude / 2 ** (case.config.adc.bits - 1)
         allowed = allowed + np.minimum(expected, 10 / n * np.sum(step**2, axis=1))
     found = square.mean(0)
-    assert (np.abs(found - expected) <= allowed).all(), f"variances {found}, expected {expected} +- {allowed}"
+    assert (np.abs(found - expected) <= allowed).all(), (
+        f"variances {found}, expected {expected} +- {allowed}"
+    )
 
 
 # What transformations and replaced values make of a read
@@ -560,45 +795,84 @@ def assert_moments(y: np.ndarray, wanted: oracle.Read, case: Case) -> None:
 
 def directions(case: Case) -> np.ndarray:
     """Return the weights of the outputs in the sum whose gradient is taken."""
-    return np.random.default_rng(case.c["seed"]).normal(size=(len(case.x), case.W.shape[1]))
+    return np.random.default_rng(case.c["seed"]).normal(
+        size=(len(case.x), case.W.shape[1])
+    )
 
 
 @cases(
     16,
     case=reads(
-        "loop", "lookup", "tables", "definition", float64=True, adc=st.sampled_from(["max", "granular", "given"])
+        "loop",
+        "lookup",
+        "tables",
+        "definition",
+        float64=True,
+        adc=st.sampled_from(["max", "granular", "given"]),
     )
     | reads("product", float64=True),
     negative=st.booleans(),
 )
 def test_gradients_are_those_of_the_programmed_weights(case: Case, negative: bool):
     """dx = dy W', dW = x' dy, with W' as programmed and x' as the DAC clips it, which also stops dx."""
-    config, C = case.config, directions(case)
+    config = case.config
+    C = directions(case)
     case = case._replace(x=inputs({**case.c, "signed": case.c["signed"] or negative}))
 
     def loss(W: Any, x: Any) -> Any:
         y = matmul(x, program(W, config, case.key, path=case.path))
         return jnp.sum(C * y), y
 
-    (d_W, d_x), y = jit(jax.grad(loss, (0, 1), has_aux=True))(*arrays_of(case.W, case.x))
+    (d_W, d_x), y = jit(jax.grad(loss, (0, 1), has_aux=True))(
+        *arrays_of(case.W, case.x)
+    )
     chip = programmed_chip(case)
     if config.adc is None or config.adc.range != "max" or not config.encoding.flip:
         assert_within(y, oracle.read(chip, case.x, config), case, "clipped")
-    most = config.dac.limit if config.dac is not None and config.dac.scaling == "fixed" else np.inf
-    clipped = np.clip(case.x, 0 if config.dac is not None and not config.dac.signed else -most, most)
+    most = (
+        config.dac.limit
+        if config.dac is not None and config.dac.scaling == "fixed"
+        else np.inf
+    )
+    clipped = np.clip(
+        case.x, 0 if config.dac is not None and not config.dac.signed else -most, most
+    )
     for name, found, wanted in (
-        ("dx", d_x, np.where(clipped == case.x, C @ oracle.weights(chip, len(case.W), config).T, 0)),
+        (
+            "dx",
+            d_x,
+            np.where(
+                clipped == case.x, C @ oracle.weights(chip, len(case.W), config).T, 0
+            ),
+        ),
         ("dW", d_W, clipped.T @ C),
     ):
-        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-9 * np.abs(wanted).max() + 1e-12, err_msg=name)
+        np.testing.assert_allclose(
+            found,
+            wanted,
+            rtol=0,
+            atol=1e-9 * np.abs(wanted).max() + 1e-12,
+            err_msg=name,
+        )
 
 
-GIVEN = {"adc": st.sampled_from(["given", "given by row"]), "nonlinear": st.none(), "float64": st.just(True)}
+GIVEN = {
+    "adc": st.sampled_from(["given", "given by row"]),
+    "nonlinear": st.none(),
+    "float64": st.just(True),
+}
 
 
 @cases(
     8,
-    case=reads("loop", "lookup", "tables", "packed", "definition", adc=st.sampled_from(["max", "granular", "given"]))
+    case=reads(
+        "loop",
+        "lookup",
+        "tables",
+        "packed",
+        "definition",
+        adc=st.sampled_from(["max", "granular", "given"]),
+    )
     | reads("product"),
     parts=st.sets(st.sampled_from(["scale", "offset", "low rank"]), min_size=1),
 )
@@ -606,28 +880,62 @@ def test_a_corrected_chip_reads_what_numpy_corrects(case: Case, parts: set[str])
     """y = s * read(x) + o + x U V of the loops' read, from a chip that was saved and loaded."""
     (d_in, d_out), rng = case.W.shape, np.random.default_rng(case.c["seed"])
     shapes = {"scale": d_out, "offset": d_out, "U": (d_in, 2), "V": (2, d_out)}
-    drawn = {part: rng.normal(size=shape).astype(case.W.dtype) for part, shape in shapes.items()}
-    given = [part for part in drawn if part in parts or (part in "UV" and "low rank" in parts)]
-    chip = jit(lambda W: program(W, case.config, case.key, path=case.path))(jnp.asarray(case.W))
-    corrections = {chip.name: Correction(**{part: jnp.asarray(drawn[part]) for part in given})}
+    drawn = {
+        part: rng.normal(size=shape).astype(case.W.dtype)
+        for part, shape in shapes.items()
+    }
+    given = [
+        part
+        for part in drawn
+        if part in parts or (part in "UV" and "low rank" in parts)
+    ]
+    chip = jit(lambda W: program(W, case.config, case.key, path=case.path))(
+        jnp.asarray(case.W)
+    )
+    corrections = {
+        chip.name: Correction(**{part: jnp.asarray(drawn[part]) for part in given})
+    }
     with tempfile.TemporaryDirectory() as folder:
         save_chip(with_corrections(chip, corrections), f"{folder}/chip.safetensors")
         loaded = load_chip(f"{folder}/chip.safetensors", case.config)
-    s, o, U, V = (drawn[part] if part in given else np.float64(part == "scale") for part in shapes)
-    low_rank = (case.x @ U @ V, np.abs(case.x) @ np.abs(U) @ np.abs(V)) if "U" in given else (0, 0)
+    s, o, U, V = (
+        drawn[part] if part in given else np.float64(part == "scale") for part in shapes
+    )
+    low_rank = (
+        (case.x @ U @ V, np.abs(case.x) @ np.abs(U) @ np.abs(V))
+        if "U" in given
+        else (0, 0)
+    )
     plain = oracle.read(programmed_chip(case), case.x, case.config, limits_of(loaded))
     magnitude = np.abs(s) * plain.magnitude + np.abs(o) + low_rank[1]
-    wanted = plain._replace(y=s * plain.y + o + low_rank[0], slack=np.abs(s) * plain.slack, magnitude=magnitude)
+    wanted = plain._replace(
+        y=s * plain.y + o + low_rank[0],
+        slack=np.abs(s) * plain.slack,
+        magnitude=magnitude,
+    )
     assert_within(jit(matmul)(jnp.asarray(case.x), loaded), wanted, case, "corrected")
 
 
 @cases(
     7,
-    case=reads("loop", "definition", "lookup", "tables", "packed", "mosaic", **GIVEN, whole=False)
-    | reads(None, **GIVEN, whole=False, device=None, gain=None, offset=None, ratio=None),
+    case=reads(
+        "loop",
+        "definition",
+        "lookup",
+        "tables",
+        "packed",
+        "mosaic",
+        **GIVEN,
+        whole=False,
+    )
+    | reads(
+        None, **GIVEN, whole=False, device=None, gain=None, offset=None, ratio=None
+    ),
     in_state=st.booleans(),
 )
-def test_adc_limits_are_read_and_learned_wherever_they_are_given(case: Case, in_state: bool):
+def test_adc_limits_are_read_and_learned_wherever_they_are_given(
+    case: Case, in_state: bool
+):
     """Other limits than those programmed with, in the state or the configuration.
 
     The read is that of the new limits; its gradient is that of clipping in the loops.
@@ -636,7 +944,9 @@ def test_adc_limits_are_read_and_learned_wherever_they_are_given(case: Case, in_
     # Where it can be, the range before is one that loses nothing, whose plan is one product.
     lossless = in_state and case.path is None and oracle.integer_sums(new)
     bits = 14 if lossless else max(new.adc.bits, 4 + case.c["seed"] % 10)
-    before = dataclasses.replace(new.adc, range="granular" if lossless else "max", limits=None, bits=bits)
+    before = dataclasses.replace(
+        new.adc, range="granular" if lossless else "max", limits=None, bits=bits
+    )
     old = dataclasses.replace(new, adc=before)
     new = dataclasses.replace(new, adc=dataclasses.replace(new.adc, bits=bits))
     case, C = case._replace(config=new), directions(case)
@@ -645,9 +955,13 @@ def test_adc_limits_are_read_and_learned_wherever_they_are_given(case: Case, in_
     def read(limits: Any, W: Any, x: Any) -> Any:
         if in_state:
             state = program(W, old, case.key, path=case.path)
-            state = dataclasses.replace(state, limits=limits if limits.ndim == 3 else limits[None])
+            state = dataclasses.replace(
+                state, limits=limits if limits.ndim == 3 else limits[None]
+            )
         else:
-            config = dataclasses.replace(new, adc=dataclasses.replace(new.adc, limits=limits))
+            config = dataclasses.replace(
+                new, adc=dataclasses.replace(new.adc, limits=limits)
+            )
             state = program(W, config, case.key, path=case.path)
         return matmul(x, state)
 
@@ -657,23 +971,31 @@ def test_adc_limits_are_read_and_learned_wherever_they_are_given(case: Case, in_
 
     traced = arrays_of(limits, case.W, case.x)
     gradient, y = jit(jax.grad(loss, has_aux=True))(*traced)
-    if lossless and np.isnan(y).all():  # what a trace can do about limits that one product cannot have
+    if (
+        lossless and np.isnan(y).all()
+    ):  # what a trace can do about limits that one product cannot have
         read(*traced)
     chip = programmed_chip(case)
     assert_within(y, oracle.read(chip, case.x, new), case, "other limits")
 
     def smooth(tops: np.ndarray) -> float:
         moved = np.stack([limits[..., 0], tops], -1).tolist()
-        config = dataclasses.replace(new, adc=dataclasses.replace(new.adc, limits=moved))
+        config = dataclasses.replace(
+            new, adc=dataclasses.replace(new.adc, limits=moved)
+        )
         return float(np.sum(C * oracle.read(chip, case.x, config, rounds=False).y))
 
-    wanted, step, tops = np.zeros(limits.shape[:-1]), 1e-6, limits[..., 1]
+    wanted = np.zeros(limits.shape[:-1])
+    step = 1e-6
+    tops = limits[..., 1]
     for at in np.ndindex(wanted.shape):
         move = np.zeros(wanted.shape)
         move[at] = step
         wanted[at] = (smooth(tops + move) - smooth(tops - move)) / (2 * step)
     found = np.asarray(gradient).sum(-1)
-    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max() + 1e-8)
+    np.testing.assert_allclose(
+        found, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max() + 1e-8
+    )
 
 
 def _wire(v: Any) -> crossbar.Wire:
@@ -681,14 +1003,26 @@ def _wire(v: Any) -> crossbar.Wire:
 
 
 def _limits(v: Any, of: Any) -> Any:
-    return np.asarray(of.limits) * v if isinstance(v, float) else jnp.asarray(of.limits, v.dtype) * v
+    return (
+        np.asarray(of.limits) * v
+        if isinstance(v, float)
+        else jnp.asarray(of.limits, v.dtype) * v
+    )
 
 
 # By name: values that are swept, the part of the configuration that holds them, and its fields of a value and the part.
 SWEPT: dict[str, tuple[list[float], str, Callable[[Any, Any], dict[str, Any]]]] = {
     "ratio": ([2.5, 8.0, 50.0], "cell", lambda v, of: {"on_off_ratio": v}),
-    "programming": ([0.05, 0.1, 0.3], "device", lambda v, of: {"programming": crossbar.Proportional(v)}),
-    "time": ([2.0, 100.0, 1e4], "device", lambda v, of: {"drift": crossbar.PowerLaw(0.1, 0.02), "time": v}),
+    "programming": (
+        [0.05, 0.1, 0.3],
+        "device",
+        lambda v, of: {"programming": crossbar.Proportional(v)},
+    ),
+    "time": (
+        [2.0, 100.0, 1e4],
+        "device",
+        lambda v, of: {"drift": crossbar.PowerLaw(0.1, 0.02), "time": v},
+    ),
     "offset": ([0.0, 0.05, 0.5], "adc", lambda v, of: {"offset_error": v}),
     "gain": ([0.0, 0.02, 0.2], "adc", lambda v, of: {"gain_error": v}),
     "limits": ([0.5, 0.9, 1.3], "adc", lambda v, of: {"limits": _limits(v, of)}),
@@ -715,20 +1049,35 @@ def test_a_sweep_is_a_loop(case: Case, leaf: str):
     """vmap over one value of the configuration, jitted, against the loops at the first and the last value."""
     part = getattr(case.config, SWEPT[leaf][1])
     if part is None or leaf == "limits" and part.limits is None:
-        leaf, part = "ratio", case.config.cell
+        leaf = "ratio"
+        part = case.config.cell
     values, name, fields = SWEPT[leaf]
 
     def changed(value: Any) -> CrossbarConfig:
-        return dataclasses.replace(case.config, **{name: dataclasses.replace(part, **fields(value, part))})
+        return dataclasses.replace(
+            case.config, **{name: dataclasses.replace(part, **fields(value, part))}
+        )
 
     def read(value: Any, W: Any, x: Any) -> Any:
         return matmul(x, program(W, changed(value), case.key, path=case.path))
 
-    y = jit(jax.vmap(read, (0, None, None)))(jnp.asarray(values, dtype(case.c)), *arrays_of(case.W, case.x))
+    y = jit(jax.vmap(read, (0, None, None)))(
+        jnp.asarray(values, dtype(case.c)), *arrays_of(case.W, case.x)
+    )
     for at in (0, -1):
-        one, limits = case._replace(config=changed(values[at])), None
-        if one.config.encoding.flip and one.config.adc is not None and one.config.adc.range == "max":
-            state = jit(lambda W: program(W, one.config, one.key, path="definition"))(jnp.asarray(case.W))  # noqa: B023
+        one = case._replace(config=changed(values[at]))
+        limits = None
+        if (
+            one.config.encoding.flip
+            and one.config.adc is not None
+            and one.config.adc.range == "max"
+        ):
+            programmed = jit(
+                functools.partial(
+                    program, config=one.config, key=one.key, path="definition"
+                )
+            )
+            state = programmed(jnp.asarray(case.W))
             limits = limits_of(state)
         wanted = oracle.read(programmed_chip(one), case.x, one.config, limits)
         assert_within(y[at], wanted, one, f"{leaf} = {values[at]}")
@@ -741,22 +1090,45 @@ def _drifts(*values: Any) -> dict[str, Any]:
 # By name: where the slope is taken, and the device with that value.
 _DEVICES: dict[str, tuple[float, Callable[[Any], dict[str, Any]]]] = {
     "sigma": (0.1, lambda v: {"programming": crossbar.Independent(v)}),
-    "scale": (1.0, lambda v: {"programming": dataclasses.replace(crossbar.RERAM_WAN_2022, scale=v), "time": 30.0}),
+    "scale": (
+        1.0,
+        lambda v: {
+            "programming": dataclasses.replace(crossbar.RERAM_WAN_2022, scale=v),
+            "time": 30.0,
+        },
+    ),
     "ratio": (5.0, lambda v: {"programming": crossbar.Independent(0.1)}),
     "time": (30.0, lambda v: {"drift": crossbar.PowerLaw(0.1, 0.02), "time": v}),
-    "exponent": (-0.0155, lambda v: _drifts(crossbar.LogLinear(0.05, v, 0.0, 1.0), 0.02)),
+    "exponent": (
+        -0.0155,
+        lambda v: _drifts(crossbar.LogLinear(0.05, v, 0.0, 1.0), 0.02),
+    ),
     "spread": (0.02, lambda v: _drifts(0.1, v)),
     "start": (3.0, lambda v: _drifts(0.1, 0.02, v)),
     "flicker": (0.01, lambda v: _drifts(0.1, 0.02, 3.0, crossbar.Flicker(v))),
-    "relaxation": (0.02, lambda v: {"drift": crossbar.Relaxation(-v / 2, v, v / 2), "time": 30.0}),
-    "read noise": (0.1, lambda v: {"read_noise": crossbar.ReadNoise(v, "proportional")}),
+    "relaxation": (
+        0.02,
+        lambda v: {"drift": crossbar.Relaxation(-v / 2, v, v / 2), "time": 30.0},
+    ),
+    "read noise": (
+        0.1,
+        lambda v: {"read_noise": crossbar.ReadNoise(v, "proportional")},
+    ),
     "limit": (0.55, lambda v: {}),
 }
 
 
 @cases(
     8,
-    case=reads("product", "definition", adc=None, float64=True, nonlinear=None, device=None, weights="normal"),
+    case=reads(
+        "product",
+        "definition",
+        adc=None,
+        float64=True,
+        nonlinear=None,
+        device=None,
+        weights="normal",
+    ),
     leaf=st.sampled_from([*_DEVICES]),
 )
 def test_gradients_of_physical_values_are_slopes(case: Case, leaf: str):
@@ -775,9 +1147,13 @@ def test_gradients_of_physical_values_are_slopes(case: Case, leaf: str):
     def loss(value: Any, W: Any, x: Any) -> Any:
         config = dataclasses.replace(base, device=crossbar.Device(**device(value)))
         if leaf == "ratio":
-            config = dataclasses.replace(config, cell=dataclasses.replace(config.cell, on_off_ratio=value))
+            config = dataclasses.replace(
+                config, cell=dataclasses.replace(config.cell, on_off_ratio=value)
+            )
         if leaf == "limit":
-            config = dataclasses.replace(config, dac=dataclasses.replace(config.dac, limit=value))
+            config = dataclasses.replace(
+                config, dac=dataclasses.replace(config.dac, limit=value)
+            )
         state = program(W, config, key, path=case.path)
         return jnp.sum(C * matmul(x, with_read_key(state, jax.random.fold_in(key, 1))))
 
@@ -790,7 +1166,9 @@ def test_gradients_of_physical_values_are_slopes(case: Case, leaf: str):
         wanted = np.sum(d_x * (rounded - np.where((x >= low) & (x <= at), x / at, 0)))
     else:
         run = jit(loss)
-        ends = [run(jnp.asarray(at * f), *arrays_of(W, x)) for f in (1 - 1e-6, 1 + 1e-6)]
+        ends = [
+            run(jnp.asarray(at * f), *arrays_of(W, x)) for f in (1 - 1e-6, 1 + 1e-6)
+        ]
         wanted = (ends[1] - ends[0]) / (2e-6 * at)
     size = abs(float(y) / at) + np.abs(C).sum() * np.abs(W).max()
     np.testing.assert_allclose(slope, wanted, rtol=1e-4, atol=1e-6 * size, err_msg=leaf)

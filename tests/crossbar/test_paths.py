@@ -16,10 +16,22 @@ from scipy.special import erfinv
 from testers import check_chip
 
 from lorafusion_jax import crossbar
-from lorafusion_jax.crossbar import ADC, DAC, CrossbarConfig, Device, Mapping, ReadNoise, Tile, matmul, program
+from lorafusion_jax.crossbar import (
+    ADC,
+    DAC,
+    CrossbarConfig,
+    Device,
+    Mapping,
+    ReadNoise,
+    Tile,
+    matmul,
+    program,
+)
 
 _KEY = jax.random.key(3)
-problem = functools.partial(crossbar_strategies.problem, d_in=40, d_out=6, batch=4, seed=1)
+problem = functools.partial(
+    crossbar_strategies.problem, d_in=40, d_out=6, batch=4, seed=1
+)
 
 
 def test_slices_share_a_word_where_the_sums_of_the_columns_allow():
@@ -32,39 +44,73 @@ def test_slices_share_a_word_where_the_sums_of_the_columns_allow():
             dac=DAC(bits=8, slice_bits=1, signed=False, scaling="fixed"),
             adc=ADC(bits=6, range="max"),
         )
-        return [word for word, _, _ in program(jnp.asarray(q, jnp.float32), config, path="packed").plan.packing.fields]
+        return [
+            word
+            for word, _, _ in program(
+                jnp.asarray(q, jnp.float32), config, path="packed"
+            ).plan.packing.fields
+        ]
 
-    assert words(np.random.default_rng(0).integers(-255, 256, (80, 70)), 40)[:3] == [0, 0, 0]
-    assert words(np.full((600, 70), 255), 300) == [0, 0, 1, 1]  # 900 does not fit a field of a third
+    assert words(np.random.default_rng(0).integers(-255, 256, (80, 70)), 40)[:3] == [
+        0,
+        0,
+        0,
+    ]
+    assert words(np.full((600, 70), 255), 300) == [
+        0,
+        0,
+        1,
+        1,
+    ]  # 900 does not fit a field of a third
 
 
 # By name: the bits of an ADC that the path can read exactly.
-PATHS = dict.fromkeys(("definition", "loop", "lookup", "tables", "packed", "mosaic"), 5) | {"product": 14}
+PATHS = dict.fromkeys(
+    ("definition", "loop", "lookup", "tables", "packed", "mosaic"), 5
+) | {"product": 14}
 _SHORT = {"product", "lookup", "mosaic"}  # corners of `test_fuzz.py` have the others
 
 
-@pytest.mark.parametrize("path", [pytest.param(p, marks=() if p in _SHORT else pytest.mark.long) for p in PATHS])
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=() if p in _SHORT else pytest.mark.long) for p in PATHS],
+)
 def test_a_path_reads_chips_of_every_kind(path, tmp_path):
-    check_chip(CrossbarConfig(adc=ADC(bits=PATHS[path], range="granular"), tile=Tile(rows=10, cols=5)), tmp_path, path)
+    check_chip(
+        CrossbarConfig(
+            adc=ADC(bits=PATHS[path], range="granular"), tile=Tile(rows=10, cols=5)
+        ),
+        tmp_path,
+        path,
+    )
 
 
 def test_every_path_has_a_test():
-    with pytest.raises(ValueError, match="path='none' is unknown: choose from ") as raised:
+    with pytest.raises(
+        ValueError, match="path='none' is unknown: choose from "
+    ) as raised:
         program(*problem()[:1], CrossbarConfig(), path="none")
-    assert set(str(raised.value).partition("choose from ")[2].partition(", or ")[0].split(", ")) == set(PATHS)
+    assert set(
+        str(raised.value).partition("choose from ")[2].partition(", or ")[0].split(", ")
+    ) == set(PATHS)
 
 
 # Noise.
 
 
-@pytest.mark.parametrize("kind", ["independent", pytest.param("proportional", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "kind", ["independent", pytest.param("proportional", marks=pytest.mark.long)]
+)
 def test_noise_is_the_same_on_every_path(kind):
     """One variance for all columns, or one for each."""
     W, x = problem(d_in=80)
     quiet = CrossbarConfig(tile=Tile(rows=40), adc=ADC(bits=6, range="max"))
     noisy = dataclasses.replace(quiet, device=Device(read_noise=ReadNoise(0.1, kind)))
     without = matmul(x, program(W, quiet, path="loop"))
-    found = [matmul(x, crossbar.with_read_key(program(W, noisy, path=p), _KEY)) for p in ("loop", "lookup", "packed")]
+    found = [
+        matmul(x, crossbar.with_read_key(program(W, noisy, path=p), _KEY))
+        for p in ("loop", "lookup", "packed")
+    ]
     least = float(jnp.abs(without).max()) / 1000  # less than a code is worth
     assert np.mean(np.abs(found[0] - without) > least) > 0.5
     for other in found[1:]:
@@ -73,10 +119,12 @@ def test_noise_is_the_same_on_every_path(kind):
 
 def _threefry(words, low, rounds):
     """Return Threefry-2x32 by its definition; counters (0, low)."""
-    mask, turns = 2**32 - 1, (13, 15, 26, 6, 17, 29, 16, 24)
+    mask = 2**32 - 1
+    turns = (13, 15, 26, 6, 17, 29, 16, 24)
     keys = [int(w) for w in words]
     keys.append(keys[0] ^ keys[1] ^ 0x1BD11BDA)
-    a, b = np.full(len(low), keys[0], np.uint64), (low.astype(np.uint64) + np.uint64(keys[1])) & np.uint64(mask)
+    a = np.full(len(low), keys[0], np.uint64)
+    b = (low.astype(np.uint64) + np.uint64(keys[1])) & np.uint64(mask)
     for i in range(rounds):
         turn = np.uint64(turns[i % 8])
         a = (a + b) & np.uint64(mask)
@@ -84,7 +132,9 @@ def _threefry(words, low, rounds):
         if i % 4 == 3:
             group = i // 4 + 1
             a = (a + np.uint64(keys[group % 3])) & np.uint64(mask)
-            b = (b + np.uint64(keys[(group + 1) % 3]) + np.uint64(group)) & np.uint64(mask)
+            b = (b + np.uint64(keys[(group + 1) % 3]) + np.uint64(group)) & np.uint64(
+                mask
+            )
     return (a ^ b).astype(np.uint32)
 
 
@@ -93,15 +143,24 @@ def _normal(key, shape, dtype=jnp.float32):
 
 
 def test_draws_have_threefrys_bits_and_the_quantiles_of_the_normal_distribution():
-    key, shape = jax.random.key(3), (7, 3, 1000)
-    words, places = np.asarray(jax.random.key_data(key)), np.arange(21_000)
+    key = jax.random.key(3)
+    shape = (7, 3, 1000)
+    words = np.asarray(jax.random.key_data(key))
+    places = np.arange(21_000)
     # The oracle's own oracle: with 20 rounds these are the bits of `jax.random`.
-    np.testing.assert_array_equal(_threefry(words, places, 20).reshape(shape), jax.random.bits(key, shape, jnp.uint32))
+    np.testing.assert_array_equal(
+        _threefry(words, places, 20).reshape(shape),
+        jax.random.bits(key, shape, jnp.uint32),
+    )
     bits = _threefry(words, places, 13).reshape(shape)
     least = np.nextafter(np.float32(-1), np.float32(0))
-    uniform = (bits >> 9).astype(np.float32) * np.float32(2.0**-23) * (1 - least) + least
+    uniform = (bits >> 9).astype(np.float32) * np.float32(2.0**-23) * (
+        1 - least
+    ) + least
     expected = np.sqrt(2) * erfinv(np.maximum(uniform, least).astype(np.float64))
-    np.testing.assert_allclose(jax.jit(lambda key: _normal(key, shape))(key), expected, rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(
+        jax.jit(lambda key: _normal(key, shape))(key), expected, rtol=1e-6, atol=1e-12
+    )
     assert 4.5 < jnp.abs(_normal(key, 2**22)).max() < 5.5
 
 
@@ -110,7 +169,9 @@ def test_draws_of_other_generators_and_dtypes_are_those_of_jax_random():
     np.testing.assert_array_equal(_normal(key, (5,)), jax.random.normal(key, (5,)))
     with jax.enable_x64(True):
         found = _normal(jax.random.key(0), (5,), jnp.float64)
-        np.testing.assert_array_equal(found, jax.random.normal(jax.random.key(0), (5,), jnp.float64))
+        np.testing.assert_array_equal(
+            found, jax.random.normal(jax.random.key(0), (5,), jnp.float64)
+        )
 
 
 # Accelerators.
@@ -120,7 +181,9 @@ def _compiled(chip):
     """Return a jitted read of a chip with a key, and the chip's leaves."""
     leaves, structure = jax.tree.flatten(chip)
     return jax.jit(
-        lambda x, leaves: matmul(x, crossbar.with_read_key(jax.tree.unflatten(structure, leaves), _KEY))
+        lambda x, leaves: matmul(
+            x, crossbar.with_read_key(jax.tree.unflatten(structure, leaves), _KEY)
+        )
     ), leaves
 
 
@@ -128,8 +191,17 @@ def _compiled(chip):
     ("changes", "path"),
     [
         ({}, "mosaic"),
-        ({"adc": ADC(range="max"), "device": Device(programming=crossbar.Independent(0.02))}, "mosaic"),
-        ({"adc": ADC(range="max")}, "definition"),  # its steps are not powers of two: conversions divide
+        (
+            {
+                "adc": ADC(range="max"),
+                "device": Device(programming=crossbar.Independent(0.02)),
+            },
+            "mosaic",
+        ),
+        (
+            {"adc": ADC(range="max")},
+            "definition",
+        ),  # its steps are not powers of two: conversions divide
         ({"dac": DAC(bits=11, slice_bits=9)}, "definition"),
         ({"device": Device(read_noise=ReadNoise(0.1))}, "packed"),
     ],
@@ -142,34 +214,59 @@ def test_one_tpu_reads_with_a_kernel(changes, path):
         assert chip.plan.path == path
         if path != "mosaic":
             return
-        chip = chip if chip.limits is not None else dataclasses.replace(chip, limits=jnp.full((1, 4, 2), 8.0))
+        chip = (
+            chip
+            if chip.limits is not None
+            else dataclasses.replace(chip, limits=jnp.full((1, 4, 2), 8.0))
+        )
         read, leaves = _compiled(chip)
         lowered = read.trace(x, leaves).lower(lowering_platforms=("tpu",)).as_text()
-        assert "tpu_custom_call" in lowered and ("xi8>" in lowered) == chip.plan.integers
+        assert (
+            "tpu_custom_call" in lowered and ("xi8>" in lowered) == chip.plan.integers
+        )
     # Elsewhere Pallas reads the same chip by a loop.
-    defined = dataclasses.replace(program(weights, config, _KEY, path="definition"), limits=chip.limits)
+    defined = dataclasses.replace(
+        program(weights, config, _KEY, path="definition"), limits=chip.limits
+    )
     wanted = matmul(x, defined)
-    bound = 0 if chip.plan.integers else 0.02 * float(jnp.abs(wanted).max())  # a sum close to a tie may differ
+    bound = (
+        0 if chip.plan.integers else 0.02 * float(jnp.abs(wanted).max())
+    )  # a sum close to a tie may differ
     np.testing.assert_allclose(read(x, leaves), wanted, rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize(
     ("kind", "mesh", "path"),
-    [("TPU v4", (), "definition"), ("TPU v6 lite", (1, 1), "mosaic"), ("TPU v6 lite", (2, 1), "definition")],
+    [
+        ("TPU v4", (), "definition"),
+        ("TPU v6 lite", (1, 1), "mosaic"),
+        ("TPU v6 lite", (2, 1), "definition"),
+    ],
 )
-def test_no_kernel_where_bytes_are_not_multiplied_or_a_mesh_splits_arrays(kind, mesh, path):
-    config, plans = CrossbarConfig(adc=ADC(range="calibrated")), []
+def test_no_kernel_where_bytes_are_not_multiplied_or_a_mesh_splits_arrays(
+    kind, mesh, path
+):
+    config = CrossbarConfig(adc=ADC(range="calibrated"))
+    plans = []
     weights, _ = problem()
     with tiny.for_tpu(kind, mesh):
-        jax.eval_shape(lambda weights: plans.append(program(weights, config).plan), weights)
+        jax.eval_shape(
+            lambda weights: plans.append(program(weights, config).plan), weights
+        )
     assert [plan.path for plan in plans] == [path]
 
 
-@pytest.mark.parametrize(("dac", "narrow"), [(DAC(slice_bits=4), True), (DAC(bits=10, slice_bits=9), False)])
+@pytest.mark.parametrize(
+    ("dac", "narrow"), [(DAC(slice_bits=4), True), (DAC(bits=10, slice_bits=9), False)]
+)
 def test_an_accelerator_multiplies_small_integers_in_bfloat16(dac, narrow):
     """The sums are exact. Slices of nine bits are not bfloat16 numbers."""
     weights, x = problem()
-    read, leaves = _compiled(program(weights, CrossbarConfig(dac=dac, adc=ADC(range="max")), path="definition"))
+    read, leaves = _compiled(
+        program(
+            weights, CrossbarConfig(dac=dac, adc=ADC(range="max")), path="definition"
+        )
+    )
     wanted = read(x, leaves)
     with tiny.for_tpu():
         assert ("bf16" in read.lower(x, leaves).as_text()) == narrow
@@ -183,20 +280,44 @@ def test_an_accelerator_multiplies_small_integers_in_bfloat16(dac, narrow):
     ("changes", "sizes"),
     [
         ({"tile": Tile(rows=1)}, (512, 256, 128)),
-        ({"tile": Tile(rows=32, wire=crossbar.Wire(row_resistance=1e-3, column_resistance=1e-3))}, (256, 256, 64)),
-        ({"tile": Tile(rows=32), "device": Device(read_noise=ReadNoise(0.1, clip=True))}, (256, 256, 64)),
+        (
+            {
+                "tile": Tile(
+                    rows=32,
+                    wire=crossbar.Wire(row_resistance=1e-3, column_resistance=1e-3),
+                )
+            },
+            (256, 256, 64),
+        ),
+        (
+            {
+                "tile": Tile(rows=32),
+                "device": Device(read_noise=ReadNoise(0.1, clip=True)),
+            },
+            (256, 256, 64),
+        ),
     ],
     ids=["conversions", "wires", "cells"],
 )
 def test_a_read_that_would_take_much_memory_is_computed_in_parts(changes, sizes):
     """All conversions, or all cells for every input, would take between 0.9 and 1.9 GB at once."""
     weights, x = crossbar_strategies.problem(*sizes)
-    read, leaves = _compiled(program(weights, CrossbarConfig(adc=ADC(range="max"), **changes), path="definition"))
+    read, leaves = _compiled(
+        program(
+            weights, CrossbarConfig(adc=ADC(range="max"), **changes), path="definition"
+        )
+    )
     assert read.lower(x, leaves).compile().memory_analysis().temp_size_in_bytes < 0.5e9
 
 
 def test_a_read_in_parts_gives_the_read_at_once():
     """All conversions would take 0.36 GB, more than a read takes at once."""
     weights, x = crossbar_strategies.problem(512, 256, 24)
-    chip = program(weights, CrossbarConfig(adc=ADC(range="max"), tile=Tile(rows=1)), path="definition")
-    np.testing.assert_allclose(matmul(x, chip)[-3:], matmul(x[-3:], chip), rtol=1e-6, atol=1e-5)
+    chip = program(
+        weights,
+        CrossbarConfig(adc=ADC(range="max"), tile=Tile(rows=1)),
+        path="definition",
+    )
+    np.testing.assert_allclose(
+        matmul(x, chip)[-3:], matmul(x[-3:], chip), rtol=1e-6, atol=1e-5
+    )

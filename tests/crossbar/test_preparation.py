@@ -11,7 +11,9 @@ import pytest
 from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar.preparation.transform import transform, transform_matrices
 
-ALL = crossbar.Mapping(scale="column", factors=True, transform="hadamard", clip="optimal")
+ALL = crossbar.Mapping(
+    scale="column", factors=True, transform="hadamard", clip="optimal"
+)
 FACTORS = crossbar.Mapping(scale="column", factors=True)
 ROTATED = crossbar.Mapping(scale="column", factors=True, transform="hadamard")
 INDEPENDENT = crossbar.Device(programming=crossbar.Independent(0.03))
@@ -25,7 +27,8 @@ def drawn(kind, shape=(48, 20), seed=0):
         "uniform": rng.uniform(-1, 1, size=shape),
         "heavy tails": rng.standard_t(3, size=shape),
     }[kind]
-    weights, moments = weights * np.exp(0.5 * rng.normal(size=(shape[0], 1))), np.exp(rng.normal(size=shape[0]))
+    weights = weights * np.exp(0.5 * rng.normal(size=(shape[0], 1)))
+    moments = np.exp(rng.normal(size=shape[0]))
     return jnp.asarray(weights, jnp.float32), jnp.asarray(moments, jnp.float32)
 
 
@@ -48,8 +51,12 @@ def test_transform_is_a_hadamard_matrix(width):
     np.testing.assert_allclose(matrix @ matrix.T, np.eye(width), atol=1e-12)
     np.testing.assert_allclose(np.abs(matrix), width**-0.5, rtol=1e-12)
     x = inputs(3, width)
-    np.testing.assert_allclose(transform(x, transform_matrices(width)), x @ matrix.T, atol=1e-5)
-    again = transform(transform(x, transform_matrices(width)), transform_matrices(width), inverse=True)
+    np.testing.assert_allclose(
+        transform(x, transform_matrices(width)), x @ matrix.T, atol=1e-5
+    )
+    again = transform(
+        transform(x, transform_matrices(width)), transform_matrices(width), inverse=True
+    )
     np.testing.assert_allclose(again, x, atol=1e-5)
 
 
@@ -66,11 +73,17 @@ def test_other_widths_get_an_orthogonal_matrix(width):
 def test_perfect_cells_keep_the_product(mapping, dtype):
     x = inputs(5).astype(dtype)
     exact = crossbar.CrossbarConfig(
-        cell=crossbar.Cell(bits=None), mapping=dataclasses.replace(mapping, weight_bits=None), dac=None
+        cell=crossbar.Cell(bits=None),
+        mapping=dataclasses.replace(mapping, weight_bits=None),
+        dac=None,
     )
     chip = prepared_chip(exact)
     expected = np.float64(x) @ WEIGHTS
-    np.testing.assert_allclose(np.float64(crossbar.matmul(x, chip)), expected, atol=2e-5 if dtype == "float32" else 0.1)
+    np.testing.assert_allclose(
+        np.float64(crossbar.matmul(x, chip)),
+        expected,
+        atol=2e-5 if dtype == "float32" else 0.1,
+    )
     np.testing.assert_allclose(crossbar.programmed_weights(chip), WEIGHTS, atol=2e-6)
 
 
@@ -89,7 +102,8 @@ def test_factors_and_ranges_equal_numpy():
     factors /= np.exp(np.log(factors).mean())
     np.testing.assert_allclose(np.abs(preparation.factors), factors, rtol=1e-5)
     matrix = functools.reduce(np.kron, transform_matrices(48))
-    prepared, square = matrix @ (np.asarray(preparation.factors)[:, None] * weights), np.mean(moments / factors**2)
+    prepared = matrix @ (np.asarray(preparation.factors)[:, None] * weights)
+    square = np.mean(moments / factors**2)
     errors = crossbar.code_errors(NOISY)
     grid = np.linspace(-1, 1, 255)
     best = []
@@ -110,8 +124,12 @@ def test_factors_and_ranges_equal_numpy():
     "device",
     [
         INDEPENDENT,
-        crossbar.Device(programming=crossbar.Proportional(0.1), stuck=crossbar.StuckAt(low=0.01)),
-        crossbar.Device(programming=crossbar.RERAM_WAN_2022, drift=crossbar.PowerLaw(0.05), time=1e5),
+        crossbar.Device(
+            programming=crossbar.Proportional(0.1), stuck=crossbar.StuckAt(low=0.01)
+        ),
+        crossbar.Device(
+            programming=crossbar.RERAM_WAN_2022, drift=crossbar.PowerLaw(0.05), time=1e5
+        ),
     ],
     ids=["independent", "proportional and stuck", "measured and drifted"],
 )
@@ -133,42 +151,73 @@ def test_error_power_is_that_of_many_chips(kind, device):
 def test_inputs_that_the_text_does_not_show_may_come_later():
     """With factors that follow moments of 1e-8, the errors are eleven times those of the right moments."""
     weights, moments = drawn("heavy tails")
-    shown, hidden = (
-        crossbar.expected_error(weights, moments, NOISY, crossbar.prepare({"w": weights}, seen, NOISY)["w"])
-        for seen in (moments, moments.at[:2].set(1e-8))
+    shown = crossbar.expected_error(
+        weights, moments, NOISY, crossbar.prepare({"w": weights}, moments, NOISY)["w"]
+    )
+    hidden = crossbar.expected_error(
+        weights,
+        moments,
+        NOISY,
+        crossbar.prepare({"w": weights}, moments.at[:2].set(1e-08), NOISY)["w"],
     )
     assert hidden < 1.1 * shown
 
 
 def test_matrices_of_one_input_share_factors_and_a_stack_has_its_own():
-    stack, moments = zip(*[drawn("normal", seed=seed) for seed in range(3)], strict=True)
-    stack, moments = jnp.stack(stack), jnp.stack(moments)
+    stack, moments = zip(
+        *[drawn("normal", seed=seed) for seed in range(3)], strict=True
+    )
+    stack = jnp.stack(stack)
+    moments = jnp.stack(moments)
     both = crossbar.prepare({"q": stack[..., :8], "k": stack[..., 8:]}, moments, NOISY)
     np.testing.assert_array_equal(both["q"].factors, both["k"].factors)
     assert both["q"].ranges.shape == (3, 8) and both["k"].ranges.shape == (3, 12)
-    alone = crossbar.prepare({"q": stack[1, :, :8], "k": stack[1, :, 8:]}, moments[1], NOISY)
+    alone = crossbar.prepare(
+        {"q": stack[1, :, :8], "k": stack[1, :, 8:]}, moments[1], NOISY
+    )
     np.testing.assert_allclose(both["k"].factors[1], alone["k"].factors, rtol=1e-6)
     np.testing.assert_allclose(both["k"].ranges[1], alone["k"].ranges, rtol=1e-5)
-    chips = crossbar.program_tree({"k": stack[..., 8:]}, {"*": NOISY}, jax.random.key(0), preparations={"k": both["k"]})
+    chips = crossbar.program_tree(
+        {"k": stack[..., 8:]},
+        {"*": NOISY},
+        jax.random.key(0),
+        preparations={"k": both["k"]},
+    )
     of_layer = jax.tree.map(lambda leaf: leaf[1], chips["k"])
     x = inputs(40)
-    assert np.corrcoef(crossbar.matmul(x, of_layer).ravel(), (x @ stack[1, :, 8:]).ravel())[0, 1] > 0.99
+    assert (
+        np.corrcoef(
+            crossbar.matmul(x, of_layer).ravel(), (x @ stack[1, :, 8:]).ravel()
+        )[0, 1]
+        > 0.99
+    )
     with pytest.raises(ValueError, match="preparations of v, which are no weights"):
-        crossbar.program_tree({"k": stack}, {"*": NOISY}, jax.random.key(0), preparations={"v": both["k"]})
+        crossbar.program_tree(
+            {"k": stack}, {"*": NOISY}, jax.random.key(0), preparations={"v": both["k"]}
+        )
 
 
 def test_gradients_pass_through_the_preparation():
-    chip, x = prepared_chip(NOISY), inputs(1)[0]
+    chip = prepared_chip(NOISY)
+    x = inputs(1)[0]
     of_inputs = jax.jit(jax.grad(lambda x: crossbar.matmul(x, chip).sum()))(x)
-    np.testing.assert_allclose(of_inputs, crossbar.programmed_weights(chip).sum(axis=1), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        of_inputs, crossbar.programmed_weights(chip).sum(axis=1), rtol=1e-4, atol=1e-4
+    )
     of_weights = jax.grad(
-        lambda w: crossbar.matmul(x, crossbar.program(w, NOISY, jax.random.key(0), preparation=chip.preparation)).sum()
+        lambda w: crossbar.matmul(
+            x,
+            crossbar.program(w, NOISY, jax.random.key(0), preparation=chip.preparation),
+        ).sum()
     )(WEIGHTS)
-    np.testing.assert_allclose(of_weights, np.outer(x, np.ones(20)), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(
+        of_weights, np.outer(x, np.ones(20)), rtol=1e-3, atol=1e-3
+    )
 
 
 def test_a_chip_is_saved_with_its_preparation(tmp_path):
-    chip, x = prepared_chip(NOISY), inputs(4)
+    chip = prepared_chip(NOISY)
+    x = inputs(4)
     crossbar.save_chip(chip, tmp_path / "chip.safetensors")
     again = crossbar.load_chip(tmp_path / "chip.safetensors")
     assert again.preparation.identity == chip.preparation.identity != ""
@@ -176,14 +225,20 @@ def test_a_chip_is_saved_with_its_preparation(tmp_path):
 
 
 def test_calibration_sees_the_prepared_inputs():
-    converters = {"dac": crossbar.DAC(scaling="calibrated"), "adc": crossbar.ADC(range="calibrated")}
-    chip, x = prepared_chip(dataclasses.replace(NOISY, **converters)), inputs(64) * jnp.sqrt(MOMENTS)[None]
+    converters = {
+        "dac": crossbar.DAC(scaling="calibrated"),
+        "adc": crossbar.ADC(range="calibrated"),
+    }
+    chip = prepared_chip(dataclasses.replace(NOISY, **converters))
+    x = inputs(64) * jnp.sqrt(MOMENTS)[None]
     for _ in range(2):
         chip = crossbar.calibrated(chip, crossbar.probe(x, chip)[1])
     prepared = np.abs(np.asarray(chip.preparation.inputs(x)))
     assert np.quantile(prepared, 0.99) < chip.input_limit < 1.3 * prepared.max()
     exact = crossbar.programmed_weights(chip)
-    assert np.corrcoef(crossbar.matmul(x, chip).ravel(), (x @ exact).ravel())[0, 1] > 0.99
+    assert (
+        np.corrcoef(crossbar.matmul(x, chip).ravel(), (x @ exact).ravel())[0, 1] > 0.99
+    )
 
 
 def test_no_errors_keep_the_largest_weight_as_range():
@@ -196,16 +251,37 @@ def test_no_errors_keep_the_largest_weight_as_range():
 @pytest.mark.parametrize(
     ("refused", "message"),
     [
-        (lambda: crossbar.prepare({"w": WEIGHTS}, -MOMENTS, NOISY), "48 of 48 moments are negative"),
-        (lambda: crossbar.prepare({"w": WEIGHTS}, MOMENTS * np.nan, NOISY), "48 of 48 moments are negative, NaN"),
-        (lambda: crossbar.prepare({"w": WEIGHTS}, MOMENTS[1:], NOISY), r"shape \(47,\): expected \(48,\)"),
-        (lambda: crossbar.prepare({"w": WEIGHTS, "v": WEIGHTS[1:]}, MOMENTS, NOISY), "differ in d_out alone"),
+        (
+            lambda: crossbar.prepare({"w": WEIGHTS}, -MOMENTS, NOISY),
+            "48 of 48 moments are negative",
+        ),
+        (
+            lambda: crossbar.prepare({"w": WEIGHTS}, MOMENTS * np.nan, NOISY),
+            "48 of 48 moments are negative, NaN",
+        ),
+        (
+            lambda: crossbar.prepare({"w": WEIGHTS}, MOMENTS[1:], NOISY),
+            r"shape \(47,\): expected \(48,\)",
+        ),
+        (
+            lambda: crossbar.prepare({"w": WEIGHTS, "v": WEIGHTS[1:]}, MOMENTS, NOISY),
+            "differ in d_out alone",
+        ),
         (lambda: crossbar.prepare({}, MOMENTS, NOISY), "but these are none"),
-        (lambda: crossbar.prepare({"w": jnp.ones((523, 4))}, None, NOISY), "w: a transform of 523 inputs"),
-        (lambda: crossbar.program(WEIGHTS, NOISY, jax.random.key(0)), "need a preparation"),
+        (
+            lambda: crossbar.prepare({"w": jnp.ones((523, 4))}, None, NOISY),
+            "w: a transform of 523 inputs",
+        ),
+        (
+            lambda: crossbar.program(WEIGHTS, NOISY, jax.random.key(0)),
+            "need a preparation",
+        ),
         (
             lambda: crossbar.program(
-                WEIGHTS.T, NOISY, jax.random.key(0), preparation=crossbar.prepare({"w": WEIGHTS}, None, NOISY)["w"]
+                WEIGHTS.T,
+                NOISY,
+                jax.random.key(0),
+                preparation=crossbar.prepare({"w": WEIGHTS}, None, NOISY)["w"],
             ),
             r"factors of shape \(48,\)",
         ),
@@ -218,7 +294,12 @@ def test_no_errors_keep_the_largest_weight_as_range():
             ),
             "has a transform and ranges, and the configuration's mapping does not",
         ),
-        (lambda: crossbar.program_tree({"w": WEIGHTS}, {"*": NOISY}, jax.random.key(0)), "w: mapping.factors"),
+        (
+            lambda: crossbar.program_tree(
+                {"w": WEIGHTS}, {"*": NOISY}, jax.random.key(0)
+            ),
+            "w: mapping.factors",
+        ),
         (
             lambda: crossbar.program_tree(
                 {"w": jnp.stack([WEIGHTS] * 2)},
@@ -229,7 +310,9 @@ def test_no_errors_keep_the_largest_weight_as_range():
             r"w: factors of shape \(48,\) .* expected \(2, 48\)",
         ),
         (
-            lambda: jax.jit(lambda w: crossbar.prepare({"w": w}, None, NOISY)["w"].factors)(WEIGHTS),
+            lambda: jax.jit(
+                lambda w: crossbar.prepare({"w": w}, None, NOISY)["w"].factors
+            )(WEIGHTS),
             "outside of jax.jit",
         ),
         (
@@ -238,14 +321,22 @@ def test_no_errors_keep_the_largest_weight_as_range():
                     crossbar.prepare(
                         {"w": WEIGHTS},
                         None,
-                        dataclasses.replace(NOISY, device=crossbar.Device(programming=crossbar.Independent(s))),
+                        dataclasses.replace(
+                            NOISY,
+                            device=crossbar.Device(programming=crossbar.Independent(s)),
+                        ),
                     )["w"].factors
                 )
             )(0.03),
             "outside of jax.jit",
         ),
         (lambda: crossbar.Mapping(clip="optimal"), "needs scale = 'column'"),
-        (lambda: crossbar.CrossbarConfig(mapping=ALL, dac=crossbar.DAC(signed=False)), "dac.signed = True"),
+        (
+            lambda: crossbar.CrossbarConfig(
+                mapping=ALL, dac=crossbar.DAC(signed=False)
+            ),
+            "dac.signed = True",
+        ),
     ],
 )
 def test_wrong_preparations_are_refused(refused, message):

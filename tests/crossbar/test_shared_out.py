@@ -15,28 +15,51 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lorafusion_jax import crossbar, over_seeds, parts
-from lorafusion_jax.crossbar import ADC, CrossbarConfig, Device, Encoding, Independent, Mapping, ReadNoise, Tile, Wire
+from lorafusion_jax.crossbar import (
+    ADC,
+    CrossbarConfig,
+    Device,
+    Encoding,
+    Independent,
+    Mapping,
+    ReadNoise,
+    Tile,
+    Wire,
+)
 from lorafusion_jax.crossbar import flax as crossbar_flax
 from lorafusion_jax.crossbar.chip.plan import Split
 
-_TILE, _ADC = Tile(rows=16, cols=12), ADC(bits=6, range="max")
+_TILE = Tile(rows=16, cols=12)
+_ADC = ADC(bits=6, range="max")
 _PLAIN = CrossbarConfig(tile=_TILE, adc=_ADC)
-_WIRED = dataclasses.replace(_PLAIN, tile=Tile(rows=16, cols=12, wire=Wire(row_resistance=1e-4)))
+_WIRED = dataclasses.replace(
+    _PLAIN, tile=Tile(rows=16, cols=12, wire=Wire(row_resistance=1e-4))
+)
 _CASES = {
     "definition": (_PLAIN, "definition"),
     "loop": (_PLAIN, "loop"),
     "packed": (_PLAIN, "packed"),
     "lookup": (_PLAIN, "lookup"),
     "tables": (_PLAIN, "tables"),
-    "row tiles": (dataclasses.replace(_PLAIN, mapping=Mapping(scale="tile"), encoding=Encoding(kind="offset")), "loop"),
-    "noise": (dataclasses.replace(_PLAIN, device=Device(read_noise=ReadNoise(0.01))), "loop"),
+    "row tiles": (
+        dataclasses.replace(
+            _PLAIN, mapping=Mapping(scale="tile"), encoding=Encoding(kind="offset")
+        ),
+        "loop",
+    ),
+    "noise": (
+        dataclasses.replace(_PLAIN, device=Device(read_noise=ReadNoise(0.01))),
+        "loop",
+    ),
     "wires": (_WIRED, None),
 }
 
 
 @pytest.fixture(scope="module")
 def mesh():
-    return jax.make_mesh((2, 2), ("chips", "inputs"), axis_types=(AxisType.Auto, AxisType.Auto))
+    return jax.make_mesh(
+        (2, 2), ("chips", "inputs"), axis_types=(AxisType.Auto, AxisType.Auto)
+    )
 
 
 def _chip(config, path=None, seed=0):
@@ -55,34 +78,62 @@ def _inputs():
         "packed",
         *(
             pytest.param(name, marks=pytest.mark.long)
-            for name in ("row tiles", "definition", "loop", "lookup", "tables", "noise", "wires")
+            for name in (
+                "row tiles",
+                "definition",
+                "loop",
+                "lookup",
+                "tables",
+                "noise",
+                "wires",
+            )
         ),
     ],
 )
 def test_chips_and_inputs_may_differ_between_devices(name, mesh):
     config, path = _CASES[name]
-    chips, x = [_chip(config, path, seed) for seed in (0, 1)], _inputs()
+    chips = [_chip(config, path, seed) for seed in (0, 1)]
+    x = _inputs()
 
     def read(x, chips):
         return crossbar.matmul(x, jax.tree.map(lambda leaf: leaf[0], chips))[None]
 
-    shared = jax.shard_map(read, mesh=mesh, in_specs=(P("inputs"), P("chips")), out_specs=P("chips", "inputs"))
+    shared = jax.shard_map(
+        read,
+        mesh=mesh,
+        in_specs=(P("inputs"), P("chips")),
+        out_specs=P("chips", "inputs"),
+    )
     found = jax.jit(shared)(x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *chips))
     # Draws belong to an input's place on its device.
-    wanted = [jnp.concatenate([crossbar.matmul(part, chip) for part in (x[:2], x[2:])]) for chip in chips]
-    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * float(jnp.abs(jnp.stack(wanted)).max()))
+    wanted = [
+        jnp.concatenate([crossbar.matmul(part, chip) for part in (x[:2], x[2:])])
+        for chip in chips
+    ]
+    np.testing.assert_allclose(
+        found, wanted, rtol=1e-4, atol=1e-5 * float(jnp.abs(jnp.stack(wanted)).max())
+    )
 
 
 _NOISY = dataclasses.replace(_PLAIN, device=Device(read_noise=ReadNoise(0.01)))
 # Wires are left out, because devices wait until the currents of all have been found.
 _BY_COLUMNS = {
     **{name: case for name, case in _CASES.items() if name != "wires"},
-    "scales of columns": (dataclasses.replace(_PLAIN, mapping=Mapping(scale="column")), "packed"),
-    "digital offset": (dataclasses.replace(_PLAIN, encoding=Encoding(kind="offset")), "loop"),
+    "scales of columns": (
+        dataclasses.replace(_PLAIN, mapping=Mapping(scale="column")),
+        "packed",
+    ),
+    "digital offset": (
+        dataclasses.replace(_PLAIN, encoding=Encoding(kind="offset")),
+        "loop",
+    ),
     "noise in words": (_NOISY, "packed"),
     "noise by look-up": (_NOISY, "lookup"),
 }
-_BY_ROWS = _BY_COLUMNS.keys() - {"row tiles", "digital offset"}  # that add up numbers that are no integers
+_BY_ROWS = _BY_COLUMNS.keys() - {
+    "row tiles",
+    "digital offset",
+}  # that add up numbers that are no integers
 
 
 @pytest.mark.parametrize(
@@ -103,7 +154,8 @@ def test_devices_share_out_tiles_and_read_the_bits_of_one(name, by):
     key = jax.random.key(0)
     chip = crossbar.program(jax.random.normal(key, (64, 48)), config, key, path=path)
     chip = crossbar.with_read_key(chip, key) if config.reads_at_random else chip
-    x, mesh = jax.random.normal(jax.random.key(2), (4, 64)), parts.make_mesh("model=2")
+    x = jax.random.normal(jax.random.key(2), (4, 64))
+    mesh = parts.make_mesh("model=2")
 
     def read(chip, x, of_y=None):
         compiled, leaves = tiny.compiled(crossbar.matmul, x, chip, out_shardings=of_y)
@@ -112,28 +164,41 @@ def test_devices_share_out_tiles_and_read_the_bits_of_one(name, by):
     alone, wanted = read(chip, x)
     with jax.set_mesh(mesh):
         plan = dataclasses.replace(chip.plan, split=Split(by, "model", 2))
-        whole, cut = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, "model"))
+        whole = NamedSharding(mesh, P())
+        cut = NamedSharding(mesh, P(None, "model"))
         of_x, of_y = (cut, whole) if by == "rows" else (whole, cut)
         spread = parts.on_mesh(dataclasses.replace(chip, plan=plan))
         shared, found = read(spread, jax.device_put(x, of_x), of_y)
     np.testing.assert_array_equal(found, wanted)
     # By rows a sum, and the range of the DACs' inputs.
-    met = re.findall(r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\(", shared.as_text())
+    met = re.findall(
+        r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\(",
+        shared.as_text(),
+    )
     assert met == (["all-reduce"] * 2 if by == "rows" else [])
-    held = [program.memory_analysis().argument_size_in_bytes for program in (alone, shared)]
+    held = [
+        program.memory_analysis().argument_size_in_bytes for program in (alone, shared)
+    ]
     assert held[1] == pytest.approx(held[0] / 2, rel=0.15)
     if name == "definition":  # other paths have loops, whose steps are counted once
-        assert shared.cost_analysis()["flops"] == pytest.approx(alone.cost_analysis()["flops"] / 2, rel=0.15)
+        assert shared.cost_analysis()["flops"] == pytest.approx(
+            alone.cost_analysis()["flops"] / 2, rel=0.15
+        )
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed_mode", ["sequential", "batched"])
 def test_gradients_through_split_arrays_are_those_of_one_device(seed_mode):
     """Seeds and tiles over devices, in a loop over layers, as models run."""
-    config, key = dataclasses.replace(_NOISY, tile=Tile(rows=12, cols=12)), jax.random.key(0)
-    weights = {"up": jax.random.normal(key, (2, 20, 24)), "down": jax.random.normal(key, (2, 24, 20))}
+    config = dataclasses.replace(_NOISY, tile=Tile(rows=12, cols=12))
+    key = jax.random.key(0)
+    weights = {
+        "up": jax.random.normal(key, (2, 20, 24)),
+        "down": jax.random.normal(key, (2, 24, 20)),
+    }
     chips = crossbar.program_tree(weights, {"*": config}, key)
-    x, found = jax.random.normal(key, (2, 3, 20)), []
+    x = jax.random.normal(key, (2, 3, 20))
+    found = []
 
     def loss(x, chips):
         def layer(x, of_layer):
@@ -143,35 +208,53 @@ def test_gradients_through_split_arrays_are_those_of_one_device(seed_mode):
         return jnp.sum(jnp.square(jax.lax.scan(jax.checkpoint(layer), x, chips)[0]))
 
     for asked in (None, "seed=2,model=2"):
-        with contextlib.nullcontext() if asked is None else jax.set_mesh(parts.make_mesh(asked)):
+        with (
+            contextlib.nullcontext()
+            if asked is None
+            else jax.set_mesh(parts.make_mesh(asked))
+        ):
             for name, by in {"up": "columns", "down": "rows"}.items() if asked else ():
-                plan = dataclasses.replace(chips[name].plan, split=Split(by, "model", 2))
+                plan = dataclasses.replace(
+                    chips[name].plan, split=Split(by, "model", 2)
+                )
                 chips |= {name: dataclasses.replace(chips[name], plan=plan)}
             given = parts.on_mesh(x, of_seeds=True), parts.on_mesh(chips)
-            found.append(jax.device_get(jax.jit(over_seeds(jax.value_and_grad(loss), seed_mode))(*given)))
+            found.append(
+                jax.device_get(
+                    jax.jit(over_seeds(jax.value_and_grad(loss), seed_mode))(*given)
+                )
+            )
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *found)
 
 
 def test_statistics_of_inputs_on_several_devices_add_up(mesh):
-    chip, x = _chip(_PLAIN, "packed"), _inputs()
+    chip = _chip(_PLAIN, "packed")
+    x = _inputs()
 
     def seen(x, chip):
         return jax.lax.psum(crossbar.probe(x, chip)[1].histogram, "inputs")
 
     shared = jax.shard_map(seen, mesh=mesh, in_specs=(P("inputs"), P()), out_specs=P())
-    np.testing.assert_array_equal(jax.jit(shared)(x, chip), crossbar.probe(x, chip)[1].histogram)
+    np.testing.assert_array_equal(
+        jax.jit(shared)(x, chip), crossbar.probe(x, chip)[1].histogram
+    )
 
 
 def test_devices_verify_the_cells_of_their_own_chips(mesh):
-    device = Device(programming=Independent(0.05), write_verify=crossbar.WriteVerify(0.03))
-    config, keys = dataclasses.replace(_PLAIN, device=device), jax.random.split(jax.random.key(3), 2)
+    device = Device(
+        programming=Independent(0.05), write_verify=crossbar.WriteVerify(0.03)
+    )
+    config = dataclasses.replace(_PLAIN, device=device)
+    keys = jax.random.split(jax.random.key(3), 2)
     weights = jax.random.normal(jax.random.key(4), (6, 5))
 
     def written(keys):
         chip = crossbar.program(weights, config, keys[0])
         return chip.codes[None], chip.pulses[None]
 
-    codes, pulses = jax.jit(jax.shard_map(written, mesh=mesh, in_specs=P("chips"), out_specs=P("chips")))(keys)
+    codes, pulses = jax.jit(
+        jax.shard_map(written, mesh=mesh, in_specs=P("chips"), out_specs=P("chips"))
+    )(keys)
     for i, key in enumerate(keys):
         chip = crossbar.program(weights, config, key)
         np.testing.assert_allclose(codes[i], chip.codes, rtol=1e-5, atol=1e-5)
@@ -182,28 +265,52 @@ def test_devices_verify_the_cells_of_their_own_chips(mesh):
 def test_chips_may_be_spread_over_devices_without_a_map():
     keys = jax.random.split(jax.random.key(11), 8)
     device = Device(programming=Independent(0.03), drift=crossbar.PCM_DRIFT, time=100.0)
-    config = dataclasses.replace(_PLAIN, adc=ADC(bits=6, range="max", gain_error=0.02), device=device)
+    config = dataclasses.replace(
+        _PLAIN, adc=ADC(bits=6, range="max", gain_error=0.02), device=device
+    )
     weights = jax.random.normal(jax.random.key(4), (40, 20))
-    read = jax.jit(jax.vmap(lambda key: crossbar.matmul(_inputs(), crossbar.program(weights, config, key))))
+    read = jax.jit(
+        jax.vmap(
+            lambda key: crossbar.matmul(
+                _inputs(), crossbar.program(weights, config, key)
+            )
+        )
+    )
     mesh = jax.make_mesh((4,), ("chips",), axis_types=(AxisType.Auto,))
     spread = jax.device_put(keys, NamedSharding(mesh, P("chips")))
     y = read(spread)
     assert len(y.sharding.device_set) == 4
-    np.testing.assert_allclose(y, read(keys), rtol=0, atol=1e-6 * float(jnp.abs(y).max()))
+    np.testing.assert_allclose(
+        y, read(keys), rtol=0, atol=1e-6 * float(jnp.abs(y).max())
+    )
 
 
 def test_chips_of_a_flax_model_are_read_where_they_are():
     """As docs/guides/flax_chips.md shares them out."""
     config = dataclasses.replace(_PLAIN, device=Device(programming=Independent(0.03)))
-    model, x = nnx.Linear(40, 20, rngs=nnx.Rngs(0)), _inputs()
-    chips = [crossbar_flax.convert(model, {"*": config}, jax.random.key(number)) for number in range(4)]
+    model = nnx.Linear(40, 20, rngs=nnx.Rngs(0))
+    x = _inputs()
+    chips = [
+        crossbar_flax.convert(model, {"*": config}, jax.random.key(number))
+        for number in range(4)
+    ]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *chips)
     mesh = jax.make_mesh((4,), ("chips",), axis_types=(AxisType.Auto,))
     spread = jax.device_put(stacked, NamedSharding(mesh, P("chips")))
     read = jax.vmap(lambda model: model(x))
-    (alone, stacked), (shared, spread) = tiny.compiled(read, stacked), tiny.compiled(read, spread)
-    assert not re.search(r"all-(reduce|gather|to-all)|collective-permute|reduce-scatter", shared.as_text())
-    assert shared.cost_analysis()["flops"] == pytest.approx(alone.cost_analysis()["flops"] / 4, rel=0.05)
-    held = [program.memory_analysis().argument_size_in_bytes for program in (alone, shared)]
+    (alone, stacked), (shared, spread) = (
+        tiny.compiled(read, stacked),
+        tiny.compiled(read, spread),
+    )
+    assert not re.search(
+        r"all-(reduce|gather|to-all)|collective-permute|reduce-scatter",
+        shared.as_text(),
+    )
+    assert shared.cost_analysis()["flops"] == pytest.approx(
+        alone.cost_analysis()["flops"] / 4, rel=0.05
+    )
+    held = [
+        program.memory_analysis().argument_size_in_bytes for program in (alone, shared)
+    ]
     assert held[1] == pytest.approx(held[0] / 4, rel=0.05)
     np.testing.assert_array_equal(shared(spread), alone(stacked))

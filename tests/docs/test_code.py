@@ -32,7 +32,14 @@ _README = _ROOT / "README.md"
 _PAGES = [_ROOT / "CONTRIBUTING.md", *sorted((_ROOT / "docs").rglob("*.md"))]
 _AFTER_README = "after the README"
 # Other tests cover what these pages show.
-_NIGHTLY = ("flax.md", "flax_chips.md", "flax_training.md", "python.md", "decoders.md", "serving.md")
+_NIGHTLY = (
+    "flax.md",
+    "flax_chips.md",
+    "flax_training.md",
+    "python.md",
+    "decoders.md",
+    "serving.md",
+)
 _LONG = ("cost.md", "crossbar.md", "crossbar_devices.md", "own_mesh.md")
 
 
@@ -52,9 +59,14 @@ _NEEDS = re.compile(r"<!-- test: needs (\w+) -->")
 
 _RUN = ("bash", "python")
 _SHOWN = ("text", "yaml", "json", "bibtex", "math")
-_BLOCK = re.compile(r"((?:^<!-- test: [^\n]* -->\n)*)^(```+)([^\n]*)\n(.*?)^\2 *$", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(
+    r"((?:^<!-- test: [^\n]* -->\n)*)^(```+)([^\n]*)\n(.*?)^\2 *$",
+    re.MULTILINE | re.DOTALL,
+)
 _SETTING = re.compile(r"<!-- test: (.*) -->")
-_BETWEEN_LINES = re.compile(r'\n(?=(?:[^"]*"[^"]*")*[^"]*$)')  # a text in quotes may have several
+_BETWEEN_LINES = re.compile(
+    r'\n(?=(?:[^"]*"[^"]*")*[^"]*$)'
+)  # a text in quotes may have several
 _INDENTED = re.compile(r"(?:\A|\n)\n    [^ *\-\n|].*")
 
 
@@ -80,8 +92,12 @@ def _blocks(page: str) -> Iterator[_Block]:
                 skipped = setting.removeprefix("skip, ")
             else:
                 old, arrow, new = setting.partition(" => ")
-                assert arrow, f"a comment for tests is neither 'skip, REASON' nor 'OLD => NEW': {setting}"
-                assert old in text, f"a comment for tests replaces what is not in its block: {old}"
+                assert arrow, (
+                    f"a comment for tests is neither 'skip, REASON' nor 'OLD => NEW': {setting}"
+                )
+                assert old in text, (
+                    f"a comment for tests replaces what is not in its block: {old}"
+                )
                 text = text.replace(old, new)
         if not language.startswith("{"):
             yield _Block(language, text, page[: found.start(4)].count("\n"), skipped)
@@ -93,9 +109,15 @@ def _run_shell(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
         words = shlex.split(line, comments=True)
         if words[:1] == ["echo"]:
             pipe = words.index("|")
-            monkeypatch.setattr(sys, "stdin", io.StringIO(" ".join(words[1:pipe]) + "\n"))
+            monkeypatch.setattr(
+                sys, "stdin", io.StringIO(" ".join(words[1:pipe]) + "\n")
+            )
             words = words[pipe + 1 :]
-        arguments = [name for word in words[1:] for name in (sorted(map(str, Path().glob(word))) or [word])]
+        arguments = [
+            name
+            for word in words[1:]
+            for name in (sorted(map(str, Path().glob(word))) or [word])
+        ]
         if words[:1] == ["lorafusion"]:
             cli.main(arguments)
         elif words[:1] == ["python"]:
@@ -103,7 +125,9 @@ def _run_shell(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.syspath_prepend(str(Path(arguments[0]).resolve().parent))
             runpy.run_path(arguments[0], run_name="__main__")
         else:
-            assert not words, f"a test cannot run this line; skip its block and say why: {line}"
+            assert not words, (
+                f"a test cannot run this line; skip its block and say why: {line}"
+            )
 
 
 def _run_page(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,11 +159,17 @@ def after_readme(examples, tmp_path_factory) -> Path:
 
 @pytest.mark.long
 def test_the_readme_converts_fuses_evaluates_and_exports(after_readme):
-    for written in ("pool/manifest.json", "runs/double_digit-fusion/results.json", "adapter/adapter_config.json"):
+    for written in (
+        "pool/manifest.json",
+        "runs/double_digit-fusion/results.json",
+        "adapter/adapter_config.json",
+    ):
         assert (after_readme / written).is_file()
 
 
-@pytest.mark.parametrize("page", _WITH_CODE, ids=lambda page: page.relative_to(_ROOT).as_posix())
+@pytest.mark.parametrize(
+    "page", _WITH_CODE, ids=lambda page: page.relative_to(_ROOT).as_posix()
+)
 def test_the_code_of_a_page_runs(page, examples, request, tmp_path, monkeypatch):
     for module in _NEEDS.findall(page.read_text()):
         if importlib.util.find_spec(module) is None:
@@ -148,7 +178,9 @@ def test_the_code_of_a_page_runs(page, examples, request, tmp_path, monkeypatch)
         readme = request.getfixturevalue("after_readme")
         for name in ("pool", "runs"):
             shutil.copytree(readme / name, tmp_path / name)
-        for config in (tmp_path / "runs").glob("*/config.json"):  # a run records where its pool is
+        for config in (tmp_path / "runs").glob(
+            "*/config.json"
+        ):  # a run records where its pool is
             config.write_text(config.read_text().replace(str(readme), str(tmp_path)))
     (tmp_path / "examples").symlink_to(examples)
     (tmp_path / "experiments").symlink_to(_ROOT / "experiments")
@@ -160,19 +192,33 @@ def test_the_code_of_a_page_runs(page, examples, request, tmp_path, monkeypatch)
 def test_the_code_of_pages_has_types(tmp_path):
     # The types of `convert`: an `Any` accepts all that the pages do with it.
     for name, last in {
-        **dict.fromkeys(("crossbar.md", "crossbar_devices.md", "decoders.md", "flax.md"), ""),
+        **dict.fromkeys(
+            ("crossbar.md", "crossbar_devices.md", "decoders.md", "flax.md"), ""
+        ),
         "flax_training.md": "assert_type(crossbar_flax.convert(model, {}, jax.random.key(0)), nnx.Sequential)",
     }.items():
         page = (_ROOT / "docs/guides" / name).read_text()
-        code = [block.text for block in _blocks(page) if block.language == "python" and not block.skipped]
-        (tmp_path / f"page_{Path(name).stem}.py").write_text("".join([*code, "from typing import assert_type\n", last]))
+        code = [
+            block.text
+            for block in _blocks(page)
+            if block.language == "python" and not block.skipped
+        ]
+        (tmp_path / f"page_{Path(name).stem}.py").write_text(
+            "".join([*code, "from typing import assert_type\n", last])
+        )
     (tmp_path / "pyrightconfig.json").write_text('{"typeCheckingMode": "standard"}')
-    command = [Path(sys.executable).with_name("basedpyright"), "--pythonpath", sys.executable]
+    command = [
+        Path(sys.executable).with_name("basedpyright"),
+        "--pythonpath",
+        sys.executable,
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("page", [_README, *_PAGES], ids=lambda page: page.relative_to(_ROOT).as_posix())
+@pytest.mark.parametrize(
+    "page", [_README, *_PAGES], ids=lambda page: page.relative_to(_ROOT).as_posix()
+)
 def test_every_block_names_its_language_so_that_none_is_left_out(page):
     text = page.read_text()
     assert {block.language for block in _blocks(text)} <= {*_RUN, *_SHOWN}

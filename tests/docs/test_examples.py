@@ -46,7 +46,9 @@ def test_fuse_in_python_trains_and_answers(example):
 
 
 @pytest.mark.nightly
-def test_chips_evaluates_digital_numbers_on_two_chips_and_trains_on_one(example, tmp_path):
+def test_chips_evaluates_digital_numbers_on_two_chips_and_trains_on_one(
+    example, tmp_path
+):
     digital = ("decoder.*", "*.ff.*", "encoder.self.[kvo]", "pool.*")
     scores = example("chips").main(tmp_path, digital, **_LIKE_THE_README)
     assert len(scores) == 1 + 2 * 2 + 1
@@ -58,10 +60,26 @@ def test_the_paper_is_run_from_adapters_to_exports(example, tmp_path):
     adapters = sorted(map(str, (tmp_path / "small" / "pool").iterdir()))
     rows, index = bbh_rows.write(tmp_path / "rows")
     write_lorahub_split(rows, tmp_path / "data_bbh", index=index)
-    small = ("--modules", "2", "--epochs", "1", "--test-rows", "4", "--methods", "zero-shot", "LoRAFusion")
+    small = (
+        "--modules",
+        "2",
+        "--epochs",
+        "1",
+        "--test-rows",
+        "4",
+        "--methods",
+        "zero-shot",
+        "LoRAFusion",
+    )
     out = tmp_path / "out"
     example("paper").main(
-        tmp_path / "data_bbh", str(base), tuple(adapters), out, ("boolean_expressions",), (1, 2), small
+        tmp_path / "data_bbh",
+        str(base),
+        tuple(adapters),
+        out,
+        ("boolean_expressions",),
+        (1, 2),
+        small,
     )
     assert (out / "report" / "report.html").is_file()
     assert (out / "adapters" / "boolean_expressions" / "adapter_config.json").is_file()
@@ -77,13 +95,19 @@ def test_sweep_on_a_mesh_trains_every_seed(example, tmp_path):
 def test_a_prepared_flax_model_keeps_its_accuracy_on_crossbars(example):
     with jax.numpy_dtype_promotion("standard"):  # optax's
         accuracy = example("crossbar_on_your_model").main(bits=(8,), steps=60)
-    assert accuracy["8-bit ADC"] + 0.01 < accuracy["8-bit ADC, prepared"] > accuracy["digital"] - 0.08
+    assert (
+        accuracy["8-bit ADC"] + 0.01
+        < accuracy["8-bit ADC, prepared"]
+        > accuracy["digital"] - 0.08
+    )
 
 
 @pytest.mark.nightly
 def test_a_method_of_ones_own_is_registered_and_run(example, tmp_path):
     try:
-        scores = example("your_own_method").main(tmp_path, **_LIKE_THE_README | {"recipe": lf.Recipe(epochs=1)})
+        scores = example("your_own_method").main(
+            tmp_path, **_LIKE_THE_README | {"recipe": lf.Recipe(epochs=1)}
+        )
     finally:
         METHODS.pop("gains", None)
     assert set(scores) == {"zero-shot", "gains", "magnitudes"}

@@ -22,19 +22,32 @@ _QUICK = {
 }
 
 
-def _run(notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parameters: str | None = None) -> None:
+def _run(
+    notebook: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    parameters: str | None = None,
+) -> None:
     """Run a notebook in a folder next to the examples, whose programs are those of this environment."""
     folder = tmp_path / "notebooks"
     folder.mkdir()
     (tmp_path / "small").symlink_to(_EXAMPLES / "small")
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv(
+        "PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    )
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    monkeypatch.setenv("JAX_NUMPY_DTYPE_PROMOTION", "standard")  # as outside of tests; optax relies on it
+    monkeypatch.setenv(
+        "JAX_NUMPY_DTYPE_PROMOTION", "standard"
+    )  # as outside of tests; optax relies on it
     monkeypatch.setenv("JAX_NUMPY_RANK_PROMOTION", "allow")
     cells = nbformat.read(notebook, as_version=4)
-    (tagged,) = (cell for cell in cells.cells if "parameters" in cell.metadata.get("tags", ()))
+    (tagged,) = (
+        cell for cell in cells.cells if "parameters" in cell.metadata.get("tags", ())
+    )
     tagged.source = parameters or tagged.source
-    nbclient.NotebookClient(cells, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
+    nbclient.NotebookClient(
+        cells, timeout=600, resources={"metadata": {"path": str(folder)}}
+    ).execute()
 
 
 @pytest.mark.long
@@ -54,8 +67,15 @@ def test_a_notebook_is_short_shows_its_outputs_and_imports_public_names(notebook
     cells = nbformat.read(notebook, as_version=4).cells
     assert len(cells) <= 40 and notebook.stem in _QUICK
     code = [cell for cell in cells if cell.cell_type == "code"]
-    assert any(cell.outputs for cell in code) and all(cell.execution_count for cell in code)
-    assert [output for cell in code for output in cell.outputs if output.output_type == "error"] == []
+    assert any(cell.outputs for cell in code) and all(
+        cell.execution_count for cell in code
+    )
+    assert [
+        output
+        for cell in code
+        for output in cell.outputs
+        if output.output_type == "error"
+    ] == []
     source = "\n".join(cell.source for cell in code)
     imported = re.findall(r"^(?:from|import) lorafusion_jax\S*.*", source, re.MULTILINE)
     assert set(imported) <= {

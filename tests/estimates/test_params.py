@@ -22,7 +22,11 @@ _LARGE = {
 }
 # What transformers counts in the models of the hub.
 _SIZES = {
-    **{"flan-t5-small": 76_961_152, "flan-t5-base": 247_577_856, "flan-t5-large": 783_150_080},
+    **{
+        "flan-t5-small": 76_961_152,
+        "flan-t5-base": 247_577_856,
+        "flan-t5-large": 783_150_080,
+    },
     **{"flan-t5-xl": 2_849_757_184, "flan-t5-xxl": 11_135_332_352},
     **{"t5-small": 60_506_624, "t5-base": 222_903_552, "t5-large": 737_668_096},
 }
@@ -32,10 +36,15 @@ def test_the_command_prints_the_counts_as_a_markdown_table(capsys):
     assert counts(known_shapes()["flan-t5-large"]) == _LARGE
     assert {name: size(known_shapes()[name]) for name in _SIZES} == _SIZES
     main(["params", "--shape", "flan-t5-large", "--modules", "20", "--rank", "16"])
-    head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines())
+    head, _, *rows = (
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in capsys.readouterr().out.splitlines()
+    )
     assert head == ["method", "trainable parameters", "of flan-t5-large"]
     assert rows[0] == ["LoRAFusion", "148,416", "0.01895 %"]
-    assert [tuple(row[:2]) for row in rows] == [(name, f"{count:,}") for name, count in _LARGE.items()]
+    assert [tuple(row[:2]) for row in rows] == [
+        (name, f"{count:,}") for name, count in _LARGE.items()
+    ]
 
 
 def test_a_folder_with_the_config_of_transformers_4_or_5(goldens, tmp_path):
@@ -49,16 +58,23 @@ def test_a_folder_with_the_config_of_transformers_4_or_5(goldens, tmp_path):
 
 def test_models_and_numbers_without_counts_are_refused():
     with pytest.raises(
-        ValueError, match="no shape 'flan-t5-huge': give a folder, hub id, GGUF file or one of flan-t5-small"
+        ValueError,
+        match="no shape 'flan-t5-huge': give a folder, hub id, GGUF file or one of flan-t5-small",
     ):
         shape_config("flan-t5-huge")
     for changes, message in (
-        ({"targets": ("q", "q_proj")}, "targets are q q_proj: choose of q k v o wi_0 wi_1 wo"),
+        (
+            {"targets": ("q", "q_proj")},
+            "targets are q q_proj: choose of q k v o wi_0 wi_1 wo",
+        ),
         ({"targets": ()}, "targets are none"),
         ({"modules": 0}, "modules is 0"),
         ({"rank": -1}, "rank is -1"),
         ({"basis": 0}, "basis is 0"),
-        ({"basis": 1025}, "1025 directions, but encoder.self.q is 1024 x 1024: use at most 1024"),
+        (
+            {"basis": 1025},
+            "1025 directions, but encoder.self.q is 1024 x 1024: use at most 1024",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             counts(known_shapes()["flan-t5-large"], **changes)

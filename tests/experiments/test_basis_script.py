@@ -16,7 +16,13 @@ from lorafusion_jax.report import scores
 from lorafusion_jax.runs.setup import check
 
 _ENTRIES = basis.entries_of(get_args(basis.Group))
-_SHARE = {"LoRA": 0.3, "LoRAFusion": 0.5, "best 10": 0.6, "k = 16, best 10": 0.4, "k = 8, drawn": 0.2}
+_SHARE = {
+    "LoRA": 0.3,
+    "LoRAFusion": 0.5,
+    "best 10": 0.6,
+    "k = 16, best 10": 0.4,
+    "k = 8, drawn": 0.2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +31,9 @@ def results():
     entries = {name: trials.ARMS[name] for name in ("LoRA", "LoRAFusion")} | _ENTRIES
     rows = []
     for name, share in _SHARE.items():
-        recipe = json.loads(json.dumps(dataclasses.asdict(trials.recipe_of(entries[name]))))
+        recipe = json.loads(
+            json.dumps(dataclasses.asdict(trials.recipe_of(entries[name])))
+        )
         for task in ("one", "two"):
             of = row(task, name, 1, np.arange(10) < 10 * share, trainable=7)
             rows.append(of | {"config": {"recipe": recipe}})
@@ -36,7 +44,16 @@ def test_every_row_can_run_and_no_two_rows_are_alike():
     settings = set()
     for entry in _ENTRIES.values():
         recipe = trials.recipe_of(entry)
-        check(FuseOptions(base="b", pool="p", task="t", method=entry.method, control=entry.control, recipe=recipe))
+        check(
+            FuseOptions(
+                base="b",
+                pool="p",
+                task="t",
+                method=entry.method,
+                control=entry.control,
+                recipe=recipe,
+            )
+        )
         settings.add((entry.method, entry.control, recipe))
         assert (recipe.basis or 0) <= common.DIRECTIONS
     assert len(settings) == len(_ENTRIES) == 2 + 5 * 3 + 1 + 8 + 1
@@ -50,13 +67,21 @@ def test_a_table_gives_reads_and_differences_to_the_same_modules(results, tmp_pa
     assert by_name["best 10"][:2] == ["160", "0.50"]
     assert by_name["k = 16, best 10"][:2] == ["16", "0.05"]
     # Minus LoRAFusion, minus the best 10, minus the same whole modules.
-    assert {name: [cell.split(" ")[0] for cell in of[-3:]] for name, of in by_name.items() if name in _SHARE} == {
+    assert {
+        name: [cell.split(" ")[0] for cell in of[-3:]]
+        for name, of in by_name.items()
+        if name in _SHARE
+    } == {
         "LoRA": ["-20.0", "-30.0", ""],
         "LoRAFusion": ["", "-10.0", ""],
         "best 10": ["+10.0", "", ""],
         "k = 16, best 10": ["-10.0", "-20.0", "-20.0"],
         "k = 8, drawn": ["-30.0", "-40.0", "-30.0"],
     }
-    assert found["kept"][-1] == ["12", "0.75", "100 to 100"]  # as many directions as N r
+    assert found["kept"][-1] == [
+        "12",
+        "0.75",
+        "100 to 100",
+    ]  # as many directions as N r
     basis.draw(results, tmp_path / "reads.png")
     assert (tmp_path / "reads.png").read_bytes().startswith(b"\x89PNG")

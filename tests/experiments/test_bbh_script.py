@@ -15,7 +15,9 @@ def arguments(small, tmp_path_factory):
     rows, index = bbh_rows.write(folder / "rows")
     tasks = ["boolean_expressions", "object_counting"]
     for task in write_lorahub_split(rows, folder / "data_bbh", tasks, index=index):
-        with (task / "example.jsonl").open("a") as file:  # a few-shot prompt has five examples
+        with (task / "example.jsonl").open(
+            "a"
+        ) as file:  # a few-shot prompt has five examples
             file.write("\n" + bbh_rows.lines(task.name, [5])[0])
     return {
         "--base": [str(base)],
@@ -31,15 +33,30 @@ def arguments(small, tmp_path_factory):
 
 
 def _run(arguments, **changes):
-    given = arguments | {f"--{name.replace('_', '-')}": values for name, values in changes.items()}
-    bbh.main([word for name, values in given.items() if values is not None for word in (name, *values)])
+    given = arguments | {
+        f"--{name.replace('_', '-')}": values for name, values in changes.items()
+    }
+    bbh.main(
+        [
+            word
+            for name, values in given.items()
+            if values is not None
+            for word in (name, *values)
+        ]
+    )
 
 
 @pytest.mark.nightly
 def test_tasks_with_and_without_options(arguments, small, tmp_path):
-    base, out = byte_base.make(tmp_path / "base", small[0]), tmp_path / "out"
+    base = byte_base.make(tmp_path / "base", small[0])
+    out = tmp_path / "out"
     for _ in range(2):  # the second run finds every row
-        _run(arguments, base=[str(base)], out=[str(out)], methods=["zero-shot", "LoRAFusion"])
+        _run(
+            arguments,
+            base=[str(base)],
+            out=[str(out)],
+            methods=["zero-shot", "LoRAFusion"],
+        )
     rows = read_rows(out / "results.jsonl")
     assert sorted((row["task"], row["method"], row["seed"]) for row in rows) == [
         (task, method, seed)
@@ -47,7 +64,9 @@ def test_tasks_with_and_without_options(arguments, small, tmp_path):
         for method, seed in (("LoRAFusion", 1), ("LoRAFusion", 2), ("zero-shot", 1))
     ]
     assert all(len(row["correct"]) == 4 for row in rows)
-    assert {row["task"] for row in rows if row["option_accuracy"] is not None} == {"boolean_expressions"}
+    assert {row["task"] for row in rows if row["option_accuracy"] is not None} == {
+        "boolean_expressions"
+    }
     assert "boolean_expressions" in (out / "report" / "table.csv").read_text()
 
 
@@ -59,20 +78,35 @@ def test_a_plan_for_flan_t5_large_needs_no_weights(arguments, capsys):
     _run(arguments, **large, **{"for": ["h100"]})
     printed = capsys.readouterr().out
     # Full fine-tuning runs only where it is named.
-    assert "| LoRA " in printed and "full fine-tuning" not in printed and "The device has 74.51 GiB" in printed
+    assert (
+        "| LoRA " in printed
+        and "full fine-tuning" not in printed
+        and "The device has 74.51 GiB" in printed
+    )
     with pytest.raises(SystemExit):
         _run(arguments, **large | {"plan": None, "for": ["h100"]})
-    assert "--for h100 is an option of a plan" in " ".join(capsys.readouterr().err.split())
+    assert "--for h100 is an option of a plan" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data": None}, r"--bbh with .*BIG-Bench-Hard, or --data with .*0\.1/data_bbh\.zip"),
-        ({"data": ["data_bbh"]}, r"data_bbh does not exist: .*/releases/download/0\.1/data_bbh\.zip"),
+        (
+            {"data": None},
+            r"--bbh with .*BIG-Bench-Hard, or --data with .*0\.1/data_bbh\.zip",
+        ),
+        (
+            {"data": ["data_bbh"]},
+            r"data_bbh does not exist: .*/releases/download/0\.1/data_bbh\.zip",
+        ),
         ({"tasks": ["no_such_task"]}, "no_such_task"),
         ({"methods": ["LoRAFuson"]}, r"no method LoRAFuson: choose of zero-shot; "),
-        ({"modules": ["5"], "methods": ["LoRAFusion"]}, r"holds 4 modules, and 5 are to be drawn"),
+        (
+            {"modules": ["5"], "methods": ["LoRAFusion"]},
+            r"holds 4 modules, and 5 are to be drawn",
+        ),
     ],
 )
 def test_bad_input_is_refused(arguments, change, message):

@@ -39,9 +39,13 @@ def test_padding_is_counted_in_tokens(tmp_path, monkeypatch, capsys):
     """A task of 45 rows of 3 characters and 5 of 30, that is 2 and 9 tokens, and answers of 2 tokens."""
     task = tmp_path / "lengths"
     task.mkdir()
-    rows = [{"input": "x" * (30 if i % 10 == 0 else 3), "target": "yyyy"} for i in range(50)]
+    rows = [
+        {"input": "x" * (30 if i % 10 == 0 else 3), "target": "yyyy"} for i in range(50)
+    ]
     for part in ("train", "test"):
-        (task / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (task / f"{part}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
     monkeypatch.setattr(sys, "argv", ["padding.py", "--json", "--tasks", str(task)])
     padding.main()
     printed = json.loads(capsys.readouterr().out)
@@ -52,15 +56,21 @@ def test_padding_is_counted_in_tokens(tmp_path, monkeypatch, capsys):
     # One batch of prompts of the longest's width, as two would save less than their compilation costs.
     assert evaluation["computed_from"]["real"] == 45 * 2 + 5 * 9
     assert evaluation["computed_from"]["computed"] == 50 * 9
-    assert evaluation["ratio"] == pytest.approx(135 / 450) and evaluation["higher_is_better"]
+    assert (
+        evaluation["ratio"] == pytest.approx(135 / 450)
+        and evaluation["higher_is_better"]
+    )
     assert shapes["ratio"] == 1 and not shapes["higher_is_better"]
 
 
 def test_ten_thousand_tasks_fit_into_40_megabytes():
-    config, found = _model.config_of("flan-t5-large"), []
+    config = _model.config_of("flan-t5-large")
+    found = []
 
     def trace():
-        bank = TaskBank.empty(_model.graph_of(config), _model.frozen(config, "float32", 20), 10_000)
+        bank = TaskBank.empty(
+            _model.graph_of(config), _model.frozen(config, "float32", 20), 10_000
+        )
         found.extend((a.shape, a.dtype.itemsize) for a in jax.tree.leaves(bank.tasks))
 
     jax.eval_shape(trace)
@@ -100,7 +110,9 @@ def test_the_floor_is_the_base_alone(monkeypatch):
     batch = tiny.batch(config, rows=2, source=6, target=4)
     for name, size in (("BATCH", 2), ("SOURCE", 6), ("TARGET", 4)):
         monkeypatch.setattr(_model, name, size)
-    monkeypatch.setattr(_model, "batch_of", lambda config: jax.tree.map(lambda a: a[None], batch))
+    monkeypatch.setattr(
+        _model, "batch_of", lambda config: jax.tree.map(lambda a: a[None], batch)
+    )
     graph, base = nnx.split(tiny.t5(config))
     loss, of_activations = _model.Floor(config, Frozen(base))()
     start = decoder_inputs(batch.labels, start_id=config.start_id, pad_id=config.pad_id)
@@ -122,14 +134,41 @@ def test_the_floor_is_the_base_alone(monkeypatch):
 
 @pytest.mark.nightly
 def test_measurements_of_a_device_run_on_a_cpu_too(tmp_path):
-    small = ["--shape", "small-pool", "--no-tests", "--seeds", "2", "--rounds", "1", "--product", "256"]
-    command = [sys.executable, _ROOT / "benchmarks/on_device.py", *small, "--out", tmp_path]
+    small = [
+        "--shape",
+        "small-pool",
+        "--no-tests",
+        "--seeds",
+        "2",
+        "--rounds",
+        "1",
+        "--product",
+        "256",
+    ]
+    command = [
+        sys.executable,
+        _ROOT / "benchmarks/on_device.py",
+        *small,
+        "--out",
+        tmp_path,
+    ]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "these are a CPU's figures" in ran.stderr
     found = json.loads((tmp_path / "cpu-small-pool.json").read_text())
-    _check([of | {"computed_from": of["computed_from"] or {"rate": found["product_tflops"]}} for of in found["cases"]])
+    _check(
+        [
+            of
+            | {
+                "computed_from": of["computed_from"]
+                or {"rate": found["product_tflops"]}
+            }
+            for of in found["cases"]
+        ]
+    )
     names = [of["name"] for of in found["cases"]]
-    assert "2 seeds in one program / 2 single steps" in names and any(name.startswith("generation") for name in names)
+    assert "2 seeds in one program / 2 single steps" in names and any(
+        name.startswith("generation") for name in names
+    )
     assert all(name in ran.stdout for name in names)
 
 
@@ -137,13 +176,36 @@ def test_measurements_of_a_device_run_on_a_cpu_too(tmp_path):
 @pytest.mark.nightly
 def test_the_peer_trains_alike_and_kept_results_are_not_measured_again(tmp_path):
     """The script compares losses of packed rows with those of the peer's padded ones, and ends if they differ."""
-    small = ["--shape", "small-pool", "--candidates", "ours", "eager", "--batches", "2", "--rounds", "1"]
-    command = [sys.executable, _ROOT / "benchmarks/peer.py", *small, "--out", tmp_path, "--json"]
-    first, again = (subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2))
+    small = [
+        "--shape",
+        "small-pool",
+        "--candidates",
+        "ours",
+        "eager",
+        "--batches",
+        "2",
+        "--rounds",
+        "1",
+    ]
+    command = [
+        sys.executable,
+        _ROOT / "benchmarks/peer.py",
+        *small,
+        "--out",
+        tmp_path,
+        "--json",
+    ]
+    first, again = (
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    )
     assert first == again
     _check(json.loads(first)["cases"])
     (turn,) = json.loads((tmp_path / "small-pool-native.json").read_text())["turns"]
-    losses = [turn[name][form]["losses"] for name, form in (("ours", "packed"), ("eager", "in file order"))]
+    losses = [
+        turn[name][form]["losses"]
+        for name, form in (("ours", "packed"), ("eager", "in file order"))
+    ]
     assert len(losses[0]) == 2
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
@@ -152,23 +214,35 @@ def test_the_peer_trains_alike_and_kept_results_are_not_measured_again(tmp_path)
 @pytest.mark.nightly
 def test_a_whole_task_trains_and_answers_alike_in_peft():
     small = ["--shape", "small-pool", "--peers", "eager", "--rows", "10", "--json"]
-    ran = subprocess.run([sys.executable, _ROOT / "benchmarks/whole_task.py", *small], capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, _ROOT / "benchmarks/whole_task.py", *small],
+        capture_output=True,
+        text=True,
+    )
     assert ran.returncode == 0, ran.stderr
     cases = json.loads(ran.stdout)["cases"]
     _check(cases)
     assert [case["required"] for case in cases] == [1.2, 1.5]
     for case in cases:  # one batch an epoch, whose order is no matter
         found = case["computed_from"]
-        assert found["loss"] == pytest.approx(found["peer_loss"], rel=1e-4) and found["same_answers"] >= 0.99
+        assert (
+            found["loss"] == pytest.approx(found["peer_loss"], rel=1e-4)
+            and found["same_answers"] >= 0.99
+        )
 
 
 def test_a_process_of_the_peer_that_was_killed_is_named():
     command = [sys.executable, "-c", "input(); import os; os.kill(os.getpid(), 9)"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     # A closed pipe keeps what could not be written to it.
-    with contextlib.suppress(BrokenPipeError), subprocess.Popen(command, text=True, **pipes) as worker:
+    with (
+        contextlib.suppress(BrokenPipeError),
+        subprocess.Popen(command, text=True, **pipes) as worker,
+    ):
         for _ in range(2):  # during a pass, and before one
-            with pytest.raises(SystemExit, match=r"'ours' ended with status -9 .* fewer --candidates"):
+            with pytest.raises(
+                SystemExit, match=r"'ours' ended with status -9 .* fewer --candidates"
+            ):
                 peer._next_pass("ours", worker)
 
 
@@ -177,17 +251,24 @@ def test_a_process_of_the_peer_that_was_killed_is_named():
 _SHAPE = Shape(5, 12, 4)
 
 
-def test_seeds_exchange_nothing_and_split_matrices_cost_sums_whose_time_has_a_floor(monkeypatch):
+def test_seeds_exchange_nothing_and_split_matrices_cost_sums_whose_time_has_a_floor(
+    monkeypatch,
+):
     monkeypatch.setattr(scaling, "_SHAPE", _SHAPE)
     rates = scaling.Rates(flops=1e9, bandwidth=1e6, latency=1e-3)
     assert scaling.step_seconds(tiny.CONFIG, rates, 1e8, 8) == pytest.approx(0.8)
-    assert scaling.step_seconds(tiny.CONFIG, rates, 1e8, 8, seed=4) == pytest.approx(0.2)
+    assert scaling.step_seconds(tiny.CONFIG, rates, 1e8, 8, seed=4) == pytest.approx(
+        0.2
+    )
     # Three layers of the encoder (12 source tokens), two of the decoder (4 target tokens), five rows of width 16.
     assert scaling.sums(tiny.CONFIG) == 2 * (2 * 3 + 3 * 2)
     array = 2 * (2 * 3 * 5 * 12 + 3 * 2 * 5 * 4) * 16 * 4
     assert scaling.sum_bytes(tiny.CONFIG, _SHAPE, 2) == array
     assert scaling.sum_bytes(tiny.CONFIG, _SHAPE, 4) == 1.5 * array
-    assert scaling.sum_bytes(dataclasses.replace(tiny.CONFIG, dtype="bfloat16"), _SHAPE, 2) == array / 2
+    assert (
+        scaling.sum_bytes(dataclasses.replace(tiny.CONFIG, dtype="bfloat16"), _SHAPE, 2)
+        == array / 2
+    )
     split = scaling.step_seconds(tiny.CONFIG, rates, 1e8, 1, model=4)
     assert split == pytest.approx(0.025 + 24 * 1e-3 + 1.5 * array / 1e6)
     assert scaling.step_seconds(tiny.CONFIG, rates, 1e8, 1, model=1000) > 24 * 1e-3

@@ -16,9 +16,24 @@ from lorafusion_jax.parts import RunFolder, known_shapes
 _SMOLLM2 = Path(__file__).resolve().parents[2] / "examples" / "smollm2"
 _FORMS = {
     "past": {"stop": "stopped", "cry": "cried", "obey": "obeyed", "go": "went"},
-    "ing": {"die": "dying", "agree": "agreeing", "begin": "beginning", "glue": "gluing"},
-    "plural": {"box": "boxes", "story": "stories", "monkey": "monkeys", "mouse": "mice"},
-    "comparative": {"big": "bigger", "wise": "wiser", "happy": "happier", "useful": "more useful"},
+    "ing": {
+        "die": "dying",
+        "agree": "agreeing",
+        "begin": "beginning",
+        "glue": "gluing",
+    },
+    "plural": {
+        "box": "boxes",
+        "story": "stories",
+        "monkey": "monkeys",
+        "mouse": "mice",
+    },
+    "comparative": {
+        "big": "bigger",
+        "wise": "wiser",
+        "happy": "happier",
+        "useful": "more useful",
+    },
 }
 
 
@@ -30,7 +45,10 @@ def _rows(task: str, part: str) -> dict[str, str]:
 def test_the_tasks_are_what_their_script_writes(tmp_path):
     inflections.main(tmp_path)
     for file in sorted(tmp_path.rglob("*.jsonl")):
-        assert file.read_bytes() == (_SMOLLM2 / "tasks" / file.relative_to(tmp_path)).read_bytes()
+        assert (
+            file.read_bytes()
+            == (_SMOLLM2 / "tasks" / file.relative_to(tmp_path)).read_bytes()
+        )
     assert all(len(rows) >= 200 for rows in inflections.tasks().values())
     for task, forms in _FORMS.items():
         assert forms.items() <= (_rows(task, "train") | _rows(task, "test")).items()
@@ -46,32 +64,52 @@ def test_a_demo_explains_itself_and_takes_no_options(script, monkeypatch, capsys
             script.main(arguments)
         assert stopped.value.code == code
     printed = capsys.readouterr()
-    assert "Written to runs/demo" in printed.out and "unrecognized arguments: --seeds 3" in printed.err
+    assert (
+        "Written to runs/demo" in printed.out
+        and "unrecognized arguments: --seeds 3" in printed.err
+    )
 
 
 def test_the_adapters_fit_the_model():
     folders = sorted((_SMOLLM2 / "adapters").iterdir())
-    pool = read_pool([str(folder) for folder in folders], known_shapes()["smollm2-135m"])
-    assert set(pool.names) == {name for family in language.SOURCES.values() for name in family}
+    pool = read_pool(
+        [str(folder) for folder in folders], known_shapes()["smollm2-135m"]
+    )
+    assert set(pool.names) == {
+        name for family in language.SOURCES.values() for name in family
+    }
     assert list(pool.A) == ["decoder.self_attn.q_proj", "decoder.self_attn.v_proj"]
     assert {int(rank) for ranks in pool.rank.values() for rank in ranks.ravel()} == {8}
     for folder in folders:
         config = json.loads((folder / "adapter_config.json").read_text())
-        assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+        assert (
+            config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+        )
 
 
 def test_the_demo_compares_the_base_with_the_fusion(tmp_path, monkeypatch, capsys):
-    asked, rows = [], []
+    asked = []
+    rows = []
 
     def run_jobs(jobs, file, run):
         for task, method, *_, options, _ in jobs:
             asked.append(options)
-            share, answer = (75.0, " replying") if options.method == "fusion" else (0.0, "\nreply")
-            row = {"seed": 1, "row": 0, "input": "Q: reply\nA:", "target": "replying", "prediction": answer}
+            share, answer = (
+                (75.0, " replying") if options.method == "fusion" else (0.0, "\nreply")
+            )
+            row = {
+                "seed": 1,
+                "row": 0,
+                "input": "Q: reply\nA:",
+                "target": "replying",
+                "prediction": answer,
+            }
             (options.out / options.name).mkdir(parents=True)
             predictions = [row | {"correct": share > 0, "option_correct": None}]
             RunFolder(options.out / options.name).write_predictions(predictions)
-            rows.append({"task": task, "method": method, "seed": 1, "exact_match": share})
+            rows.append(
+                {"task": task, "method": method, "seed": 1, "exact_match": share}
+            )
             rows[-1] |= {"trainable": 7, "seconds": 1.0}
 
     monkeypatch.setattr(demo_llm, "FOLDER", tmp_path / "demo")
@@ -81,12 +119,22 @@ def test_the_demo_compares_the_base_with_the_fusion(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(demo_llm, "convert", lambda *given: None)
     demo_llm.main()
     printed = capsys.readouterr().out
-    assert [options.method for options in asked] == ["zero-shot", "few-shot", "mean", "fusion"]
+    assert [options.method for options in asked] == [
+        "zero-shot",
+        "few-shot",
+        "mean",
+        "fusion",
+    ]
     assert {options.prompt for options in asked} == {"Q: {input}\nA:"}
     assert {options.recipe.modules for options in asked if options.pool} == {24}
     assert all(f"\n{method} " in printed for method in demo_llm.METHODS)
-    assert "reply         reply                           replying" in printed and "75.0" in printed
-    assert {"table.md", "accuracy.png"} <= {path.name for path in (tmp_path / "demo").iterdir()}
+    assert (
+        "reply         reply                           replying" in printed
+        and "75.0" in printed
+    )
+    assert {"table.md", "accuracy.png"} <= {
+        path.name for path in (tmp_path / "demo").iterdir()
+    }
 
 
 def test_without_the_wheel_the_message_tells_how_to_install_it(monkeypatch):

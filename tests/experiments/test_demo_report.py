@@ -21,7 +21,9 @@ _ROWS = [
 
 
 def test_a_table_has_means_and_spreads_of_tasks_by_methods():
-    lines = markdown_table([*_ROWS, _row("easy", "LoRA", 1, 90.0, 900)], apart=("impossible",)).splitlines()
+    lines = markdown_table(
+        [*_ROWS, _row("easy", "LoRA", 1, 90.0, 900)], apart=("impossible",)
+    ).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells[0] == ["exact match, %", "zero-shot", "fusion", "LoRA"]
     assert cells[2:] == [
@@ -34,16 +36,38 @@ def test_a_table_has_means_and_spreads_of_tasks_by_methods():
         ["seconds of training", "0.0", "1.7", "1.0"],
     ]
     assert len({len(line) for line in lines}) == 1
-    assert "| 900 to 1,232 |" in markdown_table([*_ROWS, _row("hard", "fusion", 3, 1.0, 900)])
+    assert "| 900 to 1,232 |" in markdown_table(
+        [*_ROWS, _row("hard", "fusion", 3, 1.0, 900)]
+    )
 
 
 def test_bars_are_the_numbers_of_the_rows(tmp_path, figures):
     late = _row("hard", "late", 1, 5.0)  # it lacks the first task
     plot_accuracy([*_ROWS, late], tmp_path / "accuracy.png", apart=("impossible",))
     bars = figures[0].axes[0]
-    heights = [bar.get_height() for group in bars.containers if hasattr(group, "patches") for bar in group]
+    heights = [
+        bar.get_height()
+        for group in bars.containers
+        if hasattr(group, "patches")
+        for bar in group
+    ]
     assert heights == pytest.approx([10, 2, 6, 55, 25, 40, 0, 5])
-    dots = np.concatenate([points.get_offsets()[:, 1] for points in bars.collections if len(points.get_offsets())])
+    dots = np.concatenate(
+        [
+            points.get_offsets()[:, 1]
+            for points in bars.collections
+            if len(points.get_offsets())
+        ]
+    )
     assert sorted(dots[dots > 0]) == pytest.approx([20, 30, 35, 45, 50, 60])
-    assert [label.get_text() for label in bars.get_xticklabels()] == ["easy", "hard", "mean", "impossible"]
-    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["zero-shot", "fusion", "late"]
+    assert [label.get_text() for label in bars.get_xticklabels()] == [
+        "easy",
+        "hard",
+        "mean",
+        "impossible",
+    ]
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == [
+        "zero-shot",
+        "fusion",
+        "late",
+    ]

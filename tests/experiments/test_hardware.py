@@ -17,7 +17,8 @@ _CHIP = load_config(_ROOT / "examples" / "chip.yaml")
 
 
 def test_results_are_computed_once_and_settings_are_kept_apart(tmp_path):
-    store, calls = Store(tmp_path / "out", {"chips": 8, "seeds": (1, 2)}), []
+    store = Store(tmp_path / "out", {"chips": 8, "seeds": (1, 2)})
+    calls = []
 
     def compute():
         calls.append(1)
@@ -28,14 +29,24 @@ def test_results_are_computed_once_and_settings_are_kept_apart(tmp_path):
     again = Store(store.folder, {"chips": 8, "seeds": (1, 2)})
     same = again.numbers("b", lambda: pytest.fail("was computed already"))
     assert jnp.array_equal(numbers["coefficients"], same["coefficients"])
-    with pytest.raises(ValueError, match="holds other rows \\(chips was 8, is 4\\): give another --out"):
+    with pytest.raises(
+        ValueError, match="holds other rows \\(chips was 8, is 4\\): give another --out"
+    ):
         Store(store.folder, {"chips": 4, "seeds": (1, 2)})
 
 
 def _rows(case, values):
     """Exact match of (chip, seed)."""
     return [
-        {"task": "t", "case": case, "age": None, "compensate": None, "chip": c, "seed": s, "exact_match": m}
+        {
+            "task": "t",
+            "case": case,
+            "age": None,
+            "compensate": None,
+            "chip": c,
+            "seed": s,
+            "exact_match": m,
+        }
         for c, of_chip in enumerate(values)
         for s, m in enumerate(of_chip)
     ]
@@ -45,23 +56,42 @@ def test_shares_won_back_by_hand():
     rows = _rows("digital", [[70, 50]]) + _rows("untouched", [[40, 40], [30, 50]])
     rows += _rows("its chip", [[60, 40], [55, 45]])
     # Digital 60, untouched 40, trained 50.
-    assert hardware.won_back(rows, ["t"], "its chip", "untouched", "digital", None, None) == 50
+    assert (
+        hardware.won_back(rows, ["t"], "its chip", "untouched", "digital", None, None)
+        == 50
+    )
     # The chips took nothing.
-    same = _rows("digital", [[40]]) + _rows("untouched", [[40]]) + _rows("its chip", [[50]])
-    assert hardware.won_back(same, ["t"], "its chip", "untouched", "digital", None, None) is None
+    same = (
+        _rows("digital", [[40]])
+        + _rows("untouched", [[40]])
+        + _rows("its chip", [[50]])
+    )
+    assert (
+        hardware.won_back(same, ["t"], "its chip", "untouched", "digital", None, None)
+        is None
+    )
 
 
 def _committed(path):
     """The rows of a CSV file with numbers, and None where a cell is empty."""
     head, *lines = csv.reader((_ROOT / "results" / path).read_text().splitlines())
     values = {"": None, "True": True, "False": False}
-    rows = [{name: values.get(cell, cell) for name, cell in zip(head, line, strict=True)} for line in lines]
-    return [row | {"chip": int(row["chip"]), "exact_match": float(row["exact_match"])} for row in rows]
+    rows = [
+        {name: values.get(cell, cell) for name, cell in zip(head, line, strict=True)}
+        for line in lines
+    ]
+    return [
+        row | {"chip": int(row["chip"]), "exact_match": float(row["exact_match"])}
+        for row in rows
+    ]
 
 
 def test_tables_are_those_of_their_rows():
     found = hardware.tables(_committed("hardware/rows.csv"))
-    found |= {f"{sweep}_table": hardware.table(_committed(f"hardware/{sweep}.csv")) for sweep in hardware.POINTS}
+    found |= {
+        f"{sweep}_table": hardware.table(_committed(f"hardware/{sweep}.csv"))
+        for sweep in hardware.POINTS
+    }
     assert_written(found, _ROOT / "results" / "hardware")
     found = basis_on_chips.table(_committed("basis_on_chips/rows.csv"))
     assert_written({"table": found}, _ROOT / "results" / "basis_on_chips")
@@ -76,7 +106,12 @@ def test_a_point_changes_only_what_it_names():
             "age": config.device.time,
         }
 
-    for sweep, point, value in (("noise", 0.1, 0.1), ("adc", 6, 6), ("cell", 2, (2, 2, 2)), ("age", "1day", 86_400)):
+    for sweep, point, value in (
+        ("noise", 0.1, 0.1),
+        ("adc", 6, 6),
+        ("cell", 2, (2, 2, 2)),
+        ("age", "1day", 86_400),
+    ):
         expected = values(_CHIP) | {sweep: pytest.approx(value)}
         assert values(hardware.at(_CHIP, sweep, point)) == expected, sweep
 
@@ -84,15 +119,29 @@ def test_a_point_changes_only_what_it_names():
 @pytest.mark.parametrize(
     ("scripts", "arguments", "message"),
     [
-        ((hardware, basis_on_chips), ["--tasks"], "no tasks: give at least one with --tasks"),
+        (
+            (hardware, basis_on_chips),
+            ["--tasks"],
+            "no tasks: give at least one with --tasks",
+        ),
         ((hardware, basis_on_chips), ["--chips", "0"], "chips is 0"),
         ((basis_on_chips,), ["--sizes"], "no sizes"),
-        ((hardware, basis_on_chips), ["--crossbar", "raella"], "an age of 1month, but these cells have no drift model"),
-        ((hardware,), ["--crossbar", "isaac", "--sweeps", "noise"], "no programming error of one sigma"),
+        (
+            (hardware, basis_on_chips),
+            ["--crossbar", "raella"],
+            "an age of 1month, but these cells have no drift model",
+        ),
+        (
+            (hardware,),
+            ["--crossbar", "isaac", "--sweeps", "noise"],
+            "no programming error of one sigma",
+        ),
         ((hardware,), ["--crossbar", "ideal", "--sweeps", "adc"], "no ADC to sweep"),
     ],
 )
-def test_bad_options_are_refused_before_anything_is_trained(scripts, arguments, message, tmp_path):
+def test_bad_options_are_refused_before_anything_is_trained(
+    scripts, arguments, message, tmp_path
+):
     for script in scripts:
         with pytest.raises(ValueError, match=message):
             script.main([*arguments, "--out", str(tmp_path / "out")])

@@ -18,24 +18,38 @@ def test_a_task_is_found_by_its_name_in_any_subfolder(tmp_path):
     _touched(tmp_path / "mine" / "counting" / "train.jsonl")
     assert find_task(tmp_path, "next_item") == flat
     assert find_task(tmp_path, "counting") == tmp_path / "mine" / "counting"
-    with pytest.raises(ValueError, match=r"has no task prev_item: expected prev_item\.json, .* or a folder"):
+    with pytest.raises(
+        ValueError,
+        match=r"has no task prev_item: expected prev_item\.json, .* or a folder",
+    ):
         find_task(tmp_path, "prev_item")
     _touched(tmp_path / "next_item.jsonl")
-    with pytest.raises(ValueError, match=r"several tasks next_item, .*abstractive/next_item\.json and .*: keep one"):
+    with pytest.raises(
+        ValueError,
+        match=r"several tasks next_item, .*abstractive/next_item\.json and .*: keep one",
+    ):
         find_task(tmp_path, "next_item")
 
 
 def test_lorahubs_own_folder(tmp_path):
     where = r"release 0\.1 \(https://github\.com/sail-sg/lorahub/releases/.*/data_bbh\.zip\); .*BIG-Bench-Hard.*--bbh"
-    with pytest.raises(ValueError, match=rf"data_bbh does not exist: give LoraHub's data_bbh, .*{where}"):
+    with pytest.raises(
+        ValueError,
+        match=rf"data_bbh does not exist: give LoraHub's data_bbh, .*{where}",
+    ):
         lorahub_tasks(tmp_path / "data_bbh")
     for name in ("snarks", "navigate"):
         (tmp_path / "data_bbh" / name).mkdir(parents=True)
     with pytest.raises(ValueError, match=rf"data_bbh has no task: .*{where}"):
         lorahub_tasks(tmp_path / "data_bbh")
     for name in ("snarks", "navigate"):
-        (tmp_path / "data_bbh" / name / "example.jsonl").write_text('{"context": "a", "completion": "b"}')
-    assert [path.name for path in lorahub_tasks(tmp_path / "data_bbh")] == ["navigate", "snarks"]
+        (tmp_path / "data_bbh" / name / "example.jsonl").write_text(
+            '{"context": "a", "completion": "b"}'
+        )
+    assert [path.name for path in lorahub_tasks(tmp_path / "data_bbh")] == [
+        "navigate",
+        "snarks",
+    ]
 
 
 def test_overlap_is_of_prompts_alone():

@@ -29,7 +29,9 @@ def _folder(monkeypatch, tmp_path):
 
 def _words(path: Path, pairs: list[tuple[str, str]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([{"input": word, "output": answer} for word, answer in pairs]))
+    path.write_text(
+        json.dumps([{"input": word, "output": answer} for word, answer in pairs])
+    )
     return path
 
 
@@ -49,14 +51,22 @@ def test_no_task_has_two_roles_and_every_relation_has_two_tasks():
     assert len(language.TUNING) == 2 and len(_UNSEEN) >= 7
     for relation, tasks in language.UNSEEN.items():
         assert len(tasks) >= 2
-        assert all((family in language.SOURCES) == (relation != "none") for family in tasks.values())
+        assert all(
+            (family in language.SOURCES) == (relation != "none")
+            for family in tasks.values()
+        )
 
 
 def test_test_pairs_that_something_was_trained_on_are_left_out_and_counted(tmp_path):
-    source = _words(tmp_path / "tasks" / "source.json", [(f"Source {i}", f"Answer {i}.") for i in range(190)])
+    source = _words(
+        tmp_path / "tasks" / "source.json",
+        [(f"Source {i}", f"Answer {i}.") for i in range(190)],
+    )
     trained = language.trained_pairs(["source"], tmp_path / "tasks")
     of_source = language.load_task(source, train_rows=100).train
-    assert trained["source"] == {(row.input.lower(), row.target.lower().rstrip(".")) for row in of_source}
+    assert trained["source"] == {
+        (row.input.lower(), row.target.lower().rstrip(".")) for row in of_source
+    }
 
     train = [(f"Word {i}", f"Answer {i}") for i in range(100)]
     clean = [(f"new {i}", "yes") for i in range(150)]
@@ -66,11 +76,15 @@ def test_test_pairs_that_something_was_trained_on_are_left_out_and_counted(tmp_p
     def task(name, test):
         (tmp_path / name).mkdir()
         for part, pairs in (("train", train), ("test", test)):
-            lines = [json.dumps({"input": word, "target": answer}) for word, answer in pairs]
+            lines = [
+                json.dumps({"input": word, "target": answer}) for word, answer in pairs
+            ]
             (tmp_path / name / f"{part}.jsonl").write_text("\n".join(lines))
         return tmp_path / name
 
-    found = language.unseen(task("leaks", [*known, *others, *clean]), trained, tmp_path / "out")
+    found = language.unseen(
+        task("leaks", [*known, *others, *clean]), trained, tmp_path / "out"
+    )
     assert found == (tmp_path / "out" / "leaks", 2)
     kept = language.load_task(found.path)
     assert [(row.input, row.target) for row in kept.train] == train
@@ -82,14 +96,25 @@ def test_test_pairs_that_something_was_trained_on_are_left_out_and_counted(tmp_p
 
 
 def test_a_task_that_a_source_was_trained_on_is_refused(tmp_path):
-    path = _words(tmp_path / "new.json", [(f"Word {i}", f"Answer {i}.") for i in range(200)])
+    path = _words(
+        tmp_path / "new.json", [(f"Word {i}", f"Answer {i}.") for i in range(200)]
+    )
     task = language.load_task(path, train_rows=100)
     pairs = [(row.input.lower(), row.target.lower().rstrip(".")) for row in task.test]
-    assert language.unseen(path, {"source": set(pairs[:5])}, tmp_path / "out").left_out == 5
-    with pytest.raises(ValueError, match=r"new is not unseen: 6% of its test pairs are training pairs of source, .*5%"):
+    assert (
+        language.unseen(path, {"source": set(pairs[:5])}, tmp_path / "out").left_out
+        == 5
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"new is not unseen: 6% of its test pairs are training pairs of source, .*5%",
+    ):
         language.unseen(path, {"source": set(pairs[:6])}, tmp_path / "out")
     few = {f"source {i}": set(pairs[5 * i : 5 * i + 5]) for i in range(6)}
-    with pytest.raises(ValueError, match=r"30 of 100 test pairs are training pairs, .* expected at least 75 others"):
+    with pytest.raises(
+        ValueError,
+        match=r"30 of 100 test pairs are training pairs, .* expected at least 75 others",
+    ):
         language.unseen(path, few, tmp_path / "out")
 
 
@@ -98,7 +123,10 @@ def test_rows_of_a_source(rows, train, tmp_path):
     path = _colours(tmp_path / "source.json", rows)
     assert language.source_rows(path) == train
     assert len(language.load(path, train).test) == rows - train
-    with pytest.raises(ValueError, match=r"150 different inputs, and 50 of them to test on when 100 train"):
+    with pytest.raises(
+        ValueError,
+        match=r"150 different inputs, and 50 of them to test on when 100 train",
+    ):
         language.load(_colours(tmp_path / "150.json", 150))
 
 
@@ -108,23 +136,45 @@ def test_the_pool_is_trained_task_by_task(tmp_path, monkeypatch):
     monkeypatch.setattr(language_pool, "EVALUATED_ROWS", 8)
     for name in ("one", "two"):
         _colours(tmp_path / "tasks" / "sub" / f"{name}.json", 190)
-    given = ["--tasks", str(tmp_path / "tasks"), "--out", str(tmp_path / "out"), "--rank", "2"]
+    given = [
+        "--tasks",
+        str(tmp_path / "tasks"),
+        "--out",
+        str(tmp_path / "out"),
+        "--rank",
+        "2",
+    ]
     given += ["--lr", "0.02"]
     language_pool.main([*given, "--sources", "one"])
     first = (tmp_path / "out" / "pool.jsonl").read_text()
     row = json.loads(first)
-    assert (row["task"], row["train_rows"], row["test_rows"], row["steps"]) == ("one", 100, 8, 30)
-    assert row["adapter"]["loss"] < row["base"]["loss"] and len(row["validation_loss"]) == 5
+    assert (row["task"], row["train_rows"], row["test_rows"], row["steps"]) == (
+        "one",
+        100,
+        8,
+        30,
+    )
+    assert (
+        row["adapter"]["loss"] < row["base"]["loss"]
+        and len(row["validation_loss"]) == 5
+    )
     assert row["adapter"]["same_case"] <= row["adapter"]["exact_match"]
     assert row["base"]["option_accuracy"] is not None
     adapter = read_adapter(str(tmp_path / "out" / "adapters" / "one"))
-    assert adapter.config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert {(str(A.dtype), A.shape[0], B.shape[1]) for A, B in adapter.factors.values()} == {("bfloat16", 2, 2)}
+    assert (
+        adapter.config["base_model_name_or_path"]
+        == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    )
+    assert {
+        (str(A.dtype), A.shape[0], B.shape[1]) for A, B in adapter.factors.values()
+    } == {("bfloat16", 2, 2)}
     assert {path.rpartition(".")[2] for path in adapter.factors} == {"q_proj", "v_proj"}
 
     trained = []
     monkeypatch.setattr(
-        language_pool, "_train", lambda name, path, options: trained.append(name) or row | {"task": name}
+        language_pool,
+        "_train",
+        lambda name, path, options: trained.append(name) or row | {"task": name},
     )
     language_pool.main([*given, "--sources", "one", "two"])
     assert trained == ["two"]
@@ -137,13 +187,30 @@ def test_adapters_of_a_pool_may_have_separate_seeds(tmp_path, monkeypatch):
     monkeypatch.setattr(language_pool, "EVALUATED_ROWS", 8)
     for name in ("one", "two"):
         _colours(tmp_path / "tasks" / f"{name}.json", 190)
-    given = ["--tasks", str(tmp_path / "tasks"), "--out", str(tmp_path / "out"), "--rank", "2", "--sources"]
+    given = [
+        "--tasks",
+        str(tmp_path / "tasks"),
+        "--out",
+        str(tmp_path / "out"),
+        "--rank",
+        "2",
+        "--sources",
+    ]
     language_pool.main([*given, "one", "two", "--own-seeds"])
     rows = language_pool.read_lines(tmp_path / "out" / "pool.jsonl")
     assert len({row["seed"] for row in rows}) == 2
-    found = [read_adapter(str(tmp_path / "out" / "adapters" / name)).factors for name in ("one", "two")]
-    assert all(not np.allclose(found[0][site][0], found[1][site][0], atol=0.1) for site in found[0])
-    with pytest.raises(ValueError, match="one was trained with own_seeds True, asked is False: give another --out"):
+    found = [
+        read_adapter(str(tmp_path / "out" / "adapters" / name)).factors
+        for name in ("one", "two")
+    ]
+    assert all(
+        not np.allclose(found[0][site][0], found[1][site][0], atol=0.1)
+        for site in found[0]
+    )
+    with pytest.raises(
+        ValueError,
+        match="one was trained with own_seeds True, asked is False: give another --out",
+    ):
         language_pool.main([*given, "one", "two"])
 
 
@@ -160,27 +227,39 @@ def test_a_dose_has_a_number_of_modules_of_the_family_and_all_smaller_doses():
             before = relevant
     assert experiment.dosed("words", "1", 1) != experiment.dosed("words", "1", 2)
     twins = experiment.dosed("words", "1", 1, "random-")
-    assert twins[0] in language.SOURCES["words"] and all(name.startswith("random-") for name in twins[1:])
+    assert twins[0] in language.SOURCES["words"] and all(
+        name.startswith("random-") for name in twins[1:]
+    )
 
 
 def test_a_seed_continues_next_to_rows_of_seeds_with_other_modules(tmp_path):
-    file, paths = tmp_path / "rows.jsonl", {"prev_item": tmp_path / "prev_item.json"}
+    file = tmp_path / "rows.jsonl"
+    paths = {"prev_item": tmp_path / "prev_item.json"}
 
     def jobs(*seeds, **changes):
         options = experiment.LanguageOptions(tasks=tmp_path, seeds=seeds)
         found = experiment.jobs_of("relevance", options, paths)
-        return [job._replace(options=dataclasses.replace(job.options, **changes)) for job in found]
+        return [
+            job._replace(options=dataclasses.replace(job.options, **changes))
+            for job in found
+        ]
 
     rows = [
-        row(job.task, job.method, job.options.seeds[0], [True]) | {"config": settings_of(job.options)}
+        row(job.task, job.method, job.options.seeds[0], [True])
+        | {"config": settings_of(job.options)}
         for job in jobs(1, 2)
     ]
     assert rows[0]["config"]["adapters"] != rows[1]["config"]["adapters"]
     append_rows(file, rows)
     for again in (jobs(1, 2), jobs(1), jobs(2)):
         run_jobs(again, file, pytest.fail)
-    for other, changed in ((jobs(2, test_rows=7), r"test_rows was 100, is 7\)"), (jobs(2, seeds=(1,)), "adapters was")):
-        with pytest.raises(ValueError, match=rf"seed 1 was run with other settings \({changed}"):
+    for other, changed in (
+        (jobs(2, test_rows=7), r"test_rows was 100, is 7\)"),
+        (jobs(2, seeds=(1,)), "adapters was"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"seed 1 was run with other settings \({changed}"
+        ):
             run_jobs(other, file, pytest.fail)
 
 
@@ -217,41 +296,83 @@ def test_the_table_and_its_tuning_run_on_a_small_model(trained, tmp_path, monkey
     monkeypatch.setattr(experiment, "SOURCES", {"colours": ("one", "two")})
     of = [*trained, "--adapters", str(tmp_path / "out" / "adapters")]
     tune.main([*of, "--methods", "coefficients only"])
-    trials = [json.loads(line) for line in (tmp_path / "out" / "tune.jsonl").read_text().splitlines()]
+    trials = [
+        json.loads(line)
+        for line in (tmp_path / "out" / "tune.jsonl").read_text().splitlines()
+    ]
     assert len({trial["loss"] for trial in trials}) == len(trials) == 9
     assert (tmp_path / "out" / "table_tune.csv").read_text().count("←") == 1
 
     for name in ("LoRAFusion", "uniform mean"):
         entry = language.MAIN[name]
-        monkeypatch.setitem(experiment.MAIN, name, language._entry(entry, entry.rates, modules=2))
-    main = [*of, "--groups", "main", "--unseen", "new", "--seeds", "1", "2", "--methods", "LoRAFusion", "uniform mean"]
+        monkeypatch.setitem(
+            experiment.MAIN, name, language._entry(entry, entry.rates, modules=2)
+        )
+    main = [
+        *of,
+        "--groups",
+        "main",
+        "--unseen",
+        "new",
+        "--seeds",
+        "1",
+        "2",
+        "--methods",
+        "LoRAFusion",
+        "uniform mean",
+    ]
     experiment.main(main)
-    rows = [json.loads(line) for line in (tmp_path / "out" / "main.jsonl").read_text().splitlines()]
-    assert [(row["method"], row["seed"]) for row in rows] == [("uniform mean", 1), ("LoRAFusion", 1), ("LoRAFusion", 2)]
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "out" / "main.jsonl").read_text().splitlines()
+    ]
+    assert [(row["method"], row["seed"]) for row in rows] == [
+        ("uniform mean", 1),
+        ("LoRAFusion", 1),
+        ("LoRAFusion", 2),
+    ]
     assert rows[1]["loss"] < rows[0]["loss"]
     assert (tmp_path / "out" / "main" / "table.csv").exists()
 
 
 @pytest.mark.nightly
-def test_a_fused_task_is_measured_on_arrays_untouched_and_trained_there(trained, tmp_path, monkeypatch, capsys):
+def test_a_fused_task_is_measured_on_arrays_untouched_and_trained_there(
+    trained, tmp_path, monkeypatch, capsys
+):
     entry = language.MAIN["LoRAFusion"]
-    monkeypatch.setitem(on_arrays.MAIN, "LoRAFusion", language._entry(entry, entry.rates, modules=2))
+    monkeypatch.setitem(
+        on_arrays.MAIN, "LoRAFusion", language._entry(entry, entry.rates, modules=2)
+    )
     monkeypatch.setattr(on_arrays, "ADAPTERS", tmp_path / "out" / "adapters")
 
-    given = ["--tasks", str(tmp_path / "tasks"), "--out", str(tmp_path / "arrays"), "--unseen", "new"]
+    given = [
+        "--tasks",
+        str(tmp_path / "tasks"),
+        "--out",
+        str(tmp_path / "arrays"),
+        "--unseen",
+        "new",
+    ]
     given += ["--seeds", "1", "--test-rows", "6", "--calibration-rows", "4"]
     cases = ("digitally", "on another chip", "on the chip")
     on_arrays.main([*given, "--errors", "0.5", "--trained", *cases])
     with (tmp_path / "arrays" / "rows.csv").open() as file:
-        rows = {(row["bits"], row["error"], row["trained"]): float(row["loss"]) for row in csv.DictReader(file)}
+        rows = {
+            (row["bits"], row["error"], row["trained"]): float(row["loss"])
+            for row in csv.DictReader(file)
+        }
     assert len(rows) == 4
     digital, untouched, elsewhere, on_chip = (
-        rows[of] for of in (("", "", "digitally"), *(("ideal", "0.5", c) for c in cases))
+        rows[of]
+        for of in (("", "", "digitally"), *(("ideal", "0.5", c) for c in cases))
     )
     assert untouched > digital + 0.05 and on_chip < untouched - 0.02
     assert on_chip < elsewhere != untouched
     capsys.readouterr()
     on_arrays.main([*given, "--errors", "0.5"])  # from existing rows
-    assert "| ideal" in (printed := capsys.readouterr().out) and "on the chip" not in printed
+    assert (
+        "| ideal" in (printed := capsys.readouterr().out)
+        and "on the chip" not in printed
+    )
     with pytest.raises(ValueError, match=r"holds other rows \(test_rows was 6, is 7\)"):
         on_arrays.main([*given[:-3], "7", *given[-2:]])

@@ -15,27 +15,40 @@ from string_tasks import split
 
 _ROOT = Path(__file__).resolve().parents[2]
 _RESULTS = _ROOT / "results" / "pool_value"
-_TARGETS = [target for target in string_pools.design().targets if target.pool != "tuning"]
+_TARGETS = [
+    target for target in string_pools.design().targets if target.pool != "tuning"
+]
 
 
 def test_targets_are_as_close_to_their_pools_as_their_class_says():
     pools = string_pools.design().pools
-    counts = Counter((target.pool, target.relevance) for target in string_pools.design().targets)
+    counts = Counter(
+        (target.pool, target.relevance) for target in string_pools.design().targets
+    )
     for (pool, relevance), count in counts.items():
-        assert count == string_pools.TARGETS[pool][string_pools.CLASSES.index(relevance)]
+        assert (
+            count == string_pools.TARGETS[pool][string_pools.CLASSES.index(relevance)]
+        )
     for target in string_pools.design().targets:
-        positions, characters = ({task[side] for task in pools[target.pool]} for side in (0, 1))
-        known = (target.task.position in positions) + (target.task.character in characters)
+        positions = {task[0] for task in pools[target.pool]}
+        characters = {task[1] for task in pools[target.pool]}
+        known = (target.task.position in positions) + (
+            target.task.character in characters
+        )
         assert known == {"both": 2, "one": 1, "foreign": 0}[target.relevance]
 
 
 def test_nothing_was_trained_on_a_target():
-    pools, tasks = string_pools.design().pools, [target.task for target in string_pools.design().targets]
+    pools = string_pools.design().pools
+    tasks = [target.task for target in string_pools.design().targets]
     assert len(set(tasks)) == 36 and not set(tasks) & set(split().base)
     assert not set(tasks) & {task for name in ("1", "2", "3") for task in pools[name]}
     for name, own in pools.items():
         assert len(set(own)) == 24 and not set(own) & set(split().base)
-        assert (len({task.position for task in own}), len({task.character for task in own})) == (8, 5), name
+        assert (
+            len({task.position for task in own}),
+            len({task.character for task in own}),
+        ) == (8, 5), name
 
 
 def test_the_committed_draw_is_the_one_of_the_script():
@@ -46,8 +59,13 @@ def test_a_folder_with_the_adapters_of_another_pool_is_refused(tmp_path):
     for task in string_pools.design().pools["2"]:
         (tmp_path / "1" / task.name).mkdir(parents=True)
         (tmp_path / "2-shuffled-labels" / task.name).mkdir(parents=True)
-    assert string_pools.pool_folder(tmp_path, "2", shuffled=True) == tmp_path / "2-shuffled-labels"
-    with pytest.raises(ValueError, match="1 has other adapters than the design, such as .*: remove it"):
+    assert (
+        string_pools.pool_folder(tmp_path, "2", shuffled=True)
+        == tmp_path / "2-shuffled-labels"
+    )
+    with pytest.raises(
+        ValueError, match="1 has other adapters than the design, such as .*: remove it"
+    ):
         string_pools.pool_folder(tmp_path, "1", shuffled=False)
 
 
@@ -55,19 +73,25 @@ def test_letters_of_test_rows_are_not_trained_on():
     def letters(rows):
         return {row["context"].partition(" : ")[2] for row in rows}
 
-    tested = set().union(*(letters(string_pools.test_rows(target.task)) for target in _TARGETS))
-    target, adapter = _TARGETS[0], string_pools.design().pools["3"][0]
+    tested = set().union(
+        *(letters(string_pools.test_rows(target.task)) for target in _TARGETS)
+    )
+    target = _TARGETS[0]
+    adapter = string_pools.design().pools["3"][0]
     assert len(letters(string_pools.test_rows(target.task))) == 200
     assert not tested & letters(string_pools.adapter_rows(adapter, "3", shuffled=False))
     for seed in (1, 2):
         rows = string_pools.train_rows(target.task, seed)
         assert len(rows) == 100 and not tested & letters(rows)
-    assert string_pools.train_rows(target.task, 1) != string_pools.train_rows(target.task, 2)
+    assert string_pools.train_rows(target.task, 1) != string_pools.train_rows(
+        target.task, 2
+    )
 
 
 def test_shuffled_labels_keep_inputs_and_the_set_of_answers():
     task = string_pools.design().pools["1"][0]
-    real, shuffled = (string_pools.adapter_rows(task, "1", shuffled=value) for value in (False, True))
+    real = string_pools.adapter_rows(task, "1", shuffled=False)
+    shuffled = string_pools.adapter_rows(task, "1", shuffled=True)
     assert [row["context"] for row in real] == [row["context"] for row in shuffled]
     answers = [Counter(row["completion"] for row in rows) for rows in (real, shuffled)]
     assert answers[0] == answers[1]
@@ -76,35 +100,62 @@ def test_shuffled_labels_keep_inputs_and_the_set_of_answers():
 
 def test_a_file_of_rows_is_written_with_shuffled_answers(tmp_path):
     rows = [{"input": str(n), "target": str(-n)} for n in range(20)]
-    (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "task.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows)
+    )
     write_shuffled(tmp_path / "task.jsonl", tmp_path / "out.jsonl")
-    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [row["input"] for row in found] == [row["input"] for row in rows] and found != rows
+    found = [
+        json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()
+    ]
+    assert [row["input"] for row in found] == [
+        row["input"] for row in rows
+    ] and found != rows
     assert {row["target"] for row in found} == {row["target"] for row in rows}
     with pytest.raises(SystemExit, match="out.jsonl exists"):
         write_shuffled(tmp_path / "task.jsonl", tmp_path / "out.jsonl")
     with pytest.raises(SystemExit, match="name it with --answer"):
-        write_shuffled(tmp_path / "task.jsonl", tmp_path / "other.jsonl", answer="label")
+        write_shuffled(
+            tmp_path / "task.jsonl", tmp_path / "other.jsonl", answer="label"
+        )
 
 
 def _rows(losses, numbers=(20,)):
     """Return rows of all cells with losses of a function of the arm, the place of the target, and the rows."""
     return [
         {
-            **{"arm": arm, "rows": number, "task": target.task.name, "seed": seed, "draw": draw, "numbers": 7},
-            **{"test_loss": losses(arm, place, number) + 0.01 * seed - 0.01 * draw, "exact_match": 50.0},
+            **{
+                "arm": arm,
+                "rows": number,
+                "task": target.task.name,
+                "seed": seed,
+                "draw": draw,
+                "numbers": 7,
+            },
+            **{
+                "test_loss": losses(arm, place, number) + 0.01 * seed - 0.01 * draw,
+                "exact_match": 50.0,
+            },
             **{"training_rows_loss": 2.0},
         }
         for number, arm in itertools.product(numbers, pool_cells.ARMS)
         for place, target in enumerate(_TARGETS)
-        for seed, draw in itertools.product(pool_cells.SEEDS, pool_cells.ARMS[arm].draws)
+        for seed, draw in itertools.product(
+            pool_cells.SEEDS, pool_cells.ARMS[arm].draws
+        )
     ]
 
 
 def _made_up(arm, place, number):
     close = {"both": 2, "one": 1, "foreign": 0}[_TARGETS[place].relevance]
-    gains = {"rotated": 0.1 * close + 0.02 * np.sin(7.0 * place), "shuffled labels": 0.03 * np.cos(5.0 * place)}
-    return 1.0 + 5 / number * gains.get(arm, 0.0) + (0.2 + 0.01 * place) * (arm == "LoRA, rank 1 on v")
+    gains = {
+        "rotated": 0.1 * close + 0.02 * np.sin(7.0 * place),
+        "shuffled labels": 0.03 * np.cos(5.0 * place),
+    }
+    return (
+        1.0
+        + 5 / number * gains.get(arm, 0.0)
+        + (0.2 + 0.01 * place) * (arm == "LoRA, rank 1 on v")
+    )
 
 
 def test_every_hypothesis_is_tested_as_the_design_says():
@@ -114,31 +165,66 @@ def test_every_hypothesis_is_tested_as_the_design_says():
     # The three draws have the mean -0.01.
     gain = np.array([_made_up("rotated", place, 20) - 1.01 for place in range(30)])
     half = 2.045230 * gain.std(ddof=1) / np.sqrt(30)
-    assert found["H1"][2:6] == pytest.approx((30, gain.mean(), gain.mean() - half, gain.mean() + half), abs=1e-6)
-    place = np.array([{"both": 2, "one": 1, "foreign": 0}[target.relevance] for target in _TARGETS])
+    assert found["H1"][2:6] == pytest.approx(
+        (30, gain.mean(), gain.mean() - half, gain.mean() + half), abs=1e-6
+    )
+    place = np.array(
+        [{"both": 2, "one": 1, "foreign": 0}[target.relevance] for target in _TARGETS]
+    )
     design = np.stack([np.ones(30), place], axis=1)
     (_, slope), squares, *_ = np.linalg.lstsq(design, gain)
     error = np.sqrt(squares[0] / 28 / np.sum((place - place.mean()) ** 2))
-    assert (found["H2"].estimate, found["H2"].low) == pytest.approx((slope, slope - 2.048407 * error), abs=1e-6)
-    assert found["H3"].estimate == pytest.approx((gain.mean() + 0.01) * (20 / 5 - 20 / 95))
-    assert found["H4"].tasks == 10 and found["H4"].p < 1e-6  # -0.01 ± 0.003 is within 0.05
+    assert (found["H2"].estimate, found["H2"].low) == pytest.approx(
+        (slope, slope - 2.048407 * error), abs=1e-6
+    )
+    assert found["H3"].estimate == pytest.approx(
+        (gain.mean() + 0.01) * (20 / 5 - 20 / 95)
+    )
+    assert (
+        found["H4"].tasks == 10 and found["H4"].p < 1e-6
+    )  # -0.01 ± 0.003 is within 0.05
     assert experiment.equivalence([0.04, 0.06, 0.05, 0.05]) == pytest.approx(0.5)
     assert found["H5"].estimate == pytest.approx(0.2 + 0.01 * 14.5)
-    shuffled = np.array([_made_up("shuffled labels", place, 20) - 1 for place in range(30)])
+    shuffled = np.array(
+        [_made_up("shuffled labels", place, 20) - 1 for place in range(30)]
+    )
     assert found["H6"].estimate == pytest.approx(np.mean(gain - shuffled))
 
 
 def test_a_contrast_needs_all_rows_of_its_arms():
-    rows = [row for row in _rows(_made_up) if row["arm"] not in ("shuffled labels", "LoRA, rank 1 on v")]
+    rows = [
+        row
+        for row in _rows(_made_up)
+        if row["arm"] not in ("shuffled labels", "LoRA, rank 1 on v")
+    ]
     assert [test.name for test in experiment.tests(rows)] == ["H1", "H2", "H4"]
-    without_one = [row for row in rows if experiment.key_of(row) != ("rotated", 20, _TARGETS[3].task.name, 2, 1)]
+    without_one = [
+        row
+        for row in rows
+        if experiment.key_of(row) != ("rotated", 20, _TARGETS[3].task.name, 2, 1)
+    ]
     assert experiment.tests(without_one) == [] and experiment.tables([], []) == {}
 
 
 def test_the_page_has_the_tables_of_its_rows():
-    rows = [row for file in sorted(_RESULTS.glob("rows_*.jsonl")) for row in experiment.read_lines(file)]
+    rows = [
+        row
+        for file in sorted(_RESULTS.glob("rows_*.jsonl"))
+        for row in experiment.read_lines(file)
+    ]
     tables = experiment.tables(rows, experiment.read_lines(_RESULTS / "tune.jsonl"))
     assert_written(tables, _RESULTS)
-    head = ["20 rows, minus LoRAFusion", "operations in the pool", "tasks", "nats", "interval"]
-    shown = {(row[0], *row[2:]) for row in rows_below(_ROOT / "docs" / "results" / "pool_value.md", head)}
-    assert shown and shown <= {(line[1], *line[3:]) for line in tables["contrasts"] if line[0] == "20"}
+    head = [
+        "20 rows, minus LoRAFusion",
+        "operations in the pool",
+        "tasks",
+        "nats",
+        "interval",
+    ]
+    shown = {
+        (row[0], *row[2:])
+        for row in rows_below(_ROOT / "docs" / "results" / "pool_value.md", head)
+    }
+    assert shown and shown <= {
+        (line[1], *line[3:]) for line in tables["contrasts"] if line[0] == "20"
+    }

@@ -27,35 +27,47 @@ _TARGETS = [f"task {place}" for place in range(experiment.TARGETS)]
 
 
 def test_the_committed_draw_takes_tasks_in_the_order_of_the_generator():
-    lines = list(csv.DictReader((_RESULTS / "language_draw.csv").read_text().splitlines()))
+    lines = list(
+        csv.DictReader((_RESULTS / "language_draw.csv").read_text().splitlines())
+    )
     order = np.random.default_rng(20261128).permutation(experiment.DRAWN_FROM)
     assert [line["task"] for line in lines] == [*TUNING, *experiment.FIXED, *order]
     drawn = lines[len(TUNING) + len(experiment.FIXED) :]
     last = max(place for place, line in enumerate(drawn) if line["use"] != "-")
     for place, line in enumerate(drawn):
         seen = float(line["shared test pairs, %"]) > 100 * MOST_SHARED
-        assert line["use"] == ("-" if place > last else "passed over" if seen else "target, drawn")
+        assert line["use"] == (
+            "-" if place > last else "passed over" if seen else "target, drawn"
+        )
     assert sum(line["use"].startswith("target") for line in lines) == experiment.TARGETS
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    return small_llama.make(tmp_path_factory.mktemp("base") / "llama", max_position_embeddings=1024)
+    return small_llama.make(
+        tmp_path_factory.mktemp("base") / "llama", max_position_embeddings=1024
+    )
 
 
 @pytest.fixture(scope="module")
 def pool(llama, tmp_path_factory):
     """A pool of random adapters with the names of the sources."""
-    folder, config = tmp_path_factory.mktemp("pool"), read_config(llama)
+    folder = tmp_path_factory.mktemp("pool")
+    config = read_config(llama)
     rng = np.random.default_rng(0)
 
     def factor(*size):
         return jnp.asarray(rng.normal(0.0, 0.1, size), jnp.float32)
 
-    sites = {name: site for name, site in config.sites.items() if name.rpartition(".")[2] in ("q_proj", "v_proj")}
+    sites = {
+        name: site
+        for name, site in config.sites.items()
+        if name.rpartition(".")[2] in ("q_proj", "v_proj")
+    }
     for name in _NAMES:
         adapters = {
-            site: LowRank(factor(of.layers, of.d_in, 2), factor(of.layers, 2, of.d_out)) for site, of in sites.items()
+            site: LowRank(factor(of.layers, of.d_in, 2), factor(of.layers, 2, of.d_out))
+            for site, of in sites.items()
         }
         write_adapter(folder / name, *lora_adapter(config, adapters, base="llama"))
     return folder
@@ -65,43 +77,65 @@ def pool(llama, tmp_path_factory):
 def task(tmp_path_factory):
     """A task whose answer is the colour that its input names."""
     path = tmp_path_factory.mktemp("tasks") / "colours.json"
-    rows = [{"input": f"{n} {colour}", "output": colour} for n in range(95) for colour in ("red", "blue")]
+    rows = [
+        {"input": f"{n} {colour}", "output": colour}
+        for n in range(95)
+        for colour in ("red", "blue")
+    ]
     path.write_text(json.dumps(rows))
     return path
 
 
 def test_every_kind_of_arm_is_measured(llama, pool, task):
     lab = experiment.Lab(llama, pool)
-    numbers = {"LoRAFusion": 48, "rotated": 48, "magnitudes only": 24, "zero-shot": 0, "20 examples in the prompt": 0}
+    numbers = {
+        "LoRAFusion": 48,
+        "rotated": 48,
+        "magnitudes only": 24,
+        "zero-shot": 0,
+        "20 examples in the prompt": 0,
+    }
     found = {}
     for name in (*numbers, "LoRA, rank 8", "5 examples and LoRAFusion"):
         rates = dict.fromkeys(experiment.ARMS[name].rates, 0.01)
         found[name] = lab.measure(name, task, 20, 2, rates)
-        assert found[name]["test_rows"] == 90 and found[name]["steps"] == (40 if rates else 0)
+        assert found[name]["test_rows"] == 90 and found[name]["steps"] == (
+            40 if rates else 0
+        )
         assert found[name]["numbers"] == numbers.get(name, found[name]["numbers"])
     losses = {name: row["test_loss"] for name, row in found.items()}
     assert len({f"{loss:.3f}" for loss in losses.values()}) == len(losses)
     assert losses["LoRA, rank 8"] < losses["LoRAFusion"] < losses["zero-shot"]
 
 
-def test_a_rate_of_zero_leaves_the_base_and_each_seed_has_its_rotation(llama, pool, task):
+def test_a_rate_of_zero_leaves_the_base_and_each_seed_has_its_rotation(
+    llama, pool, task
+):
     lab = experiment.Lab(llama, pool)
     still = dict.fromkeys(experiment.ARMS["rotated"].rates, 0.0)
-    found, base = (lab.measure(arm, task, 20, 2, still, answer=False) for arm in ("rotated", "zero-shot"))
-    assert "exact_match" not in found and found["test_loss"] == pytest.approx(base["test_loss"], abs=1e-3)
+    found = lab.measure("rotated", task, 20, 2, still, answer=False)
+    base = lab.measure("zero-shot", task, 20, 2, still, answer=False)
+    assert "exact_match" not in found and found["test_loss"] == pytest.approx(
+        base["test_loss"], abs=1e-3
+    )
     pools = [lab.model("rotated", seed).problem.frozen.pool.A for seed in (1, 2)]
-    assert pools[0] and all(not np.allclose(pools[0][site], pools[1][site]) for site in pools[0])
+    assert pools[0] and all(
+        not np.allclose(pools[0][site], pools[1][site]) for site in pools[0]
+    )
 
 
 def test_a_diverged_run_counts_with_the_loss_of_the_base(llama, pool, task):
     lab = experiment.Lab(llama, pool)
-    row = lab.measure("magnitudes only", task, 20, 1, {"lr_magnitudes": float("nan")}, answer=False)
+    row = lab.measure(
+        "magnitudes only", task, 20, 1, {"lr_magnitudes": float("nan")}, answer=False
+    )
     base = lab.measure("zero-shot", task, 20, 1, {}, answer=False)
     assert row["test_loss"] == pytest.approx(base["test_loss"], abs=1e-4)
 
 
 def test_seeds_have_rows_that_no_other_seed_has(llama, pool, task):
-    model, everything = experiment.Lab(llama, pool).model("zero-shot", 0), load(task)
+    model = experiment.Lab(llama, pool).model("zero-shot", 0)
+    everything = load(task)
 
     def rows(number, seed, shots=0):
         setup = experiment.setup_of(model, everything, number, seed, shots)
@@ -110,20 +144,31 @@ def test_seeds_have_rows_that_no_other_seed_has(llama, pool, task):
         return [[texts[i] for i in part[0]] for part in setup.split]
 
     texts = [example.input for example in everything.train]
-    assert rows(20, 1) == [texts[:20], texts[20:25]] and rows(20, 3) == [texts[50:70], texts[70:75]]
+    assert rows(20, 1) == [texts[:20], texts[20:25]] and rows(20, 3) == [
+        texts[50:70],
+        texts[70:75],
+    ]
     assert rows(95, 1) == [texts[:95], texts[95:]]
     train, validation = rows(20, 2, shots=5)
     assert (len(train), len(validation)) == (15, 5)
     for text, own in zip([*train, *validation], texts[30:50], strict=True):
-        assert text.endswith(f"\n\n{own}") and all(shown in text for shown in texts[25:30])
+        assert text.endswith(f"\n\n{own}") and all(
+            shown in text for shown in texts[25:30]
+        )
 
 
 def test_a_pool_that_lacks_adapters_is_refused(llama, pool, tmp_path):
     (tmp_path / "past").mkdir()
-    with pytest.raises(ValueError, match="lacks the adapters plural, comparative, .*--own-seeds trains them"):
+    with pytest.raises(
+        ValueError,
+        match="lacks the adapters plural, comparative, .*--own-seeds trains them",
+    ):
         experiment.Lab(llama, tmp_path)
     (tmp_path / "unknown").mkdir()
-    with pytest.raises(ValueError, match="has other adapters, unknown: expected only those of the design"):
+    with pytest.raises(
+        ValueError,
+        match="has other adapters, unknown: expected only those of the design",
+    ):
         experiment.Lab(llama, tmp_path)
 
 
@@ -133,7 +178,10 @@ def test_rates_are_searched_until_no_neighbour_is_better(least):
 
     def losses(points):
         tried.update(points)
-        return [sum((a - b) ** 2 for a, b in zip(point, least, strict=True)) for point in points]
+        return [
+            sum((a - b) ** 2 for a, b in zip(point, least, strict=True))
+            for point in points
+        ]
 
     moves = [(1, 0), (-1, 0), (0, 1), (0, -1)]
     assert best_point(moves, losses) == least
@@ -144,10 +192,13 @@ def test_rates_are_searched_until_no_neighbour_is_better(least):
 class _Recorded:
     """A lab with made-up losses, which records its cells and stops after a number of them."""
 
-    arms, tuning_seeds, untuned = experiment.ARMS, experiment.TUNING_SEEDS, experiment.Lab.untuned
+    arms = experiment.ARMS
+    tuning_seeds = experiment.TUNING_SEEDS
+    untuned = experiment.Lab.untuned
 
     def __init__(self, cells):
-        self.left, self.asked = cells, []
+        self.left = cells
+        self.asked = []
 
     def measure(self, name, path, rows, seed, rates, *, answer=True):
         if not self.left:
@@ -155,35 +206,65 @@ class _Recorded:
         self.left -= 1
         self.asked.append((name, rows, path, seed))
         distance = sum(np.log(rate / 0.03) ** 2 for rate in rates.values())
-        return {"numbers": 7, "steps": 40, "test_rows": 100, "test_loss": 1.0 + distance, "exact_match": 50.0}
+        return {
+            "numbers": 7,
+            "steps": 40,
+            "test_rows": 100,
+            "test_loss": 1.0 + distance,
+            "exact_match": 50.0,
+        }
 
 
 def test_cells_are_measured_once(tmp_path):
-    keys = [(arm, 20, name, seed) for seed in (1, 2, 3) for name in _TARGETS for arm in ("zero-shot", _FIXED)]
-    paths, labs = {name: Path(name) for name in _TARGETS}, [_Recorded(50), _Recorded(1000)]
+    keys = [
+        (arm, 20, name, seed)
+        for seed in (1, 2, 3)
+        for name in _TARGETS
+        for arm in ("zero-shot", _FIXED)
+    ]
+    paths = {name: Path(name) for name in _TARGETS}
+    labs = [_Recorded(50), _Recorded(1000)]
     with pytest.raises(KeyboardInterrupt):
         experiment.run(labs[0], keys, paths, tmp_path)
     experiment.run(labs[1], keys, paths, tmp_path)
-    assert labs[0].asked + labs[1].asked == [(arm, rows, Path(name), seed) for arm, rows, name, seed in keys]
+    assert labs[0].asked + labs[1].asked == [
+        (arm, rows, Path(name), seed) for arm, rows, name, seed in keys
+    ]
     assert len((tmp_path / "language.jsonl").read_text().splitlines()) == len(keys)
 
 
 def test_a_tuning_continues_and_ends_at_the_best_rate(tmp_path):
-    file, paths = tmp_path / "language_tune.jsonl", {name: Path(name) for name in TUNING}
-    first, second, third = _Recorded(7), _Recorded(1000), _Recorded(0)
+    file = tmp_path / "language_tune.jsonl"
+    paths = {name: Path(name) for name in TUNING}
+    first = _Recorded(7)
+    second = _Recorded(1000)
+    third = _Recorded(0)
     with pytest.raises(KeyboardInterrupt):
         experiment.tuned(first, "LoRA, rank 8", 20, paths, tmp_path)
     found = experiment.tuned(second, "LoRA, rank 8", 20, paths, tmp_path)
-    assert found == {"lr_lora": 0.045} == experiment.tuned(third, "LoRA, rank 8", 20, paths, tmp_path)
+    assert (
+        found
+        == {"lr_lora": 0.045}
+        == experiment.tuned(third, "LoRA, rank 8", 20, paths, tmp_path)
+    )
     # Powers -1 to 3 of 3, two tasks and two seeds.
-    assert len(first.asked) + len(second.asked) == 5 * 2 * 2 == len(file.read_text().splitlines())
+    assert (
+        len(first.asked) + len(second.asked)
+        == 5 * 2 * 2
+        == len(file.read_text().splitlines())
+    )
     assert experiment.tuned(third, "zero-shot", 20, paths, tmp_path) == {}
     fixed = {"lr_coefficients": 0.01, "lr_magnitudes": 0.0333}
     assert experiment.tuned(third, _FIXED, 20, paths, tmp_path) == fixed
 
 
 def _rows(arm, loss, seeds=(1, 2, 3)):
-    key = {"arm": arm, "rows": 20, "numbers": 1234, "exact_match": 45.0 if arm == "rotated" else 50.0}
+    key = {
+        "arm": arm,
+        "rows": 20,
+        "numbers": 1234,
+        "exact_match": 45.0 if arm == "rotated" else 50.0,
+    }
     return [
         key | {"task": name, "seed": seed, "test_loss": loss(place, seed)}
         for seed in seeds
@@ -194,41 +275,71 @@ def _rows(arm, loss, seeds=(1, 2, 3)):
 def test_contrasts_are_over_tasks_and_the_seeds_that_both_arms_have():
     gain = 0.1 + 0.05 * np.sin(np.arange(12.0))
     rows = _rows("LoRAFusion", lambda place, seed: 1.0 + place + seed)
-    rows += _rows("rotated", lambda place, seed: 1.0 + place + seed + gain[place], seeds=(1, 2))
-    rows += _rows("rotated", lambda place, seed: 99.0, seeds=(3,))[:11]  # a target has no row yet
+    rows += _rows(
+        "rotated", lambda place, seed: 1.0 + place + seed + gain[place], seeds=(1, 2)
+    )
+    rows += _rows("rotated", lambda place, seed: 99.0, seeds=(3,))[
+        :11
+    ]  # a target has no row yet
     found = experiment.tables(rows, [])
     half = 2.200985 * gain.std(ddof=1) / np.sqrt(12)  # t of 11 degrees of freedom
     interval = f"{gain.mean() - half:.3f} to {gain.mean() + half:.3f}"
     line = ["20", "rotated minus LoRAFusion", "2", "12", f"{gain.mean():.3f}", interval]
     assert [row[:6] for row in found["contrasts"][1:]] == [line]
-    assert float(found["contrasts"][1][6]) < 1e-4 and found["contrasts"][1][7:] == ["-5.0", "-5.0 to -5.0"]
+    assert float(found["contrasts"][1][6]) < 1e-4 and found["contrasts"][1][7:] == [
+        "-5.0",
+        "-5.0 to -5.0",
+    ]
     assert found["arms"][1:] == [
         ["LoRAFusion", "1,234", "20", "3", "8.500", "50.0"],
         ["rotated", "1,234", "20", "2", f"{8.0 + gain.mean():.3f}", "45.0"],
     ]
-    assert [float(row[5]) for row in found["by_task"][1:]] == pytest.approx(gain, abs=1e-4)
-    assert found["by_seed"][1:] == [["20", seed, *found["contrasts"][1][3:7]] for seed in ("1", "2")]
+    assert [float(row[5]) for row in found["by_task"][1:]] == pytest.approx(
+        gain, abs=1e-4
+    )
+    assert found["by_seed"][1:] == [
+        ["20", seed, *found["contrasts"][1][3:7]] for seed in ("1", "2")
+    ]
     assert experiment.tables(rows[:11], []) == {} == experiment.tables([], [])
     # Another base has fewer targets.
     fewer = [row for row in rows if row["task"] in _TARGETS[:6]]
     assert experiment.tables(fewer, []) == {}
     mean = np.mean([gain[:6], gain[:6], 95.0 - np.arange(6.0)])
     lines = experiment.tables(fewer, [], 6)["contrasts"][1:]
-    assert [row[:5] for row in lines] == [["20", "rotated minus LoRAFusion", "3", "6", f"{mean:.3f}"]]
+    assert [row[:5] for row in lines] == [
+        ["20", "rotated minus LoRAFusion", "3", "6", f"{mean:.3f}"]
+    ]
 
 
-@pytest.mark.parametrize(("folder", "targets"), [(".", experiment.TARGETS), ("gemma", len(experiment.FIXED))])
+@pytest.mark.parametrize(
+    ("folder", "targets"), [(".", experiment.TARGETS), ("gemma", len(experiment.FIXED))]
+)
 def test_tables_are_those_of_their_rows(folder, targets):
-    rows, tuning = (read_lines(_RESULTS / folder / f"{name}.jsonl") for name in ("language", "language_tune"))
-    assert_written(experiment.tables(rows, tuning, targets), _RESULTS / folder, "language_")
+    rows = read_lines(_RESULTS / folder / f"{'language'}.jsonl")
+    tuning = read_lines(_RESULTS / folder / f"{'language_tune'}.jsonl")
+    assert_written(
+        experiment.tables(rows, tuning, targets), _RESULTS / folder, "language_"
+    )
 
 
 def test_the_page_shows_contrasts_of_the_rows():
     found = set()
-    for folder, targets in ((".", experiment.TARGETS), ("gemma", len(experiment.FIXED))):
+    for folder, targets in (
+        (".", experiment.TARGETS),
+        ("gemma", len(experiment.FIXED)),
+    ):
         rows = read_lines(_RESULTS / folder / "language.jsonl")
-        found |= {(*line[4:6], f"{line[7]} ({line[8]})") for line in experiment.tables(rows, [], targets)["contrasts"]}
-    head = ["minus LoRAFusion, 20 rows", "seeds", "nats", "interval", "points of exact match"]
+        found |= {
+            (*line[4:6], f"{line[7]} ({line[8]})")
+            for line in experiment.tables(rows, [], targets)["contrasts"]
+        }
+    head = [
+        "minus LoRAFusion, 20 rows",
+        "seeds",
+        "nats",
+        "interval",
+        "points of exact match",
+    ]
     shown = {(*row[2:],) for row in rows_below(_PAGE, head)}
     assert shown and shown <= found
 
@@ -239,11 +350,22 @@ def test_loras_that_start_from_the_pool_are_measured(llama, pool, task):
     lab = warm_starts_language.StartedLab(llama, pool)
     rates = dict.fromkeys(("lr_lora", "lr_coefficients", "lr_magnitudes"), 0.0)
     found = {
-        name: lab.measure(name, task, 20, 2, {rate: rates[rate] for rate in lab.arms[name].rates}, answer=False)
+        name: lab.measure(
+            name,
+            task,
+            20,
+            2,
+            {rate: rates[rate] for rate in lab.arms[name].rates},
+            answer=False,
+        )
         for name in warm_starts_language.STARTED
     }
     base = lab.measure("zero-shot", task, 20, 2, {}, answer=False)["test_loss"]
     for name, row in found.items():
         assert row["steps"] == 40 and np.isfinite(row["test_loss"]), name
-    assert found[warm_starts_language.SLOW_MAGNITUDES]["test_loss"] == pytest.approx(base, abs=1e-4)
-    assert found["from the best single module"]["test_loss"] != pytest.approx(base, abs=1e-3)
+    assert found[warm_starts_language.SLOW_MAGNITUDES]["test_loss"] == pytest.approx(
+        base, abs=1e-4
+    )
+    assert found["from the best single module"]["test_loss"] != pytest.approx(
+        base, abs=1e-3
+    )

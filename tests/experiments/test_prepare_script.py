@@ -18,34 +18,62 @@ _SHOWN = {"language": "exact_match", "fusions": "loss"}  # scores of the page
 
 def _row(chip, losses):
     job = experiment.Job("main", experiment.Setting(), chip, experiment.NONE)
-    of_job = {"part": "main", "setting": job.setting._asdict(), "chip": chip, "arm": job.arm._asdict()}
+    of_job = {
+        "part": "main",
+        "setting": job.setting._asdict(),
+        "chip": chip,
+        "arm": job.arm._asdict(),
+    }
     digital = {genre: [3.0, 3.0] for genre in GENRES}
-    return {"base": experiment.SMOLLM2, **of_job, "losses": losses, "digital_losses": digital, "cpu_seconds": 60.0}
+    return {
+        "base": experiment.SMOLLM2,
+        **of_job,
+        "losses": losses,
+        "digital_losses": digital,
+        "cpu_seconds": 60.0,
+    }
 
 
 def test_means_are_over_chips_and_genres_without_the_fitted_one():
-    by_genre = dict.fromkeys(GENRES, [3.1, 3.3]) | {"fiction": [3.5, 3.7], "news": [9.0, 9.0]}
-    worse = {genre: [loss + 0.2 for loss in losses] for genre, losses in by_genre.items()}
+    by_genre = dict.fromkeys(GENRES, [3.1, 3.3]) | {
+        "fiction": [3.5, 3.7],
+        "news": [9.0, 9.0],
+    }
+    worse = {
+        genre: [loss + 0.2 for loss in losses] for genre, losses in by_genre.items()
+    }
     (_, line) = experiment.tables([_row(0, by_genre), _row(1, worse)])["main"]
     # The genres of the first chip lose 0.6, 0.2, 0.2 and 0.2, those of the second 0.2 more.
-    assert (line[2], line[3], line[6:]) == ("2", "0.400", ["0.500", "0.700", "0.300", "0.300", "0.300", "6.100"])
+    assert (line[2], line[3], line[6:]) == (
+        "2",
+        "0.400",
+        ["0.500", "0.700", "0.300", "0.300", "0.300", "6.100"],
+    )
 
 
 def test_the_interval_draws_chips_and_windows_again():
     """Losses of one chip do not differ by window, so a draw of two chips has one of three means."""
-    rows = [_row(chip, dict.fromkeys(GENRES, [loss, loss])) for chip, loss in enumerate((3.1, 3.5))]
+    rows = [
+        _row(chip, dict.fromkeys(GENRES, [loss, loss]))
+        for chip, loss in enumerate((3.1, 3.5))
+    ]
     assert experiment.over_chips_and_windows(rows) == pytest.approx((0.1, 0.5))
 
 
 def test_the_page_has_the_table_of_its_rows():
     folders = _RESULTS, _RESULTS / "more", _RESULTS / "gemma"
-    found = {folder: experiment.tables(read_lines(folder / "rows.jsonl")) for folder in folders}
+    found = {
+        folder: experiment.tables(read_lines(folder / "rows.jsonl"))
+        for folder in folders
+    }
     found[_RESULTS] |= small.tables(read_lines(_RESULTS / "small.jsonl"))
     for folder, tables in found.items():
         assert_written(tables, folder)
     head = ["change", "excess loss", "interval", "worst chip"]
     shown = [[cell.strip("*") for cell in row] for row in rows_below(_PAGE, head)]
-    assert shown == [[line[1], line[3], *line[5:7]] for line in found[_RESULTS]["main"][1:]]
+    assert shown == [
+        [line[1], line[3], *line[5:7]] for line in found[_RESULTS]["main"][1:]
+    ]
 
 
 def test_measured_rows_are_not_planned_again(tmp_path, capsys):
@@ -59,14 +87,23 @@ def test_measured_rows_are_not_planned_again(tmp_path, capsys):
 
 def test_the_page_has_what_small_models_get_back():
     found = small.tables(read_lines(_RESULTS / "small.jsonl"))
-    of_score = {part: [line for line in found[part] if line[1] == score] for part, score in _SHOWN.items()}
-    of_parts = [(lines[0], line) for lines in of_score.values() for line in lines[1:]] + [found["digits"][1:3]]
-    shown = rows_below(_PAGE, ["score", "digital", "today", "prepared", "of the lost, back, %", "goal"])
+    of_score = {
+        part: [line for line in found[part] if line[1] == score]
+        for part, score in _SHOWN.items()
+    }
+    of_parts = [
+        (lines[0], line) for lines in of_score.values() for line in lines[1:]
+    ] + [found["digits"][1:3]]
+    shown = rows_below(
+        _PAGE, ["score", "digital", "today", "prepared", "of the lost, back, %", "goal"]
+    )
     wanted = [[now[3], now[4], then[4], then[7]] for now, then in of_parts]
     assert [[cell.strip("*") for cell in row[1:5]] for row in shown] == wanted
 
 
 def test_the_page_has_prepared_models_on_verified_chips():
-    finer, coarser = experiment.tables(read_lines(_RESULTS / "more" / "rows.jsonl"))["verified"][1:]
+    finer, coarser = experiment.tables(read_lines(_RESULTS / "more" / "rows.jsonl"))[
+        "verified"
+    ][1:]
     *_, (_, _, shown) = rows_below(_PAGE, ["rival", "cost", "excess loss"])
     assert shown.strip("*") == f"{coarser[3]}; {finer[3]}"

@@ -25,23 +25,35 @@ def test_an_earlier_result_is_kept_next_to_a_new_one(tmp_path):
         with common.fresh_folder(folder):
             assert not (folder / "table.md").exists()
             (folder / "table.md").write_text(content)
-    kept = {path.name: (path / "table.md").read_text() for path in folder.parent.iterdir()}
+    kept = {
+        path.name: (path / "table.md").read_text() for path in folder.parent.iterdir()
+    }
     assert kept == {"demo.1": "first", "demo.2": "second", "demo": "third"}
     with RunFolder(folder).locked():
-        with pytest.raises(ValueError, match="demo is in use by process"), common.fresh_folder(folder):
+        with (
+            pytest.raises(ValueError, match="demo is in use by process"),
+            common.fresh_folder(folder),
+        ):
             pass
         assert (folder / "table.md").read_text() == "third"
 
 
 def test_the_demo_measures_on_tasks_that_nothing_was_trained_or_tuned_on():
-    shown, sources = {*demo.TASKS, demo.OUT_OF_REACH}, {path.name for path in (one_block.SMALL / "adapters").iterdir()}
+    shown = {*demo.TASKS, demo.OUT_OF_REACH}
+    sources = {path.name for path in (one_block.SMALL / "adapters").iterdir()}
     assert len(demo.TASKS) >= 4 and shown <= {path.name for path in _TASKS.iterdir()}
-    assert not shown & (sources | set(tune.TASKS)) and not set(demo.SEEDS) & set(tune.SEEDS)
+    assert not shown & (sources | set(tune.TASKS)) and not set(demo.SEEDS) & set(
+        tune.SEEDS
+    )
 
 
 def test_every_trained_method_had_the_same_number_of_trials():
     everything = trials.ARMS | methods.COEFFICIENTS | methods.IN_BASIS
-    trained = {name: entry for name, entry in everything.items() if find(entry.method).learns == "trained"}
+    trained = {
+        name: entry
+        for name, entry in everything.items()
+        if find(entry.method).learns == "trained"
+    }
     assert list(tune.TRIALS) == list(trained)
     assert len({len(tried) for tried in tune.TRIALS.values()}) == 1
     for name, entry in everything.items():
@@ -56,36 +68,63 @@ def test_every_ablation_can_run_and_is_next_to_what_it_varies():
     options = ablations.AblationOptions()
     plain = trials.recipe_of(trials.ARMS["LoRAFusion"])
     for group in options.groups:
-        entries, settings = ablations.entries_of(group, options), set()
+        entries = ablations.entries_of(group, options)
+        settings = set()
         for entry in entries.values():
-            more = {"load_in": entry.load_in or "full", "train_rows": entry.train_rows or 100}
-            run = {"base": "base", "pool": "pool", "task": "task", "method": entry.method, "control": entry.control}
+            more = {
+                "load_in": entry.load_in or "full",
+                "train_rows": entry.train_rows or 100,
+            }
+            run = {
+                "base": "base",
+                "pool": "pool",
+                "task": "task",
+                "method": entry.method,
+                "control": entry.control,
+            }
             run = FuseOptions(**run, recipe=trials.recipe_of(entry), **more)
             check(run)
             settings.add(json.dumps(dataclasses.asdict(run), default=str))
         assert len(settings) == len(entries)  # no two rows run the same
-        if group in ("granularity", "composition", "start", "bits", "pruning", "controls"):
+        if group in (
+            "granularity",
+            "composition",
+            "start",
+            "bits",
+            "pruning",
+            "controls",
+        ):
             first = next(iter(entries.values()))
             assert trials.recipe_of(first) == plain and first.control == "none"
 
 
 def test_trials_are_runs_at_their_rates_and_the_best_is_marked(tmp_path, monkeypatch):
-    tried, asked = [{"lr_magnitudes": rate} for rate in (0.02, 0.1)], []
+    tried = [{"lr_magnitudes": rate} for rate in (0.02, 0.1)]
+    asked = []
     monkeypatch.setattr(tune, "TRIALS", {"magnitudes only": tried})
 
     def rows_of(jobs, file, run, **how):
         asked.extend(jobs)
         scores = {job.keys[0]: place for place, job in enumerate(jobs)}
         of_key = made_up_rows.row
-        rows = [of_key(*k[:2], k[3], [True] * n + [False] * (9 - n), shots=k[2]) for k, n in scores.items()]
+        rows = [
+            of_key(*k[:2], k[3], [True] * n + [False] * (9 - n), shots=k[2])
+            for k, n in scores.items()
+        ]
         trials.append_rows(file, rows)
 
     monkeypatch.setattr(tune, "run_jobs", rows_of)
     tune.main(["--shots", "5", "--out", str(tmp_path)])
-    assert [job.options.recipe.lr_magnitudes for job in asked] == [0.0067, 0.033] * len(tune.TASKS)
-    assert {job.options.train_rows for job in asked} == {5} and len({job.options.name for job in asked}) == len(asked)
+    assert [job.options.recipe.lr_magnitudes for job in asked] == [0.0067, 0.033] * len(
+        tune.TASKS
+    )
+    assert {job.options.train_rows for job in asked} == {5} and len(
+        {job.options.name for job in asked}
+    ) == len(asked)
     first, second = (tmp_path / "table_tune.csv").read_text().splitlines()[1:]
-    assert first.startswith("magnitudes only,lr_magnitudes 0.0067,0.0,") and not first.endswith("←")
+    assert first.startswith(
+        "magnitudes only,lr_magnitudes 0.0067,0.0,"
+    ) and not first.endswith("←")
     assert second.endswith("←")
 
 
@@ -93,33 +132,54 @@ def test_lines_are_added_behind_the_last_whole_one(tmp_path):
     file = tmp_path / "rows.jsonl"
     assert trials.read_lines(file) == []
     file.write_text('{"a": 1}\n{"a": NaN}\n{"a": [2, ')
-    assert [of["a"] for of in trials.read_lines(file)][0] == 1 and len(trials.read_lines(file)) == 2
+    assert [of["a"] for of in trials.read_lines(file)][0] == 1 and len(
+        trials.read_lines(file)
+    ) == 2
     trials.append_lines(file, [{"a": 3}])
     assert file.read_text() == '{"a": 1}\n{"a": NaN}\n{"a": 3}\n'
     file.write_text("not JSON\n")
-    with pytest.raises(ValueError, match="rows.jsonl, line 1 is not JSON .*fix or remove the line"):
+    with pytest.raises(
+        ValueError, match="rows.jsonl, line 1 is not JSON .*fix or remove the line"
+    ):
         trials.read_lines(file)
 
 
 def _planned(capsys, *given):
     """Return a plan for t5-small, and the cells of its rows by name."""
     task = str(_TASKS / "double_digit")
-    ablations.main(["--base", "t5-small", "--pool", "none", "--tasks", task, *given, "--plan"])
+    ablations.main(
+        ["--base", "t5-small", "--pool", "none", "--tasks", task, *given, "--plan"]
+    )
     printed = capsys.readouterr().out
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("| ")]
-    return printed, {name: cells for name, *cells in lines if name not in ("method", "all") and set(name) != {"-"}}
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in printed.splitlines()
+        if line.startswith("| ")
+    ]
+    return printed, {
+        name: cells
+        for name, *cells in lines
+        if name not in ("method", "all") and set(name) != {"-"}
+    }
 
 
 def test_a_plan_has_every_row_of_a_matrix_with_its_numbers(capsys):
     options = ablations.AblationOptions()
     printed, rows = _planned(capsys, "--groups", "controls")
     assert set(rows) == set(ablations.entries_of("controls", options))
-    assert rows["LoRA of equal size"][1] == f"{18 * (512 + 512):,}"  # v of 3 x 6 layers, rank 1
+    assert (
+        rows["LoRA of equal size"][1] == f"{18 * (512 + 512):,}"
+    )  # v of 3 x 6 layers, rank 1
     assert rows["random pool"] == rows["LoRAFusion"] and printed.count("| all ") == 1
     _, rows = _planned(capsys, "--groups", "granularity")
     assert set(rows) == set(ablations.entries_of("granularity", options))
     # 20 modules, 12 blocks, q and v of 18 attentions, rank 16.
-    for size, count in {"global": 20, "block": 20 * 12, "site": 20 * 36, "rank": 20 * 36 * 16}.items():
+    for size, count in {
+        "global": 20,
+        "block": 20 * 12,
+        "site": 20 * 36,
+        "rank": 20 * 36 * 16,
+    }.items():
         assert rows[f"coefficients only, {size}"][1] == f"{count:,}"
     with pytest.raises(ValueError, match="no column question"):
         _planned(capsys, "--groups", "start", "--prompt", "{question}")

@@ -20,7 +20,8 @@ from lorafusion_jax.tasks import exact_match
 
 _SMALL = one_block.SMALL
 _TASKS = [*split().tuning, *split().unseen, split().out_of_reach]
-_BIN, _SAFETENSORS = split().pool[0], split().pool[-1]
+_BIN = split().pool[0]
+_SAFETENSORS = split().pool[-1]
 
 
 def _rows(task, part):
@@ -46,14 +47,21 @@ def answer(base, tokenizer):
 
     @jax.jit
     def run(state, ids, mask, adapters):
-        return lf.generate(nnx.merge(graph, state), ids, mask, adapters, max_new_tokens=15)
+        return lf.generate(
+            nnx.merge(graph, state), ids, mask, adapters, max_new_tokens=15
+        )
 
     def answer(contexts, adapter=None):
         adapters = {}
         if adapter is not None:
             pool = lf.read_pool([str(_SMALL / "adapters" / adapter.name)], config)
-            adapters = {site: lf.LowRank(pool.A[site][:, 0], pool.B[site][:, 0]) for site in pool.A}
-        batch = tokenizer(contexts, padding="max_length", max_length=12, return_tensors="np")
+            adapters = {
+                site: lf.LowRank(pool.A[site][:, 0], pool.B[site][:, 0])
+                for site in pool.A
+            }
+        batch = tokenizer(
+            contexts, padding="max_length", max_length=12, return_tensors="np"
+        )
         mask = jnp.asarray(batch["attention_mask"], bool)
         ids = run(state, jnp.asarray(batch["input_ids"], jnp.int32), mask, adapters)
         return tokenizer.batch_decode(np.asarray(ids), skip_special_tokens=True)
@@ -65,7 +73,12 @@ def answer(base, tokenizer):
 def readme():
     """The percentages of the tables in the folder's README, by task."""
     text = (_SMALL / "README.md").read_text()
-    return {name: float(value) for name, value in re.findall(r"^\| (\w+) \|.* ([\d.]+)% \|$", text, re.MULTILINE)}
+    return {
+        name: float(value)
+        for name, value in re.findall(
+            r"^\| (\w+) \|.* ([\d.]+)% \|$", text, re.MULTILINE
+        )
+    }
 
 
 _OPERATIONS = (
@@ -77,9 +90,15 @@ _OPERATIONS = (
 
 
 def test_operations_of_the_tasks():
-    positions, characters = (dict(case.split("=") for case in cases.split()) for cases in _OPERATIONS)
-    cases = [(position, "same", "abcde", answer) for position, answer in positions.items()]
-    cases += [("copy", character, "ajuz", answer) for character, answer in characters.items()]
+    positions, characters = (
+        dict(case.split("=") for case in cases.split()) for cases in _OPERATIONS
+    )
+    cases = [
+        (position, "same", "abcde", answer) for position, answer in positions.items()
+    ]
+    cases += [
+        ("copy", character, "ajuz", answer) for character, answer in characters.items()
+    ]
     # The position's operation comes first.
     cases += [("double", "dash", "ab", "a-a-b-b"), ("sort", "next", "zab", "bca")]
     for position, character, word, answer in cases:
@@ -91,30 +110,50 @@ def test_operations_of_the_tasks():
 def test_every_row_solves_its_task_and_none_is_in_both_parts(tokenizer):
     texts = []
     for task in _TASKS:
-        train, test = _rows(task, "train"), _rows(task, "test")
+        train = _rows(task, "train")
+        test = _rows(task, "test")
         assert (len(train), len(test)) == (100, 200)
         for row in [*train, *test]:
             ops, letters = row["context"].split(" : ")
             assert ops == f"{task.position} then {task.character}"
-            assert row == {"context": row["context"], "completion": task.completion(letters.replace(" ", ""))}
+            assert row == {
+                "context": row["context"],
+                "completion": task.completion(letters.replace(" ", "")),
+            }
         assert len({row["context"] for row in [*train, *test]}) == 300
         texts += [text for row in test for text in row.values()]
     # Texts survive the tokenizer.
     ids = tokenizer(texts)["input_ids"]
-    assert all(row[-1] == tokenizer.eos_token_id and tokenizer.unk_token_id not in row for row in ids)
+    assert all(
+        row[-1] == tokenizer.eos_token_id and tokenizer.unk_token_id not in row
+        for row in ids
+    )
     assert tokenizer.batch_decode(ids, skip_special_tokens=True) == texts
-    assert tokenizer.tokenize("first3 then next : first") == ["first3", "then", "next", ":", *"first"]
+    assert tokenizer.tokenize("first3 then next : first") == [
+        "first3",
+        "then",
+        "next",
+        ":",
+        *"first",
+    ]
 
 
 def test_weights_are_half_precision_with_the_stated_numbers(base):
-    assert {a.dtype for a in load_file(_SMALL / "base" / "model.safetensors").values()} == {np.dtype("float16")}
+    assert {
+        a.dtype for a in load_file(_SMALL / "base" / "model.safetensors").values()
+    } == {np.dtype("float16")}
     for task, load in ((_BIN, torch_pickle.load), (_SAFETENSORS, load_file)):
         (weights,) = (_SMALL / "adapters" / task.name).glob("adapter_model.*")
         tensors = load(weights)
-        assert {a.dtype for a in tensors.values()} == {np.dtype("float16")} and len(tensors) == 24
+        assert {a.dtype for a in tensors.values()} == {np.dtype("float16")} and len(
+            tensors
+        ) == 24
     count = sum(leaf.size for leaf in jax.tree.leaves(base[1]))
     assert f"{count:,} parameters" in (_SMALL / "README.md").read_text()
-    pool = lf.read_pool([str(_SMALL / "adapters" / task.name) for task in split().pool], nnx.merge(*base).config)
+    pool = lf.read_pool(
+        [str(_SMALL / "adapters" / task.name) for task in split().pool],
+        nnx.merge(*base).config,
+    )
     assert len(pool) == 28 and all((rank == 16).all() for rank in pool.rank.values())
     assert sum(rank.shape[0] for rank in pool.rank.values()) == 12
     assert all(bool(jnp.all(jnp.any(B != 0, axis=(2, 3)))) for B in pool.B.values())
@@ -127,11 +166,15 @@ def test_the_base_and_two_adapters_score_as_in_the_readme(answer, readme):
 
     # Two rows of 200: another machine may round a tie differently.
     for task in _TASKS[2:]:
-        assert score(_rows(task, "test")) == pytest.approx(readme[task.name], abs=1.01), task.name
+        assert score(_rows(task, "test")) == pytest.approx(
+            readme[task.name], abs=1.01
+        ), task.name
     for task in (_BIN, _SAFETENSORS):
         rows = draw(task, 200, (0, 1))
         adapted = score(rows, task)
-        assert adapted == pytest.approx(readme[task.name], abs=1.01) and adapted > score(rows), task.name
+        assert adapted == pytest.approx(
+            readme[task.name], abs=1.01
+        ) and adapted > score(rows), task.name
 
 
 def test_what_the_script_writes_reads_back(tmp_path):
@@ -140,13 +183,21 @@ def test_what_the_script_writes_reads_back(tmp_path):
     state = nnx.state(script.T5(script.CONFIG, rngs=nnx.Rngs(3)))
     script.write_base(tmp_path / "base", script.make_tokenizer(), state)
     read = nnx.state(lf.load_base(tmp_path / "base"))
-    for written, leaf in zip(jax.tree.leaves(state), jax.tree.leaves(read), strict=True):
-        np.testing.assert_array_equal(np.asarray(written).astype(np.float16), np.asarray(leaf))
+    for written, leaf in zip(
+        jax.tree.leaves(state), jax.tree.leaves(read), strict=True
+    ):
+        np.testing.assert_array_equal(
+            np.asarray(written).astype(np.float16), np.asarray(leaf)
+        )
 
     start = script.initial_loras(2, jax.random.key(0))
     loras = jax.tree.map(lambda a: np.asarray(a + 0.25)[:, 1], start)
     script.write_lora(tmp_path / "adapter", loras, base=Path("base"), as_bin=False)
     pool = lf.read_pool([str(tmp_path / "adapter")], script.CONFIG)
     for site, (A, B) in loras.items():
-        np.testing.assert_array_equal(A.astype(np.float16), np.asarray(pool.A[site][:, 0]))
-        np.testing.assert_array_equal(2 * B.astype(np.float16), np.asarray(pool.B[site][:, 0]))
+        np.testing.assert_array_equal(
+            A.astype(np.float16), np.asarray(pool.A[site][:, 0])
+        )
+        np.testing.assert_array_equal(
+            2 * B.astype(np.float16), np.asarray(pool.B[site][:, 0])
+        )

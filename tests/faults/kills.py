@@ -41,8 +41,12 @@ _SAID = {
     signal.SIGTERM: ("stopped by SIGTERM", "SIGTERM: stopping"),
     signal.SIGINT: ("stopped by Ctrl-C", "Ctrl-C: stop"),
 }
-_NOTES = re.compile(r"going on from step|nothing to resume|^\[\d+/\d+\]")  # lines that are printed anyway
-_QUICK = "--modules 2 --batch-size 48 --max-new-tokens 8 --test-rows 5 --seeds 1 2".split()
+_NOTES = re.compile(
+    r"going on from step|nothing to resume|^\[\d+/\d+\]"
+)  # lines that are printed anyway
+_QUICK = (
+    "--modules 2 --batch-size 48 --max-new-tokens 8 --test-rows 5 --seeds 1 2".split()
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,17 +81,48 @@ def _cli(*arguments: str | Path) -> list[str]:
 
 def _convert(inputs: Inputs, out: Path, *more: str) -> list[str]:
     adapters = sorted(inputs.pool.iterdir())
-    return _cli("convert", "--base", inputs.base, "--out", out / "pool", "--adapters", *adapters, *more)
+    return _cli(
+        "convert",
+        "--base",
+        inputs.base,
+        "--out",
+        out / "pool",
+        "--adapters",
+        *adapters,
+        *more,
+    )
 
 
 def _fuse(inputs: Inputs, out: Path, epochs: str = "8") -> list[str]:
-    where = ("--base", inputs.base, "--pool", inputs.pool, "--task", _TASK, "--out", out, "--name", "run")
-    return _cli("fuse", *where, *_QUICK, "--epochs", epochs, "--save-seconds", "0", "--resume")
+    where = (
+        "--base",
+        inputs.base,
+        "--pool",
+        inputs.pool,
+        "--task",
+        _TASK,
+        "--out",
+        out,
+        "--name",
+        "run",
+    )
+    return _cli(
+        "fuse", *where, *_QUICK, "--epochs", epochs, "--save-seconds", "0", "--resume"
+    )
 
 
 def _matrix(inputs: Inputs, out: Path) -> list[str]:
     options = "--methods LoRAFusion zero-shot --modules 2 --test-rows 5 --seeds 1 2 --epochs 2".split()
-    where = ("--base", inputs.base, "--pool", inputs.pool, "--tasks", _TASK, "--out", out)
+    where = (
+        "--base",
+        inputs.base,
+        "--pool",
+        inputs.pool,
+        "--tasks",
+        _TASK,
+        "--out",
+        out,
+    )
     return list(map(str, (_ROOT / "experiments" / "small_pool.py", *where, *options)))
 
 
@@ -103,7 +138,10 @@ def _bits(tree: Any) -> str:
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         array = np.asarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape} ".encode() + array.tobytes())
+        digest.update(
+            f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape} ".encode()
+            + array.tobytes()
+        )
     return digest.hexdigest()
 
 
@@ -113,7 +151,11 @@ def _of_pool(printed: str, out: Path) -> Any:
     pool = ConvertedPool(out / "pool")
     loaded = pool.load()
     found = [pool.manifest["totals"], list(pool.names), _bits((loaded.A, loaded.B))]
-    return [*found, _bits([pool.basis().U, pool.basis().V, pool.basis().S])] if (out / "pool/basis").exists() else found
+    return (
+        [*found, _bits([pool.basis().U, pool.basis().V, pool.basis().S])]
+        if (out / "pool/basis").exists()
+        else found
+    )
 
 
 def _of_run(printed: str, out: Path) -> Any:
@@ -122,22 +164,41 @@ def _of_run(printed: str, out: Path) -> Any:
     run = out / "run"
     results = json.loads((run / "results.json").read_text())
     del results["seconds"]
-    files = [(run / name).read_text() for name in ("metrics.jsonl", "predictions.jsonl")]
+    files = [
+        (run / name).read_text() for name in ("metrics.jsonl", "predictions.jsonl")
+    ]
     newest = checkpoint.load_newest(checkpoint.steps(run / "checkpoints"), note=print)
-    return [results, files, _bits([arrays.load(run / "final", what="trained parameters")[0], newest and newest[0]])]
+    return [
+        results,
+        files,
+        _bits(
+            [
+                arrays.load(run / "final", what="trained parameters")[0],
+                newest and newest[0],
+            ]
+        ),
+    ]
 
 
 def _of_matrix(printed: str, out: Path) -> Any:
-    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("seconds", "config")} for row in rows]
+    rows = [
+        json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()
+    ]
+    return [
+        {k: v for k, v in row.items() if k not in ("seconds", "config")} for row in rows
+    ]
 
 
 COMMANDS = {
     "convert": Command(_convert, _of_pool),
-    "convert --basis": Command(lambda inputs, out: _convert(inputs, out, "--basis", "4"), _of_pool),
+    "convert --basis": Command(
+        lambda inputs, out: _convert(inputs, out, "--basis", "4"), _of_pool
+    ),
     "fuse": Command(_fuse, _of_run),
     "matrix": Command(_matrix, _of_matrix, compiles=True),
-    "evaluate": Command(_evaluate, lambda printed, out: printed, writes=False, compiles=True),
+    "evaluate": Command(
+        _evaluate, lambda printed, out: printed, writes=False, compiles=True
+    ),
 }
 
 
@@ -160,7 +221,9 @@ def make_inputs(folder: Path) -> Inputs:
     return Inputs(folder / "base", folder / "pool", folder / "run")
 
 
-def kill(command: Command, inputs: Inputs, folder: Path, kills: int, seed: int) -> Tally:
+def kill(
+    command: Command, inputs: Inputs, folder: Path, kills: int, seed: int
+) -> Tally:
     """Kill a command so many times, in several folders, and compare what each of them ends in; Ctrl-C ends this."""
     tally = Tally()
     with contextlib.suppress(KeyboardInterrupt):
@@ -178,23 +241,32 @@ def _undisturbed(command: Command, inputs: Inputs, folder: Path) -> tuple[Any, f
     return json.loads(json.dumps(command.outcome(printed, folder / "whole"))), seconds
 
 
-def _kill(command: Command, inputs: Inputs, folder: Path, kills: int, seed: int, tally: Tally) -> None:
+def _kill(
+    command: Command, inputs: Inputs, folder: Path, kills: int, seed: int, tally: Tally
+) -> None:
     wanted, seconds = _undisturbed(command, inputs, folder)
     missed = 0  # times that the command ended before its kill
     while (done := tally.kills.total()) < kills:
-        out, draw = folder / f"{done}", random.Random(f"{folder.name} {seed} {done}{missed * ' again'}")
+        out = folder / f"{done}"
+        draw = random.Random(f"{folder.name} {seed} {done}{missed * ' again'}")
         shutil.rmtree(out, ignore_errors=True)  # that of a kill which came too late
         out.mkdir()
         for _ in range(min(kills - done, _CHAIN)):
             if not _killed(command, inputs, out, seconds, draw, tally):
                 break
-        ended = subprocess.run([sys.executable, *command.arguments(inputs, out)], **_how())
+        ended = subprocess.run(
+            [sys.executable, *command.arguments(inputs, out)], **_how()
+        )
         tally.compared += 1
         if ended.returncode and not _is_done(ended.stderr, out):
-            tally.faults.append(f"{out}: resumed with exit code {ended.returncode}: {ended.stderr[-600:]}")
+            tally.faults.append(
+                f"{out}: resumed with exit code {ended.returncode}: {ended.stderr[-600:]}"
+            )
         elif left := [str(path) for path in _unfinished(out) if path.is_dir()]:
             tally.faults.append(f"{out}: left behind: {', '.join(left)}")
-        elif (got := json.loads(json.dumps(command.outcome(ended.stdout, out)))) != wanted:
+        elif (
+            got := json.loads(json.dumps(command.outcome(ended.stdout, out)))
+        ) != wanted:
             tally.faults.append(f"{out}: other bits: {got} != {wanted}"[:2000])
         else:
             tally.same += 1
@@ -202,11 +274,22 @@ def _kill(command: Command, inputs: Inputs, folder: Path, kills: int, seed: int,
         missed = missed + 1 if tally.kills.total() == done else 0
 
 
-def _killed(command: Command, inputs: Inputs, out: Path, seconds: float, draw: random.Random, tally: Tally) -> bool:
+def _killed(
+    command: Command,
+    inputs: Inputs,
+    out: Path,
+    seconds: float,
+    draw: random.Random,
+    tally: Tally,
+) -> bool:
     """Start a command and kill it, unless it ends before that; return whether it was killed."""
-    number, after = draw.choice(_SIGNALS), draw.uniform(0, seconds)
-    wait_for_writing, pause = command.writes and draw.random() < 0.5, draw.uniform(0, 0.02)
-    process = subprocess.Popen([sys.executable, *command.arguments(inputs, out)], **_how())
+    number = draw.choice(_SIGNALS)
+    after = draw.uniform(0, seconds)
+    wait_for_writing = command.writes and draw.random() < 0.5
+    pause = draw.uniform(0, 0.02)
+    process = subprocess.Popen(
+        [sys.executable, *command.arguments(inputs, out)], **_how()
+    )
     while process.poll() is None and _cpu_seconds(process.pid) < after:
         time.sleep(0.005)
     while wait_for_writing and process.poll() is None and not any(_unfinished(out)):
@@ -215,16 +298,21 @@ def _killed(command: Command, inputs: Inputs, out: Path, seconds: float, draw: r
     if process.poll() is not None:
         _, said = process.communicate()
         if process.returncode and not _is_done(said, out):
-            tally.faults.append(f"{out}: ended by itself with {process.returncode}: {said[-600:]}")
+            tally.faults.append(
+                f"{out}: ended by itself with {process.returncode}: {said[-600:]}"
+            )
         return False
-    early, writing = _cpu_seconds(process.pid) < _START, any(_unfinished(out))
+    early = _cpu_seconds(process.pid) < _START
+    writing = any(_unfinished(out))
     process.send_signal(number)
     try:
         _, said = process.communicate(timeout=300)
     except subprocess.TimeoutExpired:
         process.kill()
         _, said = process.communicate()
-        tally.faults.append(f"{number.name} after {after:.2f} s of CPU time did not end it: {said[-600:]}")
+        tally.faults.append(
+            f"{number.name} after {after:.2f} s of CPU time did not end it: {said[-600:]}"
+        )
         return True
     if process.returncode == 0 or _is_done(said, out):
         return False
@@ -237,7 +325,11 @@ def _killed(command: Command, inputs: Inputs, out: Path, seconds: float, draw: r
         tally.in_start += 1
         sound = True
     else:
-        sound = process.returncode == 128 + number and len(lines) == 1 and lines[0].startswith(_SAID[number])
+        sound = (
+            process.returncode == 128 + number
+            and len(lines) == 1
+            and lines[0].startswith(_SAID[number])
+        )
     if not sound:
         tally.faults.append(
             f"{out}, {number.name} after {after:.2f} s of CPU time: exit code {process.returncode}: {said[-600:]}"
@@ -252,10 +344,19 @@ def _is_done(said: str, out: Path) -> bool:
 
 def _how() -> dict[str, Any]:
     """Return how commands are started: every program is kept in the compilation cache."""
-    own = {"PYTHONPATH": str(_ROOT), "JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    own = {
+        "PYTHONPATH": str(_ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(_ROOT / ".cache" / "jax"))
     environment = os.environ | own | {"JAX_COMPILATION_CACHE_DIR": cache}
-    return {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return {
+        "env": environment,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+    }
 
 
 def _whole(arguments: list[str]) -> tuple[str, float]:
@@ -265,12 +366,17 @@ def _whole(arguments: list[str]) -> tuple[str, float]:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if ended.returncode:
         raise SystemExit(f"{' '.join(arguments)}: {ended.stderr}")
-    return ended.stdout, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return (
+        ended.stdout,
+        after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+    )
 
 
 def _cpu_seconds(process: int) -> float:
     """Return the CPU time that a child has taken."""
-    user, system = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
+    user, system = (
+        Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
+    )
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
@@ -281,21 +387,54 @@ def _unfinished(out: Path) -> Iterator[Path]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=50, help="kills of each command")
-    parser.add_argument("--command", nargs="+", default=list(COMMANDS), choices=COMMANDS, metavar="COMMAND")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and signals")
+    parser.add_argument(
+        "--command",
+        nargs="+",
+        default=list(COMMANDS),
+        choices=COMMANDS,
+        metavar="COMMAND",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the moments and signals"
+    )
     given = parser.parse_args()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell started this in the background
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # also where a shell started this in the background
     faults = []
-    head = ["kills", *(number.name for number in _SIGNALS), "while writing", "in the start", "same bits", "faults"]
+    head = [
+        "kills",
+        *(number.name for number in _SIGNALS),
+        "while writing",
+        "in the start",
+        "same bits",
+        "faults",
+    ]
     print(f"| command | {' | '.join(head)} |\n|---|{'---:|' * len(head)}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         inputs = make_inputs(Path(folder) / "inputs")
         for name in given.command:
-            tally = kill(COMMANDS[name], inputs, Path(folder) / name.replace(" ", ""), given.kills, given.seed)
-            cells = [tally.kills.total(), *(tally.kills[number] for number in _SIGNALS), tally.while_writing]
-            cells += [tally.in_start, f"{tally.same} of {tally.compared}", len(tally.faults)]
+            tally = kill(
+                COMMANDS[name],
+                inputs,
+                Path(folder) / name.replace(" ", ""),
+                given.kills,
+                given.seed,
+            )
+            cells = [
+                tally.kills.total(),
+                *(tally.kills[number] for number in _SIGNALS),
+                tally.while_writing,
+            ]
+            cells += [
+                tally.in_start,
+                f"{tally.same} of {tally.compared}",
+                len(tally.faults),
+            ]
             print(f"| `{name}` | {' | '.join(map(str, cells))} |", flush=True)
             faults += tally.faults
     print(*faults, sep="\n\n")

@@ -23,10 +23,15 @@ def test_a_command_that_writes_in_place_or_ends_without_a_line_is_found(tmp_path
     def outcome(printed: str, out: Path) -> str:
         return (out / "file").read_text()
 
-    command = kills.Command(lambda inputs, out: ["-c", _UNSOUND, str(out)], outcome, writes=False)
+    command = kills.Command(
+        lambda inputs, out: ["-c", _UNSOUND, str(out)], outcome, writes=False
+    )
     inputs = kills.Inputs(tmp_path, tmp_path, tmp_path)
     tally = kills.kill(command, inputs, tmp_path / "made up", 3, seed=2041)
-    assert any("other bits" in fault for fault in tally.faults) and tally.same < tally.compared
+    assert (
+        any("other bits" in fault for fault in tally.faults)
+        and tally.same < tally.compared
+    )
     assert any("exit code -" in fault for fault in tally.faults)
 
 
@@ -39,7 +44,12 @@ def inputs(tmp_path_factory) -> kills.Inputs:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.long if name == "convert --basis" else pytest.mark.nightly)
+        pytest.param(
+            name,
+            marks=pytest.mark.long
+            if name == "convert --basis"
+            else pytest.mark.nightly,
+        )
         for name in kills.COMMANDS
     ],
 )

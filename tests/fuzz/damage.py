@@ -15,8 +15,36 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 _HOSTILE: tuple[Any, ...] = (
-    *(None, True, False, 0, -1, 1, 2, 7, 10**9, 2**63, 10**30, -(2**63), 0.5, 1e308, -1e-300),
-    *(float("nan"), float("inf"), "", "x", "../x", "/etc/passwd", "..\\x", "x" * 300, "a\0b", "\x1b[31mred", "\ud800"),
+    *(
+        None,
+        True,
+        False,
+        0,
+        -1,
+        1,
+        2,
+        7,
+        10**9,
+        2**63,
+        10**30,
+        -(2**63),
+        0.5,
+        1e308,
+        -1e-300,
+    ),
+    *(
+        float("nan"),
+        float("inf"),
+        "",
+        "x",
+        "../x",
+        "/etc/passwd",
+        "..\\x",
+        "x" * 300,
+        "a\0b",
+        "\x1b[31mred",
+        "\ud800",
+    ),
     *("é", "9" * 5000, "float32[9999999, 99]"),
     *([], {}, [[]], [None], {"": 0}, [0] * 50, ["x"] * 3, {"a": {"b": [1]}}),
 )
@@ -27,7 +55,11 @@ def damaged(content: bytes, suffix: str, draw: random.Random) -> bytes:
     for _ in range(draw.choice((1, 1, 1, 2, 3))):
         structured = _STRUCTURED.get(suffix)
         try:
-            content = _bytes(content, draw) if structured is None or draw.random() < 0.1 else structured(content, draw)
+            content = (
+                _bytes(content, draw)
+                if structured is None or draw.random() < 0.1
+                else structured(content, draw)
+            )
         except Exception:  # an earlier fault took the format away
             content = _bytes(content, draw)
     return content
@@ -36,8 +68,16 @@ def damaged(content: bytes, suffix: str, draw: random.Random) -> bytes:
 def _bytes(content: bytes, draw: random.Random) -> bytes:
     at, other = sorted(draw.randrange(len(content) + 1) for _ in range(2))
     start = content[:at]
-    changed = (start, start + content[other:], start + draw.randbytes(draw.randrange(1, 9)) + content[at:])
-    changed += (start + bytes([draw.randrange(256)]) + content[at + 1 :], content + content[at:other], b"")
+    changed = (
+        start,
+        start + content[other:],
+        start + draw.randbytes(draw.randrange(1, 9)) + content[at:],
+    )
+    changed += (
+        start + bytes([draw.randrange(256)]) + content[at + 1 :],
+        content + content[at:other],
+        b"",
+    )
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
     return draw.choice((*changed, b"[" * 3000, b"\xff\xfe" + content, pointer))
 
@@ -59,7 +99,9 @@ def value(content: Any, draw: random.Random) -> Any:
     elif action < 0.45:
         holder[key] = copy.deepcopy(draw.choice([*_places(root)])[0])
     elif action < 0.55 and isinstance(holder[key], int | float):
-        holder[key] = holder[key] * draw.choice((-1, 2, 1000, 10**6, 10**12)) + draw.choice((0, 1, -1))
+        holder[key] = holder[key] * draw.choice(
+            (-1, 2, 1000, 10**6, 10**12)
+        ) + draw.choice((0, 1, -1))
     elif action < 0.65 and isinstance(holder[key], str | list):
         holder[key] = holder[key] * draw.choice((2, 30, 1000))
     else:
@@ -68,7 +110,13 @@ def value(content: Any, draw: random.Random) -> Any:
 
 
 def _places(content: Any) -> Iterator[tuple[Any, Any]]:
-    for key in [*content] if isinstance(content, dict) else range(len(content)) if isinstance(content, list) else ():
+    for key in (
+        [*content]
+        if isinstance(content, dict)
+        else range(len(content))
+        if isinstance(content, list)
+        else ()
+    ):
         yield content, key
         yield from _places(content[key])
 
@@ -89,11 +137,21 @@ def has_twins(content: bytes, suffix: str) -> bool:
     def twins(text: bytes) -> bool:
         found = []
         with contextlib.suppress(ValueError, RecursionError):
-            json.loads(text, object_pairs_hook=lambda pairs: found.append(len(dict(pairs)) < len(pairs)))
+            json.loads(
+                text,
+                object_pairs_hook=lambda pairs: found.append(
+                    len(dict(pairs)) < len(pairs)
+                ),
+            )
             return any(found)
         return False
 
-    return any(map(twins, {".json": [content], ".jsonl": content.split(b"\n")[:-1]}.get(suffix, [])))
+    return any(
+        map(
+            twins,
+            {".json": [content], ".jsonl": content.split(b"\n")[:-1]}.get(suffix, []),
+        )
+    )
 
 
 def _lines(content: bytes, draw: random.Random) -> bytes:
@@ -106,10 +164,20 @@ def _lines(content: bytes, draw: random.Random) -> bytes:
 def _yaml(content: bytes, draw: random.Random) -> bytes:
     if draw.random() < 0.1:
         bomb = "a: &a [1, 2]\n" + "".join(
-            f"{b}: &{b} [*{a}, *{a}, *{a}]\n" for a, b in itertools.pairwise("abcdefghij")
+            f"{b}: &{b} [*{a}, *{a}, *{a}]\n"
+            for a, b in itertools.pairwise("abcdefghij")
         )
-        tags = ("!!int ''", "!!bool x", "!!timestamp x", "!!python/object/apply:os.getcwd []", "&a [*a]", "1e5")
-        return draw.choice((bomb.encode(), content + f"\nx: {draw.choice(tags)}\n".encode()))
+        tags = (
+            "!!int ''",
+            "!!bool x",
+            "!!timestamp x",
+            "!!python/object/apply:os.getcwd []",
+            "&a [*a]",
+            "1e5",
+        )
+        return draw.choice(
+            (bomb.encode(), content + f"\nx: {draw.choice(tags)}\n".encode())
+        )
     return yaml.dump(value(yaml.load(content, _LOADER), draw), Dumper=_DUMPER).encode()
 
 
@@ -121,12 +189,19 @@ def _safetensors(content: bytes, draw: random.Random) -> bytes:
 
 def _gguf(content: bytes, draw: random.Random) -> bytes:
     """Overwrite a number of the header: a count, a type, the length of a text or a list, a size or a place."""
-    end = max(at for name in (b"output_norm.weight", b"attention.head_count") if (at := content.find(name)) > 0)
+    end = max(
+        at
+        for name in (b"output_norm.weight", b"attention.head_count")
+        if (at := content.find(name)) > 0
+    )
     # Numbers have four or eight bytes, and most of eight bytes are small: seven zeros follow.
     small = [at for at in range(4, end) if content[at + 1 : at + 4] == bytes(3)]
     at = draw.choice(small)
     size = 8 if content[at + 4 : at + 8] == bytes(4) else 4
-    number = draw.choice((0, 1, 2, 7, 12, 255, 2**31, 2**32 - 1, 10**6, 2**63, 2**64 - 1)) % 256**size
+    number = (
+        draw.choice((0, 1, 2, 7, 12, 255, 2**31, 2**32 - 1, 10**6, 2**63, 2**64 - 1))
+        % 256**size
+    )
     return content[:at] + number.to_bytes(size, "little") + content[at + size :]
 
 

@@ -25,7 +25,13 @@ from made_up_rows import made_up
 
 import lorafusion_jax as lf
 from lorafusion_jax import parts
-from lorafusion_jax.crossbar import load_chip, load_config, load_constants, save_chip, save_config
+from lorafusion_jax.crossbar import (
+    load_chip,
+    load_config,
+    load_constants,
+    save_chip,
+    save_config,
+)
 from lorafusion_jax.io import arrays
 from lorafusion_jax.io.pool.folder import write_manifest
 from lorafusion_jax.parts import load_restored
@@ -35,7 +41,9 @@ from lorafusion_jax.tasks import load_task
 from lorafusion_jax.trials import append_rows, read_rows
 
 SECONDS = 5.0  # of CPU time for one file
-_SLACK = 128 << 20  # bytes of memory that no file is charged for: JAX's programs, the base, the interpreter
+_SLACK = (
+    128 << 20
+)  # bytes of memory that no file is charged for: JAX's programs, the base, the interpreter
 
 
 class Kind(NamedTuple):
@@ -63,38 +71,68 @@ class Fault(Exception):
 def kinds(folder: Path) -> dict[str, Kind]:
     """Write a sound file of every kind below a folder."""
     base, adapters = one_block.cut(folder, adapters=2)
-    pool, out = folder / "converted", folder / "out"
+    pool = folder / "converted"
+    out = folder / "out"
     basis = pool / "basis"
     sources = tuple(map(str, sorted(adapters.iterdir())))
-    parts.convert(parts.ConvertOptions(base=str(base), adapters=sources, out=pool, basis=4))
+    parts.convert(
+        parts.ConvertOptions(base=str(base), adapters=sources, out=pool, basis=4)
+    )
     entry = parts.ConvertedPool(pool).manifest["adapters"][0]
     first = pool / entry["folder"]
     config = json.loads((base / "config.json").read_text())
     decoder = _written(folder / "decoder" / "config.json", _LLAMA)
-    index = _written(folder / "sharded" / "model.safetensors.index.json", {"weight_map": _weight_map(base)})
+    index = _written(
+        folder / "sharded" / "model.safetensors.index.json",
+        {"weight_map": _weight_map(base)},
+    )
     _written(folder / "sharded" / "config.json", config)
     os.link(base / "model.safetensors", folder / "sharded" / "one.safetensors")
-    pickled = shutil.copytree(one_block.SMALL / "adapters" / "rotl_prev", folder / "pickled")
-    mlx = shutil.copytree(Path(__file__).parents[1] / "goldens" / "mlx" / "dora", folder / "mlx")
+    pickled = shutil.copytree(
+        one_block.SMALL / "adapters" / "rotl_prev", folder / "pickled"
+    )
+    mlx = shutil.copytree(
+        Path(__file__).parents[1] / "goldens" / "mlx" / "dora", folder / "mlx"
+    )
     tree = _write_qwix(folder / "qwix")
     run = parts.RunFolder(folder / "run")
     _write_run(run, base, pool)
     chips = _write_chips(folder / "chips")
-    append_rows(folder / "rows.jsonl", made_up(methods=("LoRA",), tasks=("easy",), seeds=(1, 2), items=8))
-    shutil.copy(Path(lf.crossbar.__file__ or "").parent / "cost" / "constants.yaml", folder)
-    task = _written(folder / "task.json", [{"input": f"say {n}", "output": "x"} for n in range(4)])
+    append_rows(
+        folder / "rows.jsonl",
+        made_up(methods=("LoRA",), tasks=("easy",), seeds=(1, 2), items=8),
+    )
+    shutil.copy(
+        Path(lf.crossbar.__file__ or "").parent / "cost" / "constants.yaml", folder
+    )
+    task = _written(
+        folder / "task.json", [{"input": f"say {n}", "output": "x"} for n in range(4)]
+    )
     (folder / "task.jsonl").write_text(
-        "".join(json.dumps({"input": f"say {n}", "target": "x"}) + "\n" for n in range(4))
+        "".join(
+            json.dumps({"input": f"say {n}", "target": "x"}) + "\n" for n in range(4)
+        )
     )
 
     (folder / "bbh").mkdir()
-    bbh = _written(folder / "bbh" / "task.json", {"examples": [{"input": f"say {n}", "target": "x"} for n in range(4)]})
-    saved, table = folder / "saved", datasets.Dataset.from_list(json.loads(task.read_text()))
+    bbh = _written(
+        folder / "bbh" / "task.json",
+        {"examples": [{"input": f"say {n}", "target": "x"} for n in range(4)]},
+    )
+    saved = folder / "saved"
+    table = datasets.Dataset.from_list(json.loads(task.read_text()))
     table.save_to_disk(saved)
     said = [{"from": who, "value": "a"} for who in ("system", "human", "gpt")]
-    rows = [{"conversations": [*said, {"from": "human", "value": f"{n}"}, said[-1]]} for n in range(4)]
-    sharegpt, messages = _written(folder / "sharegpt.json", rows), folder / "messages.jsonl"
-    said = [[{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": "a"}] for n in range(4)]
+    rows = [
+        {"conversations": [*said, {"from": "human", "value": f"{n}"}, said[-1]]}
+        for n in range(4)
+    ]
+    sharegpt = _written(folder / "sharegpt.json", rows)
+    messages = folder / "messages.jsonl"
+    said = [
+        [{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": "a"}]
+        for n in range(4)
+    ]
     messages.write_text("".join(json.dumps({"messages": each}) + "\n" for each in said))
     csv_file = folder / "task.csv"
     table.to_csv(csv_file)
@@ -104,7 +142,9 @@ def kinds(folder: Path) -> dict[str, Kind]:
         manifest.pop("sha256", None)
         for each in manifest["adapters"]:
             for name in each["files"]:
-                each["files"][name] = hashlib.sha256((pool / each["folder"] / name).read_bytes()).hexdigest()
+                each["files"][name] = hashlib.sha256(
+                    (pool / each["folder"] / name).read_bytes()
+                ).hexdigest()
         write_manifest(pool, manifest)
 
     def signed() -> None:
@@ -117,7 +157,9 @@ def kinds(folder: Path) -> dict[str, Kind]:
     def stored(at: Path) -> None:
         manifest = json.loads((at / "manifest.json").read_text())
         for name in manifest["files"]:
-            manifest["files"][name] = hashlib.sha256((at / name).read_bytes()).hexdigest()
+            manifest["files"][name] = hashlib.sha256(
+                (at / name).read_bytes()
+            ).hexdigest()
         (at / "manifest.json").write_text(json.dumps(manifest))
 
     def gguf_base(file: Path) -> None:
@@ -125,18 +167,25 @@ def kinds(folder: Path) -> dict[str, Kind]:
         lf.load_tokenizer(file)("ab")
 
     # Small tokenizers: most numbers of the header are the model's.
-    bytes_file, pieces_file, delta_file = (
-        gguf_models.written(
-            gguf_models.make(folder / name, model, lambda _, shape: np.ones(shape)),
-            folder / f"{name}.gguf",
-            tokenizer,
-            kinds=lambda title: "Q8_0" if ".layers." in title else None,
-        )
-        for name, model, tokenizer in (
-            ("bytes", "llama with biases, tied", _BYTE_LEVEL),
-            ("pieces", "llama", _PIECES),
-            ("delta", "qwen3.5", {}),
-        )
+    bytes_file = gguf_models.written(
+        gguf_models.make(
+            folder / "bytes", "llama with biases, tied", lambda _, shape: np.ones(shape)
+        ),
+        folder / f"{'bytes'}.gguf",
+        _BYTE_LEVEL,
+        kinds=lambda title: "Q8_0" if ".layers." in title else None,
+    )
+    pieces_file = gguf_models.written(
+        gguf_models.make(folder / "pieces", "llama", lambda _, shape: np.ones(shape)),
+        folder / f"{'pieces'}.gguf",
+        _PIECES,
+        kinds=lambda title: "Q8_0" if ".layers." in title else None,
+    )
+    delta_file = gguf_models.written(
+        gguf_models.make(folder / "delta", "qwen3.5", lambda _, shape: np.ones(shape)),
+        folder / f"{'delta'}.gguf",
+        {},
+        kinds=lambda title: "Q8_0" if ".layers." in title else None,
     )
 
     def whole_pool() -> None:
@@ -146,9 +195,12 @@ def kinds(folder: Path) -> dict[str, Kind]:
 
     digests = {"base": "0", "modules": {"a": "0", "b": "0"}}
     merged = _written(
-        folder / "merged" / "merge.json", {"weights": {"a": 1, "b": {"x.0": 2}}, "digests": digests}
+        folder / "merged" / "merge.json",
+        {"weights": {"a": 1, "b": {"x.0": 2}}, "digests": digests},
     ).parent
-    weights_file = _written(folder / "weights.json", {entry["name"]: {"encoder.0": 2.5, "decoder.0": 1}})
+    weights_file = _written(
+        folder / "weights.json", {entry["name"]: {"encoder.0": 2.5, "decoder.0": 1}}
+    )
 
     def weights() -> None:
         found = read_weights(weights_file)
@@ -156,7 +208,8 @@ def kinds(folder: Path) -> dict[str, Kind]:
         with named(weights_file):
             coefficients_of(found[0], parts.ConvertedPool(pool).load([*found[0]]), None)
 
-    prepared, shape = _write_preparations(folder / "prepared"), (8, 4)
+    prepared = _write_preparations(folder / "prepared")
+    shape = (8, 4)
 
     def preparations() -> None:
         found = parts.load_chips(str(prepared.parent)).prepared
@@ -174,30 +227,69 @@ def kinds(folder: Path) -> dict[str, Kind]:
 
     return {
         "pool manifest": Kind(pool / "manifest.json", whole_pool, signed),
-        "pool manifest, not signed": Kind(pool / "manifest.json", lambda: lf.load_pool(pool)),
-        "pool adapter weights": Kind(first / "adapter_model.safetensors", whole_pool, resealed),
-        "pool adapter config": Kind(first / "adapter_config.json", whole_pool, resealed),
-        "basis manifest": Kind(basis / "manifest.json", lambda: lf.load_basis(pool)),
-        "basis arrays": Kind(basis / "arrays.safetensors", lambda: lf.load_basis(pool), lambda: stored(basis)),
-        "final manifest": Kind(run.final / "manifest.json", lambda: lf.load_run(run.folder)),
-        "final arrays": Kind(
-            run.final / "arrays.safetensors", lambda: lf.load_run(run.folder), lambda: stored(run.final)
+        "pool manifest, not signed": Kind(
+            pool / "manifest.json", lambda: lf.load_pool(pool)
         ),
-        "T5 config": Kind(base / "config.json", lambda: parts.abstract_model(lf.read_config(base))),
-        "decoder config": Kind(decoder, lambda: parts.abstract_model(lf.read_config(decoder.parent))),
-        "generation config": Kind(base / "generation_config.json", lambda: lf.read_config(base)),
+        "pool adapter weights": Kind(
+            first / "adapter_model.safetensors", whole_pool, resealed
+        ),
+        "pool adapter config": Kind(
+            first / "adapter_config.json", whole_pool, resealed
+        ),
+        "basis manifest": Kind(basis / "manifest.json", lambda: lf.load_basis(pool)),
+        "basis arrays": Kind(
+            basis / "arrays.safetensors",
+            lambda: lf.load_basis(pool),
+            lambda: stored(basis),
+        ),
+        "final manifest": Kind(
+            run.final / "manifest.json", lambda: lf.load_run(run.folder)
+        ),
+        "final arrays": Kind(
+            run.final / "arrays.safetensors",
+            lambda: lf.load_run(run.folder),
+            lambda: stored(run.final),
+        ),
+        "T5 config": Kind(
+            base / "config.json", lambda: parts.abstract_model(lf.read_config(base))
+        ),
+        "decoder config": Kind(
+            decoder, lambda: parts.abstract_model(lf.read_config(decoder.parent))
+        ),
+        "generation config": Kind(
+            base / "generation_config.json", lambda: lf.read_config(base)
+        ),
         "base index": Kind(index, lambda: lf.load_base(index.parent)),
         "base weights": Kind(base / "model.safetensors", lambda: lf.load_base(base)),
-        "adapter config": Kind(Path(sources[0]) / "adapter_config.json", lambda: parts.read_adapter(sources[0])),
-        "adapter weights": Kind(Path(sources[0]) / "adapter_model.safetensors", lambda: parts.read_adapter(sources[0])),
-        "adapter pickle": Kind(pickled / "adapter_model.bin", lambda: parts.read_adapter(str(pickled))),
-        "MLX config": Kind(mlx / "adapter_config.json", lambda: parts.read_adapter(str(mlx))),
-        "MLX weights": Kind(mlx / "adapters.safetensors", lambda: parts.read_adapter(str(mlx))),
-        "qwix manifest": Kind(tree / "manifest.ocdbt", lambda: parts.read_adapter(str(tree), alpha=1.0)),
-        "qwix arrays": Kind(next((tree / "d").iterdir()), lambda: parts.read_adapter(str(tree), alpha=1.0)),
+        "adapter config": Kind(
+            Path(sources[0]) / "adapter_config.json",
+            lambda: parts.read_adapter(sources[0]),
+        ),
+        "adapter weights": Kind(
+            Path(sources[0]) / "adapter_model.safetensors",
+            lambda: parts.read_adapter(sources[0]),
+        ),
+        "adapter pickle": Kind(
+            pickled / "adapter_model.bin", lambda: parts.read_adapter(str(pickled))
+        ),
+        "MLX config": Kind(
+            mlx / "adapter_config.json", lambda: parts.read_adapter(str(mlx))
+        ),
+        "MLX weights": Kind(
+            mlx / "adapters.safetensors", lambda: parts.read_adapter(str(mlx))
+        ),
+        "qwix manifest": Kind(
+            tree / "manifest.ocdbt", lambda: parts.read_adapter(str(tree), alpha=1.0)
+        ),
+        "qwix arrays": Kind(
+            next((tree / "d").iterdir()),
+            lambda: parts.read_adapter(str(tree), alpha=1.0),
+        ),
         "weights file": Kind(weights_file, weights),
         "corrections manifest": Kind(restored / "manifest.json", corrections),
-        "corrections arrays": Kind(restored / "arrays.safetensors", corrections, lambda: stored(restored)),
+        "corrections arrays": Kind(
+            restored / "arrays.safetensors", corrections, lambda: stored(restored)
+        ),
         "merged list": Kind(merged / "merge.json", lambda: read_weights(merged)),
         "GGUF, byte level": Kind(bytes_file, lambda: gguf_base(bytes_file)),
         "GGUF, pieces": Kind(pieces_file, lambda: gguf_base(pieces_file)),
@@ -207,22 +299,50 @@ def kinds(folder: Path) -> dict[str, Kind]:
         "run metrics": Kind(run.folder / "metrics.jsonl", run.metrics),
         "run predictions": Kind(run.folder / "predictions.jsonl", run.predictions),
         "preparations manifest": Kind(prepared / "manifest.json", preparations),
-        "preparations arrays": Kind(prepared / "arrays.safetensors", preparations, lambda: stored(prepared)),
-        "chips manifest": Kind(chips / "manifest.json", lambda: parts.load_chips(str(chips)).chip_key(0)),
-        "chips config": Kind(chips / "config.yaml", lambda: parts.load_chips(str(chips))),
-        "chip arrays": Kind(chips / "chip_0" / "q.safetensors", lambda: load_chip(chips / "chip_0" / "q.safetensors")),
-        "crossbar config": Kind(chips / "config.yaml", lambda: load_config(chips / "config.yaml")),
-        "cost constants": Kind(folder / "constants.yaml", lambda: load_constants(folder / "constants.yaml")),
-        "result rows": Kind(folder / "rows.jsonl", lambda: read_rows(folder / "rows.jsonl")),
+        "preparations arrays": Kind(
+            prepared / "arrays.safetensors", preparations, lambda: stored(prepared)
+        ),
+        "chips manifest": Kind(
+            chips / "manifest.json", lambda: parts.load_chips(str(chips)).chip_key(0)
+        ),
+        "chips config": Kind(
+            chips / "config.yaml", lambda: parts.load_chips(str(chips))
+        ),
+        "chip arrays": Kind(
+            chips / "chip_0" / "q.safetensors",
+            lambda: load_chip(chips / "chip_0" / "q.safetensors"),
+        ),
+        "crossbar config": Kind(
+            chips / "config.yaml", lambda: load_config(chips / "config.yaml")
+        ),
+        "cost constants": Kind(
+            folder / "constants.yaml", lambda: load_constants(folder / "constants.yaml")
+        ),
+        "result rows": Kind(
+            folder / "rows.jsonl", lambda: read_rows(folder / "rows.jsonl")
+        ),
         "task list": Kind(task, lambda: load_task(task, train_rows=2)),
-        "task rows": Kind(folder / "task.jsonl", lambda: load_task(folder / "task.jsonl", train_rows=2)),
-        "ShareGPT": Kind(sharegpt, lambda: load_task(sharegpt, train_rows=2, chat=True)),
-        "messages": Kind(messages, lambda: load_task(messages, train_rows=2, chat=True)),
+        "task rows": Kind(
+            folder / "task.jsonl",
+            lambda: load_task(folder / "task.jsonl", train_rows=2),
+        ),
+        "ShareGPT": Kind(
+            sharegpt, lambda: load_task(sharegpt, train_rows=2, chat=True)
+        ),
+        "messages": Kind(
+            messages, lambda: load_task(messages, train_rows=2, chat=True)
+        ),
         "task CSV": Kind(csv_file, lambda: load_task(csv_file, train_rows=2)),
         "bbh task": Kind(bbh, lambda: load_task(bbh, train_rows=2)),
-        "data set state": Kind(saved / "state.json", lambda: load_task(saved, train_rows=2)),
-        "data set info": Kind(saved / "dataset_info.json", lambda: load_task(saved, train_rows=2)),
-        "data set rows": Kind(saved / "data-00000-of-00001.arrow", lambda: load_task(saved, train_rows=2)),
+        "data set state": Kind(
+            saved / "state.json", lambda: load_task(saved, train_rows=2)
+        ),
+        "data set info": Kind(
+            saved / "dataset_info.json", lambda: load_task(saved, train_rows=2)
+        ),
+        "data set rows": Kind(
+            saved / "data-00000-of-00001.arrow", lambda: load_task(saved, train_rows=2)
+        ),
     }
 
 
@@ -235,33 +355,48 @@ def outcome(kind: Kind, root: Path, draw: random.Random) -> str:
     content = kind.file.read_bytes()
     hostile = damage.damaged(content, kind.file.suffix, draw)
     before = _files(root)
-    sealed = {path: path.read_bytes() for path in before if path.name == "manifest.json"}
+    sealed = {
+        path: path.read_bytes() for path in before if path.name == "manifest.json"
+    }
     kind.file.write_bytes(hostile)
     kind.seal()
     twins = damage.has_twins(kind.file.read_bytes(), kind.file.suffix)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on
-    memory, began, said = _kibibytes("VmRSS"), time.process_time(), "read"
+    memory = _kibibytes("VmRSS")
+    began = time.process_time()
+    said = "read"
     try:
         with _limited():
             kind.read()
     except ValueError as error:
         said = "refused"
         if not any(name in str(error) for name in (str(root), kind.file.name)):
-            raise Fault(f"no file is named: {error!r:.300} of {hostile!r:.500}") from error
+            raise Fault(
+                f"no file is named: {error!r:.300} of {hostile!r:.500}"
+            ) from error
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # also a panic of Rust code
-        raise Fault(f"{type(error).__name__}: {error!s:.300} of {hostile!r:.500}") from error
+        raise Fault(
+            f"{type(error).__name__}: {error!s:.300} of {hostile!r:.500}"
+        ) from error
     finally:
         kind.file.write_bytes(content)
         for path, text in sealed.items():
             path.write_bytes(text)
     if twins and said == "read":
         raise Fault(f"a key that is given twice was read: {hostile!r:.500}")
-    seconds, grown = time.process_time() - began, _kibibytes("VmHWM") - memory
-    if seconds > SECONDS or grown * 1024 > 4 * len(hostile) + _SLACK or _files(root) != before:
+    seconds = time.process_time() - began
+    grown = _kibibytes("VmHWM") - memory
+    if (
+        seconds > SECONDS
+        or grown * 1024 > 4 * len(hostile) + _SLACK
+        or _files(root) != before
+    ):
         new = sorted(map(str, _files(root) ^ before))
-        raise Fault(f"{seconds:.1f} s, {grown:,} KiB more, other files {new} of {hostile!r:.500}")
+        raise Fault(
+            f"{seconds:.1f} s, {grown:,} KiB more, other files {new} of {hostile!r:.500}"
+        )
     return said
 
 
@@ -302,35 +437,79 @@ def _weight_map(base: Path) -> dict[str, str]:
 
 
 def _write_run(run: parts.RunFolder, base: Path, pool: Path) -> None:
-    options = lf.FuseOptions(base=str(base), pool=str(pool), task="task.jsonl", seeds=(1, 2))
+    options = lf.FuseOptions(
+        base=str(base), pool=str(pool), task="task.jsonl", seeds=(1, 2)
+    )
     seed = {"seed": 1, "exact_match": 50.0, "loss": 0.5, "steps": 3, "modules": ["a"]}
     seed |= {"option_accuracy": None, "forward_rows": 6, "backward_rows": 5}
     with run.locked():
-        config = recipes.run_config(options, modules=[["a"], ["b"]], task_sha256="0", trained_sha256=["0"])
+        config = recipes.run_config(
+            options, modules=[["a"], ["b"]], task_sha256="0", trained_sha256=["0"]
+        )
         config["digests"] = {"base": "0", "modules": {"a": "0"}, "basis": None}
         run.write_config(config)
-        run.append_metrics({"step": n, "epoch": 1, "seed": 1, "loss": 0.5} for n in range(3))
-        row = {"seed": 1, "row": 0, "input": "a", "target": "b", "prediction": "b", "correct": True}
+        run.append_metrics(
+            {"step": n, "epoch": 1, "seed": 1, "loss": 0.5} for n in range(3)
+        )
+        row = {
+            "seed": 1,
+            "row": 0,
+            "input": "a",
+            "target": "b",
+            "prediction": "b",
+            "correct": True,
+        }
         row |= {"option_correct": None}
         run.write_predictions([row, row])
-        results = {"task": "task", "method": "fusion", "trainable": 3, "trainable_by_group": {"coefficients": 3}}
-        results |= {"exact_match": 50.0, "exact_match_std": None, "seeds": [seed], "test_rows": 2}
+        results = {
+            "task": "task",
+            "method": "fusion",
+            "trainable": 3,
+            "trainable_by_group": {"coefficients": 3},
+        }
+        results |= {
+            "exact_match": 50.0,
+            "exact_match_std": None,
+            "seeds": [seed],
+            "test_rows": 2,
+        }
         results |= {"control": "none", "test_sha256": "0"}
-        run.write_results(results | {"seconds": {"train": 1.0}, "environment": config["environment"]})
+        run.write_results(
+            results | {"seconds": {"train": 1.0}, "environment": config["environment"]}
+        )
     (run.folder / ".lock").unlink()
-    arrays.save(run.final, {"coefficients": np.ones((2, 3), np.float32)}, {"steps": [3, 3], "seconds": 1.0})
+    arrays.save(
+        run.final,
+        {"coefficients": np.ones((2, 3), np.float32)},
+        {"steps": [3, 3], "seconds": 1.0},
+    )
 
 
 def _write_chips(folder: Path) -> Path:
     (folder / "chip_0").mkdir(parents=True)
     config = load_config("isaac")
     save_config(config, folder / "config.yaml")
-    chip = lf.program(jax.random.normal(jax.random.key(0), (8, 4), jnp.float32), config, jax.random.key(1))
+    chip = lf.program(
+        jax.random.normal(jax.random.key(0), (8, 4), jnp.float32),
+        config,
+        jax.random.key(1),
+    )
     save_chip(dataclasses.replace(chip, name="q"), folder / "chip_0" / "q.safetensors")
     one = {"arrays": 1, "cells": 8, "utilisation": 0.5, "simulated_pulses": None}
     one |= {name: [1.0, 2.0, 3.0] for name in ("pulses", "joules", "seconds")}
-    manifest = {"base": "base", "base_sha256": "0", "pool": "pool", "modules": {"a": "0"}, "basis_sha256": None}
-    manifest |= {"config": "isaac", "config_sha256": lf.crossbar.config_hash(config), "digital": [], "key": 0}
+    manifest = {
+        "base": "base",
+        "base_sha256": "0",
+        "pool": "pool",
+        "modules": {"a": "0"},
+        "basis_sha256": None,
+    }
+    manifest |= {
+        "config": "isaac",
+        "config_sha256": lf.crossbar.config_hash(config),
+        "digital": [],
+        "key": 0,
+    }
     manifest |= {"chips": 1, "one_chip": one}
     _written(folder / "manifest.json", manifest)
     return folder
@@ -340,23 +519,47 @@ def _write_qwix(folder: Path) -> Path:
     """Write a LoRA as tunix does, and return its checkpoint."""
     from orbax.checkpoint import v1 as ocp
 
-    leaves = {"w_lora_a": np.ones((6, 2), np.float32), "w_lora_b": np.ones((2, 5, 2), np.float32)}
+    leaves = {
+        "w_lora_a": np.ones((6, 2), np.float32),
+        "w_lora_b": np.ones((2, 5, 2), np.float32),
+    }
     with ocp.training.Checkpointer(str(folder)) as checkpoints:
-        checkpoints.save_checkpointables(1, {"model_params": {"layers": {"0": {"attn": {"q_proj": leaves}}}}})
+        checkpoints.save_checkpointables(
+            1, {"model_params": {"layers": {"0": {"attn": {"q_proj": leaves}}}}}
+        )
     return folder / "1" / "model_params"
 
 
 def _write_preparations(folder: Path) -> Path:
     """Write a folder of preparations of a made-up matrix, as `lorafusion crossbar prepare` does, and return theirs."""
-    mapping = lf.crossbar.Mapping(scale="column", factors=True, transform="hadamard", clip="optimal")
+    mapping = lf.crossbar.Mapping(
+        scale="column", factors=True, transform="hadamard", clip="optimal"
+    )
     config = lf.crossbar.CrossbarConfig(mapping=mapping)
     save_config(config, folder / "config.yaml")
-    metadata = {"base": "base", "base_sha256": "0", "config_sha256": lf.crossbar.config_hash(config), "tokens": 3}
+    metadata = {
+        "base": "base",
+        "base_sha256": "0",
+        "config_sha256": lf.crossbar.config_hash(config),
+        "tokens": 3,
+    }
     of_site = {"factors": np.ones(8, np.float32), "ranges": np.ones(4, np.float32)}
     made = {part: jnp.asarray(values) for part, values in of_site.items()}
-    one = lf.crossbar.Preparation(factors=made["factors"], ranges=made["ranges"], transforms=True).identified()
-    site = {"transforms": True, "identity": one.identity, "before": [0.2], "after": [0.1]}
-    metadata |= {"text_sha256": "0", "seed": 0, "digital": ["head"], "sites": {"q": site}}
+    one = lf.crossbar.Preparation(
+        factors=made["factors"], ranges=made["ranges"], transforms=True
+    ).identified()
+    site = {
+        "transforms": True,
+        "identity": one.identity,
+        "before": [0.2],
+        "after": [0.1],
+    }
+    metadata |= {
+        "text_sha256": "0",
+        "seed": 0,
+        "digital": ["head"],
+        "sites": {"q": site},
+    }
     arrays.save(folder / "preparations", {"q": of_site}, metadata)
     return folder / "preparations"
 
@@ -364,12 +567,35 @@ def _write_preparations(folder: Path) -> Path:
 def _write_corrections(folder: Path, chips: parts.Chips) -> None:
     """Write corrections of a made-up chip, as `lorafusion restore` does."""
     key = np.asarray(jax.random.key_data(chips.key)).tolist()
-    settings = {"base_sha256": "0", "config_sha256": lf.crossbar.config_hash(chips.config), "key": key, "digital": []}
-    settings |= {"age": None, "in_advance": False, "method": "low-rank", "rank": 1.0, "epochs": 1, "rate": 0.1}
+    settings = {
+        "base_sha256": "0",
+        "config_sha256": lf.crossbar.config_hash(chips.config),
+        "key": key,
+        "digital": [],
+    }
+    settings |= {
+        "age": None,
+        "in_advance": False,
+        "method": "low-rank",
+        "rank": 1.0,
+        "epochs": 1,
+        "rate": 0.1,
+    }
     settings |= {"rate_low_rank": 0.1, "text": "sampled", "tokens": 3, "seed": 0}
-    metadata = {"chip": 0, "settings": settings, "numbers": 20, "share": 0.6, "tokens": 3, "divergence": [1.0, 0.5]}
+    metadata = {
+        "chip": 0,
+        "settings": settings,
+        "numbers": 20,
+        "share": 0.6,
+        "tokens": 3,
+        "divergence": [1.0, 0.5],
+    }
     shapes = {"scale": (4,), "offset": (4,), "U": (8, 1), "V": (1, 4)}
-    arrays.save(folder, {"q": {part: np.ones(shape, np.float32) for part, shape in shapes.items()}}, metadata)
+    arrays.save(
+        folder,
+        {"q": {part: np.ones(shape, np.float32) for part, shape in shapes.items()}},
+        metadata,
+    )
 
 
 _BYTE_LEVEL = {
@@ -378,7 +604,9 @@ _BYTE_LEVEL = {
     "tokenizer.ggml.merges": ["a b"],
 }
 _PIECES = {
-    **dict.fromkeys(("tokenizer.ggml.pre", "tokenizer.ggml.merges", "tokenizer.chat_template")),
+    **dict.fromkeys(
+        ("tokenizer.ggml.pre", "tokenizer.ggml.merges", "tokenizer.chat_template")
+    ),
     "tokenizer.ggml.model": "llama",
     "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "▁", "a", "b", "ab", "▁a"],
     "tokenizer.ggml.scores": [0.0, 0.0, 0.0, -5.0, -6.0, -7.0, -1.0, -2.0],
@@ -387,8 +615,17 @@ _PIECES = {
 }
 _LLAMA = {
     "model_type": "llama",
-    **{"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
+    **{
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+    },
+    **{
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    },
     **{"rms_norm_eps": 1e-5, "rope_theta": 10000.0},
     "rope_scaling": {"rope_type": "linear", "factor": 2.0},
     "tie_word_embeddings": True,

@@ -22,13 +22,22 @@ import file_kinds
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=3600.0, help="how long to draw")
-    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32), help="of the draws")
+    parser.add_argument(
+        "--seconds", type=float, default=3600.0, help="how long to draw"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=random.SystemRandom().randrange(2**32),
+        help="of the draws",
+    )
     parser.add_argument("--first", type=int, default=0, help="number of the first draw")
     parser.add_argument("--only", default="", help="part of a kind's name")
     options = parser.parse_args()
     faulthandler.enable()  # a crash says at least which kind it was
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell started this in the background
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # also where a shell started this in the background
     warnings.simplefilter("ignore")
     datasets.disable_progress_bars()
     print(f"seed {options.seed}", flush=True)
@@ -37,8 +46,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as sandbox:
         root = Path(sandbox) / "root"
         root.mkdir()
-        kinds = {name: kind for name, kind in file_kinds.kinds(root).items() if options.only in name}
-        for kind in kinds.values():  # what a first use compiles or loads is charged to no file
+        kinds = {
+            name: kind
+            for name, kind in file_kinds.kinds(root).items()
+            if options.only in name
+        }
+        for (
+            kind
+        ) in kinds.values():  # what a first use compiles or loads is charged to no file
             kind.read()
         began = time.monotonic()
         with contextlib.suppress(KeyboardInterrupt):

@@ -27,7 +27,9 @@ from aihwkit.simulator.configs import (
 )
 
 NAME = "torch_inference_8b.npz"
-HOUR, DAY, YEAR = 3600.0, 86_400.0, 365 * 86_400.0
+HOUR = 3600.0
+DAY = 86_400.0
+YEAR = 365 * 86_400.0
 DRAWS = 40  # chips of every technology and age
 READS = 200  # of one input by the default configuration
 
@@ -39,14 +41,17 @@ def config() -> TorchInferenceRPUConfig:
     found.mapping.weight_scaling_omega = 1.0
     found.mapping.max_input_size = found.mapping.max_output_size = 128
     found.forward.inp_res = found.forward.out_res = 1 / 254
-    found.forward.inp_bound, found.forward.out_bound = 1.0, 10.0
+    found.forward.inp_bound = 1.0
+    found.forward.out_bound = 10.0
     found.forward.out_noise = 0.0
     found.forward.bound_management = BoundManagementType.NONE
     found.forward.noise_management = NoiseManagementType.NONE
     return found
 
 
-def layer_of(W: np.ndarray, kind: type, config: TorchInferenceRPUConfig) -> torch.nn.Module:
+def layer_of(
+    W: np.ndarray, kind: type, config: TorchInferenceRPUConfig
+) -> torch.nn.Module:
     """Return a layer that holds the weights, for inference."""
     layer = kind(W.shape[1], W.shape[0], bias=False, rpu_config=config).eval()
     layer.set_weights(torch.from_numpy(W))
@@ -58,7 +63,9 @@ def technologies() -> dict[str, tuple[BaseNoiseModel, tuple[float, ...]]]:
 
     ReRAM of CMO is by default one cell for each weight; its read noise, which this package's model lacks, is left out.
     """
-    cmo = ReRamCMONoiseModel(g_max=88.19, g_min=9.0, acceptance_range=2, read_noise_scale=0.0)
+    cmo = ReRamCMONoiseModel(
+        g_max=88.19, g_min=9.0, acceptance_range=2, read_noise_scale=0.0
+    )
     cmo.g_converter = SinglePairConductanceConverter(g_max=88.19, g_min=9.0)
     return {
         "pcm": (PCMLikeNoiseModel(), (HOUR, DAY, YEAR)),
@@ -73,25 +80,39 @@ def drifted(W: np.ndarray) -> dict[str, dict[str, dict[str, float]]]:
     Means over chips, and the standard deviation of the factor. Both cells of a pair drift; `drift_analog_weights` takes
     their difference first, and scales it by the largest programmed weight.
     """
-    weights, readout = torch.from_numpy(W), GlobalDriftCompensation().readout
+    weights = torch.from_numpy(W)
+    readout = GlobalDriftCompensation().readout
     found: dict[str, dict[str, dict[str, float]]] = {}
     for name, (noise, ages) in technologies().items():
         rows = {age: [] for age in ages}
         for seed in range(DRAWS):
             torch.manual_seed(1000 + seed)  # the weights are those of a small seed
-            fresh = readout(noise.apply_programming_noise(weights)[0].T)  # outputs of one-hot inputs
+            fresh = readout(
+                noise.apply_programming_noise(weights)[0].T
+            )  # outputs of one-hot inputs
             for age in ages:
                 held = noise.apply_noise(weights, age)
                 factor = fresh / readout(held.T)
                 errors = [
-                    (torch.linalg.norm(each - weights) / torch.linalg.norm(weights)) for each in (held, factor * held)
+                    (torch.linalg.norm(each - weights) / torch.linalg.norm(weights))
+                    for each in (held, factor * held)
                 ]
                 rows[age].append([factor, *errors])
         found[name] = {}
         for age, of_age in rows.items():
-            (factor, error, compensated), spread = np.mean(of_age, axis=0), np.std(of_age, axis=0)[0]
-            means = {"factor": factor, "spread": spread, "error": error, "compensated": compensated}
-            found[name][f"{age:g}"] = {key: float(f"{value:.6g}") for key, value in means.items()}
+            (factor, error, compensated), spread = (
+                np.mean(of_age, axis=0),
+                np.std(of_age, axis=0)[0],
+            )
+            means = {
+                "factor": factor,
+                "spread": spread,
+                "error": error,
+                "compensated": compensated,
+            }
+            found[name][f"{age:g}"] = {
+                key: float(f"{value:.6g}") for key, value in means.items()
+            }
     return found
 
 
@@ -100,12 +121,15 @@ def by_default(W: np.ndarray, x: np.ndarray) -> dict[str, np.ndarray]:
 
     Its converters have absolute bounds: the weights are divided by their largest.
     """
-    W, quiet = W / np.abs(W).max(), TorchInferenceRPUConfig()
+    W = W / np.abs(W).max()
+    quiet = TorchInferenceRPUConfig()
     quiet.forward.out_noise = 0.0
     x = torch.from_numpy(x)
     with torch.no_grad():
         y = layer_of(W, AnalogLinear, quiet)(x).numpy()
-        noisy = layer_of(W, AnalogLinear, TorchInferenceRPUConfig())(x[:1].repeat(READS, 1)).numpy()
+        noisy = layer_of(W, AnalogLinear, TorchInferenceRPUConfig())(
+            x[:1].repeat(READS, 1)
+        ).numpy()
     return {"y": y, "spread": np.std(noisy - y[:1], axis=0)}
 
 
@@ -113,11 +137,15 @@ def main() -> None:
     """Write the products, the scales of the tiles, and what drift compensation does."""
     out = seeded.target(seeded.HERE / "aihwkit")
     with np.load(seeded.HERE / "aihwkit" / NAME) as arrays:
-        W, x = arrays["W"], arrays["x"]
+        W = arrays["W"]
+        x = arrays["x"]
     layer = layer_of(W, AnalogLinearMapped, config())
     with torch.no_grad():
         y = layer(torch.from_numpy(x)).numpy()
-    scale = np.array([float(tile.get_mapping_scales().max()) for tile in layer.analog_tiles()], np.float32)
+    scale = np.array(
+        [float(tile.get_mapping_scales().max()) for tile in layer.analog_tiles()],
+        np.float32,
+    )
     np.savez_compressed(out / NAME, W=W, x=x, y=y, scale=scale)
     np.savez_compressed(out / "default.npz", **by_default(W, x))
     Path(out / "drift.json").write_text(json.dumps(drifted(W), indent=1) + "\n")

@@ -20,7 +20,10 @@ import torch
 import transformers
 
 STEPS = 20
-LR_COEFFICIENTS, LR_MAGNITUDES, L1, L2 = 0.02, 0.005, 0.0005, 1e-5
+LR_COEFFICIENTS = 0.02
+LR_MAGNITUDES = 0.005
+L1 = 0.0005
+L2 = 1e-5
 NEW_TOKENS = 16
 MAGNITUDE_STEPS = (1, 2, 5, 10, 20)
 # The logits that are kept, of 6 positions of the decoder and of 12 of the decoder-only model.
@@ -28,7 +31,11 @@ POSITIONS = {"t5": (0, 2, 5), "llama": (0, 3, 7, 11)}
 # Two implementations' logits differ by 1e-4 or less: no text may hang on less than this.
 SMALLEST_MARGIN = 1e-3
 
-SINGLES = {"t5a": ("lora_0", "lora_0_bin", "rank_alpha_pattern", "rslora", "dora"), "t5b": (), "llama": ()}
+SINGLES = {
+    "t5a": ("lora_0", "lora_0_bin", "rank_alpha_pattern", "rslora", "dora"),
+    "t5b": (),
+    "llama": (),
+}
 # File, adapters, whether factors are mixed (else products are summed), whether magnitudes are trained.
 POOL = ("lora_0", "lora_1", "lora_2", "lora_3")
 FUSIONS = {
@@ -38,7 +45,10 @@ FUSIONS = {
         ("pool_products_dora", POOL, False, True),
         ("single_dora_fused", ("dora",), True, True),
     ),
-    "t5b": (("pool_factors_dora", POOL, True, True), ("pool_products_lora", POOL, False, False)),
+    "t5b": (
+        ("pool_factors_dora", POOL, True, True),
+        ("pool_products_lora", POOL, False, False),
+    ),
     "llama": (("pool_factors_lora", POOL[:2], True, False),),
 }
 
@@ -56,13 +66,16 @@ def load(folder: Path) -> torch.nn.Module:
     """Return the base model in float32 and without dropout."""
     config = json.loads((folder / "base" / "config.json").read_text())
     t5 = config["model_type"] == "t5"
-    family = transformers.T5ForConditionalGeneration if t5 else transformers.LlamaForCausalLM
+    family = (
+        transformers.T5ForConditionalGeneration if t5 else transformers.LlamaForCausalLM
+    )
     return family.from_pretrained(folder / "base", dtype=torch.float32).eval()
 
 
 def inputs(kind: str, vocabulary: int = 256) -> dict[str, np.ndarray]:
     """Return two batches, of four and three rows of falling lengths."""
-    decoder_only, arrays = kind == "llama", {}
+    decoder_only = kind == "llama"
+    arrays = {}
     for k, rows in enumerate((4, 3)):
         ids = seeded.integers(f"{kind}/ids{k}", (rows, 12), 3, vocabulary)
         lengths = np.array([12, 10, 8, 6])[:rows, None]
@@ -74,8 +87,13 @@ def inputs(kind: str, vocabulary: int = 256) -> dict[str, np.ndarray]:
             labels = seeded.integers(f"{kind}/labels{k}", (rows, 6), 3, vocabulary)
             ends = np.array([6, 5, 4, 3])[:rows, None]
             places = np.arange(6)[None]
-            labels = np.where(places < ends - 1, labels, np.where(places == ends - 1, 1, -100))
-        arrays |= {f"input_ids_{k}": np.where(mask, ids, 0), f"attention_mask_{k}": mask.astype(np.int64)}
+            labels = np.where(
+                places < ends - 1, labels, np.where(places == ends - 1, 1, -100)
+            )
+        arrays |= {
+            f"input_ids_{k}": np.where(mask, ids, 0),
+            f"attention_mask_{k}": mask.astype(np.int64),
+        }
         arrays[f"labels_{k}"] = labels
     return arrays
 
@@ -88,7 +106,9 @@ class Texts:
         self.decoder_only = not model.config.is_encoder_decoder
         self.batches = [
             {
-                name: torch.from_numpy(np.ascontiguousarray(arrays[f"{name}_{k}"], np.int64))
+                name: torch.from_numpy(
+                    np.ascontiguousarray(arrays[f"{name}_{k}"], np.int64)
+                )
                 for name in ("input_ids", "attention_mask", "labels")
             }
             for k in (0, 1)
@@ -96,18 +116,25 @@ class Texts:
 
     def run(self, k: int, weights: dict[str, torch.Tensor] | None = None) -> Any:
         """Return the output of a batch, with the mean cross-entropy and the logits, with some weights replaced."""
-        return torch.func.functional_call(self.model, weights or {}, kwargs=self.batches[k])
+        return torch.func.functional_call(
+            self.model, weights or {}, kwargs=self.batches[k]
+        )
 
     def greedy(self, weights: dict[str, torch.Tensor] | None = None) -> np.ndarray:
         """Generate from batch 0."""
-        prompt = {name: self.batches[0][name] for name in ("input_ids", "attention_mask")}
+        prompt = {
+            name: self.batches[0][name] for name in ("input_ids", "attention_mask")
+        }
         if self.decoder_only:
             prompt = {name: array[:, :4] for name, array in prompt.items()}
         return greedy(self.model, prompt, NEW_TOKENS, weights)
 
 
 def greedy(
-    model: torch.nn.Module, prompt: dict[str, torch.Tensor], tokens: int, weights: dict[str, torch.Tensor] | None = None
+    model: torch.nn.Module,
+    prompt: dict[str, torch.Tensor],
+    tokens: int,
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> np.ndarray:
     """Generate with some weights replaced.
 
@@ -120,7 +147,11 @@ def greedy(
         for name, weight in (weights or {}).items():
             own[name].copy_(weight)
         found = model.generate(
-            **prompt, max_new_tokens=tokens, do_sample=False, output_scores=True, return_dict_in_generate=True
+            **prompt,
+            max_new_tokens=tokens,
+            do_sample=False,
+            output_scores=True,
+            return_dict_in_generate=True,
         )
         for name, weight in before.items():
             own[name].copy_(weight)
@@ -131,14 +162,20 @@ def greedy(
         going = ~torch.isin(found.sequences[:, first : first + step], ends).any(dim=1)
         margin = float((best[:, 0] - best[:, 1])[going].min())
         if margin < SMALLEST_MARGIN:
-            raise ValueError(f"two logits are only {margin:.1e} apart: change the seed in seeded.py")
+            raise ValueError(
+                f"two logits are only {margin:.1e} apart: change the seed in seeded.py"
+            )
     return found.sequences.numpy()
 
 
-def read_pool(base: torch.nn.Module, folder: Path, names: tuple[str, ...]) -> dict[str, list[Factors | None]]:
+def read_pool(
+    base: torch.nn.Module, folder: Path, names: tuple[str, ...]
+) -> dict[str, list[Factors | None]]:
     """Return the factors of every adapted matrix as PEFT reads them, by path, in the order of the base's modules."""
     order = [name for name, _ in base.named_modules()]
-    model = peft.PeftModel.from_pretrained(base, folder / "adapters" / names[0], adapter_name=names[0])
+    model = peft.PeftModel.from_pretrained(
+        base, folder / "adapters" / names[0], adapter_name=names[0]
+    )
     for name in names[1:]:
         model.load_adapter(folder / "adapters" / name, adapter_name=name)
     pool = {}
@@ -151,7 +188,9 @@ def read_pool(base: torch.nn.Module, folder: Path, names: tuple[str, ...]) -> di
                 layer.lora_A[name].weight.detach(),
                 layer.lora_B[name].weight.detach(),
                 layer.scaling[name],
-                layer.lora_magnitude_vector[name].weight.detach() if name in layer.lora_magnitude_vector else None,
+                layer.lora_magnitude_vector[name].weight.detach()
+                if name in layer.lora_magnitude_vector
+                else None,
             )
             if name in layer.lora_A
             else None
@@ -176,15 +215,21 @@ def fused(
     mix: bool,
 ) -> dict[str, torch.Tensor]:
     """Return the weights of a fusion by its definition."""
-    own, weights = dict(model.named_parameters()), {}
+    own = dict(model.named_parameters())
+    weights = {}
     for number, (path, adapters) in enumerate(pool.items()):
         c = coefficients[:, column(path, model.config)]
         if mix:
             # Ranks and scalings are the same for all.
-            b, a = (sum(w * f[i] for w, f in zip(c, adapters, strict=True)) for i in (1, 0))
+            b = sum((w * f[1] for w, f in zip(c, adapters, strict=True)))
+            a = sum((w * f[0] for w, f in zip(c, adapters, strict=True)))
             delta = adapters[0].scaling * b @ a
         else:  # an adapter need not have every matrix
-            delta = sum(w * f.scaling * f.b @ f.a for w, f in zip(c, adapters, strict=True) if f is not None)
+            delta = sum(
+                w * f.scaling * f.b @ f.a
+                for w, f in zip(c, adapters, strict=True)
+                if f is not None
+            )
         weight = own[f"{path}.weight"].detach() + delta
         if magnitudes is not None:
             norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True).detach()
@@ -193,7 +238,9 @@ def fused(
     return weights
 
 
-def start_magnitudes(model: torch.nn.Module, pool: dict[str, list[Factors | None]]) -> list[torch.Tensor]:
+def start_magnitudes(
+    model: torch.nn.Module, pool: dict[str, list[Factors | None]]
+) -> list[torch.Tensor]:
     """Return a DoRA adapter's own magnitudes, else the norms of the base's rows."""
     own = dict(model.named_parameters())
     return [
@@ -211,11 +258,16 @@ def adam_steps(
     loss_of: Callable[[int], torch.Tensor],
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Train by Adam in place, on the losses of batches 0 and 1 in turns; yield loss, L1 and coefficients by step."""
-    groups: list[dict[str, Any]] = [{"params": [coefficients], "lr": LR_COEFFICIENTS, "weight_decay": L2}]
-    groups += [{"params": magnitudes, "lr": LR_MAGNITUDES}] if magnitudes is not None else []
+    groups: list[dict[str, Any]] = [
+        {"params": [coefficients], "lr": LR_COEFFICIENTS, "weight_decay": L2}
+    ]
+    groups += (
+        [{"params": magnitudes, "lr": LR_MAGNITUDES}] if magnitudes is not None else []
+    )
     adam = torch.optim.Adam(groups, betas=(0.9, 0.999), eps=1e-8)
     for step in range(steps):
-        loss, l1 = loss_of(step % 2), L1 * coefficients.abs().mean()
+        loss = loss_of(step % 2)
+        l1 = L1 * coefficients.abs().mean()
         adam.zero_grad()
         (loss + l1).backward()
         adam.step()
@@ -223,19 +275,30 @@ def adam_steps(
         yield {name: value.detach().clone() for name, value in found.items()}
 
 
-def trajectory(start: torch.Tensor, steps: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def trajectory(
+    start: torch.Tensor, steps: list[dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
     """Stack the values of all steps, and the coefficients at the start in front of theirs."""
     found = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
     return found | {"traj_coeff": torch.cat([start[None], found["traj_coeff"]])}
 
 
 def fusion(
-    texts: Texts, pool: dict[str, list[Factors | None]], start: np.ndarray, *, mix: bool, magnitudes: bool
+    texts: Texts,
+    pool: dict[str, list[Factors | None]],
+    start: np.ndarray,
+    *,
+    mix: bool,
+    magnitudes: bool,
 ) -> dict:
     """Return logits, loss and gradients at the start, Adam's steps, and logits at the end, all positions of each."""
     model = texts.model
     coefficients = torch.tensor(start, dtype=torch.float32, requires_grad=True)
-    m = [row.requires_grad_() for row in start_magnitudes(model, pool)] if magnitudes else None
+    m = (
+        [row.requires_grad_() for row in start_magnitudes(model, pool)]
+        if magnitudes
+        else None
+    )
 
     def weights() -> dict[str, torch.Tensor]:
         return fused(model, pool, coefficients, m, mix=mix)
@@ -252,27 +315,44 @@ def fusion(
         "greedy_init": texts.greedy(weights()),
     }
     if m is not None:
-        found |= {"mag0": torch.stack(m).clone(), "grad_mag": torch.stack(gradients[1:])}
+        found |= {
+            "mag0": torch.stack(m).clone(),
+            "grad_mag": torch.stack(gradients[1:]),
+        }
 
     def loss_of(k: int) -> torch.Tensor:
         output = texts.run(k, weights())
         return output.loss / len(output.logits)
 
-    begin, steps, moved = coefficients.detach().clone(), [], []
+    begin = coefficients.detach().clone()
+    steps = []
+    moved = []
     for row in adam_steps(coefficients, m, STEPS, loss_of):
         steps.append(row)
         if m is not None and len(steps) in MAGNITUDE_STEPS:
             moved.append(torch.stack(m).detach().clone())
-    found |= trajectory(begin, steps) | ({"traj_mag": torch.stack(moved)} if moved else {})
-    return found | {"logits_final": texts.run(0, weights()).logits, "greedy_final": texts.greedy(weights())}
+    found |= trajectory(begin, steps) | (
+        {"traj_mag": torch.stack(moved)} if moved else {}
+    )
+    return found | {
+        "logits_final": texts.run(0, weights()).logits,
+        "greedy_final": texts.greedy(weights()),
+    }
 
 
 def single(folder: Path, name: str, arrays: dict[str, np.ndarray]) -> dict:
     """Return what PEFT computes for one adapter, and after merging it."""
-    model = peft.PeftModel.from_pretrained(load(folder), folder / "adapters" / name).eval()
+    model = peft.PeftModel.from_pretrained(
+        load(folder), folder / "adapters" / name
+    ).eval()
     texts = Texts(model, arrays)
-    first, second = texts.run(0), texts.run(1)
-    found = {"logits": first.logits, "loss_mean_ce": first.loss, "logits_batch1": second.logits}
+    first = texts.run(0)
+    second = texts.run(1)
+    found = {
+        "logits": first.logits,
+        "loss_mean_ce": first.loss,
+        "logits_batch1": second.logits,
+    }
     found["greedy"] = texts.greedy()
     merged = Texts(model.merge_and_unload().eval(), arrays)
     return found | {"logits_merged": merged.run(0).logits}
@@ -280,46 +360,81 @@ def single(folder: Path, name: str, arrays: dict[str, np.ndarray]) -> dict:
 
 def make(kind: str, folder: Path, target: Path) -> None:
     """Write the arrays of one model."""
-    arrays, model = inputs(kind), load(folder)
+    arrays = inputs(kind)
+    model = load(folder)
     texts = Texts(model, arrays)
     positions = POSITIONS[model.config.model_type]
     base = texts.run(0)
-    found = {"base_logits_0": base.logits, "base_loss_mean_ce_0": base.loss, "base_greedy_0": texts.greedy()}
-    write(target / "inputs.npz", found, positions, arrays | {"positions": np.array(positions)})
+    found = {
+        "base_logits_0": base.logits,
+        "base_loss_mean_ce_0": base.loss,
+        "base_greedy_0": texts.greedy(),
+    }
+    write(
+        target / "inputs.npz",
+        found,
+        positions,
+        arrays | {"positions": np.array(positions)},
+    )
     alone = {name: single(folder, name, arrays) for name in SINGLES[kind]}
     for name, found in alone.items():
         write(target / f"single_{name}.npz", found, positions)
-    blocks = len({column(path, model.config) for path in read_pool(model, folder, ("lora_0",))})
+    blocks = len(
+        {column(path, model.config) for path in read_pool(model, folder, ("lora_0",))}
+    )
     for file, names, mix, magnitudes in FUSIONS[kind]:
         pool = read_pool(model, folder, names)
         start = seeded.normal(f"{kind}/{file}/coefficients", (len(names), blocks), 0.4)
         start = np.ones_like(start) if len(names) == 1 else start
         found = fusion(texts, pool, start, mix=mix, magnitudes=magnitudes)
-        paths = {"modules": np.array(list(pool)), "magnitude_steps": np.array(MAGNITUDE_STEPS)} if magnitudes else {}
+        paths = (
+            {
+                "modules": np.array(list(pool)),
+                "magnitude_steps": np.array(MAGNITUDE_STEPS),
+            }
+            if magnitudes
+            else {}
+        )
         write(target / f"{file}.npz", found, positions, paths)
     for name, found in alone.items():
         pool = read_pool(model, folder, (name,))
         m = start_magnitudes(model, pool) if name == "dora" else None
-        ours = texts.run(0, fused(model, pool, torch.ones(1, blocks), m, mix=False)).logits
+        ours = texts.run(
+            0, fused(model, pool, torch.ones(1, blocks), m, mix=False)
+        ).logits
         difference = float((ours - found["logits"]).abs().max())
-        print(f"{kind} {name}: the definition and PEFT differ by {difference:.1e} in logits")
+        print(
+            f"{kind} {name}: the definition and PEFT differ by {difference:.1e} in logits"
+        )
         if difference > 2e-4:
-            raise ValueError(f"{kind} {name}: the definition and PEFT differ by {difference}")
+            raise ValueError(
+                f"{kind} {name}: the definition and PEFT differ by {difference}"
+            )
 
 
-def write(path: Path, found: dict, positions: tuple[int, ...], more: dict[str, np.ndarray] | None = None) -> None:
+def write(
+    path: Path,
+    found: dict,
+    positions: tuple[int, ...],
+    more: dict[str, np.ndarray] | None = None,
+) -> None:
     """Write arrays in a file, logits at some positions only."""
-    arrays = {name: x.detach().numpy() if isinstance(x, torch.Tensor) else x for name, x in found.items()}
-    arrays = {name: x[:, list(positions)] if "logits" in name else x for name, x in arrays.items()}
+    arrays = {
+        name: x.detach().numpy() if isinstance(x, torch.Tensor) else x
+        for name, x in found.items()
+    }
+    arrays = {
+        name: x[:, list(positions)] if "logits" in name else x
+        for name, x in arrays.items()
+    }
     np.savez_compressed(path, **arrays, **(more or {}))
 
 
 def write_bin() -> None:
     """Write lora_0's tensors as PyTorch pickles them."""
     folder = seeded.HERE / "fusion" / "t5a"
-    config, base = (
-        json.loads((folder / name).read_text()) for name in ("adapters/lora_0/adapter_config.json", "base/config.json")
-    )
+    config = json.loads((folder / "adapters/lora_0/adapter_config.json").read_text())
+    base = json.loads((folder / "base/config.json").read_text())
     tensors = seeded.adapter("fusion/t5a/lora_0", config, seeded.matrices(base))
     tensors = {name: torch.from_numpy(x) for name, x in tensors.items()}
     torch.save(tensors, folder / "adapters" / "lora_0_bin" / "adapter_model.bin")

@@ -28,21 +28,40 @@ NEW_TOKENS = {"smollm2": 24, "gemma3": 16}
 def tokenizer_of_smollm2(path: Path) -> transformers.PreTrainedTokenizerFast:
     """Return the tokenizer that the file describes: SmolLM's, which splits digits first (AutoTokenizer does not)."""
     fields = GGUFReader(path).fields
-    tokens, merges, kinds, template = (
-        fields[f"tokenizer.{name}"].contents()
-        for name in ("ggml.tokens", "ggml.merges", "ggml.token_type", "chat_template")
+    tokens = fields[f"tokenizer.{'ggml.tokens'}"].contents()
+    merges = fields[f"tokenizer.{'ggml.merges'}"].contents()
+    kinds = fields[f"tokenizer.{'ggml.token_type'}"].contents()
+    template = fields[f"tokenizer.{'chat_template'}"].contents()
+    found = Tokenizer(
+        models.BPE(
+            {token: i for i, token in enumerate(tokens)},
+            [tuple(m.split(" ")) for m in merges],
+        )
     )
-    found = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [tuple(m.split(" ")) for m in merges]))
     found.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     found.decoder = decoders.ByteLevel()
     control = 3  # of the kinds of tokens of a GGUF file
     found.add_special_tokens(
-        [AddedToken(t, special=True) for t, kind in zip(tokens, kinds, strict=True) if kind == control]
+        [
+            AddedToken(t, special=True)
+            for t, kind in zip(tokens, kinds, strict=True)
+            if kind == control
+        ]
     )
-    special = {"bos_token": tokens[1], "eos_token": tokens[2], "pad_token": tokens[2], "unk_token": tokens[0]}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=found, chat_template=template, **special)
+    special = {
+        "bos_token": tokens[1],
+        "eos_token": tokens[2],
+        "pad_token": tokens[2],
+        "unk_token": tokens[0],
+    }
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=found, chat_template=template, **special
+    )
 
 
 def write_tokens(encoder: Any, target: Path) -> None:
@@ -51,13 +70,21 @@ def write_tokens(encoder: Any, target: Path) -> None:
     for case in cases["strings"]:
         ids = encoder(case["text"])["input_ids"]
         kept = {"ids": ids, "decoded": encoder.decode(ids)}
-        case |= kept | {"decoded_skip_special": encoder.decode(ids, skip_special_tokens=True)}
+        case |= kept | {
+            "decoded_skip_special": encoder.decode(ids, skip_special_tokens=True)
+        }
     for case in cases["chats"]:
         options = {"add_generation_prompt": case["add_generation_prompt"]}
-        case["text"] = encoder.apply_chat_template(case["messages"], tokenize=False, **options)
-        case["ids"] = encoder.apply_chat_template(case["messages"], return_dict=False, **options)
+        case["text"] = encoder.apply_chat_template(
+            case["messages"], tokenize=False, **options
+        )
+        case["ids"] = encoder.apply_chat_template(
+            case["messages"], return_dict=False, **options
+        )
     special = json.dumps({"special": cases["special"]})[:-1]
-    rows = {kind: ",\n".join(map(json.dumps, cases[kind])) for kind in ("strings", "chats")}
+    rows = {
+        kind: ",\n".join(map(json.dumps, cases[kind])) for kind in ("strings", "chats")
+    }
     text = f'{special},\n"strings": [\n{rows["strings"]}\n],\n"chats": [\n{rows["chats"]}\n]}}\n'
     (target / "tokenizer_cases.json").write_text(text)
 
@@ -68,7 +95,10 @@ def write_tensors(model: torch.nn.Module, target: Path) -> None:
     for name, tensor in model.state_dict().items():
         if name != "lm_head.weight":  # the embedding
             data = np.ascontiguousarray(tensor.numpy(), "<f4").tobytes()
-            tensors[name] = {"shape": [*tensor.shape], "sha256": hashlib.sha256(data).hexdigest()}
+            tensors[name] = {
+                "shape": [*tensor.shape],
+                "sha256": hashlib.sha256(data).hexdigest(),
+            }
     (target / "base").mkdir(exist_ok=True)
     (target / "base" / "tensors.json").write_text(json.dumps(tensors, indent=0) + "\n")
 
@@ -76,8 +106,11 @@ def write_tensors(model: torch.nn.Module, target: Path) -> None:
 def write_texts(model: torch.nn.Module, encoder: Any, name: str, target: Path) -> None:
     """Write prompts with their ids, logits at some positions, and greedily generated ids."""
     prompts = json.loads((seeded.HERE / name / "texts.json").read_text())["prompts"]
-    probes = seeded.integers(f"{name}/probes", (64,), 0, model.config.vocab_size).astype(np.int32)
-    rows, arrays = {"prompts": prompts, "ids": [], "greedy": []}, {"probe_ids": probes}
+    probes = seeded.integers(
+        f"{name}/probes", (64,), 0, model.config.vocab_size
+    ).astype(np.int32)
+    rows = {"prompts": prompts, "ids": [], "greedy": []}
+    arrays = {"probe_ids": probes}
     for number, prompt in enumerate(prompts):
         ids = encoder(prompt, return_tensors="pt")["input_ids"]
         with torch.no_grad():
@@ -97,13 +130,17 @@ def write_texts(model: torch.nn.Module, encoder: Any, name: str, target: Path) -
         rows["greedy"].append(answer.tolist())
         print(repr(prompt), encoder.decode(answer), sep="\n  ")
     np.savez_compressed(target / "logits.npz", **arrays)
-    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(values)}" for key, values in rows.items())
+    lines = ",\n".join(
+        f"{json.dumps(key)}: {json.dumps(values)}" for key, values in rows.items()
+    )
     (target / "texts.json").write_text(f"{{\n{lines}\n}}\n")
 
 
 def main() -> None:
     """Write the folder of one of the models."""
-    parser = argparse.ArgumentParser(description="Make the goldens of a language model again.")
+    parser = argparse.ArgumentParser(
+        description="Make the goldens of a language model again."
+    )
     parser.add_argument("name", choices=[*NEW_TOKENS])
     parser.add_argument("--out", type=Path, help="folder to write in")
     given = parser.parse_args()
@@ -111,7 +148,11 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        file = smollm2.gguf_file() if given.name == "smollm2" else gemma.gguf_file(Path(folder))
+        file = (
+            smollm2.gguf_file()
+            if given.name == "smollm2"
+            else gemma.gguf_file(Path(folder))
+        )
         model = transformers.AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32
         ).eval()
@@ -120,7 +161,9 @@ def main() -> None:
             write_tokens(encoder, out)
             write_tensors(model, out)
         else:
-            encoder = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
+            encoder = transformers.AutoTokenizer.from_pretrained(
+                folder, gguf_file=file.name
+            )
         write_texts(model, encoder, given.name, out)
 
 

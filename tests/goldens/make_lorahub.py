@@ -19,18 +19,33 @@ import peft
 import seeded
 import torch
 
-EVALUATIONS, BOUND, L1, SEED = 40, 1.5, 0.05, 42
+EVALUATIONS = 40
+BOUND = 1.5
+L1 = 0.05
+SEED = 42
 
 
-def objective(folder: Path, names: tuple[str, ...], arrays: dict[str, np.ndarray]) -> Callable[[np.ndarray], float]:
+def objective(
+    folder: Path, names: tuple[str, ...], arrays: dict[str, np.ndarray]
+) -> Callable[[np.ndarray], float]:
     """Return the function that LoraHub minimises."""
-    model = peft.PeftModel.from_pretrained(make_fusion.load(folder), folder / "adapters" / names[0]).eval()
-    states = [peft.load_peft_weights(str(folder / "adapters" / name), device="cpu") for name in names]
+    model = peft.PeftModel.from_pretrained(
+        make_fusion.load(folder), folder / "adapters" / names[0]
+    ).eval()
+    states = [
+        peft.load_peft_weights(str(folder / "adapters" / name), device="cpu")
+        for name in names
+    ]
     texts = make_fusion.Texts(model, arrays)
     rows = sum(len(batch["labels"]) for batch in texts.batches)
 
     def score(weights: np.ndarray) -> float:
-        mixed = {key: sum(float(w) * state[key] for w, state in zip(weights, states, strict=True)) for key in states[0]}
+        mixed = {
+            key: sum(
+                float(w) * state[key] for w, state in zip(weights, states, strict=True)
+            )
+            for key in states[0]
+        }
         peft.set_peft_model_state_dict(model, mixed)
         with torch.no_grad():
             loss = sum(float(texts.run(k).loss) for k in (0, 1))
@@ -39,9 +54,12 @@ def objective(folder: Path, names: tuple[str, ...], arrays: dict[str, np.ndarray
     return score
 
 
-def search(score: Callable[[np.ndarray], float], adapters: int, seed: int = SEED) -> dict[str, np.ndarray]:
+def search(
+    score: Callable[[np.ndarray], float], adapters: int, seed: int = SEED
+) -> dict[str, np.ndarray]:
     """Return every weight that was tried with its score, and the recommendation."""
-    tried, scores = [], []
+    tried = []
+    scores = []
 
     def recorded(weights: np.ndarray) -> float:
         tried.append(np.array(weights))
@@ -68,7 +86,10 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         folder = seeded.unfold(Path(temporary)) / "fusion" / "t5a"
-        found = search(objective(folder, make_fusion.POOL, make_fusion.inputs("t5a")), len(make_fusion.POOL))
+        found = search(
+            objective(folder, make_fusion.POOL, make_fusion.inputs("t5a")),
+            len(make_fusion.POOL),
+        )
     np.savez_compressed(out / "lorahub.npz", **found)
 
 

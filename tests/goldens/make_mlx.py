@@ -15,7 +15,11 @@ from mlx_lm.utils import load_model, save_config
 
 # As mlx-lm writes them, less the fields of its training.
 ADAPTERS = {
-    "lora": {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": {"rank": 2, "dropout": 0.0, "scale": 5.0}},
+    "lora": {
+        "fine_tune_type": "lora",
+        "num_layers": 1,
+        "lora_parameters": {"rank": 2, "dropout": 0.0, "scale": 5.0},
+    },
     "dora": {
         "fine_tune_type": "dora",
         "num_layers": -1,
@@ -37,14 +41,22 @@ def main(out: Path) -> None:
             model, _ = load_model(base)
             model.freeze()
             dora = fields["fine_tune_type"] == "dora"
-            linear_to_lora_layers(model, fields["num_layers"], fields["lora_parameters"], use_dora=dora)
+            linear_to_lora_layers(
+                model, fields["num_layers"], fields["lora_parameters"], use_dora=dora
+            )
             weights = {}
             for key, array in tree_flatten(model.trainable_parameters()):
                 values = seeded.normal(f"mlx/{name}/{key}", array.shape, 0.1)
-                weights[key] = mx.array(values) if array.ndim == 2 else array * (1 + mx.array(values))
+                weights[key] = (
+                    mx.array(values)
+                    if array.ndim == 2
+                    else array * (1 + mx.array(values))
+                )
             (out / name).mkdir(exist_ok=True)
             mx.save_safetensors(str(out / name / "adapters.safetensors"), weights)
-            save_config(fields | {"model": "llama-4bit"}, out / name / "adapter_config.json")
+            save_config(
+                fields | {"model": "llama-4bit"}, out / name / "adapter_config.json"
+            )
             model = load_adapters(load_model(base)[0], out / name)
             logits[name] = np.array(model(mx.array(ROWS)))
     np.savez_compressed(out / "logits.npz", rows=np.array(ROWS), **logits)

@@ -18,7 +18,13 @@ from lorafusion_jax.cli import main
 from lorafusion_jax.cli.crossbar import programmed_report
 from lorafusion_jax.cli.evaluate import age_table
 from lorafusion_jax.crossbar import PRESETS as ARRAYS
-from lorafusion_jax.crossbar import Device, Independent, PowerLaw, load_chip, save_config
+from lorafusion_jax.crossbar import (
+    Device,
+    Independent,
+    PowerLaw,
+    load_chip,
+    save_config,
+)
 from lorafusion_jax.hardware.calibration import logits_of
 from lorafusion_jax.hardware.chips import Redrawn
 from lorafusion_jax.hardware.on_arrays import on_arrays
@@ -36,56 +42,102 @@ _WRITTEN = "*.self.v"
 @jax.jit
 def _loss(frozen, step=0):
     frozen = frozen.of_step(jnp.int32(step), _GRAPH)
-    return tiny.loss({"coefficients": jnp.full((2, 5), 0.4)}, tiny.problem(Fusion(magnitudes=False), frozen, (2, 1)))
+    return tiny.loss(
+        {"coefficients": jnp.full((2, 5), 0.4)},
+        tiny.problem(Fusion(magnitudes=False), frozen, (2, 1)),
+    )
 
 
 @pytest.mark.long
 def test_configurations_that_differ_in_their_device_model_alone_are_different_programs():
     """Trees of registered dataclasses compare equal in jaxlib if only a class differs."""
-    devices = [Device(programming=model(0.1)) for model in (Independent, crossbar.Proportional)]
-    rules = [{_WRITTEN: dataclasses.replace(ARRAYS["ideal"], device=device)} for device in devices]
-    drawn = [parts.program_on_arrays(_GRAPH, _DIGITAL, rule, _KEYS[0]) for rule in rules]
+    devices = [
+        Device(programming=model(0.1)) for model in (Independent, crossbar.Proportional)
+    ]
+    rules = [
+        {_WRITTEN: dataclasses.replace(ARRAYS["ideal"], device=device)}
+        for device in devices
+    ]
+    drawn = [
+        parts.program_on_arrays(_GRAPH, _DIGITAL, rule, _KEYS[0]) for rule in rules
+    ]
     assert _loss(drawn[0]) != _loss(drawn[1])
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("steps", [pytest.param("every", marks=pytest.mark.nightly), "other"])
+@pytest.mark.parametrize(
+    "steps", [pytest.param("every", marks=pytest.mark.nightly), "other"]
+)
 def test_steps_draw_chips_of_their_own_from_the_key(steps):
-    here = parts.program_on_arrays(_GRAPH, _DIGITAL, {_WRITTEN: _NOISY}, _KEYS[0], norm="ideal")
-    drawing = parts.redrawn(here, _DIGITAL, {_WRITTEN: _NOISY}, _KEYS[1], steps=steps, norm="ideal")
+    here = parts.program_on_arrays(
+        _GRAPH, _DIGITAL, {_WRITTEN: _NOISY}, _KEYS[0], norm="ideal"
+    )
+    drawing = parts.redrawn(
+        here, _DIGITAL, {_WRITTEN: _NOISY}, _KEYS[1], steps=steps, norm="ideal"
+    )
     losses = [float(_loss(drawing, step)) for step in range(4)]
     assert losses == [float(_loss(drawing, step)) for step in range(4)]
     stays = float(_loss(here))
     if steps == "every":
         assert len({*losses, stays}) == 5
     else:
-        assert losses[1] == losses[3] == pytest.approx(stays, rel=1e-6) and len({*losses}) == 3
+        assert (
+            losses[1] == losses[3] == pytest.approx(stays, rel=1e-6)
+            and len({*losses}) == 3
+        )
     # The chip of a step is the one of its key.
-    chip = parts.program_on_arrays(_GRAPH, _DIGITAL, {_WRITTEN: _NOISY}, jax.random.fold_in(_KEYS[1], 2), norm="ideal")
+    chip = parts.program_on_arrays(
+        _GRAPH,
+        _DIGITAL,
+        {_WRITTEN: _NOISY},
+        jax.random.fold_in(_KEYS[1], 2),
+        norm="ideal",
+    )
     assert losses[2] == pytest.approx(float(_loss(chip)), rel=1e-5)
 
 
 def test_ages_in_seconds_need_a_unit_and_a_drift_model():
-    days = {"0": 0, "90": 90, "1s": 1, "2min": 120, "1h": 3600, "1.5days": 129_600, "1month": 2_592_000}
+    days = {
+        "0": 0,
+        "90": 90,
+        "1s": 1,
+        "2min": 120,
+        "1h": 3600,
+        "1.5days": 129_600,
+        "1month": 2_592_000,
+    }
     assert {age: parts.aged(_NOISY, age).device.time for age in days} == days
     for age in ("", "h", "1 fortnight", "-1h", "1e", "NaN", "1e400"):
         with pytest.raises(ValueError, match="an age of"):
             parts.aged(_NOISY, age)
-    with pytest.raises(ValueError, match="an age of 1h, but these cells have no drift model: give device.drift"):
+    with pytest.raises(
+        ValueError,
+        match="an age of 1h, but these cells have no drift model: give device.drift",
+    ):
         parts.aged(ARRAYS["ideal"], "1h")
-    with pytest.raises(ValueError, match="--compensate, but these cells have no drift model: give device.drift"):
+    with pytest.raises(
+        ValueError,
+        match="--compensate, but these cells have no drift model: give device.drift",
+    ):
         parts.aged(ARRAYS["ideal"], None, compensate=True)
     assert parts.aged(ARRAYS["ideal"], "0").device.time == 0
     assert (
-        parts.aged(_NOISY, "1h", compensate=True).device.compensate and not parts.aged(_NOISY, "1h").device.compensate
+        parts.aged(_NOISY, "1h", compensate=True).device.compensate
+        and not parts.aged(_NOISY, "1h").device.compensate
     )
 
 
 def test_keys_and_numbers_of_chips_have_bounds():
     with pytest.raises(ValueError, match="chip_key is 4294967296: "):
         parts.load_chips("isaac", key=2**32)
-    for number in (-1, 2**32 - 1, 2**40):  # the last but one is that of the steps' chips
-        with pytest.raises(ValueError, match="chips are numbered from 0 to 4,294,967,294"):
+    for number in (
+        -1,
+        2**32 - 1,
+        2**40,
+    ):  # the last but one is that of the steps' chips
+        with pytest.raises(
+            ValueError, match="chips are numbered from 0 to 4,294,967,294"
+        ):
             parts.load_chips("isaac").chip_key(number)
     assert parts.load_chips("isaac").config == ARRAYS["isaac"]
 
@@ -108,7 +160,11 @@ def chips(small, tmp_path_factory):
 
 
 def _programming(small, folder, **changes):
-    values = {"crossbar": str(folder / "noisy.yaml"), "out": folder / "two", "keep_digital": _NOT_WRITTEN} | changes
+    values = {
+        "crossbar": str(folder / "noisy.yaml"),
+        "out": folder / "two",
+        "keep_digital": _NOT_WRITTEN,
+    } | changes
     return parts.ProgramOptions(base=str(small[0]), pool=str(small[1]), **values)
 
 
@@ -122,7 +178,9 @@ def _weights_of(folder, number):
 
 
 def _on_chips(options, **changes):
-    return parts.evaluate_on_chips(parts.EvaluateOnChipsOptions(run=parts.run_path(options), **changes))
+    return parts.evaluate_on_chips(
+        parts.EvaluateOnChipsOptions(run=parts.run_path(options), **changes)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -133,12 +191,23 @@ def fused(small, chips):
 
 @pytest.mark.long
 def test_runs_are_evaluated_and_trained_on_restored_chips(small, chips, fused):
-    folder, lines = str(chips / "two"), chips / "lines.txt"
-    lines.write_text("".join(f"{json.loads(row)['context']}\n" for row in _TRAIN.read_text().splitlines()[:24]))
+    folder = str(chips / "two")
+    lines = chips / "lines.txt"
+    lines.write_text(
+        "".join(
+            f"{json.loads(row)['context']}\n"
+            for row in _TRAIN.read_text().splitlines()[:24]
+        )
+    )
     how = {"method": "low-rank", "rank": 1.0, "epochs": 1}
-    parts.restore_chips(parts.RestoreOptions(base=str(small[0]), crossbar=folder, chip=(0, 1), text=(lines,), **how))
+    parts.restore_chips(
+        parts.RestoreOptions(
+            base=str(small[0]), crossbar=folder, chip=(0, 1), text=(lines,), **how
+        )
+    )
     options = {"crossbar": folder, "chips": 2}
-    plain, restored = (_on_chips(fused, **options, restore=name) for name in (None, "restored-low-rank"))
+    plain = _on_chips(fused, **options, restore=None)
+    restored = _on_chips(fused, **options, restore="restored-low-rank")
     assert (plain["restore"], restored["restore"]) == (None, "restored-low-rank")
     losses = [[row["loss"] for row in results["rows"]] for results in (plain, restored)]
     assert np.abs(np.subtract(*losses)).min() > 1e-5
@@ -146,36 +215,56 @@ def test_runs_are_evaluated_and_trained_on_restored_chips(small, chips, fused):
         _on_chips(fused, **options, restore="restored-low-rank", read_noise=0.01)
     # One chip after the other: each has the corrections of its own number.
     report = parts.report_on_chips(
-        parts.EvaluateOnChipsOptions(run=parts.run_path(fused), **options, restore="restored-low-rank")
+        parts.EvaluateOnChipsOptions(
+            run=parts.run_path(fused), **options, restore="restored-low-rank"
+        )
     )
     alone = [seed["loss"] for chip in report["chips"] for seed in chip["seeds"]]
     np.testing.assert_allclose(alone, losses[1], rtol=1e-4)
-    arrays = parts.OnArrays(crossbar=folder, train_chip="chip", chip=1, restore="restored-low-rank")
+    arrays = parts.OnArrays(
+        crossbar=folder, train_chip="chip", chip=1, restore="restored-low-rank"
+    )
     fuse(trained := _fusing(small, chips, "restored", arrays=arrays))
     assert (
         fuse(dataclasses.replace(trained, resume=True))["seeds"]
         == parts.RunFolder(parts.run_path(trained)).results()["seeds"]
     )
     fresh = dataclasses.replace(arrays, train_chip="fresh")
-    with pytest.raises(ValueError, match="corrects chip 1 alone: train with --train-chip chip"):
+    with pytest.raises(
+        ValueError, match="corrects chip 1 alone: train with --train-chip chip"
+    ):
         fuse(_fusing(small, chips, "fresh", arrays=fresh))
 
 
 @pytest.mark.long
 def test_a_folder_holds_the_chips_that_its_key_draws(small, chips):
-    written = parts.write_chips(_programming(small, chips, out=chips / "all", chips=2, chip_key=7, keep_digital=()))
+    written = parts.write_chips(
+        _programming(
+            small, chips, out=chips / "all", chips=2, chip_key=7, keep_digital=()
+        )
+    )
     manifest = json.loads((chips / "all" / "manifest.json").read_text())
     assert manifest == json.loads(json.dumps(written))
-    assert manifest["chips"] == 2 and list(manifest["modules"]) == sorted(p.name for p in small[1].iterdir())
+    assert manifest["chips"] == 2 and list(manifest["modules"]) == sorted(
+        p.name for p in small[1].iterdir()
+    )
     cells = [_weights_of(chips / "all", n) for n in (0, 1)]
     assert not np.array_equal(*cells)
-    again = parts.write_chips(_programming(small, chips, out=chips / "again", chips=2, chip_key=7, keep_digital=()))
+    again = parts.write_chips(
+        _programming(
+            small, chips, out=chips / "again", chips=2, chip_key=7, keep_digital=()
+        )
+    )
     assert again["one_chip"] == manifest["one_chip"]
     for n in (0, 1):
         np.testing.assert_array_equal(_weights_of(chips / "again", n), cells[n])
-        np.testing.assert_array_equal(_weights_of(chips / "two", n), cells[n])  # whatever else is written
+        np.testing.assert_array_equal(
+            _weights_of(chips / "two", n), cells[n]
+        )  # whatever else is written
     # Every weight of the base and the pool is two cells.
-    sites = 96 * 96 * (8 + 4) + 3 * 96 * 384 * 2  # attention of a block of either stack, gated feed-forward
+    sites = (
+        96 * 96 * (8 + 4) + 3 * 96 * 384 * 2
+    )  # attention of a block of either stack, gated feed-forward
     assert manifest["one_chip"]["cells"] == pytest.approx(2 * sites, rel=0.5)
     assert 0 < manifest["one_chip"]["utilisation"] <= 1
     assert f"{manifest['one_chip']['cells']:,} written" in programmed_report(manifest)
@@ -184,9 +273,13 @@ def test_a_folder_holds_the_chips_that_its_key_draws(small, chips):
 @pytest.mark.long
 def test_arrays_that_the_key_no_longer_draws_are_noticed(small, chips, fused):
     parts.write_chips(_programming(small, chips, out=chips / "changed"))
-    first, second = (chips / "changed" / "chip_0" / f"{name}.safetensors" for name in (_V, "decoder.self.v"))
+    first = chips / "changed" / "chip_0" / f"{_V}.safetensors"
+    second = chips / "changed" / "chip_0" / f"{'decoder.self.v'}.safetensors"
     first.write_bytes(second.read_bytes())
-    with pytest.raises(ValueError, match="encoder.self.v.safetensors holds other arrays than the key draws now"):
+    with pytest.raises(
+        ValueError,
+        match="encoder.self.v.safetensors holds other arrays than the key draws now",
+    ):
         _on_chips(fused, crossbar=str(chips / "changed"))
 
 
@@ -195,10 +288,22 @@ def test_what_cannot_be_programmed_is_refused_before_anything_is_written(small, 
     for changes, message in (
         ({}, "two exists: give another --out; chips are never overwritten"),
         ({"out": chips / "new", "chips": 0}, "chips is 0: "),
-        ({"out": chips / "new", "crossbar": "isaac", "chips": 2}, "programming is not random in isaac, so 2 chips"),
-        ({"out": chips / "new", "keep_digital": ("nowhere.*",)}, "the rule 'nowhere.\\*' matches no weight"),
-        ({"out": chips / "new", "keep_digital": ("*",)}, "the digital weights '\\*' leave none for arrays"),
-        ({"out": chips / "new", "keep_digital": ("**",)}, "the digital weights '\\*\\*', '\\*' leave none for arrays"),
+        (
+            {"out": chips / "new", "crossbar": "isaac", "chips": 2},
+            "programming is not random in isaac, so 2 chips",
+        ),
+        (
+            {"out": chips / "new", "keep_digital": ("nowhere.*",)},
+            "the rule 'nowhere.\\*' matches no weight",
+        ),
+        (
+            {"out": chips / "new", "keep_digital": ("*",)},
+            "the digital weights '\\*' leave none for arrays",
+        ),
+        (
+            {"out": chips / "new", "keep_digital": ("**",)},
+            "the digital weights '\\*\\*', '\\*' leave none for arrays",
+        ),
         ({"out": chips / "new", "chip_key": 2**32}, "chip_key is 4294967296: "),
     ):
         with pytest.raises(ValueError, match=message):
@@ -211,36 +316,83 @@ def test_a_run_on_chips_of_a_folder(small, chips, fused):
     changes = {"ages": ("1s", "1year"), "compensate": "off"}
     found = _on_chips(fused, crossbar=str(chips / "two"), **changes)
     where = parts.results_path(
-        parts.EvaluateOnChipsOptions(run=parts.run_path(fused), crossbar=str(chips / "two"), **changes)
+        parts.EvaluateOnChipsOptions(
+            run=parts.run_path(fused), crossbar=str(chips / "two"), **changes
+        )
     )
     assert json.loads(where.read_text()) == found
-    losses = {(r["age"], r["compensate"], r["chip"], r["seed"]): r["loss"] for r in found["rows"]}
+    losses = {
+        (r["age"], r["compensate"], r["chip"], r["seed"]): r["loss"]
+        for r in found["rows"]
+    }
     assert len(losses) == 2 * 2 * 2
     assert losses["1s", False, 0, 1] != losses["1s", False, 1, 1]
     # A chip of the same key from the configuration is the same chip, with modules in other places or alone.
-    configured = {"crossbar": str(chips / "noisy.yaml"), "chip_key": 7, "keep_digital": _NOT_WRITTEN}
+    configured = {
+        "crossbar": str(chips / "noisy.yaml"),
+        "chip_key": 7,
+        "keep_digital": _NOT_WRITTEN,
+    }
     alone = _on_chips(fused, ages=("1s",), compensate="off", **configured)
     for row in alone["rows"]:
-        assert row["loss"] == pytest.approx(losses["1s", False, 0, row["seed"]], rel=1e-4)
-    digital = {row["seed"]: row["loss"] for row in parts.evaluate_run(parts.EvaluateOptions(run=parts.run_path(fused)))}
-    year = np.mean([abs(losses["1year", False, chip, seed] - digital[seed]) for chip in (0, 1) for seed in (1, 2)])
-    new = np.mean([abs(losses["1s", False, chip, seed] - digital[seed]) for chip in (0, 1) for seed in (1, 2)])
+        assert row["loss"] == pytest.approx(
+            losses["1s", False, 0, row["seed"]], rel=1e-4
+        )
+    digital = {
+        row["seed"]: row["loss"]
+        for row in parts.evaluate_run(parts.EvaluateOptions(run=parts.run_path(fused)))
+    }
+    year = np.mean(
+        [
+            abs(losses["1year", False, chip, seed] - digital[seed])
+            for chip in (0, 1)
+            for seed in (1, 2)
+        ]
+    )
+    new = np.mean(
+        [
+            abs(losses["1s", False, chip, seed] - digital[seed])
+            for chip in (0, 1)
+            for seed in (1, 2)
+        ]
+    )
     assert year > new
 
 
 @pytest.mark.long
-def test_a_run_of_other_weights_is_not_evaluated_on_these_chips(small, chips, fused, tmp_path):
+def test_a_run_of_other_weights_is_not_evaluated_on_these_chips(
+    small, chips, fused, tmp_path
+):
     one_block.cut(tmp_path)
     for path in sorted((tmp_path / "pool").iterdir())[:1]:
         weights = next(path.glob("*.safetensors"))
-        save_file({k: v + 1 for k, v in load_file(weights).items()}, weights, metadata={"format": "pt"})
+        save_file(
+            {k: v + 1 for k, v in load_file(weights).items()},
+            weights,
+            metadata={"format": "pt"},
+        )
     module = sorted(p.name for p in small[1].iterdir())[0]
-    other = _fusing(small, chips, "other", pool=str(tmp_path / "pool"), adapters=(module,), seeds=(1,))
+    other = _fusing(
+        small,
+        chips,
+        "other",
+        pool=str(tmp_path / "pool"),
+        adapters=(module,),
+        seeds=(1,),
+    )
     fuse(other)
-    with pytest.raises(ValueError, match=f"fuses the module {module} .* programmed with another pool"):
+    with pytest.raises(
+        ValueError, match=f"fuses the module {module} .* programmed with another pool"
+    ):
         _on_chips(other, crossbar=str(chips / "two"))
     with pytest.raises(ValueError, match="programmed with another pool"):
-        fuse(dataclasses.replace(other, name="refused", arrays=parts.OnArrays(crossbar=str(chips / "two"))))
+        fuse(
+            dataclasses.replace(
+                other,
+                name="refused",
+                arrays=parts.OnArrays(crossbar=str(chips / "two")),
+            )
+        )
     assert not (chips / "runs" / "refused").exists()
 
 
@@ -256,33 +408,50 @@ def test_what_chips_cannot_do_is_refused(small, chips, fused):
     ):
         with pytest.raises(ValueError, match=message):
             _on_chips(fused, **({"crossbar": str(chips / "two")} | changes))
-    folder, control = parts.load_chips(str(chips / "two")), dataclasses.replace(fused, control="random-factors")
+    folder = parts.load_chips(str(chips / "two"))
+    control = dataclasses.replace(fused, control="random-factors")
     with pytest.raises(ValueError, match="two holds no random-factors control"):
         folder.checked(parts.load_setup(control), control.control)
 
 
 @pytest.mark.long
 def test_what_a_run_trains_on(small, chips, fused):
-    setup, params = parts.load_setup(fused), load_run(parts.run_path(fused))[1]
+    setup = parts.load_setup(fused)
+    params = load_run(parts.run_path(fused))[1]
 
     def asked(noise):
         options = dataclasses.replace(
-            fused, arrays=parts.OnArrays(crossbar=str(chips / "two"), train_chip=noise, chip=1)
+            fused,
+            arrays=parts.OnArrays(
+                crossbar=str(chips / "two"), train_chip=noise, chip=1
+            ),
         )
         placed = on_arrays(setup, options, params)
         return placed.training.problem.frozen, placed.tested(params).problem.frozen
 
     def value(frozen):
-        return np.asarray(parts.dense(parts.matrices(nnx.merge(setup.problem.graph, frozen.base))[_V], jnp.float32))
+        return np.asarray(
+            parts.dense(
+                parts.matrices(nnx.merge(setup.problem.graph, frozen.base))[_V],
+                jnp.float32,
+            )
+        )
 
-    digital, chip = value(setup.problem.frozen), asked("chip")[0]
-    np.testing.assert_allclose(value(chip)[0], _weights_of(chips / "two", 1)[0], rtol=1e-5, atol=1e-6)
+    digital = value(setup.problem.frozen)
+    chip = asked("chip")[0]
+    np.testing.assert_allclose(
+        value(chip)[0], _weights_of(chips / "two", 1)[0], rtol=1e-5, atol=1e-6
+    )
     training, tested = asked("none")
     np.testing.assert_allclose(value(training), digital, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(value(tested), value(chip))
     for noise, steps in (("fresh", "every"), ("both", "other")):
         training, tested = asked(noise)
-        assert isinstance(training, Redrawn) and training.steps == steps and type(tested) is Frozen
+        assert (
+            isinstance(training, Redrawn)
+            and training.steps == steps
+            and type(tested) is Frozen
+        )
         np.testing.assert_array_equal(value(training), value(tested))
 
 
@@ -291,11 +460,16 @@ def test_a_lora_in_cells_is_the_lora_where_cells_are_ideal(small, chips):
     options = _fusing(small, chips, "lora", method="lora", pool=None)
     wanted = [row["loss"] for row in fuse(options)["seeds"]]
     for lora_in in ("sram", "cells"):
-        rows = _on_chips(options, crossbar="ideal", lora_in=lora_in, keep_digital=_NOT_WRITTEN)["rows"]
+        rows = _on_chips(
+            options, crossbar="ideal", lora_in=lora_in, keep_digital=_NOT_WRITTEN
+        )["rows"]
         assert [row["loss"] for row in rows] == pytest.approx(wanted, rel=1e-4)
     configured = {"crossbar": str(chips / "noisy.yaml"), "keep_digital": _NOT_WRITTEN}
     noisy = {
-        lora_in: [row["loss"] for row in _on_chips(options, lora_in=lora_in, **configured)["rows"]]
+        lora_in: [
+            row["loss"]
+            for row in _on_chips(options, lora_in=lora_in, **configured)["rows"]
+        ]
         for lora_in in ("sram", "cells")
     }
     assert noisy["sram"] != noisy["cells"]
@@ -303,23 +477,47 @@ def test_a_lora_in_cells_is_the_lora_where_cells_are_ideal(small, chips):
 
 def test_results_of_other_options_are_other_files(tmp_path, monkeypatch):
     first = parts.EvaluateOnChipsOptions(run=tmp_path, crossbar="a/noisy.yaml")
-    changed = [{}, *({"crossbar": name} for name in ("b/noisy.yaml", "noisy.yaml", "isaac", "x" * 300))]
-    changed += [{name: value} for name in ("task", "restore") for value in ("a/one", "b/one")]
-    changed += [{"ages": tuple(f"{n}day" for n in range(45))}, {"ages": ("1s",)}, {"keep_digital": ("a/b",)}]
+    changed = [
+        {},
+        *(
+            {"crossbar": name}
+            for name in ("b/noisy.yaml", "noisy.yaml", "isaac", "x" * 300)
+        ),
+    ]
+    changed += [
+        {name: value} for name in ("task", "restore") for value in ("a/one", "b/one")
+    ]
+    changed += [
+        {"ages": tuple(f"{n}day" for n in range(45))},
+        {"ages": ("1s",)},
+        {"keep_digital": ("a/b",)},
+    ]
     asked = [dataclasses.replace(first, **change) for change in changed]
-    paths = {parts.results_path(options, kind) for options in asked for kind in ("chips", "crossbar")}
+    paths = {
+        parts.results_path(options, kind)
+        for options in asked
+        for kind in ("chips", "crossbar")
+    }
     for folder in ("c", "d"):  # the same name in two folders
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "noisy.yaml").touch()
         monkeypatch.chdir(tmp_path / folder)
         paths.add(parts.results_path(dataclasses.replace(first, crossbar="noisy.yaml")))
-    assert len(paths) == 2 * len(asked) + 2 and {path.parent for path in paths} == {tmp_path}
+    assert len(paths) == 2 * len(asked) + 2 and {path.parent for path in paths} == {
+        tmp_path
+    }
     assert max(len(path.name) for path in paths) < 80
-    assert parts.results_path(dataclasses.replace(first, eval_batch=2)) == parts.results_path(first)
+    assert parts.results_path(
+        dataclasses.replace(first, eval_batch=2)
+    ) == parts.results_path(first)
 
 
-def test_a_file_of_results_that_cannot_be_written_is_named_before_anything_is_computed(chips, fused, monkeypatch):
-    options = parts.EvaluateOnChipsOptions(run=parts.run_path(fused), crossbar=str(chips / "two"), calibration_rows=7)
+def test_a_file_of_results_that_cannot_be_written_is_named_before_anything_is_computed(
+    chips, fused, monkeypatch
+):
+    options = parts.EvaluateOnChipsOptions(
+        run=parts.run_path(fused), crossbar=str(chips / "two"), calibration_rows=7
+    )
     monkeypatch.setattr("lorafusion_jax.hardware.evaluate.on_every_chip", pytest.fail)
     parts.results_path(options).mkdir()
     with pytest.raises(FileError, match="chips-two-.*: a folder: give a file"):
@@ -328,12 +526,27 @@ def test_a_file_of_results_that_cannot_be_written_is_named_before_anything_is_co
 
 def test_options_of_chips_without_chips_are_refused(small, chips, fused, capsys):
     for noise in (parts.OnArrays(train_chip="chip"), parts.OnArrays(age="1h")):
-        with pytest.raises(ValueError, match="only for simulated chips: name them with --crossbar"):
+        with pytest.raises(
+            ValueError, match="only for simulated chips: name them with --crossbar"
+        ):
             fuse(dataclasses.replace(fused, name="without", arrays=noise))
     assert not (chips / "runs" / "without").exists()
     with pytest.raises(SystemExit, match="2"):
-        main(["evaluate", "--run", str(parts.run_path(fused)), "--ages", "1h", "--lora-in", "cells"])
-    assert "--ages, --lora-in: only for simulated chips: name them with --crossbar" in capsys.readouterr().err
+        main(
+            [
+                "evaluate",
+                "--run",
+                str(parts.run_path(fused)),
+                "--ages",
+                "1h",
+                "--lora-in",
+                "cells",
+            ]
+        )
+    assert (
+        "--ages, --lora-in: only for simulated chips: name them with --crossbar"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_control_has_the_places_of_the_modules_that_it_replaces(small, chips):
@@ -341,33 +554,60 @@ def test_a_control_has_the_places_of_the_modules_that_it_replaces(small, chips):
     setup = parts.load_setup(options)
     there = sorted(path.name for path in small[1].iterdir())
     wanted = [there.index(name) for name in there if name in setup.modules[0]]
-    assert parts.module_numbers(setup, options, parts.load_chips("isaac")).tolist() == wanted
+    assert (
+        parts.module_numbers(setup, options, parts.load_chips("isaac")).tolist()
+        == wanted
+    )
 
 
 def test_examples_in_prompts_need_a_report_on_chips(small, chips):
     few = _fusing(small, chips, "few-shot", method="few-shot", pool=None, seeds=(1,))
     fuse(few)
-    with pytest.raises(ValueError, match="few-shot has other examples in its prompts .* give --report"):
+    with pytest.raises(
+        ValueError, match="few-shot has other examples in its prompts .* give --report"
+    ):
         _on_chips(few, crossbar="isaac")
 
 
 def test_a_loss_that_is_not_finite_is_null():
-    found = Evaluation([["a"]] * 2, np.ones((2, 1), bool), np.array([np.nan, 1.5]), None)
+    found = Evaluation(
+        [["a"]] * 2, np.ones((2, 1), bool), np.array([np.nan, 1.5]), None
+    )
     rows = [
-        {"age": None, "compensate": None, "chip": chip} | row for chip, row in enumerate(parts.seed_rows((4, 4), found))
+        {"age": None, "compensate": None, "chip": chip} | row
+        for chip, row in enumerate(parts.seed_rows((4, 4), found))
     ]
     assert [row["loss"] for row in rows] == [None, 1.5]
-    assert age_table({"rows": rows, "chips": 2}).splitlines()[1].split() == ["-", "-", "100.0", "±", "0.0", "-"]
+    assert age_table({"rows": rows, "chips": 2}).splitlines()[1].split() == [
+        "-",
+        "-",
+        "100.0",
+        "±",
+        "0.0",
+        "-",
+    ]
 
 
 def test_methods_without_a_frozen_model_have_no_place_on_arrays(small, chips):
     for method in ("full", "constant"):
         options = _fusing(
-            small, chips, f"no-{method}", method=method, pool=None, arrays=parts.OnArrays(crossbar="isaac")
+            small,
+            chips,
+            f"no-{method}",
+            method=method,
+            pool=None,
+            arrays=parts.OnArrays(crossbar="isaac"),
         )
-        with pytest.raises(ValueError, match=f"the method {method} leaves no frozen model to program"):
+        with pytest.raises(
+            ValueError, match=f"the method {method} leaves no frozen model to program"
+        ):
             fuse(options)
-    fresh = _fusing(small, chips, "no-noise", arrays=parts.OnArrays(crossbar="isaac", train_chip="fresh"))
+    fresh = _fusing(
+        small,
+        chips,
+        "no-noise",
+        arrays=parts.OnArrays(crossbar="isaac", train_chip="fresh"),
+    )
     with pytest.raises(ValueError, match="programming is not random in isaac"):
         fuse(fresh)
 
@@ -375,4 +615,6 @@ def test_methods_without_a_frozen_model_have_no_place_on_arrays(small, chips):
 def test_calibration_compiles_once_for_a_model():
     """A function of its own for every chip would compile, and be kept, every time."""
     assert logits_of(_GRAPH, Fusion()) is logits_of(nnx.split(tiny.t5())[0], Fusion())
-    assert logits_of(_GRAPH, Fusion()) is not logits_of(_GRAPH, Fusion(composition="mix"))
+    assert logits_of(_GRAPH, Fusion()) is not logits_of(
+        _GRAPH, Fusion(composition="mix")
+    )

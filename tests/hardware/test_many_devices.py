@@ -14,39 +14,78 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from lorafusion_jax import Frozen, crossbar, fuse, parts, tasks
-from lorafusion_jax.crossbar import ADC, CrossbarConfig, Device, Encoding, Independent, Mapping, ReadNoise, Tile
+from lorafusion_jax.crossbar import (
+    ADC,
+    CrossbarConfig,
+    Device,
+    Encoding,
+    Independent,
+    Mapping,
+    ReadNoise,
+    Tile,
+)
 from lorafusion_jax.hardware.program import program
 from lorafusion_jax.training.loss import seed_entropies
 
-_COLLECTIVES = re.compile(r"\b(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)")
+_COLLECTIVES = re.compile(
+    r"\b(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)"
+)
 _NOISE = Device(programming=Independent(0.02), read_noise=ReadNoise(0.01))
 _NOISY = dataclasses.replace(crossbar.PRESETS["ideal"], device=_NOISE)
 
 
 def _mesh(asked):
-    return contextlib.nullcontext() if asked is None else jax.set_mesh(parts.make_mesh(asked))
+    return (
+        contextlib.nullcontext()
+        if asked is None
+        else jax.set_mesh(parts.make_mesh(asked))
+    )
 
 
 @pytest.mark.long
 def test_a_device_has_its_chips_alone_and_waits_for_no_other(small, tmp_path):
-    setup = parts.load_setup(recipes.small_run(small, tmp_path, seed_mode="batched")).with_layers(unroll=False)
-    keys, params = jax.random.split(jax.random.key(5), 3), parts.start(setup.problem, (1, 2)).params
+    setup = parts.load_setup(
+        recipes.small_run(small, tmp_path, seed_mode="batched")
+    ).with_layers(unroll=False)
+    keys = jax.random.split(jax.random.key(5), 3)
+    params = parts.start(setup.problem, (1, 2)).params
     _, batch = next(iter(tasks.eval_batches(setup.train, 8, pad_id=0)))
-    found, flops, weights = [], [], []
-    for asked in (None, "seed=4"):  # six seeds on chips, and with two that are padding eight
+    found = []
+    flops = []
+    weights = []
+    for asked in (
+        None,
+        "seed=4",
+    ):  # six seeds on chips, and with two that are padding eight
         with _mesh(asked):
             how = {"modules": None, "norm": "ideal", "calibration_rows": 1}
-            problem = parts.on_every_chip(setup, params, {"encoder.self.v": _NOISY}, keys, **how).problem
+            problem = parts.on_every_chip(
+                setup, params, {"encoder.self.v": _NOISY}, keys, **how
+            ).problem
             count = len(problem.index)
-            batches = jax.tree.map(lambda leaf, count=count: jnp.stack([leaf] * count), batch)
-            given = parts.for_every_chip(params, 3), parts.on_mesh(batches, of_seeds=True), problem
+            batches = jax.tree.map(
+                lambda leaf, count=count: jnp.stack([leaf] * count), batch
+            )
+            given = (
+                parts.for_every_chip(params, 3),
+                parts.on_mesh(batches, of_seeds=True),
+                problem,
+            )
             compiled, leaves = tiny.compiled(seed_entropies, *given)
             found.append(np.asarray(compiled(leaves))[:6])
         assert not _COLLECTIVES.search(compiled.as_text())
         flops.append(compiled.cost_analysis()["flops"])
-        weights.append(sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(problem.frozen.base)))
+        weights.append(
+            sum(
+                leaf.addressable_shards[0].data.nbytes
+                for leaf in jax.tree.leaves(problem.frozen.base)
+            )
+        )
     np.testing.assert_array_equal(*found)
-    assert flops[1] == pytest.approx(flops[0] / 3, rel=0.02) and weights[1] == weights[0] / 3
+    assert (
+        flops[1] == pytest.approx(flops[0] / 3, rel=0.02)
+        and weights[1] == weights[0] / 3
+    )
 
 
 def _losses(rows):
@@ -58,30 +97,46 @@ def test_runs_on_chips_have_the_results_of_one_device(small, tmp_path):
     crossbar.save_config(_NOISY, tmp_path / "noisy.yaml")
     digital = ("head", "pool.*", "decoder.*", "*.ff.*", "*.q", "*.k", "*.o")
     chips = {"crossbar": str(tmp_path / "noisy.yaml"), "keep_digital": digital}
-    options = recipes.small_run(small, tmp_path, epochs=1, arrays=parts.OnArrays(**chips, train_chip="fresh"))
-    trained = [fuse(dataclasses.replace(options, name=f"{mesh}", mesh=mesh))["seeds"] for mesh in (None, "seed=2")]
+    options = recipes.small_run(
+        small, tmp_path, epochs=1, arrays=parts.OnArrays(**chips, train_chip="fresh")
+    )
+    trained = [
+        fuse(dataclasses.replace(options, name=f"{mesh}", mesh=mesh))["seeds"]
+        for mesh in (None, "seed=2")
+    ]
     np.testing.assert_allclose(*map(_losses, trained), rtol=1e-5)
     given = {"run": tmp_path / "None", **chips, "chips": 3}
     read = [
-        parts.evaluate_on_chips(parts.EvaluateOnChipsOptions(**given, mesh=mesh))["rows"] for mesh in (None, "seed=2")
+        parts.evaluate_on_chips(parts.EvaluateOnChipsOptions(**given, mesh=mesh))[
+            "rows"
+        ]
+        for mesh in (None, "seed=2")
     ]
     np.testing.assert_allclose(*map(_losses, read), rtol=1e-5)
-    assert [(row["chip"], row["seed"]) for row in read[1]] == [(chip, seed) for chip in range(3) for seed in (1, 2)]
+    assert [(row["chip"], row["seed"]) for row in read[1]] == [
+        (chip, seed) for chip in range(3) for seed in (1, 2)
+    ]
 
 
 def _tiled(rows=8, cols=8, **changes):
-    return CrossbarConfig(tile=Tile(rows=rows, cols=cols), adc=ADC(bits=8, range="max"), **changes)
+    return CrossbarConfig(
+        tile=Tile(rows=rows, cols=cols), adc=ADC(bits=8, range="max"), **changes
+    )
 
 
-_SMALL = dataclasses.replace(tiny.CONFIG, num_heads=4, d_kv=8, num_layers=1, num_decoder_layers=1, unroll=True)
+_SMALL = dataclasses.replace(
+    tiny.CONFIG, num_heads=4, d_kv=8, num_layers=1, num_decoder_layers=1, unroll=True
+)
 
 
 def test_arrays_are_split_where_their_digital_matrices_are():
-    graph, digital = (
-        nnx.split(tiny.t5(_SMALL))[0],
-        tiny.frozen(tiny.t5(_SMALL), tiny.pool(3, names="vo", config=_SMALL)),
-    )
-    rules = {"encoder.self.*": _tiled(), "pool.*.encoder.self.*": _tiled(cols=4), "*": None}
+    graph = nnx.split(tiny.t5(_SMALL))[0]
+    digital = tiny.frozen(tiny.t5(_SMALL), tiny.pool(3, names="vo", config=_SMALL))
+    rules = {
+        "encoder.self.*": _tiled(),
+        "pool.*.encoder.self.*": _tiled(cols=4),
+        "*": None,
+    }
     chips = []
 
     def noted(key):
@@ -90,24 +145,46 @@ def test_arrays_are_split_where_their_digital_matrices_are():
 
     with _mesh("model=2"):
         jax.eval_shape(noted, jax.random.key(0))
-        specs = {chip.name: [sharding.spec for sharding in parts.shardings(chip)] for chip in chips}
+        specs = {
+            chip.name: [sharding.spec for sharding in parts.shardings(chip)]
+            for chip in chips
+        }
     cut = {chip.name: chip.plan.split and chip.plan.split.by for chip in chips}
-    sites = {f"encoder.self.{name}": "rows" if name == "o" else "columns" for name in "qkvo"}
+    sites = {
+        f"encoder.self.{name}": "rows" if name == "o" else "columns" for name in "qkvo"
+    }
     sides = {"pool.A.encoder.self.o": "rows", "pool.B.encoder.self.v": "columns"}
-    assert cut == sites | sides | {"pool.A.encoder.self.v": None, "pool.B.encoder.self.o": None}
-    assert specs["encoder.self.v"][:2] == [P(None, None, "model"), P(None, None, None)]  # codes, scale
+    assert cut == sites | sides | {
+        "pool.A.encoder.self.v": None,
+        "pool.B.encoder.self.o": None,
+    }
+    assert specs["encoder.self.v"][:2] == [
+        P(None, None, "model"),
+        P(None, None, None),
+    ]  # codes, scale
 
 
-def test_what_chips_cannot_share_out_is_refused_before_anything_is_loaded(small, tmp_path):
+def test_what_chips_cannot_share_out_is_refused_before_anything_is_loaded(
+    small, tmp_path
+):
     given = {"run": tmp_path, "crossbar": "isaac"}
     with pytest.raises(ValueError, match="needs 8 devices, got 4"):
         parts.evaluate_on_chips(parts.EvaluateOnChipsOptions(**given, mesh="seed=8"))
-    for asked, message in (("seed=8", "needs 8 devices, got 4"), ("model=2", "would split the chips that a device")):
+    for asked, message in (
+        ("seed=8", "needs 8 devices, got 4"),
+        ("model=2", "would split the chips that a device"),
+    ):
         with pytest.raises(ValueError, match=message):
-            parts.restore_chips(parts.RestoreOptions(base="nowhere", crossbar="isaac", mesh=asked))
+            parts.restore_chips(
+                parts.RestoreOptions(base="nowhere", crossbar="isaac", mesh=asked)
+            )
     with pytest.raises(ValueError, match="is of one process: leave out --distributed"):
         how = {"mesh": "seed=2", "distributed": True}
-        fuse(recipes.small_run(small, tmp_path, arrays=parts.OnArrays(crossbar="isaac"), **how))
+        fuse(
+            recipes.small_run(
+                small, tmp_path, arrays=parts.OnArrays(crossbar="isaac"), **how
+            )
+        )
     with pytest.raises(ValueError, match="leave out --mesh, or --report"):
         parts.report_on_chips(parts.EvaluateOnChipsOptions(**given, mesh="seed=2"))
 
@@ -115,14 +192,31 @@ def test_what_chips_cannot_share_out_is_refused_before_anything_is_loaded(small,
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ({"*.v": _tiled(cols=12)}, "v has 3 tiles of 11 or 10 columns: give model=1, or keep it digital"),
+        (
+            {"*.v": _tiled(cols=12)},
+            "v has 3 tiles of 11 or 10 columns: give model=1, or keep it digital",
+        ),
         ({"*.v": _tiled(cols=16)}, "v has 2 tiles of 16 columns: give model=2"),
-        ({"*.o": _tiled(rows=16), "*.q": _tiled()}, "o has 2 tiles of 16 rows: give model=2"),
-        ({"*.o": _tiled(mapping=Mapping(scale="tile"))}, "o has a range for every row tile"),
-        ({"*.v": _tiled(encoding=Encoding(kind="offset", unit_column=True))}, "v has unit columns"),
+        (
+            {"*.o": _tiled(rows=16), "*.q": _tiled()},
+            "o has 2 tiles of 16 rows: give model=2",
+        ),
+        (
+            {"*.o": _tiled(mapping=Mapping(scale="tile"))},
+            "o has a range for every row tile",
+        ),
+        (
+            {"*.v": _tiled(encoding=Encoding(kind="offset", unit_column=True))},
+            "v has unit columns",
+        ),
     ],
 )
-def test_arrays_that_devices_cannot_share_out_name_the_next_width_that_fits(rules, message):
+def test_arrays_that_devices_cannot_share_out_name_the_next_width_that_fits(
+    rules, message
+):
     graph, base = nnx.split(tiny.t5(_SMALL))
-    with _mesh("model=4"), pytest.raises(ValueError, match=f"model=4 splits arrays .*{message}"):
+    with (
+        _mesh("model=4"),
+        pytest.raises(ValueError, match=f"model=4 splits arrays .*{message}"),
+    ):
         program(graph, Frozen(base), rules, jax.random.key(0))

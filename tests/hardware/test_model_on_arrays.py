@@ -19,14 +19,24 @@ from lorafusion_jax.crossbar import PRESETS, Device, observe, site_errors
 from lorafusion_jax.hardware.calibration import logits_of
 from lorafusion_jax.methods.entry import SearchJob
 from lorafusion_jax.methods.lorahub import LORAHUB, objective_of
-from lorafusion_jax.parts import dense, matrices, program_on_arrays, redrawn, seed_entropies
+from lorafusion_jax.parts import (
+    dense,
+    matrices,
+    program_on_arrays,
+    redrawn,
+    seed_entropies,
+)
 
 _KEY = jax.random.key(5)
 _IDEAL = {"*": PRESETS["ideal"]}
 # Values of both stacks and their modules, where it does not matter which weights are written: less to compile.
 _WRITTEN = "*.self.v"
-_NOISY = dataclasses.replace(PRESETS["ideal"], device=Device(programming=crossbar.Independent(0.02)))
-_READ_NOISE = dataclasses.replace(_NOISY, device=Device(read_noise=crossbar.ReadNoise(0.01)))
+_NOISY = dataclasses.replace(
+    PRESETS["ideal"], device=Device(programming=crossbar.Independent(0.02))
+)
+_READ_NOISE = dataclasses.replace(
+    _NOISY, device=Device(read_noise=crossbar.ReadNoise(0.01))
+)
 
 _GRAPH, _BASE = nnx.split(tiny.t5())
 _INDEX = jnp.array([2, 0])
@@ -40,7 +50,9 @@ def _somewhere(n, site, layer):
 
 @functools.cache
 def _in_arrays(pattern="*", config="ideal"):
-    found = {"ideal": PRESETS["ideal"], "noisy": _NOISY, "read noise": _READ_NOISE}[config]
+    found = {"ideal": PRESETS["ideal"], "noisy": _NOISY, "read noise": _READ_NOISE}[
+        config
+    ]
     return program_on_arrays(_GRAPH, _DIGITAL, {pattern: found}, _KEY)
 
 
@@ -59,7 +71,9 @@ def _params(method, frozen=_DIGITAL):
 
 def _close(got, wanted, tolerance=2e-4):
     scale = float(np.max(np.abs(wanted)))
-    np.testing.assert_allclose(np.asarray(got), np.asarray(wanted), rtol=tolerance, atol=tolerance * scale)
+    np.testing.assert_allclose(
+        np.asarray(got), np.asarray(wanted), rtol=tolerance, atol=tolerance * scale
+    )
 
 
 # The digital model, where arrays are ideal.
@@ -68,22 +82,70 @@ def _close(got, wanted, tolerance=2e-4):
 @functools.cache
 def _in_basis(norm=None, pattern="*"):
     """Modules in a basis, digital; or, with the weights of the norms, in arrays."""
-    frozen = lf.Fusion().precompute(lf.Frozen(_BASE, lf.shared_basis(tiny.pool(3), 5)), lf.kernels(tiny.t5()))
-    return frozen if norm is None else program_on_arrays(_GRAPH, frozen, {pattern: PRESETS["ideal"]}, _KEY, norm=norm)
+    frozen = lf.Fusion().precompute(
+        lf.Frozen(_BASE, lf.shared_basis(tiny.pool(3), 5)), lf.kernels(tiny.t5())
+    )
+    return (
+        frozen
+        if norm is None
+        else program_on_arrays(
+            _GRAPH, frozen, {pattern: PRESETS["ideal"]}, _KEY, norm=norm
+        )
+    )
 
 
 _FULL_RANK = tiny.frozen(tiny.t5(), tiny.pool(3, lambda n, site, layer: 8))
 _STACKS = {"encoder.*": PRESETS["ideal"], "decoder.*": PRESETS["ideal"]}
 # Name -> digital weights, the same in ideal arrays, the fusion, and its adapters (of any kind for None).
 _CASES = {
-    "all, a sum": lambda: (_DIGITAL, _in_arrays(), lf.Fusion(granularity="rank"), Outputs),
-    "all, a mix": lambda: (_DIGITAL, _in_arrays(), lf.Fusion(composition="mix"), Outputs),
-    "encoder.*": lambda: (_DIGITAL, _in_arrays("encoder.*"), lf.Fusion(granularity="site"), None),
-    "pool.B.*": lambda: (_DIGITAL, _in_arrays("pool.B.*"), lf.Fusion(granularity="site"), None),
-    "full rank": lambda: (_FULL_RANK, program_on_arrays(_GRAPH, _FULL_RANK, _STACKS, _KEY), lf.Fusion(), Dense),
-    "a basis": lambda: (_in_basis(), _in_basis("programmed"), lf.Fusion(core=True), InBasis),
-    "a basis, ideal norms": lambda: (_in_basis(), _in_basis("ideal"), lf.Fusion(core=True), InBasis),
-    "V of a basis": lambda: (_in_basis(), _in_basis("ideal", "pool.V.*"), lf.Fusion(core=True), None),
+    "all, a sum": lambda: (
+        _DIGITAL,
+        _in_arrays(),
+        lf.Fusion(granularity="rank"),
+        Outputs,
+    ),
+    "all, a mix": lambda: (
+        _DIGITAL,
+        _in_arrays(),
+        lf.Fusion(composition="mix"),
+        Outputs,
+    ),
+    "encoder.*": lambda: (
+        _DIGITAL,
+        _in_arrays("encoder.*"),
+        lf.Fusion(granularity="site"),
+        None,
+    ),
+    "pool.B.*": lambda: (
+        _DIGITAL,
+        _in_arrays("pool.B.*"),
+        lf.Fusion(granularity="site"),
+        None,
+    ),
+    "full rank": lambda: (
+        _FULL_RANK,
+        program_on_arrays(_GRAPH, _FULL_RANK, _STACKS, _KEY),
+        lf.Fusion(),
+        Dense,
+    ),
+    "a basis": lambda: (
+        _in_basis(),
+        _in_basis("programmed"),
+        lf.Fusion(core=True),
+        InBasis,
+    ),
+    "a basis, ideal norms": lambda: (
+        _in_basis(),
+        _in_basis("ideal"),
+        lf.Fusion(core=True),
+        InBasis,
+    ),
+    "V of a basis": lambda: (
+        _in_basis(),
+        _in_basis("ideal", "pool.V.*"),
+        lf.Fusion(core=True),
+        None,
+    ),
 }
 
 
@@ -91,7 +153,12 @@ _CASES = {
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, marks=() if case in ("all, a sum", "encoder.*", "full rank") else pytest.mark.nightly)
+        pytest.param(
+            case,
+            marks=()
+            if case in ("all, a sum", "encoder.*", "full rank")
+            else pytest.mark.nightly,
+        )
         for case in _CASES
     ],
 )
@@ -126,7 +193,9 @@ def test_a_pattern_names_the_weights_in_arrays():
 
 
 def test_the_digital_weights_are_left_alone():
-    assert _on_chips(_in_arrays(config="noisy").base) and not _on_chips((_DIGITAL, _BASE))
+    assert _on_chips(_in_arrays(config="noisy").base) and not _on_chips(
+        (_DIGITAL, _BASE)
+    )
     for name, weight in matrices(tiny.t5()).items():
         np.testing.assert_array_equal(matrices(nnx.merge(_GRAPH, _BASE))[name], weight)
 
@@ -134,8 +203,12 @@ def test_the_digital_weights_are_left_alone():
 def test_a_tied_head_stays_digital():
     config = dataclasses.replace(tiny.CONFIG, tied=True)
     graph, base = nnx.split(tiny.t5(config))
-    placed = nnx.merge(graph, program_on_arrays(graph, lf.Frozen(base), _IDEAL, _KEY).base)
-    assert "head" not in matrices(placed) and isinstance(placed.embedding.get_value(), jax.Array)
+    placed = nnx.merge(
+        graph, program_on_arrays(graph, lf.Frozen(base), _IDEAL, _KEY).base
+    )
+    assert "head" not in matrices(placed) and isinstance(
+        placed.embedding.get_value(), jax.Array
+    )
     with pytest.raises(ValueError, match="the rule 'head' matches no weight"):
         program_on_arrays(graph, lf.Frozen(base), {"head": PRESETS["ideal"]}, _KEY)
 
@@ -176,12 +249,17 @@ def test_norms_are_those_of_the_weights_as_programmed():
 
 def test_ideal_norms_of_weights_prepared_for_an_accelerator_are_those_of_a_cpu():
     with tiny.for_tpu():
-        digital = lf.Fusion().precompute(lf.Frozen(_BASE, _DIGITAL.pool), lf.kernels(nnx.merge(_GRAPH, _BASE)))
+        digital = lf.Fusion().precompute(
+            lf.Frozen(_BASE, _DIGITAL.pool), lf.kernels(nnx.merge(_GRAPH, _BASE))
+        )
     assert isinstance(digital.gram, PairTerms)
     rules = {"pool.*.encoder.self.v": _NOISY}
-    got, wanted = (program_on_arrays(_GRAPH, frozen, rules, _KEY, norm="ideal") for frozen in (digital, _DIGITAL))
+    got = program_on_arrays(_GRAPH, digital, rules, _KEY, norm="ideal")
+    wanted = program_on_arrays(_GRAPH, _DIGITAL, rules, _KEY, norm="ideal")
     assert isinstance(got.gram, lf.Gram) and got.gram.modules is digital.pool
-    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(got), jax.tree.leaves(wanted))
+    jax.tree.map(
+        np.testing.assert_array_equal, jax.tree.leaves(got), jax.tree.leaves(wanted)
+    )
     training = redrawn(got, digital, rules, _KEY, steps="every", norm="ideal")
     assert isinstance(training.digital.gram, lf.Gram)
 
@@ -200,9 +278,14 @@ def test_layers_that_a_module_does_not_adapt_add_no_noise():
     np.testing.assert_array_equal(y, jnp.zeros_like(y))
     # Rank 3 of 4: the fourth column and row are not there.
     some = adapters["encoder.self.q"]
-    A, B = (np.asarray(dense(w["encoder.self.q"], jnp.float32))[:, 0] for w in (frozen.pool.A, frozen.pool.B))
+    A = np.asarray(dense(frozen.pool.A["encoder.self.q"], jnp.float32))[:, 0]
+    B = np.asarray(dense(frozen.pool.B["encoder.self.q"], jnp.float32))[:, 0]
     y = jax.vmap(lambda a, k: a(x, k))(some, jnp.zeros((3, 16, 12)))
-    _close(y[:, 0], 2 * np.einsum("li,lir,lro->lo", np.ones((3, 16)), A[:, :, :3], B[:, :3]), 1e-4)
+    _close(
+        y[:, 0],
+        2 * np.einsum("li,lir,lro->lo", np.ones((3, 16)), A[:, :, :3], B[:, :3]),
+        1e-4,
+    )
 
 
 # Read noise.
@@ -211,7 +294,9 @@ def test_layers_that_a_module_does_not_adapt_add_no_noise():
 def test_every_seed_reads_with_separate_noise():
     method = lf.Fusion()
     problem = tiny.problem(method, _in_arrays(_WRITTEN, "read noise"), [[2, 0], [2, 0]])
-    params, batch = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), (_params(method), tiny.batch()))
+    params, batch = jax.tree.map(
+        lambda leaf: jnp.stack([leaf] * 2), (_params(method), tiny.batch())
+    )
     losses = seed_entropies(params, batch, problem)
     assert losses[0] != losses[1]
     np.testing.assert_array_equal(seed_entropies(params, batch, problem), losses)
@@ -223,23 +308,42 @@ def test_every_evaluation_of_a_search_and_every_batch_reads_with_separate_noise(
     batch = jax.tree.map(lambda leaf: leaf[None], tiny.batch())
     rows = SimpleNamespace(once=lambda size: iter([batch, batch]))
     problem = tiny.problem(LORAHUB, frozen, [[2, 0]])
-    job = SearchJob(problem, rows, SimpleNamespace(batch_size=3), (1,), (("c", "a"),), lambda rows: None)
-    objective, weights = objective_of(job), np.full((1, 2), 0.5)
+    job = SearchJob(
+        problem,
+        rows,
+        SimpleNamespace(batch_size=3),
+        (1,),
+        (("c", "a"),),
+        lambda rows: None,
+    )
+    objective = objective_of(job)
+    weights = np.full((1, 2), 0.5)
     scores = [objective(number, weights).item() for number in (1, 2, 1)]
     assert scores[0] == scores[2] != scores[1]
-    one = objective_of(job._replace(rows=SimpleNamespace(once=lambda size: iter([batch]))))(1, weights)
-    assert one.item() != scores[0]  # the mean over batches with the same noise would be that of one
+    one = objective_of(
+        job._replace(rows=SimpleNamespace(once=lambda size: iter([batch])))
+    )(1, weights)
+    assert (
+        one.item() != scores[0]
+    )  # the mean over batches with the same noise would be that of one
 
 
 @pytest.mark.long
 def test_every_training_step_reads_anew_and_the_same_seed_the_same():
     frozen = _in_arrays(_WRITTEN, "read noise")
     problem = tiny.problem(lf.Fusion(), frozen, _INDEX)
-    rates = lf.Rates({"coefficients": jnp.float32(0), "magnitudes": jnp.float32(0)}, jnp.float32(0), jnp.float32(0))
-    step = jax.jit(functools.partial(lf.fusion_step, optimisation=lf.Optimisation(steps=9)))
+    rates = lf.Rates(
+        {"coefficients": jnp.float32(0), "magnitudes": jnp.float32(0)},
+        jnp.float32(0),
+        jnp.float32(0),
+    )
+    step = jax.jit(
+        functools.partial(lf.fusion_step, optimisation=lf.Optimisation(steps=9))
+    )
 
     def losses(steps):
-        state, found = lf.init_state(problem, jax.random.key(0)), []
+        state = lf.init_state(problem, jax.random.key(0))
+        found = []
         for _ in range(steps):
             state, metrics = step(state, tiny.batch(), problem, rates)
             found.append(float(metrics["loss"]))
@@ -257,7 +361,12 @@ def test_every_token_is_decoded_with_separate_noise():
 
     @jax.jit
     def tokens(frozen):
-        return lf.generate(nnx.merge(_GRAPH, frozen.base), batch.input_ids, batch.input_mask, max_new_tokens=4)
+        return lf.generate(
+            nnx.merge(_GRAPH, frozen.base),
+            batch.input_ids,
+            batch.input_mask,
+            max_new_tokens=4,
+        )
 
     np.testing.assert_array_equal(tokens(frozen), tokens(frozen))
     drawn = []
@@ -268,16 +377,25 @@ def test_every_token_is_decoded_with_separate_noise():
         def __call__(self, x, kernel):
             y = crossbar.matmul(x, kernel)
             jax.debug.callback(
-                lambda noise: drawn.append(np.asarray(noise)), y - x @ crossbar.programmed_weights(kernel)
+                lambda noise: drawn.append(np.asarray(noise)),
+                y - x @ crossbar.programmed_weights(kernel),
             )
             return y
 
-    jax.tree_util.register_pytree_node(Recording, lambda r: ((), None), lambda aux, children: Recording())
+    jax.tree_util.register_pytree_node(
+        Recording, lambda r: ((), None), lambda aux, children: Recording()
+    )
 
     @jax.jit
     def recorded(frozen):
         model = nnx.merge(_GRAPH, frozen.base)
-        return lf.generate(model, batch.input_ids, batch.input_mask, {"decoder.self.o": Recording()}, max_new_tokens=3)
+        return lf.generate(
+            model,
+            batch.input_ids,
+            batch.input_mask,
+            {"decoder.self.o": Recording()},
+            max_new_tokens=3,
+        )
 
     jax.block_until_ready(recorded(frozen))
     jax.effects_barrier()
@@ -292,16 +410,37 @@ def test_every_token_is_decoded_with_separate_noise():
 @pytest.mark.long
 def test_errors_by_site_layer_and_module():
     config = dataclasses.replace(PRESETS["ideal"], dac=crossbar.DAC(bits=6))
-    frozen = program_on_arrays(_GRAPH, _DIGITAL, {"pool.A.*": config, "encoder.self.*": config}, _KEY)
+    frozen = program_on_arrays(
+        _GRAPH, _DIGITAL, {"pool.A.*": config, "encoder.self.*": config}, _KEY
+    )
     method = lf.Fusion()
     inputs = (_params(method), _INDEX, tiny.batch())
     rows = site_errors(frozen, observe(logits_of(_GRAPH, method), frozen, [inputs]))
     found = {(row["site"], row["layer"], row["module"]): row["sqnr"] for row in rows}
     assert found.keys() == {
-        *((f"encoder.self.{name}", layer, None) for name in "qkvo" for layer in range(3)),
-        *((f"pool.A.encoder.self.{name}", layer, n) for name in "qv" for layer in range(3) for n in (0, 2)),
-        *((f"pool.A.decoder.self.{name}", layer, n) for name in "qv" for layer in range(2) for n in (0, 2)),
-        *((f"pool.A.decoder.cross.{name}", layer, n) for name in "qv" for layer in range(2) for n in (0, 2)),
+        *(
+            (f"encoder.self.{name}", layer, None)
+            for name in "qkvo"
+            for layer in range(3)
+        ),
+        *(
+            (f"pool.A.encoder.self.{name}", layer, n)
+            for name in "qv"
+            for layer in range(3)
+            for n in (0, 2)
+        ),
+        *(
+            (f"pool.A.decoder.self.{name}", layer, n)
+            for name in "qv"
+            for layer in range(2)
+            for n in (0, 2)
+        ),
+        *(
+            (f"pool.A.decoder.cross.{name}", layer, n)
+            for name in "qv"
+            for layer in range(2)
+            for n in (0, 2)
+        ),
     }
     # 6 bits, sign included: a uniform error of 1 / 31 of the largest input.
     assert all(20 < sqnr < 45 for sqnr in found.values())

@@ -20,11 +20,15 @@ from lorafusion_jax.models.architecture import sharing_inputs
 from lorafusion_jax.parts import matrices
 
 NOISY = crossbar.CrossbarConfig(
-    mapping=crossbar.Mapping(scale="column"), device=crossbar.Device(programming=crossbar.Independent(0.05))
+    mapping=crossbar.Mapping(scale="column"),
+    device=crossbar.Device(programming=crossbar.Independent(0.05)),
 )
 DIGITAL = ("head", "*.ff.*")
 # Rows of the task of several lengths, and more than a batch has, so that there is padding.
-_ROWS = [json.loads(row)["context"] for row in (recipes.TASK / "train.jsonl").read_text().splitlines()]
+_ROWS = [
+    json.loads(row)["context"]
+    for row in (recipes.TASK / "train.jsonl").read_text().splitlines()
+]
 LINES = "\n".join(_ROWS[:20])
 
 
@@ -45,7 +49,11 @@ def fused(small, folder):
 
 
 def _options(small, folder, **changes):
-    own = {"crossbar": str(folder / "noisy.yaml"), "text": (folder / "lines.txt",), "out": folder / "prepared"}
+    own = {
+        "crossbar": str(folder / "noisy.yaml"),
+        "text": (folder / "lines.txt",),
+        "out": folder / "prepared",
+    }
     return lf.PrepareOptions(base=str(small[0]), **own | changes)
 
 
@@ -56,32 +64,55 @@ def test_factors_follow_from_the_models_inputs(small, folder):
     tokens = np.concatenate(loaded.tokenizer(LINES.splitlines())["input_ids"])
     embedded = np.asarray(model.embedding.get_value())[tokens]
     scale = np.asarray(model.encoder.self_norm.scale.get_value())[0]
-    normed = embedded / np.sqrt(np.mean(embedded**2, axis=-1, keepdims=True) + model.config.eps) * scale
+    normed = (
+        embedded
+        / np.sqrt(np.mean(embedded**2, axis=-1, keepdims=True) + model.config.eps)
+        * scale
+    )
     prepared = parts.load_chips(str(folder / "prepared")).prepared.of_sites
     q, k, o = (prepared[f"encoder.self.{name}"] for name in "qko")
     np.testing.assert_array_equal(q.factors, k.factors)
     assert not np.array_equal(q.factors, o.factors)
-    sums = sum(np.sum(np.square(lf.kernels(model)[f"encoder.self.{name}"][0]), axis=-1) for name in "qkv")
+    sums = sum(
+        np.sum(np.square(lf.kernels(model)[f"encoder.self.{name}"][0]), axis=-1)
+        for name in "qkv"
+    )
     squares = np.asarray(q.factors[0]) ** 4 * sums
     expected = np.mean(normed**2, axis=0)
-    np.testing.assert_allclose(squares / squares.mean(), expected / expected.mean(), rtol=2e-3)
+    np.testing.assert_allclose(
+        squares / squares.mean(), expected / expected.mean(), rtol=2e-3
+    )
 
 
 def test_outputs_on_prepared_chips_are_closer_to_the_digital_ones(folder, fused):
-    setup, _, params = parts.load_to_evaluate(parts.EvaluateOptions(run=parts.run_path(fused)))
-    setup, prepared = setup.with_layers(unroll=False), parts.load_chips(str(folder / "prepared"))
-    graph, method, digital = setup.problem.graph, setup.problem.method, setup.problem.frozen
+    setup, _, params = parts.load_to_evaluate(
+        parts.EvaluateOptions(run=parts.run_path(fused))
+    )
+    setup = setup.with_layers(unroll=False)
+    prepared = parts.load_chips(str(folder / "prepared"))
+    graph = setup.problem.graph
+    method = setup.problem.method
+    digital = setup.problem.frozen
     frozen = prepared.checked(setup).problem.frozen
     batch = jax.tree.map(jnp.asarray, next(calibration_batches(setup, params, 8)))
     expected = logits_of(graph, method)(digital, batch)
 
     def error(frozen, config):
-        on_arrays = parts.program_on_arrays(graph, frozen, {"*.ff.wo": config}, jax.random.key(0))
-        return float(jnp.mean(jnp.square(logits_of(graph, method)(on_arrays, batch) - expected)))
+        on_arrays = parts.program_on_arrays(
+            graph, frozen, {"*.ff.wo": config}, jax.random.key(0)
+        )
+        return float(
+            jnp.mean(jnp.square(logits_of(graph, method)(on_arrays, batch) - expected))
+        )
 
     mapping = dataclasses.replace(prepared.config.mapping, weight_bits=None)
-    exact = crossbar.CrossbarConfig(cell=crossbar.Cell(bits=None), mapping=mapping, dac=None)
-    unclipped = {name: dataclasses.replace(one, ranges=None) for name, one in frozen.preparations.items()}
+    exact = crossbar.CrossbarConfig(
+        cell=crossbar.Cell(bits=None), mapping=mapping, dac=None
+    )
+    unclipped = {
+        name: dataclasses.replace(one, ranges=None)
+        for name, one in frozen.preparations.items()
+    }
     assert error(dataclasses.replace(frozen, preparations=unclipped), exact) < 1e-6
     assert error(frozen, prepared.config) < 0.8 * error(digital, NOISY)
 
@@ -90,21 +121,31 @@ def test_outputs_on_prepared_chips_are_closer_to_the_digital_ones(folder, fused)
 def test_programmed_chips_keep_their_preparation(small, folder, fused):
     out = folder / "chips"
     own = {"crossbar": str(folder / "prepared"), "keep_digital": DIGITAL, "chip_key": 3}
-    parts.write_chips(parts.ProgramOptions(base=str(small[0]), pool=str(small[1]), out=out, **own))
-    run = parts.run_path(fused)
-    written, drawn = (
-        parts.evaluate_on_chips(parts.EvaluateOnChipsOptions(run=run, **of))["rows"]
-        for of in ({"crossbar": str(out)}, own)
+    parts.write_chips(
+        parts.ProgramOptions(base=str(small[0]), pool=str(small[1]), out=out, **own)
     )
+    run = parts.run_path(fused)
+    written = parts.evaluate_on_chips(
+        parts.EvaluateOnChipsOptions(run=run, **{"crossbar": str(out)})
+    )["rows"]
+    drawn = parts.evaluate_on_chips(parts.EvaluateOnChipsOptions(run=run, **own))[
+        "rows"
+    ]
     assert [row["loss"] for row in written] == [row["loss"] for row in drawn]
-    assert parts.load_chips(str(out)).sha256 != crossbar.config_hash(parts.load_chips(str(out)).config)
+    assert parts.load_chips(str(out)).sha256 != crossbar.config_hash(
+        parts.load_chips(str(out)).config
+    )
 
 
 @pytest.mark.long
 def test_corrections_belong_to_a_preparation(small, folder):
     own = {"crossbar": str(folder / "prepared"), "keep_digital": DIGITAL}
     options = parts.RestoreOptions(
-        base=str(small[0]), text=(folder / "lines.txt",), epochs=1, out=folder / "restored", **own
+        base=str(small[0]),
+        text=(folder / "lines.txt",),
+        epochs=1,
+        out=folder / "restored",
+        **own,
     )
     settings = parts.restore_chips(options)[0]["settings"]
     assert settings["rate"] == 0.0015
@@ -117,7 +158,14 @@ def test_corrections_belong_to_a_preparation(small, folder):
 
 def test_the_command_says_what_it_gains(small, folder, capsys):
     out = folder / "again"
-    args = ["--base", str(small[0]), "--crossbar", str(folder / "noisy.yaml"), "--text", str(folder / "lines.txt")]
+    args = [
+        "--base",
+        str(small[0]),
+        "--crossbar",
+        str(folder / "noisy.yaml"),
+        "--text",
+        str(folder / "lines.txt"),
+    ]
     args += ["--keep-digital", *DIGITAL]
     main(["crossbar", "prepare", *args, "--out", str(out)])
     lines = capsys.readouterr().out.splitlines()
@@ -125,19 +173,39 @@ def test_the_command_says_what_it_gains(small, folder, capsys):
     assert float(query[2]) < 0.9 * float(query[1])
     again = parts.load_chips(str(out))
     identity = again.prepared.of_sites["encoder.self.q"].identity
-    assert identity == parts.load_chips(str(folder / "prepared")).prepared.of_sites["encoder.self.q"].identity
-    assert again.digital == DIGITAL and not [name for name in again.prepared.of_sites if ".ff." in name]
+    assert (
+        identity
+        == parts.load_chips(str(folder / "prepared"))
+        .prepared.of_sites["encoder.self.q"]
+        .identity
+    )
+    assert again.digital == DIGITAL and not [
+        name for name in again.prepared.of_sites if ".ff." in name
+    ]
 
 
 def test_wrong_preparations_are_refused(small, folder, tmp_path):
     with pytest.raises(ValueError, match="exists: give another --out"):
         lf.prepare(_options(small, folder))
-    crossbar.save_config(crossbar.CrossbarConfig(device=NOISY.device), tmp_path / "matrix.yaml")
+    crossbar.save_config(
+        crossbar.CrossbarConfig(device=NOISY.device), tmp_path / "matrix.yaml"
+    )
     with pytest.raises(ValueError, match="set it to column"):
-        lf.prepare(_options(small, folder, crossbar=str(tmp_path / "matrix.yaml"), out=tmp_path / "new"))
+        lf.prepare(
+            _options(
+                small,
+                folder,
+                crossbar=str(tmp_path / "matrix.yaml"),
+                out=tmp_path / "new",
+            )
+        )
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(ValueError, match="the text has 0 lines: give at least a line"):
-        lf.prepare(_options(small, folder, text=(tmp_path / "empty.txt",), out=tmp_path / "new"))
+        lf.prepare(
+            _options(
+                small, folder, text=(tmp_path / "empty.txt",), out=tmp_path / "new"
+            )
+        )
     assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="prepares another base model"):
         parts.load_chips(str(folder / "prepared")).prepared.check("0" * 64, {})
@@ -146,9 +214,21 @@ def test_wrong_preparations_are_refused(small, folder, tmp_path):
     loaded = parts.load_model(lf.LoadOptions(base=str(small[0]), method="zero-shot"))
     for part, values, message in (
         ("slope", np.ones(2), "encoder.self.q.*expected factors, ranges"),
-        ("ranges", 0 * sound["encoder.self.q"]["ranges"], "encoder.self.q/ranges.*none of them 0"),
-        ("ranges", np.ones((4, 3), np.float32), "encoder.self.q/.*with the L of the other array"),
-        ("ranges", np.ones((1, 96), np.float32), "encoder.self.q' is arrays with another identity"),
+        (
+            "ranges",
+            0 * sound["encoder.self.q"]["ranges"],
+            "encoder.self.q/ranges.*none of them 0",
+        ),
+        (
+            "ranges",
+            np.ones((4, 3), np.float32),
+            "encoder.self.q/.*with the L of the other array",
+        ),
+        (
+            "ranges",
+            np.ones((1, 96), np.float32),
+            "encoder.self.q' is arrays with another identity",
+        ),
     ):
         shutil.rmtree(changed / "preparations")
         tree = sound | {"encoder.self.q": sound["encoder.self.q"] | {part: values}}
@@ -156,13 +236,20 @@ def test_wrong_preparations_are_refused(small, folder, tmp_path):
         with pytest.raises(ValueError, match=message):
             parts.load_chips(str(changed)).checked(loaded)
     crossbar.save_config(NOISY, changed / "config.yaml")
-    with pytest.raises(ValueError, match="not the configuration that the base was prepared for"):
+    with pytest.raises(
+        ValueError, match="not the configuration that the base was prepared for"
+    ):
         parts.load_chips(str(changed))
     config = folder / "prepared" / "config.yaml"
     with pytest.raises(ValueError, match="need a preparation"):
         rules = {"*": crossbar.load_config(config)}
-        parts.program_on_arrays(loaded.problem.graph, loaded.problem.frozen, rules, jax.random.key(0))
-    with pytest.raises(ValueError, match="run `lorafusion crossbar prepare --crossbar .*config.yaml` with text"):
+        parts.program_on_arrays(
+            loaded.problem.graph, loaded.problem.frozen, rules, jax.random.key(0)
+        )
+    with pytest.raises(
+        ValueError,
+        match="run `lorafusion crossbar prepare --crossbar .*config.yaml` with text",
+    ):
         parts.load_chips(str(config)).checked(loaded)
     with pytest.raises(ValueError, match="leave none for arrays: name fewer"):
         lf.prepare(_options(small, folder, keep_digital=("*",), out=tmp_path / "new"))
@@ -171,12 +258,21 @@ def test_wrong_preparations_are_refused(small, folder, tmp_path):
 def test_an_input_that_several_matrices_meet_is_transformed_once():
     """The 7 matrices of an encoder's layer have 4 inputs: queries, keys and values share one, and so do gates."""
     graph, base = nnx.split(tiny.t5())
-    config = crossbar.CrossbarConfig(mapping=crossbar.Mapping(factors=True, transform="hadamard"))
-    weights, found = matrices(nnx.merge(graph, base)), {}
-    for names in sharing_inputs(tiny.CONFIG.sites, [name for name in weights if name.startswith("encoder.")]):
+    config = crossbar.CrossbarConfig(
+        mapping=crossbar.Mapping(factors=True, transform="hadamard")
+    )
+    weights = matrices(nnx.merge(graph, base))
+    found = {}
+    for names in sharing_inputs(
+        tiny.CONFIG.sites, [name for name in weights if name.startswith("encoder.")]
+    ):
         found |= crossbar.prepare({name: weights[name] for name in names}, None, config)
     frozen = lf.Frozen(base, preparations=found)
-    on_arrays = parts.program_on_arrays(graph, frozen, {"encoder.*": config}, jax.random.key(0))
-    program, _ = tiny.compiled(parts.logits_of_base(graph), on_arrays.base, tiny.batch())
+    on_arrays = parts.program_on_arrays(
+        graph, frozen, {"encoder.*": config}, jax.random.key(0)
+    )
+    program, _ = tiny.compiled(
+        parts.logits_of_base(graph), on_arrays.base, tiny.batch()
+    )
     products_of_attention = 2 * 3
     assert program.as_text().count(" dot(") == len(weights) + products_of_attention + 4

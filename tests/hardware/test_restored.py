@@ -36,15 +36,30 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("restored")
     small_llama.make(home / "base")
     noisy = crossbar.load_config("ideal")
-    noisy = dataclasses.replace(noisy, device=crossbar.Device(programming=Independent(0.05)))
+    noisy = dataclasses.replace(
+        noisy, device=crossbar.Device(programming=Independent(0.05))
+    )
     save_config(noisy, home / "noisy.yaml")
     (home / "page.txt").write_text(_TEXT)
-    parts.restore_chips(_options(home, out=home / "restored", chip=(0, 2), epochs=2, method="low-rank", rank=2.0))
+    parts.restore_chips(
+        _options(
+            home,
+            out=home / "restored",
+            chip=(0, 2),
+            epochs=2,
+            method="low-rank",
+            rank=2.0,
+        )
+    )
     return home
 
 
 def _options(home, **changed):
-    given = {"base": str(home / "base"), "crossbar": str(home / "noisy.yaml"), "text": (home / "page.txt",)}
+    given = {
+        "base": str(home / "base"),
+        "crossbar": str(home / "noisy.yaml"),
+        "text": (home / "page.txt",),
+    }
     return parts.RestoreOptions(**given | changed)
 
 
@@ -66,11 +81,15 @@ def digest(home):
 def _on_chip(loaded, chips, number, *at):
     """The base's weights as a chip has them, at an age."""
     key = chips.chip_key(number)
-    return parts.program_on_arrays(loaded.problem.graph, loaded.problem.frozen, chips.rules(*at), key).base
+    return parts.program_on_arrays(
+        loaded.problem.graph, loaded.problem.frozen, chips.rules(*at), key
+    ).base
 
 
 def _made(folder, number):
-    return json.loads((folder / f"chip_{number}" / "manifest.json").read_text())["metadata"]
+    return json.loads((folder / f"chip_{number}" / "manifest.json").read_text())[
+        "metadata"
+    ]
 
 
 def test_restoring_brings_the_chips_closer_to_the_digital_model(home):
@@ -81,17 +100,35 @@ def test_restoring_brings_the_chips_closer_to_the_digital_model(home):
 
 def test_matrices_have_the_rates_that_tuning_preferred():
     """Of results/restore/tune.csv, for 3,072 tokens of real text."""
-    lines = (Path(__file__).parents[2] / "results" / "restore" / "tune.csv").read_text().splitlines()
-    trials = [row for row in csv.DictReader(lines) if row["text"] == "real" and "low rank" in row["corrections"]]
-    for method, name in (("lora", "low rank 1 %, distilled"), ("low-rank", "scales and low rank 1 %, distilled")):
-        best = min((row for row in trials if row["corrections"] == name), key=lambda row: row["KL on text left out"])
-        assert lf.Restoring(method=method, numbers=1).rate_of_matrices == float(best["rate of low rank"])
+    lines = (
+        (Path(__file__).parents[2] / "results" / "restore" / "tune.csv")
+        .read_text()
+        .splitlines()
+    )
+    trials = [
+        row
+        for row in csv.DictReader(lines)
+        if row["text"] == "real" and "low rank" in row["corrections"]
+    ]
+    for method, name in (
+        ("lora", "low rank 1 %, distilled"),
+        ("low-rank", "scales and low rank 1 %, distilled"),
+    ):
+        best = min(
+            (row for row in trials if row["corrections"] == name),
+            key=lambda row: row["KL on text left out"],
+        )
+        assert lf.Restoring(method=method, numbers=1).rate_of_matrices == float(
+            best["rate of low rank"]
+        )
 
 
 @pytest.mark.long
 def test_loaded_corrections_are_on_the_chips_bit_by_bit(home, loaded, chips, digest):
-    graph, frozen = loaded.problem.graph, loaded.problem.frozen
-    run, key = parts.logits_of_base(graph), chips.chip_key(2)
+    graph = loaded.problem.graph
+    frozen = loaded.problem.frozen
+    run = parts.logits_of_base(graph)
+    key = chips.chip_key(2)
     ids = loaded.tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
     batches = parts.windows(loaded, ids)
     measured = max(1, len(batches) // 8)
@@ -100,34 +137,54 @@ def test_loaded_corrections_are_on_the_chips_bit_by_bit(home, loaded, chips, dig
     how = lf.Restoring(method="low-rank", numbers=numbers, epochs=2)
     train = batches[: len(batches) - measured]
     targets = [run(frozen.base, batch) for batch in train]
-    found = lf.restore(run, weights, parts.digital_matrices(loaded, weights), train, targets, how)
+    found = lf.restore(
+        run, weights, parts.digital_matrices(loaded, weights), train, targets, how
+    )
     (of_disk,) = parts.load_restored(str(home / "restored"), chips, [2], digest)
     for site, correction in found.items():
         of_site = of_disk.corrections[site]
         np.testing.assert_allclose(of_site.scale, correction.scale, rtol=1e-4)
-        np.testing.assert_allclose(of_site.U @ of_site.V, correction.U @ correction.V, atol=1e-4)
-    on_chip = parts.program_on_arrays(graph, frozen, chips.rules(), key, restored=of_disk).base
+        np.testing.assert_allclose(
+            of_site.U @ of_site.V, correction.U @ correction.V, atol=1e-4
+        )
+    on_chip = parts.program_on_arrays(
+        graph, frozen, chips.rules(), key, restored=of_disk
+    ).base
     again = of_disk.on(parts.program_on_arrays(graph, frozen, chips.rules(), key).base)
     np.testing.assert_array_equal(run(on_chip, batches[0]), run(again, batches[0]))
-    assert parts.divergence(run(on_chip, batches[0]), run(frozen.base, batches[0])) < parts.divergence(
-        run(weights, batches[0]), run(frozen.base, batches[0])
-    )
+    assert parts.divergence(
+        run(on_chip, batches[0]), run(frozen.base, batches[0])
+    ) < parts.divergence(run(weights, batches[0]), run(frozen.base, batches[0]))
 
 
-def test_windows_of_text_begin_with_the_token_that_the_model_expects_before_a_text(loaded):
+def test_windows_of_text_begin_with_the_token_that_the_model_expects_before_a_text(
+    loaded,
+):
     ids = loaded.tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
-    rows = [np.concatenate([batch.input_ids[0], batch.labels[0]]) for batch in parts.windows(loaded, ids)]
+    rows = [
+        np.concatenate([batch.input_ids[0], batch.labels[0]])
+        for batch in parts.windows(loaded, ids)
+    ]
     assert {len(row) for row in rows} == {128}
     assert {row[0] for row in rows} == {loaded.tokenizer.bos_token_id}
-    np.testing.assert_array_equal(np.concatenate([row[1:] for row in rows]), ids[: 127 * len(rows)])
-    assert len(parts.sampled(loaded, 200, 0)) == 2 * 127  # rows that fill a window each, without that token
+    np.testing.assert_array_equal(
+        np.concatenate([row[1:] for row in rows]), ids[: 127 * len(rows)]
+    )
+    assert (
+        len(parts.sampled(loaded, 200, 0)) == 2 * 127
+    )  # rows that fill a window each, without that token
 
 
 def test_a_text_on_which_the_tokenizer_panics_is_a_fault_of_the_base(home, tmp_path):
     base = shutil.copytree(home / "base", tmp_path / "base")
     content = json.loads((base / "tokenizer.json").read_text())
-    (base / "tokenizer.json").write_text(json.dumps(content | {"pre_tokenizer": {"type": "FixedLength", "length": 0}}))
-    with pytest.raises(ValueError, match=f"the tokenizer of {base} rejects a text .it panics: .*non-zero"):
+    (base / "tokenizer.json").write_text(
+        json.dumps(content | {"pre_tokenizer": {"type": "FixedLength", "length": 0}})
+    )
+    with pytest.raises(
+        ValueError,
+        match=f"the tokenizer of {base} rejects a text .it panics: .*non-zero",
+    ):
         parts.restore_chips(_options(home, base=str(base), out=tmp_path / "out"))
 
 
@@ -145,29 +202,51 @@ def test_outputs_are_computed_where_they_are_read():
 
 def test_an_encoder_decoder_reads_lines_and_answers_them_itself(home, tmp_path):
     base, _ = one_block.cut(tmp_path, adapters=1)
-    rows = map(json.loads, (one_block.SMALL / "tasks" / "double_digit" / "train.jsonl").read_text().splitlines())
+    rows = map(
+        json.loads,
+        (one_block.SMALL / "tasks" / "double_digit" / "train.jsonl")
+        .read_text()
+        .splitlines(),
+    )
     lines = [row["context"] for row in rows][:32]
     (tmp_path / "lines.txt").write_text("\n".join(lines))
     # Queries and values of both stacks are in arrays: every kind of matrix takes time to compile.
-    given = {"base": str(base), "text": (tmp_path / "lines.txt",), "out": tmp_path / "restored"}
+    given = {
+        "base": str(base),
+        "text": (tmp_path / "lines.txt",),
+        "out": tmp_path / "restored",
+    }
     given["keep_digital"] = ("head", "*.ff.*", "*.k", "*.o")
     (tmp_path / "few.txt").write_text("\n".join(lines[:16]))
-    for changed, found in (({"tokens": 100}, 32), ({"text": (tmp_path / "few.txt",)}, 16)):
+    for changed, found in (
+        ({"tokens": 100}, 32),
+        ({"text": (tmp_path / "few.txt",)}, 16),
+    ):
         refused = f"is not causal, and the text has {found} lines: give more than 16 lines with --text, without"
         with pytest.raises(ValueError, match=refused):
             parts.restore_chips(_options(home, **given | changed))
-    before, after = parts.restore_chips(_options(home, epochs=2, **given))[0]["divergence"]
+    before, after = parts.restore_chips(_options(home, epochs=2, **given))[0][
+        "divergence"
+    ]
     assert after < before
     # Answers are shorter than the batch is wide; only their tokens count.
     loaded = parts.load_model(lf.LoadOptions(base=str(base), method="zero-shot"))
-    graph, frozen = loaded.problem.graph, loaded.problem.frozen
+    graph = loaded.problem.graph
+    frozen = loaded.problem.frozen
     (batch,) = answered(loaded, lines[::8])  # the text that is left out
     chips = parts.load_chips(str(home / "noisy.yaml"), digital=given["keep_digital"])
-    on_chip, wanted = (
-        np.asarray(jax.nn.log_softmax(parts.logits_of_base(graph)(weights, batch)), float)[batch.labels != IGNORED]
-        for weights in (_on_chip(loaded, chips, 0), frozen.base)
+    on_chip = np.asarray(
+        jax.nn.log_softmax(
+            parts.logits_of_base(graph)(_on_chip(loaded, chips, 0), batch)
+        ),
+        float,
+    )[batch.labels != IGNORED]
+    wanted = np.asarray(
+        jax.nn.log_softmax(parts.logits_of_base(graph)(frozen.base, batch)), float
+    )[batch.labels != IGNORED]
+    assert before == pytest.approx(
+        np.mean(np.sum(np.exp(wanted) * (wanted - on_chip), axis=1)), rel=1e-2
     )
-    assert before == pytest.approx(np.mean(np.sum(np.exp(wanted) * (wanted - on_chip), axis=1)), rel=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -177,10 +256,15 @@ def test_an_encoder_decoder_reads_lines_and_answers_them_itself(home, tmp_path):
         ({"key": 3}, "with another key"),
         ({"base": "0" * 64}, "with another base model"),
         ({"chip": 1}, r"corrects 0, 2, not chip 1: run `lorafusion restore`"),
-        ({"folder": "nowhere"}, "nowhere has no corrections of a chip: give a folder that `lorafusion restore` wrote"),
+        (
+            {"folder": "nowhere"},
+            "nowhere has no corrections of a chip: give a folder that `lorafusion restore` wrote",
+        ),
     ],
 )
-def test_corrections_of_other_chips_are_refused_by_name(home, digest, tmp_path, changed, message):
+def test_corrections_of_other_chips_are_refused_by_name(
+    home, digest, tmp_path, changed, message
+):
     name = str(home / "noisy.yaml")
     if "crossbar" in changed:
         save_config(crossbar.load_config("ideal"), tmp_path / "other.yaml")
@@ -198,20 +282,44 @@ def test_corrections_of_other_chips_are_refused_by_name(home, digest, tmp_path, 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"out": None}, "is no folder of chips to put corrections into: give a folder with --out"),
+        (
+            {"out": None},
+            "is no folder of chips to put corrections into: give a folder with --out",
+        ),
         ({"epochs": -1}, "epochs is -1: expected at least 0"),
         ({"rate": float("nan")}, "rate is nan: expected a finite number"),
         ({"tokens": 200}, "the text has 200 tokens: give at least two windows of 128"),
         ({"text": ("latin.txt",)}, r"latin\.txt: not UTF-8 text .*: save it as UTF-8"),
         ({"chip": ()}, "chips is 0: expected at least 1"),
-        ({"out": Path(__file__)}, "test_restored.py is a file: give a folder with --out"),
-        ({"rank": 4.0}, "--rank: without effect on the method scales: leave it out, or choose another one"),
-        ({"method": "offsets", "rate_low_rank": 0.1}, "--rate-low-rank: without effect on the method offsets"),
+        (
+            {"out": Path(__file__)},
+            "test_restored.py is a file: give a folder with --out",
+        ),
+        (
+            {"rank": 4.0},
+            "--rank: without effect on the method scales: leave it out, or choose another one",
+        ),
+        (
+            {"method": "offsets", "rate_low_rank": 0.1},
+            "--rate-low-rank: without effect on the method offsets",
+        ),
         ({"method": "lora", "rate": 0.1}, "--rate: without effect on the method lora"),
-        ({"method": "low-rank", "rank": float("inf")}, "rank is inf: expected a finite number above 0"),
-        ({"method": "low-rank", "rank": 0.0}, "rank is 0.0: expected a finite number above 0"),
-        ({"method": "lora", "epochs": 0}, "lora starts as zeros and has no closed form: give 1 epoch or more"),
-        ({"method": "lora", "rank": 0.5}, "less than one rank for each matrix: give at least"),
+        (
+            {"method": "low-rank", "rank": float("inf")},
+            "rank is inf: expected a finite number above 0",
+        ),
+        (
+            {"method": "low-rank", "rank": 0.0},
+            "rank is 0.0: expected a finite number above 0",
+        ),
+        (
+            {"method": "lora", "epochs": 0},
+            "lora starts as zeros and has no closed form: give 1 epoch or more",
+        ),
+        (
+            {"method": "lora", "rank": 0.5},
+            "less than one rank for each matrix: give at least",
+        ),
     ],
 )
 def test_options_that_cannot_work_are_refused(home, tmp_path, changed, message):
@@ -225,82 +333,150 @@ def test_options_that_cannot_work_are_refused(home, tmp_path, changed, message):
 
 def test_an_unknown_kind_of_corrections_is_refused():
     how = lf.Restoring()
-    object.__setattr__(how, "method", "offset")  # which the type checks of the tests refuse in a constructor
-    with pytest.raises(ValueError, match="method is 'offset': expected one of scales, offsets, low-rank, lora"):
+    object.__setattr__(
+        how, "method", "offset"
+    )  # which the type checks of the tests refuse in a constructor
+    with pytest.raises(
+        ValueError,
+        match="method is 'offset': expected one of scales, offsets, low-rank, lora",
+    ):
         how.__post_init__()
 
 
 def test_the_command_prints_the_divergence_and_never_overwrites(home, tmp_path, capsys):
-    arguments = ["restore", "--base", str(home / "base"), "--crossbar", str(home / "noisy.yaml"), "--tokens", "256"]
+    arguments = [
+        "restore",
+        "--base",
+        str(home / "base"),
+        "--crossbar",
+        str(home / "noisy.yaml"),
+        "--tokens",
+        "256",
+    ]
     arguments += ["--epochs", "1", "--out", str(tmp_path / "restored")]
     cli.main(arguments)
     printed = capsys.readouterr().out
-    assert "digital parameters a chip" in printed and "KL from the digital model" in printed
+    assert (
+        "digital parameters a chip" in printed
+        and "KL from the digital model" in printed
+    )
     with pytest.raises(SystemExit):
         cli.main([*arguments, "--rate", "0.02"])
-    assert "another rate (0.01, now 0.02): give another --out; corrections are never overwr" in capsys.readouterr().err
+    assert (
+        "another rate (0.01, now 0.02): give another --out; corrections are never overwr"
+        in capsys.readouterr().err
+    )
 
 
 def test_chips_that_are_finished_are_not_computed_again(home, tmp_path):
     given = {"out": tmp_path / "restored", "epochs": 1}
     first = parts.restore_chips(_options(home, chip=(1,), **given))
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "restored").rglob("*.safetensors")}
+    times = {
+        path: path.stat().st_mtime_ns
+        for path in (tmp_path / "restored").rglob("*.safetensors")
+    }
     both = parts.restore_chips(_options(home, chip=(0, 1), **given))
     assert list(both) == [0, 1] and both[1] == first[1]
     assert {path: path.stat().st_mtime_ns for path in times} == times
-    alone = parts.restore_chips(_options(home, chip=(0,), epochs=1, out=tmp_path / "alone"))
+    alone = parts.restore_chips(
+        _options(home, chip=(0,), epochs=1, out=tmp_path / "alone")
+    )
     assert both[0] == alone[0]
-    with pytest.raises(ValueError, match=r"chip_0 has corrections with another method \(scales, now offsets\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"chip_0 has corrections with another method \(scales, now offsets\)",
+    ):
         parts.restore_chips(_options(home, chip=(2,), method="offsets", **given))
 
 
 @pytest.mark.long
-def test_chips_over_devices_get_the_corrections_of_one_device(home, tmp_path, monkeypatch):
-    programs, step = [], restoring._step
+def test_chips_over_devices_get_the_corrections_of_one_device(
+    home, tmp_path, monkeypatch
+):
+    programs = []
+    step = restoring._step
 
     def compiled(*given):
         if not programs:
-            programs.append(tiny.compiled(lambda *trees: step(*trees, *given[5:]), *given[:5])[0].as_text())
-            parts_of_devices = [leaf.addressable_shards[0].data.shape[0] for leaf in jax.tree.leaves(given[2])]
+            programs.append(
+                tiny.compiled(lambda *trees: step(*trees, *given[5:]), *given[:5])[
+                    0
+                ].as_text()
+            )
+            parts_of_devices = [
+                leaf.addressable_shards[0].data.shape[0]
+                for leaf in jax.tree.leaves(given[2])
+            ]
             assert {*parts_of_devices} == {1}
         return step(*given)
 
     monkeypatch.setattr(restoring, "_step", compiled)
-    given = {"chip": (0, 2, 1), "epochs": 2, "method": "low-rank", "rank": 2.0}  # the second device has no fourth chip
+    given = {
+        "chip": (0, 2, 1),
+        "epochs": 2,
+        "method": "low-rank",
+        "rank": 2.0,
+    }  # the second device has no fourth chip
     parts.restore_chips(_options(home, out=tmp_path / "spread", mesh="seed=2", **given))
-    assert not re.search(r"all-(reduce|gather|to-all)|collective-permute|reduce-scatter", programs[0])
+    assert not re.search(
+        r"all-(reduce|gather|to-all)|collective-permute|reduce-scatter", programs[0]
+    )
     for number in (0, 2):
-        alone, spread = (
-            load_file(folder / f"chip_{number}" / "arrays.safetensors")
-            for folder in (home / "restored", tmp_path / "spread")
+        alone = load_file(home / "restored" / f"chip_{number}" / "arrays.safetensors")
+        spread = load_file(
+            tmp_path / "spread" / f"chip_{number}" / "arrays.safetensors"
         )
         assert alone.keys() == spread.keys()
         for name, values in alone.items():
-            np.testing.assert_allclose(spread[name], values, rtol=1e-3, atol=1e-3 * np.abs(values).max())
+            np.testing.assert_allclose(
+                spread[name], values, rtol=1e-3, atol=1e-3 * np.abs(values).max()
+            )
         np.testing.assert_allclose(
-            *(_made(f, number)["divergence"] for f in (home / "restored", tmp_path / "spread")), rtol=1e-3
+            *(
+                _made(f, number)["divergence"]
+                for f in (home / "restored", tmp_path / "spread")
+            ),
+            rtol=1e-3,
         )
     assert _made(tmp_path / "spread", 1)["numbers"]
 
 
 def test_two_processes_do_not_write_into_one_folder(home, tmp_path):
     with locked(out := tmp_path / "restored", "another --out"):
-        with pytest.raises(ValueError, match=f"restored is in use by process {os.getpid()}: wait for it, or give"):
+        with pytest.raises(
+            ValueError,
+            match=f"restored is in use by process {os.getpid()}: wait for it, or give",
+        ):
             parts.restore_chips(_options(home, out=out))
     assert [path.name for path in out.iterdir()] == [".lock"]
 
 
-def test_a_linked_folder_next_to_the_chips_is_not_written_through(home, chips, digest, tmp_path):
+def test_a_linked_folder_next_to_the_chips_is_not_written_through(
+    home, chips, digest, tmp_path
+):
     (outside := tmp_path / "outside").mkdir()
     (folder := tmp_path / "chips").mkdir()
-    manifest = dict.fromkeys(("base", "base_sha256", "config", "config_sha256"), "") | {"digital": [], "key": 0}
+    manifest = dict.fromkeys(("base", "base_sha256", "config", "config_sha256"), "") | {
+        "digital": [],
+        "key": 0,
+    }
     manifest |= {"pool": None, "modules": {}, "basis_sha256": None, "chips": 1}
-    counts = dict.fromkeys(("arrays", "cells", "utilisation"), 1) | dict.fromkeys(("pulses", "joules", "seconds"), [])
+    counts = dict.fromkeys(("arrays", "cells", "utilisation"), 1) | dict.fromkeys(
+        ("pulses", "joules", "seconds"), []
+    )
     save_config(chips.config, folder / "config.yaml")
-    manifest |= {"base_sha256": digest, "config_sha256": crossbar.config_hash(chips.config)}
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"one_chip": counts | {"simulated_pulses": None}}))
+    manifest |= {
+        "base_sha256": digest,
+        "config_sha256": crossbar.config_hash(chips.config),
+    }
+    (folder / "manifest.json").write_text(
+        json.dumps(manifest | {"one_chip": counts | {"simulated_pulses": None}})
+    )
     (folder / "restored-scales").symlink_to(outside)
-    with pytest.raises(lf.FileError, match="restored-scales: a link, which could lead out of its folder"):
+    with pytest.raises(
+        lf.FileError,
+        match="restored-scales: a link, which could lead out of its folder",
+    ):
         parts.restore_chips(_options(home, crossbar=str(folder)))
     assert not list(outside.iterdir())
 
@@ -312,32 +488,80 @@ def _scale(arrays):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda a: {"loose": a[_scale(a)]}, r"'loose/' is float32\[.*: expected float32 without NaN in scale, offset"),
-        (lambda a: a | {_scale(a): a[_scale(a)] * np.nan}, "expected float32 without NaN"),
-        (lambda a: a | {_scale(a): a[_scale(a)].astype(int)}, r"/scale' is int64\[.*expected float32"),
-        (lambda a: a | {_scale(a) + "/deeper": a[_scale(a)]}, "not the path of an array in a tree"),
-        (lambda a: {n: x for n, x in a.items() if not n.endswith("/V")}, r"U \[d_in, r\] with V \[r, d_out\]"),
-        (lambda a: {n: x[:-1] if n.endswith("/V") else x for n, x in a.items()}, "expected float32"),
-        (lambda a: {_scale(a): a[_scale(a)][..., :3]}, r"has shape \(1, 3\): expected \(1, "),
-        (lambda a: {_scale(a): a[_scale(a)], _scale(a)[:-5] + "limits": np.ones(3, np.float32)}, "limits of .* shape"),
-        (lambda a: {"elsewhere/scale": a[_scale(a)]}, "a correction of 'elsewhere': expected one of the chips"),
+        (
+            lambda a: {"loose": a[_scale(a)]},
+            r"'loose/' is float32\[.*: expected float32 without NaN in scale, offset",
+        ),
+        (
+            lambda a: a | {_scale(a): a[_scale(a)] * np.nan},
+            "expected float32 without NaN",
+        ),
+        (
+            lambda a: a | {_scale(a): a[_scale(a)].astype(int)},
+            r"/scale' is int64\[.*expected float32",
+        ),
+        (
+            lambda a: a | {_scale(a) + "/deeper": a[_scale(a)]},
+            "not the path of an array in a tree",
+        ),
+        (
+            lambda a: {n: x for n, x in a.items() if not n.endswith("/V")},
+            r"U \[d_in, r\] with V \[r, d_out\]",
+        ),
+        (
+            lambda a: {n: x[:-1] if n.endswith("/V") else x for n, x in a.items()},
+            "expected float32",
+        ),
+        (
+            lambda a: {_scale(a): a[_scale(a)][..., :3]},
+            r"has shape \(1, 3\): expected \(1, ",
+        ),
+        (
+            lambda a: {
+                _scale(a): a[_scale(a)],
+                _scale(a)[:-5] + "limits": np.ones(3, np.float32),
+            },
+            "limits of .* shape",
+        ),
+        (
+            lambda a: {"elsewhere/scale": a[_scale(a)]},
+            "a correction of 'elsewhere': expected one of the chips",
+        ),
     ],
 )
-def test_other_arrays_under_a_right_digest_are_refused(home, loaded, chips, digest, tmp_path, change, message):
-    folder = shutil.copytree(home / "restored" / "chip_0", tmp_path / "restored" / "chip_0")
-    save_file(change(load_file(folder / "arrays.safetensors")), folder / "arrays.safetensors")
+def test_other_arrays_under_a_right_digest_are_refused(
+    home, loaded, chips, digest, tmp_path, change, message
+):
+    folder = shutil.copytree(
+        home / "restored" / "chip_0", tmp_path / "restored" / "chip_0"
+    )
+    save_file(
+        change(load_file(folder / "arrays.safetensors")), folder / "arrays.safetensors"
+    )
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["arrays.safetensors"] = hashlib.sha256((folder / "arrays.safetensors").read_bytes()).hexdigest()
+    manifest["files"]["arrays.safetensors"] = hashlib.sha256(
+        (folder / "arrays.safetensors").read_bytes()
+    ).hexdigest()
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    graph, frozen = loaded.problem.graph, loaded.problem.frozen
+    graph = loaded.problem.graph
+    frozen = loaded.problem.frozen
     with pytest.raises(ValueError, match=f"{tmp_path / 'restored'}.*{message}"):
-        (restored,) = parts.load_restored(str(tmp_path / "restored"), chips, [0], digest)
-        parts.program_on_arrays(graph, frozen, chips.rules(), chips.chip_key(0), restored=restored)
+        (restored,) = parts.load_restored(
+            str(tmp_path / "restored"), chips, [0], digest
+        )
+        parts.program_on_arrays(
+            graph, frozen, chips.rules(), chips.chip_key(0), restored=restored
+        )
 
 
-def test_corrections_of_two_chips_are_not_exchanged_nor_mixed(home, chips, digest, tmp_path):
+def test_corrections_of_two_chips_are_not_exchanged_nor_mixed(
+    home, chips, digest, tmp_path
+):
     for number, other in ((0, 2), (2, 0)):
-        shutil.copytree(home / "restored" / f"chip_{number}", tmp_path / "exchanged" / f"chip_{other}")
+        shutil.copytree(
+            home / "restored" / f"chip_{number}",
+            tmp_path / "exchanged" / f"chip_{other}",
+        )
     message = r"chip_0: chip is 2: expected 0; rename it to chip_2"
     with pytest.raises(lf.FileError, match=message):
         parts.load_restored(str(tmp_path / "exchanged"), chips, [0, 2], digest)
@@ -347,30 +571,52 @@ def test_corrections_of_two_chips_are_not_exchanged_nor_mixed(home, chips, diges
     file = tmp_path / "mixed" / "chip_2" / "manifest.json"
     file.write_text(file.read_text().replace('"epochs": 2', '"epochs": 3'))
     with pytest.raises(
-        lf.FileError, match="chip_2: computed with other settings than chip 0: run `lorafusion restore`"
+        lf.FileError,
+        match="chip_2: computed with other settings than chip 0: run `lorafusion restore`",
     ):
         parts.load_restored(str(tmp_path / "mixed"), chips, [0, 2], digest)
 
 
 def test_chips_whose_pool_stays_digital_are_restored(home, tmp_path):
-    made = parts.restore_chips(_options(home, keep_digital=("pool.*",), epochs=0, out=tmp_path / "restored"))
+    made = parts.restore_chips(
+        _options(home, keep_digital=("pool.*",), epochs=0, out=tmp_path / "restored")
+    )
     assert made[0]["settings"]["digital"] == ["pool.*"]
 
 
-def test_corrections_made_in_advance_help_a_chip_that_drifts_otherwise(home, loaded, digest, tmp_path):
+def test_corrections_made_in_advance_help_a_chip_that_drifts_otherwise(
+    home, loaded, digest, tmp_path
+):
     drifting = crossbar.load_config("ideal")
-    drifting = dataclasses.replace(drifting, device=crossbar.Device(drift=crossbar.PowerLaw(0.05, 0.02)))
+    drifting = dataclasses.replace(
+        drifting, device=crossbar.Device(drift=crossbar.PowerLaw(0.05, 0.02))
+    )
     save_config(drifting, tmp_path / "drifting.yaml")
     given = {"crossbar": str(tmp_path / "drifting.yaml"), "epochs": 0}
-    with pytest.raises(ValueError, match="in advance for an age of chips that drift: give --age"):
-        parts.restore_chips(_options(home, in_advance=True, out=tmp_path / "early", **given))
+    with pytest.raises(
+        ValueError, match="in advance for an age of chips that drift: give --age"
+    ):
+        parts.restore_chips(
+            _options(home, in_advance=True, out=tmp_path / "early", **given)
+        )
     for name in ("advance", "again"):
-        parts.restore_chips(_options(home, age="1year", in_advance=name == "advance", out=tmp_path / name, **given))
+        parts.restore_chips(
+            _options(
+                home,
+                age="1year",
+                in_advance=name == "advance",
+                out=tmp_path / name,
+                **given,
+            )
+        )
     chips = parts.load_chips(given["crossbar"])
-    graph, frozen = loaded.problem.graph, loaded.problem.frozen
+    graph = loaded.problem.graph
+    frozen = loaded.problem.frozen
     run = parts.logits_of_base(graph)
     aged_chip = _on_chip(loaded, chips, 0, parts.aged(chips.config, "1year"))
-    batch = parts.windows(loaded, loaded.tokenizer(_TEXT, add_special_tokens=False)["input_ids"])[0]
+    batch = parts.windows(
+        loaded, loaded.tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
+    )[0]
     target = run(frozen.base, batch)
     off = [parts.divergence(run(aged_chip, batch), target)]
     for name in ("advance", "again"):
@@ -379,19 +625,47 @@ def test_corrections_made_in_advance_help_a_chip_that_drifts_otherwise(home, loa
     assert off[2] < off[1] < 0.8 * off[0]
 
 
-def test_generate_answers_on_the_restored_chip(home, loaded, chips, digest, tmp_path, capsys):
+def test_generate_answers_on_the_restored_chip(
+    home, loaded, chips, digest, tmp_path, capsys
+):
     (tmp_path / "lines.txt").write_text("the cold bold\nuser assistant\n")
-    asked = ["generate", "--base", str(home / "base"), "--file", str(tmp_path / "lines.txt"), "--max-new-tokens", "6"]
-    on_chip = ["--crossbar", str(home / "noisy.yaml"), "--chip", "2", "--restore", str(home / "restored")]
+    asked = [
+        "generate",
+        "--base",
+        str(home / "base"),
+        "--file",
+        str(tmp_path / "lines.txt"),
+        "--max-new-tokens",
+        "6",
+    ]
+    on_chip = [
+        "--crossbar",
+        str(home / "noisy.yaml"),
+        "--chip",
+        "2",
+        "--restore",
+        str(home / "restored"),
+    ]
     cli.main([*asked, *on_chip])
     printed = capsys.readouterr().out.splitlines()
     (restored,) = parts.load_restored(str(home / "restored"), chips, [2], digest)
     weights = _on_chip(loaded, chips, 2)
     model = nnx.merge(loaded.problem.graph, restored.on(weights))
-    ids = jnp.array(loaded.tokenizer.encode("the cold bold")[:-1])[None]  # without the token that ends a text
+    ids = jnp.array(loaded.tokenizer.encode("the cold bold")[:-1])[
+        None
+    ]  # without the token that ends a text
     wanted = lf.generate(model, ids, jnp.ones_like(ids, bool), max_new_tokens=6)
     (said,) = decode(loaded.tokenizer, np.asarray(wanted), loaded.text_format)
     assert printed[0] == said and len(printed) == 2
     with pytest.raises(SystemExit):  # the text is read before the chip is loaded
-        cli.main([*asked, *on_chip, "--restore", "nowhere", "--file", str(tmp_path / "missing.txt")])
+        cli.main(
+            [
+                *asked,
+                *on_chip,
+                "--restore",
+                "nowhere",
+                "--file",
+                str(tmp_path / "missing.txt"),
+            ]
+        )
     assert "missing.txt" in capsys.readouterr().err

@@ -14,7 +14,13 @@ from flax import nnx
 from lab import lm_eval_tasks
 
 from lorafusion_jax import cli, fuse, kernels, load_base, save_base
-from lorafusion_jax.parts import ExportOptions, export, open_pool, run_path, set_matrices
+from lorafusion_jax.parts import (
+    ExportOptions,
+    export,
+    open_pool,
+    run_path,
+    set_matrices,
+)
 
 pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
 
@@ -25,7 +31,10 @@ from lorafusion_jax.harness.model import HarnessLM
 
 
 def _requests(*arguments: tuple) -> list[Instance]:
-    return [Instance(request_type="loglikelihood", doc={}, arguments=each, idx=0) for each in arguments]
+    return [
+        Instance(request_type="loglikelihood", doc={}, arguments=each, idx=0)
+        for each in arguments
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +49,16 @@ def log_probs(base):
 
     @jax.jit
     def of_row(weights, ids):
-        return jax.nn.log_softmax(nnx.merge(graph, weights)(ids, jnp.ones(ids.shape, bool))[0])
+        return jax.nn.log_softmax(
+            nnx.merge(graph, weights)(ids, jnp.ones(ids.shape, bool))[0]
+        )
 
-    def padded(tokens: list[int]) -> np.ndarray:  # nothing looks ahead, so what is behind the row has no effect
-        return np.asarray(of_row(weights, np.array([tokens + [0] * (32 - len(tokens))], np.int32)))
+    def padded(
+        tokens: list[int],
+    ) -> np.ndarray:  # nothing looks ahead, so what is behind the row has no effect
+        return np.asarray(
+            of_row(weights, np.array([tokens + [0] * (32 - len(tokens))], np.int32))
+        )
 
     return padded
 
@@ -52,27 +67,49 @@ def test_answers_are_greedy_and_end_before_their_stop_text(llama, log_probs):
     def greedy(prompt: str, count: int) -> str:
         row = llama.tok_encode(prompt)[-(24 - count) :]
         start = len(row)
-        while len(row) < start + count and not {small_llama.EOS, small_llama.END} & {*row[start:]}:
+        while len(row) < start + count and not {small_llama.EOS, small_llama.END} & {
+            *row[start:]
+        }:
             row.append(int(log_probs(row)[len(row) - 1].argmax()))
         return llama.tokenizer.decode(row[start:], skip_special_tokens=True)
 
     prompts = ("the cold", "hot", "tall " * 30)
     wanted = [greedy(prompt, 9) for prompt in prompts]
     asked = {"until": ["\n\n"], "max_gen_toks": 9}
-    assert llama.generate_until(_requests(*((prompt, asked) for prompt in prompts))) == wanted
+    assert (
+        llama.generate_until(_requests(*((prompt, asked) for prompt in prompts)))
+        == wanted
+    )
     stop = wanted[0][2:4]
-    found = llama.generate_until(_requests((prompts[0], {"until": stop, "max_gen_toks": 9})))
+    found = llama.generate_until(
+        _requests((prompts[0], {"until": stop, "max_gen_toks": 9}))
+    )
     assert found == [wanted[0].partition(stop)[0]]
-    drawn = {"until": ["\n\n"], "max_gen_toks": 9, "do_sample": True, "temperature": 3.0}
+    drawn = {
+        "until": ["\n\n"],
+        "max_gen_toks": 9,
+        "do_sample": True,
+        "temperature": 3.0,
+    }
     assert llama.generate_until(_requests((prompts[0], drawn))) != wanted[:1]
-    by_default, at_one = ({"do_sample": True, "top_p": 0.99} | more for more in ({}, {"temperature": 1.0}))
-    found = [llama.generate_until(_requests((prompts[0], asked | how))) for how in (by_default, at_one)]
+    by_default = {"do_sample": True, "top_p": 0.99} | {}
+    at_one = {"do_sample": True, "top_p": 0.99} | {"temperature": 1.0}
+    found = [
+        llama.generate_until(_requests((prompts[0], asked | how)))
+        for how in (by_default, at_one)
+    ]
     assert found[0] == found[1] != wanted[:1]
 
 
 def test_chat_templates_are_rendered_by_the_base(llama):
-    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "o"}]
-    assert llama.apply_chat_template(messages[:1]) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "o"},
+    ]
+    assert (
+        llama.apply_chat_template(messages[:1])
+        == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    )
     begun = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\no"
     assert llama.apply_chat_template(messages, add_generation_prompt=False) == begun
 
@@ -82,13 +119,25 @@ def tasks(tmp_path_factory) -> Path:
     """A folder of four local tasks."""
     folder = tmp_path_factory.mktemp("tasks")
     words = {"hot": "cold", "tall": "short", "bold": "old"}
-    prompts = [{"prompt": f"Q: {word}\nA:", "target": answer} for word, answer in words.items()]
-    choices = [{"question": row["prompt"], "choices": [*words.values()], "answer": i} for i, row in enumerate(prompts)]
+    prompts = [
+        {"prompt": f"Q: {word}\nA:", "target": answer} for word, answer in words.items()
+    ]
+    choices = [
+        {"question": row["prompt"], "choices": [*words.values()], "answer": i}
+        for i, row in enumerate(prompts)
+    ]
     lm_eval_tasks.multiple_choice(folder, "local_choices", choices)
     lm_eval_tasks.perplexity(folder, "local_text", ["the cold bold gold is old", "hot"])
     lm_eval_tasks.cloze(folder, "local_cloze", prompts)
-    how = {"output_type": "generate_until", "doc_to_text": "{{prompt}}", "doc_to_target": "{{target}}"}
-    how |= {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 8}, "metric_list": [{"metric": "exact_match"}]}
+    how = {
+        "output_type": "generate_until",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_target": "{{target}}",
+    }
+    how |= {
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8},
+        "metric_list": [{"metric": "exact_match"}],
+    }
     lm_eval_tasks.write_task(folder, "local_answers", prompts, **how)
     return folder
 
@@ -97,9 +146,30 @@ _TASKS = ("local_choices", "local_text", "local_cloze", "local_answers")
 
 
 @pytest.mark.long  # the command reads the files of all 14,000 tasks of the harness
-def test_the_command_runs_the_harness_with_its_own_options(base, tasks, tmp_path, capsys):
-    arguments = ["--base", str(base), "--max-length", "64", "--tasks", ",".join(_TASKS), "--include_path", str(tasks)]
-    cli.main(["lm-eval", *arguments, "--limit", "2", "--output_path", str(tmp_path), "--log_samples"])
+def test_the_command_runs_the_harness_with_its_own_options(
+    base, tasks, tmp_path, capsys
+):
+    arguments = [
+        "--base",
+        str(base),
+        "--max-length",
+        "64",
+        "--tasks",
+        ",".join(_TASKS),
+        "--include_path",
+        str(tasks),
+    ]
+    cli.main(
+        [
+            "lm-eval",
+            *arguments,
+            "--limit",
+            "2",
+            "--output_path",
+            str(tmp_path),
+            "--log_samples",
+        ]
+    )
     printed = capsys.readouterr().out
     assert all(re.search(rf"\|{task} *\|", printed) for task in _TASKS)
     (results,) = tmp_path.rglob("results_*.json")
@@ -116,7 +186,11 @@ def run(small, tmp_path_factory) -> Path:
     return run_path(options)
 
 
-_SMALL_PAIRS = (("double then digit : a b c", "a"), ("digit : c d", "b b d d"), ("digit : c d", "d"))
+_SMALL_PAIRS = (
+    ("double then digit : a b c", "a"),
+    ("digit : c d", "b b d d"),
+    ("digit : c d", "d"),
+)
 
 
 def _scores(**options) -> list[float]:
@@ -124,41 +198,71 @@ def _scores(**options) -> list[float]:
     return [score for score, _ in found]
 
 
-def test_a_run_is_measured_with_its_numbers_as_its_merged_export_is(run, small, tmp_path):
+def test_a_run_is_measured_with_its_numbers_as_its_merged_export_is(
+    run, small, tmp_path
+):
     export(ExportOptions(run=run, seed=2, out=tmp_path / "merged", format="merged"))
     merged = _scores(base=str(tmp_path / "merged"))
     np.testing.assert_allclose(_scores(run=str(run), run_seed=2), merged, atol=1e-4)
     assert np.max(np.abs(np.subtract(_scores(base=str(small[0])), merged))) > 0.01
 
 
-def test_one_module_of_a_pool_is_measured_as_it_is_and_several_as_their_mean(small, tmp_path):
+def test_one_module_of_a_pool_is_measured_as_it_is_and_several_as_their_mean(
+    small, tmp_path
+):
     base, pool = map(str, small)
     names = sorted(path.name for path in Path(pool).iterdir())[:2]
-    found = [_scores(base=base, pool=pool, adapters=chosen) for chosen in (names[0], names[1:], ())]
+    found = [
+        _scores(base=base, pool=pool, adapters=chosen)
+        for chosen in (names[0], names[1:], ())
+    ]
     for number, chosen in enumerate((names[:1], names[1:], None)):
-        model, modules = load_base(base), open_pool(pool, base).load(chosen)
-        added = {site: jnp.einsum("lnir,lnro->lio", modules.A[site], modules.B[site]) for site in modules.A}
-        merged = {site: kernels(model)[site] + update / len(modules) for site, update in added.items()}
+        model = load_base(base)
+        modules = open_pool(pool, base).load(chosen)
+        added = {
+            site: jnp.einsum("lnir,lnro->lio", modules.A[site], modules.B[site])
+            for site in modules.A
+        }
+        merged = {
+            site: kernels(model)[site] + update / len(modules)
+            for site, update in added.items()
+        }
         set_matrices(model, merged)
         save_base(model, tmp_path / f"merged-{number}", base)
-        np.testing.assert_allclose(found[number], _scores(base=str(tmp_path / f"merged-{number}")), atol=1e-4)
+        np.testing.assert_allclose(
+            found[number], _scores(base=str(tmp_path / f"merged-{number}")), atol=1e-4
+        )
     assert np.min(np.abs(np.subtract(found[0], found[1]))) > 1e-3
 
 
 # One attention's queries and their modules: few programs to compile.
-_DIGITAL = ("decoder.*", "encoder.ff.*", "encoder.self.[kvo]", "pool.[AB].decoder.*", "pool.[AB].encoder.self.v")
+_DIGITAL = (
+    "decoder.*",
+    "encoder.ff.*",
+    "encoder.self.[kvo]",
+    "pool.[AB].decoder.*",
+    "pool.[AB].encoder.self.v",
+)
 
 
 def test_ideal_arrays_change_nothing(small):
     base = str(small[0])
-    chip = {"crossbar": "ideal", "keep_digital": _DIGITAL[:3], "calibration_task": str(recipes.TASK)}
-    np.testing.assert_allclose(_scores(base=base, **chip), _scores(base=base), atol=1e-3)
+    chip = {
+        "crossbar": "ideal",
+        "keep_digital": _DIGITAL[:3],
+        "calibration_task": str(recipes.TASK),
+    }
+    np.testing.assert_allclose(
+        _scores(base=base, **chip), _scores(base=base), atol=1e-3
+    )
 
 
 @pytest.mark.long
 def test_coarse_converters_change_the_scores_of_a_run(run, tmp_path):
     (tmp_path / "coarse.yaml").write_text("adc: {bits: 3}\n")
-    coarse = _scores(run=str(run), crossbar=str(tmp_path / "coarse.yaml"), keep_digital=_DIGITAL)
+    coarse = _scores(
+        run=str(run), crossbar=str(tmp_path / "coarse.yaml"), keep_digital=_DIGITAL
+    )
     assert np.all(np.isfinite(coarse))
     assert np.max(np.abs(np.subtract(coarse, _scores(run=str(run))))) > 0.01
 
@@ -167,21 +271,41 @@ def test_results_are_returned_in_python(llama, tasks):
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
-    found = simple_evaluate(model=llama, tasks=["local_choices"], task_manager=manager, bootstrap_iters=0)
+    found = simple_evaluate(
+        model=llama, tasks=["local_choices"], task_manager=manager, bootstrap_iters=0
+    )
     assert found is not None and found["n-samples"]["local_choices"]["original"] == 3
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "expected one model: give a fused run with --run, or a base model with --base"),
+        (
+            {},
+            "expected one model: give a fused run with --run, or a base model with --base",
+        ),
         ({"base": "BASE", "run": "here"}, "expected one model"),
-        ({"base": "BASE", "adapters": ["one"]}, "--adapters names modules of a pool: give it with --base and --pool"),
-        ({"base": "BASE", "crossbar": "ideal"}, "a chip needs text that sets the ranges of its ADCs"),
-        ({"base": "BASE", "max_length": 200}, "max_length is 200: expected at most the model's context of 160"),
-        ({"base": "BASE", "pretrained": "x"}, "no model argument pretrained: expected some of crossbar, chip_key"),
+        (
+            {"base": "BASE", "adapters": ["one"]},
+            "--adapters names modules of a pool: give it with --base and --pool",
+        ),
+        (
+            {"base": "BASE", "crossbar": "ideal"},
+            "a chip needs text that sets the ranges of its ADCs",
+        ),
+        (
+            {"base": "BASE", "max_length": 200},
+            "max_length is 200: expected at most the model's context of 160",
+        ),
+        (
+            {"base": "BASE", "pretrained": "x"},
+            "no model argument pretrained: expected some of crossbar, chip_key",
+        ),
         ({"run": "RUN", "pool": "pool"}, "--pool: only for a base without a run"),
-        ({"base": "BASE", "run_seed": 2}, "a base model has no seeds: leave out --run-seed"),
+        (
+            {"base": "BASE", "run_seed": 2},
+            "a base model has no seeds: leave out --run-seed",
+        ),
         ({"run": "RUN", "run_seed": 9}, "has no seed 9: it has 1, 2"),
     ],
 )
@@ -195,19 +319,31 @@ def test_options_that_name_no_model_are_refused(options, message, base, run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"max_gen_toks": 24}, "max_gen_toks is 24: expected less than the model's context, 24"),
+        (
+            {"max_gen_toks": 24},
+            "max_gen_toks is 24: expected less than the model's context, 24",
+        ),
         ({"num_beams": 4}, "the task generates with num_beams, which is not supported"),
         ({"do_sample": True, "temperature": 0.5, "top_p": 7.0}, "top_p"),
     ],
 )
-def test_arguments_of_generation_that_are_not_supported_are_refused(arguments, message, llama):
+def test_arguments_of_generation_that_are_not_supported_are_refused(
+    arguments, message, llama
+):
     with pytest.raises(ValueError, match=message):
-        llama.generate_until(_requests(("hot", {"until": [], "max_gen_toks": 8} | arguments)))
+        llama.generate_until(
+            _requests(("hot", {"until": [], "max_gen_toks": 8} | arguments))
+        )
 
 
 def test_texts_without_room_or_template_are_refused(llama, tmp_path):
-    with pytest.raises(ValueError, match="a continuation has .* tokens: expected 1 to 24, the model's context"):
+    with pytest.raises(
+        ValueError,
+        match="a continuation has .* tokens: expected 1 to 24, the model's context",
+    ):
         llama.loglikelihood(_requests(("hot", " cold" * 40)))
     plain = HarnessLM(base=str(small_llama.make(tmp_path / "base", chat_template=None)))
-    with pytest.raises(ValueError, match="has no chat template: leave out --apply_chat_template"):
+    with pytest.raises(
+        ValueError, match="has no chat template: leave out --apply_chat_template"
+    ):
         plain.apply_chat_template([{"role": "user", "content": "hi"}])

@@ -33,12 +33,22 @@ def _tasks(folder: Path, **generation: Any) -> TaskManager:
     questions = [f"The capital of {country} is" for country in _CAPITALS]
     questions[0] = " ".join(questions) + " Paris. " + questions[0]
     capitals = [*_CAPITALS.values()]
-    choices = [{"question": text, "choices": capitals, "answer": i} for i, text in enumerate(questions)]
-    prompts = [{"prompt": text, "target": city} for text, city in zip(questions, capitals, strict=True)]
+    choices = [
+        {"question": text, "choices": capitals, "answer": i}
+        for i, text in enumerate(questions)
+    ]
+    prompts = [
+        {"prompt": text, "target": city}
+        for text, city in zip(questions, capitals, strict=True)
+    ]
     lm_eval_tasks.multiple_choice(folder, "local_choices", choices)
     lm_eval_tasks.perplexity(folder, "local_text", _TEXTS)
     lm_eval_tasks.cloze(folder, "local_cloze", prompts)
-    how = {"output_type": "generate_until", "doc_to_text": "{{prompt}}", "doc_to_target": "{{target}}"}
+    how = {
+        "output_type": "generate_until",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_target": "{{target}}",
+    }
     how |= {"generation_kwargs": generation, "metric_list": [{"metric": "exact_match"}]}
     lm_eval_tasks.write_task(folder, "local_answers", prompts, **how)
     return TaskManager(include_path=str(folder), include_defaults=False)
@@ -47,25 +57,46 @@ def _tasks(folder: Path, **generation: Any) -> TaskManager:
 def _samples(model: Any, manager: TaskManager, **how: Any) -> dict[str, list[Any]]:
     """The answers to all requests of each task, in their order."""
     found = simple_evaluate(
-        model=model, tasks=[*manager.all_tasks], task_manager=manager, bootstrap_iters=0, cache_requests=False, **how
+        model=model,
+        tasks=[*manager.all_tasks],
+        task_manager=manager,
+        bootstrap_iters=0,
+        cache_requests=False,
+        **how,
     )
     assert found is not None
-    samples = {task: sorted(rows, key=lambda row: row["doc_id"]) for task, rows in found["samples"].items()}
-    return {task: [answer for row in rows for answer in row["resps"]] for task, rows in samples.items()}
+    samples = {
+        task: sorted(rows, key=lambda row: row["doc_id"])
+        for task, rows in found["samples"].items()
+    }
+    return {
+        task: [answer for row in rows for answer in row["resps"]]
+        for task, rows in samples.items()
+    }
 
 
 def _assert_equal(ours: HarnessLM, base: Path, folder: Path, **how: Any) -> None:
     from lm_eval.models.huggingface import HFLM
 
-    theirs = HFLM(pretrained=str(base), device="cpu", dtype="float32", batch_size=4, max_length=ours.max_length)
+    theirs = HFLM(
+        pretrained=str(base),
+        device="cpu",
+        dtype="float32",
+        batch_size=4,
+        max_length=ours.max_length,
+    )
     limit = {"max_gen_toks": _NEW_TOKENS}
     # With an encoder, `hf` takes the longest prompt's length for tokens of the answer too, unless it is given a length.
     same = limit if ours.backend == "causal" else {"max_length": _NEW_TOKENS + 1}
     found = _samples(ours, _tasks(folder / "ours", until=["\n\n"], **limit), **how)
     wanted = _samples(theirs, _tasks(folder / "theirs", until=["\n\n"], **same), **how)
-    assert found["local_answers"] == wanted["local_answers"] and any(text for (text,) in found["local_answers"])
+    assert found["local_answers"] == wanted["local_answers"] and any(
+        text for (text,) in found["local_answers"]
+    )
     for task in ("local_choices", "local_cloze"):
-        for ((score, greedy),), ((wanted_score, wanted_greedy),) in zip(found[task], wanted[task], strict=True):
+        for ((score, greedy),), ((wanted_score, wanted_greedy),) in zip(
+            found[task], wanted[task], strict=True
+        ):
             assert score == pytest.approx(wanted_score, abs=1e-3)
             assert greedy == wanted_greedy
     assert [score for (score,) in found["local_text"]] == pytest.approx(
@@ -101,14 +132,22 @@ def test_a_small_t5_scores_and_answers_as_with_pytorch(t5, tmp_path):
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_small_llama_scores_and_answers_as_with_pytorch(chat, tmp_path):
     base = small_llama.make(tmp_path / "base")
-    _assert_equal(HarnessLM(base=str(base), batch_size=3, max_length=64), base, tmp_path, apply_chat_template=chat)
+    _assert_equal(
+        HarnessLM(base=str(base), batch_size=3, max_length=64),
+        base,
+        tmp_path,
+        apply_chat_template=chat,
+    )
 
 
 def test_contexts_are_as_long_as_those_of_the_hf_model(t5, tmp_path):
     from lm_eval.models.huggingface import HFLM
 
     for base in (t5, small_llama.make(tmp_path / "base")):
-        assert HarnessLM(base=str(base)).max_length == HFLM(pretrained=str(base), device="cpu").max_length
+        assert (
+            HarnessLM(base=str(base)).max_length
+            == HFLM(pretrained=str(base), device="cpu").max_length
+        )
 
 
 @pytest.mark.nightly
@@ -117,5 +156,10 @@ def test_smollm2_scores_and_answers_as_with_pytorch(chat, tmp_path):
     """Our model reads the GGUF file, PyTorch a folder of its dequantised weights."""
     file = smollm2.gguf_file()
     save_base(load_base(file), tmp_path / "base", file)
-    _assert_equal(HarnessLM(base=str(file), max_length=96), tmp_path / "base", tmp_path, apply_chat_template=chat)
+    _assert_equal(
+        HarnessLM(base=str(file), max_length=96),
+        tmp_path / "base",
+        tmp_path,
+        apply_chat_template=chat,
+    )
     shutil.rmtree(tmp_path / "base")

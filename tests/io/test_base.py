@@ -15,7 +15,9 @@ def _counted(counts, name, function, *args, **how):
     return function(*args, **how)
 
 
-def test_a_fusion_opens_its_base_once_and_reads_its_weights_once(small, monkeypatch, tmp_path):
+def test_a_fusion_opens_its_base_once_and_reads_its_weights_once(
+    small, monkeypatch, tmp_path
+):
     opened = Counter()
     for name in ("_open", "read_json"):
         counted = partial(_counted, opened, name, getattr(hf_folder, name))
@@ -25,7 +27,9 @@ def test_a_fusion_opens_its_base_once_and_reads_its_weights_once(small, monkeypa
     how = {"base": str(small[0]), "pool": str(small[1]), "task": str(task)}
     lf.fuse(lf.FuseOptions(**how, recipe=recipe, test_rows=2, out=tmp_path))
     assert opened["_open"] == 1
-    assert opened["read_json"] <= 4  # config.json, generation_config.json, tokenizer_config.json and no second one
+    assert (
+        opened["read_json"] <= 4
+    )  # config.json, generation_config.json, tokenizer_config.json and no second one
 
 
 def test_weights_are_hashed_while_they_are_loaded(small):

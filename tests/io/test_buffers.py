@@ -10,7 +10,10 @@ from lorafusion_jax.io.buffers import aligned_zeros, copy_transposed
 
 def test_jax_uses_zeros_in_place():
     array = aligned_zeros((100, 1000), np.float32)
-    assert jax.device_put(array).unsafe_buffer_pointer() == array.ctypes.data and not array.any()
+    assert (
+        jax.device_put(array).unsafe_buffer_pointer() == array.ctypes.data
+        and not array.any()
+    )
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (15, 5), (37, 33)])

@@ -25,7 +25,10 @@ class _State(NamedTuple):
 def _state(seed=0.0):
     return _State(
         step=jnp.int32(7),
-        params={"coefficients": jnp.full((2, 3), seed), "m": jnp.arange(4, dtype=jnp.bfloat16)},
+        params={
+            "coefficients": jnp.full((2, 3), seed),
+            "m": jnp.arange(4, dtype=jnp.bfloat16),
+        },
         moments=(np.array([True, False]), {}, jnp.uint32(9)),
     )
 
@@ -43,15 +46,25 @@ def _loaded(folder, abstract=None):
 
 @pytest.fixture
 def saved(tmp_path):
-    checkpoint.save(tmp_path / "saved", _state(0.5), {"epoch": 3, "note": "[ 1 ]", "curve": [1.5, -2e-5]})
+    checkpoint.save(
+        tmp_path / "saved",
+        _state(0.5),
+        {"epoch": 3, "note": "[ 1 ]", "curve": [1.5, -2e-5]},
+    )
     return tmp_path / "saved"
 
 
-@pytest.mark.parametrize("abstract", [_state, lambda: jax.eval_shape(_state)], ids=["arrays", "shapes"])
+@pytest.mark.parametrize(
+    "abstract", [_state, lambda: jax.eval_shape(_state)], ids=["arrays", "shapes"]
+)
 def test_a_tree_and_its_metadata_come_back_exactly(saved, abstract):
     tree, metadata = _loaded(saved, abstract())
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(tree))
-    jax.tree.map(partial(np.testing.assert_array_equal, strict=True), tree, jax.tree.map(np.asarray, _state(0.5)))
+    jax.tree.map(
+        partial(np.testing.assert_array_equal, strict=True),
+        tree,
+        jax.tree.map(np.asarray, _state(0.5)),
+    )
     assert metadata == {"epoch": 3, "note": "[ 1 ]", "curve": [1.5, -2e-5]}
 
 
@@ -73,17 +86,27 @@ def test_arrays_spread_over_devices_are_saved_whole(tmp_path):
 
 def test_every_file_is_guarded(saved):
     files = json.loads((saved / "manifest.json").read_text())["files"]
-    on_disk = {path.relative_to(saved).as_posix() for path in saved.rglob("*") if path.is_file()}
+    on_disk = {
+        path.relative_to(saved).as_posix()
+        for path in saved.rglob("*")
+        if path.is_file()
+    }
     assert files.keys() == on_disk - {"manifest.json"}
     for name in files:
         content = (saved / name).read_bytes()
         middle = len(content) // 2
-        flipped = content[:middle] + bytes([content[middle] ^ 1 if content else 0]) + content[middle + 1 :]
+        flipped = (
+            content[:middle]
+            + bytes([content[middle] ^ 1 if content else 0])
+            + content[middle + 1 :]
+        )
         (saved / name).write_bytes(flipped)
         with pytest.raises(ValueError, match=f"{name}: damaged or altered"):
             _loaded(saved)
         (saved / name).unlink()
-        with pytest.raises(ValueError, match=f"{name}: no such file, though the manifest lists it"):
+        with pytest.raises(
+            ValueError, match=f"{name}: no such file, though the manifest lists it"
+        ):
             _loaded(saved)
         (saved / name).write_bytes(content)
     _loaded(saved)
@@ -92,7 +115,10 @@ def test_every_file_is_guarded(saved):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"coefficients": jnp.ones((2, 4))}, r"params/coefficients is float32\[2, 3\]: expected float32\[2, 4\]"),
+        (
+            {"coefficients": jnp.ones((2, 4))},
+            r"params/coefficients is float32\[2, 3\]: expected float32\[2, 4\]",
+        ),
         ({"m": jnp.ones(4)}, r"params/m is bfloat16\[4\]: expected float32\[4\]"),
         ({"new": jnp.ones(1)}, r"params/new is absent: expected float32\[1\]"),
         ({"m": {}}, r"params/m is bfloat16\[4\]: expected no such array"),
@@ -106,17 +132,28 @@ def test_another_tree_is_refused(saved, change, message):
 
 def test_what_exists_is_not_overwritten(saved):
     before = {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match="exists: give a new folder, or remove it first"):
+    with pytest.raises(
+        ValueError, match="exists: give a new folder, or remove it first"
+    ):
         checkpoint.save(saved, _state(1.0), {})
-    assert {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()} == before
+    assert {
+        path: path.read_bytes() for path in saved.rglob("*") if path.is_file()
+    } == before
 
 
 def test_the_last_steps_are_kept(tmp_path):
     assert checkpoint.steps(tmp_path / "checkpoints") == []
     for step in (5, 20, 1_000_000):
-        checkpoint.save_step(tmp_path / "checkpoints", step, _state(step), {"step": step}, keep=2)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_000020", "step_1000000"]
-    assert _loaded(checkpoint.steps(tmp_path / "checkpoints")[-1])[1] == {"step": 1_000_000}
+        checkpoint.save_step(
+            tmp_path / "checkpoints", step, _state(step), {"step": step}, keep=2
+        )
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step_000020",
+        "step_1000000",
+    ]
+    assert _loaded(checkpoint.steps(tmp_path / "checkpoints")[-1])[1] == {
+        "step": 1_000_000
+    }
 
 
 def _truncate(folder: Path) -> None:
@@ -131,11 +168,23 @@ def _replace_by_a_file(folder: Path) -> None:
 
 
 _DAMAGES = {
-    "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "not a complete checkpoint: it has no man"),
-    "no JSON": (lambda folder: (folder / "manifest.json").write_text('{"metadata": '), r"manifest.json: not JSON"),
-    "another manifest": (lambda folder: (folder / "manifest.json").write_text("[]"), "holds a list, not an object"),
+    "no manifest": (
+        lambda folder: (folder / "manifest.json").unlink(),
+        "not a complete checkpoint: it has no man",
+    ),
+    "no JSON": (
+        lambda folder: (folder / "manifest.json").write_text('{"metadata": '),
+        r"manifest.json: not JSON",
+    ),
+    "another manifest": (
+        lambda folder: (folder / "manifest.json").write_text("[]"),
+        "holds a list, not an object",
+    ),
     "truncated": (_truncate, "damaged or altered"),
-    "a file": (_replace_by_a_file, "not a complete checkpoint: it has no manifest.json"),
+    "a file": (
+        _replace_by_a_file,
+        "not a complete checkpoint: it has no manifest.json",
+    ),
 }
 
 
@@ -143,12 +192,16 @@ _DAMAGES = {
 def two_steps(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("steps")
     for step in (1, 2):
-        checkpoint.save_step(folder, step, {"x": np.full(3, step)}, {"step": step}, keep=2)
+        checkpoint.save_step(
+            folder, step, {"x": np.full(3, step)}, {"step": step}, keep=2
+        )
     return folder
 
 
 @pytest.mark.parametrize("name", _DAMAGES)
-def test_the_newest_sound_step_is_loaded_and_a_damaged_one_is_named(name, two_steps, tmp_path):
+def test_the_newest_sound_step_is_loaded_and_a_damaged_one_is_named(
+    name, two_steps, tmp_path
+):
     damage, message = _DAMAGES[name]
     folder = tmp_path / "steps"
     shutil.copytree(two_steps, folder)
@@ -167,7 +220,10 @@ def test_the_newest_sound_step_is_loaded_and_a_damaged_one_is_named(name, two_st
     assert sorted(path.name for path in folder.iterdir()) == ["step_000001", *kept]
     assert [(folder / name / "file").read_text() for name in kept[:2]] == kept[:2]
     damage(folder / "step_000001")
-    assert checkpoint.load_newest(checkpoint.steps(folder), note=notes.append) is None and len(notes) == 2
+    assert (
+        checkpoint.load_newest(checkpoint.steps(folder), note=notes.append) is None
+        and len(notes) == 2
+    )
 
 
 class _Step(TypedDict):
@@ -188,11 +244,16 @@ def test_a_step_of_a_newer_version_is_not_damaged(change, message, two_steps, tm
     path = folder / "step_000002" / "manifest.json"
     manifest = json.loads(path.read_text())
     assert manifest["versions"] == {"lorafusion-jax": lf.__version__}
-    path.write_text(json.dumps(manifest | {"versions": {"lorafusion-jax": "9.9"}} | change))
+    path.write_text(
+        json.dumps(manifest | {"versions": {"lorafusion-jax": "9.9"}} | change)
+    )
     versions = rf"\(written by version '9\.9', this is {lf.__version__}\)"
     with pytest.raises(ValueError, match=rf"{path}: {message}.*{versions}"):
         checkpoint.load_newest(checkpoint.steps(folder), metadata=_Step, note=print)
-    assert sorted(path.name for path in folder.iterdir()) == ["step_000001", "step_000002"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "step_000001",
+        "step_000002",
+    ]
     del manifest["versions"]  # of a time before versions were recorded
     path.write_text(json.dumps(manifest))
     assert _loaded(folder / "step_000002")[1] == {"step": 2}
@@ -200,5 +261,7 @@ def test_a_step_of_a_newer_version_is_not_damaged(change, message, two_steps, tm
 
 def test_a_sound_step_of_another_run_is_not_passed_over(two_steps):
     with pytest.raises(ValueError, match="x is int64.* resume the run that saved it"):
-        checkpoint.load_newest(checkpoint.steps(two_steps), {"x": np.ones(3, np.float32)}, note=print)
+        checkpoint.load_newest(
+            checkpoint.steps(two_steps), {"x": np.ones(3, np.float32)}, note=print
+        )
     assert len(checkpoint.steps(two_steps)) == 2

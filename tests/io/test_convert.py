@@ -16,13 +16,32 @@ import pytest
 import small_llama
 from safetensors.numpy import load_file, save_file
 
-from lorafusion_jax import base_tensor, load_basis, load_pool, parts, places, read_config, read_pool
+from lorafusion_jax import (
+    base_tensor,
+    load_basis,
+    load_pool,
+    parts,
+    places,
+    read_config,
+    read_pool,
+)
 from lorafusion_jax.cli import main
 from lorafusion_jax.io.pool.folder import write_manifest
 
 _ROOT = Path(__file__).resolve().parents[2]
-_SIZES = {"vocab_size": 20, "d_model": 8, "d_kv": 3, "d_ff": 10, "num_heads": 2, "num_layers": 3}
-_SIZES |= {"num_decoder_layers": 2, "model_type": "t5", "feed_forward_proj": "gated-gelu"}
+_SIZES = {
+    "vocab_size": 20,
+    "d_model": 8,
+    "d_kv": 3,
+    "d_ff": 10,
+    "num_heads": 2,
+    "num_layers": 3,
+}
+_SIZES |= {
+    "num_decoder_layers": 2,
+    "model_type": "t5",
+    "feed_forward_proj": "gated-gelu",
+}
 _Q = "encoder.block.1.layer.0.SelfAttention.q"
 
 
@@ -46,17 +65,35 @@ def adapter(base):
 def _writer(base):
     """Return a function that writes an adapter: rank `r` on every path that ends in one of `targets`."""
 
-    def write(name, r=2, alpha=3, targets=("q", "v"), dtype="float32", prefix="base_model.model.", extra=(), **fields):
+    def write(
+        name,
+        r=2,
+        alpha=3,
+        targets=("q", "v"),
+        dtype="float32",
+        prefix="base_model.model.",
+        extra=(),
+        **fields,
+    ):
         rng = np.random.default_rng(len(name) + r)
         tensors = {}
         for path, (d_in, d_out) in parts.linear_shapes(read_config(base)).items():
             if path.endswith(tuple(targets)):
-                tensors[f"{prefix}{path}.lora_A.weight"] = rng.standard_normal((r, d_in)).astype(dtype)
-                tensors[f"{prefix}{path}.lora_B.weight"] = rng.standard_normal((d_out, r)).astype(dtype)
+                tensors[f"{prefix}{path}.lora_A.weight"] = rng.standard_normal(
+                    (r, d_in)
+                ).astype(dtype)
+                tensors[f"{prefix}{path}.lora_B.weight"] = rng.standard_normal(
+                    (d_out, r)
+                ).astype(dtype)
                 if fields.get("use_dora"):
                     magnitude = rng.uniform(1, 2, d_out).astype(dtype)
                     tensors[f"{prefix}{path}.lora_magnitude_vector"] = magnitude
-        config = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "lora_dropout": 0.1} | fields
+        config = {
+            "peft_type": "LORA",
+            "r": r,
+            "lora_alpha": alpha,
+            "lora_dropout": 0.1,
+        } | fields
         # Spelt as nobody's JSON library would, to see that not a byte is lost.
         text = json.dumps(config, indent=3).replace("\n", "\r\n").encode()
         parts.write_adapter(base.parent / name, text, tensors | dict(extra))
@@ -66,11 +103,15 @@ def _writer(base):
 
 
 def _convert(base, adapters, **options):
-    return parts.convert(parts.ConvertOptions(base=str(base), adapters=tuple(adapters), **options))
+    return parts.convert(
+        parts.ConvertOptions(base=str(base), adapters=tuple(adapters), **options)
+    )
 
 
 def _printed(capsys, base, adapters, *arguments, command=main) -> str:
-    command(["convert", "--base", str(base), "--adapters", *adapters, *map(str, arguments)])
+    command(
+        ["convert", "--base", str(base), "--adapters", *adapters, *map(str, arguments)]
+    )
     return capsys.readouterr().out
 
 
@@ -88,7 +129,10 @@ def _refused(message, *arguments, **options):
 def _assert_same_pool(got, want):
     assert got.names == want.names
     assert jax.tree.structure(got) == jax.tree.structure(want)
-    jax.tree.map(partial(np.testing.assert_array_equal, strict=True), *map(jax.tree.leaves, (got, want)))
+    jax.tree.map(
+        partial(np.testing.assert_array_equal, strict=True),
+        *map(jax.tree.leaves, (got, want)),
+    )
 
 
 def _assert_holds(pool, config, folders, scalings):
@@ -97,27 +141,41 @@ def _assert_holds(pool, config, folders, scalings):
         tensors = load_file(Path(folder) / "adapter_model.safetensors")
         for path in parts.linear_shapes(config):
             site, layer = places(config)[path]
-            a, b = (tensors.get(f"base_model.model.{path}.lora_{kind}.weight") for kind in "AB")
+            a, b = (
+                tensors.get(f"base_model.model.{path}.lora_{kind}.weight")
+                for kind in "AB"
+            )
             if site not in pool.A:
                 assert a is None
                 continue
             r = 0 if a is None else len(a)
             assert pool.rank[site][layer, n] == r
-            assert not pool.A[site][layer, n, :, r:].any() and not pool.B[site][layer, n, r:].any()
+            assert (
+                not pool.A[site][layer, n, :, r:].any()
+                and not pool.B[site][layer, n, r:].any()
+            )
             if a is not None:
                 np.testing.assert_array_equal(pool.A[site][layer, n, :, :r], a.T)
-                np.testing.assert_allclose(pool.B[site][layer, n, :r], scaling * b.T, rtol=1e-6)
+                np.testing.assert_allclose(
+                    pool.B[site][layer, n, :r], scaling * b.T, rtol=1e-6
+                )
 
 
 @pytest.mark.smoke
 def test_a_pool_holds_what_the_files_hold(base, adapter, tmp_path):
-    folders = [adapter("one"), adapter("wide", r=5, targets=("q", "wo"), use_rslora=True), adapter("third")]
+    folders = [
+        adapter("one"),
+        adapter("wide", r=5, targets=("q", "wo"), use_rslora=True),
+        adapter("third"),
+    ]
     config = read_config(base)
     _convert(base, folders, out=tmp_path / "pool")
     pool = load_pool(tmp_path / "pool")
     assert pool.names == ("one", "wide", "third") and pool.magnitude is None
     assert list(pool.A) == [s for s in config.sites if s.endswith((".q", ".v", ".wo"))]
-    assert pool.A["encoder.ff.wo"].shape == (3, 3, 10, 5) and pool.B["decoder.cross.v"].shape == (2, 3, 2, 6)
+    assert pool.A["encoder.ff.wo"].shape == (3, 3, 10, 5) and pool.B[
+        "decoder.cross.v"
+    ].shape == (2, 3, 2, 6)
     _assert_holds(pool, config, folders, [3 / 2, 3 / 5**0.5, 3 / 2])
     _assert_same_pool(read_pool(folders, config), pool)
 
@@ -133,7 +191,10 @@ def test_some_adapters_of_a_pool_in_a_given_order(base, adapter, tmp_path):
         load_pool(tmp_path / "pool", chosen=["fourth"])
     with pytest.raises(ValueError, match="at least one adapter: none was given"):
         load_pool(tmp_path / "pool", chosen=[])
-    with pytest.raises(ValueError, match=r"chosen is 'one', a single adapter: expected a list, chosen=\['one'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"chosen is 'one', a single adapter: expected a list, chosen=\['one'\]",
+    ):
         load_pool(tmp_path / "pool", chosen="one")
     # What was not chosen is not read either.
     shutil.rmtree(tmp_path / "pool/adapters/0001")
@@ -150,16 +211,24 @@ def test_dtypes_of_a_pool(base, adapter, tmp_path, dtype):
     site, layer = places(read_config(base))[_Q]
     a, b = read.factors[_Q]
     np.testing.assert_array_equal(pool.A[site][layer, 0], a.T.astype(dtype))
-    np.testing.assert_array_equal(pool.B[site][layer, 0], (b.T.astype(np.float32) * 1.5).astype(dtype))
+    np.testing.assert_array_equal(
+        pool.B[site][layer, 0], (b.T.astype(np.float32) * 1.5).astype(dtype)
+    )
 
 
 def _assert_same_adapter(got, want):
     for folder in (got, want):
-        assert (folder / "adapter_config.json").read_bytes() == (want / "adapter_config.json").read_bytes()
-    got, want = (load_file(folder / "adapter_model.safetensors") for folder in (got, want))
+        assert (folder / "adapter_config.json").read_bytes() == (
+            want / "adapter_config.json"
+        ).read_bytes()
+    got = load_file(got / "adapter_model.safetensors")
+    want = load_file(want / "adapter_model.safetensors")
     assert got.keys() == want.keys()
     for key in want:
-        assert got[key].dtype == want[key].dtype and got[key].tobytes() == want[key].tobytes()
+        assert (
+            got[key].dtype == want[key].dtype
+            and got[key].tobytes() == want[key].tobytes()
+        )
 
 
 def test_an_adapter_of_a_pool_is_its_source(base, adapter, tmp_path):
@@ -177,129 +246,232 @@ def test_an_adapter_of_a_pool_is_its_source(base, adapter, tmp_path):
     assert [entry["dtype"] for entry in entries] == kinds
     for entry, folder in zip(entries, map(Path, folders), strict=True):
         _assert_same_adapter(tmp_path / "pool" / entry["folder"], folder)
-        parts.resave(parts.ConvertedPool(tmp_path / "pool").adapter(folder.name), tmp_path / "again" / folder.name)
+        parts.resave(
+            parts.ConvertedPool(tmp_path / "pool").adapter(folder.name),
+            tmp_path / "again" / folder.name,
+        )
         _assert_same_adapter(tmp_path / "again" / folder.name, folder)
-    _assert_same_pool(load_pool(tmp_path / "pool"), read_pool(folders, read_config(base)))
-    with pytest.raises(ValueError, match="has no adapter 'other': it holds plain, half"):
+    _assert_same_pool(
+        load_pool(tmp_path / "pool"), read_pool(folders, read_config(base))
+    )
+    with pytest.raises(
+        ValueError, match="has no adapter 'other': it holds plain, half"
+    ):
         parts.ConvertedPool(tmp_path / "pool").adapter("other")
 
 
 def test_a_dora_adapter_alone(base, adapter, tmp_path):
-    folder = adapter("dora", use_dora=True, targets=("block.1.layer.0.SelfAttention.q", "wo"))
+    folder = adapter(
+        "dora", use_dora=True, targets=("block.1.layer.0.SelfAttention.q", "wo")
+    )
     _convert(base, [folder], out=tmp_path / "pool")
     pool = load_pool(tmp_path / "pool")
     _assert_same_pool(read_pool([folder], read_config(base)), pool)
     tensors = load_file(Path(folder) / "adapter_model.safetensors")
     assert pool.magnitude is not None and pool.magnitude.keys() == pool.A.keys()
     q = pool.magnitude["encoder.self.q"]
-    np.testing.assert_array_equal(q[1], tensors[f"base_model.model.{_Q}.lora_magnitude_vector"])
+    np.testing.assert_array_equal(
+        q[1], tensors[f"base_model.model.{_Q}.lora_magnitude_vector"]
+    )
     assert not q[0].any() and not q[2].any()
 
 
 def test_dora_is_refused_next_to_others(base, adapter, tmp_path):
-    plain, dora, second = adapter("plain"), adapter("dora", use_dora=True), adapter("second", use_dora=True)
+    plain = adapter("plain")
+    dora = adapter("dora", use_dora=True)
+    second = adapter("second", use_dora=True)
     for folders in ([plain, dora], [dora, plain], [dora, second]):
-        with pytest.raises(ValueError, match="(dora|second): magnitudes cannot be mixed"):
+        with pytest.raises(
+            ValueError, match="(dora|second): magnitudes cannot be mixed"
+        ):
             read_pool(folders, read_config(base))
         _refused("magnitudes cannot be mixed", base, folders, out=tmp_path / "pool")
-    manifest = _convert(base, [dora, plain, second], out=tmp_path / "pool", skip_bad=True)
+    manifest = _convert(
+        base, [dora, plain, second], out=tmp_path / "pool", skip_bad=True
+    )
     assert [entry["name"] for entry in manifest["adapters"]] == ["plain"]
 
 
 def test_the_manifest(base, adapter, tmp_path, capsys):
-    folders = [adapter("one", alpha=4), adapter("wide", r=5, targets=("block.1.layer.0.SelfAttention.q",))]
+    folders = [
+        adapter("one", alpha=4),
+        adapter("wide", r=5, targets=("block.1.layer.0.SelfAttention.q",)),
+    ]
     returned = _convert(base, folders, out=tmp_path / "pool")
     manifest = parts.ConvertedPool(tmp_path / "pool").manifest
     assert manifest == returned
     one, wide = manifest["adapters"]
-    assert (one["name"], one["source"], one["folder"]) == ("one", folders[0], "adapters/0000")
+    assert (one["name"], one["source"], one["folder"]) == (
+        "one",
+        folders[0],
+        "adapters/0000",
+    )
     weights = (Path(folders[0]) / "adapter_model.safetensors").read_bytes()
     assert one["sha256"] == hashlib.sha256(weights).hexdigest()
     assert one["sites"]["decoder.cross.v"] == {"rank": [2, 2], "scaling": [2.0, 2.0]}
-    assert wide["sites"]["encoder.self.q"] == {"rank": [0, 5, 0], "scaling": [0.0, 3 / 5, 0.0]}
+    assert wide["sites"]["encoder.self.q"] == {
+        "rank": [0, 5, 0],
+        "scaling": [0.0, 3 / 5, 0.0],
+    }
     # q and v of 3 + 2 + 2 layers, r 2, d_in 8, d_out 6; q of one layer of encoder and decoder, r 5.
-    assert (one["parameters"], wide["parameters"]) == (14 * 2 * (8 + 6), 2 * 5 * (8 + 6))
+    assert (one["parameters"], wide["parameters"]) == (
+        14 * 2 * (8 + 6),
+        2 * 5 * (8 + 6),
+    )
     assert manifest["totals"] == {"adapters": 2, "skipped": 0, "parameters": 392 + 140}
     assert manifest["base"]["source"] == str(base)
     config_hash = hashlib.sha256((base / "config.json").read_bytes()).hexdigest()
     assert manifest["base"]["config_sha256"] == config_hash
     assert manifest["base"]["config"]["num_decoder_layers"] == 2
-    assert {"jax", "safetensors", "lorafusion-jax", "python"} <= manifest["versions"].keys()
-    files = {f"{e['folder']}/{name}" for e in manifest["adapters"] for name in e["files"]}
-    on_disk = {p.relative_to(tmp_path / "pool").as_posix() for p in (tmp_path / "pool").rglob("*") if p.is_file()}
+    assert {"jax", "safetensors", "lorafusion-jax", "python"} <= manifest[
+        "versions"
+    ].keys()
+    files = {
+        f"{e['folder']}/{name}" for e in manifest["adapters"] for name in e["files"]
+    }
+    on_disk = {
+        p.relative_to(tmp_path / "pool").as_posix()
+        for p in (tmp_path / "pool").rglob("*")
+        if p.is_file()
+    }
     assert files | {"manifest.json"} == on_disk
     assert capsys.readouterr() == ("", "")
     out = _printed(capsys, base, folders, "--out", tmp_path / "printed")
     table = [line.split() for line in out.splitlines()]
     assert table[1] == ["one", "14", "2", "2", "float32", "392"]
     assert table[2] == ["wide", "2", "5", "0.6", "float32", "140"]
-    assert out.endswith(f"2 adapters, 532 parameters, written to {tmp_path / 'printed'}\n")
+    assert out.endswith(
+        f"2 adapters, 532 parameters, written to {tmp_path / 'printed'}\n"
+    )
 
 
 def test_a_dry_run_reports_the_same_and_writes_nothing(base, adapter, tmp_path, capsys):
     folders = [adapter("one"), adapter("wide", r=5)]
-    written = _printed(capsys, base, folders, "--out", tmp_path / "pool", command=_run_script)
+    written = _printed(
+        capsys, base, folders, "--out", tmp_path / "pool", command=_run_script
+    )
     before = sorted(tmp_path.rglob("*"))
-    dry = [_printed(capsys, base, folders, "--dry-run", *out) for out in (("--out", tmp_path / "dry"), ())]
+    dry = [
+        _printed(capsys, base, folders, "--dry-run", *out)
+        for out in (("--out", tmp_path / "dry"), ())
+    ]
     assert sorted(tmp_path.rglob("*")) == before
-    would = written.replace(f"written to {tmp_path / 'pool'}", "would be written (dry run)")
+    would = written.replace(
+        f"written to {tmp_path / 'pool'}", "would be written (dry run)"
+    )
     assert dry == [would, would]
 
 
 def test_a_dry_run_without_a_base_checks_the_files_alone(base, adapter, capsys):
     """Its report is that of a run with the base, except for the sites, which it cannot know."""
-    good, bad = adapter("one", base_model_name_or_path="google/flan-t5-small"), adapter("bad", bias="all")
+    good = adapter("one", base_model_name_or_path="google/flan-t5-small")
+    bad = adapter("bad", bias="all")
     command = ["convert", "--dry-run", "--adapters", good]
     table = _printed(capsys, base, [good], "--dry-run").splitlines()[:2]
     main(command)
     out = capsys.readouterr().out
     assert out.splitlines()[:2] == table
-    assert "1 x trained on google/flan-t5-small" in out and "these were not checked: modules, shapes" in out
+    assert (
+        "1 x trained on google/flan-t5-small" in out
+        and "these were not checked: modules, shapes" in out
+    )
     main([*command, bad, "--json", "--skip-bad"])
-    alone, whole = json.loads(capsys.readouterr().out), _convert(base, [good], dry_run=True)
-    assert alone["base"] is None and alone["totals"]["parameters"] == whole["totals"]["parameters"]
-    assert {path: of["rank"] for path, of in alone["adapters"][0]["sites"].items() if path == _Q} == {_Q: [2]}
+    alone = json.loads(capsys.readouterr().out)
+    whole = _convert(base, [good], dry_run=True)
+    assert (
+        alone["base"] is None
+        and alone["totals"]["parameters"] == whole["totals"]["parameters"]
+    )
+    assert {
+        path: of["rank"]
+        for path, of in alone["adapters"][0]["sites"].items()
+        if path == _Q
+    } == {_Q: [2]}
     with pytest.raises(SystemExit) as ended:
         main([*command, bad])
     assert ended.value.code == 1 and "left out" in capsys.readouterr().out
 
 
-def test_one_bad_adapter_stops_everything_or_is_left_out_and_listed(base, adapter, tmp_path, capsys):
+def test_one_bad_adapter_stops_everything_or_is_left_out_and_listed(
+    base, adapter, tmp_path, capsys
+):
     nan = {f"base_model.model.{_Q}.lora_A.weight": np.full((2, 8), np.nan, np.float32)}
-    good, bad, last = adapter("good"), adapter("bad", extra=nan), adapter("last")
+    good = adapter("good")
+    bad = adapter("bad", extra=nan)
+    last = adapter("last")
     message = f"{bad}/adapter_model.safetensors: .*{_Q}.lora_A.weight holds NaN"
-    _refused(f"^{message}.*Nothing was written; --skip-bad", base, [good, bad], out=tmp_path / "pool")
+    _refused(
+        f"^{message}.*Nothing was written; --skip-bad",
+        base,
+        [good, bad],
+        out=tmp_path / "pool",
+    )
     _refused(f"^{message}", base, [bad, good], dry_run=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "base", "good", "last"]
-    _refused(f"none of 1 adapters can be used; the first: {message}", base, [bad], out=tmp_path / "p", skip_bad=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "bad",
+        "base",
+        "good",
+        "last",
+    ]
+    _refused(
+        f"none of 1 adapters can be used; the first: {message}",
+        base,
+        [bad],
+        out=tmp_path / "p",
+        skip_bad=True,
+    )
     manifest = _convert(base, [good, bad, last], out=tmp_path / "pool", skip_bad=True)
-    assert [entry["folder"] for entry in manifest["adapters"]] == ["adapters/0000", "adapters/0001"]
+    assert [entry["folder"] for entry in manifest["adapters"]] == [
+        "adapters/0000",
+        "adapters/0001",
+    ]
     (skipped,) = parts.ConvertedPool(tmp_path / "pool").manifest["skipped"]
     assert skipped["source"] == bad and "holds NaN" in skipped["reason"]
-    assert f"left out {skipped['reason']}" in _printed(capsys, base, [good, bad, last], "--skip-bad", "--dry-run")
+    assert f"left out {skipped['reason']}" in _printed(
+        capsys, base, [good, bad, last], "--skip-bad", "--dry-run"
+    )
     assert load_pool(tmp_path / "pool").names == ("good", "last")
 
 
 @pytest.mark.parametrize(
     ("kind", "value", "dtype", "pool", "message"),
     [
-        ("lora_B", 3e38, np.float32, "float32", "lora_B is infinite in float32 with the scaling 2"),
+        (
+            "lora_B",
+            3e38,
+            np.float32,
+            "float32",
+            "lora_B is infinite in float32 with the scaling 2",
+        ),
         ("lora_A", 1e300, np.float64, "float32", "lora_A is infinite in float32"),
         ("lora_B", 1e300, np.float64, "float32", "lora_B is infinite in float32"),
         ("lora_A", 3.402e38, np.float32, "bfloat16", "lora_A is infinite in bfloat16"),
         ("lora_B", 1.7e38, np.float32, "float32", None),
     ],
 )
-def test_what_a_pool_would_hold_is_finite(base, adapter, tmp_path, kind, value, dtype, pool, message):
+def test_what_a_pool_would_hold_is_finite(
+    base, adapter, tmp_path, kind, value, dtype, pool, message
+):
     shape = (2, 8) if kind == "lora_A" else (6, 2)
-    paths = [path for path in parts.linear_shapes(read_config(base)) if path.endswith((".q", ".v"))]
+    paths = [
+        path
+        for path in parts.linear_shapes(read_config(base))
+        if path.endswith((".q", ".v"))
+    ]
     key = f"base_model.model.{_Q}.{kind}.weight"
-    extra = {f"base_model.model.{path}.{kind}.weight": np.ones(shape, dtype) for path in paths}
-    folder = adapter("large", alpha=4, extra=extra | {key: np.full(shape, value, dtype)})
+    extra = {
+        f"base_model.model.{path}.{kind}.weight": np.ones(shape, dtype)
+        for path in paths
+    }
+    folder = adapter(
+        "large", alpha=4, extra=extra | {key: np.full(shape, value, dtype)}
+    )
     if message is None:
         _convert(base, [folder], out=tmp_path / "pool")
         site, layer = places(read_config(base))[_Q]
-        np.testing.assert_allclose(load_pool(tmp_path / "pool").B[site][layer, 0], 2 * value, rtol=1e-6)
+        np.testing.assert_allclose(
+            load_pool(tmp_path / "pool").B[site][layer, 0], 2 * value, rtol=1e-6
+        )
         return
     with pytest.raises(parts.AdapterError, match=f"^{folder}: {_Q}.{message}"):
         read_pool([folder], read_config(base), dtype=pool)
@@ -347,14 +519,29 @@ def _config(**fields):
             r"rank\[0\] is -1: expected an integer from 0 to",
         ),
         (lambda m: m["adapters"][0].pop("sites"), r"adapters\[0\]\.sites is missing"),
-        (_adapter(files={}), "the manifest lists no adapter_config.json and no adapter_model.safetensors"),
-        (_adapter(files={"x": []}), r"adapters\[0\]\.files\.x is \[\]: expected a text"),
-        (lambda m: m["adapters"][0]["files"].update({"../x": "0"}), "'../x' is not a file inside this folder"),
+        (
+            _adapter(files={}),
+            "the manifest lists no adapter_config.json and no adapter_model.safetensors",
+        ),
+        (
+            _adapter(files={"x": []}),
+            r"adapters\[0\]\.files\.x is \[\]: expected a text",
+        ),
+        (
+            lambda m: m["adapters"][0]["files"].update({"../x": "0"}),
+            "'../x' is not a file inside this folder",
+        ),
         (_adapter(folder="../../etc"), "'../../etc' is not a file inside this folder"),
         (_adapter(folder="a\0b"), "is not a file inside this folder"),
-        (lambda m: m["adapters"].append(m["adapters"][0] | {"name": "two"}), "two adapters of one folder"),
+        (
+            lambda m: m["adapters"].append(m["adapters"][0] | {"name": "two"}),
+            "two adapters of one folder",
+        ),
         (lambda m: m.update(adapters=5), "adapters is 5: expected a list"),
-        (lambda m: m["base"].update(family="mamba"), "family is 'mamba': expected one of t5, decoder"),
+        (
+            lambda m: m["base"].update(family="mamba"),
+            "family is 'mamba': expected one of t5, decoder",
+        ),
         (_config(d_model=0), "d_model is 0: expected an integer from 1 to 10,000,000"),
         (_config(new=1), "new is unknown"),
         (_config(d_model=10**6), "modules do not fit; first"),
@@ -367,7 +554,10 @@ def test_a_manifest_that_was_edited_is_refused(one_pool, tmp_path, change, messa
     original = (folder / "manifest.json").read_bytes()
     _edit_manifest(folder, change, sign=False)
     for read in (load_pool, parts.open_pool):
-        with pytest.raises(ValueError, match=r"manifest\.json: damaged or altered, its SHA-256 is not the one"):
+        with pytest.raises(
+            ValueError,
+            match=r"manifest\.json: damaged or altered, its SHA-256 is not the one",
+        ):
             read(folder)
     # Even a manifest with the right digest is compared with the files.
     (folder / "manifest.json").write_bytes(original)
@@ -394,9 +584,12 @@ def _renamed(folder: str | Path) -> str:
 
 
 @pytest.mark.parametrize("skip_bad", [False, True])
-def test_names_that_are_not_utf8_are_refused_before_a_write(base, adapter, tmp_path, skip_bad, monkeypatch, capsys):
+def test_names_that_are_not_utf8_are_refused_before_a_write(
+    base, adapter, tmp_path, skip_bad, monkeypatch, capsys
+):
     message = r"\\udcff'?: a name that is not UTF-8 text: rename it"
-    folder, other = _renamed(adapter("one")), adapter("two")
+    folder = _renamed(adapter("one"))
+    other = adapter("two")
     out = tmp_path / "pool"
     _refused(message, base, [other, folder], out=out, skip_bad=skip_bad)
     _refused(message, base, [other], out=Path(f"{out}\udcff"))
@@ -404,7 +597,10 @@ def test_names_that_are_not_utf8_are_refused_before_a_write(base, adapter, tmp_p
         parts.open_pool(tmp_path, str(base)).load()
     with pytest.raises(SystemExit):
         main(["convert", "--base", str(base), "--adapters", folder, "--out", str(out)])
-    assert r"one\udcff': a name that is not UTF-8 text: rename it" in capsys.readouterr().err
+    assert (
+        r"one\udcff': a name that is not UTF-8 text: rename it"
+        in capsys.readouterr().err
+    )
     monkeypatch.chdir(folder)
     _refused(message, base, ["."], out=out)
     _refused(message, _renamed(base), [other], out=out)
@@ -416,7 +612,10 @@ def test_options_of_adapters_without_adapters_are_refused(base, adapter, tmp_pat
     _convert(base, [adapter("one"), adapter("two")], out=pool)
     for options in ({"base": "x"}, {"dtype": "float16"}, {"skip_bad": True}):
         (flag,) = options
-        with pytest.raises(ValueError, match=f"--{flag.replace('_', '-')}: only for adapters that are converted"):
+        with pytest.raises(
+            ValueError,
+            match=f"--{flag.replace('_', '-')}: only for adapters that are converted",
+        ):
             parts.convert(parts.ConvertOptions(out=pool, basis=2, **options))
     assert not (pool / "basis").exists()
 
@@ -424,39 +623,75 @@ def test_options_of_adapters_without_adapters_are_refused(base, adapter, tmp_pat
 def test_a_converted_pool_is_projected_on_the_basis_of_another(base, adapter, tmp_path):
     _convert(base, [adapter("one"), adapter("two")], out=tmp_path / "old", basis=2)
     _convert(base, [adapter("three")], out=tmp_path / "new")
-    parts.convert(parts.ConvertOptions(out=tmp_path / "new", basis_from=tmp_path / "old"))
+    parts.convert(
+        parts.ConvertOptions(out=tmp_path / "new", basis_from=tmp_path / "old")
+    )
     assert load_basis(tmp_path / "new").names == ("one", "two", "three")
 
 
 def test_an_out_that_exists_is_refused_before_anything_is_read(tmp_path):
     (tmp_path / "pool").mkdir()
     (tmp_path / "pool/precious").write_text("kept")
-    _refused("pool exists: give a new folder", tmp_path / "no_base", ["no_adapter"], out=tmp_path / "pool")
+    _refused(
+        "pool exists: give a new folder",
+        tmp_path / "no_base",
+        ["no_adapter"],
+        out=tmp_path / "pool",
+    )
     assert (tmp_path / "pool/precious").read_text() == "kept"
 
 
 def test_the_list_of_adapters(base, adapter, tmp_path):
-    one, two = adapter("one"), adapter("two")
+    one = adapter("one")
+    two = adapter("two")
     listed = tmp_path / "list.txt"
-    listed.write_text(f"# mine\n\n  {two}  # the second\n", encoding="utf-8-sig")  # as Windows saves it
+    listed.write_text(
+        f"# mine\n\n  {two}  # the second\n", encoding="utf-8-sig"
+    )  # as Windows saves it
     manifest = _convert(base, [one], adapters_file=listed, dry_run=True)
     assert [entry["source"] for entry in manifest["adapters"]] == [one, two]
-    _refused(r"no\.txt: no such file", base, [one], adapters_file=tmp_path / "no.txt", dry_run=True)
+    _refused(
+        r"no\.txt: no such file",
+        base,
+        [one],
+        adapters_file=tmp_path / "no.txt",
+        dry_run=True,
+    )
     listed.write_bytes(b"\xff\xfe")
-    _refused(r"list\.txt: not UTF-8 text .* save it as UTF-8", base, [one], adapters_file=listed, dry_run=True)
+    _refused(
+        r"list\.txt: not UTF-8 text .* save it as UTF-8",
+        base,
+        [one],
+        adapters_file=listed,
+        dry_run=True,
+    )
     listed.write_text("# nothing\n")
-    _refused("no adapters given: --adapters", base, [], adapters_file=listed, dry_run=True)
+    _refused(
+        "no adapters given: --adapters", base, [], adapters_file=listed, dry_run=True
+    )
     _refused("the pool has no folder: give --out FOLDER, or --dry-run", base, [one])
-    with pytest.raises(ValueError, match=rf"'{one}', one adapter: .* a list, read_pool\(\['{one}'\]\)"):
+    with pytest.raises(
+        ValueError, match=rf"'{one}', one adapter: .* a list, read_pool\(\['{one}'\]\)"
+    ):
         read_pool(one, read_config(base))
 
 
-def test_the_list_of_lorahubs_adapters_comes_with_the_package(base, monkeypatch, tmp_path):
+def test_the_list_of_lorahubs_adapters_comes_with_the_package(
+    base, monkeypatch, tmp_path
+):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     options = {"adapters_file": Path("lorahub"), "dry_run": True}
-    _refused(r"lorahub/flan_t5_large-qasc_qa_with_separated_facts_3", base, [], **options)
-    _refused("none of 196 adapters can be used; .*_separated_facts_3", base, [], skip_bad=True, **options)
+    _refused(
+        r"lorahub/flan_t5_large-qasc_qa_with_separated_facts_3", base, [], **options
+    )
+    _refused(
+        "none of 196 adapters can be used; .*_separated_facts_3",
+        base,
+        [],
+        skip_bad=True,
+        **options,
+    )
     (tmp_path / "lorahub").write_text("mine\n")
     _refused("'mine' is neither a folder here nor a hub id", base, [], **options)
 
@@ -465,13 +700,24 @@ def test_casting(base, adapter, tmp_path):
     folder = adapter("one")
     _convert(base, [folder], out=tmp_path / "pool", dtype="bfloat16")
     manifest = parts.ConvertedPool(tmp_path / "pool").manifest
-    assert manifest["cast_to"] == "bfloat16" and manifest["adapters"][0]["dtype"] == "bfloat16"
-    got, want = parts.ConvertedPool(tmp_path / "pool").adapter("one"), parts.read_adapter(folder)
+    assert (
+        manifest["cast_to"] == "bfloat16"
+        and manifest["adapters"][0]["dtype"] == "bfloat16"
+    )
+    got = parts.ConvertedPool(tmp_path / "pool").adapter("one")
+    want = parts.read_adapter(folder)
     for path, pair in want.factors.items():
         for a, b in zip(got.factors[path], pair, strict=True):
             np.testing.assert_array_equal(a, b.astype(ml_dtypes.bfloat16))
-    large = adapter("large", extra={f"base_model.model.{_Q}.lora_A.weight": np.full((2, 8), 1e6, np.float32)})
-    message = f"large: {_Q}.lora_A is infinite in float16 .*choose a dtype of wider range"
+    large = adapter(
+        "large",
+        extra={
+            f"base_model.model.{_Q}.lora_A.weight": np.full((2, 8), 1e6, np.float32)
+        },
+    )
+    message = (
+        f"large: {_Q}.lora_A is infinite in float16 .*choose a dtype of wider range"
+    )
     _refused(message, base, [large], dry_run=True, dtype="float16")
 
 
@@ -481,7 +727,10 @@ def test_weights_of_the_base_inside_an_adapter(base, adapter, tmp_path):
     _refused("has no weights", base, [same], dry_run=True)
     save_file({"shared.weight": shared}, base / "model.safetensors")
     manifest = _convert(base, [same], out=tmp_path / "pool")
-    assert any("shared.weight, equal to the base's" in note for note in manifest["adapters"][0]["notes"])
+    assert any(
+        "shared.weight, equal to the base's" in note
+        for note in manifest["adapters"][0]["notes"]
+    )
     again = parts.ConvertedPool(tmp_path / "pool").adapter("same")
     np.testing.assert_array_equal(again.kept["base_model.model.shared.weight"], shared)
     other = adapter("other", extra={"base_model.model.shared.weight": shared + 1})
@@ -491,42 +740,92 @@ def test_weights_of_the_base_inside_an_adapter(base, adapter, tmp_path):
 
 
 _MT5 = _SIZES | {"_name_or_path": "google/mt5-small"}
-_LLAMA, _QWEN2, _GEMMA2 = (
-    small_llama.CONFIG | {"vocab_size": 40, "model_type": kind, "sliding_window": 4}
-    for kind in ("llama", "qwen2", "gemma2")
-)
+_LLAMA = small_llama.CONFIG | {
+    "vocab_size": 40,
+    "model_type": "llama",
+    "sliding_window": 4,
+}
+_QWEN2 = small_llama.CONFIG | {
+    "vocab_size": 40,
+    "model_type": "qwen2",
+    "sliding_window": 4,
+}
+_GEMMA2 = small_llama.CONFIG | {
+    "vocab_size": 40,
+    "model_type": "gemma2",
+    "sliding_window": 4,
+}
 
 
 @pytest.mark.parametrize(
     ("config", "outcome", "names"),
     [
-        (_SIZES, "same", ("base", "somebody/Base", "/elsewhere/base", "base@0123", None, "", 5)),
-        (_SIZES, "noted", ("google/flan-t5-large", "./our-model", "/a/checkpoint-500", "me/bert512", "me/t5-to-llama")),
-        (_SIZES, "refused", ("google/mt5-large", "/models/mT5-base/", "umt5-small", "Llama-3-1B", "my_qwen2.5@main")),
+        (
+            _SIZES,
+            "same",
+            ("base", "somebody/Base", "/elsewhere/base", "base@0123", None, "", 5),
+        ),
+        (
+            _SIZES,
+            "noted",
+            (
+                "google/flan-t5-large",
+                "./our-model",
+                "/a/checkpoint-500",
+                "me/bert512",
+                "me/t5-to-llama",
+            ),
+        ),
+        (
+            _SIZES,
+            "refused",
+            (
+                "google/mt5-large",
+                "/models/mT5-base/",
+                "umt5-small",
+                "Llama-3-1B",
+                "my_qwen2.5@main",
+            ),
+        ),
         (_MT5, "noted", ("google/mt5-large",)),
-        (_LLAMA, "noted", ("mistralai/Mistral-7B-v0.1", "me/Qwen-LLaMAfied", "unsloth/phi-4")),
+        (
+            _LLAMA,
+            "noted",
+            ("mistralai/Mistral-7B-v0.1", "me/Qwen-LLaMAfied", "unsloth/phi-4"),
+        ),
         (_LLAMA, "refused", ("Qwen/Qwen2.5-0.5B", "google/gemma-3-1b-it")),
-        (_QWEN2, "noted", ("Qwen/Qwen3-4B", "me/my-ollama-model", "saves/llama-factory")),
+        (
+            _QWEN2,
+            "noted",
+            ("Qwen/Qwen3-4B", "me/my-ollama-model", "saves/llama-factory"),
+        ),
         (_QWEN2, "refused", ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B",)),
         (_GEMMA2, "noted", ("google/gemma-2b",)),
     ],
 )
-def test_names_of_bases_show_whether_an_adapter_belongs_to_this_one(base, adapter, tmp_path, config, outcome, names):
+def test_names_of_bases_show_whether_an_adapter_belongs_to_this_one(
+    base, adapter, tmp_path, config, outcome, names
+):
     (base / "config.json").write_text(json.dumps(config))
     two = adapter("two", targets=("q", "q_proj"))
     for theirs in names:
         folder = adapter("one", targets=("q", "q_proj"), base_model_name_or_path=theirs)
         if outcome == "refused":
             message = (
-                rf"_config\.json: it was trained on '{theirs}', and the base is '{base}', a model of another family"
+                rf"_config\.json: it was trained on '{theirs}', and the base is '{base}', "
+                "a model of another family"
             )
             _refused(message, base, [folder], out=tmp_path / "pool")
             assert not (tmp_path / "pool").exists()
             with pytest.raises(ValueError, match=message):
                 parts.open_pool(tmp_path, str(base)).load(["one"])
         manifest = _convert(base, [two, folder], dry_run=True, skip_bad=True)
-        assert [entry["name"] for entry in manifest["adapters"]] == ["two", "one"][: 1 if outcome == "refused" else 2]
-        notes = [note for note in manifest["adapters"][-1]["notes"] if "trained on" in note]
+        assert [entry["name"] for entry in manifest["adapters"]] == ["two", "one"][
+            : 1 if outcome == "refused" else 2
+        ]
+        notes = [
+            note for note in manifest["adapters"][-1]["notes"] if "trained on" in note
+        ]
         assert len(notes) == (outcome == "noted")
         assert all(repr(theirs) in note and repr(str(base)) in note for note in notes)
         shutil.rmtree(folder)
@@ -536,9 +835,18 @@ def test_a_classifier_and_its_adapter_make_no_pool(base, adapter, tmp_path):
     head = np.random.default_rng(0).standard_normal((2, 8), np.float32)
     save_file({"classification_head.out_proj.weight": head}, base / "model.safetensors")
     extra = {"base_model.model.classification_head.out_proj.weight": head}
-    folder = adapter("one", extra=extra, task_type="SEQ_CLS", modules_to_save=["classification_head"])
-    _refused(r"task_type SEQ_CLS .*: retrain it as a language model", base, [folder], out=tmp_path / "pool")
-    (base / "config.json").write_text(json.dumps(_SIZES | {"architectures": ["T5ForSequenceClassification"]}))
+    folder = adapter(
+        "one", extra=extra, task_type="SEQ_CLS", modules_to_save=["classification_head"]
+    )
+    _refused(
+        r"task_type SEQ_CLS .*: retrain it as a language model",
+        base,
+        [folder],
+        out=tmp_path / "pool",
+    )
+    (base / "config.json").write_text(
+        json.dumps(_SIZES | {"architectures": ["T5ForSequenceClassification"]})
+    )
     message = r"config\.json: architectures is \['T5ForSequenceClassification'\], .*: give the language model"
     _refused(message, base, [folder], out=tmp_path / "pool")
     assert not (tmp_path / "pool").exists()
@@ -556,12 +864,20 @@ def test_a_damaged_pool_is_refused_by_its_file(base, adapter, tmp_path):
         assert load_pool(folder, chosen=["one"]).names == ("one",)
         path.write_bytes(content)
     (folder / "adapters/0001/adapter_model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"0001/adapter_model\.safetensors: no such file, though the man"):
+    with pytest.raises(
+        ValueError,
+        match=r"0001/adapter_model\.safetensors: no such file, though the man",
+    ):
         load_pool(folder)
     _edit_manifest(folder, lambda manifest: manifest.pop("sha256"), sign=False)
-    with pytest.raises(ValueError, match=r"damaged or altered, its SHA-256 is not the one that it states"):
+    with pytest.raises(
+        ValueError,
+        match=r"damaged or altered, its SHA-256 is not the one that it states",
+    ):
         load_pool(folder)
-    with pytest.raises(ValueError, match=r": not a converted pool: it has no manifest\.json"):
+    with pytest.raises(
+        ValueError, match=r": not a converted pool: it has no manifest\.json"
+    ):
         load_pool(tmp_path)
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(ValueError, match="lists no adapters: give a pool"):
@@ -575,8 +891,12 @@ def test_a_pool_of_another_base(base, adapter, tmp_path):
     message = r"converted for .*base: encoder\.self\.q is Site\(layers=3, d_in=8, d_out=6\) there and .*d_out=8"
     with pytest.raises(ValueError, match=message):
         parts.open_pool(tmp_path / "pool", str(base))
-    (base / "config.json").write_text(json.dumps(_SIZES | {"feed_forward_proj": "relu"}))
-    with pytest.raises(ValueError, match=r"encoder\.ff\.wi_0 is Site.* there and None here"):
+    (base / "config.json").write_text(
+        json.dumps(_SIZES | {"feed_forward_proj": "relu"})
+    )
+    with pytest.raises(
+        ValueError, match=r"encoder\.ff\.wi_0 is Site.* there and None here"
+    ):
         parts.open_pool(tmp_path / "pool", str(base))
 
 
@@ -584,17 +904,28 @@ def test_a_folder_of_peft_adapters_opens_like_a_converted_pool(base, adapter, tm
     folders = [adapter("one"), adapter("wide", r=5)]
     folder = Path(folders[0]).parent
     _convert(base, folders, out=tmp_path / "pool")
-    converted, plain = parts.open_pool(tmp_path / "pool", str(base)), parts.open_pool(folder, str(base))
+    converted = parts.open_pool(tmp_path / "pool", str(base))
+    plain = parts.open_pool(folder, str(base))
     for pool in (converted, plain):
-        assert (pool.names, pool.largest_rank, pool.targets) == (("one", "wide"), 5, ("q", "v"))
+        assert (pool.names, pool.largest_rank, pool.targets) == (
+            ("one", "wide"),
+            5,
+            ("q", "v"),
+        )
         assert pool.config.sites == read_config(base).sites
     _assert_same_pool(plain.load(["wide", 0]), converted.load(["wide", 0]))
     assert parts.open_pool(folder).names == plain.names
-    with pytest.raises(ValueError, match="which are read for a base model: give its base"):
+    with pytest.raises(
+        ValueError, match="which are read for a base model: give its base"
+    ):
         parts.open_pool(folder).load()
-    with pytest.raises(ValueError, match=r"nothing is not a pool: give one of `lorafusion convert`"):
+    with pytest.raises(
+        ValueError, match=r"nothing is not a pool: give one of `lorafusion convert`"
+    ):
         parts.open_pool(tmp_path / "nothing")
-    shutil.copytree(folders[0], folder / ".new.partial")  # as a command that is killed leaves it
+    shutil.copytree(
+        folders[0], folder / ".new.partial"
+    )  # as a command that is killed leaves it
     assert parts.open_pool(folder).names == plain.names
     # An adapter behind a link has the name of the link.
     (tmp_path / "linked").mkdir()

@@ -7,7 +7,11 @@ import tiny
 from lorafusion_jax.adapters.basis import directions, in_directions
 from lorafusion_jax.io.digests import pool_digests, tensor_digest
 
-_TENSORS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.float32([0, 1]), "c": np.array(2, np.float32)}
+_TENSORS = {
+    "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "b": np.float32([0, 1]),
+    "c": np.array(2, np.float32),
+}
 
 
 @pytest.mark.parametrize(

@@ -37,14 +37,19 @@ class _Disk:
     """From a certain write on, every write below a folder fails; `writes` counts them."""
 
     def __init__(self):
-        self.folder, self.error, self.sound, self.writes = "", 0, 0, 0
+        self.folder = ""
+        self.error = 0
+        self.sound = 0
+        self.writes = 0
 
     def __call__(self, event: str, arguments: tuple) -> None:
         if not self.folder:
             return
         if event == "open":
             path, _, flags = arguments
-            if not isinstance(path, str | bytes) or not flags & (os.O_WRONLY | os.O_RDWR):
+            if not isinstance(path, str | bytes) or not flags & (
+                os.O_WRONLY | os.O_RDWR
+            ):
                 return
             self.write(os.fsdecode(path))
         elif event in _CHANGES:
@@ -56,7 +61,9 @@ class _Disk:
         if str(where).startswith(self.folder) and "/arrays" not in str(where):
             self.writes += 1
             if self.writes > self.sound:
-                raise OSError(self.error, os.strerror(self.error))  # like write(), it does not name the file
+                raise OSError(
+                    self.error, os.strerror(self.error)
+                )  # like write(), it does not name the file
 
 
 _disk = _Disk()
@@ -64,7 +71,9 @@ _disk = _Disk()
 
 @pytest.fixture(scope="module", autouse=True)
 def _audited() -> None:
-    sys.addaudithook(_disk)  # for the rest of the process; it does nothing without a folder
+    sys.addaudithook(
+        _disk
+    )  # for the rest of the process; it does nothing without a folder
 
 
 @pytest.fixture
@@ -78,14 +87,19 @@ def faults(tmp_path, monkeypatch) -> Iterator[Callable[[int, int], None]]:
         fsync(descriptor)
 
     def begin(error: int, sound: int) -> None:
-        _disk.folder, _disk.error, _disk.sound, _disk.writes = str(tmp_path), error, sound, 0
+        _disk.folder = str(tmp_path)
+        _disk.error = error
+        _disk.sound = sound
+        _disk.writes = 0
 
     monkeypatch.setattr(os, "fsync", failing)
     yield begin
     _disk.folder = ""
 
 
-def _fails_at_every_write(work: Callable[[], None], faults: Callable[[int, int], None], error: int) -> Iterator[str]:
+def _fails_at_every_write(
+    work: Callable[[], None], faults: Callable[[int, int], None], error: int
+) -> Iterator[str]:
     """Let each write of some work be the first that fails, and yield the message; at last it comes to its end."""
     for sound in range(1000):
         faults(error, sound)
@@ -101,7 +115,10 @@ def _fails_at_every_write(work: Callable[[], None], faults: Callable[[int, int],
     raise AssertionError("it never ends")
 
 
-_SLOWER = [pytest.param(error, marks=pytest.mark.long) for error in (errno.EDQUOT, errno.ENOLCK)]
+_SLOWER = [
+    pytest.param(error, marks=pytest.mark.long)
+    for error in (errno.EDQUOT, errno.ENOLCK)
+]
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS, *_SLOWER])
@@ -121,9 +138,13 @@ def test_the_last_sound_checkpoint_stays(error, faults, tmp_path):
             and said.startswith(str(folder))
             and said.endswith("Files that were saved before are unchanged")
         )
-        if checkpoint.steps(folder)[-1].name == "step_000002":  # it was whole when the last folder was flushed
+        if (
+            checkpoint.steps(folder)[-1].name == "step_000002"
+        ):  # it was whole when the last folder was flushed
             shutil.rmtree(folder / "step_000002")
-        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+        assert {
+            path: path.read_bytes() for path in folder.rglob("*") if path.is_file()
+        } == before
     newest = checkpoint.load_newest(checkpoint.steps(folder), note=pytest.fail)
     assert failed >= 8 and newest is not None and newest[0]["x"].tolist() == [0, 0, 0]
 
@@ -143,7 +164,11 @@ def test_the_files_of_a_run_stay(error, faults, tmp_path):
     for said in _fails_at_every_write(work, faults, error):
         assert said.startswith(str(run.folder)) and _ADVICE[error] in said
         assert '"exact_match": 1.0' in (run.folder / "results.json").read_text()
-        assert {path.name for path in run.folder.iterdir()} == {".lock", "metrics.jsonl", "results.json"}
+        assert {path.name for path in run.folder.iterdir()} == {
+            ".lock",
+            "metrics.jsonl",
+            "results.json",
+        }
         run.cut_metrics(1)
     assert run.metrics() == [{"step": 1}, {"step": 2}]
 
@@ -164,7 +189,10 @@ def test_an_error_of_tensorstore_is_one_of_the_disk_without_tracebacks(tmp_path,
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(WriteError, match=f"^{tmp_path} cannot be written: a file would be larger than allowed"):
+        with pytest.raises(
+            WriteError,
+            match=f"^{tmp_path} cannot be written: a file would be larger than allowed",
+        ):
             checkpoint.save(tmp_path / "saved", {"x": noise}, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -175,7 +203,10 @@ def test_a_folder_that_vanishes(tmp_path):
     run = RunFolder(tmp_path / "run")
     with run.locked():
         shutil.rmtree(run.folder)
-        with pytest.raises(WriteError, match=r"run cannot be written: it is gone .*: make or mount it again, or give"):
+        with pytest.raises(
+            WriteError,
+            match=r"run cannot be written: it is gone .*: make or mount it again, or give",
+        ):
             run.append_metrics([{"step": 1}])
         with pytest.raises(WriteError, match="it is gone"):
             run.write_results({})
@@ -183,7 +214,10 @@ def test_a_folder_that_vanishes(tmp_path):
 
 def test_a_folder_inside_a_file(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(WriteError, match="a part of its path is a file .*: move that file, or give another folder"):
+    with pytest.raises(
+        WriteError,
+        match="a part of its path is a file .*: move that file, or give another folder",
+    ):
         with RunFolder(tmp_path / "file" / "run").locked():
             pass
 
@@ -196,7 +230,9 @@ def test_what_is_read_meanwhile_is_not_blamed_on_the_folder(tmp_path):
 
 def test_errors_of_safetensors_and_commands_name_the_disk(tmp_path, capsys):
     with pytest.raises(WriteError, match="the disk is full"), writing(tmp_path):
-        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise RuntimeError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        )
 
     def full(arguments: list[str]) -> None:
         with writing(tmp_path):
@@ -205,7 +241,9 @@ def test_errors_of_safetensors_and_commands_name_the_disk(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.run(full, [])
     assert stop.value.code == 2
-    assert re.fullmatch(r"error: .* cannot be written: the disk is full .*\n", capsys.readouterr().err)
+    assert re.fullmatch(
+        r"error: .* cannot be written: the disk is full .*\n", capsys.readouterr().err
+    )
 
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path):
@@ -216,7 +254,9 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path):
         write_text(tmp_path / "file", "second")
 
     write(tmp_path / "file", first)
-    assert (tmp_path / "file").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
+    assert (tmp_path / "file").read_text() == "first" and len(
+        list(tmp_path.iterdir())
+    ) == 1
 
 
 def test_a_file_that_is_cut_off_leaves_what_was_there(tmp_path):
@@ -227,4 +267,6 @@ def test_a_file_that_is_cut_off_leaves_what_was_there(tmp_path):
     (tmp_path / "file").write_text("before")
     with pytest.raises(WriteError, match="the disk is full"):
         write(tmp_path / "file", cut_off)
-    assert (tmp_path / "file").read_text() == "before" and len(list(tmp_path.iterdir())) == 1
+    assert (tmp_path / "file").read_text() == "before" and len(
+        list(tmp_path.iterdir())
+    ) == 1

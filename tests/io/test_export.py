@@ -21,11 +21,17 @@ _INDEX = [3, 0, 2]
 
 def _somewhere(n, site, layer):
     """Rank 4; module 0 has nothing in the decoder, nobody has anything in the encoder's second layer."""
-    return 0 if (n == 0 and "decoder" in site) or (site.startswith("encoder") and layer == 1) else 4
+    return (
+        0
+        if (n == 0 and "decoder" in site) or (site.startswith("encoder") and layer == 1)
+        else 4
+    )
 
 
 def _several(n, site, layer):
-    return _somewhere(n, site, layer) and 1 + (n + 2 * layer + 3 * ("cross" in site)) % 5
+    return (
+        _somewhere(n, site, layer) and 1 + (n + 2 * layer + 3 * ("cross" in site)) % 5
+    )
 
 
 def _kernel(site, layer):
@@ -34,14 +40,29 @@ def _kernel(site, layer):
 
 def _in_peft(config, tensors):
     """Return by site and layer what PEFT multiplies by instead of W, [d_in, d_out]."""
-    paths = {site.path_of(layer): (s, layer) for s, site in _MODEL.config.sites.items() for layer in range(site.layers)}
+    paths = {
+        site.path_of(layer): (s, layer)
+        for s, site in _MODEL.config.sites.items()
+        for layer in range(site.layers)
+    }
     # PEFT adapts every module that is named, whether it has tensors for it or not.
-    named = [p for p in paths if any(p == t or p.endswith(f".{t}") for t in config["target_modules"])]
-    kinds = ["lora_A.weight", "lora_B.weight"] + ["lora_magnitude_vector"] * config["use_dora"]
-    assert set(tensors) == {f"base_model.model.{path}.{kind}" for path in named for kind in kinds}
+    named = [
+        p
+        for p in paths
+        if any(p == t or p.endswith(f".{t}") for t in config["target_modules"])
+    ]
+    kinds = ["lora_A.weight", "lora_B.weight"] + ["lora_magnitude_vector"] * config[
+        "use_dora"
+    ]
+    assert set(tensors) == {
+        f"base_model.model.{path}.{kind}" for path in named for kind in kinds
+    }
     found = {}
     for path in named:
-        A, B, *m = (np.asarray(tensors[f"base_model.model.{path}.{kind}"], np.float64) for kind in kinds)
+        A, B, *m = (
+            np.asarray(tensors[f"base_model.model.{path}.{kind}"], np.float64)
+            for kind in kinds
+        )
         assert (len(A), *B.shape[1:]) == (config["r"], config["r"])
         assert (A.shape[1], B.shape[0]) == parts.linear_shapes(_MODEL.config)[path]
         W = _kernel(*paths[path]).T + config["lora_alpha"] / config["r"] * B @ A
@@ -52,17 +73,24 @@ def _in_peft(config, tensors):
 
 
 def _close(got, wanted, tolerance=1e-5):
-    np.testing.assert_allclose(np.asarray(got, np.float64), wanted, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(
+        np.asarray(got, np.float64), wanted, rtol=tolerance, atol=tolerance
+    )
 
 
 @pytest.mark.parametrize("magnitudes", [False, True])
 @pytest.mark.parametrize("granularity", ["block", "rank"])
-@pytest.mark.parametrize(("composition", "ranks"), [("mix", _somewhere), ("sum", _several)])
+@pytest.mark.parametrize(
+    ("composition", "ranks"), [("mix", _somewhere), ("sum", _several)]
+)
 def test_a_fusion_is_one_adapter(composition, granularity, magnitudes, ranks):
     pool = tiny.pool(4, ranks)
     c = tiny.coefficients(shape(pool, 3, granularity))
     rng = np.random.default_rng(0)
-    m = {s: jnp.asarray(rng.uniform(0.5, 2, (b.shape[0], b.shape[3])), jnp.float32) for s, b in pool.B.items()}
+    m = {
+        s: jnp.asarray(rng.uniform(0.5, 2, (b.shape[0], b.shape[3])), jnp.float32)
+        for s, b in pool.B.items()
+    }
     config, tensors = parts.fused_adapter(
         _MODEL.config,
         pool,
@@ -73,7 +101,9 @@ def test_a_fusion_is_one_adapter(composition, granularity, magnitudes, ranks):
         magnitudes=m if magnitudes else None,
     )
     found = _in_peft(config, tensors)
-    wanted = tiny.updates(pool, _INDEX, tiny.coefficient_of(c, pool, granularity), composition)
+    wanted = tiny.updates(
+        pool, _INDEX, tiny.coefficient_of(c, pool, granularity), composition
+    )
     adapted = {where for where in wanted if any(ranks(n, *where) for n in _INDEX)}
     assert found.keys() == adapted and len(adapted) < len(wanted)
     for site, layer in adapted:
@@ -83,19 +113,34 @@ def test_a_fusion_is_one_adapter(composition, granularity, magnitudes, ranks):
         _close(found[site, layer], W)
     # As small as it can be: the ranks of the modules that meet in one place.
     together = max(sum(ranks(n, *where) for n in _INDEX) for where in adapted)
-    assert config["r"] == config["lora_alpha"] == (4 if composition == "mix" else together)
-    assert (config["peft_type"], config["base_model_name_or_path"]) == ("LORA", "some/base")
+    assert (
+        config["r"] == config["lora_alpha"] == (4 if composition == "mix" else together)
+    )
+    assert (config["peft_type"], config["base_model_name_or_path"]) == (
+        "LORA",
+        "some/base",
+    )
     assert (config["use_rslora"], config["use_dora"]) == (False, magnitudes)
 
 
 @pytest.mark.parametrize("composition", ["mix", "sum"])
 def test_a_quantised_pool_exports_what_it_computes(composition):
     pool = tiny.pool(4).quantised("nf4")
-    plain = {f: {s: parts.dense(w, jnp.float32) for s, w in getattr(pool, f).items()} for f in ("A", "B")}
+    plain = {
+        f: {s: parts.dense(w, jnp.float32) for s, w in getattr(pool, f).items()}
+        for f in ("A", "B")
+    }
     spread = parts.expand(tiny.coefficients((3, 5)), pool, "block")
-    exported, wanted = (
-        parts.fused_adapter(_MODEL.config, p, jnp.array(_INDEX), spread, composition, base="b")
-        for p in (pool, dataclasses.replace(pool, **plain))
+    exported = parts.fused_adapter(
+        _MODEL.config, pool, jnp.array(_INDEX), spread, composition, base="b"
+    )
+    wanted = parts.fused_adapter(
+        _MODEL.config,
+        dataclasses.replace(pool, **plain),
+        jnp.array(_INDEX),
+        spread,
+        composition,
+        base="b",
     )
     assert exported[0] == wanted[0] and exported[1].keys() == wanted[1].keys()
     for key, tensor in exported[1].items():
@@ -115,9 +160,12 @@ def test_a_lora_is_a_plain_adapter():
     config, tensors = parts.lora_adapter(_MODEL.config, adapters, base="b")
     assert (config["r"], config["lora_alpha"], config["use_dora"]) == (3, 3, False)
     found = _in_peft(config, tensors)
-    assert found.keys() == {(s, layer) for s, lora in adapters.items() for layer in range(lora.A.shape[0])}
+    assert found.keys() == {
+        (s, layer) for s, lora in adapters.items() for layer in range(lora.A.shape[0])
+    }
     for (site, layer), W in found.items():
-        A, B = (np.asarray(w[layer], np.float64) for w in (adapters[site].A, adapters[site].B))
+        A = np.asarray(adapters[site].A[layer], np.float64)
+        B = np.asarray(adapters[site].B[layer], np.float64)
         _close(W, _kernel(site, layer) + A @ B)
 
 
@@ -125,19 +173,34 @@ def test_a_lora_is_a_plain_adapter():
 def test_magnitudes_of_either_sign_and_zero_start_the_next_fusion(tmp_path, magnitudes):
     """The oracle is the run that was exported: pruned and negative magnitudes are read back as they were."""
     graph, base = nnx.split(_MODEL)
-    pool, index = tiny.pool(3, _somewhere), jnp.arange(3)
+    pool = tiny.pool(3, _somewhere)
+    index = jnp.arange(3)
     terms = jax.jit(lf.gram)(pool, {s: lf.kernels(_MODEL)[s] for s in pool.A})
-    method, frozen = lf.Fusion(), lf.Frozen(base, pool, terms)
+    method = lf.Fusion()
+    frozen = lf.Frozen(base, pool, terms)
     rng = np.random.default_rng(0)
     params = method.init(frozen, index, jax.random.key(0))
     params["magnitudes"] = {
-        s: m * jnp.asarray(rng.choice([-1.2, 0.0, 0.8], m.shape), jnp.float32) for s, m in params["magnitudes"].items()
+        s: m * jnp.asarray(rng.choice([-1.2, 0.0, 0.8], m.shape), jnp.float32)
+        for s, m in params["magnitudes"].items()
     }
     spread = parts.expand(params["coefficients"], pool, "block")
-    written = parts.fused_adapter(_MODEL.config, pool, index, spread, "sum", base="b", magnitudes=params["magnitudes"])
+    written = parts.fused_adapter(
+        _MODEL.config,
+        pool,
+        index,
+        spread,
+        "sum",
+        base="b",
+        magnitudes=params["magnitudes"],
+    )
     parts.write_adapter(tmp_path / "fused", *written)
     again = lf.read_pool([str(tmp_path / "fused")], _MODEL.config)
-    frozen_again = lf.Frozen(base, again, jax.jit(lf.gram)(again, {s: lf.kernels(_MODEL)[s] for s in again.A}))
+    frozen_again = lf.Frozen(
+        base,
+        again,
+        jax.jit(lf.gram)(again, {s: lf.kernels(_MODEL)[s] for s in again.A}),
+    )
     next_method = lf.Fusion(magnitudes=magnitudes)
     start = next_method.init(frozen_again, jnp.arange(1), jax.random.key(1))
     assert (start["coefficients"] == 1).all() and ("magnitudes" in start) == magnitudes
@@ -147,7 +210,13 @@ def test_magnitudes_of_either_sign_and_zero_start_the_next_fusion(tmp_path, magn
     # And exported again it is the same adapter.
     one = {s: jnp.ones((rank.shape[0], 1, 1)) for s, rank in again.rank.items()}
     config, tensors = parts.fused_adapter(
-        _MODEL.config, again, jnp.arange(1), one, "sum", base="b", magnitudes=start.get("magnitudes")
+        _MODEL.config,
+        again,
+        jnp.arange(1),
+        one,
+        "sum",
+        base="b",
+        magnitudes=start.get("magnitudes"),
     )
     assert config == written[0] and tensors.keys() == written[1].keys()
     for key, tensor in tensors.items():
@@ -156,7 +225,11 @@ def test_magnitudes_of_either_sign_and_zero_start_the_next_fusion(tmp_path, magn
 
 def _fused(model, composition):
     pool = tiny.pool(4, _somewhere)
-    frozen = lf.Frozen(nnx.split(model)[1], pool, jax.jit(lf.gram)(pool, {s: lf.kernels(model)[s] for s in pool.A}))
+    frozen = lf.Frozen(
+        nnx.split(model)[1],
+        pool,
+        jax.jit(lf.gram)(pool, {s: lf.kernels(model)[s] for s in pool.A}),
+    )
     method = lf.Fusion(composition=composition)
     params = method.init(frozen, jnp.array(_INDEX), jax.random.key(0))
     params["coefficients"] = tiny.coefficients(params["coefficients"].shape)
@@ -179,11 +252,15 @@ def test_quantised_and_bf16_models_merge_in_float32():
     model = tiny.t5()
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Linear):
-            module.kernel.set_value(lf.quantise(module.kernel.get_value(), "int8", tiled_axis=-2))
+            module.kernel.set_value(
+                lf.quantise(module.kernel.get_value(), "int8", tiled_axis=-2)
+            )
     adapters = _fused(model, "sum")
     merged = lf.merged_base(model, adapters)
     _close(_logits(merged), _logits(model, adapters), 1e-4)
     assert all(isinstance(lf.kernels(merged)[site], jax.Array) for site in adapters)
     in_bf16 = tiny.t5(dataclasses.replace(tiny.CONFIG, dtype="bfloat16"))
     for site, expected in lf.kernels(lf.merged_base(tiny.t5(), adapters)).items():
-        np.testing.assert_array_equal(lf.kernels(lf.merged_base(in_bf16, adapters))[site], expected)
+        np.testing.assert_array_equal(
+            lf.kernels(lf.merged_base(in_bf16, adapters))[site], expected
+        )

@@ -16,11 +16,16 @@ import lorafusion_jax as lf
 from lorafusion_jax.parts import open_base
 
 _BASE = one_block.SMALL / "base"
-_TEXTS = st.text() | st.text("abc :<>/s|im_endtard\n\t", max_size=40) | st.just("<|im_start|>a</s><pad> b<|im_end|>")
+_TEXTS = (
+    st.text()
+    | st.text("abc :<>/s|im_endtard\n\t", max_size=40)
+    | st.just("<|im_start|>a</s><pad> b<|im_end|>")
+)
 
 
 def _pair(base):
-    fast, whole = open_base(base).tokenizer, lf.load_tokenizer(base)
+    fast = open_base(base).tokenizer
+    whole = lf.load_tokenizer(base)
     assert type(fast) is not type(whole)
     return fast, whole
 
@@ -30,7 +35,11 @@ def pair(request):
     return _pair(_BASE if request.param == "tokenizer.json" else smollm2.gguf_file())
 
 
-@pytest.mark.parametrize("how", [{}, {"add_special_tokens": False}, {"truncation": True, "max_length": 3}], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"add_special_tokens": False}, {"truncation": True, "max_length": 3}],
+    ids=str,
+)
 def test_tokens_and_texts_are_those_of_transformers(pair, how):
     fast, whole = pair
 
@@ -42,7 +51,10 @@ def test_tokens_and_texts_are_those_of_transformers(pair, how):
         assert {name: wanted[name] for name in found} == found
         assert fast(texts[0], **how)["input_ids"] == wanted["input_ids"][0]
         for skip in (True, False):
-            said = (one.batch_decode(found["input_ids"], skip_special_tokens=skip) for one in pair)
+            said = (
+                one.batch_decode(found["input_ids"], skip_special_tokens=skip)
+                for one in pair
+            )
             assert next(said) == next(said)
 
     check()
@@ -51,11 +63,21 @@ def test_tokens_and_texts_are_those_of_transformers(pair, how):
 def test_vocabulary_special_tokens_and_further_methods_are_those_of_transformers(pair):
     fast, whole = pair
     assert len(fast) == len(whole) and fast.get_vocab() == whole.get_vocab()
-    assert fast.special_tokens_map == whole.special_tokens_map and fast.name_or_path == whole.name_or_path
+    assert (
+        fast.special_tokens_map == whole.special_tokens_map
+        and fast.name_or_path == whole.name_or_path
+    )
     names = [f"{name}_token" for name in ("bos", "eos", "unk", "pad")]
-    for name in (*names, *(f"{name}_id" for name in names), "chat_template", "clean_up_tokenization_spaces"):
+    for name in (
+        *names,
+        *(f"{name}_id" for name in names),
+        "chat_template",
+        "clean_up_tokenization_spaces",
+    ):
         assert getattr(fast, name) == getattr(whole, name)
-    assert [*map(fast.convert_ids_to_tokens, range(60))] == whole.convert_ids_to_tokens([*range(60)])
+    assert [*map(fast.convert_ids_to_tokens, range(60))] == whole.convert_ids_to_tokens(
+        [*range(60)]
+    )
     assert fast.encode("a b") == whole.encode("a b")
     with pytest.raises(AttributeError, match="no_such_method"):
         _ = fast.no_such_method
@@ -70,7 +92,11 @@ def test_another_token_for_padding_holds_for_further_methods():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"clean_up_tokenization_spaces": True}, {"tokenizer_class": "OtherTokenizer"}, {"padding_side": "left"}],
+    [
+        {"clean_up_tokenization_spaces": True},
+        {"tokenizer_class": "OtherTokenizer"},
+        {"padding_side": "left"},
+    ],
     ids=str,
 )
 def test_transformers_loads_what_its_settings_change(tmp_path, changes):
@@ -85,7 +111,9 @@ def test_transformers_loads_what_its_settings_change(tmp_path, changes):
     [("{}", "not a tokenizer"), ("[", "not a tokenizer")],
     ids=["no model", "no JSON"],
 )
-def test_faults_of_the_file_are_reported_and_not_left_to_transformers(tmp_path, file, message):
+def test_faults_of_the_file_are_reported_and_not_left_to_transformers(
+    tmp_path, file, message
+):
     folder = shutil.copytree(_BASE, tmp_path / "base")
     (folder / "tokenizer.json").write_text(file)
     with pytest.raises(lf.FileError, match=f"tokenizer.json: {message}"):
@@ -104,5 +132,7 @@ def test_config_and_tokenizer_load_no_transformers(base):
         "import sys; from lorafusion_jax.io.hf import open_base, read_config; "
         f"read_config({source!r}); open_base({source!r}).tokenizer('a'); print('transformers' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert done.stdout == "False\n"

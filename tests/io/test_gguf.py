@@ -36,7 +36,14 @@ from lorafusion_jax.io.gguf.base import GGUFBase
 from lorafusion_jax.io.gguf.reader import read_gguf
 from lorafusion_jax.io.gguf.tokenizer import build_tokenizer
 from lorafusion_jax.io.gguf.write import write_lora, write_merged
-from lorafusion_jax.parts import ConvertOptions, convert, dense, open_base, shape_config, write_adapter
+from lorafusion_jax.parts import (
+    ConvertOptions,
+    convert,
+    dense,
+    open_base,
+    shape_config,
+    write_adapter,
+)
 from lorafusion_jax.runs.merge import MergeOptions, merge
 
 
@@ -50,11 +57,17 @@ def test_every_type_that_the_gguf_package_dequantises_is_read(tmp_path, kind):
     try:
         expected = gguf.dequantize(data, kind)
     except NotImplementedError:
-        with pytest.raises(ValueError, match=f"a is stored as {kind.name}, which the gguf package cannot dequantise"):
+        with pytest.raises(
+            ValueError,
+            match=f"a is stored as {kind.name}, which the gguf package cannot dequantise",
+        ):
             read_gguf(file)
     else:
         tensor = read_gguf(file).tensors["a"]
-        assert (tensor.shape, tensor.kind) == (expected.shape, kind.name) and expected.shape == (2, 3 * numbers)
+        assert (tensor.shape, tensor.kind) == (
+            expected.shape,
+            kind.name,
+        ) and expected.shape == (2, 3 * numbers)
         np.testing.assert_array_equal(tensor, expected)
         np.testing.assert_array_equal(tensor[1:2], expected[1:2])
 
@@ -64,9 +77,14 @@ def folders(tmp_path_factory):
     """The models with random weights: multiples of 1 / 64 below 8, so that 1 + w and -exp(A_log) lose nothing."""
     found = {}
     for number, name in enumerate(MODELS):
-        rng, folder = np.random.default_rng(number), tmp_path_factory.mktemp("base")
+        rng = np.random.default_rng(number)
+        folder = tmp_path_factory.mktemp("base")
         found[name] = gguf_models.make(
-            folder, name, lambda title, shape, rng=rng: rng.integers(128 if "A_log" in title else -512, 512, shape) / 64
+            folder,
+            name,
+            lambda title, shape, rng=rng: (
+                rng.integers(128 if "A_log" in title else -512, 512, shape) / 64
+            ),
         )
     return found
 
@@ -76,23 +94,39 @@ def test_a_file_is_the_folder_it_was_made_of(tmp_path, folders, name):
     """The same structure and the same weights, bit for bit."""
     folder = folders[name]
     file = written(folder, tmp_path / "model.gguf")
-    assert lf.read_config(file) == lf.read_config(folder) and open_base(file).digest == open_base(folder).digest
+    assert (
+        lf.read_config(file) == lf.read_config(folder)
+        and open_base(file).digest == open_base(folder).digest
+    )
 
 
 def test_a_file_loads_as_its_folder_and_codes_have_another_digest(tmp_path, folders):
     folder = folders["llama"]
     file, coded, again = (
-        written(folder, tmp_path / f"{number}.gguf", kinds=lambda _name, kind=kind: kind)
+        written(
+            folder, tmp_path / f"{number}.gguf", kinds=lambda _name, kind=kind: kind
+        )
         for number, kind in enumerate((None, "Q8_0", "Q8_0"))
     )
     tiny.assert_same_model(*map(lf.load_base, (file, folder)))
-    assert open_base(coded).digest == open_base(again).digest != open_base(folder).digest
+    assert (
+        open_base(coded).digest == open_base(again).digest != open_base(folder).digest
+    )
 
 
 def test_a_file_has_a_digest_of_its_tokenizer_alone(tmp_path, folders):
-    changes = ({}, {"tokenizer.chat_template": "hi"}, {"tokenizer.ggml.add_bos_token": True})
-    files = [written(folders["llama"], tmp_path / f"{n}.gguf", of) for n, of in enumerate(changes)]
-    plain, other_template, other_tokenizer = (open_base(file).files.tokenizer_sha256() for file in files)
+    changes = (
+        {},
+        {"tokenizer.chat_template": "hi"},
+        {"tokenizer.ggml.add_bos_token": True},
+    )
+    files = [
+        written(folders["llama"], tmp_path / f"{n}.gguf", of)
+        for n, of in enumerate(changes)
+    ]
+    plain, other_template, other_tokenizer = (
+        open_base(file).files.tokenizer_sha256() for file in files
+    )
     assert plain == other_template != other_tokenizer
 
 
@@ -102,19 +136,40 @@ def test_other_values_of_older_and_newer_files(tmp_path, folders):
     def read(name, changes):
         return lf.read_config(written(folders[name], tmp_path / "model.gguf", changes))
 
-    pattern = {"attention.sliding_window_pattern": [True] * 6 + [False], "rope.freq_base_swa": 5_000.0}
-    config = read("gemma3", {f"gemma3.{key}": value for key, value in (pattern | {"expert_count": 0}).items()})
-    assert config.sliding == (True,) * 6 + (False,) and config.local_rope.theta == 5_000.0
-    absent = dict.fromkeys(f"llama.attention.{key}" for key in ("key_length", "value_length", "head_count_kv"))
+    pattern = {
+        "attention.sliding_window_pattern": [True] * 6 + [False],
+        "rope.freq_base_swa": 5_000.0,
+    }
+    config = read(
+        "gemma3",
+        {
+            f"gemma3.{key}": value
+            for key, value in (pattern | {"expert_count": 0}).items()
+        },
+    )
+    assert (
+        config.sliding == (True,) * 6 + (False,) and config.local_rope.theta == 5_000.0
+    )
+    absent = dict.fromkeys(
+        f"llama.attention.{key}"
+        for key in ("key_length", "value_length", "head_count_kv")
+    )
     config = read("llama", absent | {"llama.rope.scale_linear": 2.0})
-    assert (config.d_head, config.num_kv_heads, config.rope.scaling, config.rope.factor) == (16, 4, "linear", 2.0)
+    assert (
+        config.d_head,
+        config.num_kv_heads,
+        config.rope.scaling,
+        config.rope.factor,
+    ) == (16, 4, "linear", 2.0)
     for text in ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>"):
         tokens = [*BYTE_LEVEL["tokenizer.ggml.tokens"]]
         tokens[7] = text
         assert read("llama", {"tokenizer.ggml.tokens": tokens}).end_ids == (2, 7)
     # The largest Gemmas scale queries by a width that their files lack.
     for name, layers in (("gemma2", 46), ("gemma3", 62)):
-        large = read(name, {f"{name}.block_count": layers, f"{name}.embedding_length": 80})
+        large = read(
+            name, {f"{name}.block_count": layers, f"{name}.embedding_length": 80}
+        )
         assert large.query_scale == (80 // 4) ** -0.5
 
 
@@ -131,10 +186,13 @@ def _in_turn(title):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_q8_0_keeps_its_codes(tmp_path, folders, dtype):
     file = written(folders["llama"], tmp_path / "model.gguf", kinds=_in_turn)
-    tensor, model = lf.base_tensor(file), lf.load_base(file, dtype=dtype, quantise="int8")
+    tensor = lf.base_tensor(file)
+    model = lf.load_base(file, dtype=dtype, quantise="int8")
     tensors = open_base(file).files.tensors()
     head = model.variables()["head"].get_value()
-    matrices = {("lm_head", 0): qwix.QArray(head.qvalue[None], head.scale[None], qtype="int8")}
+    matrices = {
+        ("lm_head", 0): qwix.QArray(head.qvalue[None], head.scale[None], qtype="int8")
+    }
     for (site, kernel), layer in itertools.product(lf.kernels(model).items(), range(2)):
         matrices[model.config.sites[site].path_of(layer), layer] = kernel
     assert len(matrices) == 15
@@ -144,27 +202,46 @@ def test_q8_0_keeps_its_codes(tmp_path, folders, dtype):
         if tensors[f"{path}.weight"].kind == "Q8_0":
             codes, scales = tensors[f"{path}.weight"].codes()
             np.testing.assert_array_equal(weight.qvalue[layer], codes.T)
-            np.testing.assert_array_equal(weight.scale[layer], scales.T.astype(np.float32))
+            np.testing.assert_array_equal(
+                weight.scale[layer], scales.T.astype(np.float32)
+            )
             np.testing.assert_array_equal(got, wanted)
         else:
-            tiles = np.abs(wanted.astype(np.float32)).reshape(-1, weight.scale_tile_shape[1], wanted.shape[1])
+            tiles = np.abs(wanted.astype(np.float32)).reshape(
+                -1, weight.scale_tile_shape[1], wanted.shape[1]
+            )
             step = np.repeat(tiles.max(1), weight.scale_tile_shape[1], axis=0) / 127
             # A scale of bfloat16 is off by up to a 512th, and so is a product in bfloat16.
-            rounding = 2.0**-7 * np.abs(wanted.astype(np.float32)) if dtype == "bfloat16" else 1e-5
-            assert (np.abs(got.astype(np.float32) - wanted.astype(np.float32)) <= 0.5 * step + rounding).all()
+            rounding = (
+                2.0**-7 * np.abs(wanted.astype(np.float32))
+                if dtype == "bfloat16"
+                else 1e-5
+            )
+            assert (
+                np.abs(got.astype(np.float32) - wanted.astype(np.float32))
+                <= 0.5 * step + rounding
+            ).all()
             assert weight.scale_tile_shape[1] == (64 if "gate_proj" in path else 32)
 
 
 def test_an_embedding_that_is_the_head_keeps_its_codes(tmp_path, folders):
     """Oracle: logits and answers of the same numbers in float32."""
-    file = written(folders["llama with biases, tied"], tmp_path / "model.gguf", kinds=lambda title: "Q8_0")
+    file = written(
+        folders["llama with biases, tied"],
+        tmp_path / "model.gguf",
+        kinds=lambda title: "Q8_0",
+    )
     models = [lf.load_base(file, quantise=quantise) for quantise in ("int8", None)]
     codes, plain = (model.embedding.get_value() for model in models)
     assert isinstance(codes, qwix.QArray)
     np.testing.assert_array_equal(dense(codes, "float32"), plain)
     ids = jnp.arange(1, 7)[None]
-    np.testing.assert_allclose(*(model(ids, ids > 0) for model in models), rtol=1e-4, atol=1e-4)
-    np.testing.assert_array_equal(*(lf.generate(model, ids, ids > 0, max_new_tokens=4) for model in models))
+    np.testing.assert_allclose(
+        *(model(ids, ids > 0) for model in models), rtol=1e-4, atol=1e-4
+    )
+    np.testing.assert_array_equal(
+        *(lf.generate(model, ids, ids > 0, max_new_tokens=4) for model in models)
+    )
 
 
 # Tokenizers.
@@ -178,40 +255,164 @@ def _ids(tokens):
 @pytest.mark.parametrize(
     ("pre", "pieces"),
     [
-        ("gpt-2", ["He", "'s", " 1234", " won", "'", "T", "  ", " x", "!?", "\n", "\n", "y"]),
-        ("default", ["He", "'", "s", " ", "123", "4", " won", "'", "T", "  ", " x", "!?", "\n", "\n", "y"]),
-        ("smollm", ["He", "'s", " ", "1", "2", "3", "4", " won", "'", "T", "  ", " x", "!?", "\n", "\n", "y"]),
-        ("llama-bpe", ["He", "'s", " ", "123", "4", " won", "'T", "  ", " x", "!?\n\n", "y"]),
-        ("qwen2", ["He", "'s", " ", "1", "2", "3", "4", " won", "'T", "  ", " x", "!?\n\n", "y"]),
-        ("qwen35", ["He", "'s", " ", "1", "2", "3", "4", " won", "'T", "  ", " x", "!?\n\n", "y"]),
-        ("tekken", ["He", "'s", " ", "1", "2", "3", "4", " won", "'T", "  ", " x", "!?\n\n", "y"]),
+        (
+            "gpt-2",
+            ["He", "'s", " 1234", " won", "'", "T", "  ", " x", "!?", "\n", "\n", "y"],
+        ),
+        (
+            "default",
+            [
+                "He",
+                "'",
+                "s",
+                " ",
+                "123",
+                "4",
+                " won",
+                "'",
+                "T",
+                "  ",
+                " x",
+                "!?",
+                "\n",
+                "\n",
+                "y",
+            ],
+        ),
+        (
+            "smollm",
+            [
+                "He",
+                "'s",
+                " ",
+                "1",
+                "2",
+                "3",
+                "4",
+                " won",
+                "'",
+                "T",
+                "  ",
+                " x",
+                "!?",
+                "\n",
+                "\n",
+                "y",
+            ],
+        ),
+        (
+            "llama-bpe",
+            ["He", "'s", " ", "123", "4", " won", "'T", "  ", " x", "!?\n\n", "y"],
+        ),
+        (
+            "qwen2",
+            [
+                "He",
+                "'s",
+                " ",
+                "1",
+                "2",
+                "3",
+                "4",
+                " won",
+                "'T",
+                "  ",
+                " x",
+                "!?\n\n",
+                "y",
+            ],
+        ),
+        (
+            "qwen35",
+            [
+                "He",
+                "'s",
+                " ",
+                "1",
+                "2",
+                "3",
+                "4",
+                " won",
+                "'T",
+                "  ",
+                " x",
+                "!?\n\n",
+                "y",
+            ],
+        ),
+        (
+            "tekken",
+            [
+                "He",
+                "'s",
+                " ",
+                "1",
+                "2",
+                "3",
+                "4",
+                " won",
+                "'T",
+                "  ",
+                " x",
+                "!?\n\n",
+                "y",
+            ],
+        ),
     ],
 )
 def test_pre_tokenizers_split_by_name(pre, pieces):
     tokenizer = build_tokenizer(BYTE_LEVEL | IDS | {"tokenizer.ggml.pre": pre})
-    got = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("He's 1234 won'T   x!?\n\ny")
+    got = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(
+        "He's 1234 won'T   x!?\n\ny"
+    )
     letters = {letter: byte for byte, letter in byte_letters().items()}
-    assert [bytes(letters[letter] for letter in piece).decode() for piece, _ in got] == pieces
+    assert [
+        bytes(letters[letter] for letter in piece).decode() for piece, _ in got
+    ] == pieces
 
 
 def test_byte_level_tokens_special_tokens_and_flags():
     tokenizer = build_tokenizer(BYTE_LEVEL | IDS)
-    assert tokenizer("the th é</s><think>")["input_ids"] == _ids(["the", "Ġ", "th", "Ġ", "Ã", "©", "</s>", "<think>"])
-    assert tokenizer.decode(tokenizer("the é</s><think>")["input_ids"], skip_special_tokens=True) == "the é<think>"
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<s>", "</s>", "</s>")
+    assert tokenizer("the th é</s><think>")["input_ids"] == _ids(
+        ["the", "Ġ", "th", "Ġ", "Ã", "©", "</s>", "<think>"]
+    )
+    assert (
+        tokenizer.decode(
+            tokenizer("the é</s><think>")["input_ids"], skip_special_tokens=True
+        )
+        == "the é<think>"
+    )
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
+        "<s>",
+        "</s>",
+        "</s>",
+    )
     flags = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": True}
-    both = build_tokenizer(BYTE_LEVEL | IDS | flags | {"tokenizer.ggml.padding_token_id": 0})
-    assert both("the")["input_ids"] == _ids(["<s>", "the", "</s>"]) and both.pad_token == "<pad>"
-    assert both.whole("the", "th")["input_ids"] == _ids(["<s>", "the", "</s>", "<s>", "th", "</s>"])
+    both = build_tokenizer(
+        BYTE_LEVEL | IDS | flags | {"tokenizer.ggml.padding_token_id": 0}
+    )
+    assert (
+        both("the")["input_ids"] == _ids(["<s>", "the", "</s>"])
+        and both.pad_token == "<pad>"
+    )
+    assert both.whole("the", "th")["input_ids"] == _ids(
+        ["<s>", "the", "</s>", "<s>", "th", "</s>"]
+    )
     # Llama 3's tokenizers begin with BOS unless told otherwise, and keep a word that no merges make.
     merges = {"tokenizer.ggml.merges": ["h e"], "tokenizer.ggml.pre": "llama-bpe"}
     with pytest.raises(ValueError, match="its merges give no tokenizer"):
         build_tokenizer(BYTE_LEVEL | IDS | merges)
     merges["tokenizer.ggml.merges"] = ["t h"]
-    assert build_tokenizer(BYTE_LEVEL | IDS | merges)("the")["input_ids"] == _ids(["<s>", "the"])
+    assert build_tokenizer(BYTE_LEVEL | IDS | merges)("the")["input_ids"] == _ids(
+        ["<s>", "the"]
+    )
     merges["tokenizer.ggml.pre"] = "gpt-2"
-    assert build_tokenizer(BYTE_LEVEL | IDS | merges)("the")["input_ids"] == _ids(["th", "e"])
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "the"}], return_dict=False)
+    assert build_tokenizer(BYTE_LEVEL | IDS | merges)("the")["input_ids"] == _ids(
+        ["th", "e"]
+    )
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "the"}], return_dict=False
+    )
     assert chat == _ids(["<s>", "the", "</s>"])
 
 
@@ -219,7 +420,11 @@ def _by_score(text):
     """SentencePiece's merges by a loop: the best pair, the first one of equals."""
     parts = [*text]
     while True:
-        pairs = [(PIECES[a + b], -i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in PIECES]
+        pairs = [
+            (PIECES[a + b], -i)
+            for i, (a, b) in enumerate(itertools.pairwise(parts))
+            if a + b in PIECES
+        ]
         if not pairs:
             return parts
         at = -max(pairs)[1]
@@ -229,7 +434,9 @@ def _by_score(text):
 def test_sentence_piece_merges_by_score():
     tokenizer = build_tokenizer(SENTENCE_PIECE)
 
-    @given(st.text("abc ", min_size=1, max_size=12).filter(lambda text: "  " not in text))
+    @given(
+        st.text("abc ", min_size=1, max_size=12).filter(lambda text: "  " not in text)
+    )
     def check(text):
         assert tokenizer.tokenize(text) == _by_score("▁" + text.replace(" ", "▁"))
 
@@ -242,11 +449,20 @@ def test_sentence_piece_bytes_special_tokens_and_the_space_before():
     assert tokenizer("ab")["input_ids"][0] == 1
     assert tokenizer.tokenize("a<turn>a") == ["▁a", "<turn>", "▁a"]
     for text in ("ab é c", "  b"):
-        assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+        assert (
+            tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True)
+            == text
+        )
     gemma = build_tokenizer(SENTENCE_PIECE | {"tokenizer.ggml.add_space_prefix": False})
     assert gemma.tokenize("a  ab a") == ["a", "  ", "ab", "▁a"]
-    assert gemma.decode(gemma("a  ab")["input_ids"], skip_special_tokens=True) == "a  ab"
-    without = {key: value for key, value in SENTENCE_PIECE.items() if not key.endswith("scores")}
+    assert (
+        gemma.decode(gemma("a  ab")["input_ids"], skip_special_tokens=True) == "a  ab"
+    )
+    without = {
+        key: value
+        for key, value in SENTENCE_PIECE.items()
+        if not key.endswith("scores")
+    }
     merged = build_tokenizer(without | {"tokenizer.ggml.merges": ["b c", "▁ a"]})
     assert merged.tokenize("abc") == ["▁a", "bc"]
 
@@ -256,27 +472,43 @@ def test_sentence_piece_bytes_special_tokens_and_the_space_before():
 
 def test_a_file_is_converted_for_saved_and_read_back(tmp_path, folders):
     file = str(written(folders["llama"], tmp_path / "model.gguf"))
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 2,
+        "target_modules": ["q_proj"],
+        "task_type": "CAUSAL_LM",
+    }
     path = "base_model.model.model.layers.0.self_attn.q_proj"
-    factors = {f"{path}.lora_A.weight": np.ones((2, 64), np.float32), f"{path}.lora_B.weight": np.ones((64, 2), "f4")}
+    factors = {
+        f"{path}.lora_A.weight": np.ones((2, 64), np.float32),
+        f"{path}.lora_B.weight": np.ones((64, 2), "f4"),
+    }
     # A copy of the base's head, as PEFT saves one: it is compared with the file's.
     copies = {"base_model.model.lm_head.weight": lf.base_tensor(file)("lm_head.weight")}
     write_adapter(tmp_path / "adapter", config, factors | copies)
-    manifest = convert(ConvertOptions(base=file, adapters=(str(tmp_path / "adapter"),), dry_run=True))
+    manifest = convert(
+        ConvertOptions(base=file, adapters=(str(tmp_path / "adapter"),), dry_run=True)
+    )
     assert manifest["base"]["source"] == file and manifest["totals"]["adapters"] == 1
     assert shape_config(file) == lf.read_config(file)
     saved = tmp_path / "saved"
     lf.save_base(lf.load_base(file), saved, file)
     assert manifest["base"]["config_sha256"] == open_base(saved).files.config_sha256()
     assert lf.read_config(saved) == lf.read_config(file)
-    tensors, wanted = load_file(saved / "model.safetensors"), load_file(folders["llama"] / "model.safetensors")
+    tensors = load_file(saved / "model.safetensors")
+    wanted = load_file(folders["llama"] / "model.safetensors")
     assert tensors.keys() == wanted.keys()
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(tensor, wanted[name])
-    ours, again = lf.load_tokenizer(file), lf.load_tokenizer(saved)
+    ours = lf.load_tokenizer(file)
+    again = lf.load_tokenizer(saved)
     for text in ("the th é</s><think>", string.printable):
         assert again(text)["input_ids"] == ours(text)["input_ids"]
-    assert again.chat_template == ours.chat_template and again.special_tokens_map == ours.special_tokens_map
+    assert (
+        again.chat_template == ours.chat_template
+        and again.special_tokens_map == ours.special_tokens_map
+    )
 
 
 # Files that are written.
@@ -284,9 +516,14 @@ def test_a_file_is_converted_for_saved_and_read_back(tmp_path, folders):
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0"])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_merged_model_is_read_back_with_its_weights_and_metadata(tmp_path, folders, name, kind):
+def test_a_merged_model_is_read_back_with_its_weights_and_metadata(
+    tmp_path, folders, name, kind
+):
     file = written(folders[name], tmp_path / "base.gguf")
-    tensors = {key: -array for key, array in load_file(folders[name] / "model.safetensors").items()}
+    tensors = {
+        key: -array
+        for key, array in load_file(folders[name] / "model.safetensors").items()
+    }
     write_merged(tmp_path / "merged.gguf", GGUFBase(file), tensors, kind)
     merged = GGUFBase(tmp_path / "merged.gguf")
     assert merged.config == GGUFBase(file).config
@@ -299,56 +536,91 @@ def test_a_merged_model_is_read_back_with_its_weights_and_metadata(tmp_path, fol
     tiny.assert_same_model(lf.load_base(merged.place), lf.load_base(file), negative)
     reader = gguf.GGUFReader(tmp_path / "merged.gguf")
     assert {tensor.tensor_type.name for tensor in reader.tensors} == {kind, "F32"}
-    assert reader.fields["general.quantization_version"].contents() == gguf.GGML_QUANT_VERSION
+    assert (
+        reader.fields["general.quantization_version"].contents()
+        == gguf.GGML_QUANT_VERSION
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_of_a_folder_is_written_with_its_structure_and_tokenizer(tmp_path, folders, name):
-    folder, file = folders[name], tmp_path / "model.gguf"
-    write_merged(file, open_base(folder).files, load_file(folder / "model.safetensors"), "F16")
+def test_a_model_of_a_folder_is_written_with_its_structure_and_tokenizer(
+    tmp_path, folders, name
+):
+    folder = folders[name]
+    file = tmp_path / "model.gguf"
+    write_merged(
+        file, open_base(folder).files, load_file(folder / "model.safetensors"), "F16"
+    )
     assert lf.read_config(file) == lf.read_config(folder)
     tiny.assert_same_model(*map(lf.load_base, (file, folder)))
-    ours, theirs = lf.load_tokenizer(file), lf.load_tokenizer(folder)
+    ours = lf.load_tokenizer(file)
+    theirs = lf.load_tokenizer(folder)
     for text in ("the th é</s><think>", "ab  abc<turn>", string.printable):
         assert ours(text)["input_ids"] == theirs(text)["input_ids"]
-    assert ours.chat_template == theirs.chat_template and ours.special_tokens_map == theirs.special_tokens_map
+    assert (
+        ours.chat_template == theirs.chat_template
+        and ours.special_tokens_map == theirs.special_tokens_map
+    )
 
 
-def test_the_text_model_of_a_qwen_3_5_with_images_and_its_blocks_for_several_tokens(tmp_path, folders):
+def test_the_text_model_of_a_qwen_3_5_with_images_and_its_blocks_for_several_tokens(
+    tmp_path, folders
+):
     folder = folders["qwen3.5"]
-    text, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    text = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
     build_tokenizer(BYTE_LEVEL | IDS).save_pretrained(tmp_path)
-    config = {key: text[key] for key in ("tie_word_embeddings", "eos_token_id", "pad_token_id")}
+    config = {
+        key: text[key]
+        for key in ("tie_word_embeddings", "eos_token_id", "pad_token_id")
+    }
     config |= {"model_type": "qwen3_5", "text_config": text}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    inside = {re.sub("^model", "model.language_model", name): tensor for name, tensor in tensors.items()}
+    inside = {
+        re.sub("^model", "model.language_model", name): tensor
+        for name, tensor in tensors.items()
+    }
     save_file(inside, tmp_path / "model.safetensors")
     write_merged(tmp_path / "model.gguf", open_base(tmp_path).files, inside, "F16")
     assert (
         open_base(tmp_path / "model.gguf").digest
-        == open_base(written(folder, tmp_path / "text.gguf", kinds=lambda _: "F16")).digest
+        == open_base(
+            written(folder, tmp_path / "text.gguf", kinds=lambda _: "F16")
+        ).digest
     )
     further = {"qwen35.block_count": 3, "qwen35.nextn_predict_layers": 1}
     writer = writer_of(folder, tmp_path / "several.gguf", further)
     writer.add_tensor("blk.2.attn_norm.weight", np.ones(64, np.float32))
     several = open_base(close(writer))
-    assert (several.config, several.digest) == (lf.read_config(folder), open_base(folder).digest)
+    assert (several.config, several.digest) == (
+        lf.read_config(folder),
+        open_base(folder).digest,
+    )
     write_merged(tmp_path / "again.gguf", several.files, tensors, "F16")
     assert "blk.2.attn_norm.weight" in read_gguf(tmp_path / "again.gguf").tensors
 
 
 @pytest.mark.peft
-@pytest.mark.parametrize("name", ["llama", "qwen2"])  # of the others transformers ignores keys
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen2"]
+)  # of the others transformers ignores keys
 def test_transformers_reads_a_written_model_as_its_folder(tmp_path, folders, name):
     import torch
     from transformers import AutoModelForCausalLM
 
     folder = folders[name]
-    write_merged(tmp_path / "model.gguf", open_base(folder).files, load_file(folder / "model.safetensors"), "F16")
+    write_merged(
+        tmp_path / "model.gguf",
+        open_base(folder).files,
+        load_file(folder / "model.safetensors"),
+        "F16",
+    )
     ids = torch.arange(3, 40)[None]
     logits = []
     for where, how in ((tmp_path, {"gguf_file": "model.gguf"}), (folder, {})):
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **how).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            where, dtype=torch.float32, **how
+        ).eval()
         with torch.no_grad():
             logits.append(model(input_ids=ids).logits.numpy())
     np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-4)
@@ -363,29 +635,47 @@ def test_a_folder_that_no_file_describes_is_refused_with_the_remedy(tmp_path, fo
     build_tokenizer(BYTE_LEVEL | IDS).save_pretrained(tmp_path)
     config["rope_scaling"] = {"rope_type": "dynamic", "factor": 2.0}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"would hold rope .* convert the folder with llama.cpp's"):
+    with pytest.raises(
+        ValueError, match=r"would hold rope .* convert the folder with llama.cpp's"
+    ):
         write_merged(tmp_path / "model.gguf", open_base(tmp_path).files, tensors, "F16")
-    config = json.loads((folders["qwen3.5"] / "config.json").read_text()) | {"linear_value_head_dim": 8}
+    config = json.loads((folders["qwen3.5"] / "config.json").read_text()) | {
+        "linear_value_head_dim": 8
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        ValueError, match="linear_value_head_dim is 8: in GGUF it is linear_key_head_dim, 32; use --format"
+        ValueError,
+        match="linear_value_head_dim is 8: in GGUF it is linear_key_head_dim, 32; use --format",
     ):
         write_merged(tmp_path / "model.gguf", open_base(tmp_path).files, {}, "F16")
-    config = json.loads((folders["gemma3"] / "config.json").read_text()) | {"query_pre_attn_scalar": 7}
+    config = json.loads((folders["gemma3"] / "config.json").read_text()) | {
+        "query_pre_attn_scalar": 7
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"would hold query_scale .*: no GGUF file holds it; use --format merged$"):
+    with pytest.raises(
+        ValueError,
+        match=r"would hold query_scale .*: no GGUF file holds it; use --format merged$",
+    ):
         tensors = load_file(folders["gemma3"] / "model.safetensors")
         write_merged(tmp_path / "model.gguf", open_base(tmp_path).files, tensors, "F16")
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a")
+    )
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"not one of byte-pair merges .* convert the folder with llama.cpp's"):
+    with pytest.raises(
+        ValueError,
+        match=r"not one of byte-pair merges .* convert the folder with llama.cpp's",
+    ):
         write_merged(tmp_path / "model.gguf", open_base(tmp_path).files, tensors, "F16")
     assert not (tmp_path / "model.gguf").exists()
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_lora_has_the_names_and_the_order_of_rows_of_its_base(tmp_path, folders, name):
-    config, content = lf.read_config(folders[name]), open_base(folders[name]).raw
+def test_a_lora_has_the_names_and_the_order_of_rows_of_its_base(
+    tmp_path, folders, name
+):
+    config = lf.read_config(folders[name])
+    content = open_base(folders[name]).raw
     tensors = tiny.lora_tensors(config, np.random.default_rng(0).standard_normal)
     write_lora(tmp_path / "lora.gguf", content, tensors, alpha=4.0)
     reader = gguf.GGUFReader(tmp_path / "lora.gguf")
@@ -393,43 +683,83 @@ def test_a_lora_has_the_names_and_the_order_of_rows_of_its_base(tmp_path, folder
     assert reader.fields["general.type"].contents() == "adapter"
     assert reader.fields["adapter.type"].contents() == "lora"
     assert reader.fields["adapter.lora.alpha"].contents() == 4.0
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], content["num_hidden_layers"])
+    names = gguf.get_tensor_name_map(
+        gguf.MODEL_ARCH[architecture.upper()], content["num_hidden_layers"]
+    )
     found = {tensor.name: tensor.data for tensor in reader.tensors}
     assert len(found) == len(tensors)
     for key, array in tensors.items():
-        path, factor = key.removeprefix("base_model.model.").removesuffix(".weight").rsplit(".", 1)
-        heads = {"q_proj": content["num_attention_heads"], "k_proj": content["num_key_value_heads"]}
+        path, factor = (
+            key.removeprefix("base_model.model.").removesuffix(".weight").rsplit(".", 1)
+        )
+        heads = {
+            "q_proj": content["num_attention_heads"],
+            "k_proj": content["num_key_value_heads"],
+        }
         last = path.rpartition(".")[2]
         if architecture in INTERLEAVED and last in heads and factor == "lora_B":
             array = interleaved(array, heads[last])
-        if "linear_attn" in path and factor == ("lora_A" if last == "out_proj" else "lora_B"):
+        if "linear_attn" in path and factor == (
+            "lora_A" if last == "out_proj" else "lora_B"
+        ):
             array = of_delta_net(path, array, content)
-        np.testing.assert_array_equal(found[f"{names.get_name(path)}.weight.{factor.lower()}"], array)
+        np.testing.assert_array_equal(
+            found[f"{names.get_name(path)}.weight.{factor.lower()}"], array
+        )
 
 
 def test_weighted_modules_of_a_file_or_folder_are_written_as_files(tmp_path, folders):
     file = str(written(folders["llama"], tmp_path / "base.gguf"))
-    path, draw = "model.layers.1.self_attn.k_proj", np.random.default_rng(0)
-    factors = {"A": draw.normal(size=(2, 64)).astype("f4"), "B": draw.normal(size=(32, 2)).astype("f4")}
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["k_proj"]}
-    tensors = {f"base_model.model.{path}.lora_{name}.weight": array for name, array in factors.items()}
+    path = "model.layers.1.self_attn.k_proj"
+    draw = np.random.default_rng(0)
+    factors = {
+        "A": draw.normal(size=(2, 64)).astype("f4"),
+        "B": draw.normal(size=(32, 2)).astype("f4"),
+    }
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 2,
+        "target_modules": ["k_proj"],
+    }
+    tensors = {
+        f"base_model.model.{path}.lora_{name}.weight": array
+        for name, array in factors.items()
+    }
     write_adapter(tmp_path / "adapters" / "one", config, tensors)
-    options = {"base": file, "pool": str(tmp_path / "adapters"), "weights": ("one=0.5",)}
+    options = {
+        "base": file,
+        "pool": str(tmp_path / "adapters"),
+        "weights": ("one=0.5",),
+    }
     update = 0.5 * factors["B"] @ factors["A"]
     merge(MergeOptions(out=tmp_path / "lora", format="gguf", **options))
-    found = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "lora" / "adapter.gguf").tensors}
+    found = {
+        tensor.name: tensor.data
+        for tensor in gguf.GGUFReader(tmp_path / "lora" / "adapter.gguf").tensors
+    }
     a, b = (found[f"blk.1.attn_k.weight.lora_{name}"] for name in "ab")
     np.testing.assert_allclose(b @ a, interleaved(update, 2), atol=1e-5)
     merge(MergeOptions(out=tmp_path / "merged", format="gguf-f16", **options))
-    merged, base = (lf.base_tensor(source)(f"{path}.weight") for source in (tmp_path / "merged" / "model.gguf", file))
+    merged = lf.base_tensor(tmp_path / "merged" / "model.gguf")(f"{path}.weight")
+    base = lf.base_tensor(file)(f"{path}.weight")
     np.testing.assert_allclose(merged, base + update, atol=2**-8)
-    merge(MergeOptions(out=tmp_path / "folder", format="gguf-f16", **(options | {"base": str(folders["llama"])})))
+    merge(
+        MergeOptions(
+            out=tmp_path / "folder",
+            format="gguf-f16",
+            **(options | {"base": str(folders["llama"])}),
+        )
+    )
     again = lf.base_tensor(tmp_path / "folder" / "model.gguf")(f"{path}.weight")
     np.testing.assert_array_equal(again, merged)
 
 
 def test_a_family_without_gguf_files_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="model_type is 't5': expected one of llama, .* for GGUF, or --format adapter"):
+    with pytest.raises(
+        ValueError,
+        match="model_type is 't5': expected one of llama, .* for GGUF, or --format adapter",
+    ):
         write_lora(tmp_path / "lora.gguf", {"model_type": "t5"}, {}, alpha=1.0)
     assert not list(tmp_path.iterdir())
 
@@ -441,15 +771,26 @@ def test_files_that_are_not_whole_or_not_gguf(tmp_path, folders):
     file = written(folders["llama"], tmp_path / "model.gguf")
     content = file.read_bytes()
     damaged = {
-        content[:-40]: rf": truncated or damaged, .* ends behind the file's last byte \({len(content) - 40:,}\)",
+        content[
+            :-40
+        ]: rf": truncated or damaged, .* ends behind the file's last byte \({len(content) - 40:,}\)",
         content[: len(content) // 8]: ": truncated or damaged, .* fetch the file again",
         content[:3000]: ": truncated or damaged, a text cannot be read",
         content[:30]: ": truncated or damaged",
-        content[:6]: ": truncated or damaged, the header ends behind the file's last byte",
+        content[
+            :6
+        ]: ": truncated or damaged, the header ends behind the file's last byte",
         b"": ": the file is empty: fetch it again",
-        b"PK\3\4" + content[4:]: r" is not a GGUF file: it begins with b'PK\\x03\\x04', not with b'GGUF'",
-        b"GGUF\1\0\0\0" + content[8:]: " is a GGUF file that is of version 1: expected version 2 or 3, little-endian",
-        b"GGUF\0\0\0\3" + content[8:]: " is a GGUF file that is big-endian: expected version 2 or 3",
+        b"PK\3\4"
+        + content[
+            4:
+        ]: r" is not a GGUF file: it begins with b'PK\\x03\\x04', not with b'GGUF'",
+        b"GGUF\1\0\0\0"
+        + content[
+            8:
+        ]: " is a GGUF file that is of version 1: expected version 2 or 3, little-endian",
+        b"GGUF\0\0\0\3"
+        + content[8:]: " is a GGUF file that is big-endian: expected version 2 or 3",
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n": ": this is a Git LFS pointer",
     }
     for data, message in damaged.items():
@@ -464,53 +805,138 @@ def test_files_that_are_not_whole_or_not_gguf(tmp_path, folders):
 @pytest.mark.parametrize("tensors", [2, 3])
 def test_a_file_whose_tensors_share_bytes_is_refused(tmp_path, tensors):
     header = struct.pack("<4sIQQ", b"GGUF", 3, tensors, 0)
-    for n in range(tensors):  # one of 1,000 numbers at byte 4,000 n, but the third one where the first is
-        header += struct.pack("<Q2sIQIQ", 2, f"t{n}".encode(), 1, 1000, 0, 4000 * (n % 2))
+    for n in range(
+        tensors
+    ):  # one of 1,000 numbers at byte 4,000 n, but the third one where the first is
+        header += struct.pack(
+            "<Q2sIQIQ", 2, f"t{n}".encode(), 1, 1000, 0, 4000 * (n % 2)
+        )
     file = tmp_path / "model.gguf"
-    file.write_bytes(header + bytes(-len(header) % 32) + np.arange(2000, dtype=np.float32).tobytes())
+    file.write_bytes(
+        header + bytes(-len(header) % 32) + np.arange(2000, dtype=np.float32).tobytes()
+    )
     if tensors == 2:
         assert read_gguf(file).tensors["t1"][:][0] == 1000
         return
-    with pytest.raises(ValueError, match=f"^{file}: truncated or damaged, its tensors share bytes"):
+    with pytest.raises(
+        ValueError, match=f"^{file}: truncated or damaged, its tensors share bytes"
+    ):
         read_gguf(file)
 
 
 # Changes of metadata and tensors, and parts of the messages.
 _FILES = [
-    ({"model.layers.1.mlp.up_proj.weight": None}, r"the weights lack model\.layers\.1\.mlp\.up_proj\.weight"),
-    ({"model.embed_tokens.weight": None}, r"the tensors lack token_embd\.weight: \w+ a model, not an adapter"),
-    ({"llama.feed_forward_length": 64}, r"layers\.0\.mlp\.gate_proj\.weight has shape \[96, 64\], not \[64, 64\]"),
-    ({"llama.attention.head_count_kv": 4}, r"self_attn\.k_proj\.weight has shape \[32, 64\], not \[64, 64\]: give a"),
+    (
+        {"model.layers.1.mlp.up_proj.weight": None},
+        r"the weights lack model\.layers\.1\.mlp\.up_proj\.weight",
+    ),
+    (
+        {"model.embed_tokens.weight": None},
+        r"the tensors lack token_embd\.weight: \w+ a model, not an adapter",
+    ),
+    (
+        {"llama.feed_forward_length": 64},
+        r"layers\.0\.mlp\.gate_proj\.weight has shape \[96, 64\], not \[64, 64\]",
+    ),
+    (
+        {"llama.attention.head_count_kv": 4},
+        r"self_attn\.k_proj\.weight has shape \[32, 64\], not \[64, 64\]: give a",
+    ),
     ({"llama.block_count": 1}, r"the model has no place for model\.layers\.1\."),
-    ({"llama.context_length": None}, r"the metadata lack llama\.context_length: fetch the file again"),
-    ({"llama.attention.head_count_kv": [2, 1]}, r"attention\.head_count_kv is a list: \w+ one number for all"),
-    ({"llama.attention.value_length": 8}, r"attention\.key_length is 16 and value_length is 8: \w+ one width"),
-    ({"llama.expert_count": 8}, r"llama\.expert_count is 8, which is not implemented for llama"),
-    ({"llama.rope.scaling.type": "other"}, r"the rope scaling is other, which is not implemented: \w+ linear, yarn"),
-    ({"llama.attention.head_count": 0}, r"attention\.head_count is 0: \w+ an integer from 1 to 10,000,000"),
+    (
+        {"llama.context_length": None},
+        r"the metadata lack llama\.context_length: fetch the file again",
+    ),
+    (
+        {"llama.attention.head_count_kv": [2, 1]},
+        r"attention\.head_count_kv is a list: \w+ one number for all",
+    ),
+    (
+        {"llama.attention.value_length": 8},
+        r"attention\.key_length is 16 and value_length is 8: \w+ one width",
+    ),
+    (
+        {"llama.expert_count": 8},
+        r"llama\.expert_count is 8, which is not implemented for llama",
+    ),
+    (
+        {"llama.rope.scaling.type": "other"},
+        r"the rope scaling is other, which is not implemented: \w+ linear, yarn",
+    ),
+    (
+        {"llama.attention.head_count": 0},
+        r"attention\.head_count is 0: \w+ an integer from 1 to 10,000,000",
+    ),
     ({"llama.rope.scaling.type": 1}, r"llama\.rope\.scaling\.type is 1: \w+ a text"),
-    ({"llama.rope.dimension_count": 8}, r"llama\.rope\.dimension_count is 8: \w+ the width of a head, 16"),
-    ({"general.alignment": 0}, r"general\.alignment is 0: expected an integer of 1 or more; fetch the file again"),
+    (
+        {"llama.rope.dimension_count": 8},
+        r"llama\.rope\.dimension_count is 8: \w+ the width of a head, 16",
+    ),
+    (
+        {"general.alignment": 0},
+        r"general\.alignment is 0: expected an integer of 1 or more; fetch the file again",
+    ),
     ({"split.count": "3"}, r"split\.count is '3': expected an integer"),
-    ({"split.count": 3}, r"is one of 3 parts: merge them by `llama-gguf-split --merge`"),
-    ({"general.architecture": "mamba"}, r"general\.architecture is 'mamba': \w+ one of llama, qwen2, qwen3"),
+    (
+        {"split.count": 3},
+        r"is one of 3 parts: merge them by `llama-gguf-split --merge`",
+    ),
+    (
+        {"general.architecture": "mamba"},
+        r"general\.architecture is 'mamba': \w+ one of llama, qwen2, qwen3",
+    ),
     ({"general.architecture": "x" * 100_000}, "general.architecture is 'xxx"),
-    ({"tokenizer.ggml.eos_token_id": 4000}, r"the eos token is 4000, but there are 262 tokens"),
-    ({"tokenizer.ggml.eos_token_id": None}, r"eos_token_id is missing: \w+ the token, or tokens, that end an"),
+    (
+        {"tokenizer.ggml.eos_token_id": 4000},
+        r"the eos token is 4000, but there are 262 tokens",
+    ),
+    (
+        {"tokenizer.ggml.eos_token_id": None},
+        r"eos_token_id is missing: \w+ the token, or tokens, that end an",
+    ),
 ]
-_TOO_LONG = {"tokens": ["a", "a" * 300], "scores": [0.0, 1.0], "model": "llama", "token_type": [1, 1]}
+_TOO_LONG = {
+    "tokens": ["a", "a" * 300],
+    "scores": [0.0, 1.0],
+    "model": "llama",
+    "token_type": [1, 1],
+}
 _TOKENIZERS = [
-    ({"model": "bert"}, "tokenizer.ggml.model is 'bert', which is not implemented: expected gpt2 or llama"),
-    ({"pre": "viking"}, "tokenizer.ggml.pre is 'viking', not implemented: give one of default, gpt-2"),
+    (
+        {"model": "bert"},
+        "tokenizer.ggml.model is 'bert', which is not implemented: expected gpt2 or llama",
+    ),
+    (
+        {"pre": "viking"},
+        "tokenizer.ggml.pre is 'viking', not implemented: give one of default, gpt-2",
+    ),
     ({"merges": None}, "the metadata lack tokenizer.ggml.merges: fetch the file again"),
-    ({"model": "llama", "merges": None}, "the metadata lack tokenizer.ggml.scores, and merges instead of them"),
-    ({"tokens": ["a", "a"]}, "tokenizer.ggml.tokens holds 2 tokens, 1 of them different"),
+    (
+        {"model": "llama", "merges": None},
+        "the metadata lack tokenizer.ggml.scores, and merges instead of them",
+    ),
+    (
+        {"tokens": ["a", "a"]},
+        "tokenizer.ggml.tokens holds 2 tokens, 1 of them different",
+    ),
     ({"tokens": None}, "tokenizer.ggml.tokens holds 0 tokens"),
     ({"tokens": "ab"}, r"tokenizer\.ggml\.tokens is 'ab': expected a list"),
-    ({"bos_token_id": "1"}, r"tokenizer\.ggml\.bos_token_id is '1': expected an integer of 0 or more"),
-    ({"unknown_token_id": 4000}, r"the unknown token is 4000, and tokenizer\.ggml\.tokens holds 262"),
-    ({"token_type": [1, 1]}, r"tokenizer\.ggml\.token_type holds 2 numbers, and tokens 262 tokens"),
-    (_TOO_LONG | {"merges": None, "bos_token_id": None, "eos_token_id": 1}, "one of 300 characters: expected at"),
+    (
+        {"bos_token_id": "1"},
+        r"tokenizer\.ggml\.bos_token_id is '1': expected an integer of 0 or more",
+    ),
+    (
+        {"unknown_token_id": 4000},
+        r"the unknown token is 4000, and tokenizer\.ggml\.tokens holds 262",
+    ),
+    (
+        {"token_type": [1, 1]},
+        r"tokenizer\.ggml\.token_type holds 2 numbers, and tokens 262 tokens",
+    ),
+    (
+        _TOO_LONG | {"merges": None, "bos_token_id": None, "eos_token_id": 1},
+        "one of 300 characters: expected at",
+    ),
     ({"pre": "x" * 100_000}, "tokenizer.ggml.pre is 'xxx"),
 ]
 
@@ -530,14 +956,18 @@ def test_files_that_are_refused(tmp_path, folders, read, prefix, changes, messag
 
 @pytest.mark.parametrize("arrays", [1, 4])
 def test_arrays_that_take_far_more_memory_than_the_file_are_refused(tmp_path, arrays):
-    file, count = tmp_path / "model.gguf", 2_000_000 // arrays
+    file = tmp_path / "model.gguf"
+    count = 2_000_000 // arrays
     content = b"GGUF" + struct.pack("<IQQ", 3, 0, arrays)
     for number in range(arrays):
         key = f"x.{number}".encode()
         content += struct.pack("<Q", len(key)) + key + struct.pack("<IIQ", 9, 2, count)
         content += np.full(count, 1000, np.uint16).tobytes()
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"model\.gguf: .*its arrays hold .* numbers, far more than a vocabulary"):
+    with pytest.raises(
+        ValueError,
+        match=r"model\.gguf: .*its arrays hold .* numbers, far more than a vocabulary",
+    ):
         read_gguf(file)
 
 
@@ -546,12 +976,19 @@ def test_shapes_that_no_file_holds_are_refused(tmp_path, shape):
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
     writer.add_tensor("x", np.zeros(32, np.float32))
     writer.tensors[0]["x"].shape = shape
-    with pytest.raises(ValueError, match=r"model\.gguf: (x has .* blocks of|truncated or damaged, x ends).* fetch"):
+    with pytest.raises(
+        ValueError,
+        match=r"model\.gguf: (x has .* blocks of|truncated or damaged, x ends).* fetch",
+    ):
         read_gguf(close(writer))
 
 
-@pytest.mark.parametrize("change", [lambda q: q[::-1], lambda q: q * np.float32(1.01), lambda q: q[:-1]])
-def test_stretched_frequencies_that_are_not_llama3_s_are_refused(tmp_path, folders, change):
+@pytest.mark.parametrize(
+    "change", [lambda q: q[::-1], lambda q: q * np.float32(1.01), lambda q: q[:-1]]
+)
+def test_stretched_frequencies_that_are_not_llama3_s_are_refused(
+    tmp_path, folders, change
+):
     writer = writer_of(folders["llama 3"], tmp_path / "model.gguf")
     held = writer.tensors[0]["rope_freqs.weight"]
     held.tensor = np.ascontiguousarray(change(held.tensor))
@@ -564,5 +1001,8 @@ def test_stretched_frequencies_that_are_not_llama3_s_are_refused(tmp_path, folde
 def test_half_of_longrope_is_refused(tmp_path, folders):
     writer = writer_of(folders["phi3"], tmp_path / "model.gguf")
     writer.add_tensor("rope_factors_long.weight", np.ones(4, np.float32))
-    with pytest.raises(ValueError, match="the rope scaling is longrope: expected rope_factors_short.weight and rope_"):
+    with pytest.raises(
+        ValueError,
+        match="the rope scaling is longrope: expected rope_factors_short.weight and rope_",
+    ):
         lf.read_config(close(writer))

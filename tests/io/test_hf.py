@@ -46,15 +46,23 @@ def _write_config(folder, **fields):
 def base(tmp_path):
     """A folder with a small untied T5 1.1, random weights."""
     folder = _write_config(tmp_path / "base")
-    config, rng = lf.read_config(folder), np.random.default_rng(0)
-    shapes = {f"{path}.weight": (d_out, d_in) for path, (d_in, d_out) in linear_shapes(config).items()}
+    config = lf.read_config(folder)
+    rng = np.random.default_rng(0)
+    shapes = {
+        f"{path}.weight": (d_out, d_in)
+        for path, (d_in, d_out) in linear_shapes(config).items()
+    }
     for stack, layers, sublayers in (("encoder", 3, 2), ("decoder", 2, 3)):
-        shapes[f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = (32, 2)
+        shapes[
+            f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        ] = (32, 2)
         shapes[f"{stack}.final_layer_norm.weight"] = (8,)
         for layer, sublayer in itertools.product(range(layers), range(sublayers)):
             shapes[f"{stack}.block.{layer}.layer.{sublayer}.layer_norm.weight"] = (8,)
     shapes |= dict.fromkeys(("shared.weight", "lm_head.weight"), (20, 8))
-    tensors = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    tensors = {
+        name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()
+    }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -71,28 +79,48 @@ def _lay_out(source, folder, layout):
     shutil.copyfile(source / "config.json", folder / "config.json")
     tensors = load_file(source / "model.safetensors")
     name = "pytorch_model.bin" if "bin" in layout else "model.safetensors"
-    write = torch_files.write_tensors if "bin" in layout else lambda path, part: save_file(part, path)
+    write = (
+        torch_files.write_tensors
+        if "bin" in layout
+        else lambda path, part: save_file(part, path)
+    )
     if "sharded" not in layout:
         write(folder / name, tensors)
         return folder
     stem, _, suffix = name.partition(".")
-    files = {key: f"{stem}-0000{1 + i % 3}-of-00003.{suffix}" for i, key in enumerate(tensors)}
+    files = {
+        key: f"{stem}-0000{1 + i % 3}-of-00003.{suffix}"
+        for i, key in enumerate(tensors)
+    }
     for file in set(files.values()):
-        write(folder / file, {key: array for key, array in tensors.items() if files[key] == file})
-    (folder / f"{name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+        write(
+            folder / file,
+            {key: array for key, array in tensors.items() if files[key] == file},
+        )
+    (folder / f"{name}.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": files})
+    )
     return folder
 
 
 def _run(model, input_ids, mask, decoder_ids):
     graph, state = nnx.split(model)
-    arguments = (jnp.asarray(x) for x in (input_ids.astype(np.int32), mask > 0, decoder_ids.astype(np.int32)))
-    return np.asarray(jax.jit(lambda state, *x: nnx.merge(graph, state)(*x))(state, *arguments))
+    arguments = (
+        jnp.asarray(x)
+        for x in (input_ids.astype(np.int32), mask > 0, decoder_ids.astype(np.int32))
+    )
+    return np.asarray(
+        jax.jit(lambda state, *x: nnx.merge(graph, state)(*x))(state, *arguments)
+    )
 
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("layout", ["bin", "sharded safetensors", "sharded bin"])
 def test_every_layout_of_files_gives_the_same_model(base, tmp_path, layout):
-    tiny.assert_same_model(lf.load_base(other := _lay_out(base, tmp_path / "other", layout)), lf.load_base(base))
+    tiny.assert_same_model(
+        lf.load_base(other := _lay_out(base, tmp_path / "other", layout)),
+        lf.load_base(base),
+    )
     assert open_base(other).digest == open_base(base).digest
 
 
@@ -122,24 +150,44 @@ def test_what_the_configuration_says_of_head_and_scale(tmp_path, fields, tied, s
 
 
 def test_the_defaults_of_old_configurations(tmp_path):
-    fields = dict.fromkeys(("num_decoder_layers", "feed_forward_proj", "tie_word_embeddings"), ...)
-    config = lf.read_config(_write_config(tmp_path / "base", **fields, relative_attention_num_buckets=16))
-    sizes = {name: _JSON[name] for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers")}
-    assert config == T5Config(**sizes, num_decoder_layers=3, gated=False, tied=True, scale_logits=True, buckets=16)
+    fields = dict.fromkeys(
+        ("num_decoder_layers", "feed_forward_proj", "tie_word_embeddings"), ...
+    )
+    config = lf.read_config(
+        _write_config(tmp_path / "base", **fields, relative_attention_num_buckets=16)
+    )
+    sizes = {
+        name: _JSON[name]
+        for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers")
+    }
+    assert config == T5Config(
+        **sizes,
+        num_decoder_layers=3,
+        gated=False,
+        tied=True,
+        scale_logits=True,
+        buckets=16,
+    )
 
 
 @pytest.mark.parametrize("none", [-1, None])
 def test_no_token_for_padding_is_never_a_token(tmp_path, none):
     config = lf.read_config(_write_config(tmp_path / "base", pad_token_id=none))
     assert config == lf.read_config(_write_config(tmp_path / "base"))
-    config = lf.read_config(_write_config(tmp_path / "base", pad_token_id=none, decoder_start_token_id=2))
+    config = lf.read_config(
+        _write_config(tmp_path / "base", pad_token_id=none, decoder_start_token_id=2)
+    )
     assert (config.pad_id, config.start_id) == (0, 2)
 
 
 @pytest.mark.parametrize(
     ("own", "generation", "ends"),
     [
-        (1, {"eos_token_id": [1, 17]}, (1, 17)),  # as in Gemma's instruction-tuned models
+        (
+            1,
+            {"eos_token_id": [1, 17]},
+            (1, 17),
+        ),  # as in Gemma's instruction-tuned models
         ([2, 3], {"eos_token_id": 4}, (2, 3, 4)),
         (..., {"eos_token_id": 5}, (5,)),
         (6, {"eos_token_id": 6}, (6,)),
@@ -156,8 +204,15 @@ def test_the_weights_determine_whether_the_head_is_tied(base):
     _write_config(base, tie_word_embeddings=True, scale_decoder_outputs=False)
     model = lf.load_base(base)
     assert not model.config.tied and not model.config.scale_logits
-    np.testing.assert_array_equal(model.head[...].T, load_file(base / "model.safetensors")["lm_head.weight"])
-    _change(base, lambda tensors: tensors.update({"lm_head.weight": tensors["shared.weight"].copy()}))
+    np.testing.assert_array_equal(
+        model.head[...].T, load_file(base / "model.safetensors")["lm_head.weight"]
+    )
+    _change(
+        base,
+        lambda tensors: tensors.update(
+            {"lm_head.weight": tensors["shared.weight"].copy()}
+        ),
+    )
     assert lf.load_base(_write_config(base)).config.tied
 
 
@@ -167,30 +222,44 @@ def test_copies_of_the_embedding_and_the_unused_table_are_let_pass(base):
     def add(tensors):
         for stack in ("encoder", "decoder"):
             tensors[f"{stack}.embed_tokens.weight"] = tensors["shared.weight"].copy()
-        unused = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+        unused = (
+            "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+        )
         tensors[unused] = np.ones((32, 2), np.float32)
 
     _change(base, add)
     tiny.assert_same_model(lf.load_base(base), before)
     _change(base, lambda tensors: tensors["decoder.embed_tokens.weight"].__iadd__(1))
-    with pytest.raises(ValueError, match=r"decoder\.embed_tokens\.weight differs from shared\.weight"):
+    with pytest.raises(
+        ValueError, match=r"decoder\.embed_tokens\.weight differs from shared\.weight"
+    ):
         lf.load_base(base)
 
 
 @pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16, np.float32])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_dtypes(base, stored, dtype):
-    _change(base, lambda tensors: tensors.update({k: v.astype(stored) for k, v in tensors.items()}))
+    _change(
+        base,
+        lambda tensors: tensors.update(
+            {k: v.astype(stored) for k, v in tensors.items()}
+        ),
+    )
     model = lf.load_base(base, dtype=dtype)
     assert model.config.dtype == dtype
-    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype(dtype)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {
+        jnp.dtype(dtype)
+    }
     expected = load_file(base / "model.safetensors")[_V].T.astype(dtype)
-    np.testing.assert_array_equal(np.asarray(lf.kernels(model)["decoder.cross.v"][1]), expected)
+    np.testing.assert_array_equal(
+        np.asarray(lf.kernels(model)["decoder.cross.v"][1]), expected
+    )
 
 
 @pytest.mark.parametrize("qtype", QUANTISED_TYPES)
 def test_a_model_is_quantised_as_it_loads(base, qtype):
-    plain, quantised = lf.load_base(base), lf.load_base(base, quantise=qtype)
+    plain = lf.load_base(base)
+    quantised = lf.load_base(base, quantise=qtype)
     for site, kernel in lf.kernels(quantised).items():
         # A tile holds one scale: along d_in, of which 8, 6 and 10 are single tiles.
         layers, _, d_out = lf.kernels(plain)[site].shape
@@ -198,10 +267,14 @@ def test_a_model_is_quantised_as_it_loads(base, qtype):
         width = np.abs(lf.kernels(plain)[site]).max(axis=1, keepdims=True)
         # Half the widest gap between levels, in units of the largest weight: 0.152 in NF4, 1 / 15 in int4.
         gap = {"nf4": 0.153, "int4": 0.067, "int8": 0.004}[qtype]
-        assert (np.abs(dense(kernel, "float32") - lf.kernels(plain)[site]) <= gap * width).all()
+        assert (
+            np.abs(dense(kernel, "float32") - lf.kernels(plain)[site]) <= gap * width
+        ).all()
         at_once = lf.quantise(lf.kernels(plain)[site], qtype, tiled_axis=-2)
         assert jax.tree.structure(kernel) == jax.tree.structure(at_once)
-        np.testing.assert_array_equal(dense(kernel, "float32"), dense(at_once, "float32"))
+        np.testing.assert_array_equal(
+            dense(kernel, "float32"), dense(at_once, "float32")
+        )
     assert quantised.head.get_value().qtype == qtype
     np.testing.assert_array_equal(quantised.embedding[...], plain.embedding[...])
 
@@ -216,8 +289,13 @@ def test_a_saved_model_is_the_same_and_keeps_its_files(base, tmp_path):
         "model.safetensors",
         "tokenizer.json",
     ]
-    assert (tmp_path / "again/config.json").read_bytes() == (base / "config.json").read_bytes()
-    assert load_file(tmp_path / "again/model.safetensors").keys() == load_file(base / "model.safetensors").keys()
+    assert (tmp_path / "again/config.json").read_bytes() == (
+        base / "config.json"
+    ).read_bytes()
+    assert (
+        load_file(tmp_path / "again/model.safetensors").keys()
+        == load_file(base / "model.safetensors").keys()
+    )
     with pytest.raises(ValueError, match="exists: give a new folder"):
         lf.save_base(lf.load_base(base), tmp_path / "again", base)
 
@@ -226,29 +304,40 @@ def test_saving_dequantises_and_keeps_the_dtype(base, tmp_path):
     model = lf.load_base(base, dtype="bfloat16", quantise="int8")
     lf.save_base(model, tmp_path / "again", base)
     tensors = load_file(tmp_path / "again/model.safetensors")
-    assert {tensor.dtype for tensor in tensors.values()} == {np.dtype(ml_dtypes.bfloat16)}
+    assert {tensor.dtype for tensor in tensors.values()} == {
+        np.dtype(ml_dtypes.bfloat16)
+    }
     expected = dense(lf.kernels(model)["decoder.cross.v"], "bfloat16")[1].T
     np.testing.assert_array_equal(tensors[_V], np.asarray(expected))
 
 
-@pytest.mark.parametrize(("stated", "dtype"), [("torch_dtype", "float32"), ("dtype", "bfloat16")])
+@pytest.mark.parametrize(
+    ("stated", "dtype"), [("torch_dtype", "float32"), ("dtype", "bfloat16")]
+)
 def test_a_saved_model_states_the_dtype_of_its_file(base, tmp_path, stated, dtype):
     """transformers 5 loads weights in the dtype that the configuration states."""
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {stated: "float16"}))
     lf.save_base(lf.load_base(base, dtype=dtype), tmp_path / "again", base)
-    assert json.loads((tmp_path / "again/config.json").read_text()) == config | {stated: dtype}
+    assert json.loads((tmp_path / "again/config.json").read_text()) == config | {
+        stated: dtype
+    }
 
 
 def test_a_tensor_of_the_base_by_name(base, tmp_path):
-    tensor, tensors = lf.base_tensor(base), load_file(base / "model.safetensors")
+    tensor = lf.base_tensor(base)
+    tensors = load_file(base / "model.safetensors")
     np.testing.assert_array_equal(tensor(_V), tensors[_V])
     np.testing.assert_array_equal(tensor("lm_head.weight"), tensors["lm_head.weight"])
-    np.testing.assert_array_equal(tensor("encoder.embed_tokens.weight"), tensors["shared.weight"])
+    np.testing.assert_array_equal(
+        tensor("encoder.embed_tokens.weight"), tensors["shared.weight"]
+    )
     with pytest.raises(KeyError, match="score"):
         tensor("score.weight")
     _change(base, lambda tensors: tensors.pop("lm_head.weight"))
-    np.testing.assert_array_equal(lf.base_tensor(base)("lm_head.weight"), tensors["shared.weight"])
+    np.testing.assert_array_equal(
+        lf.base_tensor(base)("lm_head.weight"), tensors["shared.weight"]
+    )
     lazy = lf.base_tensor(_write_config(tmp_path / "no_weights"))
     with pytest.raises(ValueError, match="has no weights"):
         lazy(_V)
@@ -257,18 +346,48 @@ def test_a_tensor_of_the_base_by_name(base, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "umt5"}, "model_type is 'umt5', whose every layer has a relative bias"),
-        ({"model_type": "bert"}, r"model_type is 'bert': \w+ a T5 1\.0, T5 1\.1, FLAN-T5 or mT5; Llama, Mistral"),
-        ({"model_type": "mixtral"}, "Only T5 and dense decoders are supported, so mixtures of experts and encoders"),
-        ({"feed_forward_proj": "gated-silu"}, r"feed_forward_proj is 'gated-silu': \w+ 'relu' or 'gated-gelu'"),
+        (
+            {"model_type": "umt5"},
+            "model_type is 'umt5', whose every layer has a relative bias",
+        ),
+        (
+            {"model_type": "bert"},
+            r"model_type is 'bert': \w+ a T5 1\.0, T5 1\.1, FLAN-T5 or mT5; Llama, Mistral",
+        ),
+        (
+            {"model_type": "mixtral"},
+            "Only T5 and dense decoders are supported, so mixtures of experts and encoders",
+        ),
+        (
+            {"feed_forward_proj": "gated-silu"},
+            r"feed_forward_proj is 'gated-silu': \w+ 'relu' or 'gated-gelu'",
+        ),
         ({"d_kv": ...}, "d_kv is missing: expected an integer"),
         ({"d_ff": -1}, "d_ff is -1: expected an integer from 1 to 10,000,000"),
-        ({"num_layers": 10**9}, "num_layers is 1000000000: expected an integer from 1 to 10,000"),
-        ({"eos_token_id": {"a": 1}}, r"eos_token_id is \{'a': 1\}: expected an integer or a list or null"),
-        ({"layer_norm_epsilon": "small"}, "layer_norm_epsilon is 'small': expected a number"),
-        ({"model_type": "llama", "num_attention_heads": 0}, "num_attention_heads is 0: expected an integer from 1"),
-        ({"model_type": "llama", "hidden_act": ["silu"]}, r"hidden_act is \['silu'\]: expected a text"),
-        ({"model_type": "llama", "rope_scaling": 3}, "rope_scaling is 3: expected an object"),
+        (
+            {"num_layers": 10**9},
+            "num_layers is 1000000000: expected an integer from 1 to 10,000",
+        ),
+        (
+            {"eos_token_id": {"a": 1}},
+            r"eos_token_id is \{'a': 1\}: expected an integer or a list or null",
+        ),
+        (
+            {"layer_norm_epsilon": "small"},
+            "layer_norm_epsilon is 'small': expected a number",
+        ),
+        (
+            {"model_type": "llama", "num_attention_heads": 0},
+            "num_attention_heads is 0: expected an integer from 1",
+        ),
+        (
+            {"model_type": "llama", "hidden_act": ["silu"]},
+            r"hidden_act is \['silu'\]: expected a text",
+        ),
+        (
+            {"model_type": "llama", "rope_scaling": 3},
+            "rope_scaling is 3: expected an object",
+        ),
         ({"vocab_size": 10**400}, r"vocab_size is 10{50,}.*: expected an integer"),
     ],
 )
@@ -284,12 +403,24 @@ def _forget(*names):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_forget(_V), f"the weights lack {_V}: give a configuration and weights that belong together"),
+        (
+            _forget(_V),
+            f"the weights lack {_V}: give a configuration and weights that belong together",
+        ),
         (_forget("lm_head.weight"), r"the weights lack lm_head\.weight"),
         (_forget("shared.weight"), r"the weights lack shared\.weight"),
-        (lambda t: t.update({f"odd.{i}": t[_V].copy() for i in range(5)}), "no place for odd.0, odd.1, odd.2"),
-        (lambda t: t.update({_V: t[_V][:-1].copy()}), rf"{_V} has shape \[5, 8\], not \[6, 8\]"),
-        (lambda t: t.update({_V: t[_V].T.copy()}), rf"{_V} has shape \[8, 6\], not \[6, 8\]"),
+        (
+            lambda t: t.update({f"odd.{i}": t[_V].copy() for i in range(5)}),
+            "no place for odd.0, odd.1, odd.2",
+        ),
+        (
+            lambda t: t.update({_V: t[_V][:-1].copy()}),
+            rf"{_V} has shape \[5, 8\], not \[6, 8\]",
+        ),
+        (
+            lambda t: t.update({_V: t[_V].T.copy()}),
+            rf"{_V} has shape \[8, 6\], not \[6, 8\]",
+        ),
     ],
 )
 def test_weights_that_do_not_fit(base, change, message):
@@ -303,21 +434,38 @@ def test_weights_that_do_not_fit(base, change, message):
     ("change", "message"),
     [
         (
-            lambda a: np.where(np.arange(a.size).reshape(a.shape) == a.size - 1, np.float32(np.nan), a),
+            lambda a: np.where(
+                np.arange(a.size).reshape(a.shape) == a.size - 1, np.float32(np.nan), a
+            ),
             "NaN or infinity",
         ),
-        (lambda a: np.where(np.arange(a.size).reshape(a.shape) == 0, -np.float32(np.inf), a), "NaN or infinity"),
+        (
+            lambda a: np.where(
+                np.arange(a.size).reshape(a.shape) == 0, -np.float32(np.inf), a
+            ),
+            "NaN or infinity",
+        ),
         (lambda a: np.full(a.shape, 1e300), "NaN or infinity in float32"),
         (lambda a: a > 0, "has dtype bool: expected floats"),
     ],
 )
-def test_weights_that_are_not_finite_floats_are_refused_by_name(base, name, change, message):
-    _change(base, lambda tensors: tensors.update({name: np.ascontiguousarray(change(tensors[name]))}))
+def test_weights_that_are_not_finite_floats_are_refused_by_name(
+    base, name, change, message
+):
+    _change(
+        base,
+        lambda tensors: tensors.update(
+            {name: np.ascontiguousarray(change(tensors[name]))}
+        ),
+    )
     with pytest.raises(ValueError, match=f"^{base}: {name} (holds )?{message}"):
         lf.load_base(base)
 
 
-@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "a/../../x", "..\\x", "", "x" * 256, "\0"])
+@pytest.mark.parametrize(
+    "name",
+    ["../other.safetensors", "/etc/passwd", "a/../../x", "..\\x", "", "x" * 256, "\0"],
+)
 def test_shards_outside_the_folder_are_refused_unread(base, tmp_path, name):
     folder = _lay_out(base, tmp_path / "shards", "sharded safetensors")
     shutil.copyfile(base / "model.safetensors", tmp_path / "other.safetensors")
@@ -325,19 +473,29 @@ def test_shards_outside_the_folder_are_refused_unread(base, tmp_path, name):
     files = json.loads(index.read_text())["weight_map"]
     for weight_map, message in (
         (files | {_V: name}, " is not a file inside this folder: correct the name"),
-        (files | {"odd": files[_V]}, r" does not hold odd, though model\.safetensors\.index\.json lists it"),
-        (files | {"odd": "model-00009-of-00003.safetensors"}, r"-00009-of-00003\.safetensors: no such file"),
+        (
+            files | {"odd": files[_V]},
+            r" does not hold odd, though model\.safetensors\.index\.json lists it",
+        ),
+        (
+            files | {"odd": "model-00009-of-00003.safetensors"},
+            r"-00009-of-00003\.safetensors: no such file",
+        ),
     ):
         index.write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises(ValueError, match=f"^{folder}.*{message}"):
             lf.load_base(folder)
     index.write_text("{}")
-    with pytest.raises(ValueError, match=r"index\.json: weight_map is missing: expected an object"):
+    with pytest.raises(
+        ValueError, match=r"index\.json: weight_map is missing: expected an object"
+    ):
         lf.load_base(folder)
 
 
 def test_files_that_are_missing_or_damaged(base, tmp_path):
-    with pytest.raises(ValueError, match=r": not a Hugging Face model: it has no config\.json"):
+    with pytest.raises(
+        ValueError, match=r": not a Hugging Face model: it has no config\.json"
+    ):
         lf.read_config(tmp_path)
     with pytest.raises(ValueError, match="neither a folder here nor a hub id"):
         lf.load_base(tmp_path / "no" / "such" / "folder")
@@ -354,17 +512,31 @@ def test_files_that_are_missing_or_damaged(base, tmp_path):
     with pytest.raises(ValueError, match=f"{weights}: truncated or corrupt"):
         lf.load_base(base)
     weights.unlink()
-    with pytest.raises(ValueError, match=r"has no weights: expected model\.safetensors or pytorch_model\.bin"):
+    with pytest.raises(
+        ValueError,
+        match=r"has no weights: expected model\.safetensors or pytorch_model\.bin",
+    ):
         lf.load_base(base)
 
 
 def test_code_that_a_repository_brings_is_not_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("builtins.input", lambda _: "y")  # to the offer that transformers makes on a terminal
+    monkeypatch.setattr(
+        "builtins.input", lambda _: "y"
+    )  # to the offer that transformers makes on a terminal
     base = shutil.copytree(_EMBEDDED, tmp_path / "base")
-    before, path = lf.read_config(base), base / "config.json"
-    auto_map = {"auto_map": {"AutoConfig": "theirs.Theirs", "AutoModelForSeq2SeqLM": "theirs.Theirs"}}
+    before = lf.read_config(base)
+    path = base / "config.json"
+    auto_map = {
+        "auto_map": {
+            "AutoConfig": "theirs.Theirs",
+            "AutoModelForSeq2SeqLM": "theirs.Theirs",
+        }
+    }
     path.write_text(json.dumps(json.loads(path.read_text()) | auto_map))
-    config = {"tokenizer_class": "Theirs", "auto_map": {"AutoTokenizer": ["theirs.Theirs", None]}}
+    config = {
+        "tokenizer_class": "Theirs",
+        "auto_map": {"AutoTokenizer": ["theirs.Theirs", None]},
+    }
     (base / "tokenizer_config.json").write_text(json.dumps(config))
     code = f"""import pathlib
 pathlib.Path({str(tmp_path / "ran")!r}).touch()
@@ -380,9 +552,12 @@ class Theirs(PreTrainedTokenizerFast): ...
 
 @pytest.mark.parametrize("snapshot", [True, False])
 def test_texts_that_are_links_out_of_a_base_are_not_copied(tmp_path, snapshot):
-    blobs, folder, out = tmp_path / "base" / "blobs", tmp_path / "base" / "snapshots" / "0", tmp_path / "out"
+    blobs = tmp_path / "base" / "blobs"
+    folder = tmp_path / "base" / "snapshots" / "0"
+    out = tmp_path / "out"
     if not snapshot:
-        blobs, folder = tmp_path / "base", tmp_path / "base"
+        blobs = tmp_path / "base"
+        folder = tmp_path / "base"
     for made in (blobs, folder, out):
         made.mkdir(parents=True, exist_ok=True)
     (blobs / "digest").write_text("{}")
@@ -390,10 +565,14 @@ def test_texts_that_are_links_out_of_a_base_are_not_copied(tmp_path, snapshot):
     (tmp_path / "key").write_text("a secret")
     base = open_base(str(folder)).files
     base.save_texts(out)
-    assert (out / "config.json").read_text() == "{}" and not (out / "config.json").is_symlink()
+    assert (out / "config.json").read_text() == "{}" and not (
+        out / "config.json"
+    ).is_symlink()
     for link in (Path.symlink_to, Path.hardlink_to):
         (folder / "chat_template.jinja").unlink(missing_ok=True)
         link(folder / "chat_template.jinja", tmp_path / "key")
-        with pytest.raises(ValueError, match=f"{folder}/chat_template.jinja: a link out of its folder"):
+        with pytest.raises(
+            ValueError, match=f"{folder}/chat_template.jinja: a link out of its folder"
+        ):
             base.save_texts(out)
     assert not (out / "chat_template.jinja").exists()

@@ -16,10 +16,19 @@ _TREE = f"/api/models/org/base/tree/{COMMIT}"
 
 def test_a_file_of_another_digest_is_refused_and_removed(hub, tmp_path):
     digest = hashlib.sha256(b"{}").hexdigest()
-    hub.answers[_CONFIG] = (200, {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT, "Content-Length": "2"}, [b"[]"])
-    with pytest.raises(ValueError, match="config.json: damaged, its SHA-256 is not the one that the hub states: fetch"):
+    hub.answers[_CONFIG] = (
+        200,
+        {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT, "Content-Length": "2"},
+        [b"[]"],
+    )
+    with pytest.raises(
+        ValueError,
+        match="config.json: damaged, its SHA-256 is not the one that the hub states: fetch",
+    ):
         resolve("org/base", patterns=("config.json",))
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name == digest]
+    assert not [
+        path for path in tmp_path.rglob("*") if path.is_file() and path.name == digest
+    ]
 
 
 def test_a_file_outside_of_the_cache_is_refused(hub, tmp_path):
@@ -28,7 +37,10 @@ def test_a_file_outside_of_the_cache_is_refused(hub, tmp_path):
     (tmp_path / "outside").write_text("{}")
     (folder / "config.json").unlink()
     (folder / "config.json").symlink_to(tmp_path / "outside")
-    with pytest.raises(ValueError, match="config.json: outside of the hub's cache: expected a file in .*; remove it"):
+    with pytest.raises(
+        ValueError,
+        match="config.json: outside of the hub's cache: expected a file in .*; remove it",
+    ):
         resolve("org/base", patterns=("config.json",))
 
 
@@ -41,11 +53,24 @@ def test_a_file_outside_of_the_cache_is_refused(hub, tmp_path):
         (_TREE, (200, {}, [b'{"a": 1}'])),
         (_TREE, (200, {}, [b"[1]"])),
         (_INFO, (302, {"Location": _INFO}, [])),  # TooManyRedirects
-        (_CONFIG, (302, {"Location": "ftp://127.0.0.1/x", "ETag": '"1"', "X-Repo-Commit": COMMIT}, [])),
+        (
+            _CONFIG,
+            (
+                302,
+                {
+                    "Location": "ftp://127.0.0.1/x",
+                    "ETag": '"1"',
+                    "X-Repo-Commit": COMMIT,
+                },
+                [],
+            ),
+        ),
     ],
 )
 @pytest.mark.parametrize("fetch", [read_config, load_tokenizer])
-def test_answers_that_the_library_cannot_take_are_a_value_error(hub, fetch, path, answer):
+def test_answers_that_the_library_cannot_take_are_a_value_error(
+    hub, fetch, path, answer
+):
     hub.answers[path] = answer
     with pytest.raises(ValueError, match="org/base"):
         fetch("org/base")

@@ -20,7 +20,8 @@ def test_bases_tokenizers_and_adapters_come_by_id_and_revision(hub, small, revis
     assert load_tokenizer(source).get_vocab() == load_tokenizer(small[0]).get_vocab()
     with pytest.raises(ValueError, match="org/base@v9 gives no tokenizer"):
         load_tokenizer("org/base@v9")
-    fetched, local = read_adapter(f"org/adapter{revision}"), read_adapter(str(sorted(small[1].iterdir())[0]))
+    fetched = read_adapter(f"org/adapter{revision}")
+    local = read_adapter(str(sorted(small[1].iterdir())[0]))
     assert fetched.config == local.config
     for path, factors in local.factors.items():
         for a, b in zip(fetched.factors[path], factors, strict=True):
@@ -29,10 +30,20 @@ def test_bases_tokenizers_and_adapters_come_by_id_and_revision(hub, small, revis
 
 def test_an_adapter_names_base_and_revision_as_peft_does(small):
     config = read_config(small[0])
-    adapters = {"encoder.self.q": LowRank(jnp.ones((1, config.d_model, 2)), jnp.ones((1, 2, config.d_model)))}
-    for source, name, revision in (("org/base@main", "org/base", "main"), (str(small[0]), str(small[0]), None)):
+    adapters = {
+        "encoder.self.q": LowRank(
+            jnp.ones((1, config.d_model, 2)), jnp.ones((1, 2, config.d_model))
+        )
+    }
+    for source, name, revision in (
+        ("org/base@main", "org/base", "main"),
+        (str(small[0]), str(small[0]), None),
+    ):
         fields, _ = lora_adapter(config, adapters, base=source)
-        assert (fields["base_model_name_or_path"], fields["revision"]) == (name, revision)
+        assert (fields["base_model_name_or_path"], fields["revision"]) == (
+            name,
+            revision,
+        )
 
 
 def test_a_base_is_found_in_the_home_folder(small, monkeypatch):
@@ -50,13 +61,18 @@ def test_fetched_files_are_found_offline(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert resolve("org/adapter", patterns=None) == folder
     assert len(hub.requests) == asked
-    with pytest.raises(ValueError, match=r"'org/other' is not a folder here.*HF_HUB_OFFLINE"):
+    with pytest.raises(
+        ValueError, match=r"'org/other' is not a folder here.*HF_HUB_OFFLINE"
+    ):
         resolve("org/other", patterns=None)
 
 
 def test_a_private_repository_needs_the_token(hub, monkeypatch):
     hub.private.add("org/adapter")
-    with pytest.raises(ValueError, match=r"'org/adapter' .*it is private: check the spelling, or run `hf auth login`"):
+    with pytest.raises(
+        ValueError,
+        match=r"'org/adapter' .*it is private: check the spelling, or run `hf auth login`",
+    ):
         read_adapter("org/adapter")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert read_adapter("org/adapter").factors
@@ -64,11 +80,19 @@ def test_a_private_repository_needs_the_token(hub, monkeypatch):
 
 def test_refusals_of_the_hub_are_explained(hub):
     hub.gated.add("org/adapter")
-    with pytest.raises(ValueError, match=r"'org/adapter' .*access is restricted: request it on the repository's page"):
+    with pytest.raises(
+        ValueError,
+        match=r"'org/adapter' .*access is restricted: request it on the repository's page",
+    ):
         resolve("org/adapter", patterns=None)
-    with pytest.raises(ValueError, match=r"'org/base@v9' .*no such revision: check the text after the @"):
+    with pytest.raises(
+        ValueError,
+        match=r"'org/base@v9' .*no such revision: check the text after the @",
+    ):
         resolve("org/base@v9", patterns=None)
-    with pytest.raises(ValueError, match=r"'org/nothing' .*no such repository, or it is private"):
+    with pytest.raises(
+        ValueError, match=r"'org/nothing' .*no such repository, or it is private"
+    ):
         resolve("org/nothing", patterns=None)
     hub.gated.clear()
     hub.busy = 1
@@ -89,7 +113,9 @@ def data(hub, monkeypatch, tmp_path):
         (folder / f"{part}.jsonl").write_text("".join(rows))
     hub.add("org/data", folder)
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", constants.ENDPOINT)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    monkeypatch.setattr(
+        datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets")
+    )
     datasets.disable_progress_bars()
     yield hub
     datasets.enable_progress_bars()
@@ -97,12 +123,20 @@ def data(hub, monkeypatch, tmp_path):
 
 def test_data_come_by_id_and_revision(data):
     task = load_task(f"org/data@{hub_server.COMMIT}")
-    assert [example.input for example in task.test] == ["test 0", "test 1"] and len(task.train) == 3
+    assert [example.input for example in task.test] == ["test 0", "test 1"] and len(
+        task.train
+    ) == 3
     assert (task.name, task.source) == ("data", f"org/data@{hub_server.COMMIT}")
-    assert f"/datasets/org/data/resolve/{hub_server.COMMIT}/test.jsonl" in [path for _, path in data.requests]
-    with pytest.raises(ValueError, match=r"org/data@v9 is not a local path.*evision.*v9"):
+    assert f"/datasets/org/data/resolve/{hub_server.COMMIT}/test.jsonl" in [
+        path for _, path in data.requests
+    ]
+    with pytest.raises(
+        ValueError, match=r"org/data@v9 is not a local path.*evision.*v9"
+    ):
         load_task("org/data@v9")
-    with pytest.raises(ValueError, match=r"org/data:other is not a local path.*'other' not found"):
+    with pytest.raises(
+        ValueError, match=r"org/data:other is not a local path.*'other' not found"
+    ):
         load_task("org/data:other")
 
 
@@ -114,17 +148,24 @@ def test_fetched_data_are_found_offline(data, monkeypatch):
     for config in (datasets.config, constants):
         monkeypatch.setattr(config, "HF_HUB_OFFLINE", True)
     assert load_task("org/data").sha256 == task.sha256 and len(data.requests) == asked
-    with pytest.raises(ValueError, match=r"org/others is not a local path.*HF_HUB_OFFLINE"):
+    with pytest.raises(
+        ValueError, match=r"org/others is not a local path.*HF_HUB_OFFLINE"
+    ):
         load_task("org/others")
 
 
 def test_private_and_gated_data_need_the_token(data, monkeypatch):
     data.gated.add("org/data")
-    with pytest.raises(ValueError, match="org/data is not a local path.*terms to accept"):
+    with pytest.raises(
+        ValueError, match="org/data is not a local path.*terms to accept"
+    ):
         load_task("org/data")
     data.gated.clear()
     data.private.add("org/data")
-    with pytest.raises(ValueError, match="org/data is not a local path.*need `hf auth login` or HF_TOKEN"):
+    with pytest.raises(
+        ValueError,
+        match="org/data is not a local path.*need `hf auth login` or HF_TOKEN",
+    ):
         load_task("org/data")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert len(load_task("org/data").test) == 2

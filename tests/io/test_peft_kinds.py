@@ -15,14 +15,26 @@ def _of_peft(test):
 
 
 _OPTIONS = {
-    **{"r": [1, 3, 20], "lora_alpha": [1, 5.5], "lora_dropout": [0.0, 0.1], "use_rslora": [False, True]},
+    **{
+        "r": [1, 3, 20],
+        "lora_alpha": [1, 5.5],
+        "lora_dropout": [0.0, 0.1],
+        "use_rslora": [False, True],
+    },
     **{"use_dora": [False, True], "init_lora_weights": [True, False, "gaussian"]},
-    **{"rank_pattern": [{}, {"k": 2}], "alpha_pattern": [{}, {r"layers\.0\.q": 9, "o": 2}]},
-    **{"layers_to_transform": [None, None, [1]], "exclude_modules": [None, ["layers.0.o"]]},
+    **{
+        "rank_pattern": [{}, {"k": 2}],
+        "alpha_pattern": [{}, {r"layers\.0\.q": 9, "o": 2}],
+    },
+    **{
+        "layers_to_transform": [None, None, [1]],
+        "exclude_modules": [None, ["layers.0.o"]],
+    },
 }
 _CHANGE_BASE = ("pissa", "olora")
 # Kinds that PEFT converts to LoRA, and others that it merges.
-_CONVERTED, _MERGED = {"LOHA", "LOKR", "RANDLORA", "VERA"}, {"BOFT", "IA3", "LN_TUNING", "OFT"}
+_CONVERTED = {"LOHA", "LOKR", "RANDLORA", "VERA"}
+_MERGED = {"BOFT", "IA3", "LN_TUNING", "OFT"}
 # Arguments that classes of other kinds need.
 _NEEDED = {"ADALORA": {"total_step": 10}, "TRAINABLE_TOKENS": {"token_indices": [0]}}
 
@@ -35,15 +47,27 @@ def _saved(folder, fields):
     class Layer(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.q, self.k, self.o = torch.nn.Linear(16, 24), torch.nn.Linear(16, 16), torch.nn.Linear(24, 16)
+            self.q = torch.nn.Linear(16, 24)
+            self.k = torch.nn.Linear(16, 16)
+            self.o = torch.nn.Linear(24, 16)
 
     torch.manual_seed(0)
-    model = torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"layers": torch.nn.ModuleList([Layer(), Layer()])})})
+    model = torch.nn.ModuleDict(
+        {
+            "model": torch.nn.ModuleDict(
+                {"layers": torch.nn.ModuleList([Layer(), Layer()])}
+            )
+        }
+    )
     base = {name: tensor.numpy().copy() for name, tensor in model.state_dict().items()}
-    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q", "k", "o"], **fields))
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["q", "k", "o"], **fields)
+    )
     how = {}
     if fields.get("init_lora_weights") in _CHANGE_BASE:
-        how["path_initial_model_for_weight_conversion"] = str(folder.with_name("initial"))
+        how["path_initial_model_for_weight_conversion"] = str(
+            folder.with_name("initial")
+        )
         model.save_pretrained(*how.values())
     with torch.no_grad():
         for tensor in model.parameters():
@@ -59,7 +83,9 @@ def _merged(adapter, base):
     for path, (a, b) in adapter.factors.items():
         weight = found[f"{path}.weight"] + adapter.scaling[path] * b.astype(float) @ a
         if adapter.magnitude is not None:
-            weight *= (adapter.magnitude[path] / np.linalg.norm(weight, axis=1))[:, None]
+            weight *= (adapter.magnitude[path] / np.linalg.norm(weight, axis=1))[
+                :, None
+            ]
         found[f"{path}.weight"] = weight
     return found
 
@@ -71,19 +97,31 @@ def test_drawn_configurations_are_read_as_peft_merges_them(tmp_path):
         fields = {name: draw.choice(values) for name, values in _OPTIONS.items()}
         model, base = _saved(tmp_path / str(number), fields)
         adapter = read_adapter(str(tmp_path / str(number)))
-        merged = {name: tensor.numpy() for name, tensor in model.merge_and_unload().state_dict().items()}
+        merged = {
+            name: tensor.numpy()
+            for name, tensor in model.merge_and_unload().state_dict().items()
+        }
         for name, weight in _merged(adapter, base).items():
-            np.testing.assert_allclose(weight, merged[name], atol=1e-5, err_msg=f"{fields} {name}")
+            np.testing.assert_allclose(
+                weight, merged[name], atol=1e-5, err_msg=f"{fields} {name}"
+            )
 
 
 @_of_peft
 @pytest.mark.parametrize("init", _CHANGE_BASE)
-@pytest.mark.parametrize("fields", [{"r": 3, "lora_alpha": 2}, {"r": 3, "lora_alpha": 2, "use_rslora": True}])
-def test_an_initialisation_that_changes_the_base_is_read_after_its_conversion(tmp_path, init, fields):
+@pytest.mark.parametrize(
+    "fields", [{"r": 3, "lora_alpha": 2}, {"r": 3, "lora_alpha": 2, "use_rslora": True}]
+)
+def test_an_initialisation_that_changes_the_base_is_read_after_its_conversion(
+    tmp_path, init, fields
+):
     model, base = _saved(tmp_path / "saved", fields | {"init_lora_weights": init})
     adapter = read_adapter(str(tmp_path / "saved"))
     assert {len(a) for a, _ in adapter.factors.values()} == {6}
-    merged = {name: tensor.numpy() for name, tensor in model.merge_and_unload().state_dict().items()}
+    merged = {
+        name: tensor.numpy()
+        for name, tensor in model.merge_and_unload().state_dict().items()
+    }
     for name, weight in _merged(adapter, base).items():
         np.testing.assert_allclose(weight, merged[name], atol=1e-5, err_msg=name)
 
@@ -96,8 +134,16 @@ def test_other_kinds_are_refused_by_their_configuration(tmp_path):
     others = sorted({kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING} - {"LORA"})
     assert _CONVERTED | _MERGED | {"ADALORA", "PREFIX_TUNING", "XLORA"} <= set(others)
     for kind in others:
-        remedy = "convert it with PEFT's save_as_lora, or " if kind in _CONVERTED else "expected LORA; "
-        remedy += "merge it into the base with PEFT's" if kind in _CONVERTED | _MERGED else "retrain as LoRA"
+        remedy = (
+            "convert it with PEFT's save_as_lora, or "
+            if kind in _CONVERTED
+            else "expected LORA; "
+        )
+        remedy += (
+            "merge it into the base with PEFT's"
+            if kind in _CONVERTED | _MERGED
+            else "retrain as LoRA"
+        )
         folder = tmp_path / kind
         folder.mkdir()
         if kind in _NEEDED:

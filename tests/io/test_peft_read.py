@@ -79,10 +79,14 @@ def test_golden_adapters_are_read_and_saved_again_exactly(goldens, tmp_path):
     for number, folder in enumerate(folders):
         adapter = read_adapter(str(folder))
         text = (folder / "adapter_config.json").read_bytes()
-        assert (adapter.name, adapter.source, adapter.config_text) == (folder.name, str(folder), text)
-        assert adapter.config == json.loads(text) and (adapter.magnitude is not None) == adapter.config.get(
-            "use_dora", False
+        assert (adapter.name, adapter.source, adapter.config_text) == (
+            folder.name,
+            str(folder),
+            text,
         )
+        assert adapter.config == json.loads(text) and (
+            adapter.magnitude is not None
+        ) == adapter.config.get("use_dora", False)
         assert not [note for note in adapter.notes if note.startswith("warning")]
         again = _resaved(adapter, tmp_path / str(number))
         if (folder / "adapter_model.safetensors").is_file():
@@ -91,7 +95,9 @@ def test_golden_adapters_are_read_and_saved_again_exactly(goldens, tmp_path):
             np.testing.assert_array_equal(a, again[f"{_PREFIX}{path}.lora_A.weight"])
             np.testing.assert_array_equal(b, again[f"{_PREFIX}{path}.lora_B.weight"])
         assert (tmp_path / str(number) / "adapter_config.json").read_bytes() == text
-        with safe_open(tmp_path / str(number) / "adapter_model.safetensors", "np") as file:
+        with safe_open(
+            tmp_path / str(number) / "adapter_model.safetensors", "np"
+        ) as file:
             assert file.metadata() == {"format": "pt"}
 
 
@@ -134,7 +140,10 @@ def test_every_spelling_of_the_keys_is_read_and_kept(write, tmp_path, spell):
 @pytest.mark.parametrize("suffix", ["", ".weight", ".default", ".default.weight"])
 def test_dora_magnitudes_with_and_without_weight(write, tmp_path, suffix):
     magnitudes = {_Q: np.arange(10, dtype=np.float32), _V: np.ones(10, np.float32)}
-    tensors = _TENSORS | {f"{_PREFIX}{path}.lora_magnitude_vector{suffix}": m for path, m in magnitudes.items()}
+    tensors = _TENSORS | {
+        f"{_PREFIX}{path}.lora_magnitude_vector{suffix}": m
+        for path, m in magnitudes.items()
+    }
     adapter = read_adapter(write(tensors, use_dora=True), shapes=_SHAPES)
     _assert_same(adapter.magnitude, magnitudes)
     _assert_same(_resaved(adapter, tmp_path / "again"), tensors)
@@ -143,7 +152,9 @@ def test_dora_magnitudes_with_and_without_weight(write, tmp_path, suffix):
 def test_mixed_ranks_and_dtypes_are_kept(write, tmp_path):
     kinds = {"lora_A": ml_dtypes.bfloat16, "lora_B": np.float16}
     tensors = _factors(r=2) | _factors(r=4, path=_V)
-    tensors = {key: array.astype(kinds[key.split(".")[-2]]) for key, array in tensors.items()}
+    tensors = {
+        key: array.astype(kinds[key.split(".")[-2]]) for key, array in tensors.items()
+    }
     adapter = read_adapter(write(tensors, rank_pattern={"q": 2}), shapes=_SHAPES)
     assert [factor.shape for factor in adapter.factors[_Q]] == [(2, 6), (10, 2)]
     assert adapter.scaling == {_Q: 4.0, _V: 2.0}
@@ -157,18 +168,37 @@ def test_mixed_ranks_and_dtypes_are_kept(write, tmp_path):
 _EMPTY = "alora_invocation_tokens arrow_config auto_mapping corda_config eva_config exclude_modules kasa_config"
 _EMPTY += " layer_replication layers_pattern layers_to_transform lora_ga_config megatron_config revision"
 _EMPTY += " target_parameters trainable_token_indices use_bdlora velora_config"
-_DEFAULTS = dict.fromkeys(_EMPTY.split()) | {"loftq_config": {}, "megatron_core": "megatron.core", "bias": "none"}
-_DEFAULTS |= dict.fromkeys(("lora_bias", "use_dora", "use_qalora", "use_rslora"), False) | {"qalora_group_size": 16}
-_DEFAULTS |= {"inference_mode": True, "peft_version": "0.21.2", "alpha_pattern": {}, "rank_pattern": {}}
+_DEFAULTS = dict.fromkeys(_EMPTY.split()) | {
+    "loftq_config": {},
+    "megatron_core": "megatron.core",
+    "bias": "none",
+}
+_DEFAULTS |= dict.fromkeys(
+    ("lora_bias", "use_dora", "use_qalora", "use_rslora"), False
+) | {"qalora_group_size": 16}
+_DEFAULTS |= {
+    "inference_mode": True,
+    "peft_version": "0.21.2",
+    "alpha_pattern": {},
+    "rank_pattern": {},
+}
 
 
 @pytest.mark.parametrize(
     ("fields", "notes"),
     [
-        *(({"init_lora_weights": init}, ()) for init in (True, False, None, "gaussian", "eva", "orthogonal", "mica")),
+        *(
+            ({"init_lora_weights": init}, ())
+            for init in (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+        ),
         ({"fan_in_fan_out": True}, ()),  # the flag never transposes a linear map
         (
-            {"lora_dropout": 0.1, "task_type": "SEQ_2_SEQ_LM", "modules_to_save": [], "from_the_future": 1},
+            {
+                "lora_dropout": 0.1,
+                "task_type": "SEQ_2_SEQ_LM",
+                "modules_to_save": [],
+                "from_the_future": 1,
+            },
             ("warning: unknown to PEFT up to 0.21, ignored: from_the_future",),
         ),
         ({"enable_lora": None}, ()),
@@ -180,16 +210,24 @@ _DEFAULTS |= {"inference_mode": True, "peft_version": "0.21.2", "alpha_pattern":
 def test_fields_without_effect_are_noted_and_kept(write, tmp_path, fields, notes):
     adapter = read_adapter(write(**fields), shapes=_SHAPES)
     assert adapter.notes == notes and adapter.scaling == {_Q: 2.0, _V: 2.0}
-    np.testing.assert_array_equal(adapter.factors[_Q][0], _TENSORS[f"{_PREFIX}{_Q}.lora_A.weight"])
+    np.testing.assert_array_equal(
+        adapter.factors[_Q][0], _TENSORS[f"{_PREFIX}{_Q}.lora_A.weight"]
+    )
     resave(adapter, tmp_path / "again")
-    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text()) == _CONFIG | fields
+    assert (
+        json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+        == _CONFIG | fields
+    )
 
 
 def test_safetensors_come_before_bin(write):
     folder = write()
     (Path(folder) / "adapter_model.bin").write_bytes(b"never read")
     adapter = read_adapter(folder, shapes=_SHAPES)
-    assert "ignored: adapter_model.bin, because adapter_model.safetensors is next to it" in adapter.notes
+    assert (
+        "ignored: adapter_model.bin, because adapter_model.safetensors is next to it"
+        in adapter.notes
+    )
 
 
 _EMBEDDING = np.arange(12, dtype=np.float32).reshape(4, 3) / 7
@@ -219,8 +257,13 @@ def test_copies_of_base_weights_are_ignored_but_kept(write, tmp_path, key, array
 
 def test_state_of_the_training_is_ignored(write):
     state = {f"{_PREFIX}{_Q}.lora_velora_embed": np.ones((2, 3), np.float32)}
-    adapter = read_adapter(write(_TENSORS | state, velora_config={"num_groups": 2}), shapes=_SHAPES)
-    assert f"ignored: {_PREFIX}{_Q}.lora_velora_embed, state of the training only" in adapter.notes
+    adapter = read_adapter(
+        write(_TENSORS | state, velora_config={"num_groups": 2}), shapes=_SHAPES
+    )
+    assert (
+        f"ignored: {_PREFIX}{_Q}.lora_velora_embed, state of the training only"
+        in adapter.notes
+    )
 
 
 # What is refused.
@@ -229,48 +272,144 @@ def test_state_of_the_training_is_ignored(write):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"peft_type": "IA3"}, "peft_type is 'IA3': expected LORA; merge it into the base"),
-        ({"peft_type": None, "fine_tune_type": "lora", "lora_parameters": {"rank": 8}}, "MLX, without its"),
-        ({"target_parameters": ["w"]}, "target_parameters is set: LoRA on bare parameters"),
-        ({"enable_lora": [True, False]}, "enable_lora is set: the MergedLinear of PEFT 0.2"),
-        ({"trainable_token_indices": [3]}, "trainable_token_indices is set: retrained rows of the embedding"),
-        ({"layer_replication": [[0, 4], [2, 5]]}, "layer_replication is set: replicated layers"),
+        (
+            {"peft_type": "IA3"},
+            "peft_type is 'IA3': expected LORA; merge it into the base",
+        ),
+        (
+            {
+                "peft_type": None,
+                "fine_tune_type": "lora",
+                "lora_parameters": {"rank": 8},
+            },
+            "MLX, without its",
+        ),
+        (
+            {"target_parameters": ["w"]},
+            "target_parameters is set: LoRA on bare parameters",
+        ),
+        (
+            {"enable_lora": [True, False]},
+            "enable_lora is set: the MergedLinear of PEFT 0.2",
+        ),
+        (
+            {"trainable_token_indices": [3]},
+            "trainable_token_indices is set: retrained rows of the embedding",
+        ),
+        (
+            {"layer_replication": [[0, 4], [2, 5]]},
+            "layer_replication is set: replicated layers",
+        ),
         ({"use_qalora": True}, "use_qalora is set: QA-LoRA"),
         ({"use_bdlora": {"nblocks": 2}}, "use_bdlora is set: BD-LoRA"),
         ({"arrow_config": {}}, "arrow_config is set: Arrow"),
         ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens is set: aLoRA"),
         ({"kasa_config": {}}, "kasa_config is set: KaSA"),
-        ({"lora_bias": True}, "lora_bias is set: a bias on lora_B, is not supported; retrain as plain LoRA"),
-        ({"bias": "all"}, "bias is 'all': trained biases cannot be mixed; retrain with bias='none'"),
-        ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]:.*give the base's weights"),
-        ({"init_lora_weights": "pissa_niter_16"}, "PiSSA changes the base's.*path_initial_model_for_weight_conv"),
-        ({"init_lora_weights": "lora_ga"}, "LoRA-GA changes the base.*path_initial_model_for_weight_conv"),
-        ({"init_lora_weights": "loftq"}, "LoftQ changes the base.*no path_initial_model.*retrain"),
-        ({"init_lora_weights": "new"}, "init_lora_weights is 'new', which is unknown.*expected true, false, or"),
-        ({"init_lora_weights": [[[[[[1]]]]]]}, r"init_lora_weights is \[\[\[\[\.\.\.\]\]\]\]: expected true or"),
+        (
+            {"lora_bias": True},
+            "lora_bias is set: a bias on lora_B, is not supported; retrain as plain LoRA",
+        ),
+        (
+            {"bias": "all"},
+            "bias is 'all': trained biases cannot be mixed; retrain with bias='none'",
+        ),
+        (
+            {"modules_to_save": ["lm_head"]},
+            r"modules_to_save is \['lm_head'\]:.*give the base's weights",
+        ),
+        (
+            {"init_lora_weights": "pissa_niter_16"},
+            "PiSSA changes the base's.*path_initial_model_for_weight_conv",
+        ),
+        (
+            {"init_lora_weights": "lora_ga"},
+            "LoRA-GA changes the base.*path_initial_model_for_weight_conv",
+        ),
+        (
+            {"init_lora_weights": "loftq"},
+            "LoftQ changes the base.*no path_initial_model.*retrain",
+        ),
+        (
+            {"init_lora_weights": "new"},
+            "init_lora_weights is 'new', which is unknown.*expected true, false, or",
+        ),
+        (
+            {"init_lora_weights": [[[[[[1]]]]]]},
+            r"init_lora_weights is \[\[\[\[\.\.\.\]\]\]\]: expected true or",
+        ),
         ({"r": 0}, "r is 0: expected an integer of 1 or more; correct the field"),
-        ({"rank_pattern": {"q": 2.5}}, "rank_pattern.q is 2.5: expected an integer of 1 or more"),
-        ({"lora_alpha": None}, "lora_alpha is None: expected a number that float32 holds"),
+        (
+            {"rank_pattern": {"q": 2.5}},
+            "rank_pattern.q is 2.5: expected an integer of 1 or more",
+        ),
+        (
+            {"lora_alpha": None},
+            "lora_alpha is None: expected a number that float32 holds",
+        ),
         ({"lora_alpha": float("inf")}, "lora_alpha is inf: expected a number"),
-        ({"lora_alpha": 10**400}, r"lora_alpha is 10000.*\.\.\..*: expected a number that float32"),
+        (
+            {"lora_alpha": 10**400},
+            r"lora_alpha is 10000.*\.\.\..*: expected a number that float32",
+        ),
         ({"alpha_pattern": [1]}, r"alpha_pattern is \[1\]: expected an object"),
         *(
-            ({"alpha_pattern": {key: 1}}, "alpha_pattern has the key .*: expected names of modules, each a key")
-            for key in ("(q", "(q+)+", ".*q", "q{9999999}", "k|q", r"q\p", "[z-a]", "qü", "q" * 401, "")
+            (
+                {"alpha_pattern": {key: 1}},
+                "alpha_pattern has the key .*: expected names of modules, each a key",
+            )
+            for key in (
+                "(q",
+                "(q+)+",
+                ".*q",
+                "q{9999999}",
+                "k|q",
+                r"q\p",
+                "[z-a]",
+                "qü",
+                "q" * 401,
+                "",
+            )
         ),
         ({"use_rslora": "false"}, "use_rslora is 'false': expected true or false"),
-        ({"alpha_pattern": {f"q{n}": 8 for n in range(20_000)}}, "alpha_pattern has 20,000 keys: expected at most"),
-        ({"modules_to_save": ["x" * 5000] * 50}, r"modules_to_save is \['xxx.{,2000}\.\.\.\]: modules trained in full"),
-        ({"unknown": "x" * (1 << 20)}, "has 1,048,.* bytes: expected at most 1,048,576"),
-        ({"r": 8}, "has rank 4 in the tensors, but r and rank_pattern give 8: .*fetch both"),
+        (
+            {"alpha_pattern": {f"q{n}": 8 for n in range(20_000)}},
+            "alpha_pattern has 20,000 keys: expected at most",
+        ),
+        (
+            {"modules_to_save": ["x" * 5000] * 50},
+            r"modules_to_save is \['xxx.{,2000}\.\.\.\]: modules trained in full",
+        ),
+        (
+            {"unknown": "x" * (1 << 20)},
+            "has 1,048,.* bytes: expected at most 1,048,576",
+        ),
+        (
+            {"r": 8},
+            "has rank 4 in the tensors, but r and rank_pattern give 8: .*fetch both",
+        ),
         ({"r": 10**400}, r"give 10000.*\.\.\..*: the two files do not belong together"),
         ({"rank_pattern": {"q": 2}}, "has rank 4 in the tensors.* give 2"),
         # Of other tools, and files that are no JSON.
-        ('{"config": {"mh_adapter": false}, "model_class": "BertAdapterModel", "name": "task"}', "AdapterHub"),
-        ('{"base_model": "gemma", "framework": "jax-tunix-qwix", "lora_rank": 32, "lora_alpha": 32.0}', "tunix / qwix"),
-        ('{"format": "my-native-lora", "rank": 16, "tensor_count": 512}', "own format, 'my-native-lora'"),
-        ('{"base_model": "somebody/robot"}', r"no peft_type among its fields \['base_model'\]"),
-        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1049\n", "this is a Git LFS pointer"),
+        (
+            '{"config": {"mh_adapter": false}, "model_class": "BertAdapterModel", "name": "task"}',
+            "AdapterHub",
+        ),
+        (
+            '{"base_model": "gemma", "framework": "jax-tunix-qwix", "lora_rank": 32, "lora_alpha": 32.0}',
+            "tunix / qwix",
+        ),
+        (
+            '{"format": "my-native-lora", "rank": 16, "tensor_count": 512}',
+            "own format, 'my-native-lora'",
+        ),
+        (
+            '{"base_model": "somebody/robot"}',
+            r"no peft_type among its fields \['base_model'\]",
+        ),
+        (
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1049\n",
+            "this is a Git LFS pointer",
+        ),
         ("{", r"not JSON \(.*\): fetch the file again"),
         ("[1]", "holds a list, not an object"),
         ("", "the file is empty"),
@@ -287,66 +426,164 @@ def test_configurations_are_refused_by_name(write, fields, message):
 def test_missing_files(write):
     folder = Path(write())
     (folder / "adapter_model.safetensors").unlink()
-    _refused(folder, r"has neither adapter_model\.safetensors nor adapter_model\.bin: fetch the weights as well")
+    _refused(
+        folder,
+        r"has neither adapter_model\.safetensors nor adapter_model\.bin: fetch the weights as well",
+    )
     (folder / "adapter_config.json").unlink()
-    _refused(folder, r"has no adapter_config\.json: expected the folder that PEFT's save_pretrained wrote")
+    _refused(
+        folder,
+        r"has no adapter_config\.json: expected the folder that PEFT's save_pretrained wrote",
+    )
 
 
 @pytest.mark.parametrize(
     ("file", "key", "tool"),
     [
         ("adapters.npz", "x", "of MLX"),
-        ("pytorch_lora_weights.safetensors", "unet.mid.attn.to_q.lora_A.weight", "of diffusers"),
-        ("style.safetensors", "lora_unet_mid_attn_to_q.lora_down.weight", "in the format of Kohya's scripts"),
+        (
+            "pytorch_lora_weights.safetensors",
+            "unet.mid.attn.to_q.lora_A.weight",
+            "of diffusers",
+        ),
+        (
+            "style.safetensors",
+            "lora_unet_mid_attn_to_q.lora_down.weight",
+            "in the format of Kohya's scripts",
+        ),
     ],
 )
 def test_weights_of_other_tools_are_refused_by_name(tmp_path, file, key, tool):
     save_file({key: np.ones((2, 2), np.float32)}, tmp_path / file)
-    _refused(tmp_path, f"has {file} {tool}, not PEFT's adapter_model.safetensors: save the adapter with PEFT")
+    _refused(
+        tmp_path,
+        f"has {file} {tool}, not PEFT's adapter_model.safetensors: save the adapter with PEFT",
+    )
 
 
 _ONE_MORE = _factors(path="encoder.block.1.layer.0.SelfAttention.q")
 _NAMES = [
     (f"{_Q}.lora_A.weight", (4, 6), "are one factor of two adapters"),
-    (f"{_PREFIX}{_Q}.lora_B.bias", (10,), "is a bias on a factor: retrain with lora_bias=False"),
+    (
+        f"{_PREFIX}{_Q}.lora_B.bias",
+        (10,),
+        "is a bias on a factor: retrain with lora_bias=False",
+    ),
     (f"{_PREFIX}{_Q}.lora_magnitude_vector", (10,), "is DoRA's: set use_dora"),
-    (f"{_PREFIX}shared.lora_embedding_A", (4, 9), "LoRA on an embedding, which stacks of the base"),
+    (
+        f"{_PREFIX}shared.lora_embedding_A",
+        (4, 9),
+        "LoRA on an embedding, which stacks of the base",
+    ),
     (f"{_PREFIX}{_Q}.lora_diag", (4,), "lora_diag is KaSA"),
-    (f"{_PREFIX}{_Q}.lora_new.weight", (4,), "lora_new.weight is a tensor that plain LoRA does not"),
-    (f"{_PREFIX}shared.token_adapter.trainable_tokens_delta", (4,), "retrained rows of the embedd"),
+    (
+        f"{_PREFIX}{_Q}.lora_new.weight",
+        (4,),
+        "lora_new.weight is a tensor that plain LoRA does not",
+    ),
+    (
+        f"{_PREFIX}shared.token_adapter.trainable_tokens_delta",
+        (4,),
+        "retrained rows of the embedd",
+    ),
     (f"{_PREFIX}prompt_embeddings", (4,), "prompt or prefix tuning"),
-    (f"{_PREFIX}shared.weight", (4, 3), r"shared.weight \[4, 3\] is an embedding.*give the base's weights to comp"),
+    (
+        f"{_PREFIX}shared.weight",
+        (4, 3),
+        r"shared.weight \[4, 3\] is an embedding.*give the base's weights to comp",
+    ),
     (f"{_PREFIX}encoder.q.bias", (4,), "encoder.q.bias .* is a trained bias"),
-    (f"{_PREFIX}{_Q}.weight", (10, 6), "is a module trained in full .modules_to_save is None"),
+    (
+        f"{_PREFIX}{_Q}.weight",
+        (10, 6),
+        "is a module trained in full .modules_to_save is None",
+    ),
     ("encoder.x.lora_A.weight", (4, 6), "encoder.x has lora_A but no lora_B"),
     (f"{_PREFIX}encoder.x.lora_B.weight", (6, 4), "encoder.x has lora_B but no lora_A"),
-    ("e" * 170_000, (1,), "a tensor is named 'eee.*eee': expected at most 400 printable characters"),
-    (f"{_Q}\n.lora_A.weight", (1,), r"a tensor is named 'encoder.*\\n.lora_A.weight': expected"),
+    (
+        "e" * 170_000,
+        (1,),
+        "a tensor is named 'eee.*eee': expected at most 400 printable characters",
+    ),
+    (
+        f"{_Q}\n.lora_A.weight",
+        (1,),
+        r"a tensor is named 'encoder.*\\n.lora_A.weight': expected",
+    ),
     ("\x1b[2J", (1,), "a tensor is named '.x1b.2J': expected at most"),
 ]
 _FACTORS = [
-    ("lora_A", np.ones((4, 6, 3, 3), np.float32), r"lora_A.weight \[4, 6, 3, 3\].*LoRA on a convolution"),
-    ("lora_B", np.ones((10, 4, 1), np.float32), r"lora_B.weight \[10, 4, 1\].*MergedLinear"),
-    ("lora_A", np.ones(24, np.float32), r"lora_A.weight \[24\].*expected 2 dimensions.*gather shards .DeepSpeed"),
+    (
+        "lora_A",
+        np.ones((4, 6, 3, 3), np.float32),
+        r"lora_A.weight \[4, 6, 3, 3\].*LoRA on a convolution",
+    ),
+    (
+        "lora_B",
+        np.ones((10, 4, 1), np.float32),
+        r"lora_B.weight \[10, 4, 1\].*MergedLinear",
+    ),
+    (
+        "lora_A",
+        np.ones(24, np.float32),
+        r"lora_A.weight \[24\].*expected 2 dimensions.*gather shards .DeepSpeed",
+    ),
     ("lora_A", np.ones((0, 6), np.float32), r"lora_A.weight \[0, 6\].*none empty"),
-    ("lora_A", np.ones((4, 6), np.uint8), "lora_A.weight .* of dtype uint8: expected floats"),
-    ("lora_A", np.full((4, 6), np.nan, np.float32), "q.lora_A.weight holds NaN or infinity.*retrain"),
-    ("lora_B", np.full((10, 4), np.inf, ml_dtypes.bfloat16), "q.lora_B.weight holds NaN or infinity"),
-    ("lora_A", np.ones((3, 6), np.float32), r"lora_A.weight \[3, 6\] has rank 3, .*lora_B.* has rank 4: expected"),
-    ("lora_A", np.ones((4, 7), np.float32), r"1 of 3 modules do not fit; first .*lora_A.weight \[4, 7\].*\[r, 6\]"),
-    ("lora_B", np.ones((9, 4), np.float32), r"lora_B.weight \[9, 4\]: expected \[r, 6\] and \[10, r\]"),
+    (
+        "lora_A",
+        np.ones((4, 6), np.uint8),
+        "lora_A.weight .* of dtype uint8: expected floats",
+    ),
+    (
+        "lora_A",
+        np.full((4, 6), np.nan, np.float32),
+        "q.lora_A.weight holds NaN or infinity.*retrain",
+    ),
+    (
+        "lora_B",
+        np.full((10, 4), np.inf, ml_dtypes.bfloat16),
+        "q.lora_B.weight holds NaN or infinity",
+    ),
+    (
+        "lora_A",
+        np.ones((3, 6), np.float32),
+        r"lora_A.weight \[3, 6\] has rank 3, .*lora_B.* has rank 4: expected",
+    ),
+    (
+        "lora_A",
+        np.ones((4, 7), np.float32),
+        r"1 of 3 modules do not fit; first .*lora_A.weight \[4, 7\].*\[r, 6\]",
+    ),
+    (
+        "lora_B",
+        np.ones((9, 4), np.float32),
+        r"lora_B.weight \[9, 4\]: expected \[r, 6\] and \[10, r\]",
+    ),
 ]
 _MAGNITUDES = [
-    (10, (_Q,), f"{_V} has lora_A and lora_B but no lora_magnitude_vector .use_dora is true.: the file is incomplete"),
+    (
+        10,
+        (_Q,),
+        f"{_V} has lora_A and lora_B but no lora_magnitude_vector .use_dora is true.: the file is incomplete",
+    ),
     (9, (_Q, _V), r"lora_magnitude_vector has shape \[9\]: expected \[10\]"),
     ((1, 10), (_Q, _V), r"lora_magnitude_vector \[1, 10\].*expected 1 dimension"),
 ]
 _REFUSED = [
-    *(({key: np.ones(shape, np.float32)}, {}, message) for key, shape, message in _NAMES),
-    *((_ONE_MORE | {f"{_PREFIX}{_Q}.{kind}.weight": array}, {}, message) for kind, array, message in _FACTORS),
+    *(
+        ({key: np.ones(shape, np.float32)}, {}, message)
+        for key, shape, message in _NAMES
+    ),
+    *(
+        (_ONE_MORE | {f"{_PREFIX}{_Q}.{kind}.weight": array}, {}, message)
+        for kind, array, message in _FACTORS
+    ),
     *(
         (
-            {f"{_PREFIX}{path}.lora_magnitude_vector": np.ones(shape, "f4") for path in paths},
+            {
+                f"{_PREFIX}{path}.lora_magnitude_vector": np.ones(shape, "f4")
+                for path in paths
+            },
             {"use_dora": True},
             message,
         )
@@ -357,10 +594,14 @@ _REFUSED = [
 
 @pytest.mark.parametrize(("tensors", "fields", "message"), _REFUSED)
 def test_tensors_are_refused_by_name(write, tensors, fields, message):
-    _refused(write(_TENSORS | tensors, **fields), rf"adapter_model\.safetensors: .*{message}")
+    _refused(
+        write(_TENSORS | tensors, **fields), rf"adapter_model\.safetensors: .*{message}"
+    )
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("y" * 10_000), ValueError("z")])
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("y" * 10_000), ValueError("z")]
+)
 def test_every_error_names_the_adapter_and_keeps_its_cause(write, error):
     def fail(_name):
         raise error
@@ -375,15 +616,27 @@ def test_every_error_names_the_adapter_and_keeps_its_cause(write, error):
 
 def test_a_path_that_the_base_lacks_and_a_wrong_base(write):
     stray = "encoder.block.7.layer.0.SelfAttention.q"
-    tensors = _TENSORS | _factors(path="encoder.block.1.layer.0.SelfAttention.q") | _factors(path=stray)
+    tensors = (
+        _TENSORS
+        | _factors(path="encoder.block.1.layer.0.SelfAttention.q")
+        | _factors(path=stray)
+    )
     message = (
         rf"safetensors: 1 of 4 modules do not fit; first .*the base has no linear module {stray} .nearest: encoder.*"
         "give the base that the adapter was trained on, 'google/flan-t5-large'"
     )
     _refused(write(tensors), message)
-    llama = _factors(path="model.layers.0.self_attn.q_proj") | _factors(path="model.layers.0.self_attn.v_proj")
-    _refused(write(llama), "wrong base.* 2 of 2 modules do not fit.*trained on, 'google/flan-t5-large'")
-    _refused(write(_TENSORS | _factors(path="lm_head")), "lm_head.* LoRA on the head, and only modules of blocks")
+    llama = _factors(path="model.layers.0.self_attn.q_proj") | _factors(
+        path="model.layers.0.self_attn.v_proj"
+    )
+    _refused(
+        write(llama),
+        "wrong base.* 2 of 2 modules do not fit.*trained on, 'google/flan-t5-large'",
+    )
+    _refused(
+        write(_TENSORS | _factors(path="lm_head")),
+        "lm_head.* LoRA on the head, and only modules of blocks",
+    )
     _refused(write(_TENSORS), "wrong base.* 2 of 2", shapes={_Q: (8, 8), _V: (8, 8)})
     classifier = _factors(path="transformer.encoder.block.0.layer.0.SelfAttention.q")
     message = "safetensors: 1 of 1 modules .*task_type SEQ_CLS names a model with another head: retrain"
@@ -393,8 +646,18 @@ def test_a_path_that_the_base_lacks_and_a_wrong_base(write):
 @pytest.mark.parametrize(
     ("fields", "key", "array", "message"),
     [
-        ({}, "lm_head.weight", _EMBEDDING, r"lm_head.weight \[4, 3\] is an embedding.*unlike the base's"),
-        ({}, "shared.weight", _EMBEDDING[:3], r"shared.weight \[3, 3\].*unlike the base's.* \[4, 3\]"),
+        (
+            {},
+            "lm_head.weight",
+            _EMBEDDING,
+            r"lm_head.weight \[4, 3\] is an embedding.*unlike the base's",
+        ),
+        (
+            {},
+            "shared.weight",
+            _EMBEDDING[:3],
+            r"shared.weight \[3, 3\].*unlike the base's.* \[4, 3\]",
+        ),
         (
             {"modules_to_save": ["score"]},
             "score.weight",
@@ -410,12 +673,20 @@ def test_a_path_that_the_base_lacks_and_a_wrong_base(write):
     ],
 )
 def test_full_weights_that_differ_are_refused(write, fields, key, array, message):
-    _refused(write(_TENSORS | {_PREFIX + key: array}, **fields), message, base_tensor=_base_tensor)
+    _refused(
+        write(_TENSORS | {_PREFIX + key: array}, **fields),
+        message,
+        base_tensor=_base_tensor,
+    )
 
 
 def test_a_file_without_lora(write):
     tensors = {"shared.weight": _EMBEDDING}
-    _refused(write(tensors), "has no lora_A and lora_B: expected the weights", base_tensor=_base_tensor)
+    _refused(
+        write(tensors),
+        "has no lora_A and lora_B: expected the weights",
+        base_tensor=_base_tensor,
+    )
 
 
 # The way back.
@@ -428,6 +699,10 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
     transposed = {"x.lora_A.weight": np.arange(6, dtype=np.float32).reshape(2, 3).T}
     write_adapter(tmp_path / "deep" / "new", _CONFIG, transposed)
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["new"]
-    with pytest.raises(ValueError, match="new exists: give a new folder, or remove it first"):
+    with pytest.raises(
+        ValueError, match="new exists: give a new folder, or remove it first"
+    ):
         write_adapter(tmp_path / "deep" / "new", _CONFIG, _TENSORS)
-    _assert_same(load_file(tmp_path / "deep" / "new" / "adapter_model.safetensors"), transposed)
+    _assert_same(
+        load_file(tmp_path / "deep" / "new" / "adapter_model.safetensors"), transposed
+    )

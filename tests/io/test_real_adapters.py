@@ -20,19 +20,31 @@ _MODULE = "model.layers.0.self_attn.q_proj"
 
 def _read(row, folder):
     """Read an adapter of one module with a row's configuration, and find the family of its base."""
-    fields, adapter, base = row["fields"], folder / "adapter", folder / row["base"].rpartition("/")[2]
+    fields = row["fields"]
+    adapter = folder / "adapter"
+    base = folder / row["base"].rpartition("/")[2]
     adapter.mkdir()
     base.mkdir()
     (base / "config.json").write_text(json.dumps({"model_type": row["model_type"]}))
     if "peft_type" in fields:
-        names, file = (f"base_model.model.{_MODULE}.lora_{kind}.weight" for kind in "AB"), "adapter_model.safetensors"
-        shapes, fields = ((fields["r"], 2), (3, fields["r"])), fields | {"base_model_name_or_path": row["base"]}
+        names = (f"base_model.model.{_MODULE}.lora_{kind}.weight" for kind in "AB")
+        file = "adapter_model.safetensors"
+        shapes = ((fields["r"], 2), (3, fields["r"]))
+        fields = fields | {"base_model_name_or_path": row["base"]}
     else:
-        names, file = (f"{_MODULE}.lora_{kind}" for kind in "ab"), "adapters.safetensors"
+        names = (f"{_MODULE}.lora_{kind}" for kind in "ab")
+        file = "adapters.safetensors"
         rank = fields["lora_parameters"]["rank"]
-        shapes, fields = ((2, rank), (rank, 3)), fields | {"model": row["base"]}
+        shapes = ((2, rank), (rank, 3))
+        fields = fields | {"model": row["base"]}
     (adapter / "adapter_config.json").write_text(json.dumps(fields))
-    save_file({name: np.ones(shape, np.float32) for name, shape in zip(names, shapes, strict=True)}, adapter / file)
+    save_file(
+        {
+            name: np.ones(shape, np.float32)
+            for name, shape in zip(names, shapes, strict=True)
+        },
+        adapter / file,
+    )
     read = read_adapter(str(adapter), base=open_base(str(base)))
     family_of_json({"model_type": row["model_type"]})
     return read

@@ -23,14 +23,25 @@ def test_an_error_of_the_hub_that_says_nothing_is_named(monkeypatch):
         raise TimeoutError
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(ValueError, match=r"the hub did not give it: TimeoutError \(check the spelling"):
+    with pytest.raises(
+        ValueError, match=r"the hub did not give it: TimeoutError \(check the spelling"
+    ):
         source.resolve("owner/name", patterns=None)
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "nowhere", "a/b/c", "", "~nosuchuser/x"])
+@pytest.mark.parametrize(
+    "name", ["./nowhere", "/nowhere/at/all", "nowhere", "a/b/c", "", "~nosuchuser/x"]
+)
 def test_neither_folder_nor_hub_id(name):
-    for read in (lambda name: source.resolve(name, patterns=None), read_config, read_adapter):
-        with pytest.raises(ValueError, match="neither a folder here nor a hub id: give a path, owner/name"):
+    for read in (
+        lambda name: source.resolve(name, patterns=None),
+        read_config,
+        read_adapter,
+    ):
+        with pytest.raises(
+            ValueError,
+            match="neither a folder here nor a hub id: give a path, owner/name",
+        ):
             read(name)
 
 
@@ -86,8 +97,19 @@ def _header(fields):
     [
         (lambda data: data[:-1], r"truncated or corrupt \(.*\): fetch the file again"),
         (lambda data: b"\xff" * 8 + data[8:], "truncated or corrupt"),
-        (lambda data: data.replace(b'"shape":[3,5]', b'"shape":[3,6]'), "truncated or corrupt"),
-        (lambda data: _header({"a": {"dtype": "F8_E8M0", "shape": [1], "data_offsets": [0, 1]}}) + b"0", "F8_E8M0"),
+        (
+            lambda data: data.replace(b'"shape":[3,5]', b'"shape":[3,6]'),
+            "truncated or corrupt",
+        ),
+        (
+            lambda data: (
+                _header(
+                    {"a": {"dtype": "F8_E8M0", "shape": [1], "data_offsets": [0, 1]}}
+                )
+                + b"0"
+            ),
+            "F8_E8M0",
+        ),
         (lambda data: b"", "the file is empty: fetch it again"),
         (lambda data: _POINTER.encode(), "Git LFS pointer"),
     ],

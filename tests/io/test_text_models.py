@@ -11,11 +11,26 @@ import lorafusion_jax as lf
 from lorafusion_jax.models.decoder import FAMILY
 from lorafusion_jax.parts import open_base, write_adapter
 
-_TEXT = small_llama.CONFIG | {"vocab_size": 40, "num_hidden_layers": 2, "tie_word_embeddings": False}
-_CONFIG = {"model_type": "mistral3", "tie_word_embeddings": False, "text_config": _TEXT | {"model_type": "mistral"}}
-_IMAGES = ("vision_tower.patch_conv.weight", "model.multi_modal_projector.linear_1.weight")
+_TEXT = small_llama.CONFIG | {
+    "vocab_size": 40,
+    "num_hidden_layers": 2,
+    "tie_word_embeddings": False,
+}
+_CONFIG = {
+    "model_type": "mistral3",
+    "tie_word_embeddings": False,
+    "text_config": _TEXT | {"model_type": "mistral"},
+}
+_IMAGES = (
+    "vision_tower.patch_conv.weight",
+    "model.multi_modal_projector.linear_1.weight",
+)
 # The modules around the text model, and those around the head.
-_SPELLINGS = {"model.language_model.": "", "language_model.model.": "language_model.", "model.": ""}
+_SPELLINGS = {
+    "model.language_model.": "",
+    "language_model.model.": "language_model.",
+    "model.": "",
+}
 
 
 def _spelled(name, around):
@@ -25,15 +40,25 @@ def _spelled(name, around):
 
 @pytest.fixture(scope="module", params=_SPELLINGS)
 def base(request, tmp_path_factory):
-    folder, rng = tmp_path_factory.mktemp("base"), np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("base")
+    rng = np.random.default_rng(0)
     (folder / "config.json").write_text(json.dumps(_CONFIG))
     small_llama.make_tokenizer().save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text("{}")
     model = FAMILY.abstract(FAMILY.read_config(_CONFIG))
     slots = FAMILY.checkpoint(model.config).slots(model)
-    tensors = {name: rng.standard_normal(slot.shape, np.float32) for slot in slots for name in slot.names}
-    tensors = {_spelled(name, request.param): tensor for name, tensor in tensors.items()}
-    save_file(tensors | {name: np.ones((2, 2), np.float16) for name in _IMAGES}, folder / "model.safetensors")
+    tensors = {
+        name: rng.standard_normal(slot.shape, np.float32)
+        for slot in slots
+        for name in slot.names
+    }
+    tensors = {
+        _spelled(name, request.param): tensor for name, tensor in tensors.items()
+    }
+    save_file(
+        tensors | {name: np.ones((2, 2), np.float16) for name in _IMAGES},
+        folder / "model.safetensors",
+    )
     return folder
 
 
@@ -42,12 +67,22 @@ def digest():
     return {}
 
 
-def test_every_spelling_is_one_model_whose_merged_files_have_the_base_s_names(base, digest, tmp_path):
+def test_every_spelling_is_one_model_whose_merged_files_have_the_base_s_names(
+    base, digest, tmp_path
+):
     assert digest.setdefault("", open_base(base).digest) == open_base(base).digest
     lf.save_base(lf.load_base(base), tmp_path / "merged", base)
-    merged, stored = (load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", base))
-    assert merged.keys() == stored.keys() and (tmp_path / "merged" / "preprocessor_config.json").is_file()
-    assert all((merged[name] == stored[name]).all() and merged[name].dtype == stored[name].dtype for name in stored)
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    stored = load_file(base / "model.safetensors")
+    assert (
+        merged.keys() == stored.keys()
+        and (tmp_path / "merged" / "preprocessor_config.json").is_file()
+    )
+    assert all(
+        (merged[name] == stored[name]).all()
+        and merged[name].dtype == stored[name].dtype
+        for name in stored
+    )
 
 
 def _adapter(folder, path, **fields):
@@ -55,31 +90,51 @@ def _adapter(folder, path, **fields):
         f"base_model.model.{path}.lora_{factor}.weight": np.ones(shape, np.float32)
         for factor, shape in (("A", (2, 16)), ("B", (16, 2)))
     }
-    write_adapter(folder, {"peft_type": "LORA", "r": 2, "lora_alpha": 2} | fields, tensors)
+    write_adapter(
+        folder, {"peft_type": "LORA", "r": 2, "lora_alpha": 2} | fields, tensors
+    )
     return str(folder)
 
 
 @pytest.mark.parametrize("around", [*_SPELLINGS, ""])
 def test_an_adapter_in_every_spelling_is_read(around, tmp_path):
-    config, path = FAMILY.read_config(_CONFIG), f"{around}layers.1.self_attn.q_proj"
-    pool = lf.read_pool([_adapter(tmp_path / "adapter", path, alpha_pattern={path: 6})], config)
+    config = FAMILY.read_config(_CONFIG)
+    path = f"{around}layers.1.self_attn.q_proj"
+    pool = lf.read_pool(
+        [_adapter(tmp_path / "adapter", path, alpha_pattern={path: 6})], config
+    )
     assert np.asarray(pool.rank["decoder.self_attn.q_proj"]).tolist() == [[0], [2]]
     assert np.asarray(pool.scaling["decoder.self_attn.q_proj"]).tolist() == [[0], [3]]
 
 
 @pytest.mark.parametrize(
-    "path", ["model.visual.blocks.0.attn.proj", "vision_tower.transformer.layers.1.attention.q_proj"]
+    "path",
+    [
+        "model.visual.blocks.0.attn.proj",
+        "vision_tower.transformer.layers.1.attention.q_proj",
+    ],
 )
 def test_an_adapter_of_the_part_for_images_is_refused(path, tmp_path):
-    with pytest.raises(ValueError, match="is LoRA on the part that reads images: retrain on the language model alone"):
-        lf.read_pool([_adapter(tmp_path / "adapter", path)], FAMILY.read_config(_CONFIG))
+    with pytest.raises(
+        ValueError,
+        match="is LoRA on the part that reads images: retrain on the language model alone",
+    ):
+        lf.read_pool(
+            [_adapter(tmp_path / "adapter", path)], FAMILY.read_config(_CONFIG)
+        )
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"text_config": _TEXT | {"model_type": "gpt2"}}, "the text model of this mistral3 is 'gpt2': expected one of"),
-        ({"text_config": _CONFIG["text_config"] | {"hidden_size": "wide"}}, "hidden_size is 'wide': expected an int"),
+        (
+            {"text_config": _TEXT | {"model_type": "gpt2"}},
+            "the text model of this mistral3 is 'gpt2': expected one of",
+        ),
+        (
+            {"text_config": _CONFIG["text_config"] | {"hidden_size": "wide"}},
+            "hidden_size is 'wide': expected an int",
+        ),
         ({"text_config": 3}, "text_config is 3: expected an object"),
     ],
 )

@@ -16,7 +16,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from torch_files import Call, Global, Persistent, pickled, storage_of, tensor_of, write_zip
+from torch_files import (
+    Call,
+    Global,
+    Persistent,
+    pickled,
+    storage_of,
+    tensor_of,
+    write_zip,
+)
 
 from lorafusion_jax.io import torch_pickle
 
@@ -59,10 +67,18 @@ def test_views_of_a_zip_share_one_storage_of(path):
         scalar=tensor_of(storage, 5, (), ()),
         expanded=tensor_of(storage, 3, (2, 2), (0, 1)),
         empty=tensor_of(storage, 0, (0, 6), (6, 1)),
-        parameter=Call(parameter, tensor_of(storage, 6, (6,), (1,)), True, OrderedDict()),
+        parameter=Call(
+            parameter, tensor_of(storage, 6, (6,), (1,)), True, OrderedDict()
+        ),
     )
-    members = [("byteorder", b"little"), (".format_version", b"1"), ("unheard_of", b"?")]
-    got = torch_pickle.load(write_zip(path, content, {"0": _NUMBERS.tobytes()}, members=members))
+    members = [
+        ("byteorder", b"little"),
+        (".format_version", b"1"),
+        ("unheard_of", b"?"),
+    ]
+    got = torch_pickle.load(
+        write_zip(path, content, {"0": _NUMBERS.tobytes()}, members=members)
+    )
     whole = _NUMBERS.reshape(4, 6)
     expected = {
         "whole": whole,
@@ -101,15 +117,25 @@ def _entry(key, value=b"N"):
     return b"\x80\2}" + key + value + b"s."
 
 
-_X, _Y = b"X\1\0\0\0x", b"X\1\0\0\0y"
+_X = b"X\1\0\0\0x"
+_Y = b"X\1\0\0\0y"
 _TWICE = b"q\0h\0"  # keep the top of the stack and push it once more
 _BOMB = b")" + (_TWICE + b"\x86") * 90
 _BFLOAT16 = b"ctorch\nBFloat16Storage\n"
 _LARGE = {
     "a deep key": (_entry(b")" + b"\x85" * 150_000), "entry <tuple> holds a NoneType"),
-    "deep": (_entry(_X, b"}" + (_Y + b"}") * 150_000 + b"s" * 150_000), "'x' holds a dict: expected a flat"),
-    "a far memo": (_entry(_X, b"Nr" + struct.pack("<I", 250_000_000)), "'x' holds a NoneType"),
-    "opcodes": (_entry(_X, b"(" + b"}" * (1 << 21) + b"t"), "more than 1,048,576 opcodes"),
+    "deep": (
+        _entry(_X, b"}" + (_Y + b"}") * 150_000 + b"s" * 150_000),
+        "'x' holds a dict: expected a flat",
+    ),
+    "a far memo": (
+        _entry(_X, b"Nr" + struct.pack("<I", 250_000_000)),
+        "'x' holds a NoneType",
+    ),
+    "opcodes": (
+        _entry(_X, b"(" + b"}" * (1 << 21) + b"t"),
+        "more than 1,048,576 opcodes",
+    ),
 }
 _LOAD_ALL = """
 import json, resource, sys
@@ -132,16 +158,28 @@ _DIMENSIONS = b"ctorch._utils\n_rebuild_tensor_v2\n"
 _HOSTILE = {
     "a dtype": (_entry(_X, _BFLOAT16 + b")b"), "changes torch.BFloat16Storage"),
     "a method": (_entry(_X, _DIMENSIONS + b"}b"), "changes torch._utils._rebuild"),
-    "a call": (_entry(_X, _BFLOAT16 + b")R"), "a call of torch.BFloat16Storage that does not rebuild a tensor"),
+    "a call": (
+        _entry(_X, _BFLOAT16 + b")R"),
+        "a call of torch.BFloat16Storage that does not rebuild a tensor",
+    ),
     "a call of no function": (_entry(_X, _Y + b")R"), "calls a str"),
     "a new object": (_entry(_X, _BFLOAT16 + b")\x81"), "the opcode NEWOBJ"),
     "a key of 2 ** 90": (_entry(_BOMB), "entry <tuple> holds a NoneType"),
     "a value of 2 ** 90": (_entry(_X, _BOMB), "'x' holds a tuple"),
     "a list": (_entry(_X, b"]"), "the opcode EMPTY_LIST, which no flat dict"),
-    "a large tag": (b"\x80\2(" + _BOMB + b"ctorch\nFloatStorage\n" + _X * 2 + b"K\1tQ.", "refers to a <tuple>"),
+    "a large tag": (
+        b"\x80\2(" + _BOMB + b"ctorch\nFloatStorage\n" + _X * 2 + b"K\1tQ.",
+        "refers to a <tuple>",
+    ),
     "a large id": (b"\x80\2" + _BOMB + b"Q.", "a storage is described by 5 values"),
-    "a long string": (_entry(b"X" + struct.pack("<I", 1 << 31)), "truncated or corrupt"),
-    "a long name": (_entry(b"X\xff\0\0\0" + b"k" * 255), "entry 'kkkkk.{,30}kkk' holds"),
+    "a long string": (
+        _entry(b"X" + struct.pack("<I", 1 << 31)),
+        "truncated or corrupt",
+    ),
+    "a long name": (
+        _entry(b"X\xff\0\0\0" + b"k" * 255),
+        "entry 'kkkkk.{,30}kkk' holds",
+    ),
 }
 
 
@@ -152,7 +190,11 @@ def _zip(content, **more):
 
 
 def _tensor(size=(1,), stride=(1,), offset=0, *more, key="0", numel=24):
-    return {"x": tensor_of(storage_of("FloatStorage", key, numel), offset, size, stride, *more)}
+    return {
+        "x": tensor_of(
+            storage_of("FloatStorage", key, numel), offset, size, stride, *more
+        )
+    }
 
 
 def _tar(path):
@@ -161,7 +203,8 @@ def _tar(path):
 
 
 _LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n"
-_OLD, _DAMAGED = "not a zip archive, .* torch >= 1.6 or as safetensors", "truncated or corrupt"
+_OLD = "not a zip archive, .* torch >= 1.6 or as safetensors"
+_DAMAGED = "truncated or corrupt"
 _LARGE_VIEW = r"(its [\d,]+ bytes claim to be tensors of|60 dimensions)"
 _GLOBALS = (
     "builtins.eval",
@@ -199,11 +242,26 @@ _REFUSED = [
     (_zip(_tensor((1,), (1,), 0, {"neg": True})), "resolve_neg"),
     (_zip(_tensor(key="2")), _DAMAGED),
     (_zip({"x": Persistent(("module", "torch.nn.Linear"))}), _DAMAGED),
-    (_zip({"x": Persistent(("module", Global("torch", "FloatStorage"), "0", "cpu", 1))}), "refers to a 'module'"),
+    (
+        _zip(
+            {
+                "x": Persistent(
+                    ("module", Global("torch", "FloatStorage"), "0", "cpu", 1)
+                )
+            }
+        ),
+        "refers to a 'module'",
+    ),
     (_zip({}, members=[("byteorder", b"big")]), "big-endian machine: re-save"),
-    (_zip({}, members=[("nested/data.pkl", b"")]), r"2 members data\.pkl: torch.save writes one"),
+    (
+        _zip({}, members=[("nested/data.pkl", b"")]),
+        r"2 members data\.pkl: torch.save writes one",
+    ),
     # Other files.
-    (b"<html>not found</html>", r"truncated or corrupt, not a file that torch\.save wrote"),
+    (
+        b"<html>not found</html>",
+        r"truncated or corrupt, not a file that torch\.save wrote",
+    ),
     (b"", "the file is empty: fetch it again"),
     (_LFS, "Git LFS pointer.*git lfs pull"),
 ]
@@ -218,9 +276,14 @@ def test_files_that_are_refused(path, file, message):
 
 def test_large_hostile_pickles_end_soon_in_little_memory(tmp_path):
     # In another process: Python's unpickler crashes on the first, and types are not checked at run time there.
-    paths = [write_zip(tmp_path / name, content, {}) for name, (content, _message) in _LARGE.items()]
+    paths = [
+        write_zip(tmp_path / name, content, {})
+        for name, (content, _message) in _LARGE.items()
+    ]
     command = [sys.executable, "-c", _LOAD_ALL, *paths]
-    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, cwd=_ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     messages, kilobytes = json.loads(done.stdout)
     for name, (_content, message) in _LARGE.items():
@@ -240,15 +303,21 @@ def test_compressed_members_are_refused_unread(path):
 
 
 def test_a_state_dict_loses_its_attributes(path):
-    tensor = pickled(tensor_of(storage_of("FloatStorage", "0", 24), 0, (24,), (1,)))[2:-1]
-    content = b"\x80\2ccollections\nOrderedDict\n)R" + _X + tensor + b"s}" + _X + b"Nsb."
+    tensor = pickled(tensor_of(storage_of("FloatStorage", "0", 24), 0, (24,), (1,)))[
+        2:-1
+    ]
+    content = (
+        b"\x80\2ccollections\nOrderedDict\n)R" + _X + tensor + b"s}" + _X + b"Nsb."
+    )
     write_zip(path, content, {"0": _NUMBERS.tobytes()})
     np.testing.assert_array_equal(torch_pickle.load(path)["x"], _NUMBERS)
 
 
 def _valid(path):
     storage = storage_of("FloatStorage", "0", 24)
-    content = OrderedDict(a=tensor_of(storage, 0, (4, 6), (6, 1)), b=tensor_of(storage, 3, (2, 3), (1, 2)))
+    content = OrderedDict(
+        a=tensor_of(storage, 0, (4, 6), (6, 1)), b=tensor_of(storage, 3, (2, 3), (1, 2))
+    )
     return write_zip(path, content, {"0": _NUMBERS.tobytes()})
 
 
@@ -290,7 +359,9 @@ def test_files_that_torch_writes(tmp_path):
     for name, tensor in tensors.items():
         assert str(got[name].dtype) == str(tensor.dtype).removeprefix("torch."), name
         assert got[name].shape == tuple(tensor.shape), name
-        np.testing.assert_array_equal(got[name].astype(np.float64), tensor.detach().double().numpy(), err_msg=name)
+        np.testing.assert_array_equal(
+            got[name].astype(np.float64), tensor.detach().double().numpy(), err_msg=name
+        )
     assert np.shares_memory(got["plain"], got["shared"])
 
 
@@ -300,6 +371,8 @@ def test_a_state_dict_of_a_module_is_read_and_the_module_is_refused(path):
 
     layer = torch.nn.Linear(3, 4)
     torch.save(layer.state_dict(), path)
-    np.testing.assert_array_equal(torch_pickle.load(path)["weight"], layer.weight.detach().numpy())
+    np.testing.assert_array_equal(
+        torch_pickle.load(path)["weight"], layer.weight.detach().numpy()
+    )
     torch.save(layer, path)
     _refused(path, r"names torch\.nn\.modules\.linear\.Linear")

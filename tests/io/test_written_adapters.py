@@ -12,20 +12,72 @@ from safetensors.numpy import save_file
 
 from lorafusion_jax.parts import open_base, read_adapter
 
-_Q, _DOWN = "model.layers.0.self_attn.q_proj", "model.layers.11.mlp.down_proj"
+_Q = "model.layers.0.self_attn.q_proj"
+_DOWN = "model.layers.11.mlp.down_proj"
 # As PEFT 0.19 writes it, and as unsloth does.
 _PEFT_19 = {
-    **{"alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None, "auto_mapping": None},
-    **{"bias": "none", "corda_config": None, "ensure_weight_tying": False, "eva_config": None, "exclude_modules": None},
-    **{"fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "layer_replication": None},
-    **{"layers_pattern": None, "layers_to_transform": None, "loftq_config": {}, "lora_alpha": 32, "lora_bias": False},
-    **{"lora_dropout": 0.05, "megatron_config": None, "megatron_core": "megatron.core", "modules_to_save": None},
-    **{"peft_version": "0.19.1", "qalora_group_size": 16, "r": 8, "rank_pattern": {}, "revision": None},
-    **{"target_modules": ["q_proj", "down_proj"], "target_parameters": None, "task_type": "CAUSAL_LM"},
-    **{"trainable_token_indices": None, "use_bdlora": None, "use_dora": False, "use_qalora": False},
+    **{
+        "alora_invocation_tokens": None,
+        "alpha_pattern": {},
+        "arrow_config": None,
+        "auto_mapping": None,
+    },
+    **{
+        "bias": "none",
+        "corda_config": None,
+        "ensure_weight_tying": False,
+        "eva_config": None,
+        "exclude_modules": None,
+    },
+    **{
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layer_replication": None,
+    },
+    **{
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "loftq_config": {},
+        "lora_alpha": 32,
+        "lora_bias": False,
+    },
+    **{
+        "lora_dropout": 0.05,
+        "megatron_config": None,
+        "megatron_core": "megatron.core",
+        "modules_to_save": None,
+    },
+    **{
+        "peft_version": "0.19.1",
+        "qalora_group_size": 16,
+        "r": 8,
+        "rank_pattern": {},
+        "revision": None,
+    },
+    **{
+        "target_modules": ["q_proj", "down_proj"],
+        "target_parameters": None,
+        "task_type": "CAUSAL_LM",
+    },
+    **{
+        "trainable_token_indices": None,
+        "use_bdlora": None,
+        "use_dora": False,
+        "use_qalora": False,
+    },
 }
-_UNSLOTH = {"auto_mapping": {"base_model_class": "Qwen2ForCausalLM", "unsloth_fixed": True}, "lora_dropout": 0}
-_PEFT_02 = {"enable_lora": None, "merge_weights": False, "lora_alpha": 16, "r": 8, "modules_to_save": None}
+_UNSLOTH = {
+    "auto_mapping": {"base_model_class": "Qwen2ForCausalLM", "unsloth_fixed": True},
+    "lora_dropout": 0,
+}
+_PEFT_02 = {
+    "enable_lora": None,
+    "merge_weights": False,
+    "lora_alpha": 16,
+    "r": 8,
+    "modules_to_save": None,
+}
 # Changes of the configuration -> the scalings of both modules. `_ranks` are those in the tensors, by default 8.
 _ACCEPTED = [
     ({}, (1.0, 1.0)),
@@ -40,21 +92,55 @@ _ACCEPTED = [
     ({"lora_alpha": 16, "use_rslora": None}, (2.0, 2.0)),
     ({"lora_alpha": 16, "alpha_pattern": {"q_proj": 4}}, (0.5, 2.0)),
     ({"lora_alpha": 16, "alpha_pattern": {"proj": 4}}, (2.0, 2.0)),
-    ({"lora_alpha": 16, "alpha_pattern": {"self_attn.q_proj": 4, "q_proj": 8}}, (0.5, 2.0)),
-    ({"lora_alpha": 16, "alpha_pattern": {"[qk]_proj": 8, r"layers.[0-9].self_attn\.q_proj": 4}}, (1.0, 2.0)),
-    ({"lora_alpha": 16, "alpha_pattern": {r"^layers\.0\.self_attn\.q_proj": 24}}, (2.0, 2.0)),
-    ({"lora_alpha": 16, "alpha_pattern": {r"^model\.layers\.0\.self_attn\.q_proj": 24}}, (3.0, 2.0)),
-    ({"lora_alpha": 16, "alpha_pattern": {r"layers\.\d+\.mlp\.down_proj": 24}}, (2.0, 3.0)),
+    (
+        {"lora_alpha": 16, "alpha_pattern": {"self_attn.q_proj": 4, "q_proj": 8}},
+        (0.5, 2.0),
+    ),
+    (
+        {
+            "lora_alpha": 16,
+            "alpha_pattern": {"[qk]_proj": 8, r"layers.[0-9].self_attn\.q_proj": 4},
+        },
+        (1.0, 2.0),
+    ),
+    (
+        {"lora_alpha": 16, "alpha_pattern": {r"^layers\.0\.self_attn\.q_proj": 24}},
+        (2.0, 2.0),
+    ),
+    (
+        {
+            "lora_alpha": 16,
+            "alpha_pattern": {r"^model\.layers\.0\.self_attn\.q_proj": 24},
+        },
+        (3.0, 2.0),
+    ),
+    (
+        {"lora_alpha": 16, "alpha_pattern": {r"layers\.\d+\.mlp\.down_proj": 24}},
+        (2.0, 3.0),
+    ),
     ({"lora_alpha": 16, "alpha_pattern": None, "rank_pattern": None}, (2.0, 2.0)),
     ({"lora_alpha": 16, "rank_pattern": {"q_proj": 4}, "_ranks": (4, 8)}, (4.0, 2.0)),
     ({"rank_pattern": {"q_proj": 4, "down_proj": 2}, "_ranks": (4, 2)}, (2.0, 4.0)),
     ({"lora_alpha": 16, "rank_pattern": {_DOWN: 32}, "_ranks": (8, 32)}, (2.0, 0.5)),
-    ({"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"q_proj": 1}, "_ranks": (4, 8)}, (0.25, 1.0)),
-    ({"r": 4, "rank_pattern": {"q_proj": 16}, "use_rslora": True, "_ranks": (16, 4)}, (2.0, 4.0)),
+    (
+        {
+            "rank_pattern": {"q_proj": 4},
+            "alpha_pattern": {"q_proj": 1},
+            "_ranks": (4, 8),
+        },
+        (0.25, 1.0),
+    ),
+    (
+        {"r": 4, "rank_pattern": {"q_proj": 16}, "use_rslora": True, "_ranks": (16, 4)},
+        (2.0, 4.0),
+    ),
     ({"target_modules": "all-linear"}, (1.0, 1.0)),
     ({"target_modules": r".*\.(q_proj|down_proj)$"}, (1.0, 1.0)),
     ({"target_modules": None}, (1.0, 1.0)),
-    ({"target_modules": ["q_proj", "down_proj", "q_proj", "no_such_module"]}, (1.0, 1.0)),
+    (
+        {"target_modules": ["q_proj", "down_proj", "q_proj", "no_such_module"]},
+        (1.0, 1.0),
+    ),
     ({"layers_to_transform": [0, 11], "layers_pattern": "layers"}, (1.0, 1.0)),
     ({"layers_to_transform": 3, "exclude_modules": "lm_head"}, (1.0, 1.0)),
     ({"modules_to_save": []}, (1.0, 1.0)),
@@ -64,38 +150,82 @@ _ACCEPTED = [
     ({"init_lora_weights": "Gaussian"}, (1.0, 1.0)),
     ({"init_lora_weights": "orthogonal"}, (1.0, 1.0)),
     ({"init_lora_weights": "eva", "eva_config": {"rho": 2.0}}, (1.0, 1.0)),
-    ({"layer_replication": [], "trainable_token_indices": [], "target_parameters": []}, (1.0, 1.0)),
+    (
+        {
+            "layer_replication": [],
+            "trainable_token_indices": [],
+            "target_parameters": [],
+        },
+        (1.0, 1.0),
+    ),
     ({"fan_in_fan_out": True, "task_type": None, "inference_mode": False}, (1.0, 1.0)),
-    ({"revision": "main", "runtime_config": {"ephemeral_gpu_offload": False}}, (1.0, 1.0)),
+    (
+        {"revision": "main", "runtime_config": {"ephemeral_gpu_offload": False}},
+        (1.0, 1.0),
+    ),
     ({"a_field_of_tomorrow": 1, "another": {"a": [1]}}, (1.0, 1.0)),
     ({"base_model_name_or_path": None}, (1.0, 1.0)),
     ({"base_model_name_or_path": "/models/checkpoint-500/"}, (1.0, 1.0)),
     ({"base_model_name_or_path": r"C:\models\Qwen2.5-7B"}, (1.0, 1.0)),
-    ({"base_model_name_or_path": "unsloth/qwen2.5-7b-instruct-unsloth-bnb-4bit"}, (1.0, 1.0)),
-    ({"base_model_name_or_path": "Qwen/Qwen3-8B"}, (1.0, 1.0)),  # of the same family: the shapes decide
+    (
+        {"base_model_name_or_path": "unsloth/qwen2.5-7b-instruct-unsloth-bnb-4bit"},
+        (1.0, 1.0),
+    ),
+    (
+        {"base_model_name_or_path": "Qwen/Qwen3-8B"},
+        (1.0, 1.0),
+    ),  # of the same family: the shapes decide
 ]
 _REFUSED = [
-    ({"base_model_name_or_path": "meta-llama/Llama-3.1-8B"}, "trained on 'meta-llama/Llama-3.1-8B'.*another family"),
-    ({"base_model_name_or_path": "google/gemma-2-9b"}, "trained on 'google/gemma-2-9b'.*another family"),
-    ({"base_model_name_or_path": "google/flan-t5-xl"}, "trained on 'google/flan-t5-xl'.*another family"),
+    (
+        {"base_model_name_or_path": "meta-llama/Llama-3.1-8B"},
+        "trained on 'meta-llama/Llama-3.1-8B'.*another family",
+    ),
+    (
+        {"base_model_name_or_path": "google/gemma-2-9b"},
+        "trained on 'google/gemma-2-9b'.*another family",
+    ),
+    (
+        {"base_model_name_or_path": "google/flan-t5-xl"},
+        "trained on 'google/flan-t5-xl'.*another family",
+    ),
     ({"peft_type": "lora"}, "peft_type is 'lora': expected LORA"),
-    ({"peft_type": "ADALORA"}, "peft_type is 'ADALORA': expected LORA; retrain as LoRA"),
+    (
+        {"peft_type": "ADALORA"},
+        "peft_type is 'ADALORA': expected LORA; retrain as LoRA",
+    ),
     ({"peft_type": ["LORA"]}, r"peft_type is \['LORA'\]: expected LORA"),
-    ({"init_lora_weights": "PiSSA"}, "init_lora_weights is 'PiSSA': PiSSA changes the base's own weights"),
-    ({"init_lora_weights": "corda", "corda_config": {}}, "CorDA changes the base's own weights"),
+    (
+        {"init_lora_weights": "PiSSA"},
+        "init_lora_weights is 'PiSSA': PiSSA changes the base's own weights",
+    ),
+    (
+        {"init_lora_weights": "corda", "corda_config": {}},
+        "CorDA changes the base's own weights",
+    ),
     ({"bias": "lora_only"}, "bias is 'lora_only': trained biases cannot be mixed"),
-    ({"trainable_token_indices": {"embed_tokens": [1]}}, "trainable_token_indices is set"),
+    (
+        {"trainable_token_indices": {"embed_tokens": [1]}},
+        "trainable_token_indices is set",
+    ),
     ({"use_dora": True}, "has lora_A and lora_B but no lora_magnitude_vector"),
     ({"r": "8"}, "r is '8': expected an integer of 1 or more"),
     ({"lora_alpha": "16"}, "lora_alpha is '16': expected a number"),
     ({"use_dora": "no"}, "use_dora is 'no': expected true or false"),
-    ({"r": 16, "_ranks": (16, 8)}, "down_proj has rank 8 in the tensors, but r and rank_pattern give 16"),
+    (
+        {"r": 16, "_ranks": (16, 8)},
+        "down_proj has rank 8 in the tensors, but r and rank_pattern give 16",
+    ),
 ]
 
 
 def _read(fields, folder):
-    fields = {"peft_type": "LORA", "base_model_name_or_path": "Qwen/Qwen2.5-7B-Instruct"} | fields
-    base, adapter = folder / "Qwen2.5-7B-Instruct", folder / "adapter"
+    fields = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": "Qwen/Qwen2.5-7B-Instruct",
+    } | fields
+    base = folder / "Qwen2.5-7B-Instruct"
+    adapter = folder / "adapter"
     base.mkdir()
     adapter.mkdir()
     (base / "config.json").write_text('{"model_type": "qwen2"}')
@@ -103,7 +233,10 @@ def _read(fields, folder):
     (adapter / "adapter_config.json").write_text(json.dumps(fields))
     shapes = {f"{path}.lora_A.weight": (r, 6) for path, r in ranks.items()}
     shapes |= {f"{path}.lora_B.weight": (5, r) for path, r in ranks.items()}
-    tensors = {f"base_model.model.{name}": np.ones(shape, np.float32) for name, shape in shapes.items()}
+    tensors = {
+        f"base_model.model.{name}": np.ones(shape, np.float32)
+        for name, shape in shapes.items()
+    }
     save_file(tensors, adapter / "adapter_model.safetensors")
     modules = dict.fromkeys((_Q, _DOWN), (6, 5))
     return read_adapter(str(adapter), shapes=modules, base=open_base(str(base)))
@@ -111,7 +244,9 @@ def _read(fields, folder):
 
 @pytest.mark.parametrize(("fields", "scalings"), _ACCEPTED)
 def test_accepted_with_scalings(tmp_path, fields, scalings):
-    assert _read(dict(fields), tmp_path).scaling == dict(zip((_Q, _DOWN), scalings, strict=True))
+    assert _read(dict(fields), tmp_path).scaling == dict(
+        zip((_Q, _DOWN), scalings, strict=True)
+    )
 
 
 @pytest.mark.parametrize(("fields", "message"), _REFUSED)

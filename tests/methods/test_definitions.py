@@ -12,14 +12,27 @@ import tiny
 from flax import nnx
 
 import lorafusion_jax as lf
-from lorafusion_jax.parts import FullFineTuning, Magnitudes, MeanFusion, VeRA, load_arrays, save_arrays
+from lorafusion_jax.parts import (
+    FullFineTuning,
+    Magnitudes,
+    MeanFusion,
+    VeRA,
+    load_arrays,
+    save_arrays,
+)
 
 _MODEL = tiny.t5()
 _KERNELS = lf.kernels(_MODEL)
-_FROZEN, _KEY = tiny.frozen(_MODEL), jax.random.key(3)
+_FROZEN = tiny.frozen(_MODEL)
+_KEY = jax.random.key(3)
 _POOL = _FROZEN.pool
-_SITES = tuple((name, site) for name, site in tiny.CONFIG.sites.items() if name.rpartition(".")[2] in ("q", "wo"))
-_LORA, _VERA = lf.LoRA(sites=_SITES, rank=3, alpha=5.0), VeRA(sites=_SITES, rank=7)
+_SITES = tuple(
+    (name, site)
+    for name, site in tiny.CONFIG.sites.items()
+    if name.rpartition(".")[2] in ("q", "wo")
+)
+_LORA = lf.LoRA(sites=_SITES, rank=3, alpha=5.0)
+_VERA = VeRA(sites=_SITES, rank=7)
 
 
 class _Member(NamedTuple):
@@ -31,26 +44,51 @@ class _Member(NamedTuple):
 
 
 def _of_lora(params, site, W):
-    return _scaled(params, site, W + _LORA.alpha / _LORA.rank * params["lora"]["A"][site] @ params["lora"]["B"][site])
+    return _scaled(
+        params,
+        site,
+        W
+        + _LORA.alpha
+        / _LORA.rank
+        * params["lora"]["A"][site]
+        @ params["lora"]["B"][site],
+    )
 
 
 def _of_vera(params, site, W):
-    A, B = (np.asarray(matrix, np.float64) for matrix in _VERA.projections(jax.random.key(0)))
+    A, B = (
+        np.asarray(matrix, np.float64)
+        for matrix in _VERA.projections(jax.random.key(0))
+    )
     d, b = (params["vera"][part][site] for part in "db")
     return W + (A[: W.shape[1]] * d[:, None]) @ (B[:, : W.shape[2]] * b[:, None])
 
 
 def _scaled(params, site, W):
     if "magnitudes" in params:
-        W = W / np.linalg.norm(W, axis=1, keepdims=True) * params["magnitudes"][site][:, None]
+        W = (
+            W
+            / np.linalg.norm(W, axis=1, keepdims=True)
+            * params["magnitudes"][site][:, None]
+        )
     return W
 
 
 def _fused(index, composition="sum"):
     def matrix(params, site, W):
-        c = params["coefficients"] if "mean" not in params else np.tile(params["mean"] / len(index), (len(index), 1))
-        updates = tiny.updates(_POOL, index, tiny.coefficient_of(c, _POOL, "block"), composition)
-        return _scaled(params, site, W + np.stack([updates[site, layer] for layer in range(len(W))]))
+        c = (
+            params["coefficients"]
+            if "mean" not in params
+            else np.tile(params["mean"] / len(index), (len(index), 1))
+        )
+        updates = tiny.updates(
+            _POOL, index, tiny.coefficient_of(c, _POOL, "block"), composition
+        )
+        return _scaled(
+            params,
+            site,
+            W + np.stack([updates[site, layer] for layer in range(len(W))]),
+        )
 
     return matrix
 
@@ -61,22 +99,34 @@ _MEMBERS = {
     "vera": _Member(_VERA, _of_vera),
     "magnitudes": _Member(Magnitudes(tuple(name for name, _ in _SITES)), _scaled),
     "fusion": _Member(lf.Fusion(differentiate_norm=True), _fused([2, 0]), (2, 0)),
-    "mix": _Member(lf.Fusion(composition="mix", magnitudes=False), _fused([2, 0], "mix"), (2, 0)),
+    "mix": _Member(
+        lf.Fusion(composition="mix", magnitudes=False), _fused([2, 0], "mix"), (2, 0)
+    ),
     "mean-fusion": _Member(MeanFusion(magnitudes=False), _fused([2, 0, 1]), (2, 0, 1)),
 }
-_SOME_LONG = [pytest.param(name, marks=() if name == "lora" else pytest.mark.long) for name in (*_MEMBERS, "full")]
+_SOME_LONG = [
+    pytest.param(name, marks=() if name == "lora" else pytest.mark.long)
+    for name in (*_MEMBERS, "full")
+]
 
 
 def _problem(name):
     """The problem of a member, or of full fine-tuning, whose parameters are the base's weights."""
     method, _, index = _MEMBERS.get(name, _Member(FullFineTuning(), _scaled))
-    return tiny.problem(method, method.precompute(lf.Frozen(_FROZEN.base, _POOL if index else None), _KERNELS), index)
+    return tiny.problem(
+        method,
+        method.precompute(lf.Frozen(_FROZEN.base, _POOL if index else None), _KERNELS),
+        index,
+    )
 
 
 def _moved(params, seed=1):
     """The parameters that a method starts from, each moved by something of its own size."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: leaf + jnp.asarray(rng.normal(size=leaf.shape) * 0.3, leaf.dtype), params)
+    return jax.tree.map(
+        lambda leaf: leaf + jnp.asarray(rng.normal(size=leaf.shape) * 0.3, leaf.dtype),
+        params,
+    )
 
 
 def _adapters(problem, params):
@@ -86,17 +136,23 @@ def _adapters(problem, params):
 @pytest.mark.parametrize("name", _MEMBERS)
 def test_adapters_are_the_definition(name, tmp_path):
     """At the start, and from parameters that were moved, saved and loaded."""
-    problem, member = _problem(name), _MEMBERS[name]
+    problem = _problem(name)
+    member = _MEMBERS[name]
     start = problem.init(_KEY)
     save_arrays(tmp_path / "saved", _moved(start), {})
     loaded, _ = load_arrays(tmp_path / "saved", what="parameters")
     for params in (start, loaded):
         adapters = _adapters(problem, params)
-        merged, exact = lf.kernels(lf.merged_base(_MODEL, adapters)), jax.tree.map(np.float64, jax.device_get(params))
+        merged = lf.kernels(lf.merged_base(_MODEL, adapters))
+        exact = jax.tree.map(np.float64, jax.device_get(params))
         assert adapters
         for site in adapters:
             W = np.asarray(_KERNELS[site], np.float64)
-            wanted = W if params is start and not member.index else member.matrix(exact, site, W)
+            wanted = (
+                W
+                if params is start and not member.index
+                else member.matrix(exact, site, W)
+            )
             np.testing.assert_allclose(merged[site], wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -113,7 +169,10 @@ def test_gradients_are_finite_differences(name):
     assert size > 0
     step = 1e-2 / size**0.5
     ahead, behind = (
-        jax.jit(tiny.loss)(jax.tree.map(lambda p, g, sign=sign: p + sign * step * g, params, along), problem)
+        jax.jit(tiny.loss)(
+            jax.tree.map(lambda p, g, sign=sign: p + sign * step * g, params, along),
+            problem,
+        )
         for sign in (1, -1)
     )
     assert float(ahead - behind) / (2 * step) == pytest.approx(size, rel=0.02)
@@ -121,63 +180,97 @@ def test_gradients_are_finite_differences(name):
 
 @pytest.mark.parametrize("name", _SOME_LONG)
 def test_seeds_of_one_program_are_those_of_two(name):
-    problem, keys = _problem(name), jax.random.split(_KEY, 2)
-    together = jax.jit(jax.vmap(lambda key: tiny.loss(_moved(problem.init(key)), problem)))(keys)
-    alone = [jax.jit(lambda key: tiny.loss(_moved(problem.init(key)), problem))(key) for key in keys]
+    problem = _problem(name)
+    keys = jax.random.split(_KEY, 2)
+    together = jax.jit(
+        jax.vmap(lambda key: tiny.loss(_moved(problem.init(key)), problem))
+    )(keys)
+    alone = [
+        jax.jit(lambda key: tiny.loss(_moved(problem.init(key)), problem))(key)
+        for key in keys
+    ]
     np.testing.assert_allclose(together, alone, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", _SOME_LONG)
 def test_a_base_in_bfloat16_trains_the_same_numbers(name):
     """Parameters and gradients stay in float32."""
-    exact, config = _problem(name), dataclasses.replace(tiny.CONFIG, dtype="bfloat16")
+    exact = _problem(name)
+    config = dataclasses.replace(tiny.CONFIG, dtype="bfloat16")
     base = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), exact.frozen.base)
     frozen = dataclasses.replace(exact.frozen, base=base)
     narrow = exact.replace(graph=nnx.split(tiny.t5(config))[0], frozen=frozen)
     params = exact.init(_KEY)
     value_and_grad = jax.jit(jax.value_and_grad(tiny.loss))
-    (loss, slope), (wanted, exact_slope) = (value_and_grad(params, of) for of in (narrow, exact))
+    (loss, slope), (wanted, exact_slope) = (
+        value_and_grad(params, of) for of in (narrow, exact)
+    )
     assert float(loss) == pytest.approx(float(wanted), rel=0.02)
-    for got, of_exact in zip(jax.tree.leaves(slope), jax.tree.leaves(exact_slope), strict=True):
+    for got, of_exact in zip(
+        jax.tree.leaves(slope), jax.tree.leaves(exact_slope), strict=True
+    ):
         assert got.dtype == jnp.float32
-        np.testing.assert_allclose(got, of_exact, atol=0.2 * float(jnp.max(jnp.abs(of_exact))) + 1e-6)
+        np.testing.assert_allclose(
+            got, of_exact, atol=0.2 * float(jnp.max(jnp.abs(of_exact))) + 1e-6
+        )
 
 
 def test_the_norm_of_a_dora_update_counts_as_constant():
     shapes = (7, 5), (7, 2), (2, 5), (5,), (3, 7), (3, 5)
     rng = np.random.default_rng(0)
-    W, A, B, m, x, direction = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    W, A, B, m, x, direction = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes
+    )
 
     def value(A, B, m):
         return jnp.sum(direction * lf.WeightDecomposed(A, B, m)(x, W))
 
     found = jax.jit(jax.grad(value, argnums=(0, 1, 2)))(A, B, m)
-    W, A, B, m, x, direction = (np.asarray(a, np.float64) for a in (W, A, B, m, x, direction))
+    W = np.asarray(W, np.float64)
+    A = np.asarray(A, np.float64)
+    B = np.asarray(B, np.float64)
+    m = np.asarray(m, np.float64)
+    x = np.asarray(x, np.float64)
+    direction = np.asarray(direction, np.float64)
     adapted = W + A @ B
     norm = np.linalg.norm(adapted, axis=0)
     of_update = x.T @ (direction * m / norm)
-    wanted = of_update @ B.T, A.T @ of_update, np.sum(x @ adapted * direction / norm, axis=0)
+    wanted = (
+        of_update @ B.T,
+        A.T @ of_update,
+        np.sum(x @ adapted * direction / norm, axis=0),
+    )
     for got, of_matrix in zip(found, wanted, strict=True):
         np.testing.assert_allclose(got, of_matrix, rtol=1e-4, atol=1e-5)
 
 
 def test_full_fine_tuning_replaces_the_frozen_weights():
-    method, loss = FullFineTuning(), jax.jit(tiny.loss)
-    here, elsewhere = (tiny.problem(method, lf.Frozen(nnx.state(tiny.t5(seed=seed))), ()) for seed in (0, 1))
+    method = FullFineTuning()
+    loss = jax.jit(tiny.loss)
+    here = tiny.problem(method, lf.Frozen(nnx.state(tiny.t5(seed=0))), ())
+    elsewhere = tiny.problem(method, lf.Frozen(nnx.state(tiny.t5(seed=1))), ())
     weights = elsewhere.init(jax.random.key(0))
     assert loss(weights, elsewhere) == loss(weights, here)
-    assert abs(float(loss(here.init(jax.random.key(0)), here) - loss(weights, here))) > 0.01
+    assert (
+        abs(float(loss(here.init(jax.random.key(0)), here) - loss(weights, here)))
+        > 0.01
+    )
 
 
 def test_random_starts_are_drawn_as_in_peft():
     drawn = _LORA.init(_FROZEN, jnp.arange(0), _KEY)["lora"]["A"]
     for name, site in _SITES:
-        assert 0.95 * site.d_in**-0.5 < float(jnp.abs(drawn[name]).max()) <= site.d_in**-0.5
+        assert (
+            0.95 * site.d_in**-0.5
+            < float(jnp.abs(drawn[name]).max())
+            <= site.d_in**-0.5
+        )
     assert (drawn["decoder.self.q"] != drawn["decoder.cross.q"]).all()
     vera = dataclasses.replace(_VERA, rank=500)
     start = vera.init(_FROZEN, jnp.arange(0), _KEY)["vera"]
     assert all((d == np.float32(0.1)).all() for d in start["d"].values())
-    widest_in, widest_out = (max(getattr(site, d) for _, site in _SITES) for d in ("d_in", "d_out"))
+    widest_in = max((site.d_in for _, site in _SITES))
+    widest_out = max((site.d_out for _, site in _SITES))
     A, B = vera.projections(jax.random.key(0))
     assert A.shape == (widest_in, 500) and B.shape == (500, widest_out)
     for matrix, fan in ((A, widest_in), (B, 500)):  # Kaiming uniform
@@ -189,17 +282,25 @@ _INDEX = jnp.array([2, 0, 1])
 
 
 def test_a_mean_fusion_starts_where_a_uniform_fusion_does():
-    mean, fusion = (tiny.problem(method, _FROZEN, _INDEX) for method in (MeanFusion(), lf.Fusion()))
+    mean = tiny.problem(MeanFusion(), _FROZEN, _INDEX)
+    fusion = tiny.problem(lf.Fusion(), _FROZEN, _INDEX)
     assert list(mean.init(_KEY)) == ["mean", "magnitudes"]
-    found = (jax.tree.leaves(_adapters(problem, problem.init(_KEY))) for problem in (mean, fusion))
+    found = (
+        jax.tree.leaves(_adapters(problem, problem.init(_KEY)))
+        for problem in (mean, fusion)
+    )
     for got, wanted in zip(*found, strict=True):
         np.testing.assert_allclose(got, wanted, atol=1e-6)
 
 
 def test_a_mean_fusion_is_a_fusion_whose_coefficients_are_alike():
     c = tiny.coefficients((5,))
-    spread, composition = MeanFusion(magnitudes=False).as_fusion({"mean": c}, _FROZEN, _INDEX)
-    same = lf.Fusion(magnitudes=False).as_fusion({"coefficients": jnp.tile(c / 3, (3, 1))}, _FROZEN, _INDEX)
+    spread, composition = MeanFusion(magnitudes=False).as_fusion(
+        {"mean": c}, _FROZEN, _INDEX
+    )
+    same = lf.Fusion(magnitudes=False).as_fusion(
+        {"coefficients": jnp.tile(c / 3, (3, 1))}, _FROZEN, _INDEX
+    )
     assert composition == same[1] == "sum"
     assert jax.tree.map(jnp.array_equal, spread, same[0]) == dict.fromkeys(spread, True)
 
@@ -207,18 +308,28 @@ def test_a_mean_fusion_is_a_fusion_whose_coefficients_are_alike():
 def test_a_fusion_with_other_adapters_is_not_exported_as_a_plain_one():
     class Squared(lf.Fusion):
         def adapters(self, params, frozen, index):
-            return super().adapters(params | {"coefficients": params["coefficients"] ** 2}, frozen, index)
+            return super().adapters(
+                params | {"coefficients": params["coefficients"] ** 2}, frozen, index
+            )
 
     params = Squared().init(_FROZEN, _INDEX, _KEY)
     assert Squared().as_fusion(params, _FROZEN, _INDEX) is None
     assert lf.Fusion().as_fusion(params, _FROZEN, _INDEX) is not None
 
 
-@pytest.mark.parametrize(("granularity", "acting"), [("global", True), ("block", [True] * 3 + [False] * 2)])
-def test_a_mean_fusion_trains_one_row_of_coefficients_where_a_module_acts(granularity, acting):
+@pytest.mark.parametrize(
+    ("granularity", "acting"), [("global", True), ("block", [True] * 3 + [False] * 2)]
+)
+def test_a_mean_fusion_trains_one_row_of_coefficients_where_a_module_acts(
+    granularity, acting
+):
     method = MeanFusion(granularity=granularity)
     params = method.init(_FROZEN, _INDEX, _KEY)
     of_all = method.trainable(params, _FROZEN, _INDEX)
-    assert jax.tree.map(jnp.shape, of_all) == jax.tree.map(jnp.shape, params) and bool(jnp.all(of_all["mean"]))
-    only = method.trainable(params, _FROZEN, jnp.array([0]))  # a module without decoder sites
+    assert jax.tree.map(jnp.shape, of_all) == jax.tree.map(jnp.shape, params) and bool(
+        jnp.all(of_all["mean"])
+    )
+    only = method.trainable(
+        params, _FROZEN, jnp.array([0])
+    )  # a module without decoder sites
     assert only["mean"].tolist() == acting

@@ -16,7 +16,9 @@ from lorafusion_jax.estimates.params import counts
 from lorafusion_jax.tasks import load_task, split
 
 _SEEDS = (1, 2)
-_ADAPT, _VALIDATE = 95, 5  # of 100 rows
+# of 100 rows
+_ADAPT = 95
+_VALIDATE = 5
 
 # Method -> (its name in the table of counts, rows passed forward and backward by a seed of two epochs).
 _TRAINED = {
@@ -28,9 +30,26 @@ _TRAINED = {
     "vera": "VeRA, rank 8",
     "full": "full fine-tuning",
 }
-_SEARCHED = {"lorahub": 4, "cma": 2 * 4, "single": 2}  # evaluations of the training rows
-_METHODS = [*_TRAINED, *_SEARCHED, "mean", "merge", "cat", "zero-shot", "few-shot", "constant"]
-_ADAPTERS = [method for method in _METHODS if method not in ("full", "zero-shot", "few-shot", "constant")]
+_SEARCHED = {
+    "lorahub": 4,
+    "cma": 2 * 4,
+    "single": 2,
+}  # evaluations of the training rows
+_METHODS = [
+    *_TRAINED,
+    *_SEARCHED,
+    "mean",
+    "merge",
+    "cat",
+    "zero-shot",
+    "few-shot",
+    "constant",
+]
+_ADAPTERS = [
+    method
+    for method in _METHODS
+    if method not in ("full", "zero-shot", "few-shot", "constant")
+]
 # Fusion, the method that others are compared with, and some that compile little; other files run the other ones.
 _SHORT = ("fusion", "single", "merge", "few-shot")
 # They compile most; tests/test_families.py runs them too.
@@ -39,14 +58,30 @@ _NIGHTLY = ("dora", "vera", "full")
 
 def _cases(methods):
     tiers = dict.fromkeys(_SHORT, ()) | dict.fromkeys(_NIGHTLY, pytest.mark.nightly)
-    return [pytest.param(method, marks=tiers.get(method, pytest.mark.long)) for method in methods]
+    return [
+        pytest.param(method, marks=tiers.get(method, pytest.mark.long))
+        for method in methods
+    ]
 
 
-def _options(small: tuple[Path, Path], out: Path, method: str, **changes) -> lf.FuseOptions:
+def _options(
+    small: tuple[Path, Path], out: Path, method: str, **changes
+) -> lf.FuseOptions:
     """`cat` is the method merge with that rule."""
-    values = {"evaluations": 4, "generations": 2, "population": 4, "shots": 2, "name": method, "method": method}
+    values = {
+        "evaluations": 4,
+        "generations": 2,
+        "population": 4,
+        "shots": 2,
+        "name": method,
+        "method": method,
+    }
     return recipes.small_run(
-        small, out, **values | ({"method": "merge", "merge": "cat"} if method == "cat" else {}) | changes
+        small,
+        out,
+        **values
+        | ({"method": "merge", "merge": "cat"} if method == "cat" else {})
+        | changes,
     )
 
 
@@ -78,29 +113,61 @@ def test_a_run_reports_and_counts_and_is_evaluated_alike(method, runs):
     assert _strict((parts.run_path(options) / "results.json").read_text()) == results
     for line in parts.RunFolder(parts.run_path(options)).metrics():
         _strict(json.dumps(line))
-    forward, backward, steps = 0, 0, 0
+    forward = 0
+    backward = 0
+    steps = 0
     if method in _TRAINED:
-        forward, backward, steps = 2 * (_ADAPT + _VALIDATE), 2 * _ADAPT, 2 * 2
+        forward = 2 * (_ADAPT + _VALIDATE)
+        backward = 2 * _ADAPT
+        steps = 2 * 2
     if method in _SEARCHED:
         forward = _SEARCHED[method] * _ADAPT
         steps = {"cma": 2}.get(method, _SEARCHED[method])
     table = counts(lf.read_config(options.base), modules=2, rank=4, vera_rank=8)
-    trainable = {"lorahub": 2, "cma": 2}.get(method, 0) if method not in _TRAINED else table[_TRAINED[method]]
-    assert results["trainable"] == sum(results["trainable_by_group"].values()) == trainable
+    trainable = (
+        {"lorahub": 2, "cma": 2}.get(method, 0)
+        if method not in _TRAINED
+        else table[_TRAINED[method]]
+    )
+    assert (
+        results["trainable"] == sum(results["trainable_by_group"].values()) == trainable
+    )
     # By hand: modules x blocks; sites x rank x both factors x width.
-    assert trainable == {"coefficients": 2 * 2, "lora": 6 * 4 * 2 * 96, "zero-shot": 0}.get(method, trainable)
+    assert trainable == {
+        "coefficients": 2 * 2,
+        "lora": 6 * 4 * 2 * 96,
+        "zero-shot": 0,
+    }.get(method, trainable)
     for row in results["seeds"]:
-        assert (row["forward_rows"], row["backward_rows"], row["steps"]) == (forward, backward, steps)
+        assert (row["forward_rows"], row["backward_rows"], row["steps"]) == (
+            forward,
+            backward,
+            steps,
+        )
         assert row["option_accuracy"] is None  # an open task
         assert 0 <= row["exact_match"] <= 100
         assert (row["loss"] is None) == (method == "constant")
-        pooled = method in (*_SEARCHED, "fusion", "coefficients", "mean", "merge", "cat")
+        pooled = method in (
+            *_SEARCHED,
+            "fusion",
+            "coefficients",
+            "mean",
+            "merge",
+            "cat",
+        )
         assert len(row["modules"]) == (2 if pooled else 0)
     rows = parts.evaluate_run(parts.EvaluateOptions(run=parts.run_path(options)))
-    assert rows == [{k: s[k] for k in ("seed", "exact_match", "option_accuracy", "loss")} for s in results["seeds"]]
+    assert rows == [
+        {k: s[k] for k in ("seed", "exact_match", "option_accuracy", "loss")}
+        for s in results["seeds"]
+    ]
 
 
-@pytest.mark.parametrize("methods", [_SHORT, pytest.param(_METHODS, marks=pytest.mark.nightly)], ids=["some", "all"])
+@pytest.mark.parametrize(
+    "methods",
+    [_SHORT, pytest.param(_METHODS, marks=pytest.mark.nightly)],
+    ids=["some", "all"],
+)
 def test_methods_differ(methods, runs):
     """None of them is another one under a new name."""
     # The constant has no loss; four evaluations may leave LoraHub at its start, zeros.
@@ -123,21 +190,31 @@ def test_the_best_single_module_is_the_one_of_least_loss(runs):
         np.testing.assert_array_equal(params["coefficients"][s], np.eye(2)[least])
 
 
-@pytest.mark.parametrize("method", [pytest.param("few-shot", marks=pytest.mark.long), "constant"])
+@pytest.mark.parametrize(
+    "method", [pytest.param("few-shot", marks=pytest.mark.long), "constant"]
+)
 def test_only_a_seeds_own_five_rows_count(method, small, tmp_path):
     rows = load_task(recipes.TASK).train
     (own,) = split(len(rows), (1,), limit=5).train
     folders = {}
-    for name, changed in (("others", set(range(len(rows))) - set(own.tolist())), ("own", set(own.tolist()))):
+    for name, changed in (
+        ("others", set(range(len(rows))) - set(own.tolist())),
+        ("own", set(own.tolist())),
+    ):
         folders[name] = tmp_path / name
         shutil.copytree(recipes.TASK, folders[name])
         lines = [
-            {"context": row.input, "completion": "z" if i in changed else row.target} for i, row in enumerate(rows)
+            {"context": row.input, "completion": "z" if i in changed else row.target}
+            for i, row in enumerate(rows)
         ]
-        (folders[name] / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folders[name] / "train.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines)
+        )
     said = {}
     for name, task in {"as it is": recipes.TASK, **folders}.items():
-        options = _options(small, tmp_path, method, seeds=(1,), task=str(task), train_rows=5, name=name)
+        options = _options(
+            small, tmp_path, method, seeds=(1,), task=str(task), train_rows=5, name=name
+        )
         (row,) = lf.fuse(options)["seeds"]
         said[name] = row["loss"], recipes.answers(options, 1)
     assert said["others"] == said["as it is"] != said["own"]
@@ -147,23 +224,42 @@ def test_only_a_seeds_own_five_rows_count(method, small, tmp_path):
 
 def _exported(runs, method, form, tmp_path) -> dict[str, np.ndarray]:
     options, _ = runs(method)
-    parts.export(parts.ExportOptions(out=tmp_path / form, run=parts.run_path(options), seed=2, format=form))
+    parts.export(
+        parts.ExportOptions(
+            out=tmp_path / form, run=parts.run_path(options), seed=2, format=form
+        )
+    )
     (file,) = (tmp_path / form).glob("*.safetensors")
     return load_file(file)
 
 
-def _in_peft(adapter: dict[str, np.ndarray], config: dict, base: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _in_peft(
+    adapter: dict[str, np.ndarray], config: dict, base: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     """Return the base's weights [d_out, d_in] with what PEFT makes of those that an adapter names, in float64."""
     weights = {name: tensor.astype(np.float64) for name, tensor in base.items()}
     for path in config["target_modules"]:
         pieces = {
             kind: adapter[f"base_model.model.{path}.{kind}"].astype(np.float64)
-            for kind in ["lora_A.weight", "lora_B.weight", *["lora_magnitude_vector"] * config["use_dora"]]
+            for kind in [
+                "lora_A.weight",
+                "lora_B.weight",
+                *["lora_magnitude_vector"] * config["use_dora"],
+            ]
         }
         W = weights[f"{path}.weight"]
-        W = W + config["lora_alpha"] / config["r"] * pieces["lora_B.weight"] @ pieces["lora_A.weight"]
+        W = (
+            W
+            + config["lora_alpha"]
+            / config["r"]
+            * pieces["lora_B.weight"]
+            @ pieces["lora_A.weight"]
+        )
         if config["use_dora"]:
-            W = W * (pieces["lora_magnitude_vector"] / np.linalg.norm(W, axis=1))[:, None]
+            W = (
+                W
+                * (pieces["lora_magnitude_vector"] / np.linalg.norm(W, axis=1))[:, None]
+            )
         weights[f"{path}.weight"] = W
     return weights
 
@@ -173,18 +269,32 @@ def test_an_exported_adapter_is_the_exported_model(method, runs, small, tmp_path
     merged = _exported(runs, method, "merged", tmp_path)
     adapter = _exported(runs, method, "adapter", tmp_path)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert len(adapter) == len(config["target_modules"]) * (3 if config["use_dora"] else 2)
+    assert len(adapter) == len(config["target_modules"]) * (
+        3 if config["use_dora"] else 2
+    )
     wanted = _in_peft(adapter, config, load_file(small[0] / "model.safetensors"))
     assert merged.keys() == wanted.keys()
     for name, tensor in merged.items():
         np.testing.assert_allclose(tensor, wanted[name], rtol=1e-4, atol=1e-5)
     assert config["use_dora"] == (method in ("fusion", "magnitudes", "dora"))
     # No larger than it need be: a single module is itself, and magnitudes need an update of one rank.
-    ranks = {"single": 16, "magnitudes": 1, "lora": 4, "dora": 4, "vera": 8, "merge": 16, "mean": 32, "cat": 32}
+    ranks = {
+        "single": 16,
+        "magnitudes": 1,
+        "lora": 4,
+        "dora": 4,
+        "vera": 8,
+        "merge": 16,
+        "mean": 32,
+        "cat": 32,
+    }
     assert config["r"] == ranks.get(method, config["r"])
 
 
-@pytest.mark.parametrize("method", _cases(["fusion", "magnitudes", "dora", "vera", "full", "single", "merge"]))
+@pytest.mark.parametrize(
+    "method",
+    _cases(["fusion", "magnitudes", "dora", "vera", "full", "single", "merge"]),
+)
 def test_an_exported_model_says_what_the_run_says(method, runs, small, tmp_path):
     options, results = runs(method)
     _exported(runs, method, "merged", tmp_path)
@@ -195,13 +305,26 @@ def test_an_exported_model_says_what_the_run_says(method, runs, small, tmp_path)
 
 
 @pytest.mark.parametrize("method", ["lorahub", "cma", "merge"])
-def test_a_dora_adapter_is_refused_where_its_magnitudes_have_no_place(method, small, tmp_path):
-    dora = shutil.copytree(sorted(small[1].glob("*/*.safetensors"))[0].parent, tmp_path / "pool" / "dora")
-    config, weights = dora / "adapter_config.json", dora / "adapter_model.safetensors"
+def test_a_dora_adapter_is_refused_where_its_magnitudes_have_no_place(
+    method, small, tmp_path
+):
+    dora = shutil.copytree(
+        sorted(small[1].glob("*/*.safetensors"))[0].parent, tmp_path / "pool" / "dora"
+    )
+    config = dora / "adapter_config.json"
+    weights = dora / "adapter_model.safetensors"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True}))
     tensors = load_file(weights)
-    factors = {key.removesuffix("lora_B.weight"): b for key, b in tensors.items() if key.endswith("lora_B.weight")}
-    save_file(tensors | {f"{key}lora_magnitude_vector": b[:, 0].copy() for key, b in factors.items()}, weights)
+    factors = {
+        key.removesuffix("lora_B.weight"): b
+        for key, b in tensors.items()
+        if key.endswith("lora_B.weight")
+    }
+    save_file(
+        tensors
+        | {f"{key}lora_magnitude_vector": b[:, 0].copy() for key, b in factors.items()},
+        weights,
+    )
     options = _options(small, tmp_path, method, pool=str(tmp_path / "pool"))
     with pytest.raises(ValueError, match=r"DoRA adapter.* magnitudes"):
         lf.fuse(options)
@@ -210,16 +333,24 @@ def test_a_dora_adapter_is_refused_where_its_magnitudes_have_no_place(method, sm
 
 def test_methods_without_an_adapter_are_not_exported(runs, tmp_path):
     (tmp_path / "text").write_text("double then digit : a b c")
-    with pytest.raises(ValueError, match="of the method few-shot, which trains nothing"):
+    with pytest.raises(
+        ValueError, match="of the method few-shot, which trains nothing"
+    ):
         _exported(runs, "few-shot", "adapter", tmp_path)
     with pytest.raises(ValueError, match="of few-shot, which needs rows of its task"):
-        parts.generate_lines(parts.GenerateOptions(run=parts.run_path(runs("few-shot")[0]), file=tmp_path / "text"))
+        parts.generate_lines(
+            parts.GenerateOptions(
+                run=parts.run_path(runs("few-shot")[0]), file=tmp_path / "text"
+            )
+        )
     assert not (tmp_path / "adapter").exists()
 
 
 @pytest.mark.nightly
 def test_full_fine_tuning_is_not_exported_as_an_adapter(runs, tmp_path):
-    with pytest.raises(ValueError, match="fine-tuned all weights, .* export it with --format merged"):
+    with pytest.raises(
+        ValueError, match="fine-tuned all weights, .* export it with --format merged"
+    ):
         _exported(runs, "full", "adapter", tmp_path)
     assert not (tmp_path / "adapter").exists()
 
@@ -233,30 +364,73 @@ def test_arrays_hold_what_a_run_reads(runs):
         # Of the base, the values alone are in arrays: every kind of matrix is a program of its own.
         digital = ("head", "*.ff.*", "*.q", "*.k", "*.o")
         asked = parts.EvaluateOnChipsOptions(
-            run=parts.run_path(options), crossbar="isaac", calibration_rows=4, keep_digital=digital
+            run=parts.run_path(options),
+            crossbar="isaac",
+            calibration_rows=4,
+            keep_digital=digital,
         )
         found = parts.report_on_chips(asked)
         for digital, row in zip(found["digital"], results["seeds"], strict=True):
             assert digital["loss"] == pytest.approx(row["loss"], rel=1e-5)
-        for on_chip, row in zip(found["chips"][0]["seeds"], results["seeds"], strict=True):
+        for on_chip, row in zip(
+            found["chips"][0]["seeds"], results["seeds"], strict=True
+        ):
             assert on_chip["loss"] == pytest.approx(row["loss"], rel=1e-3)
         sites[method] = {site["site"] for site in found["sites"]}
-    assert {site.partition(".")[0] for site in sites["cat"] - sites["merge"]} == {"pool"}
-    assert sites["merge"] < sites["cat"] and not any(site.startswith("pool") for site in sites["merge"])
+    assert {site.partition(".")[0] for site in sites["cat"] - sites["merge"]} == {
+        "pool"
+    }
+    assert sites["merge"] < sites["cat"] and not any(
+        site.startswith("pool") for site in sites["merge"]
+    )
 
 
 def test_bad_options_stop_before_anything_is_written(small, tmp_path):
-    poolless = ("magnitudes", "lora", "dora", "vera", "full", "zero-shot", "few-shot", "constant")
-    cases = [(name, {"control": "random-factors"}, f"the method {name} has no pool to replace") for name in poolless]
+    poolless = (
+        "magnitudes",
+        "lora",
+        "dora",
+        "vera",
+        "full",
+        "zero-shot",
+        "few-shot",
+        "constant",
+    )
+    cases = [
+        (
+            name,
+            {"control": "random-factors"},
+            f"the method {name} has no pool to replace",
+        )
+        for name in poolless
+    ]
     cases += [
-        ("merge", {"control": "shuffled", "load_in": "nf4"}, "the shuffled control is drawn in full precision"),
+        (
+            "merge",
+            {"control": "shuffled", "load_in": "nf4"},
+            "the shuffled control is drawn in full precision",
+        ),
         ("full", {"load_in": "nf4"}, "full trains weights, not 4 or 8 bits of them"),
         ("cma", {"population": 3}, "population is 3: "),
-        *((m, {"start_from": small[0]}, f"the method {m} starts from no run: .*--from") for m in ("lorahub", "mean")),
-        ("few-shot", {"shots": 6, "train_rows": 5}, "prompts of 6 examples, but 5 .* --shots"),
+        *(
+            (
+                m,
+                {"start_from": small[0]},
+                f"the method {m} starts from no run: .*--from",
+            )
+            for m in ("lorahub", "mean")
+        ),
+        (
+            "few-shot",
+            {"shots": 6, "train_rows": 5},
+            "prompts of 6 examples, but 5 .* --shots",
+        ),
     ]
     wrong = {"lora_targets": ("q", "w")}
-    cases += [(m, wrong, "lora_targets are q w: choose of q k v o") for m in ("lora", "dora", "vera", "magnitudes")]
+    cases += [
+        (m, wrong, "lora_targets are q w: choose of q k v o")
+        for m in ("lora", "dora", "vera", "magnitudes")
+    ]
     for method, changes, message in cases:
         options = _options(small, tmp_path, method, **changes)
         with pytest.raises(ValueError, match=message):

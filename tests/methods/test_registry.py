@@ -50,7 +50,9 @@ _POOL = tiny.pool(2)
 @pytest.fixture
 def gains():
     """The example's method, which trains one factor for each matrix and has options of its own."""
-    example = types.SimpleNamespace(**runpy.run_path(str(one_block.SMALL.parent / "your_own_method.py")))
+    example = types.SimpleNamespace(
+        **runpy.run_path(str(one_block.SMALL.parent / "your_own_method.py"))
+    )
     lf.register(example.GAINS)
     yield example
     del lf.METHODS["gains"]
@@ -58,19 +60,38 @@ def gains():
 
 @pytest.mark.usefixtures("gains")
 def test_a_new_method_is_run_with_its_own_options(small, tmp_path, capsys):
-    quick = ["--epochs", "2", "--batch-size", "48", "--max-new-tokens", "8", "--test-rows", "5", "--out", str(tmp_path)]
+    quick = [
+        "--epochs",
+        "2",
+        "--batch-size",
+        "48",
+        "--max-new-tokens",
+        "8",
+        "--test-rows",
+        "5",
+        "--out",
+        str(tmp_path),
+    ]
     own = ["--method", "gains", "--first-gain", "0.5", "--lr-gains", "0"]
     main(["fuse", "--base", str(small[0]), "--task", str(recipes.TASK), *own, *quick])
     # q and v of one encoder layer and, twice, of a decoder layer.
     assert "gains, 6 trainable parameters" in capsys.readouterr().out
     options, params, _ = lf.load_run(tmp_path / "double_digit-gains")
-    assert (options.recipe.first_gain, options.recipe.lr_gains, options.recipe.epochs) == (0.5, 0.0, 2)
+    assert (
+        options.recipe.first_gain,
+        options.recipe.lr_gains,
+        options.recipe.epochs,
+    ) == (0.5, 0.0, 2)
     assert all((gain == 0.5).all() for gain in params["gains"].values())
 
 
 def test_a_new_method_is_in_the_help_text_with_its_own_options(gains, capsys):
     for arguments, shown, hidden in (
-        (["--method", "gains"], ("--first-gain", "--lr-gains", "value that all factors start from"), "--modules"),
+        (
+            ["--method", "gains"],
+            ("--first-gain", "--lr-gains", "value that all factors start from"),
+            "--modules",
+        ),
         ([], ("--modules", "gains: train one factor for each"), "--first-gain"),
     ):
         with pytest.raises(SystemExit, match="0"):
@@ -79,7 +100,10 @@ def test_a_new_method_is_in_the_help_text_with_its_own_options(gains, capsys):
         assert all(text in out for text in shown) and hidden not in out
     with pytest.raises(SystemExit, match="2"):
         main(["fuse", "--base", "b", "--task", "t", "--first-gain", "2"])
-    assert "--first-gain is an option of the method gains, not of fusion" in capsys.readouterr().err
+    assert (
+        "--first-gain is an option of the method gains, not of fusion"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.usefixtures("gains")
@@ -88,68 +112,125 @@ def test_a_new_method_is_counted_planned_and_billed(capsys):
     main(["params", "--shape", "t5-small"])
     assert re.search(rf"\| gains from 1 +\| +{matrices} \|", capsys.readouterr().out)
     assert counts(_SMALL)["gains from 1"] == matrices
-    main(["fuse", "--base", "t5-small", "--task", str(recipes.TASK), "--method", "gains", "--plan"])
+    main(
+        [
+            "fuse",
+            "--base",
+            "t5-small",
+            "--task",
+            str(recipes.TASK),
+            "--method",
+            "gains",
+            "--plan",
+        ]
+    )
     assert re.search(rf"\| gains +\| +1 \| +{matrices} \|", capsys.readouterr().out)
     work = {"task": workload(load_task(recipes.TASK), lf.Recipe())}
     row = plan(_SMALL, ["gains"], work, Settings())[0]
-    assert row.cost.trainable == matrices and row.cost.training_flops > row.cost.evaluation_flops
+    assert (
+        row.cost.trainable == matrices
+        and row.cost.training_flops > row.cost.evaluation_flops
+    )
     main(["cost", "--shape", "t5-small"])
     assert "| gains " in capsys.readouterr().out
     bill = bills(_SMALL, CROSSBARS["isaac"], CostOptions())["gains"]
-    assert bill.trainable == matrices and bill.written.energy.typical == 0 < bill.install.typical
+    assert (
+        bill.trainable == matrices
+        and bill.written.energy.typical == 0 < bill.install.typical
+    )
 
 
 def test_an_entry_that_cannot_be_used_is_refused(gains, capsys):
-    with pytest.raises(ValueError, match="there is a method 'gains' already: give this one another name"):
+    with pytest.raises(
+        ValueError,
+        match="there is a method 'gains' already: give this one another name",
+    ):
         lf.register(gains.GAINS)
-    with pytest.raises(ValueError, match="fuses a pool: let GainsRecipe inherit from PoolRecipe"):
+    with pytest.raises(
+        ValueError, match="fuses a pool: let GainsRecipe inherit from PoolRecipe"
+    ):
         lf.register(dataclasses.replace(gains.GAINS, name="pooled", pool=True))
     wrong = dataclasses.make_dataclass(
-        "WrongRecipe", [("seeds", int, 1)], bases=(lf.Recipe,), frozen=True, kw_only=True
+        "WrongRecipe",
+        [("seeds", int, 1)],
+        bases=(lf.Recipe,),
+        frozen=True,
+        kw_only=True,
     )
     lf.METHODS["gains"] = dataclasses.replace(gains.GAINS, recipe=wrong)
     with pytest.raises(SystemExit, match="2"):
         main(["fuse", "--base", "b", "--task", "t", "--method", "gains"])
-    assert "WrongRecipe has a field seeds, which is an option of every run" in capsys.readouterr().err
+    assert (
+        "WrongRecipe has a field seeds, which is an option of every run"
+        in capsys.readouterr().err
+    )
 
 
 def test_an_unknown_method_is_answered_with_those_there_are():
-    with pytest.raises(ValueError, match="no method 'gains': choose one of fusion, coefficients"):
+    with pytest.raises(
+        ValueError, match="no method 'gains': choose one of fusion, coefficients"
+    ):
         find("gains")
     with pytest.raises(ValueError, match="no method 'gains'"):
         lf.fuse(lf.FuseOptions(base="b", task="t", method="gains"))
 
 
-@pytest.mark.parametrize("name", [name for name, entry in lf.METHODS.items() if entry.learns == "trained"])
+@pytest.mark.parametrize(
+    "name", [name for name, entry in lf.METHODS.items() if entry.learns == "trained"]
+)
 def test_every_group_of_an_entry_is_trained_at_its_own_rate_of_the_recipe(name):
     entry = lf.METHODS[name]
-    found = trainable_count(entry, _SMALL, recipe(name, modules=2), PlannedPool(rank=4, pool=2, targets=("q", "v")))
+    found = trainable_count(
+        entry,
+        _SMALL,
+        recipe(name, modules=2),
+        PlannedPool(rank=4, pool=2, targets=("q", "v")),
+    )
     assert tuple(found) == entry.groups and all(np.array(list(found.values())) > 0)
     rates = [number for number in fields_of(entry) if number.startswith("lr_")]
     chosen = recipe(name, **{rate: number + 0.5 for number, rate in enumerate(rates)})
     groups = {"mean": "coefficients", "base": "full"}
-    found = entry.build(Built(config=_SMALL, recipe=chosen, pool=_POOL, modules=2)).learning_rates(chosen)
+    found = entry.build(
+        Built(config=_SMALL, recipe=chosen, pool=_POOL, modules=2)
+    ).learning_rates(chosen)
     assert set(entry.groups) <= found.keys() and len(rates) == len(found)
     for group, rate in found.items():
         assert rate == getattr(chosen, f"lr_{groups.get(group, group)}"), group
 
 
 def test_a_method_is_built_with_the_numbers_of_the_recipe():
-    chosen = {"granularity": "site", "start": "twice", "differentiate_norm": True, "lora_rank": 3, "vera_rank": 5}
-    chosen |= {"composition": "mix", "lora_targets": ("q",), "merge": "ties", "density": 0.3}
+    chosen = {
+        "granularity": "site",
+        "start": "twice",
+        "differentiate_norm": True,
+        "lora_rank": 3,
+        "vera_rank": 5,
+    }
+    chosen |= {
+        "composition": "mix",
+        "lora_targets": ("q",),
+        "merge": "ties",
+        "density": 0.3,
+    }
 
     def built(name, pool=_POOL, **numbers):
         of = recipe(name, **(numbers or chosen))
-        return lf.METHODS[name].build(Built(config=_SMALL, recipe=of, pool=pool, modules=2))
+        return lf.METHODS[name].build(
+            Built(config=_SMALL, recipe=of, pool=pool, modules=2)
+        )
 
-    fusion = lf.Fusion(composition="mix", granularity="site", start="twice", differentiate_norm=True)
+    fusion = lf.Fusion(
+        composition="mix", granularity="site", start="twice", differentiate_norm=True
+    )
     assert built("fusion") == fusion
     assert built("coefficients") == dataclasses.replace(fusion, magnitudes=False)
     assert built("mean-fusion") == MeanFusion(**dataclasses.asdict(fusion))
     in_basis = built("fusion", lf.shared_basis(_POOL, 4), basis=3, train_core=True)
     assert in_basis == lf.Fusion(basis=3, core=True)
     assert built("merge") == lf.Merge(kind="ties", density=0.3)
-    sites = tuple((name, site) for name, site in _SMALL.sites.items() if name.endswith(".q"))
+    sites = tuple(
+        (name, site) for name, site in _SMALL.sites.items() if name.endswith(".q")
+    )
     assert built("lora") == lf.LoRA(sites=sites, rank=3, alpha=6.0)
     assert built("dora") == lf.LoRA(sites=sites, rank=3, alpha=6.0, dora=True)
     assert built("vera") == VeRA(sites=sites, rank=5)
@@ -161,8 +242,15 @@ def _products(jaxpr):
     found = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
-            ((summed, _), _), shape = equation.params["dimension_numbers"], equation.invars[0].aval.shape
-            found += 2 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in summed)
+            ((summed, _), _), shape = (
+                equation.params["dimension_numbers"],
+                equation.invars[0].aval.shape,
+            )
+            found += (
+                2
+                * equation.outvars[0].aval.size
+                * math.prod(shape[axis] for axis in summed)
+            )
         inner = sum(map(_products, jaxprs_in_params(equation.params)))
         found += equation.params.get("length", 1) * inner
     return found
@@ -172,27 +260,42 @@ def _products(jaxpr):
 _NOT_PLANNED = {"vera": 0.07, "full": 0.02}
 
 
-@pytest.mark.parametrize("name", [name for name, entry in lf.METHODS.items() if entry.learns == "trained"])
+@pytest.mark.parametrize(
+    "name", [name for name, entry in lf.METHODS.items() if entry.learns == "trained"]
+)
 def test_a_plan_has_the_parameters_the_state_and_the_products_of_a_traced_step(name):
     """Three rows of 7 and 5 tokens on a T5 in loops, with two of three modules of rank 4."""
-    entry, model = lf.METHODS[name], tiny.t5()
-    of, pool = recipe(name, modules=2, lora_rank=3, vera_rank=5), tiny.pool(3) if entry.pool else None
+    entry = lf.METHODS[name]
+    model = tiny.t5()
+    of = recipe(name, modules=2, lora_rank=3, vera_rank=5)
+    pool = tiny.pool(3) if entry.pool else None
     method = entry.build(Built(config=tiny.CONFIG, recipe=of, pool=pool, modules=2))
-    problem = tiny.problem(method, method.precompute(lf.Frozen(nnx.state(model), pool), lf.kernels(model)))
+    problem = tiny.problem(
+        method, method.precompute(lf.Frozen(nnx.state(model), pool), lf.kernels(model))
+    )
     state = lf.init_state(problem, jax.random.key(0))
     rates = jax.tree.map(lambda rate: rate[0], recipe_rates(method, of, 1))
     leaves, tree = jax.tree.flatten((state, tiny.batch(), problem, rates))
 
     def step(leaves):
-        return jax.tree.leaves(lf.fusion_step(*tree.unflatten(leaves), optimisation=lf.Optimisation(steps=9)))
+        return jax.tree.leaves(
+            lf.fusion_step(
+                *tree.unflatten(leaves), optimisation=lf.Optimisation(steps=9)
+            )
+        )
 
     traced = jax.make_jaxpr(step)(leaves).jaxpr
     needed, _ = dce_jaxpr(traced, [True] * len(traced.outvars))
     settings = Settings(recipe=of, rank=4, pool=3)
-    update, trainable = update_of(tiny.CONFIG, name, settings), trained_numbers(tiny.CONFIG, name, settings)
+    update = update_of(tiny.CONFIG, name, settings)
+    trainable = trained_numbers(tiny.CONFIG, name, settings)
     planned = step_flops(tiny.CONFIG, Shape(3, 7, 5), update, trainable=0)
     assert trainable == sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    held = (leaf.nbytes for leaf in jax.tree.leaves(state) if leaf.ndim and leaf.dtype == jnp.float32)
+    held = (
+        leaf.nbytes
+        for leaf in jax.tree.leaves(state)
+        if leaf.ndim and leaf.dtype == jnp.float32
+    )
     assert state_bytes(trainable) == sum(held)
     assert planned <= _products(needed) <= (1 + _NOT_PLANNED.get(name, 0)) * planned
 

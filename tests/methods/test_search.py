@@ -21,29 +21,57 @@ from lorafusion_jax.methods.mean import single_losses
 from lorafusion_jax.parts import T5, T5Config
 from lorafusion_jax.tasks import IGNORED
 
-_SEEDS, _GENERATIONS, _POPULATION = (1, 2), 8, 6
+_SEEDS = (1, 2)
+_GENERATIONS = 8
+_POPULATION = 6
 
 needs_nevergrad = pytest.mark.skipif(
-    importlib.util.find_spec("nevergrad") is None, reason="needs nevergrad: pip install -e '.[lorahub]'"
+    importlib.util.find_spec("nevergrad") is None,
+    reason="needs nevergrad: pip install -e '.[lorahub]'",
 )
 needs_evosax = pytest.mark.skipif(
-    importlib.util.find_spec("evosax") is None, reason="needs evosax: pip install -e '.[cma]'"
+    importlib.util.find_spec("evosax") is None,
+    reason="needs evosax: pip install -e '.[cma]'",
 )
-_BOTH = (pytest.param(lorahub, marks=needs_nevergrad, id="lorahub"), pytest.param(cma, marks=needs_evosax, id="cma"))
+_BOTH = (
+    pytest.param(lorahub, marks=needs_nevergrad, id="lorahub"),
+    pytest.param(cma, marks=needs_evosax, id="cma"),
+)
 
 
-def _found(method, objective, seeds, *, modules=3, rounds=_GENERATIONS, population=_POPULATION, **more):
+def _found(
+    method,
+    objective,
+    seeds,
+    *,
+    modules=3,
+    rounds=_GENERATIONS,
+    population=_POPULATION,
+    **more,
+):
     """The weights that a search finds for a function of weights [seeds, modules] or [members, modules]."""
     if method is lorahub:
-        return lorahub.search(objective, seeds, modules, evaluations=5 * rounds, **more).weights
+        return lorahub.search(
+            objective, seeds, modules, evaluations=5 * rounds, **more
+        ).weights
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
-    return cma.search(objective, keys, modules, generations=rounds, population=population, **more)
+    return cma.search(
+        objective, keys, modules, generations=rounds, population=population, **more
+    )
 
 
 # A model of one layer, a pool for one of its sites, and the job of a search over them.
 
 _SITE = "decoder.self.v"
-_CONFIG = T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=16, num_heads=2, num_layers=1, num_decoder_layers=1)
+_CONFIG = T5Config(
+    vocab_size=16,
+    d_model=8,
+    d_kv=4,
+    d_ff=16,
+    num_heads=2,
+    num_layers=1,
+    num_decoder_layers=1,
+)
 
 
 def _job_of(
@@ -60,9 +88,22 @@ def _job_of(
     """A search over all modules of a pool, on batches whose leaves have an axis of seeds."""
     index = jnp.tile(jnp.arange(len(pool)), (len(seeds), 1))
     frozen = tiny.frozen(model, pool)
-    problem = lf.Problem(graph=nnx.graphdef(model), method=method, frozen=frozen, index=index, seed_mode=seed_mode)
+    problem = lf.Problem(
+        graph=nnx.graphdef(model),
+        method=method,
+        frozen=frozen,
+        index=index,
+        seed_mode=seed_mode,
+    )
     rows = SimpleNamespace(once=lambda size: iter(batches))
-    return SearchJob(problem, rows, SimpleNamespace(batch_size=4, **recipe), seeds, (pool.names,) * len(seeds), record)
+    return SearchJob(
+        problem,
+        rows,
+        SimpleNamespace(batch_size=4, **recipe),
+        seeds,
+        (pool.names,) * len(seeds),
+        record,
+    )
 
 
 def _small(seeds=(1,), **more):
@@ -71,7 +112,10 @@ def _small(seeds=(1,), **more):
     The second batch holds a row that only fills it up.
     """
     model, pool, batches = _drawn()
-    batches = [jax.tree.map(lambda a: np.stack([np.asarray(a)] * len(seeds)), batch) for batch in batches]
+    batches = [
+        jax.tree.map(lambda a: np.stack([np.asarray(a)] * len(seeds)), batch)
+        for batch in batches
+    ]
     return _job_of(model, pool, batches, seeds=seeds, **more)
 
 
@@ -91,7 +135,10 @@ def _drawn():
         row_mask = np.arange(4) < real
         ids = rng.integers(2, 16, (4, 5)).astype(np.int32)
         mask = np.broadcast_to(row_mask[:, None], ids.shape)
-        answers = np.argmax(_mixed(model, pool, np.ones(3))(ids, mask, np.zeros((4, 1), np.int32)), axis=-1)
+        answers = np.argmax(
+            _mixed(model, pool, np.ones(3))(ids, mask, np.zeros((4, 1), np.int32)),
+            axis=-1,
+        )
         labels = np.where(row_mask[:, None], answers, -100).astype(np.int32)
         batches.append(lf.Batch(ids, mask, labels, row_mask))
     return model, pool, batches
@@ -99,7 +146,8 @@ def _drawn():
 
 def _mixed(model, pool, weights):
     """Return the model with A' B' added to its kernel: the oracle, which knows no adapters."""
-    A, B = (np.einsum("lnab,n->lab", np.asarray(m[_SITE]), weights) for m in (pool.A, pool.B))
+    A = np.einsum("lnab,n->lab", np.asarray(pool.A[_SITE]), weights)
+    B = np.einsum("lnab,n->lab", np.asarray(pool.B[_SITE]), weights)
     kernel = np.asarray(lf.kernels(model)[_SITE]) + A @ B
     mixed = nnx.clone(model)
     mixed.decoder.self_attention.v.kernel.set_value(jnp.asarray(kernel, jnp.float32))
@@ -123,7 +171,9 @@ def _arrays(path):
 def _golden(folder, seed_mode):
     model = lf.load_base(folder / "base")
     sources = [str(folder / "adapters" / f"lora_{n}") for n in range(4)]
-    pool = lf.read_pool(sources, model.config, base_tensor=lf.base_tensor(folder / "base"))
+    pool = lf.read_pool(
+        sources, model.config, base_tensor=lf.base_tensor(folder / "base")
+    )
     arrays = _arrays(folder / "inputs.npz")
     batches = [
         lf.Batch(
@@ -138,10 +188,14 @@ def _golden(folder, seed_mode):
     return lorahub.objective_of(job), _arrays(folder / "lorahub.npz")
 
 
-@pytest.mark.parametrize("seed_mode", ["sequential", pytest.param("batched", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "seed_mode", ["sequential", pytest.param("batched", marks=pytest.mark.long)]
+)
 def test_the_objective_equals_the_golden_search(goldens, seed_mode):
     objective, golden = _golden(goldens / "fusion" / "t5a", seed_mode)
-    for weights, score in zip(golden["eval_weights"], golden["eval_scores"], strict=True):
+    for weights, score in zip(
+        golden["eval_weights"], golden["eval_scores"], strict=True
+    ):
         assert objective(1, weights[None]) == pytest.approx([score], abs=1e-4)
 
 
@@ -150,7 +204,9 @@ def test_the_search_proposes_the_weights_of_the_golden_search(goldens):
     objective, golden = _golden(goldens / "fusion" / "t5a", "sequential")
     found = lorahub.search(objective, (42,), 4, evaluations=40)
     # The simplex that COBYLA starts from; later steps depend on differences of scores, whose last digits differ.
-    np.testing.assert_allclose(found.tried[:5, 0], golden["eval_weights"][:5], atol=1e-6)
+    np.testing.assert_allclose(
+        found.tried[:5, 0], golden["eval_weights"][:5], atol=1e-6
+    )
     assert found.scores.min() == pytest.approx(float(golden["final_score"]), abs=0.01)
     np.testing.assert_allclose(found.weights[0], golden["recommendation"], atol=0.1)
 
@@ -165,12 +221,15 @@ def test_a_search_improves_on_zeros_and_reports_every_round(method):
     job = _small(_SEEDS, record=lines.extend, **recipe)
     params, rounds = find(method.__name__.rpartition(".")[2]).search(job)
     objective = lorahub.objective_of(job)
-    zero, found = objective(1, np.zeros((2, 3))), objective(1, np.asarray(params["coefficients"], float))
+    zero = objective(1, np.zeros((2, 3)))
+    found = objective(1, np.asarray(params["coefficients"], float))
     assert (found < zero - 0.01).all()
     scores = np.array([line["score"] for line in lines]).reshape(rounds, 2)
     np.testing.assert_allclose(scores.min(axis=0), found, atol=1e-6)
     steps = [(line["step"], line["seed"]) for line in lines]
-    assert steps == [(number, seed) for number in range(1, rounds + 1) for seed in _SEEDS]
+    assert steps == [
+        (number, seed) for number in range(1, rounds + 1) for seed in _SEEDS
+    ]
 
 
 @pytest.mark.parametrize("method", _BOTH)
@@ -181,7 +240,9 @@ def test_the_weights_of_a_seed_depend_on_the_seed_alone(method):
     found = {}
     for seeds in ((1, 2, 3), (3,)):
         np.random.seed(len(seeds))  # noqa: NPY002, the global state that it might read
-        found[seeds] = _found(method, objective, seeds, modules=20, rounds=40, population=16)
+        found[seeds] = _found(
+            method, objective, seeds, modules=20, rounds=40, population=16
+        )
     np.testing.assert_array_equal(found[3,][0], found[1, 2, 3][2])
     assert np.sum((found[3,] - 0.5) ** 2) < 0.2 * 20 * 0.5**2
 
@@ -223,20 +284,32 @@ def test_an_interrupted_search_leaves_no_thread_that_keeps_python_alive():
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt) as interrupted:
-        _found(lorahub, lambda number, weights: np.sum(weights**2, axis=1), (1,), after_evaluation=interrupt)
+        _found(
+            lorahub,
+            lambda number, weights: np.sum(weights**2, axis=1),
+            (1,),
+            after_evaluation=interrupt,
+        )
     # The traceback, which a dying interpreter keeps, holds the frames and what they name.
     assert interrupted.traceback
     deadline = time.monotonic() + 10
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert threading.active_count() <= before  # those of earlier searches may have ended meanwhile
+    assert (
+        threading.active_count() <= before
+    )  # those of earlier searches may have ended meanwhile
 
 
-@pytest.mark.parametrize(("module", "method"), [("nevergrad", lorahub), ("evosax.algorithms", cma)])
+@pytest.mark.parametrize(
+    ("module", "method"), [("nevergrad", lorahub), ("evosax.algorithms", cma)]
+)
 def test_a_missing_library_is_named_with_the_command(module, method, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     name = module.partition(".")[0]
-    with pytest.raises(ValueError, match=rf'needs {name}, .* pip install "lorafusion-jax\[(lorahub|cma)\]"'):
+    with pytest.raises(
+        ValueError,
+        match=rf'needs {name}, .* pip install "lorafusion-jax\[(lorahub|cma)\]"',
+    ):
         _found(method, lambda number, weights: weights[:, 0], (1,))
 
 
@@ -250,10 +323,13 @@ def _ragged():
     for lengths in ((3, 2, 3, 1), (1, 1, 2, 0)):
         real = np.array(lengths) > 0
         mask = np.broadcast_to(real[:, None], (2, 4, 5))
-        ids, labels = (rng.integers(2, 16, (2, 4, width)) for width in (5, 3))
+        ids = rng.integers(2, 16, (2, 4, 5))
+        labels = rng.integers(2, 16, (2, 4, 3))
         labels = np.where(np.arange(3) < np.array(lengths)[:, None], labels, IGNORED)
         row_mask = np.broadcast_to(real, (2, 4)).copy()
-        batches.append(lf.Batch(ids.astype(np.int32), mask, labels.astype(np.int32), row_mask))
+        batches.append(
+            lf.Batch(ids.astype(np.int32), mask, labels.astype(np.int32), row_mask)
+        )
     return batches
 
 
@@ -262,7 +338,9 @@ def test_a_module_without_a_finite_loss_is_never_the_best():
     losses = single_losses(list(job.rows.once(4)), job.problem)
     best = int(np.argmin(losses[0]))
     pool = job.problem.frozen.pool
-    B = pool.B[_SITE].at[:, best].set(3e38)  # overflows where it is read, and is zero where it is not
+    B = (
+        pool.B[_SITE].at[:, best].set(3e38)
+    )  # overflows where it is read, and is zero where it is not
     job = job._replace(
         problem=job.problem.replace(
             frozen=lf.Frozen(
@@ -274,28 +352,43 @@ def test_a_module_without_a_finite_loss_is_never_the_best():
     )
     params, steps = find("single").search(job)
     losses[:, best] = np.inf
-    np.testing.assert_array_equal(params["coefficients"], np.eye(3)[losses.argmin(axis=1)])
+    np.testing.assert_array_equal(
+        params["coefficients"], np.eye(3)[losses.argmin(axis=1)]
+    )
     assert steps == 3
 
 
 @pytest.mark.parametrize("seed_mode", ["sequential", "batched"])
 def test_losses_of_single_modules_are_those_of_merged_kernels(seed_mode):
     method = lf.Fusion(granularity="global", magnitudes=False)
-    batches, problem = _ragged(), _small(_SEEDS, seed_mode=seed_mode, method=method).problem
-    problem = problem.replace(index=jnp.array([[2, 0], [1, 2]]))  # some of the pool's modules, in another order
+    batches = _ragged()
+    problem = _small(_SEEDS, seed_mode=seed_mode, method=method).problem
+    problem = problem.replace(
+        index=jnp.array([[2, 0], [1, 2]])
+    )  # some of the pool's modules, in another order
     got = single_losses(batches, problem)
     assert np.ptp(got) > 0.1
-    model, pool = nnx.merge(problem.graph, problem.frozen.base), problem.frozen.pool
+    model = nnx.merge(problem.graph, problem.frozen.base)
+    pool = problem.frozen.pool
     for seed, modules in enumerate(np.asarray(problem.index)):
         for n, module in enumerate(modules):
             mixed = _mixed(model, pool, np.eye(3)[module])
             picked = []
             for batch in batches:
                 labels = batch.labels[seed]
-                start = np.concatenate([np.zeros((4, 1), int), np.maximum(labels[:, :-1], 0)], axis=1)
-                logits = mixed(batch.input_ids[seed], batch.input_mask[seed], start.astype(np.int32))
+                start = np.concatenate(
+                    [np.zeros((4, 1), int), np.maximum(labels[:, :-1], 0)], axis=1
+                )
+                logits = mixed(
+                    batch.input_ids[seed],
+                    batch.input_mask[seed],
+                    start.astype(np.int32),
+                )
                 log_probs = np.asarray(jax.nn.log_softmax(logits))
-                picked += [log_probs[row, t, labels[row, t]] for row, t in np.argwhere(labels != IGNORED)]
+                picked += [
+                    log_probs[row, t, labels[row, t]]
+                    for row, t in np.argwhere(labels != IGNORED)
+                ]
             # Every token counts alike, whatever its batch.
             assert len(picked) == 9 + 4
             assert got[seed, n] == pytest.approx(-np.mean(picked), abs=1e-5)

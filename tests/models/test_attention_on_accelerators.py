@@ -41,18 +41,25 @@ def test_each_token_of_t5_attends_to_those_before_it():
         logits, cache = jax.jit(both)()
         _same(logits, wanted)
         # Heads side by side, so that only the model's own width is padded.
-        assert {a.shape[-1] for a in cache} == {config.num_heads * config.d_kv} and {a.ndim for a in cache} == {4}
+        assert {a.shape[-1] for a in cache} == {config.num_heads * config.d_kv} and {
+            a.ndim for a in cache
+        } == {4}
         step = jax.jit(lambda token, *at: model.decode_token(token, *at, _IDS > 0, {}))
         for position, token in enumerate(inputs.T):
             # The ring of columns may begin anywhere.
-            logits, cache = step(token, jnp.full(len(token), position), jnp.int32(position + 4), cache)
+            logits, cache = step(
+                token, jnp.full(len(token), position), jnp.int32(position + 4), cache
+            )
             _same(logits, wanted[:, position])
 
 
 def test_a_mesh_that_divides_heads_keeps_them_apart():
-    model, device = tiny.t5(), AbstractDevice("TPU v5 lite", 1, "tpu")
+    model = tiny.t5()
+    device = AbstractDevice("TPU v5 lite", 1, "tpu")
     for sizes, axes in (((2, 2), 5), ((4, 1), 4)):
-        with use_abstract_mesh(AbstractMesh(sizes, ("seed", "model"), abstract_device=device)):
+        with use_abstract_mesh(
+            AbstractMesh(sizes, ("seed", "model"), abstract_device=device)
+        ):
             cache = jax.eval_shape(lambda: model.prompt(_IDS, _IDS > 0, 6, {})[1])
         assert {a.ndim for a in cache} == {axes}
 
@@ -62,7 +69,9 @@ def test_a_decoder_attends_to_the_same_columns():
     model = Decoder(FAMILY.read_config(_GROUPED), rngs=nnx.Rngs(1))
 
     def both():
-        return model.label_logits(_IDS, _IDS > 0, _TOKENS, {}), model.prompt(_IDS, _IDS > 0, 2, {})[0]
+        return model.label_logits(_IDS, _IDS > 0, _TOKENS, {}), model.prompt(
+            _IDS, _IDS > 0, 2, {}
+        )[0]
 
     wanted = jax.jit(both)()
     with tiny.for_tpu():

@@ -35,31 +35,71 @@ max_position_embeddings rms_norm_eps rope_theta""".split()
 _PUBLISHED = {
     "llama-3.2-1b": (
         (128256, 2048, 8192, 16, 32, 8, 131072, 1e-05, 500000.0),
-        {"model_type": "llama", "rope_scaling": _LLAMA_3_SCALING | {"factor": 32.0}, "tie_word_embeddings": True},
+        {
+            "model_type": "llama",
+            "rope_scaling": _LLAMA_3_SCALING | {"factor": 32.0},
+            "tie_word_embeddings": True,
+        },
     ),
     "qwen2.5-0.5b": (
         (151936, 896, 4864, 24, 14, 2, 32768, 1e-06, 1000000.0),
-        {"model_type": "qwen2", "sliding_window": 32768, "use_sliding_window": False, "tie_word_embeddings": True},
+        {
+            "model_type": "qwen2",
+            "sliding_window": 32768,
+            "use_sliding_window": False,
+            "tie_word_embeddings": True,
+        },
     ),
     "gemma-2-2b": (
         (256000, 2304, 9216, 26, 8, 4, 8192, 1e-06, 10000.0),
-        {"model_type": "gemma2", "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096}
-        | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "hidden_act": "gelu_pytorch_tanh"},
+        {
+            "model_type": "gemma2",
+            "head_dim": 256,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+        }
+        | {
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "hidden_act": "gelu_pytorch_tanh",
+        },
     ),
     "gemma-3-1b": (
         (262144, 1152, 6912, 26, 4, 1, 32768, 1e-06, 1000000),
-        {"model_type": "gemma3_text", "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 512}
-        | {"rope_local_base_freq": 10000, "sliding_window_pattern": 6, "hidden_activation": "gelu_pytorch_tanh"},
+        {
+            "model_type": "gemma3_text",
+            "head_dim": 256,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 512,
+        }
+        | {
+            "rope_local_base_freq": 10000,
+            "sliding_window_pattern": 6,
+            "hidden_activation": "gelu_pytorch_tanh",
+        },
     ),
     "phi-3-mini": (
         (32064, 3072, 8192, 32, 32, 32, 4096, 1e-05, 10000.0),
-        {"model_type": "phi3", "sliding_window": 2047, "tie_word_embeddings": False, "hidden_act": "silu"},
+        {
+            "model_type": "phi3",
+            "sliding_window": 2047,
+            "tie_word_embeddings": False,
+            "hidden_act": "silu",
+        },
     ),
     "gemma-2b": (
         (256000, 2048, 16384, 18, 8, 1, 8192, 1e-06, 10000.0),
-        {"model_type": "gemma", "head_dim": 256, "hidden_act": "gelu", "hidden_activation": None},
+        {
+            "model_type": "gemma",
+            "head_dim": 256,
+            "hidden_act": "gelu",
+            "hidden_activation": None,
+        },
     ),
-    "smollm3-3b": ((128256, 2048, 11008, 36, 16, 4, 65536, 1e-06, 5000000.0), {"model_type": "smollm3"}),
+    "smollm3-3b": (
+        (128256, 2048, 11008, 36, 16, 4, 65536, 1e-06, 5000000.0),
+        {"model_type": "smollm3"},
+    ),
     "olmo-2-1b": (
         (100352, 2048, 8192, 16, 16, 16, 4096, 1e-06, 500000),
         {"model_type": "olmo2", "tie_word_embeddings": False},
@@ -75,7 +115,8 @@ _SMALL = small_llama.CONFIG | {
 }
 _LINEAR = {"rope_type": "linear", "factor": 4.0}
 _LLAMA3 = _LLAMA_3_SCALING | {"factor": 8.0, "original_max_position_embeddings": 16}
-_THETA, _PLAIN = {"rope_theta": 500.0}, {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+_THETA = {"rope_theta": 500.0}
+_PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
 # (model_type, spelling of transformers 4, spelling of transformers 5)
 _SPELLINGS = {
     "no scaling": ("llama", _THETA, _PLAIN),
@@ -89,10 +130,15 @@ _SPELLINGS = {
         _THETA | {"rope_scaling": _LINEAR | {"rope_type": "dynamic"}},
         {"rope_parameters": _LINEAR | {"rope_type": "dynamic"} | _THETA},
     ),
-    "llama3": ("llama", _THETA | {"rope_scaling": _LLAMA3}, {"rope_parameters": _LLAMA3 | _THETA}),
+    "llama3": (
+        "llama",
+        _THETA | {"rope_scaling": _LLAMA3},
+        {"rope_parameters": _LLAMA3 | _THETA},
+    ),
     "window of some layers": (
         "qwen2",
-        _THETA | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+        _THETA
+        | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
         _PLAIN
         | {"use_sliding_window": True, "sliding_window": 5}
         | {"layer_types": ["full_attention"] + 3 * ["sliding_attention"]},
@@ -100,32 +146,50 @@ _SPELLINGS = {
     "alternating windows": (
         "gemma2",
         _THETA | {"sliding_window": 5},
-        _PLAIN | {"sliding_window": 5, "layer_types": 2 * ["sliding_attention", "full_attention"]},
+        _PLAIN
+        | {
+            "sliding_window": 5,
+            "layer_types": 2 * ["sliding_attention", "full_attention"],
+        },
     ),
     "two bases": (
         "gemma3_text",
         _THETA
-        | {"rope_local_base_freq": 100.0, "rope_scaling": _LINEAR, "sliding_window": 5, "sliding_window_pattern": 3},
+        | {
+            "rope_local_base_freq": 100.0,
+            "rope_scaling": _LINEAR,
+            "sliding_window": 5,
+            "sliding_window_pattern": 3,
+        },
         {
             "rope_parameters": {
                 "full_attention": _LINEAR | _THETA,
                 "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
             },
             "sliding_window": 5,
-            "layer_types": [*2 * ["sliding_attention"], "full_attention", "sliding_attention"],
+            "layer_types": [
+                *2 * ["sliding_attention"],
+                "full_attention",
+                "sliding_attention",
+            ],
         },
     ),
     "part of a head": (
         "phi3",
         _THETA | {"partial_rotary_factor": 0.5},
-        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5} | _THETA},
+        {
+            "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}
+            | _THETA
+        },
     ),
 }
 
 
 def _published(name):
     numbers, others = _PUBLISHED[name]
-    return FAMILY.read_config(dict(zip(_NAMES, numbers, strict=True)) | others | {"eos_token_id": [1, 106]})
+    return FAMILY.read_config(
+        dict(zip(_NAMES, numbers, strict=True)) | others | {"eos_token_id": [1, 106]}
+    )
 
 
 def test_models_have_the_published_numbers_of_parameters():
@@ -136,7 +200,9 @@ def test_models_have_the_published_numbers_of_parameters():
 @pytest.mark.parametrize("name", _PUBLISHED)
 def test_a_pool_s_manifest_gives_back_the_structure(name):
     config = _published(name)
-    record = json.loads(json.dumps({"family": "decoder", "config": dataclasses.asdict(config)}))
+    record = json.loads(
+        json.dumps({"family": "decoder", "config": dataclasses.asdict(config)})
+    )
     assert recorded_config(record) == config
 
 
@@ -151,18 +217,29 @@ def test_configs_of_transformers_4_and_5_describe_the_same_model(case):
 
 @pytest.mark.parametrize("model_type", ["llama", "phi3"])
 def test_minus_one_is_no_token_for_padding(model_type):
-    fields = _SMALL | {"model_type": model_type, "auto_map": {"AutoConfig": "theirs.Theirs"}}
+    fields = _SMALL | {
+        "model_type": model_type,
+        "auto_map": {"AutoConfig": "theirs.Theirs"},
+    }
     config = FAMILY.read_config(fields | {"pad_token_id": -1})
     assert config == FAMILY.read_config(fields | {"pad_token_id": small_llama.EOS})
 
 
 @pytest.mark.parametrize(
     ("model_type", "window", "sliding"),
-    [("llama", 0, ()), ("mistral", 5, (True, False, False, False)), ("phi3", 5, (True,) * 4)],
+    [
+        ("llama", 0, ()),
+        ("mistral", 5, (True, False, False, False)),
+        ("phi3", 5, (True,) * 4),
+    ],
 )
-def test_only_some_families_have_windows_or_layers_without_them(model_type, window, sliding):
+def test_only_some_families_have_windows_or_layers_without_them(
+    model_type, window, sliding
+):
     layers = ["sliding_attention", "full_attention", "full_attention", "full_attention"]
-    config = FAMILY.read_config(_SMALL | {"model_type": model_type, "sliding_window": 5, "layer_types": layers})
+    config = FAMILY.read_config(
+        _SMALL | {"model_type": model_type, "sliding_window": 5, "layer_types": layers}
+    )
     assert (config.window, config.sliding) == (window, sliding)
 
 
@@ -177,15 +254,36 @@ def test_only_some_families_have_windows_or_layers_without_them(model_type, wind
     ids=str,
 )
 def test_a_complete_config_is_read_as_transformers_completes_it(changes):
-    complete = {"vocab_size": 40, "head_dim": 8, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10_000.0}
+    complete = {
+        "vocab_size": 40,
+        "head_dim": 8,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10_000.0,
+    }
     complete |= {"attention_bias": False, "mlp_bias": False, "pad_token_id": None}
     complete = small_llama.CONFIG | complete | changes
     # A type of scaling that is spelled out is left to transformers.
-    assert FAMILY.read_config(complete) == FAMILY.read_config(complete | {"rope_scaling": {"rope_type": "default"}})
+    assert FAMILY.read_config(complete) == FAMILY.read_config(
+        complete | {"rope_scaling": {"rope_type": "default"}}
+    )
 
 
 def test_a_complete_config_with_a_width_that_heads_do_not_divide_is_refused():
-    complete = {"vocab_size": 40, "head_dim": 8, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10_000.0}
-    complete |= {"attention_bias": False, "mlp_bias": False, "pad_token_id": None, "num_attention_heads": 3}
-    with pytest.raises(ValueError, match="not a multiple of the number of attention heads"):
+    complete = {
+        "vocab_size": 40,
+        "head_dim": 8,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10_000.0,
+    }
+    complete |= {
+        "attention_bias": False,
+        "mlp_bias": False,
+        "pad_token_id": None,
+        "num_attention_heads": 3,
+    }
+    with pytest.raises(
+        ValueError, match="not a multiple of the number of attention heads"
+    ):
         FAMILY.read_config(small_llama.CONFIG | complete)

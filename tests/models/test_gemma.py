@@ -10,7 +10,11 @@ import language_model
 import numpy as np
 import pytest
 
-pytestmark = [pytest.mark.gemma, pytest.mark.nightly, pytest.mark.usefixtures("optimised_by_llvm")]
+pytestmark = [
+    pytest.mark.gemma,
+    pytest.mark.nightly,
+    pytest.mark.usefixtures("optimised_by_llvm"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -22,22 +26,33 @@ def test_ids_logits_and_answers_are_those_of_transformers(goldens, file):
     language_model.check(file, goldens / "gemma3", 1e-3)
 
 
-def test_the_harness_scores_the_first_word_of_each_answer_as_transformers(goldens, file):
+def test_the_harness_scores_the_first_word_of_each_answer_as_transformers(
+    goldens, file
+):
     pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
     from lm_eval.api.instance import Instance
 
     from lorafusion_jax.harness.model import HarnessLM
 
     texts = json.loads((goldens / "gemma3" / "texts.json").read_text())
-    golden, model = np.load(goldens / "gemma3" / "logits.npz"), HarnessLM(base=str(file), max_length=64)
-    pairs, scores = [], []
-    for number, (prompt, answer) in enumerate(zip(texts["prompts"], texts["greedy"], strict=True)):
+    golden = np.load(goldens / "gemma3" / "logits.npz")
+    model = HarnessLM(base=str(file), max_length=64)
+    pairs = []
+    scores = []
+    for number, (prompt, answer) in enumerate(
+        zip(texts["prompts"], texts["greedy"], strict=True)
+    ):
         word = model.tokenizer.decode(answer[:1])
         if model.tok_encode(prompt + word) == [*texts["ids"][number], answer[0]]:
             pairs.append((prompt, word))
-            scores.append(golden[f"{number}_top_val"][-1, 0] - golden[f"{number}_lse"][-1])
+            scores.append(
+                golden[f"{number}_top_val"][-1, 0] - golden[f"{number}_lse"][-1]
+            )
     assert len(pairs) > 1
-    asked = [Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=0) for pair in pairs]
+    asked = [
+        Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=0)
+        for pair in pairs
+    ]
     found = model.loglikelihood(asked)
     assert [score for score, _ in found] == pytest.approx(scores, abs=1e-3)
     assert all(greedy for _, greedy in found)

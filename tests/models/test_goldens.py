@@ -29,7 +29,10 @@ _POOLS = [
 ]
 # One of each composition and of each model, with magnitudes and without.
 _SHORT = [pytest.param(*_POOLS[0], marks=pytest.mark.smoke), *_POOLS[5:]]
-_CASES = [*_SHORT, *(pytest.param(*pool, marks=pytest.mark.long) for pool in _POOLS[1:5])]
+_CASES = [
+    *_SHORT,
+    *(pytest.param(*pool, marks=pytest.mark.long) for pool in _POOLS[1:5]),
+]
 
 
 class _Case(NamedTuple):
@@ -43,37 +46,66 @@ class _Case(NamedTuple):
     batches: tuple[lf.Batch, lf.Batch]
     inputs: dict[str, np.ndarray]
     golden: dict[str, np.ndarray]
-    rows: list[tuple[str, int]]  # site and layer of every row of the golden's magnitudes
+    rows: list[
+        tuple[str, int]
+    ]  # site and layer of every row of the golden's magnitudes
 
     def adapters(self, params=None):
-        return jax.jit(self.method.adapters)(params or self.params, self.frozen, self.index)[0]
+        return jax.jit(self.method.adapters)(
+            params or self.params, self.frozen, self.index
+        )[0]
 
-    def check(self, logits, *, loss=None, greedy=None, k=0, params=None, tolerance=1e-4):
+    def check(
+        self, logits, *, loss=None, greedy=None, k=0, params=None, tolerance=1e-4
+    ):
         """Compare a batch's logits at the golden's positions, its mean loss, and greedily generated tokens."""
-        batch, whole = self.batches[k], _rows_of_four(self.inputs, k)
-        found, of_labels, tokens = _say(self.graph, self.frozen.base, self.adapters(params), batch, whole)
-        rows, positions = np.flatnonzero(batch.row_mask), self.inputs["positions"]
+        batch = self.batches[k]
+        whole = _rows_of_four(self.inputs, k)
+        found, of_labels, tokens = _say(
+            self.graph, self.frozen.base, self.adapters(params), batch, whole
+        )
+        rows = np.flatnonzero(batch.row_mask)
+        positions = self.inputs["positions"]
         real = np.ones((len(rows), len(positions)), bool)
         if _is_causal(self.inputs):
             real = self.inputs[f"attention_mask_{k}"][:, positions] > 0
         _close(found[rows][:, positions][real], self.golden[logits][real], tolerance)
         if loss is not None:
-            _close(cross_entropy(of_labels[rows], batch.labels[rows]), self.golden[loss], 1e-5)
+            _close(
+                cross_entropy(of_labels[rows], batch.labels[rows]),
+                self.golden[loss],
+                1e-5,
+            )
         if greedy is not None:
             prompt = batch.input_ids.shape[1] if _is_causal(self.inputs) else 1
             np.testing.assert_array_equal(tokens[rows], self.golden[greedy][:, prompt:])
 
     def step(self, state, batch, *, l1, l2):
         recipe = lf.PRESETS["reference"]
-        rates = {"coefficients": jnp.float32(recipe.lr_coefficients), "magnitudes": jnp.float32(recipe.lr_magnitudes)}
-        rates = lf.Rates({group: rates[group] for group in self.params}, l2=jnp.float32(l2), l1=jnp.float32(l1))
-        return _step(state, self.batches[batch], self.problem(), rates, optimisation=recipe.optimisation(20))
+        rates = {
+            "coefficients": jnp.float32(recipe.lr_coefficients),
+            "magnitudes": jnp.float32(recipe.lr_magnitudes),
+        }
+        rates = lf.Rates(
+            {group: rates[group] for group in self.params},
+            l2=jnp.float32(l2),
+            l1=jnp.float32(l1),
+        )
+        return _step(
+            state,
+            self.batches[batch],
+            self.problem(),
+            rates,
+            optimisation=recipe.optimisation(20),
+        )
 
     def start(self):
         return lf.init_state(self.problem(), jax.random.key(0), self.params)
 
     def problem(self):
-        return lf.Problem(graph=self.graph, method=self.method, frozen=self.frozen, index=self.index)
+        return lf.Problem(
+            graph=self.graph, method=self.method, frozen=self.frozen, index=self.index
+        )
 
     def by_row(self, magnitudes):
         return np.stack([magnitudes[site][layer] for site, layer in self.rows])
@@ -86,30 +118,54 @@ def case(goldens):
     @functools.cache
     def base(kind):
         arrays = dict(np.load(goldens / kind / "inputs.npz"))
-        return lf.load_base(goldens / kind / "base"), arrays, (_batch(arrays, 0), _batch(arrays, 1))
+        return (
+            lf.load_base(goldens / kind / "base"),
+            arrays,
+            (_batch(arrays, 0), _batch(arrays, 1)),
+        )
 
     @functools.cache
     def make(kind, file="inputs"):
         model, arrays, batches = base(kind)
         graph, weights = nnx.split(model)
         if file == "inputs":
-            return _Case(graph, lf.ZeroShot(), lf.Frozen(weights), jnp.arange(0), {}, batches, arrays, arrays, [])
+            return _Case(
+                graph,
+                lf.ZeroShot(),
+                lf.Frozen(weights),
+                jnp.arange(0),
+                {},
+                batches,
+                arrays,
+                arrays,
+                [],
+            )
         golden = dict(np.load(goldens / kind / f"{file}.npz"))
         names = [file.removeprefix("single_").removesuffix("_fused")]
         if file.startswith("pool"):
             names = _LORAS[: len(golden["grad_coeff"])]
         sources = [str(goldens / kind / "adapters" / name) for name in names]
-        pool = lf.read_pool(sources, model.config, base_tensor=lf.base_tensor(goldens / kind / "base"))
-        frozen = lf.Frozen(weights, pool, lf.gram(pool, {site: lf.kernels(model)[site] for site in pool.A}))
+        pool = lf.read_pool(
+            sources, model.config, base_tensor=lf.base_tensor(goldens / kind / "base")
+        )
+        frozen = lf.Frozen(
+            weights,
+            pool,
+            lf.gram(pool, {site: lf.kernels(model)[site] for site in pool.A}),
+        )
         # Only the sum takes several ranks.
         composition = "sum" if "products" in file or "pattern" in file else "mix"
-        method = lf.Fusion(composition=composition, start="uniform", magnitudes="dora" in file)
+        method = lf.Fusion(
+            composition=composition, start="uniform", magnitudes="dora" in file
+        )
         index = jnp.arange(len(pool))
         params = method.init(frozen, index, jax.random.key(0))
         if "traj_coeff" in golden:
             params["coefficients"] = jnp.asarray(golden["traj_coeff"][0])
         rows = [lf.places(model.config)[path] for path in golden.get("modules", ())]
-        return _Case(graph, method, frozen, index, params, batches, arrays, golden, rows)
+        return _Case(
+            graph, method, frozen, index, params, batches, arrays, golden, rows
+        )
 
     return make
 
@@ -121,20 +177,26 @@ def _is_causal(arrays):
 
 def _rows_of_four(arrays, k, start=0, end=None):
     """Return ids and mask of a batch. Both batches have four rows, so that they share programs."""
-    ids, mask = (arrays[f"{name}_{k}"][:, start:end] for name in ("input_ids", "attention_mask"))
+    ids = arrays[f"{'input_ids'}_{k}"][:, start:end]
+    mask = arrays[f"{'attention_mask'}_{k}"][:, start:end]
     filling = ((0, 4 - len(ids)), (0, 0))
-    return jnp.asarray(np.pad(ids, filling), jnp.int32), jnp.asarray(np.pad(mask > 0, filling))
+    return jnp.asarray(np.pad(ids, filling), jnp.int32), jnp.asarray(
+        np.pad(mask > 0, filling)
+    )
 
 
 def _batch(arrays, k):
-    labels, prompt = arrays[f"labels_{k}"], None
+    labels = arrays[f"labels_{k}"]
+    prompt = None
     if _is_causal(arrays):
         prompt = int(np.argmax(labels[0] >= 0))
         assert (labels[:, :prompt] < 0).all() and (labels[:, prompt] >= 0).all()
         labels = labels[:, prompt:]
     labels = np.pad(labels, ((0, 4 - len(labels)), (0, 0)), constant_values=-100)
     row_mask = jnp.arange(4) < len(arrays[f"labels_{k}"])
-    return lf.Batch(*_rows_of_four(arrays, k, end=prompt), jnp.asarray(labels, jnp.int32), row_mask)
+    return lf.Batch(
+        *_rows_of_four(arrays, k, end=prompt), jnp.asarray(labels, jnp.int32), row_mask
+    )
 
 
 # Adapters are arguments: fusions that differ in their pools' names alone share this program.
@@ -142,10 +204,14 @@ def _batch(arrays, k):
 def _say(graph, base, adapters, batch, whole):
     """Return logits by teacher forcing, those that predict each label, and greedily generated tokens."""
     model = nnx.merge(graph, base)
-    of_labels = logits = model.label_logits(batch.input_ids, batch.input_mask, batch.labels, adapters)
+    of_labels = logits = model.label_logits(
+        batch.input_ids, batch.input_mask, batch.labels, adapters
+    )
     if model.config.causal:
         logits = model(*whole, adapters)
-    tokens = lf.generate(model, batch.input_ids, batch.input_mask, adapters, max_new_tokens=16)
+    tokens = lf.generate(
+        model, batch.input_ids, batch.input_mask, adapters, max_new_tokens=16
+    )
     return logits, of_labels, tokens
 
 
@@ -157,9 +223,13 @@ def _close(got, wanted, tolerance, relative=0.0):
 
 
 @pytest.mark.accelerator
-@pytest.mark.parametrize("kind", [pytest.param("t5a", marks=pytest.mark.smoke), *_KINDS[1:]])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("t5a", marks=pytest.mark.smoke), *_KINDS[1:]]
+)
 def test_the_base_alone(case, kind):
-    case(kind).check("base_logits_0", loss="base_loss_mean_ce_0", greedy="base_greedy_0")
+    case(kind).check(
+        "base_logits_0", loss="base_loss_mean_ce_0", greedy="base_greedy_0"
+    )
 
 
 @pytest.mark.accelerator
@@ -169,17 +239,27 @@ def test_the_base_alone(case, kind):
         pytest.param("lora_0", marks=pytest.mark.smoke),
         *("rank_alpha_pattern", "dora"),
         # Tests of tests/io read the pickle and the scaling too.
-        *(pytest.param(name, marks=pytest.mark.long) for name in ("lora_0_bin", "rslora")),
+        *(
+            pytest.param(name, marks=pytest.mark.long)
+            for name in ("lora_0_bin", "rslora")
+        ),
     ],
 )
 def test_single_adapter(case, name):
     single = case("t5a", f"single_{name}")
-    assert all(np.all(np.asarray(c) == 1) for c in jax.tree.leaves(single.params["coefficients"]))
+    assert all(
+        np.all(np.asarray(c) == 1)
+        for c in jax.tree.leaves(single.params["coefficients"])
+    )
     tolerance = 2e-4 if name == "rslora" else 1e-4
     single.check("logits", loss="loss_mean_ce", greedy="greedy", tolerance=tolerance)
     single.check("logits_batch1", k=1, tolerance=tolerance)
-    graph, merged = nnx.split(lf.merged_base(nnx.merge(single.graph, single.frozen.base), single.adapters()))
-    base = single._replace(graph=graph, method=lf.ZeroShot(), frozen=lf.Frozen(merged), params={})
+    graph, merged = nnx.split(
+        lf.merged_base(nnx.merge(single.graph, single.frozen.base), single.adapters())
+    )
+    base = single._replace(
+        graph=graph, method=lf.ZeroShot(), frozen=lf.Frozen(merged), params={}
+    )
     base.check("logits_merged", tolerance=tolerance)
 
 
@@ -187,8 +267,12 @@ def test_single_adapter(case, name):
     "method",
     [
         lf.Fusion(composition="sum", magnitudes=False),  # coefficients
-        lf.Fusion(composition="mix", start="xavier", magnitudes=False),  # the same, of the reference preset
-        pytest.param(lf.Fusion(granularity="global", magnitudes=False), marks=pytest.mark.long),  # mean and single
+        lf.Fusion(
+            composition="mix", start="xavier", magnitudes=False
+        ),  # the same, of the reference preset
+        pytest.param(
+            lf.Fusion(granularity="global", magnitudes=False), marks=pytest.mark.long
+        ),  # mean and single
     ],
     ids=["coefficients", "mix", "single"],
 )
@@ -227,7 +311,8 @@ def test_loss_and_gradients(case, kind, file):
 @pytest.mark.parametrize(("kind", "file"), _CASES)
 def test_twenty_steps_of_the_reference_protocol(case, kind, file):
     fusion = case(kind, file)
-    golden, recipe = fusion.golden, lf.PRESETS["reference"]
+    golden = fusion.golden
+    recipe = lf.PRESETS["reference"]
     state = fusion.start()
     for number in range(20):
         state, metrics = fusion.step(state, number % 2, l1=recipe.l1, l2=recipe.l2)
@@ -236,6 +321,10 @@ def test_twenty_steps_of_the_reference_protocol(case, kind, file):
         _close(state.params["coefficients"], golden["traj_coeff"][number + 1], 1e-4)
         if fusion.method.magnitudes and number + 1 in golden["magnitude_steps"]:
             (row,) = np.flatnonzero(golden["magnitude_steps"] == number + 1)
-            _close(fusion.by_row(state.params["magnitudes"]), golden["traj_mag"][row], 1e-4)
+            _close(
+                fusion.by_row(state.params["magnitudes"]), golden["traj_mag"][row], 1e-4
+            )
     # Numbers within 1e-4 of the golden's give logits further from its logits than the model's own error.
-    fusion.check("logits_final", greedy="greedy_final", params=state.params, tolerance=3e-4)
+    fusion.check(
+        "logits_final", greedy="greedy_final", params=state.params, tolerance=3e-4
+    )

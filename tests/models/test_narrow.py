@@ -9,16 +9,21 @@ import pytest
 
 from lorafusion_jax.models.narrow import from_bits, kept, to_bits
 
-_LAYERS, _WIDTH = 6, 64
+_LAYERS = 6
+_WIDTH = 64
 
 
 def _stack(dtype) -> jax.Array:
     numbers = jax.random.normal(jax.random.key(0), (_LAYERS, _WIDTH, _WIDTH))
-    return (jnp.abs(4 * numbers) if jnp.issubdtype(dtype, jnp.integer) else 0.1 * numbers).astype(dtype)
+    return (
+        jnp.abs(4 * numbers) if jnp.issubdtype(dtype, jnp.integer) else 0.1 * numbers
+    ).astype(dtype)
 
 
 def _body(x, layer):
-    y = jnp.tanh(jnp.dot(x, layer.astype(x.dtype), preferred_element_type=jnp.float32) / 8).astype(x.dtype)
+    y = jnp.tanh(
+        jnp.dot(x, layer.astype(x.dtype), preferred_element_type=jnp.float32) / 8
+    ).astype(x.dtype)
     return y, y[0]
 
 
@@ -31,14 +36,18 @@ def _by_bits(x, stack, *, save: str | None = None):
         return to_bits(_body(*from_bits((carry, layer))))
 
     if save is not None:
-        body = jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(save))
+        body = jax.checkpoint(
+            body, policy=jax.checkpoint_policies.save_only_these_names(save)
+        )
     return from_bits(jax.lax.scan(body, *to_bits((x, stack))))
 
 
 def _equal(found, wanted):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         assert a.dtype == b.dtype
-        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+        np.testing.assert_array_equal(
+            np.asarray(a, np.float32), np.asarray(b, np.float32)
+        )
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.uint4, jnp.int4])
@@ -50,7 +59,9 @@ def test_a_loop_over_bits_is_a_loop_over_numbers(dtype):
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("save", [None, "nothing has this name"])
 def test_gradients_are_those_of_the_numbers(batched, save):
-    x = jax.random.normal(jax.random.key(1), (2, 3, _WIDTH) if batched else (3, _WIDTH)).astype(jnp.bfloat16)
+    x = jax.random.normal(
+        jax.random.key(1), (2, 3, _WIDTH) if batched else (3, _WIDTH)
+    ).astype(jnp.bfloat16)
 
     def loss(of, x, stack):
         run = jax.vmap(of, in_axes=(0, None)) if batched else of
@@ -72,16 +83,24 @@ def test_a_loop_holds_no_wider_copy_of_its_stack(dtype, bits):
 
     def temporaries(of) -> float:
         """Return the bits for each number of the stack."""
-        found = jax.jit(lambda *given: of(*given)[0]).lower(x, stack).compile().memory_analysis()
+        found = (
+            jax.jit(lambda *given: of(*given)[0])
+            .lower(x, stack)
+            .compile()
+            .memory_analysis()
+        )
         return 8 * found.temp_size_in_bytes / (layers * _WIDTH**2)
 
     assert temporaries(_by_bits) < 1.2 * bits
-    if dtype == jnp.uint4 or jax.__version__.startswith("0.10."):  # Once this fails, there is no need of bits any more.
+    if dtype == jnp.uint4 or jax.__version__.startswith(
+        "0.10."
+    ):  # Once this fails, there is no need of bits any more.
         assert temporaries(_plain) > 1.8 * bits
 
 
 def test_what_the_backward_pass_keeps_is_kept_as_bits():
-    x, stack = jnp.ones((3, _WIDTH), jnp.bfloat16), _stack(jnp.bfloat16)
+    x = jnp.ones((3, _WIDTH), jnp.bfloat16)
+    stack = _stack(jnp.bfloat16)
 
     def by_bits(x, layer):
         return jnp.tanh(kept(x @ layer, "product")), None
@@ -90,8 +109,12 @@ def test_what_the_backward_pass_keeps_is_kept_as_bits():
         return jnp.tanh(x @ layer), None
 
     def gradient(body):
-        body = jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names("product"))
-        return jax.grad(lambda x: jnp.sum(jax.lax.scan(body, x, stack)[0].astype(jnp.float32)))
+        body = jax.checkpoint(
+            body, policy=jax.checkpoint_policies.save_only_these_names("product")
+        )
+        return jax.grad(
+            lambda x: jnp.sum(jax.lax.scan(body, x, stack)[0].astype(jnp.float32))
+        )
 
     stacked = f"[{_LAYERS},3,{_WIDTH}]"
     assert f"u16{stacked}" in str(jax.make_jaxpr(gradient(by_bits))(x))

@@ -18,11 +18,22 @@ from flax import nnx
 from peft_models import Fused, fused
 
 import lorafusion_jax as lf
-from lorafusion_jax.parts import Model, Params, cross_entropy, expand, fused_adapter, lora_adapter, write_adapter
+from lorafusion_jax.parts import (
+    Model,
+    Params,
+    cross_entropy,
+    expand,
+    fused_adapter,
+    lora_adapter,
+    write_adapter,
+)
 
 pytestmark = pytest.mark.peft
 
-_VOCABULARY, _WINDOW, _TOKENS, _PROMPT = 97, 5, 8, 4
+_VOCABULARY = 97
+_WINDOW = 5
+_TOKENS = 8
+_PROMPT = 4
 _SIZES = {
     "vocab_size": _VOCABULARY,
     "hidden_size": 32,
@@ -39,24 +50,40 @@ _SIZES = {
 _GEMMA = {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": _WINDOW}
 # Every family with what sets it apart, strong enough to matter.
 _FAMILIES = {
-    "t5": {"vocab_size": _VOCABULARY, "feed_forward_proj": "relu", "tie_word_embeddings": True},
+    "t5": {
+        "vocab_size": _VOCABULARY,
+        "feed_forward_proj": "relu",
+        "tie_word_embeddings": True,
+    },
     "llama": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
     "mistral": {"sliding_window": _WINDOW, "tie_word_embeddings": False},
-    "qwen2": {"use_sliding_window": True, "sliding_window": _WINDOW, "max_window_layers": 1},
+    "qwen2": {
+        "use_sliding_window": True,
+        "sliding_window": _WINDOW,
+        "max_window_layers": 1,
+    },
     "qwen3": {"head_dim": 12},
     "gemma2": _GEMMA | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0},
     "gemma3_text": _GEMMA
     | {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         "rope_parameters": {
-            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0},
+            "full_attention": {
+                "rope_type": "linear",
+                "factor": 4.0,
+                "rope_theta": 1000.0,
+            },
             "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
         },
     },
     "phi3": {
         "sliding_window": _WINDOW,
         "tie_word_embeddings": False,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 100.0,
+            "partial_rotary_factor": 0.5,
+        },
     },
     "qwen3_5_text": {
         "num_hidden_layers": 6,
@@ -66,11 +93,24 @@ _FAMILIES = {
         "linear_num_value_heads": 4,
         "linear_key_head_dim": 6,
         "linear_value_head_dim": 10,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 100.0,
+            "partial_rotary_factor": 0.5,
+        },
     },
 }
-_YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8, "rope_theta": 100.0}
-_GRANITE_4 = {"layer_types": ["attention"] * 3, "num_local_experts": 0, "shared_intermediate_size": 40}
+_YARN = {
+    "rope_type": "yarn",
+    "factor": 8.0,
+    "original_max_position_embeddings": 8,
+    "rope_theta": 100.0,
+}
+_GRANITE_4 = {
+    "layer_types": ["attention"] * 3,
+    "num_local_experts": 0,
+    "shared_intermediate_size": 40,
+}
 _GRANITE_4 |= {"mamba_n_heads": 4, "logits_scaling": 5.0}
 # Families whose linear maps are Llama's: their fusions are tested at length only.
 _FURTHER = {
@@ -82,12 +122,25 @@ _FURTHER = {
         "logits_scaling": 5.0,
     },
     "granitemoehybrid": _GRANITE_4,
-    "ministral": {"head_dim": 12, "sliding_window": _WINDOW, "layer_types": _FAMILIES["gemma3_text"]["layer_types"]},
-    "smollm3": {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": _WINDOW},
+    "ministral": {
+        "head_dim": 12,
+        "sliding_window": _WINDOW,
+        "layer_types": _FAMILIES["gemma3_text"]["layer_types"],
+    },
+    "smollm3": {
+        "no_rope_layers": [1, 0, 1],
+        "use_sliding_window": True,
+        "sliding_window": _WINDOW,
+    },
     "olmo2": {},
     "hunyuan_v1_dense": {
         "head_dim": 12,
-        "rope_parameters": {"rope_type": "dynamic", "factor": 1.0, "alpha": 30.0, "rope_theta": 50.0},
+        "rope_parameters": {
+            "rope_type": "dynamic",
+            "factor": 1.0,
+            "alpha": 30.0,
+            "rope_theta": 50.0,
+        },
     },
     "olmo3": {
         "sliding_window": _WINDOW,
@@ -101,31 +154,76 @@ _FURTHER = {
         "head_dim": 12,
         "sliding_window": _WINDOW,
         "rope_parameters": _YARN
-        | {"original_max_position_embeddings": 4, "llama_4_scaling_beta": 0.5, "mscale": 1.0, "mscale_all_dim": 0.7},
+        | {
+            "original_max_position_embeddings": 4,
+            "llama_4_scaling_beta": 0.5,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.7,
+        },
     },
 }
-_VIT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+_VIT = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 _VIT |= {"image_size": 28, "patch_size": 14}
-_QWEN_VIT = {"depth": 1, "num_heads": 2, "hidden_size": 16, "intermediate_size": 16, "out_hidden_size": 32}
+_QWEN_VIT = {
+    "depth": 1,
+    "num_heads": 2,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "out_hidden_size": 32,
+}
 _MROPE = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [1, 1, 2]}
 # Models for images and text: the fields of the text model, and of the others.
 _WITH_IMAGES = {
-    "gemma3": (_FAMILIES["gemma3_text"], {"vision_config": _VIT, "mm_tokens_per_image": 4}),
+    "gemma3": (
+        _FAMILIES["gemma3_text"],
+        {"vision_config": _VIT, "mm_tokens_per_image": 4},
+    ),
     "qwen2_vl": (
         {"rope_parameters": _MROPE},
-        {"vision_config": {"depth": 1, "num_heads": 2, "embed_dim": 16, "hidden_size": 32}},
+        {
+            "vision_config": {
+                "depth": 1,
+                "num_heads": 2,
+                "embed_dim": 16,
+                "hidden_size": 32,
+            }
+        },
     ),
-    "qwen2_5_vl": ({"rope_parameters": _MROPE}, {"vision_config": _QWEN_VIT, "tie_word_embeddings": True}),
+    "qwen2_5_vl": (
+        {"rope_parameters": _MROPE},
+        {"vision_config": _QWEN_VIT, "tie_word_embeddings": True},
+    ),
     "qwen3_vl": (
-        {"head_dim": 12, "rope_parameters": _MROPE | {"mrope_section": [2, 2, 2], "mrope_interleaved": True}},
-        {"vision_config": _QWEN_VIT | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}},
+        {
+            "head_dim": 12,
+            "rope_parameters": _MROPE
+            | {"mrope_section": [2, 2, 2], "mrope_interleaved": True},
+        },
+        {
+            "vision_config": _QWEN_VIT
+            | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+        },
     ),
-    "qwen3_5": (_FAMILIES["qwen3_5_text"], {"vision_config": _QWEN_VIT | {"num_position_embeddings": 16}}),
+    "qwen3_5": (
+        _FAMILIES["qwen3_5_text"],
+        {"vision_config": _QWEN_VIT | {"num_position_embeddings": 16}},
+    ),
     "mistral3": (
         _FURTHER["ministral3"] | {"model_type": "ministral3"},
-        {"vision_config": _VIT | {"model_type": "pixtral"}, "tie_word_embeddings": False},
+        {
+            "vision_config": _VIT | {"model_type": "pixtral"},
+            "tie_word_embeddings": False,
+        },
     ),
-    "llava": ({"model_type": "llama"}, {"vision_config": _VIT | {"model_type": "clip_vision_model"}}),
+    "llava": (
+        {"model_type": "llama"},
+        {"vision_config": _VIT | {"model_type": "clip_vision_model"}},
+    ),
     "idefics3": ({"model_type": "llama"}, {"vision_config": _VIT}),
     "smolvlm": ({"model_type": "llama"}, {"vision_config": _VIT}),
 }
@@ -139,8 +237,16 @@ _LONGROPE = {
 _VARIANTS = {
     "plain": {"tie_word_embeddings": False},
     "tied": {"tie_word_embeddings": True},
-    "linear": {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 100.0}},
-    "partial": {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}},
+    "linear": {
+        "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 100.0}
+    },
+    "partial": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 100.0,
+            "partial_rotary_factor": 0.5,
+        }
+    },
     # Rows are longer than these contexts.
     "dynamic": {
         "max_position_embeddings": 6,
@@ -157,10 +263,14 @@ _VARIANTS = {
         }
     },
     "yarn": {"rope_parameters": _YARN},
-    "yarn between pairs": {"rope_parameters": _YARN | {"truncate": False, "beta_fast": 3.0, "beta_slow": 0.2}},
+    "yarn between pairs": {
+        "rope_parameters": _YARN
+        | {"truncate": False, "beta_fast": 3.0, "beta_slow": 0.2}
+    },
     "mt5": {"model_type": "mt5", "vocab_size": _VOCABULARY},
     "no rope": {"model_type": "smollm3", "no_rope_layers": [1, 0, 1]},
-    "rope in a Granite 4": _GRANITE_4 | {"model_type": "granitemoehybrid", "position_embedding_type": "rope"},
+    "rope in a Granite 4": _GRANITE_4
+    | {"model_type": "granitemoehybrid", "position_embedding_type": "rope"},
     **{kind: changes | {"model_type": kind} for kind, changes in _FURTHER.items()},
     **{kind: {"model_type": kind} for kind in _WITH_IMAGES},
 }
@@ -170,11 +280,17 @@ _ADAPTERS = {
     "other": {"r": 4, "lora_alpha": 5},
     "dora": {"r": 3, "lora_alpha": 6, "use_dora": True},
 }
-_LONG_GRADIENTS = [pytest.param(kind, "sum", marks=pytest.mark.long) for kind in (*_FURTHER, "qwen3_vl")]
+_LONG_GRADIENTS = [
+    pytest.param(kind, "sum", marks=pytest.mark.long)
+    for kind in (*_FURTHER, "qwen3_vl")
+]
 _FUSED = {"sum": ("small", "large"), "mix": ("large", "other")}
 _SCALE = 0.6  # of a DoRA adapter
 
-_ROWS = [np.random.default_rng(0).integers(3, _VOCABULARY, length).tolist() for length in (12, 5, 9)]
+_ROWS = [
+    np.random.default_rng(0).integers(3, _VOCABULARY, length).tolist()
+    for length in (12, 5, 9)
+]
 _WIDTH = 14
 _ANSWER = [0, 8, 5, 13, 21]  # what the decoder of an encoder-decoder has read
 
@@ -190,9 +306,11 @@ def _made(folder: Path, model_type: str, changes: dict[str, Any]) -> Path:
     else:
         if model_type in _WITH_IMAGES:
             text, changes = _WITH_IMAGES[model_type]
-            fields, kind = changes | {"text_config": _SIZES | text}, "ImageTextToText"
+            fields = changes | {"text_config": _SIZES | text}
+            kind = "ImageTextToText"
         else:
-            fields, kind = _SIZES | changes, "CausalLM"
+            fields = _SIZES | changes
+            kind = "CausalLM"
         config = transformers.AutoConfig.for_model(model_type, **fields)
         model = getattr(transformers, f"AutoModelFor{kind}").from_config(config)
     with torch.no_grad():
@@ -222,7 +340,11 @@ def _read_adapted(folder: Path, adapter: Path):
 def _inputs(model, row: list[int]) -> dict[str, Any]:
     import torch
 
-    both = {"decoder_input_ids": torch.tensor([_ANSWER])} if model.config.is_encoder_decoder else {}
+    both = (
+        {"decoder_input_ids": torch.tensor([_ANSWER])}
+        if model.config.is_encoder_decoder
+        else {}
+    )
     return {"input_ids": torch.tensor([row])} | both
 
 
@@ -250,27 +372,41 @@ def _padded() -> tuple[jax.Array, jax.Array]:
     ids = np.full((2 * len(_ROWS), _WIDTH), 7, np.int32)
     mask = np.zeros(ids.shape, bool)
     for number, row in enumerate(_ROWS):
-        for at, place in ((number, slice(len(row))), (len(_ROWS) + number, slice(_WIDTH - len(row), None))):
-            ids[at, place], mask[at, place] = row, True
+        for at, place in (
+            (number, slice(len(row))),
+            (len(_ROWS) + number, slice(_WIDTH - len(row), None)),
+        ):
+            ids[at, place] = row
+            mask[at, place] = True
     return jnp.asarray(ids), jnp.asarray(mask)
 
 
 @functools.partial(jax.jit, static_argnames="graph")
 def _run(graph, weights, adapters):
-    model, rows = nnx.merge(graph, weights), _padded()
-    answers = () if model.config.causal else (jnp.tile(jnp.array(_ANSWER), (len(rows[0]), 1)),)
+    model = nnx.merge(graph, weights)
+    rows = _padded()
+    answers = (
+        ()
+        if model.config.causal
+        else (jnp.tile(jnp.array(_ANSWER), (len(rows[0]), 1)),)
+    )
     return model(*rows, *answers, adapters)
 
 
 @functools.partial(jax.jit, static_argnames="graph")
 def _say(graph, weights, adapters):
-    return lf.generate(nnx.merge(graph, weights), *_padded(), adapters, max_new_tokens=_TOKENS)
+    return lf.generate(
+        nnx.merge(graph, weights), *_padded(), adapters, max_new_tokens=_TOKENS
+    )
 
 
-def _check(theirs: list[np.ndarray], model: Model, adapters: dict[str, Any] | None = None) -> None:
+def _check(
+    theirs: list[np.ndarray], model: Model, adapters: dict[str, Any] | None = None
+) -> None:
     """Check the logits of every real token, to 1e-4 of the largest."""
     graph, weights = nnx.split(model)
-    ours, mask = np.asarray(_run(graph, weights, adapters or {})), np.asarray(_padded()[1])
+    ours = np.asarray(_run(graph, weights, adapters or {}))
+    mask = np.asarray(_padded()[1])
     mask = mask if model.config.causal else np.ones(ours.shape[:2], bool)
     tolerance = 1e-4 * max(np.abs(row).max() for row in theirs)
     for got, real, wanted in zip(ours, mask, 2 * theirs, strict=True):
@@ -286,20 +422,34 @@ def _check_said(theirs, model: Model, adapters: dict[str, Any] | None = None) ->
     for number, row in enumerate(_ROWS):
         prompt = torch.tensor([row])
         _forget(theirs)
-        how = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "max_new_tokens": _TOKENS}
-        wanted = theirs.generate(prompt, **how)[0, len(row) if model.config.causal else 1 :].numpy()
+        how = {
+            "attention_mask": torch.ones_like(prompt),
+            "do_sample": False,
+            "max_new_tokens": _TOKENS,
+        }
+        wanted = theirs.generate(prompt, **how)[
+            0, len(row) if model.config.causal else 1 :
+        ].numpy()
         for got in (ours[number], ours[len(_ROWS) + number]):
             np.testing.assert_array_equal(got[: len(wanted)], wanted)
             assert (got[len(wanted) :] == 0).all()
 
 
 def _differ(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
-    return all(np.abs(x - y).max() > 1e-2 * np.abs(y).max() for x, y in zip(a, b, strict=True))
+    return all(
+        np.abs(x - y).max() > 1e-2 * np.abs(y).max() for x, y in zip(a, b, strict=True)
+    )
 
 
 @pytest.fixture(
     scope="module",
-    params=[*_FAMILIES, *(pytest.param(kind, marks=pytest.mark.long) for kind in (*_FURTHER, *_WITH_IMAGES))],
+    params=[
+        *_FAMILIES,
+        *(
+            pytest.param(kind, marks=pytest.mark.long)
+            for kind in (*_FURTHER, *_WITH_IMAGES)
+        ),
+    ],
 )
 def base(request, tmp_path_factory) -> Path:
     """A base model of a family, with adapters on all its linear maps as PEFT saves them."""
@@ -309,7 +459,11 @@ def base(request, tmp_path_factory) -> Path:
     _made(folder / "base", request.param, (_FAMILIES | _FURTHER).get(request.param, {}))
     for name, fields in _ADAPTERS.items():
         task = "SEQ_2_SEQ_LM" if request.param == "t5" else "CAUSAL_LM"
-        linear = r".*(language|text)_model\..*_proj(_\w+)?" if request.param in _WITH_IMAGES else "all-linear"
+        linear = (
+            r".*(language|text)_model\..*_proj(_\w+)?"
+            if request.param in _WITH_IMAGES
+            else "all-linear"
+        )
         config = peft.LoraConfig(task_type=task, target_modules=linear, **fields)
         adapted = peft.get_peft_model(_read(folder / "base"), config)
         peft_models.randomise(adapted, std=0.2).save_pretrained(folder / name)
@@ -335,7 +489,9 @@ def fusion(base, model) -> Callable[[str, bool], Fused]:
 
 def _fusion(base: Path, model: Model, composition: str, magnitudes: bool) -> Fused:
     folders = [base.parent / name for name in _FUSED[composition]]
-    return fused(model, folders, lf.Fusion(composition=composition, magnitudes=magnitudes))
+    return fused(
+        model, folders, lf.Fusion(composition=composition, magnitudes=magnitudes)
+    )
 
 
 def _in_torch(base: Path, config: lf.Architecture, composition: str, params: Params):
@@ -344,36 +500,64 @@ def _in_torch(base: Path, config: lf.Architecture, composition: str, params: Par
     from safetensors.torch import load_file
 
     model = _read(base)
-    files = [load_file(base.parent / name / "adapter_model.safetensors") for name in _FUSED[composition]]
+    files = [
+        load_file(base.parent / name / "adapter_model.safetensors")
+        for name in _FUSED[composition]
+    ]
     scales = [
-        fields["lora_alpha"] / (fields["r"] ** 0.5 if fields.get("use_rslora") else fields["r"])
+        fields["lora_alpha"]
+        / (fields["r"] ** 0.5 if fields.get("use_rslora") else fields["r"])
         for fields in (_ADAPTERS[name] for name in _FUSED[composition])
     ]
-    leaves = jax.tree.map(lambda a: torch.tensor(np.array(a), requires_grad=True), params)
-    blocks = [f"{stack}.{layer}" for stack, of in config.stacks.items() for layer in range(of.layers)]
+    leaves = jax.tree.map(
+        lambda a: torch.tensor(np.array(a), requires_grad=True), params
+    )
+    blocks = [
+        f"{stack}.{layer}"
+        for stack, of in config.stacks.items()
+        for layer in range(of.layers)
+    ]
 
     def weights() -> dict[str, torch.Tensor]:
         found = {}
         for name, site in config.sites.items():
             for layer in range(site.layers):
                 path = site.path_of(layer)
-                pairs = [[file[f"base_model.model.{path}.lora_{f}.weight"] for f in "AB"] for file in files]
-                c = leaves["coefficients"][:, blocks.index(f"{name.partition('.')[0]}.{layer}")]
+                pairs = [
+                    [file[f"base_model.model.{path}.lora_{f}.weight"] for f in "AB"]
+                    for file in files
+                ]
+                c = leaves["coefficients"][
+                    :, blocks.index(f"{name.partition('.')[0]}.{layer}")
+                ]
                 if composition == "mix":
                     A = sum(x * A for x, (A, _) in zip(c, pairs, strict=True))
-                    B = sum(x * s * B for x, s, (_, B) in zip(c, scales, pairs, strict=True))
+                    B = sum(
+                        x * s * B for x, s, (_, B) in zip(c, scales, pairs, strict=True)
+                    )
                     update = B @ A
                 else:
-                    update = sum(x * s * B @ A for x, s, (A, B) in zip(c, scales, pairs, strict=True))
+                    update = sum(
+                        x * s * B @ A
+                        for x, s, (A, B) in zip(c, scales, pairs, strict=True)
+                    )
                 weight = model.get_parameter(f"{path}.weight").detach() + update
                 if "magnitudes" in leaves:
                     # PEFT's DoRA: the norm is a constant.
-                    weight = weight * (leaves["magnitudes"][name][layer] / weight.norm(dim=1).detach())[:, None]
+                    weight = (
+                        weight
+                        * (
+                            leaves["magnitudes"][name][layer]
+                            / weight.norm(dim=1).detach()
+                        )[:, None]
+                    )
                 found[f"{path}.weight"] = weight
         return found
 
     def run(row: list[int]) -> torch.Tensor:
-        return torch.func.functional_call(model, weights(), (), _inputs(model, row)).logits[0]
+        return torch.func.functional_call(
+            model, weights(), (), _inputs(model, row)
+        ).logits[0]
 
     return run, leaves
 
@@ -382,8 +566,12 @@ def test_a_family_without_adapters(model, plain):
     _check(plain, model)
 
 
-@pytest.mark.parametrize(("composition", "magnitudes"), [("sum", False), ("sum", True), ("mix", False)])
-def test_a_fusion_and_its_exported_adapter(base, model, fusion, plain, tmp_path, composition, magnitudes):
+@pytest.mark.parametrize(
+    ("composition", "magnitudes"), [("sum", False), ("sum", True), ("mix", False)]
+)
+def test_a_fusion_and_its_exported_adapter(
+    base, model, fusion, plain, tmp_path, composition, magnitudes
+):
     found = fusion(composition, magnitudes)
     run, _ = _in_torch(base, model.config, composition, found.params)
     wanted = [run(row).detach().numpy() for row in _ROWS]
@@ -392,7 +580,9 @@ def test_a_fusion_and_its_exported_adapter(base, model, fusion, plain, tmp_path,
     pool = found.frozen.pool
     spread = expand(found.params["coefficients"], pool, "block")
     exported = {"base": str(base), "magnitudes": found.params.get("magnitudes")}
-    adapter = fused_adapter(model.config, pool, jnp.arange(2), spread, composition, **exported)
+    adapter = fused_adapter(
+        model.config, pool, jnp.arange(2), spread, composition, **exported
+    )
     write_adapter(tmp_path / "fused", *adapter)
     _check(_theirs(_read_adapted(base, tmp_path / "fused")), model, found.adapters)
 
@@ -405,8 +595,12 @@ def test_a_merged_fusion_in_transformers(base, model, fusion, tmp_path):
     _check_said(merged, model, found.adapters)
 
 
-def test_a_dora_adapter_at_a_coefficient_is_peft_with_its_layers_scaled(base, model, plain):
-    adapters = fused(model, [base.parent / "dora"], lf.Fusion(magnitudes=False), _SCALE).adapters
+def test_a_dora_adapter_at_a_coefficient_is_peft_with_its_layers_scaled(
+    base, model, plain
+):
+    adapters = fused(
+        model, [base.parent / "dora"], lf.Fusion(magnitudes=False), _SCALE
+    ).adapters
     theirs = _read_adapted(base, base.parent / "dora")
     for module in theirs.modules():
         if hasattr(module, "scale_layer"):
@@ -418,12 +612,17 @@ def test_a_dora_adapter_at_a_coefficient_is_peft_with_its_layers_scaled(base, mo
 
 def test_an_exported_lora_in_peft(base, model, plain, tmp_path):
     method = lf.LoRA(sites=tuple(model.config.sites.items())[::2], rank=3, alpha=5.0)
-    frozen, none = lf.Frozen(nnx.split(model)[1]), jnp.arange(0)
+    frozen = lf.Frozen(nnx.split(model)[1])
+    none = jnp.arange(0)
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(method.init, frozen, none, jax.random.key(0))
-    params = jax.tree.map(lambda s: jnp.asarray(0.3 * rng.standard_normal(s.shape, np.float32)), shapes)
+    params = jax.tree.map(
+        lambda s: jnp.asarray(0.3 * rng.standard_normal(s.shape, np.float32)), shapes
+    )
     adapters = method.adapters(params, frozen, none)[0]
-    write_adapter(tmp_path / "lora", *lora_adapter(model.config, adapters, base=str(base)))
+    write_adapter(
+        tmp_path / "lora", *lora_adapter(model.config, adapters, base=str(base))
+    )
     wanted = _theirs(_read_adapted(base, tmp_path / "lora"))
     assert _differ(wanted, plain)
     _check(wanted, model, adapters)
@@ -442,7 +641,9 @@ def test_gradients(base, model, fusion, composition):
     run, leaves = _in_torch(base, model.config, composition, found.params)
     answers = [row[_PROMPT:] for row in _ROWS]
     losses = [
-        torch.nn.functional.cross_entropy(run(row)[_PROMPT - 1 : -1], torch.tensor(row[_PROMPT:]), reduction="sum")
+        torch.nn.functional.cross_entropy(
+            run(row)[_PROMPT - 1 : -1], torch.tensor(row[_PROMPT:]), reduction="sum"
+        )
         for row in _ROWS
     ]
     wanted_loss = sum(losses) / sum(map(len, answers))
@@ -457,15 +658,21 @@ def test_gradients(base, model, fusion, composition):
     def loss(params, frozen):
         adapters, _ = found.method.adapters(params, frozen, jnp.arange(2))
         of_frozen = nnx.merge(nnx.graphdef(model), frozen.base)
-        return cross_entropy(of_frozen.label_logits(prompts, prompts > 0, labels, adapters), labels)
+        return cross_entropy(
+            of_frozen.label_logits(prompts, prompts > 0, labels, adapters), labels
+        )
 
     value, gradients = loss(found.params, found.frozen)
     np.testing.assert_allclose(value, wanted_loss.item(), rtol=1e-5)
     # In float32 the gradients of transformers' two forms of the delta rule differ by 2.3e-4 themselves.
     tolerance = 1e-3 if model.config.family == "qwen3_5" else 1e-4
-    for got, leaf in zip(jax.tree.leaves(gradients), jax.tree.leaves(leaves), strict=True):
+    for got, leaf in zip(
+        jax.tree.leaves(gradients), jax.tree.leaves(leaves), strict=True
+    ):
         wanted = leaf.grad.numpy()
-        np.testing.assert_allclose(got, wanted, rtol=tolerance, atol=tolerance * np.abs(wanted).max())
+        np.testing.assert_allclose(
+            got, wanted, rtol=tolerance, atol=tolerance * np.abs(wanted).max()
+        )
 
 
 @pytest.mark.parametrize("kind", _VARIANTS)
@@ -485,13 +692,21 @@ def test_a_prompt_longer_than_two_chunks_of_a_delta_net(tmp_path):
     changes = _FAMILIES["qwen3_5_text"] | {"max_position_embeddings": 160}
     ours = lf.load_base(_made(tmp_path / "base", "qwen3_5_text", changes))
     row = np.random.default_rng(1).integers(3, _VOCABULARY, 2 * 64 + 3)
-    ids, mask = (jnp.asarray(np.pad(np.stack([a, a]), [(0, 0), (9, 0)])) for a in (row, row > 0))
-    ids, mask = (a.at[1].set(jnp.roll(a[1], -9)) for a in (ids, mask))
-    theirs, prompt = _read(tmp_path / "base"), torch.tensor(row)[None]
+    ids, mask = (
+        jnp.asarray(np.pad(np.stack([a, a]), [(0, 0), (9, 0)])) for a in (row, row > 0)
+    )
+    ids = ids.at[1].set(jnp.roll(ids[1], -9))
+    mask = mask.at[1].set(jnp.roll(mask[1], -9))
+    theirs = _read(tmp_path / "base")
+    prompt = torch.tensor(row)[None]
     wanted = theirs(prompt).logits[0].detach().numpy()
     for got, real in zip(ours(ids, mask), np.asarray(mask), strict=True):
-        np.testing.assert_allclose(got[real], wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
-    said = theirs.generate(prompt, do_sample=False, max_new_tokens=_TOKENS)[0, len(row) :].numpy()
+        np.testing.assert_allclose(
+            got[real], wanted, rtol=0, atol=1e-4 * np.abs(wanted).max()
+        )
+    said = theirs.generate(prompt, do_sample=False, max_new_tokens=_TOKENS)[
+        0, len(row) :
+    ].numpy()
     for got in lf.generate(ours, ids, mask, max_new_tokens=_TOKENS):
         np.testing.assert_array_equal(got[: len(said)], said)
 
@@ -499,7 +714,10 @@ def test_a_prompt_longer_than_two_chunks_of_a_delta_net(tmp_path):
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "phi3"])
 def test_windows_that_a_family_does_not_read(tmp_path, model_type):
     """A Llama has no window, and a Phi-3 has one in all layers; transformers reads this Mistral as a Ministral."""
-    changes = {"sliding_window": _WINDOW, "layer_types": _FAMILIES["gemma3_text"]["layer_types"]}
+    changes = {
+        "sliding_window": _WINDOW,
+        "layer_types": _FAMILIES["gemma3_text"]["layer_types"],
+    }
     folder = _made(tmp_path / "base", model_type, changes)
     _check(_theirs(_read(folder)), lf.load_base(folder))
 
@@ -512,17 +730,35 @@ def test_longrope_has_the_frequencies_of_the_row_s_length(tmp_path, context):
     """
     import torch
 
-    changes = {"original_max_position_embeddings": context, "rope_parameters": _LONGROPE | {"attention_factor": 1.2}}
+    changes = {
+        "original_max_position_embeddings": context,
+        "rope_parameters": _LONGROPE | {"attention_factor": 1.2},
+    }
     ours = lf.load_base(_made(tmp_path / "base", "phi3", changes))
     _check(_theirs(_read(tmp_path / "base")), ours)
     if context != 8:
         return _check_said(_read(tmp_path / "base"), ours)
-    longer = _made(tmp_path / "longer", "phi3", changes | {"original_max_position_embeddings": 40})
-    said, row = np.asarray(_say(*nnx.split(ours), {}))[1], _ROWS[1]
-    theirs, uncrossed = (
-        _read(folder).generate(torch.tensor([row]), do_sample=False, max_new_tokens=_TOKENS)[0, len(row) :].numpy()
-        for folder in (tmp_path / "base", longer)
+    longer = _made(
+        tmp_path / "longer", "phi3", changes | {"original_max_position_embeddings": 40}
+    )
+    said = np.asarray(_say(*nnx.split(ours), {}))[1]
+    row = _ROWS[1]
+    theirs = (
+        _read(tmp_path / "base")
+        .generate(torch.tensor([row]), do_sample=False, max_new_tokens=_TOKENS)[
+            0, len(row) :
+        ]
+        .numpy()
+    )
+    uncrossed = (
+        _read(longer)
+        .generate(torch.tensor([row]), do_sample=False, max_new_tokens=_TOKENS)[
+            0, len(row) :
+        ]
+        .numpy()
     )
     np.testing.assert_array_equal(said, uncrossed)
-    np.testing.assert_array_equal(said[: context - len(row) + 1], theirs[: context - len(row) + 1])
+    np.testing.assert_array_equal(
+        said[: context - len(row) + 1], theirs[: context - len(row) + 1]
+    )
     assert (said != theirs).any()

@@ -32,12 +32,17 @@ def _products(function, *args) -> list[tuple[bool, bool]]:
     """Of every product in a lowered program: whether both factors are of weights, and whether it asks for float32."""
     leaves, tree = jax.tree.flatten(args)
     # Lowering makes the arguments' trees anew from what the checks of types do not take for arrays.
-    traced = jax.jit(lambda leaves: jax.tree.leaves(function(*tree.unflatten(leaves)))).trace(leaves)
+    traced = jax.jit(
+        lambda leaves: jax.tree.leaves(function(*tree.unflatten(leaves)))
+    ).trace(leaves)
     text = traced.lower(lowering_platforms=("tpu",)).as_text()
     found = _DOT.findall(text)
     assert len(found) == text.count("stablehlo.dot_general")
     return [
-        (all(int(n) % _ROWS for n in (left + "x" + right).split("x")), (a, b) == ("HIGHEST", "HIGHEST"))
+        (
+            all(int(n) % _ROWS for n in (left + "x" + right).split("x")),
+            (a, b) == ("HIGHEST", "HIGHEST"),
+        )
         for a, b, left, right in found
     ]
 
@@ -48,13 +53,28 @@ def _check(products, *, of_weights: bool = True):
 
 
 def _frozen(pool: Pool, terms: Any = lf.gram) -> lf.Frozen:
-    return lf.Frozen(nnx.state(_MODEL), pool, jax.jit(terms)(pool, {s: lf.kernels(_MODEL)[s] for s in pool.rank}))
+    return lf.Frozen(
+        nnx.state(_MODEL),
+        pool,
+        jax.jit(terms)(pool, {s: lf.kernels(_MODEL)[s] for s in pool.rank}),
+    )
 
 
-def _step(method: lf.Fusion, pool: Pool, terms: Any = lf.gram) -> list[tuple[bool, bool]]:
-    problem = lf.Problem(graph=nnx.split(_MODEL)[0], method=method, frozen=_frozen(pool, terms), index=jnp.arange(3))
+def _step(
+    method: lf.Fusion, pool: Pool, terms: Any = lf.gram
+) -> list[tuple[bool, bool]]:
+    problem = lf.Problem(
+        graph=nnx.split(_MODEL)[0],
+        method=method,
+        frozen=_frozen(pool, terms),
+        index=jnp.arange(3),
+    )
     state = lf.init_state(problem, jax.random.key(0))
-    rates = lf.Rates({group: jnp.float32(0.1) for group in state.params}, l2=jnp.float32(0), l1=jnp.float32(0))
+    rates = lf.Rates(
+        {group: jnp.float32(0.1) for group in state.params},
+        l2=jnp.float32(0),
+        l1=jnp.float32(0),
+    )
     step = partial(lf.fusion_step, optimisation=lf.Optimisation(steps=1))
     return _products(step, state, tiny.batch(rows=_ROWS), problem, rates)
 
@@ -83,8 +103,17 @@ def test_a_step_with_pair_terms():
 @pytest.mark.parametrize("core", [False, True])
 def test_a_step_in_a_shared_basis(core):
     basis = lf.shared_basis(tiny.pool(3), 5)
-    _check(_products(lf.gram, basis, {site: lf.kernels(_MODEL)[site] for site in basis.rank}))
-    _check(_step(lf.Fusion(composition="sum", basis=5, core=core, differentiate_norm=True), basis))
+    _check(
+        _products(
+            lf.gram, basis, {site: lf.kernels(_MODEL)[site] for site in basis.rank}
+        )
+    )
+    _check(
+        _step(
+            lf.Fusion(composition="sum", basis=5, core=core, differentiate_norm=True),
+            basis,
+        )
+    )
 
 
 def test_a_product_at_a_device_s_default_is_found():
@@ -93,8 +122,16 @@ def test_a_product_at_a_device_s_default_is_found():
 
 
 def test_a_mix_by_rank_is_no_product():
-    spread = {site: jnp.ones((b.shape[0], 3, b.shape[2])) for site, b in tiny.pool(3).B.items()}
-    _check(_products(lambda pool: lf.compose(pool, jnp.arange(3), spread, "mix")[0], tiny.pool(3)), of_weights=False)
+    spread = {
+        site: jnp.ones((b.shape[0], 3, b.shape[2]))
+        for site, b in tiny.pool(3).B.items()
+    }
+    _check(
+        _products(
+            lambda pool: lf.compose(pool, jnp.arange(3), spread, "mix")[0], tiny.pool(3)
+        ),
+        of_weights=False,
+    )
 
 
 @pytest.mark.parametrize("kind", ["linear", "svd", "dare_ties"])
@@ -109,7 +146,15 @@ def test_merges(kind):
 
 def test_a_dora_in_training():
     rng = np.random.default_rng(0)
-    A, B, W, x = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((16, 3), (3, 12), (16, 12), (_ROWS, 16)))
+    A = jnp.asarray(rng.normal(size=(16, 3)), jnp.float32)
+    B = jnp.asarray(rng.normal(size=(3, 12)), jnp.float32)
+    W = jnp.asarray(rng.normal(size=(16, 12)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(_ROWS, 16)), jnp.float32)
     _check(
-        _products(jax.value_and_grad(lambda d, x, W: jnp.sum(d(x, W))), lf.WeightDecomposed(A, B, jnp.ones(12)), x, W)
+        _products(
+            jax.value_and_grad(lambda d, x, W: jnp.sum(d(x, W))),
+            lf.WeightDecomposed(A, B, jnp.ones(12)),
+            x,
+            W,
+        )
     )

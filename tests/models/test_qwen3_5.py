@@ -21,11 +21,14 @@ from lorafusion_jax.training.mesh import make_mesh, on_mesh
 
 
 def _by_definition(queries, keys, values, decay, beta, memory):
-    queries, keys = (a / np.sqrt((a**2).sum(-1, keepdims=True) + 1e-6) for a in (queries, keys))
+    queries = queries / np.sqrt((queries**2).sum(-1, keepdims=True) + 1e-06)
+    keys = keys / np.sqrt((keys**2).sum(-1, keepdims=True) + 1e-06)
     outputs = np.zeros_like(values)
     for row, token, head in np.ndindex(values.shape[:3]):
         of_keys = head * keys.shape[2] // values.shape[2]
-        q, k, M = queries[row, token, of_keys], keys[row, token, of_keys], memory[row, head]
+        q = queries[row, token, of_keys]
+        k = keys[row, token, of_keys]
+        M = memory[row, head]
         M *= np.exp(decay[row, token, head])
         M += beta[row, token, head] * np.outer(k, values[row, token, head] - k @ M)
         outputs[row, token, head] = q @ M / np.sqrt(len(q))
@@ -36,12 +39,21 @@ def _by_definition(queries, keys, values, decay, beta, memory):
 @pytest.mark.parametrize("length", [1, 5, 2 * CHUNK + 3])
 def test_the_delta_rule(length):
     rng = np.random.default_rng(0)
-    shapes = [(2, length, 2, 3), (2, length, 2, 3), (2, length, 4, 5), (2, length, 4), (2, length, 4), (2, 4, 3, 5)]
+    shapes = [
+        (2, length, 2, 3),
+        (2, length, 2, 3),
+        (2, length, 4, 5),
+        (2, length, 4),
+        (2, length, 4),
+        (2, 4, 3, 5),
+    ]
     q, k, v, decay, beta, memory = (rng.standard_normal(shape) for shape in shapes)
     given = (q, k, v, -np.exp(decay - 2), 1 / (1 + np.exp(-beta)), memory)
     ours = [jnp.asarray(a, jnp.float32) for a in given]
     rule = jax.jit(delta_rule).lower(*ours).compile()
-    assert "lapack" not in rule.as_text()  # two of its calls in one program wait for each other's threads for ever
+    assert (
+        "lapack" not in rule.as_text()
+    )  # two of its calls in one program wait for each other's threads for ever
     for got, wanted in zip(rule(*ours), _by_definition(*given), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
@@ -53,18 +65,39 @@ def test_the_delta_rule(length):
             {"layer_types": 3 * ["full_attention", "linear_attention"]},
             "layer_types is .*expected the 6 layers in groups",
         ),
-        ({"layer_types": 6 * ["linear_attention"]}, "layer_types is .*with one full_attention at its end"),
-        ({"num_hidden_layers": 5, "layer_types": None}, "layer_types is .*expected the 5 layers in groups of one size"),
-        ({"linear_num_key_heads": 3}, "linear_num_value_heads is 4: expected a multiple of linear_num_key_heads, 3"),
+        (
+            {"layer_types": 6 * ["linear_attention"]},
+            "layer_types is .*with one full_attention at its end",
+        ),
+        (
+            {"num_hidden_layers": 5, "layer_types": None},
+            "layer_types is .*expected the 5 layers in groups of one size",
+        ),
+        (
+            {"linear_num_key_heads": 3},
+            "linear_num_value_heads is 4: expected a multiple of linear_num_key_heads, 3",
+        ),
         ({"attn_output_gate": False}, "attn_output_gate is False: expected"),
-        ({"hidden_act": "gelu_pytorch_tanh"}, "hidden_act is 'gelu_pytorch_tanh': expected 'silu'"),
-        ({"linear_conv_kernel_dim": 0}, "linear_conv_kernel_dim is 0: expected an integer from 1"),
+        (
+            {"hidden_act": "gelu_pytorch_tanh"},
+            "hidden_act is 'gelu_pytorch_tanh': expected 'silu'",
+        ),
+        (
+            {"linear_conv_kernel_dim": 0},
+            "linear_conv_kernel_dim is 0: expected an integer from 1",
+        ),
         (
             {"model_type": "qwen3_5", "text_config": {"linear_key_head_dim": "wide"}},
             "linear_key_head_dim is 'wide': exp",
         ),
-        ({"model_type": "qwen3_5", "text_config": 3}, "text_config is 3: expected an object"),
-        ({"model_type": "qwen3_5_moe_text"}, "model_type is 'qwen3_5_moe_text': expected .* mixtures of experts"),
+        (
+            {"model_type": "qwen3_5", "text_config": 3},
+            "text_config is 3: expected an object",
+        ),
+        (
+            {"model_type": "qwen3_5_moe_text"},
+            "model_type is 'qwen3_5_moe_text': expected .* mixtures of experts",
+        ),
     ],
 )
 def test_a_config_that_cannot_be_run_is_refused_by_field(changes, message):
@@ -76,27 +109,54 @@ def test_a_config_that_cannot_be_run_is_refused_by_field(changes, message):
 def test_lora_on_the_convolution_is_refused_by_name(tmp_path):
     base = small_llama.make(tmp_path / "base", **small_llama.QWEN3_5)
     path = "model.layers.0.linear_attn.conv1d"
-    fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["conv1d"]}
+    fields = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["conv1d"],
+    }
     shapes = {"lora_A": (2, 64, 4), "lora_B": (64, 2, 1)}
-    tensors = {f"base_model.model.{path}.{name}.weight": np.ones(shape, np.float32) for name, shape in shapes.items()}
+    tensors = {
+        f"base_model.model.{path}.{name}.weight": np.ones(shape, np.float32)
+        for name, shape in shapes.items()
+    }
     parts.write_adapter(tmp_path / "lora", fields, tensors)
-    with pytest.raises(ValueError, match=r"layers\.0\.linear_attn\.conv1d.*LoRA on a convolution"):
-        parts.convert(parts.ConvertOptions(base=str(base), adapters=(str(tmp_path / "lora"),), out=tmp_path / "pool"))
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.linear_attn\.conv1d.*LoRA on a convolution"
+    ):
+        parts.convert(
+            parts.ConvertOptions(
+                base=str(base),
+                adapters=(str(tmp_path / "lora"),),
+                out=tmp_path / "pool",
+            )
+        )
 
 
 @pytest.mark.long
 def test_a_mesh_that_splits_matrices_has_the_loss_and_gradients_of_one_device():
     """In float64, of every weight."""
-    layers = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
-    raw = small_llama.CONFIG | {"vocab_size": 40, "num_key_value_heads": 2} | small_llama.QWEN3_5 | layers
+    layers = {
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+    }
+    raw = (
+        small_llama.CONFIG
+        | {"vocab_size": 40, "num_key_value_heads": 2}
+        | small_llama.QWEN3_5
+        | layers
+    )
     family = family_of_json(raw)
     model = family.model(family.read_config(raw), rngs=nnx.Rngs(0))
     config = model.config = copy.copy(model.config)
-    object.__setattr__(config, "dtype", "float64")  # which the type checks of the tests refuse otherwise
+    object.__setattr__(
+        config, "dtype", "float64"
+    )  # which the type checks of the tests refuse otherwise
     with jax.enable_x64(True):
         graph, base = nnx.split(model)
         base = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), base)
-        ids, labels = (jax.random.randint(jax.random.key(0), (2, width), 3, 40, jnp.int32) for width in (CHUNK, 5))
+        ids = jax.random.randint(jax.random.key(0), (2, CHUNK), 3, 40, jnp.int32)
+        labels = jax.random.randint(jax.random.key(0), (2, 5), 3, 40, jnp.int32)
 
         def value_and_grad(base):
             def loss(base):
@@ -108,40 +168,81 @@ def test_a_mesh_that_splits_matrices_has_the_loss_and_gradients_of_one_device():
         alone = jax.jit(value_and_grad)(base)
         with jax.set_mesh(make_mesh("model=2", 1)):
             there = on_mesh(base, config)
-            kernel = there["decoder"]["delta0"]["linear_attn"]["in_proj_qkv"]["kernel"].get_value()
+            kernel = there["decoder"]["delta0"]["linear_attn"]["in_proj_qkv"][
+                "kernel"
+            ].get_value()
             assert tuple(kernel.sharding.spec) == (None, None, "model")
             split = jax.jit(value_and_grad)(there)
     assert not jax.tree.all(jax.tree.map(np.array_equal, alone, split))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=0, atol=1e-12), alone, split)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(b, a, rtol=0, atol=1e-12), alone, split
+    )
 
 
 @pytest.mark.nightly
 def test_a_fusion_on_a_plain_base_and_on_arrays(tmp_path):
     """Of adapters on every site."""
-    layers = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+    layers = {
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+    }
     base = small_llama.make(tmp_path / "base", **small_llama.QWEN3_5 | layers)
-    adapters, rng = (str(tmp_path / "one"), str(tmp_path / "two")), np.random.default_rng(0)
-    fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
+    adapters = (str(tmp_path / "one"), str(tmp_path / "two"))
+    rng = np.random.default_rng(0)
+    fields = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": "all-linear",
+    }
     for adapter in adapters:
-        tensors = tiny.lora_tensors(lf.read_config(base), lambda shape: rng.normal(size=shape, scale=0.1))
+        tensors = tiny.lora_tensors(
+            lf.read_config(base), lambda shape: rng.normal(size=shape, scale=0.1)
+        )
         parts.write_adapter(Path(adapter), fields, tensors)
-    parts.convert(parts.ConvertOptions(base=str(base), adapters=adapters, out=tmp_path / "pool"))
-    rows = [{"input": f"{'the ' * (i % 3)}{word}", "target": word[::-1]} for i, word in enumerate(("hot", "tall") * 6)]
+    parts.convert(
+        parts.ConvertOptions(base=str(base), adapters=adapters, out=tmp_path / "pool")
+    )
+    rows = [
+        {"input": f"{'the ' * (i % 3)}{word}", "target": word[::-1]}
+        for i, word in enumerate(("hot", "tall") * 6)
+    ]
     (tmp_path / "task").mkdir()
     for part, chosen in (("train", rows), ("test", rows[:4])):
-        (tmp_path / "task" / f"{part}.jsonl").write_text("\n".join(map(json.dumps, chosen)))
-    where = {"base": str(base), "pool": str(tmp_path / "pool"), "task": str(tmp_path / "task"), "out": tmp_path}
+        (tmp_path / "task" / f"{part}.jsonl").write_text(
+            "\n".join(map(json.dumps, chosen))
+        )
+    where = {
+        "base": str(base),
+        "pool": str(tmp_path / "pool"),
+        "task": str(tmp_path / "task"),
+        "out": tmp_path,
+    }
     quick = {"modules": 2, "epochs": 1, "batch_size": 6, "max_new_tokens": 4}
     lf.fuse(recipes.options(quick, **where, name="run", seeds=(1, 2), test_rows=4))
 
-    chips = {"base": str(base), "pool": str(tmp_path / "pool"), "out": tmp_path / "chips"}
+    chips = {
+        "base": str(base),
+        "pool": str(tmp_path / "pool"),
+        "out": tmp_path / "chips",
+    }
     parts.write_chips(
-        parts.ProgramOptions(**chips, crossbar="isaac", keep_digital=("*.mlp.*", "*.in_proj_z", "*.k_proj"))
+        parts.ProgramOptions(
+            **chips,
+            crossbar="isaac",
+            keep_digital=("*.mlp.*", "*.in_proj_z", "*.k_proj"),
+        )
     )
     results = parts.report_on_chips(
         parts.EvaluateOnChipsOptions(
-            run=tmp_path / "run", crossbar=str(tmp_path / "chips"), norm="programmed", calibration_rows=4, test_rows=4
+            run=tmp_path / "run",
+            crossbar=str(tmp_path / "chips"),
+            norm="programmed",
+            calibration_rows=4,
+            test_rows=4,
         )
     )
-    for exact, on_chip in zip(results["digital"], results["chips"][0]["seeds"], strict=True):
+    for exact, on_chip in zip(
+        results["digital"], results["chips"][0]["seeds"], strict=True
+    ):
         assert on_chip["loss"] == pytest.approx(exact["loss"], rel=5e-2)

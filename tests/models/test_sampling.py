@@ -26,7 +26,9 @@ def _probabilities(logits, sampling):
 def _oracle(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     """Probabilities of one row: a token stays if few enough, and unlikely enough, tokens are likelier than it."""
     scaled = (logits - logits.max()) / np.float32(sampling.temperature)
-    kept = [sampling.top_k is None or np.sum(scaled > x) < sampling.top_k for x in scaled]
+    kept = [
+        sampling.top_k is None or np.sum(scaled > x) < sampling.top_k for x in scaled
+    ]
     weights = np.where(kept, np.exp(scaled.astype(np.float64)), 0)
     weights /= weights.sum()
     kept = kept & np.array([weights[scaled > x].sum() < sampling.top_p for x in scaled])
@@ -52,10 +54,15 @@ def test_the_distribution_is_that_of_numpy(logits, sampling):
 
 
 def test_tokens_are_drawn_as_often_as_their_probabilities_say():
-    sampling, draws = Sampling(temperature=0.8, top_k=6, top_p=0.9), 20_000
+    sampling = Sampling(temperature=0.8, top_k=6, top_p=0.9)
+    draws = 20_000
     row = np.array([0.3, 2.0, -1.0, 1.1, 2.0, 0.1, 1.4, -3.0], np.float32)
-    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(0)))(jnp.arange(draws))
-    drawn = jax.jit(sampling.choose)(jnp.broadcast_to(row, (draws, 8)), jnp.full(draws, 5), keys)
+    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(0)))(
+        jnp.arange(draws)
+    )
+    drawn = jax.jit(sampling.choose)(
+        jnp.broadcast_to(row, (draws, 8)), jnp.full(draws, 5), keys
+    )
     wanted = draws * _oracle(row, sampling)
     counts = np.bincount(drawn, minlength=8)
     np.testing.assert_array_equal(counts > 0, wanted > 0)
@@ -68,12 +75,25 @@ def test_tokens_are_drawn_as_often_as_their_probabilities_say():
 @functools.partial(jax.jit, static_argnames=("graph", "sampling"))
 def _say(graph, weights, ids, row_keys, sampling):
     model = nnx.merge(graph, weights)
-    return generate(model, ids, ids > 0, max_new_tokens=_TOKENS, sampling=sampling, row_keys=row_keys)
+    return generate(
+        model,
+        ids,
+        ids > 0,
+        max_new_tokens=_TOKENS,
+        sampling=sampling,
+        row_keys=row_keys,
+    )
 
 
 @functools.partial(jax.jit, static_argnames="graph")
 def _begin(graph, weights, ids, row_keys):
-    return begin(nnx.merge(graph, weights), ids, ids > 0, max_new_tokens=_TOKENS, row_keys=row_keys)
+    return begin(
+        nnx.merge(graph, weights),
+        ids,
+        ids > 0,
+        max_new_tokens=_TOKENS,
+        row_keys=row_keys,
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "sampling"))
@@ -88,25 +108,39 @@ def said():
     ids = jax.random.randint(jax.random.key(1), (3, 5), 1, 40)
     keys = jax.random.split(jax.random.key(2), 3)
     sampling = Sampling(temperature=1.5)
-    return graph, weights, ids, keys, sampling, _say(graph, weights, ids, keys, sampling)
+    return (
+        graph,
+        weights,
+        ids,
+        keys,
+        sampling,
+        _say(graph, weights, ids, keys, sampling),
+    )
 
 
 def test_a_row_s_draws_depend_on_no_other_row(said):
     graph, weights, ids, keys, sampling, together = said
     np.testing.assert_array_equal(_say(graph, weights, ids, keys, sampling), together)
     turned = jnp.array([2, 0, 1])
-    np.testing.assert_array_equal(_say(graph, weights, ids[turned], keys[turned], sampling), together[turned])
+    np.testing.assert_array_equal(
+        _say(graph, weights, ids[turned], keys[turned], sampling), together[turned]
+    )
     # The same source with another key, and another source with the same key, give something else.
-    mixed = _say(graph, weights, ids.at[2].set(ids[0]), keys.at[1].set(keys[0]), sampling)
+    mixed = _say(
+        graph, weights, ids.at[2].set(ids[0]), keys.at[1].set(keys[0]), sampling
+    )
     np.testing.assert_array_equal(mixed[0], together[0])
-    assert not np.array_equal(mixed[1], together[1]) and not np.array_equal(mixed[2], together[0])
+    assert not np.array_equal(mixed[1], together[1]) and not np.array_equal(
+        mixed[2], together[0]
+    )
 
 
 @pytest.mark.parametrize("drawn", [True, False])
 def test_token_after_token_gives_what_the_loop_gives(said, drawn):
     graph, weights, ids, keys, sampling, together = said
     if not drawn:
-        keys, sampling = None, GREEDY
+        keys = None
+        sampling = GREEDY
         together = _say(graph, weights, ids, keys, sampling)
     state = _begin(graph, weights, ids, keys)
     for _ in range(_TOKENS):
@@ -123,12 +157,21 @@ def test_the_likeliest_token_is_the_first_choice_of_a_cold_draw(said):
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        ({"temperature": -1.0}, "temperature is -1.0: expected a number from 1e-6 up, or 0 for no draw"),
+        (
+            {"temperature": -1.0},
+            "temperature is -1.0: expected a number from 1e-6 up, or 0 for no draw",
+        ),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": 1.0, "top_k": 0}, "top_k is 0: expected at least 1"),
-        ({"temperature": 1.0, "top_p": 0.0}, "top_p is 0.0: expected a probability above 0, up to 1"),
+        (
+            {"temperature": 1.0, "top_p": 0.0},
+            "top_p is 0.0: expected a probability above 0, up to 1",
+        ),
         ({"temperature": 1.0, "top_p": 1.5}, "top_p is 1.5"),
-        ({"top_p": 0.9}, "filter a draw, and temperature 0 draws nothing: give a temperature"),
+        (
+            {"top_p": 0.9},
+            "filter a draw, and temperature 0 draws nothing: give a temperature",
+        ),
     ],
 )
 def test_numbers_that_describe_no_draw(numbers, message):
@@ -140,5 +183,7 @@ def test_a_generation_needs_a_length_and_a_draw_needs_keys(said):
     graph, weights, ids, _, sampling, _ = said
     with pytest.raises(ValueError, match="max_new_tokens is 0: expected at least 1"):
         generate(nnx.merge(graph, weights), ids, ids > 0, max_new_tokens=0)
-    with pytest.raises(ValueError, match="a draw needs a key for every row: give row_keys"):
+    with pytest.raises(
+        ValueError, match="a draw needs a key for every row: give row_keys"
+    ):
         _say(graph, weights, ids, None, sampling)

@@ -39,17 +39,27 @@ def test_the_tokenizer_is_the_model_s_own(goldens):
         ids = tokenizer(case["text"])["input_ids"]
         assert ids == case["ids"], case["text"]
         assert tokenizer.decode(ids) == case["decoded"]
-        assert tokenizer.decode(ids, skip_special_tokens=True) == case["decoded_skip_special"]
+        assert (
+            tokenizer.decode(ids, skip_special_tokens=True)
+            == case["decoded_skip_special"]
+        )
     for case in cases["chats"]:
         template = functools.partial(
-            tokenizer.apply_chat_template, case["messages"], add_generation_prompt=case["add_generation_prompt"]
+            tokenizer.apply_chat_template,
+            case["messages"],
+            add_generation_prompt=case["add_generation_prompt"],
         )
         assert template(tokenize=False) == case["text"]
         assert template(return_dict=False) == case["ids"]
     special = cases["special"]
     for name in ("bos", "eos", "pad", "unk"):
-        assert [getattr(tokenizer, f"{name}_token"), getattr(tokenizer, f"{name}_token_id")] == special[name]
-    assert {str(token) for token in tokenizer.added_tokens_decoder.values()} == {*special["control_tokens"]}
+        assert [
+            getattr(tokenizer, f"{name}_token"),
+            getattr(tokenizer, f"{name}_token_id"),
+        ] == special[name]
+    assert {str(token) for token in tokenizer.added_tokens_decoder.values()} == {
+        *special["control_tokens"]
+    }
 
 
 @pytest.mark.long

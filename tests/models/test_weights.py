@@ -20,8 +20,14 @@ from lorafusion_jax.parts import Unstacked, dense, lora_adapter, set_matrices
     ("function", "formula", "shapes"),
     [
         *((lf.matmul, "bti,io->bto", ((2, 3, 5), (5, d_out))) for d_out in (4, 6)),
-        *((heads_matmul, "bhtc,bhcs->bhts", ((2, 3, 4, 5), (2, 3, 5, width))) for width in (3, 7)),
-        *((unembed, "btd,vd->btv", ((*batch, 5), (7, 5))) for batch in ((2, 3), (1, 1))),
+        *(
+            (heads_matmul, "bhtc,bhcs->bhts", ((2, 3, 4, 5), (2, 3, 5, width)))
+            for width in (3, 7)
+        ),
+        *(
+            (unembed, "btd,vd->btv", ((*batch, 5), (7, 5)))
+            for batch in ((2, 3), (1, 1))
+        ),
         (unembed, "bd,vd->bv", ((1, 5), (7, 5))),
     ],
 )
@@ -32,20 +38,36 @@ def test_products_and_their_gradients(function, formula, shapes, dtype):
     x, w = (rng.integers(-3, 4, shape) for shape in shapes)
     y = np.einsum(formula, x, w)
     g = rng.integers(-3, 4, y.shape)
-    wanted = (y, np.einsum(f"{out},{second}->{first}", g, w), np.einsum(f"{first},{out}->{second}", x, g))
+    wanted = (
+        y,
+        np.einsum(f"{out},{second}->{first}", g, w),
+        np.einsum(f"{first},{out}->{second}", x, g),
+    )
 
     def product(x, w, g):
         y, back = jax.vjp(function, x, w)
         return y, *back(g.astype(y.dtype))
 
-    x, w, g = (jnp.asarray(a, dtype) for a in (x, w, g))
+    x = jnp.asarray(x, dtype)
+    w = jnp.asarray(w, dtype)
+    g = jnp.asarray(g, dtype)
     found = jax.jit(product)(x, w, g)
-    assert [a.dtype for a in found] == ["float32" if function is heads_matmul else dtype, dtype, dtype]
-    mapped = jax.vmap(product, in_axes=(0, None, 0))(jnp.stack([x, -x]), w, jnp.stack([g, g]))
-    for ours, both, theirs, sign in zip(found, mapped, wanted, (-1, 1, -1), strict=True):
+    assert [a.dtype for a in found] == [
+        "float32" if function is heads_matmul else dtype,
+        dtype,
+        dtype,
+    ]
+    mapped = jax.vmap(product, in_axes=(0, None, 0))(
+        jnp.stack([x, -x]), w, jnp.stack([g, g])
+    )
+    for ours, both, theirs, sign in zip(
+        found, mapped, wanted, (-1, 1, -1), strict=True
+    ):
         assert both.dtype == ours.dtype
         np.testing.assert_array_equal(np.asarray(ours, np.float64), theirs)
-        np.testing.assert_array_equal(np.asarray(both, np.float64), [theirs, sign * theirs])
+        np.testing.assert_array_equal(
+            np.asarray(both, np.float64), [theirs, sign * theirs]
+        )
 
 
 def test_rows_of_an_embedding_and_their_gradients():
@@ -59,15 +81,24 @@ def test_rows_of_an_embedding_and_their_gradients():
 
 @pytest.mark.parametrize("rows", [1, 4])
 def test_no_embedding_is_copied_in_float32(rows):
-    table, ids = jax.ShapeDtypeStruct((4096, 64), jnp.bfloat16), jax.ShapeDtypeStruct((rows,), jnp.int32)
-    compiled = jax.jit(lambda table, ids: unembed(embed(table, ids), table)).lower(table, ids).compile()
+    table = jax.ShapeDtypeStruct((4096, 64), jnp.bfloat16)
+    ids = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    compiled = (
+        jax.jit(lambda table, ids: unembed(embed(table, ids), table))
+        .lower(table, ids)
+        .compile()
+    )
     found = compiled.memory_analysis()
-    assert found is not None and found.temp_size_in_bytes < 0.75 * 4 * 4096 * 64  # its bits are half as large
+    assert (
+        found is not None and found.temp_size_in_bytes < 0.75 * 4 * 4096 * 64
+    )  # its bits are half as large
 
 
 def test_nf4_is_read_without_a_gather_where_there_is_an_accelerator():
     w = lf.quantise(
-        jnp.asarray(np.random.default_rng(0).standard_normal((2, 24, 8)), jnp.float32), "nf4", tiled_axis=-2
+        jnp.asarray(np.random.default_rng(0).standard_normal((2, 24, 8)), jnp.float32),
+        "nf4",
+        tiled_axis=-2,
     )
     wanted = dense(w, jnp.float32)
     assert len(np.unique(np.asarray(w.qvalue, int))) == 16
@@ -78,13 +109,21 @@ def test_nf4_is_read_without_a_gather_where_there_is_an_accelerator():
 
 def test_separate_arrays_share_the_memory_of_their_stack():
     rng = np.random.default_rng(0)
-    stack, bias = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((3, 16, 32), (3, 32)))
+    stack = jnp.asarray(rng.standard_normal((3, 16, 32)), jnp.float32)
+    bias = jnp.asarray(rng.standard_normal((3, 32)), jnp.float32)
     apart = unstacked({"kernel": stack, "bias": bias})
     assert apart["bias"] is bias
     where = [matrix.unsafe_buffer_pointer() for matrix in apart["kernel"].matrices]
-    assert where == [stack.unsafe_buffer_pointer() + 16 * 32 * 4 * layer for layer in range(3)]
+    assert where == [
+        stack.unsafe_buffer_pointer() + 16 * 32 * 4 * layer for layer in range(3)
+    ]
     x = jnp.asarray(rng.standard_normal((2, 16)), jnp.float32)
-    product = jax.jit(lambda weight, layer: (lf.matmul(x, weight.at(layer)), dense(weight.at(layer), jnp.bfloat16)))
+    product = jax.jit(
+        lambda weight, layer: (
+            lf.matmul(x, weight.at(layer)),
+            dense(weight.at(layer), jnp.bfloat16),
+        )
+    )
     for layer in range(3):
         y, matrix = product(apart["kernel"], jnp.int32(layer))
         np.testing.assert_allclose(y, x @ stack[layer], rtol=1e-5, atol=1e-5)
@@ -96,7 +135,8 @@ def test_separate_arrays_share_the_memory_of_their_stack():
 def test_one_row_reads_codes_of_8_bits_without_a_matrix_in_float32(rows):
     """Oracle: products with the dequantised matrices, and the bytes that XLA allocates."""
     rng = np.random.default_rng(0)
-    x, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, rows, 256), (3, 256, 96)))
+    x = jnp.asarray(rng.standard_normal((2, rows, 256)), jnp.float32)
+    w = jnp.asarray(rng.standard_normal((3, 256, 96)), jnp.float32)
     stack = lf.quantise(w, "int8", tiled_axis=-2)
     table = lf.quantise(w[0].T, "int8", tiled_axis=-1, tile=32)
 
@@ -107,17 +147,24 @@ def test_one_row_reads_codes_of_8_bits_without_a_matrix_in_float32(rows):
     assert (program.memory_analysis().temp_size_in_bytes < 4 * 256 * 96) == (rows == 1)
     mapped = jax.vmap(products, in_axes=(0, None, None))(x, unstacked(stack), table)
     plain = dense(stack, jnp.float32)[1], dense(table, jnp.float32).T
-    for y, of_both, matrix in zip(program(x[0], unstacked(stack), table), mapped, plain, strict=True):
+    for y, of_both, matrix in zip(
+        program(x[0], unstacked(stack), table), mapped, plain, strict=True
+    ):
         np.testing.assert_allclose(y, np.asarray(x[0]) @ matrix, rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(of_both, np.asarray(x) @ np.asarray(matrix), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            of_both, np.asarray(x) @ np.asarray(matrix), rtol=1e-4, atol=1e-4
+        )
 
 
 def test_one_row_reads_bfloat16_where_its_stack_lies():
     """Oracle: products of wider numbers, the stack's address, and the bytes that XLA allocates."""
     rng = np.random.default_rng(0)
-    x, w = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((2, 1, 252), (3, 252, 96)))
+    x = jnp.asarray(rng.standard_normal((2, 1, 252)), jnp.bfloat16)
+    w = jnp.asarray(rng.standard_normal((3, 252, 96)), jnp.bfloat16)
     stack = unstacked(w)
-    offsets = [bits.unsafe_buffer_pointer() - w.unsafe_buffer_pointer() for bits in stack.bits]
+    offsets = [
+        bits.unsafe_buffer_pointer() - w.unsafe_buffer_pointer() for bits in stack.bits
+    ]
     assert offsets == [0, 2 * 252 * 96, 4 * 252 * 96]
 
     def product(x, layer, matrices, bits):
@@ -126,10 +173,17 @@ def test_one_row_reads_bfloat16_where_its_stack_lies():
     others = jnp.int32(1), stack.matrices, stack.bits
     program = jax.jit(product).lower(x[0], *others).compile()
     assert program.memory_analysis().temp_size_in_bytes < 2 * 252 * 96
-    for y in (jnp.stack([program(row, *others) for row in x]), jax.vmap(lambda row: product(row, *others))(x)):
-        np.testing.assert_allclose(y.astype(float), x.astype(float) @ w[1].astype(float), rtol=0.01, atol=0.1)
+    for y in (
+        jnp.stack([program(row, *others) for row in x]),
+        jax.vmap(lambda row: product(row, *others))(x),
+    ):
+        np.testing.assert_allclose(
+            y.astype(float), x.astype(float) @ w[1].astype(float), rtol=0.01, atol=0.1
+        )
     gradient = jax.grad(lambda row: product(row, *others).sum())(x[0])
-    np.testing.assert_allclose(gradient[0].astype(float), w[1].astype(float).sum(axis=1), rtol=0.01, atol=0.1)
+    np.testing.assert_allclose(
+        gradient[0].astype(float), w[1].astype(float).sum(axis=1), rtol=0.01, atol=0.1
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -137,35 +191,56 @@ def test_a_model_whose_weights_are_separate_arrays(dtype):
     """Only plain stacks are taken apart: one of 4 bits stays as it is."""
     model = tiny.t5(dataclasses.replace(tiny.CONFIG, dtype=dtype))
     site = "decoder.ff.wo"
-    set_matrices(model, {site: lf.quantise(lf.kernels(model)[site], "nf4", tiled_axis=-2)})
+    set_matrices(
+        model, {site: lf.quantise(lf.kernels(model)[site], "nf4", tiled_axis=-2)}
+    )
     graph, base = nnx.split(model)
-    base = jax.tree.map(lambda a: a.astype(dtype) if a.dtype == jnp.float32 else a, base)
+    base = jax.tree.map(
+        lambda a: a.astype(dtype) if a.dtype == jnp.float32 else a, base
+    )
     batch = tiny.batch()
 
     @jax.jit
     def logits(base):
-        return nnx.merge(graph, base).label_logits(batch.input_ids, batch.input_mask, batch.labels, {})
+        return nnx.merge(graph, base).label_logits(
+            batch.input_ids, batch.input_mask, batch.labels, {}
+        )
 
     apart = unstacked(base)
-    taken = {name for name, kernel in lf.kernels(nnx.merge(graph, apart)).items() if isinstance(kernel, Unstacked)}
+    taken = {
+        name
+        for name, kernel in lf.kernels(nnx.merge(graph, apart)).items()
+        if isinstance(kernel, Unstacked)
+    }
     assert taken == tiny.CONFIG.sites.keys() - {site}
-    np.testing.assert_allclose(*(logits(a).astype(jnp.float32) for a in (apart, base)), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        *(logits(a).astype(jnp.float32) for a in (apart, base)), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_only_a_loop_over_layers_dequantises_anew_for_every_token():
     """Oracle: the logits of plain weights. XLA takes matrices that wait for no token out of a loop over tokens."""
-    codes = {s: lf.quantise(kernel, "int8", tiled_axis=-2) for s, kernel in lf.kernels(tiny.t5()).items()}
-    ids, mask = jnp.ones((1, 4), jnp.int32), jnp.ones((1, 4), bool)
+    codes = {
+        s: lf.quantise(kernel, "int8", tiled_axis=-2)
+        for s, kernel in lf.kernels(tiny.t5()).items()
+    }
+    ids = jnp.ones((1, 4), jnp.int32)
+    mask = jnp.ones((1, 4), bool)
 
     def logits(unroll, weights):
         model = tiny.t5(dataclasses.replace(tiny.CONFIG, unroll=unroll))
         set_matrices(model, weights)
         return model.label_logits(ids, mask, ids, {})
 
-    plain = logits(True, {site: dense(code, jnp.float32) for site, code in codes.items()})
+    plain = logits(
+        True, {site: dense(code, jnp.float32) for site, code in codes.items()}
+    )
     for unroll in (True, False):
         np.testing.assert_allclose(logits(unroll, codes), plain, rtol=1e-5, atol=1e-5)
-        assert ("custom_vmap_call" in str(jax.make_jaxpr(logits, static_argnums=0)(unroll, codes))) != unroll
+        assert (
+            "custom_vmap_call"
+            in str(jax.make_jaxpr(logits, static_argnums=0)(unroll, codes))
+        ) != unroll
 
 
 @pytest.mark.parametrize("shape", [(16, 1), (2, 16, 1)])
@@ -178,18 +253,29 @@ def test_an_adapter_without_the_layers_of_its_site_is_refused(shape):
         lambda: lf.merged_base(model, adapters),
         lambda: lora_adapter(model.config, adapters, base="t5"),
     ):
-        with pytest.raises(ValueError, match=r"A of the adapter at encoder.self.q has the shape .*: stack it for 3"):
+        with pytest.raises(
+            ValueError,
+            match=r"A of the adapter at encoder.self.q has the shape .*: stack it for 3",
+        ):
             use()
 
 
-@pytest.mark.parametrize("site", ["encoder.self.z", "self.q", "decoder.self_attn.q_proj"])
+@pytest.mark.parametrize(
+    "site", ["encoder.self.z", "self.q", "decoder.self_attn.q_proj"]
+)
 def test_an_adapter_at_a_site_that_the_model_lacks_is_refused(site):
-    model, adapters = tiny.t5(), {site: lf.LowRank(jnp.ones((3, 16, 1)), jnp.ones((3, 1, 12)))}
+    model = tiny.t5()
+    adapters = {site: lf.LowRank(jnp.ones((3, 16, 1)), jnp.ones((3, 1, 12)))}
     ids = jnp.ones((1, 2), jnp.int32)
     for use in (
         lambda: model(ids, ids > 0, ids, adapters),
-        lambda: jax.jit(lambda ids: lf.generate(model, ids, ids > 0, adapters, max_new_tokens=1))(ids),
+        lambda: jax.jit(
+            lambda ids: lf.generate(model, ids, ids > 0, adapters, max_new_tokens=1)
+        )(ids),
         lambda: lf.merged_base(model, adapters),
     ):
-        with pytest.raises(ValueError, match=f"lacks the site '{site}' of an adapter: its sites are encoder.self.q, "):
+        with pytest.raises(
+            ValueError,
+            match=f"lacks the site '{site}' of an adapter: its sites are encoder.self.q, ",
+        ):
             use()

@@ -18,7 +18,9 @@ def _read(case):
         answers.append([int(token) for token, _ in steps])
 
     def logits(prompt, answer):
-        return np.array(nn.log_softmax(model(mx.array([prompt + answer]))[0, len(prompt) - 1 : -1]))
+        return np.array(
+            nn.log_softmax(model(mx.array([prompt + answer]))[0, len(prompt) - 1 : -1])
+        )
 
     return answers, reader.logits_of(case, logits)
 

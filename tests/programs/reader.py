@@ -12,7 +12,9 @@ def main(read):
     file = Path(sys.argv[1])
     job = json.loads(file.read_text())
     found = {name: read(job | case) for name, case in job["cases"].items()}
-    file.with_name("answers.json").write_text(json.dumps({name: answers for name, (answers, _) in found.items()}))
+    file.with_name("answers.json").write_text(
+        json.dumps({name: answers for name, (answers, _) in found.items()})
+    )
     logits = {name: array for name, (_, array) in found.items() if array is not None}
     np.savez(file.with_name("logits.npz"), **logits)
 
@@ -20,6 +22,8 @@ def main(read):
 def logits_of(case, of_prompt_and_answer):
     """The logits [prompt, token of our answer, vocabulary] of the first prompts; what a program lacks is NaN."""
     found = np.full((10, case["tokens"], case["vocabulary"]), np.nan)
-    for row, prompt, answer in zip(found, case["prompts"], case["answers"], strict=False):
+    for row, prompt, answer in zip(
+        found, case["prompts"], case["answers"], strict=False
+    ):
         row[: len(answer)] = of_prompt_and_answer(prompt, answer)
     return found

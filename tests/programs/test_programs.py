@@ -47,9 +47,12 @@ _FILES = {
     "gguf-f16": {"model": "gguf-f16/model.gguf"},
     "gguf-q8_0": {"model": "gguf-q8_0/model.gguf"},
 }
-_PROMPTS, _TOKENS, _WEIGHT = 100, 6, 0.7
+_PROMPTS = 100
+_TOKENS = 6
+_WEIGHT = 0.7
 # llama.cpp and PEFT read all, the slower programs four.
-_GGUF, _FOUR = tuple(gguf_models.MODELS), ("llama 3", "mistral", "qwen3", "gemma2")
+_GGUF = tuple(gguf_models.MODELS)
+_FOUR = ("llama 3", "mistral", "qwen3", "gemma2")
 # mlx-lm's Gemma 1 has another GELU and its Gemma 2 no windows; its Granite needs more fields, and longrope other ones.
 # It reads a Qwen 3.5 only inside a model for images.
 _NOT_MLX = ("gemma", "gemma2", "granite", "phi3 with longrope", "qwen3.5")
@@ -59,15 +62,35 @@ _GELU = tuple(name for name in _GGUF if name.startswith("gemma"))
 def _python(program: str) -> Path:
     """The interpreter of a program's environment, which is made once for these versions."""
     requirements = _REQUIREMENTS[program]
-    folder = _ENVIRONMENTS / f"{program}-{zlib.crc32(' '.join(requirements).encode()):08x}"
-    python, stamp = folder / "bin" / "python", folder / "installed"
+    folder = (
+        _ENVIRONMENTS / f"{program}-{zlib.crc32(' '.join(requirements).encode()):08x}"
+    )
+    python = folder / "bin" / "python"
+    stamp = folder / "installed"
     if not stamp.exists():
         venv.create(folder, clear=True, with_pip=True)
-        done = subprocess.run([python, "-m", "pip", "install", "--quiet", *requirements], stderr=subprocess.PIPE)
+        done = subprocess.run(
+            [python, "-m", "pip", "install", "--quiet", *requirements],
+            stderr=subprocess.PIPE,
+        )
         if done.returncode:
-            pytest.skip(f"{' '.join(requirements)} does not install: {done.stderr.decode()[-300:]}")
+            pytest.skip(
+                f"{' '.join(requirements)} does not install: {done.stderr.decode()[-300:]}"
+            )
         # vLLM's requirements may bring builds for CUDA, which fail on import. Text needs neither.
-        subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchaudio", "torchcodec"], check=True)
+        subprocess.run(
+            [
+                python,
+                "-m",
+                "pip",
+                "uninstall",
+                "--quiet",
+                "--yes",
+                "torchaudio",
+                "torchcodec",
+            ],
+            check=True,
+        )
         stamp.touch()
     return python
 
@@ -97,29 +120,59 @@ def _export(folder: Path, name: str) -> _Export:
             # Gemma multiplies embeddings by the root of their width: larger ones would be repeated.
             small = 0.25 if "embed" in title and name.startswith("gemma") else 1.0
             return rng.normal(size=shape, scale=small * shape[-1] ** -0.5)
-        return rng.normal(size=shape, scale=0.1) + ("norm" in title and not name.startswith("gemma"))
+        return rng.normal(size=shape, scale=0.1) + (
+            "norm" in title and not name.startswith("gemma")
+        )
 
     base = gguf_models.make(folder / "base", name, draw)
     config = lf.read_config(base)
     for adapter, rank in (("one", 2), ("two", 3)):
         tensors = tiny.lora_tensors(config, functools.partial(draw, ""), rank)
-        fields = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": "all-linear"}
+        fields = {
+            "peft_type": "LORA",
+            "r": rank,
+            "lora_alpha": rank,
+            "target_modules": "all-linear",
+        }
         parts.write_adapter(folder / "pool" / adapter, fields, tensors)
     # llama.cpp needs a token for every row of the embedding, as its converter writes them.
     tokens = {"tokens": [f"[PAD{i}]" for i in range(10)], "token_type": [5] * 10}
-    more = {f"tokenizer.ggml.{key}": gguf_models.BYTE_LEVEL[f"tokenizer.ggml.{key}"] + tokens[key] for key in tokens}
+    more = {
+        f"tokenizer.ggml.{key}": gguf_models.BYTE_LEVEL[f"tokenizer.ggml.{key}"]
+        + tokens[key]
+        for key in tokens
+    }
     gguf_models.written(base, folder / "base.gguf", more)
     for kind in _FILES:
         weights = (f"one={_WEIGHT}", f"two={_WEIGHT}")
-        merge(MergeOptions(base=str(base), pool=str(folder / "pool"), weights=weights, out=folder / kind, format=kind))
-    tokenizer, letters = lf.load_tokenizer(base), [*"abcdefgh the"]
-    texts = ["a" + "".join(rng.choice(letters, rng.integers(4, 24))) for _ in range(_PROMPTS)]
+        merge(
+            MergeOptions(
+                base=str(base),
+                pool=str(folder / "pool"),
+                weights=weights,
+                out=folder / kind,
+                format=kind,
+            )
+        )
+    tokenizer = lf.load_tokenizer(base)
+    letters = [*"abcdefgh the"]
+    texts = [
+        "a" + "".join(rng.choice(letters, rng.integers(4, 24))) for _ in range(_PROMPTS)
+    ]
     prompts = [tokenizer(text)["input_ids"] for text in texts]
     model = lf.load_base(base)
     adapters = [folder / "pool" / adapter for adapter in ("one", "two")]
-    fused = peft_models.fused(model, adapters, lf.Fusion(magnitudes=False), _WEIGHT).adapters
+    fused = peft_models.fused(
+        model, adapters, lf.Fusion(magnitudes=False), _WEIGHT
+    ).adapters
     answers = _answers(model, prompts, fused)
-    return _Export(folder, texts, prompts, answers, [tokenizer.decode(a, skip_special_tokens=True) for a in answers])
+    return _Export(
+        folder,
+        texts,
+        prompts,
+        answers,
+        [tokenizer.decode(a, skip_special_tokens=True) for a in answers],
+    )
 
 
 def _answers(model: Any, prompts: list[list[int]], adapters: Any) -> list[list[int]]:
@@ -130,9 +183,14 @@ def _answers(model: Any, prompts: list[list[int]], adapters: Any) -> list[list[i
 
     @jax.jit
     def say(weights, adapters):
-        return lf.generate(nnx.merge(graph, weights), ids, mask, adapters, max_new_tokens=_TOKENS)
+        return lf.generate(
+            nnx.merge(graph, weights), ids, mask, adapters, max_new_tokens=_TOKENS
+        )
 
-    return [_ended(answer, model.config.end_ids) for answer in np.asarray(say(weights, adapters)).tolist()]
+    return [
+        _ended(answer, model.config.end_ids)
+        for answer in np.asarray(say(weights, adapters)).tolist()
+    ]
 
 
 def _ended(answer: list[int], ends: tuple[int, ...]) -> list[int]:
@@ -146,17 +204,37 @@ def read(export, tmp_path_factory):
     """A function that returns what a program made of one kind of file of some families: answers and logits."""
 
     @functools.cache
-    def read_by(program: str, kind: str, names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        python, job = _python(program), tmp_path_factory.mktemp(program) / "job.json"
+    def read_by(
+        program: str, kind: str, names: tuple[str, ...]
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        python = _python(program)
+        job = tmp_path_factory.mktemp(program) / "job.json"
         cases = {}
         for name in names:
             of_name = export(name)
-            paths = {part: str(of_name.folder / path) for part, path in _FILES[kind].items()}
-            cases[name] = paths | {field: getattr(of_name, field) for field in ("prompts", "texts", "answers")}
-        job.write_text(json.dumps({"tokens": _TOKENS, "vocabulary": gguf_models.TINY["vocab_size"], "cases": cases}))
+            paths = {
+                part: str(of_name.folder / path) for part, path in _FILES[kind].items()
+            }
+            cases[name] = paths | {
+                field: getattr(of_name, field)
+                for field in ("prompts", "texts", "answers")
+            }
+        job.write_text(
+            json.dumps(
+                {
+                    "tokens": _TOKENS,
+                    "vocabulary": gguf_models.TINY["vocab_size"],
+                    "cases": cases,
+                }
+            )
+        )
         alone = {"HOME": str(job.parent), "PATH": os.defpath, "OMP_NUM_THREADS": "1"}
-        subprocess.run([python, _HERE / f"read_{program}.py", job], check=True, env=alone)
-        return json.loads(job.with_name("answers.json").read_text()), dict(np.load(job.with_name("logits.npz")))
+        subprocess.run(
+            [python, _HERE / f"read_{program}.py", job], check=True, env=alone
+        )
+        return json.loads(job.with_name("answers.json").read_text()), dict(
+            np.load(job.with_name("logits.npz"))
+        )
 
     return read_by
 
@@ -165,11 +243,15 @@ def read(export, tmp_path_factory):
 def compare(read, export, capsys):
     """A function that prints how many of 100 answers are ours, and the largest difference from PEFT's logits."""
 
-    def compare_with_peft(program: str, kind: str, names: tuple[str, ...]) -> tuple[float, float]:
+    def compare_with_peft(
+        program: str, kind: str, names: tuple[str, ...]
+    ) -> tuple[float, float]:
         answers, logits = read(program, kind, names)
-        same, apart = [], [0.0]
+        same = []
+        apart = [0.0]
         for name in names:
-            ours, theirs = export(name), answers[name]
+            ours = export(name)
+            theirs = answers[name]
             if program == "lm_eval":
                 # It cuts rows of the embedding for which the tokenizer has no tokens.
                 known = len(lf.load_tokenizer(ours.folder / "base"))
@@ -177,7 +259,10 @@ def compare(read, export, capsys):
                 same += [a == b for a, b, ids in pairs if max(ids) < known]
             else:
                 ends = lf.read_config(ours.folder / "base").end_ids
-                same += [_ended(a, ends) == b for a, b in zip(theirs, ours.answers, strict=True)]
+                same += [
+                    _ended(a, ends) == b
+                    for a, b in zip(theirs, ours.answers, strict=True)
+                ]
         if logits:
             _, wanted = read("peft", "adapter", _GGUF)
             for name in names:
@@ -186,7 +271,10 @@ def compare(read, export, capsys):
         found = 100 * float(np.mean(same)), float(max(apart))
         with capsys.disabled():
             what = f"{' '.join(_REQUIREMENTS[program])}: {kind} of {len(names)} models, {found[0]:.1f} % of answers"
-            print(f"\n{what}, logits to {found[1]:.1e}" if logits else f"\n{what}", end=" ")
+            print(
+                f"\n{what}, logits to {found[1]:.1e}" if logits else f"\n{what}",
+                end=" ",
+            )
         return found
 
     return compare_with_peft
@@ -197,10 +285,22 @@ def compare(read, export, capsys):
     [
         # llama.cpp has GELU as a table of float16.
         ("llama_cpp", "gguf", _GELU, 99, 1e-3),
-        ("llama_cpp", "gguf", tuple(name for name in _GGUF if name not in _GELU), 99, 2e-4),
+        (
+            "llama_cpp",
+            "gguf",
+            tuple(name for name in _GGUF if name not in _GELU),
+            99,
+            2e-4,
+        ),
         ("llama_cpp", "gguf-f16", _GGUF, 97, 0.1),
         ("llama_cpp", "gguf-q8_0", _GGUF, 0, np.inf),
-        ("mlx", "merged", tuple(name for name in _GGUF if name not in _NOT_MLX), 99, 2e-4),
+        (
+            "mlx",
+            "merged",
+            tuple(name for name in _GGUF if name not in _NOT_MLX),
+            99,
+            2e-4,
+        ),
         ("peft", "adapter", _GGUF, 99, 0),
         ("peft", "merged", _FOUR, 99, 2e-4),
         ("lm_eval", "adapter", _FOUR, 99, 0),
@@ -218,11 +318,14 @@ def test_a_program_answers_as_our_model(compare, program, kind, names, least, mo
 @pytest.mark.parametrize("name", _GGUF)
 def test_codes_of_8_bits_are_those_of_the_gguf_package(export, name, tmp_path):
     folder = export(name).folder
-    wanted = gguf_models.written(folder / "merged", tmp_path / "model.gguf", kinds=lambda _: "Q8_0")
-    ours, theirs = (
-        {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-        for file in (folder / "gguf-q8_0" / "model.gguf", wanted)
+    wanted = gguf_models.written(
+        folder / "merged", tmp_path / "model.gguf", kinds=lambda _: "Q8_0"
     )
+    ours = {
+        tensor.name: tensor
+        for tensor in gguf.GGUFReader(folder / "gguf-q8_0" / "model.gguf").tensors
+    }
+    theirs = {tensor.name: tensor for tensor in gguf.GGUFReader(wanted).tensors}
     assert ours.keys() == theirs.keys()
     for title, tensor in theirs.items():
         assert ours[title].tensor_type == tensor.tensor_type

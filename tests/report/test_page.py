@@ -9,7 +9,14 @@ import pytest
 import results_page
 from made_up_rows import made_up, row
 
-from lorafusion_jax.report import Column, Table, markdown, plot_means, scores, write_report
+from lorafusion_jax.report import (
+    Column,
+    Table,
+    markdown,
+    plot_means,
+    scores,
+    write_report,
+)
 from lorafusion_jax.trials import append_rows
 
 
@@ -28,12 +35,23 @@ def _page(out, *arguments, **options):
 
 
 def test_a_table_is_written_as_markdown_csv_latex_and_html(tmp_path):
-    columns = [Column("method", "text"), Column("x_1", "spread"), Column("ci", "interval"), Column("n", "counts")]
+    columns = [
+        Column("method", "text"),
+        Column("x_1", "spread"),
+        Column("ci", "interval"),
+        Column("n", "counts"),
+    ]
     first = ["a|b & <i>", (44.84, 1.46), (-2.0, 3.25), (900, 1000)]
-    table = Table("50 % of <b> & a_b", columns, [first, ["$c_1$ 100% #~^\\{}", (5.0, None), None, (1232, 1232)]])
+    table = Table(
+        "50 % of <b> & a_b",
+        columns,
+        [first, ["$c_1$ 100% #~^\\{}", (5.0, None), None, (1232, 1232)]],
+    )
     lines = markdown(table).splitlines()
     assert lines[0] == r"50 % of \<b> & a_b"
-    assert [cell.strip() for cell in lines[4].replace(r"\|", "¦").strip("|").split("|")] == [
+    assert [
+        cell.strip() for cell in lines[4].replace(r"\|", "¦").strip("|").split("|")
+    ] == [
         r"a¦b & \<i>",
         "44.8 ± 1.5",
         "−2.0 to 3.2",
@@ -50,33 +68,58 @@ def test_a_table_is_written_as_markdown_csv_latex_and_html(tmp_path):
     assert r"\caption{50 \% of $<$b$>$ \& a\_b}" in text
     assert r"\begin{tabular}{lrrr}" in text and r"method & x\_1 & ci & n \\" in text
     assert r"a|b \& $<$i$>$ & 44.8 $\pm$ 1.5 & $-$2.0 to 3.2 & 900 to 1,000 \\" in text
-    assert r"\$c\_1\$ 100\% \#\textasciitilde{}\textasciicircum{}\textbackslash{}\{\} & 5.0 & -- & 1,232 \\" in text
-    assert [text.count(rule) for rule in (r"\toprule", r"\midrule", r"\bottomrule")] == [1, 1, 1]
+    assert (
+        r"\$c\_1\$ 100\% \#\textasciitilde{}\textasciicircum{}\textbackslash{}\{\} & 5.0 & -- & 1,232 \\"
+        in text
+    )
+    assert [
+        text.count(rule) for rule in (r"\toprule", r"\midrule", r"\bottomrule")
+    ] == [1, 1, 1]
     assert "<caption>50 % of &lt;b&gt; &amp; a_b</caption>" in page
     assert '<th scope="col" class="number">x_<wbr>1</th>' in page
-    assert '<th scope="row">a|b &amp; &lt;i&gt;</th><td class="number">44.8 ± 1.5</td>' in page
+    assert (
+        '<th scope="row">a|b &amp; &lt;i&gt;</th><td class="number">44.8 ± 1.5</td>'
+        in page
+    )
 
 
 def test_without_a_complete_method_there_is_a_page_and_no_plot(tmp_path):
-    rows = [row(task, method, 1, np.ones(8, bool)) for task, method in (("easy", "a"), ("hard", "b"))]
-    with pytest.raises(ValueError, match="no method has results of all 2 tasks: there are no means to draw"):
+    rows = [
+        row(task, method, 1, np.ones(8, bool))
+        for task, method in (("easy", "a"), ("hard", "b"))
+    ]
+    with pytest.raises(
+        ValueError,
+        match="no method has results of all 2 tasks: there are no means to draw",
+    ):
         plot_means(scores(rows)[0], tmp_path / "means.png")
     results_page.report(rows, tmp_path, "early", "LoRAFusion")
-    assert {path.name for path in tmp_path.iterdir()} == {"table.csv", "paired.csv", "table.tex", "report.html"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "table.csv",
+        "paired.csv",
+        "table.tex",
+        "report.html",
+    }
 
 
 def test_all_text_is_escaped(tmp_path):
     name = "<script>alert('a\"b')</script>&"
     (tmp_path / "x.png").touch()
     table = Table(name, [Column(name, "text")], [[name]])
-    page = _page(tmp_path, name, {"some": table}, {"x.png": name}, text=f"{name}\n\nSecond.")
-    assert "<script" not in page and page.count("&lt;script&gt;alert(&#x27;a&quot;b&#x27;)") == 7
+    page = _page(
+        tmp_path, name, {"some": table}, {"x.png": name}, text=f"{name}\n\nSecond."
+    )
+    assert (
+        "<script" not in page
+        and page.count("&lt;script&gt;alert(&#x27;a&quot;b&#x27;)") == 7
+    )
     assert "</p>\n<p>Second.</p>" in page
 
 
 def test_the_page_is_whole_and_needs_no_other_file(folder):
     whole = (folder / "report.html").read_text()
-    bare, unclosed = re.sub('base64,[^"]*', "", whole), []
+    bare = re.sub('base64,[^"]*', "", whole)
+    unclosed = []
     for end, tag in re.findall(r"<(/?)(\w+)", bare):
         if end:
             assert unclosed.pop() == tag
@@ -84,7 +127,9 @@ def test_the_page_is_whole_and_needs_no_other_file(folder):
             unclosed.append(tag)
     assert not unclosed
     addresses = re.findall(r'\b(?:src|href|srcset|data)="([^"]*)"', bare)
-    assert len(addresses) == 3 and all(address.startswith("data:") for address in addresses)
+    assert len(addresses) == 3 and all(
+        address.startswith("data:") for address in addresses
+    )
     assert "http" not in bare and "url(" not in whole and "@import" not in whole
     shown = html.unescape(re.sub("<[^>]*>", "", bare))
     for text in ("95 + 5 examples", "5 examples", "fusion sum minus each"):
@@ -93,15 +138,32 @@ def test_the_page_is_whole_and_needs_no_other_file(folder):
 
 
 def test_each_number_of_shots_has_its_files(folder):
-    of_shots = {f"{name}_{s}.{e}" for s in ("95+5", "5") for name, e in (("table", "csv"), ("paired", "csv"))}
+    of_shots = {
+        f"{name}_{s}.{e}"
+        for s in ("95+5", "5")
+        for name, e in (("table", "csv"), ("paired", "csv"))
+    }
     plots = {"means_95+5.png", "means_5.png"}
-    assert {path.name for path in folder.iterdir()} == of_shots | plots | {"table.tex", "report.html"}
+    assert {path.name for path in folder.iterdir()} == of_shots | plots | {
+        "table.tex",
+        "report.html",
+    }
 
 
 def test_the_script_compares_with_a_method_that_has_rows(tmp_path):
     file = tmp_path / "results.jsonl"
     append_rows(file, made_up(methods=("zero-shot", "LoRA"), items=20))
-    results_page.main([str(file), "--out", str(tmp_path / "out"), "--reference", "zero-shot"])
-    assert "zero-shot minus each other method" in (tmp_path / "out" / "table.tex").read_text()
-    with pytest.raises(ValueError, match="no results of 'LoRa' to compare with: choose one of zero-shot, LoRA"):
-        results_page.main([str(file), "--out", str(tmp_path / "out"), "--reference", "LoRa"])
+    results_page.main(
+        [str(file), "--out", str(tmp_path / "out"), "--reference", "zero-shot"]
+    )
+    assert (
+        "zero-shot minus each other method"
+        in (tmp_path / "out" / "table.tex").read_text()
+    )
+    with pytest.raises(
+        ValueError,
+        match="no results of 'LoRa' to compare with: choose one of zero-shot, LoRA",
+    ):
+        results_page.main(
+            [str(file), "--out", str(tmp_path / "out"), "--reference", "LoRa"]
+        )

@@ -12,7 +12,10 @@ from lorafusion_jax.report import plot_means, scores
 
 def test_a_plot_is_a_whole_png_file(tmp_path):
     # Methods that all score zero.
-    rows = [row("easy", method, 1, np.zeros(8, bool), trainable=n) for method, n in (("a", 0), ("b", 0), ("c", 7))]
+    rows = [
+        row("easy", method, 1, np.zeros(8, bool), trainable=n)
+        for method, n in (("a", 0), ("b", 0), ("c", 7))
+    ]
     plot_means(scores(rows)[0], tmp_path / "means.png")
     (data,) = (path.read_bytes() for path in tmp_path.iterdir())
     assert data.startswith(b"\x89PNG\r\n\x1a\n") and data.endswith(b"IEND\xaeB`\x82")
@@ -25,7 +28,11 @@ def test_dots_and_intervals_are_the_numbers_of_the_rows(tmp_path, figures):
     plot_means(results, tmp_path / "means.png")
     means = figures[0].axes[0]
     # In the order given, the first on top.
-    assert [label.get_text() for label in means.get_yticklabels()] == ["LoRA", "zero-shot", "fusion sum"]
+    assert [label.get_text() for label in means.get_yticklabels()] == [
+        "LoRA",
+        "zero-shot",
+        "fusion sum",
+    ]
     summaries = results.summaries.values()
     dots = [line.get_xydata()[0] for line in means.lines]
     np.testing.assert_allclose(dots, [(s.mean, i) for i, s in enumerate(summaries)])
@@ -36,6 +43,9 @@ def test_dots_and_intervals_are_the_numbers_of_the_rows(tmp_path, figures):
 
 def test_plots_without_matplotlib_are_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ValueError, match=r'a plot needs matplotlib, .* pip install "lorafusion-jax\[plots\]"'):
+    with pytest.raises(
+        ValueError,
+        match=r'a plot needs matplotlib, .* pip install "lorafusion-jax\[plots\]"',
+    ):
         plot_means(scores(made_up())[0], tmp_path / "plot.png")
     assert not list(tmp_path.iterdir())

@@ -9,7 +9,11 @@ from lorafusion_jax.report import holm, over_tasks, paired, summary
 
 def _answers(rng, seeds, items, *, mean=0.5, item_sd=0.2, seed_sd=0.05):
     """Return answers and the probability that they come from, of items and seeds that are drawn too."""
-    chance = mean + rng.uniform(-1, 1, items) * item_sd + rng.uniform(-1, 1, (seeds, 1)) * seed_sd
+    chance = (
+        mean
+        + rng.uniform(-1, 1, items) * item_sd
+        + rng.uniform(-1, 1, (seeds, 1)) * seed_sd
+    )
     return rng.random((seeds, items)) < chance
 
 
@@ -17,7 +21,9 @@ def test_means_and_deviation():
     rng = np.random.default_rng(0)
     tasks = [rng.random((5, n)) < 0.4 for n in (30, 200)]
     found = summary(tasks)
-    by_seed = (tasks[0].mean(1) + tasks[1].mean(1)) / 2  # each task counts the same, however many items it has
+    by_seed = (
+        tasks[0].mean(1) + tasks[1].mean(1)
+    ) / 2  # each task counts the same, however many items it has
     assert found.mean == pytest.approx(100 * by_seed.mean())
     assert found.std == pytest.approx(100 * by_seed.std(ddof=1))
     assert summary(tasks) == found and summary(tasks, seed=1) != found
@@ -29,10 +35,15 @@ def test_two_levels_agree_with_a_loop_that_draws_them():
     means = []
     for _ in range(4000):
         seeds = rng.integers(5, size=5)
-        drawn = [task[np.ix_(seeds, rng.integers(task.shape[1], size=task.shape[1]))] for task in tasks]
+        drawn = [
+            task[np.ix_(seeds, rng.integers(task.shape[1], size=task.shape[1]))]
+            for task in tasks
+        ]
         means.append(np.mean([task.mean() for task in drawn]))
     found = summary(tasks)
-    assert [found.low, found.high] == pytest.approx(100 * np.quantile(means, [0.025, 0.975]), abs=0.6)
+    assert [found.low, found.high] == pytest.approx(
+        100 * np.quantile(means, [0.025, 0.975]), abs=0.6
+    )
 
 
 def test_the_width_has_its_closed_form():
@@ -44,7 +55,9 @@ def test_the_width_has_its_closed_form():
     assert found.std == 0
     assert summary([np.zeros((3, 10), bool)]) == (0, 0, 0, 0)
     two = summary([answers, answers])  # each task draws its own items
-    assert [two.low, two.high] == pytest.approx([25 - half / 2**0.5, 25 + half / 2**0.5], abs=0.3)
+    assert [two.low, two.high] == pytest.approx(
+        [25 - half / 2**0.5, 25 + half / 2**0.5], abs=0.3
+    )
 
 
 def test_pairs_are_drawn_together():
@@ -65,20 +78,26 @@ def test_pairs_are_drawn_together():
 
 def test_p_agrees_with_the_normal_test_and_is_two_sided():
     rng = np.random.default_rng(5)
-    a, b = rng.random((1, 500)) < 0.44, rng.random((1, 500)) < 0.4
+    a = rng.random((1, 500)) < 0.44
+    b = rng.random((1, 500)) < 0.4
     difference = a[0].astype(int) - b[0]
     z = difference.mean() / (difference.std() / np.sqrt(500))
-    found, mirrored = paired([a], [b]), paired([b], [a])
+    found = paired([a], [b])
+    mirrored = paired([b], [a])
     assert found.p == pytest.approx(2 * stats.norm.sf(abs(z)), abs=0.03)
-    assert mirrored.difference == -found.difference and mirrored.p == pytest.approx(found.p)
+    assert mirrored.difference == -found.difference and mirrored.p == pytest.approx(
+        found.p
+    )
     assert [mirrored.low, mirrored.high] == pytest.approx([-found.high, -found.low])
 
 
 def test_equal_methods_have_no_difference_and_one_seed_stands_for_all():
     rng = np.random.default_rng(6)
-    a, b = rng.random((5, 40)) < 0.5, rng.random((1, 40)) < 0.3
+    a = rng.random((5, 40)) < 0.5
+    b = rng.random((1, 40)) < 0.3
     assert paired([a], [a]) == (0, 0, 0, 1)
-    won, lost = (np.full((3, 7), True), np.full((3, 10), False)), (np.full((3, 7), False), np.full((3, 10), True))
+    won = (np.full((3, 7), True), np.full((3, 10), False))
+    lost = (np.full((3, 7), False), np.full((3, 10), True))
     assert paired(won, lost).p == paired(lost, won).p == 1
     assert paired([a], [b]) == paired([a], [np.repeat(b, 5, axis=0)])
     assert summary([a, b]) == summary([a, np.repeat(b, 5, axis=0)])
@@ -91,12 +110,18 @@ def test_equal_methods_have_no_difference_and_one_seed_stands_for_all():
         ([(5, 8)], [(5, 8), (5, 8)], "the methods have 1 and 2 tasks"),
         ([(5, 8)], [(5, 9)], "task 0: the methods have 8 and 9 items"),
         ([(5, 8)], [(3, 8)], "the tasks have 3 and 5 seeds"),
-        ([(0, 8)], [(0, 8)], r"a task's answers are \[0, 8\]: expected \[seeds, items\]"),
+        (
+            [(0, 8)],
+            [(0, 8)],
+            r"a task's answers are \[0, 8\]: expected \[seeds, items\]",
+        ),
     ],
 )
 def test_arrays_that_do_not_fit(a, b, message):
     with pytest.raises(ValueError, match=message):
-        paired([np.ones(shape, bool) for shape in a], [np.ones(shape, bool) for shape in b])
+        paired(
+            [np.ones(shape, bool) for shape in a], [np.ones(shape, bool) for shape in b]
+        )
 
 
 @pytest.mark.parametrize("tasks", [2, 3, 8])

@@ -5,7 +5,14 @@ import pytest
 from made_up_rows import METHODS, TASKS, made_up, row
 from scipy import stats
 
-from lorafusion_jax.report import Column, Table, best_method, main_tables, paired_table, scores
+from lorafusion_jax.report import (
+    Column,
+    Table,
+    best_method,
+    main_tables,
+    paired_table,
+    scores,
+)
 
 _ROWS = made_up()
 
@@ -23,32 +30,52 @@ def test_the_main_table_has_the_means_of_the_rows():
     for method, record in records.items():
         seeds = sorted({r["seed"] for r in _ROWS if r["method"] == method})
         found = {(r["task"], r["seed"]): r for r in _ROWS if r["method"] == method}
-        matches = np.array([[found[task, seed]["exact_match"] for seed in seeds] for task in TASKS])
+        matches = np.array(
+            [[found[task, seed]["exact_match"] for seed in seeds] for task in TASKS]
+        )
         options = [r["option_accuracy"] for r in found.values()]
-        for name, values in (("mean", matches.mean(axis=0)), ("double_digit", matches[1])):
+        for name, values in (
+            ("mean", matches.mean(axis=0)),
+            ("double_digit", matches[1]),
+        ):
             std = values.std(ddof=1) if len(seeds) > 1 else None
             assert record[name][0] == pytest.approx(values.mean(), rel=1e-5)
-            assert record[name][1] == (None if std is None else pytest.approx(std, rel=1e-5))
+            assert record[name][1] == (
+                None if std is None else pytest.approx(std, rel=1e-5)
+            )
         low, high = record["95 % interval"]
         assert low < matches.mean() < high
         assert record["option accuracy, %"] == pytest.approx(np.mean(options), rel=1e-5)
         assert record["trainable parameters"] == (METHODS[method][1],) * 2
-        assert (record["forward rows"], record["seconds"]) == ((2000, 2) if METHODS[method][1] else (0, 0))
+        assert (record["forward rows"], record["seconds"]) == (
+            (2000, 2) if METHODS[method][1] else (0, 0)
+        )
 
 
 def test_more_than_eight_tasks_go_to_a_separate_table():
     tasks = tuple(f"task{i}" for i in range(9))
     rows = made_up(tasks=tasks, methods=("zero-shot", "LoRA"), items=10)
     means, by_task = main_tables(scores(rows)[0])
-    assert [column.name for column in means.columns[:3]] == ["method", "mean", "95 % interval"]
+    assert [column.name for column in means.columns[:3]] == [
+        "method",
+        "mean",
+        "95 % interval",
+    ]
     assert [column.name for column in by_task.columns] == ["task", "zero-shot", "LoRA"]
     assert [line[0] for line in by_task.lines] == list(tasks)
-    by_hand = [r["exact_match"] for r in rows if r["method"] == "LoRA" and r["task"] == "task3"]
-    assert by_task.lines[3][2] == pytest.approx((np.mean(by_hand), np.std(by_hand, ddof=1)))
+    by_hand = [
+        r["exact_match"] for r in rows if r["method"] == "LoRA" and r["task"] == "task3"
+    ]
+    assert by_task.lines[3][2] == pytest.approx(
+        (np.mean(by_hand), np.std(by_hand, ddof=1))
+    )
 
 
 def test_shots_are_apart_and_missing_values_are_dashes():
-    rows = [*made_up(methods=("LoRA",), items=10), *made_up(shots="5", methods=("LoRA",), items=10, options=False)]
+    rows = [
+        *made_up(methods=("LoRA",), items=10),
+        *made_up(shots="5", methods=("LoRA",), items=10, options=False),
+    ]
     large, small = (main_tables(results)[0] for results in scores(rows))
     assert large.caption.startswith("Exact match, %, 95 + 5 examples")
     assert small.caption.startswith("Exact match, %, 5 examples")
@@ -59,7 +86,9 @@ def test_a_method_that_lacks_a_task_has_no_mean_and_is_not_compared():
     rows = [r for r in _ROWS if (r["method"], r["task"]) != ("LoRA", "double_digit")]
     (found,) = scores(rows)
     line = next(line for line in main_tables(found)[0].texts if line[0] == "LoRA")
-    assert line[2] == line[7] == line[8] == "–" and line[1] != "–" and line[11] == "36,864"
+    assert (
+        line[2] == line[7] == line[8] == "–" and line[1] != "–" and line[11] == "36,864"
+    )
     assert best_method(found) == "fusion sum"
     assert paired_table(found, "fusion sum").texts[12] == ["LoRA", *6 * ["–"]]
 
@@ -70,26 +99,56 @@ def test_a_matrix_that_was_interrupted_is_compared_on_the_seeds_of_both():
     for line in paired_table(scores(rows)[0], "fusion sum").lines:
         difference[line[0]] = line[1]
     means = {
-        method: np.mean([r["exact_match"] for r in rows if r["method"] == method and r["seed"] < 4])
+        method: np.mean(
+            [r["exact_match"] for r in rows if r["method"] == method and r["seed"] < 4]
+        )
         for method in ("fusion sum", "LoRA")
     }
     assert difference["LoRA"] == pytest.approx(means["fusion sum"] - means["LoRA"])
     # Zero-shot has one seed, which stands for all five of the other.
-    everywhere = [np.mean([r["exact_match"] for r in rows if r["method"] == m]) for m in ("fusion sum", "zero-shot")]
+    everywhere = [
+        np.mean([r["exact_match"] for r in rows if r["method"] == m])
+        for m in ("fusion sum", "zero-shot")
+    ]
     assert difference["zero-shot"] == pytest.approx(everywhere[0] - everywhere[1])
 
 
 def test_a_comparison_has_its_interval_over_tasks_and_the_loss():
-    rows = [r | {"loss": len(r["task"]) / 10 + (r["method"] == "LoRA") * r["seed"]} for r in _ROWS]
+    rows = [
+        r | {"loss": len(r["task"]) / 10 + (r["method"] == "LoRA") * r["seed"]}
+        for r in _ROWS
+    ]
     line = _records(paired_table(scores(rows)[0], "fusion sum"))["LoRA"]
-    match, loss = (
-        [
-            np.mean([r[of] for r in rows if (r["method"], r["task"]) == ("fusion sum", task)])
-            - np.mean([r[of] for r in rows if (r["method"], r["task"]) == ("LoRA", task)])
-            for task in TASKS
-        ]
-        for of in ("exact_match", "loss")
-    )
+    match = [
+        np.mean(
+            [
+                r["exact_match"]
+                for r in rows
+                if (r["method"], r["task"]) == ("fusion sum", task)
+            ]
+        )
+        - np.mean(
+            [
+                r["exact_match"]
+                for r in rows
+                if (r["method"], r["task"]) == ("LoRA", task)
+            ]
+        )
+        for task in TASKS
+    ]
+    loss = [
+        np.mean(
+            [
+                r["loss"]
+                for r in rows
+                if (r["method"], r["task"]) == ("fusion sum", task)
+            ]
+        )
+        - np.mean(
+            [r["loss"] for r in rows if (r["method"], r["task"]) == ("LoRA", task)]
+        )
+        for task in TASKS
+    ]
     interval = stats.ttest_1samp(match, 0).confidence_interval(0.95)
     assert line["difference"] == pytest.approx(np.mean(match), rel=1e-5)
     assert line["over tasks"] == pytest.approx(interval, rel=1e-4)
@@ -97,18 +156,31 @@ def test_a_comparison_has_its_interval_over_tasks_and_the_loss():
     assert line["loss over tasks"] == pytest.approx((-3, -3))
     # Zero-shot's rows have no loss.
     assert main_tables(scores(_ROWS)[0])[0].texts[1][9] == "–"
-    assert _records(paired_table(scores(_ROWS)[0], "fusion sum"))["zero-shot"]["loss"] is None
+    assert (
+        _records(paired_table(scores(_ROWS)[0], "fusion sum"))["zero-shot"]["loss"]
+        is None
+    )
 
 
 def test_rows_and_references_that_make_no_table_are_refused():
-    one, another = row("easy", "LoRA", 1, np.ones(8, bool)), row("easy", "DoRA", 1, np.ones(9, bool))
+    one = row("easy", "LoRA", 1, np.ones(8, bool))
+    another = row("easy", "DoRA", 1, np.ones(9, bool))
     columns = [Column("method", "text"), Column("mean", "percent")]
     for make, message in (
-        (lambda: paired_table(scores(_ROWS)[0], "LoRa"), "no results of 'LoRa' to compare with: choose one of"),
-        (lambda: Table("", columns, [["LoRA"]]), r"a line has 1 cells: expected 2, got \['LoRA'\]"),
+        (
+            lambda: paired_table(scores(_ROWS)[0], "LoRa"),
+            "no results of 'LoRa' to compare with: choose one of",
+        ),
+        (
+            lambda: Table("", columns, [["LoRA"]]),
+            r"a line has 1 cells: expected 2, got \['LoRA'\]",
+        ),
         (lambda: scores([]), "no results to report"),
         (lambda: scores([one, one]), r"easy, LoRA, 95\+5 shots, seed 1 occurs twice"),
-        (lambda: scores([one, another]), r"easy has 8 \(LoRA\) and 9 \(DoRA\) test rows"),
+        (
+            lambda: scores([one, another]),
+            r"easy has 8 \(LoRA\) and 9 \(DoRA\) test rows",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             make()

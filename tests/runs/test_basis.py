@@ -22,24 +22,35 @@ def converted(small, tmp_path_factory) -> tuple[Path, Path]:
     """Base, and a converted pool of three modules with a basis of 24 directions."""
     (base, adapters), out = small, tmp_path_factory.mktemp("converted") / "pool"
     sources = tuple(str(path) for path in sorted(adapters.iterdir()))[:3]
-    parts.convert(parts.ConvertOptions(base=str(base), adapters=sources, out=out, basis=24))
+    parts.convert(
+        parts.ConvertOptions(base=str(base), adapters=sources, out=out, basis=24)
+    )
     return base, out
 
 
 def _options(converted: tuple[Path, Path], out: Path, **changes) -> lf.FuseOptions:
-    return recipes.small_run(converted, out, **{"batch_size": 32, "basis": 16, "seeds": (1,)} | changes)
+    return recipes.small_run(
+        converted, out, **{"batch_size": 32, "basis": 16, "seeds": (1,)} | changes
+    )
 
 
 @pytest.fixture(scope="module")
 def fused(converted, tmp_path_factory) -> tuple[lf.FuseOptions, dict]:
-    options = _options(converted, tmp_path_factory.mktemp("runs"), name="in_basis", train_core=True)
+    options = _options(
+        converted, tmp_path_factory.mktemp("runs"), name="in_basis", train_core=True
+    )
     return options, lf.fuse(options)
 
 
-def test_a_basis_on_disk_is_the_one_of_the_modules_and_reads_none_of_them(converted, tmp_path):
-    basis, wanted = lf.load_basis(converted[1], 16), lf.shared_basis(lf.load_pool(converted[1]), 16)
+def test_a_basis_on_disk_is_the_one_of_the_modules_and_reads_none_of_them(
+    converted, tmp_path
+):
+    basis = lf.load_basis(converted[1], 16)
+    wanted = lf.shared_basis(lf.load_pool(converted[1]), 16)
     assert (basis.names, basis.sites, basis.k) == (wanted.names, wanted.sites, 16)
-    for got, of_pool in zip(jax.tree.leaves(basis), jax.tree.leaves(wanted), strict=True):
+    for got, of_pool in zip(
+        jax.tree.leaves(basis), jax.tree.leaves(wanted), strict=True
+    ):
         np.testing.assert_allclose(got, of_pool, atol=1e-4)
     alone = tmp_path / "alone"
     shutil.copytree(converted[1], alone, ignore=shutil.ignore_patterns("adapters"))
@@ -48,27 +59,52 @@ def test_a_basis_on_disk_is_the_one_of_the_modules_and_reads_none_of_them(conver
 
 def test_a_run_in_a_basis_learns_and_is_evaluated_again(fused):
     options, results = fused
-    assert results["trainable_by_group"] == {"coefficients": 2 * 2, "magnitudes": 6 * 96, "core": 6 * 16 * 16}
-    metrics = [json.loads(line) for line in (parts.run_path(options) / "metrics.jsonl").read_text().splitlines()]
+    assert results["trainable_by_group"] == {
+        "coefficients": 2 * 2,
+        "magnitudes": 6 * 96,
+        "core": 6 * 16 * 16,
+    }
+    metrics = [
+        json.loads(line)
+        for line in (parts.run_path(options) / "metrics.jsonl").read_text().splitlines()
+    ]
     losses = [row["loss"] for row in metrics if "loss" in row]
     assert losses[-1] < losses[0]
     (again,) = parts.evaluate_run(parts.EvaluateOptions(run=parts.run_path(options)))
-    assert (again["exact_match"], again["loss"]) == (results["exact_match"], results["seeds"][0]["loss"])
+    assert (again["exact_match"], again["loss"]) == (
+        results["exact_match"],
+        results["seeds"][0]["loss"],
+    )
     assert lf.fuse(dataclasses.replace(options, resume=True)) == results
 
 
-def test_an_exported_adapter_and_a_merged_base_are_the_fusion(fused, converted, tmp_path):
+def test_an_exported_adapter_and_a_merged_base_are_the_fusion(
+    fused, converted, tmp_path
+):
     """A rank-16 DoRA adapter whose W + dW, rescaled, is the merged base's kernel."""
     options, _ = fused
-    parts.export(parts.ExportOptions(run=parts.run_path(options), out=tmp_path / "adapter"))
-    parts.export(parts.ExportOptions(run=parts.run_path(options), out=tmp_path / "merged", format="merged"))
+    parts.export(
+        parts.ExportOptions(run=parts.run_path(options), out=tmp_path / "adapter")
+    )
+    parts.export(
+        parts.ExportOptions(
+            run=parts.run_path(options), out=tmp_path / "merged", format="merged"
+        )
+    )
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["use_dora"]) == (16, True)
-    base, merged = (lf.load_base(folder) for folder in (converted[0], tmp_path / "merged"))
+    base = lf.load_base(converted[0])
+    merged = lf.load_base(tmp_path / "merged")
     pool = lf.read_pool([str(tmp_path / "adapter")], base.config)
     for site, A in pool.A.items():
-        adapted = np.asarray(lf.kernels(base)[site][0] + A[0, 0] @ pool.B[site][0, 0], float)
-        wanted = np.asarray(pool.magnitude[site][0]) * adapted / np.linalg.norm(adapted, axis=0)
+        adapted = np.asarray(
+            lf.kernels(base)[site][0] + A[0, 0] @ pool.B[site][0, 0], float
+        )
+        wanted = (
+            np.asarray(pool.magnitude[site][0])
+            * adapted
+            / np.linalg.norm(adapted, axis=0)
+        )
         np.testing.assert_allclose(lf.kernels(merged)[site][0], wanted, atol=1e-4)
 
 
@@ -82,34 +118,69 @@ def test_modules_are_ranked_in_whole_or_inside_the_basis(converted, tmp_path):
     chosen = {}
     for choose in ("gradient", "basis-gradient"):
         options = _options(
-            (converted[0], whole), tmp_path, name=choose, choose=choose, basis=48, epochs=1, method="coefficients"
+            (converted[0], whole),
+            tmp_path,
+            name=choose,
+            choose=choose,
+            basis=48,
+            epochs=1,
+            method="coefficients",
         )
         chosen[choose] = lf.fuse(options)["seeds"][0]["modules"]
-        assert lf.fuse(dataclasses.replace(options, resume=True))["seeds"][0]["modules"] == chosen[choose]
+        assert (
+            lf.fuse(dataclasses.replace(options, resume=True))["seeds"][0]["modules"]
+            == chosen[choose]
+        )
     assert chosen["gradient"] == chosen["basis-gradient"]
-    control = _options((converted[0], whole), tmp_path, choose="gradient", basis=48, control="random-factors")
+    control = _options(
+        (converted[0], whole),
+        tmp_path,
+        choose="gradient",
+        basis=48,
+        control="random-factors",
+    )
     ranked = with_whole_modules(parts.load_model(control), control).problem.frozen.pool
-    np.testing.assert_array_equal(ranked.A["encoder.self.q"], lf.load_pool(whole).A["encoder.self.q"])
+    np.testing.assert_array_equal(
+        ranked.A["encoder.self.q"], lf.load_pool(whole).A["encoder.self.q"]
+    )
     shutil.rmtree(whole / "adapters")
-    options = _options((converted[0], whole), tmp_path, name="alone", choose="basis-gradient", epochs=1, basis=48)
+    options = _options(
+        (converted[0], whole),
+        tmp_path,
+        name="alone",
+        choose="basis-gradient",
+        epochs=1,
+        basis=48,
+    )
     assert lf.fuse(options)["seeds"][0]["modules"] == chosen["gradient"]
 
 
 def test_controls_project_the_modules_on_other_directions(converted, tmp_path):
     own = parts.load_model(_options(converted, tmp_path)).problem.frozen.pool
     for control in ("random-factors", "shuffled", "rotated", "svd"):
-        pool = parts.load_model(_options(converted, tmp_path, control=control)).problem.frozen.pool
+        pool = parts.load_model(
+            _options(converted, tmp_path, control=control)
+        ).problem.frozen.pool
         assert (pool.names, pool.k) == (own.names, 16)
-        for site in own.sites if control != "shuffled" else ():  # a stack of one layer is not shuffled
+        for site in (
+            own.sites if control != "shuffled" else ()
+        ):  # a stack of one layer is not shuffled
             assert pool.kept()[site].sum() < own.kept()[site].sum()
 
 
 def test_draws_of_a_rotated_control_differ(converted, tmp_path):
     draws = [
-        parts.load_model(_options(converted, tmp_path, basis=None, control="rotated", control_draw=n)) for n in (0, 1)
+        parts.load_model(
+            _options(converted, tmp_path, basis=None, control="rotated", control_draw=n)
+        )
+        for n in (0, 1)
     ]
     first, second = (loaded.problem.frozen.pool for loaded in draws)
-    assert first.names == second.names == tuple(f"rotated {name}" for name in draws[0].modules[0])
+    assert (
+        first.names
+        == second.names
+        == tuple(f"rotated {name}" for name in draws[0].modules[0])
+    )
     assert all(np.abs(a - second.A[site]).max() > 0.01 for site, a in first.A.items())
 
 
@@ -117,28 +188,52 @@ def test_new_modules_join_an_existing_basis(small, converted, tmp_path, capsys):
     base, adapters = small
     new = sorted(adapters.iterdir())[3]
     out = tmp_path / "more"
-    main(["convert", "--base", str(base), "--adapters", str(new), "--out", str(out), "--basis-from", str(converted[1])])
+    main(
+        [
+            "convert",
+            "--base",
+            str(base),
+            "--adapters",
+            str(new),
+            "--out",
+            str(out),
+            "--basis-from",
+            str(converted[1]),
+        ]
+    )
     assert f"{new.name}: the basis keeps" in capsys.readouterr().out
-    there, more = lf.load_basis(converted[1]), lf.load_basis(out)
+    there = lf.load_basis(converted[1])
+    more = lf.load_basis(out)
     assert more.names == (*there.names, new.name)
     np.testing.assert_array_equal(more.U["encoder.self.q"], there.U["encoder.self.q"])
     options = _options((base, out), tmp_path, adapters=(new.name, there.names[0]))
-    assert parts.load_model(options).problem.frozen.pool.names == (there.names[0], new.name)
-    ranked = dataclasses.replace(options, adapters=(), recipe=dataclasses.replace(options.recipe, choose="gradient"))
+    assert parts.load_model(options).problem.frozen.pool.names == (
+        there.names[0],
+        new.name,
+    )
+    ranked = dataclasses.replace(
+        options,
+        adapters=(),
+        recipe=dataclasses.replace(options.recipe, choose="gradient"),
+    )
     with pytest.raises(ValueError, match="rank by --choose basis-gradient"):
         lf.fuse(ranked)
 
 
 def test_a_plan_holds_the_basis_and_ranks_whole_modules(converted, tmp_path):
     def pool(**changes) -> str:
-        row = parts.describe_run(_options(converted, tmp_path, **changes)).splitlines()[5]
+        row = parts.describe_run(_options(converted, tmp_path, **changes)).splitlines()[
+            5
+        ]
         return row.split("|")[8].strip()
 
     # Six matrices of 96 x 96: U, V and U^T W, the cores of two modules, ||W||^2; to rank them, the cores of all three.
     words = 6 * (3 * 16 * 96 + 2 * 16**2 + 96)
     assert pool() == f"{4 * words / 2**10:.2f} KiB"
     assert pool(choose="gradient") == f"{4 * (words + 6 * 16**2) / 2**10:.2f} KiB"
-    with pytest.raises(ValueError, match="24 directions, (and 25 are asked for|expected at least 25)"):
+    with pytest.raises(
+        ValueError, match="24 directions, (and 25 are asked for|expected at least 25)"
+    ):
         parts.describe_run(_options(converted, tmp_path, basis=25))
 
 
@@ -147,22 +242,35 @@ def test_a_plan_holds_the_basis_and_ranks_whole_modules(converted, tmp_path):
     [
         ({"basis": 0}, "basis is 0: "),
         ({"basis": None, "train_core": True}, "--train-core needs a shared basis"),
-        ({"basis": None, "choose": "basis-gradient"}, "--choose basis-gradient needs a shared basis"),
+        (
+            {"basis": None, "choose": "basis-gradient"},
+            "--choose basis-gradient needs a shared basis",
+        ),
         ({"basis": None, "control": "svd"}, "--control svd needs a shared basis"),
     ],
 )
-def test_options_that_contradict_a_basis_are_refused(converted, tmp_path, changes, message):
+def test_options_that_contradict_a_basis_are_refused(
+    converted, tmp_path, changes, message
+):
     with pytest.raises(ValueError, match=message):
         check(_options(converted, tmp_path, **changes))
 
 
-def test_a_pool_without_a_basis_names_the_command_that_makes_one(small, converted, tmp_path):
-    with pytest.raises(ValueError, match=r"24 directions, expected at least 25: .* convert --basis 25"):
+def test_a_pool_without_a_basis_names_the_command_that_makes_one(
+    small, converted, tmp_path
+):
+    with pytest.raises(
+        ValueError, match=r"24 directions, expected at least 25: .* convert --basis 25"
+    ):
         parts.load_model(_options(converted, tmp_path, basis=25))
     base, adapters = small
-    with pytest.raises(ValueError, match=r"holds adapters, no basis: .* `lorafusion convert --basis 16`"):
+    with pytest.raises(
+        ValueError,
+        match=r"holds adapters, no basis: .* `lorafusion convert --basis 16`",
+    ):
         parts.load_model(_options((base, adapters), tmp_path))
-    bare, other = tmp_path / "bare", tmp_path / "other"
+    bare = tmp_path / "bare"
+    other = tmp_path / "other"
     shutil.copytree(converted[1], bare, ignore=shutil.ignore_patterns("basis"))
     with pytest.raises(ValueError, match=r"has no basis: .* convert --basis 16 --out"):
         parts.load_model(_options((base, bare), tmp_path))
@@ -174,7 +282,11 @@ def test_a_pool_without_a_basis_names_the_command_that_makes_one(small, converte
     with pytest.raises(ValueError, match="give one of them"):
         parts.convert(parts.ConvertOptions(out=bare, basis=8, basis_from=converted[1]))
     names = lf.load_pool(converted[1]).names
-    parts.convert(parts.ConvertOptions(base=str(base), adapters=(str(sorted(adapters.iterdir())[3]),), out=other))
+    parts.convert(
+        parts.ConvertOptions(
+            base=str(base), adapters=(str(sorted(adapters.iterdir())[3]),), out=other
+        )
+    )
     shutil.copytree(converted[1] / "basis", other / "basis")
     manifest = json.loads((other / "basis" / "manifest.json").read_text())
     (own,) = parts.open_pool(other).names
@@ -182,5 +294,7 @@ def test_a_pool_without_a_basis_names_the_command_that_makes_one(small, converte
         zip((own, *names[1:]), manifest["metadata"]["modules"].values(), strict=True)
     )
     (other / "basis" / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=f"basis of another pool: {own} had other weights"):
+    with pytest.raises(
+        ValueError, match=f"basis of another pool: {own} had other weights"
+    ):
         lf.load_basis(other)

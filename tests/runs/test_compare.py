@@ -17,54 +17,87 @@ from lorafusion_jax.runs.compare import CompareOptions, compare
 @pytest.fixture(scope="module")
 def runs(small, tmp_path_factory) -> dict[str, tuple[Path, dict]]:
     """Folders and results: a method of two seeds with an own prompt, one of a single seed, and fewer test rows."""
-    out, found = tmp_path_factory.mktemp("runs"), {}
+    out = tmp_path_factory.mktemp("runs")
+    found = {}
     for name, changes in (
         ("mean", {"method": "mean", "prompt": "{context}? {input}"}),
         ("base", {"method": "zero-shot", "pool": None}),
         ("fewer", {"method": "zero-shot", "pool": None, "test_rows": 5}),
     ):
-        options = recipes.small_run(small, out, name=name, **{"test_rows": 12} | changes)
+        options = recipes.small_run(
+            small, out, name=name, **{"test_rows": 12} | changes
+        )
         found[name] = (run_path(options), fuse(options))
     return found
 
 
 def test_means_and_paired_differences_are_those_of_the_runs(runs, tmp_path, capsys):
     folders = [runs[name][0] for name in ("mean", "base")]
-    means, differences = compare(CompareOptions(runs=tuple(folders), plot=tmp_path / "new" / "means.png"))
-    scores = {name: [seed["exact_match"] for seed in results["seeds"]] for name, (_, results) in runs.items()}
+    means, differences = compare(
+        CompareOptions(runs=tuple(folders), plot=tmp_path / "new" / "means.png")
+    )
+    scores = {
+        name: [seed["exact_match"] for seed in results["seeds"]]
+        for name, (_, results) in runs.items()
+    }
     assert [line[0] for line in means.lines] == ["mean", "base"]
-    of_base, paired = (
-        dict(zip([column.name for column in table.columns], table.lines[-1], strict=True))
-        for table in (means, differences)
+    of_base = dict(
+        zip([column.name for column in means.columns], means.lines[-1], strict=True)
+    )
+    paired = dict(
+        zip(
+            [column.name for column in differences.columns],
+            differences.lines[-1],
+            strict=True,
+        )
     )
     assert of_base["mean"] == (pytest.approx(scores["base"][0]), None)
     low, high = of_base["95 % interval"]
     assert low <= scores["base"][0] <= high
     difference = np.mean(scores["mean"]) - scores["base"][0]
-    assert paired["difference"] == pytest.approx(difference, abs=1e-6) and 0 < paired["p"] <= 1
+    assert (
+        paired["difference"] == pytest.approx(difference, abs=1e-6)
+        and 0 < paired["p"] <= 1
+    )
     assert (tmp_path / "new" / "means.png").stat().st_size
     cli.main(["compare", *map(str, folders), "--reference", str(folders[1])])
-    assert re.search(r"base minus each other run.*\n(.*\n)*\| mean +\|", capsys.readouterr().out)
+    assert re.search(
+        r"base minus each other run.*\n(.*\n)*\| mean +\|", capsys.readouterr().out
+    )
 
 
 def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path):
-    mean, base, fewer = (runs[name][0] for name in ("mean", "base", "fewer"))
-    with pytest.raises(ValueError, match="fewer was evaluated on other test rows than .*mean"):
+    mean = runs["mean"][0]
+    base = runs["base"][0]
+    fewer = runs["fewer"][0]
+    with pytest.raises(
+        ValueError, match="fewer was evaluated on other test rows than .*mean"
+    ):
         compare(CompareOptions(runs=(mean, fewer)))
     damaged = Path(shutil.copytree(mean, tmp_path / "damaged"))
     predictions = (mean / "predictions.jsonl").read_text().splitlines(keepends=True)
-    for rows, count in ((predictions[1:], 11), ([*predictions, predictions[0]], 13), ([], 0)):
+    for rows, count in (
+        (predictions[1:], 11),
+        ([*predictions, predictions[0]], 13),
+        ([], 0),
+    ):
         (damaged / "predictions.jsonl").write_text("".join(rows))
         with pytest.raises(
-            ValueError, match=rf"damaged/predictions.jsonl holds {count} rows of seed .*: expected each of"
+            ValueError,
+            match=rf"damaged/predictions.jsonl holds {count} rows of seed .*: expected each of",
         ):
             compare(CompareOptions(runs=(base, damaged)))
     (damaged / "predictions.jsonl").unlink()
-    with pytest.raises(ValueError, match=r"damaged/predictions.jsonl: missing: restore it from a copy"):
+    with pytest.raises(
+        ValueError, match=r"damaged/predictions.jsonl: missing: restore it from a copy"
+    ):
         compare(CompareOptions(runs=(base, damaged)))
     results = json.loads((mean / "results.json").read_text())
     (damaged / "results.json").write_text(json.dumps(results | {"seeds": []}))
-    with pytest.raises(ValueError, match=r"damaged/results.json: seeds is \[\]: expected .*, as in config.json"):
+    with pytest.raises(
+        ValueError,
+        match=r"damaged/results.json: seeds is \[\]: expected .*, as in config.json",
+    ):
         compare(CompareOptions(runs=(base, damaged)))
     with pytest.raises(ValueError, match="nothing is not the folder of a run"):
         compare(CompareOptions(runs=(mean, tmp_path / "nothing")))

@@ -26,7 +26,13 @@ def fused(small, tmp_path_factory):
 
 def _lora(small, out, start, method="lora", rank=_RANKS, rate=0.0, **changes):
     rates = {"lr_lora": rate, "lr_magnitudes": rate}
-    own = {"name": "run", "method": method, "lora_rank": rank, "start_from": start, "epochs": 1}
+    own = {
+        "name": "run",
+        "method": method,
+        "lora_rank": rank,
+        "start_from": start,
+        "epochs": 1,
+    }
     return recipes.small_run(small, out, **own | rates | changes)
 
 
@@ -34,21 +40,31 @@ def _losses(results):
     return [seed["loss"] for seed in results["seeds"]]
 
 
-@pytest.mark.parametrize("method", ["lora", pytest.param("dora", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "method", ["lora", pytest.param("dora", marks=pytest.mark.long)]
+)
 def test_a_lora_starts_at_the_loss_of_the_fusion(small, fused, tmp_path, method):
     """At learning rates of zero every seed has the loss of its seed of the fusion."""
     results = fuse(_lora(small, tmp_path, run_path(fused[0]), method))
     assert _losses(results) == pytest.approx(_losses(fused[1]), rel=1e-4)
     assert _losses(results)[0] != pytest.approx(_losses(results)[1], rel=1e-3)
-    assert all(0 <= share < 1e-5 for seed in results["seeds"] for share in seed["left_out"].values())
+    assert all(
+        0 <= share < 1e-5
+        for seed in results["seeds"]
+        for share in seed["left_out"].values()
+    )
 
 
 def test_what_a_small_rank_leaves_out_is_reported(small, fused, tmp_path, capsys):
     results = fuse(_lora(small, tmp_path, run_path(fused[0]), rank=4))
     shares = [share for seed in results["seeds"] for share in seed["left_out"].values()]
-    assert min(shares) > 0.01 and RunFolder(tmp_path / "run").results()["seeds"][0]["left_out"]
     assert (
-        f"at rank 4, which leaves out {100 * min(shares):.1f} to {100 * max(shares):.1f} %" in capsys.readouterr().err
+        min(shares) > 0.01
+        and RunFolder(tmp_path / "run").results()["seeds"][0]["left_out"]
+    )
+    assert (
+        f"at rank 4, which leaves out {100 * min(shares):.1f} to {100 * max(shares):.1f} %"
+        in capsys.readouterr().err
     )
 
 
@@ -57,7 +73,8 @@ def test_a_lora_starts_at_the_weighted_modules(small, tmp_path, kind):
     """The numbers of A B are those of the adapter's update; spare ranks have random columns in A, and zeros in B."""
     base, pool = map(str, small)
     first = sorted(small[1].iterdir())[0]
-    start, file = first, tmp_path / "weights.json"
+    start = first
+    file = tmp_path / "weights.json"
     file.write_text(json.dumps({first.name: 1}))
     if kind != "adapter":
         start = file
@@ -65,40 +82,72 @@ def test_a_lora_starts_at_the_weighted_modules(small, tmp_path, kind):
         start = tmp_path / "merged"
         merge(MergeOptions(base=base, pool=pool, weights_file=file, out=start))
     fuse(_lora(small, tmp_path, start, pool=None if kind == "adapter" else pool))
-    single = recipes.small_run(small, tmp_path, name="single", method="coefficients", lr_coefficients=0.0, epochs=1)
+    single = recipes.small_run(
+        small,
+        tmp_path,
+        name="single",
+        method="coefficients",
+        lr_coefficients=0.0,
+        epochs=1,
+    )
     expected = fuse(dataclasses.replace(single, start_from=file))
-    assert _losses(RunFolder(tmp_path / "run").results()) == pytest.approx(_losses(expected), rel=1e-4)
+    assert _losses(RunFolder(tmp_path / "run").results()) == pytest.approx(
+        _losses(expected), rel=1e-4
+    )
     lora = load_run(tmp_path / "run")[1]["lora"]
     assert all(np.any(np.asarray(A)[..., 16:]) for A in lora["A"].values())
     assert not any(np.any(np.asarray(B)[:, :, 16:]) for B in lora["B"].values())
 
 
 def test_a_resumed_lora_equals_an_uninterrupted_one(small, fused, tmp_path):
-    options = _lora(small, tmp_path, run_path(fused[0]), rank=4, rate=0.01, epochs=2, save_seconds=0.0)
-    results, whole = fuse(options), load_run(tmp_path / "run")[1]
+    options = _lora(
+        small,
+        tmp_path,
+        run_path(fused[0]),
+        rank=4,
+        rate=0.01,
+        epochs=2,
+        save_seconds=0.0,
+    )
+    results = fuse(options)
+    whole = load_run(tmp_path / "run")[1]
     shutil.rmtree(tmp_path / "run" / "final")
     (tmp_path / "run" / "results.json").unlink()
     shutil.rmtree(max((tmp_path / "run" / "checkpoints").iterdir()))
     again = fuse(dataclasses.replace(options, resume=True))
     jax.tree.map(np.testing.assert_array_equal, load_run(tmp_path / "run")[1], whole)
-    assert [seed["left_out"] for seed in again["seeds"]] == [seed["left_out"] for seed in results["seeds"]]
+    assert [seed["left_out"] for seed in again["seeds"]] == [
+        seed["left_out"] for seed in results["seeds"]
+    ]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"seeds": (2, 1)}, r"has the seeds \[1, 2\], here \[2, 1\]: give the same"),
-        ({"lora_targets": ("q",)}, r"it adapts decoder\.cross\.v, .* which --lora-targets leaves out: add them"),
+        (
+            {"lora_targets": ("q",)},
+            r"it adapts decoder\.cross\.v, .* which --lora-targets leaves out: add them",
+        ),
         ({"start_from": "zero-shot"}, "it adapts no matrices"),
-        pytest.param({"start_from": "dora"}, "of the kind WeightDecomposed has no factors", marks=pytest.mark.long),
-        ({"start_from": "list", "pool": None}, "the modules are those of a pool: give it with --pool"),
+        pytest.param(
+            {"start_from": "dora"},
+            "of the kind WeightDecomposed has no factors",
+            marks=pytest.mark.long,
+        ),
+        (
+            {"start_from": "list", "pool": None},
+            "the modules are those of a pool: give it with --pool",
+        ),
         (
             {"method": "magnitudes", "start_from": "list"},
             "cannot start from them: use fusion, coefficients, lora or dora",
         ),
     ],
 )
-def test_a_start_that_a_lora_cannot_have_is_refused(small, fused, tmp_path, changes, message):
+def test_a_start_that_a_lora_cannot_have_is_refused(
+    small, fused, tmp_path, changes, message
+):
     start = changes.pop("start_from", None)
     if start in ("zero-shot", "dora"):
         start = recipes.small_run(small, tmp_path, name=start, method=start, epochs=1)
@@ -118,23 +167,43 @@ def test_a_fusion_of_another_pool_is_refused(small, fused, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["digests"]["modules"] = dict.fromkeys(config["digests"]["modules"], "0")
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="fused was fused with other weights: .* of the pool"):
+    with pytest.raises(
+        ValueError, match="fused was fused with other weights: .* of the pool"
+    ):
         fuse(_lora(small, tmp_path, folder, rank=4))
 
 
 def test_one_command_trains_a_fusion_and_then_a_lora_from_it(small, tmp_path):
     """The same as two commands, each with half of the epochs; interrupted in between, it continues."""
     options = recipes.small_run(
-        small, tmp_path, name="both", method="lora", lora_rank=4, epochs=4, lr_lora=0.01, warm_start="fusion"
+        small,
+        tmp_path,
+        name="both",
+        method="lora",
+        lora_rank=4,
+        epochs=4,
+        lr_lora=0.01,
+        warm_start="fusion",
     )
     with pytest.raises(KeyError):
         run(options, set_up=lambda setup, stage, begin: _stop_at_the_lora(setup, stage))
-    assert RunFolder(tmp_path / "both" / "fusion").results() and not RunFolder(tmp_path / "both").exists()
+    assert (
+        RunFolder(tmp_path / "both" / "fusion").results()
+        and not RunFolder(tmp_path / "both").exists()
+    )
     results = fuse(dataclasses.replace(options, resume=True))
     fuse(recipes.small_run(small, tmp_path, name="first", modules=20))
-    again = fuse(_lora(small, tmp_path, tmp_path / "first", rank=4, rate=0.01, epochs=2))
-    assert results["seeds"] == again["seeds"] and load_run(tmp_path / "both")[0].recipe.epochs == 4
-    jax.tree.map(np.testing.assert_array_equal, *(load_run(tmp_path / name)[1] for name in ("both", "run")))
+    again = fuse(
+        _lora(small, tmp_path, tmp_path / "first", rank=4, rate=0.01, epochs=2)
+    )
+    assert (
+        results["seeds"] == again["seeds"]
+        and load_run(tmp_path / "both")[0].recipe.epochs == 4
+    )
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        *(load_run(tmp_path / name)[1] for name in ("both", "run")),
+    )
 
 
 def _stop_at_the_lora(setup, stage):
@@ -144,13 +213,36 @@ def _stop_at_the_lora(setup, stage):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pool": None}, "--warm-start fusion trains a fusion first: give its pool with --pool"),
-        ({"start_from": Path()}, "--warm-start fusion makes the start: leave it out, or --from"),
-        ({"epochs": 1}, "--warm-start fusion divides the epochs into two parts: give 2 or more"),
-        ({"lora_targets": ("q",)}, "pool adapts v, which --lora-targets leaves out: add them"),
+        (
+            {"pool": None},
+            "--warm-start fusion trains a fusion first: give its pool with --pool",
+        ),
+        (
+            {"start_from": Path()},
+            "--warm-start fusion makes the start: leave it out, or --from",
+        ),
+        (
+            {"epochs": 1},
+            "--warm-start fusion divides the epochs into two parts: give 2 or more",
+        ),
+        (
+            {"lora_targets": ("q",)},
+            "pool adapts v, which --lora-targets leaves out: add them",
+        ),
     ],
 )
-def test_a_warm_start_that_is_not_possible_is_refused_before_its_fusion(small, tmp_path, changes, message):
+def test_a_warm_start_that_is_not_possible_is_refused_before_its_fusion(
+    small, tmp_path, changes, message
+):
     with pytest.raises(ValueError, match=message):
-        run(recipes.small_run(small, tmp_path, name="run", method="lora", warm_start="fusion", **changes))
+        run(
+            recipes.small_run(
+                small,
+                tmp_path,
+                name="run",
+                method="lora",
+                warm_start="fusion",
+                **changes,
+            )
+        )
     assert not (tmp_path / "run").exists()

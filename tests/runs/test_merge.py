@@ -8,13 +8,22 @@ import numpy as np
 import pytest
 import recipes
 
-from lorafusion_jax import base_tensor, fuse, kernels, load_base, load_run, places, read_config
+from lorafusion_jax import (
+    base_tensor,
+    fuse,
+    kernels,
+    load_base,
+    load_run,
+    places,
+    read_config,
+)
 from lorafusion_jax.cli import main
 from lorafusion_jax.parts import ExportOptions, export, read_adapter
 from lorafusion_jax.runs.merge import MergeOptions, merge
 
 _SMALL = Path(__file__).resolve().parents[2] / "examples" / "small"
-_BASE, _POOL = str(_SMALL / "base"), str(_SMALL / "adapters")
+_BASE = str(_SMALL / "base")
+_POOL = str(_SMALL / "adapters")
 _NAMES = ("double_next", "dropfirst_dash")
 
 
@@ -28,29 +37,53 @@ def _updates(folder):
 
 def test_an_adapter_is_the_weighted_sum_of_the_updates(tmp_path, capsys):
     weights = [f"{_NAMES[0]}=0.7", f"{_NAMES[1]}=-0.3"]
-    main(["merge", "--base", _BASE, "--pool", _POOL, "--weights", *weights, "--out", str(tmp_path / "out")])
+    main(
+        [
+            "merge",
+            "--base",
+            _BASE,
+            "--pool",
+            _POOL,
+            "--weights",
+            *weights,
+            "--out",
+            str(tmp_path / "out"),
+        ]
+    )
     assert "2 modules of" in capsys.readouterr().out
     first, second = (_updates(_SMALL / "adapters" / name) for name in _NAMES)
     found = _updates(tmp_path / "out")
     assert found.keys() == first.keys()
     for path, update in found.items():
-        np.testing.assert_allclose(update, 0.7 * first[path] - 0.3 * second[path], atol=1e-6)
+        np.testing.assert_allclose(
+            update, 0.7 * first[path] - 0.3 * second[path], atol=1e-6
+        )
 
 
 def test_a_file_gives_weights_by_block_and_a_merged_model_has_them(tmp_path):
     file = tmp_path / "weights.json"
-    file.write_text(json.dumps({_NAMES[0]: {"encoder.0": 0.5, "decoder.1": 2}, _NAMES[1]: 1}))
+    file.write_text(
+        json.dumps({_NAMES[0]: {"encoder.0": 0.5, "decoder.1": 2}, _NAMES[1]: 1})
+    )
     options = {"base": _BASE, "pool": _POOL, "weights_file": file}
     merge(MergeOptions(out=tmp_path / "adapter", **options))
     first, second = (_updates(_SMALL / "adapters" / name) for name in _NAMES)
-    found, weights = _updates(tmp_path / "adapter"), {"encoder.block.0.": 0.5, "decoder.block.1.": 2}
+    found = _updates(tmp_path / "adapter")
+    weights = {"encoder.block.0.": 0.5, "decoder.block.1.": 2}
     for path, update in found.items():
-        weight = next((weight for start, weight in weights.items() if path.startswith(start)), 0)
-        np.testing.assert_allclose(update, weight * first[path] + second[path], atol=1e-6)
+        weight = next(
+            (weight for start, weight in weights.items() if path.startswith(start)), 0
+        )
+        np.testing.assert_allclose(
+            update, weight * first[path] + second[path], atol=1e-6
+        )
     merge(MergeOptions(out=tmp_path / "model", format="merged", **options))
-    merged, base = base_tensor(tmp_path / "model"), base_tensor(_BASE)
+    merged = base_tensor(tmp_path / "model")
+    base = base_tensor(_BASE)
     for path, update in found.items():
-        np.testing.assert_allclose(merged(f"{path}.weight"), base(f"{path}.weight") + update, atol=1e-5)
+        np.testing.assert_allclose(
+            merged(f"{path}.weight"), base(f"{path}.weight") + update, atol=1e-5
+        )
     assert kernels(load_base(tmp_path / "model"))["encoder.self.q"].dtype == jnp.float32
 
 
@@ -58,21 +91,47 @@ def test_a_file_gives_weights_by_block_and_a_merged_model_has_them(tmp_path):
     ("options", "message"),
     [
         ({}, "no weights: give some with --weights name=0.7"),
-        ({"weights": ("double_next",)}, "--weights 'double_next': expected name=number"),
+        (
+            {"weights": ("double_next",)},
+            "--weights 'double_next': expected name=number",
+        ),
         ({"weights": ("double_next=much",)}, "expected name=number"),
         ({"weights": ("0.7",)}, "--weights '0.7': expected name=number"),
-        ({"weights": ("double_next=1e39",)}, "is 1e\\+39: expected a finite number of float32"),
-        ({"weights": ("double_next=1", "double_next=2")}, "double_next has two weights, one in --weights"),
-        ({"weights": ("double_next=1",), "file": {"double_next": 2}}, "double_next has two weights, one in --weights"),
-        ({"weights": ("double_next=nan",)}, "the weight of double_next is nan: expected a finite number"),
+        (
+            {"weights": ("double_next=1e39",)},
+            "is 1e\\+39: expected a finite number of float32",
+        ),
+        (
+            {"weights": ("double_next=1", "double_next=2")},
+            "double_next has two weights, one in --weights",
+        ),
+        (
+            {"weights": ("double_next=1",), "file": {"double_next": 2}},
+            "double_next has two weights, one in --weights",
+        ),
+        (
+            {"weights": ("double_next=nan",)},
+            "the weight of double_next is nan: expected a finite number",
+        ),
         ({"weights": ("triple=1",)}, "has no module triple: it has double_next"),
-        ({"file": {"double_next": {"block 7": 1}}}, "name a block 'block 7': expected one of encoder.0, "),
+        (
+            {"file": {"double_next": {"block 7": 1}}},
+            "name a block 'block 7': expected one of encoder.0, ",
+        ),
         ({"file": {"double_next": "1"}}, "weights.json.*double_next"),
-        ({"weights_file": Path("none.json")}, "none.json: no such file: expected JSON such as {"),
-        ({"weights": ("double_next=1",), "format": "gguf"}, "model_type is 't5': expected one of llama, .* for GGUF"),
+        (
+            {"weights_file": Path("none.json")},
+            "none.json: no such file: expected JSON such as {",
+        ),
+        (
+            {"weights": ("double_next=1",), "format": "gguf"},
+            "model_type is 't5': expected one of llama, .* for GGUF",
+        ),
     ],
 )
-def test_weights_that_cannot_be_used_are_refused_before_anything_is_written(tmp_path, options, message):
+def test_weights_that_cannot_be_used_are_refused_before_anything_is_written(
+    tmp_path, options, message
+):
     if file := options.pop("file", None):
         options["weights_file"] = tmp_path / "weights.json"
         options["weights_file"].write_text(json.dumps(file))
@@ -88,24 +147,46 @@ def listed(small, tmp_path_factory) -> tuple[Path, Path]:
     base, pool = map(str, small)
     first, second = sorted(path.name for path in small[1].iterdir())[:2]
     file = folder / "weights.json"
-    file.write_text(json.dumps({second: 0.7, first: {"encoder.0": -0.3, "decoder.0": 2}}))
-    merge(MergeOptions(base=base, pool=pool, weights_file=file, out=folder / "merged", format="merged"))
+    file.write_text(
+        json.dumps({second: 0.7, first: {"encoder.0": -0.3, "decoder.0": 2}})
+    )
+    merge(
+        MergeOptions(
+            base=base,
+            pool=pool,
+            weights_file=file,
+            out=folder / "merged",
+            format="merged",
+        )
+    )
     return file, folder / "merged"
 
 
 @pytest.mark.parametrize(
     ("number", "changes"),
-    [pytest.param(0, {"method": "coefficients"}, marks=pytest.mark.long), (1, {"lr_magnitudes": 0.0})],
+    [
+        pytest.param(0, {"method": "coefficients"}, marks=pytest.mark.long),
+        (1, {"lr_magnitudes": 0.0}),
+    ],
 )
-def test_a_fusion_starts_at_the_model_that_is_merged(small, listed, tmp_path, number, changes):
+def test_a_fusion_starts_at_the_model_that_is_merged(
+    small, listed, tmp_path, number, changes
+):
     """At learning rates of zero the start is what is exported."""
     still = {"lr_coefficients": 0.0, "start_from": listed[number]}
     options = recipes.small_run(small, tmp_path, name="run", **still | changes)
     fuse(options)
-    export(ExportOptions(run=tmp_path / "run", seed=2, out=tmp_path / "model", format="merged"))
-    found, merged = base_tensor(tmp_path / "model"), base_tensor(listed[1])
+    export(
+        ExportOptions(
+            run=tmp_path / "run", seed=2, out=tmp_path / "model", format="merged"
+        )
+    )
+    found = base_tensor(tmp_path / "model")
+    merged = base_tensor(listed[1])
     for path in places(read_config(small[0])):
-        np.testing.assert_allclose(found(f"{path}.weight"), merged(f"{path}.weight"), atol=1e-6)
+        np.testing.assert_allclose(
+            found(f"{path}.weight"), merged(f"{path}.weight"), atol=1e-6
+        )
 
 
 @pytest.mark.parametrize(
@@ -114,11 +195,21 @@ def test_a_fusion_starts_at_the_model_that_is_merged(small, listed, tmp_path, nu
         ({}, {}, "it has none: give a weight"),
         ({"triple": 1}, {}, "the pool lacks 'triple'"),
         (None, {"composition": "mix"}, "they belong to a sum"),
-        (None, {"adapters": ("0",)}, "they name the modules already: leave out --adapters"),
-        (None, {"granularity": "global"}, "has weights by block: use the granularity block, site or rank"),
+        (
+            None,
+            {"adapters": ("0",)},
+            "they name the modules already: leave out --adapters",
+        ),
+        (
+            None,
+            {"granularity": "global"},
+            "has weights by block: use the granularity block, site or rank",
+        ),
     ],
 )
-def test_a_list_that_a_fusion_cannot_start_from_is_refused(small, listed, tmp_path, weights, changes, message):
+def test_a_list_that_a_fusion_cannot_start_from_is_refused(
+    small, listed, tmp_path, weights, changes, message
+):
     file = listed[0]
     if weights is not None:
         file = tmp_path / "weights.json"
@@ -129,10 +220,17 @@ def test_a_list_that_a_fusion_cannot_start_from_is_refused(small, listed, tmp_pa
 
 
 def test_a_control_starts_from_the_same_weights(small, listed, tmp_path):
-    still = {"method": "coefficients", "lr_coefficients": 0.0, "epochs": 1, "start_from": listed[0]}
+    still = {
+        "method": "coefficients",
+        "lr_coefficients": 0.0,
+        "epochs": 1,
+        "start_from": listed[0],
+    }
     found = []
     for control in ("none", "rotated"):
-        options = recipes.small_run(small, tmp_path, name=control, control=control, **still)
+        options = recipes.small_run(
+            small, tmp_path, name=control, control=control, **still
+        )
         fuse(options)
         found.append(load_run(tmp_path / control)[1]["coefficients"])
     np.testing.assert_array_equal(*found)
@@ -141,15 +239,24 @@ def test_a_control_starts_from_the_same_weights(small, listed, tmp_path):
 
 def test_a_start_that_does_not_exist_is_refused_before_anything_is_loaded(tmp_path):
     nothing = tmp_path / "base", tmp_path / "pool"
-    with pytest.raises(ValueError, match=r"--from .*gone\.json: no such file or folder: give a run"):
+    with pytest.raises(
+        ValueError, match=r"--from .*gone\.json: no such file or folder: give a run"
+    ):
         fuse(recipes.small_run(nothing, tmp_path, start_from=tmp_path / "gone.json"))
 
 
-@pytest.mark.parametrize(("part", "message"), [("base", "the base .* had the SHA-256 0"), ("modules", "of the pool")])
-def test_a_merged_list_of_another_base_or_pool_is_refused(small, listed, tmp_path, part, message):
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [("base", "the base .* had the SHA-256 0"), ("modules", "of the pool")],
+)
+def test_a_merged_list_of_another_base_or_pool_is_refused(
+    small, listed, tmp_path, part, message
+):
     record = json.loads((listed[1] / "merge.json").read_text())
     digests = record["digests"]
     digests[part] = "0" if part == "base" else dict.fromkeys(digests[part], "0")
     (tmp_path / "merge.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=f"{tmp_path} was fused with other weights: .*{message}"):
+    with pytest.raises(
+        ValueError, match=f"{tmp_path} was fused with other weights: .*{message}"
+    ):
         fuse(recipes.small_run(small, tmp_path, name="run", start_from=tmp_path))

@@ -31,21 +31,46 @@ def task(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("task")
     words = [*_ANSWERS] * 3
     for part, count in (("train", 12), ("test", 7)):
-        longest = 3 if part == "train" else 1  # a single width of tests' rows, hence single programs of theirs
-        rows = [{"input": f"{'the ' * (i % (longest + 1))}{w}", "target": _ANSWERS[w]} for i, w in enumerate(words)]
+        longest = (
+            3 if part == "train" else 1
+        )  # a single width of tests' rows, hence single programs of theirs
+        rows = [
+            {"input": f"{'the ' * (i % (longest + 1))}{w}", "target": _ANSWERS[w]}
+            for i, w in enumerate(words)
+        ]
         (folder / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows[:count])))
     return folder
 
 
 def _options(base: Path, task: Path, out: Path, **changes) -> lf.FuseOptions:
-    recipe = {"epochs": 2, "batch_size": 6, "lora_rank": 2, "lr_lora": 0.05, "max_new_tokens": 6, "shots": 2}
-    values = {"base": str(base), "task": str(task), "out": out, "method": "lora", "save_seconds": 0.0}
+    recipe = {
+        "epochs": 2,
+        "batch_size": 6,
+        "lora_rank": 2,
+        "lr_lora": 0.05,
+        "max_new_tokens": 6,
+        "shots": 2,
+    }
+    values = {
+        "base": str(base),
+        "task": str(task),
+        "out": out,
+        "method": "lora",
+        "save_seconds": 0.0,
+    }
     return recipes.options(recipe, **values | changes)
 
 
 @pytest.fixture(scope="module")
 def chat(base, task, tmp_path_factory) -> tuple[lf.FuseOptions, dict]:
-    options = _options(base, task, tmp_path_factory.mktemp("runs"), chat=True, prompt="say {input}", seeds=(1, 2))
+    options = _options(
+        base,
+        task,
+        tmp_path_factory.mktemp("runs"),
+        chat=True,
+        prompt="say {input}",
+        seeds=(1, 2),
+    )
     return options, lf.fuse(options)
 
 
@@ -61,24 +86,37 @@ def test_a_run_with_a_chat_template_is_asked_as_it_was_trained(chat):
     assert setup.tokenizer.decode(setup.test.labels[1]) == "short<|im_end|>"
 
 
-def test_evaluating_and_generating_agree_with_the_run_in_batches_of_any_size(chat, tmp_path):
+def test_evaluating_and_generating_agree_with_the_run_in_batches_of_any_size(
+    chat, tmp_path
+):
     options, results = chat
     folder = parts.run_path(options)
     for row, recorded in zip(
-        parts.evaluate_run(parts.EvaluateOptions(run=folder, eval_batch=2)), results["seeds"], strict=True
+        parts.evaluate_run(parts.EvaluateOptions(run=folder, eval_batch=2)),
+        results["seeds"],
+        strict=True,
     ):
         for score in ("exact_match", "option_accuracy"):
             assert row[score] == recorded[score]
         assert row["loss"] == pytest.approx(recorded["loss"], rel=1e-5)
     said = [row for row in parts.RunFolder(folder).predictions() if row["seed"] == 2]
-    (tmp_path / "lines").write_text("\n".join(row["input"].removeprefix("say ") for row in said))
-    asked = parts.GenerateOptions(run=folder, file=tmp_path / "lines", seed=2, eval_batch=3)
+    (tmp_path / "lines").write_text(
+        "\n".join(row["input"].removeprefix("say ") for row in said)
+    )
+    asked = parts.GenerateOptions(
+        run=folder, file=tmp_path / "lines", seed=2, eval_batch=3
+    )
     assert parts.generate_lines(asked) == [row["prediction"] for row in said]
-    assert ["".join(answer) for answer in parts.stream_lines(asked)] == [row["prediction"] for row in said]
+    assert ["".join(answer) for answer in parts.stream_lines(asked)] == [
+        row["prediction"] for row in said
+    ]
 
 
-def test_a_run_is_not_used_with_another_configuration_tokenizer_or_chat_template(chat, base, tmp_path):
-    run, other = tmp_path / "run", tmp_path / "base"
+def test_a_run_is_not_used_with_another_configuration_tokenizer_or_chat_template(
+    chat, base, tmp_path
+):
+    run = tmp_path / "run"
+    other = tmp_path / "base"
     shutil.copytree(parts.run_path(chat[0]), run)
     shutil.copytree(base, other)
     (tmp_path / "lines").write_text("hot")
@@ -87,32 +125,58 @@ def test_a_run_is_not_used_with_another_configuration_tokenizer_or_chat_template
         config = json.loads((run / "config.json").read_text())
         config["options"] |= {"base": str(other)} | changes
         (run / "config.json").write_text(json.dumps(config))
-        return parts.generate_lines(parts.GenerateOptions(run=run, file=tmp_path / "lines", max_new_tokens=1))
+        return parts.generate_lines(
+            parts.GenerateOptions(run=run, file=tmp_path / "lines", max_new_tokens=1)
+        )
 
     settings = json.loads((other / "tokenizer_config.json").read_text())
-    (other / "tokenizer_config.json").write_text(json.dumps(dict(reversed(settings.items()))))
+    (other / "tokenizer_config.json").write_text(
+        json.dumps(dict(reversed(settings.items())))
+    )
     assert len(ask()) == 1
     (other / "chat_template.jinja").write_text(small_llama.CHATML + " ")
-    with pytest.raises(ValueError, match="run was fused with other texts: the chat template of .*base had the SHA-256"):
+    with pytest.raises(
+        ValueError,
+        match="run was fused with other texts: the chat template of .*base had the SHA-256",
+    ):
         ask()
     assert len(ask(chat=False)) == 1  # the template is not used
-    (other / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": True, "bos_token": "the"}))
-    with pytest.raises(ValueError, match="run was fused with other texts: the tokenizer of .*base had the SHA-256 "):
+    (other / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"add_bos_token": True, "bos_token": "the"})
+    )
+    with pytest.raises(
+        ValueError,
+        match="run was fused with other texts: the tokenizer of .*base had the SHA-256 ",
+    ):
         ask()
     (other / "tokenizer_config.json").write_text(json.dumps(settings))
     config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {"transformers_version": "0"}))
+    (other / "config.json").write_text(
+        json.dumps(config | {"transformers_version": "0"})
+    )
     assert len(ask()) == 1
-    for file, change in (("config.json", {"rms_norm_eps": 0.1}), ("generation_config.json", {"eos_token_id": 4})):
+    for file, change in (
+        ("config.json", {"rms_norm_eps": 0.1}),
+        ("generation_config.json", {"eos_token_id": 4}),
+    ):
         (other / "config.json").write_text(json.dumps(config))
         (other / file).write_text(json.dumps(config | change))
-        with pytest.raises(ValueError, match="fused with other settings: the configuration of .*base had the SHA-256"):
+        with pytest.raises(
+            ValueError,
+            match="fused with other settings: the configuration of .*base had the SHA-256",
+        ):
             ask()
 
 
-def test_a_changed_task_is_refused_and_rows_that_trained_are_left_out_of_another(base, tmp_path):
+def test_a_changed_task_is_refused_and_rows_that_trained_are_left_out_of_another(
+    base, tmp_path
+):
     """Sorted, the same rows are divided otherwise by their numbers."""
-    rows = [json.dumps({"input": f"the {a} {b}", "target": _ANSWERS[b]}) for a in _ANSWERS for b in _ANSWERS]
+    rows = [
+        json.dumps({"input": f"the {a} {b}", "target": _ANSWERS[b]})
+        for a in _ANSWERS
+        for b in _ANSWERS
+    ]
     file = tmp_path / "all.jsonl"
     file.write_text("\n".join(rows))
     options = _options(base, file, tmp_path, train_rows=8)
@@ -121,40 +185,73 @@ def test_a_changed_task_is_refused_and_rows_that_trained_are_left_out_of_another
     tested = {row["input"] for row in parts.RunFolder(folder).predictions()}
     own = parts.evaluate_run(parts.EvaluateOptions(run=folder))
     file.write_text("\n".join(sorted(rows)))
-    with pytest.raises(ValueError, match="all.jsonl has other rows than .* was fused on: restore them, .* --task"):
+    with pytest.raises(
+        ValueError,
+        match="all.jsonl has other rows than .* was fused on: restore them, .* --task",
+    ):
         parts.evaluate_run(parts.EvaluateOptions(run=folder))
     other = parts.EvaluateOptions(run=folder, task=str(file))
-    assert {row.input for row in parts.load_to_evaluate(other)[0].task.test} == tested and len(tested) == 8
+    assert {
+        row.input for row in parts.load_to_evaluate(other)[0].task.test
+    } == tested and len(tested) == 8
     for row, of_own in zip(parts.evaluate_run(other), own, strict=True):
         assert row == of_own | {"loss": pytest.approx(of_own["loss"], rel=1e-5)}
-    file.write_text("\n".join(row for row in rows if json.loads(row)["input"] not in tested))
-    with pytest.raises(ValueError, match="was trained on the inputs of all rows of .*all.jsonl: give others"):
+    file.write_text(
+        "\n".join(row for row in rows if json.loads(row)["input"] not in tested)
+    )
+    with pytest.raises(
+        ValueError,
+        match="was trained on the inputs of all rows of .*all.jsonl: give others",
+    ):
         parts.evaluate_run(other)
 
 
 def test_the_likeliest_option_is_that_of_a_loop_over_whole_texts(chat):
     options, _ = chat
-    setup, _, params = parts.load_to_evaluate(parts.EvaluateOptions(run=parts.run_path(options)))
+    setup, _, params = parts.load_to_evaluate(
+        parts.EvaluateOptions(run=parts.run_path(options))
+    )
     of_seed = jax.tree.map(lambda p: p[1], params)
     problem = setup.problem
-    adapters, _ = jax.jit(problem.method.adapters)(of_seed, problem.frozen, problem.index[1])
-    graph, weights = nnx.split(lf.merged_base(nnx.merge(problem.graph, problem.frozen.base), adapters))
+    adapters, _ = jax.jit(problem.method.adapters)(
+        of_seed, problem.frozen, problem.index[1]
+    )
+    graph, weights = nnx.split(
+        lf.merged_base(nnx.merge(problem.graph, problem.frozen.base), adapters)
+    )
 
     @jax.jit
     def log_probs(weights, ids):
-        return jax.nn.log_softmax(nnx.merge(graph, weights)(ids, jnp.ones(ids.shape, bool)))
+        return jax.nn.log_softmax(
+            nnx.merge(graph, weights)(ids, jnp.ones(ids.shape, bool))
+        )
 
     def likelihood(example: Example) -> float:
-        ((prompt,), (answer,)) = (part for part in vars(encode(setup.tokenizer, [example], setup.text_format)).values())
-        ids = np.zeros((1, 64), np.int32)  # nothing looks ahead, so what is behind the text has no effect
+        ((prompt,), (answer,)) = (
+            part
+            for part in vars(
+                encode(setup.tokenizer, [example], setup.text_format)
+            ).values()
+        )
+        ids = np.zeros(
+            (1, 64), np.int32
+        )  # nothing looks ahead, so what is behind the text has no effect
         ids[0, : len(prompt) + len(answer)] = [*prompt, *answer]
         found = log_probs(weights, ids)[0, len(prompt) - 1 :]
         return float(sum(found[place, token] for place, token in enumerate(answer)))
 
     closed = sorted(_ANSWERS.values())
-    scores = [[likelihood(dataclasses.replace(row, target=option)) for option in closed] for row in setup.task.test]
-    found = evaluation.evaluate(setup, params, batch_size=4, options=[closed] * len(scores))
-    wanted = [closed[int(np.argmax(of))] == row.target for of, row in zip(scores, setup.task.test, strict=True)]
+    scores = [
+        [likelihood(dataclasses.replace(row, target=option)) for option in closed]
+        for row in setup.task.test
+    ]
+    found = evaluation.evaluate(
+        setup, params, batch_size=4, options=[closed] * len(scores)
+    )
+    wanted = [
+        closed[int(np.argmax(of))] == row.target
+        for of, row in zip(scores, setup.task.test, strict=True)
+    ]
     assert min(np.diff(np.sort(of))[-1] for of in scores) > 1e-4
     assert found.option_correct is not None
     np.testing.assert_array_equal(found.option_correct[1], wanted)
@@ -162,7 +259,9 @@ def test_the_likeliest_option_is_that_of_a_loop_over_whole_texts(chat):
 
 
 @pytest.mark.parametrize(("chat", "answer"), [(False, " cold"), (True, " cold\n\nQ")])
-def test_examples_in_the_prompt_end_an_answer_before_further_examples(chat, answer, base, task, tmp_path, monkeypatch):
+def test_examples_in_the_prompt_end_an_answer_before_further_examples(
+    chat, answer, base, task, tmp_path, monkeypatch
+):
     options = _options(base, task, tmp_path, method="few-shot", chat=chat, test_rows=2)
     tokenizer = parts.open_base(options.base).tokenizer
     said = tokenizer(" cold\n\nQ", add_special_tokens=False)["input_ids"]
@@ -174,10 +273,17 @@ def test_examples_in_the_prompt_end_an_answer_before_further_examples(chat, answ
 
     monkeypatch.setattr(evaluation, "generate_rows", generate_rows)
     results = lf.fuse(options)
-    assert [row["prediction"] for row in parts.RunFolder(parts.run_path(options)).predictions()] == [answer] * 2
+    assert [
+        row["prediction"]
+        for row in parts.RunFolder(parts.run_path(options)).predictions()
+    ] == [answer] * 2
     assert results["seeds"][0]["exact_match"] == (0 if chat else 50)
     shown = r"((the )*\w+ (cold|short|old|the gold)\n\n){2}"
-    around = (r"<\|im_start\|>user\n", r"<\|im_end\|>\n<\|im_start\|>assistant\n") if chat else ("<s>", "")
+    around = (
+        (r"<\|im_start\|>user\n", r"<\|im_end\|>\n<\|im_start\|>assistant\n")
+        if chat
+        else ("<s>", "")
+    )
     for prompt, asked in zip(prompts, ("hot", "the tall"), strict=True):
         assert re.fullmatch(f"{around[0]}{shown}{asked}{around[1]}", prompt)
 
@@ -185,12 +291,23 @@ def test_examples_in_the_prompt_end_an_answer_before_further_examples(chat, answ
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompt": "the cold gold is " * 40 + "{input}"}, r"row 1, '.*', has \d+ tokens, .* context holds 160"),
-        ({"max_new_tokens": 158}, r"row 1, 'hot', has 3 .* answer of up to 158: .* \(--max-new-tokens\)"),
-        ({"method": "few-shot", "shots": 12, "max_new_tokens": 99}, r"row \d, .* fewer examples in the prompt"),
+        (
+            {"prompt": "the cold gold is " * 40 + "{input}"},
+            r"row 1, '.*', has \d+ tokens, .* context holds 160",
+        ),
+        (
+            {"max_new_tokens": 158},
+            r"row 1, 'hot', has 3 .* answer of up to 158: .* \(--max-new-tokens\)",
+        ),
+        (
+            {"method": "few-shot", "shots": 12, "max_new_tokens": 99},
+            r"row \d, .* fewer examples in the prompt",
+        ),
     ],
 )
-def test_a_row_longer_than_the_context_stops_before_the_weights_are_read(changes, message, base, task, tmp_path):
+def test_a_row_longer_than_the_context_stops_before_the_weights_are_read(
+    changes, message, base, task, tmp_path
+):
     no_weights = tmp_path / "base"
     no_weights.mkdir()
     for path in base.iterdir():
@@ -206,12 +323,20 @@ def test_a_row_longer_than_the_context_stops_before_the_weights_are_read(changes
 
 def test_chat_needs_a_template(task, tmp_path):
     plain = small_llama.make(tmp_path / "plain", chat_template=None)
-    with pytest.raises(ValueError, match="plain has no chat template: leave out --chat, and describe the task with"):
+    with pytest.raises(
+        ValueError,
+        match="plain has no chat template: leave out --chat, and describe the task with",
+    ):
         parts.load_setup(_options(plain, task, tmp_path, chat=True))
-    conversation = [{"role": "user", "content": "hot"}, {"role": "assistant", "content": "cold"}]
+    conversation = [
+        {"role": "user", "content": "hot"},
+        {"role": "assistant", "content": "cold"},
+    ]
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join([json.dumps({"messages": conversation})] * 3))
-    with pytest.raises(ValueError, match="rows.jsonl, line 1 is a conversation, .*: give --chat"):
+    with pytest.raises(
+        ValueError, match="rows.jsonl, line 1 is a conversation, .*: give --chat"
+    ):
         parts.load_setup(_options(plain, rows, tmp_path, train_rows=1))
 
 
@@ -221,9 +346,16 @@ def test_a_plan_counts_the_tokens_of_the_template(base, task, tmp_path):
     for plan, run in zip(plans, runs, strict=True):
         setup = parts.load_setup(run)
         worth = evaluation_worth(setup.config)
-        batches = [batch for _, batch in eval_batches(setup.test, run.eval_batch, pad_id=0, worth=worth)]
+        batches = [
+            batch
+            for _, batch in eval_batches(
+                setup.test, run.eval_batch, pad_id=0, worth=worth
+            )
+        ]
         found = re.search(r"evaluation in .*?(\d+) source", plan)
-        assert found is not None and int(found[1]) == max(batch.input_ids.shape[1] for batch in batches), plan
+        assert found is not None and int(found[1]) == max(
+            batch.input_ids.shape[1] for batch in batches
+        ), plan
     assert plans[0] != plans[1]
 
 
@@ -234,22 +366,36 @@ def _ask(base: Path, monkeypatch, text: str, **changes) -> list[str]:
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
     options = parts.GenerateOptions(base=str(base), max_new_tokens=8, **changes)
     return (
-        ["".join(answer) for answer in parts.stream_lines(options)] if options.stream else parts.generate_lines(options)
+        ["".join(answer) for answer in parts.stream_lines(options)]
+        if options.stream
+        else parts.generate_lines(options)
     )
 
 
 def test_a_base_model_answers_without_a_run(base, monkeypatch):
-    plain, chat = (_ask(base, monkeypatch, "hot\nbold\n", chat=chat) for chat in (False, True))
+    plain = _ask(base, monkeypatch, "hot\nbold\n", chat=False)
+    chat = _ask(base, monkeypatch, "hot\nbold\n", chat=True)
     assert len(plain) == len(chat) == 2 and plain != chat
     assert _ask(base, monkeypatch, "hot\nbold\n", chat=True, stream=True) == chat
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_each_line_gets_an_answer_and_a_blank_line_an_empty_one(base, monkeypatch, stream):
+def test_each_line_gets_an_answer_and_a_blank_line_an_empty_one(
+    base, monkeypatch, stream
+):
     odd = "hot\u2028bold\x85bold\x0bbold\x0cbold\x1cbold"  # only line breaks end a line
     hot, bold, of_odd = _ask(base, monkeypatch, f"hot\nbold\n{odd}\n")
-    assert _ask(base, monkeypatch, f"\nhot\n \n{odd}\n\nbold\r\n", stream=stream) == ["", hot, "", of_odd, "", bold]
-    draw = functools.partial(_ask, base, monkeypatch, sampling=lf.Sampling(temperature=1.0), stream=stream)
+    assert _ask(base, monkeypatch, f"\nhot\n \n{odd}\n\nbold\r\n", stream=stream) == [
+        "",
+        hot,
+        "",
+        of_odd,
+        "",
+        bold,
+    ]
+    draw = functools.partial(
+        _ask, base, monkeypatch, sampling=lf.Sampling(temperature=1.0), stream=stream
+    )
     assert draw("\nhot\n")[1] == draw("bold\nhot\n")[1]
 
 
@@ -279,18 +425,29 @@ def test_draws_depend_on_the_seed_and_the_line_alone(base, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"base": None}, "give one model: a fused run with --run, or an unchanged base model with --base"),
+        (
+            {"base": None},
+            "give one model: a fused run with --run, or an unchanged base model with --base",
+        ),
         ({"run": Path("run")}, "give one model"),
-        ({"base": None, "run": Path("run"), "chat": True}, "a run uses the chat template if it was fused with it"),
+        (
+            {"base": None, "run": Path("run"), "chat": True},
+            "a run uses the chat template if it was fused with it",
+        ),
         ({"seed": 1}, "a base model has no seeds: leave out --seed"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0: "),
         ({"sampling_seed": 2**32}, "sampling_seed is 4294967296: "),
-        ({"max_new_tokens": 200}, r"row 1, 'hot', has \d+ tokens, .*: the model's context holds 160"),
+        (
+            {"max_new_tokens": 200},
+            r"row 1, 'hot', has \d+ tokens, .*: the model's context holds 160",
+        ),
     ],
 )
 def test_options_without_an_answer_are_refused(changes, message, base, tmp_path):
     (tmp_path / "lines").write_text("hot\n")
-    options = dataclasses.replace(parts.GenerateOptions(base=str(base), file=tmp_path / "lines"), **changes)
+    options = dataclasses.replace(
+        parts.GenerateOptions(base=str(base), file=tmp_path / "lines"), **changes
+    )
     with pytest.raises(ValueError, match=message):
         parts.generate_lines(options)
     with pytest.raises(ValueError, match=message):

@@ -17,7 +17,13 @@ from lorafusion_jax.training.descent import gradient_at_zero
 
 
 def _options(folder: Path, **changes) -> lf.FuseOptions:
-    values = {"choose": "gradient", "modules": 3, "epochs": 1, "batch_size": 32, "name": "ranked"} | changes
+    values = {
+        "choose": "gradient",
+        "modules": 3,
+        "epochs": 1,
+        "batch_size": 32,
+        "name": "ranked",
+    } | changes
     return recipes.small_run((folder / "base", folder / "pool"), folder, **values)
 
 
@@ -33,24 +39,40 @@ def test_a_run_fuses_the_modules_of_the_greatest_descent(ranked):
     options, results = ranked
     setup = load_setup(options)
     assert [len(modules) for modules in setup.modules] == [26, 26]
-    gradient = gradient_at_zero(setup.problem, options.seeds, list(setup.rows.once(95)))  # in one batch
-    for seed, modules, descent in zip(results["seeds"], setup.modules, -gradient.sum(axis=2), strict=True):
+    gradient = gradient_at_zero(
+        setup.problem, options.seeds, list(setup.rows.once(95))
+    )  # in one batch
+    for seed, modules, descent in zip(
+        results["seeds"], setup.modules, -gradient.sum(axis=2), strict=True
+    ):
         assert seed["modules"] == [modules[i] for i in np.argsort(-descent)[:3]]
         # 95 rows trained once and ranked once, 5 validated.
         assert (seed["forward_rows"], seed["backward_rows"]) == (195, 190)
-    assert any("digit" in name for name in results["seeds"][0]["modules"])  # the task's own character op
+    assert any(
+        "digit" in name for name in results["seeds"][0]["modules"]
+    )  # the task's own character op
 
 
 def test_the_gradient_is_a_finite_difference_of_the_loss():
     problem = tiny.problem(lf.Fusion(magnitudes=False), tiny.frozen(tiny.t5()))
     of_seed = jax.tree.map(lambda leaf: np.asarray(leaf)[None], tiny.batch())
-    (gradient,) = gradient_at_zero(problem.replace(index=problem.index[None]), (0,), [of_seed])
+    (gradient,) = gradient_at_zero(
+        problem.replace(index=problem.index[None]), (0,), [of_seed]
+    )
     size = float(np.sum(gradient**2))
     step = 1e-2 / size**0.5
-    ahead, behind = (
-        lf.objective({"coefficients": jnp.asarray(sign * step * gradient)}, tiny.batch(), problem, jnp.float32(0))[1]
-        for sign in (1, -1)
-    )
+    ahead = lf.objective(
+        {"coefficients": jnp.asarray(1 * step * gradient)},
+        tiny.batch(),
+        problem,
+        jnp.float32(0),
+    )[1]
+    behind = lf.objective(
+        {"coefficients": jnp.asarray(-1 * step * gradient)},
+        tiny.batch(),
+        problem,
+        jnp.float32(0),
+    )[1]
     slope = float(ahead["cross_entropy"] - behind["cross_entropy"]) / (2 * step)
     assert slope == pytest.approx(size, rel=0.02)
 
@@ -58,8 +80,9 @@ def test_the_gradient_is_a_finite_difference_of_the_loss():
 def test_rows_count_alike_in_batches_of_any_size(ranked):
     options, _ = ranked
     setup = load_setup(options)
-    in_one, in_batches = (
-        gradient_at_zero(setup.problem, options.seeds, list(setup.rows.once(size))) for size in (95, 60)
+    in_one = gradient_at_zero(setup.problem, options.seeds, list(setup.rows.once(95)))
+    in_batches = gradient_at_zero(
+        setup.problem, options.seeds, list(setup.rows.once(60))
     )
     np.testing.assert_allclose(in_batches, in_one, rtol=1e-3, atol=1e-6)
 

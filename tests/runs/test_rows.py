@@ -16,7 +16,15 @@ import lorafusion_jax as lf
 from lorafusion_jax.crossbar import PRESETS, Device, ReadNoise
 from lorafusion_jax.loading.model import evaluation_worth
 from lorafusion_jax.models.decoder import FAMILY
-from lorafusion_jax.parts import GREEDY, T5, Decoder, generate_rows, make_mesh, on_mesh, program_on_arrays
+from lorafusion_jax.parts import (
+    GREEDY,
+    T5,
+    Decoder,
+    generate_rows,
+    make_mesh,
+    on_mesh,
+    program_on_arrays,
+)
 from lorafusion_jax.runs.rows import draw_keys
 from lorafusion_jax.tasks import Encoded, eval_batches, pad
 from lorafusion_jax.training.frozen import GENERATION
@@ -32,7 +40,12 @@ _TINY = small_llama.CONFIG | {
 }
 _WINDOWS = (
     _TINY
-    | {"model_type": "gemma2", "sliding_window": 3, "head_dim": 8, "max_position_embeddings": 6}
+    | {
+        "model_type": "gemma2",
+        "sliding_window": 3,
+        "head_dim": 8,
+        "max_position_embeddings": 6,
+    }
     | {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0}}
 )
 _DRAWN = lf.Sampling(temperature=1.5, top_k=20)
@@ -45,48 +58,102 @@ def _model(family: str) -> Any:
     return Decoder(dataclasses.replace(config, dtype="float32"), rngs=nnx.Rngs(3))
 
 
-def _problem(family: str, seeds: int, seed_mode: Any = "sequential") -> tuple[lf.Problem, Any]:
+def _problem(
+    family: str, seeds: int, seed_mode: Any = "sequential"
+) -> tuple[lf.Problem, Any]:
     """A problem of seeds with random modules, and their numbers."""
     graph, weights = nnx.split(_model(family))
     model = nnx.merge(graph, weights)
     method = lf.LoRA(sites=tuple(model.config.sites.items()), rank=2)
-    index, frozen = jnp.zeros((seeds, 0), jnp.int32), lf.Frozen(weights)
+    index = jnp.zeros((seeds, 0), jnp.int32)
+    frozen = lf.Frozen(weights)
     if family == "fused":
-        method, index = lf.Fusion(magnitudes=False, granularity="rank"), jnp.array([[2, 0]])
-        frozen = method.precompute(lf.Frozen(weights, tiny.pool(3).quantised("int8")), lf.kernels(model))
-    problem = lf.Problem(graph=graph, method=method, frozen=frozen, index=index, seed_mode=seed_mode)
+        method = lf.Fusion(magnitudes=False, granularity="rank")
+        index = jnp.array([[2, 0]])
+        frozen = method.precompute(
+            lf.Frozen(weights, tiny.pool(3).quantised("int8")), lf.kernels(model)
+        )
+    problem = lf.Problem(
+        graph=graph, method=method, frozen=frozen, index=index, seed_mode=seed_mode
+    )
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(jax.vmap(problem.replace(index=index[0]).init), jax.random.split(jax.random.key(0), seeds))
-    params = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), shapes)
+    shapes = jax.eval_shape(
+        jax.vmap(problem.replace(index=index[0]).init),
+        jax.random.split(jax.random.key(0), seeds),
+    )
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), shapes
+    )
     return problem, params
 
 
 def _prompts(count: int, longest: int = 8) -> Encoded:
     rng = np.random.default_rng(1)
-    rows = tuple(rng.integers(14, 48, length).astype(np.int32) for length in rng.integers(2, longest + 1, count))
+    rows = tuple(
+        rng.integers(14, 48, length).astype(np.int32)
+        for length in rng.integers(2, longest + 1, count)
+    )
     return Encoded(rows, tuple(np.zeros(0, np.int32) for _ in rows))
 
 
 def _wanted(
-    problem: lf.Problem, params: Any, prompts: Encoded, tokens: int, sampling: lf.Sampling = GREEDY
+    problem: lf.Problem,
+    params: Any,
+    prompts: Encoded,
+    tokens: int,
+    sampling: lf.Sampling = GREEDY,
 ) -> np.ndarray:
     """Every seed's answers, all rows of one batch, each as long as the longest."""
     ids = jnp.asarray(pad(prompts.inputs, 0, 8))
-    mask = jnp.asarray(np.arange(8) < np.array([len(row) for row in prompts.inputs])[:, None])
+    mask = jnp.asarray(
+        np.arange(8) < np.array([len(row) for row in prompts.inputs])[:, None]
+    )
     keys = draw_keys(sampling, 7, np.arange(len(ids)))
 
     @jax.jit
     def of_seed(params, index):
         model, adapters, _ = problem.replace(index=index).adapted_model(params)
-        return lf.generate(model, ids, mask, adapters, max_new_tokens=tokens, sampling=sampling, row_keys=keys)
+        return lf.generate(
+            model,
+            ids,
+            mask,
+            adapters,
+            max_new_tokens=tokens,
+            sampling=sampling,
+            row_keys=keys,
+        )
 
     seeds = range(len(problem.index))
-    return np.stack([of_seed(jax.tree.map(lambda p, s=s: p[s], params), problem.index[s]) for s in seeds])
+    return np.stack(
+        [
+            of_seed(jax.tree.map(lambda p, s=s: p[s], params), problem.index[s])
+            for s in seeds
+        ]
+    )
 
 
-def _said(problem: lf.Problem, params: Any, prompts: Encoded, tokens: int, size: int, sampling=GREEDY, **more: Any):
-    how = {"pad_id": 0, "sampling": sampling, "keys": partial(draw_keys, sampling, 7)} | more
-    return generate_rows(params, lambda number: problem, prompts, batch_size=size, max_new_tokens=tokens, **how)
+def _said(
+    problem: lf.Problem,
+    params: Any,
+    prompts: Encoded,
+    tokens: int,
+    size: int,
+    sampling=GREEDY,
+    **more: Any,
+):
+    how = {
+        "pad_id": 0,
+        "sampling": sampling,
+        "keys": partial(draw_keys, sampling, 7),
+    } | more
+    return generate_rows(
+        params,
+        lambda number: problem,
+        prompts,
+        batch_size=size,
+        max_new_tokens=tokens,
+        **how,
+    )
 
 
 def _lengths(tokens: np.ndarray) -> np.ndarray:
@@ -102,7 +169,9 @@ def test_answers_are_those_of_generate(family, sampling):
     wanted = _wanted(problem, params, prompts, 12, sampling)
     assert len({*_lengths(wanted)[0].tolist()}) > (1 if sampling is GREEDY else 3)
     ended = []
-    found = _said(problem, params, prompts, 12, 5, sampling, worth=1.0, update=ended.append)
+    found = _said(
+        problem, params, prompts, 12, 5, sampling, worth=1.0, update=ended.append
+    )
     np.testing.assert_array_equal(found.tokens, wanted)
     assert sum(ended) == 23
 
@@ -113,7 +182,9 @@ def test_one_row_or_one_token_at_most(tokens, size):
         problem, params = _problem(family, 1)
         prompts = _prompts(4)
         found = _said(problem, params, prompts, tokens, size)
-        np.testing.assert_array_equal(found.tokens, _wanted(problem, params, prompts, tokens))
+        np.testing.assert_array_equal(
+            found.tokens, _wanted(problem, params, prompts, tokens)
+        )
 
 
 @pytest.mark.parametrize("seed_mode", ["sequential", "batched"])
@@ -129,7 +200,13 @@ def test_seeds_have_their_own_pace(seed_mode, mesh):
         with jax.set_mesh(make_mesh(mesh, 4)):
             there = on_mesh(problem.index, of_seeds=True)
             found = _said(
-                problem.replace(index=there), on_mesh(params, of_seeds=True), prompts, 40, 8, _DRAWN, worth=1.0
+                problem.replace(index=there),
+                on_mesh(params, of_seeds=True),
+                prompts,
+                40,
+                8,
+                _DRAWN,
+                worth=1.0,
             )
     np.testing.assert_array_equal(found.tokens, wanted)
 
@@ -152,7 +229,14 @@ def test_a_stopped_row_gives_its_place_away():
     prompts = _prompts(23)
     wanted = _wanted(problem, params, prompts, 12, _DRAWN)[0]
     found = _said(
-        problem, params, prompts, 12, 5, _DRAWN, stops=lambda rows: [20 in row for row in rows], between_stops=3
+        problem,
+        params,
+        prompts,
+        12,
+        5,
+        _DRAWN,
+        stops=lambda rows: [20 in row for row in rows],
+        between_stops=3,
     ).tokens[0]
     stopped = np.any(wanted == 20, axis=1)
     assert 0 < stopped.sum() < 23
@@ -167,9 +251,14 @@ def test_a_stopped_row_gives_its_place_away():
 def test_chips_with_read_noise_answer_batch_after_batch():
     """As `generate` answers each batch, each with its own noise."""
     problem, params = _problem("t5", 2)
-    noisy = dataclasses.replace(PRESETS["ideal"], device=Device(read_noise=ReadNoise(0.1)))
-    chip = program_on_arrays(problem.graph, problem.frozen, {"decoder.self.v": noisy}, jax.random.key(3))
-    problem, prompts = problem.replace(frozen=chip), _prompts(11)
+    noisy = dataclasses.replace(
+        PRESETS["ideal"], device=Device(read_noise=ReadNoise(0.1))
+    )
+    chip = program_on_arrays(
+        problem.graph, problem.frozen, {"decoder.self.v": noisy}, jax.random.key(3)
+    )
+    problem = problem.replace(frozen=chip)
+    prompts = _prompts(11)
     wanted = np.zeros((2, 11, 6), np.int32)
 
     @jax.jit
@@ -177,15 +266,26 @@ def test_chips_with_read_noise_answer_batch_after_batch():
         def of_seed(one, params):
             model, adapters, _ = one.adapted_model(params)
             how = {"row_mask": batch.row_mask, "max_new_tokens": 6}
-            return lf.generate(model, batch.input_ids, batch.input_mask, adapters, **how)
+            return lf.generate(
+                model, batch.input_ids, batch.input_mask, adapters, **how
+            )
 
         return problem.over_seeds(of_seed, (params,))
 
     worth = evaluation_worth(problem.config)
-    for number, (rows, batch) in enumerate(eval_batches(prompts, 4, pad_id=0, worth=worth)):
+    for number, (rows, batch) in enumerate(
+        eval_batches(prompts, 4, pad_id=0, worth=worth)
+    ):
         said = answers(params, batch, problem.read(GENERATION, number))
         wanted[:, rows[rows >= 0]] = np.asarray(said)[:, rows >= 0]
-    found = generate_rows(params, partial(problem.read, GENERATION), prompts, batch_size=4, max_new_tokens=6, pad_id=0)
+    found = generate_rows(
+        params,
+        partial(problem.read, GENERATION),
+        prompts,
+        batch_size=4,
+        max_new_tokens=6,
+        pad_id=0,
+    )
     np.testing.assert_array_equal(found.tokens, wanted)
     digital = _wanted(_problem("t5", 2)[0], params, prompts, 6)
     assert not np.array_equal(found.tokens, digital)

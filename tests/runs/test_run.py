@@ -45,63 +45,128 @@ def copied(fused, tmp_path) -> tuple[lf.FuseOptions, Path]:
 def _change_config(folder: Path, **changes) -> None:
     """Change options in a run's config.json, or remove fields that are None."""
     config = json.loads((folder / "config.json").read_text())
-    config["options"] |= {name: value for name, value in changes.items() if value is not None}
-    config = {name: value for name, value in config.items() if changes.get(name, "") is not None}
+    config["options"] |= {
+        name: value for name, value in changes.items() if value is not None
+    }
+    config = {
+        name: value
+        for name, value in config.items()
+        if changes.get(name, "") is not None
+    }
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def _assert_resumes(options: lf.FuseOptions, fused: tuple[lf.FuseOptions, dict]) -> None:
+def _assert_resumes(
+    options: lf.FuseOptions, fused: tuple[lf.FuseOptions, dict]
+) -> None:
     """Resume a run, and check that it gets the bits of the run without interruptions."""
     whole, results = fused
     resumed = lf.fuse(dataclasses.replace(options, resume=True))
     assert {**resumed, "seconds": None} == {**results, "seconds": None}
     for name in ("metrics.jsonl", "predictions.jsonl"):
-        assert (parts.run_path(options) / name).read_bytes() == (parts.run_path(whole) / name).read_bytes()
-    jax.tree.map(np.testing.assert_array_equal, *(lf.load_run(parts.run_path(of))[1] for of in (options, whole)))
+        assert (parts.run_path(options) / name).read_bytes() == (
+            parts.run_path(whole) / name
+        ).read_bytes()
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        *(lf.load_run(parts.run_path(of))[1] for of in (options, whole)),
+    )
 
 
 @pytest.mark.accelerator
 def test_a_run_writes_results_that_agree_with_its_rows(fused):
     options, results = fused
     folder = parts.run_path(options)
-    assert json.loads((folder / "results.json").read_text()) == results and (folder / "final").is_dir()
+    assert (
+        json.loads((folder / "results.json").read_text()) == results
+        and (folder / "final").is_dir()
+    )
     rows = parts.RunFolder(folder).predictions()
     assert len(rows) == 2 * 5
-    shares = [100 * np.mean([r["correct"] for r in rows if r["seed"] == seed]) for seed in options.seeds]
+    shares = [
+        100 * np.mean([r["correct"] for r in rows if r["seed"] == seed])
+        for seed in options.seeds
+    ]
     assert shares == [s["exact_match"] for s in results["seeds"]]
     steps = [m for m in parts.RunFolder(folder).metrics() if "loss" in m]
     assert len(steps) == 2 * 3 * 2  # seeds, epochs, steps of 95 rows by 48
     for seed in options.seeds:
         losses = [m["loss"] for m in steps if m["seed"] == seed]
         assert losses[-1] < losses[0]
-    assert results["trainable_by_group"] == {"coefficients": 2 * 2, "magnitudes": 6 * 96}
+    assert results["trainable_by_group"] == {
+        "coefficients": 2 * 2,
+        "magnitudes": 6 * 96,
+    }
     assert results["seeds"][0]["modules"] != results["seeds"][1]["modules"]
 
 
 @pytest.mark.long
 def test_training_without_a_finite_loss_stops_and_suggests_what_to_try(small, tmp_path):
-    options = _options(small, tmp_path, name="diverged", epochs=30, lr_coefficients=1e38, lr_magnitudes=1e38)
+    options = _options(
+        small,
+        tmp_path,
+        name="diverged",
+        epochs=30,
+        lr_coefficients=1e38,
+        lr_magnitudes=1e38,
+    )
     for resume in (False, True):
-        with pytest.raises(ValueError, match=r"no seed has had a finite loss for 2\d steps, up to step 2\d: try lower"):
+        with pytest.raises(
+            ValueError,
+            match=r"no seed has had a finite loss for 2\d steps, up to step 2\d: try lower",
+        ):
             lf.fuse(dataclasses.replace(options, resume=resume))
     folder = tmp_path / "diverged"
-    assert len([row for row in parts.RunFolder(folder).metrics() if "loss" in row and row["seed"] == 1]) < 30
-    newest = checkpoint.load_newest(checkpoint.steps(folder / "checkpoints"), note=pytest.fail)
-    assert newest is not None and all(np.isfinite(p).all() for p in jax.tree.leaves(newest[0]["best"]))
+    assert (
+        len(
+            [
+                row
+                for row in parts.RunFolder(folder).metrics()
+                if "loss" in row and row["seed"] == 1
+            ]
+        )
+        < 30
+    )
+    newest = checkpoint.load_newest(
+        checkpoint.steps(folder / "checkpoints"), note=pytest.fail
+    )
+    assert newest is not None and all(
+        np.isfinite(p).all() for p in jax.tree.leaves(newest[0]["best"])
+    )
 
 
 def test_batched_seeds_share_the_column_of_the_token_that_they_generate(small):
     setup = parts.load_setup(_options(small, Path("unused")))
     problem = setup.problem.replace(seed_mode="batched")
-    batch = next(batch for _, batch in eval_batches(setup.test, 8, pad_id=setup.tokenizer.pad_token_id))
-    models = parts.SeedModels(parts.start(problem, (1, 2)).params, problem, np.arange(2))
-    rows = (batch.input_ids, batch.input_mask, batch.row_mask, np.full(5, 4, np.int32), None)
+    batch = next(
+        batch
+        for _, batch in eval_batches(setup.test, 8, pad_id=setup.tokenizer.pad_token_id)
+    )
+    models = parts.SeedModels(
+        parts.start(problem, (1, 2)).params, problem, np.arange(2)
+    )
+    rows = (
+        batch.input_ids,
+        batch.input_mask,
+        batch.row_mask,
+        np.full(5, 4, np.int32),
+        None,
+    )
     state = parts.begin_rows(models, *rows, max_new_tokens=4, sampling=parts.GREEDY)
     program = jax.make_jaxpr(partial(parts.advance_rows, sampling=parts.GREEDY))(
         models, *state, (np.int32(10), np.int32(4))
     )
-    inner = [equation.params["jaxpr"].eqns for equation in program.eqns if "jaxpr" in equation.params]
-    (loop,) = (equation for equations in inner for equation in equations if equation.primitive.name == "while")
+    inner = [
+        equation.params["jaxpr"].eqns
+        for equation in program.eqns
+        if "jaxpr" in equation.params
+    ]
+    (loop,) = (
+        equation
+        for equations in inner
+        for equation in equations
+        if equation.primitive.name == "while"
+    )
     column, token, *_ = loop.outvars
     # With a column for each seed, every token would select among all entries of all caches.
     assert (column.aval.shape, token.aval.shape) == ((), (2, 5))
@@ -111,14 +176,18 @@ def test_batched_seeds_share_the_column_of_the_token_that_they_generate(small):
 
 
 @pytest.mark.accelerator
-@pytest.mark.parametrize("killed_after", ["a step", "the last epoch", "training", "damage"])
+@pytest.mark.parametrize(
+    "killed_after", ["a step", "the last epoch", "training", "damage"]
+)
 def test_a_killed_run_resumes_bit_for_bit(killed_after, fused, copied, capsys):
     options, folder = copied
     (folder / "results.json").unlink()
     (folder / "predictions.jsonl").unlink()
     steps = sorted(p.name for p in (folder / "checkpoints").glob("step_*"))
     assert steps == ["step_000004", "step_000006"]
-    (folder / "checkpoints" / ".step_000005.partial").mkdir()  # what a killed process leaves
+    (
+        folder / "checkpoints" / ".step_000005.partial"
+    ).mkdir()  # what a killed process leaves
     if killed_after == "damage":
         (folder / "final" / "manifest.json").write_text("{")
         (folder / "checkpoints" / "step_000006" / "manifest.json").unlink()
@@ -130,25 +199,43 @@ def test_a_killed_run_resumes_bit_for_bit(killed_after, fused, copied, capsys):
             file.write('{"step": 6, "epo')
     _assert_resumes(options, fused)
     said = capsys.readouterr().err
-    there = {path.name for path in [*folder.glob("final*"), *(folder / "checkpoints").iterdir()]}
-    aside = {"final.damaged", "step_000006.damaged"} if killed_after == "damage" else set()
+    there = {
+        path.name
+        for path in [*folder.glob("final*"), *(folder / "checkpoints").iterdir()]
+    }
+    aside = (
+        {"final.damaged", "step_000006.damaged"} if killed_after == "damage" else set()
+    )
     assert there == {"step_000004", "step_000006", "final"} | aside
     assert all(f"It is kept as {name}" in said for name in aside)
     reached = {"a step": 4, "training": None, "damage": 4}.get(killed_after, 6)
-    newest = folder / "final" if reached is None else folder / "checkpoints" / f"step_00000{reached}"
+    newest = (
+        folder / "final"
+        if reached is None
+        else folder / "checkpoints" / f"step_00000{reached}"
+    )
     before = json.loads((newest / "manifest.json").read_text())["metadata"]["seconds"]
     seconds = json.loads((folder / "results.json").read_text())["seconds"]["train"]
-    assert seconds == before == fused[1]["seconds"]["train"] if reached is None else seconds > before > 0
+    assert (
+        seconds == before == fused[1]["seconds"]["train"]
+        if reached is None
+        else seconds > before > 0
+    )
     assert said.count("going on from step") == (reached is not None)
     assert reached is None or f"{folder}: going on from step {reached}\n" in said
 
 
 @pytest.mark.parametrize("recorded", [True, False, None])
-def test_a_resumed_run_compiles_its_layers_as_it_began(recorded, fused, copied, monkeypatch):
+def test_a_resumed_run_compiles_its_layers_as_it_began(
+    recorded, fused, copied, monkeypatch
+):
     """Runs before 0.1.0 record nothing, and unroll the four layers of this model."""
     options, folder = copied
-    config, found = json.loads((folder / "config.json").read_text()), []
-    assert config["environment"].pop("unroll") is fused[1]["environment"]["unroll"] is True
+    config = json.loads((folder / "config.json").read_text())
+    found = []
+    assert (
+        config["environment"].pop("unroll") is fused[1]["environment"]["unroll"] is True
+    )
     config["environment"] |= {} if recorded is None else {"unroll": recorded}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "results.json").unlink()
@@ -171,7 +258,9 @@ def test_a_run_that_is_resumed_may_be_evaluated_in_smaller_batches(fused, copied
         assert seed["loss"] == pytest.approx(before["loss"], rel=1e-4)
 
 
-def test_a_process_saves_with_the_others_when_one_of_them_is_stopped(fused, tmp_path, monkeypatch):
+def test_a_process_saves_with_the_others_when_one_of_them_is_stopped(
+    fused, tmp_path, monkeypatch
+):
     def end(why: str) -> None:
         raise SystemExit(why)
 
@@ -180,24 +269,32 @@ def test_a_process_saves_with_the_others_when_one_of_them_is_stopped(fused, tmp_
     monkeypatch.setattr(processes, "end", end)
     with pytest.raises(SystemExit, match="another process of this run was stopped"):
         lf.fuse(options)
-    assert [path.name for path in (tmp_path / "whole" / "checkpoints").iterdir()] == ["step_000002"]
+    assert [path.name for path in (tmp_path / "whole" / "checkpoints").iterdir()] == [
+        "step_000002"
+    ]
 
 
-def test_a_signal_after_the_last_epoch_waits_until_the_numbers_are_saved(fused, tmp_path, monkeypatch):
+def test_a_signal_after_the_last_epoch_waits_until_the_numbers_are_saved(
+    fused, tmp_path, monkeypatch
+):
     def end() -> None:
         raise SystemExit(130)
 
     monkeypatch.setattr(interrupts, "release", end)
     with pytest.raises(SystemExit):
         lf.fuse(dataclasses.replace(fused[0], out=tmp_path, save_seconds=1e9))
-    assert (tmp_path / "whole" / "final").is_dir() and not (tmp_path / "whole" / "checkpoints").exists()
+    assert (tmp_path / "whole" / "final").is_dir() and not (
+        tmp_path / "whole" / "checkpoints"
+    ).exists()
 
 
 class _Signals:
     """A signal that waits from the n-th look on, as a run sees it."""
 
     def __init__(self, waits_at: int):
-        self.waits_at, self.looks, self.advice = waits_at, 0, []
+        self.waits_at = waits_at
+        self.looks = 0
+        self.advice = []
 
     def hold(self, advice):
         self.advice.append(advice)
@@ -219,9 +316,12 @@ class _Signals:
         pytest.param(2, True, 4, marks=pytest.mark.long, id="in an epoch of one call"),
     ],
 )
-def test_a_stopped_run_has_saved_a_step_and_resumes_bit_for_bit(waits_at, whole, step, fused, tmp_path, monkeypatch):
+def test_a_stopped_run_has_saved_a_step_and_resumes_bit_for_bit(
+    waits_at, whole, step, fused, tmp_path, monkeypatch
+):
     """Two steps are an epoch; nothing is saved by the clock."""
-    options, seen = dataclasses.replace(fused[0], out=tmp_path, save_seconds=1e9), _Signals(waits_at)
+    options = dataclasses.replace(fused[0], out=tmp_path, save_seconds=1e9)
+    seen = _Signals(waits_at)
     if whole:
         monkeypatch.setattr(fit_lib, "for_cpu", lambda: False)
     with monkeypatch.context() as patch:
@@ -233,7 +333,9 @@ def test_a_stopped_run_has_saved_a_step_and_resumes_bit_for_bit(waits_at, whole,
     assert seen.advice[-1].startswith(f"after this {unit} (the last one took ")
     assert "; its state is saved in " in seen.advice[-1]
     folder = tmp_path / "whole"
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step_00000{step}"]
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [
+        f"step_00000{step}"
+    ]
     assert parts.RunFolder(folder).metrics()[-1]["step"] == step
     _assert_resumes(options, fused)
 
@@ -243,7 +345,9 @@ def test_a_stopped_run_has_saved_a_step_and_resumes_bit_for_bit(waits_at, whole,
 
 def test_a_run_starts_from_the_numbers_of_another_one(fused, small, tmp_path):
     options, _ = fused
-    more = dataclasses.replace(options, start_from=parts.run_path(options), out=tmp_path)
+    more = dataclasses.replace(
+        options, start_from=parts.run_path(options), out=tmp_path
+    )
     lf.fuse(more)
     first = parts.RunFolder(parts.run_path(more)).metrics()[0]["loss"]
     assert first < parts.RunFolder(parts.run_path(options)).metrics()[0]["loss"]
@@ -252,7 +356,9 @@ def test_a_run_starts_from_the_numbers_of_another_one(fused, small, tmp_path):
     with pytest.raises(ValueError, match="trained with the method fusion"):
         lf.fuse(dataclasses.replace(more, method="coefficients", name="other"))
     doubled = _with_base(small[0], tmp_path / "doubled", 2)
-    with pytest.raises(ValueError, match="whole was fused with other weights: the base"):
+    with pytest.raises(
+        ValueError, match="whole was fused with other weights: the base"
+    ):
         lf.fuse(dataclasses.replace(more, base=str(doubled), name="other"))
 
 
@@ -261,15 +367,26 @@ def test_evaluate_and_generate_agree_with_the_run(fused, copied):
     _, folder = copied
     assert lf.load_run(str(folder))[2] == parts.RunFolder(folder).config()
     rows = parts.evaluate_run(parts.EvaluateOptions(run=folder))
-    assert rows == [{k: s[k] for k in ("seed", "exact_match", "option_accuracy", "loss")} for s in results["seeds"]]
-    with pytest.raises(ValueError, match="--train-rows divides another task: name it with --task"):
+    assert rows == [
+        {k: s[k] for k in ("seed", "exact_match", "option_accuracy", "loss")}
+        for s in results["seeds"]
+    ]
+    with pytest.raises(
+        ValueError, match="--train-rows divides another task: name it with --task"
+    ):
         parts.evaluate_run(parts.EvaluateOptions(run=folder, train_rows=0))
     with pytest.raises(ValueError, match="test_rows is 0: "):
         parts.evaluate_run(parts.EvaluateOptions(run=folder, test_rows=0))
     _change_config(folder, task=str(folder / "gone.jsonl"))  # generating needs no task
     text = folder / "lines.txt"
-    text.write_text("\n".join(p["input"] for p in parts.RunFolder(folder).predictions() if p["seed"] == 2))
-    assert parts.generate_lines(parts.GenerateOptions(run=folder, file=text, seed=2)) == recipes.answers(options, 2)
+    text.write_text(
+        "\n".join(
+            p["input"] for p in parts.RunFolder(folder).predictions() if p["seed"] == 2
+        )
+    )
+    assert parts.generate_lines(
+        parts.GenerateOptions(run=folder, file=text, seed=2)
+    ) == recipes.answers(options, 2)
     with pytest.raises(ValueError, match=r"gone.jsonl"):
         parts.evaluate_run(parts.EvaluateOptions(run=folder))
     with pytest.raises(ValueError, match="has no seed 7: it has 1, 2"):
@@ -292,7 +409,8 @@ def _with_base(source: Path, folder: Path, number: float) -> Path:
 def moved(copied, small, tmp_path):
     """A run whose base and pool are copies that can be changed; the arguments are those of `_with_base`."""
     options, run = copied
-    base, pool = _with_base(small[0], tmp_path / "base", 1), tmp_path / "pool"
+    base = _with_base(small[0], tmp_path / "base", 1)
+    pool = tmp_path / "pool"
     shutil.copytree(small[1], pool)
     _change_config(run, base=str(base), pool=str(pool))
     (tmp_path / "lines").write_text("a b")
@@ -306,8 +424,12 @@ def _uses(run: Path, options: lf.FuseOptions) -> dict:
 
     return {
         "evaluate": lambda: parts.evaluate_run(parts.EvaluateOptions(run=run)),
-        "generate": lambda: parts.generate_lines(parts.GenerateOptions(run=run, file=run.parent / "lines")),
-        "export": lambda: parts.export(parts.ExportOptions(run=run, out=run.parent / "out")),
+        "generate": lambda: parts.generate_lines(
+            parts.GenerateOptions(run=run, file=run.parent / "lines")
+        ),
+        "export": lambda: parts.export(
+            parts.ExportOptions(run=run, out=run.parent / "out")
+        ),
         "serve": lambda: lf.Service([lf.FusedRun.read(run)], capacity=1),
         "resume": resumed,
     }
@@ -317,14 +439,23 @@ def _uses(run: Path, options: lf.FuseOptions) -> dict:
 def test_a_run_is_not_used_with_other_weights_of_the_same_shapes(use, moved, small):
     run, options = moved
     called = _uses(run, options)[use]
-    base, pool = Path(options.base), Path(str(options.pool))
+    base = Path(options.base)
+    pool = Path(str(options.pool))
     _with_base(small[0], base, 1.5)
-    with pytest.raises(ValueError, match=rf"{run} was fused with other weights: the base {base} had the SHA-256 "):
+    with pytest.raises(
+        ValueError,
+        match=rf"{run} was fused with other weights: the base {base} had the SHA-256 ",
+    ):
         called()
     _with_base(small[0], base, 1)
     first, *_, last = sorted(pool.iterdir())
-    shutil.copyfile(first / "adapter_model.safetensors", last / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=rf"other weights: {last.name} of the pool {pool} had the SHA-256 \w+ then"):
+    shutil.copyfile(
+        first / "adapter_model.safetensors", last / "adapter_model.safetensors"
+    )
+    with pytest.raises(
+        ValueError,
+        match=rf"other weights: {last.name} of the pool {pool} had the SHA-256 \w+ then",
+    ):
         called()
     assert not (run.parent / "out").exists()
 
@@ -333,24 +464,44 @@ def test_a_run_of_the_same_weights_is_used_in_another_format_and_dtype(moved, ca
     run, options = moved
     config = parts.RunFolder(run).config()
     assert set(config["digests"]) == {"base", "modules", "basis", "tokenizer", "config"}
-    assert set(config["digests"]["modules"]) == {name for names in config["modules"] for name in names}
+    assert set(config["digests"]["modules"]) == {
+        name for names in config["modules"] for name in names
+    }
     tensors = load_file(Path(options.base) / "model.safetensors")
     backwards = {name: tensors[name] for name in sorted(tensors, reverse=True)}
-    save_file(backwards | {"encoder.embed_tokens.weight": tensors["shared.weight"]}, run / "model.safetensors")
+    save_file(
+        backwards | {"encoder.embed_tokens.weight": tensors["shared.weight"]},
+        run / "model.safetensors",
+    )
     shutil.move(run / "model.safetensors", Path(options.base) / "model.safetensors")
     for changes in ({"dtype": "bfloat16"}, {"dtype": "float32", "load_in": "nf4"}):
         _change_config(run, **changes)
-        assert len(parts.generate_lines(parts.GenerateOptions(run=run, file=run.parent / "lines"))) == 1
+        assert (
+            len(
+                parts.generate_lines(
+                    parts.GenerateOptions(run=run, file=run.parent / "lines")
+                )
+            )
+            == 1
+        )
     assert capsys.readouterr().err == ""
 
 
-def test_a_base_with_a_relative_path_is_found_from_another_folder(fused, small, tmp_path, monkeypatch, capsys):
+def test_a_base_with_a_relative_path_is_found_from_another_folder(
+    fused, small, tmp_path, monkeypatch, capsys
+):
     options, _ = fused
-    there, elsewhere = tmp_path / "there", tmp_path / "elsewhere"
+    there = tmp_path / "there"
+    elsewhere = tmp_path / "elsewhere"
     shutil.copytree(small[0], there / "owner" / "name")
     elsewhere.mkdir()
     monkeypatch.chdir(there)
-    asked = {"base": "owner/name", "method": "zero-shot", "pool": None, "out": Path("runs")}
+    asked = {
+        "base": "owner/name",
+        "method": "zero-shot",
+        "pool": None,
+        "out": Path("runs"),
+    }
     lf.fuse(dataclasses.replace(options, **asked, recipe=lf.Recipe(max_new_tokens=8)))
     run = there / "runs" / "whole"
     monkeypatch.chdir(elsewhere)
@@ -368,9 +519,16 @@ def test_two_processes_cannot_write_one_run(copied, tmp_path):
     """A lock belongs to an open file, so one process can play both."""
     options, folder = copied
     (folder / "results.json").unlink()
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+    before = {
+        path: path.read_bytes()
+        for path in tmp_path.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
     with parts.RunFolder(folder).locked():
-        with pytest.raises(ValueError, match=rf"whole is in use by process {os.getpid()}: wait for it, or give"):
+        with pytest.raises(
+            ValueError,
+            match=rf"whole is in use by process {os.getpid()}: wait for it, or give",
+        ):
             lf.fuse(options)
     assert before == {path: path.read_bytes() for path in before}
     new = dataclasses.replace(options, name="new", resume=False)
@@ -393,8 +551,14 @@ def test_two_processes_cannot_write_one_run(copied, tmp_path):
         ({"adapters": ("nobody",)}, "the pool lacks 'nobody'"),
         ({"control": "random-factors", "load_in": "nf4"}, "full precision"),
         ({"control_draw": 1}, "--control-draw numbers the draws of a random control"),
-        ({"control": "rotated", "control_draw": -1}, "control_draw is -1: expected an integer from 0"),
-        ({"method": "lora", "adapters": ("0",)}, "the method lora fuses no modules: leave out --adapters"),
+        (
+            {"control": "rotated", "control_draw": -1},
+            "control_draw is -1: expected an integer from 0",
+        ),
+        (
+            {"method": "lora", "adapters": ("0",)},
+            "the method lora fuses no modules: leave out --adapters",
+        ),
         ({"lr_coefficients": -0.1}, "lr_coefficients is -0.1: expected at least 0"),
         ({"l1": -1.0}, "l1 is -1.0: expected at least 0"),
         ({"train_rows": -5}, "train_rows is -5: expected at least 0"),
@@ -416,15 +580,27 @@ def test_bad_options_stop_before_anything_is_written(changes, message, small, tm
     assert not list(tmp_path.iterdir())
 
 
-def test_folders_that_are_no_inputs_stop_a_run_and_other_options_its_resumption(fused, tmp_path):
+def test_folders_that_are_no_inputs_stop_a_run_and_other_options_its_resumption(
+    fused, tmp_path
+):
     options, _ = fused
     new = dataclasses.replace(options, out=tmp_path, name="new")
-    for changes, message in (({"pool": str(tmp_path)}, "is not a pool"), ({"base": str(tmp_path)}, "config.json")):
+    for changes, message in (
+        ({"pool": str(tmp_path)}, "is not a pool"),
+        ({"base": str(tmp_path)}, "config.json"),
+    ):
         with pytest.raises(ValueError, match=message):
             lf.fuse(dataclasses.replace(new, **changes))
     assert not parts.run_path(new).exists()
-    with pytest.raises(ValueError, match="prune is an option of the methods fusion, mean-fusion, not of coefficients"):
-        dataclasses.replace(options, recipe=dataclasses.replace(options.recipe, prune=0.1), method="coefficients")
+    with pytest.raises(
+        ValueError,
+        match="prune is an option of the methods fusion, mean-fusion, not of coefficients",
+    ):
+        dataclasses.replace(
+            options,
+            recipe=dataclasses.replace(options.recipe, prune=0.1),
+            method="coefficients",
+        )
     with pytest.raises(ValueError, match="holds a run"):
         lf.fuse(options)
     with pytest.raises(ValueError, match="was begun with other options: seeds was"):
@@ -439,16 +615,26 @@ def test_an_export_gets_its_name_with_its_card_or_not_at_all(form, fused, tmp_pa
     run = tmp_path / "run"
     shutil.copytree(parts.run_path(fused[0]), run)
     predictions = (run / "predictions.jsonl").read_text()
-    (run / "predictions.jsonl").write_text("{}\n")  # so that the card, which is written last, cannot be made
+    (run / "predictions.jsonl").write_text(
+        "{}\n"
+    )  # so that the card, which is written last, cannot be made
     options = parts.ExportOptions(run=run, out=tmp_path / "out", format=form)
     with pytest.raises(ValueError, match=r"predictions.jsonl, line 1: seed is missing"):
         parts.export(options)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     (run / "predictions.jsonl").write_text(predictions)
     parts.export(options)
-    card, seed = (tmp_path / "out" / "README.md").read_text(), fused[1]["seeds"][0]
-    assert all(f"| {name} " in card for name in seed["modules"]) and "AutoModelForSeq2SeqLM" in card
-    assert re.search(rf"^\| seed {seed['seed']}, this one.*{seed['exact_match']:.1f}", card, re.MULTILINE)
+    card = (tmp_path / "out" / "README.md").read_text()
+    seed = fused[1]["seeds"][0]
+    assert (
+        all(f"| {name} " in card for name in seed["modules"])
+        and "AutoModelForSeq2SeqLM" in card
+    )
+    assert re.search(
+        rf"^\| seed {seed['seed']}, this one.*{seed['exact_match']:.1f}",
+        card,
+        re.MULTILINE,
+    )
     # Nothing of this machine's folders; the hub would refuse one as the base.
     assert str(fused[0].out) not in card and "base_model" not in card
     with pytest.raises(ValueError, match="has no seed 9"):
@@ -460,18 +646,33 @@ def test_an_export_gets_its_name_with_its_card_or_not_at_all(form, fused, tmp_pa
     [
         ("owner/bench", {}, "bench-fusion"),
         ("owner/bench@refs/pr/1:counting", {}, "bench-fusion"),
-        ("tasks/bench.json", {"control": "random-factors"}, "bench-fusion-random-factors"),
-        ("tasks/bench.json", {"control": "rotated", "control_draw": 1}, "bench-fusion-rotated-1"),
+        (
+            "tasks/bench.json",
+            {"control": "random-factors"},
+            "bench-fusion-random-factors",
+        ),
+        (
+            "tasks/bench.json",
+            {"control": "rotated", "control_draw": 1},
+            "bench-fusion-rotated-1",
+        ),
         ("tasks/bench.json", {"name": "own"}, "own"),
     ],
 )
 def test_a_run_is_named_after_its_task_method_and_control(task, changes, name):
-    assert parts.run_path(lf.FuseOptions(base="base", pool="pool", task=task, **changes)) == Path("runs") / name
+    assert (
+        parts.run_path(lf.FuseOptions(base="base", pool="pool", task=task, **changes))
+        == Path("runs") / name
+    )
 
 
 @pytest.mark.parametrize("task", ["some.task/v1.5", "."])
-def test_a_run_of_a_task_folder_is_named_after_the_whole_folder(task, tmp_path, monkeypatch):
+def test_a_run_of_a_task_folder_is_named_after_the_whole_folder(
+    task, tmp_path, monkeypatch
+):
     folder = tmp_path / "some.task" / "v1.5"
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder if task == "." else tmp_path)
-    assert parts.run_path(lf.FuseOptions(base="base", pool="pool", task=task)) == Path("runs/v1.5-fusion")
+    assert parts.run_path(lf.FuseOptions(base="base", pool="pool", task=task)) == Path(
+        "runs/v1.5-fusion"
+    )

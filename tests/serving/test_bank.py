@@ -18,7 +18,14 @@ from lorafusion_jax.adapters.coefficients import GRANULARITIES, shape
 from lorafusion_jax.adapters.norms import PairTerms
 from lorafusion_jax.adapters.updates import Outputs
 from lorafusion_jax.models.registry import family_of_json
-from lorafusion_jax.parts import Magnitudes, dense, log_likelihood, matrices, program_on_arrays, set_matrices
+from lorafusion_jax.parts import (
+    Magnitudes,
+    dense,
+    log_likelihood,
+    matrices,
+    program_on_arrays,
+    set_matrices,
+)
 from lorafusion_jax.serving.rows import RowModules
 from lorafusion_jax.training.loss import batch_logits
 
@@ -37,24 +44,35 @@ def _params(method, number, modules=_MODULES, pool=_POOL):
     """Numbers that depend on the task's number; magnitudes of 0.7 to 1.3 of ||W||."""
     params = {}
     if isinstance(method, lf.Fusion):
-        params["coefficients"] = tiny.coefficients(shape(pool, len(modules), method.granularity), seed=number)
+        params["coefficients"] = tiny.coefficients(
+            shape(pool, len(modules), method.granularity), seed=number
+        )
     if isinstance(method, Magnitudes) or method.magnitudes:
         rng = np.random.default_rng(number)
         norms = {
-            s: np.linalg.norm(k, axis=1) for s, k in lf.kernels(nnx.merge(_GRAPH, _BASE)).items() if s in pool.rank
+            s: np.linalg.norm(k, axis=1)
+            for s, k in lf.kernels(nnx.merge(_GRAPH, _BASE)).items()
+            if s in pool.rank
         }
         params["magnitudes"] = {
-            s: jnp.asarray(rng.uniform(0.7, 1.3, n.shape) * n, jnp.float32) for s, n in norms.items()
+            s: jnp.asarray(rng.uniform(0.7, 1.3, n.shape) * n, jnp.float32)
+            for s, n in norms.items()
         }
     return params
 
 
-_BLOCK, _SITE, _RANKS = (lf.Fusion(magnitudes=False, granularity=name) for name in ("block", "site", "rank"))
+_BLOCK = lf.Fusion(magnitudes=False, granularity="block")
+_SITE = lf.Fusion(magnitudes=False, granularity="site")
+_RANKS = lf.Fusion(magnitudes=False, granularity="rank")
 _METHODS = [
     lf.Fusion(composition=composition, granularity=granularity, magnitudes=magnitudes)
-    for composition, granularity, magnitudes in itertools.product(("sum", "mix"), GRANULARITIES, (False, True))
+    for composition, granularity, magnitudes in itertools.product(
+        ("sum", "mix"), GRANULARITIES, (False, True)
+    )
 ]
-_TASKS = [*((method, _params(method, number)) for number, method in enumerate(_METHODS))]
+_TASKS = [
+    *((method, _params(method, number)) for number, method in enumerate(_METHODS))
+]
 _TASKS.append((Magnitudes(), _params(Magnitudes(), len(_TASKS))))
 
 
@@ -62,7 +80,9 @@ def _filled(frozen, tasks=_TASKS, **changes):
     values = {"granularity": "rank", "scaled": tuple(_POOL.A)} | changes
     bank = lf.TaskBank.empty(_GRAPH, frozen, len(tasks) + 1, **values)
     for number, (method, params) in enumerate(tasks):
-        bank = bank.with_task(number, method, params, _MODULES if isinstance(method, lf.Fusion) else ())
+        bank = bank.with_task(
+            number, method, params, _MODULES if isinstance(method, lf.Fusion) else ()
+        )
     return bank
 
 
@@ -74,17 +94,30 @@ def bank():
 def _merged(method, params, base=_BASE, pool=_POOL):
     """The base with a task's update and magnitudes in its kernels, by the definition, in float64."""
     model = nnx.merge(_GRAPH, jax.tree.map(lambda a: a, base))
-    weights = {s: np.array(dense(k, jnp.float32), np.float64) for s, k in matrices(model).items()}
+    weights = {
+        s: np.array(dense(k, jnp.float32), np.float64)
+        for s, k in matrices(model).items()
+    }
     if isinstance(method, lf.Fusion):
-        coefficient = tiny.coefficient_of(params["coefficients"], pool, method.granularity)
-        plain = dataclasses.replace(
-            pool, **{f: {s: dense(w, jnp.float32) for s, w in getattr(pool, f).items()} for f in "AB"}
+        coefficient = tiny.coefficient_of(
+            params["coefficients"], pool, method.granularity
         )
-        for (site, layer), update in tiny.updates(plain, _MODULES, coefficient, method.composition).items():
+        plain = dataclasses.replace(
+            pool,
+            **{
+                f: {s: dense(w, jnp.float32) for s, w in getattr(pool, f).items()}
+                for f in "AB"
+            },
+        )
+        for (site, layer), update in tiny.updates(
+            plain, _MODULES, coefficient, method.composition
+        ).items():
             weights[site][layer] += update
     for site, m in params.get("magnitudes", {}).items():
         weights[site] *= (m / np.linalg.norm(weights[site], axis=1))[:, None]
-    set_matrices(model, {site: jnp.asarray(w, jnp.float32) for site, w in weights.items()})
+    set_matrices(
+        model, {site: jnp.asarray(w, jnp.float32) for site, w in weights.items()}
+    )
     return lf.TaskBank.empty(_GRAPH, lf.Frozen(nnx.split(model)[1]), 1)
 
 
@@ -95,7 +128,9 @@ def _alone(params, batch, problem):
 
 
 def _close(got, wanted, tolerance=1e-5):
-    np.testing.assert_allclose(np.asarray(got), wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
+    np.testing.assert_allclose(
+        np.asarray(got), wanted, rtol=0, atol=tolerance * np.abs(wanted).max()
+    )
 
 
 def _rows(count):
@@ -110,7 +145,9 @@ def _numbers(*numbers):
 
 _ORDER = np.random.default_rng(0).permutation(len(_TASKS))
 _BATCH = _rows(len(_TASKS) + 3)
-_MIXED = _numbers(*_ORDER, len(_TASKS), -1, -1)  # then an empty place, the plain base, and the row that fills up
+_MIXED = _numbers(
+    *_ORDER, len(_TASKS), -1, -1
+)  # then an empty place, the plain base, and the row that fills up
 _ALONE = jnp.full(len(_MIXED), -1, jnp.int32)
 
 
@@ -120,7 +157,10 @@ def alone():
     by_task = [_merged(*task) for task in _TASKS]
     banks = [*(by_task[i] for i in _ORDER), _PLAIN, _PLAIN, _PLAIN]
     logits = [bank.logits(_BATCH, _ALONE)[row] for row, bank in enumerate(banks)]
-    ids = [bank.generate(_BATCH, _ALONE, max_new_tokens=_NEW)[row] for row, bank in enumerate(banks)]
+    ids = [
+        bank.generate(_BATCH, _ALONE, max_new_tokens=_NEW)[row]
+        for row, bank in enumerate(banks)
+    ]
     return np.stack(logits), np.stack(ids)
 
 
@@ -132,45 +172,66 @@ def test_each_row_has_the_logits_of_its_task(bank, alone):
     plain = np.asarray(_PLAIN.logits(_BATCH, _ALONE))
     np.testing.assert_array_equal(got[-3:], plain[-3:])
     # The tasks differ from the base.
-    assert (np.abs(wanted - plain)[: len(_TASKS)].max(axis=(1, 2)) > 0.02 * np.abs(wanted).max()).all()
+    assert (
+        np.abs(wanted - plain)[: len(_TASKS)].max(axis=(1, 2))
+        > 0.02 * np.abs(wanted).max()
+    ).all()
     likelihoods = log_likelihood(bank.logits(_BATCH, _MIXED), _BATCH.labels)
-    np.testing.assert_allclose(bank.log_likelihoods(_BATCH, _MIXED), likelihoods, rtol=1e-5)
+    np.testing.assert_allclose(
+        bank.log_likelihoods(_BATCH, _MIXED), likelihoods, rtol=1e-5
+    )
     # A row does not depend on the tasks of the others.
     one_task = bank.logits(_BATCH, jnp.full(len(_MIXED), 3, jnp.int32))
-    np.testing.assert_array_equal(one_task[5], bank.logits(_BATCH, _MIXED.at[5].set(3))[5])
+    np.testing.assert_array_equal(
+        one_task[5], bank.logits(_BATCH, _MIXED.at[5].set(3))[5]
+    )
 
 
 def test_each_row_has_the_tokens_of_its_task(bank, alone):
     _, ids = alone
     got = np.asarray(bank.generate(_BATCH, _MIXED, max_new_tokens=_NEW))
     # Until two tokens are about as likely, after which rounding decides.
-    ranked = np.sort(bank.logits(_BATCH._replace(labels=jnp.asarray(ids)), _MIXED), axis=-1)
+    ranked = np.sort(
+        bank.logits(_BATCH._replace(labels=jnp.asarray(ids)), _MIXED), axis=-1
+    )
     clear = np.cumprod(ranked[..., -1] - ranked[..., -2] > 1e-3, axis=1).astype(bool)
     np.testing.assert_array_equal(got[clear], ids[clear])
     assert clear.mean() > 0.9
     assert len({tuple(row) for row in ids.tolist()}) > len(_TASKS) / 2
     assert (got[-1] == tiny.CONFIG.pad_id).all()
-    plain = _PLAIN.generate(jax.tree.map(lambda a: a[-2:-1], _BATCH), _numbers(-1), max_new_tokens=_NEW)
+    plain = _PLAIN.generate(
+        jax.tree.map(lambda a: a[-2:-1], _BATCH), _numbers(-1), max_new_tokens=_NEW
+    )
     np.testing.assert_array_equal(got[-2], plain[0])
 
 
 @pytest.mark.long
 def test_rows_of_a_qwen_3_5_are_those_of_their_tasks_alone():
     """On delta nets and attention. The plain base has its bits in a batch of one shape, and its ids in any."""
-    raw = small_llama.CONFIG | small_llama.QWEN3_5 | {"vocab_size": 40, "num_hidden_layers": 2}
+    raw = (
+        small_llama.CONFIG
+        | small_llama.QWEN3_5
+        | {"vocab_size": 40, "num_hidden_layers": 2}
+    )
     raw["layer_types"] = ["linear_attention", "full_attention"]
     config = family_of_json(raw).read_config(raw)
     graph, base = nnx.split(family_of_json(raw).model(config, rngs=nnx.Rngs(0)))
     names = {site.rpartition(".")[2] for site in config.sites}
-    pool, method = tiny.pool(3, names=names, config=config), lf.Fusion(magnitudes=False)
-    frozen = method.precompute(lf.Frozen(base, pool), lf.kernels(nnx.merge(graph, base)))
+    pool = tiny.pool(3, names=names, config=config)
+    method = lf.Fusion(magnitudes=False)
+    frozen = method.precompute(
+        lf.Frozen(base, pool), lf.kernels(nnx.merge(graph, base))
+    )
     bank = lf.TaskBank.empty(graph, frozen, 2)
     problem = lf.Problem(graph=graph, method=method, frozen=frozen, index=jnp.arange(3))
     tasks = [_params(method, number, range(3), pool) for number in range(2)]
     for number, params in enumerate(tasks):
         bank = bank.with_task(number, method, params, pool.names)
-    batch, numbers, none = tiny.batch(config, rows=4, target=_NEW), _numbers(1, -1, 0, -1), _numbers(-1, -1, -1, -1)
-    plain, got = lf.TaskBank.empty(graph, lf.Frozen(base), 1), np.asarray(bank.logits(batch, numbers))
+    batch = tiny.batch(config, rows=4, target=_NEW)
+    numbers = _numbers(1, -1, 0, -1)
+    none = _numbers(-1, -1, -1, -1)
+    plain = lf.TaskBank.empty(graph, lf.Frozen(base), 1)
+    got = np.asarray(bank.logits(batch, numbers))
     of_base = np.asarray(plain.logits(batch, none))
     np.testing.assert_array_equal(got[1::2], of_base[1::2])
     for row in (0, 2):
@@ -180,7 +241,9 @@ def test_rows_of_a_qwen_3_5_are_those_of_their_tasks_alone():
     said = np.asarray(bank.generate(batch, numbers, max_new_tokens=_NEW))
     for row in (1, 3):
         one = jax.tree.map(lambda a, row=row: a[row : row + 1], batch)
-        np.testing.assert_array_equal(plain.generate(one, _numbers(-1), max_new_tokens=_NEW)[0], said[row])
+        np.testing.assert_array_equal(
+            plain.generate(one, _numbers(-1), max_new_tokens=_NEW)[0], said[row]
+        )
 
 
 @pytest.mark.parametrize(
@@ -192,15 +255,23 @@ def test_rows_of_a_qwen_3_5_are_those_of_their_tasks_alone():
         (True, 4, functools.partial(_close, tolerance=1e-6)),
     ],
 )
-def test_a_sum_of_the_banks_own_modules_has_the_bits_of_the_run_alone(magnitudes, rank, same):
+def test_a_sum_of_the_banks_own_modules_has_the_bits_of_the_run_alone(
+    magnitudes, rank, same
+):
     """Or it is equal up to rounding, where the run computes in another form."""
     method = lf.Fusion(magnitudes=magnitudes)
     pool = tiny.pool(3, lambda n, site, layer: rank)
     params = _params(method, 1, range(3), pool)
-    bank = lf.TaskBank.empty(_GRAPH, lf.Frozen(_BASE, pool), 2, scaled=tuple(pool.A) if magnitudes else ())
+    bank = lf.TaskBank.empty(
+        _GRAPH, lf.Frozen(_BASE, pool), 2, scaled=tuple(pool.A) if magnitudes else ()
+    )
     bank = bank.with_task(1, method, params, pool.names)
-    frozen = method.precompute(lf.Frozen(_BASE, pool), lf.kernels(nnx.merge(_GRAPH, _BASE)))
-    problem = lf.Problem(graph=_GRAPH, method=method, frozen=frozen, index=jnp.arange(3))
+    frozen = method.precompute(
+        lf.Frozen(_BASE, pool), lf.kernels(nnx.merge(_GRAPH, _BASE))
+    )
+    problem = lf.Problem(
+        graph=_GRAPH, method=method, frozen=frozen, index=jnp.arange(3)
+    )
     batch = tiny.batch()
     wanted = _alone(params, batch, problem)
     got = bank.logits(batch, _numbers(1, -1, 1))
@@ -212,7 +283,8 @@ def test_tasks_come_and_go_without_a_compilation(bank, caplog):
     def logits(bank, numbers=_MIXED):
         return np.asarray(bank.logits(_BATCH, numbers))
 
-    first, free = logits(bank), len(_TASKS)
+    first = logits(bank)
+    free = len(_TASKS)
     bank.without_task(3).with_task(free, *_TASKS[2], _MODULES)
     with jax.log_compiles():
         added = bank.with_task(free, *_TASKS[2], ["module_2", "module_0", "module_3"])
@@ -220,9 +292,16 @@ def test_tasks_come_and_go_without_a_compilation(bank, caplog):
         moved = logits(added), logits(removed)
         removed.generate(_BATCH, _MIXED, max_new_tokens=_NEW)
     assert "Compiling" not in caplog.text
-    rows = [free, int(np.argmax(_ORDER == 2))]  # of the new task, behind all others, and of task 2
-    np.testing.assert_array_equal(moved[0][free], logits(bank, jnp.full(len(_MIXED), 2, jnp.int32))[free])
-    np.testing.assert_array_equal(moved[1][rows], np.asarray(_PLAIN.logits(_BATCH, _ALONE))[rows])
+    rows = [
+        free,
+        int(np.argmax(_ORDER == 2)),
+    ]  # of the new task, behind all others, and of task 2
+    np.testing.assert_array_equal(
+        moved[0][free], logits(bank, jnp.full(len(_MIXED), 2, jnp.int32))[free]
+    )
+    np.testing.assert_array_equal(
+        moved[1][rows], np.asarray(_PLAIN.logits(_BATCH, _ALONE))[rows]
+    )
     assert np.abs(moved[0] - moved[1])[rows].max(axis=(1, 2)).min() > 0.01
     others = np.setdiff1d(np.arange(len(_MIXED)), rows)
     for found in moved:
@@ -234,8 +313,12 @@ def test_modules_that_no_row_uses_are_left_out():
     bank = lf.TaskBank.empty(_GRAPH, lf.Frozen(_BASE, _POOL), 2)
     for number, modules in enumerate(([2], [1, 3])):
         bank = bank.with_task(number, _BLOCK, _params(_BLOCK, number, modules), modules)
-    few, numbers = bank.with_modules_of(np.array([0, -1])), _numbers(0, -1, 0)
-    assert len(few.frozen.pool) == 1 and len(bank.with_modules_of(np.array([1])).frozen.pool) == 2
+    few = bank.with_modules_of(np.array([0, -1]))
+    numbers = _numbers(0, -1, 0)
+    assert (
+        len(few.frozen.pool) == 1
+        and len(bank.with_modules_of(np.array([1])).frozen.pool) == 2
+    )
     assert bank.with_modules_of(np.array([0, 1])) is bank
 
     def run(bank):
@@ -252,15 +335,29 @@ def test_tasks_in_a_shared_basis_have_the_logits_of_the_run_alone(arrays):
     """With magnitudes and without, with a core, and next to the plain base."""
     basis = lf.shared_basis(_POOL, 5)
     methods = [lf.Fusion(), _SITE, lf.Fusion(core=True, magnitudes=False)]
-    tasks = [(method, _params(method, number, pool=basis)) for number, method in enumerate(methods)]
-    tasks[2][1]["core"] = {site: 0.2 * jax.random.normal(_KEY, s[:, 0].shape) for site, s in basis.S.items()}
-    frozen = lf.Fusion().precompute(lf.Frozen(_BASE, basis), lf.kernels(nnx.merge(_GRAPH, _BASE)))
+    tasks = [
+        (method, _params(method, number, pool=basis))
+        for number, method in enumerate(methods)
+    ]
+    tasks[2][1]["core"] = {
+        site: 0.2 * jax.random.normal(_KEY, s[:, 0].shape)
+        for site, s in basis.S.items()
+    }
+    frozen = lf.Fusion().precompute(
+        lf.Frozen(_BASE, basis), lf.kernels(nnx.merge(_GRAPH, _BASE))
+    )
     batch = _rows(5)
-    weights = program_on_arrays(_GRAPH, frozen, {"pool.*": crossbar.PRESETS["ideal"]}, _KEY) if arrays else frozen
+    weights = (
+        program_on_arrays(_GRAPH, frozen, {"pool.*": crossbar.PRESETS["ideal"]}, _KEY)
+        if arrays
+        else frozen
+    )
     bank = _filled(weights, tasks, granularity="site", cores=True)
     got = np.asarray(bank.logits(batch, _numbers(2, 0, 1, -1, -1)))
     for row, (method, params) in ((0, tasks[2]), (1, tasks[0]), (2, tasks[1])):
-        problem = lf.Problem(graph=_GRAPH, method=method, frozen=weights, index=jnp.array(_MODULES))
+        problem = lf.Problem(
+            graph=_GRAPH, method=method, frozen=weights, index=jnp.array(_MODULES)
+        )
         _close(got[row], np.asarray(_alone(params, batch, problem))[row])
     plain = np.asarray(_PLAIN.logits(batch, _numbers(-1, -1, -1, -1, -1)))
     np.testing.assert_array_equal(got[3], plain[3])
@@ -271,7 +368,11 @@ def test_tasks_in_a_shared_basis_have_the_logits_of_the_run_alone(arrays):
 def _at(pool, modules, last_names):
     """Some modules as they are read without the others: without sites and padding that only the others have."""
     few = pool.select(modules)
-    sites = {site: int(np.max(few.rank[site])) for site in pool.sites if site.rpartition(".")[2] in last_names}
+    sites = {
+        site: int(np.max(few.rank[site]))
+        for site in pool.sites
+        if site.rpartition(".")[2] in last_names
+    }
     return dataclasses.replace(
         few,
         A={site: few.A[site][..., :r] for site, r in sites.items()},
@@ -291,17 +392,31 @@ _SHORT = [("block", True, True), ("rank", False, False)]
         for layout in itertools.product(GRANULARITIES, (True, False), (True, False))
     ],
 )
-def test_a_task_may_have_other_sites_and_ranks_than_the_bank(granularity, magnitudes, ranked):
+def test_a_task_may_have_other_sites_and_ranks_than_the_bank(
+    granularity, magnitudes, ranked
+):
     """Modules 0 and 1 have no k, and lower ranks than module 2; a run that ranks all has numbers for all sites."""
     ranks = {"q": (4, 3, 6), "v": (4, 3, 6), "k": (0, 0, 5)}
     pool = tiny.pool(3, lambda n, site, layer: ranks[site[-1]][n], names="qvk")
-    method, own = lf.Fusion(granularity=granularity, magnitudes=magnitudes), _at(pool, [0, 1], "qv")
+    method = lf.Fusion(granularity=granularity, magnitudes=magnitudes)
+    own = _at(pool, [0, 1], "qv")
     of_run, of_bank = (pool, own) if ranked else (own, pool)
-    frozen = method.precompute(lf.Frozen(_BASE, of_run), lf.kernels(nnx.merge(_GRAPH, _BASE)))
-    params, batch = _params(method, 0, (0, 1), of_run), _rows(3)
-    wanted = _alone(params, batch, lf.Problem(graph=_GRAPH, method=method, frozen=frozen, index=jnp.arange(2)))
-    bank = lf.TaskBank.empty(_GRAPH, lf.Frozen(_BASE, of_bank), 2, granularity="rank", scaled=tuple(pool.A))
-    bank = bank.with_task(0, method, params, own.names, sites=None if magnitudes else of_run.sites)
+    frozen = method.precompute(
+        lf.Frozen(_BASE, of_run), lf.kernels(nnx.merge(_GRAPH, _BASE))
+    )
+    params = _params(method, 0, (0, 1), of_run)
+    batch = _rows(3)
+    wanted = _alone(
+        params,
+        batch,
+        lf.Problem(graph=_GRAPH, method=method, frozen=frozen, index=jnp.arange(2)),
+    )
+    bank = lf.TaskBank.empty(
+        _GRAPH, lf.Frozen(_BASE, of_bank), 2, granularity="rank", scaled=tuple(pool.A)
+    )
+    bank = bank.with_task(
+        0, method, params, own.names, sites=None if magnitudes else of_run.sites
+    )
     _close(bank.logits(batch, _numbers(0, -1, 0))[::2], np.asarray(wanted)[::2])
 
 
@@ -309,12 +424,22 @@ def test_a_mix_may_lie_next_to_modules_of_another_rank():
     pool = tiny.pool(3, lambda n, site, layer: 6 if n == 2 else 4)
     method = lf.Fusion(composition="mix", magnitudes=False)
     params = _params(method, 0, (0, 1), pool)
-    bank = lf.TaskBank.empty(_GRAPH, lf.Frozen(_BASE, pool), 1).with_task(0, method, params, [0, 1])
-    own = lf.TaskBank.empty(_GRAPH, lf.Frozen(_BASE, _at(pool, [0, 1], "qv")), 1).with_task(0, method, params, [0, 1])
-    _close(bank.logits(_rows(2), _numbers(0, 0)), np.asarray(own.logits(_rows(2), _numbers(0, 0))))
+    bank = lf.TaskBank.empty(_GRAPH, lf.Frozen(_BASE, pool), 1).with_task(
+        0, method, params, [0, 1]
+    )
+    own = lf.TaskBank.empty(
+        _GRAPH, lf.Frozen(_BASE, _at(pool, [0, 1], "qv")), 1
+    ).with_task(0, method, params, [0, 1])
+    _close(
+        bank.logits(_rows(2), _numbers(0, 0)),
+        np.asarray(own.logits(_rows(2), _numbers(0, 0))),
+    )
 
 
-_FEW_METHODS = [lf.Fusion(magnitudes=True), lf.Fusion(composition="mix", granularity="site", magnitudes=False)]
+_FEW_METHODS = [
+    lf.Fusion(magnitudes=True),
+    lf.Fusion(composition="mix", granularity="site", magnitudes=False),
+]
 _FEW = [(method, _params(method, number)) for number, method in enumerate(_FEW_METHODS)]
 
 
@@ -322,9 +447,14 @@ _FEW = [(method, _params(method, number)) for number, method in enumerate(_FEW_M
 def test_base_and_pool_in_4_bits():
     model = nnx.merge(_GRAPH, jax.tree.map(lambda a: a, _BASE))
     set_matrices(
-        model, {s: lf.quantise(dense(k, jnp.float32), "nf4", tiled_axis=-2) for s, k in matrices(model).items()}
+        model,
+        {
+            s: lf.quantise(dense(k, jnp.float32), "nf4", tiled_axis=-2)
+            for s, k in matrices(model).items()
+        },
     )
-    base, pool = nnx.split(model)[1], _POOL.quantised("nf4")
+    base = nnx.split(model)[1]
+    pool = _POOL.quantised("nf4")
     bank = _filled(lf.Frozen(base, pool), _FEW, granularity="site")
     batch = _rows(4)
     got = bank.logits(batch, _numbers(1, 0, -1, -1))
@@ -335,25 +465,49 @@ def test_base_and_pool_in_4_bits():
 
 def test_a_bank_of_weights_prepared_for_a_sum_on_an_accelerator_holds_mixes_too():
     with tiny.for_tpu():
-        frozen = lf.Fusion().precompute(lf.Frozen(_BASE, _POOL), lf.kernels(nnx.merge(_GRAPH, _BASE)))
+        frozen = lf.Fusion().precompute(
+            lf.Frozen(_BASE, _POOL), lf.kernels(nnx.merge(_GRAPH, _BASE))
+        )
     assert isinstance(frozen.gram, PairTerms)
-    tasks = [task for task in _TASKS if task[0] in (lf.Fusion(), lf.Fusion(composition="mix"))]
+    tasks = [
+        task
+        for task in _TASKS
+        if task[0] in (lf.Fusion(), lf.Fusion(composition="mix"))
+    ]
     assert len(tasks) == 2
-    got, wanted = (_filled(weights, tasks).tasks.scales for weights in (frozen, lf.Frozen(_BASE, _POOL)))
+    got = _filled(frozen, tasks).tasks.scales
+    wanted = _filled(lf.Frozen(_BASE, _POOL), tasks).tasks.scales
     jax.tree.map(np.testing.assert_array_equal, got, wanted)
 
 
-_NOISY = dataclasses.replace(crossbar.PRESETS["ideal"], device=crossbar.Device(programming=crossbar.Independent(0.02)))
+_NOISY = dataclasses.replace(
+    crossbar.PRESETS["ideal"],
+    device=crossbar.Device(programming=crossbar.Independent(0.02)),
+)
 
 
-@pytest.mark.parametrize("number", [pytest.param(0, marks=pytest.mark.long), 1], ids=["sum, magnitudes", "mix"])
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(0, marks=pytest.mark.long), 1],
+    ids=["sum, magnitudes", "mix"],
+)
 def test_modules_on_a_chip_are_read_one_by_one_as_by_a_run_alone(number):
     """Cells err; the run alone is what `compose` makes of modules in arrays."""
-    frozen = lf.Fusion().precompute(lf.Frozen(_BASE, _POOL), lf.kernels(nnx.merge(_GRAPH, _BASE)))
-    frozen = program_on_arrays(_GRAPH, frozen, {"encoder.self.v": _NOISY, "pool.*.self.v": _NOISY}, _KEY, norm="ideal")
+    frozen = lf.Fusion().precompute(
+        lf.Frozen(_BASE, _POOL), lf.kernels(nnx.merge(_GRAPH, _BASE))
+    )
+    frozen = program_on_arrays(
+        _GRAPH,
+        frozen,
+        {"encoder.self.v": _NOISY, "pool.*.self.v": _NOISY},
+        _KEY,
+        norm="ideal",
+    )
     method, params = _FEW[number]
     bank = _filled(frozen, _FEW, granularity="site")
-    problem = lf.Problem(graph=_GRAPH, method=method, frozen=frozen, index=jnp.array(_MODULES))
+    problem = lf.Problem(
+        graph=_GRAPH, method=method, frozen=frozen, index=jnp.array(_MODULES)
+    )
     batch = _rows(3)
     wanted = _alone(params, batch, problem)
     got = np.asarray(bank.logits(batch, _numbers(number, -1, -1)))
@@ -366,21 +520,31 @@ def test_a_module_that_a_row_does_not_mix_adds_no_offset_of_its_converters():
     adc = crossbar.ADC(bits=12, offset_error=0.05)
     config = crossbar.CrossbarConfig(dac=crossbar.DAC(scaling="calibrated"), adc=adc)
     rng = np.random.default_rng(0)
-    pool = {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in {"A": (2, 8, 3), "B": (2, 3, 5)}.items()}
-    x, kernel = jnp.asarray(rng.normal(size=(4, 8)), jnp.float32), jnp.zeros((8, 5))
+    pool = {
+        name: jnp.asarray(rng.normal(size=s), jnp.float32)
+        for name, s in {"A": (2, 8, 3), "B": (2, 3, 5)}.items()
+    }
+    x = jnp.asarray(rng.normal(size=(4, 8)), jnp.float32)
+    kernel = jnp.zeros((8, 5))
 
     def run(pool, x):
         both = Outputs(pool["A"], pool["B"], jnp.arange(2), jnp.ones((2, 3)), "sum")
         return both(x, kernel)
 
-    chip = crossbar.calibrate_tree(run, crossbar.program_tree(pool, {"*": config}, jax.random.key(0)), [x])
+    chip = crossbar.calibrate_tree(
+        run, crossbar.program_tree(pool, {"*": config}, jax.random.key(0)), [x]
+    )
     c = jnp.array([[1.0, 0.0], [0.0, 0.0], [0.7, 2.0], [0.0, 3.0]])
-    rows = RowModules(chip["A"], chip["B"], c[:, :, None], jnp.zeros(4, bool), one_by_one=True)
+    rows = RowModules(
+        chip["A"], chip["B"], c[:, :, None], jnp.zeros(4, bool), one_by_one=True
+    )
     got = jax.jit(lambda rows, x: rows(x))(rows, x)
 
     @jax.jit
     def of_first(chip, c):
-        return Outputs(chip["A"], chip["B"], jnp.arange(1), jnp.full((1, 3), c), "sum")(x, kernel)
+        return Outputs(chip["A"], chip["B"], jnp.arange(1), jnp.full((1, 3), c), "sum")(
+            x, kernel
+        )
 
     np.testing.assert_allclose(got[0], of_first(chip, 1.0)[0], rtol=1e-5)
     np.testing.assert_array_equal(got[1], jnp.zeros(5))
@@ -392,44 +556,91 @@ _PARAMS = _params(_BLOCK, 0)
 
 
 def test_tasks_and_banks_that_do_not_fit_are_refused():
-    weights, fused = lf.Frozen(_BASE, _POOL), lf.Fusion()
+    weights = lf.Frozen(_BASE, _POOL)
+    fused = lf.Fusion()
     of_fused = _params(fused, 0)
     three_ranks = {"coefficients": _params(_RANKS, 0)["coefficients"][:, :, :3]}
     numbers = "the fusion has no numbers for decoder.cross.q, .*which modules adapt"
     for arguments, message in (
-        ((2, _BLOCK, _PARAMS, _MODULES), "no task 2 in a bank of capacity 2: give 0 to 1"),
+        (
+            (2, _BLOCK, _PARAMS, _MODULES),
+            "no task 2 in a bank of capacity 2: give 0 to 1",
+        ),
         ((-1, _BLOCK, _PARAMS, _MODULES), "no task -1 in a bank"),
         ((0, lf.LoRA(sites=(), rank=4), {}, ()), "not LoRA"),
-        ((0, _SITE, _params(_SITE, 0), _MODULES), "granularity site do not fit into .* block.*granularity='site'"),
-        ((0, fused, of_fused, _MODULES), "magnitudes at decoder.cross.q.*the bank rescales no site"),
-        ((0, _BLOCK, _PARAMS, _MODULES[:2]), r"expected coefficients of shape \(2, 5\), of one seed, got \(3, 5\)"),
-        ((0, fused, {"magnitudes": {}}, _MODULES), "a task of Fusion with magnitudes: give its coefficients"),
-        ((0, Magnitudes(), {}), "a task of Magnitudes with no numbers: give its magnitudes"),
-        ((0, _BLOCK, _PARAMS, ["module_9", "module_1", "module_0"]), "the pool lacks 'module_9'"),
+        (
+            (0, _SITE, _params(_SITE, 0), _MODULES),
+            "granularity site do not fit into .* block.*granularity='site'",
+        ),
+        (
+            (0, fused, of_fused, _MODULES),
+            "magnitudes at decoder.cross.q.*the bank rescales no site",
+        ),
+        (
+            (0, _BLOCK, _PARAMS, _MODULES[:2]),
+            r"expected coefficients of shape \(2, 5\), of one seed, got \(3, 5\)",
+        ),
+        (
+            (0, fused, {"magnitudes": {}}, _MODULES),
+            "a task of Fusion with magnitudes: give its coefficients",
+        ),
+        (
+            (0, Magnitudes(), {}),
+            "a task of Magnitudes with no numbers: give its magnitudes",
+        ),
+        (
+            (0, _BLOCK, _PARAMS, ["module_9", "module_1", "module_0"]),
+            "the pool lacks 'module_9'",
+        ),
         ((0, fused, of_fused | {"magnitudes": {}}, _MODULES), numbers),
     ):
         with pytest.raises(ValueError, match=message):
             lf.TaskBank.empty(_GRAPH, weights, 2).with_task(*arguments)
     for make, message in (
-        (lambda: _PLAIN.with_task(0, _BLOCK, _PARAMS, _MODULES), "the bank has no pool"),
+        (
+            lambda: _PLAIN.with_task(0, _BLOCK, _PARAMS, _MODULES),
+            "the bank has no pool",
+        ),
         (lambda: lf.TaskBank.empty(_GRAPH, weights, 0), "capacity is 0"),
-        (lambda: lf.TaskBank.empty(_GRAPH, weights, 1, scaled=["encoder.self.x"]), "no site encoder.self.x to scale"),
-        (lambda: _filled(weights, [(_RANKS, three_ranks)]), "coefficients for 3 ranks of modules of rank 4: give one"),
+        (
+            lambda: lf.TaskBank.empty(_GRAPH, weights, 1, scaled=["encoder.self.x"]),
+            "no site encoder.self.x to scale",
+        ),
+        (
+            lambda: _filled(weights, [(_RANKS, three_ranks)]),
+            "coefficients for 3 ranks of modules of rank 4: give one",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             make()
     uneven = tiny.pool(2, lambda n, site, layer: 3 + n)
     with pytest.raises(ValueError, match="different ranks"):
-        lf.TaskBank.empty(_GRAPH, lf.Frozen(_BASE, uneven), 1).with_task(0, _MIX, _PARAMS, uneven.names)
+        lf.TaskBank.empty(_GRAPH, lf.Frozen(_BASE, uneven), 1).with_task(
+            0, _MIX, _PARAMS, uneven.names
+        )
 
 
 @pytest.mark.parametrize("granularity", ["site", "rank"])
 def test_a_bank_whose_pool_grew_is_one_made_with_that_pool(granularity):
     """Earlier tasks keep their numbers, and magnitudes divide by norms with the new modules."""
-    method, few, longer = lf.Fusion(granularity=granularity), _POOL.select([1, 2]), _POOL.select([1, 2, 0, 3])
-    old, new = (method, _params(method, 1, [1, 0]), [1, 0]), (method, _params(method, 2), [3, 0, 2])
+    method = lf.Fusion(granularity=granularity)
+    few = _POOL.select([1, 2])
+    longer = _POOL.select([1, 2, 0, 3])
+    old = (method, _params(method, 1, [1, 0]), [1, 0])
+    new = (method, _params(method, 2), [3, 0, 2])
     how = {"granularity": granularity, "scaled": tuple(_POOL.A)}
-    grown = lf.TaskBank.empty(_GRAPH, lf.Frozen(_BASE, few), 2, **how).with_task(0, *old).with_pool(longer)
-    whole = lf.TaskBank.empty(_GRAPH, lf.Frozen(_BASE, longer), 2, **how).with_task(0, *old).with_task(1, *new)
-    batch, numbers = _rows(4), _numbers(0, 1, -1, 1)
-    _close(grown.with_task(1, *new).logits(batch, numbers), whole.logits(batch, numbers))
+    grown = (
+        lf.TaskBank.empty(_GRAPH, lf.Frozen(_BASE, few), 2, **how)
+        .with_task(0, *old)
+        .with_pool(longer)
+    )
+    whole = (
+        lf.TaskBank.empty(_GRAPH, lf.Frozen(_BASE, longer), 2, **how)
+        .with_task(0, *old)
+        .with_task(1, *new)
+    )
+    batch = _rows(4)
+    numbers = _numbers(0, 1, -1, 1)
+    _close(
+        grown.with_task(1, *new).logits(batch, numbers), whole.logits(batch, numbers)
+    )

@@ -15,7 +15,11 @@ import lorafusion_jax as lf
 from lorafusion_jax import cli
 from lorafusion_jax.serving.predict import generate_rows
 
-_LINES = ["double then digit : a b c", "reverse then upper : d e", "sort then next : c b a d"]
+_LINES = [
+    "double then digit : a b c",
+    "reverse then upper : d e",
+    "sort then next : c b a d",
+]
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +39,18 @@ def merged(small, blocks, tmp_path_factory) -> list[str]:
     (folder / "weights.json").write_text(json.dumps(blocks))
     (folder / "lines").write_text("\n".join(_LINES))
     pool = ["--base", str(small[0]), "--pool", str(small[1])]
-    how = ["--weights-file", str(folder / "weights.json"), "--format", "merged", "--out", str(folder / "model")]
+    how = [
+        "--weights-file",
+        str(folder / "weights.json"),
+        "--format",
+        "merged",
+        "--out",
+        str(folder / "model"),
+    ]
     cli.main(["merge", *pool, *how])
-    return lf.parts.generate_lines(lf.parts.GenerateOptions(base=str(folder / "model"), file=folder / "lines"))
+    return lf.parts.generate_lines(
+        lf.parts.GenerateOptions(base=str(folder / "model"), file=folder / "lines")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,24 +66,44 @@ def _rows(folder: Path, rows: list[dict]) -> Path:
     return folder / "rows.jsonl"
 
 
-def test_mixtures_answer_as_the_merged_model_and_zeros_as_the_base(service, small, merged, blocks, tmp_path, capsys):
-    rows = [{"mixture": blocks, "input": line} for line in _LINES] + [{"input": line} for line in _LINES]
+def test_mixtures_answer_as_the_merged_model_and_zeros_as_the_base(
+    service, small, merged, blocks, tmp_path, capsys
+):
+    rows = [{"mixture": blocks, "input": line} for line in _LINES] + [
+        {"input": line} for line in _LINES
+    ]
     pair = {"base": str(small[0]), "pool": str(small[1])}
     base = service.generate(_LINES, [None] * 3)
-    assert generate_rows(**pair, file=_rows(tmp_path, rows), max_new_tokens=128) == merged + base
+    assert (
+        generate_rows(**pair, file=_rows(tmp_path, rows), max_new_tokens=128)
+        == merged + base
+    )
     assert service.generate(_LINES * 2, ["blocks"] * 3 + ["zero"] * 3) == merged + base
     assert merged != base == service.generate(_LINES, [None] * 3)
-    assert capsys.readouterr().err.count("use at most 1 of 2 modules, and their first batch compiles") == 1
+    assert (
+        capsys.readouterr().err.count(
+            "use at most 1 of 2 modules, and their first batch compiles"
+        )
+        == 1
+    )
     ids = np.arange(3, 15, dtype=np.int32).reshape(2, 6)
     batch = lf.Batch(ids, np.ones((2, 6), bool), ids, np.ones(2, bool))
-    numbers = {name: np.full(2, task.number, np.int32) for name, task in service.tasks.items()}
+    numbers = {
+        name: np.full(2, task.number, np.int32) for name, task in service.tasks.items()
+    }
     of_zero = service.bank.logits(batch, numbers["zero"])
     whole = map(jnp.asarray, (ids, batch.input_mask, ids))
-    np.testing.assert_array_equal(of_zero, jax.jit(lf.load_base(small[0]).label_logits)(*whole, {}))
-    np.testing.assert_array_equal(of_zero, service.bank.logits(batch, np.full(2, -1, np.int32)))
+    np.testing.assert_array_equal(
+        of_zero, jax.jit(lf.load_base(small[0]).label_logits)(*whole, {})
+    )
+    np.testing.assert_array_equal(
+        of_zero, service.bank.logits(batch, np.full(2, -1, np.int32))
+    )
 
 
-def test_other_weights_and_modules_compile_nothing_until_the_room_is_full(service, small, names, capsys, caplog):
+def test_other_weights_and_modules_compile_nothing_until_the_room_is_full(
+    service, small, names, capsys, caplog
+):
     service.load_modules([names[2]])
     assert "room for 4 modules now, and compiles again" in capsys.readouterr().err
     service.add_mixture("new", {names[2]: 2.0})
@@ -90,7 +123,9 @@ def test_other_weights_and_modules_compile_nothing_until_the_room_is_full(servic
     assert "Compiling" not in caplog.text and "room" not in capsys.readouterr().err
 
 
-def test_mixtures_have_the_prompt_or_the_chat_template_of_the_service(small, names, merged, blocks, tmp_path, capsys):
+def test_mixtures_have_the_prompt_or_the_chat_template_of_the_service(
+    small, names, merged, blocks, tmp_path, capsys
+):
     how, text = _LINES[0].split(" : ")
     pool = ["--base", str(small[0]), "--pool", str(small[1])]
     rows = _rows(tmp_path, [{"mixture": blocks, "how": how, "text": text}])
@@ -98,7 +133,9 @@ def test_mixtures_have_the_prompt_or_the_chat_template_of_the_service(small, nam
     assert capsys.readouterr().out.rstrip("\n") == merged[0]
     base = small_llama.make(tmp_path / "base")
     (tmp_path / "lines").write_text("hot")
-    options = lf.parts.GenerateOptions(base=str(base), file=tmp_path / "lines", chat=True, max_new_tokens=8)
+    options = lf.parts.GenerateOptions(
+        base=str(base), file=tmp_path / "lines", chat=True, max_new_tokens=8
+    )
     alone = lf.parts.generate_lines(options)
     options = lf.LoadOptions(base=str(base), method="zero-shot", chat=True)
     chat = lf.Service((), capacity=1, options=options)
@@ -106,11 +143,24 @@ def test_mixtures_have_the_prompt_or_the_chat_template_of_the_service(small, nam
 
 
 def test_evaluate_scores_a_mixture_as_the_merged_model(small, names, tmp_path, capsys):
-    pool, task = ["--base", str(small[0]), "--pool", str(small[1])], ["--test-rows", "4", "--task"]
+    pool = ["--base", str(small[0]), "--pool", str(small[1])]
+    task = ["--test-rows", "4", "--task"]
     task.append(str(Path(__file__).parents[2] / "examples/small/tasks/double_digit"))
     weights = ["--weights", f"{names[1]}=3", f"{names[0]}=-1"]
-    cli.main(["merge", *pool, *weights, "--format", "merged", "--out", str(tmp_path / "model")])
-    options = lf.FuseOptions(base=str(tmp_path / "model"), method="zero-shot", task=task[-1], test_rows=4)
+    cli.main(
+        [
+            "merge",
+            *pool,
+            *weights,
+            "--format",
+            "merged",
+            "--out",
+            str(tmp_path / "model"),
+        ]
+    )
+    options = lf.FuseOptions(
+        base=str(tmp_path / "model"), method="zero-shot", task=task[-1], test_rows=4
+    )
     setup = lf.parts.load_setup(options, to_train=False)
     loss = float(lf.parts.evaluate(setup, {}, batch_size=4).loss[0])
     capsys.readouterr()
@@ -121,55 +171,114 @@ def test_evaluate_scores_a_mixture_as_the_merged_model(small, names, tmp_path, c
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"run": "r", "mixture": {"a": 1}}, "names the run 'r': expected one of none without --runs"),
-        ({"mixture": {}}, "has an empty mixture: give the weight of at least one module"),
+        (
+            {"run": "r", "mixture": {"a": 1}},
+            "names the run 'r': expected one of none without --runs",
+        ),
+        (
+            {"mixture": {}},
+            "has an empty mixture: give the weight of at least one module",
+        ),
         ({"mixture": {"nobody": 1}}, "has no module nobody: it has "),
-        ({"mixture": {"NAME": "a"}}, "is 'a': expected a number or an object; give weights such as"),
+        (
+            {"mixture": {"NAME": "a"}},
+            "is 'a': expected a number or an object; give weights such as",
+        ),
         ({"mixture": [1]}, "mixture: holds a list, not an object"),
         ({"mixture": {"NAME": 1e39}}, "is 1e.39: expected a finite number of float32"),
-        ({"mixture": {"NAME": {"encoder.7": 1}}}, "name a block 'encoder.7': expected one of encoder.0"),
+        (
+            {"mixture": {"NAME": {"encoder.7": 1}}},
+            "name a block 'encoder.7': expected one of encoder.0",
+        ),
         ({"mixture": {"NAME": 1}, "input": " "}, "its input is ' ': give it a text"),
     ],
 )
-def test_rows_that_cannot_be_answered_are_refused_with_their_line(small, names, row, message, tmp_path):
-    text = json.dumps({"input": "a"}) + "\n" + json.dumps({"input": "a"} | row).replace("NAME", names[0])
+def test_rows_that_cannot_be_answered_are_refused_with_their_line(
+    small, names, row, message, tmp_path
+):
+    text = (
+        json.dumps({"input": "a"})
+        + "\n"
+        + json.dumps({"input": "a"} | row).replace("NAME", names[0])
+    )
     (tmp_path / "rows.jsonl").write_text(text)
     with pytest.raises(ValueError, match=f"rows.jsonl:2.*{message}"):
-        generate_rows(base=str(small[0]), pool=str(small[1]), file=tmp_path / "rows.jsonl")
+        generate_rows(
+            base=str(small[0]), pool=str(small[1]), file=tmp_path / "rows.jsonl"
+        )
 
 
-def test_mixtures_and_options_that_cannot_be_used_are_refused(service, small, names, tmp_path, capsys):
+def test_mixtures_and_options_that_cannot_be_used_are_refused(
+    service, small, names, tmp_path, capsys
+):
     dora = tmp_path / "pool"
     shutil.copytree(small[1] / names[0], dora / "dora")
-    config, (weights,) = dora / "dora" / "adapter_config.json", (dora / "dora").glob("*.safetensors")
+    config, (weights,) = (
+        dora / "dora" / "adapter_config.json",
+        (dora / "dora").glob("*.safetensors"),
+    )
     config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True}))
     kept = load_file(weights)
     sizes = {name: len(b) for name, b in kept.items() if "lora_B" in name}
-    kept |= {name.replace("lora_B.weight", "lora_magnitude_vector"): np.ones(n, "f4") for name, n in sizes.items()}
+    kept |= {
+        name.replace("lora_B.weight", "lora_magnitude_vector"): np.ones(n, "f4")
+        for name, n in sizes.items()
+    }
     save_file(kept, weights, metadata={"format": "pt"})
     of_dora = lf.Service.open(str(small[0]), str(dora), capacity=1)
     quantised = lf.Service.open(*map(str, small), modules=names[:1], load_in="int8")
     for wrong, message in (
         (lambda: service.add_mixture("x", {}), "an empty mixture"),
-        (lambda: service.add_mixture("x", {"nobody": 1.0}), "the module nobody is not loaded: choose of "),
-        (lambda: service.add_mixture("x", {names[0]: float("nan")}), "is nan: expected a finite number"),
+        (
+            lambda: service.add_mixture("x", {"nobody": 1.0}),
+            "the module nobody is not loaded: choose of ",
+        ),
+        (
+            lambda: service.add_mixture("x", {names[0]: float("nan")}),
+            "is nan: expected a finite number",
+        ),
         (lambda: service.load_modules(["0"]), "has no module 0: it has "),
         (lambda: service.load_modules(names[:1]), "is loaded already: leave it out"),
-        (lambda: quantised.load_modules(names[1:2]), "only whole modules in full precision join"),
-        (lambda: of_dora.add_mixture("x", {"dora": 1.0}), "is a DoRA adapter, whose magnitudes"),
+        (
+            lambda: quantised.load_modules(names[1:2]),
+            "only whole modules in full precision join",
+        ),
+        (
+            lambda: of_dora.add_mixture("x", {"dora": 1.0}),
+            "is a DoRA adapter, whose magnitudes",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             wrong()
-    base, pool = ["--base", str(small[0])], ["--pool", str(small[1])]
+    base = ["--base", str(small[0])]
+    pool = ["--pool", str(small[1])]
     for arguments, message in [
         (["generate", *pool], "mixtures need a base and a pool"),
-        (["generate", *base, "--prompt", "{input}"], "--prompt is the template of a base with a pool"),
-        (["generate", *base, *pool, "--runs", "r"], "runs have their base, pool, prompt and chat template"),
-        (["generate", *base, *pool, "--stream"], "--stream: not possible together with --pool"),
+        (
+            ["generate", *base, "--prompt", "{input}"],
+            "--prompt is the template of a base with a pool",
+        ),
+        (
+            ["generate", *base, *pool, "--runs", "r"],
+            "runs have their base, pool, prompt and chat template",
+        ),
+        (
+            ["generate", *base, *pool, "--stream"],
+            "--stream: not possible together with --pool",
+        ),
         (["evaluate", *base, "--task", "t"], "a mixture needs a pool and a task"),
-        (["evaluate", *base, *pool, "--task", "t"], "no weights: give some with --weights"),
-        (["evaluate", *base, *pool, "--task", "t", "--weights", "0=1"], "has no module 0: it has "),
-        (["evaluate", *base, *pool, "--task", "t", "--crossbar", "isaac"], "--crossbar: not possible together with"),
+        (
+            ["evaluate", *base, *pool, "--task", "t"],
+            "no weights: give some with --weights",
+        ),
+        (
+            ["evaluate", *base, *pool, "--task", "t", "--weights", "0=1"],
+            "has no module 0: it has ",
+        ),
+        (
+            ["evaluate", *base, *pool, "--task", "t", "--crossbar", "isaac"],
+            "--crossbar: not possible together with",
+        ),
     ]:
         with pytest.raises(SystemExit):
             cli.main(arguments)

@@ -28,10 +28,29 @@ from lorafusion_jax.serving.predict import generate_rows
 from lorafusion_jax.tasks import draw_modules, load_task
 
 _TASK = one_block.SMALL / "tasks" / "double_digit"
-_SITES = ("encoder.self.q", "encoder.self.v", "decoder.self.q", "decoder.self.v", "decoder.cross.q", "decoder.cross.v")
-_SCALED = ("encoder.self.v", "encoder.ff.wo", "decoder.self.v", "decoder.ff.wo", "decoder.cross.v")
-_MIXED, _OTHER = 4, 7  # seeds that draw modules 1 and 3, 2 and 0
-_LINES = ["double then digit : a b c", "reverse then upper : d e", "sort then next : c b a d"]
+_SITES = (
+    "encoder.self.q",
+    "encoder.self.v",
+    "decoder.self.q",
+    "decoder.self.v",
+    "decoder.cross.q",
+    "decoder.cross.v",
+)
+_SCALED = (
+    "encoder.self.v",
+    "encoder.ff.wo",
+    "decoder.self.v",
+    "decoder.ff.wo",
+    "decoder.cross.v",
+)
+# seeds that draw modules 1 and 3, 2 and 0
+_MIXED = 4
+_OTHER = 7
+_LINES = [
+    "double then digit : a b c",
+    "reverse then upper : d e",
+    "sort then next : c b a d",
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,19 +58,35 @@ def write(small, tmp_path_factory):
     """Write a run with made-up numbers, as `fuse` writes one."""
     names = sorted(folder.name for folder in small[1].iterdir())
 
-    def write_run(name: str, params: dict[str, Any], seeds: tuple[int, ...], **changes) -> Path:
-        values = {"base": str(small[0]), "pool": str(small[1]), "task": str(_TASK), "seeds": seeds}
-        options = recipes.options({"modules": 2}, **values | {"test_rows": 6, "train_rows": 20} | changes)
+    def write_run(
+        name: str, params: dict[str, Any], seeds: tuple[int, ...], **changes
+    ) -> Path:
+        values = {
+            "base": str(small[0]),
+            "pool": str(small[1]),
+            "task": str(_TASK),
+            "seeds": seeds,
+        }
+        options = recipes.options(
+            {"modules": 2}, **values | {"test_rows": 6, "train_rows": 20} | changes
+        )
         fuses = find(options.method).pool
-        drawn = [(options.adapters or draw_modules(names, 2, seed)) if fuses else () for seed in seeds]
-        task = load_task(options.task, **row_format(options), train_rows=options.train_rows, need=())
+        drawn = [
+            (options.adapters or draw_modules(names, 2, seed)) if fuses else ()
+            for seed in seeds
+        ]
+        task = load_task(
+            options.task, **row_format(options), train_rows=options.train_rows, need=()
+        )
         config = recipes.run_config(options, modules=drawn, task_sha256=task.sha256)
         config["max_new_tokens"] = options.recipe.max_new_tokens or 8
         config["digests"] = digests(parts.load_model(options))
         folder = tmp_path_factory.mktemp("runs") / name
         folder.mkdir()
         parts.RunFolder(folder).write_config(config)
-        parts.save_arrays(folder / "final", params, {"steps": [1] * len(seeds), "seconds": 0.0})
+        parts.save_arrays(
+            folder / "final", params, {"steps": [1] * len(seeds), "seconds": 0.0}
+        )
         return folder
 
     return write_run
@@ -60,24 +95,50 @@ def write(small, tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs(small, write, tmp_path_factory) -> dict[str, Path]:
     """A fusion with two seeds, a mix, and magnitudes alone: other modules, granularities, tasks and prompts."""
-    asked = [{"input": f"Say {x}.\nOptions:\n- a\n- b", "target": "ab"[i % 2]} for i, x in enumerate("uvwxyz")]
+    asked = [
+        {"input": f"Say {x}.\nOptions:\n- a\n- b", "target": "ab"[i % 2]}
+        for i, x in enumerate("uvwxyz")
+    ]
     closed = tmp_path_factory.mktemp("tasks") / "closed.jsonl"
     closed.write_text("\n".join(map(json.dumps, asked)))
     rng = np.random.default_rng(0)
-    norms = {site: np.linalg.norm(kernel, axis=1) for site, kernel in lf.kernels(lf.load_base(small[0])).items()}
+    norms = {
+        site: np.linalg.norm(kernel, axis=1)
+        for site, kernel in lf.kernels(lf.load_base(small[0])).items()
+    }
 
     def magnitudes(sites, seeds):
-        return {s: (rng.uniform(0.7, 1.3, (seeds, *norms[s].shape)) * norms[s]).astype(np.float32) for s in sites}
+        return {
+            s: (rng.uniform(0.7, 1.3, (seeds, *norms[s].shape)) * norms[s]).astype(
+                np.float32
+            )
+            for s in sites
+        }
 
-    fused = {"coefficients": np.asarray(tiny.coefficients((2, 2, 2))), "magnitudes": magnitudes(_SITES, 2)}
+    fused = {
+        "coefficients": np.asarray(tiny.coefficients((2, 2, 2))),
+        "magnitudes": magnitudes(_SITES, 2),
+    }
     mixed = {"coefficients": np.asarray(tiny.coefficients((1, 2, len(_SITES))))}
-    of_mixed = {"method": "coefficients", "composition": "mix", "granularity": "site", "max_new_tokens": 6}
+    of_mixed = {
+        "method": "coefficients",
+        "composition": "mix",
+        "granularity": "site",
+        "max_new_tokens": 6,
+    }
     of_mixed |= {"task": str(closed), "train_rows": 1}
-    of_scaled = {"method": "magnitudes", "lora_targets": ("v", "wo"), "max_new_tokens": 3, "prompt": "{input}."}
+    of_scaled = {
+        "method": "magnitudes",
+        "lora_targets": ("v", "wo"),
+        "max_new_tokens": 3,
+        "prompt": "{input}.",
+    }
     return {
         "fused": write("fused", fused, (1, 2), max_new_tokens=6),
         "mixed": write("mixed", mixed, (_MIXED,), **of_mixed),
-        "scaled": write("scaled", {"magnitudes": magnitudes(_SCALED, 1)}, (1,), **of_scaled),
+        "scaled": write(
+            "scaled", {"magnitudes": magnitudes(_SCALED, 1)}, (1,), **of_scaled
+        ),
     }
 
 
@@ -95,7 +156,9 @@ def answers(tmp_path_factory):
     """A function that returns the answers of one run to the lines."""
     file = tmp_path_factory.mktemp("lines") / "lines"
     file.write_text("\n".join(_LINES))
-    return lambda folder: parts.generate_lines(parts.GenerateOptions(run=folder, file=file))
+    return lambda folder: parts.generate_lines(
+        parts.GenerateOptions(run=folder, file=file)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -105,108 +168,208 @@ def alone(runs, answers) -> dict[str, list[str]]:
 
 
 def _file(folder: Path, rows: list[dict[str, Any]]) -> Path:
-    (folder / "rows.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n")
+    (folder / "rows.jsonl").write_text(
+        "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n"
+    )
     return folder / "rows.jsonl"
 
 
-def test_every_row_is_answered_as_by_its_run_alone(runs, alone, small, tmp_path, capsys):
+def test_every_row_is_answered_as_by_its_run_alone(
+    runs, alone, small, tmp_path, capsys
+):
     """By name or by folder, in batches smaller than the file; the plain base answers a row without a run."""
-    asked = [(name, i) for i in range(len(_LINES)) for name in ("mixed", "fused", "scaled")]
+    asked = [
+        (name, i) for i in range(len(_LINES)) for name in ("mixed", "fused", "scaled")
+    ]
     rows = [{"run": name, "input": _LINES[i]} for name, i in asked]
     rows[0]["run"] = str(runs["mixed"])
     folders = [str(folder) for folder in runs.values()]
     # Some marks end lines elsewhere, and not in a file of rows.
-    nothing = {"mixture": {min(folder.name for folder in small[1].iterdir()): 0.0}}  # answers as the base does
-    file = _file(tmp_path, [*rows, {"input": _LINES[0]}, nothing | {"input": _LINES[0]}, {"input": "a\u2028b\x85c"}])
+    nothing = {
+        "mixture": {min(folder.name for folder in small[1].iterdir()): 0.0}
+    }  # answers as the base does
+    file = _file(
+        tmp_path,
+        [
+            *rows,
+            {"input": _LINES[0]},
+            nothing | {"input": _LINES[0]},
+            {"input": "a\u2028b\x85c"},
+        ],
+    )
     file.write_text(file.read_text(), encoding="utf-8-sig")
     cli.main(["generate", "--runs", *folders, "--file", str(file), "--eval-batch", "4"])
     printed = capsys.readouterr().out.split("\n")
-    assert printed[: len(asked)] == [alone[name][i] for name, i in asked] and len(printed) == len(asked) + 4
+    assert (
+        printed[: len(asked)] == [alone[name][i] for name, i in asked]
+        and len(printed) == len(asked) + 4
+    )
     assert printed[len(asked)] == printed[len(asked) + 1]
     assert len({*printed[:3], printed[len(asked)]}) > 2
 
 
-def test_a_model_that_continues_its_prompt_answers_chats_and_prompts_in_one_batch(write, tmp_path):
+def test_a_model_that_continues_its_prompt_answers_chats_and_prompts_in_one_batch(
+    write, tmp_path
+):
     base = small_llama.make(tmp_path / "base")
-    rng, magnitudes, targets = np.random.default_rng(0), {}, ("q_proj", "o_proj", "down_proj")
+    rng = np.random.default_rng(0)
+    magnitudes = {}
+    targets = ("q_proj", "o_proj", "down_proj")
     for site, kernel in lf.kernels(lf.load_base(base)).items():
         if site.endswith(targets):
             norm = np.linalg.norm(kernel, axis=1)[None]
-            magnitudes[site] = (rng.uniform(0.3, 3, norm.shape) * norm).astype(np.float32)
-    shared = {"base": str(base), "pool": None, "method": "magnitudes", "lora_targets": targets}
+            magnitudes[site] = (rng.uniform(0.3, 3, norm.shape) * norm).astype(
+                np.float32
+            )
+    shared = {
+        "base": str(base),
+        "pool": None,
+        "method": "magnitudes",
+        "lora_targets": targets,
+    }
     folders = [
-        write("chat", {"magnitudes": magnitudes}, (1,), chat=True, max_new_tokens=6, **shared),
-        write("asked", {"magnitudes": magnitudes}, (1,), prompt="Q: {input}\nA:", max_new_tokens=4, **shared),
+        write(
+            "chat",
+            {"magnitudes": magnitudes},
+            (1,),
+            chat=True,
+            max_new_tokens=6,
+            **shared,
+        ),
+        write(
+            "asked",
+            {"magnitudes": magnitudes},
+            (1,),
+            prompt="Q: {input}\nA:",
+            max_new_tokens=4,
+            **shared,
+        ),
     ]
     (tmp_path / "lines").write_text("hot\nthe tall")
-    alone = [parts.generate_lines(parts.GenerateOptions(run=folder, file=tmp_path / "lines")) for folder in folders]
-    rows = [{"run": run, "input": line} for run in ("chat", "asked") for line in ("hot", "the tall")]
+    alone = [
+        parts.generate_lines(parts.GenerateOptions(run=folder, file=tmp_path / "lines"))
+        for folder in folders
+    ]
+    rows = [
+        {"run": run, "input": line}
+        for run in ("chat", "asked")
+        for line in ("hot", "the tall")
+    ]
     said = generate_rows(folders, file=_file(tmp_path, rows))
     assert said == [answer for of_run in alone for answer in of_run]
     assert len(set(said)) == len(said)
 
 
-def test_a_run_is_merged_into_plain_weights_for_long_answers_to_the_same_tokens(service, runs, tmp_path, monkeypatch):
+def test_a_run_is_merged_into_plain_weights_for_long_answers_to_the_same_tokens(
+    service, runs, tmp_path, monkeypatch
+):
     """100 lines; the service keeps its adapters. The base is so small that merging pays from the second token on."""
-    merged, lines = [], [f"sort then next : {a} {b}" for a in "abcdefghij" for b in "klmnopqrst"]
-    monkeypatch.setattr(predict, "merged_base", lambda *of: merged.append(1) or lf.merged_base(*of))
+    merged = []
+    lines = [f"sort then next : {a} {b}" for a in "abcdefghij" for b in "klmnopqrst"]
+    monkeypatch.setattr(
+        predict, "merged_base", lambda *of: merged.append(1) or lf.merged_base(*of)
+    )
     (tmp_path / "lines").write_text("\n".join(lines))
     (tmp_path / "short").write_text("a")
     how = {"run": runs["fused"], "file": tmp_path / "lines"}
-    assert parts.generate_lines(parts.GenerateOptions(**how)) == service.generate(lines, ["fused"] * 100)
+    assert parts.generate_lines(parts.GenerateOptions(**how)) == service.generate(
+        lines, ["fused"] * 100
+    )
     assert len(merged) == 1
-    first = "".join(next(parts.stream_lines(parts.GenerateOptions(**how, max_new_tokens=60))))
-    assert len(merged) == 2 and first == service.generate(lines[:1], ["fused"], max_new_tokens=60)[0]
-    parts.generate_lines(parts.GenerateOptions(**how | {"file": tmp_path / "short"}, max_new_tokens=1))
+    first = "".join(
+        next(parts.stream_lines(parts.GenerateOptions(**how, max_new_tokens=60)))
+    )
+    assert (
+        len(merged) == 2
+        and first == service.generate(lines[:1], ["fused"], max_new_tokens=60)[0]
+    )
+    parts.generate_lines(
+        parts.GenerateOptions(**how | {"file": tmp_path / "short"}, max_new_tokens=1)
+    )
     assert len(merged) == 2
 
 
-def test_a_run_whose_prompt_names_columns_answers_rows_with_them(write, small, answers, tmp_path):
+def test_a_run_whose_prompt_names_columns_answers_rows_with_them(
+    write, small, answers, tmp_path
+):
     """As another run answers the filled prompts: in `generate --run`, `generate --runs` and a service."""
     params = {"coefficients": np.asarray(tiny.coefficients((1, 2, 2)))}
     how = {"method": "coefficients", "max_new_tokens": 6}
     plain = write("plain", params, (_MIXED,), **how)
     texts = [line.split(" : ") for line in _LINES]
     rows = [{"how": way, "letters": letters, "mark": ""} for way, letters in texts]
-    how |= {"task": str(_file(tmp_path, [row | {"target": "a"} for row in rows])), "train_rows": 1}
+    how |= {
+        "task": str(_file(tmp_path, [row | {"target": "a"} for row in rows])),
+        "train_rows": 1,
+    }
     named = write("named", params, (_MIXED,), prompt="{how} : {letters}{mark}", **how)
     alone = parts.GenerateOptions(run=named, file=_file(tmp_path, rows))
     assert (
-        parts.generate_lines(alone)[:-1] == ["".join(said) for said in parts.stream_lines(alone)][:-1] == answers(plain)
+        parts.generate_lines(alone)[:-1]
+        == ["".join(said) for said in parts.stream_lines(alone)][:-1]
+        == answers(plain)
     )
     run = lf.FusedRun.read(named)
     service = lf.Service([run], capacity=1)
     service.add("named", run)
     assert service.generate(rows, ["named"] * 3) == answers(plain)
-    for row, message in (("a b", 'is a text: .*{"how": "some text", "let'), ({}, "has no column how")):
+    for row, message in (
+        ("a b", 'is a text: .*{"how": "some text", "let'),
+        ({}, "has no column how"),
+    ):
         with pytest.raises(ValueError, match=f"^text 1 {message}"):
             service.generate([row], ["named"])
-    assert generate_rows((named,), file=_file(tmp_path, [{"run": "named"} | row for row in rows])) == answers(plain)
-    for row, message in (('{"run": "named", "how": "a"}', "no column letters"), ("a b", "not JSON"), ("[]", "a list")):
+    assert generate_rows(
+        (named,), file=_file(tmp_path, [{"run": "named"} | row for row in rows])
+    ) == answers(plain)
+    for row, message in (
+        ('{"run": "named", "how": "a"}', "no column letters"),
+        ("a b", "not JSON"),
+        ("[]", "a list"),
+    ):
         alone.file.write_text(row)
-        for generate in (lambda: parts.generate_lines(alone), lambda: generate_rows((named,), file=alone.file)):
+        for generate in (
+            lambda: parts.generate_lines(alone),
+            lambda: generate_rows((named,), file=alone.file),
+        ):
             with pytest.raises(ValueError, match=f"(line 1|rows.jsonl:1).*{message}"):
                 generate()
 
 
 @pytest.mark.long
 def test_several_runs_are_evaluated_as_each_of_them_alone(runs, capsys):
-    alone = {name: parts.evaluate_run(parts.EvaluateOptions(run=runs[name])) for name in ("fused", "mixed")}
-    rows = [{"run": str(runs[name]), **row} for name, of_run in alone.items() for row in of_run]
+    alone = {
+        name: parts.evaluate_run(parts.EvaluateOptions(run=runs[name]))
+        for name in ("fused", "mixed")
+    }
+    rows = [
+        {"run": str(runs[name]), **row}
+        for name, of_run in alone.items()
+        for row in of_run
+    ]
     cli.main(["evaluate", "--runs", str(runs["fused"]), str(runs["mixed"])])
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.split() == ["run", "task", "seed", "exact", "match", "%", "loss"]
-    wanted = [[r["run"], str(r["seed"]), f"{r['exact_match']:.1f}", f"{r['loss']:.4f}"] for r in rows]
+    wanted = [
+        [r["run"], str(r["seed"]), f"{r['exact_match']:.1f}", f"{r['loss']:.4f}"]
+        for r in rows
+    ]
     assert [[run, *scores] for run, task, *scores in map(str.split, lines)] == wanted
     assert [line.split()[1] for line in lines] == [_TASK.name, _TASK.name, "closed"]
 
 
 def test_tasks_are_added_replaced_and_removed_by_name(runs, service, alone, caplog):
-    fused, mixed = lf.FusedRun.read(runs["fused"]), lf.FusedRun.read(runs["mixed"])
+    fused = lf.FusedRun.read(runs["fused"])
+    mixed = lf.FusedRun.read(runs["mixed"])
     before = service.generate(_LINES * 2, ["fused"] * 3 + ["mixed"] * 3)
-    assert service.generate(_LINES * 2, ["mixed"] * 6) == alone["mixed"] * 2  # compiles for fewer modules
+    assert (
+        service.generate(_LINES * 2, ["mixed"] * 6) == alone["mixed"] * 2
+    )  # compiles for fewer modules
     assert before == alone["fused"] + alone["mixed"]
-    with pytest.raises(ValueError, match="no room for another: the bank holds 3 tasks, its capacity. Remove one"):
+    with pytest.raises(
+        ValueError,
+        match="no room for another: the bank holds 3 tasks, its capacity. Remove one",
+    ):
         service.add("another", mixed)
     service.remove("scaled")
     service.add("another", mixed)
@@ -220,14 +383,26 @@ def test_tasks_are_added_replaced_and_removed_by_name(runs, service, alone, capl
     assert "Compiling" not in caplog.text
     draw = lf.Sampling(temperature=1.0)
     for wrong, message in (
-        (lambda: service.generate(["a"], ["scaled"]), "no task 'scaled': there are fused, mixed, another"),
+        (
+            lambda: service.generate(["a"], ["scaled"]),
+            "no task 'scaled': there are fused, mixed, another",
+        ),
         (lambda: service.remove("scaled"), "no task 'scaled': there are"),
         (lambda: service.generate(["a", "b"], ["mixed"]), "2 texts and 1 names"),
-        (lambda: service.add_mixture("fused", {"a": 1.0}), "'fused' is the name of a run"),
+        (
+            lambda: service.add_mixture("fused", {"a": 1.0}),
+            "'fused' is the name of a run",
+        ),
         (lambda: service.add("fused", fused, seed=7), "has no seed 7: it has 1, 2"),
-        (lambda: service.generate(["a"], [None], max_new_tokens=0), "max_new_tokens is "),
+        (
+            lambda: service.generate(["a"], [None], max_new_tokens=0),
+            "max_new_tokens is ",
+        ),
         (lambda: service.generate(["a"], [None], eval_batch=0), "eval_batch is "),
-        (lambda: service.generate(["a"], [None], sampling=draw, sampling_seed=-1), "sampling_seed is "),
+        (
+            lambda: service.generate(["a"], [None], sampling=draw, sampling_seed=-1),
+            "sampling_seed is ",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             wrong()
@@ -237,24 +412,39 @@ def test_draws_depend_on_the_row_and_not_on_the_tasks_of_other_rows(service):
     names = [*service.tasks][:2]
 
     def said(of_first, of_others, seed=0):
-        how = {"sampling": lf.Sampling(temperature=2.0), "sampling_seed": seed, "max_new_tokens": 6}
+        how = {
+            "sampling": lf.Sampling(temperature=2.0),
+            "sampling_seed": seed,
+            "max_new_tokens": 6,
+        }
         return service.generate(_LINES * 2, [of_first, *[of_others] * 5], **how)
 
     first, *others = said(names[0], names[1])
     assert said(names[0], names[1]) == [first, *others]
-    assert said(names[0], names[0])[0] == first and said(names[0], names[0])[1:] != others
+    assert (
+        said(names[0], names[0])[0] == first and said(names[0], names[0])[1:] != others
+    )
     assert said(names[0], names[1], seed=1) != [first, *others]
     assert others[2] != first  # the same text
 
 
-def test_a_run_whose_modules_were_not_loaded_needs_them_from_the_start(runs, small, write):
+def test_a_run_whose_modules_were_not_loaded_needs_them_from_the_start(
+    runs, small, write
+):
     other = lf.FusedRun.read(
-        write("other", {"coefficients": np.ones((1, 2, 2), np.float32)}, (_OTHER,), method="coefficients")
+        write(
+            "other",
+            {"coefficients": np.ones((1, 2, 2), np.float32)},
+            (_OTHER,),
+            method="coefficients",
+        )
     )
     mixed = lf.FusedRun.read(runs["mixed"])
     names = sorted(folder.name for folder in small[1].iterdir())
     service = lf.Service([mixed], capacity=1)
-    with pytest.raises(ValueError, match="other fuses .*, which the bank lacks: give these modules"):
+    with pytest.raises(
+        ValueError, match="other fuses .*, which the bank lacks: give these modules"
+    ):
         service.add("other", other)
     roomy = lf.Service([mixed], capacity=1, modules=names)
     roomy.add("other", other)
@@ -264,98 +454,191 @@ def test_a_run_whose_modules_were_not_loaded_needs_them_from_the_start(runs, sma
 
 
 def test_runs_of_one_bank_share_base_pool_and_precision(runs, small, write, tmp_path):
-    mixed, scaled = lf.FusedRun.read(runs["mixed"]), lf.FusedRun.read(runs["scaled"])
+    mixed = lf.FusedRun.read(runs["mixed"])
+    scaled = lf.FusedRun.read(runs["scaled"])
     shutil.copytree(small[0], tmp_path / "base")
     shutil.copytree(small[1], tmp_path / "pool")
     one = {"coefficients": np.ones((1, 2, 2), np.float32)}
     changes = {name: str(tmp_path / name) for name in ("base", "pool")}
     changes |= {"control": "random-factors", "load_in": "nf4"}
     for field, value in changes.items():
-        other = lf.FusedRun.read(write(f"other_{field}", one, (_OTHER,), method="coefficients", **{field: value}))
-        with pytest.raises(ValueError, match=f"has the {field} {value}, and .*mixed has .*Serve them apart"):
+        other = lf.FusedRun.read(
+            write(
+                f"other_{field}",
+                one,
+                (_OTHER,),
+                method="coefficients",
+                **{field: value},
+            )
+        )
+        with pytest.raises(
+            ValueError,
+            match=f"has the {field} {value}, and .*mixed has .*Serve them apart",
+        ):
             lf.Service([mixed, other], capacity=2)
     # Magnitudes alone come from no pool.
-    lf.Service([scaled._replace(options=dataclasses.replace(scaled.options, pool=None)), mixed], capacity=2)
+    lf.Service(
+        [
+            scaled._replace(options=dataclasses.replace(scaled.options, pool=None)),
+            mixed,
+        ],
+        capacity=2,
+    )
     with pytest.raises(ValueError, match="no runs: give at least one"):
         lf.Service([], capacity=1)
     vera = write("vera", {"vera": {"b": np.ones(1)}}, (1,), method="vera")
-    with pytest.raises(ValueError, match="vera is of the method vera, which no bank holds: give runs of a fusion"):
+    with pytest.raises(
+        ValueError,
+        match="vera is of the method vera, which no bank holds: give runs of a fusion",
+    ):
         lf.FusedRun.read(vera)
 
 
-def test_lora_runs_and_single_modules_answer_next_to_fusions_as_alone(runs, alone, write, small, tmp_path):
+def test_lora_runs_and_single_modules_answer_next_to_fusions_as_alone(
+    runs, alone, write, small, tmp_path
+):
     """The LoRA adapts other matrices than the pool, with another rank."""
-    rng, sites = np.random.default_rng(1), lf.load_base(small[0]).config.sites
-    shapes = {name: site for name, site in sites.items() if name.endswith((".q", ".wo"))}
-    lora = {
-        "A": {name: rng.normal(size=(2, s.layers, s.d_in, 5)).astype("f4") for name, s in shapes.items()},
-        "B": {name: rng.normal(size=(2, s.layers, 5, s.d_out)).astype("f4") for name, s in shapes.items()},
+    rng = np.random.default_rng(1)
+    sites = lf.load_base(small[0]).config.sites
+    shapes = {
+        name: site for name, site in sites.items() if name.endswith((".q", ".wo"))
     }
-    options = {"method": "lora", "lora_rank": 5, "lora_targets": ("q", "wo"), "max_new_tokens": 5, "pool": None}
+    lora = {
+        "A": {
+            name: rng.normal(size=(2, s.layers, s.d_in, 5)).astype("f4")
+            for name, s in shapes.items()
+        },
+        "B": {
+            name: rng.normal(size=(2, s.layers, 5, s.d_out)).astype("f4")
+            for name, s in shapes.items()
+        },
+    }
+    options = {
+        "method": "lora",
+        "lora_rank": 5,
+        "lora_targets": ("q", "wo"),
+        "max_new_tokens": 5,
+        "pool": None,
+    }
     folder = write("lora", {"lora": lora}, (1, 2), **options)
     module = sorted(path.name for path in small[1].iterdir())[0]
-    single = write("single", {"coefficients": np.ones((1, 1), "f4")}, (1,), method="single", adapters=(module,))
+    single = write(
+        "single",
+        {"coefficients": np.ones((1, 1), "f4")},
+        (1,),
+        method="single",
+        adapters=(module,),
+    )
     (tmp_path / "lines").write_text("\n".join(_LINES))
     expected = dict(alone)
     for name, run, seed in (("lora", folder, 2), ("module", single, 1)):
         expected[name] = parts.generate_lines(
-            parts.GenerateOptions(run=run, file=tmp_path / "lines", seed=seed, max_new_tokens=5)
+            parts.GenerateOptions(
+                run=run, file=tmp_path / "lines", seed=seed, max_new_tokens=5
+            )
         )
-    found = {name: lf.FusedRun.read(run) for name, run in (runs | {"lora": folder}).items()}
+    found = {
+        name: lf.FusedRun.read(run) for name, run in (runs | {"lora": folder}).items()
+    }
     service = lf.Service([*found.values()], capacity=5, modules=(module,))
     for name, run in found.items():
         service.add(name, run, 2 if name == "lora" else None)
     service.add_module("module", module)
     names = [name for _ in _LINES for name in expected]
-    answers = service.generate([line for line in _LINES for _ in expected], names, eval_batch=4)
+    answers = service.generate(
+        [line for line in _LINES for _ in expected], names, eval_batch=4
+    )
     for place, name in enumerate(expected):
         said = answers[place :: len(expected)]
-        assert [text[: len(e)] for text, e in zip(said, expected[name], strict=True)] == expected[name], name
+        assert [
+            text[: len(e)] for text, e in zip(said, expected[name], strict=True)
+        ] == expected[name], name
     assert expected["lora"] != expected["module"] != alone["mixed"]
-    basis = lf.FusedRun.read(folder)._replace(options=dataclasses.replace(found["lora"].options, load_in="nf4"))
-    with pytest.raises(ValueError, match="lora is of a LoRA, which joins whole modules in full precision"):
+    basis = lf.FusedRun.read(folder)._replace(
+        options=dataclasses.replace(found["lora"].options, load_in="nf4")
+    )
+    with pytest.raises(
+        ValueError,
+        match="lora is of a LoRA, which joins whole modules in full precision",
+    ):
         lf.Service([basis], capacity=1)
-    with pytest.raises(ValueError, match="a DoRA adapter's magnitudes cannot join other modules: serve its runs apart"):
+    with pytest.raises(
+        ValueError,
+        match="a DoRA adapter's magnitudes cannot join other modules: serve its runs apart",
+    ):
         joined([dataclasses.replace(tiny.pool(1), magnitude={}), tiny.pool(2)], {})
 
 
 def test_a_control_is_served_as_it_answers_alone(write, answers, tmp_path):
     params = {"coefficients": np.full((1, 2, 2), 3, np.float32)}
-    folder = write("control", params, (_MIXED,), method="coefficients", control="random-factors")
+    folder = write(
+        "control", params, (_MIXED,), method="coefficients", control="random-factors"
+    )
     rows = [{"run": "control", "input": line} for line in _LINES]
     assert generate_rows((folder,), file=_file(tmp_path, rows)) == answers(folder)
 
 
-@pytest.mark.parametrize("granularity", ["block", pytest.param("site", marks=pytest.mark.long)])
-def test_runs_whose_modules_adapt_other_matrices_are_served_together(granularity, small, write, answers, tmp_path):
+@pytest.mark.parametrize(
+    "granularity", ["block", pytest.param("site", marks=pytest.mark.long)]
+)
+def test_runs_whose_modules_adapt_other_matrices_are_served_together(
+    granularity, small, write, answers, tmp_path
+):
     """Modules 1 and 3 adapt queries alone; the run that mixes them has magnitudes, or coefficients, for no others."""
     pool = tmp_path / "pool"
     shutil.copytree(small[1], pool)
     for folder in sorted(pool.iterdir())[1::2]:
         (weights,) = folder.glob("*.safetensors")
-        kept = {name: tensor for name, tensor in load_file(weights).items() if ".v." not in name}
+        kept = {
+            name: tensor
+            for name, tensor in load_file(weights).items()
+            if ".v." not in name
+        }
         save_file(kept, weights, metadata={"format": "pt"})
-    norms = {site: np.linalg.norm(kernel, axis=1)[None] for site, kernel in lf.kernels(lf.load_base(small[0])).items()}
-    folders, wanted = [], []
+    norms = {
+        site: np.linalg.norm(kernel, axis=1)[None]
+        for site, kernel in lf.kernels(lf.load_base(small[0])).items()
+    }
+    folders = []
+    wanted = []
     for seed, last in ((_MIXED, "q"), (_OTHER, "qv")):
         sites = [site for site in _SITES if site[-1] in last]
         columns = 2 if granularity == "block" else len(sites)
         params = {"coefficients": 2 * np.asarray(tiny.coefficients((1, 2, columns)))}
-        changes = {"granularity": granularity, "pool": str(pool), "method": "coefficients"}
+        changes = {
+            "granularity": granularity,
+            "pool": str(pool),
+            "method": "coefficients",
+        }
         if granularity == "block":
-            params["magnitudes"] = {site: np.float32(1.2) * norms[site] for site in sites}
+            params["magnitudes"] = {
+                site: np.float32(1.2) * norms[site] for site in sites
+            }
             changes["method"] = "fusion"
         folders.append(write(f"{last}_{granularity}", params, (seed,), **changes))
         wanted += answers(folders[-1])
-    rows = [{"run": folder.name, "input": line} for folder in folders for line in _LINES]
+    rows = [
+        {"run": folder.name, "input": line} for folder in folders for line in _LINES
+    ]
     assert generate_rows(folders, file=_file(tmp_path, rows)) == wanted
 
 
-def test_rows_files_and_options_that_cannot_be_used_are_refused(runs, tmp_path, capsys, monkeypatch):
+def test_rows_files_and_options_that_cannot_be_used_are_refused(
+    runs, tmp_path, capsys, monkeypatch
+):
     for row, message in (
-        ({"run": "nobody", "input": "a"}, "names the run 'nobody': expected one of fused, mixed, scaled"),
-        ({"run": ["fused"], "input": "a"}, r"names the run \['fused'\]: expected one of fused, mixed, scaled"),
-        ({"run": "fused", "mixture": {"a": 1}}, "has a run and a mixture: leave one of them out"),
+        (
+            {"run": "nobody", "input": "a"},
+            "names the run 'nobody': expected one of fused, mixed, scaled",
+        ),
+        (
+            {"run": ["fused"], "input": "a"},
+            r"names the run \['fused'\]: expected one of fused, mixed, scaled",
+        ),
+        (
+            {"run": "fused", "mixture": {"a": 1}},
+            "has a run and a mixture: leave one of them out",
+        ),
         ({"run": "fused"}, ": its input is None: give it a text"),
         ({"run": "fused", "input": " "}, ": its input is ' ': give it a text"),
         ([], ": holds a list, not an object: give a row such as"),
@@ -366,33 +649,55 @@ def test_rows_files_and_options_that_cannot_be_used_are_refused(runs, tmp_path, 
     with pytest.raises(ValueError, match="standard input:1: not JSON"):
         generate_rows((runs["mixed"],))
     of_folder = parts.GenerateOptions(run=runs["mixed"], file=tmp_path)
-    for generate in (lambda: generate_rows((runs["mixed"],), file=tmp_path), lambda: parts.generate_lines(of_folder)):
-        with pytest.raises(ValueError, match="a pipe, a device or a folder, not a file: give a file"):
+    for generate in (
+        lambda: generate_rows((runs["mixed"],), file=tmp_path),
+        lambda: parts.generate_lines(of_folder),
+    ):
+        with pytest.raises(
+            ValueError, match="a pipe, a device or a folder, not a file: give a file"
+        ):
             generate()
     (tmp_path / "empty").write_text("\n")
-    with pytest.raises(ValueError, match="empty holds no rows: give a line for each answer"):
+    with pytest.raises(
+        ValueError, match="empty holds no rows: give a line for each answer"
+    ):
         generate_rows((runs["mixed"],), file=tmp_path / "empty")
     monkeypatch.chdir(runs["mixed"])
     for other in (runs["mixed"], Path(), Path("final", "..")):
         with pytest.raises(ValueError, match="a run is given twice"):
             generate_rows((runs["mixed"], other))
-    with pytest.raises(ValueError, match=f"names the run 'none': expected one of {runs['mixed'].name}"):
+    with pytest.raises(
+        ValueError, match=f"names the run 'none': expected one of {runs['mixed'].name}"
+    ):
         generate_rows((Path(),), file=_file(tmp_path, [{"run": "none", "input": "a"}]))
     mixed = str(runs["mixed"])
     for arguments, message in [
         (["evaluate", "--task", "t"], "give a run with --run, several with --runs, or"),
-        (["generate", "--run", mixed, "--runs", mixed], "--run: not possible together with --runs"),
-        (["generate", "--runs", mixed, "--stream"], "--stream: not possible together with --runs"),
-        (["evaluate", "--runs", mixed, "--crossbar", "isaac"], "--crossbar: not possible together with --runs"),
+        (
+            ["generate", "--run", mixed, "--runs", mixed],
+            "--run: not possible together with --runs",
+        ),
+        (
+            ["generate", "--runs", mixed, "--stream"],
+            "--stream: not possible together with --runs",
+        ),
+        (
+            ["evaluate", "--runs", mixed, "--crossbar", "isaac"],
+            "--crossbar: not possible together with --runs",
+        ),
     ]:
         with pytest.raises(SystemExit):
             cli.main(arguments)
         assert message in capsys.readouterr().err
 
 
-def test_two_runs_with_the_same_last_name_differ_by_their_folders(runs, alone, tmp_path):
+def test_two_runs_with_the_same_last_name_differ_by_their_folders(
+    runs, alone, tmp_path
+):
     shutil.copytree(runs["mixed"], tmp_path / "fused")
     folders = (runs["fused"], tmp_path / "fused")
-    rows = _file(tmp_path, [{"run": str(folder), "input": _LINES[0]} for folder in folders])
+    rows = _file(
+        tmp_path, [{"run": str(folder), "input": _LINES[0]} for folder in folders]
+    )
     said = generate_rows(folders, file=rows)
     assert said == [alone["fused"][0], alone["mixed"][0]]

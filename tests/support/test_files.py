@@ -44,15 +44,27 @@ class _Outer:
     ("content", "message"),
     [
         ('{"name": 5}', "inner is missing: expected an object; restore"),
-        ('{"inner": {"sizes": {"a": [1], "b": [1, "x"]}}}', r"inner\.sizes\.b\[1\] is 'x': expected an integer"),
+        (
+            '{"inner": {"sizes": {"a": [1], "b": [1, "x"]}}}',
+            r"inner\.sizes\.b\[1\] is 'x': expected an integer",
+        ),
         ('{"inner": {"sizes": []}}', r"inner\.sizes is \[\]: expected an object"),
-        ('{"inner": {"sizes": {}, "colour": 1}}', r"inner\.colour is unknown: remove it, or restore"),
-        ('{"inner": {"sizes": {"a": [], "a": []}}}', r"not JSON \('a' is given twice: keep one\): restore"),
+        (
+            '{"inner": {"sizes": {}, "colour": 1}}',
+            r"inner\.colour is unknown: remove it, or restore",
+        ),
+        (
+            '{"inner": {"sizes": {"a": [], "a": []}}}',
+            r"not JSON \('a' is given twice: keep one\): restore",
+        ),
         ("", r"not JSON \(.*\): restore"),
         ('{"inner": {"sizes": {"a": [NaN]}}}', r"not JSON \(.*\): restore"),
         ('{"name": "\\ud800", "inner": {"sizes": {}}}', r"not JSON \(.*\): restore"),
         ('{"x": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested|recursion"),
-        ("version https://git-lfs.github.com/spec/v1\noid", "this is a Git LFS pointer, not the file itself: fetch"),
+        (
+            "version https://git-lfs.github.com/spec/v1\noid",
+            "this is a Git LFS pointer, not the file itself: fetch",
+        ),
     ],
 )
 def test_a_fault_names_the_file_the_field_and_the_fix(tmp_path, content, message):
@@ -64,10 +76,16 @@ def test_a_fault_names_the_file_the_field_and_the_fix(tmp_path, content, message
 
 def test_a_sound_file_is_its_type(tmp_path):
     (tmp_path / "x.json").write_text('{"inner": {"sizes": {"a": [1, 2]}}}')
-    assert parts.read_json(tmp_path / "x.json", _Outer, "a thing") == _Outer({"sizes": {"a": [1, 2]}})
-    with pytest.raises(lf.FileError, match=f"^{tmp_path}: not a thing: it has no y.json"):
+    assert parts.read_json(tmp_path / "x.json", _Outer, "a thing") == _Outer(
+        {"sizes": {"a": [1, 2]}}
+    )
+    with pytest.raises(
+        lf.FileError, match=f"^{tmp_path}: not a thing: it has no y.json"
+    ):
         parts.read_json(tmp_path / "y.json", _Outer, "a thing")
-    with pytest.raises(lf.FileError, match=r"^x\.json: not UTF-8 text \(.*surrogates not allowed\)"):
+    with pytest.raises(
+        lf.FileError, match=r"^x\.json: not UTF-8 text \(.*surrogates not allowed\)"
+    ):
         parts.structured("\ud800", _Outer, "x.json")
 
 
@@ -75,9 +93,21 @@ def test_a_sound_file_is_its_type(tmp_path):
     ("name", "content", "read"),
     [
         ("weights.json", '{"a": 1, "a": 2}', read_weights),
-        ("merge.json", '{"weights": {"a": {"x": 1, "x": 2}}, "digests": {}}', lambda path: read_weights(path.parent)),
-        ("adapter_config.json", '{"r": 8, "r": 9}', lambda path: parts.read_adapter(str(path.parent))),
-        ("metrics.jsonl", '{"step": 1, "step": 2}\n', lambda path: parts.RunFolder(path.parent).metrics()),
+        (
+            "merge.json",
+            '{"weights": {"a": {"x": 1, "x": 2}}, "digests": {}}',
+            lambda path: read_weights(path.parent),
+        ),
+        (
+            "adapter_config.json",
+            '{"r": 8, "r": 9}',
+            lambda path: parts.read_adapter(str(path.parent)),
+        ),
+        (
+            "metrics.jsonl",
+            '{"step": 1, "step": 2}\n',
+            lambda path: parts.RunFolder(path.parent).metrics(),
+        ),
         ("task.jsonl", '{"input": "x", "input": "y", "target": "z"}\n', load_task),
         ("task.json", '[{"input": "x", "output": "y", "output": "z"}]', load_task),
         ("state.json", '{"a": 1, "a": 2}', lambda path: load_task(path.parent)),
@@ -86,7 +116,9 @@ def test_a_sound_file_is_its_type(tmp_path):
 )
 def test_a_key_that_is_given_twice_is_refused(tmp_path, name, content, read):
     (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=rf"{tmp_path}.*'\w+' is given twice: keep one"):
+    with pytest.raises(
+        ValueError, match=rf"{tmp_path}.*'\w+' is given twice: keep one"
+    ):
         read(tmp_path / name)
 
 
@@ -94,7 +126,11 @@ def test_an_option_of_a_newer_version_says_which():
     newer = _CONFIG["environment"] | {"versions": {"lorafusion-jax": "9.9"}}
     with pytest.raises(lf.FileError) as error:
         options = _CONFIG["options"] | {"colour": "red"}
-        parts.structured(_CONFIG | {"environment": newer, "options": options}, RunConfig, "config.json")
+        parts.structured(
+            _CONFIG | {"environment": newer, "options": options},
+            RunConfig,
+            "config.json",
+        )
     assert (error.value.file, error.value.field) == ("config.json", "options.colour")
     assert f"(written by version '9.9', this is {lf.__version__})" in str(error.value)
 
@@ -103,12 +139,30 @@ def test_an_option_of_a_newer_version_says_which():
     ("change", "message"),
     [
         (lambda c: "", "not JSON"),
-        (lambda c: json.dumps({k: v for k, v in c.items() if k != "options"}), "options is missing"),
-        (lambda c: json.dumps(c | {"options": c["options"] | {"new": 1}}), r"options\.new is unknown"),
-        (lambda c: json.dumps(c | {"options": {"recipe": {"epochs": []}}}), r"options\.(base|recipe)"),
-        (lambda c: json.dumps(c | {"modules": [[], []]}), "modules is of 2 seeds: expected of 1, as in"),
-        (lambda c: json.dumps(c | {"max_new_tokens": 10**9}), "max_new_tokens is 1000000000: expected an integer"),
-        (lambda c: '{"options":' * 100_000 + "1" + "}" * 100_000, "not JSON|nested too deeply"),
+        (
+            lambda c: json.dumps({k: v for k, v in c.items() if k != "options"}),
+            "options is missing",
+        ),
+        (
+            lambda c: json.dumps(c | {"options": c["options"] | {"new": 1}}),
+            r"options\.new is unknown",
+        ),
+        (
+            lambda c: json.dumps(c | {"options": {"recipe": {"epochs": []}}}),
+            r"options\.(base|recipe)",
+        ),
+        (
+            lambda c: json.dumps(c | {"modules": [[], []]}),
+            "modules is of 2 seeds: expected of 1, as in",
+        ),
+        (
+            lambda c: json.dumps(c | {"max_new_tokens": 10**9}),
+            "max_new_tokens is 1000000000: expected an integer",
+        ),
+        (
+            lambda c: '{"options":' * 100_000 + "1" + "}" * 100_000,
+            "not JSON|nested too deeply",
+        ),
     ],
 )
 def test_a_run_whose_config_is_damaged(tmp_path, change, message):
@@ -125,19 +179,27 @@ def test_metrics_that_are_damaged(tmp_path):
     assert run.metrics() == [{"step": 1, "loss": None}, {"step": 2, "loss": 0.5}]
     run.cut_metrics(1)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null}\n'
-    for line, message in (("5", "holds an integer, not an object"), ('{"loss": 1}', "step is missing")):
+    for line, message in (
+        ("5", "holds an integer, not an object"),
+        ('{"loss": 1}', "step is missing"),
+    ):
         (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n')
         with pytest.raises(lf.FileError, match=rf"metrics\.jsonl, line 2: {message}"):
             run.metrics()
     for name in ("results.json", "predictions.jsonl"):
         (tmp_path / name).write_text('{"seed": 1}\n')
     for read in (run.results, run.predictions):
-        with pytest.raises(lf.FileError, match=r"(results\.json|predictions\.jsonl, line 1): \w+ is missing"):
+        with pytest.raises(
+            lf.FileError,
+            match=r"(results\.json|predictions\.jsonl, line 1): \w+ is missing",
+        ):
             read()
 
 
 def test_a_shape_that_numpy_refuses_is_a_fault_of_its_file(tmp_path):
-    header = json.dumps({"x": {"dtype": "F32", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}}).encode()
+    header = json.dumps(
+        {"x": {"dtype": "F32", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}}
+    ).encode()
     (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(ValueError, match=f"^{tmp_path}/x.safetensors: "):
         safetensors.load(tmp_path / "x.safetensors")
@@ -149,7 +211,10 @@ def test_two_processes_cannot_make_one_folder(tmp_path):
     with parts.new_folder(tmp_path / "pool") as first:
         assert list(first.iterdir()) == []
         (first / "mine").write_text("")
-        with pytest.raises(ValueError, match="is being written by another process: wait for it, or give another"):
+        with pytest.raises(
+            ValueError,
+            match="is being written by another process: wait for it, or give another",
+        ):
             with parts.new_folder(tmp_path / "pool"):
                 pass
         assert (first / "mine").exists()
@@ -157,14 +222,21 @@ def test_two_processes_cannot_make_one_folder(tmp_path):
 
 
 def test_what_a_terminal_would_obey_is_spelled_out():
-    assert parts.printable("a\x1b[31mb\r\nc\u202e\ud800\u200d é") == "a\\x1b[31mb\\r\nc\\u202e\\ud800\u200d é"
+    assert (
+        parts.printable("a\x1b[31mb\r\nc\u202e\ud800\u200d é")
+        == "a\\x1b[31mb\\r\nc\\u202e\\ud800\u200d é"
+    )
 
 
 def test_text_that_is_not_utf8_is_named(tmp_path, monkeypatch):
     (tmp_path / "lines").write_bytes(b"good\n\xff\n")
     with pytest.raises(lf.FileError, match=f"^{tmp_path}/lines: not UTF-8 text"):
-        parts.generate_lines(parts.GenerateOptions(base=str(tmp_path), file=tmp_path / "lines"))
-    monkeypatch.setattr(sys, "stdin", io.StringIO("half\udcff"))  # what Python makes of it in a C locale
+        parts.generate_lines(
+            parts.GenerateOptions(base=str(tmp_path), file=tmp_path / "lines")
+        )
+    monkeypatch.setattr(
+        sys, "stdin", io.StringIO("half\udcff")
+    )  # what Python makes of it in a C locale
     with pytest.raises(lf.FileError, match="^standard input: not UTF-8 text"):
         parts.generate_lines(parts.GenerateOptions(base=str(tmp_path)))
 
@@ -174,15 +246,25 @@ _ENDLESS = tokenizers.pre_tokenizers.Split(tokenizers.Regex("(a+)+$"), "isolated
 
 @pytest.mark.parametrize(
     ("unknown", "split", "text", "reason"),
-    [({}, None, "b", "UNK"), ({"unk_token": "a"}, _ENDLESS, "a" * 60 + "b", "retry-limit")],
+    [
+        ({}, None, "b", "UNK"),
+        ({"unk_token": "a"}, _ENDLESS, "a" * 60 + "b", "retry-limit"),
+    ],
     ids=["no unknown token", "a pattern that never ends"],
 )
-def test_a_text_that_the_tokenizer_rejects_is_a_fault_of_the_base(unknown, split, text, reason):
+def test_a_text_that_the_tokenizer_rejects_is_a_fault_of_the_base(
+    unknown, split, text, reason
+):
     raw = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, **unknown))
     if split is not None:
         raw.pre_tokenizer = split
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, name_or_path="the_base")
-    with pytest.raises(ValueError, match=rf"the tokenizer of the_base rejects a text \(.*{reason}.*\): give"):
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, name_or_path="the_base"
+    )
+    with pytest.raises(
+        ValueError,
+        match=rf"the tokenizer of the_base rejects a text \(.*{reason}.*\): give",
+    ):
         encode(tokenizer, [Example(text, "a")])
 
 
@@ -197,17 +279,23 @@ def test_links_that_replace_files_to_write_are_not_followed(tmp_path):
     (tmp_path / ".new.partial").symlink_to(outside)
     with parts.new_folder(tmp_path / "new") as partial:
         (partial / "file").write_text("new")
-    assert (outside / "file").read_text() == "kept" and (tmp_path / "new" / "file").read_text() == "new"
+    assert (outside / "file").read_text() == "kept" and (
+        tmp_path / "new" / "file"
+    ).read_text() == "new"
 
 
-@pytest.mark.parametrize("put", [os.mkfifo, lambda path: path.symlink_to(path.parents[1] / "kept")])
+@pytest.mark.parametrize(
+    "put", [os.mkfifo, lambda path: path.symlink_to(path.parents[1] / "kept")]
+)
 def test_neither_a_link_nor_a_pipe_in_the_way_is_written_to(put, tmp_path):
     (tmp_path / "kept").write_text("kept")
     (folder := tmp_path / "folder").mkdir()
     chip = crossbar.program(jnp.ones((4, 2)), crossbar.CrossbarConfig())
     for name, write in {
         "x.json": lambda path: write_text(path, "{}"),
-        "config.yaml": lambda path: crossbar.save_config(crossbar.CrossbarConfig(), path),
+        "config.yaml": lambda path: crossbar.save_config(
+            crossbar.CrossbarConfig(), path
+        ),
         "chip.safetensors": lambda path: crossbar.save_chip(chip, path),
     }.items():
         for taken in (f".{name}.partial", f".{name}.{os.getpid()}.partial", name):
@@ -220,7 +308,11 @@ def test_neither_a_link_nor_a_pipe_in_the_way_is_written_to(put, tmp_path):
 @pytest.mark.parametrize(
     ("name", "link", "message"),
     [
-        (".lock", Path.symlink_to, "a link, which could lead out of its folder, or a special file: remove it"),
+        (
+            ".lock",
+            Path.symlink_to,
+            "a link, which could lead out of its folder, or a special file: remove it",
+        ),
         ("metrics.jsonl", Path.symlink_to, "a link"),
         ("checkpoints", Path.symlink_to, "a link"),
         (".lock", Path.hardlink_to, "a hard link.*copy it to a new file"),
@@ -232,7 +324,10 @@ def test_a_run_with_links_to_files_elsewhere_is_refused(name, link, message, tmp
     run = parts.RunFolder(tmp_path / "run")
     run.folder.mkdir()
     link(run.folder / name, outside)
-    with pytest.raises(lf.FileError, match=f"{run.folder / name}: {message}"), run.locked():
+    with (
+        pytest.raises(lf.FileError, match=f"{run.folder / name}: {message}"),
+        run.locked(),
+    ):
         pass
     assert outside.read_text() == "kept"
 
@@ -242,14 +337,23 @@ def test_rows_are_not_added_to_a_link_or_a_pipe(tmp_path):
     (link := tmp_path / "link.jsonl").symlink_to(outside)
     (hard := tmp_path / "hard.jsonl").hardlink_to(outside)
     os.mkfifo(pipe := tmp_path / "pipe.jsonl")
-    for path, kind in ((link, "a link"), (pipe, "a link, .* or a special file"), (hard, "a hard link")):
+    for path, kind in (
+        (link, "a link"),
+        (pipe, "a link, .* or a special file"),
+        (hard, "a hard link"),
+    ):
         with pytest.raises(lf.FileError, match=f"{path}: {kind}"):
-            append_rows(path, made_up(methods=("LoRA",), tasks=("easy",), seeds=(1,), items=2))
+            append_rows(
+                path, made_up(methods=("LoRA",), tasks=("easy",), seeds=(1,), items=2)
+            )
     assert outside.read_text() == ""
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
-@pytest.mark.parametrize("read", [read_rows, load_chip, lambda path: parts.RunFolder(path.parent).predictions()])
+@pytest.mark.parametrize(
+    "read",
+    [read_rows, load_chip, lambda path: parts.RunFolder(path.parent).predictions()],
+)
 def test_what_is_no_file_is_not_read(read, kind, tmp_path):
     path = tmp_path / "predictions.jsonl"
     if kind == "pipe":
@@ -266,13 +370,18 @@ def test_what_is_no_file_is_not_read(read, kind, tmp_path):
 @pytest.mark.parametrize(
     ("name", "read"),
     [
-        *((f"rows{suffix}", load_task) for suffix in (".jsonl", ".json", ".csv", ".parquet")),
+        *(
+            (f"rows{suffix}", load_task)
+            for suffix in (".jsonl", ".json", ".csv", ".parquet")
+        ),
         *((f"config{suffix}", crossbar.load_config) for suffix in (".yaml", ".json")),
         ("config.json", lambda path: parts.read_json(path, dict[str, Any], "a run")),
         ("weights.safetensors", sha256),
         (
             "adapters.txt",
-            lambda path: parts.convert(parts.ConvertOptions(adapters_file=path, out=path.parent / "pool")),
+            lambda path: parts.convert(
+                parts.ConvertOptions(adapters_file=path, out=path.parent / "pool")
+            ),
         ),
         ("tokenizer.json", lambda path: lf.load_tokenizer(path.parent)),
         ("merges.txt", lambda path: lf.load_tokenizer(path.parent)),
@@ -282,13 +391,16 @@ def test_a_file_of_the_kernel_behind_a_link_is_not_read(name, read, tmp_path):
     """As /proc/self/pagemap, which has no size and no end."""
     (tmp_path / name).symlink_to("/proc/self/status")
     with pytest.raises(
-        lf.FileError, match=f"{tmp_path / name}: a file of the kernel, which has no size: give a file on a"
+        lf.FileError,
+        match=f"{tmp_path / name}: a file of the kernel, which has no size: give a file on a",
     ):
         read(tmp_path / name)
 
 
 def test_a_saved_data_set_with_a_pipe_is_not_read(tmp_path):
-    datasets.Dataset.from_dict({"input": ["a"], "target": ["b"]}).save_to_disk(tmp_path / "data")
+    datasets.Dataset.from_dict({"input": ["a"], "target": ["b"]}).save_to_disk(
+        tmp_path / "data"
+    )
     (file,) = (tmp_path / "data").glob("*.arrow")
     file.unlink()
     os.mkfifo(file)

@@ -45,7 +45,9 @@ def _start(code: str, folder: Path) -> subprocess.Popen:
 
 
 def _ready(process: subprocess.Popen) -> subprocess.Popen:
-    assert process.stdout is not None and process.stdout.readline() == "ready\n", process.communicate()[1]
+    assert process.stdout is not None and process.stdout.readline() == "ready\n", (
+        process.communicate()[1]
+    )
     return process
 
 
@@ -58,11 +60,15 @@ def _signals(process: subprocess.Popen, *numbers: int) -> str:
             process.send_signal(number)
             printed.append(process.stderr.readline())
         process.send_signal(numbers[-1])
-        printed.append(process.stderr.read())  # not `communicate`, which skips what is buffered
+        printed.append(
+            process.stderr.read()
+        )  # not `communicate`, which skips what is buffered
     return "".join(printed)
 
 
-@pytest.mark.parametrize(("work", "number"), list(zip(_WORK, itertools.cycle(_SIGNALS), strict=False)))
+@pytest.mark.parametrize(
+    ("work", "number"), list(zip(_WORK, itertools.cycle(_SIGNALS), strict=False))
+)
 def test_a_signal_ends_any_work_with_one_line(work, number, tmp_path):
     process = _start(_WORK[work], tmp_path)
     assert _signals(process, number) == f"stopped by {_SIGNALS[number]}\n"
@@ -71,20 +77,46 @@ def test_a_signal_ends_any_work_with_one_line(work, number, tmp_path):
 
 def test_a_signal_ends_a_script_of_experiments_while_it_imports(tmp_path):
     # The first library that it imports; JAX comes later.
-    (tmp_path / "tyro.py").write_text("import time; print('ready', flush=True); time.sleep(60)")
+    (tmp_path / "tyro.py").write_text(
+        "import time; print('ready', flush=True); time.sleep(60)"
+    )
     path = {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(_ROOT)))}
     command = [sys.executable, _ROOT / "experiments" / "small_pool.py"]
-    process = _ready(subprocess.Popen(command, env=os.environ | path, stdout=-1, stderr=-1, text=True))
-    assert _signals(process, signal.SIGINT) == "stopped by Ctrl-C\n" and process.returncode == 130
+    process = _ready(
+        subprocess.Popen(
+            command, env=os.environ | path, stdout=-1, stderr=-1, text=True
+        )
+    )
+    assert (
+        _signals(process, signal.SIGINT) == "stopped by Ctrl-C\n"
+        and process.returncode == 130
+    )
 
 
 def test_every_script_of_experiments_handles_signals_before_it_imports_a_library():
-    scripts = [path for path in (_ROOT / "experiments").glob("*.py") if not path.name.startswith("_")]
+    scripts = [
+        path
+        for path in (_ROOT / "experiments").glob("*.py")
+        if not path.name.startswith("_")
+    ]
     assert scripts
     for path in scripts:
-        lines = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
-        names = [node.module or "" if isinstance(node, ast.ImportFrom) else node.names[0].name for node in lines]
-        others = [name for name in names if name.partition(".")[0] not in sys.stdlib_module_names]
+        lines = [
+            node
+            for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+        names = [
+            node.module or ""
+            if isinstance(node, ast.ImportFrom)
+            else node.names[0].name
+            for node in lines
+        ]
+        others = [
+            name
+            for name in names
+            if name.partition(".")[0] not in sys.stdlib_module_names
+        ]
         assert others[0] == "_script", path
 
 
@@ -98,7 +130,9 @@ interrupts.release()
 (folder / "continued").write_text("")
 """
 _STEP = "time.sleep(60)"
-_FULL = "with interrupts.released():" + (_HELD % "raise SystemExit('full')").replace("\n", "\n    ")
+_FULL = "with interrupts.released():" + (_HELD % "raise SystemExit('full')").replace(
+    "\n", "\n    "
+)
 
 
 @pytest.mark.parametrize(
@@ -112,15 +146,29 @@ _FULL = "with interrupts.released():" + (_HELD % "raise SystemExit('full')").rep
             {"saved"},
             id="the state is saved first",
         ),
-        pytest.param(_HELD % _STEP, [2, 2], 130, [..., "stopped by Ctrl-C"], set(), id="a second one does not wait"),
-        pytest.param(_FULL, [2], 1, [..., "full"], set(), id="an error of saving is printed"),
+        pytest.param(
+            _HELD % _STEP,
+            [2, 2],
+            130,
+            [..., "stopped by Ctrl-C"],
+            set(),
+            id="a second one does not wait",
+        ),
+        pytest.param(
+            _FULL, [2], 1, [..., "full"], set(), id="an error of saving is printed"
+        ),
     ],
 )
-def test_signals_while_a_state_is_held(code, numbers, code_of_end, printed, files, tmp_path):
+def test_signals_while_a_state_is_held(
+    code, numbers, code_of_end, printed, files, tmp_path
+):
     process = _start(code, tmp_path)
     lines = _signals(process, *numbers).splitlines()
     assert process.returncode == code_of_end
-    assert [line if part is not ... else ... for line, part in zip(lines, printed, strict=True)] == printed
+    assert [
+        line if part is not ... else ...
+        for line, part in zip(lines, printed, strict=True)
+    ] == printed
     assert {path.name for path in tmp_path.iterdir()} == files
 
 

@@ -17,43 +17,77 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_one_function_asks_for_it():
-    files = [file for part in ("lorafusion_jax", "benchmarks", "experiments") for file in _ROOT.glob(f"{part}/**/*.py")]
+    files = [
+        file
+        for part in ("lorafusion_jax", "benchmarks", "experiments")
+        for file in _ROOT.glob(f"{part}/**/*.py")
+    ]
     asking = [file.name for file in files if "default_backend" in file.read_text()]
     assert asking == ["platform.py"] and len(files) > 100
 
 
 def test_a_program_is_lowered_for_a_tpu_where_there_is_none():
     rng = np.random.default_rng(0)
-    x, w = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((3, 16), (16, 8)))
-    nf4 = lf.quantise(jnp.asarray(rng.normal(size=(16, 8)), jnp.float32), "nf4", tiled_axis=-2)
-    program = jax.jit(lambda x, w, nf4: (jax.tree.leaves(to_bits(w)), lf.matmul(x, w), dense(nf4, jnp.float32)))
+    x = jnp.asarray(rng.normal(size=(3, 16)), jnp.bfloat16)
+    w = jnp.asarray(rng.normal(size=(16, 8)), jnp.bfloat16)
+    nf4 = lf.quantise(
+        jnp.asarray(rng.normal(size=(16, 8)), jnp.float32), "nf4", tiled_axis=-2
+    )
+    program = jax.jit(
+        lambda x, w, nf4: (
+            jax.tree.leaves(to_bits(w)),
+            lf.matmul(x, w),
+            dense(nf4, jnp.float32),
+        )
+    )
 
     def operations() -> set[str]:
         text = program.lower(x, w, nf4).as_text()
-        return {name for name in ("bitcast_convert", "gather") if f"stablehlo.{name}" in text}
+        return {
+            name
+            for name in ("bitcast_convert", "gather")
+            if f"stablehlo.{name}" in text
+        }
 
-    assert operations() == {"bitcast_convert", "gather"} and default_seed_mode() == "sequential"
+    assert (
+        operations() == {"bitcast_convert", "gather"}
+        and default_seed_mode() == "sequential"
+    )
     with tiny.for_tpu():
         assert operations() == set() and default_seed_mode() == "batched"
-    assert operations() == {"bitcast_convert", "gather"}  # neither trace is taken for the other
+    assert operations() == {
+        "bitcast_convert",
+        "gather",
+    }  # neither trace is taken for the other
 
 
 def test_the_devices_of_a_mesh_say_it(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert not for_cpu()
-    with jax.set_mesh(jax.make_mesh((2, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)):
+    with jax.set_mesh(
+        jax.make_mesh((2, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    ):
         assert for_cpu()
 
 
 def test_a_mesh_with_explicit_axes_is_refused():
     mesh = jax.make_mesh((2,), ("data",))
-    model, ids = tiny.t5(), jax.device_put(jnp.ones((2, 3), jnp.int32), NamedSharding(mesh, PartitionSpec("data")))
+    model = tiny.t5()
+    ids = jax.device_put(
+        jnp.ones((2, 3), jnp.int32), NamedSharding(mesh, PartitionSpec("data"))
+    )
     frozen = jax.device_put(tiny.frozen(model), NamedSharding(mesh, PartitionSpec()))
 
     def with_mesh():
         with jax.set_mesh(mesh):
             tiny.problem(lf.Fusion(), tiny.frozen(model))
 
-    for refused in (lambda: tiny.problem(lf.Fusion(), frozen), with_mesh, lambda: model(ids, ids > 0, ids)):
-        with pytest.raises(ValueError, match=r"axes are Auto, got \{'data': Explicit\}: make it with"):
+    for refused in (
+        lambda: tiny.problem(lf.Fusion(), frozen),
+        with_mesh,
+        lambda: model(ids, ids > 0, ids),
+    ):
+        with pytest.raises(
+            ValueError, match=r"axes are Auto, got \{'data': Explicit\}: make it with"
+        ):
             refused()

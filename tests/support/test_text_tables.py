@@ -9,8 +9,16 @@ _LINES = [["name", "count"], ["a", "1,000"], ["longer", "2"]]
 
 
 def test_columns_are_as_wide_as_their_widest_cell():
-    assert plain(_LINES).splitlines() == ["name    count", "a       1,000", "longer      2"]
-    assert plain(_LINES, left=(1,)).splitlines() == ["  name  count", "     a  1,000", "longer  2"]
+    assert plain(_LINES).splitlines() == [
+        "name    count",
+        "a       1,000",
+        "longer      2",
+    ]
+    assert plain(_LINES, left=(1,)).splitlines() == [
+        "  name  count",
+        "     a  1,000",
+        "longer  2",
+    ]
 
 
 def test_a_cell_stays_on_its_line_of_a_terminal():
@@ -23,7 +31,10 @@ def test_a_cell_stays_on_its_line_of_a_terminal():
 
 
 def test_a_markdown_table_is_ruled_by_the_alignment_of_its_columns():
-    assert markdown(_LINES) == "| name   | count |\n| ------ | ----: |\n| a      | 1,000 |\n| longer |     2 |\n"
+    assert (
+        markdown(_LINES)
+        == "| name   | count |\n| ------ | ----: |\n| a      | 1,000 |\n| longer |     2 |\n"
+    )
 
 
 def test_a_count_below_the_least_is_named():

@@ -40,7 +40,9 @@ def write(tmp_path):
         bbh = tmp_path / "bbh"
         bbh.mkdir(exist_ok=True)
         for name in ("counting", "measuring"):
-            (bbh / f"{name}.json").write_text(json.dumps({"examples": examples or _EXAMPLES}), encoding="utf-8")
+            (bbh / f"{name}.json").write_text(
+                json.dumps({"examples": examples or _EXAMPLES}), encoding="utf-8"
+            )
         if index is None:
             index = {"counting": _entry(), "measuring": _entry(sep="", example=[3])}
         path = tmp_path / "index.json"
@@ -56,15 +58,30 @@ def test_every_task_is_written_as_its_digest_says(tmp_path):
     assert folders == [tmp_path / "out" / name for name in bbh_rows.TASKS]
     overlaps = {}
     for folder in folders:
-        rows, trained = bbh_rows.TASKS[folder.name][1], bbh_rows.TRAIN_ROWS
-        for part, numbers in (("example", range(trained)), ("zero_shot", range(trained, len(rows)))):
+        rows = bbh_rows.TASKS[folder.name][1]
+        trained = bbh_rows.TRAIN_ROWS
+        for part, numbers in (
+            ("example", range(trained)),
+            ("zero_shot", range(trained, len(rows))),
+        ):
             written = (folder / f"{part}.jsonl").read_text(encoding="utf-8")
-            assert written == "\n".join(bbh_rows.lines(folder.name, numbers)), folder.name
+            assert written == "\n".join(bbh_rows.lines(folder.name, numbers)), (
+                folder.name
+            )
         task = load_task(folder)
         answers = {example.input: example.target for example in task.train}
-        again = [(row, example) for row, example in enumerate(task.test) if example.input in answers]
-        overlaps |= {(task.name, row): (example.target, answers[example.input]) for row, example in again}
-    assert overlaps == {("causal_judgement", 1): ("Yes", "No")}  # the same prompt, with the other answer
+        again = [
+            (row, example)
+            for row, example in enumerate(task.test)
+            if example.input in answers
+        ]
+        overlaps |= {
+            (task.name, row): (example.target, answers[example.input])
+            for row, example in again
+        }
+    assert overlaps == {
+        ("causal_judgement", 1): ("Yes", "No")
+    }  # the same prompt, with the other answer
 
 
 def test_only_the_named_tasks_are_written(write, tmp_path):
@@ -74,21 +91,28 @@ def test_only_the_named_tasks_are_written(write, tmp_path):
 
 def test_what_is_there_is_left_and_what_is_missing_is_added(write):
     folder, _ = write()
-    kept, lost = folder / "example.jsonl", folder / "zero_shot.jsonl"
-    before, content = kept.stat(), lost.read_bytes()
+    kept = folder / "example.jsonl"
+    lost = folder / "zero_shot.jsonl"
+    before = kept.stat()
+    content = lost.read_bytes()
     lost.unlink()
     write()
     after = kept.stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert lost.read_bytes() == content
-    assert sorted(path.name for path in folder.iterdir()) == ["example.jsonl", "zero_shot.jsonl"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "example.jsonl",
+        "zero_shot.jsonl",
+    ]
 
 
 def test_other_rows_in_place_are_not_overwritten(write):
     folder, other = write()
     (folder / "example.jsonl").unlink()
     (other / "zero_shot.jsonl").write_text("mine")
-    with pytest.raises(ValueError, match=r"measuring/zero_shot\.jsonl exists with other rows: move it"):
+    with pytest.raises(
+        ValueError, match=r"measuring/zero_shot\.jsonl exists with other rows: move it"
+    ):
         write()
     assert (other / "zero_shot.jsonl").read_text() == "mine"
     assert not (folder / "example.jsonl").exists()
@@ -118,8 +142,13 @@ def test_rows_and_files_that_are_missing(write, tmp_path, index, message):
 
 
 @pytest.mark.parametrize(("row", "part"), [(4, "example"), (5, "zero_shot")])
-def test_another_version_of_the_benchmark_is_noticed_before_anything_is_written(write, tmp_path, row, part):
-    changed = [{**example, "target": "x"} if i == row else example for i, example in enumerate(_EXAMPLES)]
+def test_another_version_of_the_benchmark_is_noticed_before_anything_is_written(
+    write, tmp_path, row, part
+):
+    changed = [
+        {**example, "target": "x"} if i == row else example
+        for i, example in enumerate(_EXAMPLES)
+    ]
     with pytest.raises(
         ValueError,
         match=rf"counting, {part}\.jsonl: its rows have the sha256 \w{{12}}\.\.\., and LoraHub's have \w{{12}}\.\.\.: "
@@ -131,14 +160,23 @@ def test_another_version_of_the_benchmark_is_noticed_before_anything_is_written(
 
 def test_the_package_has_lorahubs_index(tmp_path):
     """Rows like the benchmark's, but not its own: LoraHub's digests and numbers are compared with them."""
-    rows = [{"input": f"not ( True ) and {i} is", "target": "False"} for i in range(250)]
+    rows = [
+        {"input": f"not ( True ) and {i} is", "target": "False"} for i in range(250)
+    ]
     for name in ("boolean_expressions", "snarks"):
         (tmp_path / f"{name}.json").write_text(json.dumps({"examples": rows[:200]}))
-    with pytest.raises(ValueError, match=r"boolean_expressions, example: the index lists row 2\d\d of .*rows 0 to 199"):
+    with pytest.raises(
+        ValueError,
+        match=r"boolean_expressions, example: the index lists row 2\d\d of .*rows 0 to 199",
+    ):
         write_lorahub_split(tmp_path, tmp_path / "out", ["boolean_expressions"])
     with pytest.raises(
-        ValueError, match=r"snarks, example\.jsonl: its rows have the sha256 .*, and LoraHub's have \w{12}"
+        ValueError,
+        match=r"snarks, example\.jsonl: its rows have the sha256 .*, and LoraHub's have \w{12}",
     ):
         write_lorahub_split(tmp_path, tmp_path / "out", ["snarks"])
-    with pytest.raises(ValueError, match=r"has no task none: it has boolean_expressions, .*, word_sorting"):
+    with pytest.raises(
+        ValueError,
+        match=r"has no task none: it has boolean_expressions, .*, word_sorting",
+    ):
         write_lorahub_split(tmp_path, tmp_path / "out", ["none"])

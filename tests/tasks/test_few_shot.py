@@ -9,7 +9,12 @@ from lorafusion_jax.tasks import Example, Task, few_shot
 
 def _task(rows=6):
     train = tuple(Example(f"Count.\n\nQ: {i}?\nA:", f"t{i}") for i in range(rows))
-    return Task("counting", train, (Example("Q: x?\nA:", "x"), Example("Q: y?\nA:", "y")), "here")
+    return Task(
+        "counting",
+        train,
+        (Example("Q: x?\nA:", "x"), Example("Q: y?\nA:", "y")),
+        "here",
+    )
 
 
 def test_training_examples_stand_before_every_test_input():
@@ -17,7 +22,10 @@ def test_training_examples_stand_before_every_test_input():
     first, second = random.Random("few-shot, seed 3").sample(range(6), 2)
     shown = f"Count.\n\nQ: {first}?\nA: t{first}\n\nCount.\n\nQ: {second}?\nA: t{second}\n\n"
     shot = few_shot(task, 2, 3)
-    assert shot.test == (Example(f"{shown}Q: x?\nA:", "x"), Example(f"{shown}Q: y?\nA:", "y"))
+    assert shot.test == (
+        Example(f"{shown}Q: x?\nA:", "x"),
+        Example(f"{shown}Q: y?\nA:", "y"),
+    )
     assert (shot.name, shot.train, shot.source) == (task.name, task.train, task.source)
     assert shot.sha256 != task.sha256
 
@@ -33,5 +41,8 @@ def test_seeds_draw_different_examples_and_the_same_ones_again():
 
 @pytest.mark.parametrize("shots", [0, 7])
 def test_as_many_examples_as_there_are(shots):
-    with pytest.raises(ValueError, match=f"{shots} examples in a prompt: use 1 to 6, the training rows of counting"):
+    with pytest.raises(
+        ValueError,
+        match=f"{shots} examples in a prompt: use 1 to 6, the training rows of counting",
+    ):
         few_shot(_task(), shots, 0)

@@ -26,7 +26,9 @@ def test_every_seed_has_a_row():
     assert found.tolist() == [[True, True, False], [True, False, True]]
 
 
-@pytest.mark.parametrize(("predictions", "targets"), [(["a"], ["a", "b"]), ([], []), (["a"], [])])
+@pytest.mark.parametrize(
+    ("predictions", "targets"), [(["a"], ["a", "b"]), ([], []), (["a"], [])]
+)
 def test_rows_must_pair(predictions, targets):
     message = f"{len(predictions)} predictions for {len(targets)} targets: expected one for each"
     with pytest.raises(ValueError, match=message):
@@ -38,12 +40,15 @@ def _task(*targets):
 
 
 @pytest.mark.parametrize(
-    ("targets", "answer"), [(("b", "a", "a"), "a"), (("b", "a", "a", "b", "c"), "b"), (("z",), "z")]
+    ("targets", "answer"),
+    [(("b", "a", "a"), "a"), (("b", "a", "a", "b", "c"), "b"), (("z",), "z")],
 )
 def test_constant_answer_is_the_most_common_and_of_equals_the_first(targets, answer):
     assert constant_answer(_task(*targets)) == answer
 
 
 def test_constant_answer_needs_training_rows():
-    with pytest.raises(ValueError, match="t has no training rows, so it has no most common target"):
+    with pytest.raises(
+        ValueError, match="t has no training rows, so it has no most common target"
+    ):
         constant_answer(_task())

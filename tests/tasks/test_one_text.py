@@ -13,7 +13,16 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lorafusion_jax.parts import load_texts, open_base
-from lorafusion_jax.tasks import SEPARATE_TEXTS, Example, TextFormat, decode, encode, few_shot, load_task, stream_text
+from lorafusion_jax.tasks import (
+    SEPARATE_TEXTS,
+    Example,
+    TextFormat,
+    decode,
+    encode,
+    few_shot,
+    load_task,
+    stream_text,
+)
 
 _PLAIN = TextFormat(ends=(END, EOS))
 _CHAT = dataclasses.replace(_PLAIN, chat=True)
@@ -44,7 +53,9 @@ def _tokens(tokenizer, text: str) -> list[int]:
         ("東京は", "日本 é", " 日本 é"),
     ],
 )
-def test_an_answer_follows_its_prompt_after_white_space_and_ends(tokenizer, prompt, answer, completion):
+def test_an_answer_follows_its_prompt_after_white_space_and_ends(
+    tokenizer, prompt, answer, completion
+):
     # The tokenizer puts <s> before a text and </s> behind it; the answer ends with the first of the end tokens.
     encoded = encode(tokenizer, [Example(prompt, answer)], _PLAIN)
     assert encoded.inputs[0].tolist() == [BOS, *_tokens(tokenizer, prompt)]
@@ -63,10 +74,16 @@ def test_a_prompt_alone_and_an_end_within_an_answer(tokenizer):
 def test_an_answer_gets_no_second_space_from_a_tokenizer_that_begins_texts_with_one():
     """As Llama 2's does: alone, " cold" is a space and "cold" with a space before it."""
     words = ["<unk>", "</s>", "▁", "▁hot", "▁cold", "▁A:"]
-    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    raw = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
+    raw.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     raw.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", eos_token="</s>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, unk_token="<unk>", eos_token="</s>"
+    )
     assert _tokens(tokenizer, " cold") == [2, 4]
     encoded = encode(tokenizer, [Example("hot A:", "cold")], TextFormat(ends=(1,)))
     assert (encoded.inputs[0].tolist(), encoded.labels[0].tolist()) == ([3, 5], [4, 1])
@@ -74,21 +91,34 @@ def test_an_answer_gets_no_second_space_from_a_tokenizer_that_begins_texts_with_
 
 @pytest.mark.parametrize("template", [small_llama.CHATML, _OTHER])
 @pytest.mark.parametrize(
-    ("history", "answer"), [((), "the cold gold"), ((("user", "tall"), ("assistant", "short")), " 東京 is\n\nold")]
+    ("history", "answer"),
+    [
+        ((), "the cold gold"),
+        ((("user", "tall"), ("assistant", "short")), " 東京 is\n\nold"),
+    ],
 )
-def test_prompt_and_answer_are_the_rendered_conversation_token_by_token(template, history, answer):
+def test_prompt_and_answer_are_the_rendered_conversation_token_by_token(
+    template, history, answer
+):
     tokenizer = small_llama.make_tokenizer(chat_template=template)
     encoded = encode(tokenizer, [Example("hot bold", answer, history)], _CHAT)
-    messages = [{"role": role, "content": content} for role, content in (*history, ("user", "hot bold"))]
+    messages = [
+        {"role": role, "content": content}
+        for role, content in (*history, ("user", "hot bold"))
+    ]
     render = {"tokenize": True, "return_dict": True}
-    asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **render)["input_ids"]
+    asked = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, **render
+    )["input_ids"]
     answered = [*messages, {"role": "assistant", "content": answer}]
     whole = tokenizer.apply_chat_template(answered, **render)["input_ids"]
     assert encoded.inputs[0].tolist() == asked
     # All that is behind the prompt, but for a line break behind the token that ends the answer.
     end = max(place for place, token in enumerate(whole) if token in _CHAT.ends)
     assert encoded.labels[0].tolist() == whole[len(asked) : end + 1]
-    assert tokenizer.decode(whole[end + 1 :]) == ("\n" if template == small_llama.CHATML else "")
+    assert tokenizer.decode(whole[end + 1 :]) == (
+        "\n" if template == small_llama.CHATML else ""
+    )
     assert answer.strip() in tokenizer.decode(encoded.labels[0])
 
 
@@ -106,7 +136,10 @@ def test_prompt_and_answer_are_the_rendered_conversation_token_by_token(template
             "the chat template rejects messages of user, assistant: no assistant",
         ),
         ("{{ nothing.at.all }}", "the chat template rejects messages of user: "),
-        ("{{ 'x' * 2**20 }}.", "the chat template renders 1,048,577 characters: expected at most 1,048,576"),
+        (
+            "{{ 'x' * 2**20 }}.",
+            "the chat template renders 1,048,577 characters: expected at most 1,048,576",
+        ),
     ],
 )
 def test_templates_that_cannot_tell_an_answer_from_its_prompt(template, message):
@@ -126,25 +159,43 @@ def test_rows_that_the_context_does_not_hold(tokenizer):
         rf"with its answer of up to 9: the model's context holds {tokens + 8}. Shorten the row or take it out",
     ):
         encode(tokenizer, rows, fits, new_tokens=9)
-    with pytest.raises(ValueError, match="row 1, 'hot', .* with its answer of up to 65: the model's context holds 20"):
-        encode(tokenizer, [Example("hot", "é" * 64)], dataclasses.replace(_PLAIN, context=20))
+    with pytest.raises(
+        ValueError,
+        match="row 1, 'hot', .* with its answer of up to 65: the model's context holds 20",
+    ):
+        encode(
+            tokenizer,
+            [Example("hot", "é" * 64)],
+            dataclasses.replace(_PLAIN, context=20),
+        )
 
 
 @pytest.mark.parametrize("text_format", [SEPARATE_TEXTS, _PLAIN, _CHAT])
 def test_rows_of_millions_of_characters_are_refused(tokenizer, text_format):
     text = "cold " * 300_000
-    for row in (Example(text, "hot"), Example("cold " * 5, text), Example("cold " * 5, "hot", (("user", text),))):
-        with pytest.raises(ValueError, match=r"row 2, 'cold .*', has 1,500,0\d\d characters: expected at most 1,"):
+    for row in (
+        Example(text, "hot"),
+        Example("cold " * 5, text),
+        Example("cold " * 5, "hot", (("user", text),)),
+    ):
+        with pytest.raises(
+            ValueError,
+            match=r"row 2, 'cold .*', has 1,500,0\d\d characters: expected at most 1,",
+        ):
             encode(tokenizer, [Example("hot", "cold"), row], text_format)
 
 
 def test_tokens_that_the_model_lacks(tokenizer):
-    rows, kept = [Example("hot", "cold"), Example("the [new] gold", "old")], len(tokenizer)
+    rows = [Example("hot", "cold"), Example("the [new] gold", "old")]
+    kept = len(tokenizer)
     more = small_llama.make_tokenizer()
-    more.add_special_tokens({"additional_special_tokens": ["[new]"]}, replace_extra_special_tokens=False)
+    more.add_special_tokens(
+        {"additional_special_tokens": ["[new]"]}, replace_extra_special_tokens=False
+    )
     assert more.convert_tokens_to_ids("[new]") == kept
     for text_format in (_PLAIN, SEPARATE_TEXTS):
-        fits, lacks = (dataclasses.replace(text_format, vocabulary=size) for size in (kept + 1, kept))
+        fits = dataclasses.replace(text_format, vocabulary=kept + 1)
+        lacks = dataclasses.replace(text_format, vocabulary=kept)
         assert len(encode(more, rows, fits)) == len(encode(more, rows[:1], lacks)) + 1
         for row in (rows[1], Example("hot", "old [new]")):
             with pytest.raises(
@@ -158,10 +209,20 @@ def test_tokens_that_the_model_lacks(tokenizer):
 def test_an_answer_without_tokens_is_refused(text_format):
     raw = Tokenizer(models.WordLevel({"hot": 0, "<unk>": 1}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    with pytest.raises(ValueError, match=r"the tokenizer makes no tokens of '\\n': take the row out"):
-        encode(PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>"), [Example("hot", "\n")], text_format)
+    with pytest.raises(
+        ValueError, match=r"the tokenizer makes no tokens of '\\n': take the row out"
+    ):
+        encode(
+            PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>"),
+            [Example("hot", "\n")],
+            text_format,
+        )
     with pytest.raises(ValueError, match="the tokenizer makes no tokens of ''"):
-        encode(PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>"), [Example("", "")], text_format)
+        encode(
+            PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>"),
+            [Example("", "")],
+            text_format,
+        )
 
 
 def test_two_texts_are_tokenised_as_before(tokenizer):
@@ -174,13 +235,19 @@ def test_chats_have_the_goldens_tokens(goldens):
     texts = load_texts(open_base(smollm2.gguf_file()), chat=True)
     asked = [
         chat
-        for chat in json.loads((goldens / "smollm2" / "tokenizer_cases.json").read_text())["chats"]
+        for chat in json.loads(
+            (goldens / "smollm2" / "tokenizer_cases.json").read_text()
+        )["chats"]
         if chat["add_generation_prompt"] and chat["messages"][-1]["role"] == "user"
     ]
     assert len(asked) == 6
     for chat in asked:
-        *history, (_, question) = [(message["role"], message["content"]) for message in chat["messages"]]
-        encoded = encode(texts.tokenizer, [Example(question, "", tuple(history))], texts.text_format)
+        *history, (_, question) = [
+            (message["role"], message["content"]) for message in chat["messages"]
+        ]
+        encoded = encode(
+            texts.tokenizer, [Example(question, "", tuple(history))], texts.text_format
+        )
         assert encoded.inputs[0].tolist() == chat["ids"]
 
 
@@ -188,10 +255,19 @@ def test_chats_have_the_goldens_tokens(goldens):
 
 
 def _row(*messages, **more):
-    return {"messages": [{"role": role, "content": content} for role, content in messages], **more}
+    return {
+        "messages": [{"role": role, "content": content} for role, content in messages],
+        **more,
+    }
 
 
-_TALK = (("system", "be old"), ("user", "tall"), ("assistant", "short"), ("user", "hot"), ("assistant", "cold"))
+_TALK = (
+    ("system", "be old"),
+    ("user", "tall"),
+    ("assistant", "short"),
+    ("user", "hot"),
+    ("assistant", "cold"),
+)
 
 
 def test_conversations_are_read_with_the_last_answer_as_target(tmp_path):
@@ -199,23 +275,35 @@ def test_conversations_are_read_with_the_last_answer_as_target(tmp_path):
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
     task = load_task(tmp_path, chat=True, prompt="Q: {input}", need=["test"])
     assert task.test == (
-        Example("Q: hot", "cold", (("system", "be old"), ("user", "tall"), ("assistant", "short"))),
+        Example(
+            "Q: hot",
+            "cold",
+            (("system", "be old"), ("user", "tall"), ("assistant", "short")),
+        ),
         Example("Q: hot", "cold"),
         Example("Q: bold", "gold"),
     )
-    with pytest.raises(ValueError, match=r"test.jsonl, line 1 is a conversation, .* chat template: give --chat"):
+    with pytest.raises(
+        ValueError,
+        match=r"test.jsonl, line 1 is a conversation, .* chat template: give --chat",
+    ):
         load_task(tmp_path, need=["test"])
 
 
 def test_what_was_said_before_counts_as_part_of_a_row(tmp_path):
-    for part, rows in (("train", [_row(*_TALK)]), ("test", [_row(*_TALK), _row(*_TALK[3:])])):
+    for part, rows in (
+        ("train", [_row(*_TALK)]),
+        ("test", [_row(*_TALK), _row(*_TALK[3:])]),
+    ):
         (tmp_path / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     task = load_task(tmp_path, chat=True)
     alone = dataclasses.replace(task, test=(Example("hot", "cold"),) * 2)
     assert alone.sha256 != task.sha256
     shown = few_shot(task, 1, 0)
     assert [example.input for example in shown.test] == ["hot cold\n\nhot"] * 2
-    assert [example.history for example in shown.test] == [example.history for example in task.test]
+    assert [example.history for example in shown.test] == [
+        example.history for example in task.test
+    ]
 
 
 # Text that comes token by token.
@@ -227,22 +315,36 @@ def test_a_character_waits_for_all_of_its_bytes(tokenizer):
     assert "".join(pieces) == "é 東京🙂!" and pieces[0] == "é" and len(pieces) >= 4
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
     # An answer that ends within a character.
-    assert "".join(stream_text(tokenizer, ids[:-2], _PLAIN)) == tokenizer.decode(ids[:-2])
+    assert "".join(stream_text(tokenizer, ids[:-2], _PLAIN)) == tokenizer.decode(
+        ids[:-2]
+    )
 
 
 @pytest.fixture(scope="module")
 def cleaning():
     """A tokenizer whose texts lose spaces before punctuation, which only a later word shows."""
     words = ["do", "n't", "'", "s", ".", ",", "we", "'ve", "!", "a", "<unk>"]
-    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*small_llama.SPECIAL, *words])}, "<unk>"))
-    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", clean_up_tokenization_spaces=True)
+    raw = Tokenizer(
+        models.WordLevel(
+            {word: i for i, word in enumerate([*small_llama.SPECIAL, *words])}, "<unk>"
+        )
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, unk_token="<unk>", clean_up_tokenization_spaces=True
+    )
 
 
-@given(byte_ids=st.lists(st.integers(0, 312), max_size=12), word_ids=st.lists(st.integers(4, 13), max_size=9))
+@given(
+    byte_ids=st.lists(st.integers(0, 312), max_size=12),
+    word_ids=st.lists(st.integers(4, 13), max_size=9),
+)
 @settings(max_examples=100)
 def test_pieces_add_up_to_the_decoded_text(tokenizer, cleaning, byte_ids, word_ids):
     for reader, ids in ((tokenizer, byte_ids), (cleaning, word_ids)):
-        assert "".join(stream_text(reader, ids, _PLAIN)) == decode(reader, [ids], _PLAIN)[0]
+        assert (
+            "".join(stream_text(reader, ids, _PLAIN))
+            == decode(reader, [ids], _PLAIN)[0]
+        )
 
 
 def test_spaces_that_are_cleaned_up_are_not_said(cleaning):

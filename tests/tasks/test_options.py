@@ -6,7 +6,14 @@ import bbh_rows
 import one_block
 import pytest
 
-from lorafusion_jax.tasks import Example, Task, answer_options, few_shot, load_task, write_lorahub_split
+from lorafusion_jax.tasks import (
+    Example,
+    Task,
+    answer_options,
+    few_shot,
+    load_task,
+    write_lorahub_split,
+)
 
 # Answers of every test row, or the letters (from A on) that its rows have.
 _LABELS = {"boolean_expressions": ("False", "True"), "causal_judgement": ("Yes", "No")}
@@ -17,14 +24,22 @@ _MALFORMED = {"ruin_names": [1]}
 
 
 def _task(prompts, train=(("p", "x"), ("q", "y")), targets="?"):
-    return Task("t", tuple(Example(*row) for row in train), tuple(Example(text, targets) for text in prompts), "here")
+    return Task(
+        "t",
+        tuple(Example(*row) for row in train),
+        tuple(Example(text, targets) for text in prompts),
+        "here",
+    )
 
 
 @pytest.fixture(scope="module")
 def bbh(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bbh")
     rows, index = bbh_rows.write(folder)
-    return [load_task(task) for task in write_lorahub_split(rows, folder / "split", index=index)]
+    return [
+        load_task(task)
+        for task in write_lorahub_split(rows, folder / "split", index=index)
+    ]
 
 
 def _letters(count):
@@ -37,7 +52,9 @@ def test_options_of_every_task(bbh):
         options = answer_options(task)
         # Neither examples in the prompt nor the targets of test rows change them.
         assert answer_options(few_shot(task, 4, 1)) == options, task.name
-        blind = dataclasses.replace(task, test=tuple(Example(row.input, "?") for row in task.test))
+        blind = dataclasses.replace(
+            task, test=tuple(Example(row.input, "?") for row in task.test)
+        )
         assert answer_options(blind) == options, task.name
         if task.name in _OPEN:
             assert options is None, task.name
@@ -45,7 +62,11 @@ def test_options_of_every_task(bbh):
         assert options is not None and len(options) == len(task.test), task.name
         letters = tuple(map(_letters, _LETTERS.get(task.name, ())))
         assert options == (letters or (_LABELS[task.name],) * len(task.test)), task.name
-        outside = [row for row, example in enumerate(task.test) if example.target not in options[row]]
+        outside = [
+            row
+            for row, example in enumerate(task.test)
+            if example.target not in options[row]
+        ]
         assert outside == _MALFORMED.get(task.name, []), task.name
     for folder in (one_block.SMALL / "tasks").iterdir():
         assert answer_options(load_task(folder)) is None, folder
@@ -59,7 +80,10 @@ def test_options_of_every_task(bbh):
         ("Which?\nOptions:\n(A) red\n(B) blueA:", ("(A)", "(B)")),
         ("Which?\n\nOPTIONS:\n- it is \n- it is not\nAnswer: ", ("it is", "it is not")),
         ("Options:\n- a\n- a\n- b", ("a", "b")),
-        ("Options:\n(A) x\n(B) y\nA: (A)\n\nOptions:\n(A) x\n(B) y\n(C) z\nA:", ("(A)", "(B)", "(C)")),
+        (
+            "Options:\n(A) x\n(B) y\nA: (A)\n\nOptions:\n(A) x\n(B) y\n(C) z\nA:",
+            ("(A)", "(B)", "(C)"),
+        ),
     ],
 )
 def test_options_of_a_prompt(prompt, options):
@@ -83,19 +107,32 @@ def test_no_options_in_a_prompt(prompt):
     closed = _task([prompt], train=[("p", "yes"), ("q", "no")] * 2)
     assert answer_options(closed) == (("no", "yes"),)
     # Nor where other prompts' options are believed.
-    assert answer_options(_task([prompt], train=[("Options:\n- yes\n- no", "yes")])) is None
+    assert (
+        answer_options(_task([prompt], train=[("Options:\n- yes\n- no", "yes")]))
+        is None
+    )
 
 
 def test_rows_whose_options_are_missing_or_not_believed_take_the_labels():
-    stated, red_or_blue = "Options:\n(A) x\n(B) y\n(C) z", "Options:\n(A) red\n(B) blue"
-    letters, labels = [(stated, "(A)"), (stated, "(B)")], [(red_or_blue, "red"), (red_or_blue, "blue")]
+    stated = "Options:\n(A) x\n(B) y\n(C) z"
+    red_or_blue = "Options:\n(A) red\n(B) blue"
+    letters = [(stated, "(A)"), (stated, "(B)")]
+    labels = [(red_or_blue, "red"), (red_or_blue, "blue")]
     for prompts, train, options in (
-        ([stated, "Options:\n(A) x"], 2 * letters, (("(A)", "(B)", "(C)"), ("(A)", "(B)"))),
+        (
+            [stated, "Options:\n(A) x"],
+            2 * letters,
+            (("(A)", "(B)", "(C)"), ("(A)", "(B)")),
+        ),
         ([stated, "none"], letters, None),
         ([red_or_blue], labels, None),
         ([red_or_blue], 2 * labels, (("blue", "red"),)),
         # Half of the training targets are enough: prompts of which some are malformed.
-        ([red_or_blue], [(red_or_blue, "(A)"), (red_or_blue, "red")], (("(A)", "(B)"),)),
+        (
+            [red_or_blue],
+            [(red_or_blue, "(A)"), (red_or_blue, "red")],
+            (("(A)", "(B)"),),
+        ),
     ):
         assert answer_options(_task(prompts, train=train)) == options
 

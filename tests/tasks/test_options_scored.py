@@ -27,7 +27,10 @@ def _row(number: int, rng: np.random.Generator) -> dict[str, str]:
     options = [_WORDS[i] for i in rng.permutation(len(_WORDS))[: 2 + number % 3]]
     text = " ".join("abcdefghij"[i] for i in rng.integers(0, 10, 2 + number % 5))
     stated = "\n".join(f"- {option}" for option in options)
-    return {"input": f"double then digit : {text}\nOptions:\n{stated}", "target": str(rng.choice(options))}
+    return {
+        "input": f"double then digit : {text}\nOptions:\n{stated}",
+        "target": str(rng.choice(options)),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +55,16 @@ def given(tmp_path_factory):
     setup = load_setup(options)
     params = start(setup.problem, _SEEDS).params
     # Away from the start, and apart from each other.
-    params["coefficients"] = params["coefficients"] * jnp.array([0.5, 2.0])[:, None, None]
-    apart = {site: rng.uniform(0.1, 3.0, m.shape) for site, m in params["magnitudes"].items()}
-    params["magnitudes"] = {s: m * jnp.asarray(apart[s], jnp.float32) for s, m in params["magnitudes"].items()}
+    params["coefficients"] = (
+        params["coefficients"] * jnp.array([0.5, 2.0])[:, None, None]
+    )
+    apart = {
+        site: rng.uniform(0.1, 3.0, m.shape) for site, m in params["magnitudes"].items()
+    }
+    params["magnitudes"] = {
+        s: m * jnp.asarray(apart[s], jnp.float32)
+        for s, m in params["magnitudes"].items()
+    }
     return setup, options, params
 
 
@@ -65,12 +75,18 @@ def _log_probs(graph, weights, ids, mask, start):
 
 def _likelihood(model, tokenizer, prompt: str, option: str) -> float:
     """Return the log-probability that the model says an option and then ends, token after token."""
-    asked, wanted = (tokenizer(text)["input_ids"] for text in (prompt, option))
+    asked = tokenizer(prompt)["input_ids"]
+    wanted = tokenizer(option)["input_ids"]
     assert wanted[-1] == tokenizer.eos_token_id
-    ids, start = np.zeros((1, 64), np.int32), np.zeros((1, 8), np.int32)  # one shape, one program
-    ids[0, : len(asked)], start[0, 1 : len(wanted)] = asked, wanted[:-1]
+    # one shape, one program
+    ids = np.zeros((1, 64), np.int32)
+    start = np.zeros((1, 8), np.int32)
+    ids[0, : len(asked)] = asked
+    start[0, 1 : len(wanted)] = wanted[:-1]
     start[0, 0] = model.start_id
-    log_probs = _log_probs(*nnx.split(model), ids, np.arange(64)[None] < len(asked), start)
+    log_probs = _log_probs(
+        *nnx.split(model), ids, np.arange(64)[None] < len(asked), start
+    )
     return sum(float(log_probs[t, token]) for t, token in enumerate(wanted))
 
 
@@ -78,17 +94,27 @@ def _likelihood(model, tokenizer, prompt: str, option: str) -> float:
 def chosen(given):
     """[seeds][rows]: the likeliest option, and by how much, of the model with each seed's fusion merged in."""
     setup, _, params = given
-    problem, found = setup.problem, []
+    problem = setup.problem
+    found = []
     for seed in range(len(_SEEDS)):
         of_seed = jax.tree.map(lambda p, seed=seed: p[seed], params)
-        adapters, _ = jax.jit(problem.method.adapters)(of_seed, problem.frozen, problem.index[seed])
+        adapters, _ = jax.jit(problem.method.adapters)(
+            of_seed, problem.frozen, problem.index[seed]
+        )
         model = lf.merged_base(nnx.merge(problem.graph, problem.frozen.base), adapters)
         rows = []
         for example in setup.task.test:
-            options = [line[2:] for line in example.input.splitlines() if line.startswith("- ")]
-            scores = [_likelihood(model, setup.tokenizer, example.input, option) for option in options]
+            options = [
+                line[2:] for line in example.input.splitlines() if line.startswith("- ")
+            ]
+            scores = [
+                _likelihood(model, setup.tokenizer, example.input, option)
+                for option in options
+            ]
             best = int(np.argmax(scores))
-            rows.append((options[best], scores[best] - max(scores[:best] + scores[best + 1 :])))
+            rows.append(
+                (options[best], scores[best] - max(scores[:best] + scores[best + 1 :]))
+            )
         found.append(rows)
     return found
 
@@ -96,19 +122,29 @@ def chosen(given):
 def test_options_are_scored_for_the_rows_that_are_evaluated(given, chosen):
     """Batches of another size, fewer rows, and the mode from the options of a run."""
     setup, options, params = given
-    fewer = dataclasses.replace(setup, test=type(setup.test)(*(part[:5] for part in vars(setup.test).values())))
+    fewer = dataclasses.replace(
+        setup, test=type(setup.test)(*(part[:5] for part in vars(setup.test).values()))
+    )
     seeds, found = evaluate_seeds(fewer, options, params)
     assert seeds == _SEEDS and found.option_correct is not None
-    wanted = [[s == row.target for (s, _), row in zip(rows, setup.task.test, strict=True)][:5] for rows in chosen]
+    wanted = [
+        [s == row.target for (s, _), row in zip(rows, setup.task.test, strict=True)][:5]
+        for rows in chosen
+    ]
     np.testing.assert_array_equal(found.option_correct, wanted)
-    assert [row["option_accuracy"] for row in seed_rows(seeds, found)] == [100 * np.mean(row) for row in wanted]
+    assert [row["option_accuracy"] for row in seed_rows(seeds, found)] == [
+        100 * np.mean(row) for row in wanted
+    ]
 
 
 def test_every_batch_is_read_with_noise_of_its_own(given, monkeypatch):
     """Eleven rows, and about three times as many pairs of a row and an option, in batches of four."""
     setup, _, params = given
-    read, closed = [], answer_options(setup.task)
-    monkeypatch.setattr(lf.Problem, "read", lambda problem, *number: read.append(number) or problem)
+    read = []
+    closed = answer_options(setup.task)
+    monkeypatch.setattr(
+        lf.Problem, "read", lambda problem, *number: read.append(number) or problem
+    )
 
     def answer(params, of_batch, test, **_):
         for number in range(3):
@@ -126,4 +162,8 @@ def test_every_batch_is_read_with_noise_of_its_own(given, monkeypatch):
         )
     evaluate(setup, params, batch_size=4, options=closed)
     of_options = [(OPTIONS, number) for number in range(-(-sum(map(len, closed)) // 4))]
-    assert read == [(purpose, number) for purpose in (GENERATION, LOSS) for number in range(3)] + of_options
+    assert (
+        read
+        == [(purpose, number) for purpose in (GENERATION, LOSS) for number in range(3)]
+        + of_options
+    )

@@ -16,12 +16,17 @@ _LAYOUT = r"input and target \(or output\), or context and completion, with an i
 def _parquet(names=None, **columns):
     file = io.BytesIO()
     table = pyarrow.table(columns)
-    pyarrow.parquet.write_table(table.rename_columns(names or [*columns]), file, compression="none")
+    pyarrow.parquet.write_table(
+        table.rename_columns(names or [*columns]), file, compression="none"
+    )
     return file.getvalue()
 
 
 def _said(*words):
-    return [{"role": role, "content": content} for role, content in zip(words[::2], words[1::2], strict=True)]
+    return [
+        {"role": role, "content": content}
+        for role, content in zip(words[::2], words[1::2], strict=True)
+    ]
 
 
 _TEXTS = [
@@ -33,28 +38,72 @@ _TEXTS = [
         '{"context": "a", "completion": "b"}\n\n{"context": "a", "completion": " "}',
         r"test\.jsonl, line 3: its completion is ' ': give it a text, or take the row out",
     ),
-    ("test.jsonl", '{"input": "", "target": "b"}', r"line 1: its input is '': give it a text"),
-    ("test.jsonl", '{"question": "a", "target": "b"}', f"line 1 has question, target: expected {_LAYOUT}"),
+    (
+        "test.jsonl",
+        '{"input": "", "target": "b"}',
+        r"line 1: its input is '': give it a text",
+    ),
+    (
+        "test.jsonl",
+        '{"question": "a", "target": "b"}',
+        f"line 1 has question, target: expected {_LAYOUT}",
+    ),
     (
         "test.jsonl",
         '{"instruction": " ", "input": "", "output": "b"}',
         r"line 1: its instruction is ' ', and its input is '': give it a text, or take the row out",
     ),
-    ("test.jsonl", '{"instruction": 5, "input": "a", "output": "b"}', r"line 1: its instruction is 5: give it a"),
+    (
+        "test.jsonl",
+        '{"instruction": 5, "input": "a", "output": "b"}',
+        r"line 1: its instruction is 5: give it a",
+    ),
     ("test.jsonl", "{}", "line 1 has no keys: expected input and target"),
-    ("test.jsonl", '["a", "b"]', rf"line 1 is \['a', 'b'\]: expected an object with {_LAYOUT}"),
+    (
+        "test.jsonl",
+        '["a", "b"]',
+        rf"line 1 is \['a', 'b'\]: expected an object with {_LAYOUT}",
+    ),
     (
         "test.jsonl",
         '{"input": "a", "target": "b"}\n{"input": "a"; "target": "b"}',
         r"test\.jsonl, line 2: not JSON: Expecting ',' delimiter at column 14",
     ),
-    ("test.jsonl", '{"input": "\\ud800", "target": "b"}', r"\.jsonl, line 1: not JSON: .*surrogates not allowed"),
-    ("bbh.json", '{"examples": ' + "[" * 100_000, r"bbh\.json, line 1: not JSON: .*recursion"),
-    ("bbh.json", '{"examples": [\n{"input": }]}', r"bbh\.json, line 2: not JSON: Expecting value"),
-    ("bbh.json", '{"rows": []}', r"neither a list.*nor laid out as BIG-Bench Hard.*into a \.jsonl file"),
-    ("bbh.json", '{"examples": [{"input": "a"}]}', r"bbh\.json, example 1 has input: expected input and target"),
-    ("test.jsonl", _LFS, r"test\.jsonl: this is a Git LFS pointer, not the file itself: fetch .*git lfs pull"),
-    ("task.txt", "input,target", r"task\.txt ends in \.txt: expected one of \.jsonl, \.json, \.csv, \.parquet"),
+    (
+        "test.jsonl",
+        '{"input": "\\ud800", "target": "b"}',
+        r"\.jsonl, line 1: not JSON: .*surrogates not allowed",
+    ),
+    (
+        "bbh.json",
+        '{"examples": ' + "[" * 100_000,
+        r"bbh\.json, line 1: not JSON: .*recursion",
+    ),
+    (
+        "bbh.json",
+        '{"examples": [\n{"input": }]}',
+        r"bbh\.json, line 2: not JSON: Expecting value",
+    ),
+    (
+        "bbh.json",
+        '{"rows": []}',
+        r"neither a list.*nor laid out as BIG-Bench Hard.*into a \.jsonl file",
+    ),
+    (
+        "bbh.json",
+        '{"examples": [{"input": "a"}]}',
+        r"bbh\.json, example 1 has input: expected input and target",
+    ),
+    (
+        "test.jsonl",
+        _LFS,
+        r"test\.jsonl: this is a Git LFS pointer, not the file itself: fetch .*git lfs pull",
+    ),
+    (
+        "task.txt",
+        "input,target",
+        r"task\.txt ends in \.txt: expected one of \.jsonl, \.json, \.csv, \.parquet",
+    ),
     (
         "test.jsonl",
         '{"input": "à", "target": "b"}'.encode("latin-1"),
@@ -63,13 +112,29 @@ _TEXTS = [
 ]
 _TABLES = [
     ("a.csv", b'input,target\n"a,b', "line 2: not CSV"),
-    ("a.csv", b"input,target\na,b,c\n", "line 2 has more or fewer columns than the header input, target"),
+    (
+        "a.csv",
+        b"input,target\na,b,c\n",
+        "line 2 has more or fewer columns than the header input, target",
+    ),
     ("a.csv", b"input,target\na\n", "line 2 has more or fewer columns"),
     ("a.csv", b"input,target\n\xff,b\n", "UTF-8"),
-    ("a.csv", b"input,target,input\na,b,c\n", "a.csv: two columns named input: rename one"),
+    (
+        "a.csv",
+        b"input,target,input\na,b,c\n",
+        "a.csv: two columns named input: rename one",
+    ),
     ("a.parquet", b"PAR1 and no more", "not Parquet"),
-    ("a.parquet", _parquet(input=["four"]).replace(b"four", b"fou\xff"), "a.parquet: not Parquet: 'utf-8'"),
-    ("a.parquet", _parquet(input=["a"], target=["b"], names=["c", "c"]), "a.parquet: two columns named c: rename"),
+    (
+        "a.parquet",
+        _parquet(input=["four"]).replace(b"four", b"fou\xff"),
+        "a.parquet: not Parquet: 'utf-8'",
+    ),
+    (
+        "a.parquet",
+        _parquet(input=["a"], target=["b"], names=["c", "c"]),
+        "a.parquet: two columns named c: rename",
+    ),
     (
         "a.parquet",
         _parquet(input=pyarrow.array([0], pyarrow.timestamp("s", "No/Where"))),
@@ -80,36 +145,71 @@ _CHATS = [
     ("hello", r'its messages are not a list of \{"role": ..., "content": ...\}'),
     ([], "has messages of nobody: expected the user's message and then"),
     ([{"role": "user", "content": "hot"}], "has messages of user: expected"),
-    (_said("user", "hot", "assistant", " "), "messages of user, assistant: .* both with text"),
-    (_said("assistant", "hot", "user", "cold"), "messages of assistant, user: expected"),
+    (
+        _said("user", "hot", "assistant", " "),
+        "messages of user, assistant: .* both with text",
+    ),
+    (
+        _said("assistant", "hot", "user", "cold"),
+        "messages of assistant, user: expected",
+    ),
     ([{"role": "user"}], "message 1 has role: expected role and content, both texts"),
-    ([{"role": "user", "content": "x", "tool_calls": []}], "message 1 has role, content, tool_calls: expected"),
+    (
+        [{"role": "user", "content": "x", "tool_calls": []}],
+        "message 1 has role, content, tool_calls: expected",
+    ),
 ]
 _SPEAKER = {"conversations": [{"from": ["human"], "value": "1 + 1?"}]}
 _TALKS = [({"messages": messages}, message) for messages, message in _CHATS]
-_TALKS.append((_SPEAKER, "message 1 has role, content: expected role and content, both texts"))
+_TALKS.append(
+    (_SPEAKER, "message 1 has role, content: expected role and content, both texts")
+)
 _HAS = "has question, choices, answer: expected"
 _COLUMNS = [
     ({}, rf"{_HAS} input and target .* with --input and --target"),
     ({"input": "text", "target": "answer"}, rf"{_HAS} text \(--input\)"),
-    ({"prompt": "{quest}", "target": "answer"}, r"no column quest \(it has .*\), which .*; write {{quest}}"),
+    (
+        {"prompt": "{quest}", "target": "answer"},
+        r"no column quest \(it has .*\), which .*; write {{quest}}",
+    ),
 ]
 _LONG = ["x"] * 10_000
-_LARGE = [_LONG, {"input": _LONG, "target": "b"}, {f"{n}": 1 for n in range(10_000)}, {"x" * 10**6: 1}]
+_LARGE = [
+    _LONG,
+    {"input": _LONG, "target": "b"},
+    {f"{n}": 1 for n in range(10_000)},
+    {"x" * 10**6: 1},
+]
 _ROW = json.dumps({"question": "What is 1 + 1?", "choices": "1 or 2", "answer": 2})
 _FIRST = "line 1.*(expected an object|expected input|its input)"  # before the next line is read
 _REFUSED = [
     *((file, content, {}, message) for file, content, message in _TEXTS),
-    *((file, content, {"need": ("train", "test"), "train_rows": 0}, message) for file, content, message in _TABLES),
-    *(("test.jsonl", json.dumps(row), {"chat": True}, f"test.jsonl, line 1.*{message}") for row, message in _TALKS),
-    *(("test.jsonl", f"{_ROW}\n{_ROW}", options, message) for options, message in _COLUMNS),
+    *(
+        (file, content, {"need": ("train", "test"), "train_rows": 0}, message)
+        for file, content, message in _TABLES
+    ),
+    *(
+        (
+            "test.jsonl",
+            json.dumps(row),
+            {"chat": True},
+            f"test.jsonl, line 1.*{message}",
+        )
+        for row, message in _TALKS
+    ),
+    *(
+        ("test.jsonl", f"{_ROW}\n{_ROW}", options, message)
+        for options, message in _COLUMNS
+    ),
     *(("test.jsonl", f"{json.dumps(row)}\nnot JSON", {}, _FIRST) for row in _LARGE),
 ]
 
 
 @pytest.mark.parametrize(("file", "content", "options", "message"), _REFUSED)
 def test_files_that_are_refused(tmp_path, file, content, options, message):
-    (tmp_path / file).write_bytes(content.encode() if isinstance(content, str) else content)
+    (tmp_path / file).write_bytes(
+        content.encode() if isinstance(content, str) else content
+    )
     with pytest.raises(ValueError, match=message) as raised:
         load_task(tmp_path / file, **{"need": ["test"]} | options)
     assert len(str(raised.value)) < 1000

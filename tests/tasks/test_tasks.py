@@ -14,15 +14,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorafusion_jax import load_tokenizer
-from lorafusion_jax.tasks import Example, batch_orders, draw_modules, encode, load_task, split
+from lorafusion_jax.tasks import (
+    Example,
+    batch_orders,
+    draw_modules,
+    encode,
+    load_task,
+    split,
+)
 
 
 def _rows(count, start=0, keys=("input", "target")):
-    return [dict(zip(keys, (f"question {i}", f"answer {i}"), strict=True)) for i in range(start, start + count)]
+    return [
+        dict(zip(keys, (f"question {i}", f"answer {i}"), strict=True))
+        for i in range(start, start + count)
+    ]
 
 
 def _examples(count, start=0):
-    return tuple(Example(f"question {i}", f"answer {i}") for i in range(start, start + count))
+    return tuple(
+        Example(f"question {i}", f"answer {i}") for i in range(start, start + count)
+    )
 
 
 def _write(path, rows):
@@ -62,11 +74,21 @@ def test_folder(tmp_path, train, test, keys):
     assert task.test == _examples(2, start=3)
 
 
-def test_jsonl_may_have_blank_lines_crlf_a_bom_more_keys_and_unicode_line_separators(tmp_path):
+def test_jsonl_may_have_blank_lines_crlf_a_bom_more_keys_and_unicode_line_separators(
+    tmp_path,
+):
     path = tmp_path / "test.jsonl"
-    lines = ['{"input": "a", "target": "b", "id": 7}', "", '{"input": "c\u2028d", "target": "e"}', ""]
+    lines = [
+        '{"input": "a", "target": "b", "id": 7}',
+        "",
+        '{"input": "c\u2028d", "target": "e"}',
+        "",
+    ]
     path.write_bytes("\r\n".join(lines).encode("utf-8-sig"))
-    assert load_task(path, need=["test"]).test == (Example("a", "b"), Example("c\u2028d", "e"))
+    assert load_task(path, need=["test"]).test == (
+        Example("a", "b"),
+        Example("c\u2028d", "e"),
+    )
 
 
 def test_one_file_is_divided_by_one_shuffle_whatever_is_needed(tmp_path):
@@ -94,7 +116,11 @@ def test_fingerprint_tells_tasks_apart(tmp_path):
     others = [load_task(tmp_path, prompt="Q: {input}"), load_task(path, need=["train"])]
     _write(path, _rows(4)[::-1])
     others.append(load_task(tmp_path))
-    others.append(dataclasses.replace(both, train=both.train[:-1], test=(both.train[-1], *both.test)))
+    others.append(
+        dataclasses.replace(
+            both, train=both.train[:-1], test=(both.train[-1], *both.test)
+        )
+    )
     told = dataclasses.replace(both.test[0], history=(("system", "Be brief."),))
     others.append(dataclasses.replace(both, test=(told, *both.test[1:])))
     assert len({both.sha256, *(task.sha256 for task in others)}) == 6
@@ -104,7 +130,9 @@ def test_prompt_stands_around_every_input(tmp_path):
     path = _write(tmp_path / "test.jsonl", [{"input": "{input} {x}", "target": "y"}])
     task = load_task(path, prompt="Count {{braces}}.\n\nQ: {input}\nA:", need=["test"])
     assert task.test == (Example("Count {braces}.\n\nQ: {input} {x}\nA:", "y"),)
-    with pytest.raises(ValueError, match=r"the prompt 'Q: \{\}' has no \{input\} or other column"):
+    with pytest.raises(
+        ValueError, match=r"the prompt 'Q: \{\}' has no \{input\} or other column"
+    ):
         load_task(path, prompt="Q: {}")
 
 
@@ -114,7 +142,9 @@ def test_files_of_big_bench_hard_are_read(tmp_path):
         task = load_task(folder / f"{name}.json", train_rows=bbh_rows.TRAIN_ROWS)
         assert (task.name, len(task.train)) == (name, bbh_rows.TRAIN_ROWS)
         first_of_each_input = dict(reversed(rows)).items()
-        assert sorted((e.input, e.target) for e in task.train + task.test) == sorted(first_of_each_input)
+        assert sorted((e.input, e.target) for e in task.train + task.test) == sorted(
+            first_of_each_input
+        )
 
 
 @pytest.mark.parametrize("name", ["alpaca.json", "alpaca.jsonl"])
@@ -130,7 +160,9 @@ def test_an_instruction_stands_before_the_input(tmp_path, name):
         {"instruction": "Sort.", "context": "b a", "completion": "a b"},
     ]
     lines = name.endswith("l")
-    (tmp_path / name).write_text("\n".join(map(json.dumps, rows)) if lines else json.dumps(rows))
+    (tmp_path / name).write_text(
+        "\n".join(map(json.dumps, rows)) if lines else json.dumps(rows)
+    )
     task = load_task(tmp_path / name, prompt="Q: {input}\nA:", train_rows=2)
     assert {(example.input, example.target) for example in task.train + task.test} == {
         ("Q: Name the opposite.\nhot\nA:", "cold"),
@@ -148,14 +180,23 @@ def test_an_instruction_stands_before_the_input(tmp_path, name):
     "splits",
     [
         {"train": _rows(3), "test": _rows(2, start=3), "validation": _rows(9)},
-        {"train": _rows(3), "validation": _rows(2, start=3, keys=("context", "completion"))},
+        {
+            "train": _rows(3),
+            "validation": _rows(2, start=3, keys=("context", "completion")),
+        },
     ],
 )
 def test_a_folder_of_datasets_holds_training_and_test_rows(tmp_path, splits):
     folder = tmp_path / "saved"
-    datasets.DatasetDict({split: _dataset(rows) for split, rows in splits.items()}).save_to_disk(folder)
+    datasets.DatasetDict(
+        {split: _dataset(rows) for split, rows in splits.items()}
+    ).save_to_disk(folder)
     task = load_task(folder)
-    assert (task.name, task.train, task.test) == ("saved", _examples(3), _examples(2, start=3))
+    assert (task.name, task.train, task.test) == (
+        "saved",
+        _examples(3),
+        _examples(2, start=3),
+    )
 
 
 def test_a_folder_of_datasets_with_one_split_is_divided(tmp_path):
@@ -171,7 +212,10 @@ def test_datasets_folder_whose_texts_lie_behind_its_end(tmp_path):
     offsets = np.arange(0, 10, 2, dtype=np.int32)
     assert offsets.tobytes() in (content := arrow.read_bytes())
     arrow.write_bytes(content.replace(offsets.tobytes(), (offsets * 2**27).tobytes()))
-    with pytest.raises(ValueError, match=f"{tmp_path}/saved cannot be loaded by datasets .ArrowInvalid.*save it again"):
+    with pytest.raises(
+        ValueError,
+        match=f"{tmp_path}/saved cannot be loaded by datasets .ArrowInvalid.*save it again",
+    ):
         load_task(tmp_path / "saved", train_rows=2)
 
 
@@ -184,7 +228,9 @@ def _files(folder, *names, rows=1):
 
 
 def _saved(folder, **splits):
-    datasets.DatasetDict({split: _dataset(rows) for split, rows in splits.items()}).save_to_disk(folder)
+    datasets.DatasetDict(
+        {split: _dataset(rows) for split, rows in splits.items()}
+    ).save_to_disk(folder)
 
 
 _BOTH = "give a folder or data set that has both parts"
@@ -194,14 +240,32 @@ _LOST = "does not exist: give a task file, a task folder or a data set's hub id"
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder: None, r"is not a task folder: it holds nothing; expected train\.jsonl"),
-        (lambda folder: _files(folder, "b.json", "a.json"), r"it holds a\.json, b\.json; .* by its own path"),
-        (lambda folder: _files(folder, "train.jsonl", "example.jsonl"), "example.jsonl, two files for one part"),
+        (
+            lambda folder: None,
+            r"is not a task folder: it holds nothing; expected train\.jsonl",
+        ),
+        (
+            lambda folder: _files(folder, "b.json", "a.json"),
+            r"it holds a\.json, b\.json; .* by its own path",
+        ),
+        (
+            lambda folder: _files(folder, "train.jsonl", "example.jsonl"),
+            "example.jsonl, two files for one part",
+        ),
         (lambda folder: _files(folder, "test.jsonl"), f"has no train rows: {_BOTH}"),
         (lambda folder: _files(folder, "train.jsonl"), f"has no test rows: {_BOTH}"),
-        (lambda folder: (folder / "dataset_dict.json").write_text("{}"), "cannot be loaded by datasets"),
-        (lambda folder: _saved(folder, a=_rows(1), b=_rows(1)), "splits a, b: expected train, and test or validation"),
-        (lambda folder: _saved(folder, train=_rows(1), test=[{"text": "a"}]), "split test, row 0 has text: "),
+        (
+            lambda folder: (folder / "dataset_dict.json").write_text("{}"),
+            "cannot be loaded by datasets",
+        ),
+        (
+            lambda folder: _saved(folder, a=_rows(1), b=_rows(1)),
+            "splits a, b: expected train, and test or validation",
+        ),
+        (
+            lambda folder: _saved(folder, train=_rows(1), test=[{"text": "a"}]),
+            "split test, row 0 has text: ",
+        ),
     ],
 )
 def test_folders_that_are_no_tasks_are_refused(tmp_path, make, message):
@@ -219,28 +283,46 @@ def test_other_sources_that_are_no_tasks_are_refused(tmp_path):
     for source in ("/no/such/folder", "no_such.jsonl", "./owner/name", "a/b/c"):
         with pytest.raises(ValueError, match=_LOST):
             load_task(source)
-    with pytest.raises(ValueError, match="^'xxx.* cannot be a task: File name too long"):
+    with pytest.raises(
+        ValueError, match="^'xxx.* cannot be a task: File name too long"
+    ):
         load_task("x" * 5000)
 
 
 def test_files_that_rows_of_a_data_set_name_are_not_opened(monkeypatch):
-    pictures = pyarrow.array([{"bytes": None, "path": "/no/such.png"}] * 2, datasets.Image().pa_type)
+    pictures = pyarrow.array(
+        [{"bytes": None, "path": "/no/such.png"}] * 2, datasets.Image().pa_type
+    )
     columns = {"input": ["a", "b"], "target": ["x", "y"], "picture": pictures}
-    kinds = datasets.Features({"input": datasets.Value("string"), "target": datasets.Value("string")})
+    kinds = datasets.Features(
+        {"input": datasets.Value("string"), "target": datasets.Value("string")}
+    )
     kinds["picture"] = datasets.Image()
     rows = datasets.Dataset(pyarrow.table(columns).cast(kinds.arrow_schema))
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict({"train": rows}))
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict({"train": rows})
+    )
     task = load_task("owner/pictures", train_rows=1)
-    assert {(row.input, row.target) for row in (*task.train, *task.test)} == {("a", "x"), ("b", "y")}
+    assert {(row.input, row.target) for row in (*task.train, *task.test)} == {
+        ("a", "x"),
+        ("b", "y"),
+    }
 
 
 def test_data_set_without_rows(tmp_path, monkeypatch):
-    empty = datasets.DatasetDict({"train": _dataset(_rows(1)).select([]), "test": _dataset(_rows(1))})
+    empty = datasets.DatasetDict(
+        {"train": _dataset(_rows(1)).select([]), "test": _dataset(_rows(1))}
+    )
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: empty)
-    with pytest.raises(ValueError, match="owner/empty, split train is empty: a task needs at least one row"):
+    with pytest.raises(
+        ValueError,
+        match="owner/empty, split train is empty: a task needs at least one row",
+    ):
         load_task("owner/empty")
     empty.save_to_disk(tmp_path)
-    with pytest.raises(ValueError, match=f"{tmp_path} cannot be loaded by datasets .IndexError"):
+    with pytest.raises(
+        ValueError, match=f"{tmp_path} cannot be loaded by datasets .IndexError"
+    ):
         load_task(tmp_path)
 
 
@@ -254,7 +336,11 @@ def test_the_reference_split_is_the_papers():
     assert train.tolist() == [order[5:]] * 3 and validation.tolist() == [order[:5]] * 3
 
 
-@given(count=st.integers(20, 300), limit=st.integers(20, 120), protocol=st.sampled_from(["reference", "default"]))
+@given(
+    count=st.integers(20, 300),
+    limit=st.integers(20, 120),
+    protocol=st.sampled_from(["reference", "default"]),
+)
 def test_split_divides_rows(count, limit, protocol):
     train, validation = split(count, [7, 8], protocol=protocol, limit=limit)
     used = min(count, limit)
@@ -267,12 +353,16 @@ def test_split_divides_rows(count, limit, protocol):
 
 @pytest.mark.parametrize(("count", "limit"), [(100, 5), (19, 100), (1, 100)])
 @pytest.mark.parametrize("protocol", ["reference", "default"])
-def test_fewer_than_twenty_rows_are_used_for_training_and_validation(count, limit, protocol):
+def test_fewer_than_twenty_rows_are_used_for_training_and_validation(
+    count, limit, protocol
+):
     train, validation = split(count, [7, 8], protocol=protocol, limit=limit)
     np.testing.assert_array_equal(train, validation)
     for seed, rows in zip((7, 8), train.tolist(), strict=True):
         order = list(range(count))
-        random.Random(42 if protocol == "reference" else f"split, seed {seed}").shuffle(order)
+        random.Random(42 if protocol == "reference" else f"split, seed {seed}").shuffle(
+            order
+        )
         assert rows == order[:limit]
 
 
@@ -289,12 +379,20 @@ def test_draws_are_the_same_everywhere():
     assert batch_orders(rows, batch_size=3, epochs=2, seeds=[1]).tolist() == [
         [[0, 2, 1], [3, 5, 4], [3, 2, 5], [0, 4, 1]]
     ]
-    assert draw_modules([str(i) for i in range(196)], 5, 42) == ("163", "28", "6", "189", "70")
+    assert draw_modules([str(i) for i in range(196)], 5, 42) == (
+        "163",
+        "28",
+        "6",
+        "189",
+        "70",
+    )
 
 
 @pytest.mark.parametrize(("count", "limit"), [(0, 100), (50, 0)])
 def test_split_needs_a_row(count, limit):
-    with pytest.raises(ValueError, match=f"0 of {count} rows to split: give at least one"):
+    with pytest.raises(
+        ValueError, match=f"0 of {count} rows to split: give at least one"
+    ):
         split(count, [0], limit=limit)
 
 
@@ -306,13 +404,22 @@ def test_split_needs_a_row(count, limit):
     reshuffle=st.booleans(),
 )
 def test_every_row_once_an_epoch(count, batch_size, epochs, seeds, reshuffle):
-    rows = np.stack([np.array(random.Random(seed).sample(range(99), count), np.int32) for seed in seeds])
-    orders = batch_orders(rows, batch_size=batch_size, epochs=epochs, seeds=seeds if reshuffle else None)
+    rows = np.stack(
+        [
+            np.array(random.Random(seed).sample(range(99), count), np.int32)
+            for seed in seeds
+        ]
+    )
+    orders = batch_orders(
+        rows, batch_size=batch_size, epochs=epochs, seeds=seeds if reshuffle else None
+    )
     size = min(batch_size, count)
     steps = -(-count // size)
     assert orders.shape == (len(seeds), epochs * steps, size)
     assert orders.dtype == np.int32
-    for its_rows, order in zip(rows, orders.reshape(len(seeds), epochs, -1), strict=True):
+    for its_rows, order in zip(
+        rows, orders.reshape(len(seeds), epochs, -1), strict=True
+    ):
         for epoch in order:
             np.testing.assert_array_equal(epoch[count:], -1)
             np.testing.assert_array_equal(np.sort(epoch[:count]), np.sort(its_rows))
@@ -324,7 +431,9 @@ def test_epochs_and_seeds_are_shuffled_apart_and_a_seed_does_not_see_the_others(
     rows = np.tile(np.arange(30, dtype=np.int32), (2, 1))
     orders = batch_orders(rows, batch_size=30, epochs=3, seeds=[4, 5])
     assert len({tuple(epoch) for epoch in orders.reshape(6, 30).tolist()}) == 6
-    np.testing.assert_array_equal(batch_orders(rows[:1], batch_size=30, epochs=3, seeds=[5])[0], orders[1])
+    np.testing.assert_array_equal(
+        batch_orders(rows[:1], batch_size=30, epochs=3, seeds=[5])[0], orders[1]
+    )
 
 
 def test_modules_are_drawn_as_python_samples_the_list():
@@ -338,7 +447,9 @@ def test_modules_are_drawn_as_python_samples_the_list():
 
 @pytest.mark.parametrize("count", [0, 4])
 def test_draw_that_the_pool_cannot_give(count):
-    with pytest.raises(ValueError, match=f"{count} modules to be drawn from a pool of 3: draw 1 to 3"):
+    with pytest.raises(
+        ValueError, match=f"{count} modules to be drawn from a pool of 3: draw 1 to 3"
+    ):
         draw_modules(["a", "b", "c"], count, 0)
 
 
@@ -358,20 +469,28 @@ def test_tokenizer_loads_and_encodes(tokenizer):
     a, b, c, d = (tokenizer.convert_tokens_to_ids(letter) for letter in "abcd")
     assert [ids.tolist() for ids in encoded.inputs] == [[a, b, c, 1], [b, 2, 1]]
     assert [ids.tolist() for ids in encoded.labels] == [[d, 1], [a, c, 1]]
-    assert {ids.dtype for ids in encoded.inputs + encoded.labels} == {np.dtype(np.int32)}
+    assert {ids.dtype for ids in encoded.inputs + encoded.labels} == {
+        np.dtype(np.int32)
+    }
 
 
 def test_long_texts_are_cut_and_keep_their_end(tokenizer):
     encoded = encode(tokenizer, [Example("a " * 3000, "b " * 2500)])
     for (ids,), letter in ((encoded.inputs, "a"), (encoded.labels, "b")):
         assert ids.tolist() == [tokenizer.convert_tokens_to_ids(letter)] * 2047 + [1]
-    short = encode(tokenizer, [Example("a b c", "b c d")], max_length=3).labels[0].tolist()
+    short = (
+        encode(tokenizer, [Example("a b c", "b c d")], max_length=3).labels[0].tolist()
+    )
     assert short == [*tokenizer.convert_tokens_to_ids(["b", "c"]), 1]
 
 
 def test_no_tokenizer(tmp_path):
-    with pytest.raises(ValueError, match=f"{tmp_path} gives no tokenizer: expected a folder or hub id"):
+    with pytest.raises(
+        ValueError, match=f"{tmp_path} gives no tokenizer: expected a folder or hub id"
+    ):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match=f"{tmp_path} gives no tokenizer: .*double quotes"):
+    with pytest.raises(
+        ValueError, match=f"{tmp_path} gives no tokenizer: .*double quotes"
+    ):
         load_tokenizer(tmp_path)

@@ -30,20 +30,70 @@ def alone(small, tmp_path_factory) -> Path:
 
 def _command(small: tuple[Path, Path], out: Path, *more: str) -> list[str]:
     base, pool = small
-    command = [sys.executable, "-m", "lorafusion_jax.cli", "fuse", "--base", str(base), "--pool", str(pool)]
-    command += ["--task", str(recipes.TASK), "--method", "coefficients", "--modules", "2", "--epochs", str(_EPOCHS)]
-    command += ["--batch-size", "95", "--max-new-tokens", "2", "--test-rows", "2", "--save-seconds", "1e9"]
-    return [*command, "--out", str(out), "--name", "run", "--seeds", *map(str, _SEEDS), *more]
+    command = [
+        sys.executable,
+        "-m",
+        "lorafusion_jax.cli",
+        "fuse",
+        "--base",
+        str(base),
+        "--pool",
+        str(pool),
+    ]
+    command += [
+        "--task",
+        str(recipes.TASK),
+        "--method",
+        "coefficients",
+        "--modules",
+        "2",
+        "--epochs",
+        str(_EPOCHS),
+    ]
+    command += [
+        "--batch-size",
+        "95",
+        "--max-new-tokens",
+        "2",
+        "--test-rows",
+        "2",
+        "--save-seconds",
+        "1e9",
+    ]
+    return [
+        *command,
+        "--out",
+        str(out),
+        "--name",
+        "run",
+        "--seeds",
+        *map(str, _SEEDS),
+        *more,
+    ]
 
 
-def _environment(devices: int, process: int | None = None, port: int = 0) -> dict[str, str]:
+def _environment(
+    devices: int, process: int | None = None, port: int = 0
+) -> dict[str, str]:
     """Return an environment with so many devices, and for a process of two what Slurm would say to it."""
-    slurm = {"JOB_ID": 1, "STEP_NODELIST": "localhost", "NTASKS": 2, "PROCID": process, "LOCALID": process}
+    slurm = {
+        "JOB_ID": 1,
+        "STEP_NODELIST": "localhost",
+        "NTASKS": 2,
+        "PROCID": process,
+        "LOCALID": process,
+    }
     cluster = {f"SLURM_{name}": str(value) for name, value in slurm.items()}
     cluster |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}"}
     # The others are those of the tests: code that LLVM optimised otherwise has other last bits.
-    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
-    xla = {"XLA_FLAGS": " ".join([*flags, f"--xla_force_host_platform_device_count={devices}"])}
+    flags = [
+        flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag
+    ]
+    xla = {
+        "XLA_FLAGS": " ".join(
+            [*flags, f"--xla_force_host_platform_device_count={devices}"]
+        )
+    }
     return os.environ | xla | (cluster if process is not None else {})
 
 
@@ -56,19 +106,28 @@ def _free_port() -> int:
 def _start_two(command: list[str]) -> list[subprocess.Popen]:
     port = _free_port()
     return [
-        subprocess.Popen(command, env=_environment(2, process, port), stdout=-1, stderr=-1, text=True)
+        subprocess.Popen(
+            command, env=_environment(2, process, port), stdout=-1, stderr=-1, text=True
+        )
         for process in range(2)
     ]
 
 
 def _saved(out: Path) -> int:
-    steps = [int(path.name.removeprefix("step_")) for path in out.glob("run/checkpoints/step_*")]
+    steps = [
+        int(path.name.removeprefix("step_"))
+        for path in out.glob("run/checkpoints/step_*")
+    ]
     return max(steps, default=0)
 
 
 def _wait_until(reached: Callable[[], bool], processes: list[subprocess.Popen]) -> None:
     deadline = time.monotonic() + 240
-    while not reached() and all(p.poll() is None for p in processes) and time.monotonic() < deadline:
+    while (
+        not reached()
+        and all(p.poll() is None for p in processes)
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.05)
 
 
@@ -80,13 +139,18 @@ def _assert_goes_on(small: tuple[Path, Path], out: Path, alone: Path) -> None:
 
 
 def _metrics(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (out / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.mark.nightly
 def test_a_run_that_loses_a_process_ends_and_goes_on_elsewhere(small, alone, tmp_path):
     out = tmp_path / "lost"
-    both = _start_two(_command(small, out, "--distributed", "--mesh", "seed=4", "--save-seconds", "0"))
+    both = _start_two(
+        _command(small, out, "--distributed", "--mesh", "seed=4", "--save-seconds", "0")
+    )
     _wait_until(lambda: _saved(out) >= 2, both)
     both[1].kill()
     lost = time.monotonic()
@@ -95,10 +159,16 @@ def test_a_run_that_loses_a_process_ends_and_goes_on_elsewhere(small, alone, tmp
     both[1].communicate()
     assert end - lost < 30
     assert both[0].returncode == os.EX_TEMPFAIL, said
-    assert "error: another process of this run is lost: start all processes again with --resume" in said
+    assert (
+        "error: another process of this run is lost: start all processes again with --resume"
+        in said
+    )
     assert "Traceback" not in said and "written to" not in printed
-    saved, reached = _saved(out), max(row["step"] for row in _metrics(out))
-    assert 2 <= saved <= reached <= saved + 1 < _EPOCHS  # an interval is an epoch here, and an epoch a step
+    saved = _saved(out)
+    reached = max(row["step"] for row in _metrics(out))
+    assert (
+        2 <= saved <= reached <= saved + 1 < _EPOCHS
+    )  # an interval is an epoch here, and an epoch a step
     # Four devices of two processes saved it; four of one go on, and one alone comes to the same numbers.
     _assert_goes_on(small, out, alone)
 
@@ -113,9 +183,15 @@ def test_a_signal_to_one_process_saves_the_step_of_all(small, alone, tmp_path):
     (_, other), (_, said) = (process.communicate(timeout=60) for process in both)
     assert both[1].returncode == 143, said
     saved = rf"its state is saved in {out / 'run'}, and resuming continues from it\. Once more stops at once\n\Z"
-    assert re.search(rf"SIGTERM: stopping after this epoch \(the last one took [\d.]+ s\); {saved}", said), said
+    assert re.search(
+        rf"SIGTERM: stopping after this epoch \(the last one took [\d.]+ s\); {saved}",
+        said,
+    ), said
     assert both[0].returncode == os.EX_TEMPFAIL, other
-    assert "error: another process of this run was stopped: start all processes again with --resume" in other
+    assert (
+        "error: another process of this run was stopped: start all processes again with --resume"
+        in other
+    )
     assert "Traceback" not in other + said
     assert 1 <= _saved(out) == max(row["step"] for row in _metrics(out)) < _EPOCHS
     _assert_goes_on(small, out, alone)
@@ -140,36 +216,64 @@ def test_the_other_process_ends_plainly_when_process_0_is_lost():
     _, said = both[1].communicate(timeout=60)
     both[0].communicate()
     assert both[1].returncode == os.EX_TEMPFAIL
-    assert "error: process 0 of this run is lost: start all processes again with --resume" in said
+    assert (
+        "error: process 0 of this run is lost: start all processes again with --resume"
+        in said
+    )
 
 
 def test_a_process_ends_plainly_when_another_one_never_starts():
     alone = _JOINED.replace("with processes", "processes.ARRIVAL = 1\nwith processes")
-    done = subprocess.run([sys.executable, "-c", alone], env=_environment(2, 0, _free_port()), capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", alone],
+        env=_environment(2, 0, _free_port()),
+        capture_output=True,
+    )
     assert done.returncode == os.EX_TEMPFAIL
-    assert b"error: not all processes of this run started within 1 s: start all processes again" in done.stderr
+    assert (
+        b"error: not all processes of this run started within 1 s: start all processes again"
+        in done.stderr
+    )
 
 
 @pytest.mark.long
 def test_processes_that_are_started_by_hand_make_one_run(small, alone, tmp_path):
     command = _command(small, tmp_path, "--distributed", "--mesh", "seed=4")
-    by_hand = ["--coordinator", f"localhost:{_free_port()}", "--processes", "2", "--process"]
+    by_hand = [
+        "--coordinator",
+        f"localhost:{_free_port()}",
+        "--processes",
+        "2",
+        "--process",
+    ]
     both = [
-        subprocess.Popen([*command, *by_hand, str(process)], env=_environment(2), stdout=-1, stderr=-1, text=True)
+        subprocess.Popen(
+            [*command, *by_hand, str(process)],
+            env=_environment(2),
+            stdout=-1,
+            stderr=-1,
+            text=True,
+        )
         for process in range(2)
     ]
-    (printed, said), (silent, _) = (process.communicate(timeout=240) for process in both)
+    (printed, said), (silent, _) = (
+        process.communicate(timeout=240) for process in both
+    )
     assert [process.returncode for process in both] == [0, 0], said
     assert "written to" in printed and "written to" not in silent
     for name in ("metrics.jsonl", "predictions.jsonl"):
-        assert (tmp_path / "run" / name).read_bytes() == (alone / "run" / name).read_bytes()
+        assert (tmp_path / "run" / name).read_bytes() == (
+            alone / "run" / name
+        ).read_bytes()
 
 
 _MESH = ("--distributed", "--mesh", "seed=4")
 _BY_HAND = ("--coordinator", "localhost:1", "--processes", "2", "--process")
 
 
-def test_options_of_processes_that_contradict_each_other_are_refused(small, tmp_path, capsys):
+def test_options_of_processes_that_contradict_each_other_are_refused(
+    small, tmp_path, capsys
+):
     for more, message in (
         (_MESH, "--distributed: JAX cannot join other processes here"),
         (["--distributed"], "give a layout with --mesh"),

@@ -10,27 +10,47 @@ import tiny
 from flax import nnx
 
 from lorafusion_jax import PRESETS, FullRecipe, Fusion, Problem, kernels
-from lorafusion_jax.parts import Epoch, FullFineTuning, Unstacked, fit, recipe_rates, start
+from lorafusion_jax.parts import (
+    Epoch,
+    FullFineTuning,
+    Unstacked,
+    fit,
+    recipe_rates,
+    start,
+)
 from lorafusion_jax.tasks import Encoded, Split, TrainingRows
 from lorafusion_jax.training import fit as fit_lib
 from lorafusion_jax.training.frozen import VALIDATION
 
-_CONFIG = dataclasses.replace(tiny.CONFIG, num_layers=1, num_decoder_layers=1, unroll=True)
+_CONFIG = dataclasses.replace(
+    tiny.CONFIG, num_layers=1, num_decoder_layers=1, unroll=True
+)
 _SEEDS = (1, 2)
 _RECIPE = dataclasses.replace(PRESETS["default"], epochs=3, batch_size=2)
 _STEPS = 3  # of an epoch
-_LENGTHS = (3, 3, 3, 3, 7, 4)  # so epochs have steps of both widths, 4 and 8, in different orders
+_LENGTHS = (
+    3,
+    3,
+    3,
+    3,
+    7,
+    4,
+)  # so epochs have steps of both widths, 4 and 8, in different orders
 
 
 @pytest.fixture(scope="module")
 def problem():
     frozen = tiny.frozen(tiny.t5(_CONFIG), tiny.pool(3, names="q", config=_CONFIG))
-    return tiny.problem(Fusion(), frozen, [[0, 1], [2, 1]], _CONFIG, seed_mode="sequential")
+    return tiny.problem(
+        Fusion(), frozen, [[0, 1], [2, 1]], _CONFIG, seed_mode="sequential"
+    )
 
 
 def _rows():
     rng = np.random.default_rng(0)
-    inputs = tuple(rng.integers(2, _CONFIG.vocab_size, length, np.int32) for length in _LENGTHS)
+    inputs = tuple(
+        rng.integers(2, _CONFIG.vocab_size, length, np.int32) for length in _LENGTHS
+    )
     labels = tuple(rng.integers(2, _CONFIG.vocab_size, 3, np.int32) for _ in _LENGTHS)
     train = np.tile(np.arange(len(_LENGTHS), dtype=np.int32), (2, 1))
     return TrainingRows(Encoded(inputs, labels), Split(train, train[:, :2]), pad_id=0)
@@ -38,7 +58,11 @@ def _rows():
 
 def _trained(problem, patch, *, whole, state=None, **how):
     """Return the last state and the epochs; `calls` has what each call of the program took, `read` what was read."""
-    calls, read, epochs, program, to_host = [], [], [], fit_lib.train_seeds, fit_lib.to_host
+    calls = []
+    read = []
+    epochs = []
+    program = fit_lib.train_seeds
+    to_host = fit_lib.to_host
 
     def counted(state, batches, *args, shapes, **kwargs):
         calls.append((batches.row_mask.shape[1], shapes))
@@ -49,7 +73,9 @@ def _trained(problem, patch, *, whole, state=None, **how):
     patch.setattr(fit_lib, "to_host", lambda tree: read.append(tree) or to_host(tree))
     before = program._cache_size()
     state = start(problem, _SEEDS) if state is None else jax.tree.map(jnp.copy, state)
-    last = fit(problem, _rows(), state, _RECIPE, _SEEDS, after_epoch=epochs.append, **how)
+    last = fit(
+        problem, _rows(), state, _RECIPE, _SEEDS, after_epoch=epochs.append, **how
+    )
     return last, epochs, calls, len(read), program._cache_size() - before
 
 
@@ -69,12 +95,25 @@ def _assert_same(ours, theirs):
 
 
 def _found(epochs: list[Epoch]):
-    return [(epoch.metrics, epoch.validation_loss, epoch.stopped, epoch.first_step, epoch.last) for epoch in epochs]
+    return [
+        (
+            epoch.metrics,
+            epoch.validation_loss,
+            epoch.stopped,
+            epoch.first_step,
+            epoch.last,
+        )
+        for epoch in epochs
+    ]
 
 
 def test_an_epoch_in_one_call_has_the_bits_of_its_steps(problem, by_step, monkeypatch):
     state, epochs, calls, _, compiled, kept = by_step
-    assert len(calls) == 3 * _STEPS and compiled == 2 and sorted(kept) == [1, 2, 4, 5, 7, 8]
+    assert (
+        len(calls) == 3 * _STEPS
+        and compiled == 2
+        and sorted(kept) == [1, 2, 4, 5, 7, 8]
+    )
     with monkeypatch.context() as patch:
         together, of_whole, calls, read, compiled = _trained(problem, patch, whole=True)
     assert calls == 3 * [(_STEPS, ((4, 4), (8, 4)))]
@@ -82,20 +121,27 @@ def test_an_epoch_in_one_call_has_the_bits_of_its_steps(problem, by_step, monkey
     _assert_same(together, state)
     _assert_same(_found(of_whole), _found(epochs))
     # And from a step within an epoch.
-    resumed, rest, calls, _, _ = _trained(problem, monkeypatch, whole=True, state=kept[4], after_interval=pytest.fail)
+    resumed, rest, calls, _, _ = _trained(
+        problem, monkeypatch, whole=True, state=kept[4], after_interval=pytest.fail
+    )
     assert [steps for steps, _ in calls] == [2, 3]
     _assert_same(resumed, state)
-    _assert_same(rest[0].metrics, {name: values[1:] for name, values in epochs[1].metrics.items()})
+    _assert_same(
+        rest[0].metrics,
+        {name: values[1:] for name, values in epochs[1].metrics.items()},
+    )
     _assert_same(_found(rest[1:]), _found(epochs[2:]))
 
 
 @pytest.mark.parametrize(
-    ("epochs", "stops", "last", "pruned"), [(4, (9, 9), 4, 2), (5, (2, 4), 4, 3), (1, (1, 1), 1, 1)]
+    ("epochs", "stops", "last", "pruned"),
+    [(4, (9, 9), 4, 2), (5, (2, 4), 4, 3), (1, (1, 1), 1, 1)],
 )
 def test_the_loop_prunes_at_half_time_and_ends_when_every_seed_has_stopped(
     problem, monkeypatch, epochs, stops, last, pruned
 ):
-    ended, found = [], []
+    ended = []
+    found = []
 
     def end(state, loss, number, *, optimisation, pruning):
         ended.append((int(number), pruning, optimisation.steps))
@@ -104,21 +150,38 @@ def test_the_loop_prunes_at_half_time_and_ends_when_every_seed_has_stopped(
     _without_programs(monkeypatch)
     monkeypatch.setattr(fit_lib, "_after_epoch", end)
     recipe = dataclasses.replace(_RECIPE, epochs=epochs, prune=0.5)
-    fit(problem, _rows(), start(problem, _SEEDS), recipe, _SEEDS, after_epoch=found.append)
-    assert ended == [(number, number == pruned, epochs * _STEPS) for number in range(1, last + 1)]
-    assert [epoch.last for epoch in found] == [number == last for number in range(1, last + 1)]
+    fit(
+        problem,
+        _rows(),
+        start(problem, _SEEDS),
+        recipe,
+        _SEEDS,
+        after_epoch=found.append,
+    )
+    assert ended == [
+        (number, number == pruned, epochs * _STEPS) for number in range(1, last + 1)
+    ]
+    assert [epoch.last for epoch in found] == [
+        number == last for number in range(1, last + 1)
+    ]
 
 
 @pytest.mark.parametrize("protocol", ["default", "reference"])
-def test_rows_are_shuffled_by_seed_and_epoch_but_not_in_the_papers_protocol(problem, monkeypatch, protocol):
+def test_rows_are_shuffled_by_seed_and_epoch_but_not_in_the_papers_protocol(
+    problem, monkeypatch, protocol
+):
     trained, validated, read = _without_programs(monkeypatch)
     recipe = dataclasses.replace(_RECIPE, protocol=protocol)
     fit(problem, _rows(), start(problem, _SEEDS), recipe, _SEEDS)
-    orders = np.array(trained).reshape(3, _STEPS, 2, 2).swapaxes(1, 2).reshape(6, 6)  # of epochs and seeds
+    orders = (
+        np.array(trained).reshape(3, _STEPS, 2, 2).swapaxes(1, 2).reshape(6, 6)
+    )  # of epochs and seeds
     assert len(np.unique(orders, axis=0)) == (1 if protocol == "reference" else 6)
     assert (np.sort(orders, axis=1) == np.sort(orders[0])).all()
     held_out = [int(row[0]) for row in _rows().tokens.inputs[:2]]
-    assert np.array(validated).tolist() == [[held_out] * 2] * 3  # every epoch, for both seeds
+    assert (
+        np.array(validated).tolist() == [[held_out] * 2] * 3
+    )  # every epoch, for both seeds
     assert read == [(VALIDATION, epoch) for epoch in (1, 2, 3)]
 
 
@@ -127,7 +190,9 @@ def _without_programs(patch):
 
     Return the first tokens of the rows that train and that validate, and the numbers of the reads that validate.
     """
-    trained, validated, read = [], [], []
+    trained = []
+    validated = []
+    read = []
 
     def train(state, batches, *_, **__):
         trained.append(np.asarray(batches.input_ids)[:, 0, :, 0])
@@ -139,18 +204,27 @@ def _without_programs(patch):
 
     patch.setattr(fit_lib, "train_seeds", train)
     patch.setattr(fit_lib, "seed_entropies", validate)
-    patch.setattr(Problem, "read", lambda problem, *number: read.append(number) or problem)
+    patch.setattr(
+        Problem, "read", lambda problem, *number: read.append(number) or problem
+    )
     return trained, validated, read
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)]
+)
 def test_gradients_with_layers_in_separate_arrays(dtype):
     config = dataclasses.replace(tiny.CONFIG, dtype=dtype)
     frozen = tiny.frozen(tiny.t5(config), tiny.pool(3, config=config))
-    frozen = dataclasses.replace(frozen, base=jax.tree.map(lambda a: a.astype(dtype), frozen.base))
+    frozen = dataclasses.replace(
+        frozen, base=jax.tree.map(lambda a: a.astype(dtype), frozen.base)
+    )
     stacked = tiny.problem(Fusion(), frozen, config=config)
     params = stacked.init(jax.random.key(0))
-    found = [jax.jit(jax.value_and_grad(tiny.loss))(params, of) for of in (stacked, stacked.unstacked())]
+    found = [
+        jax.jit(jax.value_and_grad(tiny.loss))(params, of)
+        for of in (stacked, stacked.unstacked())
+    ]
     assert set(found[0][1]) == {"coefficients", "magnitudes"}
     for ours, theirs in zip(*map(jax.tree.leaves, found), strict=True):
         assert np.any(ours != 0)
@@ -166,12 +240,17 @@ def test_gradients_with_layers_in_separate_arrays(dtype):
     ],
     ids=["fusion", "unrolled", "full"],
 )
-def test_a_loop_over_frozen_layers_is_given_separate_arrays(monkeypatch, method, recipe, unroll, apart):
-    config, found = dataclasses.replace(_CONFIG, unroll=unroll), []
+def test_a_loop_over_frozen_layers_is_given_separate_arrays(
+    monkeypatch, method, recipe, unroll, apart
+):
+    config = dataclasses.replace(_CONFIG, unroll=unroll)
+    found = []
     frozen = tiny.frozen(tiny.t5(config), tiny.pool(3, config=config))
     problem = tiny.problem(method, frozen, [[0, 1], [2, 1]], config)
     _without_programs(monkeypatch)
-    monkeypatch.setattr(Problem, "read", lambda problem, *number: found.append(problem) or problem)
+    monkeypatch.setattr(
+        Problem, "read", lambda problem, *number: found.append(problem) or problem
+    )
     fit(problem, _rows(), start(problem, _SEEDS), recipe, _SEEDS)
     kernel = kernels(nnx.merge(found[0].graph, found[0].frozen.base))["decoder.ff.wo"]
     assert isinstance(kernel, Unstacked) == apart
@@ -179,16 +258,27 @@ def test_a_loop_over_frozen_layers_is_given_separate_arrays(monkeypatch, method,
 
 def test_each_seed_learns_at_the_rates_that_are_given_for_it(problem, by_step):
     rates = recipe_rates(Fusion(), _RECIPE, 2)
-    rates = rates._replace(learning_rate={group: rate.at[1].set(0) for group, rate in rates.learning_rate.items()})
-    begin, trained = start(problem, _SEEDS).params, by_step[0].params
-    last = fit(problem, _rows(), start(problem, _SEEDS), _RECIPE, _SEEDS, rates=rates).params
-    for got, own, first in zip(*map(jax.tree.leaves, (last, trained, begin)), strict=True):
+    rates = rates._replace(
+        learning_rate={
+            group: rate.at[1].set(0) for group, rate in rates.learning_rate.items()
+        }
+    )
+    begin = start(problem, _SEEDS).params
+    trained = by_step[0].params
+    last = fit(
+        problem, _rows(), start(problem, _SEEDS), _RECIPE, _SEEDS, rates=rates
+    ).params
+    for got, own, first in zip(
+        *map(jax.tree.leaves, (last, trained, begin)), strict=True
+    ):
         np.testing.assert_array_equal(got[0], own[0])
         np.testing.assert_array_equal(got[1], first[1])
 
 
 def test_a_recipes_rates_are_those_of_every_seed():
-    recipe = dataclasses.replace(_RECIPE, l2=0.25, l1=0.5, lr_coefficients=2.0, lr_magnitudes=4.0)
+    recipe = dataclasses.replace(
+        _RECIPE, l2=0.25, l1=0.5, lr_coefficients=2.0, lr_magnitudes=4.0
+    )
     found = recipe_rates(Fusion(), recipe, 3)
     assert found.l2.tolist() == [0.25] * 3 and found.l1.tolist() == [0.5] * 3
     assert found.learning_rate["coefficients"].tolist() == [2.0] * 3
@@ -202,7 +292,17 @@ def test_a_step_on_a_cpu_is_done_before_a_stop_is_looked_for(problem):
     def after_interval(epoch, state, metrics):
         done.append(metrics[-1]["loss"].is_ready())
 
-    recipe, rows = dataclasses.replace(_RECIPE, epochs=1), _rows()
-    tokens = Encoded(tuple(np.tile(row, 20) for row in rows.tokens.inputs), rows.tokens.labels)  # so steps take a while
-    fit(problem, rows._replace(tokens=tokens), start(problem, _SEEDS), recipe, _SEEDS, after_interval=after_interval)
+    recipe = dataclasses.replace(_RECIPE, epochs=1)
+    rows = _rows()
+    tokens = Encoded(
+        tuple(np.tile(row, 20) for row in rows.tokens.inputs), rows.tokens.labels
+    )  # so steps take a while
+    fit(
+        problem,
+        rows._replace(tokens=tokens),
+        start(problem, _SEEDS),
+        recipe,
+        _SEEDS,
+        after_interval=after_interval,
+    )
     assert done == [True] * (_STEPS - 1)

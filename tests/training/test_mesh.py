@@ -19,9 +19,13 @@ from lorafusion_jax.training.mesh import partition, rules, to_host
 # As models of few layers run. A loop over layers is compiled otherwise for several devices: its last bits may differ.
 _DEPTHS = {"num_layers": 1, "num_decoder_layers": 1, "unroll": True}
 _CONFIG = dataclasses.replace(tiny.CONFIG, num_heads=2, d_kv=8, **_DEPTHS)
-_COLLECTIVES = re.compile(r"\b(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)")
+_COLLECTIVES = re.compile(
+    r"\b(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)"
+)
 _OF_THE_HOST = re.compile(r"callback|\b(infeed|outfeed|send|recv)\(")
-_QUICK = {"xla_backend_optimization_level": "0"}  # of LLVM: what XLA computes stays the same
+_QUICK = {
+    "xla_backend_optimization_level": "0"
+}  # of LLVM: what XLA computes stays the same
 _SEEDS = 4
 _SITES = ("encoder.self.q", "decoder.cross.v", "encoder.ff.wo")
 
@@ -29,7 +33,9 @@ _SITES = ("encoder.self.q", "decoder.cross.v", "encoder.ff.wo")
 def _of_sites(pool: LoraPool, sites: tuple[str, ...]) -> LoraPool:
     """Few sites compile quickly: one of each way to split, in either stack."""
     chosen = ({site: of[site] for site in sites} for of in (pool.A, pool.B, pool.rank))
-    return dataclasses.replace(pool, **dict(zip(("A", "B", "rank"), chosen, strict=True)))
+    return dataclasses.replace(
+        pool, **dict(zip(("A", "B", "rank"), chosen, strict=True))
+    )
 
 
 def _trained(asked: str | None, *, together: int = 1) -> tuple[list, str, dict]:
@@ -39,28 +45,46 @@ def _trained(asked: str | None, *, together: int = 1) -> tuple[list, str, dict]:
     """
     model = tiny.t5(_CONFIG)
     pool = _of_sites(tiny.pool(8, names="q v wo", config=_CONFIG), _SITES)
-    frozen, method = tiny.frozen(model, pool), Fusion()
+    frozen = tiny.frozen(model, pool)
+    method = Fusion()
     index = jnp.stack([jnp.roll(jnp.arange(8), seed) for seed in range(_SEEDS)])
     keys = jax.random.split(jax.random.key(0), _SEEDS)
     problem = tiny.problem(method, frozen, index, _CONFIG, seed_mode="sequential")
-    state = jax.vmap(lambda index, key: init_state(problem.replace(index=index), key))(index, keys)
-    batch = jax.tree.map(lambda *rows: jnp.stack(rows), *(tiny.batch(_CONFIG, seed) for seed in range(_SEEDS)))
+    state = jax.vmap(lambda index, key: init_state(problem.replace(index=index), key))(
+        index, keys
+    )
+    batch = jax.tree.map(
+        lambda *rows: jnp.stack(rows),
+        *(tiny.batch(_CONFIG, seed) for seed in range(_SEEDS)),
+    )
     batch = jax.tree.map(lambda rows: jnp.stack([rows] * together, axis=1), batch)
     recipe = PRESETS["default"]
-    with contextlib.nullcontext() if asked is None else jax.set_mesh(make_mesh(asked, _SEEDS)):
+    with (
+        contextlib.nullcontext()
+        if asked is None
+        else jax.set_mesh(make_mesh(asked, _SEEDS))
+    ):
         of_seeds = (state, batch, index, recipe_rates(method, recipe, _SEEDS))
-        state, batch, index, rates = (on_mesh(part, _CONFIG, of_seeds=True) for part in of_seeds)
+        state, batch, index, rates = (
+            on_mesh(part, _CONFIG, of_seeds=True) for part in of_seeds
+        )
         frozen = on_mesh(frozen, _CONFIG)
         problem = problem.replace(frozen=frozen, index=index)
         where = {
             jax.tree_util.keystr(path, simple=True, separator="/"): leaf.sharding
-            for path, leaf in jax.tree_util.tree_leaves_with_path({"frozen": frozen, "state": state})
+            for path, leaf in jax.tree_util.tree_leaves_with_path(
+                {"frozen": frozen, "state": state}
+            )
         }
 
         def train(*given):
-            return jax.tree.leaves(train_seeds(*given, optimisation=recipe.optimisation(2)))
+            return jax.tree.leaves(
+                train_seeds(*given, optimisation=recipe.optimisation(2))
+            )
 
-        compiled, leaves = tiny.compiled(train, state, batch, problem, rates, options=_QUICK)
+        compiled, leaves = tiny.compiled(
+            train, state, batch, problem, rates, options=_QUICK
+        )
         once = compiled(leaves)
         count = len(jax.tree.leaves(state))
         if together == 2:
@@ -75,7 +99,12 @@ def alone():
 
 
 def test_a_step_asks_nothing_of_the_host(alone):
-    asking = jax.jit(lambda x: jax.pure_callback(np.sin, x, x)).lower(jnp.ones(2)).compile().as_text()
+    asking = (
+        jax.jit(lambda x: jax.pure_callback(np.sin, x, x))
+        .lower(jnp.ones(2))
+        .compile()
+        .as_text()
+    )
     assert _OF_THE_HOST.search(asking)
     assert not _OF_THE_HOST.search(alone[1])
 
@@ -94,8 +123,12 @@ def test_two_steps_in_one_program_over_devices_are_those_of_two_calls(asked, alo
     (values, _, _), (spread, program, _) = alone, _trained(asked, together=2)
     assert bool(_COLLECTIVES.search(program)) == ("model" in asked)
     for a, b in zip(values, spread, strict=True):
-        last = b if a.shape == b.shape else b[1:]  # of both steps' metrics those of the second
-        np.testing.assert_allclose(last, a, rtol=1e-5, atol=1e-5 if "model" in asked else 0)
+        last = (
+            b if a.shape == b.shape else b[1:]
+        )  # of both steps' metrics those of the second
+        np.testing.assert_allclose(
+            last, a, rtol=1e-5, atol=1e-5 if "model" in asked else 0
+        )
         assert "model" in asked or np.array_equal(last, a)
 
 
@@ -113,10 +146,19 @@ def test_matrices_over_devices_are_the_same_numbers(alone):
         "state/adam/mu/magnitudes/encoder.self.q": (4, 1, 16),
     }
     parts = [
-        next(sharding for path, sharding in where.items() if path.startswith(name)).shard_shape(shape)
+        next(
+            sharding for path, sharding in where.items() if path.startswith(name)
+        ).shard_shape(shape)
         for name, shape in whole.items()
     ]
-    assert parts == [(1, 16, 8), (1, 12, 16), (1, 8, 12, 4), (1, 8, 4, 8), (1, 8, 4, 8), (2, 1, 8)]
+    assert parts == [
+        (1, 16, 8),
+        (1, 12, 16),
+        (1, 8, 12, 4),
+        (1, 8, 4, 8),
+        (1, 8, 4, 8),
+        (2, 1, 8),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -127,8 +169,18 @@ def test_matrices_over_devices_are_the_same_numbers(alone):
         ("base/decoder_bias/table", 2, False, P(None, "model")),
         ("base/encoder/self_norm/scale", 2, False, P(None, None)),
         ("base/encoder/ff/wi_0/kernel/scale", 3, False, P(None, None, "model")),
-        ("base/decoder/cross_attention/o/kernel/qvalue", 3, False, P(None, "model", None)),
-        ("params/base/['decoder']['cross_attention']['o']['kernel']", 4, True, P("seed", None, "model", None)),
+        (
+            "base/decoder/cross_attention/o/kernel/qvalue",
+            3,
+            False,
+            P(None, "model", None),
+        ),
+        (
+            "params/base/['decoder']['cross_attention']['o']['kernel']",
+            4,
+            True,
+            P("seed", None, "model", None),
+        ),
         ("params/lora/B/encoder.self.k", 4, True, P("seed", None, None, "model")),
         ("params/lora/B/encoder.self.o", 4, True, P("seed", None, None, None)),
         ("pool/A/encoder.self.q", 4, False, P(None, None, None, None)),
@@ -141,7 +193,8 @@ def test_matrices_over_devices_are_the_same_numbers(alone):
     ],
 )
 def test_the_table(name, dimensions, of_seeds, spec):
-    gated, plain = rules(tiny.CONFIG), rules(dataclasses.replace(tiny.CONFIG, gated=False))
+    gated = rules(tiny.CONFIG)
+    plain = rules(dataclasses.replace(tiny.CONFIG, gated=False))
     assert partition(name, dimensions, gated + plain, of_seeds=of_seeds) == spec
 
 
@@ -154,11 +207,20 @@ def test_what_a_mesh_cannot_do_is_refused_before_anything_is_written(tmp_path):
         out=tmp_path,
     )
     for asked, message in (
-        ("rows=2", "'rows=2' is not an axis and its size: give for example seed=4,model=2"),
+        (
+            "rows=2",
+            "'rows=2' is not an axis and its size: give for example seed=4,model=2",
+        ),
         ("seed=0", "'seed=0' is not an axis"),
         ("seed", "'seed' is not an axis"),
-        ("seed=3", "2 seeds cannot be shared out evenly over --mesh seed=3: give a multiple"),
-        ("seed=2,model=4", "8 devices, got 4: use fewer, or set XLA_FLAGS=--xla_force_host_platform_device_count=8"),
+        (
+            "seed=3",
+            "2 seeds cannot be shared out evenly over --mesh seed=3: give a multiple",
+        ),
+        (
+            "seed=2,model=4",
+            "8 devices, got 4: use fewer, or set XLA_FLAGS=--xla_force_host_platform_device_count=8",
+        ),
         ("model=4", "--mesh model=4 does not divide vocab_size, which is 66"),
         ("model=3", "--mesh model=3 does not divide num_heads, which is 4"),
     ):

@@ -20,8 +20,14 @@ from lorafusion_jax.models import qwen3_5
 from lorafusion_jax.models.decoder import FAMILY
 from lorafusion_jax.tasks import Encoded, Packing, Split, TrainingRows, train_batches
 
-_CONFIG = dataclasses.replace(tiny.CONFIG, num_layers=1, num_decoder_layers=1, unroll=True)
-_LLAMA = small_llama.CONFIG | {"vocab_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+_CONFIG = dataclasses.replace(
+    tiny.CONFIG, num_layers=1, num_decoder_layers=1, unroll=True
+)
+_LLAMA = small_llama.CONFIG | {
+    "vocab_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 _DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0}
 _MODELS = {
     "t5": lambda: parts.T5(tiny.CONFIG, rngs=nnx.Rngs(0)),
@@ -30,13 +36,24 @@ _MODELS = {
     "gemma2": lambda: parts.Decoder(
         FAMILY.read_config(
             _LLAMA
-            | {"model_type": "gemma2", "sliding_window": 3, "head_dim": 8, "attn_logit_softcapping": 1.5}
-            | {"final_logit_softcapping": 2.0, "max_position_embeddings": 6, "rope_parameters": _DYNAMIC}
+            | {
+                "model_type": "gemma2",
+                "sliding_window": 3,
+                "head_dim": 8,
+                "attn_logit_softcapping": 1.5,
+            }
+            | {
+                "final_logit_softcapping": 2.0,
+                "max_position_embeddings": 6,
+                "rope_parameters": _DYNAMIC,
+            }
         ),
         rngs=nnx.Rngs(0),
     ),
     # A convolution and a memory that begin anew in every row.
-    "qwen3.5": lambda: qwen3_5.Qwen35(qwen3_5.FAMILY.read_config(_LLAMA | small_llama.QWEN3_5), rngs=nnx.Rngs(0)),
+    "qwen3.5": lambda: qwen3_5.Qwen35(
+        qwen3_5.FAMILY.read_config(_LLAMA | small_llama.QWEN3_5), rngs=nnx.Rngs(0)
+    ),
 }
 _LENGTHS = [(5, 2), (9, 1), (3, 4), (7, 5), (12, 3), (1, 3), (6, 2), (4, 1)]
 
@@ -51,15 +68,22 @@ def _rows(config, count=8):
 
 def _packing(config):
     """Every width that saves tokens is worth a program."""
-    return Packing(config.causal, lambda *shape: 1e9 * parts.step_operations(config, *shape))
+    return Packing(
+        config.causal, lambda *shape: 1e9 * parts.step_operations(config, *shape)
+    )
 
 
 def _both(config, order=(0, 1, 2, 3, 4, 5, -1, -1)):
     """Return a padded batch of one seed, and the packed one of the same rows."""
-    orders, encoded = np.array([[order]], np.int32), _rows(config)
-    padded, packed = (next(train_batches(encoded, orders, pad_id=0, packing=p)) for p in (None, _packing(config)))
+    orders = np.array([[order]], np.int32)
+    encoded = _rows(config)
+    padded = next(train_batches(encoded, orders, pad_id=0, packing=None))
+    packed = next(train_batches(encoded, orders, pad_id=0, packing=_packing(config)))
     assert packed.rows is not None and packed.input_ids.shape[1] == 1
-    return [jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), batch) for batch in (padded, packed)]
+    return [
+        jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), batch)
+        for batch in (padded, packed)
+    ]
 
 
 def _compare(value_and_grad, batches, loss, gradients):
@@ -80,7 +104,9 @@ def test_models_have_the_loss_and_gradients_of_padded_rows(name):
     batches = _both(model.config)
     with jax.enable_x64(True):
         model.config = copy.copy(model.config)
-        object.__setattr__(model.config, "dtype", "float64")  # which the type checks of the tests refuse otherwise
+        object.__setattr__(
+            model.config, "dtype", "float64"
+        )  # which the type checks of the tests refuse otherwise
         graph, base = nnx.split(model)
         base = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), base)
 
@@ -96,7 +122,11 @@ def test_models_have_the_loss_and_gradients_of_padded_rows(name):
         _compare(value_and_grad, batches, 1e-9, 1e-9)
 
 
-_SITES = tuple((name, site) for name, site in _CONFIG.sites.items() if name.rpartition(".")[2] in "qv")
+_SITES = tuple(
+    (name, site)
+    for name, site in _CONFIG.sites.items()
+    if name.rpartition(".")[2] in "qv"
+)
 _METHODS = {
     "fusion": lf.Fusion(),
     "a mix": lf.Fusion(composition="mix", magnitudes=False),
@@ -110,9 +140,16 @@ _METHODS = {
 
 @functools.cache
 def _frozen(nf4=False):
-    model, pool = tiny.t5(_CONFIG), tiny.pool(3, config=_CONFIG)
+    model = tiny.t5(_CONFIG)
+    pool = tiny.pool(3, config=_CONFIG)
     if nf4:
-        parts.set_matrices(model, {site: lf.quantise(w, "nf4", tiled_axis=-2) for site, w in lf.kernels(model).items()})
+        parts.set_matrices(
+            model,
+            {
+                site: lf.quantise(w, "nf4", tiled_axis=-2)
+                for site, w in lf.kernels(model).items()
+            },
+        )
         pool = pool.quantised("nf4")
     return tiny.frozen(model, pool)
 
@@ -137,22 +174,42 @@ def test_methods_have_the_loss_and_gradients_of_padded_rows(name, nf4):
 
     @jax.jit
     def value_and_grad(batch):
-        return jax.value_and_grad(lambda params: lf.objective(params, batch, problem, jnp.float32(0))[0])(params)
+        return jax.value_and_grad(
+            lambda params: lf.objective(params, batch, problem, jnp.float32(0))[0]
+        )(params)
 
     _compare(value_and_grad, _both(_CONFIG), 1e-6, 1e-5)
 
 
 def _losses(seed_mode, *, pack, mesh=None):
     """Return the losses of 20 steps of two seeds, and those of validation."""
-    seeds, train = (1, 2), np.tile(np.arange(8, dtype=np.int32), (2, 1))
+    seeds = (1, 2)
+    train = np.tile(np.arange(8, dtype=np.int32), (2, 1))
     problem = _problem(lf.Fusion(), [[0, 1], [2, 1]], seed_mode=seed_mode)
-    rows = TrainingRows(_rows(_CONFIG), Split(train, train[:, :3]), 0, _packing(_CONFIG))
-    recipe = dataclasses.replace(lf.PRESETS["default"], epochs=5, batch_size=4, pack=pack)
+    rows = TrainingRows(
+        _rows(_CONFIG), Split(train, train[:, :3]), 0, _packing(_CONFIG)
+    )
+    recipe = dataclasses.replace(
+        lf.PRESETS["default"], epochs=5, batch_size=4, pack=pack
+    )
     epochs = []
-    with contextlib.nullcontext() if mesh is None else jax.set_mesh(parts.make_mesh(mesh, len(seeds))):
+    with (
+        contextlib.nullcontext()
+        if mesh is None
+        else jax.set_mesh(parts.make_mesh(mesh, len(seeds)))
+    ):
         problem = problem.replace(index=parts.on_mesh(problem.index, of_seeds=True))
-        parts.fit(problem, rows, parts.start(problem, seeds), recipe, seeds, after_epoch=epochs.append)
-    return np.concatenate([[*epoch.metrics["loss"], epoch.validation_loss] for epoch in epochs])
+        parts.fit(
+            problem,
+            rows,
+            parts.start(problem, seeds),
+            recipe,
+            seeds,
+            after_epoch=epochs.append,
+        )
+    return np.concatenate(
+        [[*epoch.metrics["loss"], epoch.validation_loss] for epoch in epochs]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -178,9 +235,15 @@ def test_steps_have_the_losses_of_padded_steps(seed_mode, mesh, padded):
 @pytest.mark.long
 def test_ideal_arrays_have_the_loss_of_padded_rows():
     chips = parts.program_on_arrays(
-        nnx.split(tiny.t5(_CONFIG))[0], _frozen(), {"*": ARRAYS["ideal"]}, jax.random.key(5)
+        nnx.split(tiny.t5(_CONFIG))[0],
+        _frozen(),
+        {"*": ARRAYS["ideal"]},
+        jax.random.key(5),
     )
     problem = _problem(lf.Fusion(), (2, 0), chips)
     params = problem.init(jax.random.key(1))
-    losses = [float(jax.jit(lambda b: lf.objective(params, b, problem, jnp.float32(0))[0])(b)) for b in _both(_CONFIG)]
+    losses = [
+        float(jax.jit(lambda b: lf.objective(params, b, problem, jnp.float32(0))[0])(b))
+        for b in _both(_CONFIG)
+    ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

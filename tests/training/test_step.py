@@ -32,7 +32,10 @@ def start(problem):
 
 
 def _rates(coefficients=0.02, magnitudes=0.005, l2=0.0, l1=0.0):
-    learning_rate = {"coefficients": jnp.float32(coefficients), "magnitudes": jnp.float32(magnitudes)}
+    learning_rate = {
+        "coefficients": jnp.float32(coefficients),
+        "magnitudes": jnp.float32(magnitudes),
+    }
     return lf.Rates(learning_rate, jnp.float32(l2), jnp.float32(l1))
 
 
@@ -48,7 +51,11 @@ def take(monkeypatch, problem):
 
         monkeypatch.setattr(step_lib, "objective", linear)
         return lf.fusion_step(
-            state, tiny.batch(), problem, rates, optimisation=optimisation or lf.Optimisation(steps=100)
+            state,
+            tiny.batch(),
+            problem,
+            rates,
+            optimisation=optimisation or lf.Optimisation(steps=100),
         )
 
     return take
@@ -61,7 +68,10 @@ def test_a_state_starts_from_given_numbers(problem, start):
         state = lf.init_state(problem, jax.random.key(0), some)
         _equal(state.params, start.params | some)
         _equal(state.best, state.params)
-        _equal(state._replace(params=None, best=None), start._replace(params=None, best=None))
+        _equal(
+            state._replace(params=None, best=None),
+            start._replace(params=None, best=None),
+        )
     keep = jax.tree.map(jnp.asarray, given)
     donated = jax.jit(lambda state: jax.tree.map(lambda a: a, state), donate_argnums=0)
     for state in (
@@ -79,14 +89,22 @@ def test_a_state_shares_no_memory_with_the_frozen_weights(method, frozen):
     state = lf.init_state(tiny.problem(method, frozen), jax.random.key(0))
     places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]
     assert len(set(places)) == len(places)
-    assert not {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(frozen)} & set(places)
+    assert not {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(frozen)} & set(
+        places
+    )
 
 
 def test_numbers_rates_and_settings_without_a_meaning_are_refused(problem, start):
     c = start.params["coefficients"]
     for given, message in (
-        ({"lora": c}, "no group 'lora' to start from: expected some of coefficients, magnitudes"),
-        ({"coefficients": c[:1]}, r"expected coefficients of the shapes \(2, 5\), got \(1, 5\)"),
+        (
+            {"lora": c},
+            "no group 'lora' to start from: expected some of coefficients, magnitudes",
+        ),
+        (
+            {"coefficients": c[:1]},
+            r"expected coefficients of the shapes \(2, 5\), got \(1, 5\)",
+        ),
         ({"magnitudes": {}}, "expected magnitudes of the shapes .*, got {}"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -97,7 +115,13 @@ def test_numbers_rates_and_settings_without_a_meaning_are_refused(problem, start
     ):
         with pytest.raises(ValueError, match=message):
             rates = _rates()._replace(learning_rate=there)
-            lf.fusion_step(start, tiny.batch(), problem, rates, optimisation=lf.Optimisation(steps=2))
+            lf.fusion_step(
+                start,
+                tiny.batch(),
+                problem,
+                rates,
+                optimisation=lf.Optimisation(steps=2),
+            )
     for numbers, message in (
         ({"clip": -1.0}, "clip is -1.0: give a norm above 0, or None for no clipping"),
         ({"clip": 0.0}, "clip is 0.0"),
@@ -106,22 +130,36 @@ def test_numbers_rates_and_settings_without_a_meaning_are_refused(problem, start
     ):
         with pytest.raises(ValueError, match=message):
             lf.Optimisation(steps=6, **numbers)
-    for index, message in (((0, 3), "index from 0 to 2, for a pool of 3"), ((1, 1), r"each module once, got .*1, 1")):
+    for index, message in (
+        ((0, 3), "index from 0 to 2, for a pool of 3"),
+        ((1, 1), r"each module once, got .*1, 1"),
+    ):
         with pytest.raises(ValueError, match=message):
             problem.replace(index=jnp.array(index))
 
 
 def _random_like(params, seed):
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
+    return jax.tree.map(
+        lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params
+    )
 
 
 def _norm(tree):
-    return np.sqrt(sum(np.sum(np.square(np.asarray(leaf, np.float64))) for leaf in jax.tree.leaves(tree)))
+    return np.sqrt(
+        sum(
+            np.sum(np.square(np.asarray(leaf, np.float64)))
+            for leaf in jax.tree.leaves(tree)
+        )
+    )
 
 
 def _close(got, wanted, tolerance=1e-6):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), got, wanted)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance),
+        got,
+        wanted,
+    )
 
 
 def _equal(got, wanted):
@@ -130,7 +168,11 @@ def _equal(got, wanted):
 
 def test_a_step_reads_the_weights_of_its_number(start, take, monkeypatch):
     read = []
-    monkeypatch.setattr(lf.Frozen, "of_step", lambda frozen, step, graph: read.append(int(step)) or frozen)
+    monkeypatch.setattr(
+        lf.Frozen,
+        "of_step",
+        lambda frozen, step, graph: read.append(int(step)) or frozen,
+    )
     state = start
     for _ in range(3):
         state, _ = take(state, start.params, _rates())
@@ -139,14 +181,22 @@ def test_a_step_reads_the_weights_of_its_number(start, take, monkeypatch):
 
 def test_gradients_that_are_not_finite_are_zeroed_and_counted(start, take):
     gradients = _random_like(start.params, 0)
-    site, places = "decoder.cross.v", ((1, 2), (0, 0))
+    site = "decoder.cross.v"
+    places = ((1, 2), (0, 0))
 
     def with_values(first, second, third):
-        m = gradients["magnitudes"][site].at[places[0]].set(second).at[places[1]].set(third)
+        m = (
+            gradients["magnitudes"][site]
+            .at[places[0]]
+            .set(second)
+            .at[places[1]]
+            .set(third)
+        )
         c = gradients["coefficients"].at[0, 1].set(first)
         return {"coefficients": c, "magnitudes": gradients["magnitudes"] | {site: m}}
 
-    broken, corrected = with_values(jnp.nan, jnp.inf, -jnp.inf), with_values(0.0, 0.0, 0.0)
+    broken = with_values(jnp.nan, jnp.inf, -jnp.inf)
+    corrected = with_values(0.0, 0.0, 0.0)
     # The sum of products that stands in for the loss is not finite either, which must not matter.
     got, metrics = take(start, broken, _rates())
     wanted, _ = take(start, corrected, _rates())
@@ -161,11 +211,15 @@ def test_clipping_by_the_norm_of_all_groups(start, take, clip):
     gradients = _random_like(start.params, 0)
     norm = _norm(gradients)
     assert norm > 0.5
-    state, metrics = take(start, gradients, _rates(l2=1.0), lf.Optimisation(steps=9, clip=clip))
+    state, metrics = take(
+        start, gradients, _rates(l2=1.0), lf.Optimisation(steps=9, clip=clip)
+    )
     factor = 0.5 / norm if clip == 0.5 else 1.0
     # After one step Adam's first moment is a tenth of what it was given; L2 comes after clipping.
     wanted = jax.tree.map(lambda g: 0.1 * factor * np.asarray(g), gradients)
-    wanted["coefficients"] = wanted["coefficients"] + 0.1 * np.asarray(start.params["coefficients"])
+    wanted["coefficients"] = wanted["coefficients"] + 0.1 * np.asarray(
+        start.params["coefficients"]
+    )
     _close(state.adam.mu, wanted)
     np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-6)
 
@@ -174,7 +228,10 @@ def test_clipping_by_the_norm_of_all_groups(start, take, clip):
     ("optimisation", "factor"),
     [
         (lf.Optimisation(steps=6), lambda t: 1.0),
-        (lf.Optimisation(steps=6, schedule="cosine"), lambda t: 0.5 * (1 + np.cos(np.pi * t / 6))),
+        (
+            lf.Optimisation(steps=6, schedule="cosine"),
+            lambda t: 0.5 * (1 + np.cos(np.pi * t / 6)),
+        ),
         (lf.Optimisation(steps=6, warmup=3), lambda t: min((t + 1) / 3, 1.0)),
         (
             lf.Optimisation(steps=6, warmup=2, schedule="cosine"),
@@ -190,16 +247,24 @@ def test_schedules(start, take, optimisation, factor):
     for number in range(6):
         before = state.params
         state, _ = take(state, gradients, _rates(), optimisation)
-        moved = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), before, state.params)
-        np.testing.assert_allclose(moved["coefficients"], 0.02 * factor(number), atol=1e-6)
+        moved = jax.tree.map(
+            lambda a, b: np.asarray(a) - np.asarray(b), before, state.params
+        )
+        np.testing.assert_allclose(
+            moved["coefficients"], 0.02 * factor(number), atol=1e-6
+        )
         for change in moved["magnitudes"].values():
             np.testing.assert_allclose(change, 0.005 * factor(number), atol=1e-6)
 
 
 def test_a_recipe_stops_after_a_third_of_its_epochs_counted_from_a_fifth():
-    recipe = lf.FusionRecipe(epochs=16, schedule="cosine", warmup=4, clip=0.5, stop_early=True, prune=0.25)
+    recipe = lf.FusionRecipe(
+        epochs=16, schedule="cosine", warmup=4, clip=0.5, stop_early=True, prune=0.25
+    )
     settings = {"schedule": "cosine", "warmup": 4, "clip": 0.5, "prune": 0.25}
-    assert recipe.optimisation(60) == lf.Optimisation(steps=60, **settings, patience=5, patience_from=3)
+    assert recipe.optimisation(60) == lf.Optimisation(
+        steps=60, **settings, patience=5, patience_from=3
+    )
     assert lf.Recipe(epochs=2, stop_early=True).optimisation(9).patience == 1
     assert lf.Recipe(epochs=2).optimisation(9).patience is None
 
@@ -207,9 +272,13 @@ def test_a_recipe_stops_after_a_third_of_its_epochs_counted_from_a_fifth():
 def _losses(state, losses, optimisation):
     """Run `end_epoch` with given losses; the parameters count the epochs, so that one sees whose are kept."""
     for epoch, loss in enumerate(losses, start=1):
-        params = jax.tree.map(lambda p, e=epoch: jnp.full(p.shape, float(e)), state.params)
+        params = jax.tree.map(
+            lambda p, e=epoch: jnp.full(p.shape, float(e)), state.params
+        )
         moved = state._replace(
-            params=jax.tree.map(lambda a, b, s=state: jnp.where(s.stopped, a, b), state.params, params)
+            params=jax.tree.map(
+                lambda a, b, s=state: jnp.where(s.stopped, a, b), state.params, params
+            )
         )
         state = end_epoch(moved, jnp.float32(loss), jnp.int32(epoch), optimisation)
     return state
@@ -226,29 +295,48 @@ def _losses(state, losses, optimisation):
         ([3, np.nan, np.nan, 1, 1, 1], 2, 0, 3, 1),  # nor is NaN
     ],
 )
-def test_stopping_keeps_the_best_of_all_groups(start, losses, patience, patience_from, last, best):
-    state = _losses(start, losses, lf.Optimisation(steps=9, patience=patience, patience_from=patience_from))
-    assert bool(state.stopped) == (last < 6 or patience is not None and state.waited >= patience)
+def test_stopping_keeps_the_best_of_all_groups(
+    start, losses, patience, patience_from, last, best
+):
+    state = _losses(
+        start,
+        losses,
+        lf.Optimisation(steps=9, patience=patience, patience_from=patience_from),
+    )
+    assert bool(state.stopped) == (
+        last < 6 or patience is not None and state.waited >= patience
+    )
     for params, epoch in ((state.params, last), (state.best, best)):
         # Magnitudes are those of the same epoch as coefficients: the paper's code kept the last ones.
-        assert {float(p) for leaf in jax.tree.leaves(params) for p in np.unique(leaf)} == {float(epoch)}
+        assert {
+            float(p) for leaf in jax.tree.leaves(params) for p in np.unique(leaf)
+        } == {float(epoch)}
     assert float(state.best_loss) == losses[best - 1]
 
 
 def test_a_stopped_seed_stays_bit_for_bit_while_another_goes_on(start, take):
-    seeds = jax.tree.map(lambda a, b: jnp.stack([a, b]), start, start._replace(stopped=jnp.bool_(True)))
+    seeds = jax.tree.map(
+        lambda a, b: jnp.stack([a, b]), start, start._replace(stopped=jnp.bool_(True))
+    )
     gradients = _random_like(start.params, 0)
     optimisation = lf.Optimisation(steps=9, patience=1, prune=0.2)
 
     def of_seed(state):
         state, _ = take(state, gradients, _rates(l2=1.0), optimisation)
-        return prune(end_epoch(state, jnp.float32(1.0), jnp.int32(3), optimisation), 0.2)
+        return prune(
+            end_epoch(state, jnp.float32(1.0), jnp.int32(3), optimisation), 0.2
+        )
 
     after = jax.vmap(of_seed)(seeds)
     going, stopped = (jax.tree.map(lambda a, s=s: a[s], after) for s in (0, 1))
     _equal(stopped, start._replace(stopped=jnp.bool_(True)))
     assert going.step == 1 and not going.stopped
-    assert all(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (going.params, start.params)), strict=True))
+    assert all(
+        np.any(a != b)
+        for a, b in zip(
+            *map(jax.tree.leaves, (going.params, start.params)), strict=True
+        )
+    )
 
 
 # Pruning.
@@ -263,30 +351,44 @@ def test_pruning_takes_the_smallest_of_all_entries_and_keeps_them_at_zero(start,
         for k, (site, m) in enumerate(start.params["magnitudes"].items())
     }
     state, _ = take(
-        start._replace(params=start.params | {"magnitudes": magnitudes}), _random_like(start.params, 1), _rates()
+        start._replace(params=start.params | {"magnitudes": magnitudes}),
+        _random_like(start.params, 1),
+        _rates(),
     )
     state = end_epoch(state, jnp.float32(1.0), jnp.int32(1), lf.Optimisation(steps=9))
     pruned = prune(state, share)
-    flat, flat_pruned = (
-        np.concatenate([np.asarray(m).ravel() for m in jax.tree.leaves(s.params["magnitudes"])])
-        for s in (state, pruned)
+    flat = np.concatenate(
+        [np.asarray(m).ravel() for m in jax.tree.leaves(state.params["magnitudes"])]
+    )
+    flat_pruned = np.concatenate(
+        [np.asarray(m).ravel() for m in jax.tree.leaves(pruned.params["magnitudes"])]
     )
     count = int(share * flat.size)
     smallest = np.argsort(np.abs(flat))[:count]
     np.testing.assert_array_equal(np.flatnonzero(flat_pruned == 0), np.sort(smallest))
     others = flat_pruned != 0
     np.testing.assert_array_equal(flat_pruned[others], flat[others])
-    shares = {site: float(np.mean(np.asarray(m) == 0)) for site, m in pruned.params["magnitudes"].items()}
-    assert len(set(shares.values())) > 1 and any(0 < part < 1 for part in shares.values())
+    shares = {
+        site: float(np.mean(np.asarray(m) == 0))
+        for site, m in pruned.params["magnitudes"].items()
+    }
+    assert len(set(shares.values())) > 1 and any(
+        0 < part < 1 for part in shares.values()
+    )
     # What was best before is forgotten: it was not pruned.
     _equal(pruned.best, pruned.params)
     assert np.isinf(pruned.best_loss)
 
     for number in range(2):
         gradients = _random_like(start.params, 10 + number)
-        pruned, _ = take(pruned, gradients, _rates(), lf.Optimisation(steps=9, prune=share))
+        pruned, _ = take(
+            pruned, gradients, _rates(), lf.Optimisation(steps=9, prune=share)
+        )
         for tree in (pruned.params, pruned.adam.mu, pruned.adam.nu):
-            _equal(jax.tree.map(lambda m: m == 0, tree["magnitudes"]), jax.tree.map(lambda k: ~k, pruned.kept))
+            _equal(
+                jax.tree.map(lambda m: m == 0, tree["magnitudes"]),
+                jax.tree.map(lambda k: ~k, pruned.kept),
+            )
     assert sum(int(np.sum(~k)) for k in jax.tree.leaves(pruned.kept)) == count
 
 
@@ -323,7 +425,9 @@ def test_the_objective(frozen, problem, start):
     def penalty(c):
         return value(c, filled)[1]["l1"]
 
-    np.testing.assert_allclose(jax.grad(penalty)(c), 0.5 * np.sign(c) * acting / np.sum(acting), rtol=1e-6)
+    np.testing.assert_allclose(
+        jax.grad(penalty)(c), 0.5 * np.sign(c) * acting / np.sum(acting), rtol=1e-6
+    )
 
 
 def test_the_loss_is_that_of_all_log_probabilities_without_their_memory():
@@ -332,10 +436,18 @@ def test_the_loss_is_that_of_all_log_probabilities_without_their_memory():
     labels = jnp.asarray(rng.integers(0, 512, (2, 8)), jnp.int32).at[1, 3:].set(-100)
 
     def expected(logits):
-        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+        picked = jnp.take_along_axis(
+            jax.nn.log_softmax(logits), jnp.maximum(labels, 0)[..., None], axis=-1
+        )[..., 0]
         return -jnp.sum(jnp.where(labels < 0, 0.0, picked)) / 11
 
-    loss = jax.jit(jax.value_and_grad(lambda logits: cross_entropy(logits, labels))).lower(logits).compile()
-    for ours, theirs in zip(loss(logits), jax.jit(jax.value_and_grad(expected))(logits), strict=True):
+    loss = (
+        jax.jit(jax.value_and_grad(lambda logits: cross_entropy(logits, labels)))
+        .lower(logits)
+        .compile()
+    )
+    for ours, theirs in zip(
+        loss(logits), jax.jit(jax.value_and_grad(expected))(logits), strict=True
+    ):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
     assert loss.memory_analysis().temp_size_in_bytes < logits.nbytes

@@ -13,9 +13,13 @@ import small_pool
 from lorafusion_jax.report import key
 from lorafusion_jax.trials import ARMS, matrix, read_rows
 
-_COMMITTED = Path(__file__).resolve().parents[2] / "results" / "small_pool" / "results.jsonl"
+_COMMITTED = (
+    Path(__file__).resolve().parents[2] / "results" / "small_pool" / "results.jsonl"
+)
 _ENTRIES = {
-    name: dataclasses.replace(ARMS[name], recipe={"batch_size": 48, "max_new_tokens": 8})
+    name: dataclasses.replace(
+        ARMS[name], recipe={"batch_size": 48, "max_new_tokens": 8}
+    )
     for name in ("zero-shot", "constant answer", "coefficients only")
 }
 
@@ -23,15 +27,22 @@ _ENTRIES = {
 @pytest.fixture(scope="module")
 def options(small, tmp_path_factory):
     base, pool = small
-    where = {"base": str(base), "pool": str(pool), "tasks": (str(one_block.SMALL / "tasks" / "double_digit"),)}
+    where = {
+        "base": str(base),
+        "pool": str(pool),
+        "tasks": (str(one_block.SMALL / "tasks" / "double_digit"),),
+    }
     out = tmp_path_factory.mktemp("matrix") / "out"
-    return matrix.MatrixOptions(**where, out=out, seeds=(1, 2), modules=2, epochs=1, test_rows=5)
+    return matrix.MatrixOptions(
+        **where, out=out, seeds=(1, 2), modules=2, epochs=1, test_rows=5
+    )
 
 
 @pytest.fixture
 def ran(monkeypatch) -> list[tuple[str, str]]:
     """The list to which every run adds its method and folder."""
-    ran, fuse = [], matrix.fuse
+    ran = []
+    fuse = matrix.fuse
 
     def run(options):
         ran.append((options.method, options.name))
@@ -41,22 +52,37 @@ def ran(monkeypatch) -> list[tuple[str, str]]:
     return ran
 
 
-def test_missing_rows_alone_are_computed_and_those_of_other_settings_refused(options, ran, capsys):
+def test_missing_rows_alone_are_computed_and_those_of_other_settings_refused(
+    options, ran, capsys
+):
     file = matrix.run_matrix(options, _ENTRIES)
     rows = read_rows(file)
     # What trains nothing and draws nothing has one seed.
     seeds = {"zero-shot": (1,)}
-    expected = {("double_digit", name, "95+5", seed) for name in _ENTRIES for seed in seeds.get(name, options.seeds)}
+    expected = {
+        ("double_digit", name, "95+5", seed)
+        for name in _ENTRIES
+        for seed in seeds.get(name, options.seeds)
+    }
     assert {key(row) for row in rows} == expected and len(rows) == len(expected)
-    assert [method for method, _ in ran] == [entry.method for entry in _ENTRIES.values()]
+    assert [method for method, _ in ran] == [
+        entry.method for entry in _ENTRIES.values()
+    ]
     assert len({name for _, name in ran}) == len(ran)
-    assert "[5/5] double_digit, coefficients only, 95+5 shots, seed 2:" in capsys.readouterr().err
+    assert (
+        "[5/5] double_digit, coefficients only, 95+5 shots, seed 2:"
+        in capsys.readouterr().err
+    )
     for row in rows:
         assert len(row["correct"]) == 5 and row["option_correct"] is None
-        assert row["config"]["recipe"].get("modules") == (2 if row["config"]["pool"] else None)
+        assert row["config"]["recipe"].get("modules") == (
+            2 if row["config"]["pool"] else None
+        )
         trained = row["method"] == "coefficients only"
         assert row["trainable"] == (2 * 2 if trained else 0)  # modules times blocks
-        assert (row["forward_rows"], row["backward_rows"]) == ((100, 95) if trained else (0, 0))
+        assert (row["forward_rows"], row["backward_rows"]) == (
+            (100, 95) if trained else (0, 0)
+        )
         assert (row["loss"] is None) == (row["method"] == "constant answer")
     before = file.read_bytes()
     ran.clear()
@@ -64,7 +90,11 @@ def test_missing_rows_alone_are_computed_and_those_of_other_settings_refused(opt
     assert not ran and file.read_bytes() == before
     # Without one of its rows, the matrix computes that one again.
     lines = file.read_text().splitlines(keepends=True)
-    (gone,) = [line for line in lines if (row := json.loads(line))["method"] == "constant answer" and row["seed"] == 2]
+    (gone,) = [
+        line
+        for line in lines
+        if (row := json.loads(line))["method"] == "constant answer" and row["seed"] == 2
+    ]
     kept = [line for line in lines if line != gone]
     file.write_text("".join(kept))
     matrix.run_matrix(options, _ENTRIES)
@@ -74,7 +104,10 @@ def test_missing_rows_alone_are_computed_and_those_of_other_settings_refused(opt
     before = file.read_bytes()
     ran.clear()
     for changes, message in [
-        ({"epochs": 2}, r"zero-shot, 95\+5 shots, seed 1 was run with other settings \(epochs was 1, is 2\)"),
+        (
+            {"epochs": 2},
+            r"zero-shot, 95\+5 shots, seed 1 was run with other settings \(epochs was 1, is 2\)",
+        ),
         ({"test_rows": 4}, "test_rows was 5, is 4"),
         ({"prompt": "do {input}"}, r"\(prompt was None, is do \{input\}\)"),
         ({"chat": True}, "chat was False, is True"),
@@ -85,32 +118,53 @@ def test_missing_rows_alone_are_computed_and_those_of_other_settings_refused(opt
 
 
 def test_committed_rows_are_a_part_of_the_matrix(tmp_path, ran):
-    rows = [line for line in _COMMITTED.read_text().splitlines(keepends=True) if '"task": "swapends_prev"' in line]
+    rows = [
+        line
+        for line in _COMMITTED.read_text().splitlines(keepends=True)
+        if '"task": "swapends_prev"' in line
+    ]
     (tmp_path / "results.jsonl").write_text("".join(rows))
     task = str(small_pool.SMALL / "tasks" / "swapends_prev")
-    chosen = small_pool.SmallPoolOptions(tasks=(task,), methods=("LoRA", "LoRAFusion"), seeds=(1,), out=tmp_path)
+    chosen = small_pool.SmallPoolOptions(
+        tasks=(task,), methods=("LoRA", "LoRAFusion"), seeds=(1,), out=tmp_path
+    )
     matrix.run_matrix(chosen, ARMS, root=small_pool.ROOT)
     assert not ran and (tmp_path / "results.jsonl").read_text() == "".join(rows)
     fewer = dataclasses.replace(chosen, modules=5)
-    with pytest.raises(ValueError, match=r"LoRAFusion, 95\+5 shots, seed 1 .* \(modules was 20, is 5\)"):
+    with pytest.raises(
+        ValueError, match=r"LoRAFusion, 95\+5 shots, seed 1 .* \(modules was 20, is 5\)"
+    ):
         matrix.run_matrix(fewer, ARMS, root=small_pool.ROOT)
 
 
 def test_five_shots_have_five_rows_and_more_epochs(options):
-    parts = dataclasses.replace(options, shots=("95+5", "5"), methods=("coefficients only",))
-    plenty, few = (job.options for job in matrix.jobs(dataclasses.replace(parts, epochs=None), _ENTRIES))
+    parts = dataclasses.replace(
+        options, shots=("95+5", "5"), methods=("coefficients only",)
+    )
+    plenty, few = (
+        job.options
+        for job in matrix.jobs(dataclasses.replace(parts, epochs=None), _ENTRIES)
+    )
     assert (plenty.train_rows, few.train_rows) == (100, 5)
     assert (plenty.recipe.epochs, few.recipe.epochs) == (20, 40)
     assert plenty.name != few.name
-    (none,) = matrix.jobs(dataclasses.replace(options, epochs=0, methods=("coefficients only",)), _ENTRIES)
+    (none,) = matrix.jobs(
+        dataclasses.replace(options, epochs=0, methods=("coefficients only",)), _ENTRIES
+    )
     assert none.options.recipe.epochs == 0  # not the default
 
 
-_OUT_OF_MEMORY = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n1 more line")
+_OUT_OF_MEMORY = jax.errors.JaxRuntimeError(
+    "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n1 more line"
+)
 
 
-def test_a_job_that_runs_out_of_memory_fails_alone_and_is_repeated_on_request(options, monkeypatch, capsys, tmp_path):
-    ran, fuse, errors = [], matrix.fuse, [_OUT_OF_MEMORY, MemoryError()]
+def test_a_job_that_runs_out_of_memory_fails_alone_and_is_repeated_on_request(
+    options, monkeypatch, capsys, tmp_path
+):
+    ran = []
+    fuse = matrix.fuse
+    errors = [_OUT_OF_MEMORY, MemoryError()]
 
     def run(options):
         ran.append(options.method)
@@ -119,35 +173,62 @@ def test_a_job_that_runs_out_of_memory_fails_alone_and_is_repeated_on_request(op
         return fuse(options)
 
     monkeypatch.setattr(matrix, "fuse", run)
-    few = dataclasses.replace(options, methods=("constant answer", "zero-shot"), out=tmp_path)
-    for retry, cause in ((False, "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."), (True, "MemoryError")):
+    few = dataclasses.replace(
+        options, methods=("constant answer", "zero-shot"), out=tmp_path
+    )
+    for retry, cause in (
+        (False, "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."),
+        (True, "MemoryError"),
+    ):
         file = matrix.run_matrix(dataclasses.replace(few, retry_failed=retry), _ENTRIES)
         assert {row["method"] for row in read_rows(file)} == {"zero-shot"}
         printed = capsys.readouterr().err
         assert f"double_digit, constant answer, 95+5: out of memory ({cause}" in printed
         assert "jobs ran out of memory" in printed and "--retry-failed" in printed
         failed = json.loads((tmp_path / "failed.jsonl").read_text().splitlines()[-1])
-        assert (failed["method"], failed["seeds"], failed["config"]["test_rows"]) == ("constant answer", [1, 2], 5)
+        assert (failed["method"], failed["seeds"], failed["config"]["test_rows"]) == (
+            "constant answer",
+            [1, 2],
+            5,
+        )
         matrix.run_matrix(few, _ENTRIES)
         assert "1 of 2 jobs ran out of memory" in capsys.readouterr().err
     matrix.run_matrix(dataclasses.replace(few, retry_failed=True), _ENTRIES)
     assert ran == ["constant", "zero-shot", "constant", "constant"]
-    assert {row["seed"] for row in read_rows(file) if row["method"] == "constant answer"} == {1, 2}
+    assert {
+        row["seed"] for row in read_rows(file) if row["method"] == "constant answer"
+    } == {1, 2}
 
 
 def test_bad_input_is_refused_before_anything_runs(options, tmp_path, monkeypatch):
-    for name in ["evosax", *(name for name in sys.modules if name.startswith("evosax."))]:
+    for name in [
+        "evosax",
+        *(name for name in sys.modules if name.startswith("evosax.")),
+    ]:
         monkeypatch.setitem(sys.modules, name, None)
-    entries = _ENTRIES | {"CMA-ES": dataclasses.replace(ARMS["uniform mean"], method="cma")}
+    entries = _ENTRIES | {
+        "CMA-ES": dataclasses.replace(ARMS["uniform mean"], method="cma")
+    }
     for changes, message in [
-        ({"methods": ("coefficients only", "LoRa")}, "no method LoRa: choose of zero-shot; constant answer; coeff"),
+        (
+            {"methods": ("coefficients only", "LoRa")},
+            "no method LoRa: choose of zero-shot; constant answer; coeff",
+        ),
         ({"tasks": ()}, "no task: give at least one with --tasks"),
-        ({"modules": 5}, "pool holds 4 modules, and 5 are to be drawn: give fewer with --modules"),
+        (
+            {"modules": 5},
+            "pool holds 4 modules, and 5 are to be drawn: give fewer with --modules",
+        ),
         ({"pool": str(tmp_path)}, "is not a pool"),
-        ({"methods": ("CMA-ES",)}, r'CMA-ES needs evosax, .* pip install "lorafusion-jax\[cma\]"'),
+        (
+            {"methods": ("CMA-ES",)},
+            r'CMA-ES needs evosax, .* pip install "lorafusion-jax\[cma\]"',
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
-            matrix.run_matrix(dataclasses.replace(options, out=tmp_path / "new", **changes), entries)
+            matrix.run_matrix(
+                dataclasses.replace(options, out=tmp_path / "new", **changes), entries
+            )
     assert not (tmp_path / "new").exists()
     # Methods without a pool need none.
     poolless = dataclasses.replace(options, pool=str(tmp_path), methods=("zero-shot",))

@@ -15,7 +15,9 @@ _GROUPS = [f"question {number // 2}" for number in range(42)]
 _ARMS = [
     TrialArm(name="base", learns=False, role="base"),
     TrialArm(name="pool", rates={"a": 0.1, "b": 0.01}, role="pool"),
-    TrialArm(name="rotated", rates={"a": 0.1, "b": 0.01}, draws=(1, 2, 3), role="control"),
+    TrialArm(
+        name="rotated", rates={"a": 0.1, "b": 0.01}, draws=(1, 2, 3), role="control"
+    ),
 ]
 
 
@@ -23,17 +25,39 @@ def test_folds_divide_no_input_and_have_equal_sizes():
     fold = divide(_GROUPS, 5, (0,))
     assert max(len({*parts}) for parts in np.split(fold, 21)) == 1
     assert sorted(np.bincount(fold)) == [8, 8, 8, 8, 10]
-    assert (fold == divide(_GROUPS, 5, (0,))).all() and (fold != divide(_GROUPS, 5, (1,))).any()
-    assert sorted(np.bincount(divide(["a"] * 20 + [*"bcdefghijk"], 3, (0,)))) == [5, 5, 20]
+    assert (fold == divide(_GROUPS, 5, (0,))).all() and (
+        fold != divide(_GROUPS, 5, (1,))
+    ).any()
+    assert sorted(np.bincount(divide(["a"] * 20 + [*"bcdefghijk"], 3, (0,)))) == [
+        5,
+        5,
+        20,
+    ]
 
 
 @pytest.mark.parametrize(
     ("groups", "folds", "message"),
     [
-        (["a"] * 9, 5, r"the 9 rows all have the same input, expected at least 5, .*: add rows with other inputs"),
-        ([*"aabbc"], 5, r"the 5 rows have 3 different inputs, expected at least 5.* lower --folds \(it is 5\)"),
-        ([*"abcdefghi"], 5, "9 rows give a fold of 1, expected at least 2 in each of 5: add rows, or lower --folds"),
-        ([*"aabb"], 2, "expected at least 3, because rows with one input stay together: add rows with other inputs$"),
+        (
+            ["a"] * 9,
+            5,
+            r"the 9 rows all have the same input, expected at least 5, .*: add rows with other inputs",
+        ),
+        (
+            [*"aabbc"],
+            5,
+            r"the 5 rows have 3 different inputs, expected at least 5.* lower --folds \(it is 5\)",
+        ),
+        (
+            [*"abcdefghi"],
+            5,
+            "9 rows give a fold of 1, expected at least 2 in each of 5: add rows, or lower --folds",
+        ),
+        (
+            [*"aabb"],
+            2,
+            "expected at least 3, because rows with one input stay together: add rows with other inputs$",
+        ),
         ([*"abcdef"], 1, "rows cannot be divided into 1 parts: give at least 2 folds"),
     ],
 )
@@ -47,20 +71,35 @@ def test_arms_of_one_name_are_refused():
         procedure(_ARMS[:1] * 2, _GROUPS, pytest.fail)
 
 
-@pytest.mark.parametrize("best", [(0.001, 0.0003), (0.1, 0.01), (0.3, 0.01), (0.03, 0.03), (2.7, 0.27), (9.0, 0.03)])
+@pytest.mark.parametrize(
+    "best",
+    [(0.001, 0.0003), (0.1, 0.01), (0.3, 0.01), (0.03, 0.03), (2.7, 0.27), (9.0, 0.03)],
+)
 def test_halving_finds_the_best_rates_of_all_that_it_may_try(best):
     losses = []
 
     def loss(rates):
-        return sum(math.log(value / wanted) ** 2 for (_, value), wanted in zip(rates, best, strict=True))
+        return sum(
+            math.log(value / wanted) ** 2
+            for (_, value), wanted in zip(rates, best, strict=True)
+        )
 
     def evaluate(candidates):
         losses.extend((loss(one.rates), one.share) for one in candidates)
-        return [math.nan if one.rates[0][1] > 2.71 else loss(one.rates) - one.share / 1e6 for one in candidates]
+        return [
+            math.nan if one.rates[0][1] > 2.71 else loss(one.rates) - one.share / 1e6
+            for one in candidates
+        ]
 
     (found,) = tune([(("a", 0.1), ("b", 0.01))], ["pool"], evaluate)
-    grid = [(0.1 * 3.0**power, 0.01 * factor) for power in range(-3, 4) for factor in (1 / 3, 1, 3)]
-    oracle = min((loss((("a", a), ("b", b))) for a, b in grid if a < 2.71), default=None)
+    grid = [
+        (0.1 * 3.0**power, 0.01 * factor)
+        for power in range(-3, 4)
+        for factor in (1 / 3, 1, 3)
+    ]
+    oracle = min(
+        (loss((("a", a), ("b", b))) for a, b in grid if a < 2.71), default=None
+    )
     assert sum(share for _, share in losses) == _TUNING
     assert found.share == 1 and loss(found.rates) == pytest.approx(oracle)
     assert found.edge == {0.001: "low", 2.7: "high", 9.0: "high"}.get(best[0])
@@ -68,41 +107,78 @@ def test_halving_finds_the_best_rates_of_all_that_it_may_try(best):
 
 def test_one_rate_is_refined_by_half_steps_and_diverged_ends_are_not_chosen():
     def evaluate(candidates, last):
-        return [abs(math.log(one.rates[0][1])) if one.share < 1 else last for one in candidates]
+        return [
+            abs(math.log(one.rates[0][1])) if one.share < 1 else last
+            for one in candidates
+        ]
 
     for last, share in ((0.0, 1.0), (1.0, 0.5), (math.inf, 0.5)):
-        (found,) = tune([(("a", 0.55),)], ["LoRA"], lambda candidates, last=last: evaluate(candidates, last))
+        (found,) = tune(
+            [(("a", 0.55),)],
+            ["LoRA"],
+            lambda candidates, last=last: evaluate(candidates, last),
+        )
         assert found == ((("a", pytest.approx(0.55 * 3**0.5)),), share, None)
-    with pytest.raises(ValueError, match="LoRA: the loss is NaN or infinite at all rates within a factor of 27 of a"):
-        tune([(("a", 0.55),)], ["LoRA"], lambda candidates: [math.nan] * len(candidates))
+    with pytest.raises(
+        ValueError,
+        match="LoRA: the loss is NaN or infinite at all rates within a factor of 27 of a",
+    ):
+        tune(
+            [(("a", 0.55),)], ["LoRA"], lambda candidates: [math.nan] * len(candidates)
+        )
 
 
-@pytest.mark.parametrize(("nested", "by_fold"), [(a, b) for a in (False, True) for b in (False, True)])
+@pytest.mark.parametrize(
+    ("nested", "by_fold"), [(a, b) for a in (False, True) for b in (False, True)]
+)
 def test_each_row_is_tested_by_a_training_without_its_input(nested, by_fold):
     calls: list[Sequence[Training]] = []
 
     def measure(trainings):
         calls.append(trainings)
         for one in trainings:
-            assert not {_GROUPS[row] for row in one.train} & {_GROUPS[row] for row in one.test}
+            assert not {_GROUPS[row] for row in one.train} & {
+                _GROUPS[row] for row in one.test
+            }
             # With the first rows, the best rates are others than with the last ones.
             best = 0.3 if 0 in one.train else 0.03
-            far = sum(abs(math.log(value / best)) for _, value in one.rates[:1]) - len(one.rates) * one.share / 1e6
+            far = (
+                sum(abs(math.log(value / best)) for _, value in one.rates[:1])
+                - len(one.rates) * one.share / 1e6
+            )
             loss = far + one.draw + np.array(one.test) / 100
             yield Scores(loss, loss > 1)
 
     looks = list(procedure(_ARMS, _GROUPS, measure, nested=nested, by_fold=by_fold))
     last = looks[-1]
-    assert [look.look for look in looks] == [1, 2, 3, 4, 5][: last.looks] and last.looks == (5 if by_fold else 1)
-    assert len(calls) == 3 + last.looks and all(np.isfinite(loss).all() for loss in last.loss.values())
-    assert all(np.isnan(looks[0].loss["pool"][0, last.fold == number]).all() for number in range(1, last.looks))
+    assert [look.look for look in looks] == [1, 2, 3, 4, 5][
+        : last.looks
+    ] and last.looks == (5 if by_fold else 1)
+    assert len(calls) == 3 + last.looks and all(
+        np.isfinite(loss).all() for loss in last.loss.values()
+    )
+    assert all(
+        np.isnan(looks[0].loss["pool"][0, last.fold == number]).all()
+        for number in range(1, last.looks)
+    )
     np.testing.assert_allclose(last.loss["base"][0], np.arange(42) / 100)
     drawn = last.loss["rotated"] - last.loss["pool"]
-    np.testing.assert_allclose(drawn, np.broadcast_to([[1], [2], [3]], (3, 42)), atol=1e-9)
+    np.testing.assert_allclose(
+        drawn, np.broadcast_to([[1], [2], [3]], (3, 42)), atol=1e-9
+    )
     sizes = np.bincount(last.fold)
-    tuned = _TUNING * 28 / 42 + nested * _TUNING * sum(round((42 - n) * 2 / 3) for n in sizes) / 42
-    assert last.spent["base"] == 0 and last.spent["pool"] == pytest.approx(4 + tuned, rel=0.04)
+    tuned = (
+        _TUNING * 28 / 42
+        + nested * _TUNING * sum(round((42 - n) * 2 / 3) for n in sizes) / 42
+    )
+    assert last.spent["base"] == 0 and last.spent["pool"] == pytest.approx(
+        4 + tuned, rel=0.04
+    )
     assert last.spent["rotated"] - last.spent["pool"] == pytest.approx(8)
-    of_fold = {dict(one.rates)["a"] for one in calls[-1] if one.arm == "pool" and one.share == 1}
+    of_fold = {
+        dict(one.rates)["a"]
+        for one in calls[-1]
+        if one.arm == "pool" and one.share == 1
+    }
     assert len(of_fold) == 1 or nested
     assert last.tuned["pool"] == last.tuned["rotated"] and last.option_correct == {}

@@ -17,10 +17,15 @@ from lorafusion_jax.support.checks import load_optional
 from lorafusion_jax.trials import ARMS, MatrixOptions, read_rows, run_matrix
 
 # Ray forks this process, where JAX has threads, and starts another program at once.
-pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")]
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning"),
+]
 
 _OPTIONS = {
-    "tasks": tuple(str(one_block.SMALL / "tasks" / name) for name in ("double_digit", "odd_dash")),
+    "tasks": tuple(
+        str(one_block.SMALL / "tasks" / name) for name in ("double_digit", "odd_dash")
+    ),
     "methods": ("zero-shot", "constant answer", "magnitudes only", "coefficients only"),
     "seeds": (1, 2),
     "modules": 2,
@@ -63,7 +68,9 @@ def cluster():
         # All addresses are 127.0.0.1, which Ray's variable means for other systems.
         patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         patch.setenv("RAY_AUTH_MODE", "disabled")
-        cluster = load_optional("ray.cluster_utils", extra="ray", needed_by="this test").Cluster()
+        cluster = load_optional(
+            "ray.cluster_utils", extra="ray", needed_by="this test"
+        ).Cluster()
         cluster.add_node()
         yield cluster
         cluster.shutdown()
@@ -100,10 +107,19 @@ def _error(driver, code=2):
 
 
 def _matrix(cluster, small, out):
-    where = {"engine": "ray", "address": cluster.address, "base": small[0], "pool": small[1], "out": out}
+    where = {
+        "engine": "ray",
+        "address": cluster.address,
+        "base": small[0],
+        "pool": small[1],
+        "out": out,
+    }
     flags = []
     for name, value in (where | _OPTIONS).items():
-        flags += [f"--{name.replace('_', '-')}", *(value if isinstance(value, tuple) else [value])]
+        flags += [
+            f"--{name.replace('_', '-')}",
+            *(value if isinstance(value, tuple) else [value]),
+        ]
     return _driver(_MATRIX, *flags)
 
 
@@ -118,19 +134,28 @@ def _wait_for_rows(file, count):
 def local(small, tmp_path_factory):
     """The rows of the local engine, without their times, by their keys."""
     out = tmp_path_factory.mktemp("local")
-    return _rows(run_matrix(MatrixOptions(base=str(small[0]), pool=str(small[1]), out=out, **_OPTIONS), ARMS))
+    return _rows(
+        run_matrix(
+            MatrixOptions(base=str(small[0]), pool=str(small[1]), out=out, **_OPTIONS),
+            ARMS,
+        )
+    )
 
 
 def _rows(file):
     rows = {key(row): dict(row) for row in read_rows(file)}
     assert len(rows) == file.read_bytes().count(b"\n")
     for row in rows.values():
-        row["loss"] = None if row["loss"] is None else pytest.approx(row["loss"], rel=1e-4)
+        row["loss"] = (
+            None if row["loss"] is None else pytest.approx(row["loss"], rel=1e-4)
+        )
         del row["seconds"]
     return rows
 
 
-def test_rows_are_those_of_the_local_engine_after_a_driver_and_a_node_are_killed(cluster, small, local, tmp_path):
+def test_rows_are_those_of_the_local_engine_after_a_driver_and_a_node_are_killed(
+    cluster, small, local, tmp_path
+):
     file = tmp_path / "results.jsonl"
     with _node(cluster) as node:
         with _matrix(cluster, small, tmp_path):
@@ -146,11 +171,15 @@ def test_rows_are_those_of_the_local_engine_after_a_driver_and_a_node_are_killed
 
 def test_items_that_run_out_of_memory_fail_alone(cluster, tmp_path):
     """One allocates more than there is, one is killed by Ray's memory monitor, on a node without free memory."""
-    held, killed, more = tmp_path / "held", tmp_path / "killed", 2**50
+    held = tmp_path / "held"
+    killed = tmp_path / "killed"
+    more = 2**50
     with _driver(_ITEMS, cluster.address, more, held, killed) as driver:
 
         def result(item):  # among lines of Ray
-            return next(line for line in driver.stdout if line.startswith(str(item))).split()[1]
+            return next(
+                line for line in driver.stdout if line.startswith(str(item))
+            ).split()[1]
 
         assert result(more) == "OutOfMemory"
         with _node(cluster, RAY_memory_usage_threshold="0.001"):
@@ -161,9 +190,18 @@ def test_items_that_run_out_of_memory_fail_alone(cluster, tmp_path):
 
 
 def test_nodes_are_checked_before_anything_runs(cluster, small, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text("import lorafusion_jax\nlorafusion_jax.__version__ = '9.9'\n")
-    path = os.pathsep.join((str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])))
-    with _node(cluster, PYTHONPATH=path), _matrix(cluster, small, tmp_path / "out") as driver:
-        assert "error: node 127.0.0.1: lorafusion_jax is 9.9, and 0." in (error := _error(driver))
+    (tmp_path / "sitecustomize.py").write_text(
+        "import lorafusion_jax\nlorafusion_jax.__version__ = '9.9'\n"
+    )
+    path = os.pathsep.join(
+        (str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")]))
+    )
+    with (
+        _node(cluster, PYTHONPATH=path),
+        _matrix(cluster, small, tmp_path / "out") as driver,
+    ):
+        assert "error: node 127.0.0.1: lorafusion_jax is 9.9, and 0." in (
+            error := _error(driver)
+        )
     assert "install the same version" in error
     assert not (tmp_path / "out").exists()

@@ -10,7 +10,9 @@ from made_up_rows import made_up, row
 from lorafusion_jax.report import key
 from lorafusion_jax.trials import append_rows, merge, read_rows
 
-_ROWS = made_up(methods=("zero-shot", "fusion sum"), tasks=("easy", "hard"), seeds=(1, 2), items=8)
+_ROWS = made_up(
+    methods=("zero-shot", "fusion sum"), tasks=("easy", "hard"), seeds=(1, 2), items=8
+)
 
 
 @pytest.fixture
@@ -29,9 +31,18 @@ def test_rows_are_read_as_they_were_appended(path):
     assert {key(row) for row in read_rows(path)} == {
         ("easy", "zero-shot", "95+5", 1),
         ("hard", "zero-shot", "95+5", 1),
-        *((task, "fusion sum", "95+5", seed) for task in ("easy", "hard") for seed in (1, 2)),
+        *(
+            (task, "fusion sum", "95+5", seed)
+            for task in ("easy", "hard")
+            for seed in (1, 2)
+        ),
     }
-    rounded = {"correct": "001", "exact_match": 33.3, "option_correct": "110", "option_accuracy": 66.7}
+    rounded = {
+        "correct": "001",
+        "exact_match": 33.3,
+        "option_correct": "110",
+        "option_accuracy": 66.7,
+    }
     append_rows(path, [_changed(seed=9, loss=float("nan"), **rounded)])
     assert read_rows(path)[-1]["loss"] is None
 
@@ -62,7 +73,9 @@ def _append_fifty(path, seed):
 
 def test_processes_that_append_at_once_wait_for_each_other(path):
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_append_fifty, args=(path, seed)) for seed in (1, 2)]
+    processes = [
+        context.Process(target=_append_fifty, args=(path, seed)) for seed in (1, 2)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -80,7 +93,10 @@ def test_processes_that_append_at_once_wait_for_each_other(path):
         ({"correct": ""}, "correct is ''.*a 0 or 1 for each of at least one test row"),
         ({"data_sha256": "abc"}, "data_sha256 is 'abc'.*64 hexadecimal digits"),
         ({"seconds": float("nan")}, "seconds is nan.*seconds"),
-        ({"colour": "red"}, "colour is unknown: .*; what describes the run belongs into config"),
+        (
+            {"colour": "red"},
+            "colour is unknown: .*; what describes the run belongs into config",
+        ),
         ({"config": {"rate": float("inf")}}, "JSON cannot hold it: Out of range float"),
     ],
 )
@@ -97,7 +113,10 @@ def test_rows_that_are_refused_are_named_and_not_written(changes, message, path)
         ('{"task": "easy"}', "line 2: method is missing.*a name"),
         (json.dumps(_changed(loss=float("nan"))), "line 2: not JSON"),
         ("", "line 2: not JSON"),
-        (f"{json.dumps(_ROWS[1])[:50]}\n{json.dumps(_ROWS[2])}", r"line 2: not JSON \(.*\): fix or remove the line"),
+        (
+            f"{json.dumps(_ROWS[1])[:50]}\n{json.dumps(_ROWS[2])}",
+            r"line 2: not JSON \(.*\): fix or remove the line",
+        ),
     ],
 )
 def test_lines_that_are_no_rows_are_named(line, message, tmp_path):
@@ -108,7 +127,8 @@ def test_lines_that_are_no_rows_are_named(line, message, tmp_path):
 
 
 def test_files_are_merged_and_equal_rows_count_once(tmp_path):
-    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    one = tmp_path / "one.jsonl"
+    two = tmp_path / "two.jsonl"
     append_rows(one, _ROWS[:3])
     append_rows(two, _ROWS[1:])
     assert merge([one, two]) == _ROWS
@@ -118,7 +138,10 @@ def test_files_are_merged_and_equal_rows_count_once(tmp_path):
             {"method": "LoRA", "shots": "5", "data_sha256": "0" * 64},
             rf"easy has different data in .*one.jsonl \(sha256 {digest}\) and .*other.jsonl \(sha256 0",
         ),
-        ({"seconds": 9.0}, r"easy, zero-shot, 95\+5 shots, seed 1 has two results, .* differ in seconds"),
+        (
+            {"seconds": 9.0},
+            r"easy, zero-shot, 95\+5 shots, seed 1 has two results, .* differ in seconds",
+        ),
     ):
         (other := tmp_path / "other.jsonl").unlink(missing_ok=True)
         append_rows(other, [_changed(**changes)])

@@ -10,7 +10,16 @@ import pytest
 import lorafusion_jax as lf
 from lorafusion_jax.cli import main
 from lorafusion_jax.tasks import load_task
-from lorafusion_jax.trials import Lanes, Scores, Training, TrialOptions, lanes, run, trial, trial_plan
+from lorafusion_jax.trials import (
+    Lanes,
+    Scores,
+    Training,
+    TrialOptions,
+    lanes,
+    run,
+    trial,
+    trial_plan,
+)
 
 TASK = one_block.SMALL / "tasks" / "double_digit"
 
@@ -43,17 +52,28 @@ def measured(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train_rows": 2}, "2 rows give a fold of 1, expected at least 2 in each of 2: add rows"),
+        (
+            {"train_rows": 2},
+            "2 rows give a fold of 1, expected at least 2 in each of 2: add rows",
+        ),
         ({"train_rows": 0}, "train_rows is 0"),
-        ({"arms": ("LoRA",)}, "--arms 'LoRA' is no arm: give NAME=METHOD or NAME=METHOD:CONTROL"),
-        ({"arms": ("most frequent=constant",)}, "arm most frequent: the method constant has no loss"),
+        (
+            {"arms": ("LoRA",)},
+            "--arms 'LoRA' is no arm: give NAME=METHOD or NAME=METHOD:CONTROL",
+        ),
+        (
+            {"arms": ("most frequent=constant",)},
+            "arm most frequent: the method constant has no loss",
+        ),
         ({"arms": ("x=lora:rotated",)}, "the method lora has no pool to replace"),
         ({"arms": ("x=loraa",)}, "no method 'loraa'"),
         ({"task": (str(TASK), str(TASK))}, "two tasks have the same name"),
         ({"minutes": 0.0}, "minutes is 0.0: give a time above 0"),
     ],
 )
-def test_what_cannot_be_tried_is_refused_before_anything_is_loaded(options, changes, message, monkeypatch):
+def test_what_cannot_be_tried_is_refused_before_anything_is_loaded(
+    options, changes, message, monkeypatch
+):
     monkeypatch.setattr(lanes, "load_model", pytest.fail)
     with pytest.raises(ValueError, match=message):
         next(trial(dataclasses.replace(options, **changes)))
@@ -67,9 +87,15 @@ def test_what_cannot_be_tried_is_refused_before_anything_is_loaded(options, chan
         ([{"question": str(i)} for i in range(9)], "has question: expected answer"),
     ],
 )
-def test_rows_without_answers_or_of_one_input_are_refused(options, rows, message, tmp_path):
+def test_rows_without_answers_or_of_one_input_are_refused(
+    options, rows, message, tmp_path
+):
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    of_rows = {"task": (str(tmp_path / "rows.json"),), "input": "question", "target": "answer"}
+    of_rows = {
+        "task": (str(tmp_path / "rows.json"),),
+        "input": "question",
+        "target": "answer",
+    }
     with pytest.raises(ValueError, match=message):
         next(trial(dataclasses.replace(options, **of_rows)))
 
@@ -81,46 +107,108 @@ def test_adapters_of_another_base_are_refused(options, small, tmp_path):
     assert not (options.out / "double_digit" / "measured.jsonl").exists()
 
 
-def test_a_finished_trial_is_read_and_its_command_trains_the_arm(options, measured, capsys):
-    arguments = ["trial", "--base", options.base, "--pool", options.pool, "--task", str(TASK)]
-    arguments += ["--out", str(options.out), "--train-rows", "12", "--folds", "2", "--epochs", "1"]
+def test_a_finished_trial_is_read_and_its_command_trains_the_arm(
+    options, measured, capsys
+):
+    arguments = [
+        "trial",
+        "--base",
+        options.base,
+        "--pool",
+        options.pool,
+        "--task",
+        str(TASK),
+    ]
+    arguments += [
+        "--out",
+        str(options.out),
+        "--train-rows",
+        "12",
+        "--folds",
+        "2",
+        "--epochs",
+        "1",
+    ]
     main(arguments)
-    said, count = capsys.readouterr().out, len(measured)
+    said = capsys.readouterr().out
+    count = len(measured)
     assert "Train a LoRA." in said and count == 4 * 13 + (5 + 3) * 2 + 1
     main(arguments)
     assert len(measured) == count and capsys.readouterr().out == said
     assert {path.name for path in options.out.iterdir()} == {
-        *("double_digit", "double_digit.csv", "double_digit.png", "report.html", "table.tex"),
+        *(
+            "double_digit",
+            "double_digit.csv",
+            "double_digit.png",
+            "report.html",
+            "table.tex",
+        ),
     }
-    (command,) = (line for line in said.splitlines() if line.startswith("lorafusion fuse"))
-    assert all(given in command for given in ("--method lora", "--train-rows 12", "--lr-lora 0.006", "--epochs 1"))
+    (command,) = (
+        line for line in said.splitlines() if line.startswith("lorafusion fuse")
+    )
+    assert all(
+        given in command
+        for given in (
+            "--method lora",
+            "--train-rows 12",
+            "--lr-lora 0.006",
+            "--epochs 1",
+        )
+    )
 
 
 def test_several_tasks_have_a_verdict_together(options, measured, capsys):
     tasks = (str(TASK), str(TASK.parent / "odd_dash"))
-    arguments = ["--base", options.base, "--pool", options.pool, "--task", *tasks, "--out", str(options.out)]
+    arguments = [
+        "--base",
+        options.base,
+        "--pool",
+        options.pool,
+        "--task",
+        *tasks,
+        "--out",
+        str(options.out),
+    ]
     main(["trial", *arguments, "--train-rows", "12", "--folds", "2", "--epochs", "1"])
     said = capsys.readouterr().out
-    assert said.count("Train a LoRA.") == 3 and "2 tasks: loss in nats per answer token" in said
+    assert (
+        said.count("Train a LoRA.") == 3
+        and "2 tasks: loss in nats per answer token" in said
+    )
     lines = (options.out / "all_tasks.csv").read_text().splitlines()
     (losses,) = (line.split(",")[1:4] for line in lines if line.startswith("LoRA,"))
-    np.testing.assert_allclose([float(loss) for loss in losses], 0.2 - 0.1 + 0.055, atol=1e-6)
+    np.testing.assert_allclose(
+        [float(loss) for loss in losses], 0.2 - 0.1 + 0.055, atol=1e-6
+    )
 
 
-def test_minutes_stop_a_trial_with_what_is_decided_and_another_base_is_refused(options, measured, monkeypatch):
-    with pytest.raises(ValueError, match="--minutes 1e-09 were over before the rates were tuned"):
+def test_minutes_stop_a_trial_with_what_is_decided_and_another_base_is_refused(
+    options, measured, monkeypatch
+):
+    with pytest.raises(
+        ValueError, match="--minutes 1e-09 were over before the rates were tuned"
+    ):
         [*trial(dataclasses.replace(options, minutes=1e-9))]
     ((_, outcomes),) = trial(dataclasses.replace(options, minutes=1.0))
-    assert outcomes.looks == 2 and np.isfinite(outcomes.loss["LoRA"]).sum() == 6 * outcomes.look
+    assert (
+        outcomes.looks == 2
+        and np.isfinite(outcomes.loss["LoRA"]).sum() == 6 * outcomes.look
+    )
     monkeypatch.setattr(Lanes, "digests", {"base": "1"})
-    with pytest.raises(ValueError, match="holds other rows .base_and_pool was [0-9a-f]{16}, is .*: give another --out"):
+    with pytest.raises(
+        ValueError,
+        match="holds other rows .base_and_pool was [0-9a-f]{16}, is .*: give another --out",
+    ):
         [*trial(options)]
 
 
 def test_a_plan_counts_steps_and_the_time_of_a_calibration(options, monkeypatch):
     seconds = trial_plan.Calibration(trained=60.0, generated=600.0, compiled=60.0)
     monkeypatch.setattr(trial_plan, "_calibrated", lambda options, one: seconds)
-    lines = trial_plan.describe_trial(dataclasses.replace(options, epochs=4)).splitlines()
+    lines = trial_plan.describe_trial(
+        dataclasses.replace(options, epochs=4)
+    ).splitlines()
     by_arm = {line[:22].strip(): line[22:].split() for line in lines[1:-1]}
     # Eight rows for 7 quarters, 4 halves and 2 wholes of 4 epochs, then six rows twice; answers to 12 rows.
     minutes = 8 * (7 + 4 * 2 + 2 * 4) + 2 * 6 * 4 + 12 * 10 + 4
@@ -134,22 +222,43 @@ def test_lanes_equal_runs_of_fuse_on_the_same_rows(small, tmp_path, mode, monkey
     monkeypatch.setattr(lanes, "_BATCH", 4)
     base, pool = map(str, small)
     recipe = lf.FusionRecipe(epochs=3, batch_size=16, modules=3, max_new_tokens=16)
-    options = lf.FuseOptions(base=base, pool=pool, task=str(TASK), seeds=(1,), recipe=recipe, seed_mode=mode)
+    options = lf.FuseOptions(
+        base=base, pool=pool, task=str(TASK), seeds=(1,), recipe=recipe, seed_mode=mode
+    )
     rows = load_task(TASK, need=()).train[:14]
     measure = Lanes({"LoRAFusion": options}, rows, 1)._adapted
-    rates = [(("lr_coefficients", 0.05), ("lr_magnitudes", rate)) for rate in (0.01, 0.3)]
-    train, test = (tuple(range(8)), tuple(range(10))), (tuple(range(8, 14)), tuple(range(10, 14)))
-    both = [Training("LoRAFusion", 0, *each) for each in zip(rates, (1.0, 1.0), train, test, strict=True)]
-    for number, (lane, scores) in enumerate(zip(both, measure(options, both), strict=True)):
+    rates = [
+        (("lr_coefficients", 0.05), ("lr_magnitudes", rate)) for rate in (0.01, 0.3)
+    ]
+    train = (tuple(range(8)), tuple(range(10)))
+    test = (tuple(range(8, 14)), tuple(range(10, 14)))
+    both = [
+        Training("LoRAFusion", 0, *each)
+        for each in zip(rates, (1.0, 1.0), train, test, strict=True)
+    ]
+    for number, (lane, scores) in enumerate(
+        zip(both, measure(options, both), strict=True)
+    ):
         folder = tmp_path / str(number)
         folder.mkdir()
         for part, numbers in (("train", lane.train), ("test", lane.test)):
-            texts = [{"input": rows[i].input, "target": rows[i].target} for i in numbers]
-            (folder / f"{part}.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
-        own = dataclasses.replace(options, task=str(folder), recipe=dataclasses.replace(recipe, **dict(lane.rates)))
+            texts = [
+                {"input": rows[i].input, "target": rows[i].target} for i in numbers
+            ]
+            (folder / f"{part}.jsonl").write_text(
+                "".join(json.dumps(text) + "\n" for text in texts)
+            )
+        own = dataclasses.replace(
+            options,
+            task=str(folder),
+            recipe=dataclasses.replace(recipe, **dict(lane.rates)),
+        )
         (seed,) = lf.fuse(dataclasses.replace(own, out=tmp_path / "runs"))["seeds"]
         np.testing.assert_allclose(scores.correct.mean() * 100, seed["exact_match"])
-        tokens = [len(labels) for labels in Lanes({"LoRAFusion": options}, rows, 1).tokens.labels]
+        tokens = [
+            len(labels)
+            for labels in Lanes({"LoRAFusion": options}, rows, 1).tokens.labels
+        ]
         loss = scores.loss.sum() * np.mean(tokens) / sum(tokens[i] for i in lane.test)
         np.testing.assert_allclose(loss, seed["loss"], rtol=2e-5)
 
@@ -157,7 +266,13 @@ def test_lanes_equal_runs_of_fuse_on_the_same_rows(small, tmp_path, mode, monkey
 @pytest.mark.nightly
 def test_a_trial_of_the_small_base_ends_with_a_sentence(options, capsys):
     ((one, outcomes),) = trial(dataclasses.replace(options, arms=("DoRA=dora",)))
-    assert all(np.isfinite(loss).all() for loss in outcomes.loss.values()) and "DoRA" in outcomes.loss
+    assert (
+        all(np.isfinite(loss).all() for loss in outcomes.loss.values())
+        and "DoRA" in outcomes.loss
+    )
     # Tuning takes the same steps for every arm. Then two folds train on half of the rows each, for the chosen length.
-    tuning = [outcomes.spent[name] - outcomes.tuned[name].share for name in ("LoRA", "magnitudes", "DoRA")]
+    tuning = [
+        outcomes.spent[name] - outcomes.tuned[name].share
+        for name in ("LoRA", "magnitudes", "DoRA")
+    ]
     np.testing.assert_allclose(tuning, tuning[0])

@@ -27,11 +27,16 @@ from ..read.paths.registry import PATHS, choose, columns_of
 
 # Bins of |current|, from 2^-32 of the largest one on, and of |x|, from 2^-128 on; and their number for each power
 # of two, so that edges are 0.5 % and 1 % apart.
-BINS, _OF_SUMS, _LEAST_SUM = 4096, 128, 32
-INPUT_BINS, _OF_INPUTS, _LEAST_INPUT = 16384, 64, 128
+BINS = 4096
+_OF_SUMS = 128
+_LEAST_SUM = 32
+INPUT_BINS = 16384
+_OF_INPUTS = 64
+_LEAST_INPUT = 128
 STEPS = 48  # of 1, 2, 4, ... levels that whole sums are tried with
 # Number of conversions of a weight slice that each read puts into bins, at 50 ns each on a CPU, and least of an input.
-CONVERSIONS, _FEWEST = 2**20, 16
+CONVERSIONS = 2**20
+_FEWEST = 16
 _AT_ONCE = 2**21  # numbers in the sums that are computed at once
 
 
@@ -70,11 +75,16 @@ class Statistics:
     @property
     def sqnr(self) -> Float[Array, "*N"]:
         """Signal to quantisation noise ratio, in dB."""
-        return 10 * jnp.log10(self.signal / jnp.maximum(self.error, jnp.finfo(self.error.dtype).tiny))
+        return 10 * jnp.log10(
+            self.signal / jnp.maximum(self.error, jnp.finfo(self.error.dtype).tiny)
+        )
 
 
 def probe(
-    x: Float[Array, "*B d_in"], chip: Chip, *, weights: Float[Array, "d_in d_out"] | None = None
+    x: Float[Array, "*B d_in"],
+    chip: Chip,
+    *,
+    weights: Float[Array, "d_in d_out"] | None = None,
 ) -> tuple[Float[Array, "*B d_out"], Statistics]:
     """Read a chip, and return the result and its converters' statistics.
 
@@ -84,12 +94,26 @@ def probe(
     programmed.
     """
     check_inputs(x, chip)
-    dtype, x, config = x.dtype, x.astype(chip.codes.dtype), chip.config
-    if config.dac is not None and config.dac.scaling == "calibrated" and chip.input_limit is None:
-        config = dataclasses.replace(config, dac=dataclasses.replace(config.dac, scaling="row"))
+    dtype = x.dtype
+    x = x.astype(chip.codes.dtype)
+    config = chip.config
+    if (
+        config.dac is not None
+        and config.dac.scaling == "calibrated"
+        and chip.input_limit is None
+    ):
+        config = dataclasses.replace(
+            config, dac=dataclasses.replace(config.dac, scaling="row")
+        )
         chip = reconfigured(chip, config)
-    if config.adc is not None and chip.limits is None and PATHS[chip.plan.path].converts:
-        ideal = dataclasses.replace(config, adc=None, device=dataclasses.replace(config.device, read_noise=None))
+    if (
+        config.adc is not None
+        and chip.limits is None
+        and PATHS[chip.plan.path].converts
+    ):
+        ideal = dataclasses.replace(
+            config, adc=None, device=dataclasses.replace(config.device, read_noise=None)
+        )
         plan = dataclasses.replace(chip.plan, path=PATHS[chip.plan.path].without_adc)
         y = matmul(x, reconfigured(chip, ideal, plan=plan))
     else:
@@ -97,15 +121,25 @@ def probe(
     batch = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     held = programmed_weights(chip) if weights is None else weights.astype(batch.dtype)
     reference = batch @ held
-    if weights is None and chip.correction is not None and chip.correction.offset is not None:
+    if (
+        weights is None
+        and chip.correction is not None
+        and chip.correction.offset is not None
+    ):
         reference = reference + chip.correction.offset.astype(batch.dtype)[None]
-    signal, error = jnp.sum(jnp.square(reference)), jnp.sum(jnp.square(y.reshape(reference.shape) - reference))
-    unnamed, batch = dataclasses.replace(chip, name="", preparation=None), prepared_inputs(batch, chip)
+    signal = jnp.sum(jnp.square(reference))
+    error = jnp.sum(jnp.square(y.reshape(reference.shape) - reference))
+    unnamed = dataclasses.replace(chip, name="", preparation=None)
+    batch = prepared_inputs(batch, chip)
     counts = jnp.ones(len(batch), batch.dtype)
     if chip.preparation is not None:
         counts = counts * jnp.square(full_scale(batch, unnamed)).reshape(-1)
-    histogram, errors, clipped, inputs, clipped_inputs = _met_by_converters(batch, unnamed, counts)
-    return y.astype(dtype), Statistics(histogram, errors, clipped, inputs, clipped_inputs, signal, error)
+    histogram, errors, clipped, inputs, clipped_inputs = _met_by_converters(
+        batch, unnamed, counts
+    )
+    return y.astype(dtype), Statistics(
+        histogram, errors, clipped, inputs, clipped_inputs, signal, error
+    )
 
 
 def calibrated(chip: Chip, statistics: Statistics) -> Chip:
@@ -123,22 +157,38 @@ def calibrated(chip: Chip, statistics: Statistics) -> Chip:
     check_numbers(chip, statistics.signal)
     if chip.values and chip.codes.ndim > 2:  # swept values differ from matrix to matrix
         return over_stack(calibrated, chip.shape[:-2])(chip, statistics)
-    geometry, config = chip.geometry, chip.config
-    adc, dac = config.adc, config.dac
+    geometry = chip.geometry
+    config = chip.config
+    adc = config.adc
+    dac = config.dac
     if dac is not None and dac.scaling == "calibrated" and chip.input_limit is None:
-        return dataclasses.replace(chip, input_limit=_input_limit(statistics.inputs, dac.quantile))
-    if adc is None or geometry.code_range is None or adc.range != "calibrated" or not PATHS[chip.plan.path].converts:
+        return dataclasses.replace(
+            chip, input_limit=_input_limit(statistics.inputs, dac.quantile)
+        )
+    if (
+        adc is None
+        or geometry.code_range is None
+        or adc.range != "calibrated"
+        or not PATHS[chip.plan.path].converts
+    ):
         return chip
     met = jnp.sum(statistics.histogram, axis=-1)
     if not is_traced(met) and not bool(jnp.all(met > 0)):
-        raise ValueError("calibration saw no conversion: probe the arrays with some inputs first")
-    dtype, top = statistics.histogram.dtype, geometry.code_range[1]
+        raise ValueError(
+            "calibration saw no conversion: probe the arrays with some inputs first"
+        )
+    dtype = statistics.histogram.dtype
+    top = geometry.code_range[1]
     if chip.plan.ties is not None:
-        lsb = jnp.exp2(jnp.argmin(statistics.errors[..., : _steps(chip)], axis=-1).astype(dtype))
+        lsb = jnp.exp2(
+            jnp.argmin(statistics.errors[..., : _steps(chip)], axis=-1).astype(dtype)
+        )
     else:
         bound = _extent(chip, dtype)
         reached = _reached(statistics.histogram, adc.quantile)
-        edge = jnp.broadcast_to(bound, reached.shape) * jnp.exp2(reached / _OF_SUMS - _LEAST_SUM)
+        edge = jnp.broadcast_to(bound, reached.shape) * jnp.exp2(
+            reached / _OF_SUMS - _LEAST_SUM
+        )
         # A slice that met only zeros gets the range of the widest.
         base = jnp.max(jnp.where(reached > 1, edge, 0), axis=-1, keepdims=True)
         base = jnp.where(base > 0, base, jnp.max(bound))
@@ -147,13 +197,18 @@ def calibrated(chip: Chip, statistics: Statistics) -> Chip:
         lsb = base / top * jnp.exp2(jnp.ceil(jnp.log2(edge / base) - 1e-3))
     units = stacked_units(geometry, config, dtype)
     top = (lsb * top / jnp.broadcast_to(units, lsb.shape))[..., None, :]
-    limits = jnp.stack([-top if config.signed_sums else jnp.zeros_like(top), top], axis=-1)
+    limits = jnp.stack(
+        [-top if config.signed_sums else jnp.zeros_like(top), top], axis=-1
+    )
     chip = dataclasses.replace(chip, limits=limits.astype(chip.codes.dtype))
     if is_traced(limits) or not chip.plan.integers:
         return chip
     known = np.asarray(limits).reshape(-1, *limits.shape[-2:])
     plans = [choose(geometry, config, one[None], perfect=True) for one in known]
-    if not any(PATHS[plan.path].converts for plan in plans) and not PATHS[chip.plan.path].single_cells:
+    if (
+        not any(PATHS[plan.path].converts for plan in plans)
+        and not PATHS[chip.plan.path].single_cells
+    ):
         return dataclasses.replace(chip, plan=plans[0], columns=None, cells=None)
     return chip
 
@@ -162,17 +217,25 @@ def check_numbers(chip: Chip, sums: Array | np.ndarray) -> None:
     """Raise a ValueError if sums [...] over the reads of a chip are NaN; tracers pass."""
     if not is_traced(sums) and np.isnan(sums).any():
         name = chip.name or "the chip"
-        raise ValueError(f"inputs or outputs of {name} are NaN or infinite: give batches whose activations are finite")
+        raise ValueError(
+            f"inputs or outputs of {name} are NaN or infinite: give batches whose activations are finite"
+        )
 
 
-def _input_limit(inputs: Float[Array, "*N bins"], quantile: float) -> Float[Array, "*N"]:
+def _input_limit(
+    inputs: Float[Array, "*N bins"], quantile: float
+) -> Float[Array, "*N"]:
     """Return the upper edge of the bin that holds the `quantile` of the inputs that are not zero; 1 without any."""
     reached = _reached(inputs, quantile)
     if not is_traced(inputs):
         if not bool(jnp.all(jnp.sum(inputs, axis=-1) > 0)):
-            raise ValueError("calibration saw no input: probe the arrays with some inputs first")
+            raise ValueError(
+                "calibration saw no input: probe the arrays with some inputs first"
+            )
         if bool(jnp.any((reached == 2) | (reached == INPUT_BINS))):
-            raise ValueError(f"inputs are below 2^-{_LEAST_INPUT}, above 2^{_LEAST_INPUT} or infinite: scale them")
+            raise ValueError(
+                f"inputs are below 2^-{_LEAST_INPUT}, above 2^{_LEAST_INPUT} or infinite: scale them"
+            )
     edge = jnp.exp2(reached / _OF_INPUTS - _LEAST_INPUT)
     return jnp.where(reached > 1, edge, jnp.ones_like(edge))
 
@@ -180,12 +243,18 @@ def _input_limit(inputs: Float[Array, "*N bins"], quantile: float) -> Float[Arra
 def _reached(histogram: Float[Array, "*N bins"], quantile: float) -> Float[Array, "*N"]:
     """Return the number of bins up to the `quantile` of all that is not in the first one; 1 if all is in it."""
     seen = jnp.cumsum(histogram.at[..., 0].set(0), axis=-1)
-    return jnp.sum(seen < quantile * seen[..., -1:], axis=-1).astype(histogram.dtype) + 1
+    return (
+        jnp.sum(seen < quantile * seen[..., -1:], axis=-1).astype(histogram.dtype) + 1
+    )
 
 
-def _bins(sizes: Float[Array, "*B"], number: int, octave: int, least: int) -> Int[Array, "*B"]:
+def _bins(
+    sizes: Float[Array, "*B"], number: int, octave: int, least: int
+) -> Int[Array, "*B"]:
     """Return the bins of sizes, `octave` for each power of two from 2^-least on; the first also has smaller ones."""
-    return jnp.clip(jnp.floor(jnp.log2(sizes) * octave) + least * octave, 0, number - 1).astype(jnp.int32)
+    return jnp.clip(
+        jnp.floor(jnp.log2(sizes) * octave) + least * octave, 0, number - 1
+    ).astype(jnp.int32)
 
 
 def _steps(chip: Chip) -> int:
@@ -197,8 +266,10 @@ def _steps(chip: Chip) -> int:
 
 def _extent(chip: Chip, dtype: jnp.dtype) -> Float[Array, " K"]:
     """Return the largest |column sum| of every weight slice, Gmin included, in level units."""
-    geometry, config = chip.geometry, chip.config
-    full, levels = geometry.tallest * geometry.converted_top, geometry.levels
+    geometry = chip.geometry
+    config = chip.config
+    full = geometry.tallest * geometry.converted_top
+    levels = geometry.levels
     # Sums of flipped columns stay below half of it, unless cells are off their targets.
     bounds = geometry.bounds if chip.plan.integers else [top * full for top in levels]
     least = jnp.asarray(config.g_min / (1 - config.g_min), dtype)
@@ -214,11 +285,20 @@ def _met_by_converters(
     config = chip.config
     limit = full_scale(x, chip)
     n = encoding.input_codes(x, limit, chip.geometry, config, chip.key)
-    inputs, outside = jnp.zeros((INPUT_BINS,), x.dtype), jnp.zeros((), x.dtype)
+    inputs = jnp.zeros((INPUT_BINS,), x.dtype)
+    outside = jnp.zeros((), x.dtype)
     if config.dac is not None:
         passed = jnp.abs(x) if config.dac.signed else jnp.maximum(x, 0)
-        at = jnp.maximum(_bins(passed, INPUT_BINS, _OF_INPUTS, _LEAST_INPUT), (passed > 0).astype(jnp.int32))
-        inputs = jnp.zeros((INPUT_BINS,), jnp.int32).at[at.reshape(-1)].add(1).astype(x.dtype)
+        at = jnp.maximum(
+            _bins(passed, INPUT_BINS, _OF_INPUTS, _LEAST_INPUT),
+            (passed > 0).astype(jnp.int32),
+        )
+        inputs = (
+            jnp.zeros((INPUT_BINS,), jnp.int32)
+            .at[at.reshape(-1)]
+            .add(1)
+            .astype(x.dtype)
+        )
         beyond = (jnp.abs(x) > limit) | ((x < 0) if not config.dac.signed else False)
         outside = jnp.sum(beyond, dtype=x.dtype)
     return *_of_conversions(n, chip, counts), inputs, outside
@@ -228,21 +308,33 @@ def _of_conversions(
     n: Float[Array, "B d_in"], chip: Chip, counts: Float[Array, " B"]
 ) -> tuple[Float[Array, "K bins"], Float[Array, "K steps"], Float[Array, " K"]]:
     """Return the distribution of |column sum| of every weight slice, its errors in whole steps, and those clipped."""
-    geometry, config, key, dtype = chip.geometry, chip.config, chip.key, n.dtype
+    geometry = chip.geometry
+    config = chip.config
+    key = chip.key
+    dtype = n.dtype
     slices = len(geometry.levels)
     none = varying_as(jnp.zeros((), dtype), n, chip)
-    zeros = (none + jnp.zeros((slices, BINS), dtype), none + jnp.zeros((slices, STEPS), dtype))
+    zeros = (
+        none + jnp.zeros((slices, BINS), dtype),
+        none + jnp.zeros((slices, STEPS), dtype),
+    )
     zeros = (*zeros, none + jnp.zeros((slices,), dtype))
     if geometry.code_range is None or not PATHS[chip.plan.path].converts or len(n) == 0:
         return zeros
     columns = None
-    if chip.cells is None:  # as [R, rows, K S], so that all sums of a row tile are one product
+    if (
+        chip.cells is None
+    ):  # as [R, rows, K S], so that all sums of a row tile are one product
         columns = columns_of(chip)
-        columns = columns.reshape(-1, slices, *columns.shape[1:]).transpose(2, 3, 1, 0, 4)
+        columns = columns.reshape(-1, slices, *columns.shape[1:]).transpose(
+            2, 3, 1, 0, 4
+        )
         columns = columns.reshape(*columns.shape[:2], -1)
     tiles = encoding.split(n, geometry.rows, axis=1, front=True)
     of_group = functools.partial(_sums, chip=chip, columns=columns)
-    size = math.prod(jax.eval_shape(of_group, tiles[:1], None if key is None else key[None])[0].shape)
+    size = math.prod(
+        jax.eval_shape(of_group, tiles[:1], None if key is None else key[None])[0].shape
+    )
     at_once = _AT_ONCE // size
     if chip.cells is not None:
         at_once = min(at_once, BUDGET // input_bytes(chip.cells, config))
@@ -255,39 +347,64 @@ def _of_conversions(
     conversions = size // slices
     drawn = max(_FEWEST, CONVERSIONS // len(n))
     bound = _extent(chip, dtype)
-    quantise = None if chip.limits is None else converter(chip.limits, geometry, config, chip.plan.ties)
-    top, steps = geometry.code_range[1], jnp.arange(_steps(chip) if chip.plan.ties is not None else 0)
+    quantise = (
+        None
+        if chip.limits is None
+        else converter(chip.limits, geometry, config, chip.plan.ties)
+    )
+    top = geometry.code_range[1]
+    steps = jnp.arange(_steps(chip) if chip.plan.ties is not None else 0)
 
     def add(total: tuple[Array, ...], group: tuple[Any, ...]) -> tuple[Any, None]:
         histogram, errors, clipped, seen = total
         tiles, known, keys, drawing = group
         sums, used = of_group(tiles, keys)  # [R, _J, at_once, K, S]
-        counted = known[None, None, :, None, None] * used[:, None, None, None]  # [R, 1, at_once, 1, S]
+        counted = (
+            known[None, None, :, None, None] * used[:, None, None, None]
+        )  # [R, 1, at_once, 1, S]
         sizes = jnp.abs(sums)
 
         def squares(step: Array) -> Float[Array, " K"]:
-            levels, inverse = (jnp.ldexp(jnp.ones((), dtype), each) for each in (step, -step))
+            levels = jnp.ldexp(jnp.ones((), dtype), step)
+            inverse = jnp.ldexp(jnp.ones((), dtype), -step)
             off = jnp.minimum(jnp.round(sizes * inverse), top) * levels - sizes
             return jnp.sum(jnp.square(off) * counted, axis=(0, 1, 2, 4))
 
         if len(steps):
             errors = errors.at[:, : len(steps)].add(jax.lax.map(squares, steps).T)
         if quantise is not None:
-            of_sums = jnp.broadcast_to(quantise.scale[:, None, None, :, None], sums.shape)
+            of_sums = jnp.broadcast_to(
+                quantise.scale[:, None, None, :, None], sums.shape
+            )
             beyond = quantise.clips(quantise.scaled(sums, of_sums))
-            clipped = clipped + jnp.sum(jnp.where(beyond, counted, 0), axis=(0, 1, 2, 4))
+            clipped = clipped + jnp.sum(
+                jnp.where(beyond, counted, 0), axis=(0, 1, 2, 4)
+            )
         # A sum of `counted` is now and then too large on a busy CPU (jaxlib 0.10.2).
         seen = seen + sums.shape[1] * jnp.sum(known) * jnp.sum(used)
         counted = jnp.broadcast_to(counted, (*sums.shape[:3], 1, sums.shape[4]))
-        sizes, counted = (a.transpose(3, 2, 0, 1, 4).reshape(a.shape[3], at_once, -1) for a in (sizes, counted))
+        sizes = sizes.transpose(3, 2, 0, 1, 4).reshape(sizes.shape[3], at_once, -1)
+        counted = counted.transpose(3, 2, 0, 1, 4).reshape(
+            counted.shape[3], at_once, -1
+        )
         if drawn < conversions:
             places = jax.random.randint(drawing, (1, at_once, drawn), 0, conversions)
-            sizes, counted = (jnp.take_along_axis(a, places, axis=2) for a in (sizes, counted))
-        at = _bins(sizes / bound[:, None, None], BINS, _OF_SUMS, _LEAST_SUM).reshape(slices, -1)
-        histogram = jax.vmap(lambda row, bins: row.at[bins].add(counted.reshape(-1)))(histogram, at)
+            sizes = jnp.take_along_axis(sizes, places, axis=2)
+            counted = jnp.take_along_axis(counted, places, axis=2)
+        at = _bins(sizes / bound[:, None, None], BINS, _OF_SUMS, _LEAST_SUM).reshape(
+            slices, -1
+        )
+        histogram = jax.vmap(lambda row, bins: row.at[bins].add(counted.reshape(-1)))(
+            histogram, at
+        )
         return (histogram, errors, clipped, seen), None
 
-    parts = (tiles.reshape(groups, at_once, *tiles.shape[1:]), known.reshape(groups, at_once), keys, drawing)
+    parts = (
+        tiles.reshape(groups, at_once, *tiles.shape[1:]),
+        known.reshape(groups, at_once),
+        keys,
+        drawing,
+    )
     (histogram, errors, clipped, seen), _ = jax.lax.scan(add, (*zeros, none), parts)
     if drawn < conversions:
         histogram = histogram * (seen / jnp.sum(histogram[0]))
@@ -295,17 +412,24 @@ def _of_conversions(
 
 
 def _sums(
-    tiles: Float[Array, "b R rows"], keys: Array | None, chip: Chip, columns: Float[Array, "R rows _all"] | None
+    tiles: Float[Array, "b R rows"],
+    keys: Array | None,
+    chip: Chip,
+    columns: Float[Array, "R rows _all"] | None,
 ) -> tuple[Float[Array, "R _J b K S"], Float[Array, "R S"]]:
     """Return every sum at the ADCs for some input vectors, and 1 for those of columns in use."""
-    geometry, config, dtype = chip.geometry, chip.config, tiles.dtype
+    geometry = chip.geometry
+    config = chip.config
+    dtype = tiles.dtype
     worth = jnp.asarray(geometry.input_significance, dtype)
     if (cells := chip.cells) is None:
         pulses = encoding.pulses(tiles, geometry)  # [J, b, R, rows]
         sums = jnp.einsum("jbri,rix->rjbx", pulses, columns, precision="highest")
         sums = sums.reshape(*sums.shape[:3], len(config.weight_slices), -1)
         if config.converts_sums:
-            sums = jnp.einsum("j,rjbks->rbks", worth, sums, precision="highest")[:, None]
+            sums = jnp.einsum("j,rjbks->rbks", worth, sums, precision="highest")[
+                :, None
+            ]
         return sums, jnp.ones((sums.shape[0], sums.shape[4]), dtype)
 
     def of_one(codes: Array, key: Array | None) -> Array:

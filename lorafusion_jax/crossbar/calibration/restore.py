@@ -47,25 +47,45 @@ class _Moments(NamedTuple):
 
 
 def _moments(
-    x: Float[Array, "*B d_in"], chip: Chip, matrix: Float[Array, "d_in d_out"], *, low_rank: bool
+    x: Float[Array, "*B d_in"],
+    chip: Chip,
+    matrix: Float[Array, "d_in d_out"],
+    *,
+    low_rank: bool,
 ) -> tuple[Float[Array, "*B d_out"], _Moments]:
     """Return the digital product, and the moments of it and of the chip's read."""
     rows = x.reshape(-1, x.shape[-1]).astype(matrix.dtype)
-    y, z = jnp.dot(rows, matrix, precision="highest"), matmul(rows, dataclasses.replace(chip, correction=None))
+    y = jnp.dot(rows, matrix, precision="highest")
+    z = matmul(rows, dataclasses.replace(chip, correction=None))
     power = jnp.mean(jnp.square(y), axis=1)
     weight = jnp.where(power > 0, 1 / jnp.where(power > 0, power, 1), 0)
-    weighted_y, weighted_z = weight[:, None] * y, weight[:, None] * z
+    weighted_y = weight[:, None] * y
+    weighted_z = weight[:, None] * z
     xx = xe = None
     if low_rank:
         xx = jnp.dot(rows.T, weight[:, None] * rows, precision="highest")
         xe = jnp.dot(rows.T, weighted_y - weighted_z, precision="highest")
-    of_columns = {"y": weighted_y, "z": weighted_z, "yz": weighted_y * z, "zz": weighted_z * z}
+    of_columns = {
+        "y": weighted_y,
+        "z": weighted_z,
+        "yz": weighted_y * z,
+        "zz": weighted_z * z,
+    }
     sums = {name: jnp.sum(values, axis=0) for name, values in of_columns.items()}
-    found = _Moments(count=jnp.asarray(len(rows), matrix.dtype), one=jnp.sum(weight), **sums, xx=xx, xe=xe)
+    found = _Moments(
+        count=jnp.asarray(len(rows), matrix.dtype),
+        one=jnp.sum(weight),
+        **sums,
+        xx=xx,
+        xe=xe,
+    )
     return y.reshape(*x.shape[:-1], -1).astype(x.dtype), found
 
 
-_READS = {low_rank: functools.partial(_moments, low_rank=low_rank) for low_rank in (False, True)}
+_READS = {
+    low_rank: functools.partial(_moments, low_rank=low_rank)
+    for low_rank in (False, True)
+}
 
 
 def _zeros(chip: Chip, low_rank: bool) -> _Moments:
@@ -109,7 +129,9 @@ def fit_corrections(
     """
     kinds = {"offsets": offsets, "numbers": numbers, "ridge": ridge}
     total = output_moments(run, weights, matrices, batches, counted, **kinds)
-    return closed_forms([chip.name for chip in chips_in(weights)], matrices, total, **kinds)
+    return closed_forms(
+        [chip.name for chip in chips_in(weights)], matrices, total, **kinds
+    )
 
 
 def output_moments(
@@ -129,11 +151,17 @@ def output_moments(
     if type(numbers) is not int or numbers < 0:
         raise ValueError(f"numbers = {numbers!r}: give a whole number of at least 0")
     if not 0 <= ridge < math.inf or (numbers and not ridge):
-        raise ValueError(f"ridge = {ridge}: give a finite share, above 0 with numbers and else at least 0")
+        raise ValueError(
+            f"ridge = {ridge}: give a finite share, above 0 with numbers and else at least 0"
+        )
     if offsets and numbers:
-        raise ValueError("offsets are fitted without matrices of low rank: leave out one of them")
+        raise ValueError(
+            "offsets are fitted without matrices of low rank: leave out one of them"
+        )
     if len(matrices) != len(chips):
-        raise ValueError(f"{len(matrices)} matrices for {len(chips)} chips: expected one for each, in their order")
+        raise ValueError(
+            f"{len(matrices)} matrices for {len(chips)} chips: expected one for each, in their order"
+        )
     for chip, matrix in zip(chips, matrices, strict=True):
         if chip.shape != matrix.shape:
             wrong = f"the matrix of {chip.name} has the shape {matrix.shape}: expected {chip.shape}"
@@ -143,7 +171,9 @@ def output_moments(
     total = summed(run, weights, batches, _READS[numbers > 0], zeros, own, counted)
     for chip, seen in zip(chips, total, strict=True):
         if not np.all(np.asarray(seen.count) > 0):
-            raise ValueError(f"{chip.name} was read by none of the batches: give batches that use all chips")
+            raise ValueError(
+                f"{chip.name} was read by none of the batches: give batches that use all chips"
+            )
         check_numbers(chip, seen.yz)
     return total
 
@@ -159,13 +189,19 @@ def closed_forms(
 ) -> dict[str, Correction]:
     """Return the corrections of one model, given the names and the moments of its chips; see `fit_corrections`."""
     most = math.ceil(_MOST_RANKS * numbers / numbers_per_rank(matrices))
-    corrections, directions = {}, []
+    corrections = {}
+    directions = []
     for name, matrix in zip(names, matrices, strict=True):
         seen = jax.tree.map(np.asarray, total.pop(0))  # freed one after the other
-        scale, offset = _blend(seen.yz, seen.zz, ridge), None
+        scale = _blend(seen.yz, seen.zz, ridge)
+        offset = None
         if offsets:
             one = np.where(seen.one > 0, seen.one, 1)[..., None]
-            scale = _blend(seen.yz - seen.y * seen.z / one, seen.zz - np.square(seen.z) / one, ridge)
+            scale = _blend(
+                seen.yz - seen.y * seen.z / one,
+                seen.zz - np.square(seen.z) / one,
+                ridge,
+            )
             offset = (seen.y - scale * seen.z) / one
         if numbers:
             fewest = seen.count.min()
@@ -178,15 +214,25 @@ def closed_forms(
             for index in np.ndindex(matrix.shape[:-2]):
                 one = jax.tree.map(lambda leaf, index=index: leaf[index], seen)
                 try:
-                    found = _low_rank(one, np.asarray(matrix[index], float), scale[index].astype(float), ridge, most)
+                    found = _low_rank(
+                        one,
+                        np.asarray(matrix[index], float),
+                        scale[index].astype(float),
+                        ridge,
+                        most,
+                    )
                 except np.linalg.LinAlgError:
                     raise ValueError(
                         f"the inputs of {name} do not determine its matrix of low rank: give more text, or a "
                         f"larger ridge than {ridge:g}"
                     ) from None
                 directions.append((name, index, *found))
-        corrections[name] = Correction(**jax.tree.map(jnp.asarray, {"scale": scale, "offset": offset}))
-    return _with_low_rank(corrections, directions, dict(zip(names, matrices, strict=True)), numbers)
+        corrections[name] = Correction(
+            **jax.tree.map(jnp.asarray, {"scale": scale, "offset": offset})
+        )
+    return _with_low_rank(
+        corrections, directions, dict(zip(names, matrices, strict=True)), numbers
+    )
 
 
 def _reshaped(chip: Chip, matrix: Array) -> str:
@@ -218,13 +264,26 @@ def _low_rank(
     whitened = np.linalg.solve(root, seen.xe * scale + (moments @ matrix) * (1 - scale))
     # The leading singular vectors of a matrix are eigenvectors of its smaller Gram matrix, which are found faster.
     wide = whitened.shape[0] <= whitened.shape[1]
-    power, vectors = np.linalg.eigh(whitened @ whitened.T if wide else whitened.T @ whitened)
-    power, vectors = power[: -most - 1 : -1], vectors[:, : -most - 1 : -1]
-    left, right = (vectors, vectors.T @ whitened) if wide else (whitened @ vectors, vectors.T)
+    power, vectors = np.linalg.eigh(
+        whitened @ whitened.T if wide else whitened.T @ whitened
+    )
+    power = power[: -most - 1 : -1]
+    vectors = vectors[:, : -most - 1 : -1]
+    left, right = (
+        (vectors, vectors.T @ whitened) if wide else (whitened @ vectors, vectors.T)
+    )
     balance = np.sqrt(np.sqrt(np.maximum(power, np.finfo(np.float32).tiny)))
-    left, right = (left * balance, right / balance[:, None]) if wide else (left / balance, right * balance[:, None])
+    left, right = (
+        (left * balance, right / balance[:, None])
+        if wide
+        else (left / balance, right * balance[:, None])
+    )
     gain = np.maximum(power, 0) / (max(seen.one, 1e-30) * len(scale))
-    return np.linalg.solve(root.T, left).astype(np.float32), right.astype(np.float32), gain
+    return (
+        np.linalg.solve(root.T, left).astype(np.float32),
+        right.astype(np.float32),
+        gain,
+    )
 
 
 def _with_low_rank(
@@ -239,17 +298,27 @@ def _with_low_rank(
         for number, (_, _, left, right, gains) in enumerate(directions)
         for gain in gains
     ]
-    ranks, left_over = [0] * len(directions), numbers
+    ranks = [0] * len(directions)
+    left_over = numbers
     for _, cost, number in sorted(choices, key=lambda choice: -choice[0]):
         if cost <= left_over:
-            ranks[number], left_over = ranks[number] + 1, left_over - cost
+            ranks[number] = ranks[number] + 1
+            left_over = left_over - cost
     found = dict(corrections)
     for name in dict.fromkeys(name for name, *_ in directions):
         *lead, d_in, d_out = matrices[name].shape
-        own = [(d, rank) for d, rank in zip(directions, ranks, strict=True) if d[0] == name]
+        own = [
+            (d, rank) for d, rank in zip(directions, ranks, strict=True) if d[0] == name
+        ]
         widest = max(1, *(rank for _, rank in own))
-        U, V = np.zeros((*lead, d_in, widest), np.float32), np.zeros((*lead, widest, d_out), np.float32)
+        U = np.zeros((*lead, d_in, widest), np.float32)
+        V = np.zeros((*lead, widest, d_out), np.float32)
         for (_, index, left, right, _), rank in own:
-            U[(*index, slice(None), slice(rank))], V[(*index, slice(rank))] = left[:, :rank], right[:rank]
-        found[name] = dataclasses.replace(found[name], U=jnp.asarray(U), V=jnp.asarray(V))
+            U[(*index, slice(None), slice(rank))], V[(*index, slice(rank))] = (
+                left[:, :rank],
+                right[:rank],
+            )
+        found[name] = dataclasses.replace(
+            found[name], U=jnp.asarray(U), V=jnp.asarray(V)
+        )
     return found

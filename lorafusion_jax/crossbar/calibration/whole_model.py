@@ -18,10 +18,22 @@ from jaxtyping import Array, Bool, Float
 from ...support.platform import is_traced
 from ..chip.chip import Chip, chips_in, reads, with_chips
 from ..read.paths.registry import PATHS
-from .one_chip import BINS, INPUT_BINS, STEPS, Statistics, calibrated, check_numbers, probe
+from .one_chip import (
+    BINS,
+    INPUT_BINS,
+    STEPS,
+    Statistics,
+    calibrated,
+    check_numbers,
+    probe,
+)
 
-Run = Callable[[Any, Any], Array]  # (weights, batch) -> an array that depends on every product, such as logits
-Counted = Callable[[Any, str], Bool[Array, "*B"]]  # (batch, name of a chip) -> inputs [*B, d_in] that are no padding
+Run = Callable[
+    [Any, Any], Array
+]  # (weights, batch) -> an array that depends on every product, such as logits
+Counted = Callable[
+    [Any, str], Bool[Array, "*B"]
+]  # (batch, name of a chip) -> inputs [*B, d_in] that are no padding
 _NAMED = 5  # sites that a warning names
 
 
@@ -34,7 +46,10 @@ def calibrate_tree(run: Run, weights: Any, batches: Sequence[Any]) -> Any:
     for _ in range(2 if any(map(_awaits_inputs, chips_in(weights))) else 1):
         found = observe(run, weights, batches)
         leaves = chips_in(weights)
-        weights = with_chips(weights, [_calibrated(leaf, seen) for leaf, seen in zip(leaves, found, strict=True)])
+        weights = with_chips(
+            weights,
+            [_calibrated(leaf, seen) for leaf, seen in zip(leaves, found, strict=True)],
+        )
     return weights
 
 
@@ -64,14 +79,22 @@ def summed(
       own: arrays [*N, ...] of every chip, with the axes of its stack, if `read` needs some.
       counted: inputs that `read` meets; the others are zeros for it. By default all.
     """
-    total, batch = zeros, None
-    own, chips = own or [()] * len(zeros), chips_in(weights)
+    total = zeros
+    batch = None
+    own = own or [()] * len(zeros)
+    chips = chips_in(weights)
     for number, batch in enumerate(batches):
-        masks = [counted and _of_stack(counted(batch, chip.name), chip) for chip in chips]
-        found = _found(total, weights, own, masks, batch, jnp.int32(number), run=run, read=read)
+        masks = [
+            counted and _of_stack(counted(batch, chip.name), chip) for chip in chips
+        ]
+        found = _found(
+            total, weights, own, masks, batch, jnp.int32(number), run=run, read=read
+        )
         total = jax.tree.map(jnp.add, total, found)
     if batch is None:
-        raise ValueError("there are no batches: give a few without labels, like those that the model will be used on")
+        raise ValueError(
+            "there are no batches: give a few without labels, like those that the model will be used on"
+        )
     return total
 
 
@@ -81,21 +104,27 @@ def site_errors(weights: Any, statistics: list[Statistics]) -> list[dict[str, An
     Rows have {site, layer, module (None without such an axis), sqnr (dB, x @ W against its read), clipped (share of the
     conversions of the slice that clips most), clipped_inputs (share)}. Shares over `clip_share` warn.
     """
-    rows, of_adcs, of_dacs = [], [], []
+    rows = []
+    of_adcs = []
+    of_dacs = []
     for leaf, seen in zip(chips_in(weights), statistics, strict=True):
         of_leaf = list(_rows(leaf, seen))
         rows += of_leaf
         if (adc := leaf.config.adc) is not None:
             of_adcs += [row for row in of_leaf if row["clipped"] > adc.clip_share]
         if (dac := leaf.config.dac) is not None:
-            of_dacs += [row for row in of_leaf if row["clipped_inputs"] > dac.clip_share]
+            of_dacs += [
+                row for row in of_leaf if row["clipped_inputs"] > dac.clip_share
+            ]
     for what, column, clipping in (
         ("ADCs clip more conversions than adc.clip_share", "clipped", of_adcs),
         ("DACs clip more inputs than dac.clip_share", "clipped_inputs", of_dacs),
     ):
         if clipping:
             worst = sorted(clipping, key=lambda row, column=column: -row[column])
-            named = "; ".join(f"{_said(row)}: {row[column]:.1%}" for row in worst[:_NAMED])
+            named = "; ".join(
+                f"{_said(row)}: {row[column]:.1%}" for row in worst[:_NAMED]
+            )
             more = f"; and {len(worst) - _NAMED} more" if len(worst) > _NAMED else ""
             warnings.warn(f"{what}: {named}{more}", stacklevel=2)
     return rows
@@ -118,7 +147,10 @@ def _found(
 
     def total(zeros: list[Any]) -> Array:
         taps = [_Tap(*of_chip, read) for of_chip in zip(zeros, own, masks, strict=True)]
-        tapped = [dataclasses.replace(leaf, tap=tap) for leaf, tap in zip(leaves, taps, strict=True)]
+        tapped = [
+            dataclasses.replace(leaf, tap=tap)
+            for leaf, tap in zip(leaves, taps, strict=True)
+        ]
         return jnp.sum(run(with_chips(weights, tapped), batch))
 
     return jax.grad(total)(zeros)
@@ -130,9 +162,13 @@ class _Tap:
     found: Any
     own: tuple[Array, ...]
     counted: Bool[Array, "*B"] | None
-    read: Callable[..., tuple[Array, Any]] = dataclasses.field(metadata={"static": True})
+    read: Callable[..., tuple[Array, Any]] = dataclasses.field(
+        metadata={"static": True}
+    )
 
-    def collect(self, x: Float[Array, "*B d_in"], chip: Chip) -> Float[Array, "*B d_out"]:
+    def collect(
+        self, x: Float[Array, "*B d_in"], chip: Chip
+    ) -> Float[Array, "*B d_out"]:
         """Return `read`'s product, and what it finds as the gradient of `found`; other gradients are zero."""
         if self.counted is not None:
             x = jnp.where(self.counted[..., None], x, 0)
@@ -142,7 +178,10 @@ class _Tap:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _tapped(
-    how: tuple[Any, Any], x: Float[Array, "*B d_in"], found: tuple[Array, ...], arrays: list[Any]
+    how: tuple[Any, Any],
+    x: Float[Array, "*B d_in"],
+    found: tuple[Array, ...],
+    arrays: list[Any],
 ) -> Float[Array, "*B d_out"]:
     return _tapped_forward(how, x, found, arrays)[0]
 
@@ -161,7 +200,9 @@ def _of_stack(mask: Bool[Array, "*B"], chip: Chip) -> Bool[Array, "..."]:
 
 
 def _zeros(leaf: Chip) -> Statistics:
-    lead, dtype, slices = leaf.shape[:-2], leaf.codes.dtype, len(leaf.config.weight_slices)
+    lead = leaf.shape[:-2]
+    dtype = leaf.codes.dtype
+    slices = len(leaf.config.weight_slices)
     shapes = ((slices, BINS), (slices, STEPS), (slices,), (INPUT_BINS,), (), (), ())
     return Statistics(*(jnp.zeros((*lead, *shape), dtype) for shape in shapes))
 
@@ -173,7 +214,9 @@ def _awaits_inputs(leaf: Chip) -> bool:
 
 def _calibrated(leaf: Chip, seen: Statistics) -> Chip:
     adc = leaf.config.adc
-    if leaf.correction is not None and (leaf.limits is not None or leaf.input_limit is not None):
+    if leaf.correction is not None and (
+        leaf.limits is not None or leaf.input_limit is not None
+    ):
         return leaf  # its correction belongs to these ranges
     if _awaits_inputs(leaf):
         met = jnp.sum(seen.inputs, axis=-1)
@@ -186,20 +229,29 @@ def _calibrated(leaf: Chip, seen: Statistics) -> Chip:
             "calibration sets ranges from values, which jax.jit and jax.vmap hide: calibrate outside of them, one "
             "model at a time, and stack the models: jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)"
         )
-    if idle := [place for place in np.ndindex(met.shape) if np.asarray(met)[place] == 0]:
+    if idle := [
+        place for place in np.ndindex(met.shape) if np.asarray(met)[place] == 0
+    ]:
         where = _said(_names(leaf, idle[0]))
-        raise ValueError(f"{where} was read by none of the batches: give batches, and modules, that use all arrays")
+        raise ValueError(
+            f"{where} was read by none of the batches: give batches, and modules, that use all arrays"
+        )
     return calibrated(leaf, seen)
 
 
 def _rows(leaf: Chip, seen: Statistics) -> Iterator[dict[str, Any]]:
     """Yield a row for every matrix that was read."""
     check_numbers(leaf, seen.signal)
-    sqnr, signal = np.asarray(seen.sqnr), np.asarray(seen.signal)
-    clipped, inputs = np.max(np.asarray(seen.clip_share), axis=-1), np.asarray(seen.clip_share_of_inputs)
+    sqnr = np.asarray(seen.sqnr)
+    signal = np.asarray(seen.signal)
+    clipped = np.max(np.asarray(seen.clip_share), axis=-1)
+    inputs = np.asarray(seen.clip_share_of_inputs)
     for place in np.ndindex(sqnr.shape):
         if signal[place] > 0:
-            shares = {"clipped": clipped[place].item(), "clipped_inputs": inputs[place].item()}
+            shares = {
+                "clipped": clipped[place].item(),
+                "clipped_inputs": inputs[place].item(),
+            }
             yield _names(leaf, place) | {"sqnr": sqnr[place].item()} | shares
 
 
@@ -209,5 +261,9 @@ def _names(leaf: Chip, place: tuple[int, ...]) -> dict[str, Any]:
 
 
 def _said(names: dict[str, Any]) -> str:
-    numbers = [f"{axis} {names[axis]}" for axis in ("layer", "module") if names[axis] is not None]
+    numbers = [
+        f"{axis} {names[axis]}"
+        for axis in ("layer", "module")
+        if names[axis] is not None
+    ]
     return ", ".join([names["site"] or "the model", *numbers])

@@ -78,7 +78,10 @@ class Chip:
         shape = getattr(self.codes, "shape", None)
         if not isinstance(shape, tuple) or len(shape) < 2:
             return "Chip(...)"  # a pytree being rebuilt with placeholders
-        each = [len(parts) for parts in (self.geometry.rows, self.geometry.cols, self.geometry.levels)]
+        each = [
+            len(parts)
+            for parts in (self.geometry.rows, self.geometry.cols, self.geometry.levels)
+        ]
         arrays = math.prod((*shape[:-2], *each, self.geometry.polarities))
         name = f"{self.name!r}, " if self.name else ""
         return f"Chip({name}shape={shape}, arrays={arrays}, path={self.plan.path!r})"
@@ -106,9 +109,14 @@ def reconfigured(chip: Chip, config: CrossbarConfig, **fields: Any) -> Chip:
     """
     structure, values = split_config(config)
     lead = chip.shape[:-2]
-    values = [v if v.shape[: len(lead)] == lead else jnp.broadcast_to(v, (*lead, *v.shape)) for v in values]
+    values = [
+        v if v.shape[: len(lead)] == lead else jnp.broadcast_to(v, (*lead, *v.shape))
+        for v in values
+    ]
     geometry = Geometry.of(chip.matrix_shape, config)
-    return dataclasses.replace(chip, structure=structure, values=values, geometry=geometry, **fields)
+    return dataclasses.replace(
+        chip, structure=structure, values=values, geometry=geometry, **fields
+    )
 
 
 def with_read_key(chip: Chip, key: Array | None) -> Chip:
@@ -120,9 +128,12 @@ def with_read_key(chip: Chip, key: Array | None) -> Chip:
     """
     if key is None:
         return dataclasses.replace(chip, key=None)
-    lead, key = chip.shape[:-2], typed_key(key)
+    lead = chip.shape[:-2]
+    key = typed_key(key)
     if key.shape not in ((), lead):
-        raise ValueError(f"keys of shape {key.shape} for arrays of {chip.shape}: give one key, or keys of shape {lead}")
+        raise ValueError(
+            f"keys of shape {key.shape} for arrays of {chip.shape}: give one key, or keys of shape {lead}"
+        )
     if lead and key.ndim == 0:
         key = stacked_keys(key, [jnp.arange(size) for size in lead])
     return dataclasses.replace(chip, key=key)
@@ -167,9 +178,15 @@ def chips_in(weights: Any) -> list[Chip]:
 def with_chips(weights: Tree, chips: Sequence[Chip]) -> Tree:
     """Return the tree with other chips, in the order of `chips_in`; raises a ValueError for another number of them."""
     if len(chips) != (count := len(chips_in(weights))):
-        raise ValueError(f"{len(chips)} chips for a tree with {count}: give one for each of chips_in(weights)")
+        raise ValueError(
+            f"{len(chips)} chips for a tree with {count}: give one for each of chips_in(weights)"
+        )
     following = iter(chips)
-    return jax.tree.map(lambda leaf: next(following) if is_chip(leaf) else leaf, weights, is_leaf=is_chip)
+    return jax.tree.map(
+        lambda leaf: next(following) if is_chip(leaf) else leaf,
+        weights,
+        is_leaf=is_chip,
+    )
 
 
 def with_corrections(weights: Any, corrections: Corrections) -> Any:
@@ -181,9 +198,14 @@ def with_corrections(weights: Any, corrections: Corrections) -> Any:
     chips = by_name(chips_in(weights))
     for name, correction in corrections.items():
         if name not in chips:
-            raise ValueError(f"a correction of {name!r}: expected one of the chips {', '.join(chips)}")
+            raise ValueError(
+                f"a correction of {name!r}: expected one of the chips {', '.join(chips)}"
+            )
         check_correction(correction, name, chips[name].shape)
-    corrected = {name: dataclasses.replace(chips[name], correction=of_chip) for name, of_chip in corrections.items()}
+    corrected = {
+        name: dataclasses.replace(chips[name], correction=of_chip)
+        for name, of_chip in corrections.items()
+    }
     return with_chips(weights, list((chips | corrected).values()))
 
 
@@ -199,8 +221,12 @@ def with_shared_factors(weights: Any) -> Any:
         one = leaf.preparation if is_chip(leaf) else None
         if one is None or one.factors is None or not one.identity:
             return leaf
-        factors = first.setdefault((one.identity.partition("-")[0], one.factors.shape), one.factors)
-        return dataclasses.replace(leaf, preparation=dataclasses.replace(one, factors=factors))
+        factors = first.setdefault(
+            (one.identity.partition("-")[0], one.factors.shape), one.factors
+        )
+        return dataclasses.replace(
+            leaf, preparation=dataclasses.replace(one, factors=factors)
+        )
 
     return jax.tree.map(of_leaf, weights, is_leaf=is_chip)
 
@@ -218,7 +244,9 @@ def one_by_one(fn: Callable[..., Any], lead: tuple[int, ...]) -> Callable[..., A
         return fn
 
     def mapped(*arguments: Any) -> Any:
-        flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(lead) :]), arguments)
+        flat = jax.tree.map(
+            lambda leaf: leaf.reshape(-1, *leaf.shape[len(lead) :]), arguments
+        )
         results = jax.lax.map(lambda of_one: fn(*of_one), flat)
         return jax.tree.map(lambda leaf: leaf.reshape(*lead, *leaf.shape[1:]), results)
 
@@ -232,7 +260,9 @@ def typed_key(key: Array) -> Array:
 
 def fold(keys: Array, number: Array | int) -> Array:
     """Return `jax.random.fold_in(key, number)` of keys of any shape."""
-    return jax.vmap(jax.random.fold_in, (0, None))(keys.reshape(-1), number).reshape(keys.shape)
+    return jax.vmap(jax.random.fold_in, (0, None))(keys.reshape(-1), number).reshape(
+        keys.shape
+    )
 
 
 def stacked_keys(key: Array, numbers: Sequence[Int[Array, " _size"]]) -> Array:

@@ -36,11 +36,15 @@ class Written(NamedTuple):
         if self.cells is None or self.config.device.read_noise is None:
             return None
         of_cells = powers(self.cells, self.geometry, self.config)
-        return decoding.column_variances(of_cells, self.geometry, self.config, self.gain)
+        return decoding.column_variances(
+            of_cells, self.geometry, self.config, self.gain
+        )
 
     def columns(self) -> Columns:
         """Return the columns."""
         if self.cells is None:
             return encoding.split(self.slices, self.geometry.rows, 1, front=True)
         # The cells' values reach the gradient through the codes.
-        return decoding.columns(jax.lax.stop_gradient(self.cells), self.geometry, self.config, self.gain)
+        return decoding.columns(
+            jax.lax.stop_gradient(self.cells), self.geometry, self.config, self.gain
+        )

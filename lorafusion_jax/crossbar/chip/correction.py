@@ -29,9 +29,13 @@ class Correction:
 
     def __post_init__(self):
         if (self.U is None) != (self.V is None):
-            raise ValueError("Correction: U and V are the factors of one matrix: give both or neither")
+            raise ValueError(
+                "Correction: U and V are the factors of one matrix: give both or neither"
+            )
 
-    def __call__(self, x: Float[Array, "*B d_in"], y: Float[Array, "*B d_out"]) -> Float[Array, "*B d_out"]:
+    def __call__(
+        self, x: Float[Array, "*B d_in"], y: Float[Array, "*B d_out"]
+    ) -> Float[Array, "*B d_out"]:
         """Return the corrected outputs, given the inputs and outputs of one matrix."""
         lead = range(y.ndim - 1)
         if self.scale is not None:
@@ -65,7 +69,12 @@ def check_correction(correction: Correction, name: str, shape: tuple[int, ...]) 
     """Raise a ValueError if a part of a correction does not fit the chip of this name and shape."""
     *lead, d_in, d_out = shape
     rank = () if correction.U is None else correction.U.shape[-1:]
-    for part, of_one in {"scale": (d_out,), "offset": (d_out,), "U": (d_in, *rank), "V": (*rank, d_out)}.items():
+    for part, of_one in {
+        "scale": (d_out,),
+        "offset": (d_out,),
+        "U": (d_in, *rank),
+        "V": (*rank, d_out),
+    }.items():
         values = getattr(correction, part)
         if values is not None and values.shape != (*lead, *of_one):
             raise ValueError(

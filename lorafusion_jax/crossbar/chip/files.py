@@ -31,32 +31,64 @@ _ARRAYS = (
     *("gain", "offset", "limits", "input_limit", "pulses"),
 )
 # What the library, JSON of another layout and impossible numbers raise.
-_DAMAGED = (SafetensorError, OSError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+_DAMAGED = (
+    SafetensorError,
+    OSError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 _DAMAGED += (json.JSONDecodeError,)
 
 
 def save_chip(chip: Chip, path: str | Path) -> None:
     """Write a programmed chip, or a stack of them, to a file, without its read key."""
-    path, arrays = Path(path), dict[str, Any]()
+    path = Path(path)
+    arrays = dict[str, Any]()
     for name in _ARRAYS:
         value = getattr(chip, name)
         parts = value._asdict() if isinstance(value, Packed) else {"": value}
-        arrays |= {f"{name}.{part}".rstrip("."): np.asarray(a) for part, a in parts.items() if a is not None}
+        arrays |= {
+            f"{name}.{part}".rstrip("."): np.asarray(a)
+            for part, a in parts.items()
+            if a is not None
+        }
     arrays |= {f"values.{i}": np.asarray(value) for i, value in enumerate(chip.values)}
     for name in ("correction", "preparation"):
         parts = jax.tree.leaves_with_path(getattr(chip, name))
-        arrays |= {f"{name}{jax.tree_util.keystr(part)}": np.asarray(values) for part, values in parts}
+        arrays |= {
+            f"{name}{jax.tree_util.keystr(part)}": np.asarray(values)
+            for part, values in parts
+        }
     # Without the axes of a stack, unless its matrices differ in values.
     first = [value[(0,) * (len(chip.shape) - 2)] for value in chip.values]
-    same = all(bool(jnp.all(value == one)) for value, one in zip(chip.values, first, strict=True))
+    same = all(
+        bool(jnp.all(value == one))
+        for value, one in zip(chip.values, first, strict=True)
+    )
     config = chip.structure.config(first if same else chip.values)
-    meta = {"config": config_hash(config), "fields": to_json(config), "shape": chip.matrix_shape}
+    meta = {
+        "config": config_hash(config),
+        "fields": to_json(config),
+        "shape": chip.matrix_shape,
+    }
     meta |= {"name": chip.name, "plan": dataclasses.asdict(chip.plan)}
     if chip.preparation is not None:
-        meta |= {"preparation": {n: getattr(chip.preparation, n) for n in ("transforms", "white", "identity")}}
+        meta |= {
+            "preparation": {
+                n: getattr(chip.preparation, n)
+                for n in ("transforms", "white", "identity")
+            }
+        }
 
     def writer(file: BinaryIO) -> None:
-        save_file({name: np.asarray(a, order="C") for name, a in arrays.items()}, file.name, {_META: json.dumps(meta)})
+        save_file(
+            {name: np.asarray(a, order="C") for name, a in arrays.items()},
+            file.name,
+            {_META: json.dumps(meta)},
+        )
         # The library replaces the file by one that only its owner can read.
         Path(file.name).chmod(os.fstat(file.fileno()).st_mode)
 
@@ -80,7 +112,9 @@ def load_chip(path: str | Path, config: CrossbarConfig | None = None) -> Chip:
     except FileNotFoundError:
         raise
     except _DAMAGED as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): program the weights again") from error
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}: {error}): program the weights again"
+        ) from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -90,50 +124,98 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
         described = (file.metadata() or {}).get(_META)
         arrays = {name: file.get_tensor(name) for name in file.keys()}
     if described is None:
-        raise ValueError("it does not hold programmed arrays: give a file that save_chip wrote")
+        raise ValueError(
+            "it does not hold programmed arrays: give a file that save_chip wrote"
+        )
     if "units" in arrays:
-        raise ValueError("an earlier version laid out its inverted columns: program the weights again")
+        raise ValueError(
+            "an earlier version laid out its inverted columns: program the weights again"
+        )
     meta = parse_json(described)
-    if "codes" in arrays and arrays["codes"].dtype != (held := jax.dtypes.canonicalize_dtype(arrays["codes"].dtype)):
-        raise ValueError(f"it holds {arrays['codes'].dtype}, which JAX would make {held}: set jax_enable_x64 first")
+    if "codes" in arrays and arrays["codes"].dtype != (
+        held := jax.dtypes.canonicalize_dtype(arrays["codes"].dtype)
+    ):
+        raise ValueError(
+            f"it holds {arrays['codes'].dtype}, which JAX would make {held}: set jax_enable_x64 first"
+        )
     stored = {name: jnp.asarray(array) for name, array in arrays.items()}
     if config is None:
         if meta.get("fields") is None:
-            raise ValueError("it does not hold its configuration: give the one that it was programmed with")
+            raise ValueError(
+                "it does not hold its configuration: give the one that it was programmed with"
+            )
         config = from_json(meta["fields"])
     elif config_hash(config) != meta["config"]:
         raise ValueError(
             f"it was programmed with another configuration ({meta['config'][:12]}, this one is "
             f"{config_hash(config)[:12]}): load it with its own, or program the weights again"
         )
-    packed = {name.partition(".")[2]: a for name, a in stored.items() if name.startswith("columns.")}
+    packed = {
+        name.partition(".")[2]: a
+        for name, a in stored.items()
+        if name.startswith("columns.")
+    }
     fields: dict[str, Any] = {name: stored.get(name) for name in _ARRAYS}
     if packed:
         fields["columns"] = Packed(**packed)
-    if parts := {name.partition(".")[2]: a for name, a in stored.items() if name.startswith("correction.")}:
+    if parts := {
+        name.partition(".")[2]: a
+        for name, a in stored.items()
+        if name.startswith("correction.")
+    }:
         fields["correction"] = Correction(**parts)
-        check_correction(fields["correction"], meta.get("name", ""), stored["codes"].shape)
+        check_correction(
+            fields["correction"], meta.get("name", ""), stored["codes"].shape
+        )
     if "preparation" in meta:
-        parts = {name.partition(".")[2]: a for name, a in stored.items() if name.startswith("preparation.")}
+        parts = {
+            name.partition(".")[2]: a
+            for name, a in stored.items()
+            if name.startswith("preparation.")
+        }
         fields["preparation"] = Preparation(**parts, **meta["preparation"])
     check_preparation(fields.get("preparation"), stored["codes"].shape, config)
-    geometry, plan = Geometry.of(stored["codes"].shape[-2:], config), dict(meta["plan"])
+    geometry = Geometry.of(stored["codes"].shape[-2:], config)
+    plan = dict(meta["plan"])
     if plan["packing"] is not None:
-        places = {name: tuple(map(tuple, of_slices)) for name, of_slices in plan["packing"].items()}
+        places = {
+            name: tuple(map(tuple, of_slices))
+            for name, of_slices in plan["packing"].items()
+        }
         plan["packing"] = Packing(**places)
-    if in_bits := plan["path"] == "planes":  # an earlier version had bits of perfect cells, which follow from the codes
-        plan["path"], fields["columns"] = "loop", None
-    known = {"path": tuple(PATHS), "integers": (False, True), "ties": ("shift", "divide", None)}
+    if (
+        in_bits := plan["path"] == "planes"
+    ):  # an earlier version had bits of perfect cells, which follow from the codes
+        plan["path"] = "loop"
+        fields["columns"] = None
+    known = {
+        "path": tuple(PATHS),
+        "integers": (False, True),
+        "ties": ("shift", "divide", None),
+    }
     for name, choices in known.items():
         if plan[name] not in choices:
-            raise ValueError(f"{name} of its plan is {plan[name]!r}, not one of {choices}: program the weights again")
+            raise ValueError(
+                f"{name} of its plan is {plan[name]!r}, not one of {choices}: program the weights again"
+            )
     name = meta["name"]
     if not isinstance(name, str):
         raise ValueError(f"its name is {name!r:.40}: program the weights again")
     structure, values = split_config(config)
-    chip = Chip(**fields, values=[], structure=structure, geometry=geometry, plan=Plan(**plan), name=name)
+    chip = Chip(
+        **fields,
+        values=[],
+        structure=structure,
+        geometry=geometry,
+        plan=Plan(**plan),
+        name=name,
+    )
     if in_bits:
-        chip = dataclasses.replace(chip, columns=over_stack(columns_of, chip.shape[:-2])(chip))
-    if own := [stored[f"values.{i}"] for i in range(len(values)) if f"values.{i}" in stored]:
+        chip = dataclasses.replace(
+            chip, columns=over_stack(columns_of, chip.shape[:-2])(chip)
+        )
+    if own := [
+        stored[f"values.{i}"] for i in range(len(values)) if f"values.{i}" in stored
+    ]:
         return dataclasses.replace(chip, values=own)
     return reconfigured(chip, config)

@@ -71,11 +71,21 @@ class Facts:
 
     @classmethod
     def of(
-        cls, geometry: Geometry, config: CrossbarConfig, limits: Array | np.ndarray | None, *, perfect: bool
+        cls,
+        geometry: Geometry,
+        config: CrossbarConfig,
+        limits: Array | np.ndarray | None,
+        *,
+        perfect: bool,
     ) -> "Facts":
         """Return the facts of a read. Traced `limits` [_, K, 2] are unknown; `perfect` cells are at their targets."""
-        known = None if limits is None or is_traced((limits, level_units(geometry, config))) else np.asarray(limits)
-        nonlinear, of_cells = _nonlinearity(config), _needs_cells(config)
+        known = (
+            None
+            if limits is None or is_traced((limits, level_units(geometry, config)))
+            else np.asarray(limits)
+        )
+        nonlinear = _nonlinearity(config)
+        of_cells = _needs_cells(config)
         integers = perfect and nonlinear is None and sums_integers(config)
         lossless = integers and _is_lossless(geometry, config, known)
         return cls(
@@ -83,7 +93,8 @@ class Facts:
             config=config,
             integers=integers,
             ties=_exact_ties(geometry, config, known) if integers else None,
-            telescopes=nonlinear is None and (lossless or (config.adc is None and of_cells is None)),
+            telescopes=nonlinear is None
+            and (lossless or (config.adc is None and of_cells is None)),
             nonlinear=nonlinear,
             of_cells=of_cells,
         )
@@ -91,7 +102,11 @@ class Facts:
     @property
     def unlike_products(self) -> str | None:
         """Reason why conversions cannot be computed as products of slices, or None."""
-        return self.nonlinear or self.of_cells or ("this without an ADC" if self.config.adc is None else None)
+        return (
+            self.nonlinear
+            or self.of_cells
+            or ("this without an ADC" if self.config.adc is None else None)
+        )
 
     @property
     def bits(self) -> float:
@@ -100,11 +115,15 @@ class Facts:
         return math.inf if slices is None else float(max(slices))
 
 
-def _exact_ties(geometry: Geometry, config: CrossbarConfig, limits: np.ndarray | None) -> Ties:
+def _exact_ties(
+    geometry: Geometry, config: CrossbarConfig, limits: np.ndarray | None
+) -> Ties:
     """Return how ties of integer sums are kept exact; `calibrated` ranges get steps of powers of two."""
     if config.adc is None or config.distorts or config.draws_at_conversion:
         return None
-    powers = config.adc.range == "calibrated" or (limits is not None and are_power_steps(limits, geometry, config))
+    powers = config.adc.range == "calibrated" or (
+        limits is not None and are_power_steps(limits, geometry, config)
+    )
     return "shift" if powers else "divide"
 
 
@@ -125,7 +144,9 @@ def _needs_cells(config: CrossbarConfig) -> str | None:
         return "every column's ADC has its offset"
     if config.distorts:
         return "its ADC has a transfer curve"
-    if config.encoding.flip and (config.adc is not None or config.device.read_noise is not None):
+    if config.encoding.flip and (
+        config.adc is not None or config.device.read_noise is not None
+    ):
         return "columns that are stored inverted"
     noise = config.device.read_noise
     if noise is not None and noise.clip:
@@ -145,10 +166,17 @@ def sums_integers(config: CrossbarConfig) -> bool:
     return config.cell.on_off_ratio is None or subtracted  # else Gmin reaches the ADC
 
 
-def _is_lossless(geometry: Geometry, config: CrossbarConfig, limits: np.ndarray | None) -> bool:
+def _is_lossless(
+    geometry: Geometry, config: CrossbarConfig, limits: np.ndarray | None
+) -> bool:
     """Return whether every possible (integer) column sum has a separate code that represents it exactly."""
     adc = config.adc
-    if adc is None or geometry.code_range is None or config.distorts or config.draws_at_conversion:
+    if (
+        adc is None
+        or geometry.code_range is None
+        or config.distorts
+        or config.draws_at_conversion
+    ):
         return False
     if adc.range == "granular":
         return max(geometry.bounds) <= geometry.code_range[1]
@@ -156,13 +184,19 @@ def _is_lossless(geometry: Geometry, config: CrossbarConfig, limits: np.ndarray 
 
 
 def loses_nothing(
-    limits: np.ndarray | Float[Array, "_R K 2"], geometry: Geometry, config: CrossbarConfig
+    limits: np.ndarray | Float[Array, "_R K 2"],
+    geometry: Geometry,
+    config: CrossbarConfig,
 ) -> np.bool_ | Bool[Array, ""]:
     """Return whether ADCs with these limits have a code for every possible integer sum."""
     xp = jnp if isinstance(limits, jax.Array) else np
     assert geometry.code_range is not None
     top = geometry.code_range[1]
-    inv_lsb = top / (limits[..., 1] * xp.asarray(level_units(geometry, config), limits.dtype)[None])
+    inv_lsb = top / (
+        limits[..., 1] * xp.asarray(level_units(geometry, config), limits.dtype)[None]
+    )
     step = xp.round(inv_lsb)
     whole = (step >= 1) & (abs(inv_lsb - step) < 1e-6 * step)
-    return xp.all(whole & (xp.asarray(geometry.bounds, limits.dtype)[None] * step <= top))
+    return xp.all(
+        whole & (xp.asarray(geometry.bounds, limits.dtype)[None] * step <= top)
+    )

@@ -29,7 +29,9 @@ from ..read.paths.registry import PATHS, choose
 from .chip import Chip
 from .columns import Written
 
-_GAIN, _OFFSET = 16, 17  # purposes of a chip's key in addition to those of `device.realise`
+# purposes of a chip's key in addition to those of `device.realise`
+_GAIN = 16
+_OFFSET = 17
 _MOST = 1.5  # largest measured conductance that is accepted, as a fraction of Gmax: programming can overshoot
 
 
@@ -62,9 +64,11 @@ def program(
     check_preparation(preparation, weights.shape, config)
     if jnp.finfo(weights.dtype).bits < 32:
         weights = weights.astype(jnp.float32)
-    geometry, ranges = Geometry.of(weights.shape, config), None
+    geometry = Geometry.of(weights.shape, config)
+    ranges = None
     if preparation is not None:
-        weights, ranges = preparation.weights(weights), preparation.ranges
+        weights = preparation.weights(weights)
+        ranges = preparation.ranges
     # Rounding has no useful gradient: weights get theirs only from `_straight_through`.
     fixed = jax.lax.stop_gradient(weights)
     scale = encoding.full_scale(fixed, geometry, config, ranges) / geometry.code_scale
@@ -79,16 +83,30 @@ def program(
     # Perfect pairs of cells are read as signed digits, so that the two cells are not stored separately.
     signed = config.encoding.kind == "differential" and not config.converts_each
     noisy = config.device.read_noise is not None
-    paired = perfect and signed and not noisy and not config.mismatched and not route.single_cells
-    slices, cells, flipped, pulses = encoding.digits(codes, geometry, config), None, None, None
+    paired = (
+        perfect
+        and signed
+        and not noisy
+        and not config.mismatched
+        and not route.single_cells
+    )
+    slices = encoding.digits(codes, geometry, config)
+    cells = None
+    flipped = None
+    pulses = None
     if not paired and (not perfect or noisy or route.converts):
         cells, flipped = encoding.to_arrays(slices, geometry, config)
     if not perfect:
         assert cells is not None
         cells, fresh, pulses = _write(cells, geometry, config, key, conductances)
-        ratio, held = config.cell.on_off_ratio, config
-        if route.converts and is_traced(ratio):  # such reads remove Gmin, so codes get no gradient of it
-            cell = dataclasses.replace(config.cell, on_off_ratio=jax.lax.stop_gradient(ratio))
+        ratio = config.cell.on_off_ratio
+        held = config
+        if route.converts and is_traced(
+            ratio
+        ):  # such reads remove Gmin, so codes get no gradient of it
+            cell = dataclasses.replace(
+                config.cell, on_off_ratio=jax.lax.stop_gradient(ratio)
+            )
             held = dataclasses.replace(config, cell=cell)
         codes = decoding.programmed_codes(cells, flipped, geometry, held)
         if fresh is not None:
@@ -107,7 +125,9 @@ def program(
         gain=gain if route.single_cells else None,
         offset=offset,
         limits=None if limits is None else jnp.asarray(limits, weights.dtype),
-        input_limit=like(config.dac.limit, weights) if config.dac and config.dac.scaling == "fixed" else None,
+        input_limit=like(config.dac.limit, weights)
+        if config.dac and config.dac.scaling == "fixed"
+        else None,
         pulses=pulses,
         preparation=preparation,
         values=values,
@@ -118,26 +138,41 @@ def program(
 
 
 def _write(
-    targets: Cells, geometry: Geometry, config: CrossbarConfig, key: Array | None, conductances: Array | None
+    targets: Cells,
+    geometry: Geometry,
+    config: CrossbarConfig,
+    key: Array | None,
+    conductances: Array | None,
 ) -> tuple[Cells, Cells | None, Array | None]:
     """Return cells at the time of the read, modelled or measured, fresh ones to compensate drift, and mean pulses."""
-    fresh, pulses, device, g_min = None, None, config.device, like(config.g_min, targets)
+    fresh = None
+    pulses = None
+    device = config.device
+    g_min = like(config.g_min, targets)
     top = jnp.asarray(geometry.levels, targets.dtype)[:, None, None, None, None, None]
     if conductances is None:
         wanted = g_min + targets / top * (1 - g_min)
         conductances, counts = realise(wanted, device, key, g_min=g_min)
         used = geometry.cells_in_use
         if counts is not None:
-            pulses = jnp.mean(counts[..., : used.shape[-1]], where=used, dtype=targets.dtype)
+            pulses = jnp.mean(
+                counts[..., : used.shape[-1]], where=used, dtype=targets.dtype
+            )
         if device.compensate and device.time is not None:
-            fresh, _ = realise(wanted, dataclasses.replace(device, time=None), key, g_min=g_min)
+            fresh, _ = realise(
+                wanted, dataclasses.replace(device, time=None), key, g_min=g_min
+            )
             fresh = (fresh - g_min) / (1 - g_min) * top
     elif conductances.shape != targets.shape:
         raise ValueError(
             f"conductances of shape {conductances.shape}: expected {targets.shape} "
             "[weight slices, polarities, row tiles, column tiles, rows, columns]"
         )
-    return (conductances.astype(targets.dtype) - g_min) / (1 - g_min) * top, fresh, pulses
+    return (
+        (conductances.astype(targets.dtype) - g_min) / (1 - g_min) * top,
+        fresh,
+        pulses,
+    )
 
 
 def _mismatch(
@@ -146,16 +181,27 @@ def _mismatch(
     """Return the gain and the offset of each column's ADC, or None without such errors."""
     if config.adc is None or cells is None or key is None:
         return None, None
-    per_column = (cells.shape[0], 2 if config.converts_each else 1, *cells.shape[2:4], cells.shape[5])
+    per_column = (
+        cells.shape[0],
+        2 if config.converts_each else 1,
+        *cells.shape[2:4],
+        cells.shape[5],
+    )
 
     def drawn(deviation: Any, purpose: int) -> Array | None:
         if deviation is None:
             return None
-        return like(deviation, cells) * normal(jax.random.fold_in(key, purpose), per_column, cells.dtype)
+        return like(deviation, cells) * normal(
+            jax.random.fold_in(key, purpose), per_column, cells.dtype
+        )
 
-    gain, offset = drawn(config.adc.gain_error, _GAIN), drawn(config.adc.offset_error, _OFFSET)
+    gain = drawn(config.adc.gain_error, _GAIN)
+    offset = drawn(config.adc.offset_error, _OFFSET)
     units = stacked_units(geometry, config, cells.dtype)[:, None, None, None, None]
-    return None if gain is None else 1 + gain, None if offset is None else offset * units
+    return (
+        None if gain is None else 1 + gain,
+        None if offset is None else offset * units,
+    )
 
 
 # Both arguments have their derivatives; the value is that of the second.
@@ -175,21 +221,38 @@ def has_errors(config: CrossbarConfig) -> bool:
     return device.programming is not None or device.stuck is not None or drifts
 
 
-def _check(weights: Array, config: CrossbarConfig, key: Array | None, conductances: Array | None) -> None:
+def _check(
+    weights: Array,
+    config: CrossbarConfig,
+    key: Array | None,
+    conductances: Array | None,
+) -> None:
     if weights.ndim != 2 or 0 in weights.shape:
-        raise ValueError(f"weights of shape {weights.shape}: give a matrix [d_in, d_out]; use jax.vmap for stacks")
+        raise ValueError(
+            f"weights of shape {weights.shape}: give a matrix [d_in, d_out]; use jax.vmap for stacks"
+        )
     if not jnp.issubdtype(weights.dtype, jnp.floating):
-        raise ValueError(f"weights of dtype {weights.dtype}: give floating point numbers")
+        raise ValueError(
+            f"weights of dtype {weights.dtype}: give floating point numbers"
+        )
     if not is_traced(weights):
         # NumPy, because jnp would trace a constant inside jit
         if bad := int(np.sum(~np.isfinite(weights))):
-            raise ValueError(f"{bad} of {weights.size} weights are NaN or infinite: give finite weights")
-    drawn = config if conductances is None else dataclasses.replace(config, device=Device())
+            raise ValueError(
+                f"{bad} of {weights.size} weights are NaN or infinite: give finite weights"
+            )
+    drawn = (
+        config if conductances is None else dataclasses.replace(config, device=Device())
+    )
     if key is None and is_random(drawn):
-        raise ValueError("this crossbar is random (device or ADC errors): give the chip's key, as in jax.random.key(0)")
+        raise ValueError(
+            "this crossbar is random (device or ADC errors): give the chip's key, as in jax.random.key(0)"
+        )
     time = drawn.device.time
     if isinstance(time, NUMBER) and time > 0 and not depends_on_time(drawn.device):
-        raise ValueError(f"device.time = {time} changes nothing without device.drift: give one, such as PowerLaw(0.05)")
+        raise ValueError(
+            f"device.time = {time} changes nothing without device.drift: give one, such as PowerLaw(0.05)"
+        )
     if conductances is None:
         return
     if config.device.drift is not None and config.device.time is not None:
@@ -199,7 +262,8 @@ def _check(weights: Array, config: CrossbarConfig, key: Array | None, conductanc
         )
     if is_traced(conductances):
         return
-    low, high = float(np.min(conductances)), float(np.max(conductances))
+    low = float(np.min(conductances))
+    high = float(np.max(conductances))
     if not 0 <= low <= high <= _MOST:
         raise ValueError(
             f"conductances from {low:g} to {high:g}: give fractions of Gmax, finite and from 0 to about 1; divide "
@@ -209,9 +273,15 @@ def _check(weights: Array, config: CrossbarConfig, key: Array | None, conductanc
 
 def _warn_of_clipping(geometry: Geometry, config: CrossbarConfig) -> None:
     """Warn if an ADC of range `granular` clips sums of evenly spread digits and inputs at one standard deviation."""
-    if geometry.code_range is None or config.adc is None or config.adc.range != "granular" or not config.converts_sums:
+    if (
+        geometry.code_range is None
+        or config.adc is None
+        or config.adc.range != "granular"
+        or not config.converts_sums
+    ):
         return
-    rows, top = geometry.tallest, geometry.code_range[1]
+    rows = geometry.tallest
+    top = geometry.code_range[1]
     usual = math.sqrt(rows) * max(geometry.levels) * geometry.input_top / 3
     if usual > top:
         warnings.warn(

@@ -31,7 +31,9 @@ Rules = Mapping[str, CrossbarConfig | None]
 Numbers = Mapping[str, Sequence[Int[Array, " _size"]]]
 Preparations = Mapping[str, Preparation]
 
-_CHIP, _READ = 0, 1  # purposes of a weight's key
+# purposes of a weight's key
+_CHIP = 0
+_READ = 1
 
 
 def program_tree(
@@ -62,13 +64,22 @@ def program_tree(
     check_rules(rules)
     key = one_key(key)
     by_path, tree = jax.tree.flatten_with_path(weights)
-    leaves = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in by_path}
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in by_path
+    }
     _check_patterns(rules, leaves)
-    numbers, preparations = numbers or {}, preparations or {}
+    numbers = numbers or {}
+    preparations = preparations or {}
     if unknown := [path for path in preparations if path not in leaves]:
-        raise ValueError(f"preparations of {', '.join(unknown)}, which are no weights: there are {', '.join(leaves)}")
+        raise ValueError(
+            f"preparations of {', '.join(unknown)}, which are no weights: there are {', '.join(leaves)}"
+        )
     return tree.unflatten(
-        [_place(path, leaf, rules, key, numbers.get(path), preparations.get(path)) for path, leaf in leaves.items()]
+        [
+            _place(path, leaf, rules, key, numbers.get(path), preparations.get(path))
+            for path, leaf in leaves.items()
+        ]
     )
 
 
@@ -85,7 +96,9 @@ def _place(
     if weight.ndim < 2 or config is None:
         return weight
     if not is_traced(weight) and not np.isfinite(np.asarray(weight)).all():
-        raise ValueError(f"{path or 'the model'} holds weights that are NaN or infinite: give finite weights")
+        raise ValueError(
+            f"{path or 'the model'} holds weights that are NaN or infinite: give finite weights"
+        )
     with named(path or "the model"):
         check_preparation(preparation, weight.shape, config)
     numbers = numbers or [jnp.arange(size) for size in weight.shape[:-2]]
@@ -99,15 +112,25 @@ def _place(
 
 
 @jax.jit  # compiled, because the operations one by one take 13 ms for a weight
-def _keys(key: Array, weight: Array, numbers: Sequence[Int[Array, " _size"]]) -> list[Array]:
+def _keys(
+    key: Array, weight: Array, numbers: Sequence[Int[Array, " _size"]]
+) -> list[Array]:
     """Return the keys of the chip and of the reads for every matrix of a stack."""
     of_weight = jax.random.fold_in(key, weight)
-    return [stacked_keys(jax.random.fold_in(of_weight, purpose), numbers) for purpose in (_CHIP, _READ)]
+    return [
+        stacked_keys(jax.random.fold_in(of_weight, purpose), numbers)
+        for purpose in (_CHIP, _READ)
+    ]
 
 
 @functools.partial(jax.jit, static_argnames=("structure",))
 def _program_stack(
-    weight: Array, keys: Array, preparation: Preparation | None, values: list[Array], *, structure: Structure
+    weight: Array,
+    keys: Array,
+    preparation: Preparation | None,
+    values: list[Array],
+    *,
+    structure: Structure,
 ) -> Chip:
     """Program the matrices of a stack one after the other, so that only one's temporaries are in memory."""
 
@@ -126,18 +149,33 @@ def _program_stack(
 
 def first_match(path: str, rules: Rules) -> CrossbarConfig | None:
     """Return the configuration of a weight; None for digital."""
-    return next((config for pattern, config in rules.items() if fnmatch.fnmatchcase(path, pattern)), None)
+    return next(
+        (
+            config
+            for pattern, config in rules.items()
+            if fnmatch.fnmatchcase(path, pattern)
+        ),
+        None,
+    )
 
 
 def check_rules(rules: Any) -> None:
     """Raise a ValueError for rules that are not a table from patterns to configurations or None."""
     if not isinstance(rules, Mapping):
-        example = "give a table from path patterns to configurations, such as {'*': config}"
+        example = (
+            "give a table from path patterns to configurations, such as {'*': config}"
+        )
         raise ValueError(f"rules of type {type(rules).__name__}: {example}")
     for pattern, config in rules.items():
         if config is not None and not isinstance(config, CrossbarConfig):
-            example = f"load_config({config!r})" if isinstance(config, str) else "a CrossbarConfig"
-            raise ValueError(f"the rule {pattern!r} gives {config!r}: give {example}, or None for digital")
+            example = (
+                f"load_config({config!r})"
+                if isinstance(config, str)
+                else "a CrossbarConfig"
+            )
+            raise ValueError(
+                f"the rule {pattern!r} gives {config!r}: give {example}, or None for digital"
+            )
 
 
 def one_key(key: Any) -> Array:
@@ -147,7 +185,9 @@ def one_key(key: Any) -> Array:
         if typed and key.ndim == 0 or key.dtype == jnp.uint32 and key.ndim == 1:
             return typed_key(key)
     given = f"{key.dtype}{list(key.shape)}" if isinstance(key, jax.Array) else repr(key)
-    raise ValueError(f"the key is {given}: give one PRNG key, such as jax.random.key(0)")
+    raise ValueError(
+        f"the key is {given}: give one PRNG key, such as jax.random.key(0)"
+    )
 
 
 def _check_patterns(rules: Rules, weights: Mapping[str, Array]) -> None:
@@ -155,8 +195,13 @@ def _check_patterns(rules: Rules, weights: Mapping[str, Array]) -> None:
     for pattern, config in rules.items():
         matched = [path for path in weights if fnmatch.fnmatchcase(path, pattern)]
         if not matched:
-            there = ", ".join(weights) or "a single layer, which has no name and matches '*'"
-            raise ValueError(f"the rule {pattern!r} matches no weight: there are {there}; correct it")
+            there = (
+                ", ".join(weights)
+                or "a single layer, which has no name and matches '*'"
+            )
+            raise ValueError(
+                f"the rule {pattern!r} matches no weight: there are {there}; correct it"
+            )
         if config is not None and all(weights[path].ndim < 2 for path in matched):
             raise ValueError(
                 f"the rule {pattern!r} matches {', '.join(matched) or 'the model'} of shape "
@@ -165,7 +210,11 @@ def _check_patterns(rules: Rules, weights: Mapping[str, Array]) -> None:
             )
         for other, covered in earlier.items():
             # The rule for all others may be left with nothing.
-            if pattern != "*" and rules[other] is not config and covered.issuperset(matched):
+            if (
+                pattern != "*"
+                and rules[other] is not config
+                and covered.issuperset(matched)
+            ):
                 raise ValueError(
                     f"the rule {pattern!r} never decides, because {other!r} comes first and matches all that it "
                     "matches: put the special rule before the general one"

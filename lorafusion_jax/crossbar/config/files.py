@@ -34,7 +34,12 @@ from .tables import kind_of, read_table
 
 # Fields that may hold one of several classes, named by the key `model`; the annotation gives the class of the others.
 _MODELS: dict[str, tuple[type, ...]] = {
-    "programming": (write_error.Independent, write_error.Proportional, write_error.Polynomial, write_error.Table),
+    "programming": (
+        write_error.Independent,
+        write_error.Proportional,
+        write_error.Polynomial,
+        write_error.Table,
+    ),
     "drift": (drift.PowerLaw, drift.Relaxation),
     "iv": (Sinh,),
 }
@@ -42,7 +47,11 @@ _WHAT = "a configuration is"
 _UNIONS = (typing.Union, types.UnionType)
 # Models with published values are constants of these modules.
 _PUBLISHED = {
-    field: {name: value for name, value in vars(module).items() if isinstance(value, _MODELS[field])}
+    field: {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, _MODELS[field])
+    }
     for field, module in {"programming": write_error, "drift": drift}.items()
 }
 
@@ -56,10 +65,16 @@ def save_config(config: CrossbarConfig, path: str | Path) -> None:
       ValueError: the suffix is another one, or a device model is a function, which a file cannot hold.
     """
     path = Path(path)
-    is_json, fields = kind_of(path, _WHAT) == "json", _plain(config, "", _refuse)
+    is_json = kind_of(path, _WHAT) == "json"
+    fields = _plain(config, "", _refuse)
     yaml_layout: dict[str, Any] = {"sort_keys": False, "default_flow_style": None}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(fields, indent=2) + "\n" if is_json else yaml.safe_dump(fields, **yaml_layout))
+    write_text(
+        path,
+        json.dumps(fields, indent=2) + "\n"
+        if is_json
+        else yaml.safe_dump(fields, **yaml_layout),
+    )
 
 
 def load_config(name_or_path: str | Path) -> CrossbarConfig:
@@ -72,10 +87,14 @@ def load_config(name_or_path: str | Path) -> CrossbarConfig:
         return PRESETS[str(name_or_path)]
     path = Path(name_or_path)
     if path.suffix == "" and not path.exists():
-        raise ValueError(f"no preset {str(path)!r}: choose one of {', '.join(PRESETS)}, or give a .yaml or .json file")
+        raise ValueError(
+            f"no preset {str(path)!r}: choose one of {', '.join(PRESETS)}, or give a .yaml or .json file"
+        )
     kind = kind_of(path, _WHAT)
     if not path.is_file():
-        raise ValueError(f"{path}: no such file: give one, or a preset: {', '.join(PRESETS)}")
+        raise ValueError(
+            f"{path}: no such file: give one, or a preset: {', '.join(PRESETS)}"
+        )
     fields = read_table(path, kind)
     try:
         return _build(CrossbarConfig, {} if fields is None else fields, "")
@@ -91,14 +110,21 @@ def config_hash(config: CrossbarConfig) -> str:
     adc = config.adc and dataclasses.replace(config.adc, clip_share=ADC.clip_share)
     dac = config.dac and dataclasses.replace(config.dac, clip_share=DAC.clip_share)
     config = dataclasses.replace(config, adc=adc, dac=dac)
-    fields = _plain(config, "", lambda function, _: f"{function.__module__}.{function.__qualname__}", defaults=False)
+    fields = _plain(
+        config,
+        "",
+        lambda function, _: f"{function.__module__}.{function.__qualname__}",
+        defaults=False,
+    )
     same = json.loads(json.dumps(fields), parse_int=float)  # 1 and 1.0 are equal
     return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
 
 
 def to_json(config: CrossbarConfig) -> str | None:
     """Return a configuration as JSON text, or None if it holds functions or arrays, which text cannot restore."""
-    if any(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(config)):
+    if any(
+        isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(config)
+    ):
         return None
     try:
         return json.dumps(_plain(config, "", _refuse))
@@ -118,7 +144,13 @@ def _refuse(function: Callable[..., Any], where: str) -> str:
     )
 
 
-def _plain(value: Any, where: str, of_function: Callable[[Callable, str], str], *, defaults: bool = True) -> Any:
+def _plain(
+    value: Any,
+    where: str,
+    of_function: Callable[[Callable, str], str],
+    *,
+    defaults: bool = True,
+) -> Any:
     """Return a value as tables, lists, numbers and texts, with or without the fields that have their defaults."""
     if isinstance(value, jax.tree_util.Partial):
         return of_function(value.func, where)
@@ -129,9 +161,13 @@ def _plain(value: Any, where: str, of_function: Callable[[Callable, str], str], 
         fields = {"model": type(value).__name__} if name in _MODELS else {}
         for field in dataclasses.fields(value):
             place = f"{where}.{field.name}".lstrip(".")
-            plain = _plain(getattr(value, field.name), place, of_function, defaults=defaults)
+            plain = _plain(
+                getattr(value, field.name), place, of_function, defaults=defaults
+            )
             needed = defaults or field.default is dataclasses.MISSING
-            if needed or plain != _plain(field.default, place, of_function, defaults=False):
+            if needed or plain != _plain(
+                field.default, place, of_function, defaults=False
+            ):
                 fields[field.name] = plain
         return fields
     if isinstance(value, tuple | list):
@@ -147,15 +183,23 @@ def _build(cls: type, fields: Any, where: str) -> Any:
     """Return an object of a class from a table of its fields."""
     names = [field.name for field in dataclasses.fields(cls)]
     if not isinstance(fields, dict):
-        raise ValueError(f"{where or 'the file'} is {shown(fields)}: give a table with any of {', '.join(names)}")
+        raise ValueError(
+            f"{where or 'the file'} is {shown(fields)}: give a table with any of {', '.join(names)}"
+        )
     for name in fields:
         if name not in names:
             path = f"{where}.{name}".lstrip(".")
             raise ValueError(f"{path} is unknown: choose from {', '.join(names)}")
     hints = typing.get_type_hints(cls)
-    values = {name: _value(name, hints[name], value, f"{where}.{name}".lstrip(".")) for name, value in fields.items()}
+    values = {
+        name: _value(name, hints[name], value, f"{where}.{name}".lstrip("."))
+        for name, value in fields.items()
+    }
     for field in dataclasses.fields(cls):
-        if field.default is field.default_factory is dataclasses.MISSING and field.name not in values:
+        if (
+            field.default is field.default_factory is dataclasses.MISSING
+            and field.name not in values
+        ):
             raise ValueError(f"{where} lacks {field.name}: add it")
     return cls(**values)
 
@@ -169,18 +213,34 @@ def _value(name: str, hint: Any, value: Any, where: str) -> Any:
     if name in _MODELS:
         return None if value is None else _model(name, value, where)
     options = typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else (hint,)
-    part = next((option for option in options if dataclasses.is_dataclass(option)), None)
+    part = next(
+        (option for option in options if dataclasses.is_dataclass(option)), None
+    )
     if part is not None and (isinstance(value, dict) or part is hint):
         return _build(typing.cast(type, part), value, where)
-    is_number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d+", value)
-    fix = f"YAML takes {value} for a text: write a number like 1.0e-3" if is_number else "change it"
+    is_number = isinstance(value, str) and re.fullmatch(
+        r"[-+]?\d+(\.\d*)?e[-+]?\d+", value
+    )
+    fix = (
+        f"YAML takes {value} for a text: write a number like 1.0e-3"
+        if is_number
+        else "change it"
+    )
     if Any not in options:
         return structured({where: value}, dict[str, hint], "", fix=fix)[where]
     if value is None or type(value) in (int, float):
         return value
     if not _are_numbers(value):
-        raise FileError("", field=where, got=shown(value), expected="a number, a list of numbers or null", fix=fix)
-    return value if name == "limits" else np.asarray(value, float)  # the ADC makes tuples of them
+        raise FileError(
+            "",
+            field=where,
+            got=shown(value),
+            expected="a number, a list of numbers or null",
+            fix=fix,
+        )
+    return (
+        value if name == "limits" else np.asarray(value, float)
+    )  # the ADC makes tuples of them
 
 
 def _model(name: str, value: Any, where: str) -> Any:
@@ -189,11 +249,19 @@ def _model(name: str, value: Any, where: str) -> Any:
     classes = {cls.__name__: cls for cls in _MODELS[name]}
     if isinstance(value, str) and value in published:
         return published[value]
-    if isinstance(value, dict) and isinstance(model := value.get("model"), str) and model in classes:
-        return _build(classes[model], {k: v for k, v in value.items() if k != "model"}, where)
+    if (
+        isinstance(value, dict)
+        and isinstance(model := value.get("model"), str)
+        and model in classes
+    ):
+        return _build(
+            classes[model], {k: v for k, v in value.items() if k != "model"}, where
+        )
     choices = ", ".join((*published, *(f"{{model: {cls}, ...}}" for cls in classes)))
     raise ValueError(f"{where} = {shown(value)}: choose from {choices}")
 
 
 def _are_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(type(each) in (int, float) or _are_numbers(each) for each in value)
+    return isinstance(value, list) and all(
+        type(each) in (int, float) or _are_numbers(each) for each in value
+    )

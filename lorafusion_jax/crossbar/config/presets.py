@@ -12,7 +12,9 @@ from ..devices.write_error import PCM_JOSHI_2020, RERAM_WAN_2022
 from .schema import ADC, DAC, Cell, CrossbarConfig, Encoding, Mapping, Tile
 
 # Real-valued weights in perfect cells, no converters: `x @ W`.
-_ideal = CrossbarConfig(cell=Cell(bits=None), mapping=Mapping(weight_bits=None), dac=None)
+_ideal = CrossbarConfig(
+    cell=Cell(bits=None), mapping=Mapping(weight_bits=None), dac=None
+)
 
 # Shafiee et al., ISCA 2016. 128 x 128 arrays, 16-bit weights in eight 2-bit cells, 16-bit inputs bit by bit, offset
 # encoding with a unit column, 2 kOhm to 2 MOhm, one ADC step per level: CrossSim's configs/ISAAC.json [S]. Flipped
@@ -80,7 +82,9 @@ _aihwkit = CrossbarConfig(
     tile=Tile(rows=512, cols=512),
     dac=DAC(bits=7, slice_bits=None),
     adc=ADC(bits=9, range="given", limits=((-12.0, 12.0),), noise=0.06),
-    device=Device(programming=PCM_JOSHI_2020, drift=PCM_DRIFT, time=0.0, compensate=True),
+    device=Device(
+        programming=PCM_JOSHI_2020, drift=PCM_DRIFT, time=0.0, compensate=True
+    ),
 )
 
 # CrossSim 3's `CrossSimParameters()` [S]: real-valued weights in pairs of cells with an on/off ratio of 10, arrays of

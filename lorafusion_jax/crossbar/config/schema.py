@@ -44,12 +44,25 @@ class Cell:
 
     def __post_init__(self):
         if self.bits is not None:
-            listed = isinstance(self.bits, tuple | list) and 1 <= len(self.bits) <= _MOST_SLICES
+            listed = (
+                isinstance(self.bits, tuple | list)
+                and 1 <= len(self.bits) <= _MOST_SLICES
+            )
             remedy = f"give 1 to 8 bits for each weight slice, of at most {_MOST_SLICES} slices, as in (2, 2, 2, 2)"
-            require(self, "bits", listed and all(_is_whole(bits, 1, 8) for bits in self.bits), remedy)
+            require(
+                self,
+                "bits",
+                listed and all(_is_whole(bits, 1, 8) for bits in self.bits),
+                remedy,
+            )
             object.__setattr__(self, "bits", tuple(self.bits))
         valid = not isinstance(self.on_off_ratio, NUMBER) or self.on_off_ratio > 1
-        require(self, "on_off_ratio", bool(valid), "give Gmax / Gmin > 1, or None for infinite")
+        require(
+            self,
+            "on_off_ratio",
+            bool(valid),
+            "give Gmax / Gmin > 1, or None for infinite",
+        )
 
 
 @model("kind", "two_sided", "unit_column", "flip", kw_only=True)
@@ -72,14 +85,29 @@ class Encoding:
 
     def __post_init__(self):
         if self.kind == "differential" and (self.unit_column or self.flip):
-            raise ValueError("encoding: unit_column and flip need kind='offset': set it, or leave them out")
+            raise ValueError(
+                "encoding: unit_column and flip need kind='offset': set it, or leave them out"
+            )
         if self.kind == "offset" and self.two_sided:
-            raise ValueError("encoding: two_sided needs kind='differential': set it, or leave it out")
+            raise ValueError(
+                "encoding: two_sided needs kind='differential': set it, or leave it out"
+            )
         if self.flip and not self.unit_column:
-            raise ValueError("encoding: flipped columns are recovered by the unit column: set unit_column=True")
+            raise ValueError(
+                "encoding: flipped columns are recovered by the unit column: set unit_column=True"
+            )
 
 
-@model("bits", "slice_bits", "signed", "scaling", "quantile", "clip_share", "rounding", kw_only=True)
+@model(
+    "bits",
+    "slice_bits",
+    "signed",
+    "scaling",
+    "quantile",
+    "clip_share",
+    "rounding",
+    kw_only=True,
+)
 class DAC:
     """Conversion of inputs to voltages: they are quantised and sent in slices.
 
@@ -110,9 +138,24 @@ class DAC:
         remedy = f"give {least} to 16 bits, or dac=None for ideal inputs"
         require(self, "bits", _is_whole(self.bits, least, 16), remedy)
         sliced = self.slice_bits is None or _is_whole(self.slice_bits, 1, self.bits)
-        require(self, "slice_bits", sliced, f"give 1 to {self.bits} bits, or None for no slicing")
-        require(self, "quantile", 0.5 <= self.quantile <= 1, "give a share of inputs from 0.5 to 1")
-        require(self, "clip_share", 0 <= self.clip_share <= 1, "give a share of inputs from 0 to 1")
+        require(
+            self,
+            "slice_bits",
+            sliced,
+            f"give 1 to {self.bits} bits, or None for no slicing",
+        )
+        require(
+            self,
+            "quantile",
+            0.5 <= self.quantile <= 1,
+            "give a share of inputs from 0.5 to 1",
+        )
+        require(
+            self,
+            "clip_share",
+            0 <= self.clip_share <= 1,
+            "give a share of inputs from 0 to 1",
+        )
         valid = not isinstance(self.limit, NUMBER) or 0 < self.limit < float("inf")
         require(self, "limit", bool(valid), "give the largest |x|, positive and finite")
 
@@ -124,11 +167,21 @@ class DAC:
     @property
     def slices(self) -> tuple[int, ...]:
         """Bits of each input slice, least significant first; the top slice has the remaining bits."""
-        total, step = self.magnitude_bits, self.slice_bits or self.magnitude_bits
+        total = self.magnitude_bits
+        step = self.slice_bits or self.magnitude_bits
         return (*[step] * (total // step), *([total % step] if total % step else []))
 
 
-@model("bits", "range", "convert", "separate", "quantile", "clip_share", "architecture", kw_only=True)
+@model(
+    "bits",
+    "range",
+    "convert",
+    "separate",
+    "quantile",
+    "clip_share",
+    "architecture",
+    kw_only=True,
+)
 class ADC:
     """Conversion of column currents to numbers.
 
@@ -161,11 +214,28 @@ class ADC:
     architecture: str = "sar"
 
     def __post_init__(self):
-        require(self, "bits", _is_whole(self.bits, 2, 16), "give 2 to 16 bits, or adc=None for an ideal ADC")
+        require(
+            self,
+            "bits",
+            _is_whole(self.bits, 2, 16),
+            "give 2 to 16 bits, or adc=None for an ideal ADC",
+        )
         if (self.range == "given") != (self.limits is not None):
-            raise ValueError("adc.limits go with adc.range='given', and only with it: give both or neither")
-        require(self, "quantile", 0.5 <= self.quantile <= 1, "give a share of conversions from 0.5 to 1")
-        require(self, "clip_share", 0 <= self.clip_share <= 1, "give a share of conversions from 0 to 1")
+            raise ValueError(
+                "adc.limits go with adc.range='given', and only with it: give both or neither"
+            )
+        require(
+            self,
+            "quantile",
+            0.5 <= self.quantile <= 1,
+            "give a share of conversions from 0.5 to 1",
+        )
+        require(
+            self,
+            "clip_share",
+            0 <= self.clip_share <= 1,
+            "give a share of conversions from 0 to 1",
+        )
         if isinstance(self.limits, list | tuple):
             object.__setattr__(self, "limits", tuples(self.limits))  # hashable
         remedy = f"choose {', '.join(ARCHITECTURES)}, or call register_adc before"
@@ -173,7 +243,12 @@ class ADC:
         for name in ("gain_error", "offset_error", "noise"):
             value = getattr(self, name)
             valid = not isinstance(value, NUMBER) or value >= 0
-            require(self, name, bool(valid), "give a standard deviation of at least 0, or None")
+            require(
+                self,
+                name,
+                bool(valid),
+                "give a standard deviation of at least 0, or None",
+            )
 
 
 @model("rows", "cols", "partition", kw_only=True)
@@ -225,10 +300,22 @@ class Mapping:
 
     def __post_init__(self):
         valid = self.weight_bits is None or _is_whole(self.weight_bits, 2, 16)
-        require(self, "weight_bits", valid, "give 2 to 16 bits, or None for real weights")
-        require(self, "quantile", 0 < self.quantile <= 1, "give a share of weights in (0, 1]")
+        require(
+            self, "weight_bits", valid, "give 2 to 16 bits, or None for real weights"
+        )
+        require(
+            self,
+            "quantile",
+            0 < self.quantile <= 1,
+            "give a share of weights in (0, 1]",
+        )
         columns = self.scale == "column" and self.quantile == 1
-        require(self, "clip", self.clip == "none" or columns, "it needs scale = 'column' and quantile = 1")
+        require(
+            self,
+            "clip",
+            self.clip == "none" or columns,
+            "it needs scale = 'column' and quantile = 1",
+        )
 
 
 @model(kw_only=True)
@@ -247,7 +334,8 @@ class CrossbarConfig:
     device: Device = Device()
 
     def __post_init__(self):
-        cell, mapping = self.cell, self.mapping
+        cell = self.cell
+        mapping = self.mapping
         parts = (cell, self.encoding, mapping, self.tile, self.device)
         if not all(dataclasses.is_dataclass(part) for part in parts):
             return  # a pytree being rebuilt with placeholders
@@ -263,13 +351,24 @@ class CrossbarConfig:
                     f"{self.encoding.kind} encoding need {need}: add a slice or bits to the cells"
                 )
         elif self.encoding.flip:
-            raise ValueError("encoding.flip inverts digits: give cell.bits and mapping.weight_bits")
+            raise ValueError(
+                "encoding.flip inverts digits: give cell.bits and mapping.weight_bits"
+            )
         if mapping.transform != "none" and not self.signed_inputs:
-            raise ValueError("mapping.transform makes inputs of both signs: it needs dac.signed = True")
+            raise ValueError(
+                "mapping.transform makes inputs of both signs: it needs dac.signed = True"
+            )
         if self.device.compensate and self.encoding.kind != "differential":
-            raise ValueError("device.compensate scales what is left after subtraction: it needs kind='differential'")
-        cells, ratio = self.device.programming, cell.on_off_ratio
-        if isinstance(cells, Table) and isinstance(ratio, NUMBER | None) and cells.targets[0] > self.g_min + 1e-6:
+            raise ValueError(
+                "device.compensate scales what is left after subtraction: it needs kind='differential'"
+            )
+        cells = self.device.programming
+        ratio = cell.on_off_ratio
+        if (
+            isinstance(cells, Table)
+            and isinstance(ratio, NUMBER | None)
+            and cells.targets[0] > self.g_min + 1e-6
+        ):
             raise ValueError(
                 f"device.programming is measured from {cells.targets[0]:g} of Gmax on, but the cells' Gmin is "
                 f"{self.g_min:g}: measure that too, or give cell.on_off_ratio = {1 / cells.targets[0]:g}"
@@ -277,9 +376,13 @@ class CrossbarConfig:
         adc = self.adc
         if isinstance(adc, ADC):
             if adc.separate and self.encoding.kind != "differential":
-                raise ValueError("adc.separate converts positive and negative columns: it needs kind='differential'")
+                raise ValueError(
+                    "adc.separate converts positive and negative columns: it needs kind='differential'"
+                )
             if adc.range == "granular" and (self.dac is None or cell.bits is None):
-                raise ValueError("adc.range='granular' is one level at one input step: give dac and cell.bits")
+                raise ValueError(
+                    "adc.range='granular' is one level at one input step: give dac and cell.bits"
+                )
             check_limits(adc.limits, len(self.weight_slices), signed=self.signed_sums)
 
     @property
@@ -300,7 +403,9 @@ class CrossbarConfig:
     @property
     def signed_sums(self) -> bool:
         """Return whether a current that is converted may be negative."""
-        return self.signed_inputs or (self.encoding.kind == "differential" and not self.converts_each)
+        return self.signed_inputs or (
+            self.encoding.kind == "differential" and not self.converts_each
+        )
 
     @property
     def converts_sums(self) -> bool:
@@ -315,22 +420,31 @@ class CrossbarConfig:
     @property
     def mismatched(self) -> bool:
         """Return whether every column's ADC has a different gain or offset."""
-        return self.adc is not None and (self.adc.gain_error is not None or self.adc.offset_error is not None)
+        return self.adc is not None and (
+            self.adc.gain_error is not None or self.adc.offset_error is not None
+        )
 
     @property
     def distorts(self) -> bool:
         """Return whether the ADC is of an architecture with a transfer curve."""
-        return self.adc is not None and ARCHITECTURES[self.adc.architecture].transfer is not None
+        return (
+            self.adc is not None
+            and ARCHITECTURES[self.adc.architecture].transfer is not None
+        )
 
     @property
     def draws_at_conversion(self) -> bool:
         """Return whether a column sum has noise when it is converted."""
-        return self.device.read_noise is not None or (self.adc is not None and self.adc.noise is not None)
+        return self.device.read_noise is not None or (
+            self.adc is not None and self.adc.noise is not None
+        )
 
     @property
     def reads_at_random(self) -> bool:
         """Return whether every read draws random numbers."""
-        return self.draws_at_conversion or (self.dac is not None and self.dac.rounding == "stochastic")
+        return self.draws_at_conversion or (
+            self.dac is not None and self.dac.rounding == "stochastic"
+        )
 
     @property
     def g_min(self) -> Any:
@@ -341,7 +455,9 @@ class CrossbarConfig:
 def deterministic(config: CrossbarConfig) -> CrossbarConfig:
     """Return the configuration without random effects: no errors, no drift, no noise, and inputs rounded to nearest."""
     device = Device(iv=config.device.iv, clip=config.device.clip)
-    adc = config.adc and dataclasses.replace(config.adc, gain_error=None, offset_error=None, noise=None)
+    adc = config.adc and dataclasses.replace(
+        config.adc, gain_error=None, offset_error=None, noise=None
+    )
     dac = config.dac and dataclasses.replace(config.dac, rounding="nearest")
     return dataclasses.replace(config, device=device, adc=adc, dac=dac)
 
@@ -358,13 +474,22 @@ def check_limits(limits: Any, slices: int, *, signed: bool) -> None:
         return
     values = np.asarray(limits, float)
     if values.shape[-2:] != (slices, 2):
-        raise ValueError(f"ADC limits of shape {values.shape}: give [lowest, highest] for each of {slices} slices")
+        raise ValueError(
+            f"ADC limits of shape {values.shape}: give [lowest, highest] for each of {slices} slices"
+        )
     if not np.isfinite(values).all():
         raise ValueError(f"ADC limits {values.tolist()} are not finite: give currents")
-    low, high = values[..., 0], values[..., 1]
+    low = values[..., 0]
+    high = values[..., 1]
     if not (low < high).all():
-        raise ValueError(f"ADC range {values.tolist()} is empty: the lowest current must be below the highest")
+        raise ValueError(
+            f"ADC range {values.tolist()} is empty: the lowest current must be below the highest"
+        )
     if signed and not np.allclose(low, -high):
-        raise ValueError(f"ADC range {values.tolist()} is one-sided, but these sums are signed: give [-a, a]")
+        raise ValueError(
+            f"ADC range {values.tolist()} is one-sided, but these sums are signed: give [-a, a]"
+        )
     if not signed and (low != 0).any():
-        raise ValueError(f"ADC range {values.tolist()}: these sums are never negative: give [0, a]")
+        raise ValueError(
+            f"ADC range {values.tolist()}: these sums are never negative: give [0, a]"
+        )

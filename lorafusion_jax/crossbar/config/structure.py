@@ -26,12 +26,16 @@ class Structure(NamedTuple):
     def config(self, values: Iterable[Any]) -> Any:
         """Return the configuration, or the tuple of them, with these arrays."""
         arrays = iter(values)
-        return jax.tree.unflatten(self.tree, [next(arrays) if n is None else n for n in self.numbers])
+        return jax.tree.unflatten(
+            self.tree, [next(arrays) if n is None else n for n in self.numbers]
+        )
 
     @property
     def names(self) -> tuple[str, ...]:
         """Paths of its arrays, such as `device.read_noise.sigma`."""
-        paths, _ = jax.tree.flatten_with_path(jax.tree.unflatten(self.tree, [object()] * len(self.numbers)))
+        paths, _ = jax.tree.flatten_with_path(
+            jax.tree.unflatten(self.tree, [object()] * len(self.numbers))
+        )
         return tuple(
             jax.tree_util.keystr(path, simple=True, separator=".")
             for (path, _), number in zip(paths, self.numbers, strict=True)
@@ -43,7 +47,9 @@ def split_config(config: Any) -> tuple[Structure, list[Any]]:
     """Return the structure and the arrays of a configuration, or of a tuple of them."""
     leaves, tree = jax.tree.flatten(config)
     is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
-    numbers = tuple(None if array else leaf for leaf, array in zip(leaves, is_array, strict=True))
+    numbers = tuple(
+        None if array else leaf for leaf, array in zip(leaves, is_array, strict=True)
+    )
     return Structure(tree, numbers, tuple(_classes(config))), [
         leaf for leaf, array in zip(leaves, is_array, strict=True) if array
     ]

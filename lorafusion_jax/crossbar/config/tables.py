@@ -9,8 +9,11 @@ import yaml
 from ...support.reading import check_once, check_regular, parse_json
 
 _LARGEST = 1 << 20  # bytes
-_MOST_VALUES, _DEEPEST = 100_000, 20
-_LONGEST_INTEGER = 100  # characters: reading one takes time that grows by the square of its length
+_MOST_VALUES = 100_000
+_DEEPEST = 20
+_LONGEST_INTEGER = (
+    100  # characters: reading one takes time that grows by the square of its length
+)
 
 
 def kind_of(path: Path, what: str) -> str:
@@ -28,7 +31,9 @@ def read_table(path: Path, kind: str) -> Any:
     over 64 bits, 100,000 values or lists 20 deep; aliases of YAML count as often as they occur.
     """
     if (size := path.stat().st_size) > _LARGEST:
-        raise ValueError(f"{path} has {size:,} bytes: give a file of at most {_LARGEST:,}")
+        raise ValueError(
+            f"{path} has {size:,} bytes: give a file of at most {_LARGEST:,}"
+        )
     check_regular(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -42,28 +47,41 @@ def read_table(path: Path, kind: str) -> Any:
             return None
         _check(node, _nodes)
         return loader.construct_document(node)
-    except Exception as error:  # YAML tags that do not fit their values raise errors of many kinds
+    except (
+        Exception
+    ) as error:  # YAML tags that do not fit their values raise errors of many kinds
         raise ValueError(f"{path} cannot be read as {kind.upper()}: {error}") from error
 
 
 def _check(root: Any, inside: Callable[[Any], Iterable[Any]]) -> None:
     """Raise a ValueError for too many values, or too deep ones."""
-    waiting, values = [(root, 0)], 0
+    waiting = [(root, 0)]
+    values = 0
     while waiting:
         value, depth = waiting.pop()
         values += 1
         if depth > _DEEPEST or values > _MOST_VALUES:
-            raise ValueError(f"it holds over {_MOST_VALUES:,} values, or tables over {_DEEPEST} deep: shorten it")
+            raise ValueError(
+                f"it holds over {_MOST_VALUES:,} values, or tables over {_DEEPEST} deep: shorten it"
+            )
         waiting += [(each, depth + 1) for each in inside(value)]
 
 
 def _values(value: Any) -> Iterable[Any]:
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return (
+        value.values()
+        if isinstance(value, dict)
+        else value
+        if isinstance(value, list)
+        else ()
+    )
 
 
 def _nodes(node: yaml.Node) -> Iterable[yaml.Node]:
     if isinstance(node, yaml.MappingNode):
-        check_once([key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+        check_once(
+            [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        )
         return [each for _, each in node.value]
     return node.value if isinstance(node, yaml.SequenceNode) else ()
 
@@ -71,7 +89,9 @@ def _nodes(node: yaml.Node) -> Iterable[yaml.Node]:
 def _integer(text: str, parse: Callable[[str], int] = int) -> int:
     """Return an integer of at most 64 bits, by `parse` or as JSON has it."""
     if len(text) > _LONGEST_INTEGER:
-        raise ValueError(f"an integer has {len(text):,} characters: expected at most {_LONGEST_INTEGER}")
+        raise ValueError(
+            f"an integer has {len(text):,} characters: expected at most {_LONGEST_INTEGER}"
+        )
     number = parse(text)
     if not -(1 << 63) <= number < 1 << 63:
         raise ValueError(f"{number} is an integer of over 64 bits: give a smaller one")
@@ -86,7 +106,9 @@ class _Loader(_Parser):
     """Loads integers of 64 bits at most."""
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        return _integer(node.value, lambda _: super(_Loader, self).construct_yaml_int(node))
+        return _integer(
+            node.value, lambda _: super(_Loader, self).construct_yaml_int(node)
+        )
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)

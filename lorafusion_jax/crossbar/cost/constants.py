@@ -36,7 +36,9 @@ class Constants:
 
     def __getitem__(self, name: str) -> Range:
         """Return a constant in joules, seconds or as a pure number."""
-        return (self.table[name] if name in self.table else of_architectures()[name]).range
+        return (
+            self.table[name] if name in self.table else of_architectures()[name]
+        ).range
 
     def pinned(self, level: Level, *names: str) -> "Constants":
         """Return the constants with the named ones (all without names) fixed at one of their three values."""
@@ -46,16 +48,26 @@ class Constants:
             value = getattr(constant, level)
             return dataclasses.replace(constant, low=value, typical=value, high=value)
 
-        return Constants(MappingProxyType({n: pin(c) if n in (names or table) else c for n, c in table.items()}))
+        return Constants(
+            MappingProxyType(
+                {n: pin(c) if n in (names or table) else c for n, c in table.items()}
+            )
+        )
 
 
 def of_architectures() -> dict[str, Constant]:
     """Return the constants that ADC architectures bring along."""
-    return {name: constant for each in ARCHITECTURES.values() for name, constant in each.constants.items()}
+    return {
+        name: constant
+        for each in ARCHITECTURES.values()
+        for name, constant in each.constants.items()
+    }
 
 
 _DEFAULTS = read_table(_FILE, "yaml")
-CONSTANTS = Constants(MappingProxyType({name: Constant(**fields) for name, fields in _DEFAULTS.items()}))
+CONSTANTS = Constants(
+    MappingProxyType({name: Constant(**fields) for name, fields in _DEFAULTS.items()})
+)
 """The default table."""
 
 
@@ -70,17 +82,30 @@ def load_constants(path: Path) -> Constants:
     """
     kind = kind_of(path, "constants are")
     if not path.is_file():
-        raise ValueError(f"{path}: no such file of constants: write one like {_FILE}, with those that differ")
+        raise ValueError(
+            f"{path}: no such file of constants: write one like {_FILE}, with those that differ"
+        )
     fix = "change it (YAML takes 1e4 for a text: write 1.0e+4)"
     entries = structured(read_table(path, kind), dict[str, _Entry], path, fix=fix)
-    known, table = {**CONSTANTS.table, **of_architectures()}, dict(CONSTANTS.table)
+    known = {**CONSTANTS.table, **of_architectures()}
+    table = dict(CONSTANTS.table)
     for name, entry in entries.items():
         if name not in known:
-            raise ValueError(f"{path}: {shown(name)} unknown: choose from {', '.join(known)}")
+            raise ValueError(
+                f"{path}: {shown(name)} unknown: choose from {', '.join(known)}"
+            )
         if entry["unit"] != (unit := known[name].unit):
-            raise ValueError(f"{path}: {name} is in {shown(entry['unit'])}: give it in {unit!r}")
-        low, typical, high = entry["low"], entry["typical"], entry["high"]
+            raise ValueError(
+                f"{path}: {name} is in {shown(entry['unit'])}: give it in {unit!r}"
+            )
+        low = entry["low"]
+        typical = entry["typical"]
+        high = entry["high"]
         if not 0 < low <= typical <= high < float("inf"):
-            raise ValueError(f"{path}: {name} is {low}, {typical}, {high}: give 0 < low <= typical <= high, all finite")
-        table[name] = dataclasses.replace(known[name], low=low, typical=typical, high=high, source=entry["source"])
+            raise ValueError(
+                f"{path}: {name} is {low}, {typical}, {high}: give 0 < low <= typical <= high, all finite"
+            )
+        table[name] = dataclasses.replace(
+            known[name], low=low, typical=typical, high=high, source=entry["source"]
+        )
     return Constants(MappingProxyType(table))

@@ -48,21 +48,30 @@ class Counts:
     factors: int = 0
 
     def __add__(self, other: "Counts") -> "Counts":
-        sums = {name: count + getattr(other, name) for name, count in vars(self).items()}
+        sums = {
+            name: count + getattr(other, name) for name, count in vars(self).items()
+        }
         return Counts(**sums | {"tallest": max(self.tallest, other.tallest)})
 
     def __mul__(self, times: int) -> "Counts":
-        return Counts(**{name: count * times for name, count in vars(self).items()} | {"tallest": self.tallest})
+        return Counts(
+            **{name: count * times for name, count in vars(self).items()}
+            | {"tallest": self.tallest}
+        )
 
 
-def counts(shape: tuple[int, ...], config: CrossbarConfig, *, prepares: bool = True) -> Counts:
+def counts(
+    shape: tuple[int, ...], config: CrossbarConfig, *, prepares: bool = True
+) -> Counts:
     """Return the counts of a [d_in, d_out] matrix; there are no conversions without an ADC.
 
     `prepares` counts the preparation of its inputs (see `prepare`), once for all matrices that share them.
     """
     geometry = geometry_of(shape, config)
     d_in, d_out = shape
-    rows, cols, slices = geometry.rows, geometry.cols, len(config.weight_slices)
+    rows = geometry.rows
+    cols = geometry.cols
+    slices = len(config.weight_slices)
     each = slices * geometry.polarities
     columns = d_out + (len(cols) if config.encoding.unit_column else 0)
     conversions = additions = 0
@@ -90,8 +99,13 @@ def counts(shape: tuple[int, ...], config: CrossbarConfig, *, prepares: bool = T
 
 def preparing(d_in: int, config: CrossbarConfig) -> Counts:
     """Return the counts of preparing one input vector."""
-    additions, multiplications = transform_operations(d_in) if config.mapping.transform == "hadamard" else (0, 0)
-    return Counts(transforms=additions, factors=multiplications + (d_in if config.mapping.factors else 0))
+    additions, multiplications = (
+        transform_operations(d_in) if config.mapping.transform == "hadamard" else (0, 0)
+    )
+    return Counts(
+        transforms=additions,
+        factors=multiplications + (d_in if config.mapping.factors else 0),
+    )
 
 
 class WriteCost(NamedTuple):
@@ -124,11 +138,18 @@ class ReadEnergy(NamedTuple):
         return total(self)
 
 
-def write_cost(written: Counts, constants: Constants = CONSTANTS, *, passes: int = 1) -> WriteCost:
+def write_cost(
+    written: Counts, constants: Constants = CONSTANTS, *, passes: int = 1
+) -> WriteCost:
     """Return the cost of writing each cell of matrices `passes` times."""
     cycles = constants["write_pulses"] * (passes if written.cells else 0)
     cells = written.cells * passes
-    in_turn = longest([Range.of(written.rows) / constants["arrays_written_at_once"], Range.of(written.tallest)])
+    in_turn = longest(
+        [
+            Range.of(written.rows) / constants["arrays_written_at_once"],
+            Range.of(written.tallest),
+        ]
+    )
     return WriteCost(
         cells=cells,
         pulses=constants["write_pulses"] * cells,
@@ -139,7 +160,9 @@ def write_cost(written: Counts, constants: Constants = CONSTANTS, *, passes: int
     )
 
 
-def read_energy(reads: Counts, config: CrossbarConfig, constants: Constants = CONSTANTS) -> ReadEnergy:
+def read_energy(
+    reads: Counts, config: CrossbarConfig, constants: Constants = CONSTANTS
+) -> ReadEnergy:
     """Return the energy of reads, given counts of the matrices, each multiplied by its number of input vectors.
 
     Raises a ValueError for an ideal DAC or ADC, which has no energy.
@@ -158,28 +181,41 @@ def read_energy(reads: Counts, config: CrossbarConfig, constants: Constants = CO
     )
 
 
-def read_latency(shape: tuple[int, ...], config: CrossbarConfig, constants: Constants = CONSTANTS) -> Range:
+def read_latency(
+    shape: tuple[int, ...], config: CrossbarConfig, constants: Constants = CONSTANTS
+) -> Range:
     """Return the seconds of one matrix-vector product; all arrays work at once, each with its own ADCs.
 
     While the sums of an input slice are converted, the next slice is read; `adc.convert="sum"` waits for the last one.
     """
     dac, adc = _converters(config)
     columns = max(geometry_of(shape, config).cols) + config.encoding.unit_column
-    conversion = ARCHITECTURES[adc.architecture].time(adc.bits, columns, constants) * (2 if config.converts_each else 1)
-    read, slices = constants["array_read_time"], len(dac.slices)
-    return read * slices + conversion if adc.convert == "sum" else longest([read, conversion]) * slices
+    conversion = ARCHITECTURES[adc.architecture].time(adc.bits, columns, constants) * (
+        2 if config.converts_each else 1
+    )
+    read = constants["array_read_time"]
+    slices = len(dac.slices)
+    return (
+        read * slices + conversion
+        if adc.convert == "sum"
+        else longest([read, conversion]) * slices
+    )
 
 
 def geometry_of(shape: Any, config: CrossbarConfig) -> Geometry:
     """Return the geometry of a [d_in, d_out] matrix; raises a ValueError for a shape that no matrix has."""
     sizes = shape if isinstance(shape, tuple | list) and len(shape) == 2 else (0,)
     if not all(isinstance(size, int | np.integer) and size > 0 for size in sizes):
-        raise ValueError(f"a matrix of shape {shape}: give two whole numbers above 0, (d_in, d_out)")
+        raise ValueError(
+            f"a matrix of shape {shape}: give two whole numbers above 0, (d_in, d_out)"
+        )
     return Geometry.of(tuple(sizes), config)
 
 
 def _converters(config: CrossbarConfig) -> tuple[DAC, ADC]:
     if config.dac is None or config.adc is None:
         ideal = "dac" if config.dac is None else "adc"
-        raise ValueError(f"{ideal} = None is an ideal converter, which has no energy: give one with bits")
+        raise ValueError(
+            f"{ideal} = None is an ideal converter, which has no energy: give one with bits"
+        )
     return config.dac, config.adc

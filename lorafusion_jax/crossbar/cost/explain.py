@@ -52,11 +52,23 @@ class Explanation:
         signs = f" x {self.polarities} polarities" if self.polarities > 1 else ""
         lines = [
             ("path", f"{self.path}: {self.reason}"),
-            ("weights", _bits(self.weight_slices, "one analogue cell") + signs.replace(" x", ",")),
+            (
+                "weights",
+                _bits(self.weight_slices, "one analogue cell")
+                + signs.replace(" x", ","),
+            ),
             ("inputs", _bits(self.input_slices, "real-valued, all at once")),
-            ("arrays", f"{self.arrays:,} = {self.tiles[0]} x {self.tiles[1]} tiles x {slices}{signs}"),
+            (
+                "arrays",
+                f"{self.arrays:,} = {self.tiles[0]} x {self.tiles[1]} tiles x {slices}{signs}",
+            ),
             ("utilisation", f"{100 * self.utilisation:.1f} % of their cells"),
-            ("conversions", f"{self.conversions:,} for one input vector" if self.conversions else "none, no ADC"),
+            (
+                "conversions",
+                f"{self.conversions:,} for one input vector"
+                if self.conversions
+                else "none, no ADC",
+            ),
             ("lost bits", _lost(self.lost_bits)),
             *([("prepared", ", ".join(self.preparation))] if self.preparation else []),
         ]
@@ -64,7 +76,9 @@ class Explanation:
         return "\n".join([title, *(f"  {name:<12} {text}" for name, text in lines)])
 
 
-def explain(what: CrossbarConfig | Chip, shape: tuple[int, ...] | None = None) -> Explanation:
+def explain(
+    what: CrossbarConfig | Chip, shape: tuple[int, ...] | None = None
+) -> Explanation:
     """Return the arrays and the path of a [d_in, d_out] matrix on a crossbar, without programming it.
 
     The path is valid for any weights of this shape. A chip's path may be faster, because its column sums are known and
@@ -79,13 +93,16 @@ def explain(what: CrossbarConfig | Chip, shape: tuple[int, ...] | None = None) -
     """
     if isinstance(what, Chip):
         if shape is not None and tuple(shape) != what.matrix_shape:
-            raise ValueError(f"shape {tuple(shape)}: expected that of the chip, {what.matrix_shape}; leave it out")
+            raise ValueError(
+                f"shape {tuple(shape)}: expected that of the chip, {what.matrix_shape}; leave it out"
+            )
         shape = what.matrix_shape
     config = what.config if isinstance(what, Chip) else what
     geometry = geometry_of(shape, config)
     (d_in, d_out), taken = geometry.shape, counts(geometry.shape, config)
     plan = what.plan if isinstance(what, Chip) else _plan(what, geometry.shape)
-    tiles, array = (len(geometry.rows), len(geometry.cols)), (config.tile.rows or d_in, config.tile.cols or d_out)
+    tiles = (len(geometry.rows), len(geometry.cols))
+    array = (config.tile.rows or d_in, config.tile.cols or d_out)
     return Explanation(
         shape=(d_in, d_out),
         path=plan.path,
@@ -99,30 +116,45 @@ def explain(what: CrossbarConfig | Chip, shape: tuple[int, ...] | None = None) -
         utilisation=d_in * d_out / (math.prod(tiles) * math.prod(array)),
         conversions=taken.conversions,
         lost_bits=_lost_bits(geometry, config),
-        preparation=_preparation(config, taken, what.preparation if isinstance(what, Chip) else None),
+        preparation=_preparation(
+            config, taken, what.preparation if isinstance(what, Chip) else None
+        ),
     )
 
 
 def _plan(config: CrossbarConfig, shape: tuple[int, int]) -> Plan:
     """Return the plan that programming would make, without computing anything."""
     plans = []
-    weights, key = jax.ShapeDtypeStruct(shape, jnp.float32), jax.eval_shape(jax.random.key, 0)
+    weights = jax.ShapeDtypeStruct(shape, jnp.float32)
+    key = jax.eval_shape(jax.random.key, 0)
     jax.eval_shape(
-        lambda weights, key: plans.append(program(weights, config, key, preparation=Preparation()).plan), weights, key
+        lambda weights, key: plans.append(
+            program(weights, config, key, preparation=Preparation()).plan
+        ),
+        weights,
+        key,
     )
     return plans[0]
 
 
-def _preparation(config: CrossbarConfig, taken: Counts, of_chip: Preparation | None) -> tuple[str, ...]:
+def _preparation(
+    config: CrossbarConfig, taken: Counts, of_chip: Preparation | None
+) -> tuple[str, ...]:
     """Return the changes that a configuration has, and what those of a chip were made for."""
     mapping = config.mapping
     ranges = (
-        "ranges chosen for the device's errors" if has_errors(config) else "ranges of the largest weights: no errors"
+        "ranges chosen for the device's errors"
+        if has_errors(config)
+        else "ranges of the largest weights: no errors"
     )
     transform = f"{mapping.transform} transform with {taken.transforms:,} additions for one input vector"
     parts = (("factors", mapping.factors), (transform, mapping.transform != "none"))
     white = "for inputs of equal power", of_chip is not None and of_chip.white
-    return tuple(name for name, there in (*parts, (ranges, mapping.clip == "optimal"), white) if there)
+    return tuple(
+        name
+        for name, there in (*parts, (ranges, mapping.clip == "optimal"), white)
+        if there
+    )
 
 
 def _lost_bits(geometry: Geometry, config: CrossbarConfig) -> tuple[float, ...] | None:

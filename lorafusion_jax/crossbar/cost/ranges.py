@@ -27,16 +27,22 @@ class Range:
         return cls(value, value, value)
 
     def __add__(self, other: "Range") -> "Range":
-        return Range(self.low + other.low, self.typical + other.typical, self.high + other.high)
+        return Range(
+            self.low + other.low, self.typical + other.typical, self.high + other.high
+        )
 
     def __mul__(self, other: "Range | float | int") -> "Range":
         other = other if isinstance(other, Range) else Range.of(other)
-        return Range(self.low * other.low, self.typical * other.typical, self.high * other.high)
+        return Range(
+            self.low * other.low, self.typical * other.typical, self.high * other.high
+        )
 
     def __truediv__(self, other: "Range | float | int") -> "Range":
         """Return the quotient by a value above zero."""
         other = other if isinstance(other, Range) else Range.of(other)
-        return Range(self.low / other.high, self.typical / other.typical, self.high / other.low)
+        return Range(
+            self.low / other.high, self.typical / other.typical, self.high / other.low
+        )
 
     def __pow__(self, exponent: int) -> "Range":
         ends = self.low**exponent, self.high**exponent
@@ -73,4 +79,9 @@ def total(ranges: Iterable[Range]) -> Range:
 def longest(ranges: Iterable[Range]) -> Range:
     """Return the largest low, typical and high value of ranges: the duration of parallel processes."""
     found = list(ranges)
-    return Range(*(max(getattr(each, end) for each in found) for end in ("low", "typical", "high")))
+    return Range(
+        *(
+            max(getattr(each, end) for each in found)
+            for end in ("low", "typical", "high")
+        )
+    )

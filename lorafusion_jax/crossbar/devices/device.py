@@ -13,7 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .physical import NUMBER, Physical, check_bounds, for_each_cell, like, model, noise, without_gradient
+from .physical import (
+    NUMBER,
+    Physical,
+    check_bounds,
+    for_each_cell,
+    like,
+    model,
+    noise,
+    without_gradient,
+)
 from .write_error import Independent, Measured, Proportional, WriteVerify
 
 
@@ -27,15 +36,26 @@ class StuckAt:
     def __post_init__(self):
         check_bounds(self, "low", 0, 1)
         check_bounds(self, "high", 0, 1)
-        if isinstance(self.low, NUMBER) and isinstance(self.high, NUMBER) and self.low + self.high > 1:
-            raise ValueError(f"StuckAt: low + high = {self.low + self.high}: expected a sum of at most 1")
+        if (
+            isinstance(self.low, NUMBER)
+            and isinstance(self.high, NUMBER)
+            and self.low + self.high > 1
+        ):
+            raise ValueError(
+                f"StuckAt: low + high = {self.low + self.high}: expected a sum of at most 1"
+            )
 
-    def __call__(self, G: Float[Array, "..."], key: Array, g_min: Physical) -> Float[Array, "..."]:
+    def __call__(
+        self, G: Float[Array, "..."], key: Array, g_min: Physical
+    ) -> Float[Array, "..."]:
         """Return `G` with the stuck cells in it."""
         why = "StuckAt.{} has no gradient: a cell is stuck or is not. Leave it out, or take differences"
-        low, high = (without_gradient(like(getattr(self, n), G), why.format(n)) for n in ("low", "high"))
+        low = without_gradient(like(self.low, G), why.format("low"))
+        high = without_gradient(like(self.high, G), why.format("high"))
         u = jax.random.uniform(key, G.shape, G.dtype)
-        return jnp.where(u >= 1 - high, like(1.0, G), jnp.where(u < low, like(g_min, G), G))
+        return jnp.where(
+            u >= 1 - high, like(1.0, G), jnp.where(u < low, like(g_min, G), G)
+        )
 
 
 @model("kind", "clip", at_least_0=("sigma",))
@@ -74,7 +94,9 @@ class Sinh:
     read_voltage: Physical = 0.2
     scale: Physical = 0.25
 
-    def __call__(self, v: Float[Array, "..."], G: Float[Array, "..."]) -> Float[Array, "..."]:
+    def __call__(
+        self, v: Float[Array, "..."], G: Float[Array, "..."]
+    ) -> Float[Array, "..."]:
         """Return the current of every cell, in units of Gmax Vr; `v` and `G` broadcast."""
         a = like(self.read_voltage, v) / like(self.scale, v)
         return G * (jnp.sinh(a * v) / jnp.sinh(a))
@@ -122,10 +144,14 @@ class Device:
         for name, example in _PARTS.items():
             value = getattr(self, name)
             if isinstance(value, NUMBER | str | np.ndarray | jax.Array):
-                raise ValueError(f"Device.{name} = {value!r}: give {example}, or None where it is absent")
+                raise ValueError(
+                    f"Device.{name} = {value!r}: give {example}, or None where it is absent"
+                )
         check_bounds(self, "time", 0)
         if self.write_verify is not None and self.programming is None:
-            raise ValueError("Device.write_verify repeats a programming error until it is small: give programming too")
+            raise ValueError(
+                "Device.write_verify repeats a programming error until it is small: give programming too"
+            )
         if isinstance(self.programming, Measured) and self.write_verify is None:
             self.programming.check_age(self.time)
         for name in ("programming", "drift", "iv"):
@@ -140,7 +166,9 @@ def depends_on_time(device: Device) -> bool:
     programming = device.programming
     if isinstance(programming, Measured):
         return device.drift is not None or len(programming.seconds) > 1
-    return device.drift is not None or not (programming is None or isinstance(programming, Independent | Proportional))
+    return device.drift is not None or not (
+        programming is None or isinstance(programming, Independent | Proportional)
+    )
 
 
 def realise(
@@ -154,15 +182,21 @@ def realise(
     if device.programming is None and device.stuck is None and drift is None:
         return _clip(G, device, g_min), None
     assert key is not None
-    program_key, stuck_key, drift_key = (jax.random.fold_in(key, purpose) for purpose in range(3))
+    program_key, stuck_key, drift_key = (
+        jax.random.fold_in(key, purpose) for purpose in range(3)
+    )
 
     def write(target: Array, pulse_key: Array) -> Array:
         if device.programming is not None:
             # A verified cell is measured at once; it ages afterwards.
             time = None if device.write_verify is not None else device.time
-            written = for_each_cell("programming", device.programming(target, pulse_key, time), G.shape)
+            written = for_each_cell(
+                "programming", device.programming(target, pulse_key, time), G.shape
+            )
             target = _clip(written, device, g_min)
-        return target if device.stuck is None else device.stuck(target, stuck_key, g_min)
+        return (
+            target if device.stuck is None else device.stuck(target, stuck_key, g_min)
+        )
 
     pulses = None
     if device.write_verify is None:
@@ -175,4 +209,8 @@ def realise(
 
 
 def _clip(G: Array, device: Device, g_min: Physical) -> Array:
-    return jnp.maximum(G, 0) if device.clip == "positive" else jnp.clip(G, like(g_min, G), like(1.0, G))
+    return (
+        jnp.maximum(G, 0)
+        if device.clip == "positive"
+        else jnp.clip(G, like(g_min, G), like(1.0, G))
+    )

@@ -23,12 +23,20 @@ class LogLinear:
     high: Physical = 1.0
 
     def __post_init__(self):
-        if isinstance(self.low, NUMBER) and isinstance(self.high, NUMBER) and not self.low <= self.high:
-            raise ValueError(f"LogLinear: low = {self.low} is above high = {self.high}: exchange them")
+        if (
+            isinstance(self.low, NUMBER)
+            and isinstance(self.high, NUMBER)
+            and not self.low <= self.high
+        ):
+            raise ValueError(
+                f"LogLinear: low = {self.low} is above high = {self.high}: exchange them"
+            )
 
     def __call__(self, G: Float[Array, "..."]) -> Float[Array, "..."]:
         """Return the statistic of every cell."""
-        value = like(self.intercept, G) + like(self.slope, G) * jnp.log(jnp.maximum(G, _FLOOR))
+        value = like(self.intercept, G) + like(self.slope, G) * jnp.log(
+            jnp.maximum(G, _FLOOR)
+        )
         return jnp.clip(value, like(self.low, G), like(self.high, G))
 
 
@@ -48,12 +56,18 @@ class Flicker:
     largest: Physical = 0.2
     read_time: Physical = 250e-9
 
-    def deviation(self, G: Float[Array, "..."], time: Float[Array, ""]) -> Float[Array, "..."]:
+    def deviation(
+        self, G: Float[Array, "..."], time: Float[Array, ""]
+    ) -> Float[Array, "..."]:
         """Return the relative standard deviation of each cell, `time` seconds after programming."""
         # The floor is that of the published fit: q is at its largest there.
-        q = like(self.magnitude, G) / jnp.maximum(jnp.maximum(G, _FLOOR) ** like(self.exponent, G), 1e-3)
+        q = like(self.magnitude, G) / jnp.maximum(
+            jnp.maximum(G, _FLOOR) ** like(self.exponent, G), 1e-3
+        )
         read = like(self.read_time, G)
-        gathered = jnp.maximum((time + read) / (2 * read), 1)  # none within the first read
+        gathered = jnp.maximum(
+            (time + read) / (2 * read), 1
+        )  # none within the first read
         return jnp.minimum(q, like(self.largest, G)) * jnp.sqrt(jnp.log(gathered))
 
 
@@ -73,15 +87,28 @@ class PowerLaw:
     start: Physical = 1.0
     flicker: Flicker | None = None
 
-    def __call__(self, G: Float[Array, "..."], key: Array, time: Physical) -> Float[Array, "..."]:
+    def __call__(
+        self, G: Float[Array, "..."], key: Array, time: Physical
+    ) -> Float[Array, "..."]:
         """Return the conductances at `time`."""
         t0 = like(self.start, G)
         t = like(time, G) + t0
-        exponent, spread = (f(G) if isinstance(f, LogLinear) else like(f, G) for f in (self.exponent, self.spread))
+        exponent = (
+            self.exponent(G)
+            if isinstance(self.exponent, LogLinear)
+            else like(self.exponent, G)
+        )
+        spread = (
+            self.spread(G)
+            if isinstance(self.spread, LogLinear)
+            else like(self.spread, G)
+        )
         nu = jnp.abs(exponent + spread * noise(jax.random.fold_in(key, 0), G))
         drifted = G * (t / t0) ** -nu
         if self.flicker is not None:
-            drifted = drifted * (1 + self.flicker.deviation(G, t) * noise(jax.random.fold_in(key, 1), G))
+            drifted = drifted * (
+                1 + self.flicker.deviation(G, t) * noise(jax.random.fold_in(key, 1), G)
+            )
         return drifted
 
 
@@ -99,7 +126,9 @@ class Relaxation:
     spread: Physical
     growth: Physical = 0.0
 
-    def __call__(self, G: Float[Array, "..."], key: Array, time: Physical) -> Float[Array, "..."]:
+    def __call__(
+        self, G: Float[Array, "..."], key: Array, time: Physical
+    ) -> Float[Array, "..."]:
         """Return the conductances at `time`."""
         log_t = jnp.log(jnp.maximum(like(time, G), 1))
         deviation = like(self.spread, G) + like(self.growth, G) * log_t
@@ -118,15 +147,20 @@ Nandakumar et al., ICECS 2019; Joshi et al., Nature Communications 11, 2473 (202
 with the target conductance instead of the programmed one.
 """
 
-RERAM_CMO_DRIFT = Relaxation(shift=-0.08900206 / 88.19, spread=0.41183342 / 88.19, growth=0.04201137 / 88.19)
+RERAM_CMO_DRIFT = Relaxation(
+    shift=-0.08900206 / 88.19, spread=0.41183342 / 88.19, growth=0.04201137 / 88.19
+)
 """ReRAM of conductive metal oxide and HfOx, 88 uS. Falcone et al., arXiv:2502.04524 (2025); aihwkit's constants."""
 
 
-def drift_compensation(reference: Float[Array, "..."], now: Float[Array, "..."]) -> Float[Array, ""]:
+def drift_compensation(
+    reference: Float[Array, "..."], now: Float[Array, "..."]
+) -> Float[Array, ""]:
     """Return the one factor by which a matrix's outputs are multiplied digitally to undo its mean drift.
 
     Global drift compensation (Joshi et al. 2020) as in aihwkit: the mean absolute weight just after programming, which
     reads of one-hot inputs measure, over that now; 1 where all weights are zero.
     """
-    before, after = jnp.sum(jnp.abs(reference)), jnp.sum(jnp.abs(now))
+    before = jnp.sum(jnp.abs(reference))
+    after = jnp.sum(jnp.abs(now))
     return jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 1)

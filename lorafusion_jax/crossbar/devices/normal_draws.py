@@ -29,13 +29,16 @@ _QUANTILE = np.array(
 )  # fmt: skip
 
 
-def normal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: jnp.dtype) -> Float[Array, "..."]:
+def normal(
+    key: PRNGKeyArray, shape: tuple[int, ...], dtype: jnp.dtype
+) -> Float[Array, "..."]:
     """Return standard normal draws: of `jax.random.normal` for float64 and for generators other than Threefry."""
     by_counter = jax.config.jax_threefry_partitionable  # pyright: ignore[reportAttributeAccessIssue]
     threefry = str(jax.random.key_impl(key)) == "threefry2x32" and by_counter
     if not threefry or dtype != jnp.float32 or math.prod(shape) >= 2**32:
         return jax.random.normal(key, shape, dtype)
-    words, size = jax.random.key_data(key), math.prod(shape)
+    words = jax.random.key_data(key)
+    size = math.prod(shape)
     block = max(1, min(size, _BLOCK))
 
     def draw(first: UInt32[Array, ""]) -> Float[Array, " block"]:
@@ -47,11 +50,18 @@ def normal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: jnp.dtype) -> Float
     return drawn.reshape(-1)[:size].reshape(shape)
 
 
-def normal_at(words: UInt32[Array, "2"], high: UInt32[Array, "*S"], low: UInt32[Array, "*S"]) -> Float[Array, "*S"]:
+def normal_at(
+    words: UInt32[Array, "2"], high: UInt32[Array, "*S"], low: UInt32[Array, "*S"]
+) -> Float[Array, "*S"]:
     """Return the draws at places (high, low) of one endless stream, selected by the data of a Threefry key."""
     first, second = _threefry(words, high, low)
     # 23 random bits for the mantissa of a number in [1, 2), shifted to [-1, 1) and off -1.
-    unit = jax.lax.bitcast_convert_type(((first ^ second) >> np.uint32(9)) | np.uint32(0x3F800000), jnp.float32) - 1
+    unit = (
+        jax.lax.bitcast_convert_type(
+            ((first ^ second) >> np.uint32(9)) | np.uint32(0x3F800000), jnp.float32
+        )
+        - 1
+    )
     least = np.nextafter(np.float32(-1), np.float32(0))
     x = jnp.maximum(least, unit * (1 - least) + least)
     v = -jnp.log((1 - x) * (1 + x)) * np.float32(0.125) - 1
@@ -64,7 +74,8 @@ def normal_at(words: UInt32[Array, "2"], high: UInt32[Array, "*S"], low: UInt32[
 def _threefry(words: Array, a: Array, b: Array) -> tuple[Array, Array]:
     """Return Threefry-2x32 of the counters (a, b)."""
     keys = (words[0], words[1], words[0] ^ words[1] ^ _PARITY)
-    a, b = a + keys[0], b + keys[1]
+    a = a + keys[0]
+    b = b + keys[1]
     for i in range(_ROUNDS):
         by = _ROTATIONS[i % 8]
         a = a + b

@@ -4,7 +4,15 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from math import inf
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, dataclass_transform, get_args, get_origin
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    TypeVar,
+    dataclass_transform,
+    get_args,
+    get_origin,
+)
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +37,10 @@ _Class = TypeVar("_Class", bound=type)
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 def model(
-    *static: str, kw_only: bool = False, at_least_0: tuple[str, ...] = (), above_0: tuple[str, ...] = ()
+    *static: str,
+    kw_only: bool = False,
+    at_least_0: tuple[str, ...] = (),
+    above_0: tuple[str, ...] = (),
 ) -> Callable[[_Class], _Class]:
     """Make a class a frozen dataclass and a pytree, whose `static` fields are structure.
 
@@ -46,12 +57,21 @@ def model(
                 if get_origin(field.type) is Literal:
                     *first, last = get_args(field.type)
                     known = getattr(self, field.name) in (*first, last)
-                    require(self, field.name, known, f"choose {', '.join(first)} or {last}")
+                    require(
+                        self, field.name, known, f"choose {', '.join(first)} or {last}"
+                    )
             others(self)
 
         cls.__post_init__ = check
-        names = [field.name for field in dataclasses.fields(dataclasses.dataclass(frozen=True, kw_only=kw_only)(cls))]
-        return jax.tree_util.register_dataclass(cls, [name for name in names if name not in static], list(static))
+        names = [
+            field.name
+            for field in dataclasses.fields(
+                dataclasses.dataclass(frozen=True, kw_only=kw_only)(cls)
+            )
+        ]
+        return jax.tree_util.register_dataclass(
+            cls, [name for name in names if name not in static], list(static)
+        )
 
     return decorate
 
@@ -61,16 +81,32 @@ def require(part: Any, name: str, holds: bool, remedy: str) -> None:
     if not holds:
         value = getattr(part, name)
         value = value.item() if isinstance(value, np.generic) else value
-        raise ValueError(f"{type(part).__name__.lower()}.{name} = {value!r:.120}: {remedy}")
+        raise ValueError(
+            f"{type(part).__name__.lower()}.{name} = {value!r:.120}: {remedy}"
+        )
 
 
-def check_bounds(owner: Any, name: str, low: float | int, high: float | int = inf, *, open_low: bool = False) -> None:
+def check_bounds(
+    owner: Any,
+    name: str,
+    low: float | int,
+    high: float | int = inf,
+    *,
+    open_low: bool = False,
+) -> None:
     """Raise a ValueError for a plain number that is infinite or outside [low, high]; other objects pass."""
     value = getattr(owner, name)
-    if not isinstance(value, NUMBER) or (low < value if open_low else low <= value) and value <= high and value != inf:
+    if (
+        not isinstance(value, NUMBER)
+        or (low < value if open_low else low <= value)
+        and value <= high
+        and value != inf
+    ):
         return
     bound = f"{'above' if open_low else 'at least'} {low:g} and {f'at most {high:g}' if high < inf else 'finite'}"
-    raise ValueError(f"{type(owner).__name__}.{name} = {value}: give a number {bound}, or None where it is absent")
+    raise ValueError(
+        f"{type(owner).__name__}.{name} = {value}: give a number {bound}, or None where it is absent"
+    )
 
 
 def like(value: Any, G: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -99,7 +135,11 @@ def varying_as(value: Num[Array, "..."], *inputs: Any) -> Num[Array, "..."]:
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return value
     for leaf in jax.tree.leaves(inputs):
-        data = jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+        data = (
+            jax.random.key_data(leaf)
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            else leaf
+        )
         value = value + jnp.zeros_like(data, dtype=value.dtype, shape=value.shape)
     return value
 

@@ -18,7 +18,11 @@ from jaxtyping import Array, Float
 from .physical import Physical, check_bounds, for_each_cell, like, model, varying_as
 
 
-@model("iterations", at_least_0=("row_resistance", "column_resistance"), above_0=("tolerance",))
+@model(
+    "iterations",
+    at_least_0=("row_resistance", "column_resistance"),
+    above_0=("tolerance",),
+)
 class Wire:
     """Resistance of the wires of an array, and how its currents are solved for.
 
@@ -39,8 +43,13 @@ class Wire:
 
     def __post_init__(self):
         check_bounds(self, "relaxation", 0, 2, open_low=True)
-        if not isinstance(self.iterations, int) or not 1 <= self.iterations <= 1_000_000:
-            raise ValueError(f"Wire.iterations = {self.iterations!r}: give the most iterations, 1 to 1,000,000")
+        if (
+            not isinstance(self.iterations, int)
+            or not 1 <= self.iterations <= 1_000_000
+        ):
+            raise ValueError(
+                f"Wire.iterations = {self.iterations!r}: give the most iterations, 1 to 1,000,000"
+            )
 
 
 def currents(
@@ -55,9 +64,14 @@ def currents(
     smaller than its array sits in the bottom rows. Cells without `iv`, (V, G) -> current, are linear.
     """
     rows, cols = G.shape
-    r, j = jnp.arange(1, rows + 1), jnp.arange(1, cols + 1)
-    along_row = like(wire.row_resistance, G) * like(jnp.minimum(j[:, None], j[None, :]), G)
-    along_column = like(wire.column_resistance, G) * like(rows + 1 - jnp.maximum(r[:, None], r[None, :]), G)
+    r = jnp.arange(1, rows + 1)
+    j = jnp.arange(1, cols + 1)
+    along_row = like(wire.row_resistance, G) * like(
+        jnp.minimum(j[:, None], j[None, :]), G
+    )
+    along_column = like(wire.column_resistance, G) * like(
+        rows + 1 - jnp.maximum(r[:, None], r[None, :]), G
+    )
     exact = jax.lax.Precision.HIGHEST
 
     def drop(current: Array) -> Array:
@@ -94,7 +108,11 @@ def currents(
 
     def proceed(state: tuple[Array, ...]) -> Array:
         _, _, residual, _, iteration = state
-        return (iteration < wire.iterations) & unsolved(residual) & jnp.all(jnp.isfinite(residual))
+        return (
+            (iteration < wire.iterations)
+            & unsolved(residual)
+            & jnp.all(jnp.isfinite(residual))
+        )
 
     def improve(state: tuple[Array, ...]) -> tuple[Array, ...]:
         V, step, _, q, iteration = state
@@ -104,7 +122,13 @@ def currents(
         return V, gain * residual + momentum * step, residual, q, iteration + 1
 
     residual = error(applied)
-    start = (varying_as(applied, residual), first * residual, residual, first, jnp.int32(0))
+    start = (
+        varying_as(applied, residual),
+        first * residual,
+        residual,
+        first,
+        jnp.int32(0),
+    )
     V, _, residual, _, _ = jax.lax.while_loop(proceed, improve, start)
     # Not jnp.sum: vmapped to seven axes or more, jaxlib 0.10.2 gets the sum of G V over one of them wrong on CPUs, or
     # crashes (https://github.com/jax-ml/jax/issues/40412).

@@ -25,7 +25,9 @@ class Independent:
 
     sigma: Physical
 
-    def __call__(self, G: Float[Array, "..."], key: Array, time: Physical = None) -> Float[Array, "..."]:
+    def __call__(
+        self, G: Float[Array, "..."], key: Array, time: Physical = None
+    ) -> Float[Array, "..."]:
         """Return G + sigma z."""
         return G + like(self.sigma, G) * noise(key, G)
 
@@ -36,7 +38,9 @@ class Proportional:
 
     sigma: Physical
 
-    def __call__(self, G: Float[Array, "..."], key: Array, time: Physical = None) -> Float[Array, "..."]:
+    def __call__(
+        self, G: Float[Array, "..."], key: Array, time: Physical = None
+    ) -> Float[Array, "..."]:
         """Return G (1 + sigma z)."""
         return G * (1 + like(self.sigma, G) * noise(key, G))
 
@@ -55,20 +59,36 @@ class Measured:
 
     def __post_init__(self):
         name = type(self).__name__
-        if not self.seconds or self.seconds[0] <= 0 or list(self.seconds) != sorted(set(self.seconds)):
-            raise ValueError(f"{name}.seconds = {self.seconds}: give rising positive times")
+        if (
+            not self.seconds
+            or self.seconds[0] <= 0
+            or list(self.seconds) != sorted(set(self.seconds))
+        ):
+            raise ValueError(
+                f"{name}.seconds = {self.seconds}: give rising positive times"
+            )
         if self.extrapolate and len(self.seconds) < 2:
-            raise ValueError(f"{name}.extrapolate needs two times, got seconds = {self.seconds}: give another one")
+            raise ValueError(
+                f"{name}.extrapolate needs two times, got seconds = {self.seconds}: give another one"
+            )
         for field, rows in {"deviation": self.deviation, "shift": self.shift}.items():
-            if rows is not None and (len(rows) != len(self.seconds) or not rows[0] or len({*map(len, rows)}) != 1):
+            if rows is not None and (
+                len(rows) != len(self.seconds)
+                or not rows[0]
+                or len({*map(len, rows)}) != 1
+            ):
                 raise ValueError(
                     f"{name}.{field} = {rows}: give one tuple of numbers, all of one length, for each of "
                     f"seconds = {self.seconds}"
                 )
 
-    def __call__(self, G: Float[Array, "..."], key: Array, time: Physical = None) -> Float[Array, "..."]:
+    def __call__(
+        self, G: Float[Array, "..."], key: Array, time: Physical = None
+    ) -> Float[Array, "..."]:
         """Return the conductances at `time`; NaN beyond the last of `seconds`, unless `extrapolate` is set."""
-        error = jnp.maximum(self._of_cells(self._row(self.deviation, G, time), G), 0) * noise(key, G)
+        error = jnp.maximum(
+            self._of_cells(self._row(self.deviation, G, time), G), 0
+        ) * noise(key, G)
         if self.shift is not None:
             error = error + self._of_cells(self._row(self.shift, G, time), G)
         return G + like(self.scale, G) * error
@@ -80,7 +100,12 @@ class Measured:
     def check_age(self, time: Physical) -> None:
         """Raise a ValueError for a known age beyond the last measurement; tracers become NaN when they are used."""
         last = self.seconds[-1]
-        if len(self.seconds) < 2 or self.extrapolate or not isinstance(time, _KNOWN) or is_traced(time):
+        if (
+            len(self.seconds) < 2
+            or self.extrapolate
+            or not isinstance(time, _KNOWN)
+            or is_traced(time)
+        ):
             return
         if (oldest := float(np.max(time))) > last * _ROUNDED:
             raise ValueError(
@@ -88,17 +113,24 @@ class Measured:
                 "give an age up to it, or set extrapolate=True"
             )
 
-    def _row(self, rows: tuple[tuple[float, ...], ...], G: Array, time: Physical) -> Float[Array, " n"]:
+    def _row(
+        self, rows: tuple[tuple[float, ...], ...], G: Array, time: Physical
+    ) -> Float[Array, " n"]:
         """Return the row at a time, interpolated in log time."""
         table = like(rows, G)
         if time is None or len(rows) < 2:
             return table[0]
-        knots, time = jnp.log(like(self.seconds, G)), like(time, G)
+        knots = jnp.log(like(self.seconds, G))
+        time = like(time, G)
         now = jnp.log(jnp.maximum(time, self.seconds[0]))
         after = jnp.clip(jnp.searchsorted(knots, now), 1, len(rows) - 1)
         share = (now - knots[after - 1]) / (knots[after] - knots[after - 1])
         row = table[after - 1] + share * (table[after] - table[after - 1])
-        return row if self.extrapolate else jnp.where(time <= self.seconds[-1] * _ROUNDED, row, jnp.nan)
+        return (
+            row
+            if self.extrapolate
+            else jnp.where(time <= self.seconds[-1] * _ROUNDED, row, jnp.nan)
+        )
 
 
 @model("deviation", "shift", "seconds", "extrapolate", at_least_0=("scale",))
@@ -147,16 +179,22 @@ class Table(Measured):
         super().__post_init__()
         at = self.targets
         if len(at) < 2 or list(at) != sorted(set(at)) or at[0] < 0 or at[-1] != 1:
-            raise ValueError(f"Table.targets = {at}: give rising shares of Gmax that end in 1")
+            raise ValueError(
+                f"Table.targets = {at}: give rising shares of Gmax that end in 1"
+            )
         for row in (*self.deviation, *(self.shift or ())):
             if len(row) != len(self.targets):
-                raise ValueError(f"Table: {row} at {len(self.targets)} targets: give one number for each target")
+                raise ValueError(
+                    f"Table: {row} at {len(self.targets)} targets: give one number for each target"
+                )
 
     def _of_cells(self, row: Float[Array, " n"], G: Array) -> Array:
         return jnp.interp(G, like(self.targets, G), row)
 
 
-def _microsiemens(g_max: float, *rows: tuple[float, ...]) -> tuple[tuple[float, ...], ...]:
+def _microsiemens(
+    g_max: float, *rows: tuple[float, ...]
+) -> tuple[tuple[float, ...], ...]:
     """Coefficients in uS of polynomials of G / Gmax, as fractions of Gmax."""
     return tuple(tuple(c / g_max for c in row) for row in rows)
 
@@ -204,14 +242,21 @@ class WriteVerify:
 
     def __post_init__(self):
         if not isinstance(self.pulses, int) or not 1 <= self.pulses <= 1_000_000:
-            raise ValueError(f"WriteVerify.pulses = {self.pulses!r}: give the most pulses of a cell, 1 to 1,000,000")
+            raise ValueError(
+                f"WriteVerify.pulses = {self.pulses!r}: give the most pulses of a cell, 1 to 1,000,000"
+            )
 
     def __call__(
-        self, write: Callable[[Array, Array], Array], target: Float[Array, "..."], key: Array
+        self,
+        write: Callable[[Array, Array], Array],
+        target: Float[Array, "..."],
+        key: Array,
     ) -> tuple[Float[Array, "..."], Int[Array, "..."]]:
         """Return the conductances and pulses of each cell; `write` is (target, key) -> G, one pulse on every cell."""
         why = "has no gradient: a pulse is accepted or is not. Leave it out, or take differences"
-        tolerance = without_gradient(like(self.tolerance, target), f"WriteVerify.tolerance {why}")
+        tolerance = without_gradient(
+            like(self.tolerance, target), f"WriteVerify.tolerance {why}"
+        )
 
         def outside(G: Array) -> Array:
             return jnp.abs(G - target) > tolerance
@@ -229,4 +274,6 @@ class WriteVerify:
         first = varying_as(write(target, jax.random.fold_in(key, 0)), tolerance)
         once = varying_as(jnp.ones(target.shape, jnp.int32), first)
         G, count, _ = jax.lax.while_loop(more, rewrite, (first, once, jnp.int32(1)))
-        return without_gradient(G, f"what is programmed through write-verify {why}"), count
+        return without_gradient(
+            G, f"what is programmed through write-verify {why}"
+        ), count

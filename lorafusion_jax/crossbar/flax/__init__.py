@@ -31,7 +31,16 @@ from ..preparation.preparation import Preparation, needs_preparation
 from .kernel import Kernel
 from .layers import InArrays, Model, converted, on_arrays
 
-__all__ = ["InArrays", "Kernel", "calibrate", "convert", "count_reads", "prepare", "site_errors", "with_read_key"]
+__all__ = [
+    "InArrays",
+    "Kernel",
+    "calibrate",
+    "convert",
+    "count_reads",
+    "prepare",
+    "site_errors",
+    "with_read_key",
+]
 
 
 def prepare(
@@ -58,29 +67,47 @@ def prepare(
         `crossbar.prepare` and `convert` refuse.
     """
     _check(model, rules)
-    weights, squares, found = on_arrays(model, rules), {}, {}
+    weights = on_arrays(model, rules)
+    squares = {}
+    found = {}
     if batches is not None:
         _check_batches(batches)
-        perfect = {pattern: config and PRESETS["ideal"] for pattern, config in rules.items()}
+        perfect = {
+            pattern: config and PRESETS["ideal"] for pattern, config in rules.items()
+        }
         digital = converted(model, perfect, jax.random.key(0), {})
         squares = moments(_run(digital, options), _taken_apart(digital)[0], batches)
     grouped = {path for group in together for path in group}
     if unknown := sorted(grouped - weights.keys()):
-        raise ValueError(f"{', '.join(unknown)} in `together`: expected layers on arrays: {', '.join(weights)}")
+        raise ValueError(
+            f"{', '.join(unknown)} in `together`: expected layers on arrays: {', '.join(weights)}"
+        )
     for group in (*together, *([path] for path in weights if path not in grouped)):
-        config, first = first_match(group[0], rules), squares.get(group[0])
+        config = first_match(group[0], rules)
+        first = squares.get(group[0])
         assert config is not None
         for path in group:
             if first_match(path, rules) is not config:
-                raise ValueError(f"{path} and {group[0]} in `together` have two configurations: give both one")
-            if first is not None and (first.shape != squares[path].shape or not np.allclose(first, squares[path])):
-                raise ValueError(f"{path} and {group[0]} in `together` meet different inputs: leave one of them out")
+                raise ValueError(
+                    f"{path} and {group[0]} in `together` have two configurations: give both one"
+                )
+            if first is not None and (
+                first.shape != squares[path].shape
+                or not np.allclose(first, squares[path])
+            ):
+                raise ValueError(
+                    f"{path} and {group[0]} in `together` meet different inputs: leave one of them out"
+                )
         if needs_preparation(config):
-            found |= preparing.prepare({path: weights[path] for path in group}, first, config, seed=seed)
+            found |= preparing.prepare(
+                {path: weights[path] for path in group}, first, config, seed=seed
+            )
     return found
 
 
-def convert(model: Model, rules: Rules, key: Array, preparations: Preparations | None = None) -> Model:
+def convert(
+    model: Model, rules: Rules, key: Array, preparations: Preparations | None = None
+) -> Model:
     """Return a copy of an NNX model that multiplies on arrays.
 
     These layers can be put there: `Linear`, `LinearGeneral`, `Einsum`, and `Conv` (as a matrix that reads patches). So
@@ -102,10 +129,18 @@ def convert(model: Model, rules: Rules, key: Array, preparations: Preparations |
     """
     _check(model, rules)
     for pattern, config in rules.items():
-        if config is not None and config.device.drift is not None and config.device.time is None:
+        if (
+            config is not None
+            and config.device.drift is not None
+            and config.device.time is None
+        ):
             still = "has a device.drift, but its device.time is None: nothing drifts. Give the seconds"
-            warnings.warn(f"the rule {pattern!r} {still} since programming", stacklevel=2)
-    if preparations is None and any(config is not None and needs_preparation(config) for config in rules.values()):
+            warnings.warn(
+                f"the rule {pattern!r} {still} since programming", stacklevel=2
+            )
+    if preparations is None and any(
+        config is not None and needs_preparation(config) for config in rules.values()
+    ):
         preparations = prepare(model, rules)
     return converted(model, rules, one_key(key), preparations or {})
 
@@ -135,12 +170,20 @@ def calibrate(model: Model, batches: Sequence[Any], **options: Any) -> Model:
     """
     _check_batches(batches)
     tree, rebuilt = _taken_apart(model)
-    done = whole_model.calibrate_tree(_run(model, options), _keyed(tree, jax.random.key(0)), batches)
+    done = whole_model.calibrate_tree(
+        _run(model, options), _keyed(tree, jax.random.key(0)), batches
+    )
     both = zip(chips.chips_in(done), chips.chips_in(tree), strict=True)
-    return rebuilt(chips.with_chips(done, [dataclasses.replace(new, key=old.key) for new, old in both]))
+    return rebuilt(
+        chips.with_chips(
+            done, [dataclasses.replace(new, key=old.key) for new, old in both]
+        )
+    )
 
 
-def site_errors(model: Any, batches: Iterable[Any], **options: Any) -> list[dict[str, Any]]:
+def site_errors(
+    model: Any, batches: Iterable[Any], **options: Any
+) -> list[dict[str, Any]]:
     """Return a row for every layer on arrays, or for every one of a stack: how well it is read, what is clipped.
 
     Rows have {site, layer, sqnr, clipped, clipped_inputs}. Rows and warnings are those of `crossbar.site_errors`, and
@@ -148,7 +191,9 @@ def site_errors(model: Any, batches: Iterable[Any], **options: Any) -> list[dict
     """
     _check_batches(batches)
     tree = _keyed(_taken_apart(model)[0], jax.random.key(0))
-    return whole_model.site_errors(tree, whole_model.observe(_run(model, options), tree, batches))
+    return whole_model.site_errors(
+        tree, whole_model.observe(_run(model, options), tree, batches)
+    )
 
 
 def count_reads(model: Any, *inputs: Any, **options: Any) -> dict[str, int]:
@@ -164,7 +209,10 @@ def count_reads(model: Any, *inputs: Any, **options: Any) -> dict[str, int]:
     leaves = chips.chips_in(tree)
     zeros = [jnp.zeros(leaf.shape[:-2], jnp.float32) for leaf in leaves]
     found = whole_model.summed(_run(model, options), tree, [inputs], _counted, zeros)
-    counted = {leaf.name: int(jnp.sum(number)) for leaf, number in zip(leaves, found, strict=True)}
+    counted = {
+        leaf.name: int(jnp.sum(number))
+        for leaf, number in zip(leaves, found, strict=True)
+    }
     if missing := [name for name, number in counted.items() if number == 0]:
         raise ValueError(
             f"the outputs have no gradient with respect to {', '.join(missing)}: let the model return logits instead "
@@ -173,10 +221,14 @@ def count_reads(model: Any, *inputs: Any, **options: Any) -> dict[str, int]:
     return counted
 
 
-def _counted(x: Float[Array, "*B d_in"], chip: chips.Chip) -> tuple[Float[Array, "*B d_out"], Float[Array, ""]]:
+def _counted(
+    x: Float[Array, "*B d_in"], chip: chips.Chip
+) -> tuple[Float[Array, "*B d_out"], Float[Array, ""]]:
     """Return numbers instead of a read, and the number of its vectors."""
     # Not zeros: a later layer may divide by its inputs' norm, and the count needs no product.
-    y = jnp.broadcast_to(jnp.sum(x, axis=-1, keepdims=True), (*x.shape[:-1], chip.matrix_shape[1]))
+    y = jnp.broadcast_to(
+        jnp.sum(x, axis=-1, keepdims=True), (*x.shape[:-1], chip.matrix_shape[1])
+    )
     return y, jnp.float32(x.size // max(x.shape[-1], 1))
 
 
@@ -193,16 +245,24 @@ def with_read_key(model: Model, key: Array) -> Model:
 
 def _check_batches(batches: Any) -> None:
     if isinstance(batches, jax.Array | np.ndarray):
-        raise ValueError(f"batches is one array of shape {batches.shape}: give a list of batches, such as [x]")
+        raise ValueError(
+            f"batches is one array of shape {batches.shape}: give a list of batches, such as [x]"
+        )
 
 
 def _keyed(tree: Any, key: Array) -> Any:
     """Return a model as a tree whose chips that read at random have keys, by path."""
 
     def own(chip: chips.Chip) -> Array | None:
-        return jax.random.fold_in(key, zlib.crc32(chip.name.encode())) if chip.config.reads_at_random else chip.key
+        return (
+            jax.random.fold_in(key, zlib.crc32(chip.name.encode()))
+            if chip.config.reads_at_random
+            else chip.key
+        )
 
-    return chips.with_chips(tree, [chips.with_read_key(chip, own(chip)) for chip in chips.chips_in(tree)])
+    return chips.with_chips(
+        tree, [chips.with_read_key(chip, own(chip)) for chip in chips.chips_in(tree)]
+    )
 
 
 def _taken_apart(model: Any) -> tuple[Any, Callable[[Any], Any]]:
@@ -220,8 +280,14 @@ class _Run:
 
     def __call__(self, tree: Any, batch: Any) -> Float[Array, ""]:
         """Return one number that depends on every read."""
-        y = nnx.merge(self.graph, tree)(*(batch if isinstance(batch, tuple) else (batch,)), **dict(self.options))
-        real = [leaf for leaf in jax.tree.leaves(y) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)]
+        y = nnx.merge(self.graph, tree)(
+            *(batch if isinstance(batch, tuple) else (batch,)), **dict(self.options)
+        )
+        real = [
+            leaf
+            for leaf in jax.tree.leaves(y)
+            if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+        ]
         return sum((jnp.sum(leaf, dtype=jnp.float32) for leaf in real), jnp.float32(0))
 
 

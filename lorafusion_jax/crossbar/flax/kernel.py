@@ -55,10 +55,17 @@ class Kernel:
                 "gives an axis to nnx.Param, give it to crossbar.flax.InArrays as well"
             )
         if out_sharding is not None:
-            raise ValueError(f"{name} is on arrays, which take no out_sharding: leave that out, or the layer digital")
+            raise ValueError(
+                f"{name} is on arrays, which take no out_sharding: leave that out, or the layer digital"
+            )
         if self.chip.tap is None:
             key = "model = crossbar.flax.with_read_key(model, jax.random.fold_in(key, step))"
-            check_ready(self.chip, name, key=key, ranges="model = crossbar.flax.calibrate(model, batches)")
+            check_ready(
+                self.chip,
+                name,
+                key=key,
+                ranges="model = crossbar.flax.calibrate(model, batches)",
+            )
         lead = x.shape[: x.ndim - inputs]
         grouped = (math.prod(lead[:groups]),) if groups else ()
         x = x.reshape(*grouped, *lead[groups:], math.prod(x.shape[x.ndim - inputs :]))
@@ -71,27 +78,53 @@ class Kernel:
         return y if preferred_element_type is None else y.astype(preferred_element_type)
 
 
-def dot_general(x: Array, kernel: Kernel, dimension_numbers: Any, precision: Any = None, **result: Any) -> Array:
+def dot_general(
+    x: Array,
+    kernel: Kernel,
+    dimension_numbers: Any,
+    precision: Any = None,
+    **result: Any,
+) -> Array:
     """Return `jax.lax.dot_general(x, kernel, ...)`, in its shape; the precision is that of the arrays."""
     (of_x, of_kernel), (groups_of_x, groups_of_kernel) = dimension_numbers
     free = [axis for axis in range(x.ndim) if axis not in (*of_x, *groups_of_x)]
-    features = [size for axis, size in enumerate(kernel.shape) if axis not in (*of_kernel, *groups_of_kernel)]
+    features = [
+        size
+        for axis, size in enumerate(kernel.shape)
+        if axis not in (*of_kernel, *groups_of_kernel)
+    ]
     x = x.transpose(*groups_of_x, *free, *of_x)
-    return kernel.read(x, groups=len(groups_of_x), inputs=len(of_x), features=features, **result)
+    return kernel.read(
+        x, groups=len(groups_of_x), inputs=len(of_x), features=features, **result
+    )
 
 
-def einsum(equation: str, x: Array, kernel: Kernel, precision: Any = None, **result: Any) -> Array:
+def einsum(
+    equation: str, x: Array, kernel: Kernel, precision: Any = None, **result: Any
+) -> Array:
     """Return `jnp.einsum(equation, x, kernel, ...)`, in its shape; the kernel was programmed for the equation."""
     if equation != kernel.equation:
         name = kernel.chip.name or "the model"
-        raise ValueError(f"{name} is on arrays for {kernel.equation!r}, not {equation!r}: leave it digital")
+        raise ValueError(
+            f"{name} is on arrays for {kernel.equation!r}, not {equation!r}: leave it digital"
+        )
     of_x, of_kernel, of_y = operands(equation)
-    groups, inputs = ("".join(of_kernel[axis] for axis in axes) for axes in einsum_axes(equation))
+    groups, inputs = (
+        "".join(of_kernel[axis] for axis in axes) for axes in einsum_axes(equation)
+    )
     outputs = "".join(letter for letter in of_kernel if letter not in groups + inputs)
-    free = "".join(letter for letter in of_y if letter not in of_kernel)  # with its ellipsis
-    features = [size for letter, size in zip(of_kernel, kernel.shape, strict=True) if letter in outputs]
+    free = "".join(
+        letter for letter in of_y if letter not in of_kernel
+    )  # with its ellipsis
+    features = [
+        size
+        for letter, size in zip(of_kernel, kernel.shape, strict=True)
+        if letter in outputs
+    ]
     x = jnp.einsum(f"{of_x}->{groups}{free}{inputs}", x)
-    y = kernel.read(x, groups=len(groups), inputs=len(inputs), features=features, **result)
+    y = kernel.read(
+        x, groups=len(groups), inputs=len(inputs), features=features, **result
+    )
     return jnp.einsum(f"{groups}{free}{outputs}->{of_y}", y)
 
 
@@ -121,7 +154,9 @@ def conv_general_dilated(
     **result: Any,
 ) -> Float[Array, "B *P F"]:
     """Return `jax.lax.conv_general_dilated(x, kernel, ...)` of channels last, with a read for every position."""
-    taps = _patches(x, kernel.shape[:-2], window_strides, padding, lhs_dilation, rhs_dilation)
+    taps = _patches(
+        x, kernel.shape[:-2], window_strides, padding, lhs_dilation, rhs_dilation
+    )
     if feature_group_count == 1:
         return kernel.read(taps, inputs=2, features=kernel.shape[-1:], **result)
     taps = taps.reshape(*taps.shape[:-1], feature_group_count, -1)  # [B, *P, K, G, C]
@@ -139,18 +174,33 @@ def _patches(
     window_dilation: Sequence[int],
 ) -> Float[Array, "B *P K C"]:
     """Return the inputs under the filters at every position: as slices, since a convolution may round them."""
-    extent = [(size - 1) * step + 1 for size, step in zip(window, window_dilation, strict=True)]
+    extent = [
+        (size - 1) * step + 1
+        for size, step in zip(window, window_dilation, strict=True)
+    ]
     if isinstance(padding, str):
-        dilated = [max((size - 1) * step + 1, 0) for size, step in zip(x.shape[1:-1], x_dilation, strict=True)]
+        dilated = [
+            max((size - 1) * step + 1, 0)
+            for size, step in zip(x.shape[1:-1], x_dilation, strict=True)
+        ]
         padding = jax.lax.padtype_to_pads(dilated, extent, strides, padding)
-    around = [(low, high, step - 1) for (low, high), step in zip(padding, x_dilation, strict=True)]
+    around = [
+        (low, high, step - 1)
+        for (low, high), step in zip(padding, x_dilation, strict=True)
+    ]
     x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *around, (0, 0, 0)])
     room = [size - reach for size, reach in zip(x.shape[1:-1], extent, strict=True)]
     taps = []
     for place in itertools.product(*map(range, window)):
-        start = [number * step for number, step in zip(place, window_dilation, strict=True)]
+        start = [
+            number * step for number, step in zip(place, window_dilation, strict=True)
+        ]
         stop = [first + more + 1 for first, more in zip(start, room, strict=True)]
-        taps.append(jax.lax.slice(x, (0, *start, 0), (len(x), *stop, x.shape[-1]), (1, *strides, 1)))
+        taps.append(
+            jax.lax.slice(
+                x, (0, *start, 0), (len(x), *stop, x.shape[-1]), (1, *strides, 1)
+            )
+        )
     return jnp.stack(taps, axis=-2)
 
 
@@ -162,6 +212,12 @@ class Promote:
 
     def __call__(self, arrays: tuple[Any, ...], **options: Any) -> tuple[Any, ...]:
         """Return the arrays in the dtype of the computation, and kernels as they are."""
-        seen = tuple(jnp.zeros((), each.dtype) if isinstance(each, Kernel) else each for each in arrays)
+        seen = tuple(
+            jnp.zeros((), each.dtype) if isinstance(each, Kernel) else each
+            for each in arrays
+        )
         promoted = self.promote(seen, **options)
-        return tuple(old if isinstance(old, Kernel) else new for old, new in zip(arrays, promoted, strict=True))
+        return tuple(
+            old if isinstance(old, Kernel) else new
+            for old, new in zip(arrays, promoted, strict=True)
+        )

@@ -13,14 +13,29 @@ from jaxtyping import Array
 
 from ..chip.chip import is_chip
 from ..chip.tree import Preparations, Rules, first_match, program_tree
-from .kernel import Kernel, Promote, conv_general_dilated, dot_general, einsum, einsum_axes, operands
+from .kernel import (
+    Kernel,
+    Promote,
+    conv_general_dilated,
+    dot_general,
+    einsum,
+    einsum_axes,
+    operands,
+)
 
 Model = TypeVar("Model", bound=nnx.Module)
 
 _LAYERS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv)
 # Norms, whose parameters are vectors, although a stack of vectors has the shape of a matrix; and tables of tokens, also
 # where a tied head multiplies by them.
-_DIGITAL = (nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm, nnx.Embed)
+_DIGITAL = (
+    nnx.BatchNorm,
+    nnx.LayerNorm,
+    nnx.RMSNorm,
+    nnx.GroupNorm,
+    nnx.InstanceNorm,
+    nnx.Embed,
+)
 # Their calls change the parameters of the layers in them.
 _WRAPPERS = (nnx.WeightNorm, nnx.SpectralNorm)
 # What a model keeps between calls.
@@ -59,7 +74,9 @@ class _Found(NamedTuple):
     layer: Any = None
 
 
-def converted(model: Model, rules: Rules, key: Array, preparations: Preparations) -> Model:
+def converted(
+    model: Model, rules: Rules, key: Array, preparations: Preparations
+) -> Model:
     """Return a copy of a model on arrays; arguments as for `crossbar.flax.convert`."""
     model = nnx.clone(model)
     found = _checked(model, rules)
@@ -75,7 +92,11 @@ def converted(model: Model, rules: Rules, key: Array, preparations: Preparations
 def on_arrays(model: nnx.Module, rules: Rules) -> dict[str, Array]:
     """Return the matrices, or stacks of them, that rules put on arrays, by path."""
     found = _checked(model, rules).items()
-    return {path: each.weight for path, each in found if each.weight.ndim > 1 and first_match(path, rules) is not None}
+    return {
+        path: each.weight
+        for path, each in found
+        if each.weight.ndim > 1 and first_match(path, rules) is not None
+    }
 
 
 def _checked(model: nnx.Module, rules: Rules) -> Mapping[str, _Found]:
@@ -93,18 +114,33 @@ def _checked(model: nnx.Module, rules: Rules) -> Mapping[str, _Found]:
 def _found(model: nnx.Module) -> Mapping[str, _Found]:
     """Return the layers and other parameters of a model by path."""
     nodes = list(nnx.iter_graph(model))
-    wrappers = [(parts, type(layer).__name__) for parts, layer in nodes if isinstance(layer, _WRAPPERS)]
-    found, owned = {}, set()
+    wrappers = [
+        (parts, type(layer).__name__)
+        for parts, layer in nodes
+        if isinstance(layer, _WRAPPERS)
+    ]
+    found = {}
+    owned = set()
     for parts, layer in nodes:
         if not isinstance(layer, (*_LAYERS, *_DIGITAL, nnx.ConvTranspose)):
             continue
-        parameters = [each for name in _PARAMETERS if (each := vars(layer).get(name)) is not None]
+        parameters = [
+            each for name in _PARAMETERS if (each := vars(layer).get(name)) is not None
+        ]
         owned |= {id(each) for each in parameters}
         if isinstance(layer, _DIGITAL):
-            found |= {_dotted(parts): _digital(parameters[0][...])} if parameters else {}
+            found |= (
+                {_dotted(parts): _digital(parameters[0][...])} if parameters else {}
+            )
         else:
-            wrapper = next((name for above, name in wrappers if parts[: len(above)] == above), None)
-            kernel = parameters[0][...] if isinstance(parameters[0], nnx.Variable) else parameters[0]
+            wrapper = next(
+                (name for above, name in wrappers if parts[: len(above)] == above), None
+            )
+            kernel = (
+                parameters[0][...]
+                if isinstance(parameters[0], nnx.Variable)
+                else parameters[0]
+            )
             found[_dotted(parts)] = _of_layer(layer, kernel, wrapper)
     for parts, value in nodes:
         if isinstance(value, nnx.LoRAParam):
@@ -113,7 +149,9 @@ def _found(model: nnx.Module) -> Mapping[str, _Found]:
             continue
         elif isinstance(value, nnx.Param):
             found[_dotted(parts)] = _of_parameter(value[...])
-        elif _is_matrix(value := value.get_value() if isinstance(value, nnx.Variable) else value):
+        elif _is_matrix(
+            value := value.get_value() if isinstance(value, nnx.Variable) else value
+        ):
             found[_dotted(parts)] = _of_parameter(value)
     return found
 
@@ -124,9 +162,15 @@ def _of_layer(layer: Any, kernel: Any, wrapper: str | None) -> _Found:
     `wrapper` names the one of `_WRAPPERS` around it.
     """
     if isinstance(kernel, Kernel):
-        return _Found(kernel.chip.codes, "it is on arrays already, so give `convert` the digital model with all rules")
+        return _Found(
+            kernel.chip.codes,
+            "it is on arrays already, so give `convert` the digital model with all rules",
+        )
     if not _is_array(kernel):  # as those that qwix quantises
-        return _Found(jnp.zeros((0, 0)), f"its kernel is a {type(kernel).__name__} instead of an array")
+        return _Found(
+            jnp.zeros((0, 0)),
+            f"its kernel is a {type(kernel).__name__} instead of an array",
+        )
     if wrapper is not None:
         return _Found(kernel, f"{wrapper} computes its kernel anew in every call")
     if (obstacle := _obstacle(layer, kernel)) is not None:
@@ -137,11 +181,19 @@ def _of_layer(layer: Any, kernel: Any, wrapper: str | None) -> _Found:
     if isinstance(layer, nnx.Conv) and layer.feature_group_count > 1:
         weight = weight.reshape(*weight.shape[:-1], layer.feature_group_count, -1)
     groups, inputs = _axes(layer, weight.ndim - stack)
-    outputs = [axis for axis in range(weight.ndim - stack) if axis not in (*groups, *inputs)]
-    weight = weight.transpose(*range(stack), *(stack + axis for axis in (*groups, *inputs, *outputs)))
-    sizes, count = weight.shape[stack:], len(groups)
+    outputs = [
+        axis for axis in range(weight.ndim - stack) if axis not in (*groups, *inputs)
+    ]
+    weight = weight.transpose(
+        *range(stack), *(stack + axis for axis in (*groups, *inputs, *outputs))
+    )
+    sizes = weight.shape[stack:]
+    count = len(groups)
     summed = (math.prod(sizes[:count]),) if groups else ()
-    summed += (math.prod(sizes[count : count + len(inputs)]), math.prod(sizes[count + len(inputs) :]))
+    summed += (
+        math.prod(sizes[count : count + len(inputs)]),
+        math.prod(sizes[count + len(inputs) :]),
+    )
     return _Found(weight.reshape(*weight.shape[:stack], *summed), None, layer)
 
 
@@ -158,7 +210,11 @@ def _of_parameter(parameter: Any) -> _Found:
 
 def _is_matrix(value: Any) -> bool:
     """Return whether a value that is no parameter could be multiplied with as one."""
-    return _is_array(value) and value.ndim > 1 and jnp.issubdtype(value.dtype, jnp.floating)
+    return (
+        _is_array(value)
+        and value.ndim > 1
+        and jnp.issubdtype(value.dtype, jnp.floating)
+    )
 
 
 def _is_array(value: Any) -> bool:
@@ -206,18 +262,25 @@ def _obstacle(layer: Any, kernel: Array) -> str | None:
         if layer.einsum_str is None:
             return "its equation comes with its calls"
         of_x, of_kernel, of_y = operands(layer.einsum_str)
-        if "." in of_kernel or len(set(of_kernel)) < len(of_kernel) or set(of_kernel) - set(of_x + of_y):
+        if (
+            "." in of_kernel
+            or len(set(of_kernel)) < len(of_kernel)
+            or set(of_kernel) - set(of_x + of_y)
+        ):
             return f"the kernel of {layer.einsum_str!r} has an axis that is neither of inputs, of outputs nor of groups"
     return None
 
 
 def _put(layer: Any, chip: Any) -> None:
     """Give a layer its kernel on arrays, and products that read it."""
-    kernel = Kernel(chip, _shape(layer), layer.kernel[...].dtype, getattr(layer, "einsum_str", None))
+    kernel = Kernel(
+        chip, _shape(layer), layer.kernel[...].dtype, getattr(layer, "einsum_str", None)
+    )
     layer.promote_dtype = Promote(layer.promote_dtype)
     layer.kernel = InArrays(kernel)
     if isinstance(layer, nnx.Conv):
-        layer.conv_general_dilated, layer.mask = conv_general_dilated, None
+        layer.conv_general_dilated = conv_general_dilated
+        layer.mask = None
     elif isinstance(layer, nnx.Einsum):
         layer.einsum_op = einsum
     else:

@@ -21,7 +21,8 @@ from jaxtyping import Array, Float, Int, Num
 
 from .geometry import significance
 
-FLOAT_BITS, INT_BITS = 24, 32
+FLOAT_BITS = 24
+INT_BITS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,9 @@ class Packing:
     def words(self) -> list[slice]:
         """The weight slices of each word."""
         at = [word for word, _, _ in self.fields]
-        return [slice(at.index(w), at.index(w) + at.count(w)) for w in range(at[-1] + 1)]
+        return [
+            slice(at.index(w), at.index(w) + at.count(w)) for w in range(at[-1] + 1)
+        ]
 
 
 class Packed(NamedTuple):
@@ -66,18 +69,25 @@ def over_rows(cells: Num[Array, "K R rows cols"]) -> Num[Array, "K R cols"]:
     return sums[:, :, 0]
 
 
-def certify(spans: Sequence[int], word_bits: int, variances: Sequence[int] = ()) -> Packing | None:
+def certify(
+    spans: Sequence[int], word_bits: int, variances: Sequence[int] = ()
+) -> Packing | None:
     """Return the packing into as few words as neighbouring slices allow; None where a slice exceeds a word.
 
     Spans are the largest high - low of every slice's columns, variances their largest sum of u^2 v, if packed as well.
     """
-    fields, squares, word, shift = [], [], 0, 0
+    fields = []
+    squares = []
+    word = 0
+    shift = 0
     for span, variance in itertools.zip_longest(spans, variances):
-        bits, more = max(span, 1).bit_length(), 0 if variance is None else max(variance, 1).bit_length()
+        bits = max(span, 1).bit_length()
+        more = 0 if variance is None else max(variance, 1).bit_length()
         if bits + more > word_bits:
             return None
         if shift + bits + more > word_bits:
-            word, shift = word + 1, 0
+            word = word + 1
+            shift = 0
         fields.append((word, shift, bits))
         if variance is not None:
             squares.append((word, shift + bits, more))
@@ -94,8 +104,12 @@ def pack(
     variances: Float[Array, "K R rows cols"] | None = None,
 ) -> Packed:
     """Pack integer cells under inputs of at most `top`, which may be `signed`."""
-    low = -top * over_rows(jnp.abs(cells) if signed else jnp.maximum(-cells, 0)).astype(jnp.int32)
-    parts = (to_words(part, packing) for part in (cells.astype(jnp.int32), -low[:, :, None]))
+    low = -top * over_rows(jnp.abs(cells) if signed else jnp.maximum(-cells, 0)).astype(
+        jnp.int32
+    )
+    parts = (
+        to_words(part, packing) for part in (cells.astype(jnp.int32), -low[:, :, None])
+    )
     words = jnp.concatenate(list(parts), axis=2)
     if variances is None:
         return Packed(words, low)
@@ -104,21 +118,34 @@ def pack(
 
 
 def to_words(
-    planes: Int[Array, "K R rows cols"], packing: Packing, fields: tuple[tuple[int, int, int], ...] | None = None
+    planes: Int[Array, "K R rows cols"],
+    packing: Packing,
+    fields: tuple[tuple[int, int, int], ...] | None = None,
 ) -> Int[Array, "W R rows cols"]:
     """Return integers of every slice in words, in the fields of the slices or others."""
-    shifted = [plane << shift for plane, (_, shift, _) in zip(planes, fields or packing.fields, strict=True)]
+    shifted = [
+        plane << shift
+        for plane, (_, shift, _) in zip(planes, fields or packing.fields, strict=True)
+    ]
     return jnp.stack([sum(shifted[own][1:], shifted[own][0]) for own in packing.words])
 
 
-def drive(n: Float[Array, "B R rows"], slices: tuple[int, ...]) -> Float[Array, "B R _rows"]:
+def drive(
+    n: Float[Array, "B R rows"], slices: tuple[int, ...]
+) -> Float[Array, "B R _rows"]:
     """Return input codes with that of the row of -low, one level in every input slice."""
     one = sum(significance(slices))
     return jnp.pad(n, ((0, 0), (0, 0), (0, 1)), constant_values=one)
 
 
-def unpack(word: Int[Array, "*S"], fields: tuple[tuple[int, int, int], ...]) -> Int[Array, "k *S"]:
+def unpack(
+    word: Int[Array, "*S"], fields: tuple[tuple[int, int, int], ...]
+) -> Int[Array, "k *S"]:
     """Return S - low for every slice, or V, that has one of `fields`, given the sum of their word."""
-    shift, bits = np.asarray(fields, np.uint32)[:, 1:].T.reshape(2, -1, *[1] * word.ndim)
-    found = (jax.lax.bitcast_convert_type(word, jnp.uint32)[None] >> shift) & (2**bits - 1).astype(np.uint32)
+    shift, bits = np.asarray(fields, np.uint32)[:, 1:].T.reshape(
+        2, -1, *[1] * word.ndim
+    )
+    found = (jax.lax.bitcast_convert_type(word, jnp.uint32)[None] >> shift) & (
+        2**bits - 1
+    ).astype(np.uint32)
     return jax.lax.bitcast_convert_type(found, jnp.int32)

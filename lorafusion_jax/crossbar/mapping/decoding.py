@@ -14,7 +14,9 @@ from .adc.quantiser import Converter
 from .geometry import Cells, Codes, Columns, Flipped, Gains, Geometry
 
 
-def kappa(geometry: Geometry, config: CrossbarConfig, dtype: jnp.dtype) -> Float[Array, " K"]:
+def kappa(
+    geometry: Geometry, config: CrossbarConfig, dtype: jnp.dtype
+) -> Float[Array, " K"]:
     """Return Gmin in the level units of every weight slice."""
     g_min = jnp.asarray(config.g_min, dtype)
     return g_min / (1 - g_min) * jnp.asarray(geometry.levels, dtype)
@@ -36,7 +38,8 @@ def recover(
     zero = jnp.asarray(geometry.zero_digits, columns.dtype).reshape(shape)
     if not config.encoding.unit_column:
         return columns - (gmin + zero) * ones[None]
-    values, unit = columns[..., :-1], columns[..., -1:]
+    values = columns[..., :-1]
+    unit = columns[..., -1:]
     if flipped is None:  # the unit column holds the zero digits and the same Gmin
         return values - unit
     ones = unit / (1 + gmin)
@@ -45,39 +48,71 @@ def recover(
     return jnp.where(flipped, top * ones - values, values) - zero * ones
 
 
-def programmed_codes(cells: Cells, flipped: Flipped | None, geometry: Geometry, config: CrossbarConfig) -> Codes:
+def programmed_codes(
+    cells: Cells, flipped: Flipped | None, geometry: Geometry, config: CrossbarConfig
+) -> Codes:
     """Return the weight codes of cells: the sums of a perfect read."""
     if config.encoding.kind == "differential":
         slices = cells[:, 0] - cells[:, 1]
     else:
-        columns = cells[:, 0] + kappa(geometry, config, cells.dtype)[:, None, None, None, None]
+        columns = (
+            cells[:, 0]
+            + kappa(geometry, config, cells.dtype)[:, None, None, None, None]
+        )
         ones = jnp.ones((1, 1, 1, 1), cells.dtype)
-        slices = recover(columns, ones, None if flipped is None else flipped[:, :, :, None], geometry, config)
+        slices = recover(
+            columns,
+            ones,
+            None if flipped is None else flipped[:, :, :, None],
+            geometry,
+            config,
+        )
     weights = jnp.asarray(geometry.significance, cells.dtype)
     codes = jnp.einsum("k,krcio->rcio", weights, slices, precision="highest")
-    return encoding.join(encoding.join(jnp.moveaxis(codes, 1, 2), geometry.rows, 0, front=True), geometry.cols, 1)
+    return encoding.join(
+        encoding.join(jnp.moveaxis(codes, 1, 2), geometry.rows, 0, front=True),
+        geometry.cols,
+        1,
+    )
 
 
-def columns(cells: Cells, geometry: Geometry, config: CrossbarConfig, gain: Gains | None = None) -> Columns:
+def columns(
+    cells: Cells, geometry: Geometry, config: CrossbarConfig, gain: Gains | None = None
+) -> Columns:
     """Return the factors of the inputs, one entry for each conversion; unit columns come after all others."""
     if config.encoding.kind == "differential" and not config.converts_each:
         converted = (cells[:, 0] - cells[:, 1])[:, None]
     else:
-        converted = cells + kappa(geometry, config, cells.dtype)[:, None, None, None, None, None]
-    return _side_by_side(converted if gain is None else converted * gain[..., None, :], geometry, config)
+        converted = (
+            cells
+            + kappa(geometry, config, cells.dtype)[:, None, None, None, None, None]
+        )
+    return _side_by_side(
+        converted if gain is None else converted * gain[..., None, :], geometry, config
+    )
 
 
 def column_variances(
-    variances: Float[Array, "K P R C rows _cols"], geometry: Geometry, config: CrossbarConfig, gain: Gains | None = None
+    variances: Float[Array, "K P R C rows _cols"],
+    geometry: Geometry,
+    config: CrossbarConfig,
+    gain: Gains | None = None,
 ) -> Columns:
     """Return the variances of the result of `columns`, given those of the cells; one column may stand for all."""
     if config.encoding.kind == "differential" and not config.converts_each:
         variances = (variances[:, 0] + variances[:, 1])[:, None]
-    return _side_by_side(variances if gain is None else variances * jnp.square(gain)[..., None, :], geometry, config)
+    return _side_by_side(
+        variances if gain is None else variances * jnp.square(gain)[..., None, :],
+        geometry,
+        config,
+    )
 
 
-def _side_by_side(converted: Cells, geometry: Geometry, config: CrossbarConfig) -> Columns:
-    cols, converted = geometry.cols, jnp.concatenate(list(jnp.moveaxis(converted, 1, 0)))
+def _side_by_side(
+    converted: Cells, geometry: Geometry, config: CrossbarConfig
+) -> Columns:
+    cols = geometry.cols
+    converted = jnp.concatenate(list(jnp.moveaxis(converted, 1, 0)))
     if converted.shape[4] == 1 < max(cols):
         return converted[:, :, 0]
     values = encoding.join(jnp.moveaxis(converted, 2, 3)[..., : max(cols)], cols, 3)
@@ -99,7 +134,9 @@ def finish(
     `total` has the codes, or sums without an ADC, with unit columns last, and `ones` the sums of the inputs.
     """
     lsb = None if quantise is None else quantise.lsb
-    if config.encoding.kind == "offset" and (flipped is not None or not config.encoding.unit_column):
+    if config.encoding.kind == "offset" and (
+        flipped is not None or not config.encoding.unit_column
+    ):
         if lsb is not None:
             total = total * lsb.T[:, :, None, None]
         return weigh(recover(total, ones, flipped, geometry, config), None, geometry)
@@ -109,7 +146,9 @@ def finish(
 
 
 def weigh(
-    slices: Float[Array, "K A C cols"], lsb: Float[Array, "_R K"] | None, geometry: Geometry
+    slices: Float[Array, "K A C cols"],
+    lsb: Float[Array, "_R K"] | None,
+    geometry: Geometry,
 ) -> Float[Array, "A d_out"]:
     """Return the sum over weight slices, each times the value of its level (or of its code, given `lsb`)."""
     worth = jnp.asarray(geometry.significance, slices.dtype)[None]
@@ -117,5 +156,7 @@ def weigh(
         worth = worth * lsb
     # Powers of two times integers add up exactly in any order; what is left is one factor.
     shares = (worth / worth[:, :1]).T[:, :, None, None]
-    whole = sum(share * of_slice for share, of_slice in zip(shares, slices, strict=True))
+    whole = sum(
+        share * of_slice for share, of_slice in zip(shares, slices, strict=True)
+    )
     return encoding.join(whole * worth[:, 0, None, None], geometry.cols, axis=1)

@@ -17,7 +17,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ..config.schema import CrossbarConfig
 from .geometry import Cells, Codes, Flipped, Geometry
 
-_ROUNDING = 2**31  # purpose of a read's key, in addition to the numbers of its row tiles
+_ROUNDING = (
+    2**31
+)  # purpose of a read's key, in addition to the numbers of its row tiles
 
 
 def split(x: Array, parts: tuple[int, ...], axis: int, *, front: bool = False) -> Array:
@@ -29,11 +31,15 @@ def split(x: Array, parts: tuple[int, ...], axis: int, *, front: bool = False) -
     longest = max(parts)
     if len(set(parts)) == 1:
         return x.reshape(*x.shape[:axis], len(parts), longest, *x.shape[axis + 1 :])
-    pieces, end = [], 0
+    pieces = []
+    end = 0
     for part in parts:
-        piece, end = jax.lax.slice_in_dim(x, end, end + part, axis=axis), end + part
+        piece = jax.lax.slice_in_dim(x, end, end + part, axis=axis)
+        end = end + part
         pad = (longest - part, 0) if front else (0, longest - part)
-        pieces.append(jnp.pad(piece, [pad if a == axis else (0, 0) for a in range(x.ndim)]))
+        pieces.append(
+            jnp.pad(piece, [pad if a == axis else (0, 0) for a in range(x.ndim)])
+        )
     return jnp.stack(pieces, axis=axis)
 
 
@@ -45,13 +51,17 @@ def join(x: Array, parts: tuple[int, ...], axis: int, *, front: bool = False) ->
         return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
     cut = []
     for i, part in enumerate(parts):
-        piece, start = jax.lax.index_in_dim(x, i, axis, keepdims=False), longest - part if front else 0
+        piece = jax.lax.index_in_dim(x, i, axis, keepdims=False)
+        start = longest - part if front else 0
         cut.append(jax.lax.slice_in_dim(piece, start, start + part, axis=axis))
     return jnp.concatenate(cut, axis=axis)
 
 
 def full_scale(
-    weights: Codes, geometry: Geometry, config: CrossbarConfig, ranges: Float[Array, " d_out"] | None = None
+    weights: Codes,
+    geometry: Geometry,
+    config: CrossbarConfig,
+    ranges: Float[Array, " d_out"] | None = None,
 ) -> Float[Array, "_R _cols"]:
     """Return M for every row tile and column, of shape [1, 1], [1, d_out] or, for scale `tile`, [R, d_out].
 
@@ -62,7 +72,9 @@ def full_scale(
         top = jnp.max(values, axis=axis, keepdims=True)
         if config.mapping.quantile == 1:
             return top
-        covered = jnp.quantile(values, config.mapping.quantile, axis=axis, keepdims=True)
+        covered = jnp.quantile(
+            values, config.mapping.quantile, axis=axis, keepdims=True
+        )
         return jnp.where(covered > 0, covered, top)  # weights that are mostly zeros
 
     magnitude = jnp.abs(weights)
@@ -74,8 +86,16 @@ def full_scale(
         scale = largest(magnitude, (0,))
     else:
         bands = jnp.split(magnitude, np.cumsum(geometry.rows[:-1]))
-        tiles = [jnp.split(band, np.cumsum(geometry.cols[:-1]), axis=1) for band in bands]
-        tops = [[jnp.broadcast_to(largest(tile, (0, 1)), (1, tile.shape[1])) for tile in band] for band in tiles]
+        tiles = [
+            jnp.split(band, np.cumsum(geometry.cols[:-1]), axis=1) for band in bands
+        ]
+        tops = [
+            [
+                jnp.broadcast_to(largest(tile, (0, 1)), (1, tile.shape[1]))
+                for tile in band
+            ]
+            for band in tiles
+        ]
         scale = jnp.concatenate([jnp.concatenate(band, axis=1) for band in tops])
     # The weight of one code must not underflow: it is at least about the smallest normal number, in fewer codes.
     least = 1.0001 * float(jnp.finfo(scale.dtype).tiny)
@@ -88,11 +108,19 @@ def per_weight(scale: Float[Array, "_R _cols"], geometry: Geometry) -> Array:
     """Return `scale` in a shape that broadcasts to a [d_in, d_out] matrix."""
     if scale.shape[0] == 1:
         return scale
-    bands = [jnp.broadcast_to(tile, (height, len(tile))) for tile, height in zip(scale, geometry.rows, strict=True)]
+    bands = [
+        jnp.broadcast_to(tile, (height, len(tile)))
+        for tile, height in zip(scale, geometry.rows, strict=True)
+    ]
     return jnp.concatenate(bands)
 
 
-def weight_codes(weights: Codes, scale: Float[Array, "_R _cols"], geometry: Geometry, config: CrossbarConfig) -> Codes:
+def weight_codes(
+    weights: Codes,
+    scale: Float[Array, "_R _cols"],
+    geometry: Geometry,
+    config: CrossbarConfig,
+) -> Codes:
     """Return the signed weight codes q: integers, or w / M in [-1, 1] for real-valued weights."""
     codes = weights / per_weight(scale, geometry)
     if config.mapping.weight_bits is not None:
@@ -102,14 +130,19 @@ def weight_codes(weights: Codes, scale: Float[Array, "_R _cols"], geometry: Geom
     return jnp.clip(codes, -top, top) if clips else codes
 
 
-def digit(n: Float[Array, "*S"], slices: tuple[int, ...], j: int | Int[Array, ""]) -> Int[Array, "*S"]:
+def digit(
+    n: Float[Array, "*S"], slices: tuple[int, ...], j: int | Int[Array, ""]
+) -> Int[Array, "*S"]:
     """Return slice j of integer codes n: sign(n) ((|n| >> start) mod 2^bits)."""
-    start, bits = (jnp.asarray(of, jnp.int32)[j] for of in ([sum(slices[:i]) for i in range(len(slices))], slices))
+    start = jnp.asarray([sum(slices[:i]) for i in range(len(slices))], jnp.int32)[j]
+    bits = jnp.asarray(slices, jnp.int32)[j]
     magnitude = (jnp.abs(n).astype(jnp.int32) >> start) & ((1 << bits) - 1)
     return jnp.where(n < 0, -magnitude, magnitude)
 
 
-def _all_digits(n: Float[Array, "*S"], slices: tuple[int, ...]) -> Float[Array, "slices *S"]:
+def _all_digits(
+    n: Float[Array, "*S"], slices: tuple[int, ...]
+) -> Float[Array, "slices *S"]:
     return jnp.stack([digit(n, slices, j) for j in range(len(slices))]).astype(n.dtype)
 
 
@@ -127,7 +160,8 @@ def to_arrays(
     slices: Float[Array, "K d_in d_out"], geometry: Geometry, config: CrossbarConfig
 ) -> tuple[Cells, Flipped | None]:
     """Return the target level of every cell of the arrays, a unit column last, and which columns are flipped."""
-    rows, cols = geometry.rows, geometry.cols
+    rows = geometry.rows
+    cols = geometry.cols
     top = jnp.asarray(geometry.levels, slices.dtype)
     if config.encoding.kind == "differential":
         if config.encoding.two_sided:
@@ -137,22 +171,37 @@ def to_arrays(
             both = jnp.stack([jnp.maximum(slices, 0), jnp.maximum(-slices, 0)], axis=1)
     else:
         both = slices[:, None]
-    arrays = split(split(both, cols, axis=3), rows, axis=2, front=True)  # [K, P, R, rows, C, cols]
+    arrays = split(
+        split(both, cols, axis=3), rows, axis=2, front=True
+    )  # [K, P, R, rows, C, cols]
     arrays = jnp.moveaxis(arrays, 4, 3)
     flipped = None
     if config.encoding.flip:
-        full = jnp.asarray(rows, slices.dtype)[None, :, None, None] * top[:, None, None, None]
+        full = (
+            jnp.asarray(rows, slices.dtype)[None, :, None, None]
+            * top[:, None, None, None]
+        )
         flipped = 2 * jnp.sum(arrays[:, 0], axis=3) > full
         inverted = flipped[:, :, :, None, :] & geometry.cells_in_use[None]
-        arrays = jnp.where(inverted, top[:, None, None, None, None] - arrays[:, 0], arrays[:, 0])[:, None]
+        arrays = jnp.where(
+            inverted, top[:, None, None, None, None] - arrays[:, 0], arrays[:, 0]
+        )[:, None]
     if config.encoding.unit_column:
-        unit = jnp.asarray(geometry.unit_levels, slices.dtype)[:, None, None, None, None, None]
-        arrays = jnp.concatenate([arrays, jnp.broadcast_to(unit, (*arrays.shape[:5], 1))], axis=5)
+        unit = jnp.asarray(geometry.unit_levels, slices.dtype)[
+            :, None, None, None, None, None
+        ]
+        arrays = jnp.concatenate(
+            [arrays, jnp.broadcast_to(unit, (*arrays.shape[:5], 1))], axis=5
+        )
     return arrays, flipped
 
 
 def input_codes(
-    x: Float[Array, "B d_in"], limit: Array, geometry: Geometry, config: CrossbarConfig, key: PRNGKeyArray | None = None
+    x: Float[Array, "B d_in"],
+    limit: Array,
+    geometry: Geometry,
+    config: CrossbarConfig,
+    key: PRNGKeyArray | None = None,
 ) -> Float[Array, "B d_in"]:
     """Return the signed input codes n, given the full scale [] or [B, 1], or for an ideal DAC x / limit itself."""
     if config.dac is None:
@@ -162,10 +211,19 @@ def input_codes(
     if config.dac.rounding == "nearest" or key is None:
         whole = jnp.round(codes)
     else:
-        whole = jnp.floor(codes + jax.random.uniform(jax.random.fold_in(key, _ROUNDING), codes.shape, codes.dtype))
+        whole = jnp.floor(
+            codes
+            + jax.random.uniform(
+                jax.random.fold_in(key, _ROUNDING), codes.shape, codes.dtype
+            )
+        )
     return jnp.clip(whole, -top if config.dac.signed else 0.0, top)
 
 
 def pulses(codes: Float[Array, "*B d"], geometry: Geometry) -> Float[Array, "J *B d"]:
     """Return the input slices u of input codes."""
-    return codes[None] if geometry.input_slices is None else _all_digits(codes, geometry.input_slices)
+    return (
+        codes[None]
+        if geometry.input_slices is None
+        else _all_digits(codes, geometry.input_slices)
+    )

@@ -67,16 +67,28 @@ class Geometry:
     @classmethod
     def of(cls, shape: tuple[int, ...], config: CrossbarConfig) -> "Geometry":
         """Return the geometry of a [d_in, d_out] matrix."""
-        tile, encoding, adc, dac = config.tile, config.encoding, config.adc, config.dac
+        tile = config.tile
+        encoding = config.encoding
+        adc = config.adc
+        dac = config.dac
         rows = partition(shape[0], tile.rows, tile.partition)
-        half = 0 if config.mapping.weight_bits is None else config.mapping.weight_bits - 1
-        offset, levels = 2.0**half, tuple(2**bits - 1 for bits in config.weight_slices)
+        half = (
+            0 if config.mapping.weight_bits is None else config.mapping.weight_bits - 1
+        )
+        offset = 2.0**half
+        levels = tuple(2**bits - 1 for bits in config.weight_slices)
         if config.cell.bits is None:
-            worth, middle = (1.0 if encoding.kind == "differential" else 2.0,), (0.5,)
+            worth = (1.0 if encoding.kind == "differential" else 2.0,)
+            middle = (0.5,)
         else:
             worth = significance(config.cell.bits)
-            middle = tuple(float(int(offset // one) & top) for one, top in zip(worth, levels, strict=True))
-        zero_digits = middle if encoding.kind == "offset" else tuple(0.0 for _ in levels)
+            middle = tuple(
+                float(int(offset // one) & top)
+                for one, top in zip(worth, levels, strict=True)
+            )
+        zero_digits = (
+            middle if encoding.kind == "offset" else tuple(0.0 for _ in levels)
+        )
         input_top = 1 if dac is None else 2**dac.magnitude_bits - 1
         pulse = 1 if dac is None else 2 ** dac.slices[0] - 1
         converted_top = input_top if config.converts_sums else pulse
@@ -98,12 +110,18 @@ class Geometry:
             zero_digits=zero_digits,
             unit_levels=tuple(1.0 for _ in levels) if encoding.flip else zero_digits,
             input_slices=None if dac is None else dac.slices,
-            converted_slices=None if dac is None else (dac.magnitude_bits,) if config.converts_sums else dac.slices,
+            converted_slices=None
+            if dac is None
+            else (dac.magnitude_bits,)
+            if config.converts_sums
+            else dac.slices,
             input_significance=significance(config.input_slices),
             input_top=input_top,
             pulse=pulse,
             converted_top=converted_top,
-            bounds=tuple(float(max(driven * top / halves, driven * unit)) for top in levels),
+            bounds=tuple(
+                float(max(driven * top / halves, driven * unit)) for top in levels
+            ),
             code_range=code_range,
         )
 
@@ -120,7 +138,8 @@ class Geometry:
     @property
     def cells_in_use(self) -> Bool[np.ndarray, "R C rows cols"]:
         """True for the cells of the arrays that hold a weight."""
-        rows, cols = np.asarray(self.rows), np.asarray(self.cols)
+        rows = np.asarray(self.rows)
+        cols = np.asarray(self.cols)
         row = np.arange(max(rows)) >= max(rows) - rows[:, None]
         col = np.arange(max(cols)) < cols[:, None]
         return row[:, None, :, None] & col[None, :, None, :]
@@ -132,7 +151,9 @@ def partition(size: int, limit: int | None, how: str) -> tuple[int, ...]:
         return (size,)
     parts = math.ceil(size / limit)
     step = round(size / parts) if how == "equal" else limit
-    if size - (parts - 1) * step > limit:  # rounding down left more than an array for the last part
+    if (
+        size - (parts - 1) * step > limit
+    ):  # rounding down left more than an array for the last part
         step = math.ceil(size / parts)
     return (*[step] * (parts - 1), size - (parts - 1) * step)
 

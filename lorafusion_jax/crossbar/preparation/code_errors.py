@@ -27,11 +27,14 @@ class CodeErrors(NamedTuple):
     mean: Float[np.ndarray, " codes"]
     variance: Float[np.ndarray, " codes"]
 
-    def at(self, codes: Float[Array, "*S"]) -> tuple[Float[Array, "*S"], Float[Array, "*S"]]:
+    def at(
+        self, codes: Float[Array, "*S"]
+    ) -> tuple[Float[Array, "*S"], Float[Array, "*S"]]:
         """Return mean and variance at codes in units of the range, interpolated."""
         place = (codes + 1) / 2 * (len(self.mean) - 1)
         below = jnp.clip(jnp.floor(place), 0, len(self.mean) - 2)
-        low, share = below.astype(jnp.int32), place - below
+        low = below.astype(jnp.int32)
+        share = place - below
 
         def between(values: Float[np.ndarray, " codes"]) -> Float[Array, "*S"]:
             table = jnp.asarray(values, codes.dtype)
@@ -46,8 +49,14 @@ def code_errors(config: CrossbarConfig) -> CodeErrors:
     A matrix that holds every code in each column is programmed. So all that programming does is in it: the codes'
     digits, unused cells, stuck ones, flipped columns, write-verify, drift and its compensation.
     """
-    top = 2 ** (config.mapping.weight_bits - 1) - 1 if config.mapping.weight_bits else _CODES // 2
-    codes = np.unique(np.round(np.linspace(-1, 1, min(2 * top + 1, _CODES)) * top)) / top
+    top = (
+        2 ** (config.mapping.weight_bits - 1) - 1
+        if config.mapping.weight_bits
+        else _CODES // 2
+    )
+    codes = (
+        np.unique(np.round(np.linspace(-1, 1, min(2 * top + 1, _CODES)) * top)) / top
+    )
     place = np.arange(len(codes))[:, None] + np.arange(_DRAWS)[None]
     weights = jnp.asarray(codes[place % len(codes)], jnp.float32)
     plain = dataclasses.replace(
@@ -58,5 +67,7 @@ def code_errors(config: CrossbarConfig) -> CodeErrors:
         device=dataclasses.replace(config.device, read_noise=None),
     )
     written = np.asarray(programmed_weights(program(weights, plain, jax.random.key(0))))
-    rolled = np.stack([np.roll(column, number) for number, column in enumerate(written.T)])  # [draws, codes]
+    rolled = np.stack(
+        [np.roll(column, number) for number, column in enumerate(written.T)]
+    )  # [draws, codes]
     return CodeErrors(rolled.mean(axis=0) - codes, rolled.var(axis=0, ddof=1))

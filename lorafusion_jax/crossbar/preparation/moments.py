@@ -31,15 +31,26 @@ def moments(
       ValueError: there are no batches, or they do not read one of the chips.
     """
     chips = by_name(chips_in(weights))
-    zeros = [(jnp.zeros(chip.shape[:-1]), jnp.zeros(chip.shape[:-2])) for chip in chips.values()]
-    sums, found = summed(run, weights, batches, _squares, zeros, counted=counted), {}
+    zeros = [
+        (jnp.zeros(chip.shape[:-1]), jnp.zeros(chip.shape[:-2]))
+        for chip in chips.values()
+    ]
+    sums = summed(run, weights, batches, _squares, zeros, counted=counted)
+    found = {}
     for name, (squares, count) in zip(chips, sums, strict=True):
         if not bool(jnp.all(count > 0)):
-            raise ValueError(f"{name} was read by none of the batches: give batches that use all chips")
+            raise ValueError(
+                f"{name} was read by none of the batches: give batches that use all chips"
+            )
         found[name] = squares / count[..., None]
     return found
 
 
-def _squares(x: Float[Array, "*B d_in"], chip: Chip) -> tuple[Float[Array, "*B d_out"], tuple[Array, Array]]:
+def _squares(
+    x: Float[Array, "*B d_in"], chip: Chip
+) -> tuple[Float[Array, "*B d_out"], tuple[Array, Array]]:
     met = prepared_inputs(x.astype(jnp.float32), chip).reshape(-1, x.shape[-1])
-    return matmul(x, chip), (jnp.sum(jnp.square(met), axis=0), jnp.sum(jnp.any(met != 0, axis=1), dtype=jnp.float32))
+    return matmul(x, chip), (
+        jnp.sum(jnp.square(met), axis=0),
+        jnp.sum(jnp.any(met != 0, axis=1), dtype=jnp.float32),
+    )

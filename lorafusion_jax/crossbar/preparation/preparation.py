@@ -41,11 +41,17 @@ class Preparation:
             x = x / jnp.expand_dims(self.factors.astype(x.dtype), range(x.ndim - 1))
         return transform(x, transform_matrices(x.shape[-1])) if self.transforms else x
 
-    def weights(self, weights: Float[Array, "d_in d_out"]) -> Float[Array, "d_in d_out"]:
+    def weights(
+        self, weights: Float[Array, "d_in d_out"]
+    ) -> Float[Array, "d_in d_out"]:
         """Return H diag(a) W."""
         if self.factors is not None:
             weights = weights * self.factors.astype(weights.dtype)[:, None]
-        return transform(weights.T, transform_matrices(len(weights))).T if self.transforms else weights
+        return (
+            transform(weights.T, transform_matrices(len(weights))).T
+            if self.transforms
+            else weights
+        )
 
     def moments(self, squares: Float[Array, "*B d_in"]) -> Float[Array, "*B d_in"]:
         """Return the mean squares of the prepared inputs: after a transform, their mean over its random signs."""
@@ -53,19 +59,32 @@ class Preparation:
             squares = squares / jnp.square(self.factors)
         if not self.transforms:
             return squares
-        return jnp.broadcast_to(jnp.mean(squares, axis=-1, keepdims=True), squares.shape)
+        return jnp.broadcast_to(
+            jnp.mean(squares, axis=-1, keepdims=True), squares.shape
+        )
 
     def undo(self, prepared: Float[Array, "d_in d_out"]) -> Float[Array, "d_in d_out"]:
         """Return diag(1 / a) H^T W~, the matrix that inputs meet, given the prepared one."""
         if self.transforms:
-            prepared = transform(prepared.T, transform_matrices(len(prepared)), inverse=True).T
-        return prepared if self.factors is None else prepared / self.factors.astype(prepared.dtype)[:, None]
+            prepared = transform(
+                prepared.T, transform_matrices(len(prepared)), inverse=True
+            ).T
+        return (
+            prepared
+            if self.factors is None
+            else prepared / self.factors.astype(prepared.dtype)[:, None]
+        )
 
     def identified(self) -> "Preparation":
         """Return the preparation with digests of its arrays as identity."""
-        of_arrays = [b"" if part is None else np.asarray(part).tobytes() for part in (self.factors, self.ranges)]
+        of_arrays = [
+            b"" if part is None else np.asarray(part).tobytes()
+            for part in (self.factors, self.ranges)
+        ]
         of_arrays[0] = str(self.transforms).encode() + of_arrays[0]
-        identity = "-".join(hashlib.sha256(content).hexdigest()[:16] for content in of_arrays)
+        identity = "-".join(
+            hashlib.sha256(content).hexdigest()[:16] for content in of_arrays
+        )
         return dataclasses.replace(self, identity=identity)
 
 
@@ -75,7 +94,9 @@ def needs_preparation(config: CrossbarConfig) -> bool:
     return mapping.factors or mapping.transform != "none" or mapping.clip != "none"
 
 
-def check_preparation(preparation: Preparation | None, shape: tuple[int, ...], config: CrossbarConfig) -> None:
+def check_preparation(
+    preparation: Preparation | None, shape: tuple[int, ...], config: CrossbarConfig
+) -> None:
     """Raise a ValueError if matrices [..., d_in, d_out] have another preparation than their configuration requires."""
     mapping = config.mapping
     if preparation is None:
@@ -91,7 +112,9 @@ def check_preparation(preparation: Preparation | None, shape: tuple[int, ...], c
         "a transform": (preparation.transforms, transforms),
         "ranges": (preparation.ranges is not None, mapping.clip != "none"),
     }
-    if foreign := [name for name, (there, configured) in parts.items() if there and not configured]:
+    if foreign := [
+        name for name, (there, configured) in parts.items() if there and not configured
+    ]:
         raise ValueError(
             f"the preparation has {' and '.join(foreign)}, and the configuration's mapping does not: call prepare with "
             "this configuration"

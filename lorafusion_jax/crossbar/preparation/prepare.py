@@ -30,9 +30,13 @@ from .code_errors import CodeErrors, code_errors
 from .preparation import Preparation
 from .transform import transform_matrices
 
-_CLIPS = np.linspace(1, 0.3, 36)  # ranges that are tried, as shares of a column's largest weight
+_CLIPS = np.linspace(
+    1, 0.3, 36
+)  # ranges that are tried, as shares of a column's largest weight
 _POWERS = np.linspace(0, 1, 21)  # exponents of the factors without a transform
-_LEAST_INPUT, _LEAST_ROW = 0.1, 1e-6  # smallest mean square of an input, and square of a row, as shares of the median
+# smallest mean square of an input, and square of a row, as shares of the median
+_LEAST_INPUT = 0.1
+_LEAST_ROW = 1e-6
 
 
 def prepare(
@@ -64,25 +68,42 @@ def prepare(
     for given in (moments, transformed):
         _check_moments(given, shape)
     if is_traced((config, matrices)):
-        raise ValueError("prepare reads weights and the device's values: call it outside of jax.jit and jax.vmap")
-    mapping, transforms = config.mapping, config.mapping.transform == "hadamard"
+        raise ValueError(
+            "prepare reads weights and the device's values: call it outside of jax.jit and jax.vmap"
+        )
+    mapping = config.mapping
+    transforms = config.mapping.transform == "hadamard"
     weights = {name: jnp.asarray(w, jnp.float32) for name, w in matrices.items()}
-    squares = jnp.ones(shape) if moments is None else _floored(jnp.asarray(moments, jnp.float32))
+    squares = (
+        jnp.ones(shape)
+        if moments is None
+        else _floored(jnp.asarray(moments, jnp.float32))
+    )
     factors = jnp.ones(shape)
     if mapping.factors:
         of_matrix = _spreading_factors if transforms else _largest_weight_factors
-        factors = jax.jit(one_by_one(of_matrix, shape[:-1]))(jnp.concatenate(list(weights.values()), axis=-1), squares)
+        factors = jax.jit(one_by_one(of_matrix, shape[:-1]))(
+            jnp.concatenate(list(weights.values()), axis=-1), squares
+        )
     if transforms:
         with named(", ".join(weights)):
             transform_matrices(shape[-1])  # refuses a width that has none
-        signs = np.random.default_rng(seed).choice(np.array([-1, 1], np.float32), shape[-1])
+        signs = np.random.default_rng(seed).choice(
+            np.array([-1, 1], np.float32), shape[-1]
+        )
         factors = factors * np.broadcast_to(signs, shape)
     given = factors if mapping.factors or transforms else None
     bare = Preparation(factors=given, transforms=transforms, white=moments is None)
-    squares = bare.moments(squares) if transformed is None else _floored(jnp.asarray(transformed, jnp.float32))
+    squares = (
+        bare.moments(squares)
+        if transformed is None
+        else _floored(jnp.asarray(transformed, jnp.float32))
+    )
     prepared = dict.fromkeys(weights, bare)
     if mapping.clip == "optimal" and has_errors(config):
-        choose = functools.partial(_ranges, errors=errors or code_errors(config), top=_top(config))
+        choose = functools.partial(
+            _ranges, errors=errors or code_errors(config), top=_top(config)
+        )
         for name, matrix in weights.items():
             ranges = jax.jit(one_by_one(choose, shape[:-1]))(matrix, squares, bare)
             prepared[name] = dataclasses.replace(bare, ranges=ranges)
@@ -106,18 +127,26 @@ def expected_error(
       preparation: their preparation; an empty one stands for none.
       errors: errors of the device (`code_errors`), if they are known.
     """
-    errors, top = errors or code_errors(config), _top(config)
+    errors = errors or code_errors(config)
+    top = _top(config)
 
     def of_one(weights: Array, squares: Array, preparation: Preparation) -> Array:
         power = squares @ jnp.square(weights)
-        prepared, squares = preparation.weights(weights), preparation.moments(squares)
-        ranges = _largest(prepared) if preparation.ranges is None else preparation.ranges
+        prepared = preparation.weights(weights)
+        squares = preparation.moments(squares)
+        ranges = (
+            _largest(prepared) if preparation.ranges is None else preparation.ranges
+        )
         own, along, written = _powers(prepared, ranges, squares, errors, top)
         own = jnp.where(own > 0, own, 1)
         # The part of the errors that is along the weights meets their outputs, whose power a transform keeps.
-        return jnp.sum(jnp.square(along / own - 1) * power + written - jnp.square(along) / own) / jnp.sum(power)
+        return jnp.sum(
+            jnp.square(along / own - 1) * power + written - jnp.square(along) / own
+        ) / jnp.sum(power)
 
-    return jax.jit(one_by_one(of_one, weights.shape[:-2]))(weights, jnp.asarray(moments, jnp.float32), preparation)
+    return jax.jit(one_by_one(of_one, weights.shape[:-2]))(
+        weights, jnp.asarray(moments, jnp.float32), preparation
+    )
 
 
 def _ranges(
@@ -128,7 +157,8 @@ def _ranges(
     top: int | None,
 ) -> Float[Array, " d_out"]:
     """Return the ranges of least error power among those that are tried."""
-    prepared, shares = preparation.weights(weights), jnp.asarray(_CLIPS, weights.dtype)
+    prepared = preparation.weights(weights)
+    shares = jnp.asarray(_CLIPS, weights.dtype)
     largest = _largest(prepared)
 
     def power(share: Array) -> Array:
@@ -153,7 +183,11 @@ def _powers(
     mean, variance = errors.at(codes)
     written = ranges * (codes + mean)
     of_noise = squares @ (jnp.square(ranges) * variance)
-    return squares @ jnp.square(weights), squares @ (weights * written), squares @ jnp.square(written) + of_noise
+    return (
+        squares @ jnp.square(weights),
+        squares @ (weights * written),
+        squares @ jnp.square(written) + of_noise,
+    )
 
 
 def _largest(weights: Float[Array, "d_in d_out"]) -> Float[Array, " d_out"]:
@@ -168,9 +202,17 @@ def _top(config: CrossbarConfig) -> int | None:
     return None if bits is None else 2 ** (bits - 1) - 1
 
 
-def _spreading_factors(weights: Float[Array, "d_in d_out"], squares: Float[Array, " d_in"]) -> Float[Array, " d_in"]:
+def _spreading_factors(
+    weights: Float[Array, "d_in d_out"], squares: Float[Array, " d_in"]
+) -> Float[Array, " d_in"]:
     """Return a_i^2 = sqrt(s_i / sum_j w_ij^2), which minimise sum_ij a_i^2 w_ij^2 * sum_i s_i / a_i^2."""
-    return _centred(jnp.sqrt(jnp.sqrt(squares / _floored(jnp.sum(jnp.square(weights), axis=1), _LEAST_ROW))))
+    return _centred(
+        jnp.sqrt(
+            jnp.sqrt(
+                squares / _floored(jnp.sum(jnp.square(weights), axis=1), _LEAST_ROW)
+            )
+        )
+    )
 
 
 def _largest_weight_factors(
@@ -184,17 +226,24 @@ def _largest_weight_factors(
         return jnp.sum(jnp.square(top)) * jnp.sum(squares / jnp.square(a))
 
     exponents = jnp.asarray(_POWERS, weights.dtype)
-    return _centred(squares ** (exponents[jnp.argmin(jax.lax.map(power, exponents))] / 2))
+    return _centred(
+        squares ** (exponents[jnp.argmin(jax.lax.map(power, exponents))] / 2)
+    )
 
 
-def _floored(squares: Float[Array, "*N d"], least: float = _LEAST_INPUT) -> Float[Array, "*N d"]:
+def _floored(
+    squares: Float[Array, "*N d"], least: float = _LEAST_INPUT
+) -> Float[Array, "*N d"]:
     """Return max(s_i, least * m), and m for zeros, with m the median of the positive numbers.
 
     An input that was almost silent in the text, but is of power m later, adds m / a^2 to sum_i s_i / a_i^2. With
     a^2 proportional to sqrt(s), that is m / sqrt(least * m) instead of sqrt(m): 3.2 times as much as its share for a
     `least` of 0.1, and 1,000 times for 1e-6, more than all others together.
     """
-    median = jnp.nan_to_num(jnp.nanmedian(jnp.where(squares > 0, squares, jnp.nan), axis=-1, keepdims=True), nan=1.0)
+    median = jnp.nan_to_num(
+        jnp.nanmedian(jnp.where(squares > 0, squares, jnp.nan), axis=-1, keepdims=True),
+        nan=1.0,
+    )
     return jnp.where(squares > 0, jnp.maximum(squares, least * median), median)
 
 
@@ -202,12 +251,18 @@ def _centred(factors: Float[Array, " d"]) -> Float[Array, " d"]:
     return factors / jnp.exp(jnp.mean(jnp.log(factors)))
 
 
-def _shared_shape(matrices: Mapping[str, Float[Array, "*N d_in _cols"]]) -> tuple[int, ...]:
+def _shared_shape(
+    matrices: Mapping[str, Float[Array, "*N d_in _cols"]],
+) -> tuple[int, ...]:
     """Return [*N, d_in]; raises a ValueError for matrices that cannot share an input."""
     shapes = {name: tuple(weights.shape[:-1]) for name, weights in matrices.items()}
     if len({*shapes.values()}) != 1 or () in shapes.values():
-        given = ", ".join(f"{name} {weights.shape}" for name, weights in matrices.items())
-        raise ValueError(f"matrices that share an input differ in d_out alone, but these are {given or 'none'}")
+        given = ", ".join(
+            f"{name} {weights.shape}" for name, weights in matrices.items()
+        )
+        raise ValueError(
+            f"matrices that share an input differ in d_out alone, but these are {given or 'none'}"
+        )
     return next(iter(shapes.values()))
 
 
@@ -215,7 +270,11 @@ def _check_moments(moments: Float[Array, "..."] | None, shape: tuple[int, ...]) 
     if moments is None:
         return
     if moments.shape != shape:
-        raise ValueError(f"moments of shape {moments.shape}: expected {shape}, one for each input of the matrices")
+        raise ValueError(
+            f"moments of shape {moments.shape}: expected {shape}, one for each input of the matrices"
+        )
     values = np.asarray(moments)
     if bad := int(np.sum(~(values >= 0) | ~np.isfinite(values))):
-        raise ValueError(f"{bad} of {values.size} moments are negative, NaN or infinite: give mean squares of inputs")
+        raise ValueError(
+            f"{bad} of {values.size} moments are negative, NaN or infinite: give mean squares of inputs"
+        )

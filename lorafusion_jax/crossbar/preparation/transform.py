@@ -34,7 +34,13 @@ def transform_matrices(width: int) -> tuple[Float[np.ndarray, "_f _f"], ...]:
                 f"a transform of {width} inputs needs a dense matrix of width {odd}, more than {_WIDEST}: set "
                 "mapping.transform to none, or keep these weights digital"
             )
-        small = [_cosine(odd), *(_hadamard(order) / math.sqrt(order) for order in _orders(width // odd) or ())]
+        small = [
+            _cosine(odd),
+            *(
+                _hadamard(order) / math.sqrt(order)
+                for order in _orders(width // odd) or ()
+            ),
+        ]
     merged: list[np.ndarray] = small[:1] or [np.ones((1, 1))]
     for matrix in small[1:]:
         if len(merged[-1]) * len(matrix) <= _MERGED:
@@ -45,14 +51,19 @@ def transform_matrices(width: int) -> tuple[Float[np.ndarray, "_f _f"], ...]:
 
 
 def transform(
-    x: Float[Array, "*B n"], matrices: Sequence[Float[np.ndarray, "_f _f"]], *, inverse: bool = False
+    x: Float[Array, "*B n"],
+    matrices: Sequence[Float[np.ndarray, "_f _f"]],
+    *,
+    inverse: bool = False,
 ) -> Float[Array, "*B n"]:
     """Return x H^T, or x H with `inverse`, for H the Kronecker product of the matrices."""
     lead = x.ndim - 1
     split = x.reshape(*x.shape[:-1], *map(len, matrices))
     for place, matrix in enumerate(matrices):
         factor = jnp.asarray(matrix.T if inverse else matrix, x.dtype)
-        product = jnp.tensordot(split, factor, axes=([lead + place], [1]), precision="highest")
+        product = jnp.tensordot(
+            split, factor, axes=([lead + place], [1]), precision="highest"
+        )
         split = jnp.moveaxis(product, -1, lead + place)
     return split.reshape(x.shape)
 
@@ -66,7 +77,9 @@ def transform_operations(width: int) -> tuple[int, int]:
     odd = width // (width & -width)
     if (orders := _orders(width)) is not None:
         return width * sum(order - 1 for order in orders), 0
-    return width * (odd - 1 + sum(order - 1 for order in _orders(width // odd) or ())), width * odd
+    return width * (
+        odd - 1 + sum(order - 1 for order in _orders(width // odd) or ())
+    ), width * odd
 
 
 @functools.lru_cache
@@ -86,7 +99,11 @@ def _orders(width: int) -> tuple[int, ...] | None:
 def _paley(order: int) -> int | None:
     """Return the prime of Paley's first or second construction of an order, or None."""
     for prime, remainder in ((order - 1, 3), (order // 2 - 1, 1)):
-        if prime > 2 and prime % 4 == remainder and all(prime % d for d in range(2, math.isqrt(prime) + 1)):
+        if (
+            prime > 2
+            and prime % 4 == remainder
+            and all(prime % d for d in range(2, math.isqrt(prime) + 1))
+        ):
             return prime
     return None
 
@@ -98,20 +115,26 @@ def _hadamard(order: int) -> Float[np.ndarray, "order order"]:
     prime = _paley(order)
     assert prime is not None
     residues = {number * number % prime for number in range(1, prime)}
-    character = np.array([0, *(1 if number in residues else -1 for number in range(1, prime))], float)
+    character = np.array(
+        [0, *(1 if number in residues else -1 for number in range(1, prime))], float
+    )
     jacobsthal = character[(np.arange(prime)[:, None] - np.arange(prime)[None]) % prime]
     symmetric = prime % 4 == 1
     bordered = np.zeros((prime + 1, prime + 1))
-    bordered[0, 1:], bordered[1:, 0], bordered[1:, 1:] = 1, 1 if symmetric else -1, jacobsthal
+    bordered[0, 1:] = 1
+    bordered[1:, 0] = 1 if symmetric else -1
+    bordered[1:, 1:] = jacobsthal
     if not symmetric:
         return np.eye(prime + 1) + bordered
-    pair, alone = np.array([[1.0, 1.0], [1.0, -1.0]]), np.array([[1.0, -1.0], [-1.0, -1.0]])
+    pair = np.array([[1.0, 1.0], [1.0, -1.0]])
+    alone = np.array([[1.0, -1.0], [-1.0, -1.0]])
     return np.kron(bordered, pair) + np.kron(np.eye(prime + 1), alone)
 
 
 def _cosine(width: int) -> Float[np.ndarray, "n n"]:
     """Return the orthonormal cosine transform DCT-II."""
-    row, column = np.arange(width)[:, None], np.arange(width)[None]
+    row = np.arange(width)[:, None]
+    column = np.arange(width)[None]
     matrix = np.sqrt(2 / width) * np.cos(np.pi * (2 * column + 1) * row / (2 * width))
     matrix[0] /= math.sqrt(2)
     return matrix

@@ -41,25 +41,37 @@ class Noise(NamedTuple):
     corner: UInt32[Array, "3"] | None = None
 
 
-def powers(cells: Cells, geometry: Geometry, config: CrossbarConfig) -> Float[Array, "K P R C rows _cols"]:
+def powers(
+    cells: Cells, geometry: Geometry, config: CrossbarConfig
+) -> Float[Array, "K P R C rows _cols"]:
     """Return each cell's variance over the square of `deviations`: G^2 in level units, or 1 for all columns alike."""
     assert config.device.read_noise is not None
     if config.device.read_noise.kind == "independent":
         return jnp.ones_like(cells[..., :1])
-    return jnp.square(cells + kappa(geometry, config, cells.dtype)[:, None, None, None, None, None])
+    return jnp.square(
+        cells + kappa(geometry, config, cells.dtype)[:, None, None, None, None, None]
+    )
 
 
-def deviations(geometry: Geometry, config: CrossbarConfig, dtype: jnp.dtype) -> Float[Array, " K"]:
+def deviations(
+    geometry: Geometry, config: CrossbarConfig, dtype: jnp.dtype
+) -> Float[Array, " K"]:
     """Return the standard deviation of a cell whose power is 1, in the level units of every weight slice."""
     noise = config.device.read_noise
     top = jnp.asarray(geometry.levels, dtype)
     if noise is None:
         return jnp.zeros_like(top)
-    units = jnp.ones_like(top) if noise.kind == "proportional" else top / (1 - like(config.g_min, top))
+    units = (
+        jnp.ones_like(top)
+        if noise.kind == "proportional"
+        else top / (1 - like(config.g_min, top))
+    )
     return jnp.asarray(noise.sigma, dtype) * units
 
 
-def of_conversions(geometry: Geometry, config: CrossbarConfig, dtype: jnp.dtype) -> Float[Array, " K"] | None:
+def of_conversions(
+    geometry: Geometry, config: CrossbarConfig, dtype: jnp.dtype
+) -> Float[Array, " K"] | None:
     """Return the standard deviation of a conversion, in the level units of every weight slice; None for none."""
     if config.adc is None or config.adc.noise is None:
         return None
@@ -81,22 +93,31 @@ def add_noise(
 ) -> Float[Array, "k B C"]:
     """Return sums of one row tile and input slice, number `place`, with noise; in [K, B, cols] they are at `corner`."""
     k, b, c = (
-        jax.lax.broadcasted_iota(jnp.uint32, sums.shape, axis) + jnp.asarray(first).astype(jnp.uint32)
+        jax.lax.broadcasted_iota(jnp.uint32, sums.shape, axis)
+        + jnp.asarray(first).astype(jnp.uint32)
         for axis, first in enumerate(corner)
     )
-    planes, place, width = np.uint32(noise.scale.shape[0]), place.astype(jnp.uint32), jnp.uint32(cols)
+    planes = np.uint32(noise.scale.shape[0])
+    place = place.astype(jnp.uint32)
+    width = jnp.uint32(cols)
     if noise.corner is not None:
-        place, c, width = place + noise.corner[0], c + noise.corner[1], noise.corner[2]
+        place = place + noise.corner[0]
+        c = c + noise.corner[1]
+        width = noise.corner[2]
     drawn = normal_at(noise.words, place * planes + k, b * width + c)
     own = slice(corner[0], corner[0] + sums.shape[0])
     scale = noise.scale[own, None, None]
     deviation = scale * root(variance)
     if noise.of_adc is not None:
-        deviation = root(jnp.square(scale) * variance + jnp.square(noise.of_adc[own, None, None]))
+        deviation = root(
+            jnp.square(scale) * variance + jnp.square(noise.of_adc[own, None, None])
+        )
     return sums + deviation * drawn.astype(sums.dtype)
 
 
-def alike(u: Float[Array, "B rows"], variance: Float[Array, "k rows"]) -> Float[Array, "k B 1"]:
+def alike(
+    u: Float[Array, "B rows"], variance: Float[Array, "k rows"]
+) -> Float[Array, "k B 1"]:
     """Return V where all columns have the same."""
     return jnp.dot(variance, jnp.square(u).T, precision="highest")[:, :, None]
 
@@ -107,4 +128,8 @@ def root(variance: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.sqrt(variance)
 
 
-root.defjvps(lambda moved, root, _: moved * jnp.where(root > 0, 0.5 / jnp.where(root > 0, root, 1), 0))
+root.defjvps(
+    lambda moved, root, _: (
+        moved * jnp.where(root > 0, 0.5 / jnp.where(root > 0, root, 1), 0)
+    )
+)

@@ -28,7 +28,8 @@ from .paths.path import ReadPath
 
 BUDGET = 256 * 2**20  # bytes that the temporaries of one read may take
 # Copies of an array's cells in memory at once: of drawn or nonlinear ones, and while wires are solved for.
-_CELL_COPIES, _WIRE_COPIES = 4, 12
+_CELL_COPIES = 4
+_WIRE_COPIES = 12
 _CONVERSION = 2**31  # purpose of an input vector's key, in addition to its cells' noise
 
 
@@ -46,7 +47,9 @@ class DefinitionPath(ReadPath):
             return "every conversion separately, batched: fastest on an accelerator"
         return None
 
-    def read(self, n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip) -> Float[Array, "B d_out"]:
+    def read(
+        self, n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip
+    ) -> Float[Array, "B d_out"]:
         return definition(n, quantise, chip)
 
 
@@ -65,7 +68,9 @@ def column_sums(
     They are in level units, and subtracted unless positive and negative columns are converted separately. `integers` is
     true if both factors are, unless noise is drawn.
     """
-    g_min, tile, device = like(config.g_min, g), config.tile, config.device
+    g_min = like(config.g_min, g)
+    tile = config.tile
+    device = config.device
     subtract = g.shape[0] == 2 and not config.converts_each
     # bfloat16 has all integers up to 256. Accelerators multiply them in one pass, and add up exactly in float32.
     bits = max(*config.weight_slices, *config.input_slices)
@@ -75,24 +80,33 @@ def column_sums(
         drawn = device.read_noise.draw(g_min + g / top * (1 - g_min), key)
         g = (drawn - g_min) / (1 - g_min) * top
     if tile.wire is None and device.iv is None and tile.current_limit is None:
-        how: Any = {"preferred_element_type": u.dtype} if narrow else {"precision": "highest"}
+        how: Any = (
+            {"preferred_element_type": u.dtype} if narrow else {"precision": "highest"}
+        )
         held = jnp.bfloat16 if narrow else u.dtype
         if subtract:
             return jnp.dot(u.astype(held), (g[0] - g[1]).astype(held), **how)[None]
         sums = jnp.einsum("r,prc->pc", u.astype(held), g.astype(held), **how)
         return sums + g_min * top / (1 - g_min) * jnp.sum(u)
-    v, conductance = u / geometry.pulse, g_min + g / top * (1 - g_min)
+    v = u / geometry.pulse
+    conductance = g_min + g / top * (1 - g_min)
     if tile.wire is not None:
         wire = tile.wire
         current = jax.vmap(lambda one: currents(v, one, wire, device.iv))(conductance)
     elif device.iv is not None:
         # Not jnp.sum: see `devices.wires.currents`.
-        of_cells = for_each_cell("iv", device.iv(v[None, :, None], conductance), conductance.shape)
-        current = jnp.einsum("r,prc->pc", jnp.ones_like(v), of_cells, precision="highest")
+        of_cells = for_each_cell(
+            "iv", device.iv(v[None, :, None], conductance), conductance.shape
+        )
+        current = jnp.einsum(
+            "r,prc->pc", jnp.ones_like(v), of_cells, precision="highest"
+        )
     else:
         current = jnp.einsum("r,prc->pc", v, conductance, precision="highest")
     if tile.current_limit is not None:
-        current = jnp.clip(current, -like(tile.current_limit, g), like(tile.current_limit, g))
+        current = jnp.clip(
+            current, -like(tile.current_limit, g), like(tile.current_limit, g)
+        )
     sums = current * (geometry.pulse * top / (1 - g_min))
     return (sums[0] - sums[1])[None] if subtract else sums
 
@@ -115,8 +129,14 @@ def all_sums(
     def sums(u: Array, g: Array, top: Array, key: Array | None) -> Array:
         return column_sums(u, g, top, key, geometry, config, integers=integers)
 
-    over, bytes_each = sums, _tile_bytes(cells, config)
-    along = ((None, 1, None), (0, 1, None), (None, 0, 0), (0, None, None))  # column tiles first, input slices last
+    over = sums
+    bytes_each = _tile_bytes(cells, config)
+    along = (
+        (None, 1, None),
+        (0, 1, None),
+        (None, 0, 0),
+        (0, None, None),
+    )  # column tiles first, input slices last
     for axes, size in zip(along, reversed(sizes), strict=True):
         over, bytes_each = mapped(over, (*axes, along_key), size, bytes_each)
     return over(pulses, cells, tops, keys)
@@ -124,7 +144,12 @@ def all_sums(
 
 def input_bytes(cells: Cells, config: CrossbarConfig) -> int:
     """Return the bytes of temporaries that `all_sums` takes, unless they exceed the budget."""
-    return len(config.input_slices) * len(cells) * math.prod(cells.shape[2:4]) * _tile_bytes(cells, config)
+    return (
+        len(config.input_slices)
+        * len(cells)
+        * math.prod(cells.shape[2:4])
+        * _tile_bytes(cells, config)
+    )
 
 
 def mapped(
@@ -135,14 +160,19 @@ def mapped(
         return jax.vmap(fn, in_axes=in_axes), size * bytes_each
 
     def in_turn(*arguments: Any) -> Any:
-        along = [a if axis is None else jnp.moveaxis(a, axis, 0) for a, axis in zip(arguments, in_axes, strict=True)]
+        along = [
+            a if axis is None else jnp.moveaxis(a, axis, 0)
+            for a, axis in zip(arguments, in_axes, strict=True)
+        ]
         moving = [i for i, axis in enumerate(in_axes) if axis is not None]
 
         def one(parts: list[Array]) -> Any:
             own = dict(zip(moving, parts, strict=True))
             return fn(*(own.get(i, a) for i, a in enumerate(along)))
 
-        return jax.lax.map(one, [along[i] for i in moving], batch_size=max(1, BUDGET // bytes_each))
+        return jax.lax.map(
+            one, [along[i] for i in moving], batch_size=max(1, BUDGET // bytes_each)
+        )
 
     return in_turn, max(BUDGET, bytes_each)
 
@@ -157,9 +187,14 @@ def _tile_bytes(cells: Cells, config: CrossbarConfig) -> int:
     return columns * rows * _CELL_COPIES if single else columns
 
 
-def definition(n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip) -> Float[Array, "B d_out"]:
+def definition(
+    n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip
+) -> Float[Array, "B d_out"]:
     """Return weights times input codes."""
-    geometry, config, cells, key = chip.geometry, chip.config, chip.cells, chip.key
+    geometry = chip.geometry
+    config = chip.config
+    cells = chip.cells
+    key = chip.key
     assert cells is not None
     tiles = encoding.split(n, geometry.rows, axis=1, front=True)
     keys = None if key is None else jax.random.split(key, n.shape[0])
@@ -168,25 +203,47 @@ def definition(n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip
         def converted(sums: Array) -> Array:
             if quantise is None:
                 return sums
-            scale = jnp.broadcast_to(quantise.scale.T[:, :, None, None, None], sums.shape)
-            return quantise(with_noise(with_mismatch(sums, chip), geometry, config, key), scale)
+            scale = jnp.broadcast_to(
+                quantise.scale.T[:, :, None, None, None], sums.shape
+            )
+            return quantise(
+                with_noise(with_mismatch(sums, chip), geometry, config, key), scale
+            )
 
-        sums = all_sums(codes, cells, key, geometry, config, integers=chip.plan.integers)
+        sums = all_sums(
+            codes, cells, key, geometry, config, integers=chip.plan.integers
+        )
         sums = sums if config.converts_sums else converted(sums)
-        total = jnp.einsum("j,jkrcpo->krcpo", jnp.asarray(geometry.input_significance, sums.dtype), sums)
+        total = jnp.einsum(
+            "j,jkrcpo->krcpo",
+            jnp.asarray(geometry.input_significance, sums.dtype),
+            sums,
+        )
         total = converted(total) if config.converts_sums else total
-        total = total[..., 0, :] - total[..., 1, :] if total.shape[3] == 2 else total[..., 0, :]
+        total = (
+            total[..., 0, :] - total[..., 1, :]
+            if total.shape[3] == 2
+            else total[..., 0, :]
+        )
         ones = jnp.sum(codes, axis=1)[:, None, None]
         one_range = quantise is None or quantise.scale.shape[0] == 1
         if chip.flipped is None and chip.scale.shape[0] == 1 and one_range:
-            total, ones = jnp.sum(total, axis=1, keepdims=True), jnp.sum(ones, axis=0, keepdims=True)
-        return jnp.sum(finish(total, ones, quantise, chip.flipped, geometry, config) * chip.scale, axis=0)
+            total = jnp.sum(total, axis=1, keepdims=True)
+            ones = jnp.sum(ones, axis=0, keepdims=True)
+        return jnp.sum(
+            finish(total, ones, quantise, chip.flipped, geometry, config) * chip.scale,
+            axis=0,
+        )
 
-    over_inputs, _ = mapped(of_one, (0, None if keys is None else 0), n.shape[0], input_bytes(cells, config))
+    over_inputs, _ = mapped(
+        of_one, (0, None if keys is None else 0), n.shape[0], input_bytes(cells, config)
+    )
     return over_inputs(tiles, keys)
 
 
-def with_mismatch(sums: Float[Array, "*J K R C P cols"], chip: Chip) -> Float[Array, "*J K R C P cols"]:
+def with_mismatch(
+    sums: Float[Array, "*J K R C P cols"], chip: Chip
+) -> Float[Array, "*J K R C P cols"]:
     """Return the sums to convert, with the gain and the offset of their column's ADC."""
     for error, apply in ((chip.gain, jnp.multiply), (chip.offset, jnp.add)):
         if error is not None:
@@ -195,11 +252,17 @@ def with_mismatch(sums: Float[Array, "*J K R C P cols"], chip: Chip) -> Float[Ar
 
 
 def with_noise(
-    sums: Float[Array, "*J K R C P cols"], geometry: Geometry, config: CrossbarConfig, key: Array | None
+    sums: Float[Array, "*J K R C P cols"],
+    geometry: Geometry,
+    config: CrossbarConfig,
+    key: Array | None,
 ) -> Float[Array, "*J K R C P cols"]:
     """Return the sums to convert, with the noise of their conversion, for one input vector's key."""
     deviation = of_conversions(geometry, config, sums.dtype)
     if deviation is None or key is None:
         return sums
     drawn = normal(jax.random.fold_in(key, _CONVERSION), sums.shape, sums.dtype)
-    return sums + jnp.broadcast_to(deviation[:, None, None, None, None], sums.shape) * drawn
+    return (
+        sums
+        + jnp.broadcast_to(deviation[:, None, None, None, None], sums.shape) * drawn
+    )

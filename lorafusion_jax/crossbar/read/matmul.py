@@ -53,7 +53,8 @@ def matmul(x: Float[Array, "*B d_in"], chip: Chip) -> Float[Array, "*B d_out"]:
     if chip.tap is not None:
         return chip.tap.collect(x, dataclasses.replace(chip, tap=None))
     check_inputs(x, chip)
-    key, ranges = "with_read_key(chip, jax.random.fold_in(key, step))", "calibrated(chip, probe(x, chip)[1])"
+    key = "with_read_key(chip, jax.random.fold_in(key, step))"
+    ranges = "calibrated(chip, probe(x, chip)[1])"
     check_ready(chip, "this crossbar", key=f"chip = {key}", ranges=f"chip = {ranges}")
     _check_limits(chip)
     if chip.correction is not None:
@@ -78,9 +79,13 @@ def check_inputs(x: Array, chip: Chip) -> None:
     """Raise a ValueError for inputs [..., d_in] of another width or of integers, and for a stack of chips."""
     shape = chip.matrix_shape
     if chip.codes.ndim != 2:
-        raise ValueError(f"a stack of chips of shape {chip.shape}: take one, or map over the stack with jax.vmap")
+        raise ValueError(
+            f"a stack of chips of shape {chip.shape}: take one, or map over the stack with jax.vmap"
+        )
     if x.shape[-1:] != shape[:1]:
-        raise ValueError(f"x of shape {x.shape} meets arrays of {shape}: its last axis must be {shape[0]}")
+        raise ValueError(
+            f"x of shape {x.shape} meets arrays of {shape}: its last axis must be {shape[0]}"
+        )
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x of dtype {x.dtype}: give floating point numbers")
 
@@ -89,11 +94,25 @@ def check_ready(chip: Chip, name: str, *, key: str, ranges: str) -> None:
     """Raise a ValueError for a chip without a key or ranges that it needs, with code that gives them."""
     config = chip.config
     if config.reads_at_random and chip.key is None:
-        raise ValueError(f"{name} draws noise, or rounds at random, again for every read: give it a key, as in {key}")
-    if config.dac is not None and config.dac.scaling == "calibrated" and chip.input_limit is None:
-        raise ValueError(f"{name} has a DAC whose range comes from data: {ranges}, or choose dac.scaling = 'row'")
-    if config.adc is not None and chip.limits is None and PATHS[chip.plan.path].converts:
-        raise ValueError(f"{name} has an ADC whose range comes from data: {ranges}, or choose adc.range = 'max'")
+        raise ValueError(
+            f"{name} draws noise, or rounds at random, again for every read: give it a key, as in {key}"
+        )
+    if (
+        config.dac is not None
+        and config.dac.scaling == "calibrated"
+        and chip.input_limit is None
+    ):
+        raise ValueError(
+            f"{name} has a DAC whose range comes from data: {ranges}, or choose dac.scaling = 'row'"
+        )
+    if (
+        config.adc is not None
+        and chip.limits is None
+        and PATHS[chip.plan.path].converts
+    ):
+        raise ValueError(
+            f"{name} has an ADC whose range comes from data: {ranges}, or choose adc.range = 'max'"
+        )
 
 
 # Compiled, because the loops of a read would otherwise be compiled again at every call outside `jax.jit`.
@@ -107,7 +126,9 @@ def _compiled(x: Float[Array, "B d_in"], chip: Chip) -> Float[Array, "B d_out"]:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _read(tree: Any, names: tuple[str, ...], x: Float[Array, "B d_in"], leaves: list[Any]) -> Float[Array, "B d_out"]:
+def _read(
+    tree: Any, names: tuple[str, ...], x: Float[Array, "B d_in"], leaves: list[Any]
+) -> Float[Array, "B d_out"]:
     """Return the product of one read of a chip with this tree; JAX would fill the chip's class with placeholders.
 
     The names of the leaves are fields of the chip and paths of the configuration.
@@ -117,10 +138,15 @@ def _read(tree: Any, names: tuple[str, ...], x: Float[Array, "B d_in"], leaves: 
 
 
 def _multiply(
-    x: Float[Array, "B d_in"], limit: Float[Array, ""] | Float[Array, "B 1"], chip: Chip, *, rounds: bool
+    x: Float[Array, "B d_in"],
+    limit: Float[Array, ""] | Float[Array, "B 1"],
+    chip: Chip,
+    *,
+    rounds: bool,
 ) -> Float[Array, "B d_out"]:
     """Return the product as the arrays and their converters compute it; without `rounds`, ADCs only clip."""
-    geometry, config = chip.geometry, chip.config
+    geometry = chip.geometry
+    config = chip.config
     n = encoding.input_codes(x, limit, geometry, config, chip.key)
     limit = jnp.where(jnp.isfinite(limit), limit, jnp.nan)
     # The factors, one after the other, could leave the range of the dtype where their product is within it.
@@ -128,7 +154,9 @@ def _multiply(
     chip = dataclasses.replace(chip, scale=scale)
     quantise = None
     if chip.limits is not None:
-        quantise = converter(chip.limits, geometry, config, chip.plan.ties)._replace(rounds=rounds)
+        quantise = converter(chip.limits, geometry, config, chip.plan.ties)._replace(
+            rounds=rounds
+        )
     y = read(n, quantise, chip)
     y = y * (limit / geometry.input_top)
     for power in exponents:
@@ -136,12 +164,18 @@ def _multiply(
     # Codes are integers on most paths, and counted as such, which NaN cannot be. A full scale of NaN has made y NaN.
     if chip.input_limit is not None:
         y = jnp.where(jnp.all(~jnp.isnan(n), axis=1, keepdims=True), y, jnp.nan)
-    if config.adc is not None and chip.limits is not None and not PATHS[chip.plan.path].converts:
+    if (
+        config.adc is not None
+        and chip.limits is not None
+        and not PATHS[chip.plan.path].converts
+    ):
         y = jnp.where(loses_nothing(chip.limits, geometry, config), y, jnp.nan)
     return y
 
 
-def _within_range(scale: Array, limit: Array) -> tuple[Array, Array, tuple[Array, Array]]:
+def _within_range(
+    scale: Array, limit: Array
+) -> tuple[Array, Array, tuple[Array, Array]]:
     """Return both factors of a read without their powers of two beyond 2^+-_USUAL, and those powers in two halves."""
 
     def beyond(top: Array) -> Array:
@@ -151,10 +185,15 @@ def _within_range(scale: Array, limit: Array) -> tuple[Array, Array, tuple[Array
     def two_to(exponent: Array) -> Array:
         return jnp.ldexp(jnp.ones(exponent.shape, scale.dtype), exponent)
 
-    of_scale, of_limit = beyond(jnp.max(scale, axis=0, keepdims=True)), beyond(limit)
+    of_scale = beyond(jnp.max(scale, axis=0, keepdims=True))
+    of_limit = beyond(limit)
     both = of_scale + of_limit
     half = both // 2
-    return scale * two_to(-of_scale), limit * two_to(-of_limit), (two_to(half), two_to(both - half))
+    return (
+        scale * two_to(-of_scale),
+        limit * two_to(-of_limit),
+        (two_to(half), two_to(both - half)),
+    )
 
 
 @functools.partial(_read.defjvp, symbolic_zeros=True)
@@ -162,20 +201,29 @@ def _derivative(tree, names, primals, tangents):
     x, leaves = primals
     x_dot, leaves_dot = tangents
     chip: Chip = jax.tree.unflatten(tree, leaves)
-    geometry, config = chip.geometry, chip.config
-    moved = {name: dot for name, dot in zip(names, leaves_dot, strict=True) if is_moved(dot)}
+    geometry = chip.geometry
+    config = chip.config
+    moved = {
+        name: dot for name, dot in zip(names, leaves_dot, strict=True) if is_moved(dot)
+    }
     _check_moved(moved, config)
     y = _read(tree, names, x, leaves)
     terms = []
-    inside, seen = jnp.ones_like(x, bool), x
+    inside = jnp.ones_like(x, bool)
+    seen = x
     limit = full_scale(x, chip)
-    if config.dac is not None and (chip.input_limit is not None or not config.dac.signed):
+    if config.dac is not None and (
+        chip.input_limit is not None or not config.dac.signed
+    ):
         low = -limit if config.dac.signed else jnp.zeros_like(limit)
-        inside, seen = (x >= low) & (x <= limit), jnp.clip(x, low, limit)
+        inside = (x >= low) & (x <= limit)
+        seen = jnp.clip(x, low, limit)
 
     def times(x: Array, codes: Array, scale: Array = chip.scale) -> Array:
         if scale.shape[0] > 1:
-            return jnp.dot(x, codes * encoding.per_weight(scale, geometry), precision="highest")
+            return jnp.dot(
+                x, codes * encoding.per_weight(scale, geometry), precision="highest"
+            )
         return jnp.dot(x, codes, precision="highest") * scale
 
     if is_moved(x_dot):
@@ -185,52 +233,93 @@ def _derivative(tree, names, primals, tangents):
     if "scale" in moved and config.dac is not None:
         # Below, the scale multiplies rounded inputs, but the codes' term has unrounded ones: compensation of drift
         # moves both, and they have to cancel.
-        rounded = encoding.input_codes(x, limit, geometry, config, chip.key) * (limit / geometry.input_top)
+        rounded = encoding.input_codes(x, limit, geometry, config, chip.key) * (
+            limit / geometry.input_top
+        )
         terms.append(times(seen - rounded, chip.codes, moved["scale"]))
     if "input_limit" in moved:
         # y = limit f(x / limit), and f passes the inputs within the range straight through (LSQ, Esser et al. 2020).
         rest = y - times(jnp.where(inside, x, 0), chip.codes)
         terms.append(moved["input_limit"] / chip.input_limit * rest)
-    others = [i for i, name in enumerate(names) if name in moved and name not in ("codes", "input_limit")]
+    others = [
+        i
+        for i, name in enumerate(names)
+        if name in moved and name not in ("codes", "input_limit")
+    ]
     if others:
 
         def smooth(values: list[Array]) -> Array:
             changed = dict(zip(others, values, strict=True))
-            moving = jax.tree.unflatten(tree, [changed.get(i, leaf) for i, leaf in enumerate(leaves)])
+            moving = jax.tree.unflatten(
+                tree, [changed.get(i, leaf) for i, leaf in enumerate(leaves)]
+            )
             return _multiply(x, limit, moving, rounds=False)
 
-        terms.append(jax.jvp(smooth, ([leaves[i] for i in others],), ([leaves_dot[i] for i in others],))[1])
+        terms.append(
+            jax.jvp(
+                smooth,
+                ([leaves[i] for i in others],),
+                ([leaves_dot[i] for i in others],),
+            )[1]
+        )
     return y, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(y)
 
 
 def _check_moved(moved: Collection[str], config: CrossbarConfig) -> None:
     """Raise an error for derivatives that a read does not have, instead of returning zeros."""
-    of_read = ("cell.on_off_ratio", "tile.", "adc.noise", "device.read_noise.", "device.iv.")
+    of_read = (
+        "cell.on_off_ratio",
+        "tile.",
+        "adc.noise",
+        "device.read_noise.",
+        "device.iv.",
+    )
     for name in moved:
         if "." not in name:
             continue
-        if config.tile.wire is not None and name.startswith(of_read) and name != "tile.current_limit":
-            raise ValueError(f"{name} has no gradient with resistive wires: use lax.stop_gradient, or take differences")
+        if (
+            config.tile.wire is not None
+            and name.startswith(of_read)
+            and name != "tile.current_limit"
+        ):
+            raise ValueError(
+                f"{name} has no gradient with resistive wires: use lax.stop_gradient, or take differences"
+            )
 
 
 def _check_limits(chip: Chip) -> None:
     """Raise an error for ADC ranges, set after programming, that the arrays cannot be read with."""
-    limits, geometry, config = chip.limits, chip.geometry, chip.config
+    limits = chip.limits
+    geometry = chip.geometry
+    config = chip.config
     if config.adc is None or limits is None:
         return
-    slices, row_tiles = len(geometry.levels), len(geometry.rows)
+    slices = len(geometry.levels)
+    row_tiles = len(geometry.rows)
     if limits.shape not in {(1, slices, 2), (row_tiles, slices, 2)}:
-        raise ValueError(f"chip.limits of shape {limits.shape}: give (1, {slices}, 2) or ({row_tiles}, {slices}, 2)")
+        raise ValueError(
+            f"chip.limits of shape {limits.shape}: give (1, {slices}, 2) or ({row_tiles}, {slices}, 2)"
+        )
     # Units of a configuration's arrays are traced inside a transformation even where the chip is not.
-    if PATHS[chip.plan.path].converts or is_traced((limits, level_units(geometry, config))):
+    if PATHS[chip.plan.path].converts or is_traced(
+        (limits, level_units(geometry, config))
+    ):
         return
     if not loses_nothing(np.asarray(limits), geometry, config):
-        raise ValueError("chip.limits lose bits, but this chip is a product: program with path='loop' or these limits")
+        raise ValueError(
+            "chip.limits lose bits, but this chip is a product: program with path='loop' or these limits"
+        )
 
 
-def full_scale(x: Float[Array, "B d_in"], chip: Chip) -> Float[Array, ""] | Float[Array, "B 1"]:
+def full_scale(
+    x: Float[Array, "B d_in"], chip: Chip
+) -> Float[Array, ""] | Float[Array, "B 1"]:
     """Return the input that the DAC's highest code stands for."""
     if chip.input_limit is not None:
         return chip.input_limit
-    limit = jnp.max(jnp.abs(x) if chip.config.signed_inputs else jnp.maximum(x, 0), axis=1, keepdims=True)
+    limit = jnp.max(
+        jnp.abs(x) if chip.config.signed_inputs else jnp.maximum(x, 0),
+        axis=1,
+        keepdims=True,
+    )
     return jnp.where(limit == 0, jnp.ones_like(limit), limit)

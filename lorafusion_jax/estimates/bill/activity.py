@@ -17,14 +17,31 @@ from ...crossbar import Counts, CrossbarConfig, counts
 from ...crossbar.cost.energy import preparing
 from ...methods.entry import Matrix, Update, module
 from ...methods.recipes import recipe_of
-from ...models.architecture import Architecture, Site, sharing_inputs, stack_of, targeted
+from ...models.architecture import (
+    Architecture,
+    Site,
+    sharing_inputs,
+    stack_of,
+    targeted,
+)
 from ...tasks import batch_orders, bucket, split
 from ...training.recipe import Recipe
-from ..flops import Shape, adapted, forward_flops, head_flops, products, row_tokens, step_flops, tokens
+from ..flops import (
+    Shape,
+    adapted,
+    forward_flops,
+    head_flops,
+    products,
+    row_tokens,
+    step_flops,
+    tokens,
+)
 from .methods import BilledMethod, base_matrices, methods
 from .options import CostOptions
 
-_OPTIMISER_WORDS = 7  # Adam reads the gradient, the number and two moments, and writes the last three
+_OPTIMISER_WORDS = (
+    7  # Adam reads the gradient, the number and two moments, and writes the last three
+)
 
 
 class Work(NamedTuple):
@@ -48,7 +65,9 @@ class Activity(BilledMethod):
     """A method with the counts of its work."""
 
     method: str
-    written: Counts  # cells of the task's own matrices; a programming pass writes them all
+    written: (
+        Counts  # cells of the task's own matrices; a programming pass writes them all
+    )
     adapters: Counts  # counts of the arrays that hold the adapters, written for this task or earlier
     # work of the base's forward passes in training, and of its backward passes if there are gradients
     base_training: Work
@@ -59,23 +78,35 @@ class Activity(BilledMethod):
     stages: Mapping[frozenset[tuple[Matrix, ...]], int]
 
 
-def activities(config: Architecture, crossbar: CrossbarConfig, options: CostOptions) -> list[Activity]:
+def activities(
+    config: Architecture, crossbar: CrossbarConfig, options: CostOptions
+) -> list[Activity]:
     """Return the counts of every method for one task; the shape and arrays in the options are not used."""
-    recipe, row = recipe_of(Recipe, options.numbers), Shape(1, options.source, options.target)
+    recipe = recipe_of(Recipe, options.numbers)
+    row = Shape(1, options.source, options.target)
     rows = split(options.train_rows, (0,), limit=options.train_rows)
     (order,) = batch_orders(rows.train, batch_size=recipe.batch_size)
     padded = Shape(order.shape[1], bucket(options.source), bucket(options.target))
     # Training packs its rows, so it computes real tokens alone.
     work = {
-        "steps": Counter([row._replace(rows=int(np.sum(step >= 0))) for step in order] * recipe.epochs),
-        "validation": Counter({row._replace(rows=rows.validation.shape[1]): recipe.epochs}),
+        "steps": Counter(
+            [row._replace(rows=int(np.sum(step >= 0))) for step in order]
+            * recipe.epochs
+        ),
+        "validation": Counter(
+            {row._replace(rows=rows.validation.shape[1]): recipe.epochs}
+        ),
         "search": Counter({padded: len(order)}),
     }
     of_methods = []
     for name, method in methods(config, options, steps=work["steps"].total()).items():
         place = _shared if method.shared else _standing
         sites = adapted(config, method.update)
-        adapters = place(sites, method.matrices, crossbar) if method.stays_in == "arrays" else Counts()
+        adapters = (
+            place(sites, method.matrices, crossbar)
+            if method.stays_in == "arrays"
+            else Counts()
+        )
         written = _of_base(config, crossbar) if method.update.trains_base else adapters
         base_training, update_training = _training(method, config, crossbar, **work)
         activity = Activity(
@@ -93,59 +124,97 @@ def activities(config: Architecture, crossbar: CrossbarConfig, options: CostOpti
     return of_methods
 
 
-def installed_once(config: Architecture, crossbar: CrossbarConfig, options: CostOptions) -> dict[str, Standing]:
+def installed_once(
+    config: Architecture, crossbar: CrossbarConfig, options: CostOptions
+) -> dict[str, Standing]:
     """Return the matrices that are written once, before any task, with the tables that are computed from them.
 
     Tables are the norm's terms: A_n^T W of whole modules, U^T W of a basis, and ||W||^2. A basis has all S_n too, whose
     own computation is left out.
     """
-    sites, P, r = targeted(config, options.targets), options.stored, options.rank
+    sites = targeted(config, options.targets)
+    P = options.stored
+    r = options.rank
 
     def standing(rank: int, matrices: Counts, cores: int = 0) -> Standing:
         """Return matrices with the terms of the norms of updates of a rank."""
-        terms = [(site.layers * (rank + 1) * site.d_out, site.d_in) for site in sites.values()]
-        words, macs = sum(count for count, _ in terms), sum(count * d_in for count, d_in in terms)
+        terms = [
+            (site.layers * (rank + 1) * site.d_out, site.d_in)
+            for site in sites.values()
+        ]
+        words = sum(count for count, _ in terms)
+        macs = sum(count * d_in for count, d_in in terms)
         return Standing(matrices, words + cores, macs)
 
     installed = {
         "base": Standing(_of_base(config, crossbar)),
-        f"pool of {P}, each module on its own": standing(P * r, _standing(sites, module(r), crossbar) * P),
-        f"pool of {P}, side by side": standing(P * r, _standing(sites, module(P * r), crossbar)),
-        "VeRA's random matrices": Standing(_shared(sites, module(options.vera_rank), crossbar)),
+        f"pool of {P}, each module on its own": standing(
+            P * r, _standing(sites, module(r), crossbar) * P
+        ),
+        f"pool of {P}, side by side": standing(
+            P * r, _standing(sites, module(P * r), crossbar)
+        ),
+        "VeRA's random matrices": Standing(
+            _shared(sites, module(options.vera_rank), crossbar)
+        ),
     }
     cores = sum(site.layers for site in sites.values()) * P
     for k in options.bases:
-        installed[f"basis of {k} of {P} modules"] = standing(k, _standing(sites, module(k), crossbar), cores * k**2)
+        installed[f"basis of {k} of {P} modules"] = standing(
+            k, _standing(sites, module(k), crossbar), cores * k**2
+        )
     return installed
 
 
 def _training(
-    method: BilledMethod, config: Architecture, crossbar: CrossbarConfig, **work: Counter[Shape]
+    method: BilledMethod,
+    config: Architecture,
+    crossbar: CrossbarConfig,
+    **work: Counter[Shape],
 ) -> tuple[Work, Work]:
     """Return the work of the base's passes and the work that the method adds, until the task is learned."""
     none: Counter[Shape] = Counter()
     if method.evaluations:
-        searched = Counter({shape: n * method.evaluations for shape, n in work["search"].items()})
+        searched = Counter(
+            {shape: n * method.evaluations for shape, n in work["search"].items()}
+        )
         return _passes(method, config, crossbar, none, searched)
     of_passes = [_passes(method, config, crossbar, work["steps"], work["validation"])]
     if method.ranking is not None:
-        of_passes.append(_passes(method.ranking, config, crossbar, work["search"], none))
+        of_passes.append(
+            _passes(method.ranking, config, crossbar, work["search"], none)
+        )
     base, update = (
-        Work(_sum(w.reads for w in works), sum(w.macs for w in works), sum(w.words for w in works))
+        Work(
+            _sum(w.reads for w in works),
+            sum(w.macs for w in works),
+            sum(w.words for w in works),
+        )
         for works in zip(*of_passes, strict=True)
     )
     return base, update
 
 
 def _passes(
-    method: BilledMethod, config: Architecture, crossbar: CrossbarConfig, steps: Counter[Shape], forward: Counter[Shape]
+    method: BilledMethod,
+    config: Architecture,
+    crossbar: CrossbarConfig,
+    steps: Counter[Shape],
+    forward: Counter[Shape],
 ) -> tuple[Work, Work]:
     """Return the work of the base, and the work that a method adds, of training steps and of forward passes alone."""
-    none, update, sites = Update(), method.update, adapted(config, method.update)
+    none = Update()
+    update = method.update
+    sites = adapted(config, method.update)
 
     def flops(update: Update, trainable: int) -> float:
-        trained = sum(n * step_flops(config, shape, update, trainable=trainable) for shape, n in steps.items())
-        return trained + sum(n * forward_flops(config, shape, update) for shape, n in forward.items())
+        trained = sum(
+            n * step_flops(config, shape, update, trainable=trainable)
+            for shape, n in steps.items()
+        )
+        return trained + sum(
+            n * forward_flops(config, shape, update) for shape, n in forward.items()
+        )
 
     base_flops = flops(none, 0)
     update_flops = flops(update, method.trainable) - base_flops
@@ -155,44 +224,80 @@ def _passes(
             base_reads += _read_base(config, crossbar, shape) * n
             base_flops -= n * products(config.sites.values(), shape)
             if not config.tied:
-                base_reads += counts(config.head, crossbar) * (n * shape.rows * shape.target)
+                base_reads += counts(config.head, crossbar) * (
+                    n * shape.rows * shape.target
+                )
                 base_flops -= n * head_flops(config, shape)
             if method.trains_in == "arrays":
                 update_reads += _read(sites, method.matrices, crossbar, shape) * n
-                in_arrays = _of_tokens(sites, lambda s: update.width(s, 1) * (s.d_in + s.d_out), shape)
+                in_arrays = _of_tokens(
+                    sites, lambda s: update.width(s, 1) * (s.d_in + s.d_out), shape
+                )
                 update_flops -= 2 * n * in_arrays
     macs = update_flops / 2
     if method.evaluations:  # the arrays' outputs are mixed, where `estimates.flops` counts mixing the weights
-        macs = float(sum(n * _of_tokens(sites, method.macs, shape) for shape, n in forward.items()))
+        macs = float(
+            sum(
+                n * _of_tokens(sites, method.macs, shape)
+                for shape, n in forward.items()
+            )
+        )
     tables = sum(site.layers * method.tables(site) for site in sites.values())
-    words = _OPTIMISER_WORDS * method.trainable * steps.total() + tables * (steps + forward).total()
+    words = (
+        _OPTIMISER_WORDS * method.trainable * steps.total()
+        + tables * (steps + forward).total()
+    )
     return Work(base_reads, base_flops / 2, 0), Work(update_reads, macs, words)
 
 
-def _token(method: BilledMethod, config: Architecture, crossbar: CrossbarConfig, row: Shape, *, output: bool) -> Work:
+def _token(
+    method: BilledMethod,
+    config: Architecture,
+    crossbar: CrossbarConfig,
+    row: Shape,
+    *,
+    output: bool,
+) -> Work:
     """Return the work of one token of a row: one that is generated as output, or one that is read."""
-    one, sites = Shape(1, 0, 1) if output else Shape(1, 1, 0), adapted(config, method.update)
+    one = Shape(1, 0, 1) if output else Shape(1, 1, 0)
+    sites = adapted(config, method.update)
     reads = _read_base(config, crossbar, one)
     # Scores and the weighted sum of values, for every position that an attention attends to.
     macs = words = sum(
-        2 * stack.layers * row_tokens(attention, row) * attention.heads * attention.d_head
+        2
+        * stack.layers
+        * row_tokens(attention, row)
+        * attention.heads
+        * attention.d_head
         for stack in config.stacks.values()
         if ("target" if output else "source") in stack.reads
         for attention in stack.attentions
     )
     recurrent = [(stack.layers, stack.recurrence) for stack in config.stacks.values()]
-    state = sum(layers * recurrence.multiplications(1) for layers, recurrence in recurrent if recurrence)
-    macs, words = macs + state, words + state
+    state = sum(
+        layers * recurrence.multiplications(1)
+        for layers, recurrence in recurrent
+        if recurrence
+    )
+    macs = macs + state
+    words = words + state
     if output and config.tied:
-        macs, words = macs + math.prod(config.head), words + math.prod(config.head)
+        macs = macs + math.prod(config.head)
+        words = words + math.prod(config.head)
     elif output:
         reads += counts(config.head, crossbar)
     if method.stays_in == "arrays":
         reads += _read(sites, method.matrices, crossbar, one)
-    return Work(reads, macs + _of_tokens(sites, method.macs, one), words + _of_tokens(sites, method.words, one))
+    return Work(
+        reads,
+        macs + _of_tokens(sites, method.macs, one),
+        words + _of_tokens(sites, method.words, one),
+    )
 
 
-def _stages(method: BilledMethod, config: Architecture) -> dict[frozenset[tuple[Matrix, ...]], int]:
+def _stages(
+    method: BilledMethod, config: Architecture
+) -> dict[frozenset[tuple[Matrix, ...]], int]:
     """Return the stages of a generated token: in every layer one stage after the other, then the head."""
     sites = adapted(config, method.update)
     chains: dict[tuple[str, str], set[tuple[Matrix, ...]]] = {}
@@ -214,27 +319,45 @@ def _kernel(site: Site) -> list[Matrix]:
     return [(site.d_in, site.d_out)]
 
 
-def _of_tokens(sites: Mapping[str, Site], work: Callable[[Site], int], shape: Shape) -> int:
+def _of_tokens(
+    sites: Mapping[str, Site], work: Callable[[Site], int], shape: Shape
+) -> int:
     """Return the work at all sites for a batch, from that of one token at one matrix."""
-    return sum(tokens(site.reads, shape) * site.layers * work(site) for site in sites.values())
+    return sum(
+        tokens(site.reads, shape) * site.layers * work(site) for site in sites.values()
+    )
 
 
 def _read_base(config: Architecture, crossbar: CrossbarConfig, shape: Shape) -> Counts:
     """Return the counts of reading the base's sites, whose inputs are prepared once for all matrices of an input."""
     reads = _read(config.sites, _kernel, crossbar, shape)
-    for site in (config.sites[names[0]] for names in sharing_inputs(config.sites, config.sites)):
-        reads += preparing(site.d_in, crossbar) * (tokens(site.reads, shape) * site.layers)
+    for site in (
+        config.sites[names[0]] for names in sharing_inputs(config.sites, config.sites)
+    ):
+        reads += preparing(site.d_in, crossbar) * (
+            tokens(site.reads, shape) * site.layers
+        )
     return reads
 
 
 def _read(
-    sites: Mapping[str, Site], matrices: Callable[[Site], list[Matrix]], crossbar: CrossbarConfig, shape: Shape
+    sites: Mapping[str, Site],
+    matrices: Callable[[Site], list[Matrix]],
+    crossbar: CrossbarConfig,
+    shape: Shape,
 ) -> Counts:
     """Return the counts of reading the sites' matrices with every token of a batch that they multiply."""
-    return _sum(_standing({"": site}, matrices, crossbar) * tokens(site.reads, shape) for site in sites.values())
+    return _sum(
+        _standing({"": site}, matrices, crossbar) * tokens(site.reads, shape)
+        for site in sites.values()
+    )
 
 
-def _standing(sites: Mapping[str, Site], matrices: Callable[[Site], list[Matrix]], crossbar: CrossbarConfig) -> Counts:
+def _standing(
+    sites: Mapping[str, Site],
+    matrices: Callable[[Site], list[Matrix]],
+    crossbar: CrossbarConfig,
+) -> Counts:
     """Return the counts of the sites' matrices, each in separate arrays."""
     return _sum(
         counts(matrix, crossbar, prepares=False) * (n * site.layers)
@@ -243,14 +366,24 @@ def _standing(sites: Mapping[str, Site], matrices: Callable[[Site], list[Matrix]
     )
 
 
-def _shared(sites: Mapping[str, Site], matrices: Callable[[Site], list[Matrix]], crossbar: CrossbarConfig) -> Counts:
+def _shared(
+    sites: Mapping[str, Site],
+    matrices: Callable[[Site], list[Matrix]],
+    crossbar: CrossbarConfig,
+) -> Counts:
     """Return the counts of shared matrices that are large enough for every site."""
-    widest = Site(1, max(site.d_in for site in sites.values()), max(site.d_out for site in sites.values()))
+    widest = Site(
+        1,
+        max(site.d_in for site in sites.values()),
+        max(site.d_out for site in sites.values()),
+    )
     return _sum(counts(matrix, crossbar, prepares=False) for matrix in matrices(widest))
 
 
 def _of_base(config: Architecture, crossbar: CrossbarConfig) -> Counts:
-    return _sum(counts(matrix, crossbar) * layers for matrix, layers in base_matrices(config))
+    return _sum(
+        counts(matrix, crossbar) * layers for matrix, layers in base_matrices(config)
+    )
 
 
 def _sum(of: Iterable[Counts]) -> Counts:

@@ -34,7 +34,9 @@ class Bill(NamedTuple):
     method: str
     trainable: int
     written: WriteCost  # cells that the task writes, and the cost of writing them
-    install: Range  # energy of writing the cells, and of putting the other numbers in memory
+    install: (
+        Range  # energy of writing the cells, and of putting the other numbers in memory
+    )
     update: Range  # energy that the method adds to the base's passes in training: adapters, gradients, optimiser
     base: Range  # energy of the base's own passes in training
     source: ReadEnergy  # energy of one source token at inference; `digital` includes the attention and digital adapters
@@ -50,18 +52,33 @@ class Bill(NamedTuple):
         return self.install + self.update + self.base
 
 
-def bills(config: Architecture, crossbar: CrossbarConfig, options: CostOptions) -> dict[str, Bill]:
+def bills(
+    config: Architecture, crossbar: CrossbarConfig, options: CostOptions
+) -> dict[str, Bill]:
     """Return the cost of every method, by its name; the shape and arrays in the options are not used."""
-    return {of.method: price(of, crossbar, options) for of in activities(config, crossbar, options)}
+    return {
+        of.method: price(of, crossbar, options)
+        for of in activities(config, crossbar, options)
+    }
 
 
-def price(activity: Activity, crossbar: CrossbarConfig, options: CostOptions, constants: Constants = CONSTANTS) -> Bill:
+def price(
+    activity: Activity,
+    crossbar: CrossbarConfig,
+    options: CostOptions,
+    constants: Constants = CONSTANTS,
+) -> Bill:
     """Return the cost of one method from its counts."""
     written = write_cost(activity.written, constants, passes=activity.passes)
-    source, generated = (token_energy(work, crossbar, constants) for work in (activity.source, activity.generated))
+    source = token_energy(activity.source, crossbar, constants)
+    generated = token_energy(activity.generated, crossbar, constants)
     per_token = generated.total + source.total * (options.source / options.target)
     latencies = (  # of stages, which run in sequence; the chains of a stage run in parallel
-        longest(total(read_latency(m, crossbar, constants) for m in chain) for chain in stage) * times
+        longest(
+            total(read_latency(m, crossbar, constants) for m in chain)
+            for chain in stage
+        )
+        * times
         for stage, times in activity.stages.items()
     )
     return Bill(
@@ -84,23 +101,41 @@ def price(activity: Activity, crossbar: CrossbarConfig, options: CostOptions, co
 
 def price_once(standing: Standing, constants: Constants = CONSTANTS) -> Once:
     """Return the cost of matrices and tables that exist before any task."""
-    tables = _shared_macs(constants) * standing.macs + constants["word_energy"] * standing.words
-    return Once(standing.counts.arrays, write_cost(standing.counts, constants), standing.words, tables)
+    tables = (
+        _shared_macs(constants) * standing.macs
+        + constants["word_energy"] * standing.words
+    )
+    return Once(
+        standing.counts.arrays,
+        write_cost(standing.counts, constants),
+        standing.words,
+        tables,
+    )
 
 
-def token_energy(work: Work, crossbar: CrossbarConfig, constants: Constants) -> ReadEnergy:
+def token_energy(
+    work: Work, crossbar: CrossbarConfig, constants: Constants
+) -> ReadEnergy:
     """Return the energy of a token by component; words are counted for all multiply-adds, as no operands are shared."""
     energy = read_energy(work.reads, crossbar, constants)
-    digital = constants["mac_energy"] * work.macs + constants["word_energy"] * work.words
+    digital = (
+        constants["mac_energy"] * work.macs + constants["word_energy"] * work.words
+    )
     return energy._replace(digital=energy.digital + digital)
 
 
-def training_energy(work: Work, crossbar: CrossbarConfig, constants: Constants) -> Range:
+def training_energy(
+    work: Work, crossbar: CrossbarConfig, constants: Constants
+) -> Range:
     """Return the energy of training, where the rows of a batch share operands."""
-    digital = _shared_macs(constants) * work.macs + constants["word_energy"] * work.words
+    digital = (
+        _shared_macs(constants) * work.macs + constants["word_energy"] * work.words
+    )
     return read_energy(work.reads, crossbar, constants).total + digital
 
 
 def _shared_macs(constants: Constants) -> Range:
     """Return the energy of a multiply-add of a matrix product whose rows share operands."""
-    return constants["mac_energy"] + constants["words_per_mac"] * constants["word_energy"]
+    return (
+        constants["mac_energy"] + constants["words_per_mac"] * constants["word_energy"]
+    )

@@ -34,22 +34,34 @@ class Comparison(NamedTuple):
 
 
 def comparisons(
-    of_methods: Mapping[str, Activity], crossbar: CrossbarConfig, options: CostOptions, constants: Constants = CONSTANTS
+    of_methods: Mapping[str, Activity],
+    crossbar: CrossbarConfig,
+    options: CostOptions,
+    constants: Constants = CONSTANTS,
 ) -> dict[str, Comparison]:
     """Return the comparisons of LoRA in cells with LoRAFusion, by the layout of its pool, and by its bases."""
-    lora, layouts = of_methods["LoRA in cells"], [name for name in of_methods if name.startswith("LoRAFusion")]
-    return {name: _compare(lora, of_methods[name], crossbar, options, constants) for name in layouts}
+    lora = of_methods["LoRA in cells"]
+    layouts = [name for name in of_methods if name.startswith("LoRAFusion")]
+    return {
+        name: _compare(lora, of_methods[name], crossbar, options, constants)
+        for name in layouts
+    }
 
 
 def _compare(
-    lora: Activity, fusion: Activity, crossbar: CrossbarConfig, options: CostOptions, constants: Constants
+    lora: Activity,
+    fusion: Activity,
+    crossbar: CrossbarConfig,
+    options: CostOptions,
+    constants: Constants,
 ) -> Comparison:
     """Return the comparison of a method that writes cells with one that reads more."""
     others = [name for name in constants.table if name not in _WRITING]
     ends: dict[tuple[str, str], tuple[float, float, float, float]] = {}
     for writing, other in itertools.product(_LEVELS, _LEVELS):
         fixed = constants.pinned(writing, *_WRITING).pinned(other, *others)
-        a, b = (price(each, crossbar, options, fixed) for each in (lora, fusion))
+        a = price(lora, crossbar, options, fixed)
+        b = price(fusion, crossbar, options, fixed)
         ends[writing, other] = (
             a.install.typical / b.install.typical,
             (a.install + a.update).typical / (b.install + b.update).typical,
@@ -60,35 +72,65 @@ def _compare(
     install, with_update, learning, _ = itertools.starmap(Range, over_cells)
     _, _, ratio, share = (
         Range(min(values), typical, max(values))
-        for typical, *values in zip(ends["typical", "typical"], *ends.values(), strict=True)
+        for typical, *values in zip(
+            ends["typical", "typical"], *ends.values(), strict=True
+        )
     )
     extra = _extra(lora, fusion, crossbar, options, constants)
-    saved = _difference(*(price(each, crossbar, options, constants).install for each in (lora, fusion)))
-    ends_of_both = (saved.low, extra.high), (saved.typical, extra.typical), (saved.high, extra.low)
-    break_even = Range(*(above / below if below else math.inf for above, below in ends_of_both))
+    saved = _difference(
+        *(price(each, crossbar, options, constants).install for each in (lora, fusion))
+    )
+    ends_of_both = (
+        (saved.low, extra.high),
+        (saved.typical, extra.typical),
+        (saved.high, extra.low),
+    )
+    break_even = Range(
+        *(above / below if below else math.inf for above, below in ends_of_both)
+    )
     return Comparison(install, with_update, learning, ratio, share, extra, break_even)
 
 
 def _extra(
-    lora: Activity, fusion: Activity, crossbar: CrossbarConfig, options: CostOptions, constants: Constants
+    lora: Activity,
+    fusion: Activity,
+    crossbar: CrossbarConfig,
+    options: CostOptions,
+    constants: Constants,
 ) -> Range:
     """Return the energy that one method takes more than the other, from the difference of their counts."""
 
     def more(a: Work, b: Work) -> Range:
-        work = Work(_excess(a.reads, b.reads), max(b.macs - a.macs, 0), max(b.words - a.words, 0))
+        work = Work(
+            _excess(a.reads, b.reads),
+            max(b.macs - a.macs, 0),
+            max(b.words - a.words, 0),
+        )
         return token_energy(work, crossbar, constants).total
 
     def of_tokens(a: Activity, b: Activity) -> Range:
-        return more(a.generated, b.generated) + more(a.source, b.source) * (options.source / options.target)
+        return more(a.generated, b.generated) + more(a.source, b.source) * (
+            options.source / options.target
+        )
 
     return _difference(of_tokens(lora, fusion), of_tokens(fusion, lora))
 
 
 def _excess(a: Counts, b: Counts) -> Counts:
     """Return how much more of everything the second counts have, 0 where they have less."""
-    return Counts(**{f.name: max(getattr(b, f.name) - getattr(a, f.name), 0) for f in dataclasses.fields(Counts)})
+    return Counts(
+        **{
+            f.name: max(getattr(b, f.name) - getattr(a, f.name), 0)
+            for f in dataclasses.fields(Counts)
+        }
+    )
 
 
 def _difference(a: Range, b: Range) -> Range:
     """Return a difference, 0 where it would be negative."""
-    return Range(*(max(end, 0.0) for end in (a.low - b.high, a.typical - b.typical, a.high - b.low)))
+    return Range(
+        *(
+            max(end, 0.0)
+            for end in (a.low - b.high, a.typical - b.typical, a.high - b.low)
+        )
+    )

@@ -3,7 +3,14 @@
 import dataclasses
 
 from ...methods import METHODS
-from ...methods.entry import Billed, CostLayout, Matrix, MethodEntry, PlannedPool, Update
+from ...methods.entry import (
+    Billed,
+    CostLayout,
+    Matrix,
+    MethodEntry,
+    PlannedPool,
+    Update,
+)
 from ...methods.recipes import recipe_of
 from ...models.architecture import Architecture, targeted
 from ..params import trainable_count
@@ -21,13 +28,17 @@ class BilledMethod(CostLayout):
     ranking: "BilledMethod | None" = None
 
 
-def methods(config: Architecture, options: CostOptions, *, steps: int) -> dict[str, BilledMethod]:
+def methods(
+    config: Architecture, options: CostOptions, *, steps: int
+) -> dict[str, BilledMethod]:
     """Return every layout of every method by its title; LoRAFusion, which the others are compared with, comes last."""
     modules = PlannedPool(options.rank, options.modules, options.targets)
     base = sum(d_in * d_out * layers for (d_in, d_out), layers in base_matrices(config))
     adapted = sum(site.layers for site in targeted(config, options.targets).values())
     cores = (False, True) if options.train_core else (False,)
-    in_bases = [{"basis": k, "train_core": core} for k in options.bases for core in cores]
+    in_bases = [
+        {"basis": k, "train_core": core} for k in options.bases for core in cores
+    ]
     by_title = {}
     for entry in sorted(METHODS.values(), key=lambda entry: entry.name == "fusion"):
         for more in ({}, *(in_bases if entry.basis_title is not None else ())):
@@ -39,20 +50,30 @@ def methods(config: Architecture, options: CostOptions, *, steps: int) -> dict[s
                     **vars(layout),
                     update=_placed(entry.update(recipe, modules), layout),
                     trainable=sum(counts.values()),
-                    evaluations=entry.evaluations(recipe, options.modules) if entry.learns == "searched" else 0,
+                    evaluations=entry.evaluations(recipe, options.modules)
+                    if entry.learns == "searched"
+                    else 0,
                     ranking=_ranking(entry, title, billed, options),
                 )
     return by_title
 
 
-def _ranking(entry: MethodEntry, title: str, billed: Billed, options: CostOptions) -> BilledMethod | None:
+def _ranking(
+    entry: MethodEntry, title: str, billed: Billed, options: CostOptions
+) -> BilledMethod | None:
     """Return the pass over whole modules that ranks a pool; it is digital where the arrays hold a basis alone."""
     if options.stored == options.modules or not entry.pool or entry.learns != "trained":
         return None
     recipe = recipe_of(entry.recipe, options.numbers | {"modules": options.stored})
-    layout = entry.cost_layouts(billed._replace(recipe=recipe)).get(title, CostLayout(installed_words=0))
-    update = entry.update(recipe, PlannedPool(options.rank, options.stored, options.targets))
-    return BilledMethod(**vars(layout), update=_placed(update, layout), trainable=0, evaluations=0)
+    layout = entry.cost_layouts(billed._replace(recipe=recipe)).get(
+        title, CostLayout(installed_words=0)
+    )
+    update = entry.update(
+        recipe, PlannedPool(options.rank, options.stored, options.targets)
+    )
+    return BilledMethod(
+        **vars(layout), update=_placed(update, layout), trainable=0, evaluations=0
+    )
 
 
 def _placed(update: Update, layout: CostLayout) -> Update:
@@ -61,5 +82,7 @@ def _placed(update: Update, layout: CostLayout) -> Update:
 
 def base_matrices(config: Architecture) -> list[tuple[Matrix, int]]:
     """Return the matrices in arrays, and how often each shape occurs."""
-    matrices = [((site.d_in, site.d_out), site.layers) for site in config.sites.values()]
+    matrices = [
+        ((site.d_in, site.d_out), site.layers) for site in config.sites.values()
+    ]
     return matrices if config.tied else [*matrices, (config.head, 1)]

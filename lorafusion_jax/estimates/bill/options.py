@@ -53,13 +53,31 @@ class CostOptions:
     evaluations: int = LoraHubRecipe.evaluations
 
     def __post_init__(self):
-        numbers = ("modules", "rank", "vera_rank", "tokens_per_task", "epochs", "train_rows", "batch_size")
-        at_least(1, **{name: getattr(self, name) for name in (*numbers, "source", "target", "evaluations")})
+        numbers = (
+            "modules",
+            "rank",
+            "vera_rank",
+            "tokens_per_task",
+            "epochs",
+            "train_rows",
+            "batch_size",
+        )
+        at_least(
+            1,
+            **{
+                name: getattr(self, name)
+                for name in (*numbers, "source", "target", "evaluations")
+            },
+        )
         if self.stored < self.modules:
-            raise ValueError(f"pool_size is {self.pool_size}: expected at least {self.modules}, the number of modules")
+            raise ValueError(
+                f"pool_size is {self.pool_size}: expected at least {self.modules}, the number of modules"
+            )
         for k in self.bases:
             if not 1 <= k <= self.stored * self.rank:
-                raise ValueError(f"a basis of {k} directions: expected 1 to {self.stored * self.rank}, the pool's rank")
+                raise ValueError(
+                    f"a basis of {k} directions: expected 1 to {self.stored * self.rank}, the pool's rank"
+                )
 
     @property
     def stored(self) -> int:

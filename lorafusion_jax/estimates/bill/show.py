@@ -9,7 +9,17 @@ from .bill import Bill, Once
 from .comparison import Comparison
 from .options import CostOptions
 
-_PREFIXES = {-15: "f", -12: "p", -9: "n", -6: "µ", -3: "m", 0: "", 3: "k", 6: "M", 9: "G"}
+_PREFIXES = {
+    -15: "f",
+    -12: "p",
+    -9: "n",
+    -6: "µ",
+    -3: "m",
+    0: "",
+    3: "k",
+    6: "M",
+    9: "G",
+}
 
 
 def quantity(value: Range, unit: str) -> str:
@@ -25,41 +35,95 @@ def number(value: Range) -> str:
     return ends[0] if len(set(ends)) == 1 else " / ".join(ends)
 
 
-def tables(bills: Mapping[str, Bill], once: Mapping[str, Once], options: CostOptions) -> dict[str, list[list[str]]]:
+def tables(
+    bills: Mapping[str, Bill], once: Mapping[str, Once], options: CostOptions
+) -> dict[str, list[list[str]]]:
     """Return the tables of costs by caption: headings, then lines."""
     of_methods = bills.values()
     tokens = f"{options.tokens_per_task:,} tokens"
     return {
         "Written for one new task": [
-            ["method", "trained", "cells", "pulses", "energy", "time", "cycles of a cell", "tasks until wear-out"],
+            [
+                "method",
+                "trained",
+                "cells",
+                "pulses",
+                "energy",
+                "time",
+                "cycles of a cell",
+                "tasks until wear-out",
+            ],
             *([b.method, f"{b.trainable:,}", *_written(b.written)] for b in of_methods),
         ],
         f"Energy of one new task: learning it, and {tokens} with their sources": [
-            ["method", "putting it in place", "its update", "the base's passes", "learned", tokens],
+            [
+                "method",
+                "putting it in place",
+                "its update",
+                "the base's passes",
+                "learned",
+                tokens,
+            ],
             *(
-                [b.method, *(quantity(e, "J") for e in (b.install, b.update, b.base, b.learning, b.inference))]
+                [
+                    b.method,
+                    *(
+                        quantity(e, "J")
+                        for e in (b.install, b.update, b.base, b.learning, b.inference)
+                    ),
+                ]
                 for b in of_methods
             ),
         ],
         "Energy of one generated token, by component, without its source": [
             ["method", "array", "DAC", "ADC", "shift-and-add", "digital", "all"],
-            *([b.method, *(quantity(e, "J") for e in (*b.generated, b.generated.total))] for b in of_methods),
+            *(
+                [
+                    b.method,
+                    *(quantity(e, "J") for e in (*b.generated, b.generated.total)),
+                ]
+                for b in of_methods
+            ),
         ],
         "Other costs of inference": [
-            ["method", "one source token", "latency, arrays", "latency, digital", "adapters' arrays"],
+            [
+                "method",
+                "one source token",
+                "latency, arrays",
+                "latency, digital",
+                "adapters' arrays",
+            ],
             *(
                 [
                     *(b.method, quantity(b.source.total, "J")),
-                    *(quantity(time, "s") for time in (b.latency_arrays, b.latency_digital)),
+                    *(
+                        quantity(time, "s")
+                        for time in (b.latency_arrays, b.latency_digital)
+                    ),
                     f"{b.adapter_arrays:,}",
                 ]
                 for b in of_methods
             ),
         ],
         "Written once, before any task": [
-            ["what", "arrays", "cells", "pulses", "energy", "time", "words of tables", "their energy"],
+            [
+                "what",
+                "arrays",
+                "cells",
+                "pulses",
+                "energy",
+                "time",
+                "words of tables",
+                "their energy",
+            ],
             *(
-                [name, f"{o.arrays:,}", *_written(o.written)[:4], f"{o.words:,}", quantity(o.tables, "J")]
+                [
+                    name,
+                    f"{o.arrays:,}",
+                    *_written(o.written)[:4],
+                    f"{o.words:,}",
+                    quantity(o.tables, "J"),
+                ]
                 for name, o in once.items()
             ),
         ],
@@ -68,11 +132,26 @@ def tables(bills: Mapping[str, Bill], once: Mapping[str, Once], options: CostOpt
 
 def comparison_table(compared: Mapping[str, Comparison]) -> list[list[str]]:
     """Return the lines of the comparison of LoRA in cells with LoRAFusion."""
-    ratios = ["putting it in place", "with its update", "learned", "learned, over all constants"]
+    ratios = [
+        "putting it in place",
+        "with its update",
+        "learned",
+        "learned, over all constants",
+    ]
     return [
-        ["LoRA's energy over that of", *ratios, "more for a generated token", "break-even, tokens"],
+        [
+            "LoRA's energy over that of",
+            *ratios,
+            "more for a generated token",
+            "break-even, tokens",
+        ],
         *(
-            [name, *map(number, c[:4]), quantity(c.extra_per_token, "J"), number(c.break_even)]
+            [
+                name,
+                *map(number, c[:4]),
+                quantity(c.extra_per_token, "J"),
+                number(c.break_even),
+            ]
             for name, c in compared.items()
         ),
     ]
@@ -91,7 +170,10 @@ def constants_table(constants: Constants) -> list[list[str]]:
 
 def markdown(by_caption: Mapping[str, Sequence[Sequence[str]]]) -> str:
     """Return tables with their captions; ranges are low / typical / high."""
-    return "\n".join(f"{caption}\n\n{text_tables.markdown(lines)}" for caption, lines in by_caption.items())
+    return "\n".join(
+        f"{caption}\n\n{text_tables.markdown(lines)}"
+        for caption, lines in by_caption.items()
+    )
 
 
 def _written(p: WriteCost) -> list[str]:

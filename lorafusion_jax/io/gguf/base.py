@@ -25,7 +25,9 @@ class GGUFBase:
         self.place = self.config_place = file  # for messages
         self._metadata, self._tensors = read_gguf(file)
         with named(file):
-            self._layout = gguf_layout(self._metadata.get("general.architecture"), "general.architecture")
+            self._layout = gguf_layout(
+                self._metadata.get("general.architecture"), "general.architecture"
+            )
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -42,7 +44,8 @@ class GGUFBase:
         used = {
             name: value
             for name, value in self._metadata.items()
-            if name.startswith("tokenizer.") and not name.startswith("tokenizer.chat_template")
+            if name.startswith("tokenizer.")
+            and not name.startswith("tokenizer.chat_template")
         }
         return hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()
 

@@ -21,16 +21,36 @@ from ..source import map_file
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
+_SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
+_STRING = 8
+_ARRAY = 9
 _MOST_AXES = 4
 _SHORT = 2048  # numbers of a row
-_MOST_VALUES = 10_000_000  # of an array; texts take up to eight times their bytes in Python
+_MOST_VALUES = (
+    10_000_000  # of an array; texts take up to eight times their bytes in Python
+)
 # Numbers in lists take up to 44 bytes in Python: more than these would take over four times the file. A vocabulary of
 # 256,000 tokens has two for each.
-_FEW_NUMBERS, _BYTES_OF_FILE = 1_000_000, 11
+_FEW_NUMBERS = 1_000_000
+_BYTES_OF_FILE = 11
 _AGAIN = "fetch the file again"
-_PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_PLAIN = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
 
 
 _Count = Annotated[int, Meta(ge=0)]
@@ -70,8 +90,17 @@ class StoredTensor:
 
     dtype = np.dtype(np.float32)
 
-    def __init__(self, data: mmap.mmap, start: int, shape: tuple[int, ...], kind: str, row_bytes: int):
-        self.base, self.shape, self.kind = data, shape, kind
+    def __init__(
+        self,
+        data: mmap.mmap,
+        start: int,
+        shape: tuple[int, ...],
+        kind: str,
+        row_bytes: int,
+    ):
+        self.base = data
+        self.shape = shape
+        self.kind = kind
         self._blocks = np.ndarray((*shape[:-1], row_bytes), np.uint8, data, start)
         self._order: np.ndarray | None = None
         self._columns: np.ndarray | None = None
@@ -85,7 +114,9 @@ class StoredTensor:
     @property
     def stored_dtype(self) -> str:
         """The dtype of `as_stored`, or the name of a quantised type."""
-        return str(self.dtype if self._place.offset else _PLAIN.get(self.kind, self.kind))
+        return str(
+            self.dtype if self._place.offset else _PLAIN.get(self.kind, self.kind)
+        )
 
     def as_stored(self, rows: slice) -> np.ndarray:
         """Return rows [n, d_in] in the file's dtype, or the bytes [n, ...] of their blocks (of a vector all)."""
@@ -105,9 +136,13 @@ class StoredTensor:
         other = StoredTensor.__new__(StoredTensor)
         other.__dict__.update(self.__dict__, _place=place)
         if place.order is not None and place.axis < len(self.shape):
-            with contextlib.suppress(ValueError):  # a wrong shape is reported where the model's is known
+            with contextlib.suppress(
+                ValueError
+            ):  # a wrong shape is reported where the model's is known
                 order = np.argsort(place.order(self.shape[place.axis]))
-                other._order, other._columns = (None, order) if place.axis else (order, None)
+                other._order, other._columns = (
+                    (None, order) if place.axis else (order, None)
+                )
         if place.change == "taps" and len(self.shape) > 1:
             other.shape = (self.shape[0], 1, *self.shape[1:])
         return other
@@ -126,13 +161,17 @@ class StoredTensor:
             # gguf takes 16 rows at a time, and for short rows up to twice as long: join four to one.
             joined = math.gcd(len(blocks), 4) if self.shape[-1] <= _SHORT else 1
             wide = blocks.reshape(-1, joined * blocks.shape[-1])
-            numbers = dequantize(wide, GGMLQuantizationType[self.kind]).reshape(-1, self.shape[-1])
+            numbers = dequantize(wide, GGMLQuantizationType[self.kind]).reshape(
+                -1, self.shape[-1]
+            )
         if self._columns is not None:
             numbers = numbers[..., self._columns]
         if self._place.change == "decay":
             numbers = np.log(-numbers, dtype=np.float64).astype(np.float32)
         numbers = numbers.reshape(-1, *self.shape[1:])
-        return numbers - np.float32(self._place.offset) if self._place.offset else numbers
+        return (
+            numbers - np.float32(self._place.offset) if self._place.offset else numbers
+        )
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[:], dtype=dtype)
@@ -143,7 +182,9 @@ class StoredTensor:
         if self._columns is not None:
             blocks = blocks[:, self._columns[::32] // 32]
         scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]
-        return np.ascontiguousarray(blocks[..., 2:]).view(np.int8).reshape(self.shape), scales
+        return np.ascontiguousarray(blocks[..., 2:]).view(np.int8).reshape(
+            self.shape
+        ), scales
 
     def _stored(self, rows: slice) -> np.ndarray:
         return self._blocks[rows if self._order is None else self._order[rows]]
@@ -164,12 +205,16 @@ def read_gguf(path: Path) -> Content:
     """
     header = _Header(path)
     if (magic := header.data[:4]) != _MAGIC:
-        raise ValueError(f"{path} is not a GGUF file: it begins with {magic!r}, not with {_MAGIC!r}: {_AGAIN}")
+        raise ValueError(
+            f"{path} is not a GGUF file: it begins with {magic!r}, not with {_MAGIC!r}: {_AGAIN}"
+        )
     header.at = 4
     (version,) = header.numbers("I")
     if version not in _VERSIONS:
         kind = "big-endian" if version & 0xFFFF == 0 else f"of version {version}"
-        raise ValueError(f"{path} is a GGUF file that is {kind}: expected version 2 or 3, little-endian")
+        raise ValueError(
+            f"{path} is a GGUF file that is {kind}: expected version 2 or 3, little-endian"
+        )
     tensors, keys = header.numbers("Q", 2)
     metadata: dict[str, Any] = {}
     for _ in range(keys):
@@ -179,17 +224,24 @@ def read_gguf(path: Path) -> Content:
         metadata[key] = header.value(*header.numbers("I"))
     structured(metadata, _Known, path, own=False, fix=_AGAIN)
     if metadata.get("split.count", 1) > 1:
-        raise ValueError(f"{path} is one of {metadata['split.count']} parts: merge them by `llama-gguf-split --merge`")
+        raise ValueError(
+            f"{path} is one of {metadata['split.count']} parts: merge them by `llama-gguf-split --merge`"
+        )
     places = [header.place() for _ in range(tensors)]
     alignment = metadata.get("general.alignment", 32)
     start = -(-header.at // alignment) * alignment
-    by_name = {name: _tensor(header, name, shape, kind, start + at) for name, shape, kind, at in places}
+    by_name = {
+        name: _tensor(header, name, shape, kind, start + at)
+        for name, shape, kind, at in places
+    }
     if sum(tensor.stored for tensor in by_name.values()) > len(header.data) - start:
         raise header.truncated("its tensors share bytes")
     return Content(metadata, by_name)
 
 
-def _tensor(header: "_Header", name: str, shape: tuple[int, ...], kind: int, start: int) -> StoredTensor:
+def _tensor(
+    header: "_Header", name: str, shape: tuple[int, ...], kind: int, start: int
+) -> StoredTensor:
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import dequantize
 
@@ -217,11 +269,15 @@ class _Header:
     """A mapped file and the place that is read next."""
 
     def __init__(self, path: Path):
-        self.path, self.data, self.at = path, map_file(path), 0
+        self.path = path
+        self.data = map_file(path)
+        self.at = 0
         self._listed = 0
 
     def truncated(self, reason: str) -> ValueError:
-        return ValueError(f"{self.path}: truncated or damaged, {reason} ({len(self.data):,}): fetch the file again")
+        return ValueError(
+            f"{self.path}: truncated or damaged, {reason} ({len(self.data):,}): fetch the file again"
+        )
 
     def numbers(self, code: str, count: int = 1) -> tuple[Any, ...]:
         """Read numbers of one of `struct`'s types."""
@@ -235,7 +291,10 @@ class _Header:
         return self.texts(1)[0]
 
     def texts(self, count: int) -> list[str]:
-        unpack, data, at, read = struct.Struct("<Q").unpack_from, self.data, self.at, []
+        unpack = struct.Struct("<Q").unpack_from
+        data = self.data
+        at = self.at
+        read = []
         try:
             for _ in range(count):
                 (size,) = unpack(data, at)
@@ -265,7 +324,9 @@ class _Header:
             raise self.truncated(f"an array holds values of type {inner}")
         self._listed += count
         if self._listed > max(_FEW_NUMBERS, len(self.data) // _BYTES_OF_FILE):
-            raise self.truncated(f"its arrays hold {self._listed:,} numbers, far more than a vocabulary")
+            raise self.truncated(
+                f"its arrays hold {self._listed:,} numbers, far more than a vocabulary"
+            )
         return list(self.numbers(_SCALARS[inner], count))
 
     def place(self) -> tuple[str, tuple[int, ...], int, int]:

@@ -22,10 +22,17 @@ from .tokenizer import tokenizer_metadata
 _UNLIKE = {"model_type", "stem", "tied", "pad_id", "eos_id"}
 # Keys of every file that is written, whatever its base has.
 _OWN = ("general.architecture", "general.file_type", "general.quantization_version")
-_CONVERTER = "use --format merged, and convert the folder with llama.cpp's convert_hf_to_gguf.py"
+_CONVERTER = (
+    "use --format merged, and convert the folder with llama.cpp's convert_hf_to_gguf.py"
+)
 
 
-def write_lora(file: Path, content: Mapping[str, Any], tensors: Mapping[str, np.ndarray], alpha: float) -> None:
+def write_lora(
+    file: Path,
+    content: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    alpha: float,
+) -> None:
     """Write a LoRA adapter that llama.cpp's `--lora` loads, in float32.
 
     Args:
@@ -46,17 +53,26 @@ def write_lora(file: Path, content: Mapping[str, Any], tensors: Mapping[str, np.
     writer.add_string(Keys.Adapter.TYPE, "lora")
     writer.add_float32(Keys.Adapter.LORA_ALPHA, alpha)
     for key, array in sorted(tensors.items()):
-        path, _, factor = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
+        path, _, factor = (
+            key.removeprefix("base_model.model.")
+            .removesuffix(".weight")
+            .rpartition(".")
+        )
         name, stored = places[f"{path}.weight"]
         # B has the rows of the matrix, A its columns.
-        moved = stored.order if factor == ("lora_A" if stored.axis else "lora_B") else None
+        moved = (
+            stored.order if factor == ("lora_A" if stored.axis else "lora_B") else None
+        )
         array = Stored(name, moved, stored.axis).in_file(array)
         writer.add_tensor(f"{name}.{factor.lower()}", array)
     _finish(writer)
 
 
 def write_merged(
-    file: Path, base: GGUFBase | FolderBase, tensors: Mapping[str, np.ndarray], kind: Literal["F16", "Q8_0"]
+    file: Path,
+    base: GGUFBase | FolderBase,
+    tensors: Mapping[str, np.ndarray],
+    kind: Literal["F16", "Q8_0"],
 ) -> None:
     """Write a model with other weights than its base, and the metadata of the base's GGUF file if it is one.
 
@@ -69,7 +85,14 @@ def write_merged(
     Raises:
       ValueError: the base is a folder whose configuration or tokenizer a GGUF file cannot describe.
     """
-    from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
+    from gguf import (
+        GGML_QUANT_VERSION,
+        GGMLQuantizationType,
+        GGUFReader,
+        GGUFValueType,
+        GGUFWriter,
+        LlamaFileType,
+    )
     from gguf.quants import quantize
 
     if isinstance(base, GGUFBase):
@@ -78,19 +101,33 @@ def write_merged(
         for key, field in fields.items():
             if not key.startswith("GGUF.") and key not in _OWN:
                 sub = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
-                writer.add_key_value(key, field.contents(), field.types[0], sub_type=sub)
+                writer.add_key_value(
+                    key, field.contents(), field.types[0], sub_type=sub
+                )
         stored = [*base.stored()]
     else:
         metadata, stored = _described(base, tensors)
         writer = GGUFWriter(file, metadata.pop("general.architecture"))
         for key, value in metadata.items():
             unsigned = type(value) is int  # what llama.cpp expects
-            writer.add_key_value(key, value, GGUFValueType.UINT32 if unsigned else GGUFValueType.get_type(value))
+            writer.add_key_value(
+                key,
+                value,
+                GGUFValueType.UINT32 if unsigned else GGUFValueType.get_type(value),
+            )
     writer.add_file_type(LlamaFileType[f"MOSTLY_{kind}"])
     writer.add_quantization_version(GGML_QUANT_VERSION)
     for name, place, own in stored:
-        array = np.asarray(own, np.float32) if place is None else place.in_file(tensors[place.name])
-        fits = array.ndim > 1 and (kind == "F16" or array.shape[-1] % 32 == 0) and not (place and place.change)
+        array = (
+            np.asarray(own, np.float32)
+            if place is None
+            else place.in_file(tensors[place.name])
+        )
+        fits = (
+            array.ndim > 1
+            and (kind == "F16" or array.shape[-1] % 32 == 0)
+            and not (place and place.change)
+        )
         chosen = GGMLQuantizationType[kind if fits else "F32"]
         writer.add_tensor(name, quantize(array, chosen), raw_dtype=chosen)
     _finish(writer)
@@ -102,26 +139,46 @@ def _described(
     """Return the metadata and the tensors of a GGUF file of a base in a Hugging Face folder."""
     content = base.config
     layout = gguf_layout(content.get("model_type"), "model_type")
-    config, places = family_of_json(content).read_config(content), _places(layout, content)
+    config = family_of_json(content).read_config(content)
+    places = _places(layout, content)
     keys, further = layout.metadata(config)
-    stored: list[tuple[str, Stored | None, np.ndarray]] = [(n, None, tensor) for n, tensor in further.items()]
+    stored: list[tuple[str, Stored | None, np.ndarray]] = [
+        (n, None, tensor) for n, tensor in further.items()
+    ]
     stored += [(*places[name], tensor) for name, tensor in tensors.items()]
     try:
         tokens = tokenizer_metadata(base.tokenizer(), config.vocab_size)
     except ValueError as error:
         raise ValueError(f"{base.place}: {error}: {_CONVERTER}") from error
-    ids = {"padding": config.pad_id, **dict(zip(("eos", "eot", "eom"), config.end_ids, strict=False))}
+    ids = {
+        "padding": config.pad_id,
+        **dict(zip(("eos", "eot", "eom"), config.end_ids, strict=False)),
+    }
     special = {f"tokenizer.ggml.{name}_token_id": token for name, token in ids.items()}
-    metadata = {"general.architecture": layout.architectures[content["model_type"]]} | keys | tokens | special
+    metadata = (
+        {"general.architecture": layout.architectures[content["model_type"]]}
+        | keys
+        | tokens
+        | special
+    )
     # Whatever the keys cannot express is found by reading them back.
     again = layout.config_json(metadata, {name: tensor for name, _, tensor in stored})
-    read_back, given = (
-        jax.tree.map(_rounded, dataclasses.asdict(family_of_json(raw).read_config(raw))) for raw in (again, content)
+    read_back = jax.tree.map(
+        _rounded, dataclasses.asdict(family_of_json(again).read_config(again))
+    )
+    given = jax.tree.map(
+        _rounded, dataclasses.asdict(family_of_json(content).read_config(content))
     )
     for name in given.keys() - _UNLIKE:
         if read_back[name] != given[name]:
-            fix = "no GGUF file holds it; use --format merged" if name == layout.lost else _CONVERTER
-            raise ValueError(f"{base.place}: GGUF would hold {name} {read_back[name]}, not {given[name]}: {fix}")
+            fix = (
+                "no GGUF file holds it; use --format merged"
+                if name == layout.lost
+                else _CONVERTER
+            )
+            raise ValueError(
+                f"{base.place}: GGUF would hold {name} {read_back[name]}, not {given[name]}: {fix}"
+            )
     return metadata, stored
 
 
@@ -129,9 +186,14 @@ def _rounded(value: Any) -> Any:
     return float(np.float32(value)) if isinstance(value, float) else value
 
 
-def _places(layout: GGUFLayout, content: Mapping[str, Any]) -> dict[str, tuple[str, Stored]]:
+def _places(
+    layout: GGUFLayout, content: Mapping[str, Any]
+) -> dict[str, tuple[str, Stored]]:
     """Return the place in a file of every tensor, by Hugging Face's name."""
-    return {stored.name: (name, stored) for name, stored in layout.stored(content, layout.names(content)).items()}
+    return {
+        stored.name: (name, stored)
+        for name, stored in layout.stored(content, layout.names(content)).items()
+    }
 
 
 def _finish(writer: Any) -> None:

@@ -20,7 +20,15 @@ from ..folders import new_folder
 from ..hf import Base
 from ..source import at_home, resolve
 from . import mlx, qwix_tree
-from .config import CONFIG, Stored, check_base, check_config, config_text, read_config_file, scalings
+from .config import (
+    CONFIG,
+    Stored,
+    check_base,
+    check_config,
+    config_text,
+    read_config_file,
+    scalings,
+)
 from .tensors import MAGNITUDE, collect
 
 WEIGHTS = "adapter_model.safetensors"
@@ -49,9 +57,15 @@ class PeftAdapter:
     # (A [r, d_in], B [d_out, r]) by the path of the linear module in the base model
     factors: dict[str, tuple[np.ndarray, np.ndarray]]
     scaling: dict[str, float]  # factor on B A by path
-    magnitude: dict[str, np.ndarray] | None  # DoRA's magnitude [d_out] by path; None without DoRA
-    keys: dict[str, tuple[str, ...]]  # keys of A, B and, with DoRA, the magnitude in the file, by path
-    kept: dict[str, np.ndarray]  # tensors that are not applied, by key: copies of base weights and state of training
+    magnitude: (
+        dict[str, np.ndarray] | None
+    )  # DoRA's magnitude [d_out] by path; None without DoRA
+    keys: dict[
+        str, tuple[str, ...]
+    ]  # keys of A, B and, with DoRA, the magnitude in the file, by path
+    kept: dict[
+        str, np.ndarray
+    ]  # tensors that are not applied, by key: copies of base weights and state of training
     notes: tuple[str, ...]  # warnings, and what was ignored, with the reason
 
 
@@ -84,14 +98,20 @@ def read_adapter(
         folder = resolve(source, patterns=(CONFIG, WEIGHTS, _BIN, mlx.WEIGHTS))
         # `resolve` follows a link, whose name is the adapter's.
         local = at_home(source).is_dir()
-        name = Path(os.path.abspath(folder)).name if local else source.partition("@")[0].rpartition("/")[2]
+        name = (
+            Path(os.path.abspath(folder)).name
+            if local
+            else source.partition("@")[0].rpartition("/")[2]
+        )
         check_name(name)
         weights, text, config, tensors, notes = _stored(
             folder, alpha, compare_saved=base_tensor is not None or compared is not None
         )
         kept = {key: tensors.pop(key) for key in compared or () if key in tensors}
         with named(weights):
-            parts, ignored = collect(tensors, config, shapes=shapes, base_tensor=base_tensor)
+            parts, ignored = collect(
+                tensors, config, shapes=shapes, base_tensor=base_tensor
+            )
         notes += [f"ignored: {key}, {reason}" for key, reason in ignored.items()]
 
         ranks = {path: part["lora_A"][1].shape[0] for path, part in parts.items()}
@@ -107,10 +127,18 @@ def read_adapter(
             weights=weights,
             config=config,
             config_text=text,
-            factors={path: (part["lora_A"][1], part["lora_B"][1]) for path, part in parts.items()},
+            factors={
+                path: (part["lora_A"][1], part["lora_B"][1])
+                for path, part in parts.items()
+            },
             scaling=scaling,
-            magnitude={path: part[MAGNITUDE][1] for path, part in parts.items()} if dora else None,
-            keys={path: tuple(part[kind][0] for kind in sorted(part)) for path, part in parts.items()},
+            magnitude={path: part[MAGNITUDE][1] for path, part in parts.items()}
+            if dora
+            else None,
+            keys={
+                path: tuple(part[kind][0] for kind in sorted(part))
+                for path, part in parts.items()
+            },
             kept=kept | {key: tensors[key] for key in ignored},
             notes=tuple(notes),
         )
@@ -122,21 +150,35 @@ def _errors_of(source: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        reason = reason if len(reason) <= _LONGEST_REASON else f"{reason[:_LONGEST_REASON]} ..."
-        raise AdapterError(reason if source in reason else f"{source}: {reason}") from error
+        reason = (
+            str(error)
+            if isinstance(error, ValueError)
+            else f"{type(error).__name__}: {error}"
+        )
+        reason = (
+            reason
+            if len(reason) <= _LONGEST_REASON
+            else f"{reason[:_LONGEST_REASON]} ..."
+        )
+        raise AdapterError(
+            reason if source in reason else f"{source}: {reason}"
+        ) from error
 
 
 def resave(adapter: PeftAdapter, folder: Path) -> None:
     """Write an adapter to a new folder: the same tensors with the same keys, and its configuration byte for byte."""
     tensors = dict(adapter.kept)
     for path, keys in adapter.keys.items():
-        arrays = adapter.factors[path] + ((adapter.magnitude[path],) if adapter.magnitude else ())
+        arrays = adapter.factors[path] + (
+            (adapter.magnitude[path],) if adapter.magnitude else ()
+        )
         tensors |= zip(keys, arrays, strict=True)
     write_adapter(folder, adapter.config_text, tensors)
 
 
-def write_adapter(folder: Path, config: Mapping[str, Any] | bytes, tensors: Mapping[str, np.ndarray]) -> None:
+def write_adapter(
+    folder: Path, config: Mapping[str, Any] | bytes, tensors: Mapping[str, np.ndarray]
+) -> None:
     """Write a new folder that PEFT loads, complete or not at all.
 
     `config` has the fields or bytes of `adapter_config.json`, and `tensors` PEFT's keys,
@@ -146,9 +188,13 @@ def write_adapter(folder: Path, config: Mapping[str, Any] | bytes, tensors: Mapp
         put_adapter(partial, config, tensors)
 
 
-def put_adapter(folder: Path, config: Mapping[str, Any] | bytes, tensors: Mapping[str, np.ndarray]) -> None:
+def put_adapter(
+    folder: Path, config: Mapping[str, Any] | bytes, tensors: Mapping[str, np.ndarray]
+) -> None:
     """Write the files of `write_adapter`, with its arguments [r, d_in] and [d_out, r], into an existing folder."""
-    (folder / CONFIG).write_bytes(config if isinstance(config, bytes) else config_text(config))
+    (folder / CONFIG).write_bytes(
+        config if isinstance(config, bytes) else config_text(config)
+    )
     safetensors_map.save(folder / WEIGHTS, tensors)
 
 
@@ -166,19 +212,29 @@ def _foreign(folder: Path) -> str:
 def _stored(folder: Path, alpha: float | None, *, compare_saved: bool) -> Stored:
     """Return what a folder holds, in PEFT's format or another one."""
     found = [folder / name for name in (WEIGHTS, _BIN) if (folder / name).is_file()]
-    if not found and not (folder / mlx.WEIGHTS).is_file() and (tree := qwix_tree.find(folder)):
+    if (
+        not found
+        and not (folder / mlx.WEIGHTS).is_file()
+        and (tree := qwix_tree.find(folder))
+    ):
         return qwix_tree.read(tree, alpha)
     if alpha is not None:
-        raise ValueError(f"{folder}: alpha is {alpha:g}, but only a LoRA of qwix lacks its own: leave out --alpha")
+        raise ValueError(
+            f"{folder}: alpha is {alpha:g}, but only a LoRA of qwix lacks its own: leave out --alpha"
+        )
     if not found and (folder / mlx.WEIGHTS).is_file():
         return mlx.read(folder)
     if not found and (foreign := _foreign(folder)):
-        raise AdapterError(f"{folder} has {foreign}, not PEFT's {WEIGHTS}: save the adapter with PEFT, or fetch that")
+        raise AdapterError(
+            f"{folder} has {foreign}, not PEFT's {WEIGHTS}: save the adapter with PEFT, or fetch that"
+        )
     text, config = read_config_file(folder)
     with named(folder / CONFIG):
         notes = check_config(config, compare_saved=compare_saved)
     if not found:
-        raise AdapterError(f"{folder} has neither {WEIGHTS} nor {_BIN}: fetch the weights as well")
+        raise AdapterError(
+            f"{folder} has neither {WEIGHTS} nor {_BIN}: fetch the weights as well"
+        )
     if len(found) > 1:
         notes.append(f"ignored: {_BIN}, because {WEIGHTS} is next to it")
     load = torch_pickle.load if found[0].suffix == ".bin" else safetensors_map.load

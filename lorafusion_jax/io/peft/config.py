@@ -30,7 +30,9 @@ _AGAIN = "fetch the file again"
 # Keys of patterns, which PEFT takes as regular expressions: those whose match takes time in proportion to their length.
 _KEY = re.compile(r"(?:[\w.^$-]|\\[.d]|\\d\+\\\.|\[[\w-]+\]){1,400}", re.ASCII)
 _PATTERNS = ("rank_pattern", "alpha_pattern")
-_MAX_KEYS, _SECONDS = 2_000, 4.0  # CPU time for all keys and modules of a file
+# CPU time for all keys and modules of a file
+_MAX_KEYS = 2_000
+_SECONDS = 4.0
 
 # Fields without effect on a trained adapter's output, or about which the tensors are more reliable; then those that are
 # read, and two whose defaults PEFT writes into every file.
@@ -59,15 +61,26 @@ _OTHER_FORWARD = {
 _MERGE = "merge it into the base with PEFT's merge_and_unload, and give that base"
 _OTHER_KINDS: Mapping[str, str] = {
     **dict.fromkeys(("BOFT", "IA3", "LN_TUNING", "OFT"), _MERGE),
-    **dict.fromkeys(("LOHA", "LOKR", "RANDLORA", "VERA"), f"convert it with PEFT's save_as_lora, or {_MERGE}"),
+    **dict.fromkeys(
+        ("LOHA", "LOKR", "RANDLORA", "VERA"),
+        f"convert it with PEFT's save_as_lora, or {_MERGE}",
+    ),
 }
 _BASE_KEPT = ("gaussian", "eva", "orthogonal", "mica")
-_BASE_CHANGED = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
+_BASE_CHANGED = {
+    "pissa": "PiSSA",
+    "olora": "OLoRA",
+    "corda": "CorDA",
+    "loftq": "LoftQ",
+    "lora_ga": "LoRA-GA",
+}
 
 
 _LARGEST = float(np.finfo(np.float32).max)
 _Rank = Annotated[int, Meta(ge=1)]
-Alpha = Annotated[float, Meta(ge=-_LARGEST, le=_LARGEST, description="a number that float32 holds")]
+Alpha = Annotated[
+    float, Meta(ge=-_LARGEST, le=_LARGEST, description="a number that float32 holds")
+]
 
 
 class _Fields(TypedDict, total=False):
@@ -94,13 +107,19 @@ def read_config_file(folder: Path) -> tuple[bytes, dict[str, Any]]:
     """Return the bytes and the content of a folder's adapter_config.json; raises ValueError if it is not one."""
     path = folder / CONFIG
     if not path.is_file():
-        raise ValueError(f"{folder} has no {CONFIG}: expected the folder that PEFT's save_pretrained wrote")
+        raise ValueError(
+            f"{folder} has no {CONFIG}: expected the folder that PEFT's save_pretrained wrote"
+        )
     data = map_file(path)
     if len(data) > _MAX_CONFIG:
-        raise ValueError(f"{path}: has {len(data):,} bytes: expected at most {_MAX_CONFIG:,}")
+        raise ValueError(
+            f"{path}: has {len(data):,} bytes: expected at most {_MAX_CONFIG:,}"
+        )
     text = bytes(data)
     try:
-        content = parse_json(text)  # PEFT writes NaN and infinity, which JSON does not have
+        content = parse_json(
+            text
+        )  # PEFT writes NaN and infinity, which JSON does not have
     except (ValueError, RecursionError) as error:
         raise FileError(path, got=f"not JSON ({error})", fix=_AGAIN) from None
     return text, structured(content, dict[str, Any], path, own=False, fix=_AGAIN)
@@ -112,7 +131,13 @@ def config_text(config: Mapping[str, Any]) -> bytes:
 
 
 def plain_config(
-    base: str | None, targets: Iterable[str], *, rank: int, alpha: int | float, task_type: str, dora: bool = False
+    base: str | None,
+    targets: Iterable[str],
+    *,
+    rank: int,
+    alpha: int | float,
+    task_type: str,
+    dora: bool = False,
 ) -> dict[str, Any]:
     """Return the configuration of a LoRA, or DoRA, on the modules at these paths of the base model."""
     name, revision = split_revision(base) if base else (None, None)
@@ -135,7 +160,9 @@ def plain_config(
     }
 
 
-def check_config(config: Mapping[str, Any], *, compare_saved: bool = False) -> list[str]:
+def check_config(
+    config: Mapping[str, Any], *, compare_saved: bool = False
+) -> list[str]:
     """Raise a ValueError if the configuration shows that the adapter is more than a low-rank update.
 
     Missing fields take PEFT's defaults. With `compare_saved` the caller compares modules that were trained in full with
@@ -146,17 +173,25 @@ def check_config(config: Mapping[str, Any], *, compare_saved: bool = False) -> l
     """
     foreign = _foreign_format(config)
     if foreign:
-        raise ValueError(f"{foreign}: expected a LoRA adapter saved by PEFT (peft_type LORA)")
+        raise ValueError(
+            f"{foreign}: expected a LoRA adapter saved by PEFT (peft_type LORA)"
+        )
     if config["peft_type"] != "LORA":
         fix = _OTHER_KINDS.get(str(config["peft_type"]), "retrain as LoRA")
-        raise ValueError(f"peft_type is {shown(config['peft_type'])}: expected LORA; {fix}")
+        raise ValueError(
+            f"peft_type is {shown(config['peft_type'])}: expected LORA; {fix}"
+        )
     for field, name in _OTHER_FORWARD.items():
         # PEFT reads an empty dict as the variant with its default settings.
         if config.get(field) not in (None, False, []):
-            raise ValueError(f"{field} is set: {name}, is not supported; retrain as plain LoRA (PEFT's default)")
+            raise ValueError(
+                f"{field} is set: {name}, is not supported; retrain as plain LoRA (PEFT's default)"
+            )
     bias = config.get("bias") or "none"
     if bias != "none":
-        raise ValueError(f"bias is {shown(bias)}: trained biases cannot be mixed; retrain with bias='none'")
+        raise ValueError(
+            f"bias is {shown(bias)}: trained biases cannot be mixed; retrain with bias='none'"
+        )
     _check_fields(config)
     _check_init(config.get("init_lora_weights"))
     if config.get("modules_to_save") and not compare_saved:
@@ -165,7 +200,11 @@ def check_config(config: Mapping[str, Any], *, compare_saved: bool = False) -> l
             "mixed; retrain without them, or give the base's weights: modules equal to the base are ignored"
         )
     unknown = sorted(set(config) - set(_KNOWN) - set(_OTHER_FORWARD))
-    return [f"warning: unknown to PEFT up to 0.21, ignored: {some(unknown)}"] if unknown else []
+    return (
+        [f"warning: unknown to PEFT up to 0.21, ignored: {some(unknown)}"]
+        if unknown
+        else []
+    )
 
 
 def check_base(config: Mapping[str, Any], base: Base) -> list[str]:
@@ -178,7 +217,11 @@ def check_base(config: Mapping[str, Any], base: Base) -> list[str]:
         return []
     kind = base.raw.get("model_type")
     # A fork's config may name the original model.
-    names = [name for name in (base.source, base.raw.get("_name_or_path")) if isinstance(name, str)]
+    names = [
+        name
+        for name in (base.source, base.raw.get("_name_or_path"))
+        if isinstance(name, str)
+    ]
     possible = types_of_name(theirs)
     if possible and not possible & {kind}.union(*map(types_of_name, names)):
         raise ValueError(
@@ -186,10 +229,18 @@ def check_base(config: Mapping[str, Any], base: Base) -> list[str]:
             f"family ({shown(kind)}): give the base that the adapter was trained on, or, if the name misleads, "
             "correct base_model_name_or_path"
         )
-    owners = {owned[1] for name in (theirs, base.source) if (owned := _HUB_ID.fullmatch(name.lower()))}
-    if last_part(theirs) == last_part(base.source) and len(owners) < 2:  # a path here has no owner
+    owners = {
+        owned[1]
+        for name in (theirs, base.source)
+        if (owned := _HUB_ID.fullmatch(name.lower()))
+    }
+    if (
+        last_part(theirs) == last_part(base.source) and len(owners) < 2
+    ):  # a path here has no owner
         return []
-    return [f"warning: trained on {shown(theirs)}, and the base is {shown(base.source)}: do they belong together?"]
+    return [
+        f"warning: trained on {shown(theirs)}, and the base is {shown(base.source)}: do they belong together?"
+    ]
 
 
 def scalings(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
@@ -200,14 +251,22 @@ def scalings(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, f
     """
     end = time.process_time() + _SECONDS
     patterns = {
-        field: [(re.compile(rf"(.*\.)?({unwrapped(key)})$"), value) for key, value in (config.get(field) or {}).items()]
+        field: [
+            (re.compile(rf"(.*\.)?({unwrapped(key)})$"), value)
+            for key, value in (config.get(field) or {}).items()
+        ]
         for field in _PATTERNS
     }
 
     def given(field: str, path: str, default: Any) -> Any:
         if time.process_time() > end:
-            raise ValueError(f"{field} takes more than {_SECONDS:g} s to match: use fewer keys")
-        return next((value for pattern, value in patterns[field] if pattern.match(path)), default)
+            raise ValueError(
+                f"{field} takes more than {_SECONDS:g} s to match: use fewer keys"
+            )
+        return next(
+            (value for pattern, value in patterns[field] if pattern.match(path)),
+            default,
+        )
 
     factors = {}
     for path, rank in ranks.items():
@@ -218,24 +277,36 @@ def scalings(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, f
                 f"give {shown(r)}: the two files do not belong together; fetch both again, or correct r"
             )
         alpha = given("alpha_pattern", path, config.get("lora_alpha", 8))
-        factors[path] = float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+        factors[path] = float(
+            alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+        )
     return factors
 
 
 def _check_fields(config: Mapping[str, Any]) -> None:
     """Raise a ValueError if a field that is read, or a pattern, is impossible."""
-    structured(config, _Fields, "", own=False, fix="correct the field, or save the adapter again with PEFT")
+    structured(
+        config,
+        _Fields,
+        "",
+        own=False,
+        fix="correct the field, or save the adapter again with PEFT",
+    )
     for field in _PATTERNS:
         keys = list(config.get(field) or {})
         if len(keys) > _MAX_KEYS:
-            raise ValueError(f"{field} has {len(keys):,} keys: expected at most {_MAX_KEYS:,}")
+            raise ValueError(
+                f"{field} has {len(keys):,} keys: expected at most {_MAX_KEYS:,}"
+            )
         for key in keys:
             try:
                 known = _KEY.fullmatch(key) and re.compile(key)
             except re.error:
                 known = None
             if not known:
-                raise ValueError(f"{field} has the key {shown(key)}: expected names of modules, each a key")
+                raise ValueError(
+                    f"{field} has the key {shown(key)}: expected names of modules, each a key"
+                )
 
 
 def _foreign_format(config: Mapping[str, Any]) -> str | None:
@@ -247,22 +318,33 @@ def _foreign_format(config: Mapping[str, Any]) -> str | None:
     if "lora_parameters" in config or "fine_tune_type" in config:
         return "a configuration of MLX, without its adapters.safetensors"
     framework = config.get("framework")
-    if "lora_rank" in config or isinstance(framework, str) and ("tunix" in framework or "qwix" in framework):
+    if (
+        "lora_rank" in config
+        or isinstance(framework, str)
+        and ("tunix" in framework or "qwix" in framework)
+    ):
         return "a configuration of tunix / qwix (JAX)"
     if "format" in config:
-        return f"a configuration of another tool's own format, {shown(config['format'])}"
+        return (
+            f"a configuration of another tool's own format, {shown(config['format'])}"
+        )
     return f"no peft_type among its fields {shown(sorted(config))}, so not a configuration of PEFT"
 
 
 def _check_init(init: bool | str | None) -> None:
     if not isinstance(init, str) or init.lower() in _BASE_KEPT:
         return
-    name = next((name for key, name in _BASE_CHANGED.items() if init.lower().startswith(key)), None)
+    name = next(
+        (name for key, name in _BASE_CHANGED.items() if init.lower().startswith(key)),
+        None,
+    )
     if name:
         advice = "re-save with path_initial_model_for_weight_conversion"
         if name == "LoftQ":
             advice = "PEFT has no path_initial_model_for_weight_conversion for it: retrain with another"
-        raise ValueError(f"init_lora_weights is {shown(init)}: {name} changes the base's own weights; {advice}")
+        raise ValueError(
+            f"init_lora_weights is {shown(init)}: {name} changes the base's own weights; {advice}"
+        )
     raise ValueError(
         f"init_lora_weights is {shown(init)}, which is unknown and may change the base weights: "
         f"expected true, false, or one of {', '.join(_BASE_KEPT)}"

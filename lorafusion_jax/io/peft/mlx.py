@@ -16,7 +16,11 @@ from .config import CONFIG, Alpha, Stored, config_text, plain_config, read_confi
 
 WEIGHTS = "adapters.safetensors"
 _TENSOR = re.compile(r"(?P<path>.+)\.(?P<kind>lora_a|lora_b|m)")
-_KINDS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
+_KINDS = {
+    "lora_a": "lora_A.weight",
+    "lora_b": "lora_B.weight",
+    "m": "lora_magnitude_vector",
+}
 _QUANTISED = re.compile(r"\dbit|quantized|[-_]q\d|mxfp|nvfp", re.IGNORECASE)
 
 
@@ -35,31 +39,63 @@ def read(folder: Path) -> Stored:
     """Read the adapter in a folder with `adapters.safetensors`, and return it with PEFT's fields and names."""
     _, content = read_config_file(folder)
     with named(folder / CONFIG):
-        fields = structured(content, _Fields, "", own=False, fix="correct the field, or save the adapter with mlx-lm")
-        kind = fields.get("fine_tune_type") or ("dora" if fields.get("use_dora") else "lora")
+        fields = structured(
+            content,
+            _Fields,
+            "",
+            own=False,
+            fix="correct the field, or save the adapter with mlx-lm",
+        )
+        kind = fields.get("fine_tune_type") or (
+            "dora" if fields.get("use_dora") else "lora"
+        )
         if kind not in ("lora", "dora"):
             fix = "merge it into the base with mlx_lm.fuse, and give that base"
-            raise ValueError(f"fine_tune_type is {shown(kind)}: expected lora or dora; {fix}")
+            raise ValueError(
+                f"fine_tune_type is {shown(kind)}: expected lora or dora; {fix}"
+            )
         parameters = fields.get("lora_parameters")
         if parameters is None:
-            raise ValueError("lora_parameters is missing: expected an object with the scale; fetch the file again")
-    base, scale = fields.get("model"), parameters["scale"]
-    weights, tensors, paths, rank = folder / WEIGHTS, {}, set(), 1
+            raise ValueError(
+                "lora_parameters is missing: expected an object with the scale; fetch the file again"
+            )
+    base = fields.get("model")
+    scale = parameters["scale"]
+    weights = folder / WEIGHTS
+    tensors = {}
+    paths = set()
+    rank = 1
     for key, array in safetensors.load(weights).items():
         match = _TENSOR.fullmatch(key)
         if match and array.ndim > 2:
-            raise ValueError(f"{weights}: {key} {list(array.shape)} is LoRA on a layer of experts: use a dense model")
+            raise ValueError(
+                f"{weights}: {key} {list(array.shape)} is LoRA on a layer of experts: use a dense model"
+            )
         if match and match["path"].endswith("embed_tokens"):
-            raise ValueError(f"{weights}: {key} is LoRA on an embedding: retrain without it among the keys")
+            raise ValueError(
+                f"{weights}: {key} is LoRA on an embedding: retrain without it among the keys"
+            )
         if match:
             paths.add(match["path"])
             rank = array.shape[0] if match["kind"] == "lora_b" and array.ndim else rank
-            key, array = f"base_model.model.{match['path']}.{_KINDS[match['kind']]}", array.T
+            key = f"base_model.model.{match['path']}.{_KINDS[match['kind']]}"
+            array = array.T
         tensors[key] = array
     notes = []
     if base and _QUANTISED.search(base):
-        notes.append(f"warning: trained on {shown(base)}, a quantised base, and converted for the unquantised one")
+        notes.append(
+            f"warning: trained on {shown(base)}, a quantised base, and converted for the unquantised one"
+        )
     if "alpha" in parameters:
-        notes.append("ignored: lora_parameters.alpha, as mlx-lm does since 2024; earlier versions used scale alpha / r")
-    config = plain_config(base, paths, rank=rank, alpha=scale * rank, task_type="CAUSAL_LM", dora=kind == "dora")
+        notes.append(
+            "ignored: lora_parameters.alpha, as mlx-lm does since 2024; earlier versions used scale alpha / r"
+        )
+    config = plain_config(
+        base,
+        paths,
+        rank=rank,
+        alpha=scale * rank,
+        task_type="CAUSAL_LM",
+        dora=kind == "dora",
+    )
     return Stored(weights, config_text(config), config, tensors, notes)

@@ -19,17 +19,33 @@ from .config import Stored, config_text, plain_config
 
 _CHECKPOINT = "manifest.ocdbt"
 _LEAF = re.compile(r"(.+)\.(?:w|kernel)_lora_([ab])(?:\.value)?")
-_COMPRESSED, _SLACK = 16, 1 << 20  # arrays have at most this many times the bytes of a checkpoint's files, and these
+# arrays have at most this many times the bytes of a checkpoint's files, and these
+_COMPRESSED = 16
+_SLACK = 1 << 20
 
 
 def find(folder: Path) -> Path | None:
     """Return a folder's newest checkpoint of tunix, or its safetensors file with LoRA of qwix, or None."""
-    steps = sorted((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
-    for place in (folder, folder / "model_params", *(step / "model_params" for step in reversed(steps))):
+    steps = sorted(
+        (path for path in folder.iterdir() if path.name.isdecimal()),
+        key=lambda path: int(path.name),
+    )
+    for place in (
+        folder,
+        folder / "model_params",
+        *(step / "model_params" for step in reversed(steps)),
+    ):
         if (place / _CHECKPOINT).is_file():
             return place
     files = sorted(folder.glob("*.safetensors"))
-    return next((file for file in files if any("_lora_" in name for name in safetensors.load(file))), None)
+    return next(
+        (
+            file
+            for file in files
+            if any("_lora_" in name for name in safetensors.load(file))
+        ),
+        None,
+    )
 
 
 def read(source: Path, alpha: float | None) -> Stored:
@@ -39,8 +55,12 @@ def read(source: Path, alpha: float | None) -> Stored:
     others = 0
     with named(source):
         if alpha is None:
-            raise ValueError("qwix saves no alpha: give the one that the LoRA was trained with, with --alpha")
-        for name, array in (_checkpoint(source) if source.is_dir() else safetensors.load(source)).items():
+            raise ValueError(
+                "qwix saves no alpha: give the one that the LoRA was trained with, with --alpha"
+            )
+        for name, array in (
+            _checkpoint(source) if source.is_dir() else safetensors.load(source)
+        ).items():
             if "_lora_" not in name:
                 others += 1
                 continue
@@ -48,21 +68,43 @@ def read(source: Path, alpha: float | None) -> Stored:
             module, kind = match.groups() if match else ("", "")
             paths = paths_in_tunix(module)
             if not paths:
-                raise ValueError(f"{shown(name)} is LoRA outside of attention and MLPs: retrain without it")
+                raise ValueError(
+                    f"{shown(name)} is LoRA outside of attention and MLPs: retrain without it"
+                )
             joint = kind == "b" and len(paths) > 1
-            if 0 in array.shape or array.ndim < 2 + joint or (joint and array.shape[1] != len(paths)):
-                expected = "contracted axes, r" if kind == "a" else f"r, {f'{len(paths)}, ' * joint}other axes"
-                raise ValueError(f"{shown(name)} has the shape {list(array.shape)}: expected [{expected}]")
-            for path, factor in zip(paths, np.moveaxis(array, 1, 0) if joint else [array] * len(paths), strict=True):
+            if (
+                0 in array.shape
+                or array.ndim < 2 + joint
+                or (joint and array.shape[1] != len(paths))
+            ):
+                expected = (
+                    "contracted axes, r"
+                    if kind == "a"
+                    else f"r, {f'{len(paths)}, ' * joint}other axes"
+                )
+                raise ValueError(
+                    f"{shown(name)} has the shape {list(array.shape)}: expected [{expected}]"
+                )
+            for path, factor in zip(
+                paths,
+                np.moveaxis(array, 1, 0) if joint else [array] * len(paths),
+                strict=True,
+            ):
                 key = f"base_model.model.{path}.lora_{kind.upper()}.weight"
                 if key in tensors:
-                    raise ValueError(f"{shown(name)} is a second factor of {path}: save the adapters apart")
+                    raise ValueError(
+                        f"{shown(name)} is a second factor of {path}: save the adapters apart"
+                    )
                 r = ranks[path] = factor.shape[-1] if kind == "a" else factor.shape[0]
                 tensors[key] = factor.reshape((-1, r) if kind == "a" else (r, -1)).T
     rank = max(ranks.values(), default=1)
     config = plain_config(None, ranks, rank=rank, alpha=alpha, task_type="CAUSAL_LM")
     config["rank_pattern"] = {path: r for path, r in ranks.items() if r != rank}
-    notes = [f"ignored: {others} arrays that are no LoRA, taken for those of the base"] if others else []
+    notes = (
+        [f"ignored: {others} arrays that are no LoRA, taken for those of the base"]
+        if others
+        else []
+    )
     return Stored(source, config_text(config), config, tensors, notes)
 
 
@@ -70,9 +112,19 @@ def _checkpoint(folder: Path) -> dict[str, np.ndarray]:
     """Return the arrays of LoRA in a checkpoint of orbax; other arrays, which are not read, are empty."""
     import tensorstore
 
-    allowed = _COMPRESSED * sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) + _SLACK
-    kvstore = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder.absolute()}/"}}
-    keys = [key.decode() for key in tensorstore.KvStore.open(kvstore).result().list().result()]
+    allowed = (
+        _COMPRESSED
+        * sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        + _SLACK
+    )
+    kvstore = {
+        "driver": "ocdbt",
+        "base": {"driver": "file", "path": f"{folder.absolute()}/"},
+    }
+    keys = [
+        key.decode()
+        for key in tensorstore.KvStore.open(kvstore).result().list().result()
+    ]
     arrays = {}
     for key in keys:
         name, _, last = key.rpartition("/")
@@ -84,9 +136,18 @@ def _checkpoint(folder: Path) -> dict[str, np.ndarray]:
         spec = {"driver": "auto", "kvstore": kvstore | {"path": f"{name}/"}}
         store = tensorstore.open(spec, open=True, read=True).result()
         layout = store.chunk_layout
-        shapes = (store.shape, layout.read_chunk.shape or (), layout.write_chunk.shape or ())
-        allowed -= max(math.prod(n or 1 for n in shape) for shape in shapes) * store.dtype.numpy_dtype.itemsize
+        shapes = (
+            store.shape,
+            layout.read_chunk.shape or (),
+            layout.write_chunk.shape or (),
+        )
+        allowed -= (
+            max(math.prod(n or 1 for n in shape) for shape in shapes)
+            * store.dtype.numpy_dtype.itemsize
+        )
         if allowed < 0:
-            raise ValueError(f"{shown(name)} has the shape {list(store.shape)}, more than the files can hold")
+            raise ValueError(
+                f"{shown(name)} has the shape {list(store.shape)}, more than the files can hold"
+            )
         arrays[name] = store.read().result()
     return arrays

@@ -28,7 +28,8 @@ _OTHER_TENSORS = {
 }
 MAGNITUDE = "lora_magnitude_vector"
 # The longest name in known models has 90 characters, with all wrappers 150.
-_MAX_NAME, _MAX_TENSORS = 400, 100_000
+_MAX_NAME = 400
+_MAX_TENSORS = 100_000
 _HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 _EMBEDDINGS = ("shared", "embed_tokens", "lm_head", "wte", "word_embeddings")
 
@@ -53,65 +54,91 @@ def collect(
     parts: dict[str, Part] = {}
     ignored = {}
     if len(tensors) > _MAX_TENSORS:
-        raise ValueError(f"it holds {len(tensors):,} tensors: expected at most {_MAX_TENSORS:,}")
+        raise ValueError(
+            f"it holds {len(tensors):,} tensors: expected at most {_MAX_TENSORS:,}"
+        )
     for key, array in tensors.items():
         if len(key) > _MAX_NAME or not key.isprintable():
-            raise ValueError(f"a tensor is named {shown(key)}: expected at most {_MAX_NAME} printable characters")
+            raise ValueError(
+                f"a tensor is named {shown(key)}: expected at most {_MAX_NAME} printable characters"
+            )
         match = _FACTOR.fullmatch(key)
         if match is None:
             ignored[key] = _reason_to_ignore(key, array, config, base_tensor)
             continue
         if match["leaf"] == ".bias":
-            raise ValueError(f"{key} is a bias on a factor: retrain with lora_bias=False")
+            raise ValueError(
+                f"{key} is a bias on a factor: retrain with lora_bias=False"
+            )
         part = parts.setdefault(known.get(unwrapped(match["path"]), match["path"]), {})
         if match["kind"] in part:
-            raise ValueError(f"{part[match['kind']][0]} and {key} are one factor of two adapters: save them apart")
+            raise ValueError(
+                f"{part[match['kind']][0]} and {key} are one factor of two adapters: save them apart"
+            )
         _check_array(key, array, ndim=1 if match["kind"] == MAGNITUDE else 2)
         part[match["kind"]] = key, array
     if not parts:
-        raise ValueError("it has no lora_A and lora_B: expected the weights of a LoRA adapter")
+        raise ValueError(
+            "it has no lora_A and lora_B: expected the weights of a LoRA adapter"
+        )
     _check_pairs(parts, dora=bool(config.get("use_dora")))
     if shapes is not None:
         _check_shapes(parts, shapes, config)
     for part in parts.values():
         for key, array in part.values():
             if not np.isfinite(array).all():
-                raise ValueError(f"{key} holds NaN or infinity: its training diverged; retrain it")
+                raise ValueError(
+                    f"{key} holds NaN or infinity: its training diverged; retrain it"
+                )
     return parts, ignored
 
 
 def _reason_to_ignore(
-    key: str, array: np.ndarray, config: Mapping[str, Any], base_tensor: Callable[[str], np.ndarray] | None
+    key: str,
+    array: np.ndarray,
+    config: Mapping[str, Any],
+    base_tensor: Callable[[str], np.ndarray] | None,
 ) -> str:
     """Return the reason why a tensor that is not a factor is ignored, or raise an ValueError."""
     if any(state in key for state in _TRAINING_STATE):
         return "state of the training only"
     for fragment, meaning in _OTHER_TENSORS.items():
         if fragment in key:
-            raise ValueError(f"{key} is {meaning}: retrain as plain LoRA on linear modules")
+            raise ValueError(
+                f"{key} is {meaning}: retrain as plain LoRA on linear modules"
+            )
     name = _WRAPPERS.sub("", key)
-    task, kind = config.get("task_type"), "a module trained in full"
+    task = config.get("task_type")
+    kind = "a module trained in full"
     if name.endswith("bias"):
         kind = "a trained bias"
     elif name.split(".")[-2:][0] in _EMBEDDINGS:
         kind = "an embedding"
     got = f"{key} {list(array.shape)} is {kind} (modules_to_save is {shown(config.get('modules_to_save'))})"
     if base_tensor is None:
-        raise ValueError(f"{got}: give the base's weights to compare it with; a copy of them is ignored")
+        raise ValueError(
+            f"{got}: give the base's weights to compare it with; a copy of them is ignored"
+        )
     try:
         base = base_tensor(name)
     except KeyError:
         head = f" (task_type {task} trains another head)" if task in _HEADS else ""
-        raise ValueError(f"{got}, and the base has no {name}{head}: it cannot be mixed; retrain without it") from None
+        raise ValueError(
+            f"{got}, and the base has no {name}{head}: it cannot be mixed; retrain without it"
+        ) from None
     with np.errstate(over="ignore", invalid="ignore"):
-        same = base.shape == array.shape and np.array_equal(base.astype(array.dtype), array)
+        same = base.shape == array.shape and np.array_equal(
+            base.astype(array.dtype), array
+        )
     if not same:
         raise ValueError(
             f"{got}, unlike the base's {name} {list(base.shape)}: it cannot be mixed; retrain without it, or give the "
             "base that it was trained with"
         )
     if task in _HEADS and kind == "a module trained in full":
-        raise ValueError(f"{got}, and task_type {task} names a model with another head: retrain it as a language model")
+        raise ValueError(
+            f"{got}, and task_type {task} names a model with another head: retrain it as a language model"
+        )
     return "equal to the base's"
 
 
@@ -120,10 +147,16 @@ def _check_array(key: str, array: np.ndarray, *, ndim: int) -> None:
         return
     got = f"{key} {list(array.shape)} of dtype {array.dtype}"
     if array.ndim > 2:
-        raise ValueError(f"{got}: LoRA on a convolution, or PEFT 0.2's MergedLinear; expected linear modules")
+        raise ValueError(
+            f"{got}: LoRA on a convolution, or PEFT 0.2's MergedLinear; expected linear modules"
+        )
     if array.dtype.kind in "biuc":
-        raise ValueError(f"{got}: expected floats; save the adapter without quantisation")
-    raise ValueError(f"{got}: expected {ndim} dimensions, none empty: gather shards (DeepSpeed, FSDP), then save again")
+        raise ValueError(
+            f"{got}: expected floats; save the adapter without quantisation"
+        )
+    raise ValueError(
+        f"{got}: expected {ndim} dimensions, none empty: gather shards (DeepSpeed, FSDP), then save again"
+    )
 
 
 def _check_pairs(parts: Mapping[str, Part], *, dora: bool) -> None:
@@ -135,7 +168,9 @@ def _check_pairs(parts: Mapping[str, Part], *, dora: bool) -> None:
                 f"(use_dora is {str(dora).lower()}): the file is incomplete; save the adapter again"
             )
         if MAGNITUDE in part and not dora:
-            raise ValueError(f"{part[MAGNITUDE][0]} is DoRA's: set use_dora in adapter_config.json if this is a DoRA")
+            raise ValueError(
+                f"{part[MAGNITUDE][0]} is DoRA's: set use_dora in adapter_config.json if this is a DoRA"
+            )
         (key_a, a), (key_b, b) = part["lora_A"], part["lora_B"]
         if a.shape[0] != b.shape[1]:
             raise ValueError(
@@ -144,20 +179,33 @@ def _check_pairs(parts: Mapping[str, Part], *, dora: bool) -> None:
             )
         if dora and part[MAGNITUDE][1].shape != b.shape[:1]:
             key, magnitude = part[MAGNITUDE]
-            raise ValueError(f"{key} has shape {list(magnitude.shape)}: expected [{b.shape[0]}]")
+            raise ValueError(
+                f"{key} has shape {list(magnitude.shape)}: expected [{b.shape[0]}]"
+            )
 
 
-def _check_shapes(parts: Mapping[str, Part], shapes: Mapping[str, tuple[int, int]], config: Mapping[str, Any]) -> None:
-    sizes = {path: (part["lora_A"][1].shape[1], part["lora_B"][1].shape[0]) for path, part in parts.items()}
+def _check_shapes(
+    parts: Mapping[str, Part],
+    shapes: Mapping[str, tuple[int, int]],
+    config: Mapping[str, Any],
+) -> None:
+    sizes = {
+        path: (part["lora_A"][1].shape[1], part["lora_B"][1].shape[0])
+        for path, part in parts.items()
+    }
     misfits = [path for path in parts if shapes.get(path) != sizes[path]]
     if not misfits:
         return
     path = misfits[0]
     (key_a, a), (key_b, b) = parts[path]["lora_A"], parts[path]["lora_B"]
     if path.rpartition(".")[2] == "lm_head":
-        raise ValueError(f"{key_a} is LoRA on the head, and only modules of blocks can be mixed: retrain without it")
+        raise ValueError(
+            f"{key_a} is LoRA on the head, and only modules of blocks can be mixed: retrain without it"
+        )
     if _IMAGES.search(path):
-        raise ValueError(f"{key_a} is LoRA on the part that reads images: retrain on the language model alone")
+        raise ValueError(
+            f"{key_a} is LoRA on the part that reads images: retrain on the language model alone"
+        )
     if path in shapes:
         d_in, d_out = shapes[path]
         got = f"{key_a} {list(a.shape)} and {key_b} {list(b.shape)}: expected [r, {d_in}] and [{d_out}, r]"
@@ -167,5 +215,8 @@ def _check_shapes(parts: Mapping[str, Part], shapes: Mapping[str, tuple[int, int
     wrong_base = "wrong base? " if 2 * len(misfits) > len(parts) else ""
     fix = f"give the base that the adapter was trained on, {shown(config.get('base_model_name_or_path'))}"
     if (task := config.get("task_type")) in _HEADS:
-        wrong_base, fix = "", f"task_type {task} names a model with another head: retrain it as a language model"
-    raise ValueError(f"{wrong_base}{len(misfits)} of {len(parts)} modules do not fit; first {got}; {fix}")
+        wrong_base = ""
+        fix = f"task_type {task} names a model with another head: retrain it as a language model"
+    raise ValueError(
+        f"{wrong_base}{len(misfits)} of {len(parts)} modules do not fit; first {got}; {fix}"
+    )

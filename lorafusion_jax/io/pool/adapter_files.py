@@ -41,7 +41,10 @@ def describe(adapter: PeftAdapter, config: Architecture | None) -> dict[str, Any
             check_finite(adapter, path, kind, array)
     arrays = [array for pair in adapter.factors.values() for array in pair]
     arrays += (adapter.magnitude or {}).values()
-    ranks = {path: {"rank": [len(a)], "scaling": [adapter.scaling[path]]} for path, (a, _) in adapter.factors.items()}
+    ranks = {
+        path: {"rank": [len(a)], "scaling": [adapter.scaling[path]]}
+        for path, (a, _) in adapter.factors.items()
+    }
     entry = {
         "name": adapter.name,
         "source": adapter.source,
@@ -53,7 +56,11 @@ def describe(adapter: PeftAdapter, config: Architecture | None) -> dict[str, Any
         "kept": sorted(adapter.kept),
         "notes": list(adapter.notes),
     }
-    return entry if config else entry | {"trained_on": adapter.config.get("base_model_name_or_path")}
+    return (
+        entry
+        if config
+        else entry | {"trained_on": adapter.config.get("base_model_name_or_path")}
+    )
 
 
 def load_adapter(pool: Path, entry: Entry, base: Architecture) -> PeftAdapter:
@@ -63,7 +70,11 @@ def load_adapter(pool: Path, entry: Entry, base: Architecture) -> PeftAdapter:
         got = f"the manifest lists no {' and no '.join(sorted(missing))}"
         raise FileError(folder, got=got, fix="convert the adapters again")
     check_files(folder, entry["files"])
-    adapter = read_adapter(str(folder), shapes=linear_shapes(base), compared=entry["kept"])
+    adapter = read_adapter(
+        str(folder), shapes=linear_shapes(base), compared=entry["kept"]
+    )
     # Its pages were read to check the numbers, and are not needed before the pool's arrays are filled.
     release(next(iter(adapter.factors.values()))[0])
-    return dataclasses.replace(adapter, name=entry["name"], source=entry["source"], notes=tuple(entry["notes"]))
+    return dataclasses.replace(
+        adapter, name=entry["name"], source=entry["source"], notes=tuple(entry["notes"])
+    )

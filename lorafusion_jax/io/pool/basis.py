@@ -35,21 +35,37 @@ class Description(TypedDict):
     base: dict[str, Any]
 
 
-def save_basis(folder: Path, basis: SharedBasis, *, made_of: Mapping[str, str], base: Mapping[str, Any]) -> None:
+def save_basis(
+    folder: Path,
+    basis: SharedBasis,
+    *,
+    made_of: Mapping[str, str],
+    base: Mapping[str, Any],
+) -> None:
     """Write a basis into the folder of its pool; raises ValueError if the pool has one.
 
     `made_of` is the SHA-256 of each module's adapter, and `base` the pool's record of its base model.
     """
-    tree = {field: {s: np.asarray(a) for s, a in getattr(basis, field).items()} for field in _FIELDS}
+    tree = {
+        field: {s: np.asarray(a) for s, a in getattr(basis, field).items()}
+        for field in _FIELDS
+    }
     rank = {site: np.asarray(rank).tolist() for site, rank in basis.rank.items()}
-    metadata = {"k": basis.k, "modules": {name: made_of[name] for name in basis.names}, "rank": rank, "base": base}
+    metadata = {
+        "k": basis.k,
+        "modules": {name: made_of[name] for name in basis.names},
+        "rank": rank,
+        "base": base,
+    }
     arrays.save(folder / FOLDER, tree, metadata)
 
 
 def describe_basis(folder: Path, k: int | None = None) -> Description:
     """Return the metadata of a pool's basis; raises ValueError if it has none with at least k directions."""
     if not (folder / FOLDER / MANIFEST).is_file():
-        raise ValueError(f"{folder} has no basis: make one with `lorafusion convert --basis {k or 32} --out {folder}`")
+        raise ValueError(
+            f"{folder} has no basis: make one with `lorafusion convert --basis {k or 32} --out {folder}`"
+        )
     _, description = read_manifest(folder / FOLDER, Description, _WHAT)
     if k is not None and k > description["k"]:
         raise ValueError(
@@ -59,7 +75,9 @@ def describe_basis(folder: Path, k: int | None = None) -> Description:
     return description
 
 
-def read_basis(folder: Path, k: int | None, *, made_of: Mapping[str, str], config: Architecture) -> SharedBasis:
+def read_basis(
+    folder: Path, k: int | None, *, made_of: Mapping[str, str], config: Architecture
+) -> SharedBasis:
     """Load the first k directions of a pool's basis, by default all; ValueError if it is of another base or pool.
 
     `made_of` is the SHA-256 of the pool's adapters by name; the basis may hold other modules too.
@@ -73,25 +91,45 @@ def read_basis(folder: Path, k: int | None, *, made_of: Mapping[str, str], confi
             )
     tree, _ = arrays.load(folder / FOLDER, metadata=Description, what=_WHAT)
     _check_shapes(folder / FOLDER, tree, description, config)
-    fields: dict[str, Any] = {field: jax.tree.map(jnp.asarray, tree[field]) for field in _FIELDS}
+    fields: dict[str, Any] = {
+        field: jax.tree.map(jnp.asarray, tree[field]) for field in _FIELDS
+    }
     basis = SharedBasis(
         **fields,
-        rank={site: jnp.asarray(rank, jnp.int32) for site, rank in description["rank"].items()},
+        rank={
+            site: jnp.asarray(rank, jnp.int32)
+            for site, rank in description["rank"].items()
+        },
         names=tuple(description["modules"]),
         sites=tuple(site for site in config.sites if site in description["rank"]),
     )
     return basis if k is None else basis.first(k)
 
 
-def _check_shapes(folder: Path, tree: Mapping[str, Any], description: Description, config: Architecture) -> None:
+def _check_shapes(
+    folder: Path,
+    tree: Mapping[str, Any],
+    description: Description,
+    config: Architecture,
+) -> None:
     """Raise a FileError if the arrays of a basis are not those of its description, or are of another base."""
-    k, modules = description["k"], len(description["modules"])
+    k = description["k"]
+    modules = len(description["modules"])
     expected = {}
     for name, rank in description["rank"].items():
         site = config.sites.get(name)
         if site is None or [len(row) for row in rank] != [modules] * site.layers:
-            got, needed = f"ranks of {len(rank)} layers", "those of each of its modules in every layer of its base"
+            got = f"ranks of {len(rank)} layers"
+            needed = "those of each of its modules in every layer of its base"
             raise FileError(folder, field=name, got=got, expected=needed, fix=RESTORE)
-        shapes = {"U": (site.d_in, k), "V": (k, site.d_out), "S": (modules, k, k), "energy": (modules,)}
-        expected |= {f"{field}/{name}": f"float32{[site.layers, *shape]}" for field, shape in shapes.items()}
+        shapes = {
+            "U": (site.d_in, k),
+            "V": (k, site.d_out),
+            "S": (modules, k, k),
+            "energy": (modules,),
+        }
+        expected |= {
+            f"{field}/{name}": f"float32{[site.layers, *shape]}"
+            for field, shape in shapes.items()
+        }
     arrays.check_signature(folder, arrays.signature(tree), expected, fix=RESTORE)

@@ -72,29 +72,53 @@ class ConvertedPool:
         with named(self.folder / _MANIFEST):
             self.config = recorded_config(self.manifest["base"])
         for kind in ("name", "folder"):
-            if len({entry[kind] for entry in self.manifest["adapters"]}) < len(self.names):
-                raise FileError(self.folder / _MANIFEST, got=f"two adapters of one {kind}", fix=_AGAIN)
+            if len({entry[kind] for entry in self.manifest["adapters"]}) < len(
+                self.names
+            ):
+                raise FileError(
+                    self.folder / _MANIFEST,
+                    got=f"two adapters of one {kind}",
+                    fix=_AGAIN,
+                )
 
     @property
     def largest_rank(self) -> int:
         """The largest rank that an adapter has anywhere."""
-        return max(max(row["rank"]) for entry in self.manifest["adapters"] for row in entry["sites"].values())
+        return max(
+            max(row["rank"])
+            for entry in self.manifest["adapters"]
+            for row in entry["sites"].values()
+        )
 
     @property
     def targets(self) -> tuple[str, ...]:
         """Last names of the linear maps that any adapter is on."""
-        adapted = {site for entry in self.manifest["adapters"] for site in entry["sites"]}
-        return tuple(dict.fromkeys(site.rpartition(".")[2] for site in self.config.sites if site in adapted))
+        adapted = {
+            site for entry in self.manifest["adapters"] for site in entry["sites"]
+        }
+        return tuple(
+            dict.fromkeys(
+                site.rpartition(".")[2] for site in self.config.sites if site in adapted
+            )
+        )
 
-    def load(self, chosen: Sequence[str | int] | None = None, *, dtype: Dtype = "float32") -> LoraPool:
+    def load(
+        self, chosen: Sequence[str | int] | None = None, *, dtype: Dtype = "float32"
+    ) -> LoraPool:
         """Load the pool, as `load_pool` does."""
         if isinstance(chosen, str):
-            raise ValueError(f"chosen is {chosen!r}, a single adapter: expected a list, chosen=[{chosen!r}]")
+            raise ValueError(
+                f"chosen is {chosen!r}, a single adapter: expected a list, chosen=[{chosen!r}]"
+            )
         entries = self.manifest["adapters"]
         if chosen is not None:
             entries = [entries[index] for index in positions(self.names, chosen)]
         with ThreadPoolExecutor(os.cpu_count()) as threads:
-            adapters = list(threads.map(lambda entry: load_adapter(self.folder, entry, self.config), entries))
+            adapters = list(
+                threads.map(
+                    lambda entry: load_adapter(self.folder, entry, self.config), entries
+                )
+            )
         return stacked(adapters, self.config, dtype)
 
     def basis(self, k: int | None = None) -> SharedBasis:
@@ -113,13 +137,18 @@ class ConvertedPool:
     def adapter(self, name: str) -> PeftAdapter:
         """Read the original adapter, for `peft.resave`; raises ValueError if it is missing or damaged."""
         if name not in self.names:
-            raise ValueError(f"{self.folder} has no adapter {name!r}: it holds {', '.join(self.names)}; name one")
-        return load_adapter(self.folder, self.manifest["adapters"][self.names.index(name)], self.config)
+            raise ValueError(
+                f"{self.folder} has no adapter {name!r}: it holds {', '.join(self.names)}; name one"
+            )
+        return load_adapter(
+            self.folder, self.manifest["adapters"][self.names.index(name)], self.config
+        )
 
     def check_base(self, config: Architecture) -> None:
         """Raise a ValueError if the pool was converted for a base model with other shapes."""
         for name in {**self.config.sites, **config.sites}:
-            there, here = self.config.sites.get(name), config.sites.get(name)
+            there = self.config.sites.get(name)
+            here = config.sites.get(name)
             if there != here:
                 raise ValueError(
                     f"the pool was converted for {self.manifest['base']['source']}: {name} is {there} there "
@@ -137,10 +166,18 @@ class AdapterFolders:
     """
 
     def __init__(self, folder: str | Path, base: Base | None = None):
-        self.folder, self.base = Path(folder), base
-        self.names = tuple(sorted(path.parent.name for path in self.folder.glob("[!.]*/adapter_config.json")))
+        self.folder = Path(folder)
+        self.base = base
+        self.names = tuple(
+            sorted(
+                path.parent.name
+                for path in self.folder.glob("[!.]*/adapter_config.json")
+            )
+        )
         if not self.names:
-            raise ValueError(f"{folder} is not a pool: give one of `lorafusion convert`, or a folder of PEFT adapters")
+            raise ValueError(
+                f"{folder} is not a pool: give one of `lorafusion convert`, or a folder of PEFT adapters"
+            )
 
     @property
     def config(self) -> Architecture:
@@ -150,23 +187,43 @@ class AdapterFolders:
     @property
     def largest_rank(self) -> int:
         """The largest rank that an adapter has anywhere; reads the adapters."""
-        return max(len(a) for adapter in self._adapters for a, _ in adapter.factors.values())
+        return max(
+            len(a) for adapter in self._adapters for a, _ in adapter.factors.values()
+        )
 
     @property
     def targets(self) -> tuple[str, ...]:
         """Last names of the linear maps that any adapter is on; reads the adapters."""
-        return tuple(sorted({path.rpartition(".")[2] for adapter in self._adapters for path in adapter.factors}))
+        return tuple(
+            sorted(
+                {
+                    path.rpartition(".")[2]
+                    for adapter in self._adapters
+                    for path in adapter.factors
+                }
+            )
+        )
 
-    def load(self, chosen: Sequence[str | int] | None = None, *, dtype: Dtype = "float32") -> LoraPool:
+    def load(
+        self, chosen: Sequence[str | int] | None = None, *, dtype: Dtype = "float32"
+    ) -> LoraPool:
         """Read the adapters chosen by name or index, or all; raises `read_pool`'s errors."""
-        names = self.names if chosen is None else [self.names[index] for index in positions(self.names, chosen)]
+        names = (
+            self.names
+            if chosen is None
+            else [self.names[index] for index in positions(self.names, chosen)]
+        )
         sources = [str(self.folder / name) for name in names]
         tensor = base_tensor(self._base)
-        return read_pool(sources, self.config, base_tensor=tensor, base=self._base, dtype=dtype)
+        return read_pool(
+            sources, self.config, base_tensor=tensor, base=self._base, dtype=dtype
+        )
 
     def basis(self, k: int | None = None) -> SharedBasis:
         """Raise a ValueError: only a converted pool has a basis."""
-        raise ValueError(f"{self.folder} holds adapters, no basis: make one by `lorafusion convert --basis {k or 32}`")
+        raise ValueError(
+            f"{self.folder} holds adapters, no basis: make one by `lorafusion convert --basis {k or 32}`"
+        )
 
     def basis_modules(self, k: int | None = None) -> dict[str, str]:
         """Raise a ValueError, as `basis` does."""
@@ -176,17 +233,28 @@ class AdapterFolders:
     @functools.cached_property
     def _adapters(self) -> list[PeftAdapter]:
         # Copies of base weights need the base.
-        how = {"shapes": linear_shapes(self.config), "base_tensor": base_tensor(self._base)} if self.base else {}
+        how = (
+            {
+                "shapes": linear_shapes(self.config),
+                "base_tensor": base_tensor(self._base),
+            }
+            if self.base
+            else {}
+        )
         return [read_adapter(str(self.folder / name), **how) for name in self.names]
 
     @property
     def _base(self) -> Base:
         if self.base is None:
-            raise ValueError(f"{self.folder} holds adapters of PEFT, which are read for a base model: give its base")
+            raise ValueError(
+                f"{self.folder} holds adapters of PEFT, which are read for a base model: give its base"
+            )
         return self.base
 
 
-def open_pool(folder: str | Path, base: str | Path | Base | None = None) -> ConvertedPool | AdapterFolders:
+def open_pool(
+    folder: str | Path, base: str | Path | Base | None = None
+) -> ConvertedPool | AdapterFolders:
     """Open a converted pool, or a folder of PEFT adapter folders, without its arrays.
 
     The base (folder, hub id or GGUF file) is needed to load PEFT adapters, and checked against a converted pool.
@@ -203,7 +271,12 @@ def open_pool(folder: str | Path, base: str | Path | Base | None = None) -> Conv
     return pool
 
 
-def load_pool(folder: str | Path, *, chosen: Sequence[str | int] | None = None, dtype: Dtype = "float32") -> LoraPool:
+def load_pool(
+    folder: str | Path,
+    *,
+    chosen: Sequence[str | int] | None = None,
+    dtype: Dtype = "float32",
+) -> LoraPool:
     """Load a converted pool, or only the adapters chosen by name or index, in that order.
 
     Peak memory is little more than the loaded pool.
@@ -231,14 +304,20 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 def _read_manifest(path: Path) -> Manifest:
     raw = read_json(path, dict[str, Any], "a converted pool")
     if "adapters" not in raw:
-        raise FileError(path, got="lists no adapters", fix="give a pool of `lorafusion convert`")
+        raise FileError(
+            path, got="lists no adapters", fix="give a pool of `lorafusion convert`"
+        )
     stated = raw.pop(_DIGEST, None)
     try:
         same = stated == _digest(raw)
     except RecursionError:
         same = False
     if not same:
-        raise FileError(path, got="damaged or altered, its SHA-256 is not the one that it states", fix=_AGAIN)
+        raise FileError(
+            path,
+            got="damaged or altered, its SHA-256 is not the one that it states",
+            fix=_AGAIN,
+        )
     return structured(raw, Manifest, path, fix=_AGAIN)
 
 

@@ -54,13 +54,20 @@ def read_pool(
       ValueError: an adapter cannot be used, or not together with the others; or `sources` is a single one.
     """
     if isinstance(sources, str | Path):
-        raise ValueError(f"sources is {str(sources)!r}, one adapter: expected a list, read_pool([{str(sources)!r}])")
+        raise ValueError(
+            f"sources is {str(sources)!r}, one adapter: expected a list, read_pool([{str(sources)!r}])"
+        )
     shapes = linear_shapes(config)
-    adapters = [read_adapter(source, shapes=shapes, base_tensor=base_tensor, base=base) for source in sources]
+    adapters = [
+        read_adapter(source, shapes=shapes, base_tensor=base_tensor, base=base)
+        for source in sources
+    ]
     return stacked(adapters, config, dtype)
 
 
-def stacked(adapters: Sequence[PeftAdapter], config: Architecture, dtype: Dtype) -> LoraPool:
+def stacked(
+    adapters: Sequence[PeftAdapter], config: Architecture, dtype: Dtype
+) -> LoraPool:
     """Return adapters stacked over layers and modules, scaling folded into B, padded to the largest rank of each site.
 
     Raises an AdapterError for one that does not fit the others, or that `dtype` does not hold.
@@ -71,7 +78,11 @@ def stacked(adapters: Sequence[PeftAdapter], config: Architecture, dtype: Dtype)
     for number, adapter in enumerate(adapters):
         check_fits(adapter, names[:number], alone=len(names) == 1)
     tables = [rank_table(adapter, config) for adapter in adapters]
-    A, B, ranks, scaling, magnitude = {}, {}, {}, {}, None
+    A = {}
+    B = {}
+    ranks = {}
+    scaling = {}
+    magnitude = None
     for name, site in config.sites.items():
         if not any(name in table for table in tables):
             continue
@@ -82,14 +93,19 @@ def stacked(adapters: Sequence[PeftAdapter], config: Architecture, dtype: Dtype)
         A[name] = aligned_zeros((*rank.shape, site.d_in, int(rank.max())), dtype)
         B[name] = aligned_zeros((*rank.shape, int(rank.max()), site.d_out), dtype)
     if adapters[0].magnitude is not None:
-        magnitude = {site: np.zeros((len(b), b.shape[-1]), b.dtype) for site, b in B.items()}
+        magnitude = {
+            site: np.zeros((len(b), b.shape[-1]), b.dtype) for site, b in B.items()
+        }
 
     def fill(number: int) -> None:
         adapter = adapters[number]
         for path, (a, _) in adapter.factors.items():
             site, layer = located(path, config)
             r = a.shape[0]
-            places = {"lora_A": A[site][layer, number, :, :r], "lora_B": B[site][layer, number, :r]}
+            places = {
+                "lora_A": A[site][layer, number, :, :r],
+                "lora_B": B[site][layer, number, :r],
+            }
             if magnitude is not None:
                 places[MAGNITUDE] = magnitude[site][layer]
             for kind, values in pool_values(adapter, path).items():
@@ -105,15 +121,26 @@ def stacked(adapters: Sequence[PeftAdapter], config: Architecture, dtype: Dtype)
         return {site: jax.device_put(array) for site, array in arrays.items()}
 
     magnitudes = None if magnitude is None else put(magnitude)
-    return LoraPool(A=put(A), B=put(B), rank=put(ranks), scaling=put(scaling), magnitude=magnitudes, names=names)
+    return LoraPool(
+        A=put(A),
+        B=put(B),
+        rank=put(ranks),
+        scaling=put(scaling),
+        magnitude=magnitudes,
+        names=names,
+    )
 
 
 def check_fits(adapter: PeftAdapter, names: Collection[str], *, alone: bool) -> None:
     """Raise an AdapterError if an adapter's name is taken, or if it is a DoRA adapter and not `alone` in its pool."""
     if adapter.name in names:
-        raise AdapterError(f"{adapter.source}: another adapter is named {adapter.name!r} already: rename one folder")
+        raise AdapterError(
+            f"{adapter.source}: another adapter is named {adapter.name!r} already: rename one folder"
+        )
     if adapter.magnitude is not None and not alone:
-        raise AdapterError(f"{adapter.source}: magnitudes cannot be mixed: convert it alone")
+        raise AdapterError(
+            f"{adapter.source}: magnitudes cannot be mixed: convert it alone"
+        )
 
 
 def check_finite(adapter: PeftAdapter, path: str, kind: str, array: np.ndarray) -> None:
@@ -131,7 +158,8 @@ def pool_values(adapter: PeftAdapter, path: str) -> dict[str, np.ndarray]:
     with np.errstate(over="ignore"):
         values = {
             "lora_A": a.astype(np.float32, copy=False).T,
-            "lora_B": b.astype(np.float32, copy=False).T * np.float32(adapter.scaling[path]),
+            "lora_B": b.astype(np.float32, copy=False).T
+            * np.float32(adapter.scaling[path]),
         }
         if adapter.magnitude is not None:
             values[MAGNITUDE] = adapter.magnitude[path].astype(np.float32, copy=False)
@@ -145,12 +173,15 @@ def rank_table(adapter: PeftAdapter, config: Architecture) -> Ranks:
         site, layer = located(path, config)
         layers = config.sites[site].layers
         row = table.setdefault(site, {"rank": [0] * layers, "scaling": [0.0] * layers})
-        row["rank"][layer], row["scaling"][layer] = a.shape[0], adapter.scaling[path]
+        row["rank"][layer] = a.shape[0]
+        row["scaling"][layer] = adapter.scaling[path]
     return {site: table[site] for site in config.sites if site in table}
 
 
 def located(path: str, config: Architecture) -> tuple[str, int]:
     """Return the site and the layer of a module."""
     if path not in places(config):
-        raise AdapterError(f"{path} cannot have an adapter: it is not a linear map of the base's blocks; leave it out")
+        raise AdapterError(
+            f"{path} cannot have an adapter: it is not a linear map of the base's blocks; leave it out"
+        )
     return places(config)[path]

@@ -11,31 +11,62 @@ from .tunix import linear_maps
 __all__ = ["FAMILY", "Decoder", "DecoderConfig"]
 
 # The parts that read images, in files of several versions of transformers.
-_IMAGES = ("visual.*", "vision_tower.*", "vision_model.*", "multi_modal_projector.*", "connector.*")
+_IMAGES = (
+    "visual.*",
+    "vision_tower.*",
+    "vision_model.*",
+    "multi_modal_projector.*",
+    "connector.*",
+)
 
 
 def _others(model: Decoder) -> list[Slot]:
-    block, config = model.decoder, model.structure
+    block = model.decoder
+    config = model.structure
     stem = config.stem
     names = {}
     if config.pre_norms:
-        mlp_norm = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
+        mlp_norm = (
+            "pre_feedforward_layernorm"
+            if config.post_norms
+            else "post_attention_layernorm"
+        )
         names |= {"input_layernorm": block.input_norm, mlp_norm: block.mlp_norm}
     if config.post_norms:
         names["post_attention_layernorm"] = block.attention_post_norm
         names["post_feedforward_layernorm"] = block.mlp_post_norm
     if config.qk_norm:
-        titles = ("query_layernorm", "key_layernorm") if config.late_qk_norm else ("q_norm", "k_norm")
+        titles = (
+            ("query_layernorm", "key_layernorm")
+            if config.late_qk_norm
+            else ("q_norm", "k_norm")
+        )
         of_heads = (block.self_attn.q_norm, block.self_attn.k_norm)
-        names |= {f"self_attn.{title}": norm for title, norm in zip(titles, of_heads, strict=True)}
-    stacked = {f"{stem}.layers.{{}}.{name}.weight": norm.scale for name, norm in names.items()}
+        names |= {
+            f"self_attn.{title}": norm
+            for title, norm in zip(titles, of_heads, strict=True)
+        }
+    stacked = {
+        f"{stem}.layers.{{}}.{name}.weight": norm.scale for name, norm in names.items()
+    }
     for name in config.sites:
         _, module, last = name.split(".")
         if last in config.biased:
-            stacked[f"{stem}.layers.{{}}.{module}.{last}.bias"] = getattr(getattr(block, module), last).bias
-    slots = [Slot(model.embedding, [f"{stem}.embed_tokens.weight"]), Slot(model.norm.scale, [f"{stem}.norm.weight"])]
+            stacked[f"{stem}.layers.{{}}.{module}.{last}.bias"] = getattr(
+                getattr(block, module), last
+            ).bias
+    slots = [
+        Slot(model.embedding, [f"{stem}.embed_tokens.weight"]),
+        Slot(model.norm.scale, [f"{stem}.norm.weight"]),
+    ]
     for name, variable in stacked.items():
-        slots.append(Slot(variable, [name.format(layer) for layer in range(config.num_layers)], stacked=True))
+        slots.append(
+            Slot(
+                variable,
+                [name.format(layer) for layer in range(config.num_layers)],
+                stacked=True,
+            )
+        )
     return slots
 
 
@@ -46,7 +77,9 @@ def _checkpoint(config: DecoderConfig) -> Checkpoint:
         head="lm_head.weight",
         # Early Llama checkpoints hold the frequencies of the rotary positions.
         unused=("model.layers.*.self_attn.rotary_emb.inv_freq",),
-        unread=() if stem == "model" else (*_IMAGES, *(f"model.{name}" for name in _IMAGES)),
+        unread=()
+        if stem == "model"
+        else (*_IMAGES, *(f"model.{name}" for name in _IMAGES)),
         others=_others,
     )
 

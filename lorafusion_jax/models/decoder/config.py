@@ -9,7 +9,10 @@ from ..architecture import Architecture, Attention, Layers, Parts, Site, Size, S
 
 _ALL: Parts = ("source", "target")
 # Module paths of Granite 4.
-_SHARED_MLP = {"mlp.gate_up_proj": "shared_mlp.input_linear", "mlp.down_proj": "shared_mlp.output_linear"}
+_SHARED_MLP = {
+    "mlp.gate_up_proj": "shared_mlp.input_linear",
+    "mlp.down_proj": "shared_mlp.output_linear",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +37,9 @@ class Rope:
 
     theta: float = 10_000.0
     width: Size
-    scaling: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "none"] = "default"
+    scaling: Literal[
+        "default", "linear", "dynamic", "llama3", "yarn", "longrope", "none"
+    ] = "default"
     factor: float = 1.0
     context: int = 0
     low_freq: float = 1.0
@@ -123,14 +128,28 @@ class DecoderConfig(Architecture):
     def stacks(self) -> Mapping[str, Stack]:
         # Kept are the input of each norm, rotated queries and keys, and the gate with its derivative.
         norms = 2 * (self.pre_norms + self.post_norms) * self.d_model
-        rotated = (2 if self.qk_norm else 1) * (self.num_heads + self.num_kv_heads) * self.d_head
+        rotated = (
+            (2 if self.qk_norm else 1)
+            * (self.num_heads + self.num_kv_heads)
+            * self.d_head
+        )
         attention = Attention(_ALL, self.num_heads, self.num_kv_heads, self.d_head)
-        return {"decoder": Stack(self.num_layers, _ALL, (attention,), self.d_ff, norms + rotated + 2 * self.d_ff)}
+        return {
+            "decoder": Stack(
+                self.num_layers,
+                _ALL,
+                (attention,),
+                self.d_ff,
+                norms + rotated + 2 * self.d_ff,
+            )
+        }
 
     @functools.cached_property
     def sites(self) -> Mapping[str, Site]:
         """Every linear map, such as `decoder.self_attn.q_proj` and `decoder.mlp.down_proj`."""
-        d, inner, kv = self.d_model, self.num_heads * self.d_head, self.num_kv_heads * self.d_head
+        d = self.d_model
+        inner = self.num_heads * self.d_head
+        kv = self.num_kv_heads * self.d_head
         if self.fused:
             attention = {"qkv_proj": (d, inner + 2 * kv)}
         else:
@@ -139,11 +158,15 @@ class DecoderConfig(Architecture):
         gate = dict.fromkeys(("gate_proj", "up_proj"), (d, self.d_ff))
         if self.fused or self.shared_mlp:
             gate = {"gate_up_proj": (d, 2 * self.d_ff)}
-        modules = {"self_attn": attention | {"o_proj": (inner, d)}, "mlp": gate | {"down_proj": (self.d_ff, d)}}
+        modules = {
+            "self_attn": attention | {"o_proj": (inner, d)},
+            "mlp": gate | {"down_proj": (self.d_ff, d)},
+        }
         sites = {}
         for module, shapes in modules.items():
             for name, (d_in, d_out) in shapes.items():
-                last, place = name in ("o_proj", "down_proj"), f"{module}.{name}"
+                last = name in ("o_proj", "down_proj")
+                place = f"{module}.{name}"
                 if self.shared_mlp:
                     place = _SHARED_MLP.get(place, place)
                 sites[f"decoder.{module}.{name}"] = Site(

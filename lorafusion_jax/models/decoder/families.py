@@ -49,10 +49,15 @@ def _llama(hf: Any) -> Fields:
 
 def _windows(hf: Any) -> Fields:
     """Return the windows of the layers that the config lists, or of all layers."""
-    kinds = getattr(hf, "layer_types", None) or ["sliding_attention"] * hf.num_hidden_layers
+    kinds = (
+        getattr(hf, "layer_types", None) or ["sliding_attention"] * hf.num_hidden_layers
+    )
     if not (window := getattr(hf, "sliding_window", None)):
         return {}
-    return {"window": window, "sliding": tuple(kind == "sliding_attention" for kind in kinds)}
+    return {
+        "window": window,
+        "sliding": tuple(kind == "sliding_attention" for kind in kinds),
+    }
 
 
 def _qwen2(hf: Any) -> Fields:
@@ -68,19 +73,32 @@ def _gemma(hf: Any) -> Fields:
 
 
 def _gemma2(hf: Any) -> Fields:
-    both = _gemma(hf) | _windows(hf) | {"activation": hf.hidden_activation, "post_norms": True}
-    caps = {"attention_cap": hf.attn_logit_softcapping or 0.0, "logit_cap": hf.final_logit_softcapping or 0.0}
+    both = (
+        _gemma(hf)
+        | _windows(hf)
+        | {"activation": hf.hidden_activation, "post_norms": True}
+    )
+    caps = {
+        "attention_cap": hf.attn_logit_softcapping or 0.0,
+        "logit_cap": hf.final_logit_softcapping or 0.0,
+    }
     return both | caps | {"query_scale": hf.query_pre_attn_scalar**-0.5}
 
 
 def _gemma3(hf: Any) -> Fields:
     if hf.attn_logit_softcapping:
-        raise ValueError(f"attn_logit_softcapping is {hf.attn_logit_softcapping} in a Gemma 3: expected none")
+        raise ValueError(
+            f"attn_logit_softcapping is {hf.attn_logit_softcapping} in a Gemma 3: expected none"
+        )
     return _gemma2(hf) | {"qk_norm": True}
 
 
 def _phi3(hf: Any) -> Fields:
-    windows = {"window": hf.sliding_window, "sliding": (True,) * hf.num_hidden_layers} if hf.sliding_window else {}
+    windows = (
+        {"window": hf.sliding_window, "sliding": (True,) * hf.num_hidden_layers}
+        if hf.sliding_window
+        else {}
+    )
     return windows | {"fused": True, "partial_rope": True}
 
 
@@ -95,9 +113,13 @@ def _granite(hf: Any) -> Fields:
 
 def _granite4(hf: Any) -> Fields:
     if hf.num_local_experts:
-        raise ValueError(f"num_local_experts is {hf.num_local_experts}, a mixture of experts: give a dense Granite")
+        raise ValueError(
+            f"num_local_experts is {hf.num_local_experts}, a mixture of experts: give a dense Granite"
+        )
     if "linear_attention" in hf.layer_types:
-        raise ValueError("layer_types has Mamba layers, which are not implemented: give a Granite of attention alone")
+        raise ValueError(
+            "layer_types has Mamba layers, which are not implemented: give a Granite of attention alone"
+        )
     fields = _granite(hf) | {"shared_mlp": True, "d_ff": hf.shared_intermediate_size}
     if hf.position_embedding_type == "rope":
         return fields
@@ -107,16 +129,31 @@ def _granite4(hf: Any) -> Fields:
 
 def _smollm3(hf: Any) -> Fields:
     # Layers without rotary positions are those that may have a window.
-    sliding = tuple(not rotated for rotated in hf.no_rope_layers[: hf.num_hidden_layers])
+    sliding = tuple(
+        not rotated for rotated in hf.no_rope_layers[: hf.num_hidden_layers]
+    )
     window = (hf.sliding_window or 0) if hf.use_sliding_window else 0
-    if window and sliding != tuple(kind == "sliding_attention" for kind in hf.layer_types):
-        raise ValueError("layer_types and no_rope_layers differ: expected windows in layers without rotary positions")
+    if window and sliding != tuple(
+        kind == "sliding_attention" for kind in hf.layer_types
+    ):
+        raise ValueError(
+            "layer_types and no_rope_layers differ: expected windows in layers without rotary positions"
+        )
     rope = rope_of(hf.rope_parameters, head_width(hf), hf.max_position_embeddings)
-    return {"window": window, "sliding": sliding, "local_rope": dataclasses.replace(rope, scaling="none")}
+    return {
+        "window": window,
+        "sliding": sliding,
+        "local_rope": dataclasses.replace(rope, scaling="none"),
+    }
 
 
 def _olmo2(hf: Any) -> Fields:
-    return {"pre_norms": False, "post_norms": True, "qk_norm": True, "whole_qk_norm": True}
+    return {
+        "pre_norms": False,
+        "post_norms": True,
+        "qk_norm": True,
+        "whole_qk_norm": True,
+    }
 
 
 def _olmo3(hf: Any) -> Fields:
@@ -134,7 +171,10 @@ def _hunyuan(hf: Any) -> Fields:
 
 
 # Models for images and text, which are read for text alone, and the module that is their text model, one of `FAMILIES`.
-WITH_IMAGES = dict.fromkeys(("gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mistral3", "llava"), "language_model")
+WITH_IMAGES = dict.fromkeys(
+    ("gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mistral3", "llava"),
+    "language_model",
+)
 WITH_IMAGES |= dict.fromkeys(("idefics3", "smolvlm"), "text_model")
 FAMILIES: dict[str, Callable[[Any], Fields]] = {
     "llama": _llama,

@@ -27,15 +27,19 @@ _MODELS = {
     "smollm3": ("smollm3", "SmolLM3ForCausalLM"),
     "olmo2": ("olmo2", "Olmo2ForCausalLM"),
 }
-_MISTRAL, _OLMO3 = ("mistral", "MistralForCausalLM"), ("olmo3", "Olmo3ForCausalLM")
+_MISTRAL = ("mistral", "MistralForCausalLM")
+_OLMO3 = ("olmo3", "Olmo3ForCausalLM")
 # Kinds whose rows of queries and keys are interleaved in a file, and those whose config tells of biases.
 _INTERLEAVED = ("llama", "mistral", "granite", "smollm3")
-_ATTENTION_BIAS, _MLP_BIAS = ("llama", "qwen3", "granite", "smollm3", "olmo2"), ("llama", "granite", "smollm3")
+_ATTENTION_BIAS = ("llama", "qwen3", "granite", "smollm3", "olmo2")
+_MLP_BIAS = ("llama", "granite", "smollm3")
 
 _LARGEST = 10_000_000  # number that the file gives for a size
 _HEAD = "output.weight"
 _ROPE_FACTORS = "rope_freqs.weight"
-_LONGROPE = {f"rope_factors_{kind}.weight": f"{kind}_factor" for kind in ("short", "long")}
+_LONGROPE = {
+    f"rope_factors_{kind}.weight": f"{kind}_factor" for kind in ("short", "long")
+}
 OF_MODEL = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -43,7 +47,11 @@ OF_MODEL = {
 }
 _PARTS = ("weight", "bias")
 _OF_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
-_NORMS = {"attn_norm": "input_layernorm", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_NORMS = {
+    "attn_norm": "input_layernorm",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+}
 MODULES = _NORMS | {
     "ffn_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -59,8 +67,15 @@ _GEMMA_MODULES = MODULES | {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-_PHI_MODULES = MODULES | {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
-_OLMO_MODULES = {name: module for name, module in _GEMMA_MODULES.items() if name not in ("attn_norm", "ffn_norm")}
+_PHI_MODULES = MODULES | {
+    "attn_qkv": "self_attn.qkv_proj",
+    "ffn_up": "mlp.gate_up_proj",
+}
+_OLMO_MODULES = {
+    name: module
+    for name, module in _GEMMA_MODULES.items()
+    if name not in ("attn_norm", "ffn_norm")
+}
 _MODULES_OF = {
     "gemma2": _GEMMA_MODULES,
     "gemma3_text": _GEMMA_MODULES,
@@ -99,10 +114,18 @@ class Keys:
         """Return a number, or a text where the default is one; the default if there is none."""
         value = self._left.pop(key, default)
         if value is ...:
-            raise ValueError(f"the metadata lack {self.name}.{key}: fetch the file again")
+            raise ValueError(
+                f"the metadata lack {self.name}.{key}: fetch the file again"
+            )
         if isinstance(value, list):
-            raise ValueError(f"{self.name}.{key} is a list: expected one number for all layers")
-        kind, words = (str, "a text") if isinstance(default, str) else (int | float, "a number of 0 or more")
+            raise ValueError(
+                f"{self.name}.{key} is a list: expected one number for all layers"
+            )
+        kind, words = (
+            (str, "a text")
+            if isinstance(default, str)
+            else (int | float, "a number of 0 or more")
+        )
         known = isinstance(value, kind) and not isinstance(value, bool)
         if not known or (not isinstance(value, str) and not 0 <= value < np.inf):
             raise ValueError(f"{self.name}.{key} is {shown(value)}: expected {words}")
@@ -112,18 +135,24 @@ class Keys:
         """Return a number of 1 or more."""
         value = self.take(key, default)
         if not isinstance(value, int) or not 1 <= value <= _LARGEST:
-            raise ValueError(f"{self.name}.{key} is {shown(value)}: expected an integer from 1 to {_LARGEST:,}")
+            raise ValueError(
+                f"{self.name}.{key} is {shown(value)}: expected an integer from 1 to {_LARGEST:,}"
+            )
         return value
 
     def pattern(self, default: int, layers: int) -> list[bool]:
         """Return which layers have a sliding window: all but every n-th one, or those of a list."""
         if not isinstance(self._left.get("attention.sliding_window_pattern"), list):
             period = self.take("attention.sliding_window_pattern", default)
-            return [period == 0 or layer % period < period - 1 for layer in range(layers)]
+            return [
+                period == 0 or layer % period < period - 1 for layer in range(layers)
+            ]
         slides = self._left.pop("attention.sliding_window_pattern")
         if len(slides) != layers:
             key = f"{self.name}.attention.sliding_window_pattern"
-            raise ValueError(f"{key} has {len(slides)} entries: expected one for each of {layers} layers")
+            raise ValueError(
+                f"{key} has {len(slides)} entries: expected one for each of {layers} layers"
+            )
         return [bool(sliding) for sliding in slides]
 
     def finish(self) -> None:
@@ -147,14 +176,20 @@ def config_json(
     keys = Keys(metadata)
     kind, title = models[keys.name]
     gemma = kind in ("gemma2", "gemma3_text")
-    hidden, heads = keys.size("embedding_length"), keys.size("attention.head_count")
+    hidden = keys.size("embedding_length")
+    heads = keys.size("attention.head_count")
     d_head = keys.size("attention.key_length", hidden // heads)
     if (width := keys.take("attention.value_length", d_head)) != d_head:
         key = f"{keys.name}.attention.key_length"
-        raise ValueError(f"{key} is {d_head} and value_length is {width}: expected one width of heads")
+        raise ValueError(
+            f"{key} is {d_head} and value_length is {width}: expected one width of heads"
+        )
     if "token_embd.weight" not in tensors:
-        raise ValueError("the tensors lack token_embd.weight: give a model, not an adapter or a projector")
-    layers, context = keys.size("block_count"), keys.size("context_length")
+        raise ValueError(
+            "the tensors lack token_embd.weight: give a model, not an adapter or a projector"
+        )
+    layers = keys.size("block_count")
+    context = keys.size("context_length")
     content = {
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "hidden_size": hidden,
@@ -166,7 +201,9 @@ def config_json(
         "max_position_embeddings": context,
         "rms_norm_eps": keys.take("attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": _HEAD not in tensors,
-        "hidden_activation" if gemma else "hidden_act": "gelu_pytorch_tanh" if kind.startswith("gemma") else "silu",
+        "hidden_activation" if gemma else "hidden_act": "gelu_pytorch_tanh"
+        if kind.startswith("gemma")
+        else "silu",
     }
     content |= _rope(keys, tensors, d_head, context)
     if gemma:
@@ -178,7 +215,9 @@ def config_json(
         if keys.name == "llama" and window:
             kind, title = _MISTRAL
     if keys.name == "phi3":
-        content["original_max_position_embeddings"] = metadata.get("phi3.rope.scaling.original_context_length", context)
+        content["original_max_position_embeddings"] = metadata.get(
+            "phi3.rope.scaling.original_context_length", context
+        )
     if keys.name == "granite":
         content |= {field: keys.take(key) for key, field in _GRANITE.items()}
     if keys.name == "olmo2" and (window := keys.take("attention.sliding_window", 0)):
@@ -187,17 +226,26 @@ def config_json(
         content |= {"sliding_window": window, "layer_types": _layer_types(sliding)}
         plain = {"rope_type": "default", "rope_theta": content["rope_theta"]}
         full = plain | content.pop("rope_scaling", {})
-        content["rope_parameters"] = {"full_attention": full, "sliding_attention": plain}
+        content["rope_parameters"] = {
+            "full_attention": full,
+            "sliding_attention": plain,
+        }
     if keys.name in _ATTENTION_BIAS:
         content["attention_bias"] = "blk.0.attn_q.bias" in tensors
     if keys.name in _MLP_BIAS:
         content["mlp_bias"] = "blk.0.ffn_gate.bias" in tensors
     content |= further(keys, layers)
     keys.finish()
-    return {"architectures": [title], "model_type": kind} | content | _special_ids(metadata)
+    return (
+        {"architectures": [title], "model_type": kind}
+        | content
+        | _special_ids(metadata)
+    )
 
 
-def _rope(keys: Keys, tensors: Mapping[str, Any], d_head: int, context: int) -> dict[str, Any]:
+def _rope(
+    keys: Keys, tensors: Mapping[str, Any], d_head: int, context: int
+) -> dict[str, Any]:
     theta = keys.take("rope.freq_base", 10_000.0)
     width = keys.take("rope.dimension_count", d_head)
     kind = keys.take("rope.scaling.type", "linear")
@@ -210,22 +258,39 @@ def _rope(keys: Keys, tensors: Mapping[str, Any], d_head: int, context: int) -> 
     if kind in ("linear", "yarn") and factor not in (0, 1):
         fields["rope_scaling"] = {"rope_type": kind, "factor": factor}
         if factors:
-            raise ValueError(f"the file holds {factors[0]} and a {kind} rope scaling: expected one of them")
-    original = {"original_max_position_embeddings": keys.take("rope.scaling.original_context_length", context)}
+            raise ValueError(
+                f"the file holds {factors[0]} and a {kind} rope scaling: expected one of them"
+            )
+    original = {
+        "original_max_position_embeddings": keys.take(
+            "rope.scaling.original_context_length", context
+        )
+    }
     if kind == "yarn" and "rope_scaling" in fields:
         fields["rope_scaling"] |= original
     # The converter of Phi-3 does not write the type.
     if (kind == "longrope" or set(factors) & {*_LONGROPE}) and factors != [*_LONGROPE]:
-        raise ValueError(f"the rope scaling is longrope: expected {' and '.join(_LONGROPE)}: fetch the file again")
+        raise ValueError(
+            f"the rope scaling is longrope: expected {' and '.join(_LONGROPE)}: fetch the file again"
+        )
     if factors == [*_LONGROPE]:
-        quotients = {field: [float(x) for x in np.asarray(tensors[name])] for name, field in _LONGROPE.items()}
+        quotients = {
+            field: [float(x) for x in np.asarray(tensors[name])]
+            for name, field in _LONGROPE.items()
+        }
         scale = {"attention_factor": keys.take("rope.scaling.attn_factor", 1.0)}
-        fields["rope_scaling"] = {"rope_type": "longrope"} | quotients | scale | original
+        fields["rope_scaling"] = (
+            {"rope_type": "longrope"} | quotients | scale | original
+        )
     if _ROPE_FACTORS in tensors:
-        fields["rope_scaling"] = _llama3(np.asarray(tensors[_ROPE_FACTORS]), theta, width)
+        fields["rope_scaling"] = _llama3(
+            np.asarray(tensors[_ROPE_FACTORS]), theta, width
+        )
     if width != d_head:
         if keys.name not in ("phi3", "qwen35"):
-            raise ValueError(f"{keys.name}.rope.dimension_count is {width}: expected the width of a head, {d_head}")
+            raise ValueError(
+                f"{keys.name}.rope.dimension_count is {width}: expected the width of a head, {d_head}"
+            )
         fields["partial_rotary_factor"] = width / d_head
     return fields
 
@@ -238,19 +303,25 @@ def _llama3(factors: np.ndarray, theta: float, width: int) -> dict[str, Any] | N
     every published model.
     """
     if factors.shape != (width // 2,):
-        raise ValueError(f"{_ROPE_FACTORS} has shape {list(factors.shape)}: expected [{width // 2}]")
+        raise ValueError(
+            f"{_ROPE_FACTORS} has shape {list(factors.shape)}: expected [{width // 2}]"
+        )
     if not np.all(np.isfinite(factors) & (factors > 0)) or theta <= 0:
-        raise ValueError(f"the factors in {_ROPE_FACTORS} are not those of a rope scaling: fetch the file again")
+        raise ValueError(
+            f"the factors in {_ROPE_FACTORS} are not those of a rope scaling: fetch the file again"
+        )
     exponents = np.arange(0, width, 2) / width
     angles = theta**-exponents / (2 * np.pi)
-    factor, quotients = float(factors.max()), factors.astype(np.float64)
+    factor = float(factors.max())
+    quotients = factors.astype(np.float64)
     if factor == 1 and (factors == 1).all():
         return None
     share = (1 / quotients - 1 / factor) / (1 - 1 / factor)
     between = (share > 1e-6) & (share < 1 - 1e-6)
     if between.sum() > 1:
         slope, start = np.polyfit(angles[between], share[between], 1)
-        context, high = round(slope / -start), round((1 - start) / -start, 3)
+        context = round(slope / -start)
+        high = round((1 - start) / -start, 3)
         turns = np.clip((context * angles - 1) / (high - 1), 0, 1)
         if np.allclose(1 / ((1 - turns) / factor + turns), quotients, rtol=1e-4):
             return {
@@ -260,7 +331,9 @@ def _llama3(factors: np.ndarray, theta: float, width: int) -> dict[str, Any] | N
                 "high_freq_factor": float(high),
                 "original_max_position_embeddings": context,
             }
-    raise ValueError(f"the factors in {_ROPE_FACTORS} are not those of a rope scaling llama3: give another base")
+    raise ValueError(
+        f"the factors in {_ROPE_FACTORS} are not those of a rope scaling llama3: give another base"
+    )
 
 
 def _gemma(keys: Keys, layers: int, d_head: int, undeclared: int) -> dict[str, Any]:
@@ -268,13 +341,20 @@ def _gemma(keys: Keys, layers: int, d_head: int, undeclared: int) -> dict[str, A
     window = keys.take("attention.sliding_window", 4096 if second else 0)
     sliding = keys.pattern(2 if second else 6, layers) if window else [False] * layers
     fields = {
-        "query_pre_attn_scalar": undeclared if layers == _GEMMA_27B_LAYERS[keys.name] else d_head,
+        "query_pre_attn_scalar": undeclared
+        if layers == _GEMMA_27B_LAYERS[keys.name]
+        else d_head,
         "sliding_window": window or None,
         "layer_types": _layer_types(sliding),
-        "final_logit_softcapping": keys.take("final_logit_softcapping", 30.0 if second else 0.0) or None,
+        "final_logit_softcapping": keys.take(
+            "final_logit_softcapping", 30.0 if second else 0.0
+        )
+        or None,
     }
     if second:
-        return fields | {"attn_logit_softcapping": keys.take("attn_logit_softcapping", 50.0) or None}
+        return fields | {
+            "attn_logit_softcapping": keys.take("attn_logit_softcapping", 50.0) or None
+        }
     return fields | {"rope_local_base_freq": keys.take("rope.freq_base_swa", 10_000.0)}
 
 
@@ -287,14 +367,28 @@ def _special_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
     tokens = metadata.get("tokenizer.ggml.tokens", [])
     ids = {
         name: metadata.get(f"tokenizer.ggml.{key}_token_id")
-        for name, key in {"bos": "bos", "eos": "eos", "pad": "padding", "eot": "eot", "eom": "eom"}.items()
+        for name, key in {
+            "bos": "bos",
+            "eos": "eos",
+            "pad": "padding",
+            "eot": "eot",
+            "eom": "eom",
+        }.items()
     }
     for name, token in ids.items():
         if token is not None and token >= len(tokens):
-            raise ValueError(f"the {name} token is {token}, but there are {len(tokens)} tokens: fetch the file again")
+            raise ValueError(
+                f"the {name} token is {token}, but there are {len(tokens)} tokens: fetch the file again"
+            )
     if ids["eot"] is None:
-        ids["eot"] = next((tokens.index(text) for text in _ENDS_OF_TURN if text in tokens), None)
-    ends = [token for token in dict.fromkeys((ids["eos"], ids["eot"], ids["eom"])) if token is not None]
+        ids["eot"] = next(
+            (tokens.index(text) for text in _ENDS_OF_TURN if text in tokens), None
+        )
+    ends = [
+        token
+        for token in dict.fromkeys((ids["eos"], ids["eot"], ids["eom"]))
+        if token is not None
+    ]
     return {
         "bos_token_id": ids["bos"],
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
@@ -309,10 +403,19 @@ def _modules(content: Mapping[str, Any]) -> Mapping[str, str]:
 
 def _stored(content: Mapping[str, Any], names: Collection[str]) -> dict[str, Stored]:
     """Return Hugging Face's name of every tensor; what the model lacks keeps its own name."""
-    kind, modules, places, orders = content["model_type"], _modules(content), {}, {}
+    kind = content["model_type"]
+    modules = _modules(content)
+    places = {}
+    orders = {}
     if kind in _INTERLEAVED:
-        heads = {"attn_q": content["num_attention_heads"], "attn_k": content["num_key_value_heads"]}
-        orders = {name: functools.partial(_interleaved, number) for name, number in heads.items()}
+        heads = {
+            "attn_q": content["num_attention_heads"],
+            "attn_k": content["num_key_value_heads"],
+        }
+        orders = {
+            name: functools.partial(_interleaved, number)
+            for name, number in heads.items()
+        }
     for name in names:
         if name in (_ROPE_FACTORS, *_LONGROPE):
             continue
@@ -333,13 +436,26 @@ def _interleaved(heads: int, rows: int) -> np.ndarray:
 
 def _names(content: Mapping[str, Any]) -> list[str]:
     """Return the names of all tensors that a file can hold."""
-    blocks, modules = range(content["num_hidden_layers"]), _modules(content)
-    return [*OF_MODEL, *(f"blk.{n}.{module}.{part}" for n in blocks for module in modules for part in _PARTS)]
+    blocks = range(content["num_hidden_layers"])
+    modules = _modules(content)
+    return [
+        *OF_MODEL,
+        *(
+            f"blk.{n}.{module}.{part}"
+            for n in blocks
+            for module in modules
+            for part in _PARTS
+        ),
+    ]
 
 
-def metadata(config: DecoderConfig, name: str = "") -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def metadata(
+    config: DecoderConfig, name: str = ""
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return the keys that describe a structure, and the factors of a rope scaling llama3 as a tensor."""
-    name, rope, tensors = name or GGUF.architectures[config.model_type], config.rope, {}
+    name = name or GGUF.architectures[config.model_type]
+    rope = config.rope
+    tensors = {}
     values: dict[str, Any] = {
         "context_length": config.context,
         "embedding_length": config.d_model,
@@ -360,28 +476,51 @@ def metadata(config: DecoderConfig, name: str = "") -> tuple[dict[str, Any], dic
         values["attn_logit_softcapping"] = config.attention_cap
         values["final_logit_softcapping"] = config.logit_cap
     if config.model_type == "granite":
-        factors = (config.query_scale, config.embedding_scale, config.residual_scale, 1 / config.logit_scale)
+        factors = (
+            config.query_scale,
+            config.embedding_scale,
+            config.residual_scale,
+            1 / config.logit_scale,
+        )
         values |= dict(zip(_GRANITE, factors, strict=True))
     if config.model_type == "olmo3":
         values["attention.sliding_window_pattern"] = [*config.sliding]
     if config.model_type == "gemma3_text" and config.local_rope is not None:
         values["rope.freq_base_swa"] = config.local_rope.theta
     if rope.scaling in ("linear", "yarn"):
-        values |= {"rope.scaling.type": rope.scaling, "rope.scaling.factor": rope.factor}
+        values |= {
+            "rope.scaling.type": rope.scaling,
+            "rope.scaling.factor": rope.factor,
+        }
     if rope.scaling in ("yarn", "longrope"):
         values["rope.scaling.original_context_length"] = rope.context
     if rope.scaling == "longrope":
         values["rope.scaling.attn_factor"] = rope.scale
-        tensors |= dict(zip(_LONGROPE, (np.array(of, np.float32) for of in (rope.short, rope.long)), strict=True))
+        tensors |= dict(
+            zip(
+                _LONGROPE,
+                (np.array(of, np.float32) for of in (rope.short, rope.long)),
+                strict=True,
+            )
+        )
     if rope.scaling == "llama3":
-        turns = rope.context * rope.theta ** -(np.arange(0, rope.width, 2) / rope.width) / (2 * np.pi)
-        share = np.clip((turns - rope.low_freq) / (rope.high_freq - rope.low_freq), 0, 1)
-        tensors[_ROPE_FACTORS] = (1 / ((1 - share) / rope.factor + share)).astype(np.float32)
+        turns = (
+            rope.context
+            * rope.theta ** -(np.arange(0, rope.width, 2) / rope.width)
+            / (2 * np.pi)
+        )
+        share = np.clip(
+            (turns - rope.low_freq) / (rope.high_freq - rope.low_freq), 0, 1
+        )
+        tensors[_ROPE_FACTORS] = (1 / ((1 - share) / rope.factor + share)).astype(
+            np.float32
+        )
     return {f"{name}.{key}": value for key, value in values.items()}, tensors
 
 
 GGUF = GGUFLayout(
-    architectures={kind: name for name, (kind, _) in _MODELS.items()} | {_MISTRAL[0]: "llama", _OLMO3[0]: "olmo2"},
+    architectures={kind: name for name, (kind, _) in _MODELS.items()}
+    | {_MISTRAL[0]: "llama", _OLMO3[0]: "olmo2"},
     config_json=config_json,
     stored=_stored,
     names=_names,

@@ -19,10 +19,19 @@ from .config import DecoderConfig
 from .families import FAMILIES, WITH_IMAGES, Fields, biased, head_width
 from .hf_rope import rope_of
 
-_ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {
+    "silu": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
 # Fields whose values only describe how a file was made, that need PyTorch to be read, or that are of parts which are
 # left out.
-_IGNORED = ("torch_dtype", "dtype", "quantization_config", "vision_config", "time_step_limit")
+_IGNORED = (
+    "torch_dtype",
+    "dtype",
+    "quantization_config",
+    "vision_config",
+    "time_step_limit",
+)
 
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
 
@@ -95,10 +104,17 @@ def read_config(
     kind = raw["model_type"]
     if raw.get("quantization"):
         fix = "give the unquantised model, whose name often lacks only -4bit (its README names it as base_model)"
-        raise ValueError(f"the weights are quantised by MLX (quantization is {shown(raw['quantization'])}): {fix}")
-    if raw.get("quantization_config") and raw["quantization_config"].get("quant_method") != "gguf":
+        raise ValueError(
+            f"the weights are quantised by MLX (quantization is {shown(raw['quantization'])}): {fix}"
+        )
+    if (
+        raw.get("quantization_config")
+        and raw["quantization_config"].get("quant_method") != "gguf"
+    ):
         method = raw["quantization_config"].get("quant_method", "unknown")
-        raise ValueError(f"the weights are quantised by {method}: give the unquantised model, or a GGUF file of it")
+        raise ValueError(
+            f"the weights are quantised by {method}: give the unquantised model, or a GGUF file of it"
+        )
     whole = _filled(kind, raw)
     # A model for images and text has the config of a text model inside.
     hf = whole if isinstance(whole, types.SimpleNamespace) else whole.get_text_config()
@@ -106,28 +122,46 @@ def read_config(
         got = f"the text model of this {kind} is {shown(hf.model_type)}"
         raise ValueError(f"{got}: expected one of {', '.join(families)}")
     if getattr(hf, "use_bidirectional_attention", False):
-        raise ValueError("use_bidirectional_attention is set: expected a causal language model")
+        raise ValueError(
+            "use_bidirectional_attention is set: expected a causal language model"
+        )
     if not (d_head := head_width(hf)):
         raise ValueError(
             f"hidden_size is {hf.hidden_size}: expected at least {hf.num_attention_heads}, one for each head"
         )
     if hf.num_attention_heads % hf.num_key_value_heads:
-        heads, multiple = hf.num_attention_heads, hf.num_key_value_heads
-        raise ValueError(f"num_attention_heads is {heads}: expected a multiple of num_key_value_heads, {multiple}")
+        heads = hf.num_attention_heads
+        multiple = hf.num_key_value_heads
+        raise ValueError(
+            f"num_attention_heads is {heads}: expected a multiple of num_key_value_heads, {multiple}"
+        )
     # Some versions of transformers keep the fields of all layers next to those of each kind.
-    ropes = hf.rope_parameters if "full_attention" in hf.rope_parameters else {"full_attention": hf.rope_parameters}
-    end, pad = (raw.get(name, getattr(hf, name, None)) for name in ("eos_token_id", "pad_token_id"))
+    ropes = (
+        hf.rope_parameters
+        if "full_attention" in hf.rope_parameters
+        else {"full_attention": hf.rope_parameters}
+    )
+    end = raw.get("eos_token_id", getattr(hf, "eos_token_id", None))
+    pad = raw.get("pad_token_id", getattr(hf, "pad_token_id", None))
     ends = tuple(end) if isinstance(end, list | tuple) else (end,)
     if ends in ((), (None,)):
-        raise ValueError("eos_token_id is missing: expected the token, or tokens, that end an answer")
-    local, fields, context = ropes.get("sliding_attention"), families[hf.model_type](hf), hf.max_position_embeddings
+        raise ValueError(
+            "eos_token_id is missing: expected the token, or tokens, that end an answer"
+        )
+    local = ropes.get("sliding_attention")
+    fields = families[hf.model_type](hf)
+    context = hf.max_position_embeddings
     activation = fields.pop("activation", getattr(hf, "hidden_act", None))
     if activation not in _ACTIVATIONS:
-        raise ValueError(f"the activation is {shown(activation)}: expected {' or '.join(_ACTIVATIONS)}")
+        raise ValueError(
+            f"the activation is {shown(activation)}: expected {' or '.join(_ACTIVATIONS)}"
+        )
     partial = fields.pop("partial_rope", False)
     config = DecoderConfig(
         model_type=kind,
-        stem="model" if hf is whole else f"model.{WITH_IMAGES.get(kind, 'language_model')}",
+        stem="model"
+        if hf is whole
+        else f"model.{WITH_IMAGES.get(kind, 'language_model')}",
         vocab_size=hf.vocab_size,
         d_model=hf.hidden_size,
         context=context,
@@ -138,7 +172,9 @@ def read_config(
         num_layers=hf.num_hidden_layers,
         eps=hf.rms_norm_eps,
         rope=rope_of(ropes["full_attention"], d_head, context, partial=partial),
-        local_rope=rope_of(local, d_head, context, partial=partial) if local is not None else None,
+        local_rope=rope_of(local, d_head, context, partial=partial)
+        if local is not None
+        else None,
         activation=_ACTIVATIONS[activation],
         biased=biased(hf),
         query_scale=d_head**-0.5,
@@ -147,7 +183,9 @@ def read_config(
         pad_id=ends[0] if pad is None or pad < 0 else pad,
         eos_id=ends,
     )
-    return structured(dataclasses.asdict(structure(**vars(config) | fields)), structure, "")
+    return structured(
+        dataclasses.asdict(structure(**vars(config) | fields)), structure, ""
+    )
 
 
 def _filled(kind: str, raw: Mapping[str, Any]) -> Any:
@@ -155,7 +193,9 @@ def _filled(kind: str, raw: Mapping[str, Any]) -> Any:
     with contextlib.suppress(ValueError):
         whole = structured(dict(raw), _Complete, "", own=False)
         if whole["hidden_size"] % whole["num_attention_heads"] == 0:
-            return types.SimpleNamespace(**dict(raw) | {"rope_parameters": {"rope_theta": whole["rope_theta"]}})
+            return types.SimpleNamespace(
+                **dict(raw) | {"rope_parameters": {"rope_theta": whole["rope_theta"]}}
+            )
     from transformers import AutoConfig
     from transformers.utils import logging
 
@@ -163,11 +203,17 @@ def _filled(kind: str, raw: Mapping[str, Any]) -> Any:
     logging.set_verbosity_error()  # its warnings quote the file as it is, and what they warn of is refused here
     try:
         # transformers adds fields to those of the rope.
-        fields = copy.deepcopy({k: v for k, v in raw.items() if k not in (*_IGNORED, "model_type")})
+        fields = copy.deepcopy(
+            {k: v for k, v in raw.items() if k not in (*_IGNORED, "model_type")}
+        )
         if fields.get("text_config"):
-            fields["text_config"] = {k: v for k, v in fields["text_config"].items() if k not in _IGNORED}
+            fields["text_config"] = {
+                k: v for k, v in fields["text_config"].items() if k not in _IGNORED
+            }
         return AutoConfig.for_model(kind, **fields)
     except Exception as error:  # its checks raise errors of several libraries
-        raise ValueError(f"transformers rejects this config of a {kind}: {error}: fetch it again") from error
+        raise ValueError(
+            f"transformers rejects this config of a {kind}: {error}: fetch it again"
+        ) from error
     finally:
         logging.set_verbosity(verbosity)

@@ -37,16 +37,25 @@ class _RopeJson(TypedDict, total=False):
     alpha: _Positive | None
 
 
-def rope_of(raw: Mapping[str, Any], d_head: int, context: int, *, partial: bool = False) -> Rope:
+def rope_of(
+    raw: Mapping[str, Any], d_head: int, context: int, *, partial: bool = False
+) -> Rope:
     """Return the rotary positions of a model with such heads and this context; `partial` if it reads the share."""
     fields = structured(dict(raw), _RopeJson, "", own=False)
     scaling = fields.get("rope_type", "default")
     if scaling not in _SCALINGS:
         fix = f"expected {', '.join(_SCALINGS)}"
-        raise ValueError(f"the rope scaling is {shown(scaling)}, which is not implemented: {fix}")
-    width = int(d_head * fields.get("partial_rotary_factor", 1.0)) if partial else d_head
-    theta, factor = float(fields["rope_theta"]), float(fields.get("factor", 1.0))
-    rope = Rope(theta=theta, width=width, scaling=scaling, factor=factor, context=context)
+        raise ValueError(
+            f"the rope scaling is {shown(scaling)}, which is not implemented: {fix}"
+        )
+    width = (
+        int(d_head * fields.get("partial_rotary_factor", 1.0)) if partial else d_head
+    )
+    theta = float(fields["rope_theta"])
+    factor = float(fields.get("factor", 1.0))
+    rope = Rope(
+        theta=theta, width=width, scaling=scaling, factor=factor, context=context
+    )
     return _FURTHER[scaling](rope, fields) if scaling in _FURTHER else rope
 
 
@@ -61,14 +70,17 @@ def _llama3(rope: Rope, fields: _RopeJson) -> Rope:
 
 def _yarn(rope: Rope, fields: _RopeJson) -> Rope:
     if rope.theta <= 1:
-        raise ValueError(f"rope_theta is {rope.theta}: expected more than 1 with the scaling yarn")
+        raise ValueError(
+            f"rope_theta is {rope.theta}: expected more than 1 with the scaling yarn"
+        )
     context = fields.get("original_max_position_embeddings", rope.context)
     factor = float(fields.get("factor", rope.context / context))
 
     def scale(m: float) -> float:
         return 0.1 * m * math.log(factor) + 1 if factor > 1 else 1.0
 
-    m, m_all = fields.get("mscale", 0.0), fields.get("mscale_all_dim", 0.0)
+    m = fields.get("mscale", 0.0)
+    m_all = fields.get("mscale_all_dim", 0.0)
     return dataclasses.replace(
         rope,
         factor=factor,
@@ -76,23 +88,39 @@ def _yarn(rope: Rope, fields: _RopeJson) -> Rope:
         low_freq=float(fields.get("beta_slow", 1.0)),
         high_freq=float(fields.get("beta_fast", 32.0)),
         whole_pairs=fields.get("truncate", True),
-        scale=fields.get("attention_factor") or (scale(m) / scale(m_all) if m and m_all else scale(1.0)),
+        scale=fields.get("attention_factor")
+        or (scale(m) / scale(m_all) if m and m_all else scale(1.0)),
         query_growth=fields.get("llama_4_scaling_beta", 0.0),
     )
 
 
 def _longrope(rope: Rope, fields: _RopeJson) -> Rope:
     context = fields.get("original_max_position_embeddings", rope.context)
-    quotients = {"short_factor": fields.get("short_factor", []), "long_factor": fields.get("long_factor", [])}
+    quotients = {
+        "short_factor": fields.get("short_factor", []),
+        "long_factor": fields.get("long_factor", []),
+    }
     for name, numbers in quotients.items():
         if len(numbers) != rope.width // 2:
             pairs = rope.width // 2
-            raise ValueError(f"{name} has {len(numbers)} numbers: expected one for each of {pairs} rotated pairs")
+            raise ValueError(
+                f"{name} has {len(numbers)} numbers: expected one for each of {pairs} rotated pairs"
+            )
     factor = float(fields.get("factor", rope.context / context))
-    scale = math.sqrt(1 + math.log(factor) / math.log(context)) if factor > 1 < context else 1.0
+    scale = (
+        math.sqrt(1 + math.log(factor) / math.log(context))
+        if factor > 1 < context
+        else 1.0
+    )
     short, long = (tuple(numbers) for numbers in quotients.values())
     scale = fields.get("attention_factor") or scale
-    return dataclasses.replace(rope, factor=factor, context=context, short=short, long=long, scale=scale)
+    return dataclasses.replace(
+        rope, factor=factor, context=context, short=short, long=long, scale=scale
+    )
 
 
-_FURTHER: dict[str, Callable[[Rope, _RopeJson], Rope]] = {"llama3": _llama3, "yarn": _yarn, "longrope": _longrope}
+_FURTHER: dict[str, Callable[[Rope, _RopeJson], Rope]] = {
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+}

@@ -45,7 +45,10 @@ from ..weights import SUM, embed, heads_matmul, matmul, unembed
 from .config import DecoderConfig
 from .rotary import Rotation, rotate, rotation
 
-_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
+_ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
 
 
 class Cache(NamedTuple):
@@ -79,12 +82,17 @@ class SelfAttention(nnx.Module):
         if config.fused:
             self.qkv_proj = linear("qkv_proj")
         else:
-            self.q_proj, self.k_proj, self.v_proj = map(linear, ("q_proj", "k_proj", "v_proj"))
+            self.q_proj, self.k_proj, self.v_proj = map(
+                linear, ("q_proj", "k_proj", "v_proj")
+            )
         self.o_proj = linear("o_proj")
         if config.qk_norm:
             widths = [config.d_head] * 2
             if config.whole_qk_norm:
-                widths = [heads * config.d_head for heads in (config.num_heads, config.num_kv_heads)]
+                widths = [
+                    heads * config.d_head
+                    for heads in (config.num_heads, config.num_kv_heads)
+                ]
             self.q_norm, self.k_norm = (_norm(config, width) for width in widths)
 
     def __call__(
@@ -101,51 +109,87 @@ class SelfAttention(nnx.Module):
         """
         c = self.config
         if c.fused:
-            inner, kv = c.num_heads * c.d_head, c.num_kv_heads * c.d_head
+            inner = c.num_heads * c.d_head
+            kv = c.num_kv_heads * c.d_head
             parts = jnp.split(self.qkv_proj(x, adapters), [inner, inner + kv], axis=-1)
         else:
-            parts = [linear(x, adapters) for linear in (self.q_proj, self.k_proj, self.v_proj)]
+            parts = [
+                linear(x, adapters)
+                for linear in (self.q_proj, self.k_proj, self.v_proj)
+            ]
         gate = None
         if c.attention_gate:
             heads = parts[0].reshape(*x.shape[:2], -1, 2, c.d_head)
-            parts[0], gate = (heads[:, :, :, half].reshape(*x.shape[:2], -1) for half in range(2))
+            parts[0], gate = (
+                heads[:, :, :, half].reshape(*x.shape[:2], -1) for half in range(2)
+            )
         if c.whole_qk_norm:
             parts[:2] = self.q_norm(parts[0]), self.k_norm(parts[1])
-        mixed, cache = [], None
-        for *of_rows, context in zip(*(apart(part, line) for part in parts), contexts, strict=True):
-            queries, keys, values = (part.reshape(*part.shape[:2], -1, c.d_head) for part in of_rows)
+        mixed = []
+        cache = None
+        for *of_rows, context in zip(
+            *(apart(part, line) for part in parts), contexts, strict=True
+        ):
+            queries, keys, values = (
+                part.reshape(*part.shape[:2], -1, c.d_head) for part in of_rows
+            )
             if c.qk_norm and not (c.whole_qk_norm or c.late_qk_norm):
-                queries, keys = self.q_norm(queries), self.k_norm(keys)
-            queries, keys = rotate(queries, context.rotation), rotate(keys, context.rotation)
+                queries = self.q_norm(queries)
+                keys = self.k_norm(keys)
+            queries = rotate(queries, context.rotation)
+            keys = rotate(keys, context.rotation)
             if c.late_qk_norm:
-                queries, keys = self.q_norm(queries), self.k_norm(keys)
+                queries = self.q_norm(queries)
+                keys = self.k_norm(keys)
             if context.rotation.queries is not None:
-                queries = queries * context.rotation.queries[:, :, None, None].astype(queries.dtype)
-            cache = into(Cache(keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3)))
+                queries = queries * context.rotation.queries[:, :, None, None].astype(
+                    queries.dtype
+                )
+            cache = into(
+                Cache(keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3))
+            )
             mixed.append(self._mix(queries, cache, context.mask))
         assert cache is not None
         heard = together(mixed, line, x.shape)
-        return self.o_proj(heard if gate is None else heard * jax.nn.sigmoid(gate), adapters), cache
+        return self.o_proj(
+            heard if gate is None else heard * jax.nn.sigmoid(gate), adapters
+        ), cache
 
     def _mix(
-        self, queries: Float[Array, "B T HG K"], cache: Cache, mask: Bool[Array, "B T C"]
+        self,
+        queries: Float[Array, "B T HG K"],
+        cache: Cache,
+        mask: Bool[Array, "B T C"],
     ) -> Float[Array, "B T HGK"]:
         c, (batch, length) = self.config, queries.shape[:2]
         if length > 1 and not c.attention_cap and not for_cpu():
             # For long sequences: it takes half of a TPU's cycles and of the memory for scores.
-            keys, values = cache.keys.transpose(0, 3, 1, 2), cache.values.transpose(0, 2, 1, 3)
-            mixed = jax.nn.dot_product_attention(queries, keys, values, mask=mask[:, None], scale=c.query_scale)
+            keys = cache.keys.transpose(0, 3, 1, 2)
+            values = cache.values.transpose(0, 2, 1, 3)
+            mixed = jax.nn.dot_product_attention(
+                queries, keys, values, mask=mask[:, None], scale=c.query_scale
+            )
             return mixed.reshape(batch, length, -1)
         # Head g of group h is head h G + g; the heads of a group share one product.
-        grouped = queries.reshape(batch, length, c.num_kv_heads, -1, c.d_head).transpose(0, 2, 3, 1, 4)
+        grouped = queries.reshape(
+            batch, length, c.num_kv_heads, -1, c.d_head
+        ).transpose(0, 2, 3, 1, 4)
         flat = grouped.reshape(batch, c.num_kv_heads, -1, c.d_head)
         scores = widened(heads_matmul(flat, cache.keys)) * c.query_scale
         if c.attention_cap:
             scores = c.attention_cap * jnp.tanh(scores / c.attention_cap)
         scores = scores.reshape(*grouped.shape[:4], -1)
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(queries.dtype).reshape(*flat.shape[:3], -1)
-        mixed = heads_matmul(weights, cache.values).reshape(grouped.shape).astype(queries.dtype)
+        weights = (
+            jax.nn.softmax(scores, axis=-1)
+            .astype(queries.dtype)
+            .reshape(*flat.shape[:3], -1)
+        )
+        mixed = (
+            heads_matmul(weights, cache.values)
+            .reshape(grouped.shape)
+            .astype(queries.dtype)
+        )
         return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, -1)
 
 
@@ -166,7 +210,8 @@ class MLP(nnx.Module):
         if self.fused:
             gate, up = jnp.split(self.gate_up_proj(x, adapters), 2, axis=-1)
         else:
-            gate, up = self.gate_proj(x, adapters), self.up_proj(x, adapters)
+            gate = self.gate_proj(x, adapters)
+            up = self.up_proj(x, adapters)
         activated = _ACTIVATIONS[self.config.activation](widened(gate)).astype(x.dtype)
         return self.down_proj(activated * up, adapters)
 
@@ -177,9 +222,13 @@ class Block(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
         if config.pre_norms:
-            self.input_norm, self.mlp_norm = (_norm(config, config.d_model) for _ in range(2))
+            self.input_norm, self.mlp_norm = (
+                _norm(config, config.d_model) for _ in range(2)
+            )
         if config.post_norms:
-            self.attention_post_norm, self.mlp_post_norm = (_norm(config, config.d_model) for _ in range(2))
+            self.attention_post_norm, self.mlp_post_norm = (
+                _norm(config, config.d_model) for _ in range(2)
+            )
         self.self_attn = SelfAttention(config, rngs=rngs)
         self.mlp = MLP(config, rngs=rngs)
 
@@ -193,7 +242,9 @@ class Block(nnx.Module):
     ) -> tuple[Hidden, Cache]:
         """Run one layer; see `SelfAttention`."""
         c = self.config
-        heard, cache = self.self_attn(self.input_norm(x) if c.pre_norms else x, contexts, adapters, line, into)
+        heard, cache = self.self_attn(
+            self.input_norm(x) if c.pre_norms else x, contexts, adapters, line, into
+        )
         heard = self.attention_post_norm(heard) if c.post_norms else heard
         x = checkpoint_name(x + _scaled(heard, c.residual_scale), SUM)
         made = self.mlp(self.mlp_norm(x) if c.pre_norms else x, adapters)
@@ -205,17 +256,26 @@ class Decoder(nnx.Module):
     """A decoder-only model with random weights."""
 
     blocks: ClassVar[type[Any]] = Block
-    prefix: ClassVar[str] = ""  # of a site's name; both together are the path of its linear map in the model
+    prefix: ClassVar[str] = (
+        ""  # of a site's name; both together are the path of its linear map in the model
+    )
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config: Architecture = config
-        self.embedding = Base(0.02 * rngs.params.normal((config.vocab_size, config.d_model)))
+        self.embedding = Base(
+            0.02 * rngs.params.normal((config.vocab_size, config.d_model))
+        )
         self.decoder: Any = self.blocks(config, rngs=rngs)
         self.norm = RMSNorm((config.d_model,), config.eps, offset=config.norm_offset)
         if not config.tied:
-            self.head = Base(config.d_model**-0.5 * rngs.params.normal((config.d_model, config.vocab_size)))
+            self.head = Base(
+                config.d_model**-0.5
+                * rngs.params.normal((config.d_model, config.vocab_size))
+            )
 
-    def __call__(self, ids: Target, mask: Bool[Array, "B T"], adapters: Adapters | None = None) -> Logits:
+    def __call__(
+        self, ids: Target, mask: Bool[Array, "B T"], adapters: Adapters | None = None
+    ) -> Logits:
         """Return the logits that follow every token, padded on either side; those of padding have no meaning."""
         return self._logits(self._run(ids, [self._of_rows(mask)], adapters or {})[0])
 
@@ -225,29 +285,54 @@ class Decoder(nnx.Module):
         return self.config
 
     def variables(self) -> dict[str, Base]:
-        kernels = {site: attrgetter(f"{self.prefix}{site}.kernel")(self) for site in self.config.sites}
+        kernels = {
+            site: attrgetter(f"{self.prefix}{site}.kernel")(self)
+            for site in self.config.sites
+        }
         return kernels if self.config.tied else kernels | {"head": self.head}
 
     def label_logits(
-        self, input_ids: Source, input_mask: Mask, labels: Target, adapters: Adapters, rows: Rows | None = None
+        self,
+        input_ids: Source,
+        input_mask: Mask,
+        labels: Target,
+        adapters: Adapters,
+        rows: Rows | None = None,
     ) -> Logits:
         width = input_ids.shape[1]
         if rows is not None:
             sources, targets, before = rows
             ids = jnp.concatenate([input_ids, jnp.maximum(before, 0)], axis=1)
             # Labels lie behind the source, in the line and in every row. A row's text is without its last token.
-            targets = [jnp.where(group < labels.shape[1], width + group, group) for group in targets]
+            targets = [
+                jnp.where(group < labels.shape[1], width + group, group)
+                for group in targets
+            ]
             sources = [to_the_right(group, group < width) for group in sources]
             line = line_of(
-                [jnp.concatenate(parts, axis=1) for parts in zip(sources, targets, strict=True)], ids.shape[1]
+                [
+                    jnp.concatenate(parts, axis=1)
+                    for parts in zip(sources, targets, strict=True)
+                ],
+                ids.shape[1],
             )
-            contexts = [self._of_rows(mask, jnp.sum(mask, axis=1, keepdims=True) + 1) for mask in line.masks()]
+            contexts = [
+                self._of_rows(mask, jnp.sum(mask, axis=1, keepdims=True) + 1)
+                for mask in line.masks()
+            ]
             x, _ = self._run(folded(ids), contexts, adapters, line)
             return self._logits(x.reshape(*ids.shape, -1)[:, width:])
-        ids = jnp.concatenate([to_the_right(input_ids, input_mask), jnp.maximum(labels[:, :-1], 0)], axis=1)
-        mask = jnp.concatenate([to_the_right(input_mask, input_mask), labels[:, :-1] >= 0], axis=1)
+        ids = jnp.concatenate(
+            [to_the_right(input_ids, input_mask), jnp.maximum(labels[:, :-1], 0)],
+            axis=1,
+        )
+        mask = jnp.concatenate(
+            [to_the_right(input_mask, input_mask), labels[:, :-1] >= 0], axis=1
+        )
         # The last label counts, as in transformers' loss, whether or not the width of the batch lets it be an input.
-        lengths = jnp.sum(input_mask, axis=1, keepdims=True) + jnp.sum(labels >= 0, axis=1, keepdims=True)
+        lengths = jnp.sum(input_mask, axis=1, keepdims=True) + jnp.sum(
+            labels >= 0, axis=1, keepdims=True
+        )
         x, _ = self._run(ids, [self._of_rows(mask, lengths)], adapters)
         return self._logits(x[:, width - 1 :])
 
@@ -255,11 +340,15 @@ class Decoder(nnx.Module):
         self, input_ids: Source, input_mask: Mask, length: int, adapters: Adapters
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Return the logits that follow the prompt, and a cache with room for all but the last of `length` tokens."""
-        ids, mask = to_the_right(input_ids, input_mask), to_the_right(input_mask, input_mask)
+        ids = to_the_right(input_ids, input_mask)
+        mask = to_the_right(input_mask, input_mask)
         x, cache = self._run(ids, [self._of_rows(mask)], adapters)
         room = [(0, 0)] * 4 + [(0, length - 1)]
-        keys, values = jnp.pad(cache.keys, room), jnp.pad(cache.values, [*room[:3], room[4], (0, 0)])
-        return self._logits(x[:, -1:])[:, 0], cache._replace(keys=pack(keys), values=pack(values))
+        keys = jnp.pad(cache.keys, room)
+        values = jnp.pad(cache.values, [*room[:3], room[4], (0, 0)])
+        return self._logits(x[:, -1:])[:, 0], cache._replace(
+            keys=pack(keys), values=pack(values)
+        )
 
     def decode_token(
         self,
@@ -273,26 +362,40 @@ class Decoder(nnx.Module):
         size = cache.keys.shape[-1]
         column = column % size
         ages = (column - jnp.arange(size)) % size
-        positions = (jnp.sum(input_mask, axis=1, dtype=jnp.int32) - 1 + position)[:, None]
+        positions = (jnp.sum(input_mask, axis=1, dtype=jnp.int32) - 1 + position)[
+            :, None
+        ]
         seen = ages[None, :] <= positions
         # With longrope, keys of the cache have the frequencies of the prompt's length, and so has the whole answer.
         longrope = self.structure.rope.scaling == "longrope"
-        lengths = jnp.sum(input_mask, axis=1, keepdims=True) if longrope else positions + 1
-        contexts = self._contexts(positions, lengths, seen[:, None], jnp.zeros((1, 1), jnp.int32), -ages[None])
+        lengths = (
+            jnp.sum(input_mask, axis=1, keepdims=True) if longrope else positions + 1
+        )
+        contexts = self._contexts(
+            positions, lengths, seen[:, None], jnp.zeros((1, 1), jnp.int32), -ages[None]
+        )
 
         def block(
-            layer: Any, carry: tuple[Array, Cache], of_layer: tuple[Any, Array | None, tuple[Array, Any]]
+            layer: Any,
+            carry: tuple[Array, Cache],
+            of_layer: tuple[Any, Array | None, tuple[Array, Any]],
         ) -> tuple[tuple[Array, Cache], Any]:
             (x, cache), (adapters, local, (number, _)) = carry, of_layer
 
             def into(new: Cache) -> Cache:
                 # In place: a layer's copy with the new column would be copied once more, into the loop's results.
                 nonlocal cache
-                update, (keys, values) = jax.lax.dynamic_update_slice, (pack(a)[None] for a in new[:2])
+                update, (keys, values) = (
+                    jax.lax.dynamic_update_slice,
+                    (pack(a)[None] for a in new[:2]),
+                )
                 keys = update(cache.keys, keys, (number, 0, 0, 0, column))
                 values = update(cache.values, values, (number, 0, 0, column, 0))
                 cache = Cache(keys, values)
-                of_layer = (jax.lax.dynamic_index_in_dim(a, number, keepdims=False) for a in (cache.keys, cache.values))
+                of_layer = (
+                    jax.lax.dynamic_index_in_dim(a, number, keepdims=False)
+                    for a in (cache.keys, cache.values)
+                )
                 return Cache(*map(unpack, of_layer))
 
             x, new = layer(x, [contexts(local)], adapters, into=into)
@@ -318,7 +421,9 @@ class Decoder(nnx.Module):
     ) -> tuple[Hidden, Cache]:
         """Run all tokens at once; return the last block's outputs, and keys and values of all layers."""
 
-        def block(layer: Any, x: Array, of_layer: tuple[Any, Array | None, None]) -> tuple[Array, Cache]:
+        def block(
+            layer: Any, x: Array, of_layer: tuple[Any, Array | None, None]
+        ) -> tuple[Array, Cache]:
             adapters, local, _ = of_layer
             return layer(x, [context(local) for context in contexts], adapters, line)
 
@@ -351,7 +456,11 @@ class Decoder(nnx.Module):
         everywhere = Context(rotation(c.rope, positions, lengths), seen)
         if not any(c.sliding):
             return lambda local: everywhere
-        near = seen & (columns[:, None, :] > places[:, :, None] - c.window) if c.window else seen
+        near = (
+            seen & (columns[:, None, :] > places[:, :, None] - c.window)
+            if c.window
+            else seen
+        )
         nearby = Context(rotation(c.local_rope or c.rope, positions, lengths), near)
         if all(c.sliding):
             return lambda local: nearby
@@ -369,7 +478,8 @@ class Decoder(nnx.Module):
         return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
 
     def _logits(self, x: Hidden) -> Logits:
-        x, cap = self.norm(x), self.structure.logit_cap
+        x = self.norm(x)
+        cap = self.structure.logit_cap
         if self.config.tied:
             logits = unembed(x, self.embedding.get_value())
         else:
@@ -378,7 +488,11 @@ class Decoder(nnx.Module):
         return cap * jnp.tanh(logits / cap) if cap else logits
 
     def _scan(
-        self, block: Callable[..., tuple[Any, Any]], carry: Any, adapters: Adapters, numbers: Any
+        self,
+        block: Callable[..., tuple[Any, Any]],
+        carry: Any,
+        adapters: Adapters,
+        numbers: Any,
     ) -> tuple[Any, Any]:
         sliding = self.structure.sliding
         local = jnp.array(sliding) if any(sliding) and not all(sliding) else None
@@ -386,7 +500,9 @@ class Decoder(nnx.Module):
         return scan_blocks(block, self.decoder, carry, xs, unroll=self.config.unroll)
 
 
-def to_the_right(a: Shaped[Array, "B S"], mask: Bool[Array, "B S"]) -> Shaped[Array, "B S"]:
+def to_the_right(
+    a: Shaped[Array, "B S"], mask: Bool[Array, "B S"]
+) -> Shaped[Array, "B S"]:
     """Move what `mask` keeps of every row to the row's right end, in its order."""
     order = jnp.argsort(mask, axis=1, stable=True)
     return jnp.take_along_axis(a, order, axis=1)
@@ -398,8 +514,17 @@ def _scaled(x: Float[Array, "*B"], by: float) -> Float[Array, "*B"]:
 
 def _linear(config: DecoderConfig, module: str, name: str, *, rngs: nnx.Rngs) -> Linear:
     path = f"{module}.{name}"
-    site, biased = config.sites[f"decoder.{path}"], name in config.biased
-    return Linear(path, site.layers, site.d_in, site.d_out, scale=site.d_in**-0.5, biased=biased, rngs=rngs)
+    site = config.sites[f"decoder.{path}"]
+    biased = name in config.biased
+    return Linear(
+        path,
+        site.layers,
+        site.d_in,
+        site.d_out,
+        scale=site.d_in**-0.5,
+        biased=biased,
+        rngs=rngs,
+    )
 
 
 def _norm(config: DecoderConfig, width: int) -> RMSNorm:

@@ -20,21 +20,30 @@ class Rotation(NamedTuple):
     queries: Float[Array, "B T"] | None = None
 
 
-def rotation(rope: Rope, positions: Int[Array, "B T"], lengths: Int[Array, "B #T"]) -> Rotation:
+def rotation(
+    rope: Rope, positions: Int[Array, "B T"], lengths: Int[Array, "B #T"]
+) -> Rotation:
     """Return the angles of positions, from 0 on, in float32; `dynamic` and `longrope` depend on the rows' `lengths`."""
     angles = positions.astype(jnp.float32)[:, :, None] * _frequencies(rope, lengths)
     grown = None
     if rope.query_growth:
-        grown = 1 + rope.query_growth * jnp.log1p((positions // rope.context).astype(jnp.float32))
+        grown = 1 + rope.query_growth * jnp.log1p(
+            (positions // rope.context).astype(jnp.float32)
+        )
     return Rotation(rope.scale * jnp.cos(angles), rope.scale * jnp.sin(angles), grown)
 
 
 def rotate(x: Float[Array, "B T H K"], by: Rotation) -> Float[Array, "B T H K"]:
     """Rotate the first numbers of each head, each paired with the one half the rotated width further."""
     half = by.cos.shape[-1]
-    cos, sin = (a.astype(x.dtype)[:, :, None, :] for a in (by.cos, by.sin))
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+    cos = by.cos.astype(x.dtype)[:, :, None, :]
+    sin = by.sin.astype(x.dtype)[:, :, None, :]
+    first = x[..., :half]
+    second = x[..., half : 2 * half]
+    rest = x[..., 2 * half :]
+    return jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin, rest], axis=-1
+    )
 
 
 def _frequencies(rope: Rope, lengths: Int[Array, "B T"]) -> Float[Array, "#B #T R"]:
@@ -52,9 +61,8 @@ def _frequencies(rope: Rope, lengths: Int[Array, "B T"]) -> Float[Array, "#B #T 
         kept = _kept(rope, frequencies)
         frequencies = ((1 - kept) / rope.factor + kept) * frequencies
     if rope.scaling == "longrope":
-        long, short = (
-            jnp.asarray(frequencies / np.array(of, np.float32))[None, None] for of in (rope.long, rope.short)
-        )
+        long = jnp.asarray(frequencies / np.array(rope.long, np.float32))[None, None]
+        short = jnp.asarray(frequencies / np.array(rope.short, np.float32))[None, None]
         return jnp.where((lengths > rope.context)[:, :, None], long, short)
     if rope.scaling == "none":
         frequencies = 0 * frequencies
@@ -69,8 +77,16 @@ def _kept(rope: Rope, frequencies: np.ndarray) -> np.ndarray:
         return np.clip((turns - rope.low_freq) / (rope.high_freq - rope.low_freq), 0, 1)
     # It is linear in the pair's number, between the pairs that turn so often in a context.
     bounds = np.array([rope.high_freq, rope.low_freq])
-    first, last = rope.width * np.log(rope.context / (2 * np.pi * bounds)) / (2 * np.log(rope.theta))
+    first, last = (
+        rope.width
+        * np.log(rope.context / (2 * np.pi * bounds))
+        / (2 * np.log(rope.theta))
+    )
     if rope.whole_pairs:
-        first, last = np.floor(first), np.ceil(last)
-    first, last = max(first, 0), min(last, rope.width - 1)
-    return 1 - np.clip((np.arange(len(frequencies)) - first) / max(last - first, 0.001), 0, 1)
+        first = np.floor(first)
+        last = np.ceil(last)
+    first = max(first, 0)
+    last = min(last, rope.width - 1)
+    return 1 - np.clip(
+        (np.arange(len(frequencies)) - first) / max(last - first, 0.001), 0, 1
+    )

@@ -18,4 +18,7 @@ def linear_maps(module: str) -> tuple[str, ...]:
     if match is None:
         return ()
     layer, part, name = match.groups()
-    return tuple(f"model.layers.{layer}.{_PARTS[part]}.{last}" for last in _MAPS.get(name, (name,)))
+    return tuple(
+        f"model.layers.{layer}.{_PARTS[part]}.{last}"
+        for last in _MAPS.get(name, (name,))
+    )

@@ -14,23 +14,45 @@ def _others(model: Qwen35) -> list[Slot]:
     config = model.structure
     assert isinstance(config, Qwen35Config)
     stem = config.stem
-    slots = [Slot(model.embedding, [f"{stem}.embed_tokens.weight"]), Slot(model.norm.scale, [f"{stem}.norm.weight"])]
+    slots = [
+        Slot(model.embedding, [f"{stem}.embed_tokens.weight"]),
+        Slot(model.norm.scale, [f"{stem}.norm.weight"]),
+    ]
     for place, stack in enumerate(config.stacks):
         block = getattr(model.decoder, stack)
-        norms = {"input_layernorm": block.input_norm, "post_attention_layernorm": block.mlp_norm}
+        norms = {
+            "input_layernorm": block.input_norm,
+            "post_attention_layernorm": block.mlp_norm,
+        }
         if stack == "full":
-            norms |= {"self_attn.q_norm": block.self_attn.q_norm, "self_attn.k_norm": block.self_attn.k_norm}
-            variables = {f"{name}.bias": getattr(block.self_attn, name).bias for name in config.biased}
+            norms |= {
+                "self_attn.q_norm": block.self_attn.q_norm,
+                "self_attn.k_norm": block.self_attn.k_norm,
+            }
+            variables = {
+                f"{name}.bias": getattr(block.self_attn, name).bias
+                for name in config.biased
+            }
         else:
             net = block.linear_attn
             norms["linear_attn.norm"] = net.norm
-            variables = {"conv1d.weight": net.conv1d, "A_log": net.A_log, "dt_bias": net.dt_bias}
+            variables = {
+                "conv1d.weight": net.conv1d,
+                "A_log": net.A_log,
+                "dt_bias": net.dt_bias,
+            }
         named = {f"{name}.weight": norm.scale for name, norm in norms.items()}
         mixer = "self_attn" if stack == "full" else "linear_attn"
         named |= {f"{mixer}.{name}": variable for name, variable in variables.items()}
         layers = range(place, config.num_layers, config.group)
         for name, variable in named.items():
-            slots.append(Slot(variable, [f"{stem}.layers.{layer}.{name}" for layer in layers], stacked=True))
+            slots.append(
+                Slot(
+                    variable,
+                    [f"{stem}.layers.{layer}.{name}" for layer in layers],
+                    stacked=True,
+                )
+            )
     return slots
 
 
@@ -40,7 +62,9 @@ def _checkpoint(config: Qwen35Config) -> Checkpoint:
         head="lm_head.weight",
         # The parts that predict several tokens, and that read images.
         unused=(_SEVERAL_TOKENS,),
-        unread=() if config.stem == "model" else ("model.visual.*", "visual.*", _SEVERAL_TOKENS),
+        unread=()
+        if config.stem == "model"
+        else ("model.visual.*", "visual.*", _SEVERAL_TOKENS),
         others=_others,
     )
 

@@ -61,43 +61,66 @@ class Qwen35Config(DecoderConfig):
     @functools.cached_property
     def of_attention(self) -> DecoderConfig:
         """The structure of the layers with attention."""
-        fields: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(DecoderConfig)}
+        fields: dict[str, Any] = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(DecoderConfig)
+        }
         fields["num_layers"] = self.num_layers // self.group
         return DecoderConfig(**fields)
 
     @functools.cached_property
     def delta_shapes(self) -> Mapping[str, tuple[int, int]]:
         """Return the shapes of a delta net's linear maps."""
-        d, width = self.delta, self.delta.value_heads * self.delta.d_value
+        d = self.delta
+        width = self.delta.value_heads * self.delta.d_value
         outputs = {
             "in_proj_qkv": d.channels,
             "in_proj_z": width,
             "in_proj_b": d.value_heads,
             "in_proj_a": d.value_heads,
         }
-        return {name: (self.d_model, d_out) for name, d_out in outputs.items()} | {"out_proj": (width, self.d_model)}
+        return {name: (self.d_model, d_out) for name, d_out in outputs.items()} | {
+            "out_proj": (width, self.d_model)
+        }
 
     @functools.cached_property
     def stacks(self) -> Mapping[str, Stack]:
         full = self.of_attention.stacks["decoder"]
         d = self.delta
         # The input of each norm, the MLP's gate with its derivative, the convolution's steps, and products of a chunk.
-        kept = 2 * (self.d_model + self.d_ff) + 8 * (d.channels + d.value_heads * (CHUNK + d.d_key + d.d_value))
-        recurrence = Recurrence(d.value_heads, d.d_key, d.d_value, CHUNK, inputs=(d.kernel - 1) * d.channels)
+        kept = 2 * (self.d_model + self.d_ff) + 8 * (
+            d.channels + d.value_heads * (CHUNK + d.d_key + d.d_value)
+        )
+        recurrence = Recurrence(
+            d.value_heads, d.d_key, d.d_value, CHUNK, inputs=(d.kernel - 1) * d.channels
+        )
         delta = full._replace(attentions=(), elementwise=kept, recurrence=recurrence)
-        return {f"delta{place}": delta for place in range(self.group - 1)} | {_FULL: full}
+        return {f"delta{place}": delta for place in range(self.group - 1)} | {
+            _FULL: full
+        }
 
     @functools.cached_property
     def sites(self) -> Mapping[str, Site]:
         sites = {}
         of_attention = self.of_attention.sites
         for place, stack in enumerate(self.stacks):
-            of_stack = {name.partition(".")[2]: site for name, site in of_attention.items()}
+            of_stack = {
+                name.partition(".")[2]: site for name, site in of_attention.items()
+            }
             if stack != _FULL:
-                mixer = {f"linear_attn.{name}": self._delta_site(name) for name in self.delta_shapes}
-                of_stack = mixer | {name: site for name, site in of_stack.items() if name.startswith("mlp.")}
+                mixer = {
+                    f"linear_attn.{name}": self._delta_site(name)
+                    for name in self.delta_shapes
+                }
+                of_stack = mixer | {
+                    name: site
+                    for name, site in of_stack.items()
+                    if name.startswith("mlp.")
+                }
             for name, site in of_stack.items():
-                sites[f"{stack}.{name}"] = dataclasses.replace(site, first=place, every=self.group)
+                sites[f"{stack}.{name}"] = dataclasses.replace(
+                    site, first=place, every=self.group
+                )
         return sites
 
     def _delta_site(self, name: str) -> Site:
@@ -129,22 +152,33 @@ class _Json(TypedDict, total=False):
 
 def read_config(raw: Mapping[str, Any]) -> DecoderConfig:
     """Return the structure that a config.json describes; raises a ValueError that names a value which does not fit."""
-    for fields in (raw, structured(dict(raw), _Json, "", own=False).get("text_config") or {}):
+    for fields in (
+        raw,
+        structured(dict(raw), _Json, "", own=False).get("text_config") or {},
+    ):
         structured(dict(fields), _Json, "", own=False)
     return hf_config.read_config(raw, dict.fromkeys(MODEL_TYPES, _fields), Qwen35Config)
 
 
 def _fields(hf: Any) -> dict[str, Any]:
-    layers, kinds = hf.num_hidden_layers, hf.layer_types
-    group = kinds.index("full_attention") + 1 if "full_attention" in kinds else layers + 1
-    if kinds != (["linear_attention"] * (group - 1) + ["full_attention"]) * (layers // group):
+    layers = hf.num_hidden_layers
+    kinds = hf.layer_types
+    group = (
+        kinds.index("full_attention") + 1 if "full_attention" in kinds else layers + 1
+    )
+    if kinds != (["linear_attention"] * (group - 1) + ["full_attention"]) * (
+        layers // group
+    ):
         raise ValueError(
             f"layer_types is {shown(kinds)}: expected the {layers} layers in groups of one size, each of "
             "linear_attention with one full_attention at its end"
         )
     if hf.linear_num_value_heads % hf.linear_num_key_heads:
-        heads, multiple = hf.linear_num_value_heads, hf.linear_num_key_heads
-        raise ValueError(f"linear_num_value_heads is {heads}: expected a multiple of linear_num_key_heads, {multiple}")
+        heads = hf.linear_num_value_heads
+        multiple = hf.linear_num_key_heads
+        raise ValueError(
+            f"linear_num_value_heads is {heads}: expected a multiple of linear_num_key_heads, {multiple}"
+        )
     delta = Delta(
         key_heads=hf.linear_num_key_heads,
         value_heads=hf.linear_num_value_heads,
@@ -153,5 +187,10 @@ def _fields(hf: Any) -> dict[str, Any]:
         kernel=hf.linear_conv_kernel_dim,
     )
     # In a text all three kinds of positions of a Qwen 3.5 are equal, so its rotation is the plain one.
-    same = {"partial_rope": True, "qk_norm": True, "attention_gate": True, "norm_offset": 1.0}
+    same = {
+        "partial_rope": True,
+        "qk_norm": True,
+        "attention_gate": True,
+        "norm_offset": 1.0,
+    }
     return same | {"delta": delta, "group": group}

@@ -41,13 +41,17 @@ def delta_rule(
     def in_chunks(a: Array) -> Array:
         """Return [B, T, H, ...] as [N, B, H, C, ...], filled up with zeros."""
         a = jnp.pad(a, [(0, 0), (0, -length % chunk)] + [(0, 0)] * (a.ndim - 2))
-        return jnp.moveaxis(a.reshape(a.shape[0], -1, chunk, *a.shape[2:]), (1, 3), (0, 2))
+        return jnp.moveaxis(
+            a.reshape(a.shape[0], -1, chunk, *a.shape[2:]), (1, 3), (0, 2)
+        )
 
     queries = normalised(queries) * queries.shape[-1] ** -0.5
     q, k, v, g, b = map(in_chunks, (queries, normalised(keys), values, decay, beta))
     faded = jnp.cumsum(g, axis=-1)  # since the chunk began
     causal = jnp.tril(jnp.ones((1, 1, 1, chunk, chunk), bool))
-    between = jnp.exp(jnp.where(causal, faded[..., :, None] - faded[..., None, :], -jnp.inf))
+    between = jnp.exp(
+        jnp.where(causal, faded[..., :, None] - faded[..., None, :], -jnp.inf)
+    )
     written = k * b[..., None]
     overlap = jnp.tril((written @ jnp.swapaxes(k, -1, -2)) * between, -1)
     scores = (q @ jnp.swapaxes(k, -1, -2)) * between
@@ -63,27 +67,45 @@ def delta_rule(
         return memory * kept + jnp.swapaxes(k, -1, -2) @ corrections, outputs
 
     new, read = jnp.split(solved, [values.shape[-1]], axis=-1)
-    memory, outputs = jax.lax.scan(step, memory, (new, read, scores, q * since, k * until, since[..., -1:, :]))
+    memory, outputs = jax.lax.scan(
+        step, memory, (new, read, scores, q * since, k * until, since[..., -1:, :])
+    )
     outputs = jnp.moveaxis(outputs, (0, 2), (1, 3))
     return outputs.reshape(outputs.shape[0], -1, *outputs.shape[3:])[:, :length], memory
 
 
-def _solved(below: Float[Array, "*B C C"], right: Float[Array, "*B C D"]) -> Float[Array, "*B C D"]:
+def _solved(
+    below: Float[Array, "*B C C"], right: Float[Array, "*B C D"]
+) -> Float[Array, "*B C D"]:
     """Return the x with `x + below x = right`, given numbers below the diagonal alone; C is a power of two.
 
     By products, as fast as `triangular_solve`: two calls of that in one program wait for each other for ever on two
     cores (jaxlib 0.10.2, see `adapters.pool`).
     """
-    multiply, size = partial(jnp.matmul, precision="highest"), below.shape[-1]
+    multiply = partial(jnp.matmul, precision="highest")
+    size = below.shape[-1]
     inverse = jnp.ones((*below.shape[:-2], size, 1, 1), below.dtype)
     while (count := inverse.shape[-3] // 2) > 0:
         # Two blocks on the diagonal become one: the inverse of [[A, 0], [C, B]] has -B^-1 C A^-1 in its corner.
-        first, second = inverse[..., ::2, :, :], inverse[..., 1::2, :, :]
-        parts = below.reshape(*below.shape[:-2], count, 2, size // count // 2, count, 2, size // count // 2)
-        corners = jnp.moveaxis(jnp.diagonal(parts[..., 1, :, :, 0, :], axis1=-4, axis2=-2), -1, -3)
+        first = inverse[..., ::2, :, :]
+        second = inverse[..., 1::2, :, :]
+        parts = below.reshape(
+            *below.shape[:-2],
+            count,
+            2,
+            size // count // 2,
+            count,
+            2,
+            size // count // 2,
+        )
+        corners = jnp.moveaxis(
+            jnp.diagonal(parts[..., 1, :, :, 0, :], axis1=-4, axis2=-2), -1, -3
+        )
         corner = -multiply(multiply(second, corners), first)
         upper = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
-        inverse = jnp.concatenate([upper, jnp.concatenate([corner, second], axis=-1)], axis=-2)
+        inverse = jnp.concatenate(
+            [upper, jnp.concatenate([corner, second], axis=-1)], axis=-2
+        )
     inverse = inverse[..., 0, :, :]
     return jax.lax.custom_linear_solve(
         lambda x: x + multiply(below, x),

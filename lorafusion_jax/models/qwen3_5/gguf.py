@@ -33,38 +33,66 @@ _MODULES = plain.MODULES | {
     "ssm_norm": "linear_attn.norm",
     "ssm_out": "linear_attn.out_proj",
 }
-_OF_BLOCK = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in _MODULES.items() if ours != "ffn_norm"}
-_CHANGES: dict[str, Literal["", "decay", "taps"]] = {"ssm_a": "decay", "ssm_conv1d": "taps"}
+_OF_BLOCK = {
+    f"{ours}.weight": f"{theirs}.weight"
+    for ours, theirs in _MODULES.items()
+    if ours != "ffn_norm"
+}
+_CHANGES: dict[str, Literal["", "decay", "taps"]] = {
+    "ssm_a": "decay",
+    "ssm_conv1d": "taps",
+}
 _OF_BLOCK |= {"ssm_a": "linear_attn.A_log", "ssm_dt.bias": "linear_attn.dt_bias"}
 
 
-def _config_json(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
-    return plain.config_json(metadata, tensors, {_NAME: ("qwen3_5_text", "Qwen3_5ForCausalLM")}, _fields)
+def _config_json(
+    metadata: Mapping[str, Any], tensors: Mapping[str, Any]
+) -> dict[str, Any]:
+    return plain.config_json(
+        metadata, tensors, {_NAME: ("qwen3_5_text", "Qwen3_5ForCausalLM")}, _fields
+    )
 
 
 def _fields(keys: plain.Keys, layers: int) -> dict[str, Any]:
     # The last blocks predict several tokens.
     layers -= keys.take("nextn_predict_layers", 0)
     interval = keys.size("full_attention_interval", 4)
-    kinds = ["linear_attention" if layer % interval else "full_attention" for layer in range(1, layers + 1)]
+    kinds = [
+        "linear_attention" if layer % interval else "full_attention"
+        for layer in range(1, layers + 1)
+    ]
     fields = {field: keys.size(key) for key, field in _SIZES.items()}
     width = keys.size("ssm.inner_size") // fields["linear_num_value_heads"]
-    return fields | {"num_hidden_layers": layers, "layer_types": kinds, "linear_value_head_dim": width}
+    return fields | {
+        "num_hidden_layers": layers,
+        "layer_types": kinds,
+        "linear_value_head_dim": width,
+    }
 
 
 def _stored(content: Mapping[str, Any], names: Collection[str]) -> dict[str, Stored]:
-    config, places = read_config(content), {}
+    config = read_config(content)
+    places = {}
     assert isinstance(config, Qwen35Config)
     d = config.delta
 
     def order(width: int, before: int, rows: int) -> np.ndarray:
         """Return the file's order: rows `before` the heads of values keep their places, then `width` for each head."""
-        moved = np.arange(before, rows).reshape(d.key_heads, -1, width).swapaxes(0, 1).ravel()
+        moved = (
+            np.arange(before, rows)
+            .reshape(d.key_heads, -1, width)
+            .swapaxes(0, 1)
+            .ravel()
+        )
         return np.concatenate([np.arange(before), moved])
 
-    heads, values = (partial(order, width, 0) for width in (1, d.d_value))
+    heads = partial(order, 1, 0)
+    values = partial(order, d.d_value, 0)
     channels = partial(order, d.d_value, 2 * d.key_heads * d.d_key)
-    orders = dict.fromkeys(("attn_qkv", "ssm_conv1d"), channels) | {"attn_gate": values, "ssm_out": values}
+    orders = dict.fromkeys(("attn_qkv", "ssm_conv1d"), channels) | {
+        "attn_gate": values,
+        "ssm_out": values,
+    }
     orders |= dict.fromkeys(("ssm_alpha", "ssm_beta", "ssm_a", "ssm_dt"), heads)
     for name in names:
         block = re.fullmatch(r"blk\.(\d+)\.((\w+)(?:\.\w+)?)", name)
@@ -77,26 +105,42 @@ def _stored(content: Mapping[str, Any], names: Collection[str]) -> dict[str, Sto
         offset = 1.0 if module.endswith("_norm") and module != "ssm_norm" else 0.0
         change = _CHANGES.get(module, "")
         places[name] = Stored(
-            re.sub(r"^model\b", config.stem, title), orders.get(module), int(module == "ssm_out"), offset, change
+            re.sub(r"^model\b", config.stem, title),
+            orders.get(module),
+            int(module == "ssm_out"),
+            offset,
+            change,
         )
     return places
 
 
 def _names(content: Mapping[str, Any]) -> list[str]:
     blocks = range(read_config(content).num_layers)
-    return [*plain.OF_MODEL, *(f"blk.{number}.{name}" for number in blocks for name in _OF_BLOCK)]
+    return [
+        *plain.OF_MODEL,
+        *(f"blk.{number}.{name}" for number in blocks for name in _OF_BLOCK),
+    ]
 
 
 def _metadata(config: Qwen35Config) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    d, turned = config.delta, config.rope.width // 2
+    d = config.delta
+    turned = config.rope.width // 2
     if d.d_key != d.d_value:
         raise ValueError(
             f"linear_value_head_dim is {d.d_value}: in GGUF it is linear_key_head_dim, {d.d_key}; use --format merged"
         )
-    values: dict[str, Any] = dict(zip(_SIZES, (d.kernel, d.d_key, d.key_heads, d.value_heads), strict=True))
-    values |= {"ssm.inner_size": d.value_heads * d.d_value, "full_attention_interval": config.group}
+    values: dict[str, Any] = dict(
+        zip(_SIZES, (d.kernel, d.d_key, d.key_heads, d.value_heads), strict=True)
+    )
+    values |= {
+        "ssm.inner_size": d.value_heads * d.d_value,
+        "full_attention_interval": config.group,
+    }
     # A pair of numbers turns by the first, second or third of a token's positions, which are equal in a text.
-    values["rope.dimension_sections"] = [*(len(range(first, turned, 3)) for first in range(3)), 0]
+    values["rope.dimension_sections"] = [
+        *(len(range(first, turned, 3)) for first in range(3)),
+        0,
+    ]
     keys, tensors = plain.metadata(config, _NAME)
     return keys | {f"{_NAME}.{key}": value for key, value in values.items()}, tensors
 

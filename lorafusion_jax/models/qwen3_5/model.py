@@ -14,7 +14,19 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from ..decoder.model import MLP, Block, Cache, Context, Decoder
-from ..layers import Adapters, Base, Hidden, Line, Linear, RMSNorm, apart, of_stack, scan_blocks, together, widened
+from ..layers import (
+    Adapters,
+    Base,
+    Hidden,
+    Line,
+    Linear,
+    RMSNorm,
+    apart,
+    of_stack,
+    scan_blocks,
+    together,
+    widened,
+)
 from ..weights import SUM
 from .config import Qwen35Config
 from .delta_rule import delta_rule
@@ -31,35 +43,62 @@ class DeltaNet(nnx.Module):
     """A gated delta net behind a short convolution, with a gate for its output."""
 
     def __init__(self, config: Qwen35Config, *, rngs: nnx.Rngs):
-        self.sizes, layers = config.delta, config.of_attention.num_layers
+        self.sizes = config.delta
+        layers = config.of_attention.num_layers
 
         def linear(name: str) -> Linear:
             d_in, d_out = config.delta_shapes[name]
-            return Linear(f"linear_attn.{name}", layers, d_in, d_out, scale=d_in**-0.5, rngs=rngs)
+            return Linear(
+                f"linear_attn.{name}", layers, d_in, d_out, scale=d_in**-0.5, rngs=rngs
+            )
 
-        self.in_proj_qkv, self.in_proj_z = linear("in_proj_qkv"), linear("in_proj_z")
-        self.in_proj_b, self.in_proj_a = linear("in_proj_b"), linear("in_proj_a")
+        self.in_proj_qkv = linear("in_proj_qkv")
+        self.in_proj_z = linear("in_proj_z")
+        self.in_proj_b = linear("in_proj_b")
+        self.in_proj_a = linear("in_proj_a")
         self.out_proj = linear("out_proj")
-        channels, kernel, heads = self.sizes.channels, self.sizes.kernel, self.sizes.value_heads
-        self.conv1d = Base(kernel**-0.5 * rngs.params.normal((layers, channels, 1, kernel)))
-        self.A_log, self.dt_bias = Base(jnp.zeros((layers, heads))), Base(jnp.ones((layers, heads)))
+        channels = self.sizes.channels
+        kernel = self.sizes.kernel
+        heads = self.sizes.value_heads
+        self.conv1d = Base(
+            kernel**-0.5 * rngs.params.normal((layers, channels, 1, kernel))
+        )
+        self.A_log = Base(jnp.zeros((layers, heads)))
+        self.dt_bias = Base(jnp.ones((layers, heads)))
         self.norm = RMSNorm((layers, self.sizes.d_value), config.eps)
 
     def __call__(
-        self, x: Hidden, contexts: Sequence[Context], adapters: Adapters, line: Line | None, state: State | None
+        self,
+        x: Hidden,
+        contexts: Sequence[Context],
+        adapters: Adapters,
+        line: Line | None,
+        state: State | None,
     ) -> tuple[Hidden, State]:
         """Return the outputs, and the state after the rows of the last group, which begin with `state` or with none."""
-        parts = [linear(x, adapters) for linear in (self.in_proj_qkv, self.in_proj_b, self.in_proj_a)]
-        mixed, after = [], None
-        for qkv, b, a, context in zip(*(apart(part, line) for part in parts), contexts, strict=True):
+        parts = [
+            linear(x, adapters)
+            for linear in (self.in_proj_qkv, self.in_proj_b, self.in_proj_a)
+        ]
+        mixed = []
+        after = None
+        for qkv, b, a, context in zip(
+            *(apart(part, line) for part in parts), contexts, strict=True
+        ):
             assert context.real is not None
-            heard, after = self._mix(widened(qkv), widened(b), widened(a), context.real, state)
+            heard, after = self._mix(
+                widened(qkv), widened(b), widened(a), context.real, state
+            )
             mixed.append(heard.astype(x.dtype).reshape(*heard.shape[:2], -1))
         assert after is not None
-        heads = together(mixed, line, x.shape).reshape(*x.shape[:2], -1, self.sizes.d_value)
+        heads = together(mixed, line, x.shape).reshape(
+            *x.shape[:2], -1, self.sizes.d_value
+        )
         gate = jax.nn.silu(widened(self.in_proj_z(x, adapters)))
         gated = widened(self.norm(heads)) * gate.reshape(heads.shape)
-        return self.out_proj(gated.astype(x.dtype).reshape(*x.shape[:2], -1), adapters), after
+        return self.out_proj(
+            gated.astype(x.dtype).reshape(*x.shape[:2], -1), adapters
+        ), after
 
     def _mix(
         self,
@@ -74,13 +113,25 @@ class DeltaNet(nnx.Module):
             memory = jnp.zeros((batch, s.value_heads, s.d_key, s.d_value), dtype)
             state = State(jnp.zeros((batch, s.kernel - 1, channels), dtype), memory)
         # Padding is zero here, so that it leaves a memory of zeros as it is.
-        inputs = jnp.concatenate([state.inputs, jnp.where(real[..., None], qkv, 0)], axis=1)
+        inputs = jnp.concatenate(
+            [state.inputs, jnp.where(real[..., None], qkv, 0)], axis=1
+        )
         taps = self.conv1d[...].astype(dtype).transpose(2, 1, 0)
-        convolved = sum(inputs[:, tap : tap + length] * taps[tap][None] for tap in range(s.kernel))
-        parts = jnp.split(jax.nn.silu(convolved), [s.key_heads * s.d_key, 2 * s.key_heads * s.d_key], axis=-1)
+        convolved = sum(
+            inputs[:, tap : tap + length] * taps[tap][None] for tap in range(s.kernel)
+        )
+        parts = jnp.split(
+            jax.nn.silu(convolved),
+            [s.key_heads * s.d_key, 2 * s.key_heads * s.d_key],
+            axis=-1,
+        )
         widths = (s.d_key, s.d_key, s.d_value)
-        q, k, v = (part.reshape(batch, length, -1, width) for part, width in zip(parts, widths, strict=True))
-        A_log, bias = (weight[...].astype(dtype)[None, None] for weight in (self.A_log, self.dt_bias))
+        q, k, v = (
+            part.reshape(batch, length, -1, width)
+            for part, width in zip(parts, widths, strict=True)
+        )
+        A_log = self.A_log[...].astype(dtype)[None, None]
+        bias = self.dt_bias[...].astype(dtype)[None, None]
         decay = -jnp.exp(A_log) * jax.nn.softplus(a + bias)
         heard, memory = delta_rule(q, k, v, decay, jax.nn.sigmoid(b), state.memory)
         return heard, State(inputs[:, length:], memory)
@@ -91,15 +142,24 @@ class DeltaBlock(nnx.Module):
 
     def __init__(self, config: Qwen35Config, *, rngs: nnx.Rngs):
         shape = (config.of_attention.num_layers, config.d_model)
-        self.input_norm, self.mlp_norm = (RMSNorm(shape, config.eps, offset=config.norm_offset) for _ in range(2))
+        self.input_norm, self.mlp_norm = (
+            RMSNorm(shape, config.eps, offset=config.norm_offset) for _ in range(2)
+        )
         self.linear_attn = DeltaNet(config, rngs=rngs)
         self.mlp = MLP(config.of_attention, rngs=rngs)
 
     def __call__(
-        self, x: Hidden, contexts: Sequence[Context], adapters: Adapters, line: Line | None, state: State | None
+        self,
+        x: Hidden,
+        contexts: Sequence[Context],
+        adapters: Adapters,
+        line: Line | None,
+        state: State | None,
     ) -> tuple[Hidden, State]:
         """Run one layer; see `DeltaNet`."""
-        heard, after = self.linear_attn(self.input_norm(x), contexts, adapters, line, state)
+        heard, after = self.linear_attn(
+            self.input_norm(x), contexts, adapters, line, state
+        )
         x = checkpoint_name(x + heard, SUM)
         return x + self.mlp(self.mlp_norm(x), adapters), after
 
@@ -153,13 +213,27 @@ class Qwen35(Decoder):
         return lambda local: context
 
     def _scan(
-        self, block: Callable[..., tuple[Any, Any]], carry: Any, adapters: Adapters, numbers: Any
+        self,
+        block: Callable[..., tuple[Any, Any]],
+        carry: Any,
+        adapters: Adapters,
+        numbers: Any,
     ) -> tuple[Any, Any]:
         sites = self.config.sites
-        of_stacks = {stack: of_stack(adapters, stack, sites) for stack in self.config.stacks}
+        of_stacks = {
+            stack: of_stack(adapters, stack, sites) for stack in self.config.stacks
+        }
 
-        def with_states(group: Group, carry: Any, of_group: tuple[Any, None, Any]) -> tuple[Any, Any]:
+        def with_states(
+            group: Group, carry: Any, of_group: tuple[Any, None, Any]
+        ) -> tuple[Any, Any]:
             states = None if of_group[2] is None else of_group[2][1]
             return block(partial(group, states), carry, of_group)
 
-        return scan_blocks(with_states, self.decoder, carry, (of_stacks, None, numbers), unroll=self.config.unroll)
+        return scan_blocks(
+            with_states,
+            self.decoder,
+            carry,
+            (of_stacks, None, numbers),
+            unroll=self.config.unroll,
+        )

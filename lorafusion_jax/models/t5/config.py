@@ -6,7 +6,16 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from ...support.reading import structured
-from ..architecture import Architecture, Attention, Layers, Parts, Site, Size, Split, Stack
+from ..architecture import (
+    Architecture,
+    Attention,
+    Layers,
+    Parts,
+    Site,
+    Size,
+    Split,
+    Stack,
+)
 
 _MODULES = {
     ("encoder", "self"): "layer.0.SelfAttention",
@@ -78,11 +87,19 @@ class T5Config(Architecture):
         def stack(layers: int, reads: Parts, *attentions: Attention) -> Stack:
             # Kept are the input of each sublayer's norm, and the gate with its derivative.
             norms = (len(attentions) + 1) * self.d_model
-            return Stack(layers, reads, attentions, self.d_ff, norms + (2 if self.gated else 0) * self.d_ff)
+            return Stack(
+                layers,
+                reads,
+                attentions,
+                self.d_ff,
+                norms + (2 if self.gated else 0) * self.d_ff,
+            )
 
         return {
             "encoder": stack(self.num_layers, _SOURCE, attention(_SOURCE)),
-            "decoder": stack(self.num_decoder_layers, _TARGET, attention(_TARGET), attention(_SOURCE)),
+            "decoder": stack(
+                self.num_decoder_layers, _TARGET, attention(_TARGET), attention(_SOURCE)
+            ),
         }
 
     @functools.cached_property
@@ -90,14 +107,20 @@ class T5Config(Architecture):
         """Every linear map, such as `encoder.self.q`, `decoder.cross.v` and `encoder.ff.wi_0`."""
         inner = self.num_heads * self.d_kv
         wi = ("wi_0", "wi_1") if self.gated else ("wi",)
-        shapes = dict.fromkeys("qkv", (self.d_model, inner)) | {"o": (inner, self.d_model)}
-        ff = dict.fromkeys(wi, (self.d_model, self.d_ff)) | {"wo": (self.d_ff, self.d_model)}
+        shapes = dict.fromkeys("qkv", (self.d_model, inner)) | {
+            "o": (inner, self.d_model)
+        }
+        ff = dict.fromkeys(wi, (self.d_model, self.d_ff)) | {
+            "wo": (self.d_ff, self.d_model)
+        }
         sites = {}
         for (stack, module), path in _MODULES.items():
             for name, (d_in, d_out) in (ff if module == "ff" else shapes).items():
                 last = name in ("o", "wo")
                 # The decoder reads keys and values of the source at every layer.
-                of_source = stack == "encoder" or (module == "cross" and name in ("k", "v"))
+                of_source = stack == "encoder" or (
+                    module == "cross" and name in ("k", "v")
+                )
                 sites[f"{stack}.{module}.{name}"] = Site(
                     self.stacks[stack].layers,
                     d_in,
@@ -118,11 +141,15 @@ class T5Config(Architecture):
 def read_config(raw: Mapping[str, Any]) -> T5Config:
     """Return the structure that a config.json describes, as transformers 4 and 5 write it."""
     if raw["model_type"] == "umt5":
-        raise ValueError("model_type is 'umt5', whose every layer has a relative bias: give a T5, FLAN-T5 or mT5")
+        raise ValueError(
+            "model_type is 'umt5', whose every layer has a relative bias: give a T5, FLAN-T5 or mT5"
+        )
     said = structured(raw, _Json, "", own=False)
     t5 = said.model_type == "t5"
     tied = t5 if said.tie_word_embeddings is None else said.tie_word_embeddings
-    pad_id = max(said.pad_token_id or 0, 0)  # -1 is written where there is none; padding is masked by its place
+    pad_id = max(
+        said.pad_token_id or 0, 0
+    )  # -1 is written where there is none; padding is masked by its place
     return T5Config(
         vocab_size=said.vocab_size,
         d_model=said.d_model,
@@ -134,13 +161,17 @@ def read_config(raw: Mapping[str, Any]) -> T5Config:
         gated=said.feed_forward_proj == "gated-gelu",
         tied=tied,
         # transformers 5 has a field for this. Before, logits were scaled if the head was tied, except in mT5.
-        scale_logits=tied and t5 if said.scale_decoder_outputs is None else said.scale_decoder_outputs,
+        scale_logits=tied and t5
+        if said.scale_decoder_outputs is None
+        else said.scale_decoder_outputs,
         buckets=said.relative_attention_num_buckets,
         max_distance=said.relative_attention_max_distance,
         eps=said.layer_norm_epsilon,
         pad_id=pad_id,
         eos_id=said.eos_token_id,
-        start_id=pad_id if said.decoder_start_token_id is None else said.decoder_start_token_id,
+        start_id=pad_id
+        if said.decoder_start_token_id is None
+        else said.decoder_start_token_id,
     )
 
 

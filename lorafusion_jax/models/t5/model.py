@@ -56,20 +56,27 @@ class FeedForward(nnx.Module):
     """`wo(relu(wi x))` of T5 1.0, or `wo(gelu(wi_0 x) * wi_1 x)` of T5 1.1 and FLAN."""
 
     def __init__(self, layers: int, config: T5Config, *, rngs: nnx.Rngs):
-        d_model, d_ff, self.gated = config.d_model, config.d_ff, config.gated
+        d_model = config.d_model
+        d_ff = config.d_ff
+        self.gated = config.gated
 
         def linear(name: str) -> Linear:
-            return Linear(f"ff.{name}", layers, d_model, d_ff, scale=d_model**-0.5, rngs=rngs)
+            return Linear(
+                f"ff.{name}", layers, d_model, d_ff, scale=d_model**-0.5, rngs=rngs
+            )
 
         if self.gated:
-            self.wi_0, self.wi_1 = linear("wi_0"), linear("wi_1")
+            self.wi_0 = linear("wi_0")
+            self.wi_1 = linear("wi_1")
         else:
             self.wi = linear("wi")
         self.wo = Linear("ff.wo", layers, d_ff, d_model, scale=d_ff**-0.5, rngs=rngs)
 
     def __call__(self, x: Hidden, adapters: Adapters) -> Hidden:
         if self.gated:
-            gate = jax.nn.gelu(widened(self.wi_0(x, adapters)), approximate=True).astype(x.dtype)
+            gate = jax.nn.gelu(
+                widened(self.wi_0(x, adapters)), approximate=True
+            ).astype(x.dtype)
             hidden = gate * self.wi_1(x, adapters)
         else:
             hidden = jax.nn.relu(self.wi(x, adapters))
@@ -81,10 +88,12 @@ class Block(nnx.Module):
 
     def __init__(self, config: T5Config, layers: int, *, crosses: bool, rngs: nnx.Rngs):
         norm = partial(RMSNorm, (layers, config.d_model), config.eps)
-        self.self_norm, self.ff_norm = norm(), norm()
+        self.self_norm = norm()
+        self.ff_norm = norm()
         self.self_attention = Attention("self", layers, config, rngs=rngs)
         if crosses:
-            self.cross_norm, self.cross_attention = norm(), Attention("cross", layers, config, rngs=rngs)
+            self.cross_norm = norm()
+            self.cross_attention = Attention("cross", layers, config, rngs=rngs)
         self.ff = FeedForward(layers, config, rngs=rngs)
 
     def __call__(
@@ -100,10 +109,15 @@ class Block(nnx.Module):
     ) -> Hidden:
         """Run one layer of the source, or of the target (teacher forcing), which attends to the encoded source."""
         normed = self.self_norm(x)
-        x = checkpoint_name(x + self.self_attention(normed, normed, masks, bias, adapters, line, line), SUM)
+        x = checkpoint_name(
+            x + self.self_attention(normed, normed, masks, bias, adapters, line, line),
+            SUM,
+        )
         if encoded is not None:
             normed = self.cross_norm(x)
-            heard = self.cross_attention(normed, encoded, cross_masks, None, adapters, line, of_source)
+            heard = self.cross_attention(
+                normed, encoded, cross_masks, None, adapters, line, of_source
+            )
             x = checkpoint_name(x + heard, SUM)
         return x + self.ff(self.ff_norm(x), adapters)
 
@@ -123,8 +137,12 @@ class Block(nnx.Module):
         """
         normed = self.self_norm(x)
         keys, values = into(*self.self_attention.cached(normed, adapters))
-        x = x + self.self_attention.attend_once(normed, keys, values, mask, bias, adapters)
-        x = x + self.cross_attention.attend_once(self.cross_norm(x), *cross, cross_mask, None, adapters)
+        x = x + self.self_attention.attend_once(
+            normed, keys, values, mask, bias, adapters
+        )
+        x = x + self.cross_attention.attend_once(
+            self.cross_norm(x), *cross, cross_mask, None, adapters
+        )
         return x + self.ff(self.ff_norm(x), adapters)
 
 
@@ -134,7 +152,8 @@ class T5(nnx.Module):
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
         c = config
         self.config: Architecture = config
-        self.scale_logits, self.start_id = c.scale_logits, c.start_id
+        self.scale_logits = c.scale_logits
+        self.start_id = c.start_id
         self.embedding = Base(rngs.params.normal((c.vocab_size, c.d_model)))
         self.encoder_bias = RelativeBias(c, bidirectional=True, rngs=rngs)
         self.encoder = Block(c, c.num_layers, crosses=False, rngs=rngs)
@@ -143,10 +162,16 @@ class T5(nnx.Module):
         self.decoder = Block(c, c.num_decoder_layers, crosses=True, rngs=rngs)
         self.decoder_norm = RMSNorm((c.d_model,), c.eps)
         if not c.tied:
-            self.head = Base(c.d_model**-0.5 * rngs.params.normal((c.d_model, c.vocab_size)))
+            self.head = Base(
+                c.d_model**-0.5 * rngs.params.normal((c.d_model, c.vocab_size))
+            )
 
     def __call__(
-        self, input_ids: Source, input_mask: Mask, decoder_ids: Target, adapters: Adapters | None = None
+        self,
+        input_ids: Source,
+        input_mask: Mask,
+        decoder_ids: Target,
+        adapters: Adapters | None = None,
     ) -> Logits:
         """Return the logits of every target position (teacher forcing)."""
         encoded = self.encode(input_ids, input_mask, adapters or {})
@@ -157,19 +182,30 @@ class T5(nnx.Module):
         kernels = {}
         for site in self.config.sites:
             stack, module, name = site.split(".")
-            kernels[site] = getattr(getattr(getattr(self, stack), modules[module]), name).kernel
+            kernels[site] = getattr(
+                getattr(getattr(self, stack), modules[module]), name
+            ).kernel
         return kernels if self.config.tied else kernels | {"head": self.head}
 
     def label_logits(
-        self, input_ids: Source, input_mask: Mask, labels: Target, adapters: Adapters, rows: Rows | None = None
+        self,
+        input_ids: Source,
+        input_mask: Mask,
+        labels: Target,
+        adapters: Adapters,
+        rows: Rows | None = None,
     ) -> Logits:
         if rows is None:
-            start = decoder_inputs(labels, start_id=self.start_id, pad_id=self.config.pad_id)
+            start = decoder_inputs(
+                labels, start_id=self.start_id, pad_id=self.config.pad_id
+            )
             return self(input_ids, input_mask, start, adapters)
         sources, targets, before = rows
-        of_source, line = line_of(sources, input_ids.shape[1]), line_of(targets, labels.shape[1])
+        of_source = line_of(sources, input_ids.shape[1])
+        line = line_of(targets, labels.shape[1])
         input_ids, input_mask, start = map(
-            folded, (input_ids, input_mask, jnp.where(before < 0, self.start_id, before))
+            folded,
+            (input_ids, input_mask, jnp.where(before < 0, self.start_id, before)),
         )
         encoded = self.encode(input_ids, input_mask, adapters, of_source)
         logits = self.decode(start, encoded, input_mask, adapters, line, of_source)
@@ -183,7 +219,13 @@ class T5(nnx.Module):
         start = jnp.full(input_ids.shape[0], self.start_id, jnp.int32)
         return start, self.start_cache(encoded, length, adapters)
 
-    def encode(self, input_ids: Source, input_mask: Mask, adapters: Adapters, line: Line | None = None) -> Encoded:
+    def encode(
+        self,
+        input_ids: Source,
+        input_mask: Mask,
+        adapters: Adapters,
+        line: Line | None = None,
+    ) -> Encoded:
         """Return the encoder's output. Padding is not attended to, and its outputs have no meaning."""
         masks = _keys(input_mask, line)
         positions = jnp.arange(max(mask.shape[-1] for mask in masks))
@@ -192,7 +234,12 @@ class T5(nnx.Module):
         def block(layer: Block, x: Array, adapters: Adapters) -> tuple[Array, None]:
             return layer(x, masks, bias, adapters, line), None
 
-        x, _ = self._scan(block, self.encoder, self._embed(input_ids), of_stack(adapters, "encoder", self.config.sites))
+        x, _ = self._scan(
+            block,
+            self.encoder,
+            self._embed(input_ids),
+            of_stack(adapters, "encoder", self.config.sites),
+        )
         return self.encoder_norm(x)
 
     def decode(
@@ -205,7 +252,11 @@ class T5(nnx.Module):
         of_source: Line | None = None,
     ) -> Logits:
         """Return the logits of every position of `decoder_ids`, each seeing those before it."""
-        widths = [decoder_ids.shape[1]] if line is None else [group.shape[1] for group in line.groups]
+        widths = (
+            [decoder_ids.shape[1]]
+            if line is None
+            else [group.shape[1] for group in line.groups]
+        )
         positions = jnp.arange(max(widths))
         bias = self.decoder_bias(positions, positions)
         seen = (positions[None, :] <= positions[:, None])[None, None]
@@ -213,17 +264,24 @@ class T5(nnx.Module):
         cross_masks = _keys(input_mask, of_source)
 
         def block(layer: Block, x: Array, adapters: Adapters) -> tuple[Array, None]:
-            return layer(x, masks, bias, adapters, line, encoded, cross_masks, of_source), None
+            return layer(
+                x, masks, bias, adapters, line, encoded, cross_masks, of_source
+            ), None
 
         x, _ = self._scan(
-            block, self.decoder, self._embed(decoder_ids), of_stack(adapters, "decoder", self.config.sites)
+            block,
+            self.decoder,
+            self._embed(decoder_ids),
+            of_stack(adapters, "decoder", self.config.sites),
         )
         return self._logits(x)
 
     def start_cache(self, encoded: Encoded, length: int, adapters: Adapters) -> Cache:
         """Return a cache for `length` target positions, with the source's keys and values computed."""
 
-        def block(layer: Block, x: Array, adapters: Adapters) -> tuple[Array, tuple[Array, Array]]:
+        def block(
+            layer: Block, x: Array, adapters: Adapters
+        ) -> tuple[Array, tuple[Array, Array]]:
             return x, layer.cross_attention.cached(x, adapters)
 
         def empty(of_source: Array, axis: int) -> Array:
@@ -231,7 +289,12 @@ class T5(nnx.Module):
             shape[axis] = length
             return pack(jnp.zeros(shape, encoded.dtype))
 
-        _, cross = self._scan(block, self.decoder, encoded, of_stack(adapters, "decoder", self.config.sites))
+        _, cross = self._scan(
+            block,
+            self.decoder,
+            encoded,
+            of_stack(adapters, "decoder", self.config.sites),
+        )
         return Cache(*map(empty, cross, positions_of_cache()), *cross)
 
     def decode_token(
@@ -252,7 +315,9 @@ class T5(nnx.Module):
         cross_mask = input_mask[:, None, None, :]
 
         def block(
-            layer: Block, carry: tuple[Array, Array, Array], of_layer: tuple[Adapters, tuple[Array, Array], Array]
+            layer: Block,
+            carry: tuple[Array, Array, Array],
+            of_layer: tuple[Adapters, tuple[Array, Array], Array],
         ) -> tuple[tuple[Array, Array, Array], None]:
             (x, keys, values), (adapters, cross, number) = carry, of_layer
 
@@ -265,14 +330,21 @@ class T5(nnx.Module):
                 # In place: a layer's copy with the new column would be copied once more, into the loop's results.
                 nonlocal keys, values
                 keys, values = map(put, (keys, values), (key, value), axes)
-                own_keys, own_values = (jax.lax.dynamic_index_in_dim(a, number, keepdims=False) for a in (keys, values))
+                own_keys = jax.lax.dynamic_index_in_dim(keys, number, keepdims=False)
+                own_values = jax.lax.dynamic_index_in_dim(
+                    values, number, keepdims=False
+                )
                 return unpack(own_keys), unpack(own_values)
 
             x = layer.decode_token(x, into, cross, mask, cross_mask, bias, adapters)
             return (x, keys, values), None
 
         numbers = jnp.arange(cache.keys.shape[0])
-        xs = (of_stack(adapters, "decoder", self.config.sites), (cache.cross_keys, cache.cross_values), numbers)
+        xs = (
+            of_stack(adapters, "decoder", self.config.sites),
+            (cache.cross_keys, cache.cross_values),
+            numbers,
+        )
         carry = (self._embed(token[:, None]), cache.keys, cache.values)
         (x, keys, values), _ = self._scan(block, self.decoder, carry, xs)
         return self._logits(x)[:, 0], cache._replace(keys=keys, values=values)
@@ -284,8 +356,13 @@ class T5(nnx.Module):
             return jnp.pad(of_source, width)
 
         axes = positions_of_cache()
-        own = (jnp.roll(a, by, axis=axis) for a, axis in zip((cache.keys, cache.values), axes, strict=True))
-        return Cache(*own, *map(with_room, (cache.cross_keys, cache.cross_values), axes))
+        own = (
+            jnp.roll(a, by, axis=axis)
+            for a, axis in zip((cache.keys, cache.values), axes, strict=True)
+        )
+        return Cache(
+            *own, *map(with_room, (cache.cross_keys, cache.cross_values), axes)
+        )
 
     def _embed(self, ids: Target) -> Hidden:
         return embed(self.embedding.get_value(), ids).astype(self.config.dtype)
@@ -298,16 +375,27 @@ class T5(nnx.Module):
             return unembed(x, self.embedding.get_value())
         return matmul(x, self.head.get_value())
 
-    def _scan(self, block: Callable[..., tuple[Any, Any]], stacked: nnx.Module, carry: Any, xs: Any) -> tuple[Any, Any]:
+    def _scan(
+        self,
+        block: Callable[..., tuple[Any, Any]],
+        stacked: nnx.Module,
+        carry: Any,
+        xs: Any,
+    ) -> tuple[Any, Any]:
         return scan_blocks(block, stacked, carry, xs, unroll=self.config.unroll)
 
 
 def _keys(input_mask: Mask, line: Line | None) -> list[Bool[Array, "_ 1 1 _"]]:
     """Return the masks of the source for each group of rows."""
-    return [mask[:, None, None, :] for mask in ([input_mask] if line is None else line.masks())]
+    return [
+        mask[:, None, None, :]
+        for mask in ([input_mask] if line is None else line.masks())
+    ]
 
 
-def decoder_inputs(labels: Int[Array, "B T"], *, start_id: int, pad_id: int) -> Int[Array, "B T"]:
+def decoder_inputs(
+    labels: Int[Array, "B T"], *, start_id: int, pad_id: int
+) -> Int[Array, "B T"]:
     """Return the labels shifted right behind the start token, ignored ones as padding."""
     shifted = jnp.roll(jnp.where(labels < 0, pad_id, labels), 1, axis=1)
     return shifted.at[:, 0].set(start_id)

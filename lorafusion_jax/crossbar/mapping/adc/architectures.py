@@ -30,14 +30,21 @@ class Architecture:
 
     energy: Callable[[int, Table], Range]
     time: Callable[[int, int, Table], Range]
-    transfer: Callable[[Float[Array, "..."], int, int], Float[Array, "..."]] | None = None
+    transfer: Callable[[Float[Array, "..."], int, int], Float[Array, "..."]] | None = (
+        None
+    )
     constants: Mapping[str, Constant] = dataclasses.field(default_factory=dict)
 
 
 def _sar_time(bits: int, columns: int, constants: Table) -> Range:
     """Return the seconds in which an array is converted: at most `columns_per_adc` columns take turns."""
     sharing = constants["columns_per_adc"]
-    turns = Range(*(min(float(columns), most) for most in (sharing.low, sharing.typical, sharing.high)))
+    turns = Range(
+        *(
+            min(float(columns), most)
+            for most in (sharing.low, sharing.typical, sharing.high)
+        )
+    )
     return constants["adc_time"] * turns
 
 
@@ -72,4 +79,6 @@ def register_adc(name: str, architecture: Architecture) -> None:
     another architecture has.
     """
     if ARCHITECTURES.setdefault(name, architecture) is not architecture:
-        raise ValueError(f"there is an ADC architecture {name!r}: choose another name than {', '.join(ARCHITECTURES)}")
+        raise ValueError(
+            f"there is an ADC architecture {name!r}: choose another name than {', '.join(ARCHITECTURES)}"
+        )

@@ -48,7 +48,9 @@ class Converter(NamedTuple):
         """Level units that one code stands for."""
         return self.scale / self.qmax if self.divides else 1 / self.scale
 
-    def __call__(self, sums: Float[Array, "..."], scale: Float[Array, "..."]) -> Float[Array, "..."]:
+    def __call__(
+        self, sums: Float[Array, "..."], scale: Float[Array, "..."]
+    ) -> Float[Array, "..."]:
         """Return the codes of sums, given the part of `scale` that applies to them."""
         scaled = self.scaled(sums, scale)
         if self.rounds:
@@ -62,26 +64,41 @@ class Converter(NamedTuple):
         return (scaled > self.qmax + 0.5) | (scaled < self.qmin - 0.5)
 
     def _half_to_even(
-        self, codes: Float[Array, "..."], sums: Float[Array, "..."], span: Float[Array, "..."]
+        self,
+        codes: Float[Array, "..."],
+        sums: Float[Array, "..."],
+        span: Float[Array, "..."],
     ) -> Float[Array, "..."]:
         """Return the codes next to S qmax / span, given ones that are at most one off."""
         twice = 2 * (sums * self.qmax - codes * span)
-        codes = jnp.where(twice > span, codes + 1, jnp.where(twice < -span, codes - 1, codes))
+        codes = jnp.where(
+            twice > span, codes + 1, jnp.where(twice < -span, codes - 1, codes)
+        )
         odd = codes != 2 * jnp.round(codes / 2)
         return jnp.where((abs(twice) == span) & odd, codes + jnp.sign(twice), codes)
 
-    def scaled(self, sums: Float[Array, "..."], scale: Float[Array, "..."]) -> Float[Array, "..."]:
+    def scaled(
+        self, sums: Float[Array, "..."], scale: Float[Array, "..."]
+    ) -> Float[Array, "..."]:
         """Return sums in units of a code, neither rounded nor clipped."""
         scaled = sums * self.qmax / scale if self.divides else sums * scale
-        return scaled if self.transfer is None else self.transfer(scaled, self.qmin, self.qmax)
+        return (
+            scaled
+            if self.transfer is None
+            else self.transfer(scaled, self.qmin, self.qmax)
+        )
 
 
 def level_units(geometry: Geometry, config: CrossbarConfig) -> tuple[Any, ...]:
     """Return the level units in one unit of the current that is converted, for every weight slice."""
-    return tuple(geometry.converted_top * top / (1 - config.g_min) for top in geometry.levels)
+    return tuple(
+        geometry.converted_top * top / (1 - config.g_min) for top in geometry.levels
+    )
 
 
-def stacked_units(geometry: Geometry, config: CrossbarConfig, dtype: jnp.dtype) -> Float[Array, " K"]:
+def stacked_units(
+    geometry: Geometry, config: CrossbarConfig, dtype: jnp.dtype
+) -> Float[Array, " K"]:
     """Return `level_units` as an array."""
     return jnp.asarray(level_units(geometry, config), dtype)
 
@@ -95,14 +112,17 @@ def fixed_limits(
     Gmin included. (CrossSim rounds it to a power of two for sliced offset encoding.) `granular` is the highest code
     times one level. They are a NumPy array where nothing in them is traced.
     """
-    adc, rows = config.adc, geometry.rows
+    adc = config.adc
+    rows = geometry.rows
     if adc is None or geometry.code_range is None or adc.range == "calibrated":
         return None
     xp = jnp if is_traced((adc.limits, config.g_min)) else np
     if adc.range == "given":
         given = xp.asarray(adc.limits, dtype)
         if given.ndim == 3 and len(given) not in (1, len(rows)):
-            raise ValueError(f"ADC limits of {len(given)} row tiles, but this matrix has {len(rows)}: give as many")
+            raise ValueError(
+                f"ADC limits of {len(given)} row tiles, but this matrix has {len(rows)}: give as many"
+            )
         return given[None] if given.ndim == 2 else given
     if adc.range == "max":
         heights = (max(rows),) if len(set(rows)) == 1 else rows
@@ -110,9 +130,14 @@ def fixed_limits(
         if config.encoding.flip:
             cells = [max(0.5, 1 / level) for level in geometry.levels]
             shares = [config.g_min + (1 - config.g_min) * share for share in cells]
-        top = xp.asarray([[height * share for share in shares] for height in heights], dtype)
+        top = xp.asarray(
+            [[height * share for share in shares] for height in heights], dtype
+        )
     else:
-        top = xp.asarray([[geometry.code_range[1] / unit for unit in level_units(geometry, config)]], dtype)
+        top = xp.asarray(
+            [[geometry.code_range[1] / unit for unit in level_units(geometry, config)]],
+            dtype,
+        )
     return xp.stack([-top if config.signed_sums else 0 * top, top], axis=-1)
 
 
@@ -121,13 +146,22 @@ def fixed_limits(
 Ties = Literal["shift", "divide"] | None
 
 
-def converter(limits: Float[Array, "_R K 2"], geometry: Geometry, config: CrossbarConfig, ties: Ties) -> Converter:
+def converter(
+    limits: Float[Array, "_R K 2"],
+    geometry: Geometry,
+    config: CrossbarConfig,
+    ties: Ties,
+) -> Converter:
     """Return the quantiser that covers `limits`."""
     assert geometry.code_range is not None
     qmin, qmax = geometry.code_range
     span = limits[..., 1] * stacked_units(geometry, config, limits.dtype)[None]
     if ties is None:
-        transfer = None if config.adc is None else ARCHITECTURES[config.adc.architecture].transfer
+        transfer = (
+            None
+            if config.adc is None
+            else ARCHITECTURES[config.adc.architecture].transfer
+        )
         return Converter(qmax / span, qmin, qmax, transfer=transfer)
     if ties == "divide":
         return Converter(span, qmin, qmax, divides=True)
@@ -139,7 +173,9 @@ def converter(limits: Float[Array, "_R K 2"], geometry: Geometry, config: Crossb
     return Converter(1 / (step + rounding), qmin, qmax)
 
 
-def are_power_steps(limits: np.ndarray, geometry: Geometry, config: CrossbarConfig) -> bool:
+def are_power_steps(
+    limits: np.ndarray, geometry: Geometry, config: CrossbarConfig
+) -> bool:
     """Return whether every step of known `limits` [_, K, 2] is a power of two levels."""
     assert geometry.code_range is not None
     units = np.asarray([float(unit) for unit in level_units(geometry, config)])

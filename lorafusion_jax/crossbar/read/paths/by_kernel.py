@@ -31,17 +31,29 @@ class KernelPath(ReadPath):
         return laid
 
     def codes(
-        self, tiles: Float[Array, "B R rows"], columns: Any, adc: Converter, noise: Noise | None, chip: Chip
+        self,
+        tiles: Float[Array, "B R rows"],
+        columns: Any,
+        adc: Converter,
+        noise: Noise | None,
+        chip: Chip,
     ) -> Float[Array, "k B _cols"]:
         """Return the codes of all conversions, shifted and added over input slices and row tiles."""
-        packing, slices = chip.plan.packing, chip.geometry.converted_slices
+        packing = chip.plan.packing
+        slices = chip.geometry.converted_slices
         columns = columns if packing else columns.astype(tiles.dtype)
-        return sliced_products(tiles, columns, packing, adc, slices, chip.occupied, noise)
+        return sliced_products(
+            tiles, columns, packing, adc, slices, chip.occupied, noise
+        )
 
     def lay_out(self, written: Written) -> Laid:
-        return self.form(Laid(written.plan, written.columns(), written.variance()), written)
+        return self.form(
+            Laid(written.plan, written.columns(), written.variance()), written
+        )
 
-    def read(self, n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip) -> Float[Array, "B d_out"]:
+    def read(
+        self, n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip
+    ) -> Float[Array, "B d_out"]:
         assert quantise is not None
         rows = chip.geometry.rows
         tiles = encoding.split(n, rows, axis=1, front=True)
@@ -49,26 +61,57 @@ class KernelPath(ReadPath):
             return self._of_tiles(tiles, 0, quantise, chip) * chip.scale
 
         # Row tiles whose weights, or ADCs, have separate ranges are added up as outputs.
-        def along(move: Callable[[Array], Array], parts: dict[str, Any]) -> dict[str, Any]:
+        def along(
+            move: Callable[[Array], Array], parts: dict[str, Any]
+        ) -> dict[str, Any]:
             return {name: jax.tree.map(move, part) for name, part in parts.items()}
 
-        def add(y: Array, tile: tuple[Array, dict[str, Any], Array, Array, Array]) -> tuple[Array, None]:
+        def add(
+            y: Array, tile: tuple[Array, dict[str, Any], Array, Array, Array]
+        ) -> tuple[Array, None]:
             x, parts, adc_scale, scale, number = tile
-            own = dataclasses.replace(chip, **along(lambda a: jnp.expand_dims(a, 1), parts))
-            of_tile = self._of_tiles(x[:, None], number, quantise._replace(scale=adc_scale[None]), own)
+            own = dataclasses.replace(
+                chip, **along(lambda a: jnp.expand_dims(a, 1), parts)
+            )
+            of_tile = self._of_tiles(
+                x[:, None], number, quantise._replace(scale=adc_scale[None]), own
+            )
             return y + of_tile * scale[None], None
 
         zero = varying_as(jnp.zeros((n.shape[0], chip.shape[1]), n.dtype), n, chip)
-        by_tile = {"columns": chip.columns, "variance": chip.variance, "occupied": chip.occupied}
+        by_tile = {
+            "columns": chip.columns,
+            "variance": chip.variance,
+            "occupied": chip.occupied,
+        }
         by_tile = along(lambda a: jnp.moveaxis(a, 1, 0), by_tile)
-        adc_scale, scale = (jnp.broadcast_to(a, (len(rows), a.shape[1])) for a in (quantise.scale, chip.scale))
-        return jax.lax.scan(add, zero, (jnp.moveaxis(tiles, 1, 0), by_tile, adc_scale, scale, jnp.arange(len(rows))))[0]
+        adc_scale = jnp.broadcast_to(
+            quantise.scale, (len(rows), quantise.scale.shape[1])
+        )
+        scale = jnp.broadcast_to(chip.scale, (len(rows), chip.scale.shape[1]))
+        return jax.lax.scan(
+            add,
+            zero,
+            (
+                jnp.moveaxis(tiles, 1, 0),
+                by_tile,
+                adc_scale,
+                scale,
+                jnp.arange(len(rows)),
+            ),
+        )[0]
 
     def _of_tiles(
-        self, tiles: Float[Array, "B R rows"], number: Array | int, quantise: Converter, chip: Chip
+        self,
+        tiles: Float[Array, "B R rows"],
+        number: Array | int,
+        quantise: Converter,
+        chip: Chip,
     ) -> Float[Array, "B d_out"]:
         """Return the product of row tiles of one scale, which begin with this number."""
-        geometry, config, d_out = chip.geometry, chip.config, chip.shape[1]
+        geometry = chip.geometry
+        config = chip.config
+        d_out = chip.shape[1]
         each = 2 if config.converts_each else 1
         adc = quantise._replace(scale=jnp.tile(quantise.scale[0], each))
         total = self._of_devices(tiles, 2 * number, adc, chip)
@@ -81,26 +124,44 @@ class KernelPath(ReadPath):
         return decoding.finish(whole, ones, quantise, None, geometry, config)
 
     def _of_devices(
-        self, tiles: Float[Array, "B R rows"], number: Array | int, adc: Converter, chip: Chip
+        self,
+        tiles: Float[Array, "B R rows"],
+        number: Array | int,
+        adc: Converter,
+        chip: Chip,
     ) -> Float[Array, "k B _cols"]:
         """Return `codes` with the read's noise of this number; where arrays are split, computed on their devices."""
         split = chip.plan.split
         if split is None:
-            return self.codes(tiles, chip.columns, adc, _noise(number, chip, tiles.dtype), chip)
+            return self.codes(
+                tiles, chip.columns, adc, _noise(number, chip, tiles.dtype), chip
+            )
         leaves, tree = jax.tree.flatten(chip)
 
-        def codes(tiles: Array, scale: Array, number: Array, leaves: list[Array]) -> Array:
-            own, here = jax.tree.unflatten(tree, leaves), jax.lax.axis_index(split.axis)
+        def codes(
+            tiles: Array, scale: Array, number: Array, leaves: list[Array]
+        ) -> Array:
+            own = jax.tree.unflatten(tree, leaves)
+            here = jax.lax.axis_index(split.axis)
             noise = _noise(number, own, tiles.dtype)
             if noise is not None:
                 width = jax.tree.leaves(own.columns)[0].shape[-1]
                 places = tiles.shape[1] * len(own.geometry.converted_slices or (1,))
-                corner = [here * places, 0, width] if split.by == "rows" else [0, here * width, split.parts * width]
-                noise = noise._replace(corner=jnp.stack([jnp.uint32(each) for each in corner]))
-            total = self.codes(tiles, own.columns, adc._replace(scale=scale), noise, own)
+                corner = (
+                    [here * places, 0, width]
+                    if split.by == "rows"
+                    else [0, here * width, split.parts * width]
+                )
+                noise = noise._replace(
+                    corner=jnp.stack([jnp.uint32(each) for each in corner])
+                )
+            total = self.codes(
+                tiles, own.columns, adc._replace(scale=scale), noise, own
+            )
             return jax.lax.psum(total, split.axis) if split.by == "rows" else total
 
-        whole, of_inputs = PartitionSpec(), partition(split, "inputs", tiles.shape)
+        whole = PartitionSpec()
+        of_inputs = partition(split, "inputs", tiles.shape)
         mapped = jax.shard_map(
             codes,
             in_specs=(of_inputs, whole, whole, partitions(chip)),
@@ -126,15 +187,25 @@ def slices_of(chip: Chip) -> tuple[int, ...]:
 
 def _noise(number: Array | int, chip: Chip, dtype: jnp.dtype) -> Noise | None:
     """Return the noise of a read, whose stream has this number."""
-    geometry, config, variance, columns = chip.geometry, chip.config, chip.variance, cast(Any, chip.columns)
+    geometry = chip.geometry
+    config = chip.config
+    variance = chip.variance
+    columns = cast(Any, chip.columns)
     if not config.draws_at_conversion or chip.key is None:
         return None
     each = 2 if config.converts_each else 1
     words = stream(jax.random.fold_in(chip.key, number))
-    scale, of_adc = deviations(geometry, config, dtype), of_conversions(geometry, config, dtype)
+    scale = deviations(geometry, config, dtype)
+    of_adc = of_conversions(geometry, config, dtype)
     if variance is None and not isinstance(columns, Packed):  # quiet cells
         variance = jnp.zeros((*columns.shape[:3], 1), dtype)
     elif variance is None and columns.variances is None:
-        row_tiles, read = columns.low.shape[1], columns.words.shape[2] - 1
+        row_tiles = columns.low.shape[1]
+        read = columns.words.shape[2] - 1
         variance = jnp.zeros((len(columns.low), row_tiles, read, 1), dtype)
-    return Noise(variance, jnp.tile(scale, each), words, None if of_adc is None else jnp.tile(of_adc, each))
+    return Noise(
+        variance,
+        jnp.tile(scale, each),
+        words,
+        None if of_adc is None else jnp.tile(of_adc, each),
+    )

@@ -46,7 +46,11 @@ class LookupPath(KernelPath):
     needs = (narrow, products)
 
     def chosen(self, facts: Facts) -> str | None:
-        if for_cpu() and facts.bits == 1 and (facts.integers or not facts.config.signed_inputs):
+        if (
+            for_cpu()
+            and facts.bits == 1
+            and (facts.integers or not facts.config.signed_inputs)
+        ):
             return "input slices have one bit: sums of a few rows come from tables"
         return None
 
@@ -54,14 +58,31 @@ class LookupPath(KernelPath):
         return "loop" if plan.packing is None else PackedPath.name
 
     def form(self, laid: Laid, written: Written) -> Laid:
-        packing = certificate(laid, written, INT_BITS)[1] if fit_words(laid, written) else None
+        packing = (
+            certificate(laid, written, INT_BITS)[1]
+            if fit_words(laid, written)
+            else None
+        )
         return laid if packing is None else in_words(laid, written, packing)
 
     def codes(
-        self, tiles: Float[Array, "B R rows"], columns: Any, adc: Converter, noise: Noise | None, chip: Chip
+        self,
+        tiles: Float[Array, "B R rows"],
+        columns: Any,
+        adc: Converter,
+        noise: Noise | None,
+        chip: Chip,
     ) -> Float[Array, "k B _cols"]:
         signed = chip.config.signed_inputs
-        return lookup(tiles, columns, chip.plan.packing, adc, slices_of(chip), signed=signed, noise=noise)
+        return lookup(
+            tiles,
+            columns,
+            chip.plan.packing,
+            adc,
+            slices_of(chip),
+            signed=signed,
+            noise=noise,
+        )
 
 
 def lookup(
@@ -78,9 +99,12 @@ def lookup(
 
     Cells are in level units. The variances of `noise` are not read where they are packed.
     """
-    batch, cols = n.shape[0], (cells.words if isinstance(cells, Packed) else cells).shape[3]
-    blocks, chunks = math.ceil(cols / _COLUMNS), math.ceil(batch / _BATCH)
-    width, size = math.ceil(cols / blocks), math.ceil(batch / chunks)
+    batch = n.shape[0]
+    cols = (cells.words if isinstance(cells, Packed) else cells).shape[3]
+    blocks = math.ceil(cols / _COLUMNS)
+    chunks = math.ceil(batch / _BATCH)
+    width = math.ceil(cols / blocks)
+    size = math.ceil(batch / chunks)
     top = 2 ** max(slices) - 1
     digits = list(range(-top if signed else 0, top + 1))
     squares = [d * d for d in digits]
@@ -90,33 +114,57 @@ def lookup(
     low = None
     if isinstance(cells, Packed):
         assert packing is not None
-        n, members, low = drive(n, slices), packing.words, _pad(cells.low, -1, blocks * width)
+        n = drive(n, slices)
+        members = packing.words
+        low = _pad(cells.low, -1, blocks * width)
         sources = [[(cells.words, digits)]]
         if cells.variances is not None:
             sources[0].append((cells.variances, squares))
     else:
-        members, sources = [slice(k, k + 1) for k in range(cells.shape[0])], [[(cells, digits)]]
+        members = [slice(k, k + 1) for k in range(cells.shape[0])]
+        sources = [[(cells, digits)]]
         if noise is not None and noise.variance.shape[3] > 1:
             sources.append([(noise.variance, squares)])
-    tabulated = [[(_pad(planes, -1, blocks * width), levels) for planes, levels in parts] for parts in sources]
+    tabulated = [
+        [(_pad(planes, -1, blocks * width), levels) for planes, levels in parts]
+        for parts in sources
+    ]
 
-    def of_chunk(argument: tuple[Float[Array, "B R rows"], Array]) -> Float[Array, "N K B C"]:
+    def of_chunk(
+        argument: tuple[Float[Array, "B R rows"], Array],
+    ) -> Float[Array, "N K B C"]:
         n, chunk = argument
         rows = (n.shape[2] // group + 1) * group
         chosen = entries_of(_pad(n, 2, rows), slices, digits, group)
 
-        def read(w: int, r: Array, c: Array, total: Float[Array, "k B C"]) -> Float[Array, "k B C"]:
+        def read(
+            w: int, r: Array, c: Array, total: Float[Array, "k B C"]
+        ) -> Float[Array, "k B C"]:
             """Add the codes of word w, of row tile r and column block c."""
-            own, first = members[w], c * width
+            own = members[w]
+            first = c * width
 
             def plane(planes: Num[Array, "W R rows cols"]) -> Num[Array, "rows C"]:
-                return jax.lax.dynamic_slice(planes, (w, r, 0, first), (1, 1, planes.shape[2], width))[0, 0]
+                return jax.lax.dynamic_slice(
+                    planes, (w, r, 0, first), (1, 1, planes.shape[2], width)
+                )[0, 0]
 
-            tables = [_table([(plane(planes), levels) for planes, levels in parts], group) for parts in tabulated]
-            least = None if low is None else jax.lax.dynamic_slice(low[own], (0, r, first), (len(total), 1, width))
+            tables = [
+                _table([(plane(planes), levels) for planes, levels in parts], group)
+                for parts in tabulated
+            ]
+            least = (
+                None
+                if low is None
+                else jax.lax.dynamic_slice(
+                    low[own], (0, r, first), (len(total), 1, width)
+                )
+            )
 
             def add(j: int | Array) -> list[Num[Array, "B C"]]:
-                of_slice = jax.lax.dynamic_slice(chosen, (r, j, 0, 0), (1, 1, *chosen.shape[2:]))[0, 0]
+                of_slice = jax.lax.dynamic_slice(
+                    chosen, (r, j, 0, 0), (1, 1, *chosen.shape[2:])
+                )[0, 0]
                 return [_add_entries(table, of_slice) for table in tables]
 
             def convert(total: Array, added: list[Array], j: int | Array) -> Array:
@@ -125,18 +173,33 @@ def lookup(
                     sums, *more = [a[None] for a in added]
                     variance = more[0] if more else None
                 else:
-                    sums = (unpack(added[0], packing.fields[own]) + least).astype(n.dtype)
+                    sums = (unpack(added[0], packing.fields[own]) + least).astype(
+                        n.dtype
+                    )
                     if packing.variances:
-                        variance = unpack(added[0], packing.variances[own]).astype(n.dtype)
+                        variance = unpack(added[0], packing.variances[own]).astype(
+                            n.dtype
+                        )
                 if noise is not None:
                     if variance is None:
-                        u = digit(n[:, r, : noise.variance.shape[2]], slices, j).astype(n.dtype)
+                        u = digit(n[:, r, : noise.variance.shape[2]], slices, j).astype(
+                            n.dtype
+                        )
                         variance = alike(u, noise.variance[own, r, :, 0])
                     place = jnp.asarray(r * len(slices) + j)
-                    sums = add_noise(sums, variance, noise, place, (own.start, chunk * size, first), cols)
+                    sums = add_noise(
+                        sums,
+                        variance,
+                        noise,
+                        place,
+                        (own.start, chunk * size, first),
+                        cols,
+                    )
                 return total + worth[j] * adc(sums, adc.scale[own, None, None])
 
-            def step(j: Array, carry: tuple[Array, list[Array]]) -> tuple[Array, list[Array]]:
+            def step(
+                j: Array, carry: tuple[Array, list[Array]]
+            ) -> tuple[Array, list[Array]]:
                 # Sums wait for the next step: in the same one XLA would add them up anew for every slice.
                 total, added = carry
                 return convert(total, added, j - 1), add(j)
@@ -148,15 +211,24 @@ def lookup(
             def tile(r: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
                 return tuple(read(w, r, c, total) for w, total in enumerate(totals))
 
-            zeros = (jnp.zeros((own.stop - own.start, size, width), n.dtype) for own in members)
-            zero = tuple(varying_as(of_word, n, cells, adc.scale, noise) for of_word in zeros)
+            zeros = (
+                jnp.zeros((own.stop - own.start, size, width), n.dtype)
+                for own in members
+            )
+            zero = tuple(
+                varying_as(of_word, n, cells, adc.scale, noise) for of_word in zeros
+            )
             return jnp.concatenate(jax.lax.fori_loop(0, n.shape[1], tile, zero))
 
         return jax.lax.map(of_block, jnp.arange(blocks))
 
     n = _pad(n, 0, chunks * size).reshape(chunks, size, *n.shape[1:])
-    found = jax.lax.map(of_chunk, (n, jnp.arange(chunks)))  # [chunks, blocks, K, size, width]
-    return found.transpose(2, 0, 3, 1, 4).reshape(found.shape[2], chunks * size, -1)[:, :batch, :cols]
+    found = jax.lax.map(
+        of_chunk, (n, jnp.arange(chunks))
+    )  # [chunks, blocks, K, size, width]
+    return found.transpose(2, 0, 3, 1, 4).reshape(found.shape[2], chunks * size, -1)[
+        :, :batch, :cols
+    ]
 
 
 def _pad(a: Array, axis: int, size: int) -> Array:
@@ -173,12 +245,15 @@ def _group(base: int, inputs: int) -> int:
     return group
 
 
-def _table(parts: list[tuple[Num[Array, "rows C"], list[int]]], group: int) -> Num[Array, "G E C"]:
+def _table(
+    parts: list[tuple[Num[Array, "rows C"], list[int]]], group: int
+) -> Num[Array, "G E C"]:
     """Return the sums of every group of rows of some planes, for each row at any of the plane's levels."""
     terms = []
     for plane, levels in parts:
         # A row of zeros is always added, so that XLA copies the plane instead of reading it scattered.
-        groups, base = plane.shape[0] // group + 1, len(levels)
+        groups = plane.shape[0] // group + 1
+        base = len(levels)
         rows = _pad(plane, 0, groups * group).reshape(groups, group, 1, -1)
         # An odd number of entries, so that the tables of all groups do not compete for the same lines of the cache.
         entries = np.arange(base**group | 1)
@@ -188,7 +263,9 @@ def _table(parts: list[tuple[Num[Array, "rows C"], list[int]]], group: int) -> N
     return sum(terms[1:], terms[0])
 
 
-def _add_entries(table: Num[Array, "G E C"], entries: UInt8[Array, "B G"]) -> Num[Array, "B C"]:
+def _add_entries(
+    table: Num[Array, "G E C"], entries: UInt8[Array, "B G"]
+) -> Num[Array, "B C"]:
     """Return the sum over groups of the entries that each input selects."""
     total = table[0].at[entries[:, 0]].get(mode="promise_in_bounds")
     for g in range(1, table.shape[0]):

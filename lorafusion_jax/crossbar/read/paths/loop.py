@@ -24,10 +24,14 @@ class LoopPath(KernelPath):
 
     def form(self, laid: Laid, written: Written) -> Laid:
         """Return the path `packed` unless this one was requested or is equally fast."""
-        plan, config, count = laid.plan, written.config, len(laid.columns)
+        plan = laid.plan
+        config = written.config
+        count = len(laid.columns)
         if fit_words(laid, written):
             _, packing = certificate(laid, written, FLOAT_BITS)
-            as_fast = packing is None or config.converts_sums or len(packing.words) == count
+            as_fast = (
+                packing is None or config.converts_sums or len(packing.words) == count
+            )
             if packing is not None and not as_fast and plan.reason != ON_REQUEST:
                 reason = f"{count} conversions come out of {len(packing.words)} products of integers"
                 plan = dataclasses.replace(plan, path=PackedPath.name, reason=reason)

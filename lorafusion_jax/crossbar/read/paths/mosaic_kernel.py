@@ -22,11 +22,15 @@ from ....support.platform import for_one_tpu
 from ...mapping.adc.quantiser import Converter
 
 # Inputs and columns of a block; and rows of one product, which are inputs times input slices.
-_BATCH, _COLUMNS, _PRODUCT = 256, 512, 512
+_BATCH = 256
+_COLUMNS = 512
+_PRODUCT = 512
 # Bytes of one plane of a block, and of its cells and sums, which are in memory twice.
-_PLANE_BYTES, _BLOCK_BYTES = 2**20, 3 * 2**20
+_PLANE_BYTES = 2**20
+_BLOCK_BYTES = 3 * 2**20
 # Added to a float32 below 2^22, it rounds it half to even and leaves it in the lowest bits.
-_ROUND, _ROUND_BITS = 1.5 * 2**23, 0x4B400000
+_ROUND = 1.5 * 2**23
+_ROUND_BITS = 0x4B400000
 
 
 def mosaic(
@@ -42,26 +46,41 @@ def mosaic(
     Cells are in level units; bytes for integers, whose input slices then have at most 7 bits.
     """
     batch, tiles, rows = n.shape
-    planes, cols, chunk = cells.shape[0], cells.shape[3], _BATCH
+    planes = cells.shape[0]
+    cols = cells.shape[3]
+    chunk = _BATCH
     while chunk > 32 and (chunk * len(slices) > _PRODUCT or chunk >= 2 * batch):
         chunk //= 2
     inputs = _share(batch, _BATCH, chunk)
     of_block, width = _block(cells, inputs)
     n = jnp.pad(n.astype(jnp.int32), ((0, -batch % inputs), (0, 0), (0, 0)))
-    moved = 4 * (n.size * pl.cdiv(cols, width) + planes * n.shape[0] * cols) + cells.size * cells.dtype.itemsize
-    work = pl.CostEstimate(flops=2 * n.size * len(slices) * planes * cols, bytes_accessed=moved, transcendentals=0)
-    read = functools.partial(_read, adc=adc._replace(scale=None), slices=slices, signed=signed, chunk=chunk)
+    moved = (
+        4 * (n.size * pl.cdiv(cols, width) + planes * n.shape[0] * cols)
+        + cells.size * cells.dtype.itemsize
+    )
+    work = pl.CostEstimate(
+        flops=2 * n.size * len(slices) * planes * cols,
+        bytes_accessed=moved,
+        transcendentals=0,
+    )
+    read = functools.partial(
+        _read, adc=adc._replace(scale=None), slices=slices, signed=signed, chunk=chunk
+    )
     total = pl.pallas_call(
         read,
         grid=(pl.cdiv(cols, width), planes // of_block, n.shape[0] // inputs, tiles),
         in_specs=[
-            pl.BlockSpec((1, planes), lambda c, k, b, r: (0, 0), memory_space=pltpu.SMEM),
+            pl.BlockSpec(
+                (1, planes), lambda c, k, b, r: (0, 0), memory_space=pltpu.SMEM
+            ),
             pl.BlockSpec((1, inputs, rows), lambda c, k, b, r: (r, b, 0)),
             pl.BlockSpec((of_block, 1, rows, width), lambda c, k, b, r: (k, r, 0, c)),
         ],
         out_specs=pl.BlockSpec((of_block, inputs, width), lambda c, k, b, r: (k, b, c)),
         out_shape=jax.ShapeDtypeStruct((planes, n.shape[0], cols), jnp.int32),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
+        ),
         cost_estimate=work,
         interpret=not for_one_tpu(),
         name="crossbar_read",
@@ -70,7 +89,15 @@ def mosaic(
 
 
 def _read(
-    scale: Any, n: Any, cells: Any, total: Any, *, adc: Converter, slices: tuple[int, ...], signed: bool, chunk: int
+    scale: Any,
+    n: Any,
+    cells: Any,
+    total: Any,
+    *,
+    adc: Converter,
+    slices: tuple[int, ...],
+    signed: bool,
+    chunk: int,
 ) -> None:
     """Add the codes of one row tile and block, given references [1, K], [1, B, rows], [k, 1, rows, C], [k, B, C]."""
 
@@ -78,14 +105,22 @@ def _read(
     def _():
         total[...] = jnp.zeros(total.shape, total.dtype)
 
-    starts, first = _starts(slices), pl.program_id(1) * total.shape[0]
+    starts = _starts(slices)
+    first = pl.program_id(1) * total.shape[0]
 
     def of_inputs(i: Int[Array, ""], _: None) -> None:
         own = pl.ds(pl.multiple_of(i * chunk, chunk), chunk)
         codes = n[0, own, :]
         magnitude = jnp.abs(codes) if signed else codes
-        driven = [(magnitude >> start) & (2**bits - 1) for start, bits in zip(starts, slices, strict=True)]
-        u = jnp.concatenate([jnp.where(codes < 0, -of_slice, of_slice) for of_slice in driven] if signed else driven)
+        driven = [
+            (magnitude >> start) & (2**bits - 1)
+            for start, bits in zip(starts, slices, strict=True)
+        ]
+        u = jnp.concatenate(
+            [jnp.where(codes < 0, -of_slice, of_slice) for of_slice in driven]
+            if signed
+            else driven
+        )
         for k in range(total.shape[0]):
             found = _codes(_product(u, cells[k, 0]), scale[0, first + k], adc)
             added = total[k, own, :]
@@ -99,22 +134,31 @@ def _read(
 def _product(u: Int[Array, "_BJ rows"], plane: Array) -> Float[Array, "_BJ C"]:
     """Return the column sums of one plane."""
     if plane.dtype == jnp.int8:
-        return jnp.dot(u.astype(jnp.int8), plane, preferred_element_type=jnp.int32).astype(jnp.float32)
+        return jnp.dot(
+            u.astype(jnp.int8), plane, preferred_element_type=jnp.int32
+        ).astype(jnp.float32)
     u = u.astype(jnp.float32).astype(jnp.bfloat16)
     high = plane.astype(jnp.bfloat16)
     rest = plane - high.astype(jnp.float32)
     middle = rest.astype(jnp.bfloat16)
     parts = (high, middle, (rest - middle.astype(jnp.float32)).astype(jnp.bfloat16))
-    sums = [jnp.dot(u, part, preferred_element_type=jnp.float32, precision="default") for part in parts]
+    sums = [
+        jnp.dot(u, part, preferred_element_type=jnp.float32, precision="default")
+        for part in parts
+    ]
     return sums[0] + sums[1] + sums[2]
 
 
-def _codes(sums: Float[Array, "_BJ C"], scale: Float[Array, ""], adc: Converter) -> Int[Array, "_BJ C"]:
+def _codes(
+    sums: Float[Array, "_BJ C"], scale: Float[Array, ""], adc: Converter
+) -> Int[Array, "_BJ C"]:
     """Return the codes of sums, with `_ROUND_BITS` in each where `_excess` takes them off."""
     if adc.divides:
         return adc(sums, scale).astype(jnp.int32)
     # Both ends of the range are whole, so that it makes no difference whether a sum is clipped or rounded first.
-    return jax.lax.bitcast_convert_type(jnp.clip(sums * scale, adc.qmin, adc.qmax) + _ROUND, jnp.int32)
+    return jax.lax.bitcast_convert_type(
+        jnp.clip(sums * scale, adc.qmin, adc.qmax) + _ROUND, jnp.int32
+    )
 
 
 def _excess(adc: Converter, slices: tuple[int, ...], tiles: int) -> int:
@@ -142,7 +186,8 @@ def _block(cells: Array, inputs: int) -> tuple[int, int]:
     fitting = (
         (count, width)
         for width, count in itertools.product((_COLUMNS, _COLUMNS // 2, 128), counts)
-        if width * of_column <= _PLANE_BYTES and count * width * (of_column + inputs * 4) <= _BLOCK_BYTES
+        if width * of_column <= _PLANE_BYTES
+        and count * width * (of_column + inputs * 4) <= _BLOCK_BYTES
     )
     count, width = next(fitting, (1, 128))
     return count, cols if cols <= width else _share(cols, width, 128)

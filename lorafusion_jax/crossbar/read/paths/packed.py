@@ -39,32 +39,55 @@ def fit_words(laid: Laid, written: Written) -> bool:
     return laid.plan.integers and (_squares(laid) is None or whole_squares)
 
 
-def certificate(laid: Laid, written: Written, word_bits: int) -> tuple[list[int], Packing | None]:
+def certificate(
+    laid: Laid, written: Written, word_bits: int
+) -> tuple[list[int], Packing | None]:
     """Return the span of every slice's sums, and a packing of them in such words, or None if they do not fit.
 
     A packing is certified by the columns' own sums if these are known, else by the largest sums of any weights.
     """
-    geometry, squares = written.geometry, _squares(laid)
-    count, top = len(laid.columns), geometry.converted_top
+    geometry = written.geometry
+    squares = _squares(laid)
+    count = len(laid.columns)
+    top = geometry.converted_top
 
     def largest(cells: Array, power: int) -> list[int]:
         if is_traced(cells):
             levels = geometry.levels * (count // len(geometry.levels))
             return [geometry.tallest * (top * level) ** power for level in levels]
-        return [top**power * int(of_slice) for of_slice in np.max(np.asarray(over_rows(cells)), axis=(1, 2))]
+        return [
+            top**power * int(of_slice)
+            for of_slice in np.max(np.asarray(over_rows(cells)), axis=(1, 2))
+        ]
 
-    spans = [(1 + written.config.signed_inputs) * most for most in largest(jnp.abs(laid.columns), 1)]
-    return spans, certify(spans, word_bits, () if squares is None else largest(squares, 2))
+    spans = [
+        (1 + written.config.signed_inputs) * most
+        for most in largest(jnp.abs(laid.columns), 1)
+    ]
+    return spans, certify(
+        spans, word_bits, () if squares is None else largest(squares, 2)
+    )
 
 
 def in_words(laid: Laid, written: Written, packing: Packing) -> Laid:
     """Return the columns in words, with their variances unless these are alike for all columns."""
-    squares, signed = _squares(laid), written.config.signed_inputs
-    words = pack(laid.columns, packing, written.geometry.converted_top, signed=signed, variances=squares)
+    squares = _squares(laid)
+    signed = written.config.signed_inputs
+    words = pack(
+        laid.columns,
+        packing,
+        written.geometry.converted_top,
+        signed=signed,
+        variances=squares,
+    )
     plan = dataclasses.replace(laid.plan, packing=packing)
-    return laid._replace(plan=plan, columns=words, variance=laid.variance if squares is None else None)
+    return laid._replace(
+        plan=plan, columns=words, variance=laid.variance if squares is None else None
+    )
 
 
 def _squares(laid: Laid) -> Columns | None:
     """Return the variances that differ from column to column, or None."""
-    return None if laid.variance is None or laid.variance.shape[3] == 1 else laid.variance
+    return (
+        None if laid.variance is None or laid.variance.shape[3] == 1 else laid.variance
+    )

@@ -39,24 +39,36 @@ class ReadPath:
         """Return the columns in the form that the read needs."""
         return Laid(written.plan)
 
-    def read(self, n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip) -> Float[Array, "B d_out"]:
+    def read(
+        self, n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip
+    ) -> Float[Array, "B d_out"]:
         """Return weights times input codes."""
         raise NotImplementedError
 
 
 def narrow(facts: Facts) -> str | None:
     """Input slices have 4 levels at most, or 7 with a sign."""
-    return None if facts.bits <= 2 else "takes input slices of up to 2 bits: set dac.slice_bits"
+    return (
+        None
+        if facts.bits <= 2
+        else "takes input slices of up to 2 bits: set dac.slice_bits"
+    )
 
 
 def integers(facts: Facts) -> str | None:
     """Column sums are integers."""
-    return None if facts.integers else "takes integer cells: perfect ones, whose Gmin does not reach the ADC"
+    return (
+        None
+        if facts.integers
+        else "takes integer cells: perfect ones, whose Gmin does not reach the ADC"
+    )
 
 
 def quiet(facts: Facts) -> str | None:
     """Conversions draw no noise."""
-    return "computes no variances of noise" if facts.config.draws_at_conversion else None
+    return (
+        "computes no variances of noise" if facts.config.draws_at_conversion else None
+    )
 
 
 def products(facts: Facts) -> str | None:

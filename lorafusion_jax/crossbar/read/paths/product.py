@@ -39,35 +39,57 @@ class ProductPath(ReadPath):
 
     def lay_out(self, written: Written) -> Laid:
         variance = written.variance()
-        of_codes = None if variance is None else _telescoped(variance, written.geometry, written.config)
+        of_codes = (
+            None
+            if variance is None
+            else _telescoped(variance, written.geometry, written.config)
+        )
         return Laid(written.plan, variance=of_codes)
 
-    def read(self, n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip) -> Float[Array, "B d_out"]:
+    def read(
+        self, n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip
+    ) -> Float[Array, "B d_out"]:
         """Return weights times input codes; read noise, a sum of draws over slices and rows, is one for each output."""
-        geometry, config, key = chip.geometry, chip.config, chip.key
+        geometry = chip.geometry
+        config = chip.config
+        key = chip.key
         tiled = chip.scale.shape[0] > 1
         per_weight = encoding.per_weight(chip.scale, geometry)
-        y = jnp.dot(n, chip.codes * per_weight if tiled else chip.codes, precision="highest")
+        y = jnp.dot(
+            n, chip.codes * per_weight if tiled else chip.codes, precision="highest"
+        )
         noise = config.device.read_noise
         if noise is not None and chip.variance is not None and key is not None:
-            cols, d_out = geometry.cols, geometry.shape[1]
-            variance, unit = chip.variance, jnp.ones((1, 1), n.dtype)
+            cols = geometry.cols
+            d_out = geometry.shape[1]
+            variance = chip.variance
+            unit = jnp.ones((1, 1), n.dtype)
             if tiled:
                 # Over the largest scale, since the square of a small one is zero in float32.
                 unit = jnp.max(chip.scale, axis=(0, 1), keepdims=True)
                 per_weight = per_weight / unit
                 if config.encoding.unit_column:
                     starts = np.cumsum((0, *cols[:-1]))
-                    per_weight = jnp.concatenate([per_weight, per_weight[:, starts]], axis=1)
+                    per_weight = jnp.concatenate(
+                        [per_weight, per_weight[:, starts]], axis=1
+                    )
                 variance = variance * jnp.square(per_weight)
             worth = jnp.square(jnp.asarray(geometry.input_significance, n.dtype))
-            power = jnp.einsum("j,jbi->bi", worth, jnp.square(encoding.pulses(n, geometry)))
-            spread = root(jnp.dot(power, variance, precision="highest")) * like(noise.sigma, n)
+            power = jnp.einsum(
+                "j,jbi->bi", worth, jnp.square(encoding.pulses(n, geometry))
+            )
+            spread = root(jnp.dot(power, variance, precision="highest")) * like(
+                noise.sigma, n
+            )
             outputs = d_out + (len(cols) if config.encoding.unit_column else 0)
             drawn = spread * normal(key, (n.shape[0], outputs), n.dtype)
-            if config.encoding.unit_column:  # one draw for each array's unit column, shared by all its outputs
+            if (
+                config.encoding.unit_column
+            ):  # one draw for each array's unit column, shared by all its outputs
                 drawn, units = drawn[:, :d_out], drawn[:, d_out:]
-                drawn = drawn - jnp.repeat(units, np.asarray(cols), axis=1, total_repeat_length=d_out)
+                drawn = drawn - jnp.repeat(
+                    units, np.asarray(cols), axis=1, total_repeat_length=d_out
+                )
             y = y + drawn * unit
         return y if tiled else y * chip.scale
 
@@ -77,7 +99,14 @@ def _telescoped(
 ) -> Float[Array, "_rows _cols"]:
     """Return the variances of weight codes, given those of every slice's columns."""
     worth = jnp.asarray(geometry.significance, variance.dtype)
-    if config.device.read_noise is not None and config.device.read_noise.kind == "independent":
-        worth = worth * jnp.asarray(geometry.levels, variance.dtype) / (1 - like(config.g_min, variance))
+    if (
+        config.device.read_noise is not None
+        and config.device.read_noise.kind == "independent"
+    ):
+        worth = (
+            worth
+            * jnp.asarray(geometry.levels, variance.dtype)
+            / (1 - like(config.g_min, variance))
+        )
     of_codes = jnp.einsum("k,krio->rio", jnp.square(worth), variance)
     return encoding.join(of_codes, geometry.rows, 0, front=True)

@@ -34,8 +34,11 @@ def sliced_products(
     """
     if isinstance(cells, Packed):
         assert packing is not None and slices is not None
-        n, words = drive(n, slices), packing.words
-        operands = [cells.words] if cells.variances is None else [cells.words, cells.variances]
+        n = drive(n, slices)
+        words = packing.words
+        operands = (
+            [cells.words] if cells.variances is None else [cells.words, cells.variances]
+        )
     else:
         words = [slice(k, k + 1) for k in range(len(cells))]
         operands = [cells] if noise is None else [cells, noise.variance]
@@ -43,42 +46,88 @@ def sliced_products(
 
     def tile(r: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
         x = jax.lax.dynamic_index_in_dim(n, r, 1, keepdims=False)
-        least = jax.lax.dynamic_index_in_dim(cells.low, r, 1, keepdims=False) if isinstance(cells, Packed) else None
+        least = (
+            jax.lax.dynamic_index_in_dim(cells.low, r, 1, keepdims=False)
+            if isinstance(cells, Packed)
+            else None
+        )
 
         def plane(operand: Array, w: int) -> Float[Array, "rows _cols"]:
             # In a single slice: `operand[w]` first would be copied in every step, for all row tiles.
-            found = jax.lax.dynamic_slice(operand, (w, r, 0, 0), (1, 1, *operand.shape[2:]))
+            found = jax.lax.dynamic_slice(
+                operand, (w, r, 0, 0), (1, 1, *operand.shape[2:])
+            )
             return jnp.squeeze(found, (0, 1)).astype(n.dtype)
 
-        planes = [[plane(operand, w) for w in range(len(words))] for operand in operands]
+        planes = [
+            [plane(operand, w) for w in range(len(words))] for operand in operands
+        ]
 
         def step(j: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
             u = x if slices is None else digit(x, slices, j).astype(n.dtype)
 
-            def read(w: int, own: slice, total: Float[Array, "k B cols"]) -> Float[Array, "k B cols"]:
+            def read(
+                w: int, own: slice, total: Float[Array, "k B cols"]
+            ) -> Float[Array, "k B cols"]:
                 factors = zip((u, u * u), planes, strict=False)
-                found = [jnp.dot(factor, of_words[w], precision="highest") for factor, of_words in factors]
+                found = [
+                    jnp.dot(factor, of_words[w], precision="highest")
+                    for factor, of_words in factors
+                ]
                 if packing is None or least is None:
                     sums, *variances = (each[None] for each in found)
                 else:
-                    word = functools.reduce(jnp.add, [each.astype(jnp.int32) for each in found])
-                    sums = (unpack(word, packing.fields[own]) + least[own, None]).astype(n.dtype)
-                    variances = [unpack(word, packing.variances[own]).astype(n.dtype)] if packing.variances else []
+                    word = functools.reduce(
+                        jnp.add, [each.astype(jnp.int32) for each in found]
+                    )
+                    sums = (
+                        unpack(word, packing.fields[own]) + least[own, None]
+                    ).astype(n.dtype)
+                    variances = (
+                        [unpack(word, packing.variances[own]).astype(n.dtype)]
+                        if packing.variances
+                        else []
+                    )
                 if noise is not None:
                     if not variances:
-                        variances = [alike(u[:, : noise.variance.shape[2]], noise.variance[own, r, :, 0])]
-                    sums = add_noise(sums, variances[0], noise, r * worth.size + j, (own.start, 0, 0), sums.shape[2])
+                        variances = [
+                            alike(
+                                u[:, : noise.variance.shape[2]],
+                                noise.variance[own, r, :, 0],
+                            )
+                        ]
+                    sums = add_noise(
+                        sums,
+                        variances[0],
+                        noise,
+                        r * worth.size + j,
+                        (own.start, 0, 0),
+                        sums.shape[2],
+                    )
                 return total + worth[j] * adc(sums, adc.scale[own, None, None])
 
             if occupied is None:
-                return tuple(read(w, *pair) for w, pair in enumerate(zip(words, totals, strict=True)))
+                return tuple(
+                    read(w, *pair)
+                    for w, pair in enumerate(zip(words, totals, strict=True))
+                )
             return tuple(
-                jax.lax.cond(occupied[k, r], lambda total, k=k: read(k, words[k], total), lambda total: total, total)
+                jax.lax.cond(
+                    occupied[k, r],
+                    lambda total, k=k: read(k, words[k], total),
+                    lambda total: total,
+                    total,
+                )
                 for k, total in enumerate(totals)
             )
 
         return jax.lax.fori_loop(0, worth.size, step, totals)
 
-    zeros = (jnp.zeros((own.stop - own.start, len(n), operands[0].shape[3]), n.dtype) for own in words)
-    zero = tuple(varying_as(of_word, n, cells, adc.scale, occupied, noise) for of_word in zeros)
+    zeros = (
+        jnp.zeros((own.stop - own.start, len(n), operands[0].shape[3]), n.dtype)
+        for own in words
+    )
+    zero = tuple(
+        varying_as(of_word, n, cells, adc.scale, occupied, noise) for of_word in zeros
+    )
     return jnp.concatenate(jax.lax.fori_loop(0, n.shape[1], tile, zero))
