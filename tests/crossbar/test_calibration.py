@@ -62,6 +62,35 @@ def test_clipped_conversions_of_all_vectors_are_counted():
     np.testing.assert_allclose(share, of_last * 10 / vectors, atol=1e-3, rtol=0.05)
 
 
+PREPARED = dataclasses.replace(
+    ONE,
+    mapping=crossbar.Mapping(scale="column", transform="hadamard"),
+    dac=DAC(bits=8, slice_bits=None),
+    adc=ADC(bits=4),
+)
+
+
+def prepared_chip(weights, config):
+    preparation = crossbar.prepare({"w": weights}, None, config)["w"]
+    return crossbar.program(weights, config, KEY, preparation=preparation)
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-4, 1e6])
+def test_clipped_share_of_a_prepared_chip_does_not_depend_on_the_size_of_inputs(size):
+    """Read with ADC ranges of other vectors, so that many conversions are clipped; zero vectors count as nothing."""
+    x = normal(64, 32)
+    chip = prepared_chip(normal(32, 8), PREPARED)
+    chip = calibrated(chip, probe(x[:2], chip)[1])
+    share = float(probe(x, chip)[1].clip_share[0])
+    assert share > 0.005
+    padded = jnp.concatenate([jnp.float32(size) * x, jnp.zeros((64, 32))])
+    seen = probe(padded, chip)[1]
+    np.testing.assert_allclose(seen.clip_share[0], share, rtol=1e-3)
+    nothing = probe(jnp.zeros((64, 32)), chip)[1]
+    assert not nothing.clip_share.any() and not nothing.histogram.any()
+    assert calibrated(chip, nothing).limits is not None
+
+
 def test_a_sample_of_the_sums_stands_for_all():
     """Of 1.1 million conversions a million are put into bins: the counts are of all, the range of the sample."""
     x = normal(1200, 256)
@@ -81,13 +110,7 @@ def test_a_sample_of_the_sums_stands_for_all():
 
 def test_ranges_of_a_prepared_chip_have_the_least_error_of_its_outputs():
     """Against every range: one of 200 vectors is massive, and a transform spreads it over all rows."""
-    config = dataclasses.replace(
-        ONE,
-        mapping=crossbar.Mapping(scale="column", transform="hadamard"),
-        dac=DAC(bits=8, slice_bits=None),
-        adc=ADC(bits=4),
-        tile=crossbar.Tile(rows=64),
-    )
+    config = dataclasses.replace(PREPARED, tile=crossbar.Tile(rows=64))
     weights = normal(64, 16)
     x = normal(200, 64).at[0, 3].set(300)
     preparation = crossbar.prepare({"w": weights}, jnp.mean(x**2, axis=0), config)["w"]
@@ -203,6 +226,15 @@ def test_inputs_that_are_nan_are_refused():
             match="inputs or outputs of head are NaN or infinite: give batches whose",
         ):
             refused()
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_inputs_of_a_prepared_chip_whose_squares_leave_float32_are_refused(size):
+    chip = prepared_chip(normal(32, 8), PREPARED)
+    with pytest.raises(
+        ValueError, match="prepared inputs of the chip are below .* scale them"
+    ):
+        calibrated(chip, probe(jnp.float32(size) * normal(4, 32), chip)[1])
 
 
 @pytest.mark.parametrize("size", [np.inf, 1e-50])

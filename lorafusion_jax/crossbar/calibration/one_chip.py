@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ...support.platform import is_traced
 from ..chip.chip import Chip, over_stack, programmed_weights, reconfigured
@@ -38,6 +38,8 @@ STEPS = 48  # of 1, 2, 4, ... levels that whole sums are tried with
 CONVERSIONS = 2**20
 _FEWEST = 16
 _AT_ONCE = 2**21  # numbers in the sums that are computed at once
+# Full scales of a prepared chip whose squares, and the sums of these over all conversions, are float32.
+_SQUARED = (2.0**-56, 2.0**32)
 
 
 @jax.tree_util.register_dataclass
@@ -47,7 +49,8 @@ class Statistics:
 
     Attributes:
       histogram: [K, BINS] conversions by log2 |column sum|, up to the largest possible one; zeros are in the first bin.
-        On a prepared chip each counts as the square of its full scale, here, in `errors` and in `clipped`.
+        On a prepared chip each counts as the square of its vector's full scale, and as 0 if the vector is zero, here,
+        in `errors` and in `clipped`.
       errors: [K, STEPS] squared errors of integer sums that are read in steps of 1, 2, 4, ... levels.
       clipped: [K] conversions beyond the range, and `clipped_inputs` inputs beyond the DAC's.
       inputs: [INPUT_BINS] inputs by log2 |x|, negative ones of an unsigned DAC as zeros; empty for an ideal DAC.
@@ -65,12 +68,19 @@ class Statistics:
     @property
     def clip_share(self) -> Float[Array, "*N K"]:
         """Share of conversions that were clipped, of every weight slice."""
-        return self.clipped / jnp.maximum(jnp.sum(self.histogram, axis=-1), 1)
+        conversions = jnp.sum(self.histogram, axis=-1)
+        return self.clipped / jnp.where(conversions == 0, 1, conversions)
 
     @property
     def clip_share_of_inputs(self) -> Float[Array, "*N"]:
         """Share of inputs that were clipped."""
         return self.clipped_inputs / jnp.maximum(jnp.sum(self.inputs, axis=-1), 1)
+
+    @property
+    def read(self) -> Bool[Array, "*N"]:
+        """Whether some vector was read, which an ideal DAC of a prepared chip does not count if it is zero."""
+        conversions = jnp.sum(self.histogram, axis=(-2, -1))
+        return conversions + jnp.sum(self.inputs, axis=-1) != 0
 
     @property
     def sqnr(self) -> Float[Array, "*N"]:
@@ -133,7 +143,7 @@ def probe(
     batch = prepared_inputs(batch, chip)
     counts = jnp.ones(len(batch), batch.dtype)
     if chip.preparation is not None:
-        counts = counts * jnp.square(full_scale(batch, unnamed)).reshape(-1)
+        counts = _squares_of_full_scales(batch, unnamed)
     histogram, errors, clipped, inputs, clipped_inputs = _met_by_converters(
         batch, unnamed, counts
     )
@@ -154,7 +164,7 @@ def calibrated(chip: Chip, statistics: Statistics) -> Chip:
     Raises:
       ValueError: the statistics contain no conversion, NaN, or inputs too large for a range.
     """
-    check_numbers(chip, statistics.signal)
+    check_statistics(chip, statistics)
     if chip.values and chip.codes.ndim > 2:  # swept values differ from matrix to matrix
         return over_stack(calibrated, chip.shape[:-2])(chip, statistics)
     geometry = chip.geometry
@@ -172,8 +182,7 @@ def calibrated(chip: Chip, statistics: Statistics) -> Chip:
         or not PATHS[chip.plan.path].converts
     ):
         return chip
-    met = jnp.sum(statistics.histogram, axis=-1)
-    if not is_traced(met) and not bool(jnp.all(met > 0)):
+    if not is_traced(statistics) and not bool(jnp.all(statistics.read)):
         raise ValueError(
             "calibration saw no conversion: probe the arrays with some inputs first"
         )
@@ -220,6 +229,30 @@ def check_numbers(chip: Chip, sums: Array | np.ndarray) -> None:
         raise ValueError(
             f"inputs or outputs of {name} are NaN or infinite: give batches whose activations are finite"
         )
+
+
+def check_statistics(chip: Chip, statistics: Statistics) -> None:
+    """Raise a ValueError for statistics of inputs that are not finite, or that a prepared chip cannot count."""
+    check_numbers(chip, statistics.signal)
+    conversions = statistics.histogram[..., 0, :]
+    if not is_traced(conversions) and np.isnan(conversions).any():
+        least, most = _SQUARED
+        name = chip.name or "the chip"
+        raise ValueError(
+            f"prepared inputs of {name} are below {least:.0e} or above {most:.0e}, where their squares are not "
+            "counted exactly: scale them"
+        )
+
+
+def _squares_of_full_scales(
+    x: Float[Array, "B d_in"], chip: Chip
+) -> Float[Array, " B"]:
+    """Return the square of each vector's full scale; 0 for vectors that drive no row, NaN for sizes out of range."""
+    least, most = _SQUARED
+    passed = jnp.abs(x) if chip.config.signed_inputs else jnp.maximum(x, 0)
+    scale = jnp.broadcast_to(full_scale(x, chip), (len(x), 1))[:, 0]
+    squares = jnp.where((scale >= least) & (scale <= most), jnp.square(scale), jnp.nan)
+    return jnp.where(jnp.any(passed > 0, axis=1), squares, 0)
 
 
 def _input_limit(
@@ -407,7 +440,8 @@ def _of_conversions(
     )
     (histogram, errors, clipped, seen), _ = jax.lax.scan(add, (*zeros, none), parts)
     if drawn < conversions:
-        histogram = histogram * (seen / jnp.sum(histogram[0]))
+        sampled = jnp.sum(histogram[0])
+        histogram = histogram * (seen / jnp.where(sampled == 0, 1, sampled))
     return histogram, errors, clipped
 
 

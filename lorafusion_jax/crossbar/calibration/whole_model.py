@@ -24,7 +24,7 @@ from .one_chip import (
     STEPS,
     Statistics,
     calibrated,
-    check_numbers,
+    check_statistics,
     probe,
 )
 
@@ -218,21 +218,17 @@ def _calibrated(leaf: Chip, seen: Statistics) -> Chip:
         leaf.limits is not None or leaf.input_limit is not None
     ):
         return leaf  # its correction belongs to these ranges
-    if _awaits_inputs(leaf):
-        met = jnp.sum(seen.inputs, axis=-1)
-    elif adc is None or adc.range != "calibrated" or not PATHS[leaf.plan.path].converts:
+    if not _awaits_inputs(leaf) and (
+        adc is None or adc.range != "calibrated" or not PATHS[leaf.plan.path].converts
+    ):
         return leaf
-    else:
-        met = jnp.sum(seen.histogram, axis=(-2, -1))
     if is_traced(seen):
         raise ValueError(
             "calibration sets ranges from values, which jax.jit and jax.vmap hide: calibrate outside of them, one "
             "model at a time, and stack the models: jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)"
         )
-    if idle := [
-        place for place in np.ndindex(met.shape) if np.asarray(met)[place] == 0
-    ]:
-        where = _said(_names(leaf, idle[0]))
+    if idle := np.argwhere(~np.asarray(seen.read)).tolist():
+        where = _said(_names(leaf, tuple(idle[0])))
         raise ValueError(
             f"{where} was read by none of the batches: give batches, and modules, that use all arrays"
         )
@@ -241,7 +237,7 @@ def _calibrated(leaf: Chip, seen: Statistics) -> Chip:
 
 def _rows(leaf: Chip, seen: Statistics) -> Iterator[dict[str, Any]]:
     """Yield a row for every matrix that was read."""
-    check_numbers(leaf, seen.signal)
+    check_statistics(leaf, seen)
     sqnr = np.asarray(seen.sqnr)
     signal = np.asarray(seen.signal)
     clipped = np.max(np.asarray(seen.clip_share), axis=-1)
