@@ -8,7 +8,7 @@ the pool. Tasks, rows, tuning and files are those of pool_value_language.py, whi
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ import _script
 import numpy as np
 import pool_value_language as language
 import tyro
-from lab.common import ROOT, write_tables
-from lab.pool_cells import Arm
+from lab.common import ROOT, with_interval, write_tables
+from lab.pool_cells import Arm, Row
 from lab.smollm2 import base
 from lab.tuning import best_tried
 from warm_starts import (
@@ -87,42 +87,77 @@ def main(arguments: Sequence[str] = ()) -> None:
         for task in targets
     ]
     language.run(StartedLab(base(), options.pool), keys, paths, options.out)
-    rows = read_lines(options.out / "language.jsonl")
-    rows += [
-        row
-        for row in read_lines(language.RESULTS / "language.jsonl")
-        if row["arm"] == language.FUSION
+    write_tables(
+        options.out, tables(read_lines(options.out / "language.jsonl")), "language_"
+    )
+
+
+def tables(
+    rows: Sequence[Row], targets: int = language.TARGETS
+) -> dict[str, list[list[str]]]:
+    """Return the tables of arms and contrasts, with the rows of LoRAFusion that the value of a pool has."""
+    rows = [
+        *rows,
+        *(
+            row
+            for row in read_lines(language.RESULTS / "language.jsonl")
+            if row["arm"] == language.FUSION
+        ),
     ]
     arms = [["arm", "seeds", "test loss", "exact match, %", "rates"]]
-    contrasts = [["contrast", "seeds", "tasks", "nats", "95 % interval", "p"]]
+    contrasts = [
+        [
+            "contrast",
+            "seeds",
+            "tasks",
+            "nats",
+            "95 % interval",
+            "p",
+            "points",
+            "95 % of points",
+        ]
+    ]
     complete = {
-        arm: language.complete(rows, arm, ROWS, len(targets))
+        arm: language.complete(rows, arm, ROWS, targets)
         for arm in (language.FUSION, LORA, *STARTED)
     }
-    for arm, own in complete.items():
-        if own:
-            loss = np.mean([*language.means(own, "test_loss").values()])
-            match = np.mean([*language.means(own, "exact_match").values()])
-            found = next(
-                row["rates"]
-                for row in rows
-                if row["arm"] == arm and row["rows"] == ROWS
+    for arm, by_seed in complete.items():
+        if by_seed:
+            loss = np.mean([*language.means(by_seed, "test_loss").values()])
+            match = np.mean([*language.means(by_seed, "exact_match").values()])
+            first_row = next(
+                row for row in rows if row["arm"] == arm and row["rows"] == ROWS
             )
-            rates = ", ".join(f"{rate} {value:g}" for rate, value in found.items())
-            arms.append([arm, str(len(own)), f"{loss:.3f}", f"{match:.1f}", rates])
-    for other, arm in itertools.product((WARM, SLOW), complete):
+            rates = ", ".join(
+                f"{rate} {value:g}" for rate, value in first_row["rates"].items()
+            )
+            arms.append([arm, str(len(by_seed)), f"{loss:.3f}", f"{match:.1f}", rates])
+    for other, arm in itertools.product((language.FUSION, WARM, SLOW), complete):
         seeds = complete[arm].keys() & complete[other].keys()
         if arm != other and seeds:
-            a = language.means({seed: complete[arm][seed] for seed in seeds})
-            b = language.means({seed: complete[other][seed] for seed in seeds})
+            loss = _differences(complete[arm], complete[other], seeds, "test_loss")
+            points = _differences(complete[arm], complete[other], seeds, "exact_match")
             contrasts.append(
                 [
                     f"{arm} minus {other}",
                     str(len(seeds)),
-                    *language.estimate([a[task] - b[task] for task in a]),
+                    *language.estimate(loss),
+                    *with_interval(points, 1),
                 ]
             )
-    write_tables(options.out, {"arms": arms, "contrasts": contrasts}, "language_")
+    return {"arms": arms, "contrasts": contrasts}
+
+
+def _differences(
+    first: Mapping[int, Mapping[str, Row]],
+    second: Mapping[int, Mapping[str, Row]],
+    seeds: Collection[int],
+    value: str,
+) -> list[float]:
+    """Return the difference of two arms for each task, of means over these seeds."""
+    a = language.means({seed: first[seed] for seed in seeds}, value)
+    b = language.means({seed: second[seed] for seed in seeds}, value)
+    return [a[task] - b[task] for task in a]
 
 
 def _started(name: str) -> Arm:

@@ -16,8 +16,8 @@ AXIS = "seeds_of_a_device"  # of the batched mode, for collectives of a device's
 def default_seed_mode() -> SeedMode:
     """Return the faster mode on this platform.
 
-    Accelerators read the base weights once for all seeds (`batched`). On a CPU `sequential` measures faster, because
-    caches hold one seed's activations.
+    Accelerators read the base weights once for all seeds (`batched`). On CPUs `sequential` measured faster, because
+    caches hold one seed's activations, except for short rows on a Xeon.
     """
     return "sequential" if for_cpu() else "batched"
 

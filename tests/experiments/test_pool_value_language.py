@@ -330,9 +330,14 @@ def test_the_page_shows_contrasts_of_the_rows():
     ):
         rows = read_lines(_RESULTS / folder / "language.jsonl")
         found |= {
-            (*line[4:6], f"{line[7]} ({line[8]})")
+            (line[2], *line[4:6], f"{line[7]} ({line[8]})")
             for line in experiment.tables(rows, [], targets)["contrasts"]
         }
+    more_seeds = read_lines(_ROOT / "results" / "warm_starts" / "language.jsonl")
+    found |= {
+        (line[1], *line[3:5], f"{line[6]} ({line[7]})")
+        for line in warm_starts_language.tables(more_seeds)["contrasts"]
+    }
     head = [
         "minus LoRAFusion, 20 rows",
         "seeds",
@@ -340,7 +345,7 @@ def test_the_page_shows_contrasts_of_the_rows():
         "interval",
         "points of exact match",
     ]
-    shown = {(*row[2:],) for row in rows_below(_PAGE, head)}
+    shown = {(*row[1:],) for row in rows_below(_PAGE, head)}
     assert shown and shown <= found
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import warm_starts as experiment
+import warm_starts_language
 from page_tables import assert_written, rows_below
 
 from lorafusion_jax.trials import read_lines
@@ -21,6 +22,8 @@ _MEASURED = {(row["arm"], row["rows"]) for row in _ROWS}
 
 def test_committed_tables_are_those_of_the_committed_rows():
     assert_written(experiment.tables(_ALL, _TUNING), _RESULTS)
+    language = read_lines(_RESULTS / "language.jsonl")
+    assert_written(warm_starts_language.tables(language), _RESULTS, "language_")
 
 
 @pytest.mark.parametrize(("arm", "rows"), sorted(_MEASURED))
