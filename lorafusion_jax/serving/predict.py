@@ -74,7 +74,7 @@ def generate_rows(
     rows = [_row(line, of, names, by_name, prompt) for of, line in lines.items()]
     mixtures = {name: mixture for _, name, mixture in rows if name and mixture}
     lines_of = {
-        name: of for (_, name, _), of in reversed([*zip(rows, lines, strict=True)])
+        name: line for (_, name, _), line in reversed([*zip(rows, lines, strict=True)])
     }
     source = pool or next(
         (run.options.pool for run in by_name.values() if run.options.entry.pool), None
