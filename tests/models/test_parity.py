@@ -234,6 +234,24 @@ _LONGROPE = {
     "rope_theta": 100.0,
     "partial_rotary_factor": 1.0,
 }
+_TWO_ROPES = ["sliding_attention", "full_attention", "sliding_attention"]
+
+
+def _in_layers_of_one_kind(scaling: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return models in which only some layers have this scaling of rotary positions."""
+    unscaled = {"rope_type": "default", "rope_theta": 50.0}
+    two_kinds = {"layer_types": _TWO_ROPES, "sliding_window": _WINDOW}
+    full = {"full_attention": scaling, "sliding_attention": unscaled}
+    sliding = {"full_attention": unscaled, "sliding_attention": scaling}
+    gemma = {"query_pre_attn_scalar": 20, "head_dim": 8} | two_kinds
+    return {
+        "smollm3": {"no_rope_layers": [1, 0, 1], "rope_parameters": scaling},
+        "granitemoehybrid": _GRANITE_4 | {"rope_parameters": scaling},
+        "gemma3_text": gemma | {"rope_parameters": sliding},
+        "olmo3": two_kinds | {"rope_parameters": full},
+    }
+
+
 _VARIANTS = {
     "plain": {"tie_word_embeddings": False},
     "tied": {"tie_word_embeddings": True},
@@ -271,6 +289,15 @@ _VARIANTS = {
     "no rope": {"model_type": "smollm3", "no_rope_layers": [1, 0, 1]},
     "rope in a Granite 4": _GRANITE_4
     | {"model_type": "granitemoehybrid", "position_embedding_type": "rope"},
+    **{
+        f"{kind}, {scaling['rope_type']} in some layers": {"model_type": kind} | changes
+        for scaling in (
+            _YARN | {"attention_factor": 1.6, "llama_4_scaling_beta": 0.5},
+            _LONGROPE
+            | {"attention_factor": 1.6, "original_max_position_embeddings": 4},
+        )
+        for kind, changes in _in_layers_of_one_kind(scaling).items()
+    },
     **{kind: changes | {"model_type": kind} for kind, changes in _FURTHER.items()},
     **{kind: {"model_type": kind} for kind in _WITH_IMAGES},
 }

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from .config import Rope
 from .hf_rope import rope_of
 
 Fields = dict[str, Any]
@@ -40,6 +41,11 @@ def biased(hf: Any) -> tuple[str, ...]:
 def head_width(hf: Any) -> int:
     """Return the width of a head, which many configs leave out."""
     return getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+
+
+def _unrotated(hf: Any) -> Rope:
+    """Return the positions of layers without rotation, to which no scaling for long contexts applies."""
+    return Rope(width=head_width(hf), scaling="none")
 
 
 def _llama(hf: Any) -> Fields:
@@ -123,8 +129,13 @@ def _granite4(hf: Any) -> Fields:
     fields = _granite(hf) | {"shared_mlp": True, "d_ff": hf.shared_intermediate_size}
     if hf.position_embedding_type == "rope":
         return fields
+    return fields | {"rope": _unrotated(hf)}
+
+
+def _ministral3(hf: Any) -> Fields:
     rope = rope_of(hf.rope_parameters, head_width(hf), hf.max_position_embeddings)
-    return fields | {"rope": dataclasses.replace(rope, scaling="none")}
+    growth = hf.rope_parameters.get("llama_4_scaling_beta", 0.0)
+    return _windows(hf) | {"rope": dataclasses.replace(rope, query_growth=growth)}
 
 
 def _smollm3(hf: Any) -> Fields:
@@ -139,12 +150,7 @@ def _smollm3(hf: Any) -> Fields:
         raise ValueError(
             "layer_types and no_rope_layers differ: expected windows in layers without rotary positions"
         )
-    rope = rope_of(hf.rope_parameters, head_width(hf), hf.max_position_embeddings)
-    return {
-        "window": window,
-        "sliding": sliding,
-        "local_rope": dataclasses.replace(rope, scaling="none"),
-    }
+    return {"window": window, "sliding": sliding, "local_rope": _unrotated(hf)}
 
 
 def _olmo2(hf: Any) -> Fields:
@@ -191,7 +197,7 @@ FAMILIES: dict[str, Callable[[Any], Fields]] = {
     "granite": _granite,
     "granitemoehybrid": _granite4,
     "ministral": _windows,
-    "ministral3": _windows,
+    "ministral3": _ministral3,
     "smollm3": _smollm3,
     "olmo2": _olmo2,
     "olmo3": _olmo3,

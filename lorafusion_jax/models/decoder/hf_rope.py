@@ -90,7 +90,6 @@ def _yarn(rope: Rope, fields: _RopeJson) -> Rope:
         whole_pairs=fields.get("truncate", True),
         scale=fields.get("attention_factor")
         or (scale(m) / scale(m_all) if m and m_all else scale(1.0)),
-        query_growth=fields.get("llama_4_scaling_beta", 0.0),
     )
 
 

@@ -367,7 +367,8 @@ class Decoder(nnx.Module):
         ]
         seen = ages[None, :] <= positions
         # With longrope, keys of the cache have the frequencies of the prompt's length, and so has the whole answer.
-        longrope = self.structure.rope.scaling == "longrope"
+        ropes = (self.structure.rope, self.structure.local_rope)
+        longrope = any(rope and rope.scaling == "longrope" for rope in ropes)
         lengths = (
             jnp.sum(input_mask, axis=1, keepdims=True) if longrope else positions + 1
         )
