@@ -9,7 +9,7 @@ from ..support.text_tables import plain
 
 def score_lines(rows: Sequence[Mapping[str, Any]], *names: str) -> list[list[str]]:
     """Return a heading, and a line for each row: its values of these names, and its scores."""
-    scored = [[f"{row['exact_match']:.1f}", loss(row["loss"])] for row in rows]
+    scored = [[percent(row["exact_match"]), loss(row["loss"])] for row in rows]
     named = [[str(row[name]) for name in names] for row in rows]
     return [[*names, "exact match %", "loss"], *map(list.__add__, named, scored)]
 
@@ -17,8 +17,8 @@ def score_lines(rows: Sequence[Mapping[str, Any]], *names: str) -> list[list[str
 def score_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return a line for each seed (see `runs.evaluate.seed_rows`), then mean and spread of several."""
     lines = score_lines(rows, "seed")
-    if len(rows) > 1:
-        scores = [row["exact_match"] for row in rows]
+    scores = [row["exact_match"] for row in rows if row["exact_match"] is not None]
+    if len(scores) > 1:
         lines.append(
             [
                 "mean",
@@ -27,6 +27,11 @@ def score_table(rows: Sequence[Mapping[str, Any]]) -> str:
             ]
         )
     return plain(lines, left=(0, 2))
+
+
+def percent(value: float | None) -> str:
+    """Return a percentage as text, or a dash if there were no test rows."""
+    return "-" if value is None else f"{value:.1f}"
 
 
 def loss(value: float | None) -> str:

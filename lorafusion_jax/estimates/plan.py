@@ -12,10 +12,9 @@ from ..methods.fusion import choice_of
 from ..methods.recipes import basis_of, modules_of, recipe_of
 from ..models.architecture import Architecture
 from ..models.registry import known_shapes
-from ..runs.options import FuseOptions, row_format
+from ..runs.options import FuseOptions, read_task
 from ..runs.setup import check
 from ..support.text_tables import markdown
-from ..tasks import load_task
 from ..training.recipe import Recipe
 from .estimate import Cost, Settings, estimate, seeds_of
 from .machines import Machine, Pace, PlanOptions, duration, machine, pace, spent
@@ -234,7 +233,7 @@ def workloads(
                 if run.base in known_shapes()
                 else load_texts(open_base(run.base), chat=run.chat)._asdict()
             )
-        task = load_task(run.task, **row_format(run), train_rows=run.train_rows)
+        task = read_task(run, need=("train", "test"))
         found[task.name] = workload(
             task,
             recipe,

@@ -60,7 +60,7 @@ def write_card(
         _how_to_load(options, config, merged=merged, gguf=gguf),
         f"## Data\n\nThe task {task}: at most {options.train_rows:,} rows were used for training{tested}.\n",
     ]
-    if results is not None:
+    if results is not None and results["test_rows"] > 0:
         parts.append(_accuracy(run, results, seed))
     if coefficients:
         table = _by_module(coefficients, modules)

@@ -83,6 +83,10 @@ def _scores(names: dict[Path, str]) -> Scores:
             raise ValueError(
                 f"{folder} {what if run.exists() else 'is not the folder of a run: name one'}"
             )
+        if results["test_rows"] == 0:
+            raise ValueError(
+                f"{folder} has no test rows (--test-rows 0): train again with some, to compare it"
+            )
         predictions = run.predictions()
         for seed in results["seeds"]:
             of_seed = sorted(

@@ -47,9 +47,9 @@ class Evaluation(NamedTuple):
     option_correct: Bool[np.ndarray, "seeds rows"] | None
 
     @property
-    def exact_match(self) -> Float[np.ndarray, " seeds"]:
-        """Share of exact matches, in percent."""
-        return 100 * self.correct.mean(axis=1)
+    def exact_match(self) -> Float[np.ndarray, " seeds"] | None:
+        """Share of exact matches, in percent; None without rows."""
+        return 100 * self.correct.mean(axis=1) if self.correct.size else None
 
     @property
     def option_accuracy(self) -> Float[np.ndarray, " seeds"] | None:
@@ -123,6 +123,10 @@ def evaluate_seeds(
     A method answers with a model, with a model and examples in the prompt, or without a model.
     """
     method = options.entry
+    if not len(setup.test):
+        nothing = [list[str]() for _ in options.seeds]
+        no_rows = np.zeros((len(options.seeds), 0), bool)
+        return options.seeds, Evaluation(nothing, no_rows, None, None)
     if method.answers == "nothing":
         return options.seeds, _constant(setup, tasks_of_seeds(setup.task, options))
     if method.answers == "examples":

@@ -75,7 +75,7 @@ class SeedResults(TypedDict):
     """Scores of a seed in `results.json`."""
 
     seed: int
-    exact_match: float
+    exact_match: float | None  # None without test rows
     loss: float | None
     steps: int
     modules: list[str]
@@ -95,7 +95,7 @@ class Results(TypedDict):
     control: str
     trainable: int
     trainable_by_group: dict[str, int]
-    exact_match: float
+    exact_match: float | None
     exact_match_std: float | None
     seeds: list[SeedResults]
     test_rows: int

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +11,7 @@ import tyro
 
 from ..loading.spec import LoadOptions
 from ..support.checks import flags_given
+from ..tasks import Task, load_task
 from ..training.recipe import Recipe
 
 
@@ -74,8 +75,8 @@ class FuseOptions(LoadOptions):
       prompt: template of the model's input, with {input} or other columns of the task's rows.
       input: column of a row's input, if it is not input or context.
       target: column of a row's answer, if it is not target, completion or output.
-      train_rows: at most this many rows are trained and validated on.
-      test_rows: evaluate on the first rows of the test set only.
+      train_rows: at most this many rows are trained and validated on; four fifths of a file that has no more.
+      test_rows: evaluate on the first rows of the test set only; 0 evaluates nothing, and trains on all rows of a file.
       eval_batch: number of rows in a batch of generation.
       mesh: divide the run over devices: seeds over the axis `seed`, matrices over `model`, as in seed=4,model=2.
       distributed: this process is one of several, started by Slurm, Open MPI or GKE, on a TPU slice or by hand; --mesh
@@ -153,6 +154,16 @@ def plain(options: FuseOptions) -> FuseOptions:
     }
     parts = {name: dataclasses.replace(values[name]) for name in ("recipe", "arrays")}
     return FuseOptions(**values | parts)
+
+
+def read_task(options: FuseOptions, need: Collection[Literal["train", "test"]]) -> Task:
+    """Return the task of a run, which must have rows in the parts `need`; raises the errors of `load_task`."""
+    return load_task(
+        options.task,
+        **row_format(options),
+        train_rows=None if options.test_rows == 0 else options.train_rows,
+        need=need,
+    )
 
 
 def row_format(options: FuseOptions) -> dict[str, Any]:

@@ -259,7 +259,7 @@ def load_to_evaluate(options: EvaluateOptions) -> tuple[Setup, FuseOptions, Para
     )
     recipe = dataclasses.replace(fused.recipe, max_new_tokens=config["max_new_tokens"])
     train_rows = fused.train_rows if options.train_rows is None else options.train_rows
-    test_rows = options.test_rows or fused.test_rows
+    test_rows = options.test_rows or fused.test_rows or None
     rows = {
         "train_rows": train_rows,
         "test_rows": test_rows,
@@ -288,6 +288,10 @@ def task_to_evaluate(
         if train_rows is not None:
             raise ValueError(
                 "--train-rows divides another task: name it with --task, or leave it out"
+            )
+        if fused.test_rows == 0:
+            raise ValueError(
+                f"{folder} was trained on all rows of its task (--test-rows 0): give others with --task"
             )
         return own_task(fused, folder, config)
     needed = fused.entry.answers != "model"

@@ -27,7 +27,7 @@ from ..support import processes
 from ..support.reading import FileError
 from ..support.text import some
 from ..support.version import __version__
-from ..tasks import without_revision
+from ..tasks import Task, without_revision
 from ..training.compiled import make_room
 from ..training.descent import gradient_at_zero
 from ..training.fit import start
@@ -119,6 +119,8 @@ def _run(
         seed_mode=recorded["environment"]["seed_mode"] if recorded else None,
         base=base,
     )
+    if setup.task.one_list:
+        note(_division(setup.task, last))
     if choice_of(options.recipe) != "draw":
         setup = _chosen(setup, options, recorded)
     now = digests(setup)
@@ -144,6 +146,20 @@ def _run(
                 )  # again: another run may have begun it while this one was loading
             run.write_config(config)
         return _complete(run, hardware, last, config, begin, left_out)
+
+
+def _division(task: Task, options: FuseOptions) -> str:
+    """Return a sentence on how one list was divided into training and test rows."""
+    training_rows = min(len(task.train), options.train_rows)
+    sentence = (
+        f"{options.task} has no test part: {training_rows} of its {len(task.train) + len(task.test)} rows are used for "
+        f"training, {len(task.test[: options.test_rows])} for testing"
+    )
+    return (
+        sentence
+        if options.test_rows == 0
+        else f"{sentence} (--test-rows 0 trains on all)"
+    )
 
 
 def stages(options: FuseOptions) -> tuple[FuseOptions, ...]:
@@ -295,16 +311,18 @@ def _complete(
     run.write_predictions(_prediction_rows(setup, seeds, evaluation))
     counts = trainable_count(setup) if options.entry.groups else {}
     tested = "".join(row.row for row in setup.task.test[: len(setup.test)])
+    matches = evaluation.exact_match
+    spread = None
+    if matches is not None and len(seeds) > 1:
+        spread = float(np.std(matches, ddof=1))
     results = {
         "task": setup.task.name,
         "method": options.method,
         "control": options.control,
         "trainable": sum(counts.values()),
         "trainable_by_group": counts,
-        "exact_match": float(np.mean(evaluation.exact_match)),
-        "exact_match_std": float(np.std(evaluation.exact_match, ddof=1))
-        if len(seeds) > 1
-        else None,
+        "exact_match": None if matches is None else float(np.mean(matches)),
+        "exact_match_std": spread,
         "seeds": [
             row
             | {"steps": steps[i], "modules": list(setup.modules[i])}

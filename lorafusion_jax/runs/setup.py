@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ from ..training.method import Params
 from ..training.problem import Problem
 from ..training.seeds import SeedMode
 from .folder import RunConfig
-from .options import FuseOptions, OnArrays, check_digital, row_format
+from .options import FuseOptions, OnArrays, check_digital, read_task
 
 _UNCUT = 2**30  # tokens
 
@@ -82,10 +82,9 @@ def check(options: FuseOptions) -> None:
         check_uint32(seed=seed)
     check_uint32(control_draw=options.control_draw)
     one_of(get_args(Control), control=options.control)
-    at_least(0, train_rows=options.train_rows)
+    at_least(0, train_rows=options.train_rows, test_rows=options.test_rows)
     at_least(
         1,
-        test_rows=options.test_rows,
         eval_batch=options.eval_batch,
         processes=options.processes,
     )
@@ -208,12 +207,12 @@ def load_setup(
     needs_training_rows = (
         to_train and method.learns != "untrained"
     ) or method.answers != "model"
-    task = task or tasks.load_task(
-        options.task,
-        **row_format(options),
-        train_rows=options.train_rows,
-        need=("train", "test") if needs_training_rows else ("test",),
-    )
+    need: list[Literal["train", "test"]] = []
+    if needs_training_rows:
+        need.append("train")
+    if options.test_rows != 0:
+        need.append("test")
+    task = task or read_task(options, need)
     there = min(len(task.train), options.train_rows)
     if isinstance(recipe, FewShotRecipe) and recipe.shots > there:
         raise ValueError(
@@ -366,9 +365,7 @@ def check_params(folder: Path, params: Params, begin: Callable[[], Params]) -> N
 
 def own_task(options: FuseOptions, folder: Path, config: RunConfig) -> tasks.Task:
     """Return the task of a run; ValueError if it has other rows than the run was fused on."""
-    task = tasks.load_task(
-        options.task, **row_format(options), train_rows=options.train_rows, need=()
-    )
+    task = read_task(options, need=())
     if task.sha256 != config["task_sha256"]:
         raise ValueError(
             f"{options.task} has other rows than {folder} was fused on: restore them, fuse the run again, or evaluate "

@@ -59,12 +59,13 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Training rows and test rows, read from `source`."""
+    """Training rows and test rows, read from `source`; `one_list` if the source does not divide them."""
 
     name: str
     train: tuple[Example, ...]
     test: tuple[Example, ...]
     source: str
+    one_list: bool = False
 
     @property
     def sha256(self) -> str:
@@ -85,7 +86,7 @@ def load_task(
     input: str | None = None,
     target: str | None = None,
     chat: bool = False,
-    train_rows: int = 100,
+    train_rows: int | None = 100,
     need: Collection[Literal["train", "test"]] = ("train", "test"),
 ) -> Task:
     r"""Read a task.
@@ -107,7 +108,7 @@ def load_task(
 
     A file of another name, and a data set of one split, are one list. Of rows that give equal inputs only the first is
     used. The list is shuffled by `random.Random(42)`; then the first `train_rows` are used for training and the others
-    for testing, whatever `need` is.
+    for testing, whatever `need` is. If that would leave none to test, four fifths are used for training.
 
     Args:
       source: path or hub id.
@@ -117,7 +118,7 @@ def load_task(
       input: column of the input, if it is none of the above.
       target: column of the answer, if it is none of the above.
       chat: the model's chat template will be used, so rows may be conversations.
-      train_rows: number of training rows of one list.
+      train_rows: number of training rows of one list; None for all.
       need: parts that must have rows.
 
     Raises:
@@ -140,7 +141,8 @@ def load_task(
         ]
         for part, rows in read_rows(source).items()
     }
-    if "all" in parts:
+    one_list = "all" in parts
+    if one_list:
         parts = _divide(parts["all"], train_rows, source)
     for part in need:
         if not parts.get(part):
@@ -155,6 +157,7 @@ def load_task(
         train=tuple(parts.get("train", ())),
         test=tuple(parts.get("test", ())),
         source=str(source),
+        one_list=one_list,
     )
 
 
@@ -359,7 +362,7 @@ def _conversation(messages: Row, where: str) -> list[tuple[str, str]]:
 
 
 def _divide(
-    rows: list[Example], train_rows: int, source: str | Path
+    rows: list[Example], train_rows: int | None, source: str | Path
 ) -> dict[str, list[Example]]:
     different: dict[
         str, Example
@@ -367,10 +370,14 @@ def _divide(
     for row in rows:
         different.setdefault(row.input_sha256, row)
     rows = list(different.values())
-    if not 0 <= train_rows < len(rows):
+    if train_rows is None:
+        train_rows = len(rows)
+    elif len(rows) == 1 and train_rows > 0:
         raise ValueError(
-            f"{source} is one list of {len(rows)} rows with different inputs, and {train_rows} to train would leave "
-            "none to test: use fewer (--train-rows), or give a folder with train.jsonl and test.jsonl"
+            f"{source} has one row, which cannot be used for training and for testing: give more rows, or train on it "
+            "with --test-rows 0"
         )
+    elif train_rows >= len(rows):
+        train_rows = len(rows) * 4 // 5
     order = [rows[i] for i in shuffled(len(rows), REFERENCE_SEED)]
     return {"train": order[:train_rows], "test": order[train_rows:]}

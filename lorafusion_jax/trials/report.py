@@ -129,13 +129,14 @@ def _cells(loss: float, contrast: Interval | None) -> list[Any]:
 def train_command(one: TaskTrial, outcomes: Outcomes, winner: str) -> str:
     """Return the commands that train an arm at its best rates and export it; none for an arm that trains nothing.
 
-    `fuse` keeps a row of a list to test on, and 5 % of the others to validate on.
+    `fuse` keeps 5 % of the rows to validate on.
     """
     arm, run = one.arms[winner]
     if run.entry.learns == "untrained":
         return f"lorafusion generate {_flags({'base': run.base, 'chat': run.chat or None})}"
     rows = load_task(one.source, **row_format(run), train_rows=0, need=())
-    train_rows = len(one.rows) - (not rows.train and len(rows.test) == len(one.rows))
+    # All rows of a list are used, so none is left to test on.
+    test_rows = 0 if rows.one_list and len(rows.test) == len(one.rows) else None
     tuned = outcomes.tuned.get(winner)
     default = run.entry.recipe()
     recipe = {
@@ -154,7 +155,14 @@ def train_command(one: TaskTrial, outcomes: Outcomes, winner: str) -> str:
         }
     name = "-".join((one.task, run.method, "all"))
     train = _flags(
-        given | {"task": one.source, "train_rows": train_rows, "name": name} | recipe
+        given
+        | {
+            "task": one.source,
+            "train_rows": len(one.rows),
+            "test_rows": test_rows,
+            "name": name,
+        }
+        | recipe
     )
     return f"lorafusion fuse {train}\nlorafusion export --run runs/{name} --out {name}-adapter"
 

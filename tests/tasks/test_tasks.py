@@ -275,11 +275,9 @@ def test_folders_that_are_no_tasks_are_refused(tmp_path, make, message):
 
 
 def test_other_sources_that_are_no_tasks_are_refused(tmp_path):
-    path = _write(tmp_path / "all.jsonl", _rows(60))
-    for train_rows in (100, 60):
-        message = f"one list of 60 rows .*, and {train_rows} to train would leave none to test: use fewer"
-        with pytest.raises(ValueError, match=message):
-            load_task(path, train_rows=train_rows)
+    path = _write(tmp_path / "one.jsonl", _rows(1))
+    with pytest.raises(ValueError, match="has one row, .*: give more rows"):
+        load_task(path)
     for source in ("/no/such/folder", "no_such.jsonl", "./owner/name", "a/b/c"):
         with pytest.raises(ValueError, match=_LOST):
             load_task(source)
@@ -287,6 +285,18 @@ def test_other_sources_that_are_no_tasks_are_refused(tmp_path):
         ValueError, match="^'xxx.* cannot be a task: File name too long"
     ):
         load_task("x" * 5000)
+
+
+@pytest.mark.parametrize(
+    ("train_rows", "parts"),
+    [(100, (32, 8)), (40, (32, 8)), (39, (39, 1)), (0, (0, 40)), (None, (40, 0))],
+)
+def test_a_list_keeps_a_fifth_to_test_where_all_rows_could_train(
+    tmp_path, train_rows, parts
+):
+    path = _write(tmp_path / "labelled.jsonl", _rows(40))
+    task = load_task(path, train_rows=train_rows, need=())
+    assert (len(task.train), len(task.test)) == parts
 
 
 def test_files_that_rows_of_a_data_set_name_are_not_opened(monkeypatch):
