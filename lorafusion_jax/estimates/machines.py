@@ -5,9 +5,10 @@ import functools
 import heapq
 import math
 import os
+import re
 import time
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,27 +16,30 @@ import tyro
 
 from ..models.architecture import Architecture
 from ..support.checks import at_least
-from ..support.platform import for_cpu
+from ..support.platform import cores, for_cpu
 from ..training.seeds import SeedMode, default_seed_mode
 from .flops import Shape, tokens
 from .memory import Device
 
-MachineName = Literal[
-    "cpu", "a100", "h100", "h200", "l4", "rtx4090", "v5e", "v5p", "v6e"
-]
-
 
 class Machine(NamedTuple):
-    """A machine to plan for, with its default mode of seeds."""
+    """A machine to plan for.
+
+    Attributes:
+      device: kind of device that programs run on.
+      seed_mode: default mode of the seeds.
+      capacity: bytes of the device's memory, as its maker or the system states them; None if they are not known.
+      peak: FLOP/s by dtype, for dense matrices; empty if they are not known.
+      measured: the rate is measured on this machine's CPU.
+      note: a sentence about it for the plan.
+    """
 
     device: Device
     seed_mode: SeedMode
-    capacity: int | None = (
-        None  # bytes of the device's memory, as its maker states them
-    )
-    peak: Mapping[
-        str, float
-    ] = {}  # FLOP/s by dtype, for dense matrices; empty if it is not in the table
+    capacity: int | None = None
+    peak: Mapping[str, float] = {}
+    measured: bool = False
+    note: str = ""
 
 
 def _accelerator(gigabytes: int, bfloat16: float, float32: float) -> Machine:
@@ -47,8 +51,7 @@ def _accelerator(gigabytes: int, bfloat16: float, float32: float) -> Machine:
 # NVIDIA's data sheets of A100 SXM 80 GB, H100 SXM, H200 SXM and L4, without sparsity; GeForce RTX 4090: NVIDIA's Ada
 # whitepaper, with float32 sums. TPUs: Google Cloud's pages of v5e, v5p and v6e. By JAX's default precision, GPUs
 # multiply float32 in TF32, and TPUs in bfloat16.
-_MACHINES: dict[MachineName, Machine] = {
-    "cpu": Machine("cpu", "sequential"),
+_ACCELERATORS: dict[str, Machine] = {
     "a100": _accelerator(80, 312.0, 156.0),
     "h100": _accelerator(80, 989.0, 494.0),
     "h200": _accelerator(141, 989.0, 494.0),
@@ -58,18 +61,37 @@ _MACHINES: dict[MachineName, Machine] = {
     "v5p": _accelerator(95, 459.0, 459.0),
     "v6e": _accelerator(32, 918.0, 918.0),
 }
+_MAC = re.compile(r"mac-([1-9][0-9]{0,3})gb")
+_ON_A_MAC = "On a Mac the plan counts with JAX's CPU backend; JAX's Metal backend is not tested."
 # Of the peak, a guess, and of a CPU's measured product: fusions took 1.24 of the planned CPU seconds with the embedded
 # base and 0.87 with SmolLM2.
 _SHARES: dict[Device, float] = {"accelerator": 0.3, "cpu": 0.5}
 
 
-def machine(name: MachineName | None) -> Machine:
-    """Return a machine by its name; this one without a name."""
-    return (
-        _MACHINES[name]
-        if name
-        else Machine("cpu" if for_cpu() else "accelerator", default_seed_mode())
+def machine(name: str | None) -> Machine:
+    """Return a machine by its name, such as cpu, h100 or mac-64gb; this one without a name.
+
+    Raises:
+      ValueError: a name that is not in the table.
+    """
+    if name is None and not for_cpu():
+        return Machine("accelerator", default_seed_mode())
+    if name is None or name == "cpu":
+        return Machine("cpu", "sequential", _memory_of_this_machine(), measured=True)
+    if name in _ACCELERATORS:
+        return _ACCELERATORS[name]
+    if mac := _MAC.fullmatch(name):
+        gigabytes = int(mac[1])
+        return Machine("cpu", "sequential", gigabytes * 2**30, note=_ON_A_MAC)
+    names = ", ".join(["cpu", *_ACCELERATORS])
+    raise ValueError(
+        f"no machine {name!r}: choose of {names}, or a Mac by its unified memory, such as mac-64gb"
     )
+
+
+def _memory_of_this_machine() -> int:
+    """Return the bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +101,8 @@ class PlanOptions:
     Attributes:
       plan: print what this needs (FLOPs, memory, time), and run nothing. The base may be the name of a shape, such as
         flan-t5-large, whose weights are not needed.
-      plan_for: plan for this machine instead of the one that the command runs on.
+      plan_for: plan for this machine instead of the one that the command runs on: cpu, a100, h100, h200, l4, rtx4090,
+        v5e, v5p, v6e, or a Mac by its unified memory, such as mac-64gb.
       utilisation: share of the machine's peak that the plan counts with; by default 0.3, and on a CPU 0.5 of the rate
         of a matrix product that the plan measures.
       price: price of an hour of the device, to print the cost.
@@ -87,7 +110,7 @@ class PlanOptions:
     """
 
     plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    plan_for: Annotated[MachineName | None, tyro.conf.arg(name="for")] = None
+    plan_for: Annotated[str | None, tyro.conf.arg(name="for")] = None
     utilisation: float | None = None
     price: float | None = None
     devices: int | None = None
@@ -114,6 +137,7 @@ class PlanOptions:
                 f"price is {self.price}: expected the price of a device's hour, 0 or more"
             )
         at_least(1, devices=self.devices)
+        machine(self.plan_for)
 
 
 class Pace(NamedTuple):
@@ -124,22 +148,22 @@ class Pace(NamedTuple):
 
 
 def pace(options: PlanOptions, config: Architecture, step: Shape) -> Pace | None:
-    """Return the pace of a machine for a model whose training steps have a shape; None of an unnamed accelerator."""
+    """Return the pace of a machine for a model whose training steps have a shape; None if its rate is not known."""
     where = machine(options.plan_for)
     share = (
         _SHARES[where.device] if options.utilisation is None else options.utilisation
     )
-    if where.device == "cpu":
+    if where.measured:
         site = max(
             config.sites.values(), key=lambda site: site.layers * site.d_in * site.d_out
         )
         product = (tokens(site.reads, step), site.d_in, site.d_out)
-        cores = len(os.sched_getaffinity(0))
-        rate = cores * _measured(product, config.dtype)
+        count = cores()
+        rate = count * _measured(product, config.dtype)
         a, b, c = product
         return Pace(
             share * rate,
-            f"{share:g} of {_rate(rate)}, measured: {a} x {b} by {b} x {c}, {cores} cores",
+            f"{share:g} of {_rate(rate)}, measured: {a} x {b} by {b} x {c}, {count} cores",
         )
     if not where.peak:
         return None
@@ -182,9 +206,9 @@ def spent(jobs: Iterable[float], at: Pace | None, options: PlanOptions) -> str:
     if at is None:
         if (options.utilisation, options.price, options.devices) != (None, None, None):
             raise ValueError(
-                "the rate of this accelerator is not known: name a machine with --for"
+                "the rate of this machine is not known: name another one with --for"
             )
-        return "Time: name a machine with --for."
+        return "Time: not known; name another machine with --for."
     seconds = [flops / at.flops for flops in jobs]
     total = sum(seconds)
     devices = options.devices or 1

@@ -22,6 +22,9 @@ from .memory import Device
 from .params import shape_config
 from .workload import Shapes, Workload, workload
 
+# Of a process on a CPU: Python, libraries, compiled programs and freed memory (docs/results/bbh.md).
+PROCESS_BYTES = 2**30
+
 
 class PoolShape(NamedTuple):
     """Shape of a pool; by default of one that does not exist yet, as LoraHub's."""
@@ -119,12 +122,12 @@ def describe(
     tasks: Mapping[str, Workload],
     settings: Settings,
     *,
-    capacity: int | None = None,
+    where: Machine | None = None,
     at: Pace | None = None,
 ) -> str:
     """Return a description of how a matrix runs, and the costs of its rows, as `plan` returns them.
 
-    Rows that need more bytes than the device's capacity are listed, and times are those at a pace.
+    Rows that need more bytes than the machine has are listed, and times are those at a pace.
     """
     how = "batched" if settings.seed_mode == "batched" else "one after the other"
     lines = [
@@ -135,28 +138,39 @@ def describe(
         f"{work.new_tokens} new tokens at most; lengths {work.lengths}, padded."
         for name, work in tasks.items()
     ]
-    where = "a CPU" if settings.device == "cpu" else "an accelerator"
-    held = (
+    lines += ["", plan_table(rows, at)]
+    device = "a CPU" if settings.device == "cpu" else "an accelerator"
+    stored = (
         "" if settings.load_in == "full" else f", base and pool in {settings.load_in}"
     )
+    lines += [
+        f"{config.dtype} on {device}{stored}. Forward FLOPs are those of one batch, other FLOPs those of all runs of a "
+        "method.",
+        "Bytes are those of one program with all its seeds, at its largest batch.",
+    ]
+    if settings.load_in != "full" and config.dtype == "float32":
+        # Rows of 150 tokens, LoRAFusion: 19 GiB in nf4 with float32, 20.6 whole in bfloat16, 13 in nf4 with bfloat16.
+        lines.append(
+            f"Activations are float32: with a base in {settings.load_in}, a model of 8 billion parameters takes about "
+            "as much memory as\nthe whole model in bfloat16 (20.6 GiB). Add --dtype bfloat16."
+        )
     if settings.device == "cpu":
-        # Measured on FLAN-T5-large's shape (docs/results/bbh.md).
-        more = "The process takes about 0.9 GiB more:\n"
-        more += "Python, libraries, compiled programs and freed memory that it keeps. A long training\n"
-        more += "unrolls its layers, which adds at most 1 GiB."
+        lines.append(
+            "The process takes about 0.9 GiB more: Python, libraries, compiled programs and freed memory that it "
+            "keeps.\nA long training unrolls its layers, which adds at most 1 GiB."
+        )
     else:
-        more = "What else an accelerator holds was not measured."
-        if capacity is not None:
-            over = [row.method for row in rows if row.cost.peak_bytes > capacity]
-            fits = (
-                f"More than that need: {'; '.join(over)}." if over else "All rows fit."
-            )
-            more += f"\nThe device has {_bytes(capacity)}. {fits}"
-    return (
-        "\n".join(lines) + f"\n\n{plan_table(rows, at)}\n"
-        f"{config.dtype} on {where}{held}. Forward FLOPs are those of one batch, other FLOPs those of all runs of a "
-        f"method.\nBytes are those of one program with all its seeds, at its largest batch. {more}"
-    )
+        lines.append("What else an accelerator holds was not measured.")
+    if where is not None and where.capacity is not None:
+        needed = PROCESS_BYTES if settings.device == "cpu" else 0
+        over = [
+            row.method for row in rows if row.cost.peak_bytes + needed > where.capacity
+        ]
+        fits = f"More than that need: {'; '.join(over)}." if over else "All rows fit."
+        lines.append(f"The machine has {_bytes(where.capacity)}. {fits}")
+    if where is not None and where.note:
+        lines.append(where.note)
+    return "\n".join(lines)
 
 
 def describe_run(options: FuseOptions, asked: PlanOptions | None = None) -> str:
@@ -171,7 +185,7 @@ def describe_run(options: FuseOptions, asked: PlanOptions | None = None) -> str:
     config, work, settings = _planned(options, where)
     at = pace(asked, config, next(iter(work.values())).steps[0])
     rows = plan(config, [options.method], work, settings)
-    described = describe(rows, config, work, settings, capacity=where.capacity, at=at)
+    described = describe(rows, config, work, settings, where=where, at=at)
     return f"{described}\n{spent(rows[0].jobs, at, asked)}"
 
 

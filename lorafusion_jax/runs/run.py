@@ -24,6 +24,7 @@ from ..methods.fusion import CoefficientsRecipe, FusionRecipe, choice_of
 from ..methods.lora import LoRA, LoRARecipe, is_warm
 from ..methods.recipes import TargetedRecipe, basis_of, modules_of, recipe_of
 from ..support import processes
+from ..support.platform import cores
 from ..support.reading import FileError
 from ..support.text import some
 from ..support.version import __version__
@@ -500,7 +501,7 @@ def environment() -> dict[str, Any]:
     """Return device, number of cores and versions of packages."""
     return {
         "device": jax.devices()[0].device_kind,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "versions": {"lorafusion-jax": __version__}
         | {name: importlib.metadata.version(name) for name in _PACKAGES},
     }

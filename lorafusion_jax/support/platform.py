@@ -1,5 +1,6 @@
-"""The platform and mesh that functions are traced for, and whether a value is traced."""
+"""The platform and mesh that functions are traced for, this machine's cores, and whether a value is traced."""
 
+import os
 from typing import Any
 
 import jax
@@ -19,6 +20,13 @@ def for_cpu() -> bool:
         if device is None
         else device.device_kind == "cpu"
     )
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use; macOS has no affinity, so there it is all of them."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def for_one_tpu() -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
-from ..estimates.plan import run_cost
+from ..estimates.plan import PROCESS_BYTES, run_cost
 from ..io.hf import open_base
 from ..io.pool import open_pool
 from ..report import key, name
@@ -28,9 +28,6 @@ _BOOKKEEPING = (
     *("seeds", "name", "out", "resume", "start_from", "save_seconds"),
     *("coordinator", "processes", "process"),
 )
-_PROCESS_BYTES = (
-    2**30
-)  # of Python, libraries, compiled programs and freed memory (docs/results/bbh.md)
 
 
 class Job(NamedTuple):
@@ -211,7 +208,7 @@ def _open(jobs: Sequence[Job]) -> None:
 
 def _memory(job: Job) -> int:
     """Return the bytes of memory that a job needs on a CPU."""
-    return run_cost(job.options, "cpu").peak_bytes + _PROCESS_BYTES
+    return run_cost(job.options, "cpu").peak_bytes + PROCESS_BYTES
 
 
 def _rows(

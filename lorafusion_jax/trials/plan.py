@@ -86,6 +86,6 @@ def print_matrix_plan(options: MatrixOptions, arms: Mapping[str, Arm]) -> None:
         planned = plan(
             config, methods, work, settings, names=[*of_method], recipes=recipes
         )
-        print(describe(planned, config, work, settings, capacity=where.capacity, at=at))
+        print(describe(planned, config, work, settings, where=where, at=at))
         of_all += [job for row in planned for job in row.jobs]
     print(spent(of_all, at, options))

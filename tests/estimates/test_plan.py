@@ -1,6 +1,7 @@
 """The plan of a matrix of runs, compared with XLA's analysis of the programs that run; nothing is computed."""
 
 import dataclasses
+import os
 import re
 from contextlib import nullcontext
 from functools import cache
@@ -788,21 +789,46 @@ def test_a_plan_describes_its_runs_and_costs():
     assert len({len(line) for line in table}) == 1 and table[-1].startswith("| all ")
 
 
-def test_a_plan_for_a_named_machine_is_the_same_on_every_machine():
+def test_a_plan_names_what_its_machine_cannot_hold(monkeypatch):
     options = lf.FuseOptions(
         base="flan-t5-large", task=_TASK, seeds=(1, 2), method="full"
     )
-    cpu = parts.describe_run(options, parts.PlanOptions(plan=True, plan_for="cpu"))
-    h100 = parts.describe_run(options, parts.PlanOptions(plan=True, plan_for="h100"))
-    v5e = parts.describe_run(options, parts.PlanOptions(plan=True, plan_for="v5e"))
-    assert (
-        "one after the other" in cpu
-        and "float32 on a CPU" in cpu
-        and "The process takes" in cpu
-    )
+
+    def planned(name: str | None, **changes) -> str:
+        asked = parts.PlanOptions(plan=True, plan_for=name)
+        return parts.describe_run(dataclasses.replace(options, **changes), asked)
+
+    h100 = planned("h100")
     assert "batched" in h100 and "float32 on an accelerator" in h100
-    assert "The device has 74.51 GiB. All rows fit." in h100
-    assert "The device has 14.90 GiB. More than that need: full." in v5e
+    assert "The machine has 74.51 GiB. All rows fit." in h100
+    assert "The machine has 14.90 GiB. More than that need: full." in planned("v5e")
+    mac = planned("mac-64gb")
+    assert "one after the other" in mac and "float32 on a CPU" in mac
+    assert "The machine has 64.00 GiB. All rows fit." in mac
+    assert "JAX's Metal backend is not tested." in mac and "Time: not known" in mac
+    assert "The machine has 8.00 GiB. More than that need: full." in planned("mac-8gb")
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**20}
+    monkeypatch.setattr(os, "sysconf", pages.__getitem__)
+    for name in ("cpu", None):
+        assert "The machine has 4.00 GiB. More than that need: full." in planned(name)
+    pages["SC_PHYS_PAGES"] = 2**24
+    assert "The machine has 64.00 GiB. All rows fit." in planned("cpu")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "load_in", "warned"),
+    [
+        ("float32", "nf4", True),
+        ("bfloat16", "nf4", False),
+        ("float32", "full", False),
+    ],
+)
+def test_a_plan_in_few_bits_names_the_dtype_of_activations(dtype, load_in, warned):
+    options = lf.FuseOptions(
+        base="t5-small", task=_TASK, dtype=dtype, load_in=load_in, method="lora"
+    )
+    out = parts.describe_run(options, parts.PlanOptions(plan=True, plan_for="h100"))
+    assert ("Add --dtype bfloat16." in out) == warned
 
 
 def test_times_and_costs_by_hand():
@@ -868,6 +894,10 @@ def test_the_rate_of_a_cpu_is_measured():
         (
             {"plan": False, "plan_for": "h100"},
             "--for h100 is an option of a plan: add --plan",
+        ),
+        (
+            {"plan_for": "mac-m3"},
+            "no machine 'mac-m3': choose of cpu, a100, .*, or a Mac by its unified memory, such as mac-64gb",
         ),
     ],
 )

@@ -81,7 +81,7 @@ def test_a_plan_for_flan_t5_large_needs_no_weights(arguments, capsys):
     assert (
         "| LoRA " in printed
         and "full fine-tuning" not in printed
-        and "The device has 74.51 GiB" in printed
+        and "The machine has 74.51 GiB" in printed
     )
     with pytest.raises(SystemExit):
         _run(arguments, **large | {"plan": None, "for": ["h100"]})
