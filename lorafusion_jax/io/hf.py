@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 _ROWS = 1024  # copied at a time: a dequantised tensor is never in memory as a whole
 _HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+# Floats of 8 bits are no weights without the scales that their quantiser keeps next to them.
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
 _Q8_0_TILE = 32  # numbers of a row that share a scale in a GGUF file's Q8_0
 
 Files = FolderBase | GGUFBase
@@ -328,9 +330,9 @@ def _check_tensors(
     ]:
         raise ValueError(f"the model has no place for {some(unexpected)}: {advice}")
     for name, shape in shapes.items():
-        if tensors[name].dtype.kind in "biuc":
+        if tensors[name].dtype.name not in _FLOATS:
             raise ValueError(
-                f"{name} has dtype {tensors[name].dtype}: expected floats; save it unquantised"
+                f"{name} has dtype {tensors[name].dtype}: expected floats of 16 bits or more; save it unquantised"
             )
         if tensors[name].shape != shape:
             raise ValueError(

@@ -447,6 +447,10 @@ def test_weights_that_do_not_fit(base, change, message):
         ),
         (lambda a: np.full(a.shape, 1e300), "NaN or infinity in float32"),
         (lambda a: a > 0, "has dtype bool: expected floats"),
+        (
+            lambda a: a.astype(ml_dtypes.float8_e4m3fn),
+            "has dtype float8_e4m3fn: expected floats of 16 bits or more",
+        ),
     ],
 )
 def test_weights_that_are_not_finite_floats_are_refused_by_name(
