@@ -278,18 +278,43 @@ def put_base(model: Model, folder: Path, source: str | Path | Base) -> None:
         }
         tensors |= {name: np.asarray(stored[name]) for name in unread}
     base.files.save_texts(folder)
+    path = folder / "config.json"
+    content = read_json(path, dict[str, Any], "a Hugging Face model", own=False)
     # transformers loads the weights in the dtype of config.json.
-    content = read_json(
-        folder / "config.json", dict[str, Any], "a Hugging Face model", own=False
-    )
-    if other := [
-        name
+    dtypes = {
+        name: model.config.dtype
         for name in ("dtype", "torch_dtype")
-        if content.get(name) not in (None, model.config.dtype)
-    ]:
-        text = json.dumps(content | dict.fromkeys(other, model.config.dtype), indent=2)
-        write_text(folder / "config.json", f"{text}\n")
+        if content.get(name) is not None
+    }
+    changed = _with_older_rope(content) | dtypes
+    if changed != content:
+        write_text(path, f"{json.dumps(changed, indent=2)}\n")
     safetensors.save(folder / "model.safetensors", tensors)
+
+
+def _with_older_rope(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config.json that also has the fields of rotary positions from before transformers 5.
+
+    mlx-lm reads only those of most families, and uses defaults for missing ones.
+    """
+    content = dict(content)
+    if content.get("text_config"):
+        content["text_config"] = _with_older_rope(content["text_config"])
+    ropes = content.get("rope_parameters") or {}
+    rope = ropes.get("full_attention") or ropes
+    kind = rope.get("rope_type", "default")
+    older = {
+        "rope_theta": rope.get("rope_theta"),
+        "rope_local_base_freq": (ropes.get("sliding_attention") or {}).get(
+            "rope_theta"
+        ),
+        "partial_rotary_factor": rope.get("partial_rotary_factor"),
+        "rope_scaling": None if kind == "default" else {"type": kind} | rope,
+    }
+    for name, value in older.items():
+        if value is not None and content.get(name) is None:
+            content[name] = value
+    return content
 
 
 def hf_tensors(model: Model, source: str | Path | Base) -> dict[str, np.ndarray]:

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import small_llama
 import tiny
 import torch_files
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
+from lorafusion_jax.models.registry import family_of
 from lorafusion_jax.models.weights import QUANTISED_TYPES
 from lorafusion_jax.parts import T5Config, dense, linear_shapes, open_base
 
@@ -322,6 +324,68 @@ def test_a_saved_model_states_the_dtype_of_its_file(base, tmp_path, stated, dtyp
     assert json.loads((tmp_path / "again/config.json").read_text()) == config | {
         stated: dtype
     }
+
+
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+_ROPE = {"rope_type": "default", "rope_theta": 5e4}
+
+
+@pytest.mark.parametrize(
+    ("fields", "older"),
+    [
+        ({"model_type": "llama", "rope_parameters": _ROPE}, {"rope_theta": 5e4}),
+        (
+            {"model_type": "smollm3", "rope_parameters": _YARN | {"rope_theta": 5e4}},
+            {
+                "rope_theta": 5e4,
+                "rope_scaling": _YARN | {"rope_theta": 5e4, "type": "yarn"},
+            },
+        ),
+        (
+            {
+                "model_type": "phi3",
+                "rope_parameters": _ROPE | {"partial_rotary_factor": 0.5},
+            },
+            {"rope_theta": 5e4, "partial_rotary_factor": 0.5},
+        ),
+        (
+            {
+                "model_type": "olmo3",
+                "rope_parameters": {
+                    "full_attention": _YARN | {"rope_theta": 5e4},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 3e3},
+                },
+            },
+            {
+                "rope_theta": 5e4,
+                "rope_local_base_freq": 3e3,
+                "rope_scaling": _YARN | {"rope_theta": 5e4, "type": "yarn"},
+            },
+        ),
+        ({"model_type": "qwen2", "rope_theta": 5e4, "rope_parameters": None}, {}),
+    ],
+    ids=lambda fields: fields.get("model_type"),
+)
+@pytest.mark.parametrize("images", [False, True])
+def test_rotary_positions_are_also_saved_where_older_readers_look(
+    tmp_path, fields, older, images
+):
+    """mlx-lm reads only `rope_theta` and `rope_scaling` of most families, transformers 5 writes `rope_parameters`."""
+    text = small_llama.CONFIG | {"vocab_size": 40, "num_hidden_layers": 2} | fields
+    wanted = text | older
+    if images:
+        around = {"model_type": "llava", "tie_word_embeddings": True}
+        text = around | {"text_config": text}
+        wanted = around | {"text_config": wanted}
+    source = tmp_path / "source"
+    source.mkdir()
+    save_file({"vision_tower.weight": np.ones(2)}, source / "model.safetensors")
+    (source / "config.json").write_text(json.dumps(text))
+    config = lf.read_config(source)
+    model = family_of(config).model(config, rngs=nnx.Rngs(0))
+    lf.save_base(model, tmp_path / "saved", source)
+    assert json.loads((tmp_path / "saved" / "config.json").read_text()) == wanted
+    assert lf.read_config(tmp_path / "saved") == config
 
 
 def test_a_tensor_of_the_base_by_name(base, tmp_path):
