@@ -242,6 +242,11 @@ class TaskTrial(NamedTuple):
         """Return the epochs that an arm trains for."""
         return shortened(self.arms[arm].options.recipe, tuned.share).epochs
 
+    def lanes(self, options: TrialOptions) -> Lanes:
+        """Return the models of the arms, which are loaded when they are used."""
+        runs = {name: run for name, (_, run) in self.arms.items()}
+        return Lanes(runs, self.rows, options.seed)
+
     def looks(self, options: TrialOptions, measure: Measure) -> Iterator[Outcomes]:
         """Return an iterator over looks at the outcomes, which measures what the next one needs."""
         arms = [arm for arm, _ in self.arms.values()]
@@ -360,14 +365,10 @@ def _measure(
     update: Callable[[int], Any],
 ) -> Measure:
     """Return a function that reads scores from OUT, and measures those that are missing there."""
-    lanes = lanes_of(options, one.source)
+    lanes = one.lanes(options)
     settings = {name: _settings(run) for name, (_, run) in one.arms.items()}
-    rows_sha256 = _digest([row.row for row in one.rows])
-    common = {
-        "base_and_pool": _digest(lanes.digests),
-        "rows": rows_sha256,
-        "seed": options.seed,
-    }
+    digests = _digests(lanes)
+    common = {"base_and_pool": digests[0], "rows": digests[1], "seed": options.seed}
     cells = Cells(options.out / one.task / "measured.jsonl", _key_of, common)
 
     def measure(trainings: Sequence[Training]) -> Iterator[Scores]:
@@ -376,7 +377,9 @@ def _measure(
         update(sum(_weight(one, training) for training in {*trainings} - {*missing}))
         if missing and until is not None and time.monotonic() > until:
             raise _OutOfTime
-        work = functools.partial(scores_of, options, one.source)
+        work = functools.partial(scores_of, lanes)
+        if options.engine.engine == "ray":
+            work = functools.partial(_scores_on_worker, options, one.source, digests)
         for group, scores in run_items(work, lanes.together(missing), options.engine):
             if isinstance(scores, OutOfMemory):
                 what = f"{one.task}, {group[0].arm}: out of memory ({scores.error})"
@@ -397,20 +400,49 @@ def _measure(
     return measure
 
 
-def scores_of(
-    options: TrialOptions, source: str, group: Sequence[Training]
+def scores_of(lanes: Lanes, group: Sequence[Training]) -> list[Scores]:
+    """Return the scores of trainings of one arm, draw and length."""
+    return [*lanes.measure(group)]
+
+
+def _scores_on_worker(
+    options: TrialOptions,
+    source: str,
+    digests: tuple[str, str],
+    group: Sequence[Training],
 ) -> list[Scores]:
-    """Return the scores of trainings of one arm, draw and length on a task of the trial."""
-    return [*lanes_of(options, source).measure(group)]
+    """Return what `scores_of` does in a process of Ray, which loads the models by itself."""
+    return scores_of(_lanes_on_worker(options, source, digests), group)
 
 
 @functools.lru_cache(maxsize=1)
-def lanes_of(options: TrialOptions, source: str) -> Lanes:
-    """Return the models of a trial's arms on a task; a process keeps those of the last one."""
+def _lanes_on_worker(
+    options: TrialOptions, source: str, digests: tuple[str, str]
+) -> Lanes:
+    """Return the models of a task; ValueError if base, pool or rows are not those with the digests.
+
+    A process keeps those of the last digests, so that it does not load them for each training.
+    """
     (one,) = task_trials(dataclasses.replace(options, task=(source,)))
-    return Lanes(
-        {name: run for name, (_, run) in one.arms.items()}, one.rows, options.seed
-    )
+    lanes = one.lanes(options)
+    if (loaded := _digests(lanes)) != digests:
+        differing = [
+            what
+            for what, before, after in zip(
+                ("base or pool", "rows"), digests, loaded, strict=True
+            )
+            if before != after
+        ]
+        raise ValueError(
+            f"{source}: this node has another {' and other '.join(differing)} than the node that the command runs on: "
+            "copy the files, or give a path that all nodes share"
+        )
+    return lanes
+
+
+def _digests(lanes: Lanes) -> tuple[str, str]:
+    """Return digests of base and pool, and of the rows."""
+    return _digest(lanes.digests), _digest([row.row for row in lanes.rows])
 
 
 def _settings(run: FuseOptions) -> str:

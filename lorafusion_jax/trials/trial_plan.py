@@ -9,7 +9,7 @@ from ..support.platform import for_cpu
 from ..support.text_tables import plain
 from .lanes import Lanes, shortened
 from .procedure import Training
-from .run import TaskTrial, TrialOptions, lanes_of, task_trials
+from .run import TaskTrial, TrialOptions, task_trials
 
 # A method compiles programs for each stage of the tuning and for the folds, of several shapes. Measured on the embedded
 # trial, in units of one training with answers; a method that is not trained has no step to compile.
@@ -46,9 +46,7 @@ def describe_trial(options: TrialOptions) -> str:
                 _TRAINED if entry.learns == "trained" else _UNTRAINED
             )
         compiled.add(entry.name)
-        steps = sum(
-            lanes_of(options, one.source).steps(training) for one, training in trainings
-        )
+        steps = sum(one.lanes(options).steps(training) for one, training in trainings)
         counted = len(trainings) if trainings[0][0].arms[name].arm.rates else 0
         lines.append([name, f"{counted:,}", f"{steps:,}", f"{seconds / 60:.1f}"])
         total += seconds

@@ -5,12 +5,14 @@ Drivers are processes of their own, as users start them.
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 import time
 
 import one_block
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from lorafusion_jax.report import key
 from lorafusion_jax.support.checks import load_optional
@@ -38,6 +40,11 @@ from lorafusion_jax.cli import run
 from lorafusion_jax.trials import ARMS, MatrixOptions, run_matrix
 run(lambda arguments: run_matrix(tyro.cli(MatrixOptions, args=arguments), ARMS))
 """
+_COMMAND = """
+import sys
+from lorafusion_jax.cli import main
+main(sys.argv[1:])
+"""
 # An item waits for its file, or allocates so many bytes.
 _ITEMS = """
 import sys, time
@@ -62,9 +69,16 @@ run(main)
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def home(tmp_path_factory):
+    """The home folder of the cluster's nodes."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def cluster(home):
     """A cluster with one node of one core; tests add others."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(home))
         # All addresses are 127.0.0.1, which Ray's variable means for other systems.
         patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         patch.setenv("RAY_AUTH_MODE", "disabled")
@@ -205,3 +219,22 @@ def test_nodes_are_checked_before_anything_runs(cluster, small, tmp_path):
         )
     assert "install the same version" in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_trial_refuses_nodes_with_another_base(cluster, small, home, tmp_path):
+    for folder in (home, tmp_path):
+        shutil.copytree(small[0], folder / "base")
+    (weights,) = (tmp_path / "base").glob("*.safetensors")
+    changed = {name: 2 * tensor for name, tensor in load_file(weights).items()}
+    save_file(changed, weights, metadata={"format": "pt"})
+    task = _OPTIONS["tasks"][0]
+    flags = ("--base", "~/base", "--pool", small[1], "--task", task)
+    size = ("--train-rows", "12", "--folds", "2", "--epochs", "1")
+    out = tmp_path / "out"
+    ray = ("--engine", "ray", "--address", cluster.address)
+    with _driver(
+        _COMMAND, "trial", *flags, *size, *ray, "--out", out, HOME=str(tmp_path)
+    ) as driver:
+        error = _error(driver)
+    assert f"{task}: this node has another base or pool than the node" in error
+    assert not [*out.glob("**/measured.jsonl")]

@@ -31,22 +31,52 @@ def options(small, tmp_path):
     return TrialOptions(base=str(base), pool=str(pool), task=(str(TASK),), **how)
 
 
+def _made_up(training):
+    """Return scores; LoRA has the least loss, at rates of 0.002 and above."""
+    least = {"LoRA": 0.2, "LoRAFusion": 1.0}.get(training.arm, 1.5)
+    far = sum(abs(np.log(rate / 0.006)) for _, rate in training.rates) - training.share
+    loss = least + far / 10 + np.array(training.test) / 100
+    return Scores(loss, loss < 1 if training.answers else None)
+
+
 @pytest.fixture
 def measured(monkeypatch):
-    """Trainings that were measured: losses are made up, LoRA has the least at rates of 0.002 and above."""
+    """Trainings that were measured, whose scores are made up."""
     measured = []
 
-    def scores(options, source, group):
-        measured.extend(group)
-        for each in group:
-            least = {"LoRA": 0.2, "LoRAFusion": 1.0}.get(each.arm, 1.5)
-            far = sum(abs(np.log(rate / 0.006)) for _, rate in each.rates) - each.share
-            loss = least + far / 10 + np.array(each.test) / 100
-            yield Scores(loss, loss < 1 if each.answers else None)
+    def run_items(function, groups, engine, **_):
+        for group in groups:
+            measured.extend(group)
+            yield group, [_made_up(training) for training in group]
 
-    monkeypatch.setattr(run, "scores_of", lambda *of: [*scores(*of)])
+    monkeypatch.setattr(run, "run_items", run_items)
     monkeypatch.setattr(Lanes, "digests", {"base": "0"})
     return measured
+
+
+def test_a_second_trial_of_a_process_scores_the_rows_of_today(
+    options, tmp_path, monkeypatch
+):
+    def run_items(function, groups, engine, **_):
+        for group in groups:
+            real = group[0].arm == "base alone"
+            yield group, function(group) if real else [*map(_made_up, group)]
+
+    def base_loss(out):
+        ((_, outcomes),) = trial(dataclasses.replace(of_rows, out=out))
+        return outcomes.loss["base alone"]
+
+    monkeypatch.setattr(run, "run_items", run_items)
+    rows = [{"input": f"{i} {i}", "target": f"{i}"} for i in range(12)]
+    file = tmp_path / "rows.json"
+    of_rows = dataclasses.replace(options, task=(str(file),))
+    file.write_text(json.dumps(rows))
+    first = base_loss(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "earlier")
+    file.write_text(json.dumps([row | {"target": "ab cd"} for row in rows]))
+    second = base_loss(tmp_path / "out")
+    assert not np.allclose(first, second)
+    np.testing.assert_array_equal(second, base_loss(tmp_path / "other"))
 
 
 @pytest.mark.parametrize(
