@@ -5,10 +5,11 @@ import functools
 import hashlib
 import json
 import math
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import tyro
@@ -21,6 +22,7 @@ from ..methods.lora import LoRARecipe
 from ..methods.magnitudes import MagnitudesRecipe
 from ..methods.recipes import PoolRecipe, TargetedRecipe
 from ..methods.untrained import FewShotRecipe
+from ..runs.folder import note
 from ..runs.options import FuseOptions, options_to_json
 from ..runs.setup import check
 from ..support.checks import at_least
@@ -35,10 +37,21 @@ from .procedure import Measure, Outcomes, Role, Scores, Training, TrialArm, proc
 from .tuning import Tuned
 from .verdict import judge
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
 _DRAWS = (1, 2, 3)  # of a control
 _COEFFICIENTS = (
     0.03  # rate of coefficients to start from, which fits few rows (see `tuning`)
 )
+_ROLES: dict[str, Role] = {  # by method
+    "zero-shot": "base",
+    "few-shot": "examples",
+    "magnitudes": "magnitudes",
+    "fusion": "pool",
+    "single": "single",
+    "lora": "lora",
+}
 _FORMAT = ("prompt", "input", "target", "chat")  # of rows
 # Options of a run that a score depends on. Base, pool and rows have digests.
 _SETTINGS = ("method", "control", "recipe", "adapters", "chat", "dtype")
@@ -56,7 +69,7 @@ class TrialOptions:
       lorafusion trial --base examples/small/base --pool examples/small/adapters --task examples/small/tasks/odd_dash \
 --train-rows 40
       lorafusion trial --base base --pool pool --task rows.csv --input question --target answer --minutes 30
-      lorafusion trial --base base --pool pool --task rows.csv --arms DoRA=dora "shuffled=fusion:shuffled"
+      lorafusion trial --base base --pool pool --task rows.csv --arms DoRA=dora "shuffled modules=fusion:shuffled"
 
     Attributes:
       base: the base model: a Hugging Face folder, a hub id (owner/name, owner/name@revision) or a GGUF file.
@@ -115,28 +128,27 @@ def contestants(
     """Return the arms of a trial on a task of so many rows, by name.
 
     Raises:
-      ValueError: an arm that is not NAME=METHOD or NAME=METHOD:CONTROL, has no loss, or cannot be used here.
+      ValueError: an arm that is not NAME=METHOD or NAME=METHOD:CONTROL, has no loss, or cannot be used here; none or
+        several arms that fuse the pool.
     """
     shots = min(5, rows - -(-rows // options.folds))
     lora = LoRARecipe(lora_rank=pool.largest_rank, lora_targets=pool.targets)
-    given: dict[str, tuple[Role, str, str, Recipe]] = {
-        "base alone": ("base", "zero-shot", "none", Recipe()),
+    given: dict[str, tuple[str, str, Recipe]] = {
+        "base alone": ("zero-shot", "none", Recipe()),
         "examples in the prompt": (
-            "examples",
             "few-shot",
             "none",
             FewShotRecipe(shots=shots),
         ),
         "magnitudes": (
             "magnitudes",
-            "magnitudes",
             "none",
             MagnitudesRecipe(lora_targets=pool.targets),
         ),
-        "LoRAFusion": ("pool", "fusion", "none", METHODS["fusion"].recipe()),
-        "rotated modules": ("control", "fusion", "rotated", METHODS["fusion"].recipe()),
-        "LoRA": ("lora", "lora", "none", lora),
-        "best single module": ("single", "single", "none", METHODS["single"].recipe()),
+        "LoRAFusion": ("fusion", "none", METHODS["fusion"].recipe()),
+        "rotated modules": ("fusion", "rotated", METHODS["fusion"].recipe()),
+        "LoRA": ("lora", "none", lora),
+        "best single module": ("single", "none", METHODS["single"].recipe()),
     }
     for text in options.arms:
         name, _, what = text.partition("=")
@@ -148,10 +160,9 @@ def contestants(
         recipe = find(method).recipe()
         if isinstance(recipe, TargetedRecipe):
             recipe = dataclasses.replace(recipe, lora_targets=pool.targets)
-        role = given[name][0] if name in given else "other"
-        given[name] = (role, method, control or "none", recipe)
+        given[name] = (method, control or "none", recipe)
     chosen = {}
-    for name, (role, method, control, recipe) in given.items():
+    for name, (method, control, recipe) in given.items():
         entry = find(method)
         if entry.answers == "nothing":
             raise ValueError(
@@ -184,10 +195,16 @@ def contestants(
             rates=_rates(run) if entry.learns == "trained" else {},
             draws=(0,) if control == "none" else _DRAWS,
             learns=entry.learns != "untrained" or entry.answers == "examples",
-            role=role,
+            role=_ROLES.get(method, "other") if control == "none" else "control",
             parameters=trained_numbers(base.config, method, fused),
         )
         chosen[name] = Contestant(arm, run)
+    pools = [name for name, (arm, _) in chosen.items() if arm.role == "pool"]
+    if len(pools) != 1:
+        raise ValueError(
+            f"{len(pools)} arms have the method fusion ({', '.join(pools) or 'none'}), expected one, which the others "
+            "are compared with: give --arms other names or methods"
+        )
     return chosen
 
 
@@ -336,9 +353,7 @@ def _outcomes(options: TrialOptions, one: TaskTrial, until: float | None) -> Out
     weights = {training: _weight(one, training) for training in one.trainings(options)}
     with progress(one.task, sum(weights.values()), unit="row") as bar:
         try:
-            for outcomes in one.looks(
-                options, _measure(options, one, until, bar.update)
-            ):
+            for outcomes in one.looks(options, _measure(options, one, until, bar)):
                 if options.minutes is not None and judge(outcomes).decision == "named":
                     break
         except _OutOfTime:
@@ -362,7 +377,7 @@ def _measure(
     options: TrialOptions,
     one: TaskTrial,
     until: float | None,
-    update: Callable[[int], Any],
+    bar: "tqdm",
 ) -> Measure:
     """Return a function that reads scores from OUT, and measures those that are missing there."""
     lanes = one.lanes(options)
@@ -372,32 +387,43 @@ def _measure(
     cells = Cells(options.out / one.task / "measured.jsonl", _key_of, common)
 
     def measure(trainings: Sequence[Training]) -> Iterator[Scores]:
-        keys = [(settings[training.arm], training) for training in trainings]
-        missing = [training for _, training in cells.missing(keys)]
-        update(sum(_weight(one, training) for training in {*trainings} - {*missing}))
+        keys = {each: (settings[each.arm], each) for each in trainings}
+        rows = {_key_of(row): row for row in cells.rows()}
+        missing = [each for each, key in keys.items() if key not in rows]
+        bar.update(sum(_weight(one, each) for each in {*trainings} - {*missing}))
         if missing and until is not None and time.monotonic() > until:
             raise _OutOfTime
         work = functools.partial(scores_of, lanes)
         if options.engine.engine == "ray":
             work = functools.partial(_scores_on_worker, options, one.source, digests)
         for group, scores in run_items(work, lanes.together(missing), options.engine):
+            arm = group[0].arm
             if isinstance(scores, OutOfMemory):
-                what = f"{one.task}, {group[0].arm}: out of memory ({scores.error})"
+                what = f"{one.task}, {arm}: out of memory ({scores.error})"
                 raise ValueError(
                     f"{what}: use --dtype bfloat16 or another machine; {cells.file} keeps what it has"
                 )
-            pairs = zip(group, scores, strict=True)
-            cells.append(
-                cells.file,
-                [common | _row(settings[each.arm], each, of) for each, of in pairs],
-            )
-            update(sum(_weight(one, training) for training in group))
+            for each, of in zip(group, scores, strict=True):
+                rows[keys[each]] = common | _row(settings[arm], each, of)
+            cells.append(cells.file, [rows[keys[each]] for each in group])
+            bar.update(sum(_weight(one, each) for each in group))
+            of_arm = [keys[each] for each in keys if each.arm == arm and each.answers]
+            if of_arm and all(key in rows for key in of_arm):
+                if sys.stderr.isatty():
+                    bar.clear()
+                note(_progress(arm, [rows[key] for key in of_arm]))
             if until is not None and time.monotonic() > until:
                 raise _OutOfTime
-        rows = {_key_of(row): row for row in cells.rows()}
-        yield from (_scores(rows[key]) for key in keys)
+        yield from (_scores(rows[keys[each]]) for each in trainings)
 
     return measure
+
+
+def _progress(arm: str, rows: Sequence[Row]) -> str:
+    """Return a line about the tested rows of an arm."""
+    loss = np.mean(np.concatenate([row["loss"] for row in rows]))
+    correct = np.concatenate([row["correct"] for row in rows])
+    return f"{arm}: {len(correct)} answers, loss {loss:.3f} nats, exact match {100 * np.mean(correct):.1f} %"
 
 
 def scores_of(lanes: Lanes, group: Sequence[Training]) -> list[Scores]:

@@ -31,7 +31,7 @@ _WINS: dict[Role, str] = {
     "single": "The best single module is as good: no fusion needed.",
     "magnitudes": "Magnitudes alone are as good: no pool needed.",
     "pool": "Use the pool.",
-    "control": "Rotated modules are better than the pool's: its content does not help.",
+    "control": "{title} are better than the pool's: its content does not help.",
     "lora": "Train a LoRA.",
     "other": "Use {name}.",
 }
@@ -172,11 +172,13 @@ class _Sample(NamedTuple):
 
         return float(stdtrit(max(self.freedom, 1), 1 - alpha / self.looks))
 
-    def interval(self, values: Float[np.ndarray, " units"]) -> Interval:
-        """Return the mean with its two-sided interval."""
-        mean = values.mean()
+    def interval(
+        self, values: Float[np.ndarray, " units"], most: float = math.inf
+    ) -> Interval:
+        """Return the mean with its two-sided interval, within the values that are possible: -most to most."""
+        mean = float(values.mean())
         half = self.reach((1 - LEVEL) / 2) * float(self.error(values))
-        return Interval(float(mean), float(mean - half), float(mean + half))
+        return Interval(mean, max(mean - half, -most), min(mean + half, most))
 
     def p(self, values: Float[np.ndarray, " units"]) -> float:
         """Return the two-sided p of the mean."""
@@ -235,7 +237,9 @@ def _judge(
         arm = arms[place]
         decision = "named"
         rows = None
-        sentence = _WINS[arm.role].format(name=arm.name)
+        sentence = _WINS[arm.role].format(
+            name=arm.name, title=arm.name[:1].upper() + arm.name[1:]
+        )
         if arm.role == "pool":
             as_good = [
                 one.name
@@ -320,8 +324,8 @@ def _contrasts(
             arm=name,
             loss=sample.interval(loss[name]),
             p=p,
-            correct=sample.interval(100 * correct[name]),
-            option_correct=sample.interval(100 * option_correct[name])
+            correct=sample.interval(100 * correct[name], most=100.0),
+            option_correct=sample.interval(100 * option_correct[name], most=100.0)
             if name in option_correct
             else None,
         )

@@ -15,6 +15,7 @@ from lorafusion_jax.trials import (
     Scores,
     Training,
     TrialOptions,
+    judge,
     lanes,
     run,
     trial,
@@ -97,6 +98,8 @@ def test_a_second_trial_of_a_process_scores_the_rows_of_today(
         ),
         ({"arms": ("x=lora:rotated",)}, "the method lora has no pool to replace"),
         ({"arms": ("x=loraa",)}, "no method 'loraa'"),
+        ({"arms": ("LoRAFusion=lora",)}, r"0 arms have the method fusion \(none\)"),
+        ({"arms": ("x=fusion",)}, r"2 arms have the method fusion \(LoRAFusion, x\)"),
         ({"task": (str(TASK), str(TASK))}, "two tasks have the same name"),
         ({"minutes": 0.0}, "minutes is 0.0: give a time above 0"),
     ],
@@ -160,7 +163,10 @@ def test_a_finished_trial_is_read_and_its_command_trains_the_arm(
         "1",
     ]
     main(arguments)
-    said = capsys.readouterr().out
+    said, progress = capsys.readouterr()
+    *_, lora, single = [line for line in progress.splitlines() if "answers" in line]
+    assert lora == "LoRA: 12 answers, loss 0.155 nats, exact match 100.0 %"
+    assert single.startswith("best single module: 12 answers, loss")
     count = len(measured)
     assert "Train a LoRA." in said and count == 4 * 13 + (5 + 3) * 2 + 1
     main(arguments)
@@ -185,6 +191,17 @@ def test_a_finished_trial_is_read_and_its_command_trains_the_arm(
             "--lr-lora 0.006",
             "--epochs 1",
         )
+    )
+
+
+def test_the_sentence_names_the_method_of_the_best_arm(options, measured):
+    arms = ("LoRA=single", "best single module=lora", "x=fusion:shuffled")
+    ((one, outcomes),) = trial(dataclasses.replace(options, arms=arms))
+    roles = {arm.name: arm.role for arm in outcomes.arms}
+    assert roles["best single module"] == "lora" and roles["x"] == "control"
+    assert (
+        judge(outcomes).sentence
+        == "The best single module is as good: no fusion needed."
     )
 
 

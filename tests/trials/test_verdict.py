@@ -15,7 +15,7 @@ _ARMS = (
     TrialArm(name="single", role="single"),
     TrialArm(name="magnitudes", role="magnitudes", parameters=10),
     TrialArm(name="LoRAFusion", role="pool", parameters=12),
-    TrialArm(name="rotated", role="control", draws=(1, 2, 3), parameters=12),
+    TrialArm(name="rotated modules", role="control", draws=(1, 2, 3), parameters=12),
     TrialArm(name="LoRA", role="lora", parameters=90),
     TrialArm(name="mine", parameters=50),
 )
@@ -73,8 +73,8 @@ def _outcomes(spread=0.01, seed=0, rows=_ROWS, groups=None, **means):
         ({"LoRAFusion": 1, "LoRA": 1}, "LoRAFusion", "Use the pool."),
         ({"LoRAFusion": 1, "LoRA": 0.9}, "LoRA", "Train a LoRA."),
         (
-            {"rotated": 1},
-            "rotated",
+            {"rotated modules": 1},
+            "rotated modules",
             "Rotated modules are better than the pool's: its content does not help.",
         ),
         ({"mine": 1, "LoRA": 1}, "mine", "Use mine."),
@@ -97,15 +97,17 @@ def test_the_cheapest_arm_is_named_that_is_as_good_as_the_best(means, arm, sente
 
 
 def test_a_pool_whose_rotated_modules_are_as_good_is_not_praised_for_its_content():
-    notes = judge(_outcomes(LoRAFusion=1, rotated=1.01)).notes
-    assert notes == ("rotated is as good, so it is not the pool's content that helps.",)
-    assert judge(_outcomes(LoRAFusion=1, rotated=1.2)).notes == ()
+    notes = judge(_outcomes(LoRAFusion=1, **{"rotated modules": 1.01})).notes
+    assert notes == (
+        "rotated modules is as good, so it is not the pool's content that helps.",
+    )
+    assert judge(_outcomes(LoRAFusion=1, **{"rotated modules": 1.2})).notes == ()
 
 
 def test_wide_intervals_name_no_arm_but_the_rows_that_would_decide():
     # Of magnitudes and LoRA only; the others are far away. The standard deviation of their difference is 0.6.
     names = dict.fromkeys(
-        ("base", "examples", "single", "rotated", "mine", "LoRAFusion"), 9.0
+        ("base", "examples", "single", "rotated modules", "mine", "LoRAFusion"), 9.0
     )
     outcomes = _outcomes(0.6 / 2**0.5, seed=1, magnitudes=1.0, LoRA=0.99, **names)
     difference = (outcomes.loss["LoRA"] - outcomes.loss["magnitudes"])[0]
@@ -167,6 +169,15 @@ def test_contrasts_are_t_intervals_over_inputs_with_holms_p():
     assert [one.p for one in found.values()] == pytest.approx(
         holm([p[name] for name in found])
     )
+
+
+def test_intervals_of_exact_match_lie_within_100_points():
+    outcomes = _outcomes(rows=4)
+    outcomes.correct["LoRAFusion"][:] = 1
+    outcomes.correct["base"][:] = [0, 0, 0, 1]
+    contrast = judge(outcomes).contrasts[0]
+    assert (contrast.correct.mean, contrast.correct.low) == (-75, -100)
+    assert contrast.correct.high > 0
 
 
 def test_a_look_counts_measured_rows_and_only_the_last_one_has_full_levels():
