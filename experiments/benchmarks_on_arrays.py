@@ -147,7 +147,7 @@ def measured(base: str, bits: Bits, out: Path) -> dict[str, Any]:
     from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
 
-    from lorafusion_jax.harness.model import HarnessLM
+    from lorafusion_jax.lm_eval.model import LorafusionLM
 
     began = time.process_time()
     energy = None
@@ -165,7 +165,7 @@ def measured(base: str, bits: Bits, out: Path) -> dict[str, Any]:
             "calibration_task": str(out / "tasks" / "calibration"),
         }
         energy = token_energy(base, config)
-    model = HarnessLM(base=base, batch_size=8, **chip)
+    model = LorafusionLM(base=base, batch_size=8, **chip)
     prepared = time.process_time()
     manager = TaskManager(include_path=str(out / "tasks"), include_defaults=False)
     measure: Any = evaluator.simple_evaluate

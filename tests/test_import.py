@@ -78,12 +78,12 @@ _MAY_IMPORT = {
     "trials": set(
         "hardware io loading methods runs report tasks training estimates".split()
     ),
-    "harness": {"loading", "models", "io", "tasks", "training", "runs", "hardware"},
+    "lm_eval": {"loading", "models", "io", "tasks", "training", "runs", "hardware"},
     "parts": set(
         "crossbar models adapters io loading training methods runs hardware estimates".split()
     ),
     "cli": set(
-        "crossbar io report training methods runs serving hardware estimates harness trials".split()
+        "crossbar io report training methods runs serving hardware estimates lm_eval trials".split()
     ),
 }
 
@@ -170,7 +170,7 @@ def test_no_module_starts_a_backend_or_loads_heavy_libraries():
         *(
             name
             for name in _modules()
-            if not name.endswith(("__main__", ".harness.model"))
+            if not name.endswith(("__main__", ".lm_eval.model"))
         )
     )
     for probe in probes:
@@ -287,7 +287,7 @@ _INTERNAL = {
     "lorafusion_jax.support.interrupts": "a script handles Ctrl-C before the public names are loaded",
     "lorafusion_jax.cli.run": "the same",
     "lorafusion_jax.cli.MALLOC": "benchmarks measure processes with the settings of commands",
-    "lorafusion_jax.harness.model.HarnessLM": "needs lm-evaluation-harness, an extra",
+    "lorafusion_jax.lm_eval.model.LorafusionLM": "needs lm-evaluation-harness, an extra",
     "lorafusion_jax.crossbar.chip.plan.Split": "arrays that a run splits over a mesh, compiled for absent devices",
     "lorafusion_jax.crossbar.read.definition": "the oracle of the read paths, which fast paths are measured against",
     "lorafusion_jax.tasks.packing.MOST_SHAPES": "the bar of a benchmark",

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..harness.options import CalibratedChipOptions, HarnessOptions, load_measured
+from ..lm_eval.options import CalibratedChipOptions, LmEvalOptions, load_measured
 from ..runs.options import check_digital
 from ..runs.predict import GenerateOptions, generate_lines, stream_lines
 from ..serving.predict import generate_rows
@@ -98,7 +98,7 @@ def _on_chip(command: GenerateCommand) -> Callable[[], Problem] | None:
         check_digital(command, of_chips)
         return None
     chip = {name: getattr(command, name) for name in of_chips}
-    options = HarnessOptions(
+    options = LmEvalOptions(
         run=command.run, run_seed=command.seed, base=command.base, **chip
     )
     return lambda: load_measured(options).loaded.problem

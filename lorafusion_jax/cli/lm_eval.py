@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from ..harness.options import HarnessOptions
+from ..lm_eval.options import LmEvalOptions
 from ..support.checks import load_optional
 from .parsing import parse
 
@@ -36,11 +36,11 @@ GROUPS = {
 def main(arguments: Sequence[str]) -> None:
     """Run the harness, which prints its own table; its own options are passed on to it."""
     others: list[str] = []
-    options = parse(HarnessOptions, arguments, "lm-eval", groups=GROUPS, others=others)
+    options = parse(LmEvalOptions, arguments, "lm-eval", groups=GROUPS, others=others)
     program = load_optional(
         "lm_eval.__main__", extra="lm-eval", needed_by="a benchmark"
     )
-    from ..harness import model  # noqa: F401  which registers it
+    from ..lm_eval import model  # noqa: F401  which registers it
 
     given = {
         f.name: value

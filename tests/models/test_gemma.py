@@ -32,11 +32,11 @@ def test_the_harness_scores_the_first_word_of_each_answer_as_transformers(
     pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
     from lm_eval.api.instance import Instance
 
-    from lorafusion_jax.harness.model import HarnessLM
+    from lorafusion_jax.lm_eval.model import LorafusionLM
 
     texts = json.loads((goldens / "gemma3" / "texts.json").read_text())
     golden = np.load(goldens / "gemma3" / "logits.npz")
-    model = HarnessLM(base=str(file), max_length=64)
+    model = LorafusionLM(base=str(file), max_length=64)
     pairs = []
     scores = []
     for number, (prompt, answer) in enumerate(

@@ -32,7 +32,7 @@ class CalibratedChipOptions(ChipOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HarnessOptions(CalibratedChipOptions):
+class LmEvalOptions(CalibratedChipOptions):
     """Measure a fused run, a base model or an adapter on benchmarks of lm-evaluation-harness.
 
     All other options are those of `lm-eval run`, which `lm-eval run --help` lists.
@@ -72,7 +72,7 @@ class MeasuredModel(NamedTuple):
     base: str
 
 
-def load_measured(options: HarnessOptions) -> MeasuredModel:
+def load_measured(options: LmEvalOptions) -> MeasuredModel:
     """Load the model that the options name.
 
     Raises:
@@ -151,7 +151,7 @@ def load_measured(options: HarnessOptions) -> MeasuredModel:
     )
 
 
-def _of_base(options: HarnessOptions) -> LoadOptions:
+def _of_base(options: LmEvalOptions) -> LoadOptions:
     """Return the options of a base, or of the mean of some modules of its pool."""
     adapters = options.adapters
     if options.base is None or options.pool is None:

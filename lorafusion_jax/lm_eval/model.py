@@ -1,6 +1,6 @@
 """A model of lm-evaluation-harness that computes with JAX, as its own `hf` model does with PyTorch.
 
-    lm_eval.simple_evaluate(model=HarnessLM(run="runs/snarks-fusion"), tasks=["arc_easy"])
+    lm_eval.simple_evaluate(model=LorafusionLM(run="runs/snarks-fusion"), tasks=["arc_easy"])
 
 Texts become tokens, and long ones lose their first tokens, as in the harness's own `hf` model.
 """
@@ -42,7 +42,7 @@ from ..training.frozen import GENERATION, OPTIONS
 from ..training.loss import batch_logits, log_likelihood
 from ..training.method import Params
 from ..training.problem import Problem
-from .options import HarnessOptions, load_measured
+from .options import LmEvalOptions, load_measured
 
 _BATCH = 32  # rows
 _NEW_TOKENS = 256  # of an answer, where a task states no number
@@ -67,7 +67,7 @@ class _Plan(NamedTuple):
     sampling: Sampling
 
 
-class HarnessLM(TemplateLM):
+class LorafusionLM(TemplateLM):
     """A fused run, a base model, or modules of its pool, digitally or on simulated chips.
 
     Args:
@@ -75,7 +75,7 @@ class HarnessLM(TemplateLM):
       max_batch_size: ignored, since no batch size is searched for.
       device: ignored, since JAX chooses the device (JAX_PLATFORMS) and the harness's default is `cuda:0`.
       trust_remote_code: ignored, since no code of a base is run.
-      **options: fields of `HarnessOptions`.
+      **options: fields of `LmEvalOptions`.
 
     Raises:
       ValueError: the options do not name one model, or a file cannot be used.
@@ -91,32 +91,23 @@ class HarnessLM(TemplateLM):
         **options: Any,
     ):
         super().__init__()
-        if unknown := sorted(
-            options.keys() - HarnessOptions.__dataclass_fields__.keys()
-        ):
-            known = ", ".join(HarnessOptions.__dataclass_fields__)
+        fields = LmEvalOptions.__dataclass_fields__
+        unknown = sorted(options.keys() - fields.keys())
+        if unknown:
             raise ValueError(
-                f"no model argument {unknown[0]}: expected some of {known}, batch_size"
+                f"no model argument {unknown[0]}: expected some of {', '.join(fields)}, batch_size"
             )
-        for (
-            name,
-            value,
-        ) in options.items():  # JSON has lists, and `adapters=NAME` one text
-            value = (
-                [value]
-                if isinstance(value, str)
-                and isinstance(getattr(HarnessOptions, name), tuple)
-                else value
-            )
-            options[name] = tuple(value) if isinstance(value, list) else value
+        for name, value in options.items():
+            if isinstance(value, list):  # JSON has no tuples
+                options[name] = tuple(value)
+            elif isinstance(value, str) and isinstance(fields[name].default, tuple):
+                options[name] = (value,)  # `adapters=NAME` is one text
         if options.get("run") is not None:
             options["run"] = Path(options["run"])
-        chosen = HarnessOptions(**options)
-        self.batch_size = (
-            _BATCH
-            if batch_size is None or str(batch_size).startswith("auto")
-            else int(batch_size)
-        )
+        chosen = LmEvalOptions(**options)
+        self.batch_size = _BATCH
+        if batch_size is not None and not str(batch_size).startswith("auto"):
+            self.batch_size = int(batch_size)
         at_least(1, batch_size=self.batch_size)
         at_least(2, max_length=chosen.max_length)
         loaded, self._params, base = load_measured(chosen)
@@ -181,38 +172,42 @@ class HarnessLM(TemplateLM):
             raise ValueError(
                 f"{self.tokenizer.name_or_path} has no chat template: leave out --apply_chat_template"
             )
-        how = {
-            "add_generation_prompt": add_generation_prompt,
-            "continue_final_message": not add_generation_prompt,
-        }
+
+        def render(messages: list[dict[str, str]]) -> str:
+            return render_chat(
+                self.tokenizer,
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+
         try:
-            return render_chat(self.tokenizer, chat_history, **how)
+            return render(chat_history)
         except ValueError:
-            others = [
-                message for message in chat_history if message["role"] != "system"
-            ]
-            if len(others) == len(chat_history):
+            without_system = [m for m in chat_history if m["role"] != "system"]
+            if len(without_system) == len(chat_history):
                 raise
-            return render_chat(self.tokenizer, others, **how)
+            return render(without_system)
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         """Return the log-likelihood of whole texts, in windows of the model's context."""
         windows = []
-        of_request = []
-        for number, (text,) in enumerate(request.args for request in requests):
-            of_text = get_rolling_token_windows(
-                token_list=self.tok_encode(text),
+        request_numbers = []
+        for number, request in enumerate(requests):
+            text_windows = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length,
                 context_len=1,
             )
-            windows += [(None, *make_disjoint_window(window)) for window in of_text]
-            of_request += [number] * (len(windows) - len(of_request))
+            for window in text_windows:
+                windows.append((None, *make_disjoint_window(window)))
+                request_numbers.append(number)
         scores = [score for score, _ in self._loglikelihood_tokens(windows)]
         totals = np.bincount(
-            of_request, weights=scores, minlength=len(requests)
+            request_numbers, weights=scores, minlength=len(requests)
         ).tolist()
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
@@ -228,41 +223,41 @@ class HarnessLM(TemplateLM):
         scores = np.zeros(len(rows))
         greedy = np.zeros(len(rows), bool)
         # A context is read once for all its continuations of one token; longer ones are read in groups of like lengths.
-        of_context = collections.defaultdict[tuple[int, ...], list[int]](list)
-        of_length = collections.defaultdict(list)
-        for place, (context, continuation) in enumerate(rows):
+        indices_by_context = collections.defaultdict[tuple[int, ...], list[int]](list)
+        indices_by_length = collections.defaultdict(list)
+        for index, (context, continuation) in enumerate(rows):
             if len(continuation) == 1:
-                of_context[tuple(context)].append(place)
+                indices_by_context[tuple(context)].append(index)
             else:
-                of_length[4 ** math.ceil(math.log(len(continuation), 4))].append(place)
+                longest = 4 ** math.ceil(math.log(len(continuation), 4))
+                indices_by_length[longest].append(index)
         with progress("log-likelihoods", len(rows)) as bar:
-            shared = list(of_context.values())
-            for numbers, batch in self._batches(
-                [rows[places[0]] for places in shared], 1
-            ):
+            groups = list(indices_by_context.values())
+            first_rows = [rows[group[0]] for group in groups]
+            for numbers, batch in self._batches(first_rows, 1):
                 log_probs = np.asarray(
                     _next_log_probs(self._params, batch, self._read(OPTIONS))
                 )
-                best = log_probs.argmax(axis=1)
-                for number, of_row, most_likely in zip(
-                    numbers, log_probs, best, strict=True
-                ):
-                    for place in shared[number] if number >= 0 else ():
-                        (token,) = rows[place][1]
-                        scores[place] = of_row[token]
-                        greedy[place] = token == most_likely
+                most_likely = log_probs.argmax(axis=1)
+                for batch_row, number in enumerate(numbers):
+                    if number < 0:  # padding
+                        continue
+                    for index in groups[number]:
+                        (token,) = rows[index][1]
+                        scores[index] = log_probs[batch_row, token]
+                        greedy[index] = token == most_likely[batch_row]
                         bar.update()
-            for longest, places in of_length.items():
-                for numbers, batch in self._batches(
-                    [rows[place] for place in places], longest
-                ):
+            for longest, indices in indices_by_length.items():
+                long_rows = [rows[index] for index in indices]
+                for numbers, batch in self._batches(long_rows, longest):
                     real = numbers >= 0
-                    there = np.array(places)[numbers[real]]
-                    scored = _scores(self._params, batch, self._read(OPTIONS))
-                    scores[there], greedy[there] = (
-                        np.asarray(part)[real] for part in scored
+                    scored = np.array(indices)[numbers[real]]
+                    likelihoods, is_greedy = _scores(
+                        self._params, batch, self._read(OPTIONS)
                     )
-                    bar.update(len(there))
+                    scores[scored] = np.asarray(likelihoods)[real]
+                    greedy[scored] = np.asarray(is_greedy)[real]
+                    bar.update(len(scored))
         answers = list(zip(scores.tolist(), greedy.tolist(), strict=True))
         for (texts, _, _), answer in zip(requests, answers, strict=True):
             if texts is not None:  # else a window of a text that is kept as a whole
@@ -273,55 +268,54 @@ class HarnessLM(TemplateLM):
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[str]:
         """Return the text that follows each prompt, up to the first of its stop texts."""
-        asked: list[Any] = [request.args for request in requests]
-        of_arguments = collections.defaultdict(list)
-        for place, (_, arguments) in enumerate(asked):
-            of_arguments[json.dumps(arguments, sort_keys=True)].append(place)
+        prompts_and_arguments: list[Any] = [request.args for request in requests]
+        indices_by_arguments = collections.defaultdict(list)
+        for index, (_, arguments) in enumerate(prompts_and_arguments):
+            indices_by_arguments[json.dumps(arguments, sort_keys=True)].append(index)
         plans = [
-            (self._plan(asked[places[0]][1]), places)
-            for places in of_arguments.values()
+            (self._plan(prompts_and_arguments[indices[0]][1]), indices)
+            for indices in indices_by_arguments.values()
         ]
         answers = [""] * len(requests)
         with progress("answers", len(requests)) as bar:
-            for plan, places in plans:
-                longest = self.max_length - (
-                    plan.new_tokens if self.backend == "causal" else 0
-                )
-                prompts = [
-                    self.tok_encode(asked[place][0])[-longest:]
-                    or [self.prefix_token_id]
-                    for place in places
-                ]
-                for place, text in zip(
-                    places, self._generated(prompts, plan, bar.update), strict=True
-                ):
-                    answers[place] = postprocess_generated_text(text, plan.until, None)
-        for arguments, text in zip(asked, answers, strict=True):
+            for plan, indices in plans:
+                longest = self.max_length
+                if self.backend == "causal":
+                    longest -= plan.new_tokens
+                prompts = []
+                for index in indices:
+                    prompt = self.tok_encode(prompts_and_arguments[index][0])
+                    prompts.append(prompt[-longest:] or [self.prefix_token_id])
+                texts = self._generated(prompts, plan, bar.update)
+                for index, text in zip(indices, texts, strict=True):
+                    answers[index] = postprocess_generated_text(text, plan.until, None)
+        for arguments, text in zip(prompts_and_arguments, answers, strict=True):
             self.cache_hook.add_partial("generate_until", arguments, text)
         return answers
 
     def _plan(self, arguments: dict[str, Any]) -> _Plan:
         """Return the plan that a task's arguments of generation describe."""
-        given: dict[str, Any] = dict(normalize_gen_kwargs(arguments, _NEW_TOKENS))
+        options: dict[str, Any] = dict(normalize_gen_kwargs(arguments, _NEW_TOKENS))
         until = handle_stop_sequences(
-            given.pop("until"), eos=self.tokenizer.decode([self.eot_token_id])
+            options.pop("until"), eos=self.tokenizer.decode([self.eot_token_id])
         )
-        new_tokens = given.pop("max_gen_toks")
+        new_tokens = options.pop("max_gen_toks")
         at_least(1, max_gen_toks=new_tokens)
         if self.backend == "causal" and new_tokens >= self.max_length:
             raise ValueError(
                 f"max_gen_toks is {new_tokens}: expected less than the model's context, {self.max_length}"
             )
-        draws = given.pop("do_sample")
+        draws = options.pop("do_sample")
         sampling: dict[str, Any] = {
             "temperature": 1.0
         }  # of a draw by default, as in `hf`
-        sampling |= {name: given.pop(name) for name in _SAMPLING if name in given}
-        if other := [
-            name for name, value in given.items() if _NEUTRAL.get(name) != value
-        ]:
+        sampling |= {name: options.pop(name) for name in _SAMPLING if name in options}
+        unsupported = [
+            name for name, value in options.items() if _NEUTRAL.get(name) != value
+        ]
+        if unsupported:
             raise ValueError(
-                f"the task generates with {other[0]}, which is not supported: expected some of do_sample, "
+                f"the task generates with {unsupported[0]}, which is not supported: expected some of do_sample, "
                 f"{', '.join(_SAMPLING)}, until, max_gen_toks (--gen_kwargs overrides a task's own)"
             )
         return _Plan(new_tokens, until, Sampling(**sampling) if draws else GREEDY)
@@ -330,28 +324,26 @@ class HarnessLM(TemplateLM):
         self, prompts: Sequence[list[int]], plan: _Plan, update: Callable[[int], Any]
     ) -> list[str]:
         """Return the texts that follow prompts, with their stop texts and what follows those."""
-        one = self._problem.replace(index=self._problem.index[None])
+        problem = self._problem.replace(index=self._problem.index[None])
         # Special tokens are not in the texts, so those that end an answer are searched for by number.
         special = set(self.tokenizer.all_special_tokens) & set(plan.until)
         ends = (
-            *one.config.end_ids,
+            *problem.config.end_ids,
             *self.tokenizer.convert_tokens_to_ids(sorted(special)),
         )
         text_format = dataclasses.replace(self._text_format, ends=ends)
 
         def stops(rows: list[Int[np.ndarray, " _"]]) -> list[bool]:
             texts = decode(self.tokenizer, [row.tolist() for row in rows], text_format)
-            stopped = [
-                any(stop and stop in text for stop in plan.until) for text in texts
-            ]
             return [
-                bool(np.isin(row, ends).any()) or at
-                for row, at in zip(rows, stopped, strict=True)
+                bool(np.isin(row, ends).any())
+                or any(stop and stop in text for stop in plan.until)
+                for row, text in zip(rows, texts, strict=True)
             ]
 
         def read(number: int) -> Problem:
             self._reads += 1
-            return one.read(GENERATION, self._reads)
+            return problem.read(GENERATION, self._reads)
 
         generated = generate_rows(
             jax.tree.map(lambda p: p[None], self._params),
@@ -392,11 +384,9 @@ class HarnessLM(TemplateLM):
                 "Take it out of the task"
             )
         # The last token of a continuation is not read.
-        room = (
-            self.max_length + 1 - len(continuation)
-            if self.backend == "causal"
-            else self.max_length
-        )
+        room = self.max_length
+        if self.backend == "causal":
+            room += 1 - len(continuation)
         return context[-room:], continuation
 
     def _read(self, purpose: int) -> Problem:
@@ -431,4 +421,4 @@ def _scores(
     return log_likelihood(logits, labels), jnp.all(greedy, axis=1)
 
 
-register_model("lorafusion")(HarnessLM)
+register_model("lorafusion")(LorafusionLM)

@@ -15,7 +15,7 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from lorafusion_jax import load_base, save_base
-from lorafusion_jax.harness.model import HarnessLM
+from lorafusion_jax.lm_eval.model import LorafusionLM
 
 pytestmark = pytest.mark.peft
 
@@ -75,7 +75,7 @@ def _samples(model: Any, manager: TaskManager, **how: Any) -> dict[str, list[Any
     }
 
 
-def _assert_equal(ours: HarnessLM, base: Path, folder: Path, **how: Any) -> None:
+def _assert_equal(ours: LorafusionLM, base: Path, folder: Path, **how: Any) -> None:
     from lm_eval.models.huggingface import HFLM
 
     theirs = HFLM(
@@ -124,7 +124,7 @@ def t5(tmp_path_factory) -> Path:
 
 
 def test_a_small_t5_scores_and_answers_as_with_pytorch(t5, tmp_path):
-    ours = HarnessLM(base=str(t5), batch_size=3, max_length=48)
+    ours = LorafusionLM(base=str(t5), batch_size=3, max_length=48)
     assert ours.backend == "seq2seq"
     _assert_equal(ours, t5, tmp_path)
 
@@ -133,7 +133,7 @@ def test_a_small_t5_scores_and_answers_as_with_pytorch(t5, tmp_path):
 def test_a_small_llama_scores_and_answers_as_with_pytorch(chat, tmp_path):
     base = small_llama.make(tmp_path / "base")
     _assert_equal(
-        HarnessLM(base=str(base), batch_size=3, max_length=64),
+        LorafusionLM(base=str(base), batch_size=3, max_length=64),
         base,
         tmp_path,
         apply_chat_template=chat,
@@ -145,7 +145,7 @@ def test_contexts_are_as_long_as_those_of_the_hf_model(t5, tmp_path):
 
     for base in (t5, small_llama.make(tmp_path / "base")):
         assert (
-            HarnessLM(base=str(base)).max_length
+            LorafusionLM(base=str(base)).max_length
             == HFLM(pretrained=str(base), device="cpu").max_length
         )
 
@@ -157,7 +157,7 @@ def test_smollm2_scores_and_answers_as_with_pytorch(chat, tmp_path):
     file = smollm2.gguf_file()
     save_base(load_base(file), tmp_path / "base", file)
     _assert_equal(
-        HarnessLM(base=str(file), max_length=96),
+        LorafusionLM(base=str(file), max_length=96),
         tmp_path / "base",
         tmp_path,
         apply_chat_template=chat,

@@ -27,7 +27,7 @@ pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 
-from lorafusion_jax.harness.model import HarnessLM
+from lorafusion_jax.lm_eval.model import LorafusionLM
 
 
 def _requests(*arguments: tuple) -> list[Instance]:
@@ -38,8 +38,8 @@ def _requests(*arguments: tuple) -> list[Instance]:
 
 
 @pytest.fixture(scope="module")
-def llama(base) -> HarnessLM:
-    return HarnessLM(base=str(base), batch_size=4, max_length=24)
+def llama(base) -> LorafusionLM:
+    return LorafusionLM(base=str(base), batch_size=4, max_length=24)
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +194,7 @@ _SMALL_PAIRS = (
 
 
 def _scores(**options) -> list[float]:
-    found = HarnessLM(**options).loglikelihood(_requests(*_SMALL_PAIRS))
+    found = LorafusionLM(**options).loglikelihood(_requests(*_SMALL_PAIRS))
     return [score for score, _ in found]
 
 
@@ -313,7 +313,7 @@ def test_options_that_name_no_model_are_refused(options, message, base, run):
     places = {"BASE": str(base), "RUN": str(run)}
     options = {name: places.get(str(value), value) for name, value in options.items()}
     with pytest.raises(ValueError, match=re.escape(message)):
-        HarnessLM(**options)
+        LorafusionLM(**options)
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,9 @@ def test_texts_without_room_or_template_are_refused(llama, tmp_path):
         match="a continuation has .* tokens: expected 1 to 24, the model's context",
     ):
         llama.loglikelihood(_requests(("hot", " cold" * 40)))
-    plain = HarnessLM(base=str(small_llama.make(tmp_path / "base", chat_template=None)))
+    plain = LorafusionLM(
+        base=str(small_llama.make(tmp_path / "base", chat_template=None))
+    )
     with pytest.raises(
         ValueError, match="has no chat template: leave out --apply_chat_template"
     ):
