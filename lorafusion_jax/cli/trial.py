@@ -50,4 +50,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _show(table: Table, said: Verdict) -> None:
-    show("\n".join((markdown(table), said.sentence, *said.notes)))
+    show("\n".join((markdown(table), said.sentence, said.least, *said.notes)))

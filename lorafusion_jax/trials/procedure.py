@@ -52,7 +52,7 @@ class Scores(NamedTuple):
     option_correct: Bool[np.ndarray, " test"] | None = None
 
 
-_UNTUNED = Tuned((), 1.0, None)  # of an arm without rates
+_UNTUNED = Tuned((), 1.0)  # of an arm without rates
 Measure = Callable[[Sequence[Training]], Iterable[Scores]]
 
 

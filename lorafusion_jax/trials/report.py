@@ -12,6 +12,7 @@ from ..runs.options import FuseOptions, row_format
 from ..tasks import load_task
 from .procedure import Outcomes
 from .run import TaskTrial
+from .tuning import Rates
 from .verdict import Interval, Verdict, judge, judge_tasks
 
 if TYPE_CHECKING:
@@ -50,13 +51,13 @@ def arms_table(one: TaskTrial, outcomes: Outcomes, said: Verdict) -> Table:
     for arm in outcomes.arms:
         contrast = contrasts.get(arm.name)
         tuned = outcomes.tuned.get(arm.name)
-        rates = (
-            ", ".join(
-                f"{name.removeprefix('lr_')} {value:.2g}" for name, value in tuned.rates
-            )
-            if tuned
-            else None
-        )
+        rates = None
+        if tuned is not None:
+            rates = _rates_text(tuned.rates)
+            if tuned.in_grid is not None:
+                rates += (
+                    f" (before the grid was extended: {_rates_text(tuned.in_grid)})"
+                )
         epochs = tuned and one.epochs(arm.name, tuned)
         points = contrast and (
             contrast.option_correct if outcomes.option_correct else contrast.correct
@@ -73,8 +74,7 @@ def arms_table(one: TaskTrial, outcomes: Outcomes, said: Verdict) -> Table:
                 100 * np.nanmean(scores[arm.name]),
                 points and points.mean,
                 points and (points.low, points.high),
-                rates
-                and rates + (f" ({tuned.edge} end)" if tuned and tuned.edge else ""),
+                rates,
                 epochs,
                 round(outcomes.spent[arm.name] * len(one.rows)),
             ]
@@ -95,6 +95,10 @@ def arms_table(one: TaskTrial, outcomes: Outcomes, said: Verdict) -> Table:
         columns,
         lines,
     )
+
+
+def _rates_text(rates: Rates) -> str:
+    return ", ".join(f"{name.removeprefix('lr_')} {value:.2g}" for name, value in rates)
 
 
 def tasks_table(done: Sequence[tuple[TaskTrial, Outcomes]], said: Verdict) -> Table:
@@ -218,7 +222,7 @@ def write_trial(
     together = None
     for one, outcomes in done:
         said = judge(outcomes)
-        text.append(f"{one.task}: {' '.join((said.sentence, *said.notes))}")
+        text.append(f"{one.task}: {' '.join((said.sentence, said.least, *said.notes))}")
         tables[one.task] = arms_table(one, outcomes, said)
         draw_arms(folder / f"{one.task}.png", one, said)
         figures[f"{one.task}.png"] = (
@@ -227,7 +231,9 @@ def write_trial(
     if len(done) > 1:
         over = judge_tasks([outcomes for _, outcomes in done])
         tables["all_tasks"] = tasks_table(done, over)
-        text.append(f"Over {len(done)} tasks: {' '.join((over.sentence, *over.notes))}")
+        text.append(
+            f"Over {len(done)} tasks: {' '.join((over.sentence, over.least, *over.notes))}"
+        )
         together = tables["all_tasks"], over
     write_report(
         folder, "Is the pool worth it?", tables, figures, text="\n\n".join(text)

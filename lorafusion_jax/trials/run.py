@@ -390,7 +390,9 @@ def _measure(
         keys = {each: (settings[each.arm], each) for each in trainings}
         rows = {_key_of(row): row for row in cells.rows()}
         missing = [each for each, key in keys.items() if key not in rows]
-        bar.update(sum(_weight(one, each) for each in {*trainings} - {*missing}))
+        # An extended grid is not in the plan.
+        bar.total = max(bar.total, bar.n + sum(_weight(one, each) for each in keys))
+        bar.update(sum(_weight(one, each) for each in keys if each not in missing))
         if missing and until is not None and time.monotonic() > until:
             raise _OutOfTime
         work = functools.partial(scores_of, lanes)

@@ -4,7 +4,8 @@ Folds share most training rows, so losses of different folds are not independent
 over inputs (rows with the same input are one unit) whose variance is multiplied by 1 + folds / (folds - 1): the
 correction of Nadeau and Bengio (2003), on rows instead of folds. An arm is named if it is not worse than each other arm
 by a margin; because each bound must hold, none is corrected for the number of arms. Levels and margins were chosen by
-`experiments/trial_coverage.py`; `results/trial` has the shares of intervals and sentences that are right.
+simulations (experiments/trial_coverage.md); docs/results/trial.md has the shares of intervals and sentences that are
+right.
 
 Intervals hold for the folds and for the draws of a control that were measured, whose losses are averaged per row.
 """
@@ -19,6 +20,7 @@ from jaxtyping import Float, Int
 
 from ..report import holm
 from .procedure import Outcomes, Role, TrialArm
+from .tuning import Tuned
 
 MARGIN = 0.05  # nats per answer token: arms that differ by less are as good
 CLOSE = 0.3  # nats per answer token: without a winner, the rows suffice if the best arm so far is as close as that
@@ -72,6 +74,7 @@ class Verdict:
       decision: "named" if no other arm is better by more than `MARGIN`, "close" if none is by more than `CLOSE`.
       arm: name of the cheapest such arm, or of the best one so far; None if more rows are needed.
       sentence: the verdict.
+      least: a line with the arm of least cross-validated loss, the choice without intervals.
       rows: rows, or tasks, that would name an arm, or that would decide if more are needed; None for a named arm.
       notes: sentences about the pool's content, ends of grids, and arms that diverged.
       contrasts: contrasts with LoRAFusion, of arms that did not diverge.
@@ -80,6 +83,7 @@ class Verdict:
     decision: Literal["named", "close", "more"]
     arm: str | None
     sentence: str
+    least: str
     rows: int | None
     notes: tuple[str, ...]
     contrasts: tuple[Contrast, ...]
@@ -101,14 +105,23 @@ def judge(outcomes: Outcomes) -> Verdict:
         for table in (outcomes.loss, outcomes.correct, outcomes.option_correct)
     ]
     notes = [
-        f"The best rates of {name} lie at the {tuned.edge} end of the grid: others beyond it may be better."
+        _extended(name, tuned)
         for name, tuned in outcomes.tuned.items()
-        if tuned.edge
+        if tuned.in_grid
     ]
     folds = int(outcomes.fold.max()) + 1
     looks = outcomes.looks if outcomes.look < outcomes.looks else 1
     sample = _Sample(outcomes.groups[measured], 1 + folds / (folds - 1), looks, "rows")
     return _judge(outcomes.arms, sample, tables, notes)
+
+
+def _extended(name: str, tuned: Tuned) -> str:
+    assert tuned.in_grid is not None
+    (rate, before), *_ = tuned.in_grid
+    after = tuned.rates[0][1]
+    text = f"The best rate of {name} was an end of the grid, which was extended once: {rate} {before:.2g} before"
+    text += f", {after:.2g} after."
+    return text + (" Others beyond it may be better." if tuned.edge else "")
 
 
 def judge_tasks(tasks: Sequence[Outcomes]) -> Verdict:
@@ -224,6 +237,7 @@ def _judge(
         () if pools[0] in diverged else _contrasts(arms, pools[0], sample, tables)
     )
     losses = np.stack([loss[arm.name] for arm in arms])
+    first = int(np.argmin(losses.mean(axis=1)))
     difference = losses.mean(axis=1)[:, None] - losses.mean(
         axis=1
     )  # of the row's arm minus the column's
@@ -265,9 +279,9 @@ def _judge(
         arm = None
         decision = "more"
         rows = _deciding(difference, half, CLOSE, sample)
-        first = int(np.argmin(worst))
+        place = int(np.argmin(worst))
         width = (
-            sample.reach((1 - LEVEL) / 2) * error[first, int(np.argmax(bounds[first]))]
+            sample.reach((1 - LEVEL) / 2) * error[place, int(np.argmax(bounds[place]))]
         )
         sentence = f"More {sample.unit} needed"
         sentence += (
@@ -279,6 +293,7 @@ def _judge(
         decision=decision,
         arm=arm and arm.name,
         sentence=sentence,
+        least=f"Least cross-validated loss: {arms[first].name}, {losses[first].mean():.3f} nats.",
         rows=rows,
         notes=tuple(notes),
         contrasts=contrasts,

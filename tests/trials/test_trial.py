@@ -168,7 +168,8 @@ def test_a_finished_trial_is_read_and_its_command_trains_the_arm(
     assert lora == "LoRA: 12 answers, loss 0.155 nats, exact match 100.0 %"
     assert single.startswith("best single module: 12 answers, loss")
     count = len(measured)
-    assert "Train a LoRA." in said and count == 4 * 13 + (5 + 3) * 2 + 1
+    assert "Train a LoRA.\nLeast cross-validated loss: LoRA, 0.155 nats." in said
+    assert count == 4 * 13 + (5 + 3) * 2 + 1
     main(arguments)
     assert len(measured) == count and capsys.readouterr().out == said
     assert {path.name for path in options.out.iterdir()} == {

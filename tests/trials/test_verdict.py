@@ -8,6 +8,7 @@ from scipy import stats
 
 from lorafusion_jax.report import holm
 from lorafusion_jax.trials import Outcomes, TrialArm, judge, judge_tasks
+from lorafusion_jax.trials.tuning import Tuned
 
 _ARMS = (
     TrialArm(name="base", role="base", learns=False),
@@ -102,6 +103,23 @@ def test_a_pool_whose_rotated_modules_are_as_good_is_not_praised_for_its_content
         "rotated modules is as good, so it is not the pool's content that helps.",
     )
     assert judge(_outcomes(LoRAFusion=1, **{"rotated modules": 1.2})).notes == ()
+
+
+def test_the_arm_of_least_loss_is_given_next_to_the_sentence():
+    found = judge(_outcomes(magnitudes=1, LoRA=0.98))
+    assert found.arm == "magnitudes"
+    assert found.least == "Least cross-validated loss: LoRA, 2.138 nats."
+
+
+def test_an_extended_grid_is_noted_with_both_rates():
+    extended = Tuned((("lr_lora", 0.162),), 1.0, "high", (("lr_lora", 0.054),))
+    outcomes = dataclasses.replace(_outcomes(LoRA=1), tuned={"LoRA": extended})
+    (note,) = judge(outcomes).notes
+    both = "lr_lora 0.054 before, 0.16 after. Others beyond it may be better."
+    assert (
+        note
+        == f"The best rate of LoRA was an end of the grid, which was extended once: {both}"
+    )
 
 
 def test_wide_intervals_name_no_arm_but_the_rows_that_would_decide():
