@@ -9,7 +9,7 @@ from .jobs import Job, run_jobs, settings_of
 from .lanes import Lanes
 from .matrix import MatrixOptions, run_matrix
 from .plan import print_matrix_plan
-from .procedure import Outcomes, Scores, Training, TrialArm, procedure, tuned_rates
+from .procedure import Outcomes, Scores, Training, TrialArm, procedure
 from .rows import append_rows, merge, read_rows
 from .run import TaskTrial, TrialOptions, trial
 from .verdict import Verdict, judge, judge_tasks

@@ -147,19 +147,6 @@ def procedure(
     return _run(tuple(arms), groups, measure, fold, own_rows, splits, by_fold)
 
 
-def tuned_rates(
-    arms: Sequence[TrialArm],
-    groups: Sequence[Hashable],
-    measure: Measure,
-    *,
-    seed: int = 0,
-) -> dict[str, Tuned]:
-    """Return the best rates of each arm that has rates, on an inner split of all rows, as `procedure` tunes them."""
-    groups = list(groups)
-    split = _split(tuple(range(len(groups))), groups, (seed, 0))
-    return {name: found for name, (found,) in _tuned(arms, [split], measure).items()}
-
-
 def _tuned(
     arms: Sequence[TrialArm],
     splits: list[tuple[tuple[int, ...], ...]],
