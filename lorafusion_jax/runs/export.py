@@ -1,4 +1,4 @@
-"""`lorafusion export`: a fused run as a PEFT adapter or a merged base model, or one adapter of a pool as it was."""
+"""`lorafusion export`: a fused run as a PEFT adapter or a merged base, one adapter of a pool, or a base as a folder."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from ..adapters.updates import LowRank, Rescaled, WeightDecomposed
 from ..io.export import fused_adapter, lora_adapter, merged_base
 from ..io.folders import new_folder
 from ..io.gguf.write import write_lora, write_merged
-from ..io.hf import Base, hf_tensors, open_base, put_base
+from ..io.hf import Base, hf_tensors, open_base, put_base, save_base
 from ..io.peft.adapter import put_adapter, resave
 from ..io.pool import ConvertedPool
 from ..loading.model import load_model
@@ -34,12 +34,13 @@ MERGED: tuple[Format, ...] = ("merged", "gguf-f16", "gguf-q8_0")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """Write a fused run in the hub's formats, or an adapter of a converted pool as it came.
+    """Write a fused run in the hub's formats, an adapter of a converted pool as it came, or a GGUF file as a folder.
 
     Examples:
       lorafusion export --run runs/snarks-fusion --seed 1 --out adapter
       lorafusion export --run runs/snarks-fusion --seed 1 --format merged --out model
       lorafusion export --pool pool --adapter flan_t5_large-super_glue_wic --out adapter
+      lorafusion export --base model.gguf --out model
 
     Attributes:
       out: folder to write, which must not exist; the folder of a run gets a model card, README.md.
@@ -49,6 +50,7 @@ class ExportOptions:
         `gguf` of a run without magnitudes, or a merged model in `gguf-f16` or `gguf-q8_0`.
       pool: converted pool, to save one of its adapters again.
       adapter: name of that adapter.
+      base: base model, to write as a Hugging Face folder in float32: PEFT can train adapters on the one of a GGUF file.
     """
 
     out: Path
@@ -57,6 +59,7 @@ class ExportOptions:
     format: Format = "adapter"
     pool: Path | None = None
     adapter: str | None = None
+    base: str | None = None
 
 
 def export(options: ExportOptions) -> str:
@@ -65,11 +68,10 @@ def export(options: ExportOptions) -> str:
         raise ValueError(
             f"{options.out} exists: give a new folder with --out, or remove it first"
         )
-    if (options.run is None) == (options.pool is None) or (options.pool is None) != (
-        options.adapter is None
-    ):
+    sources = (options.run, options.pool, options.base)
+    if sources.count(None) != 2 or (options.pool is None) != (options.adapter is None):
         raise ValueError(
-            "nothing to export: give --run RUN, or --pool POOL --adapter NAME"
+            "nothing to export: give one of --run RUN, --pool POOL --adapter NAME, and --base BASE"
         )
     if options.run is None and (flags := flags_given(options, ("seed", "format"))):
         fix = "`lorafusion merge` writes modules of a pool in other formats"
@@ -78,6 +80,10 @@ def export(options: ExportOptions) -> str:
         )
     if options.run is not None:
         return _export_run(options, options.run)
+    if options.base is not None:
+        base = open_base(options.base)
+        save_base(base.load(), options.out, base)
+        return f"base {options.base}"
     assert options.pool is not None and options.adapter is not None
     resave(ConvertedPool(options.pool).adapter(options.adapter), options.out)
     return f"adapter {options.adapter} of {options.pool}"

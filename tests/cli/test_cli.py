@@ -104,7 +104,14 @@ def test_errors_are_one_message_and_exit_code_2(run, tmp_path, capsys):
             [*fuse, "--adapters", "0", "--modules", "3"],
             "--adapters names the modules: leave it out, or --modules",
         ),
-        (["export", "--out", str(tmp_path / "x")], "nothing to export: give --run"),
+        (
+            ["export", "--out", str(tmp_path / "x")],
+            "nothing to export: give one of --run RUN, --pool POOL --adapter NAME, and --base",
+        ),
+        (
+            ["export", "--base", "a", "--run", "b", "--out", str(tmp_path / "x")],
+            "nothing to export: give one of",
+        ),
         (
             [
                 "export",

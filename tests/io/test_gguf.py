@@ -10,6 +10,7 @@ import gguf
 import gguf_models
 import jax.numpy as jnp
 import numpy as np
+import peft_models
 import pytest
 import qwix
 import tiny
@@ -38,8 +39,10 @@ from lorafusion_jax.io.gguf.tokenizer import build_tokenizer
 from lorafusion_jax.io.gguf.write import write_lora, write_merged
 from lorafusion_jax.parts import (
     ConvertOptions,
+    ExportOptions,
     convert,
     dense,
+    export,
     open_base,
     shape_config,
     write_adapter,
@@ -624,6 +627,40 @@ def test_transformers_reads_a_written_model_as_its_folder(tmp_path, folders, nam
         with torch.no_grad():
             logits.append(model(input_ids=ids).logits.numpy())
     np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama 3", "gemma3", "qwen3.5"])
+def test_an_exported_folder_is_the_model_of_its_file(tmp_path, folders, name):
+    file = written(folders[name], tmp_path / "base.gguf")
+    folder = tmp_path / "folder"
+    assert export(ExportOptions(base=str(file), out=folder)) == f"base {file}"
+    tiny.assert_same_model(lf.load_base(folder), lf.load_base(file))
+    ids = [lf.load_tokenizer(base)("a bcd").input_ids for base in (folder, file)]
+    assert ids[0] == ids[1]
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize("name", ["llama 3", "qwen3", "gemma3", "olmo3"])
+def test_peft_adapts_the_exported_folder_of_a_file(tmp_path, folders, name):
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    file = written(folders[name], tmp_path / "base.gguf")
+    export(ExportOptions(base=str(file), out=tmp_path / "folder"))
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "folder").eval()
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear")
+    adapted = peft_models.randomise(peft.get_peft_model(base, lora))
+    adapted.save_pretrained(tmp_path / "adapter")
+    ids = np.arange(3, 40)[None]
+    with torch.no_grad():
+        wanted = adapted(input_ids=torch.tensor(ids)).logits.numpy()
+    model = lf.load_base(file)
+    fusion = lf.Fusion(magnitudes=False)
+    fused = peft_models.fused(model, [tmp_path / "adapter"], fusion, 1.0)
+    logits = model(jnp.asarray(ids), jnp.asarray(ids > 0), fused.adapters)
+    tolerance = 1e-4 * np.abs(wanted).max()
+    np.testing.assert_allclose(logits, wanted, rtol=0, atol=tolerance)
 
 
 def test_a_folder_that_no_file_describes_is_refused_with_the_remedy(tmp_path, folders):
