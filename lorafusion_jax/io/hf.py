@@ -38,7 +38,7 @@ from .folders import new_folder
 from .gguf.base import GGUFBase
 from .gguf.reader import StoredTensor
 from .hf_folder import FolderBase
-from .source import at_home
+from .source import COMPILED, at_home
 
 if TYPE_CHECKING:
     import transformers
@@ -343,6 +343,10 @@ def _check_tensors(
     shapes = {name: slot.shape for slot in slots for name in slot.names}
     optional = {*layout.copies} | ({layout.head} if tied else set())
     advice = "give a configuration and weights that belong together"
+    if any(COMPILED in name for name in tensors):
+        raise ValueError(
+            f"the weights are of a compiled model, with names in {COMPILED}: save the model in it (its _orig_mod)"
+        )
     if missing := [name for name in shapes if name not in tensors]:
         raise ValueError(f"the weights lack {some(missing)}: {advice}")
     unused = {

@@ -16,7 +16,7 @@ from ..support.reading import FileError, check_regular, read_json, structured
 from . import safetensors as safetensors_map
 from . import torch_pickle
 from .fast_tokenizer import FastTokenizer
-from .source import inside, resolve, sha256
+from .source import inside, other_layout, resolve, sha256
 
 if TYPE_CHECKING:
     import transformers
@@ -91,6 +91,9 @@ class FolderBase:
 
         Instruction-tuned models often end answers with tokens that only the latter has.
         """
+        other = other_layout(self.place)
+        if other and not self.config_place.is_file():
+            raise FileError(self.place, got="has no config.json", fix=other)
         files = [self.config_place]
         if (generation := self.place / _GENERATION).is_file():
             files.append(generation)
@@ -237,6 +240,6 @@ def _open(folder: Path) -> dict[str, np.ndarray]:
                     got = f"does not hold {tensor}, though {index.name} lists it"
                     raise FileError(path, got=got, fix="fetch it again")
             return {tensor: shards[path][tensor] for tensor, path in paths.items()}
-    raise ValueError(
-        f"{folder} has no weights: expected {_SAFETENSORS} or {_BIN}, whole or in shards with an index"
-    )
+    expected = f"{_SAFETENSORS} or {_BIN}, whole or in shards with an index"
+    fix = other_layout(folder) or "fetch the weights as well"
+    raise ValueError(f"{folder} has no weights: expected {expected}; {fix}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..support.reading import FileError, check_lfs, check_regular
 from ..support.text import shown
 
+COMPILED = "_orig_mod."  # torch.compile puts it before the names of a model's tensors
 # bytes of a file's name, characters of its path below a folder
 _LONGEST_NAME = 255
 _LONGEST_PATH = 1000
@@ -123,6 +124,25 @@ def _reason(error: Exception) -> str:
         :_LONGEST_REASON
     ]
     return f"{first} (check the spelling, the network and HF_HUB_OFFLINE)"
+
+
+def other_layout(folder: Path) -> str:
+    """Return what a folder has instead of Hugging Face's files and the remedy, or nothing if that is unknown."""
+    checkpoints = [path for path in folder.glob("checkpoint-*") if path.is_dir()]
+    if checkpoints:
+        last = max(checkpoints, key=lambda path: (len(path.name), path.name))
+        return f"it holds checkpoints of a training: give one of them, such as {last}"
+    advice = "give the model in Hugging Face's format, which has config.json and model*.safetensors"
+    if any(folder.glob("consolidated.*.pth")):
+        converter = "transformers' convert_llama_weights_to_hf.py writes it"
+        return f"it has Meta's own layout (consolidated.00.pth): {advice}; {converter}"
+    if (
+        any(folder.glob("consolidated*.safetensors"))
+        or (folder / "params.json").is_file()
+    ):
+        place = "most repositories have both"
+        return f"it has Mistral's own layout (consolidated.safetensors, params.json): {advice}; {place}"
+    return ""
 
 
 def inside(folder: Path, name: str) -> Path:

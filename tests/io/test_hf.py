@@ -478,6 +478,10 @@ def _forget(*names):
             "no place for odd.0, odd.1, odd.2",
         ),
         (
+            lambda t: t.update({f"_orig_mod.{name}": t.pop(name) for name in [*t]}),
+            r"of a compiled model, with names in _orig_mod\.: save the model in it",
+        ),
+        (
             lambda t: t.update({_V: t[_V][:-1].copy()}),
             rf"{_V} has shape \[5, 8\], not \[6, 8\]",
         ),
@@ -585,6 +589,26 @@ def test_files_that_are_missing_or_damaged(base, tmp_path):
         match=r"has no weights: expected model\.safetensors or pytorch_model\.bin",
     ):
         lf.load_base(base)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("checkpoint-90/config.json", r"holds checkpoints .* such as .*checkpoint-100"),
+        ("consolidated.00.pth", r"has Meta's own layout .*: give the model in Hugging"),
+        ("params.json", "has Mistral's own layout .*: give the model in Hugging Face"),
+        ("consolidated.safetensors", "has Mistral's own layout"),
+    ],
+)
+def test_other_layouts_are_refused_with_the_remedy(tmp_path, file, message):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    if "checkpoint" in file:
+        (tmp_path / "checkpoint-100").mkdir()
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(ValueError, match=rf"has no config\.json: it {message}"):
+        lf.read_config(tmp_path)
+    with pytest.raises(ValueError, match=rf"has no weights: .*; it {message}"):
+        lf.load_base(tmp_path)
 
 
 def test_code_that_a_repository_brings_is_not_run(tmp_path, monkeypatch):

@@ -435,6 +435,8 @@ def test_missing_files(write):
         folder,
         r"has no adapter_config\.json: expected the folder that PEFT's save_pretrained wrote",
     )
+    (folder / "checkpoint-7").mkdir()
+    _refused(folder, "has no adapter_config.json: it holds checkpoints .*checkpoint-7$")
 
 
 @pytest.mark.parametrize(
@@ -499,6 +501,11 @@ _NAMES = [
         "is a module trained in full .modules_to_save is None",
     ),
     ("encoder.x.lora_A.weight", (4, 6), "encoder.x has lora_A but no lora_B"),
+    (
+        f"{_PREFIX}_orig_mod.{_Q}.lora_A.weight",
+        (4, 6),
+        "is of a compiled model: save the adapter of the model in it",
+    ),
     (f"{_PREFIX}encoder.x.lora_B.weight", (6, 4), "encoder.x has lora_B but no lora_A"),
     (
         "e" * 170_000,

@@ -105,6 +105,10 @@ def test_llama3_stretches_low_frequencies_and_keeps_high_ones():
             "the weights are quantised by awq: give the unquantised",
         ),
         (
+            {"quantization_config": {"quant_method": "bitsandbytes"}},
+            "usually the one whose name lacks -bnb-4bit .*; --load-in nf4 loads it in 4 bits",
+        ),
+        (
             {"quantization": {"group_size": 64, "bits": 4}},
             "the weights are quantised by MLX .*give the unquantised",
         ),

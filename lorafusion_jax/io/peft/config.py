@@ -21,7 +21,7 @@ from ...models.registry import last_part, types_of_name
 from ...support.reading import FileError, parse_json, structured
 from ...support.text import shown, some
 from ..hf import Base
-from ..source import map_file, split_revision
+from ..source import map_file, other_layout, split_revision
 
 CONFIG = "adapter_config.json"
 _MAX_CONFIG = 1 << 20
@@ -107,9 +107,9 @@ def read_config_file(folder: Path) -> tuple[bytes, dict[str, Any]]:
     """Return the bytes and the content of a folder's adapter_config.json; raises ValueError if it is not one."""
     path = folder / CONFIG
     if not path.is_file():
-        raise ValueError(
-            f"{folder} has no {CONFIG}: expected the folder that PEFT's save_pretrained wrote"
-        )
+        other = other_layout(folder)
+        fix = other or "expected the folder that PEFT's save_pretrained wrote"
+        raise ValueError(f"{folder} has no {CONFIG}: {fix}")
     data = map_file(path)
     if len(data) > _MAX_CONFIG:
         raise ValueError(

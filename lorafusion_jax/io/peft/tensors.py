@@ -9,6 +9,7 @@ import numpy as np
 
 from ...models.architecture import unwrapped
 from ...support.text import shown
+from ..source import COMPILED
 
 # <path>.lora_A.weight, with or without PEFT's prefix, an adapter's name (`default`) and, for DoRA, `.weight`.
 _FACTOR = re.compile(
@@ -61,6 +62,10 @@ def collect(
         if len(key) > _MAX_NAME or not key.isprintable():
             raise ValueError(
                 f"a tensor is named {shown(key)}: expected at most {_MAX_NAME} printable characters"
+            )
+        if COMPILED in key:
+            raise ValueError(
+                f"{shown(key)} is of a compiled model: save the adapter of the model in it (its _orig_mod)"
             )
         match = _FACTOR.fullmatch(key)
         if match is None:

@@ -112,9 +112,13 @@ def read_config(
         and raw["quantization_config"].get("quant_method") != "gguf"
     ):
         method = raw["quantization_config"].get("quant_method", "unknown")
-        raise ValueError(
-            f"the weights are quantised by {method}: give the unquantised model, or a GGUF file of it"
-        )
+        fix = "give the unquantised model, or a GGUF file of it"
+        if method == "bitsandbytes":
+            fix = (
+                "give the unquantised model, usually the one whose name lacks -bnb-4bit or -unsloth-bnb-4bit; "
+                "--load-in nf4 loads it in 4 bits"
+            )
+        raise ValueError(f"the weights are quantised by {method}: {fix}")
     whole = _filled(kind, raw)
     # A model for images and text has the config of a text model inside.
     hf = whole if isinstance(whole, types.SimpleNamespace) else whole.get_text_config()
