@@ -1,7 +1,8 @@
 """Export of a fusion: as one adapter that PEFT loads, or merged into a base model.
 
-Coefficients are folded into the factors and lora_alpha is r, so PEFT's scaling is 1. A `sum` stacks the factors of its
-modules (PEFT's `cat`); a `mix` keeps their rank. With magnitudes the adapter is a DoRA.
+Coefficients are folded into the factors, and alpha is the rank, so PEFT's scaling is 1. A `sum` stacks the factors of
+its modules (PEFT's `cat`), so ranks differ between matrices; a `mix` keeps their rank. With magnitudes the adapter is a
+DoRA.
 
 Axis letters: L layer, N adapters of a fusion, r rank.
 """
@@ -40,8 +41,7 @@ def fused_adapter(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return the configuration and the tensors of a PEFT adapter that equals a fusion: A [r, d_in] and B [d_out, r].
 
-    Left out are matrices that none of the chosen modules adapts and, in a `sum`, modules whose coefficient is zero.
-    Smaller ranks are padded with zeros: versions of PEFT differ in how they read rank_pattern and alpha_pattern. The
+    Left out are matrices that none of the chosen modules adapts and, in a `sum`, modules whose coefficient is zero. The
     modules of a `mix` must have one rank.
 
     Args:
@@ -67,9 +67,10 @@ def fused_adapter(
             A, B = (np.asarray(dense(weight, jnp.float32)) for weight in of_layer)
             c = np.asarray(spread[layer])
             if composition == "mix":
+                rank = ranks[layer].max()
                 mixed = (
-                    (A * c[:, None, :]).sum(axis=0).T,
-                    (B * c[:, :, None]).sum(axis=0),
+                    (A * c[:, None, :]).sum(axis=0).T[:rank],
+                    (B * c[:, :, None]).sum(axis=0)[:rank],
                 )
             else:
                 real = (np.arange(A.shape[2]) < ranks[layer][:, None]) & (c != 0)
@@ -136,21 +137,32 @@ def _adapter(
     base: str,
     magnitudes: Mapping[str, Float[Array, "_L _d_out"]] | None,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    rank = max(1, *(A.shape[0] for A, _ in factors.values()))
     tensors = {}
-    paths = {
-        (site, layer): config.sites[site].path_of(layer) for site, layer in factors
-    }
-    for (site, layer), pair in factors.items():
-        module = f"base_model.model.{paths[site, layer]}"
-        A, B = (np.pad(factor, ((0, rank - len(factor)), (0, 0))) for factor in pair)
-        tensors |= {f"{module}.lora_A.weight": A, f"{module}.lora_B.weight": B.T}
+    ranks = {}
+    for (site, layer), (A, B) in factors.items():
+        path = config.sites[site].path_of(layer)
+        module = f"base_model.model.{path}"
+        ranks[path] = max(1, len(A))
+        # PEFT has no rank of zero.
+        room = ((0, ranks[path] - len(A)), (0, 0))
+        tensors[f"{module}.lora_A.weight"] = np.pad(A, room)
+        tensors[f"{module}.lora_B.weight"] = np.pad(B, room).T
         if magnitudes is not None:
             tensors[f"{module}.lora_magnitude_vector"] = np.asarray(
                 magnitudes[site][layer], np.float32
             )
-    task = family_of(config).task_type
-    dora = magnitudes is not None
-    return plain_config(
-        base, paths.values(), rank=rank, alpha=rank, task_type=task, dora=dora
-    ), tensors
+    rank = max(ranks.values())
+    fields = plain_config(
+        base,
+        ranks,
+        rank=rank,
+        alpha=rank,
+        task_type=family_of(config).task_type,
+        dora=magnitudes is not None,
+    )
+    # By full path, which all versions of PEFT match alike; rank_pattern alone would change the scaling.
+    other_ranks = {path: r for path, r in ranks.items() if r != rank}
+    if other_ranks:
+        fields["rank_pattern"] = other_ranks
+        fields["alpha_pattern"] = other_ranks
+    return fields, tensors

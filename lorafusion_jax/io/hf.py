@@ -261,13 +261,15 @@ def save_base(model: Model, folder: Path, source: str | Path | Base) -> None:
     `source` is the base model whose configuration and tokenizer are written too; ValueError if the folder exists.
     """
     with new_folder(folder) as partial:
-        put_base(model, partial, source)
+        put_base(hf_tensors(model, source), partial, source)
 
 
-def put_base(model: Model, folder: Path, source: str | Path | Base) -> None:
-    """Write the files of `save_base` into an existing folder."""
+def put_base(
+    tensors: Mapping[str, np.ndarray], folder: Path, source: str | Path | Base
+) -> None:
+    """Write the files of `save_base` into an existing folder, from the tensors that `hf_tensors` returns."""
     base = open_base(source)
-    tensors = hf_tensors(model, base)
+    dtype = next(iter(tensors.values())).dtype.name
     if patterns := base.checkpoint.unread:
         # Named as in the base's files, so that whatever reads them reads the new ones.
         stored = base.files.tensors()
@@ -282,7 +284,7 @@ def put_base(model: Model, folder: Path, source: str | Path | Base) -> None:
     content = read_json(path, dict[str, Any], "a Hugging Face model", own=False)
     # transformers loads the weights in the dtype of config.json.
     dtypes = {
-        name: model.config.dtype
+        name: dtype
         for name in ("dtype", "torch_dtype")
         if content.get(name) is not None
     }
@@ -317,14 +319,19 @@ def _with_older_rope(content: Mapping[str, Any]) -> dict[str, Any]:
     return content
 
 
-def hf_tensors(model: Model, source: str | Path | Base) -> dict[str, np.ndarray]:
-    """Return weights by Hugging Face's names, matrices [d_out, d_in]; `source` is the base they come from."""
+def hf_tensors(
+    model: Model, source: str | Path | Base, dtype: str | None = None
+) -> dict[str, np.ndarray]:
+    """Return weights by Hugging Face's names, matrices [d_out, d_in], by default in the model's dtype.
+
+    `source` is the base they come from.
+    """
     base = open_base(source)
     names = base.checkpoint
     tensors = {}
     for slot in names.slots(model):
         weights = np.asarray(
-            linear.dense(slot.variable.get_value(), model.config.dtype)
+            linear.dense(slot.variable.get_value(), dtype or model.config.dtype)
         )
         layers = weights if slot.stacked else weights[None]
         tensors |= {

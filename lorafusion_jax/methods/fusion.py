@@ -256,11 +256,15 @@ class Fusion(Method):
     def start_at(
         self, coefficients: Float[Array, "N ..."], frozen: Frozen, index: Index
     ) -> Params:
-        """Return the numbers that leave the model at W + dW: coefficients, and as magnitudes its column norms."""
+        """Return the numbers that leave the model at W + dW: coefficients, and as magnitudes its column norms.
+
+        The magnitudes of a DoRA pool stay as they are.
+        """
         params = self.init(frozen, index, jax.random.key(0)) | {
             "coefficients": coefficients
         }
-        if self.magnitudes:
+        pool, _ = _pool_of(frozen)
+        if self.magnitudes and pool.magnitude is None:
             ones = jax.tree.map(jnp.ones_like, params["magnitudes"])
             adapters, _ = self.adapters(params | {"magnitudes": ones}, frozen, index)
             norms = {site: 1 / update.scale for site, update in adapters.items()}

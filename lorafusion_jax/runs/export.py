@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from .setup import of_run
 
 Format = Literal["adapter", "merged", "gguf", "gguf-f16", "gguf-q8_0"]
 MERGED: tuple[Format, ...] = ("merged", "gguf-f16", "gguf-q8_0")
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,7 @@ class ExportOptions:
       seed: seed of the run to export; by default its first.
       format: a PEFT `adapter`; a Hugging Face base with the trained parameters `merged` in; for llama.cpp a LoRA in
         `gguf` of a run without magnitudes, or a merged model in `gguf-f16` or `gguf-q8_0`.
+      dtype: dtype of the numbers of an `adapter`, by default float32, or of a `merged` base, by default the run's.
       pool: converted pool, to save one of its adapters again.
       adapter: name of that adapter.
       base: base model, to write as a Hugging Face folder in float32: PEFT can train adapters on the one of a GGUF file.
@@ -57,6 +59,7 @@ class ExportOptions:
     run: Path | None = None
     seed: int | None = None
     format: Format = "adapter"
+    dtype: Dtype | None = None
     pool: Path | None = None
     adapter: str | None = None
     base: str | None = None
@@ -73,7 +76,9 @@ def export(options: ExportOptions) -> str:
         raise ValueError(
             "nothing to export: give one of --run RUN, --pool POOL --adapter NAME, and --base BASE"
         )
-    if options.run is None and (flags := flags_given(options, ("seed", "format"))):
+    if options.run is None and (
+        flags := flags_given(options, ("seed", "format", "dtype"))
+    ):
         fix = "`lorafusion merge` writes modules of a pool in other formats"
         raise ValueError(
             f"{flags}: only for a run, because an adapter of a pool is saved as it came: {fix}"
@@ -103,18 +108,19 @@ def _export_run(options: ExportOptions, folder: Path) -> str:
             f"{folder} fine-tuned all weights, not an adapter: export it with --format merged"
         )
     base = open_base(fused.base)
-    check_format(options.format, base)
+    check_format(options.format, base, options.dtype)
     loaded = of_run(load_model(fused, base=base), fused, folder, config, of_seed)
     problem = loaded.problem.replace(index=loaded.problem.index[place])
     fusion = problem.method.as_fusion(of_seed, problem.frozen, problem.index)
+    if merged:
+        model, adapters, _ = problem.adapted_model(of_seed)
+        result = merged_export(merged_base(model, adapters), base, options.dtype)
+    else:
+        # As it was given, because an absolute path would contain folders of this machine.
+        adapter = _adapter(problem, of_seed, config["options"].base)
+        result = adapter_export(*adapter, options.dtype)
     with new_folder(options.out) as partial:
-        if merged:
-            model, adapters, _ = problem.adapted_model(of_seed)
-            put_merged(partial, options.format, base, merged_base(model, adapters))
-        else:
-            # As it was given, because an absolute path would contain folders of this machine.
-            adapter = _adapter(problem, of_seed, config["options"].base)
-            put_as(partial, options.format, base, *adapter)
+        put_export(partial, options.format, base, result)
         write_card(
             partial,
             RunFolder(folder),
@@ -129,39 +135,78 @@ def _export_run(options: ExportOptions, folder: Path) -> str:
     return f"seed {seed} of {folder}, {fused.method}"
 
 
-def check_format(format: Format, base: Base) -> None:
-    """Raise a ValueError if a format cannot hold what is made of a base."""
-    if format.startswith("gguf"):
-        gguf_layout(base.raw.get("model_type"), "model_type")
+class Export(NamedTuple):
+    """The finite tensors of an export, by PEFT's keys with the fields of PEFT's configuration, or of a whole base."""
+
+    tensors: dict[str, np.ndarray]
+    fields: Mapping[str, Any] | None = None
 
 
-def put_as(
-    folder: Path,
-    format: Format,
-    base: Base,
+def check_format(format: Format, base: Base, dtype: Dtype | None) -> None:
+    """Raise a ValueError if a format cannot hold what is made of a base, or has no choice of a dtype."""
+    if not format.startswith("gguf"):
+        return
+    if dtype is not None:
+        raise ValueError(
+            f"--dtype {dtype}: a GGUF adapter is float32, and merged models are gguf-f16 or gguf-q8_0: leave it out"
+        )
+    gguf_layout(base.raw.get("model_type"), "model_type")
+
+
+def adapter_export(
     fields: Mapping[str, Any],
     tensors: Mapping[str, np.ndarray],
-) -> None:
-    """Write an adapter, PEFT's configuration, A [r, d_in] and B [d_out, r], into a folder as PEFT's files or GGUF."""
-    if format == "adapter":
-        put_adapter(folder, fields, tensors)
-    elif fields["use_dora"]:
-        raise ValueError(
-            "a GGUF LoRA has no magnitudes: use --format gguf-f16 or gguf-q8_0, which merge them"
-        )
-    else:
-        write_lora(
-            folder / "adapter.gguf", base.raw, tensors, float(fields["lora_alpha"])
-        )
+    dtype: Dtype | None,
+) -> Export:
+    """Return an adapter, A [r, d_in] and B [d_out, r], in a dtype; ValueError if a tensor is not finite in it."""
+    with np.errstate(over="ignore"):
+        cast = {
+            name: tensor.astype(dtype or tensor.dtype)
+            for name, tensor in tensors.items()
+        }
+    return Export(_finite(cast), fields)
 
 
-def put_merged(folder: Path, format: Format, base: Base, model: Model) -> None:
-    """Write a merged model into a folder as Hugging Face's files or as GGUF."""
+def merged_export(model: Model, base: Base, dtype: Dtype | None) -> Export:
+    """Return a merged model in a dtype; ValueError if a tensor is not finite in it."""
+    return Export(_finite(hf_tensors(model, base, dtype)))
+
+
+def put_export(folder: Path, format: Format, base: Base, export: Export) -> None:
+    """Write an export into a folder as PEFT's, Hugging Face's or GGUF files."""
+    tensors, fields = export
     if format == "merged":
-        put_base(model, folder, base)
+        put_base(tensors, folder, base)
+    elif format == "gguf-f16":
+        write_merged(folder / "model.gguf", base.files, tensors, "F16")
+    elif format == "gguf-q8_0":
+        write_merged(folder / "model.gguf", base.files, tensors, "Q8_0")
+    elif format == "adapter":
+        assert fields is not None
+        put_adapter(folder, fields, tensors)
     else:
-        kind = "F16" if format == "gguf-f16" else "Q8_0"
-        write_merged(folder / "model.gguf", base.files, hf_tensors(model, base), kind)
+        assert fields is not None
+        if fields["use_dora"]:
+            raise ValueError(
+                "a GGUF LoRA has no magnitudes: use --format gguf-f16 or gguf-q8_0, which merge them"
+            )
+        alpha = fields["lora_alpha"]
+        # llama.cpp multiplies B A by alpha / r with each matrix's own r; PEFT's alpha_pattern makes that 1.
+        scaled = {
+            name: tensor * (tensor.shape[1] / alpha) if ".lora_B." in name else tensor
+            for name, tensor in tensors.items()
+        }
+        write_lora(folder / "adapter.gguf", base.raw, scaled, float(alpha))
+
+
+def _finite(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise ValueError(
+                f"{name} has NaN or infinite numbers in {tensor.dtype}: export a run or seed that did not diverge, "
+                "smaller weights, or --dtype float32"
+            )
+    return tensors
 
 
 def _adapter(

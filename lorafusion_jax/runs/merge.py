@@ -5,22 +5,33 @@ import json
 from pathlib import Path
 
 import jax.numpy as jnp
+from flax import nnx
 
 from ..adapters.coefficients import expand
-from ..adapters.composition import compose
 from ..io.digests import Digests, pool_digests
 from ..io.export import fused_adapter, merged_base
 from ..io.folders import new_folder
 from ..io.hf import open_base
 from ..io.pool import open_pool
+from ..methods.fusion import Fusion
+from ..models.architecture import kernels
 from ..support.writing import write_text
-from .export import MERGED, Format, check_format, put_as, put_merged
+from ..training.frozen import Frozen
+from .export import (
+    MERGED,
+    Dtype,
+    Format,
+    adapter_export,
+    check_format,
+    merged_export,
+    put_export,
+)
 from .weight_list import RECORD, Merged, check_modules, coefficients_of, typed_weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MergeOptions:
-    """Combine modules of a pool with your own weights: dW = sum of weight times B A.
+    """Combine modules of a pool with your own weights: dW = sum of weight times B A. A DoRA adapter is combined alone.
 
     Examples:
       lorafusion merge --base base --pool pool --weights sort_dash=0.7 dropfirst_dash=-0.3 --out merged
@@ -34,6 +45,7 @@ class MergeOptions:
       weights_file: JSON file of weights by module: a number, or numbers by block as in {"name": {"STACK.LAYER": 0.5}};
         blocks that are left out get zero.
       format: format of the result, as in `lorafusion export`.
+      dtype: dtype of the numbers of an `adapter` or `merged` base, by default float32.
     """
 
     base: str
@@ -42,40 +54,41 @@ class MergeOptions:
     weights: tuple[str, ...] = ()
     weights_file: Path | None = None
     format: Format = "adapter"
+    dtype: Dtype | None = None
 
 
 def merge(options: MergeOptions) -> str:
     """Write the combination, and return a description of it.
 
     Raises:
-      ValueError: `out` exists, or a weight is not a number of a module of the pool.
+      ValueError: `out` exists, a weight is not a number of a module of the pool, or the result is not finite.
     """
     if options.out.exists():
         raise ValueError(
             f"{options.out} exists: give a new folder with --out, or remove it first"
         )
     base = open_base(options.base)
-    check_format(options.format, base)
+    check_format(options.format, base, options.dtype)
     weights = typed_weights(options.weights, options.weights_file)
     stored = open_pool(options.pool, base)
     check_modules(weights, stored.names, options.pool)
     pool = stored.load(list(weights))
-    coefficients = expand(coefficients_of(weights, pool, options.pool), pool, "block")
+    coefficients = coefficients_of(weights, pool)
     index = jnp.arange(len(pool))
+    if options.format in MERGED:
+        model = base.load(hashed=True)
+        fusion = Fusion(magnitudes=False)
+        frozen = fusion.precompute(Frozen(nnx.state(model), pool), kernels(model))
+        adapters, _ = fusion.adapters({"coefficients": coefficients}, frozen, index)
+        result = merged_export(merged_base(model, adapters), base, options.dtype)
+    else:
+        spread = expand(coefficients, pool, "block")
+        adapter = fused_adapter(
+            base.config, pool, index, spread, "sum", base=options.base
+        )
+        result = adapter_export(*adapter, options.dtype)
     with new_folder(options.out) as partial:
-        if options.format in MERGED:
-            adapters, _ = compose(pool, index, coefficients, "sum")
-            put_merged(
-                partial,
-                options.format,
-                base,
-                merged_base(base.load(hashed=True), adapters),
-            )
-        else:
-            adapter = fused_adapter(
-                base.config, pool, index, coefficients, "sum", base=options.base
-            )
-            put_as(partial, options.format, base, *adapter)
+        put_export(partial, options.format, base, result)
         digests: Digests = {"base": base.digest, "modules": pool_digests(pool).modules}
         write_text(
             partial / RECORD,

@@ -246,7 +246,7 @@ def evaluate_mixture(
     setup = load_setup(options, to_train=False)
     modules = setup.problem.frozen.pool
     assert modules is not None
-    coefficients = coefficients_of(mixture, modules, pool)[setup.problem.index]
+    coefficients = coefficients_of(mixture, modules)[setup.problem.index]
     return seed_rows(*evaluate_seeds(setup, options, {"coefficients": coefficients}))
 
 

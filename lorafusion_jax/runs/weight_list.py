@@ -99,18 +99,12 @@ def check_modules(
         )
 
 
-def coefficients_of(
-    weights: Weights, pool: Pool, source: str | None
-) -> Float[Array, "N blocks"]:
+def coefficients_of(weights: Weights, pool: Pool) -> Float[Array, "N blocks"]:
     """Return the coefficients of every module of a pool by block, zero for those without a weight.
 
     Raises:
-      ValueError: a weight is not a finite number, a block is not the pool's, or the pool is a DoRA adapter (`source`).
+      ValueError: a weight is not a finite number, a block is not the pool's, or a module has no weights.
     """
-    if pool.magnitude is not None:
-        raise ValueError(
-            f"{source} is a DoRA adapter, whose magnitudes a weighted sum would lose: use plain LoRAs"
-        )
     blocks = column_names(pool, "block")
     coefficients = np.zeros((len(pool), len(blocks)), np.float32)
     for row, name in enumerate(pool.names):
@@ -120,6 +114,10 @@ def coefficients_of(
             if isinstance(of_module, Mapping)
             else dict.fromkeys(blocks, of_module)
         )
+        if not by_block:
+            raise ValueError(
+                f"{name} has no weights: expected a number, or numbers by block, of {some(blocks)}"
+            )
         for block, weight in by_block.items():
             if block not in blocks:
                 raise ValueError(
@@ -210,7 +208,7 @@ def listed_params(
                 name.removeprefix(f"{options.control} ") for name in pool.names
             ),
         )
-    by_block = coefficients_of(weights, pool, options.pool)
+    by_block = coefficients_of(weights, pool)
     by_block = by_block[
         jnp.array([pool.names.index(name) for name in setup.modules[0]])
     ]

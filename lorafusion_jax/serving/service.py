@@ -397,7 +397,7 @@ class Service:
 
         Raises:
           ValueError: the bank is full, a run has this name, there is no weight, a module was not loaded, a block is
-            unknown, a weight is not a finite number, or the pool is a DoRA adapter.
+            unknown, or a weight is not a finite number.
         """
         pool = self.bank.frozen.pool
         if pool is None:
@@ -416,7 +416,7 @@ class Service:
                 f"the module {some(missing)} is not loaded: choose of {some(loaded)}, or load it"
             )
         # Of all modules, so that other modules are the same program.
-        coefficients = coefficients_of(weights, pool, self._options.pool)
+        coefficients = coefficients_of(weights, pool)
         number = self._number(name)
         self.bank = self.bank.with_task(
             number, _MIXTURE, {"coefficients": coefficients}, range(len(pool))

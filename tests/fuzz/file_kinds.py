@@ -206,7 +206,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
         found = read_weights(weights_file)
         assert found is not None
         with named(weights_file):
-            coefficients_of(found[0], parts.ConvertedPool(pool).load([*found[0]]), None)
+            coefficients_of(found[0], parts.ConvertedPool(pool).load([*found[0]]))
 
     prepared = _write_preparations(folder / "prepared")
     shape = (8, 4)

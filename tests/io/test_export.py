@@ -63,9 +63,11 @@ def _in_peft(config, tensors):
             np.asarray(tensors[f"base_model.model.{path}.{kind}"], np.float64)
             for kind in kinds
         )
-        assert (len(A), *B.shape[1:]) == (config["r"], config["r"])
+        rank = config.get("rank_pattern", {}).get(path, config["r"])
+        alpha = config.get("alpha_pattern", {}).get(path, config["lora_alpha"])
+        assert (len(A), *B.shape[1:]) == (rank, rank)
         assert (A.shape[1], B.shape[0]) == parts.linear_shapes(_MODEL.config)[path]
-        W = _kernel(*paths[path]).T + config["lora_alpha"] / config["r"] * B @ A
+        W = _kernel(*paths[path]).T + alpha / rank * B @ A
         if m:
             W = W * (m[0] / np.linalg.norm(W, axis=1))[:, None]
         found[paths[path]] = W.T
@@ -112,10 +114,12 @@ def test_a_fusion_is_one_adapter(composition, granularity, magnitudes, ranks):
             W = W * np.asarray(m[site][layer], np.float64) / np.linalg.norm(W, axis=0)
         _close(found[site, layer], W)
     # As small as it can be: the ranks of the modules that meet in one place.
-    together = max(sum(ranks(n, *where) for n in _INDEX) for where in adapted)
-    assert (
-        config["r"] == config["lora_alpha"] == (4 if composition == "mix" else together)
-    )
+    together = [sum(ranks(n, *where) for n in _INDEX) for where in adapted]
+    if composition == "mix":
+        together = [4] * len(adapted)
+    assert config["r"] == config["lora_alpha"] == max(together)
+    kept = [len(A) for name, A in tensors.items() if name.endswith("lora_A.weight")]
+    assert sorted(kept) == sorted(together)
     assert (config["peft_type"], config["base_model_name_or_path"]) == (
         "LORA",
         "some/base",

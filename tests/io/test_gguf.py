@@ -748,6 +748,7 @@ def test_a_lora_has_the_names_and_the_order_of_rows_of_its_base(
 def test_weighted_modules_of_a_file_or_folder_are_written_as_files(tmp_path, folders):
     file = str(written(folders["llama"], tmp_path / "base.gguf"))
     path = "model.layers.1.self_attn.k_proj"
+    other = "model.layers.0.self_attn.v_proj"
     draw = np.random.default_rng(0)
     factors = {
         "A": draw.normal(size=(2, 64)).astype("f4"),
@@ -757,11 +758,21 @@ def test_weighted_modules_of_a_file_or_folder_are_written_as_files(tmp_path, fol
         "peft_type": "LORA",
         "r": 2,
         "lora_alpha": 2,
-        "target_modules": ["k_proj"],
+        "rank_pattern": {other: 5},
+        "alpha_pattern": {other: 5},
+        "target_modules": [path, other],
     }
     tensors = {
         f"base_model.model.{path}.lora_{name}.weight": array
         for name, array in factors.items()
+    }
+    values = {
+        "A": draw.normal(size=(5, 64)).astype("f4"),
+        "B": draw.normal(size=(32, 5)).astype("f4"),
+    }
+    tensors |= {
+        f"base_model.model.{other}.lora_{name}.weight": array
+        for name, array in values.items()
     }
     write_adapter(tmp_path / "adapters" / "one", config, tensors)
     options = {
@@ -771,12 +782,17 @@ def test_weighted_modules_of_a_file_or_folder_are_written_as_files(tmp_path, fol
     }
     update = 0.5 * factors["B"] @ factors["A"]
     merge(MergeOptions(out=tmp_path / "lora", format="gguf", **options))
-    found = {
-        tensor.name: tensor.data
-        for tensor in gguf.GGUFReader(tmp_path / "lora" / "adapter.gguf").tensors
-    }
-    a, b = (found[f"blk.1.attn_k.weight.lora_{name}"] for name in "ab")
-    np.testing.assert_allclose(b @ a, interleaved(update, 2), atol=1e-5)
+    reader = gguf.GGUFReader(tmp_path / "lora" / "adapter.gguf")
+    alpha = reader.fields["adapter.lora.alpha"].contents()
+    found = {tensor.name: tensor.data for tensor in reader.tensors}
+    for name, wanted in (
+        ("blk.1.attn_k", interleaved(update, 2)),
+        ("blk.0.attn_v", 0.5 * values["B"] @ values["A"]),
+    ):
+        a = found[f"{name}.weight.lora_a"]
+        b = found[f"{name}.weight.lora_b"]
+        # llama.cpp's scaling: alpha by the rank of the matrix
+        np.testing.assert_allclose(alpha / len(a) * b @ a, wanted, atol=1e-5)
     merge(MergeOptions(out=tmp_path / "merged", format="gguf-f16", **options))
     merged = lf.base_tensor(tmp_path / "merged" / "model.gguf")(f"{path}.weight")
     base = lf.base_tensor(file)(f"{path}.weight")

@@ -24,6 +24,7 @@ from lorafusion_jax.parts import (
     cross_entropy,
     expand,
     fused_adapter,
+    linear_shapes,
     lora_adapter,
     write_adapter,
 )
@@ -492,6 +493,11 @@ def base(request, tmp_path_factory) -> Path:
             else "all-linear"
         )
         config = peft.LoraConfig(task_type=task, target_modules=linear, **fields)
+        if name == "small":
+            # One module has another rank and the same scaling.
+            path = next(iter(linear_shapes(lf.read_config(folder / "base"))))
+            config.rank_pattern = {path: 8}
+            config.alpha_pattern = {path: 6}
         adapted = peft.get_peft_model(_read(folder / "base"), config)
         peft_models.randomise(adapted, std=0.2).save_pretrained(folder / name)
     return folder / "base"

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import recipes
+from safetensors.numpy import load_file
 
 from lorafusion_jax import (
     base_tensor,
@@ -18,12 +19,13 @@ from lorafusion_jax import (
     read_config,
 )
 from lorafusion_jax.cli import main
-from lorafusion_jax.parts import ExportOptions, export, read_adapter
+from lorafusion_jax.parts import ExportOptions, export, read_adapter, write_adapter
 from lorafusion_jax.runs.merge import MergeOptions, merge
 
 _SMALL = Path(__file__).resolve().parents[2] / "examples" / "small"
 _BASE = str(_SMALL / "base")
 _POOL = str(_SMALL / "adapters")
+_WEIGHTS = "adapter_model.safetensors"
 _NAMES = ("double_next", "dropfirst_dash")
 
 
@@ -119,6 +121,19 @@ def test_a_file_gives_weights_by_block_and_a_merged_model_has_them(tmp_path):
             "name a block 'block 7': expected one of encoder.0, ",
         ),
         ({"file": {"double_next": "1"}}, "weights.json.*double_next"),
+        ({"file": {"double_next": {}}}, "double_next has no weights: expected a num"),
+        (
+            {"weights": ("double_next=1e9",), "dtype": "float16"},
+            "lora_B.weight has NaN or infinite numbers in float16",
+        ),
+        (
+            {"weights": ("double_next=1e9",), "dtype": "float16", "format": "merged"},
+            "weight has NaN or infinite numbers in float16: .*--dtype float32",
+        ),
+        (
+            {"weights": ("double_next=1",), "format": "gguf", "dtype": "float16"},
+            "--dtype float16: a GGUF adapter is float32",
+        ),
         (
             {"weights_file": Path("none.json")},
             "none.json: no such file: expected JSON such as {",
@@ -138,6 +153,104 @@ def test_weights_that_cannot_be_used_are_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=message):
         merge(MergeOptions(base=_BASE, pool=_POOL, out=tmp_path / "out", **options))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dora_adapter_alone_keeps_its_magnitudes(tmp_path):
+    source = _SMALL / "adapters" / _NAMES[0]
+    adapter = read_adapter(str(source))
+    rng = np.random.default_rng(0)
+    tensors = {}
+    magnitudes = {}
+    for path, (a, b) in adapter.factors.items():
+        magnitudes[path] = rng.uniform(-2, 2, len(b)).astype(np.float32)
+        name = f"base_model.model.{path}"
+        tensors[f"{name}.lora_A.weight"] = a
+        tensors[f"{name}.lora_B.weight"] = b
+        tensors[f"{name}.lora_magnitude_vector"] = magnitudes[path]
+    write_adapter(
+        tmp_path / "pool" / "one", {**adapter.config, "use_dora": True}, tensors
+    )
+    options = {
+        "base": _BASE,
+        "pool": str(tmp_path / "pool"),
+        "weights": ("one=1.0",),
+    }
+    merge(MergeOptions(out=tmp_path / "adapter", **options))
+    merge(MergeOptions(out=tmp_path / "model", format="merged", **options))
+    again = read_adapter(str(tmp_path / "adapter"))
+    base = base_tensor(_BASE)
+    merged = base_tensor(tmp_path / "model")
+    updates = _updates(source)
+    assert again.config["use_dora"] and again.factors.keys() == updates.keys()
+    for path, update in _updates(tmp_path / "adapter").items():
+        np.testing.assert_allclose(update, updates[path], atol=1e-6)
+        np.testing.assert_array_equal(again.magnitude[path], magnitudes[path])
+        W = base(f"{path}.weight").astype(np.float64) + updates[path]
+        scale = magnitudes[path] / np.linalg.norm(W, axis=1)
+        np.testing.assert_allclose(
+            merged(f"{path}.weight"), W * scale[:, None], atol=1e-4
+        )
+    file = tmp_path / "weights.json"
+    file.write_text('{"one": 1.0}')
+    small = Path(_BASE), tmp_path / "pool"
+    still = {"lr_coefficients": 0.0, "lr_magnitudes": 0.0, "epochs": 1, "modules": 1}
+    fuse(recipes.small_run(small, tmp_path, name="run", start_from=file, **still))
+    started = ExportOptions(run=tmp_path / "run", out=tmp_path / "start")
+    export(started)
+    started = read_adapter(str(tmp_path / "start"))
+    for path, magnitude in magnitudes.items():
+        np.testing.assert_array_equal(started.magnitude[path], magnitude)
+
+
+def test_modules_of_other_matrices_and_ranks_take_no_more_room_together(tmp_path):
+    """The sum of modules with different targets and ranks, read back from all three dtypes."""
+    first, second = (
+        read_adapter(str(_SMALL / "adapters" / name)).factors for name in _NAMES
+    )
+    sources = {
+        "few": {path: (a[:3], b[:, :3]) for path, (a, b) in first.items()},
+        "one": {path: f for path, f in second.items() if path.startswith("decoder.")},
+    }
+    for name, factors in sources.items():
+        (rank,) = {len(a) for a, _ in factors.values()}
+        config = {
+            "peft_type": "LORA",
+            "r": rank,
+            "lora_alpha": rank,
+            "target_modules": [*factors],
+        }
+        tensors = {}
+        for path, (a, b) in factors.items():
+            tensors[f"base_model.model.{path}.lora_A.weight"] = a.astype(np.float32)
+            tensors[f"base_model.model.{path}.lora_B.weight"] = b.astype(np.float32)
+        write_adapter(tmp_path / "pool" / name, config, tensors)
+    stored = [_numbers(tmp_path / "pool" / name) for name in sources]
+    wanted = {}
+    for name, weight in (("few", 0.5), ("one", -1.0)):
+        for path, update in _updates(tmp_path / "pool" / name).items():
+            wanted[path] = wanted.get(path, 0) + weight * update
+    for dtype, tolerance in (("float32", 1e-6), ("bfloat16", 2e-2), ("float16", 3e-3)):
+        out = tmp_path / dtype
+        merge(
+            MergeOptions(
+                base=_BASE,
+                pool=str(tmp_path / "pool"),
+                out=out,
+                weights=("few=0.5", "one=-1.0"),
+                dtype=dtype,
+            )
+        )
+        assert {t.dtype.name for t in load_file(out / _WEIGHTS).values()} == {dtype}
+        assert _numbers(out) == sum(stored)
+        found = _updates(out)
+        assert found.keys() == wanted.keys()
+        for path, update in found.items():
+            largest = np.abs(wanted[path]).max()
+            np.testing.assert_allclose(update, wanted[path], atol=tolerance * largest)
+
+
+def _numbers(folder) -> int:
+    return sum(tensor.size for tensor in load_file(folder / _WEIGHTS).values())
 
 
 @pytest.fixture(scope="module")

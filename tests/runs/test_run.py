@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
 from lorafusion_jax import parts
-from lorafusion_jax.io import checkpoint
+from lorafusion_jax.io import arrays, checkpoint
 from lorafusion_jax.runs import run as run_lib
 from lorafusion_jax.support import interrupts, processes
 from lorafusion_jax.tasks import eval_batches
@@ -639,6 +639,24 @@ def test_an_export_gets_its_name_with_its_card_or_not_at_all(form, fused, tmp_pa
     assert str(fused[0].out) not in card and "base_model" not in card
     with pytest.raises(ValueError, match="has no seed 9"):
         parts.export(dataclasses.replace(options, seed=9, out=tmp_path / "other"))
+
+
+@pytest.mark.parametrize("form", ["adapter", "merged"])
+def test_a_diverged_seed_is_not_exported(form, copied, tmp_path):
+    _, run = copied
+    params, metadata = arrays.load(run / "final", what="trained parameters")
+    magnitudes = {site: np.array(m) for site, m in params["magnitudes"].items()}
+    magnitudes["decoder.cross.v"][0] = np.nan
+    shutil.rmtree(run / "final")
+    arrays.save(run / "final", params | {"magnitudes": magnitudes}, metadata)
+    options = parts.ExportOptions(run=run, seed=1, out=tmp_path / "out", format=form)
+    with pytest.raises(
+        ValueError,
+        match=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.v\..* has NaN or infinite numbers",
+    ):
+        parts.export(options)
+    assert [path.name for path in tmp_path.iterdir()] == [run.name]
+    parts.export(dataclasses.replace(options, seed=2))
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def write_lora(
       file: new file.
       content: content of the base's config.json.
       tensors: A [r, d_in] and B [d_out, r] by PEFT's keys.
-      alpha: lora_alpha; llama.cpp scales B A by alpha / r.
+      alpha: lora_alpha; llama.cpp scales B A by alpha / r, with the rank r of each matrix.
 
     Raises:
       ValueError: the base's family is not supported.
