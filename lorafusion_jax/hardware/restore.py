@@ -110,7 +110,7 @@ def restore(
       counted: inputs that are no padding, as for `crossbar.moments`.
 
     Raises:
-      ValueError: there are no batches, or what `crossbar.fit_corrections` refuses.
+      ValueError: there are no batches, targets are not finite, or what `crossbar.fit_corrections` refuses.
     """
     kinds = {"left_out": left_out, "counted": counted}
     return restore_each(
@@ -232,12 +232,14 @@ def _distil_each(
     with progress("steps", steps) as bar:
         for step, number in enumerate(np.concatenate(orders), start=1):
             here = crossbar.reads(models, step - 1)
+            target = targets[number]
+            _check_target(target, int(number))
             params, state = _step(
                 params,
                 state,
                 here,
                 batches[number],
-                targets[number],
+                target,
                 run,
                 optimiser.update,
             )
@@ -312,12 +314,20 @@ def _diverged(
 ) -> Float[np.ndarray, " C"]:
     """Return the mean divergence of each model with corrections from the targets."""
     corrected = crossbar.with_corrections(models, corrections)
-    numbered = enumerate(zip(*left_out, strict=True))
-    return np.mean(
-        [divergences(crossbar.reads(corrected, n), *pair, run) for n, pair in numbered],
-        axis=0,
-        dtype=float,
-    )
+    diverged = []
+    for number, (batch, target) in enumerate(zip(*left_out, strict=True)):
+        _check_target(target, number)
+        here = crossbar.reads(corrected, number)
+        diverged.append(divergences(here, batch, target, run))
+    return np.mean(diverged, axis=0, dtype=float)
+
+
+def _check_target(target: Array, number: int) -> None:
+    """Raise a ValueError for logits that are not finite."""
+    if not bool(jnp.all(jnp.isfinite(target))):
+        raise ValueError(
+            f"the targets of batch {number} are NaN or infinite: give the digital model's finite logits"
+        )
 
 
 @partial(jax.jit, static_argnums=3)

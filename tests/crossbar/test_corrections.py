@@ -100,6 +100,23 @@ def test_scales_are_those_of_weighted_least_squares(offsets):
             np.testing.assert_allclose(got, wanted, rtol=2e-4, atol=2e-5)
 
 
+def _fit_head(size, **how):
+    chips = {"head": _chips()["head"]}
+    batches = [jnp.float32(size) * x for x in _BATCHES]
+    return crossbar.fit_corrections(
+        lambda weights, x: product(x, weights["head"]),
+        chips,
+        [_WEIGHTS["head"]],
+        batches,
+        **how,
+    )["head"]
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_scales_do_not_depend_on_the_size_of_inputs(size):
+    np.testing.assert_allclose(_fit_head(size).scale, _fit_head(1).scale, rtol=1e-5)
+
+
 def test_padding_does_not_count():
     padded = [jnp.concatenate([x, 100 * x]) for x in _BATCHES]
     counted = {"counted": lambda batch, name: jnp.arange(len(batch)) < len(batch) // 2}
@@ -322,6 +339,15 @@ def test_a_saved_correction_of_another_width_is_refused(tmp_path):
 
 
 _NAN = [_BATCHES[0].at[3, 2].set(jnp.nan)]
+_TARGET = jnp.ones((20, 5))
+
+
+def _restored(target, **how):
+    matrices = [_WEIGHTS["head"], _WEIGHTS["layers"]]
+    epochs = lf.Restoring(epochs=1)
+    return lf.restore(_run, _chips(), matrices, _BATCHES[:1], [target], epochs, **how)
+
+
 _CONV = jnp.ones((3, 3, 1, 8))
 
 
@@ -334,6 +360,19 @@ _CONV = jnp.ones((3, 3, 1, 8))
             "inputs or outputs of head are NaN or infinite: give batches whose",
         ),
         (lambda: _fit(batches=_NAN, numbers=90), "inputs or outputs of head are NaN"),
+        (
+            lambda: _fit_head(1e-25, offsets=True),
+            "outputs of head are below 1e-15 or above 1e15: scale the inputs",
+        ),
+        (lambda: _fit_head(1e25, numbers=90), "outputs of head are below 1e-15"),
+        (
+            lambda: _restored(_TARGET.at[2, 1].set(jnp.nan)),
+            "the targets of batch 0 are NaN or infinite: give the digital model's",
+        ),
+        (
+            lambda: _restored(_TARGET, left_out=(_NAN, [_TARGET * jnp.inf])),
+            "the targets of batch 0 are NaN or infinite",
+        ),
         (
             lambda: _fit(ridge=-0.1),
             r"ridge = -0\.1: give a finite share, above 0 with numbers",

@@ -119,6 +119,11 @@ def test_weights_are_named_in_messages():
         ),
         (jnp.ones(3), "*", "matches the model of shape"),
         (jnp.full((3, 4), jnp.nan), "*", "the model holds weights that are NaN"),
+        (
+            {"layers": jnp.ones((0, 6, 5))},
+            "*",
+            "layers of shape .* is a stack without matrices: give at least one",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             program_tree(weight, {rule: _IDEAL}, _KEY)

@@ -95,6 +95,11 @@ def _place(
     config = first_match(path, rules)
     if weight.ndim < 2 or config is None:
         return weight
+    if 0 in weight.shape[:-2]:
+        raise ValueError(
+            f"{path or 'the model'} of shape {weight.shape} is a stack without matrices: give at least one, or None "
+            "as its rule"
+        )
     if not is_traced(weight) and not np.isfinite(np.asarray(weight)).all():
         raise ValueError(
             f"{path or 'the model'} holds weights that are NaN or infinite: give finite weights"
