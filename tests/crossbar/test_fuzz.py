@@ -33,6 +33,7 @@ from lorafusion_jax.crossbar import (
     matmul,
     probe,
     program,
+    program_tree,
     save_chip,
     with_corrections,
     with_read_key,
@@ -914,6 +915,59 @@ def test_a_corrected_chip_reads_what_numpy_corrects(case: Case, parts: set[str])
         magnitude=magnitude,
     )
     assert_within(jit(matmul)(jnp.asarray(case.x), loaded), wanted, case, "corrected")
+
+
+@cases(
+    6,
+    case=reads(
+        "definition",
+        "loop",
+        "packed",
+        adc=st.just("given"),
+        bits=st.sampled_from([3, 5, 8]),
+        scale=st.just("column"),
+        scaling=st.just("row"),
+        signed=st.just(True),
+        float64=st.just(False),
+        nonlinear=st.none(),
+    ),
+    size=st.sampled_from([2.0**-50, 2.0**-13, 2.0**20]),
+)
+def test_a_prepared_chip_clips_alike_at_any_size_of_inputs(case: Case, size: float):
+    """The read grows with its inputs, and the share of clipped conversions, without zero vectors, stays."""
+    mapping = dataclasses.replace(case.config.mapping, transform="hadamard")
+    config = dataclasses.replace(case.config, mapping=mapping)
+    W, x = arrays_of(case.W, case.x)
+    preparation = crossbar.prepare({"w": W}, None, config)["w"]
+    chip = program(W, config, case.key, path=case.path, preparation=preparation)
+    y, seen = jit(probe)(x, chip)
+    padded = jnp.concatenate([size * x, jnp.zeros_like(x)])
+    scaled, seen_of_padded = jit(probe)(padded, chip)
+    np.testing.assert_allclose(scaled[: len(x)], size * y, rtol=1e-4, atol=1e-6 * size)
+    np.testing.assert_allclose(
+        seen_of_padded.clip_share, seen.clip_share, rtol=1e-3, atol=1e-6
+    )
+
+
+@cases(4, case=reads(None, "definition", **GIVEN), matrices=st.integers(0, 2))
+def test_a_stack_has_the_chips_of_its_matrices_and_at_least_one(
+    case: Case, matrices: int
+):
+    """Each chip of a stack is the one that its matrix has alone, under its number."""
+    W = np.stack([weights(case.c, number) for number in range(DRAWS)])[:matrices]
+    stack = program_tree({"w": jnp.asarray(W)}, {"*": case.config}, case.key)["w"]
+    assert matrices, "a stack without matrices was programmed"
+    for place in range(matrices):
+        alone = program_tree(
+            {"w": jnp.asarray(W[place : place + 1])},
+            {"*": case.config},
+            case.key,
+            numbers={"w": [jnp.asarray([place])]},
+        )["w"]
+        for leaf, other in zip(
+            jax.tree.leaves(stack), jax.tree.leaves(alone), strict=True
+        ):
+            np.testing.assert_array_equal(leaf[place], other[0])
 
 
 @cases(

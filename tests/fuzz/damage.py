@@ -8,11 +8,20 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import yaml
 
 # In C where PyYAML has it, ten times as fast.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+_FLOATS: dict[str, Any] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+}
 
 _HOSTILE: tuple[Any, ...] = (
     *(
@@ -183,8 +192,38 @@ def _yaml(content: bytes, draw: random.Random) -> bytes:
 
 def _safetensors(content: bytes, draw: random.Random) -> bytes:
     size = int.from_bytes(content[:8], "little")
-    header = _json(content[8 : 8 + size], draw)
-    return len(header).to_bytes(8, "little") + header + content[8 + size :]
+    header = content[8 : 8 + size]
+    numbers = content[8 + size :]
+    if draw.random() < 0.3:
+        header, numbers = _tensor(json.loads(header), numbers, draw)
+    else:
+        header = _json(header, draw)
+    return len(header).to_bytes(8, "little") + header + numbers
+
+
+def _tensor(
+    header: dict[str, Any], numbers: bytes, draw: random.Random
+) -> tuple[bytes, bytes]:
+    """Give a tensor a number that is not finite, or replace its numbers by 8-bit ones without scales."""
+    name = draw.choice(
+        [name for name in header if header[name].get("dtype") in _FLOATS]
+    )
+    start, end = header[name]["data_offsets"]
+    tensor = np.frombuffer(numbers[start:end], _FLOATS[header[name]["dtype"]]).copy()
+    if draw.random() < 0.5:
+        header[name]["dtype"] = "F8_E4M3"
+        tensor = tensor.astype(ml_dtypes.float8_e4m3fn)
+    else:
+        tensor[draw.randrange(len(tensor))] = draw.choice((np.nan, np.inf, -np.inf))
+    saved = end - start - tensor.nbytes
+    for entry in header.values():
+        if "data_offsets" in entry:
+            entry["data_offsets"] = [
+                at - saved if at >= end else at for at in entry["data_offsets"]
+            ]
+    return json.dumps(header).encode(), numbers[:start] + tensor.tobytes() + numbers[
+        end:
+    ]
 
 
 def _gguf(content: bytes, draw: random.Random) -> bytes:

@@ -22,6 +22,7 @@ import numpy as np
 import one_block
 import recipes
 from made_up_rows import made_up
+from safetensors import safe_open
 
 import lorafusion_jax as lf
 from lorafusion_jax import parts
@@ -87,6 +88,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
         {"weight_map": _weight_map(base)},
     )
     _written(folder / "sharded" / "config.json", config)
+    unrotated = _written(folder / "unrotated" / "config.json", _SMOLLM3)
     os.link(base / "model.safetensors", folder / "sharded" / "one.safetensors")
     pickled = shutil.copytree(
         one_block.SMALL / "adapters" / "rotl_prev", folder / "pickled"
@@ -188,8 +190,25 @@ def kinds(folder: Path) -> dict[str, Kind]:
         kinds=lambda title: "Q8_0" if ".layers." in title else None,
     )
 
+    def base_weights() -> None:
+        lf.load_base(base)
+        with safe_open(base / "model.safetensors", "np") as file:
+            types = [file.get_slice(name).get_dtype() for name in file.keys()]
+        assert not any(name.startswith("F8") for name in types), (
+            "8-bit numbers without scales were read"
+        )
+
+    def unrotated_config() -> None:
+        architecture = lf.read_config(unrotated.parent)
+        parts.abstract_model(architecture)
+        rope = architecture.local_rope
+        assert rope is None or rope.scale == 1, "unrotated layers are scaled"
+
     def whole_pool() -> None:
-        lf.load_pool(pool)
+        loaded = lf.load_pool(pool)
+        assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(loaded)), (
+            "numbers that are not finite were read"
+        )
         parts.resave(parts.ConvertedPool(pool).adapter(entry["name"]), out)
         shutil.rmtree(out)
 
@@ -205,6 +224,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
     def weights() -> None:
         found = read_weights(weights_file)
         assert found is not None
+        assert {} not in found[0].values(), "a module without weights was read"
         with named(weights_file):
             coefficients_of(found[0], parts.ConvertedPool(pool).load([*found[0]]))
 
@@ -260,23 +280,24 @@ def kinds(folder: Path) -> dict[str, Kind]:
             base / "generation_config.json", lambda: lf.read_config(base)
         ),
         "base index": Kind(index, lambda: lf.load_base(index.parent)),
-        "base weights": Kind(base / "model.safetensors", lambda: lf.load_base(base)),
+        "base weights": Kind(base / "model.safetensors", base_weights),
+        "unrotated layers": Kind(unrotated, unrotated_config),
         "adapter config": Kind(
             Path(sources[0]) / "adapter_config.json",
-            lambda: parts.read_adapter(sources[0]),
+            lambda: _read_adapter(sources[0]),
         ),
         "adapter weights": Kind(
             Path(sources[0]) / "adapter_model.safetensors",
-            lambda: parts.read_adapter(sources[0]),
+            lambda: _read_adapter(sources[0]),
         ),
         "adapter pickle": Kind(
-            pickled / "adapter_model.bin", lambda: parts.read_adapter(str(pickled))
+            pickled / "adapter_model.bin", lambda: _read_adapter(str(pickled))
         ),
         "MLX config": Kind(
             mlx / "adapter_config.json", lambda: parts.read_adapter(str(mlx))
         ),
         "MLX weights": Kind(
-            mlx / "adapters.safetensors", lambda: parts.read_adapter(str(mlx))
+            mlx / "adapters.safetensors", lambda: _read_adapter(str(mlx))
         ),
         "qwix manifest": Kind(
             tree / "manifest.ocdbt", lambda: parts.read_adapter(str(tree), alpha=1.0)
@@ -333,6 +354,9 @@ def kinds(folder: Path) -> dict[str, Kind]:
             messages, lambda: load_task(messages, train_rows=2, chat=True)
         ),
         "task CSV": Kind(csv_file, lambda: load_task(csv_file, train_rows=2)),
+        "task CSV without a test part": Kind(
+            csv_file, lambda: load_task(csv_file, train_rows=100)
+        ),
         "bbh task": Kind(bbh, lambda: load_task(bbh, train_rows=2)),
         "data set state": Kind(
             saved / "state.json", lambda: load_task(saved, train_rows=2)
@@ -429,9 +453,15 @@ def _written(path: Path, content: Any) -> Path:
     return path
 
 
-def _weight_map(base: Path) -> dict[str, str]:
-    from safetensors import safe_open
+def _read_adapter(source: str) -> None:
+    adapter = parts.read_adapter(source)
+    for factors in adapter.factors.values():
+        assert all(np.isfinite(factor).all() for factor in factors), (
+            "numbers that are not finite were read"
+        )
 
+
+def _weight_map(base: Path) -> dict[str, str]:
     with safe_open(base / "model.safetensors", "np") as file:
         return dict.fromkeys(file.keys(), "one.safetensors")
 
@@ -631,4 +661,13 @@ _LLAMA = {
     "tie_word_embeddings": True,
     "hidden_act": "silu",
     "eos_token_id": [1, 2],
+}
+_SMOLLM3 = _LLAMA | {
+    "model_type": "smollm3",
+    "no_rope_layers": [1, 0],
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
 }
