@@ -35,12 +35,11 @@ from lab.language import (
     find,
     load,
     shares,
-    test_batch,
     test_losses,
     trained_pairs,
     unseen,
 )
-from lab.pool_cells import Arm, Watch
+from lab.pool_cells import Arm
 from lab.smollm2 import base
 from lab.tuning import rates_at, tried_line, tune
 
@@ -333,7 +332,6 @@ class Lab:
         rates: Mapping[str, float],
         *,
         answer: bool = True,
-        watch: Watch = lambda epoch, problem, test: None,
     ) -> Row:
         """Train an arm on a seed's rows of a task, and return its row; without `answer` no test row is answered."""
         make_room()
@@ -344,11 +342,7 @@ class Lab:
         params: Any = {}
         steps = 0
         if arm.rates:
-            test = test_batch(setup)
-            watched: Any = {
-                "after_epoch": lambda epoch: watch(epoch, setup.problem, test)
-            }
-            params, steps = self.trained(name, setup, rows, seed, rates, **watched)
+            params, steps = self.trained(name, setup, rows, seed, rates)
         row: Row = {
             "numbers": sum(trainable_count(setup).values()),
             "steps": steps,
@@ -362,7 +356,7 @@ class Lab:
                 batch_size=SHOWN_BATCH if shots else EVALUATED_ROWS,
                 stop=stop,
             )
-            assert found.loss is not None
+            assert found.loss is not None and found.exact_match is not None
             row |= {
                 "test_loss": round(float(found.loss[0]), 5),
                 "exact_match": float(found.exact_match[0]),
@@ -378,10 +372,9 @@ class Lab:
         rows: int,
         seed: int,
         rates: Mapping[str, float],
-        **how: Any,
     ) -> tuple[Any, int]:
         """Return the parameters of an arm, and the number of steps."""
-        return self.fitted(name, setup.problem, setup.rows, (rows, seed), rates, **how)
+        return self.fitted(name, setup.problem, setup.rows, (rows, seed), rates)
 
     def fitted(
         self,
@@ -393,7 +386,6 @@ class Lab:
         *,
         share: float = 1.0,
         begin: Any = None,
-        **how: Any,
     ) -> tuple[Any, int]:
         """Return the parameters after a share of the epochs of so many rows and a seed, and the number of steps."""
         recipe = recipe_for(self.arms[name], of[0])
@@ -404,7 +396,6 @@ class Lab:
             start(problem, of[1:], begin),
             recipe_of(type(recipe), numbers),
             of[1:],
-            **how,
         )
         return state.best, int(state.step[0])
 

@@ -119,7 +119,6 @@ class StartedLab(Lab):
         problem: lf.Problem,
         rows: TrainingRows,
         entries: Entries,
-        **how: Any,
     ) -> tuple[Any, int]:
         """Return the parameters of an arm for each entry, and the number of steps in all."""
         source, share = STARTED[name]
@@ -134,7 +133,7 @@ class StartedLab(Lab):
         assert isinstance(problem.method, lf.LoRA)
         begin, _ = problem.method.start_at(other, params, start(problem, seeds).params)
         found, more = self.fitted(
-            name, problem, rows, entries, share=1 - share, begin=begin, **how
+            name, problem, rows, entries, share=1 - share, begin=begin
         )
         return found, steps + more
 

@@ -195,11 +195,10 @@ class StartedLab(language.Lab):
         rows: int,
         seed: int,
         rates: Mapping[str, float],
-        **how: Any,
     ) -> tuple[Any, int]:
         """Return the parameters of an arm, and the number of steps in all."""
         if name not in STARTED:
-            return super().trained(name, setup, rows, seed, rates, **how)
+            return super().trained(name, setup, rows, seed, rates)
         source, share = STARTED[name]
         other = self.model(
             source, seed if self.arms[source].pool == "rotated" else 0
@@ -224,9 +223,14 @@ class StartedLab(language.Lab):
         begin, _ = setup.problem.method.start_at(
             other, params, start(setup.problem, (seed,)).params
         )
-        how |= {"share": 1 - share, "begin": begin}
         found, more = self.fitted(
-            name, setup.problem, setup.rows, (rows, seed), rates, **how
+            name,
+            setup.problem,
+            setup.rows,
+            (rows, seed),
+            rates,
+            share=1 - share,
+            begin=begin,
         )
         return found, steps + more
 

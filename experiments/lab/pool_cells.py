@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +16,6 @@ from flax import nnx
 import lorafusion_jax as lf
 from lorafusion_jax.methods import Built, find, recipe_of
 from lorafusion_jax.parts import (
-    Epoch,
     fit,
     generate_rows,
     open_pool,
@@ -67,7 +66,6 @@ TARGET_WIDTHS = (8, 16)
 Row = dict[str, Any]
 Entries = Sequence[tuple[int, Mapping[str, float]]]  # seeds with their rates
 # Called after each epoch, with the problem and the test rows, leaves [seeds, rows, ...].
-Watch = Callable[[Epoch, lf.Problem, Batch], None]
 
 
 class Arm(NamedTuple):
@@ -153,7 +151,6 @@ class Lab:
         *,
         draw: int = 0,
         answer: bool = True,
-        watch: Watch = lambda epoch, problem, test: None,
     ) -> list[Row]:
         """Return a row for each entry, a seed with its rates; without `answer` no test row is answered."""
         if self.arms[name].method == "constant":
@@ -163,7 +160,7 @@ class Lab:
             part = entries[first : first + self.lanes]
             # Programs have one number of entries: the last one is repeated.
             filled = [*part, *[part[-1]] * (self.lanes - len(part))]
-            found += self._measure(name, target, rows, filled, draw, answer, watch)[
+            found += self._measure(name, target, rows, filled, draw, answer)[
                 : len(part)
             ]
         return found
@@ -176,7 +173,6 @@ class Lab:
         entries: Entries,
         draw: int,
         answer: bool,
-        watch: Watch,
     ) -> list[Row]:
         problem = self.of_entries(name, target.pool, draw, entries)
         tokens, test, test_texts = self.tokens(target.task)
@@ -195,9 +191,8 @@ class Lab:
                 TRAIN_ROWS, TRAIN_ROWS + VALIDATION_ROWS, dtype=np.int32
             )
             of_seeds = TrainingRows(tokens, Split(training, validation), self.pad_id)
-            watched: Any = {"watch": lambda epoch: watch(epoch, problem, for_all)}
             params, steps = self.trained(
-                name, (target.pool, draw), problem, of_seeds, entries, **watched
+                name, (target.pool, draw), problem, of_seeds, entries
             )
         losses = np.asarray(seed_entropies(params, for_all, problem))
         found: list[Row] = [
@@ -255,10 +250,9 @@ class Lab:
         problem: lf.Problem,
         rows: TrainingRows,
         entries: Entries,
-        **how: Any,
     ) -> tuple[Any, int]:
         """Return the parameters of an arm for each entry, and the number of steps."""
-        return self.fitted(name, problem, rows, entries, **how)
+        return self.fitted(name, problem, rows, entries)
 
     def of_entries(
         self, name: str, pool: str, draw: int, entries: Entries
@@ -278,7 +272,6 @@ class Lab:
         *,
         share: float = 1.0,
         begin: Any = None,
-        watch: Callable[[Epoch], None] = lambda epoch: None,
     ) -> tuple[Any, int]:
         """Return the parameters of an arm after a share of its epochs, from `begin` on, and the number of steps."""
         recipe = recipe_for(self.arms[name], rows.split.train.shape[1])
@@ -292,11 +285,14 @@ class Lab:
         )
         nothing = jnp.zeros(len(entries))
         seeds = tuple(seed for seed, _ in entries)
-        how: Any = {
-            "rates": lf.Rates(rates, l2=nothing, l1=nothing),
-            "after_epoch": watch,
-        }
-        state = fit(problem, rows, start(problem, seeds, begin), recipe, seeds, **how)
+        state = fit(
+            problem,
+            rows,
+            start(problem, seeds, begin),
+            recipe,
+            seeds,
+            rates=lf.Rates(rates, l2=nothing, l1=nothing),
+        )
         return state.best, int(state.step[0])
 
     def _constant(self, target: Target, rows: int, seed: int) -> Row:
