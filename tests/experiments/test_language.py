@@ -1,13 +1,11 @@
 """Real language: roles of the tasks, and the script that trains the pool, on a small Llama and tasks made up here."""
 
-import csv
 import dataclasses
 import json
 import random
 from pathlib import Path
 
 import language as experiment
-import language_fused_on_arrays as on_arrays
 import language_pool
 import numpy as np
 import pytest
@@ -333,46 +331,3 @@ def test_the_table_and_its_tuning_run_on_a_small_model(trained, tmp_path, monkey
     ]
     assert rows[1]["loss"] < rows[0]["loss"]
     assert (tmp_path / "out" / "main" / "table.csv").exists()
-
-
-@pytest.mark.nightly
-def test_a_fused_task_is_measured_on_arrays_untouched_and_trained_there(
-    trained, tmp_path, monkeypatch, capsys
-):
-    entry = language.MAIN["LoRAFusion"]
-    monkeypatch.setitem(
-        on_arrays.MAIN, "LoRAFusion", language._entry(entry, entry.rates, modules=2)
-    )
-    monkeypatch.setattr(on_arrays, "ADAPTERS", tmp_path / "out" / "adapters")
-
-    given = [
-        "--tasks",
-        str(tmp_path / "tasks"),
-        "--out",
-        str(tmp_path / "arrays"),
-        "--unseen",
-        "new",
-    ]
-    given += ["--seeds", "1", "--test-rows", "6", "--calibration-rows", "4"]
-    cases = ("digitally", "on another chip", "on the chip")
-    on_arrays.main([*given, "--errors", "0.5", "--trained", *cases])
-    with (tmp_path / "arrays" / "rows.csv").open() as file:
-        rows = {
-            (row["bits"], row["error"], row["trained"]): float(row["loss"])
-            for row in csv.DictReader(file)
-        }
-    assert len(rows) == 4
-    digital, untouched, elsewhere, on_chip = (
-        rows[of]
-        for of in (("", "", "digitally"), *(("ideal", "0.5", c) for c in cases))
-    )
-    assert untouched > digital + 0.05 and on_chip < untouched - 0.02
-    assert on_chip < elsewhere != untouched
-    capsys.readouterr()
-    on_arrays.main([*given, "--errors", "0.5"])  # from existing rows
-    assert (
-        "| ideal" in (printed := capsys.readouterr().out)
-        and "on the chip" not in printed
-    )
-    with pytest.raises(ValueError, match=r"holds other rows \(test_rows was 6, is 7\)"):
-        on_arrays.main([*given[:-3], "7", *given[-2:]])
