@@ -4,10 +4,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import lm_eval_tasks
 import pytest
 import small_llama
 import smollm2
-from lab import lm_eval_tasks
 
 pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
 

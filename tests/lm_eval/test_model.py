@@ -6,12 +6,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import lm_eval_tasks
 import numpy as np
 import pytest
 import recipes
 import small_llama
 from flax import nnx
-from lab import lm_eval_tasks
 
 from lorafusion_jax import cli, fuse, kernels, load_base, save_base
 from lorafusion_jax.parts import (
