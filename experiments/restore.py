@@ -473,6 +473,7 @@ class Bench:
             restored=restored,
         )
         found = evaluate(on_chip, params, batch_size=EVALUATED_ROWS)
+        assert found.exact_match is not None
         return {
             "task": job.task,
             "exact_match": float(found.exact_match[0]),

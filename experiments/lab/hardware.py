@@ -214,7 +214,7 @@ class Subject:
             if len(jax.tree.leaves(params)[0]) < len(setup.problem.index):
                 params = for_every_chip(params, chips)
         found = evaluate(setup, params, batch_size=self.options.eval_batch)
-        assert found.loss is not None
+        assert found.loss is not None and found.exact_match is not None
         places = itertools.product(range(chips), self.options.seeds)
         columns = zip(
             places, found.exact_match.tolist(), found.loss.tolist(), strict=True
