@@ -189,18 +189,17 @@ def in_directions(pool: LoraPool, given: Directions) -> SharedBasis:
     S = {}
     energy = {}
     for site in pool.rank:
-        of_layers = []
+        cores = []
+        energies = []
         for layer in range(len(pool.rank[site])):
             A, B = _layer(pool, site, layer)
             left = np.asarray(U[site][layer], float)
             right = np.asarray(V[site][layer], float)
-            squared = np.sum(
-                (A.swapaxes(1, 2) @ A) * (B @ B.swapaxes(1, 2)), axis=(1, 2)
-            )
-            of_layers.append(((left.T @ A) @ (B @ right.T), squared))
-        S[site], energy[site] = (
-            np.stack(part) for part in zip(*of_layers, strict=True)
-        )
+            squared = (A.swapaxes(1, 2) @ A) * (B @ B.swapaxes(1, 2))
+            energies.append(np.sum(squared, axis=(1, 2)))
+            cores.append((left.T @ A) @ (B @ right.T))
+        S[site] = np.stack(cores)
+        energy[site] = np.stack(energies)
     fields: Any = {
         "U": {site: U[site] for site in S},
         "V": {site: V[site] for site in S},
@@ -276,7 +275,8 @@ def check_size(pool: LoraPool, k: int) -> None:
     if k < 1:
         raise ValueError(f"a basis of {k} directions: expected at least 1")
     for site, A in pool.A.items():
-        (_, modules, d_in, rank), d_out = A.shape, pool.B[site].shape[3]
+        _, modules, d_in, rank = A.shape
+        d_out = pool.B[site].shape[3]
         check_width(k, site, d_in, d_out)
         if k > modules * rank:
             raise ValueError(

@@ -106,7 +106,8 @@ def compose(
     def of_layer(
         layer: tuple,
     ) -> tuple[LowRank | Dense | Array | None, Array | None, Array]:
-        (A, B, c, squared, cross, m), delta = layer, None
+        A, B, c, squared, cross, m = layer
+        delta = None
         if m is None and in_arrays:
             return None, None, jnp.int32(0)
         if composition == "mix":
@@ -127,7 +128,8 @@ def compose(
             left = dense(gather(A, index), jnp.float32)
             left = left.transpose(1, 0, 2).reshape(left.shape[1], -1)
             right = _merged(dense(gather(B, index), jnp.float32) * c[:, :, None])
-            (d_in, k), d_out = left.shape, right.shape[1]
+            d_in, k = left.shape
+            d_out = right.shape[1]
             needed = m is not None and for_cpu() and product_is_smaller(d_in, k, d_out)
             delta = product(left, right) if k >= d_in or needed else None
             # The N r columns of A reach the width of x, so that the sum is not of low rank.

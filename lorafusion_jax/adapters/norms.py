@@ -67,7 +67,8 @@ def gram(pool: Pool, kernels: dict[str, Weight]) -> Gram:
     """
 
     def of_layer(layer: tuple[Weight, Weight]) -> tuple[Array, Array]:
-        kernel, A = (dense(w, jnp.float32) for w in layer)
+        kernel = dense(layer[0], jnp.float32)
+        A = dense(layer[1], jnp.float32)
         cross = (
             product(A.T, kernel)
             if A.ndim == 2
@@ -89,7 +90,9 @@ def pair_terms(pool: LoraPool, kernels: dict[str, Weight]) -> PairTerms:
     """Return the pair terms of a pool on the kernels of its sites, in float32, one layer and one pair at a time."""
 
     def of_layer(layer: tuple[Weight, Weight, Weight]) -> tuple[Array, Array, Array]:
-        kernel, A, B = (dense(w, jnp.float32) for w in layer)
+        kernel = dense(layer[0], jnp.float32)
+        A = dense(layer[1], jnp.float32)
+        B = dense(layer[2], jnp.float32)
 
         def of_module(n: Array) -> Array:
             return jnp.sum(product(A[n].T, kernel) * B[n], axis=0)
@@ -180,7 +183,8 @@ def squared_columns(
     left: Float[Array, "d_in k"], right: Float[Array, "k d_out"]
 ) -> Float[Array, " d_out"]:
     """Return ||left right||^2 of every column, by the order of products that takes fewer operations."""
-    (d_in, k), d_out = left.shape, right.shape[1]
+    d_in, k = left.shape
+    d_out = right.shape[1]
     if product_is_smaller(d_in, k, d_out):
         return jnp.sum(jnp.square(product(left, right)), axis=0)
     return jnp.sum(right * product(product(left.T, left), right), axis=0)

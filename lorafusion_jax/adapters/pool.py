@@ -106,7 +106,9 @@ def joined(pools: Sequence[LoraPool], layers: Mapping[str, int]) -> LoraPool:
         }
         A, B, _ = dense_of[own[0].names]
         most = max(A.shape[3] for A, _, _ in dense_of.values())
-        parts = []
+        factors_a = []
+        factors_b = []
+        ranks = []
         for pool in pools:
             size = layers[site], len(pool)
             lacks = (
@@ -116,17 +118,14 @@ def joined(pools: Sequence[LoraPool], layers: Mapping[str, int]) -> LoraPool:
             )
             a, b, rank = dense_of.get(pool.names, lacks)
             room = (0, most - a.shape[3])
-            parts.append(
-                (
-                    jnp.pad(a, [(0, 0)] * 3 + [room]),
-                    jnp.pad(b, [(0, 0)] * 2 + [room, (0, 0)]),
-                    rank,
-                )
-            )
-        A, B, rank = (
-            jnp.concatenate(of_pools, axis=1) for of_pools in zip(*parts, strict=True)
+            factors_a.append(jnp.pad(a, [(0, 0)] * 3 + [room]))
+            factors_b.append(jnp.pad(b, [(0, 0)] * 2 + [room, (0, 0)]))
+            ranks.append(rank)
+        return (
+            jnp.concatenate(factors_a, axis=1),
+            jnp.concatenate(factors_b, axis=1),
+            jnp.concatenate(ranks, axis=1),
         )
-        return A, B, rank
 
     factors = {site: put_together(site) for site in sites}
     return LoraPool(
@@ -200,7 +199,8 @@ def random_pool(pool: LoraPool, key: PRNGKeyArray) -> LoraPool:
             )
             shape = [a.shape[0], *a.shape[2:]]
             room = [(0, 0)] * 3
-            shape[axis - 1], room[axis - 1] = own, (0, a.shape[axis] - own)
+            shape[axis - 1] = own
+            room[axis - 1] = (0, a.shape[axis] - own)
             return jnp.pad(jax.random.normal(drawn, shape, a.dtype), room)
 
         noise = jnp.stack([draw(n, name) for n, name in enumerate(pool.names)], axis=1)

@@ -100,15 +100,15 @@ def truncated(
         W = np.asarray(
             dense(jax.tree.map(lambda a, at=layer: a[at], kernel), jnp.float32)
         )
-        none = (
-            np.zeros((d_in, 0), np.float32),
-            np.zeros((0, d_out), np.float32),
-            np.ones(d_out, np.float32),
-        )
-        L, R, s = (
-            own if a is None else np.asarray(a[layer])
-            for a, own in zip(factors, none, strict=True)
-        )
+        L = np.zeros((d_in, 0), np.float32)
+        R = np.zeros((0, d_out), np.float32)
+        s = np.ones(d_out, np.float32)
+        if factors[0] is not None:
+            L = np.asarray(factors[0][layer])
+        if factors[1] is not None:
+            R = np.asarray(factors[1][layer])
+        if factors[2] is not None:
+            s = np.asarray(factors[2][layer])
         if not all(np.isfinite(a).all() for a in (L, R, s)):
             raise ValueError("the update has numbers that are not finite")
         between = np.sum((L.T @ W) * R, axis=0)
@@ -137,7 +137,8 @@ _Svd = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def _svd_of_product(L: np.ndarray, R: np.ndarray) -> _Svd:
-    (left, first), (right, second) = np.linalg.qr(L), np.linalg.qr(R.T)
+    left, first = np.linalg.qr(L)
+    right, second = np.linalg.qr(R.T)
     U, S, Vt = np.linalg.svd(first @ second.T, full_matrices=False)
     return left @ U, S, Vt @ right.T
 

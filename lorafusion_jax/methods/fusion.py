@@ -277,17 +277,26 @@ class Fusion(Method):
         magnitudes = params.get("magnitudes", pool.magnitude)
         if magnitudes is not None:
             magnitudes = _magnitudes(magnitudes, frozen, index)
-        how = {
-            "gram": terms,
-            "magnitudes": magnitudes,
-            "differentiate_norm": self.differentiate_norm,
-        }
         if isinstance(pool, SharedBasis):
             adapters, floored = compose_in_basis(
-                pool, index, spread, core=params.get("core"), **how
+                pool,
+                index,
+                spread,
+                core=params.get("core"),
+                gram=terms,
+                magnitudes=magnitudes,
+                differentiate_norm=self.differentiate_norm,
             )
         else:
-            adapters, floored = compose(pool, index, spread, self.composition, **how)
+            adapters, floored = compose(
+                pool,
+                index,
+                spread,
+                self.composition,
+                gram=terms,
+                magnitudes=magnitudes,
+                differentiate_norm=self.differentiate_norm,
+            )
         return adapters, {"floored_norms": floored}
 
     def as_fusion(self, params: Params, frozen: Frozen, index: Index) -> Fused | None:

@@ -182,11 +182,10 @@ class LoRA(Method):
             raise ValueError(
                 f"it adapts {some(outside)}, which --lora-targets leaves out: add them"
             )
-        A, B, magnitudes, left_out = (
-            *({**fresh["lora"][side]} for side in "AB"),
-            {**fresh.get("magnitudes", {})},
-            {},
-        )
+        A = {**fresh["lora"]["A"]}
+        B = {**fresh["lora"]["B"]}
+        magnitudes = {**fresh.get("magnitudes", {})}
+        left_out = {}
         for site, of_site in factors.items():
             kernel = jax.tree.map(
                 jnp.asarray, to_host(base[site])

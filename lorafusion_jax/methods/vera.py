@@ -83,14 +83,13 @@ class VeRA(Method):
         """Return the random matrices, Kaiming uniform as PEFT draws them."""
         widest_in = max((site.d_in for _, site in self.sites))
         widest_out = max((site.d_out for _, site in self.sites))
-        bounds = math.sqrt(6 / widest_in), math.sqrt(6 / self.rank)
-        shapes = (widest_in, self.rank), (self.rank, widest_out)
-        A, B = (
-            jax.random.uniform(k, shape, jnp.float32, -bound, bound)
-            for k, shape, bound in zip(
-                jax.random.split(key), shapes, bounds, strict=True
-            )
-        )
+        bound_a = math.sqrt(6 / widest_in)
+        bound_b = math.sqrt(6 / self.rank)
+        key_a, key_b = jax.random.split(key)
+        shape_a = (widest_in, self.rank)
+        shape_b = (self.rank, widest_out)
+        A = jax.random.uniform(key_a, shape_a, jnp.float32, -bound_a, bound_a)
+        B = jax.random.uniform(key_b, shape_b, jnp.float32, -bound_b, bound_b)
         return Projections(A, B)
 
     def init(self, frozen: Frozen, index: Index, key: PRNGKeyArray) -> Params:

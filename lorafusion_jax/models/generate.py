@@ -201,11 +201,9 @@ def begin(
     first, cache = read_model.prompt(
         input_ids, input_mask, max_new_tokens, read_adapters
     )
-    (batch, width), pad_id, causal = (
-        input_ids.shape,
-        model.config.pad_id,
-        model.config.causal,
-    )
+    batch, width = input_ids.shape
+    pad_id = model.config.pad_id
+    causal = model.config.causal
     done = jnp.zeros(batch, bool) if row_mask is None else ~jnp.asarray(row_mask)
     tokens = jnp.full((batch, max_new_tokens), pad_id, jnp.int32)
     none = jnp.zeros(batch, jnp.int32)
@@ -260,11 +258,8 @@ def advance(
     It takes at most `most_steps` steps; further arguments are those of `generate`. The members of the `axis` end
     together: with a position for each, every token would rewrite all caches under `jax.vmap`.
     """
-    wanted = (
-        state.done.size * (1 if axis is None else jax.lax.psum(1, axis))
-        if ended is None
-        else ended
-    )
+    members = 1 if axis is None else jax.lax.psum(1, axis)
+    wanted = state.done.size * members if ended is None else ended
     if axis is not None:  # equal for all, and known to be
         state = state._replace(column=jax.lax.pmax(state.column, axis))
     last = None if most_steps is None else state.column + most_steps

@@ -209,11 +209,10 @@ def _row_of_table(
         if isinstance(table, qwix.QArray)
         else (pack(table), None)
     )
-    tiles = (
-        x.size // math.gcd(x.size, 16 if x.size < 1024 else 64)
-        if scale is None
-        else scale.shape[1]
-    )
+    if scale is None:
+        tiles = x.size // math.gcd(x.size, 16 if x.size < 1024 else 64)
+    else:
+        tiles = scale.shape[1]
     numbers = numbers.reshape(len(numbers), tiles, -1)
     row = x.reshape(tiles, 1, -1).astype(_exact(x))
     sums = jnp.zeros((), _exact(x))
@@ -274,9 +273,9 @@ def _dot(
 
 def _backward(axis: int, factors: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, w = factors
-    first, second = (
-        a.reshape(-1, a.shape[-1]) for a in ((x, g) if axis == 0 else (g, x))
-    )
+    first, second = (x, g) if axis == 0 else (g, x)
+    first = first.reshape(-1, first.shape[-1])
+    second = second.reshape(-1, second.shape[-1])
     return _gradient_of_x(g, w, 1 - axis), _transposed_matmul(first, second).astype(
         w.dtype
     )

@@ -71,16 +71,13 @@ class Batch(NamedTuple):
         """Return the batch without the tokens behind these widths, and those of its rows by group: they are padding."""
         rows = self.rows
         if rows is not None:
-            sources, targets = (
-                tuple(
-                    group[..., :width]
-                    for group, width in zip(part, widths, strict=True)
-                )
-                for part, widths in zip(
-                    rows[:2], (of_rows[::2], of_rows[1::2]), strict=True
-                )
+            sources = zip(rows.sources, of_rows[::2], strict=True)
+            targets = zip(rows.targets, of_rows[1::2], strict=True)
+            rows = Rows(
+                tuple(group[..., :width] for group, width in sources),
+                tuple(group[..., :width] for group, width in targets),
+                rows.before[..., :target_width],
             )
-            rows = Rows(sources, targets, rows.before[..., :target_width])
         return self._replace(
             input_ids=self.input_ids[..., :source_width],
             input_mask=self.input_mask[..., :source_width],
@@ -167,10 +164,11 @@ def train_batches(
     ):
         rows = batches.rows
         if rows is not None:
-            sources, targets = (
-                tuple(group[:, 0] for group in part) for part in rows[:2]
+            rows = Rows(
+                tuple(group[:, 0] for group in rows.sources),
+                tuple(group[:, 0] for group in rows.targets),
+                rows.before[:, 0],
             )
-            rows = Rows(sources, targets, rows.before[:, 0])
         row_mask = batches.row_mask[:, 0]
         yield Batch(
             batches.input_ids[:, 0],
@@ -320,7 +318,8 @@ def _packed(
     causal: bool,
 ) -> Batch:
     """Return batches whose rows lie behind each other, of the widths of `Packing.plan`."""
-    leading, (source_width, target_width, *of_rows) = rows.shape[:-1], widths
+    leading = rows.shape[:-1]
+    source_width, target_width, *of_rows = widths
     ids = np.full((*leading, 1, source_width), pad_id, np.int32)
     labels = np.full((*leading, 1, target_width), IGNORED, np.int32)
     before = np.full((*leading, 1, target_width), -1, np.int32)
@@ -347,7 +346,8 @@ def _packed(
             source = encoded.inputs[row]
             target = encoded.labels[row]
             first, source = (source[-1:], source[:-1]) if causal else ([-1], source)
-            at_source, at_target = ((*batch, 0, slice(*ends)) for ends in of_row)
+            at_source = (*batch, 0, slice(*of_row[0]))
+            at_target = (*batch, 0, slice(*of_row[1]))
             ids[at_source] = source
             labels[at_target] = target
             before[at_target] = np.concatenate([first, target])[:-1]

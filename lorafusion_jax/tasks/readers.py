@@ -49,11 +49,9 @@ def read_rows(source: str | Path) -> dict[str, Rows]:
 def without_revision(source: str | Path) -> str:
     """Return a hub id without its revision, and any other source as it is."""
     hub_id = None if Path(source).exists() else _HUB_ID.fullmatch(str(source))
-    return (
-        str(source)
-        if hub_id is None
-        else hub_id[1] + (f":{hub_id[3]}" if hub_id[3] else "")
-    )
+    if hub_id is None:
+        return str(source)
+    return hub_id[1] + (f":{hub_id[3]}" if hub_id[3] else "")
 
 
 def _folder_rows(path: Path) -> dict[str, Rows]:

@@ -93,7 +93,8 @@ class Problem:
         """
 
         def one_seed(seed: tuple[Any, ...], everything: tuple[Frozen, Any]) -> Any:
-            (number, index, *own), (frozen, shared) = seed, everything
+            number, index, *own = seed
+            frozen, shared = everything
             return fn(
                 self.replace(frozen=frozen.of_seed(number), index=index), *own, *shared
             )

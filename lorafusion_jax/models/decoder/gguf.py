@@ -339,7 +339,9 @@ def _llama3(factors: np.ndarray, theta: float, width: int) -> dict[str, Any] | N
 def _gemma(keys: Keys, layers: int, d_head: int, undeclared: int) -> dict[str, Any]:
     second = keys.name == "gemma2"
     window = keys.take("attention.sliding_window", 4096 if second else 0)
-    sliding = keys.pattern(2 if second else 6, layers) if window else [False] * layers
+    sliding = [False] * layers
+    if window:
+        sliding = keys.pattern(2 if second else 6, layers)
     fields = {
         "query_pre_attn_scalar": undeclared
         if layers == _GEMMA_27B_LAYERS[keys.name]

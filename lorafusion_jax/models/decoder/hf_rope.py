@@ -111,10 +111,14 @@ def _longrope(rope: Rope, fields: _RopeJson) -> Rope:
         if factor > 1 < context
         else 1.0
     )
-    short, long = (tuple(numbers) for numbers in quotients.values())
     scale = fields.get("attention_factor") or scale
     return dataclasses.replace(
-        rope, factor=factor, context=context, short=short, long=long, scale=scale
+        rope,
+        factor=factor,
+        context=context,
+        short=tuple(quotients["short_factor"]),
+        long=tuple(quotients["long_factor"]),
+        scale=scale,
     )
 
 

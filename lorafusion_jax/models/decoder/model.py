@@ -87,13 +87,10 @@ class SelfAttention(nnx.Module):
             )
         self.o_proj = linear("o_proj")
         if config.qk_norm:
-            widths = [config.d_head] * 2
-            if config.whole_qk_norm:
-                widths = [
-                    heads * config.d_head
-                    for heads in (config.num_heads, config.num_kv_heads)
-                ]
-            self.q_norm, self.k_norm = (_norm(config, width) for width in widths)
+            q_heads = config.num_heads if config.whole_qk_norm else 1
+            k_heads = config.num_kv_heads if config.whole_qk_norm else 1
+            self.q_norm = _norm(config, q_heads * config.d_head)
+            self.k_norm = _norm(config, k_heads * config.d_head)
 
     def __call__(
         self,
@@ -120,19 +117,18 @@ class SelfAttention(nnx.Module):
         gate = None
         if c.attention_gate:
             heads = parts[0].reshape(*x.shape[:2], -1, 2, c.d_head)
-            parts[0], gate = (
-                heads[:, :, :, half].reshape(*x.shape[:2], -1) for half in range(2)
-            )
+            parts[0] = heads[:, :, :, 0].reshape(*x.shape[:2], -1)
+            gate = heads[:, :, :, 1].reshape(*x.shape[:2], -1)
         if c.whole_qk_norm:
             parts[:2] = self.q_norm(parts[0]), self.k_norm(parts[1])
         mixed = []
         cache = None
-        for *of_rows, context in zip(
+        for queries, keys, values, context in zip(
             *(apart(part, line) for part in parts), contexts, strict=True
         ):
-            queries, keys, values = (
-                part.reshape(*part.shape[:2], -1, c.d_head) for part in of_rows
-            )
+            queries = queries.reshape(*queries.shape[:2], -1, c.d_head)
+            keys = keys.reshape(*keys.shape[:2], -1, c.d_head)
+            values = values.reshape(*values.shape[:2], -1, c.d_head)
             if c.qk_norm and not (c.whole_qk_norm or c.late_qk_norm):
                 queries = self.q_norm(queries)
                 keys = self.k_norm(keys)
@@ -161,7 +157,8 @@ class SelfAttention(nnx.Module):
         cache: Cache,
         mask: Bool[Array, "B T C"],
     ) -> Float[Array, "B T HGK"]:
-        c, (batch, length) = self.config, queries.shape[:2]
+        c = self.config
+        batch, length = queries.shape[:2]
         if length > 1 and not c.attention_cap and not for_cpu():
             # For long sequences: it takes half of a TPU's cycles and of the memory for scores.
             keys = cache.keys.transpose(0, 3, 1, 2)
@@ -222,13 +219,11 @@ class Block(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
         if config.pre_norms:
-            self.input_norm, self.mlp_norm = (
-                _norm(config, config.d_model) for _ in range(2)
-            )
+            self.input_norm = _norm(config, config.d_model)
+            self.mlp_norm = _norm(config, config.d_model)
         if config.post_norms:
-            self.attention_post_norm, self.mlp_post_norm = (
-                _norm(config, config.d_model) for _ in range(2)
-            )
+            self.attention_post_norm = _norm(config, config.d_model)
+            self.mlp_post_norm = _norm(config, config.d_model)
         self.self_attn = SelfAttention(config, rngs=rngs)
         self.mlp = MLP(config, rngs=rngs)
 
@@ -381,15 +376,15 @@ class Decoder(nnx.Module):
             carry: tuple[Array, Cache],
             of_layer: tuple[Any, Array | None, tuple[Array, Any]],
         ) -> tuple[tuple[Array, Cache], Any]:
-            (x, cache), (adapters, local, (number, _)) = carry, of_layer
+            x, cache = carry
+            adapters, local, (number, _) = of_layer
 
             def into(new: Cache) -> Cache:
                 # In place: a layer's copy with the new column would be copied once more, into the loop's results.
                 nonlocal cache
-                update, (keys, values) = (
-                    jax.lax.dynamic_update_slice,
-                    (pack(a)[None] for a in new[:2]),
-                )
+                keys = pack(new[0])[None]
+                values = pack(new[1])[None]
+                update = jax.lax.dynamic_update_slice
                 keys = update(cache.keys, keys, (number, 0, 0, 0, column))
                 values = update(cache.values, values, (number, 0, 0, column, 0))
                 cache = Cache(keys, values)

@@ -108,7 +108,9 @@ class DeltaNet(nnx.Module):
         real: Bool[Array, "B T"],
         state: State | None,
     ) -> tuple[Float[Array, "B T H V"], State]:
-        s, (batch, length, channels), dtype = self.sizes, qkv.shape, qkv.dtype
+        s = self.sizes
+        batch, length, channels = qkv.shape
+        dtype = qkv.dtype
         if state is None:
             memory = jnp.zeros((batch, s.value_heads, s.d_key, s.d_value), dtype)
             state = State(jnp.zeros((batch, s.kernel - 1, channels), dtype), memory)
@@ -125,11 +127,9 @@ class DeltaNet(nnx.Module):
             [s.key_heads * s.d_key, 2 * s.key_heads * s.d_key],
             axis=-1,
         )
-        widths = (s.d_key, s.d_key, s.d_value)
-        q, k, v = (
-            part.reshape(batch, length, -1, width)
-            for part, width in zip(parts, widths, strict=True)
-        )
+        q = parts[0].reshape(batch, length, -1, s.d_key)
+        k = parts[1].reshape(batch, length, -1, s.d_key)
+        v = parts[2].reshape(batch, length, -1, s.d_value)
         A_log = self.A_log[...].astype(dtype)[None, None]
         bias = self.dt_bias[...].astype(dtype)[None, None]
         decay = -jnp.exp(A_log) * jax.nn.softplus(a + bias)
@@ -142,9 +142,8 @@ class DeltaBlock(nnx.Module):
 
     def __init__(self, config: Qwen35Config, *, rngs: nnx.Rngs):
         shape = (config.of_attention.num_layers, config.d_model)
-        self.input_norm, self.mlp_norm = (
-            RMSNorm(shape, config.eps, offset=config.norm_offset) for _ in range(2)
-        )
+        self.input_norm = RMSNorm(shape, config.eps, offset=config.norm_offset)
+        self.mlp_norm = RMSNorm(shape, config.eps, offset=config.norm_offset)
         self.linear_attn = DeltaNet(config, rngs=rngs)
         self.mlp = MLP(config.of_attention, rngs=rngs)
 

@@ -56,19 +56,14 @@ class Attention(nnx.Module):
 
         Rows have the `bias` of their first positions. Softmax is in float32.
         """
-        of_x, *of_text = (
-            self.q(x, adapters),
-            self.k(source, adapters),
-            self.v(source, adapters),
-        )
-        parts = (
-            apart(of_x, line),
-            *(apart(part, of_source) for part in of_text),
-            masks,
-        )
+        all_queries = apart(self.q(x, adapters), line)
+        all_keys = apart(self.k(source, adapters), of_source)
+        all_values = apart(self.v(source, adapters), of_source)
         mixed = [
             self._mix(queries, *self._layouts(keys, values), mask, bias)
-            for queries, keys, values, mask in zip(*parts, strict=True)
+            for queries, keys, values, mask in zip(
+                all_queries, all_keys, all_values, masks, strict=True
+            )
         ]
         return self.o(together(mixed, line, x.shape), adapters)
 

@@ -319,7 +319,8 @@ class T5(nnx.Module):
             carry: tuple[Array, Array, Array],
             of_layer: tuple[Adapters, tuple[Array, Array], Array],
         ) -> tuple[tuple[Array, Array, Array], None]:
-            (x, keys, values), (adapters, cross, number) = carry, of_layer
+            x, keys, values = carry
+            adapters, cross, number = of_layer
 
             def put(cache: Array, new: Array, axis: int) -> Array:
                 start = [number, *[0] * new.ndim]
