@@ -22,7 +22,8 @@ def violations(tree: ast.Module) -> Iterator[tuple[int, str]]:
     ours = _functions(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple):
-            if isinstance(node.value, ast.GeneratorExp | ast.ListComp):
+            starred = isinstance(node.targets[0].elts[-1], ast.Starred)
+            if isinstance(node.value, ast.GeneratorExp | ast.ListComp) and not starred:
                 yield node.lineno, "unpacks a generator: write a line for each name"
             if isinstance(node.value, ast.Tuple) and not _reads_target(node):
                 yield node.lineno, "assigns several values: write a line for each"
@@ -30,7 +31,10 @@ def violations(tree: ast.Module) -> Iterator[tuple[int, str]]:
             isinstance(part, ast.IfExp) for part in ast.walk(node) if part is not node
         ):
             yield node.lineno, "nests conditional expressions: write an if statement"
-    for scope in [tree, *(node for node in ast.walk(tree) if isinstance(node, _SCOPES))]:
+    for scope in [
+        tree,
+        *(node for node in ast.walk(tree) if isinstance(node, _SCOPES)),
+    ]:
         yield from _unpacked_keywords(scope, ours)
 
 

@@ -103,12 +103,11 @@ def truncated(
         L = np.zeros((d_in, 0), np.float32)
         R = np.zeros((0, d_out), np.float32)
         s = np.ones(d_out, np.float32)
-        if factors[0] is not None:
-            L = np.asarray(factors[0][layer])
-        if factors[1] is not None:
-            R = np.asarray(factors[1][layer])
-        if factors[2] is not None:
-            s = np.asarray(factors[2][layer])
+        if factors.left is not None and factors.right is not None:
+            L = np.asarray(factors.left[layer])
+            R = np.asarray(factors.right[layer])
+        if factors.scale is not None:
+            s = np.asarray(factors.scale[layer])
         if not all(np.isfinite(a).all() for a in (L, R, s)):
             raise ValueError("the update has numbers that are not finite")
         between = np.sum((L.T @ W) * R, axis=0)

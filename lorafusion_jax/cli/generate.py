@@ -70,11 +70,10 @@ def main(arguments: Sequence[str]) -> None:
         answers = (stream_lines if command.stream else generate_lines)(
             command, _on_chip(command)
         )
-    quote, shown = (
-        ('"', _in_json)
-        if command.json
-        else ("", one_line if sys.stdout.isatty() else _without_breaks)
-    )
+    quote = '"' if command.json else ""
+    shown = one_line if sys.stdout.isatty() else _without_breaks
+    if command.json:
+        shown = _in_json
     for answer in answers:
         print(quote, end="")
         for piece in [answer] if isinstance(answer, str) else answer:

@@ -154,12 +154,8 @@ def estimate(
         )
     if entry.learns == "searched":
         activations += asking(work.search, 0, entry.at_once(recipe))
-    parts = {
-        "weights_bytes": weights_bytes(config, settings.load_in),
-        "pool_bytes": pool_bytes(config, update, settings.load_in),
-        "state_bytes": state,
-        "activation_bytes": max(activations),
-    }
+    of_weights = weights_bytes(config, settings.load_in)
+    of_pool = pool_bytes(config, update, settings.load_in)
     return Cost(
         trainable=trainable,
         forward_flops=max(
@@ -170,8 +166,11 @@ def estimate(
         training_flops=training,
         # Each of these programs reads the source.
         evaluation_flops=generated + sum(passes((*asked.rows, *asked.options))),
-        peak_bytes=sum(parts.values()),
-        **parts,
+        peak_bytes=of_weights + of_pool + state + max(activations),
+        weights_bytes=of_weights,
+        pool_bytes=of_pool,
+        state_bytes=state,
+        activation_bytes=max(activations),
     )
 
 

@@ -273,20 +273,21 @@ def pool_shape(
 
 def _batches(shapes: Shapes) -> str:
     """Return the number of batches and their range of sizes."""
-    columns = (
-        [getattr(shape, name) for shape in shapes]
-        for name in ("rows", "source", "target")
-    )
-    sizes = (sorted(set(column)) for column in columns)
-    rows, source, target = (
-        str(s[0]) if len(s) == 1 else f"{s[0]} to {s[-1]}" for s in sizes
-    )
+    rows = _range([shape.rows for shape in shapes])
+    source = _range([shape.source for shape in shapes])
+    target = _range([shape.target for shape in shapes])
     of_rows = (
         f"{sum(count for count, *_ in shapes[0].groups)} packed rows, together"
         if shapes[0].groups
         else f"{rows} rows,"
     )
     return f"{len(shapes):,} batches of {of_rows} {source} source and {target} target tokens"
+
+
+def _range(sizes: list[int]) -> str:
+    least = min(sizes)
+    most = max(sizes)
+    return str(least) if least == most else f"{least} to {most}"
 
 
 def _flops(count: float | int) -> str:

@@ -122,8 +122,15 @@ def redrawn(
         digital.gram, PairTerms
     ):  # every step would compute Gram terms instead
         digital = dataclasses.replace(digital, gram=chip.gram)
-    how = {"structure": structure, "steps": steps, "norm": norm}
-    return Redrawn(**_fields(chip), digital=digital, values=values, key=key, **how)
+    return Redrawn(
+        **_fields(chip),
+        digital=digital,
+        values=values,
+        key=key,
+        structure=structure,
+        steps=steps,
+        norm=norm,
+    )
 
 
 def on_every_chip(
@@ -152,10 +159,14 @@ def on_every_chip(
       restored: digital corrections of each chip.
     """
     problem = setup.problem
-    how = {"modules": modules, "norm": norm}
-    of_first = restored[0] if restored else None
     first = program(
-        problem.graph, problem.frozen, rules, keys[0], restored=of_first, **how
+        problem.graph,
+        problem.frozen,
+        rules,
+        keys[0],
+        modules=modules,
+        norm=norm,
+        restored=restored[0] if restored else None,
     )
     limits = limits_of(calibrate(setup, params, first, rows=calibration_rows))
     chip_of_seed, seed = _places(len(keys), len(problem.index))
@@ -245,9 +256,17 @@ def _program_all(
     norm: Norms,
 ) -> Frozen:
     def of_chip(chip: tuple[Array, Restored | None], shared: Any) -> Frozen:
-        (key, restored), (digital, values, limits, modules) = chip, shared
-        how = {"modules": modules, "norm": norm, "restored": restored}
-        written = program(graph, digital, dict(structure.config(values)), key, **how)
+        key, restored = chip
+        digital, values, limits, modules = shared
+        written = program(
+            graph,
+            digital,
+            dict(structure.config(values)),
+            key,
+            modules=modules,
+            norm=norm,
+            restored=restored,
+        )
         return written if limits is None else _with_limits(written, limits)
 
     return over_seeds(of_chip, "sequential")(chips, shared)

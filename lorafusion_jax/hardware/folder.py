@@ -295,13 +295,9 @@ def aged(
     over_time = (
         len(getattr(device.programming, "seconds", ())) > 1
     )  # measured at several times
-    needs = (
-        f"an age of {age}"
-        if age is not None and seconds(age)
-        else "--compensate"
-        if compensate
-        else None
-    )
+    needs = "--compensate" if compensate else None
+    if age is not None and seconds(age):
+        needs = f"an age of {age}"
     if needs is not None and device.drift is None and not over_time:
         raise ValueError(
             f"{needs}, but these cells have no drift model: give device.drift, such as "

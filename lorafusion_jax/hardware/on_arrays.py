@@ -73,8 +73,15 @@ def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> HardwareSet
     def calibrated(config: CrossbarConfig, restored: Restored | None) -> Frozen:
         numbers = module_numbers(setup, options, chips)
         key = chips.chip_key(asked.chip)
-        how = {"modules": numbers, "norm": asked.norm, "restored": restored}
-        chip = program(graph, digital, chips.rules(config), key, **how)
+        chip = program(
+            graph,
+            digital,
+            chips.rules(config),
+            key,
+            modules=numbers,
+            norm=asked.norm,
+            restored=restored,
+        )
         return on_mesh(
             calibrate(setup, params, chip, rows=CALIBRATION_ROWS), setup.config
         )

@@ -56,13 +56,14 @@ def report_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
         for chip in range(on.count):
             began = time.perf_counter()
             restored = on.restored[chip] if on.restored else None
-            how = {"modules": on.modules, "norm": options.norm, "restored": restored}
             frozen = program(
                 problem.graph,
                 problem.frozen,
                 chips.rules(config),
                 chips.chip_key(chip),
-                **how,
+                modules=on.modules,
+                norm=options.norm,
+                restored=restored,
             )
             frozen = calibrate_tree(run, frozen, batches)
             rows = site_errors(frozen, observe(run, frozen, batches))

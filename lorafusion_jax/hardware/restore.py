@@ -76,11 +76,9 @@ class Restoring:
     @property
     def rate_of_matrices(self) -> float:
         """Adam's learning rate of the matrices, with its default."""
-        return (
-            (3e-3 if self.method == "lora" else 1e-3)
-            if self.rate_low_rank is None
-            else self.rate_low_rank
-        )
+        if self.rate_low_rank is not None:
+            return self.rate_low_rank
+        return 3e-3 if self.method == "lora" else 1e-3
 
 
 def restore(
@@ -112,10 +110,17 @@ def restore(
     Raises:
       ValueError: there are no batches, targets are not finite, or what `crossbar.fit_corrections` refuses.
     """
-    kinds = {"left_out": left_out, "counted": counted}
-    return restore_each(
-        run, _stacked([weights]), matrices, batches, targets, how, **kinds
-    )[0]
+    corrections = restore_each(
+        run,
+        _stacked([weights]),
+        matrices,
+        batches,
+        targets,
+        how,
+        left_out=left_out,
+        counted=counted,
+    )
+    return corrections[0]
 
 
 def restore_each(
@@ -139,25 +144,33 @@ def restore_each(
     if how.method == "lora":
         found = [_zeros(names, matrices, how.numbers, key)] * count
     else:
-        kinds = {
-            "offsets": how.method == "offsets",
-            "numbers": how.numbers,
-            "ridge": how.ridge,
-        }
+        offsets = how.method == "offsets"
         total = output_moments(
             of_each(run),
             models,
             [_stacked([m] * count) for m in matrices],
             batches,
             counted,
-            **kinds,
+            offsets=offsets,
+            numbers=how.numbers,
+            ridge=how.ridge,
         )
         total = jax.device_get(total)
         each = (
             jax.tree.map(lambda leaf, place=place: leaf[place], total)
             for place in range(count)
         )
-        found = [closed_forms(names, matrices, moments, **kinds) for moments in each]
+        found = [
+            closed_forms(
+                names,
+                matrices,
+                moments,
+                offsets=offsets,
+                numbers=how.numbers,
+                ridge=how.ridge,
+            )
+            for moments in each
+        ]
         if how.epochs and left_out is not None:
             starts = found, [_neutral(one, key) for one in found]
             off = [
@@ -293,7 +306,8 @@ def _step(
     update: Any,
 ) -> tuple[Any, Any]:
     def of_model(model: Any, shared: Any) -> tuple[Any, Any]:
-        (params, state, weights), (batch, target) = model, shared
+        params, state, weights = model
+        batch, target = shared
 
         def loss(params: Any) -> Array:
             return divergence(

@@ -173,13 +173,9 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
         )
     low_rank = options.method in ("low-rank", "lora")
     rank = 4.0 if options.rank is None else options.rank
-    unused = (
-        ("rate",)
-        if options.method == "lora"
-        else ()
-        if low_rank
-        else ("rank", "rate_low_rank")
-    )
+    unused = () if low_rank else ("rank", "rate_low_rank")
+    if options.method == "lora":
+        unused = ("rate",)
     if flags := flags_given(options, unused):
         raise ValueError(
             f"{flags}: without effect on the method {options.method}: leave it out, or choose another one"
@@ -259,13 +255,21 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
                 )
             targets = Outputs(logits, digital.base, train)
             kept_back = Outputs(logits, digital.base, left_out)
-            own = {"left_out": (left_out, kept_back), "counted": no_padding(setup)}
-            corrections = restore_each(run, weights, held, train, targets, how, **own)
+            corrections = restore_each(
+                run,
+                weights,
+                held,
+                train,
+                targets,
+                how,
+                left_out=(left_out, kept_back),
+                counted=no_padding(setup),
+            )
             corrected = crossbar.with_corrections(
                 weights, stacked_corrections(corrections)
             )
             before_and_after = np.zeros((2, devices))
-            for of_batch in zip(*own["left_out"], strict=True):
+            for of_batch in zip(left_out, kept_back, strict=True):
                 off = [divergences(on, *of_batch, run) for on in (weights, corrected)]
                 before_and_after += np.asarray(off) * of_batch[0].labels.size / count
             ranges = jax.device_get(

@@ -196,18 +196,19 @@ def _convert(
         )
     opened = None if options.base is None else open_base(options.base)
     config = opened and opened.config
-    needs_base: dict[str, Any] = {}
-    if opened is not None:
-        needs_base = {
-            "base": opened,
-            "shapes": linear_shapes(opened.config),
-            "base_tensor": base_tensor(opened),
-        }
+    shapes = None if opened is None else linear_shapes(opened.config)
+    tensor_of_base = None if opened is None else base_tensor(opened)
     adapters: dict[str, dict[str, Any]] = {}
     skipped = []
     for source in progress("convert", sources, unit="adapter"):
         try:
-            adapter = read_adapter(source, alpha=options.alpha, **needs_base)
+            adapter = read_adapter(
+                source,
+                base=opened,
+                shapes=shapes,
+                base_tensor=tensor_of_base,
+                alpha=options.alpha,
+            )
             check_fits(adapter, adapters, alone=len(sources) == 1)
             if options.dtype is not None:
                 adapter = _cast(adapter, options.dtype)

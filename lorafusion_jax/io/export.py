@@ -60,11 +60,8 @@ def fused_adapter(
     for site, spread in coefficients.items():
         ranks = np.asarray(pool.rank[site])[:, chosen]
         for layer in np.flatnonzero(ranks.any(axis=1)).tolist():
-            of_layer = (
-                jax.tree.map(lambda a, at=layer: a[at][chosen], weight[site])
-                for weight in (pool.A, pool.B)
-            )
-            A, B = (np.asarray(dense(weight, jnp.float32)) for weight in of_layer)
+            A = _layer(pool.A[site], layer, chosen)
+            B = _layer(pool.B[site], layer, chosen)
             c = np.asarray(spread[layer])
             if composition == "mix":
                 rank = ranks[layer].max()
@@ -121,6 +118,14 @@ def merged_base(model: Model, adapters: Mapping[str, Adapter]) -> Model:
     }
     set_matrices(merged, adapted)
     return merged
+
+
+def _layer(
+    weight: Weight, layer: int, modules: Int[np.ndarray, " N"]
+) -> Float[np.ndarray, "N _ _"]:
+    """Return the factors of some modules in one layer."""
+    factors = jax.tree.map(lambda a: a[layer][modules], weight)
+    return np.asarray(dense(factors, jnp.float32))
 
 
 @jax.jit

@@ -413,9 +413,8 @@ def _gather_quantised(
     shape = slot.variable.shape
     stored = qtype == "int8" and any(_in_int8(tensors[name]) for name in slot.names)
     tile = _Q8_0_TILE if stored else linear.tile_size(shape[-2])
-    codes = aligned_zeros(
-        shape, np.int8 if qtype == "int8" else jnp.uint4 if qtype == "nf4" else jnp.int4
-    )
+    code_types = {"int8": np.int8, "nf4": jnp.uint4}
+    codes = aligned_zeros(shape, code_types.get(qtype, jnp.int4))
     # The scales are float16 in the file, and a product with a code is exact in float32.
     scales = aligned_zeros(
         (*shape[:-2], shape[-2] // tile, shape[-1]), np.float32 if stored else dtype

@@ -103,10 +103,11 @@ class FolderBase:
             contents.append(
                 read_json(path, dict[str, Any], "a Hugging Face model", own=False)
             )
-            said = structured(contents[-1], _Ends, path, own=False).get("eos_token_id")
-            ends.append(
-                [] if said is None else said if isinstance(said, list) else [said]
-            )
+            fields = structured(contents[-1], _Ends, path, own=False)
+            tokens = fields.get("eos_token_id")
+            if tokens is None:
+                tokens = []
+            ends.append(tokens if isinstance(tokens, list) else [tokens])
         every = [*dict.fromkeys(token for of_file in ends for token in of_file)]
         if len(every) == len(ends[0]):
             return contents[0]

@@ -278,6 +278,7 @@ class Fusion(Method):
         if magnitudes is not None:
             magnitudes = _magnitudes(magnitudes, frozen, index)
         if isinstance(pool, SharedBasis):
+            assert not isinstance(terms, PairTerms)  # the terms of whole modules
             adapters, floored = compose_in_basis(
                 pool,
                 index,

@@ -113,9 +113,10 @@ def _csv(table: Table) -> str:
     for line in table.lines:
         numbers: list[Any] = []
         for of, cell in zip(parts, line, strict=True):
-            numbers += (
-                [None] * len(of) if cell is None else [cell] if len(of) == 1 else cell
-            )
+            if cell is None:
+                numbers += [None] * len(of)
+            else:
+                numbers += [cell] if len(of) == 1 else cell
         writer.writerow(
             [
                 f"{number:.6g}" if isinstance(number, float) else number

@@ -51,11 +51,13 @@ def write_card(
         if options.control == "none"
         else f", the control `{options.control}` instead of the pool itself,"
     )
-    what = "A model" if merged else "A LoRA adapter" if gguf else "A PEFT adapter"
+    product = "A LoRA adapter" if gguf else "A PEFT adapter"
+    if merged:
+        product = "A model"
     parts = [
         _front_matter(options, merged=merged, gguf=gguf),
         f"# {_text(Path(_shown(options.task)).stem)}, by {options.method}\n",
-        f"{what}, made of {_code(_shown(options.base))} by lorafusion-jax {__version__} with the method "
+        f"{product}, made of {_code(_shown(options.base))} by lorafusion-jax {__version__} with the method "
         f"`{options.method}`{control} and the seed {seed}.\n",
         _how_to_load(options, config, merged=merged, gguf=gguf),
         f"## Data\n\nThe task {task}: at most {options.train_rows:,} rows were used for training{tested}.\n",
@@ -72,9 +74,8 @@ def write_card(
 
 def _front_matter(options: FuseOptions, *, merged: bool, gguf: bool) -> str:
     lines = ["tags:", "- lorafusion", *([] if merged else ["- lora"])]
-    lines.append(
-        f"library_name: {'gguf' if gguf else 'transformers' if merged else 'peft'}"
-    )
+    library = "transformers" if merged else "peft"
+    lines.append(f"library_name: {'gguf' if gguf else library}")
     if is_hub_id(options.base):  # the hub refuses anything else
         lines.append(f"base_model: {split_revision(options.base)[0]}")
     return "\n".join(["---", *lines, "---", ""])

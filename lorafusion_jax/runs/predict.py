@@ -384,7 +384,6 @@ def stream_lines(
 
     def tokens(number: int, batch: Batch) -> Iterator[int]:
         new_tokens = answering.new_tokens
-        how = {"sampling": options.sampling}
         keys = draw_keys(options.sampling, options.sampling_seed, np.array([number]))
         rows = (
             batch.input_ids,
@@ -393,13 +392,19 @@ def stream_lines(
             np.full(1, new_tokens, np.int32),
             keys,
         )
-        state, adapters = begin_rows(models, *rows, max_new_tokens=new_tokens, **how)
+        state, adapters = begin_rows(
+            models, *rows, max_new_tokens=new_tokens, sampling=options.sampling
+        )
         for position in range(new_tokens):
             if (
                 state.position[0, 0] == position
             ):  # else the first token is there already
                 state, _ = advance_rows(
-                    models, state, adapters, (np.int32(1), np.int32(1)), **how
+                    models,
+                    state,
+                    adapters,
+                    (np.int32(1), np.int32(1)),
+                    sampling=options.sampling,
                 )
             yield int(state.token[0, 0])
             if state.done[0, 0]:

@@ -348,9 +348,12 @@ class Rows:
                 self._limits(numbers),
             )
         )
-        how = {"max_new_tokens": self.room, "sampling": self.sampling}
         self.state, self.adapters = begin_rows(
-            self._models(), *rows, self.keys(numbers), **how
+            self._models(),
+            *rows,
+            self.keys(numbers),
+            max_new_tokens=self.room,
+            sampling=self.sampling,
         )
         self.computed += self.causal * self.row.size
 
@@ -377,12 +380,9 @@ class Rows:
                 self._models(), self.state, self.adapters, width=width
             )
             self.width = width
-        source, mask = (
-            np.stack(parts)
-            for parts in zip(
-                *(self._padded(p, self.refilled) for p in new), strict=True
-            )
-        )
+        padded = [self._padded(prompts, self.refilled) for prompts in new]
+        source = np.stack([ids for ids, _ in padded])
+        mask = np.stack([real for _, real in padded])
         keys = self.keys(numbers.ravel())
         keys = None if keys is None else keys.reshape(numbers.shape)
         rows = on_mesh(

@@ -472,11 +472,6 @@ def _config(
         [] if setup.split is None else np.unique(np.concatenate(setup.split, axis=None))
     )
     folders = Folders()
-    how = {
-        "seed_mode": setup.problem.seed_mode,
-        "unroll": unroll,
-        "dtype": options.dtype,
-    }
     for name in ("base", "pool", "task"):
         given = getattr(options, name)
         if (
@@ -491,7 +486,12 @@ def _config(
         "task_sha256": setup.task.sha256,
         "trained_sha256": sorted({setup.task.train[i].input_sha256 for i in trained}),
         "max_new_tokens": setup.max_new_tokens,
-        "environment": Environment(**how, **environment()),
+        "environment": Environment(
+            seed_mode=setup.problem.seed_mode,
+            unroll=unroll,
+            dtype=options.dtype,
+            **environment(),
+        ),
         "digests": now,
         "folders": folders,
     }

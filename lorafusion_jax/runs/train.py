@@ -164,9 +164,14 @@ def _fit(
         ended = time.monotonic()
 
     if not np.all(to_host(state.stopped)):
-        how = {"after_interval": after_interval, "after_epoch": after_epoch}
         state = fit(
-            setup.problem, setup.rows, state, options.recipe, options.seeds, **how
+            setup.problem,
+            setup.rows,
+            state,
+            options.recipe,
+            options.seeds,
+            after_interval=after_interval,
+            after_epoch=after_epoch,
         )
     return state, began
 

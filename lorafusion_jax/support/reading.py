@@ -338,13 +338,11 @@ def _described(hint: Any) -> str:
             (each for each in inner[1:] if isinstance(each, msgspec.Meta)),
             msgspec.Meta(),
         )
-        bounds = (
-            ""
-            if meta.ge is None
-            else f" from {meta.ge:,} to {meta.le:,}"
-            if meta.le
-            else f" of {meta.ge} or more"
-        )
+        bounds = ""
+        if meta.ge is not None:
+            bounds = f" of {meta.ge} or more"
+            if meta.le:
+                bounds = f" from {meta.ge:,} to {meta.le:,}"
         return meta.description or f"{_described(inner[0])}{bounds}"
     if origin is Literal:
         return " or ".join(map(repr, inner))

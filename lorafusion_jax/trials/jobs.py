@@ -183,10 +183,10 @@ def _check_same(
     before = read_options(
         {name: value for name, value in was.items() if name in known}, where
     )
-    old, new = (
-        values | values.pop("recipe")
-        for values in (settings_of(options, root) for options in (before, now))
-    )
+    old = settings_of(before, root)
+    old |= old.pop("recipe")
+    new = settings_of(now, root)
+    new |= new.pop("recipe")
     if different := [
         name for name in new if name not in drawn and old.get(name) != new[name]
     ]:

@@ -74,11 +74,9 @@ def print_matrix_plan(options: MatrixOptions, arms: Mapping[str, Arm]) -> None:
         )
         work = workloads(of_task.values(), prompted, config, where)
         chosen = f"{modules} modules" + ("" if choose == "draw" else f" by {choose}")
-        within = (
-            ""
-            if basis is None
-            else f", in a basis of {basis}{WITH_CORE if core else ''}"
-        )
+        within = ""
+        if basis is not None:
+            within = f", in a basis of {basis}{WITH_CORE if core else ''}"
         few = "" if rows == TRAIN_ROWS[shots] else f" over {rows} rows"
         print(f"{shots} shots, {epochs} epochs{few}, {chosen}{within}")
         methods = [options.method for options in of_method.values()]

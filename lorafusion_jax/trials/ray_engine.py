@@ -137,13 +137,9 @@ def _usable(ray: Any) -> list[dict[str, Any]]:
 def _accelerators(nodes: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the options of a task that holds an accelerator, if the nodes have any."""
     there = {name for node in nodes for name in node["Resources"]}
-    return (
-        {"num_gpus": 1}
-        if "GPU" in there
-        else {"resources": {"TPU": 1}}
-        if "TPU" in there
-        else {}
-    )
+    if "GPU" in there:
+        return {"num_gpus": 1}
+    return {"resources": {"TPU": 1}} if "TPU" in there else {}
 
 
 def _check(

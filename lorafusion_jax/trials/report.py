@@ -175,13 +175,9 @@ def _flags(values: Mapping[str, Any]) -> str:
     parts = []
     for name, value in values.items():
         if value is not None:
-            texts = (
-                []
-                if value is True
-                else map(str, value)
-                if isinstance(value, tuple)
-                else [str(value)]
-            )
+            texts = map(str, value if isinstance(value, tuple) else (value,))
+            if value is True:
+                texts = ()
             parts += [f"--{name.replace('_', '-')}", *map(shlex.quote, texts)]
     return " ".join(parts)
 

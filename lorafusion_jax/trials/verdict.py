@@ -325,14 +325,17 @@ def _contrasts(
     tables: Sequence[dict[str, Float[np.ndarray, " units"]]],
 ) -> tuple[Contrast, ...]:
     others = [arm.name for arm in arms if arm.name != pool]
-    loss, correct, option_correct = (
-        {
-            name: table[name] - table[pool]
-            for name in others
-            if name in table and pool in table
-        }
-        for table in tables
-    )
+
+    def differences(
+        table: dict[str, Float[np.ndarray, " units"]],
+    ) -> dict[str, Float[np.ndarray, " units"]]:
+        if pool not in table:
+            return {}
+        return {name: table[name] - table[pool] for name in others if name in table}
+
+    loss = differences(tables[0])
+    correct = differences(tables[1])
+    option_correct = differences(tables[2])
     corrected = holm([sample.p(loss[name]) for name in others])
     return tuple(
         Contrast(

@@ -129,10 +129,19 @@ def fit_corrections(
       ValueError: there are no batches, they do not read one of the chips or bring NaN, chips share a name, a matrix
         has another shape than its chip, or `numbers` or `ridge` is out of its range.
     """
-    kinds = {"offsets": offsets, "numbers": numbers, "ridge": ridge}
-    total = output_moments(run, weights, matrices, batches, counted, **kinds)
+    total = output_moments(
+        run,
+        weights,
+        matrices,
+        batches,
+        counted,
+        offsets=offsets,
+        numbers=numbers,
+        ridge=ridge,
+    )
+    names = [chip.name for chip in chips_in(weights)]
     return closed_forms(
-        [chip.name for chip in chips_in(weights)], matrices, total, **kinds
+        names, matrices, total, offsets=offsets, numbers=numbers, ridge=ridge
     )
 
 
@@ -324,10 +333,8 @@ def _with_low_rank(
         U = np.zeros((*lead, d_in, widest), np.float32)
         V = np.zeros((*lead, widest, d_out), np.float32)
         for (_, index, left, right, _), rank in own:
-            U[(*index, slice(None), slice(rank))], V[(*index, slice(rank))] = (
-                left[:, :rank],
-                right[:rank],
-            )
+            U[(*index, slice(None), slice(rank))] = left[:, :rank]
+            V[(*index, slice(rank))] = right[:rank]
         found[name] = dataclasses.replace(
             found[name], U=jnp.asarray(U), V=jnp.asarray(V)
         )

@@ -68,13 +68,9 @@ def _check(root: Any, inside: Callable[[Any], Iterable[Any]]) -> None:
 
 
 def _values(value: Any) -> Iterable[Any]:
-    return (
-        value.values()
-        if isinstance(value, dict)
-        else value
-        if isinstance(value, list)
-        else ()
-    )
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def _nodes(node: yaml.Node) -> Iterable[yaml.Node]:

@@ -99,7 +99,8 @@ def explain(
         shape = what.matrix_shape
     config = what.config if isinstance(what, Chip) else what
     geometry = geometry_of(shape, config)
-    (d_in, d_out), taken = geometry.shape, counts(geometry.shape, config)
+    d_in, d_out = geometry.shape
+    taken = counts(geometry.shape, config)
     plan = what.plan if isinstance(what, Chip) else _plan(what, geometry.shape)
     tiles = (len(geometry.rows), len(geometry.cols))
     array = (config.tile.rows or d_in, config.tile.cols or d_out)

@@ -182,9 +182,9 @@ def realise(
     if device.programming is None and device.stuck is None and drift is None:
         return _clip(G, device, g_min), None
     assert key is not None
-    program_key, stuck_key, drift_key = (
-        jax.random.fold_in(key, purpose) for purpose in range(3)
-    )
+    program_key = jax.random.fold_in(key, 0)
+    stuck_key = jax.random.fold_in(key, 1)
+    drift_key = jax.random.fold_in(key, 2)
 
     def write(target: Array, pulse_key: Array) -> Array:
         if device.programming is not None:

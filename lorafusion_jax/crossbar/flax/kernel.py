@@ -109,9 +109,9 @@ def einsum(
             f"{name} is on arrays for {kernel.equation!r}, not {equation!r}: leave it digital"
         )
     of_x, of_kernel, of_y = operands(equation)
-    groups, inputs = (
-        "".join(of_kernel[axis] for axis in axes) for axes in einsum_axes(equation)
-    )
+    group_axes, input_axes = einsum_axes(equation)
+    groups = "".join(of_kernel[axis] for axis in group_axes)
+    inputs = "".join(of_kernel[axis] for axis in input_axes)
     outputs = "".join(letter for letter in of_kernel if letter not in groups + inputs)
     free = "".join(
         letter for letter in of_y if letter not in of_kernel

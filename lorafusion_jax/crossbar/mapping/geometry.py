@@ -99,6 +99,11 @@ class Geometry:
         if adc is not None:
             top = 2 ** (adc.bits - config.signed_sums) - 1
             code_range = (-top if config.signed_sums else 0, top)
+        converted_slices = None
+        if dac is not None:
+            converted_slices = dac.slices
+            if config.converts_sums:
+                converted_slices = (dac.magnitude_bits,)
         return cls(
             rows=rows,
             cols=partition(shape[1], tile.cols, tile.partition),
@@ -110,11 +115,7 @@ class Geometry:
             zero_digits=zero_digits,
             unit_levels=tuple(1.0 for _ in levels) if encoding.flip else zero_digits,
             input_slices=None if dac is None else dac.slices,
-            converted_slices=None
-            if dac is None
-            else (dac.magnitude_bits,)
-            if config.converts_sums
-            else dac.slices,
+            converted_slices=converted_slices,
             input_significance=significance(config.input_slices),
             input_top=input_top,
             pulse=pulse,

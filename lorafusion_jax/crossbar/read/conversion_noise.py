@@ -92,11 +92,14 @@ def add_noise(
     cols: int,
 ) -> Float[Array, "k B C"]:
     """Return sums of one row tile and input slice, number `place`, with noise; in [K, B, cols] they are at `corner`."""
-    k, b, c = (
-        jax.lax.broadcasted_iota(jnp.uint32, sums.shape, axis)
-        + jnp.asarray(first).astype(jnp.uint32)
-        for axis, first in enumerate(corner)
-    )
+
+    def places_on(axis: int) -> UInt32[Array, "k B C"]:
+        first = jnp.asarray(corner[axis]).astype(jnp.uint32)
+        return jax.lax.broadcasted_iota(jnp.uint32, sums.shape, axis) + first
+
+    k = places_on(0)
+    b = places_on(1)
+    c = places_on(2)
     planes = np.uint32(noise.scale.shape[0])
     place = place.astype(jnp.uint32)
     width = jnp.uint32(cols)

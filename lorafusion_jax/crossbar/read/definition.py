@@ -179,7 +179,7 @@ def mapped(
 
 def _tile_bytes(cells: Cells, config: CrossbarConfig) -> int:
     """Return the bytes of temporaries that one call of `column_sums` takes."""
-    polarities, rows, cols = cells.shape[1], *cells.shape[4:]
+    _, polarities, _, _, rows, cols = cells.shape
     columns = polarities * cols * cells.dtype.itemsize
     if config.tile.wire is not None:
         return columns * rows * _WIRE_COPIES

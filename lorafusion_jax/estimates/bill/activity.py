@@ -108,7 +108,7 @@ def activities(
             else Counts()
         )
         written = _of_base(config, crossbar) if method.update.trains_base else adapters
-        base_training, update_training = _training(method, config, crossbar, **work)
+        base_training, update_training = _training(method, config, crossbar, work)
         activity = Activity(
             **vars(method),
             method=name,
@@ -170,7 +170,7 @@ def _training(
     method: BilledMethod,
     config: Architecture,
     crossbar: CrossbarConfig,
-    **work: Counter[Shape],
+    work: dict[str, Counter[Shape]],
 ) -> tuple[Work, Work]:
     """Return the work of the base's passes and the work that the method adds, until the task is learned."""
     none: Counter[Shape] = Counter()
@@ -184,15 +184,17 @@ def _training(
         of_passes.append(
             _passes(method.ranking, config, crossbar, work["search"], none)
         )
-    base, update = (
-        Work(
-            _sum(w.reads for w in works),
-            sum(w.macs for w in works),
-            sum(w.words for w in works),
-        )
-        for works in zip(*of_passes, strict=True)
-    )
+    base = _together([of_base for of_base, _ in of_passes])
+    update = _together([of_update for _, of_update in of_passes])
     return base, update
+
+
+def _together(works: list[Work]) -> Work:
+    return Work(
+        _sum(work.reads for work in works),
+        sum(work.macs for work in works),
+        sum(work.words for work in works),
+    )
 
 
 def _passes(

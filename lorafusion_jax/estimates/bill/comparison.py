@@ -70,12 +70,13 @@ def _compare(
         )
     over_cells = zip(*(ends[level, "typical"] for level in _LEVELS), strict=True)
     install, with_update, learning, _ = itertools.starmap(Range, over_cells)
-    _, _, ratio, share = (
-        Range(min(values), typical, max(values))
-        for typical, *values in zip(
-            ends["typical", "typical"], *ends.values(), strict=True
-        )
-    )
+
+    def over_all(place: int) -> Range:
+        values = [ratios[place] for ratios in ends.values()]
+        return Range(min(values), ends["typical", "typical"][place], max(values))
+
+    ratio = over_all(2)
+    share = over_all(3)
     extra = _extra(lora, fusion, crossbar, options, constants)
     saved = _difference(
         *(price(each, crossbar, options, constants).install for each in (lora, fusion))

@@ -315,7 +315,8 @@ class _Header:
             return self.text()
         if kind != _ARRAY:
             raise self.truncated(f"a value is of type {kind}, which GGUF lacks")
-        inner, (count,) = *self.numbers("I"), self.numbers("Q")
+        (inner,) = self.numbers("I")
+        (count,) = self.numbers("Q")
         if count > _MOST_VALUES:
             raise self.truncated(f"an array holds {count:,} values")
         if inner == _STRING:
@@ -331,7 +332,8 @@ class _Header:
 
     def place(self) -> tuple[str, tuple[int, ...], int, int]:
         """Read a tensor's name, shape, type and offset after the header."""
-        name, (axes,) = self.text(), self.numbers("I")
+        name = self.text()
+        (axes,) = self.numbers("I")
         if axes > _MOST_AXES:
             raise self.truncated(f"{name} has {axes} axes")
         shape = self.numbers("Q", axes)

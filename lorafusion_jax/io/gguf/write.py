@@ -60,10 +60,9 @@ def write_lora(
         )
         name, stored = places[f"{path}.weight"]
         # B has the rows of the matrix, A its columns.
-        moved = (
-            stored.order if factor == ("lora_A" if stored.axis else "lora_B") else None
-        )
-        array = Stored(name, moved, stored.axis).in_file(array)
+        moved_factor = "lora_A" if stored.axis else "lora_B"
+        order = stored.order if factor == moved_factor else None
+        array = Stored(name, order, stored.axis).in_file(array)
         writer.add_tensor(f"{name}.{factor.lower()}", array)
     _finish(writer)
 

@@ -176,7 +176,8 @@ def _check_pairs(parts: Mapping[str, Part], *, dora: bool) -> None:
             raise ValueError(
                 f"{part[MAGNITUDE][0]} is DoRA's: set use_dora in adapter_config.json if this is a DoRA"
             )
-        (key_a, a), (key_b, b) = part["lora_A"], part["lora_B"]
+        key_a, a = part["lora_A"]
+        key_b, b = part["lora_B"]
         if a.shape[0] != b.shape[1]:
             raise ValueError(
                 f"{key_a} {list(a.shape)} has rank {a.shape[0]}, {key_b} {list(b.shape)} has rank "
@@ -202,7 +203,8 @@ def _check_shapes(
     if not misfits:
         return
     path = misfits[0]
-    (key_a, a), (key_b, b) = parts[path]["lora_A"], parts[path]["lora_B"]
+    key_a, a = parts[path]["lora_A"]
+    key_b, b = parts[path]["lora_B"]
     if path.rpartition(".")[2] == "lm_head":
         raise ValueError(
             f"{key_a} is LoRA on the head, and only modules of blocks can be mixed: retrain without it"

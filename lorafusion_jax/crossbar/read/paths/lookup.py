@@ -170,8 +170,8 @@ def lookup(
             def convert(total: Array, added: list[Array], j: int | Array) -> Array:
                 variance = None
                 if packing is None or least is None:
-                    sums, *more = [a[None] for a in added]
-                    variance = more[0] if more else None
+                    sums = added[0][None]
+                    variance = added[1][None] if len(added) > 1 else None
                 else:
                     sums = (unpack(added[0], packing.fields[own]) + least).astype(
                         n.dtype

@@ -75,7 +75,8 @@ def sliced_products(
                     for factor, of_words in factors
                 ]
                 if packing is None or least is None:
-                    sums, *variances = (each[None] for each in found)
+                    sums = found[0][None]
+                    variances = [variance[None] for variance in found[1:]]
                 else:
                     word = functools.reduce(
                         jnp.add, [each.astype(jnp.int32) for each in found]

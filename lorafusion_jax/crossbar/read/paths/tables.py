@@ -90,7 +90,8 @@ def tables(
       slices: bits of the input slices, one or two each.
       unused: first rows of the last tile that hold no cells.
     """
-    (batch, tiles, rows), cols = n.shape, cells.shape[3]
+    batch, tiles, rows = n.shape
+    cols = cells.shape[3]
     top = 2 ** max(slices) - 1
     digits = range(-top if signed else 0, top + 1)
     inputs = math.ceil(batch / math.ceil(batch / _BATCH))
