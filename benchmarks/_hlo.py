@@ -148,6 +148,10 @@ def below_highest(lowered: str) -> collections.Counter[str]:
     )
 
 
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
 def _groups(rest: str) -> Iterator[tuple[int, ...]]:
     """Give the groups of devices of a collective, of which `{{0,1},{2,3}}` and `[2,2]<=[4]` are two notations."""
     if listed := re.search(r"replica_groups=\{(\{.*?\})\}", rest):
@@ -158,16 +162,11 @@ def _groups(rest: str) -> Iterator[tuple[int, ...]]:
     elif counted := re.search(
         r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest
     ):
-        shape, sizes, axes = (
-            [int(n) for n in part.split(",")] if part else None
-            for part in counted.groups()
-        )
-        devices = (
-            np.arange(math.prod(sizes or ()))
-            .reshape(sizes or ())
-            .transpose(axes)
-            .reshape(shape or ())
-        )
+        shape = _numbers(counted.group(1))
+        sizes = _numbers(counted.group(2))
+        axes = _numbers(counted.group(3)) if counted.group(3) else None
+        devices = np.arange(math.prod(sizes)).reshape(sizes)
+        devices = devices.transpose(axes).reshape(shape)
         yield from map(tuple, devices.tolist())
 
 
@@ -333,11 +332,14 @@ def _bytes(shape: tuple[str, str, str, str], of_memory: str | None = None) -> in
 
 def _bits(kind: str) -> int:
     found = _BITS.search(kind)
-    return int(found.group()) if found else 8 if kind == "pred" else 0
+    if found:
+        return int(found.group())
+    return 8 if kind == "pred" else 0
 
 
 def _flops(i: _Instruction, of: dict[str, _Instruction]) -> float:
-    left, right = (_sizes(of[name]) for name in i.operands[:2])
+    left = _sizes(of[i.operands[0]])
+    right = _sizes(of[i.operands[1]])
     if i.op == "dot":
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.rest)
         axes = (

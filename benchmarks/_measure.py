@@ -215,7 +215,8 @@ def product_rates(dtypes: Iterable[str], rounds: int = 5) -> dict[str, float]:
 
     rng = np.random.default_rng(0)
     product = jax.jit(matmul)
-    x, w = (rng.standard_normal((PRODUCT, PRODUCT), np.float32) for _ in range(2))
+    x = rng.standard_normal((PRODUCT, PRODUCT), np.float32)
+    w = rng.standard_normal((PRODUCT, PRODUCT), np.float32)
     runs: dict[str, Callable[[], Any]] = {}
     for dtype in dict.fromkeys(
         "float32" if dtype == "nf4" else dtype for dtype in dtypes

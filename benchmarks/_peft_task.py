@@ -90,12 +90,8 @@ def _sites(model: Any, adapters: list[Path]) -> list[Site]:
         if name.endswith(".lora_A.weight")
     ]:
         block = re.findall(r".*?\.\d+", name)[0]
-        A, B = (
-            torch.stack(
-                [of[f"{name}.lora_{factor}.weight"].flatten() for of in tensors]
-            )
-            for factor in "AB"
-        )
+        A = torch.stack([of[f"{name}.lora_A.weight"].flatten() for of in tensors])
+        B = torch.stack([of[f"{name}.lora_B.weight"].flatten() for of in tensors])
         sites.append((layers[name], columns.setdefault(block, len(columns)), A, B))
     return sites
 

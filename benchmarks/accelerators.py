@@ -576,7 +576,8 @@ def _read(
     """Compile one read of arrays, and return its cases; machine code is in this folder."""
     dac = crossbar.DAC(signed=False, scaling="fixed", limit=1.0)
     adc = crossbar.ADC(bits=8, range="calibrated")
-    (of_cells, path), device = _READS[name], _devices(chip)[0]
+    of_cells, path = _READS[name]
+    device = _devices(chip)[0]
     config = crossbar.CrossbarConfig(dac=dac, adc=adc, device=of_cells)
     for file in [] if code is None else code.iterdir():  # of earlier programs
         file.unlink()
@@ -649,12 +650,12 @@ def _shared_out(where: str, by: _By, chip: _Chip) -> list[dict[str, Any]]:
                     arrays,
                     plan=dataclasses.replace(arrays.plan, split=Split(by, "model", 8)),
                 )
-                read, (of_x, of_y) = (
-                    (lambda one, x: crossbar.matmul(x, one)),
-                    (P(), P(None, "model")),
-                )
-                if by == "rows":
-                    of_x, of_y = of_y, of_x
+                of_x = P(None, "model") if by == "rows" else P()
+                of_y = P() if by == "rows" else P(None, "model")
+
+                def read(one: crossbar.Chip, x: jax.Array) -> jax.Array:
+                    return crossbar.matmul(x, one)
+
             given = (
                 _on_mesh(arrays, of_seeds=by is None),
                 _on(NamedSharding(jax.sharding.get_mesh(), of_x), x),

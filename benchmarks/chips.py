@@ -99,12 +99,9 @@ def _step(setup: Setup, count: int, asked: str | None) -> Callable[[], Any]:
             train_step_batches(setup.train, orders, pad_id=setup.tokenizer.pad_token_id)
         ).batches
         problem = on_all.problem.replace(seed_mode="sequential")
-        of_seeds = (
-            start(problem, (1,) * count),
-            batches,
-            recipe_rates(problem.method, recipe, count),
-        )
-        state, batches, rates = (on_mesh(part, of_seeds=True) for part in of_seeds)
+        state = on_mesh(start(problem, (1,) * count), of_seeds=True)
+        batches = on_mesh(batches, of_seeds=True)
+        rates = on_mesh(recipe_rates(problem.method, recipe, count), of_seeds=True)
     optimisation = recipe.optimisation(orders.shape[1])
 
     def step() -> None:

@@ -203,14 +203,13 @@ def _seeds(options: Any, dtype: Dtype, count: int) -> dict[str, Any]:
         "all": Step(config, weights, "mix", seeds=count),
     }
     seconds = in_turns(runs, options.rounds)
+    bar = 0.6 if count == 8 else None
+    if runs["all"].problem.seed_mode == "sequential":
+        bar = 1.0
     return case(
         f"{_where(options)} {dtype} {count} seeds in one program / {count} single steps: mix, scanned",
         of_turns(seconds["all"], count * seconds["one"]),
-        1.0
-        if runs["all"].problem.seed_mode == "sequential"
-        else 0.6
-        if count == 8
-        else None,
+        bar,
         path=runs["all"].problem.seed_mode,
         seconds=_median(seconds["all"]),
         single_seconds=_median(seconds["one"]),

@@ -194,7 +194,8 @@ def _theirs(
 
         return generate
 
-    beside, other = (Peer(config, weights, dtype) for _ in range(2))
+    beside = Peer(config, weights, dtype)
+    other = Peer(config, weights, dtype)
     ids = torch.tensor(np.asarray(batch.input_ids[0], np.int64))
     merged = other.model.merge_and_unload()
     prompts = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

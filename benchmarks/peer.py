@@ -310,7 +310,8 @@ def _work(options: argparse.Namespace) -> None:
             json.dumps(product_rates(["float32", "bfloat16"])), file=answers, flush=True
         )
         return
-    candidate, (shape,) = _CANDIDATES[options.worker], options.shape
+    candidate = _CANDIDATES[options.worker]
+    (shape,) = options.shape
     config = config_of(shape, candidate.dtype)
     forms = _forms(options, config)
     unroll = forms[_PACKED].unroll and candidate.dtype == "float32"
@@ -412,10 +413,12 @@ def _forms(options: argparse.Namespace, config: Architecture) -> dict[str, _Form
     def size(batch: Any) -> tuple[int, float]:
         """Return the computed tokens and operations of a batch."""
         if isinstance(batch, Batch):
-            (lines, source), target = batch.input_ids.shape[2:], batch.labels.shape[-1]
+            lines, source = batch.input_ids.shape[2:]
+            target = batch.labels.shape[-1]
             groups = batch.rows.groups() if batch.rows else [(lines, source, target)]
         else:
-            (lines, source), target = batch["input_ids"].shape, batch["labels"].shape[1]
+            lines, source = batch["input_ids"].shape
+            target = batch["labels"].shape[1]
             source = (
                 0 if config.causal else source
             )  # one text, whose tokens all have logits
@@ -440,7 +443,8 @@ def _forms(options: argparse.Namespace, config: Architecture) -> dict[str, _Form
 
     made = {}
     for form, like in ((_PACKED, _PADDED), (_PADDED, _PADDED), (_SORTED, _SORTED)):
-        numbers, (computed, operations) = chosen(like), sizes[form].sum(axis=0)
+        numbers = chosen(like)
+        computed, operations = sizes[form].sum(axis=0)
         tokens = real * sizes[form][numbers, 1].sum() / operations
         made[form] = _Form(
             [batches[form][n] for n in numbers],

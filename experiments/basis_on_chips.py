@@ -119,7 +119,9 @@ def task_rows(
         "in advance": on_fresh_chips("in advance", crossbar=str(compensated), age=AGE),
     }
     for case, age in COLUMNS:
-        config = None if case == "digital" else new if age is None else month
+        config = new if age is None else month
+        if case == "digital":
+            config = None
         of_case: Any = {"fusion": fusion, "case": case, "age": age}
         yield from on.rows(
             f"{task}-{fusion}-{case}-{age or 'new'}", config, numbers[case], **of_case

@@ -161,13 +161,9 @@ def task_rows(store: Store, task: str, options: Options) -> Iterator[Row]:
         compensate: bool | None = None,
         digital: bool = False,
     ) -> Iterator[Row]:
-        config = (
-            None
-            if digital
-            else new
-            if age is None
-            else aged(new, age, compensate=compensate)
-        )
+        config = new if age is None else aged(new, age, compensate=compensate)
+        if digital:
+            config = None
         name = f"{task}-{case}" + ("" if digital else f"-{age or 'new'}-{compensate}")
         return on.rows(name, config, params, case=case, age=age, compensate=compensate)
 
@@ -197,16 +193,22 @@ def task_rows(store: Store, task: str, options: Options) -> Iterator[Row]:
     month = aged(new, AGE, compensate=True)
     for name, count, epochs in BUDGETS:
         shorter = again(recipe, epochs or options.again_epochs)
-        more = {"recipe": shorter, "train_rows": count or on.options.train_rows}
+        train_rows = count or on.options.train_rows
         run = on.options.out / (on.options.name or "")
-        clean = on.trained(slug(f"{task}-digital-{name}"), start_from=run, **more)
+        clean = on.trained(
+            slug(f"{task}-digital-{name}"),
+            start_from=run,
+            recipe=shorter,
+            train_rows=train_rows,
+        )
         yield from scored(f"digital, {name}", clean, digital=True)
         yield from scored(f"untouched, {name}", clean, AGE, compensate=True)
         blind = on.trained(
             slug(f"{task}-blind-{name}"),
             start_from=on.options.out / f"{task}-blind",
             arrays=dataclasses.replace(arrays, train_chip="none"),
-            **more,
+            recipe=shorter,
+            train_rows=train_rows,
         )
         yield from scored(f"noise-blind, {name}", blind, AGE, compensate=True)
         here = store.numbers(
@@ -414,13 +416,13 @@ def sweep_rows(
                     else aged(config, None, compensate=compensate)
                 )
                 key = f"{task}-{name}-{sweep}-{point}-{compensate}"
-                of = {"point": point, "line": name}
                 yield from on.rows(
                     key,
                     here,
                     params,
                     in_cells=line.in_cells,
-                    **of,
+                    point=point,
+                    line=name,
                     compensate=compensate,
                 )
         if sweep == "age":
@@ -498,10 +500,11 @@ def draw_sweep(rows: Sequence[Row], sweep: Sweep, path: Path) -> None:
             values = [np.nan if value is None else value for value in values]
             i = names.index(line)
             digital = line == "LoRAFusion, digital"
+            style = "--" if compensate is False else "-"
             axis.plot(
                 range(len(points)),
                 values,
-                ":" if digital else "--" if compensate is False else "-",
+                ":" if digital else style,
                 marker="" if digital else "os"[i // 8],
                 markersize=4,
                 color=colour(i),

@@ -334,13 +334,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 
 def _perplexity(value: float) -> str:
-    return (
-        f"{value:.2f}"
-        if value < 1000
-        else f"{value:,.0f}"
-        if value < 1e6
-        else f"{value:.1e}"
-    )
+    if value < 1000:
+        return f"{value:.2f}"
+    return f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"
 
 
 if __name__ == "__main__":

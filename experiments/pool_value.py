@@ -266,10 +266,10 @@ def tables(rows: Sequence[Row], tuning: Sequence[Row]) -> dict[str, list[list[st
             continue
         for target in design().targets:
             if (task := target.task.name) in gain:
-                base, rotated, fused = (
+                base, *trained = [
                     by_task[task] for by_task in arms if by_task is not None
-                )
-                numbers = (base, on_rows[task], rotated, fused, gain[task])
+                ]
+                numbers = (base, on_rows[task], *trained, gain[task])
                 of_target = [task, target.pool, target.relevance, str(number)]
                 lines.append([*of_target, *(f"{value:.4f}" for value in numbers)])
     for number, arm in itertools.product(

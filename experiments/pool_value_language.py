@@ -225,13 +225,9 @@ def draw(tasks: Path, clean: Path) -> tuple[dict[str, Path], list[list[str]]]:
             line[1] = "passed over"
         elif len(paths) < len(TUNING) + TARGETS:
             paths[name], left_out = unseen(find(name, tasks), trained, clean)
-            use = (
-                "tuning"
-                if name in TUNING
-                else "target"
-                if name in FIXED
-                else "target, drawn"
-            )
+            use = "target" if name in FIXED else "target, drawn"
+            if name in TUNING:
+                use = "tuning"
             line = [
                 *line[:1],
                 use,
@@ -518,12 +514,13 @@ def tables(
         second = complete(rows, other, number, targets)
         if not (seeds := first.keys() & second.keys()):
             continue
-        of_both = [
-            {seed: own[seed] for seed in sorted(seeds)} for own in (first, second)
-        ]
-        a, b = (means(own) for own in of_both)
+        first = {seed: first[seed] for seed in sorted(seeds)}
+        second = {seed: second[seed] for seed in sorted(seeds)}
+        a = means(first)
+        b = means(second)
         gain = {task: a[task] - b[task] for task in a}
-        match, of_other = (means(own, "exact_match") for own in of_both)
+        match = means(first, "exact_match")
+        of_other = means(second, "exact_match")
         points = with_interval([match[task] - of_other[task] for task in gain], 1)
         label = [str(number), f"{arm} minus {other}", str(len(seeds))]
         contrasts.append([*label, *estimate([*gain.values()]), *points])

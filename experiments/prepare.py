@@ -491,7 +491,8 @@ def over_chips_and_windows(
             for row in rows
         ]
     )  # [chips, genres, windows]
-    generator, (chips, genres, count) = np.random.default_rng(0), of_chips.shape
+    generator = np.random.default_rng(0)
+    chips, genres, count = of_chips.shape
     means = []
     for _ in range(draws):
         drawn = of_chips[generator.integers(0, chips, chips)]

@@ -194,29 +194,38 @@ class Bench:
             "seeds"
         ][0]
         (prompts := runs / "prompts.txt").write_text(text)
-        of_base = {"base": str(model), "text": (prompts,)}
         prepared = runs / "prepared"
         scales = runs / "scales-prepared"
         if job.arm != "today":
             if not prepared.exists():
-                prepare(PrepareOptions(crossbar=str(crossbar), out=prepared, **of_base))
+                prepare(
+                    PrepareOptions(
+                        base=str(model),
+                        text=(prompts,),
+                        crossbar=str(crossbar),
+                        out=prepared,
+                    )
+                )
             crossbar = prepared
         restored = None
         if job.arm.endswith(SCALES):
             how = RestoreOptions(
-                crossbar=str(crossbar), chip=(*numbers,), out=scales, **of_base
+                base=str(model),
+                text=(prompts,),
+                crossbar=str(crossbar),
+                chip=(*numbers,),
+                out=scales,
             )
             training = {"epochs": 1} if job.part == "language" else {"rate": 0.01}
             restore_chips(dataclasses.replace(how, **training))
             restored = str(scales)
-        on_chips = {
-            "crossbar": str(crossbar),
-            "chips": len(numbers),
-            "restore": restored,
-        }
-        scored = evaluate_on_chips(EvaluateOnChipsOptions(run=runs / task, **on_chips))[
-            "rows"
-        ]
+        on_chips = EvaluateOnChipsOptions(
+            run=runs / task,
+            crossbar=str(crossbar),
+            chips=len(numbers),
+            restore=restored,
+        )
+        scored = evaluate_on_chips(on_chips)["rows"]
         return _scores(digital), [_scores(row) for row in scored]
 
     def cnn(self, job: Job) -> tuple[Row, list[Row]]:

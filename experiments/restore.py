@@ -119,14 +119,10 @@ class Arm(NamedTuple):
         }
         named["labels"] = "none, trained there with labels"
         of_share = "" if self.share is None else f" {100 * self.share:g} %"
-        how = (
-            ""
-            if self in UNCORRECTED
-            else ", distilled"
-            if self.epochs
-            else ", closed form"
-        )
-        return f"{named.get(self.method, self.method)}{of_share}{how}"
+        fit = ", distilled" if self.epochs else ", closed form"
+        if self in UNCORRECTED:
+            fit = ""
+        return f"{named.get(self.method, self.method)}{of_share}{fit}"
 
 
 class Setting(NamedTuple):

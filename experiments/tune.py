@@ -127,9 +127,8 @@ def main(arguments: Sequence[str] = ()) -> None:
         raise ValueError(
             f"no trials of {', '.join(unknown)}: choose of {'; '.join(everything)}"
         )
-    shots, share = (
-        (options.shots, 1 / 3 if options.shots == "5" else 1) if small else ("95+5", 1)
-    )
+    shots = options.shots if small else "95+5"
+    share = 1 / 3 if shots == "5" else 1
     trials = {
         name: [
             {rate: float(f"{share * value:.2g}") for rate, value in trial.items()}

@@ -139,7 +139,8 @@ class Lab:
         self.model.config = dataclasses.replace(self.model.config, unroll=True)
         self.graph, self.base = nnx.split(self.model)
         of_few = functools.lru_cache(maxsize=12)
-        self.problem, self.pool = of_few(self._problem), of_few(self._pool)
+        self.problem = of_few(self._problem)
+        self.pool = of_few(self._pool)
         self.tokens = of_few(self._tokens)
 
     def measure(
