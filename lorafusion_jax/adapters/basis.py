@@ -102,14 +102,14 @@ class SharedBasis:
 
     def kept(self) -> dict[str, Float[np.ndarray, "_L _N"]]:
         """Return, by site, the share of every module's squared norm that the directions keep; 1 where it has none."""
-        kept = {}
+        shares = {}
         for site, s in self.S.items():
-            whole = np.asarray(self.energy[site], float)
+            total = np.asarray(self.energy[site], float)
             inside = np.sum(np.square(np.asarray(s, float)), axis=(2, 3))
-            kept[site] = np.where(
-                whole > 0, inside / np.where(whole > 0, whole, 1), 1.0
+            shares[site] = np.where(
+                total > 0, inside / np.where(total > 0, total, 1), 1.0
             )
-        return kept
+        return shares
 
     def quantised(self, qtype: str) -> "SharedBasis":
         """Return the basis with U and V in 4 or 8 bits, tiled along d_in and d_out (see `weights.quantise`)."""
@@ -166,7 +166,7 @@ def directions(
     return U, V
 
 
-def in_directions(pool: LoraPool, given: Directions) -> SharedBasis:
+def in_directions(pool: LoraPool, directions: Directions) -> SharedBasis:
     """Return a pool's modules projected on given directions, orthonormal columns U and rows V by site.
 
     Raises a ValueError for a site without directions or of another shape, and for a DoRA adapter.
@@ -175,7 +175,7 @@ def in_directions(pool: LoraPool, given: Directions) -> SharedBasis:
         raise ValueError(
             "a DoRA adapter has magnitudes, which a basis does not hold: fuse it as a module"
         )
-    U, V = given
+    U, V = directions
     for site, A in pool.A.items():
         sizes = (A.shape[0], A.shape[2], pool.B[site].shape[3])
         if site not in U:

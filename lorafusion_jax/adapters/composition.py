@@ -92,12 +92,16 @@ def compose(
     if composition == "mix":
         check_mix(pool, index)
     in_arrays = is_in_arrays((pool.A, pool.B))
-    alike = (
+    shared_coefficients = (
         composition == "sum"
         and not in_arrays
         and all(c.shape[2] == 1 for c in coefficients.values())
     )
-    if magnitudes is not None and isinstance(gram, PairTerms) and not alike:
+    if (
+        magnitudes is not None
+        and isinstance(gram, PairTerms)
+        and not shared_coefficients
+    ):
         raise ValueError(
             "pair terms give the norms of a sum of digital modules with one coefficient each: precompute the frozen "
             "weights with the fusion that is trained, or use gram(pool, kernels)"
@@ -138,13 +142,13 @@ def compose(
                 cross = _merged(jnp.take(cross, index, axis=0))
         if m is None:
             return update, None, jnp.int32(0)
-        of_update = (
+        squared_update = (
             squared_columns(left, right)
             if delta is None
             else jnp.sum(jnp.square(delta), axis=0)
         )
         norm, floored = column_norm(
-            squared, 2 * jnp.sum(cross * right, axis=0), of_update
+            squared, 2 * jnp.sum(cross * right, axis=0), squared_update
         )
         return (
             None if in_arrays else update,
@@ -157,7 +161,7 @@ def compose(
     for site, c in coefficients.items():
         c = c * factor
         terms = (None, None, None)
-        of_pairs = None
+        pair_scale = None
         if magnitudes is not None and isinstance(gram, PairTerms):
             norm, floored = norm_of_sum(
                 gram.squared[site],
@@ -166,7 +170,7 @@ def compose(
                 index,
                 c[:, :, 0],
             )
-            of_pairs = _scale(magnitudes[site], norm, differentiate_norm)
+            pair_scale = _scale(magnitudes[site], norm, differentiate_norm)
             total = total + floored
         elif magnitudes is not None:
             assert gram is not None
@@ -180,15 +184,15 @@ def compose(
                 < pool.rank[site][:, index][:, :, None]
             )
             c = c * real.astype(c.dtype)
-        of = (
+        modules = (
             gram.modules
             if isinstance(gram, Gram) and gram.modules is not None
             else pool
         )
-        assert isinstance(of, LoraPool)
-        layers = (of.A[site], of.B[site], c, *terms)
+        assert isinstance(modules, LoraPool)
+        layers = (modules.A[site], modules.B[site], c, *terms)
         # checkpoint: the backward pass dequantises modules again instead of keeping them; norms are kept.
-        of_layers = jax.checkpoint(
+        layer_updates = jax.checkpoint(
             of_layer, policy=jax.checkpoint_policies.save_only_these_names(_NORM)
         )
         if (
@@ -197,10 +201,10 @@ def compose(
             and all(isinstance(leaf, jax.Array) for leaf in layers[:2])
         ):
             # A loop would copy the pool, forward and backward.
-            update, scale, floored = jax.jit(jax.vmap(of_layers))(layers)
+            update, scale, floored = jax.jit(jax.vmap(layer_updates))(layers)
         else:
-            update, scale, floored = jax.lax.map(of_layers, layers, batch_size=4)
-        scale = scale if of_pairs is None else of_pairs
+            update, scale, floored = jax.lax.map(layer_updates, layers, batch_size=4)
+        scale = scale if pair_scale is None else pair_scale
         total = total + jnp.sum(floored, dtype=jnp.int32)
         per_layer = jnp.broadcast_to(index[None], (c.shape[0], *index.shape))
         if isinstance(update, LowRank | Dense):
@@ -228,8 +232,8 @@ def compose_in_basis(
     """
     _check_gram("basis", gram, magnitudes)
     in_arrays = is_in_arrays((basis.U, basis.V))
-    of = basis if gram is None or gram.modules is None else gram.modules
-    assert isinstance(of, SharedBasis)
+    exact_basis = basis if gram is None or gram.modules is None else gram.modules
+    assert isinstance(exact_basis, SharedBasis)
     factor = in_pool(len(basis), index)
     adapters = {}
     total = jnp.int32(0)
@@ -240,14 +244,14 @@ def compose_in_basis(
             mixed = mixed + core[site]
         U = basis.U[site]
         V = basis.V[site]
-        right = product(mixed, dense(of.V[site], jnp.float32))
+        right = product(mixed, dense(exact_basis.V[site], jnp.float32))
         scale = None
         if magnitudes is not None:
             assert gram is not None
-            left = dense(of.U[site], jnp.float32)
+            left = dense(exact_basis.U[site], jnp.float32)
             between = 2 * jnp.sum(gram.cross[site] * right, axis=1)
-            of_update = jax.vmap(squared_columns)(left, right)
-            norm, floored = column_norm(gram.squared[site], between, of_update)
+            squared_update = jax.vmap(squared_columns)(left, right)
+            norm, floored = column_norm(gram.squared[site], between, squared_update)
             scale = _scale(magnitudes[site], norm, differentiate_norm)
             total = total + floored
         adapters[site] = (

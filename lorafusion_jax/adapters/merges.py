@@ -89,7 +89,7 @@ def merge(
         return compose(
             pool,
             index,
-            {s: one * weights[None, :, None] for s, one in ones.items()},
+            {s: vectors * weights[None, :, None] for s, vectors in ones.items()},
             "sum",
         )[0]
     if kind.startswith("dare") and key is None:
@@ -106,18 +106,18 @@ def merge(
         B = jnp.take(dense(B, jnp.float32), index, axis=0)
         scaling = jnp.take(dense(scaling, jnp.float32), index, axis=0)
 
-        def combined(what: str, tasks: Array, by: Array) -> Array:
+        def combined(factor: str, tasks: Array, by: Array) -> Array:
             if rule.startswith("dare") and key is not None:
-                kept = dare_masks(
+                masks = dare_masks(
                     key,
                     pool.names,
                     index,
-                    f"{what} of {site}",
+                    f"{factor} of {site}",
                     number,
                     tasks.shape[1:],
                     density,
                 )
-                tasks = jnp.where(kept, tasks / density, jnp.zeros_like(tasks))
+                tasks = jnp.where(masks, tasks / density, jnp.zeros_like(tasks))
             elif rule in ("ties", "magnitude_prune"):
                 tasks = jax.vmap(partial(_largest, count=int(density * tasks[0].size)))(
                     tasks
@@ -161,21 +161,21 @@ def dare_masks(
 
     `names` are those of the whole pool; `matrix` is `A of ` or `B of ` and the site.
     """
-    of_names = np.array(
+    name_hashes = np.array(
         [zlib.crc32(f"{matrix}, {name}".encode()) for name in names], np.uint32
     )
 
-    def draw(of_name: Array) -> Array:
-        drawn = jax.random.fold_in(jax.random.fold_in(key, of_name), layer)
-        return jax.random.bernoulli(drawn, density, shape)
+    def draw(name_hash: Array) -> Array:
+        mask_key = jax.random.fold_in(jax.random.fold_in(key, name_hash), layer)
+        return jax.random.bernoulli(mask_key, density, shape)
 
-    return jax.vmap(draw)(jnp.take(of_names, index))
+    return jax.vmap(draw)(jnp.take(name_hashes, index))
 
 
 def _largest(matrix: Float[Array, "a b"], count: int) -> Float[Array, "a b"]:
     """Keep the `count` entries of largest size; of equals the first (torch.topk does not define which)."""
-    _, kept = jax.lax.top_k(jnp.abs(matrix).ravel(), count)
-    mask = jnp.zeros(matrix.size, bool).at[kept].set(True).reshape(matrix.shape)
+    _, largest = jax.lax.top_k(jnp.abs(matrix).ravel(), count)
+    mask = jnp.zeros(matrix.size, bool).at[largest].set(True).reshape(matrix.shape)
     return jnp.where(mask, matrix, jnp.zeros_like(matrix))
 
 

@@ -113,7 +113,7 @@ def pair_terms(pool: LoraPool, kernels: dict[str, Weight]) -> PairTerms:
         for site, A in pool.A.items()
     }
     return PairTerms(
-        *({site: of_site[i] for site, of_site in terms.items()} for i in range(3))
+        *({site: site_terms[i] for site, site_terms in terms.items()} for i in range(3))
     )
 
 
@@ -139,15 +139,15 @@ def product(a: Float[Array, "*M k"], b: Float[Array, "*N k n"]) -> Float[Array, 
 def column_norm(
     squared: Float[Array, "*L d_out"],
     between: Float[Array, "*L d_out"],
-    of_update: Float[Array, "*L d_out"],
+    squared_update: Float[Array, "*L d_out"],
 ) -> tuple[Float[Array, "*L d_out"], Int[Array, ""]]:
     """Return ||W + dW|| per column from its Gram terms, and the number of floored ones.
 
     ||w + dw||^2 = ||w||^2 + 2 w . dw + ||dw||^2. With dW = A B the second term is 2 (A^T W)_j . B_j and the third is
     B_j . (A^T A) B_j, so that neither W nor dW is formed.
     """
-    floor = _NORM_FLOOR * (squared + of_update)
-    total = squared + between + of_update
+    floor = _NORM_FLOOR * (squared + squared_update)
+    total = squared + between + squared_update
     return jnp.sqrt(jnp.maximum(total, floor)), jnp.sum(total < floor, dtype=jnp.int32)
 
 
@@ -169,9 +169,11 @@ def norm_of_sum(
         .add(coefficients)
     )
     first, second = np.triu_indices(modules)
-    of_pairs = jnp.where(first == second, 1.0, 2.0)[None] * c[:, first] * c[:, second]
+    pair_weights = (
+        jnp.where(first == second, 1.0, 2.0)[None] * c[:, first] * c[:, second]
+    )
     weighted = partial(jnp.einsum, "ln,lno->lo", precision="highest")
-    return column_norm(squared, 2 * weighted(c, cross), weighted(of_pairs, pairs))
+    return column_norm(squared, 2 * weighted(c, cross), weighted(pair_weights, pairs))
 
 
 def product_is_smaller(d_in: int, k: int, d_out: int) -> bool:

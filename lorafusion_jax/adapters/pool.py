@@ -95,16 +95,16 @@ def joined(pools: Sequence[LoraPool], layers: Mapping[str, int]) -> LoraPool:
     sites = [site for site in layers if any(site in pool.rank for pool in pools)]
 
     def put_together(site: str) -> tuple[Array, Array, Array]:
-        own = [p for p in pools if site in p.rank]
+        adapting = [p for p in pools if site in p.rank]
         dense_of = {
             p.names: (
                 dense(p.A[site], jnp.float32),
                 dense(p.B[site], jnp.float32),
                 p.rank[site],
             )
-            for p in own
+            for p in adapting
         }
-        A, B, _ = dense_of[own[0].names]
+        A, B, _ = dense_of[adapting[0].names]
         most = max(A.shape[3] for A, _, _ in dense_of.values())
         factors_a = []
         factors_b = []
@@ -149,10 +149,10 @@ def positions(names: Sequence[str], chosen: Sequence[str | int]) -> list[int]:
         raise ValueError("a pool needs at least one adapter: none was given")
     position = {name: i for i, name in enumerate(names)}
     numbers = [position.get(c, -1) if isinstance(c, str) else c for c in chosen]
-    for given, index in zip(chosen, numbers, strict=True):
+    for choice, index in zip(chosen, numbers, strict=True):
         if not 0 <= index < len(names):
             raise ValueError(
-                f"the pool lacks {given!r}: choose one of {len(names)}, {names[0]!r} to {names[-1]!r}"
+                f"the pool lacks {choice!r}: choose one of {len(names)}, {names[0]!r} to {names[-1]!r}"
             )
     if len(set(numbers)) < len(numbers):
         raise ValueError(
@@ -170,13 +170,13 @@ def in_pool(modules: int, index: Int[Array, "..."]) -> Float[Array, ""] | float:
         return jnp.where(jnp.all((index >= 0) & (index < modules)), 1.0, jnp.nan)
     # No process has all values of an array that a mesh of several splits.
     if not isinstance(index, jax.Array) or index.is_fully_addressable:
-        known = np.asarray(index)
-        if np.any((known < 0) | (known >= modules)):
+        numbers = np.asarray(index)
+        if np.any((numbers < 0) | (numbers >= modules)):
             raise ValueError(
-                f"expected index from 0 to {modules - 1}, for a pool of {modules}, got {known.tolist()}"
+                f"expected index from 0 to {modules - 1}, for a pool of {modules}, got {numbers.tolist()}"
             )
-        if np.any(np.diff(np.sort(known)) == 0):
-            raise ValueError(f"expected each module once, got index {known.tolist()}")
+        if np.any(np.diff(np.sort(numbers)) == 0):
+            raise ValueError(f"expected each module once, got index {numbers.tolist()}")
     return 1.0
 
 
@@ -189,25 +189,25 @@ def random_pool(pool: LoraPool, key: PRNGKeyArray) -> LoraPool:
 
     def like(a: Array, site: str, purpose: str, axis: int) -> Array:
         def draw(n: int, name: str) -> Array:
-            drawn = jax.random.fold_in(
+            module_key = jax.random.fold_in(
                 key, zlib.crc32(f"{purpose} of {site}, {name}".encode())
             )
-            own = (
+            rank = (
                 a.shape[axis]
                 if is_traced(pool.rank)
                 else int(np.max(np.asarray(pool.rank[site])[:, n]))
             )
             shape = [a.shape[0], *a.shape[2:]]
             room = [(0, 0)] * 3
-            shape[axis - 1] = own
-            room[axis - 1] = (0, a.shape[axis] - own)
-            return jnp.pad(jax.random.normal(drawn, shape, a.dtype), room)
+            shape[axis - 1] = rank
+            room[axis - 1] = (0, a.shape[axis] - rank)
+            return jnp.pad(jax.random.normal(module_key, shape, a.dtype), room)
 
         noise = jnp.stack([draw(n, name) for n, name in enumerate(pool.names)], axis=1)
-        own = jax.lax.broadcasted_iota(jnp.int32, a.shape, axis) < jnp.expand_dims(
-            pool.rank[site], (2, 3)
-        )
-        noise = jnp.where(own, noise, 0)
+        within_rank = jax.lax.broadcasted_iota(
+            jnp.int32, a.shape, axis
+        ) < jnp.expand_dims(pool.rank[site], (2, 3))
+        noise = jnp.where(within_rank, noise, 0)
         return noise * (_norm(a) / jnp.maximum(_norm(noise), jnp.finfo(a.dtype).tiny))
 
     return dataclasses.replace(
@@ -235,10 +235,10 @@ def shuffled_pool(pool: LoraPool, key: PRNGKeyArray) -> LoraPool:
         layers = pool.rank[site].shape[0]
 
         def draw(name: str) -> Array:
-            drawn = jax.random.fold_in(
+            module_key = jax.random.fold_in(
                 key, zlib.crc32(f"layers of {stack_of(site)}, {name}".encode())
             )
-            cycle = jax.random.permutation(drawn, layers)
+            cycle = jax.random.permutation(module_key, layers)
             return jnp.zeros(layers, jnp.int32).at[cycle].set(jnp.roll(cycle, 1))
 
         return jnp.stack([draw(name) for name in pool.names], axis=1)
@@ -276,25 +276,25 @@ def rotated_pool(pool: LoraPool, key: PRNGKeyArray) -> LoraPool:
         layers, _, d, r = a.shape
 
         def draw(name: str, columns: int) -> Array:
-            of_name = jax.random.fold_in(
+            module_key = jax.random.fold_in(
                 key, zlib.crc32(f"{side} of {site}, {name}".encode())
             )
             vectors, triangle = _qr(
-                jax.random.normal(of_name, (layers, d, columns), a.dtype)
+                jax.random.normal(module_key, (layers, d, columns), a.dtype)
             )
             return vectors * jnp.sign(jnp.diagonal(triangle, axis1=1, axis2=2))[:, None]
 
-        of_modules = []
+        rotated = []
         for n, name in enumerate(pool.names):
-            own = (
+            rank = (
                 r
                 if is_traced(pool.rank)
                 else int(np.max(np.asarray(pool.rank[site])[:, n]))
             )
-            _, triangle = _qr(a[:, n, :, :own])
-            new = jnp.matmul(draw(name, min(d, own)), triangle, precision="highest")
-            of_modules.append(jnp.pad(new, [(0, 0), (0, 0), (0, r - own)]))
-        return jnp.stack(of_modules, axis=1)
+            _, triangle = _qr(a[:, n, :, :rank])
+            new = jnp.matmul(draw(name, min(d, rank)), triangle, precision="highest")
+            rotated.append(jnp.pad(new, [(0, 0), (0, 0), (0, r - rank)]))
+        return jnp.stack(rotated, axis=1)
 
     def of_outputs(b: Array, site: str) -> Array:
         return jnp.swapaxes(turned(jnp.swapaxes(b, 2, 3), site, "outputs"), 2, 3)

@@ -95,7 +95,7 @@ def truncated(
     B = np.zeros((layers, rank, d_out), np.float32)
     norms = np.zeros((layers, d_out), np.float32)
     total = 0.0
-    kept = 0.0
+    truncated_power = 0.0
     for layer in range(layers):
         W = np.asarray(
             dense(jax.tree.map(lambda a, at=layer: a[at], kernel), jnp.float32)
@@ -111,25 +111,29 @@ def truncated(
         if not all(np.isfinite(a).all() for a in (L, R, s)):
             raise ValueError("the update has numbers that are not finite")
         between = np.sum((L.T @ W) * R, axis=0)
-        of_update = np.sum(((L.T @ L) @ R) * R, axis=0)
+        squared_update = np.sum(((L.T @ L) @ R) * R, axis=0)
         squared = np.sum(np.square(W), axis=0)
-        norms[layer] = s * np.sqrt(np.maximum(squared + 2 * between + of_update, 0))
+        norms[layer] = s * np.sqrt(
+            np.maximum(squared + 2 * between + squared_update, 0)
+        )
         if factors.scale is None or not rescaled:
             U, S, Vt = _svd_of_product(L, R)
             total += float(np.sum(np.square(S)))
         else:
             U, S, Vt = _randomised_svd(W, L, R, s, rank)
-            of_columns = (
+            column_powers = (
                 np.square(s - 1) * squared
                 + 2 * s * (s - 1) * between
-                + np.square(s) * of_update
+                + np.square(s) * squared_update
             )
-            total += float(np.sum(of_columns))
+            total += float(np.sum(column_powers))
         S = S[:rank] * (S[:rank] > np.finfo(np.float32).eps * max(d_in, d_out) * S[:1])
-        kept += float(np.sum(np.square(S)))
+        truncated_power += float(np.sum(np.square(S)))
         A[layer, :, : len(S)] = U[:, : len(S)] * np.sqrt(S)
         B[layer, : len(S)] = np.sqrt(S)[:, None] * Vt[: len(S)]
-    return Truncated(A, B, norms, max(1 - kept / total, 0.0) if total else 0.0)
+    return Truncated(
+        A, B, norms, max(1 - truncated_power / total, 0.0) if total else 0.0
+    )
 
 
 _Svd = tuple[np.ndarray, np.ndarray, np.ndarray]

@@ -85,8 +85,10 @@ class WeightDecomposed:
         W = dense(kernel, jnp.float32)
         squared = jnp.sum(jnp.square(W), axis=0)
         cross = 2 * jnp.sum(product(self.A.T, W) * self.B, axis=0)
-        of_update = jnp.sum(self.B * product(product(self.A.T, self.A), self.B), axis=0)
-        norm, _ = column_norm(squared, cross, of_update)
+        squared_update = jnp.sum(
+            self.B * product(product(self.A.T, self.A), self.B), axis=0
+        )
+        norm, _ = column_norm(squared, cross, squared_update)
         return LowRank(self.A, self.B, self.magnitude / jax.lax.stop_gradient(norm))
 
 

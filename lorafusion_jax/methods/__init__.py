@@ -47,9 +47,9 @@ def having(number: str) -> list[str]:
 
 def not_an_option(number: str, method: str) -> str:
     """Return an error text about an option that the method does not have."""
-    others = having(number)
-    kind = "the method" if len(others) == 1 else "the methods"
-    return f"an option of {kind} {', '.join(others)}, not of {method}: leave it out, or choose another method"
+    methods = having(number)
+    kind = "the method" if len(methods) == 1 else "the methods"
+    return f"an option of {kind} {', '.join(methods)}, not of {method}: leave it out, or choose another method"
 
 
 def fields_of(entry: MethodEntry) -> list[str]:

@@ -77,14 +77,18 @@ def search(
     best_score = np.full(seeds, np.inf)
     for number in range(1, generations + 1):
         # One seed at a time: in a batch, the last bits of a search, and soon all of it, depend on the other seeds.
-        now = [jax.random.split(jax.random.fold_in(key, number)) for key in keys]
+        keys_of_round = [
+            jax.random.split(jax.random.fold_in(key, number)) for key in keys
+        ]
         with _promotions():
-            drawn = [
+            asked_generations = [
                 strategy.ask(key[0], state, settings)
-                for key, state in zip(now, states, strict=True)
+                for key, state in zip(keys_of_round, states, strict=True)
             ]
         tried = np.clip(
-            np.stack([np.asarray(generation, float) for generation, _ in drawn]),
+            np.stack(
+                [np.asarray(generation, float) for generation, _ in asked_generations]
+            ),
             -BOUND,
             BOUND,
         )
@@ -98,7 +102,9 @@ def search(
                     state,
                     settings,
                 )[0]
-                for seed, (key, (_, state)) in enumerate(zip(now, drawn, strict=True))
+                for seed, (key, (_, state)) in enumerate(
+                    zip(keys_of_round, asked_generations, strict=True)
+                )
             ]
         winner = np.argmin(scores, axis=1)
         winning = np.take_along_axis(scores, winner[:, None], axis=1)[:, 0]

@@ -189,11 +189,11 @@ def fused(
     composition: Composition,
     *,
     magnitudes: bool = False,
-    alike: bool = True,
+    shared_coefficients: bool = True,
 ) -> FusedUpdate:
     """Return the update of a method that fuses the recipe's number of modules, a sum in the recipe's basis.
 
-    `alike` means that the ranks of a module have one coefficient.
+    `shared_coefficients` means that the ranks of a module have one coefficient.
     """
     P = modules.pool
     targets = modules.targets
@@ -210,7 +210,7 @@ def fused(
     in_pairs = (
         modules.accelerator
         and magnitudes
-        and alike
+        and shared_coefficients
         and pairs_are_smaller(P, modules.rank)
     )
     pair_terms = P * (P + 1) // 2 + P if in_pairs else 0

@@ -91,9 +91,9 @@ class CoefficientsRecipe(BasisRecipe):
             "--choose basis-gradient": self.choose == "basis-gradient",
         }
         if self.basis is None and (
-            given := [option for option, is_given in in_basis.items() if is_given]
+            options := [option for option, is_given in in_basis.items() if is_given]
         ):
-            raise ValueError(f"{given[0]} needs a shared basis: {GIVE_BASIS}")
+            raise ValueError(f"{options[0]} needs a shared basis: {GIVE_BASIS}")
         if self.choose != "draw" and self.composition != "sum":
             raise ValueError(
                 "no gradient can choose modules of a mix: leave out --choose, or use the composition sum"
@@ -239,12 +239,12 @@ class Fusion(Method):
             "coefficients": coefficients_lib.initial(shape, self.start, key)
         }
         if (
-            own := pool.magnitude
+            pool_magnitudes := pool.magnitude
         ) is not None:  # one adapter, which training starts from as it is
             params["coefficients"] = jnp.ones(shape, jnp.float32)
         if self.magnitudes:
             params["magnitudes"] = _magnitudes(
-                own or column_norms(terms), frozen, index
+                pool_magnitudes or column_norms(terms), frozen, index
             )
         if self.core and isinstance(pool, SharedBasis):
             params["core"] = {
@@ -326,17 +326,19 @@ class Fusion(Method):
         return acting
 
 
-def check_basis(asked: Fusion | CoefficientsRecipe) -> None:
+def check_basis(options: Fusion | CoefficientsRecipe) -> None:
     """Raise ValueError for a fusion in a shared basis with an option that needs whole modules."""
-    if asked.basis is None:
+    if options.basis is None:
         return
-    if asked.basis < 1:
-        raise ValueError(f"expected a basis of at least 1 direction, got {asked.basis}")
-    if asked.composition == "mix":
+    if options.basis < 1:
+        raise ValueError(
+            f"expected a basis of at least 1 direction, got {options.basis}"
+        )
+    if options.composition == "mix":
         raise ValueError(
             "a shared basis lacks a mix's factors: use the composition sum, or leave out the basis"
         )
-    if asked.granularity == "rank":
+    if options.granularity == "rank":
         raise ValueError(
             "a shared basis mixes the modules' ranks: use the granularity global, block or site"
         )
@@ -397,9 +399,13 @@ def update(
     recipe: CoefficientsRecipe, modules: PlannedPool, *, magnitudes: bool
 ) -> FusedUpdate:
     """Return the update of a fusion by its recipe."""
-    alike = recipe.granularity != "rank"
+    shared_coefficients = recipe.granularity != "rank"
     return fused(
-        recipe, modules, recipe.composition, magnitudes=magnitudes, alike=alike
+        recipe,
+        modules,
+        recipe.composition,
+        magnitudes=magnitudes,
+        shared_coefficients=shared_coefficients,
     )
 
 
@@ -452,11 +458,11 @@ def _cost_layouts(billed: Billed) -> dict[str, CostLayout]:
         return {title: _basis_cost_layout(billed, k)}
     N = billed.recipe.modules
     r = billed.rank
-    own = cost_layout(N, r, sum(billed.counts.values()))
-    together = dataclasses.replace(
-        own, matrices=module(N * r), macs=lambda site: N * r + 2 * site.d_out
+    separate = cost_layout(N, r, sum(billed.counts.values()))
+    side_by_side = dataclasses.replace(
+        separate, matrices=module(N * r), macs=lambda site: N * r + 2 * site.d_out
     )
-    return {"LoRAFusion": own, "LoRAFusion, side by side": together}
+    return {"LoRAFusion": separate, "LoRAFusion, side by side": side_by_side}
 
 
 _BASIS_TITLE = "LoRAFusion, basis of {basis}"

@@ -140,7 +140,7 @@ class LoRA(Method):
         return params
 
     def start_at(
-        self, source: Problem, of_source: Params, fresh: Params
+        self, source: Problem, source_params: Params, fresh: Params
     ) -> tuple[Params, list[dict[str, float]]]:
         """Return the numbers whose model is that of another method at this rank, and what the rank leaves out.
 
@@ -159,19 +159,21 @@ class LoRA(Method):
         Raises:
           ValueError: the other method adapts no site, or one that this one does not.
         """
-        found = []
+        starts = []
         base = kernels(nnx.merge(source.graph, source.frozen.base))
         for place, index in enumerate(source.index):
-            of_seed = jax.tree.map(lambda p, at=place: p[at], of_source)
-            own = jax.tree.map(lambda p, at=place: p[at], fresh)
-            found.append(
+            seed_params = jax.tree.map(lambda p, at=place: p[at], source_params)
+            seed_fresh = jax.tree.map(lambda p, at=place: p[at], fresh)
+            starts.append(
                 self._start_of_seed(
-                    to_host(_factors(of_seed, source.replace(index=index))), base, own
+                    to_host(_factors(seed_params, source.replace(index=index))),
+                    base,
+                    seed_fresh,
                 )
             )
         return jax.tree.map(
-            lambda *p: jnp.stack(p), *(params for params, _ in found)
-        ), [share for _, share in found]
+            lambda *p: jnp.stack(p), *(params for params, _ in starts)
+        ), [share for _, share in starts]
 
     def _start_of_seed(
         self, factors: dict[str, Factors], base: dict[str, Weight], fresh: Params
@@ -186,16 +188,16 @@ class LoRA(Method):
         B = {**fresh["lora"]["B"]}
         magnitudes = {**fresh.get("magnitudes", {})}
         left_out = {}
-        for site, of_site in factors.items():
+        for site, site_factors in factors.items():
             kernel = jax.tree.map(
                 jnp.asarray, to_host(base[site])
             )  # whole in every process
-            found = truncated(of_site, kernel, self.rank, rescaled=not self.dora)
-            used = np.any(found.B != 0, axis=2)[:, None]
-            A[site] = jnp.where(used, found.A, A[site])
-            B[site] = jnp.asarray(found.B * (self.rank / self.alpha))
-            magnitudes[site] = jnp.asarray(found.norms)
-            left_out[site] = found.left_out
+            start = truncated(site_factors, kernel, self.rank, rescaled=not self.dora)
+            used = np.any(start.B != 0, axis=2)[:, None]
+            A[site] = jnp.where(used, start.A, A[site])
+            B[site] = jnp.asarray(start.B * (self.rank / self.alpha))
+            magnitudes[site] = jnp.asarray(start.norms)
+            left_out[site] = start.left_out
         params: Params = {"lora": {"A": A, "B": B}}
         return params | ({"magnitudes": magnitudes} if self.dora else {}), left_out
 

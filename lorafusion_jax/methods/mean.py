@@ -60,10 +60,10 @@ class MeanFusion(Fusion):
 
 def _alike(params: Params, modules: int) -> Params:
     """Return the numbers of the fusion that gives each of N modules an N-th of the coefficients."""
-    others = dict(params)
+    rest = dict(params)
     mean = params["mean"]
-    del others["mean"]
-    return others | {
+    del rest["mean"]
+    return rest | {
         "coefficients": jnp.broadcast_to(mean / modules, (modules, *mean.shape))
     }
 

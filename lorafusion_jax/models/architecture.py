@@ -414,8 +414,8 @@ def _abstract(
 
 def kernels(model: Model) -> dict[str, Weight]:
     """Return the kernel of every site, [L, d_in, d_out], in the order of `Architecture.sites`."""
-    of_sites = matrices(model)
-    return {name: of_sites[name] for name in model.config.sites}
+    weights = matrices(model)
+    return {name: weights[name] for name in model.config.sites}
 
 
 def matrices(model: Model) -> dict[str, Weight]:
@@ -444,10 +444,10 @@ def targeted(
         if name.rpartition(".")[2] in targets
     }
     if not sites or set(targets) - {name.rpartition(".")[2] for name in sites}:
-        known = dict.fromkeys(name.rpartition(".")[2] for name in config.sites)
+        last_names = dict.fromkeys(name.rpartition(".")[2] for name in config.sites)
         usual = " ".join(config.targets)
         raise ValueError(
-            f"{option} are {' '.join(targets) or 'none'}: choose of {' '.join(known)}, such as {usual}"
+            f"{option} are {' '.join(targets) or 'none'}: choose of {' '.join(last_names)}, such as {usual}"
         )
     return sites
 
@@ -534,13 +534,13 @@ def _tokens(reads: Parts, source: Any, target: Any) -> Any:
 
 def sharing_inputs(sites: Mapping[str, Site], names: Iterable[str]) -> list[list[str]]:
     """Return the names of matrices, in groups that meet the same inputs; the head is not among the sites."""
-    found: dict[Any, list[str]] = {}
+    groups: dict[Any, list[str]] = {}
     for name in names:
         site = sites.get(name)
-        found.setdefault(
+        groups.setdefault(
             name if site is None else (stack_of(name), site.stage, site.reads), []
         ).append(name)
-    return list(found.values())
+    return list(groups.values())
 
 
 def stack_of(site: str) -> str:

@@ -128,13 +128,13 @@ class Generation(NamedTuple):
     cache: Any
 
     def rows(
-        self, of_rows: Callable[..., Array], *others: "Generation"
+        self, combine: Callable[..., Array], *generations: "Generation"
     ) -> "Generation":
-        """Return the state with `of_rows` (axis of rows, array [..., B, ...], others' arrays) for every array."""
+        """Return the state with `combine` (axis of rows, array [..., B, ...], others' arrays) for every array."""
 
         def of_field(name: str) -> Any:
-            parts = (getattr(state, name) for state in (self, *others))
-            return jax.tree.map(partial(of_rows, int(name == "cache")), *parts)
+            parts = (getattr(state, name) for state in (self, *generations))
+            return jax.tree.map(partial(combine, int(name == "cache")), *parts)
 
         return self._replace(
             **{name: of_field(name) for name in self._fields if name != "column"}
@@ -259,14 +259,14 @@ def advance(
     together: with a position for each, every token would rewrite all caches under `jax.vmap`.
     """
     members = 1 if axis is None else jax.lax.psum(1, axis)
-    wanted = state.done.size * members if ended is None else ended
+    enough_ended = state.done.size * members if ended is None else ended
     if axis is not None:  # equal for all, and known to be
         state = state._replace(column=jax.lax.pmax(state.column, axis))
     last = None if most_steps is None else state.column + most_steps
 
     def running(state: Generation) -> Array:
         count = jnp.sum(state.done, dtype=jnp.int32)
-        waits = (count if axis is None else jax.lax.psum(count, axis)) < wanted
+        waits = (count if axis is None else jax.lax.psum(count, axis)) < enough_ended
         return waits if last is None else waits & (state.column < last)
 
     return jax.lax.while_loop(
@@ -307,9 +307,9 @@ def refill(
 
 def widened(model: Model, state: Generation, width: int) -> Generation:
     """Return the state with room for sources of this width."""
-    more = width - state.input_mask.shape[1]
-    cache = model.moved(state.cache, -state.column, more)
-    mask = jnp.pad(state.input_mask, [(0, 0), (0, more)])
+    room = width - state.input_mask.shape[1]
+    cache = model.moved(state.cache, -state.column, room)
+    mask = jnp.pad(state.input_mask, [(0, 0), (0, room)])
     return state._replace(
         column=jnp.zeros_like(state.column), input_mask=mask, cache=cache
     )
@@ -328,10 +328,10 @@ def _with_token(
         model.config.pad_id,
         sampling.choose(logits, state.position, state.row_keys),
     )
-    here = (
+    at_column = (
         jnp.arange(state.tokens.shape[1])[None] == state.position[:, None]
     ) & ~state.done[:, None]
-    tokens = jnp.where(here, token[:, None], state.tokens)
+    tokens = jnp.where(at_column, token[:, None], state.tokens)
     position = state.position + (~state.done).astype(jnp.int32)
     ends = jnp.isin(token, jnp.array(model.config.end_ids, jnp.int32))
     done = state.done | ends | (position == state.limit)

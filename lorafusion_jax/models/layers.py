@@ -116,20 +116,22 @@ def scan_blocks(
     """
     graph, state = nnx.split(stacked)
     leaves, tree = jax.tree.flatten(state, is_leaf=is_unstacked)
-    apart = [leaf for leaf in leaves if is_unstacked(leaf)]
+    unstacked = [leaf for leaf in leaves if is_unstacked(leaf)]
 
-    def of_layer(x: Any, weights: nnx.State, own: Any) -> tuple[Any, Any]:
+    def of_layer(x: Any, weights: nnx.State, layer_inputs: Any) -> tuple[Any, Any]:
         with looped(not unroll):
-            return block(nnx.merge(graph, with_shared_factors(weights)), x, own)
+            return block(
+                nnx.merge(graph, with_shared_factors(weights)), x, layer_inputs
+            )
 
-    if unroll and apart:
+    if unroll and unstacked:
         # traced once for all layers
         of_layer = jax.jit(of_layer)
         outputs = []
         for layer in _layers((state, xs)):
             x, output = of_layer(x, *layer)
             outputs.append(output)
-        return x, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *outputs)
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
     # Stacks in separate arrays are not sliced: the loop passes numbers of layers instead.
     sliced = tree.unflatten(
         [
@@ -139,14 +141,14 @@ def scan_blocks(
     )
 
     def body(x: Any, layer: Any) -> tuple[Any, Any]:
-        x, (weights, own) = from_bits((x, layer))
-        following = iter(apart)
+        x, (weights, layer_inputs) = from_bits((x, layer))
+        following = iter(unstacked)
         weights = jax.tree.map(
             lambda leaf: next(following).at(leaf.layer) if is_unstacked(leaf) else leaf,
             weights,
             is_leaf=is_unstacked,
         )
-        return to_bits(of_layer(x, weights, own))
+        return to_bits(of_layer(x, weights, layer_inputs))
 
     if not unroll:
         body = jax.checkpoint(
@@ -160,17 +162,18 @@ def _layers(stacked: Any) -> list[Any]:
 
     def split(leaf: Any) -> Sequence[Any]:
         if is_unstacked(leaf):
-            whole = not isinstance(leaf.matrices, tuple)  # a stack in codes
+            in_codes = not isinstance(leaf.matrices, tuple)  # a stack in codes
             return (
                 [leaf.at(jnp.int32(layer)) for layer in range(leaf.shape[0])]
-                if whole
+                if in_codes
                 else leaf.matrices
             )
         return [jnp.squeeze(part, 0) for part in jax.lax.split(leaf, [1] * len(leaf))]
 
     leaves, tree = jax.tree.flatten(stacked, is_leaf=is_unstacked)
     return [
-        tree.unflatten(of_layer) for of_layer in zip(*map(split, leaves), strict=True)
+        tree.unflatten(layer_leaves)
+        for layer_leaves in zip(*map(split, leaves), strict=True)
     ]
 
 

@@ -72,7 +72,7 @@ def gguf_layout(
       ValueError: no family has GGUF files of this name.
     """
     layouts = [family.gguf for family in FAMILIES.values() if family.gguf is not None]
-    known: list[str] = []
+    architectures: list[str] = []
     for layout in layouts:
         names = (
             layout.architectures
@@ -81,9 +81,11 @@ def gguf_layout(
         )
         if name in names:
             return layout
-        known += names
+        architectures += names
     fix = " for GGUF, or --format adapter or merged" if by == "model_type" else ""
-    raise ValueError(f"{by} is {shown(name)}: expected one of {', '.join(known)}{fix}")
+    raise ValueError(
+        f"{by} is {shown(name)}: expected one of {', '.join(architectures)}{fix}"
+    )
 
 
 def paths_in_tunix(module: str) -> tuple[str, ...]:

@@ -110,10 +110,10 @@ def _row_product(
     row = x.reshape(tiles, -1, 1).astype(_exact(x))
     sums = jnp.zeros((), _exact(x))
     for place in range(row.shape[1]):
-        of_place = jax.lax.dynamic_slice(
+        part = jax.lax.dynamic_slice(
             numbers, (layer, 0, place, 0), (1, tiles, 1, d_out)
         ).reshape(tiles, d_out)
-        sums = sums + row[:, place] * of_place.astype(row.dtype)
+        sums = sums + row[:, place] * part.astype(row.dtype)
     sums = sums * scale[layer].astype(row.dtype)
     return (
         jnp.dot(jnp.ones(tiles, row.dtype), sums)
@@ -158,9 +158,9 @@ def _after(x: Float[Array, "*batch d_in"], weight: qwix.QArray) -> qwix.QArray:
     """
     if not jax.sharding.get_abstract_mesh().empty:  # devices would wait for each other
         return weight
-    one = 1 + _zero(jax.lax.stop_gradient(x[(0,) * x.ndim]).astype(jnp.float32))
+    unit = 1 + _zero(jax.lax.stop_gradient(x[(0,) * x.ndim]).astype(jnp.float32))
     return dataclasses.replace(
-        weight, scale=weight.scale * one.astype(weight.scale.dtype)
+        weight, scale=weight.scale * unit.astype(weight.scale.dtype)
     )
 
 
@@ -221,8 +221,10 @@ def _row_of_table(
         jnp.int32
     )
     for tile in range(tiles):
-        of_tile = jax.lax.dynamic_slice_in_dim(numbers, tile + start, 1, axis=1)[:, 0]
-        part = row[tile] * _widened(of_tile, row.dtype)
+        tile_numbers = jax.lax.dynamic_slice_in_dim(numbers, tile + start, 1, axis=1)[
+            :, 0
+        ]
+        part = row[tile] * _widened(tile_numbers, row.dtype)
         sums = sums + (
             part if scale is None else part * scale[:, tile, None].astype(row.dtype)
         )
@@ -339,10 +341,10 @@ def _heads_dot(
 def _heads_backward(factors: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, y = factors
     g = g.astype(x.dtype)
-    of_x = jax.lax.dot_general(
+    x_gradient = jax.lax.dot_general(
         g, y, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32
     )
-    return of_x.astype(x.dtype), _transposed_matmul(x, g).astype(y.dtype)
+    return x_gradient.astype(x.dtype), _transposed_matmul(x, g).astype(y.dtype)
 
 
 _heads_dot.defvjp(lambda x, y: (_heads_dot(x, y), (x, y)), _heads_backward)
@@ -363,8 +365,8 @@ def _transposed_matmul(
 
     if x.shape[-1] <= y.shape[-1]:
         return jnp.matmul(transposed(x), y, preferred_element_type=_exact(x))
-    other = jnp.matmul(transposed(y), x, preferred_element_type=_exact(x))
-    return jnp.swapaxes(jax.lax.optimization_barrier(other), -2, -1)
+    transposed_product = jnp.matmul(transposed(y), x, preferred_element_type=_exact(x))
+    return jnp.swapaxes(jax.lax.optimization_barrier(transposed_product), -2, -1)
 
 
 def _exact(x: Array) -> Any:

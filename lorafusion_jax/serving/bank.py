@@ -127,13 +127,15 @@ class TaskBank:
             site: jnp.ones((capacity + 1, sites[site].layers, sites[site].d_out))
             for site in scaled
         }
-        of_sites = {}
+        cores_by_site = {}
         if cores and isinstance(pool, SharedBasis):
-            of_sites = {
+            cores_by_site = {
                 s: jnp.zeros((capacity + 1, c.shape[0], *c.shape[2:]), jnp.float32)
                 for s, c in pool.S.items()
             }
-        tasks = Tasks(coefficients, jnp.zeros(capacity + 1, bool), scales, of_sites)
+        tasks = Tasks(
+            coefficients, jnp.zeros(capacity + 1, bool), scales, cores_by_site
+        )
         return cls(graph=graph, frozen=frozen, tasks=tasks, granularity=granularity)
 
     @property
@@ -172,16 +174,16 @@ class TaskBank:
                 f"a bank holds fusions, and magnitudes alone, not {type(method).__name__}: merge that one"
             )
         index = jnp.zeros(0, jnp.int32)
-        own = self.frozen.pool
+        task_pool = self.frozen.pool
         needed = "coefficients" if isinstance(method, Fusion) else "magnitudes"
         if needed not in params:
-            given = ", ".join(sorted(params)) or "no numbers"
+            groups = ", ".join(sorted(params)) or "no numbers"
             raise ValueError(
-                f"a task of {type(method).__name__} with {given}: give its {needed}"
+                f"a task of {type(method).__name__} with {groups}: give its {needed}"
             )
         if isinstance(method, Fusion):
-            own = self._own_pool(method, params, sites)
-            index = self._index(method, params, modules, own)
+            task_pool = self._own_pool(method, params, sites)
+            index = self._index(method, params, modules, task_pool)
         if extra := params.get("magnitudes", {}).keys() - self.tasks.scales.keys():
             raise ValueError(
                 f"the task has magnitudes at {', '.join(sorted(extra))}, and the bank rescales "
@@ -203,7 +205,7 @@ class TaskBank:
             )
         how: Any = {"method": method, "granularity": self.granularity}
         entry = _entry(
-            self.tasks, nameless(frozen), params, index, _unnamed(own), **how
+            self.tasks, nameless(frozen), params, index, _unnamed(task_pool), **how
         )
         return dataclasses.replace(self, tasks=_replaced(self.tasks, number, entry))
 
@@ -268,9 +270,10 @@ class TaskBank:
     def adapters(self, numbers: Int[Array, " B"]) -> dict[str, RowAdapter]:
         """Return the adapters of a batch, by site, from the number of each row's task (-1 for the plain base)."""
         pool = self.frozen.pool
-        of_rows = jax.tree.map(lambda numbers_of: numbers_of[numbers], self.tasks)
+        row_tasks = jax.tree.map(lambda numbers_of: numbers_of[numbers], self.tasks)
         scale = {
-            site: jnp.swapaxes(scales, 0, 1) for site, scales in of_rows.scales.items()
+            site: jnp.swapaxes(scales, 0, 1)
+            for site, scales in row_tasks.scales.items()
         }
         modules: dict[str, RowModules | RowCores] = {}
         coefficients = {}
@@ -278,14 +281,14 @@ class TaskBank:
             expand = partial(
                 coefficients_lib.expand, pool=pool, granularity=self.granularity
             )
-            coefficients = jax.vmap(expand, out_axes=1)(of_rows.coefficients)
+            coefficients = jax.vmap(expand, out_axes=1)(row_tasks.coefficients)
         if isinstance(pool, SharedBasis):
             for site, c in coefficients.items():
                 core = jnp.einsum(
                     "lbn,lnij->lbij", c[..., 0], pool.S[site], precision="highest"
                 )
-                if site in of_rows.cores:
-                    core = core + jnp.swapaxes(of_rows.cores[site], 0, 1)
+                if site in row_tasks.cores:
+                    core = core + jnp.swapaxes(row_tasks.cores[site], 0, 1)
                 modules[site] = RowCores(pool.U[site], pool.V[site], core)
         elif pool is not None:
             in_arrays = is_in_arrays((pool.A, pool.B))
@@ -299,7 +302,7 @@ class TaskBank:
                     c = jnp.where(real, c, jnp.zeros_like(c))
                 else:
                     A, B = side_by_side(A, B)
-                mixes = jnp.broadcast_to(of_rows.mixes, (c.shape[0], c.shape[1]))
+                mixes = jnp.broadcast_to(row_tasks.mixes, (c.shape[0], c.shape[1]))
                 modules[site] = RowModules(A, B, c, mixes, in_arrays)
         return {
             site: RowAdapter(modules.get(site), scale.get(site))
@@ -357,18 +360,22 @@ class TaskBank:
         pool = self.frozen.pool
         if not isinstance(pool, LoraPool):
             return pool
-        own = set(params.get("magnitudes", pool.rank) if sites is None else sites)
-        given = jnp.shape(params["coefficients"])
-        padded = method.granularity == "rank" and len(given) == 3
-        if own == pool.rank.keys() and not (
-            padded and given != coefficients_lib.shape(pool, given[0], "rank")
+        adapted_sites = set(
+            params.get("magnitudes", pool.rank) if sites is None else sites
+        )
+        shape = jnp.shape(params["coefficients"])
+        padded = method.granularity == "rank" and len(shape) == 3
+        if adapted_sites == pool.rank.keys() and not (
+            padded and shape != coefficients_lib.shape(pool, shape[0], "rank")
         ):
             return pool
         config = nnx.merge(self.graph, self.frozen.base).config
         layers = {
-            name: site.layers for name, site in config.sites.items() if name in own
+            name: site.layers
+            for name, site in config.sites.items()
+            if name in adapted_sites
         }
-        width = given[2] if padded else 0
+        width = shape[2] if padded else 0
         nothing: dict[str, Weight] = {
             site: jnp.zeros((depth, 0, width, 0)) for site, depth in layers.items()
         }
@@ -382,11 +389,11 @@ class TaskBank:
         method: Fusion,
         params: Params,
         modules: Sequence[str | int],
-        own: Pool | None,
+        task_pool: Pool | None,
     ) -> Int[Array, " N"]:
-        """Return the places of a fusion's modules in the pool, if the bank can hold it; `own` is from `_own_pool`."""
+        """Return the places of a fusion's modules in the pool, if the bank can hold it (see `_own_pool`)."""
         pool = self.frozen.pool
-        if pool is None or own is None:
+        if pool is None or task_pool is None:
             raise ValueError(
                 "the bank has no pool, so it holds magnitudes alone: make it from a Frozen with a pool"
             )
@@ -407,12 +414,12 @@ class TaskBank:
         method.check(chosen)
         if lacks := sorted(
             {site for site, rank in chosen.rank.items() if np.any(rank)}
-            - own.rank.keys()
+            - task_pool.rank.keys()
         ):
             raise ValueError(
                 f"the fusion has no numbers for {', '.join(lacks)}, which modules adapt: give all sites"
             )
-        needed = coefficients_lib.shape(own, len(modules), method.granularity)
+        needed = coefficients_lib.shape(task_pool, len(modules), method.granularity)
         if (got := jnp.shape(params["coefficients"])) != needed:
             raise ValueError(
                 f"expected coefficients of shape {needed}, of one seed, got {got}"
@@ -457,13 +464,18 @@ class TaskModels:
         self,
         fn: Callable[..., Any],
         adapters: Adapters | None,
-        own: tuple[Any, ...],
+        model_values: tuple[Any, ...],
         shared: Any = (),
     ) -> Any:
         """Return what `fn` does for the one seed (see `Models.each`)."""
         model = nnx.merge(self.bank.graph, self.bank.frozen.base)
-        of_rows = self.bank.adapters(self.tasks[0])
-        result = fn(model, of_rows, *jax.tree.map(lambda leaf: leaf[0], own), *shared)
+        row_adapters = self.bank.adapters(self.tasks[0])
+        result = fn(
+            model,
+            row_adapters,
+            *jax.tree.map(lambda leaf: leaf[0], model_values),
+            *shared,
+        )
         return jax.tree.map(lambda leaf: leaf[None], result)
 
 
@@ -495,22 +507,30 @@ def _entry(
     frozen: Frozen,
     params: Params,
     index: Int[Array, " N"],
-    own: Pool | None,
+    task_pool: Pool | None,
     *,
     method: Fusion | Magnitudes,
     granularity: Granularity,
 ) -> Tasks:
-    """Return a task's numbers as a bank stores them; `own` is the pool that gives its coefficients their shape."""
+    """Return a task's numbers as a bank stores them; its coefficients have the shape that `task_pool` gives."""
     entry = _plain(tasks)
     pool = frozen.pool
     if isinstance(method, Fusion):
-        assert pool is not None and own is not None and entry.coefficients is not None
+        assert (
+            pool is not None
+            and task_pool is not None
+            and entry.coefficients is not None
+        )
         both = pool
-        if isinstance(pool, LoraPool) and own.rank.keys() != pool.rank.keys():
-            both, params = _at_sites(pool, own, params)
+        if isinstance(pool, LoraPool) and task_pool.rank.keys() != pool.rank.keys():
+            both, params = _at_sites(pool, task_pool, params)
             frozen = dataclasses.replace(frozen, pool=both)
         c = coefficients_lib.refined(
-            params["coefficients"], own, method.granularity, method.granularity, both
+            params["coefficients"],
+            task_pool,
+            method.granularity,
+            method.granularity,
+            both,
         )
         params = params | {"coefficients": c}
         c = coefficients_lib.refined(c, both, method.granularity, granularity, pool)
@@ -531,9 +551,13 @@ def _entry(
     return entry
 
 
-def _at_sites(pool: LoraPool, own: Pool, params: Params) -> tuple[LoraPool, Params]:
+def _at_sites(
+    pool: LoraPool, task_pool: Pool, params: Params
+) -> tuple[LoraPool, Params]:
     """Return a bank's pool, and a task's numbers, at the sites that this pool and the task's own both have."""
-    both = tuple(site for site in pool.sites if site in pool.rank and site in own.rank)
+    both = tuple(
+        site for site in pool.sites if site in pool.rank and site in task_pool.rank
+    )
     A = {site: pool.A[site] for site in both}
     B = {site: pool.B[site] for site in both}
     rank = {site: pool.rank[site] for site in both}
@@ -550,11 +574,9 @@ def _at_sites(pool: LoraPool, own: Pool, params: Params) -> tuple[LoraPool, Para
 
 def _plain(tasks: Tasks) -> Tasks:
     """Return the entry of the plain base."""
-    return jax.tree.map(lambda of_tasks: of_tasks[-1], tasks)
+    return jax.tree.map(lambda leaf: leaf[-1], tasks)
 
 
 @jax.jit
 def _replaced(tasks: Tasks, number: int | Array, entry: Tasks) -> Tasks:
-    return jax.tree.map(
-        lambda of_tasks, new: of_tasks.at[number].set(new), tasks, entry
-    )
+    return jax.tree.map(lambda leaf, new: leaf.at[number].set(new), tasks, entry)

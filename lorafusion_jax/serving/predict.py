@@ -71,7 +71,9 @@ def generate_rows(
         raise ValueError(
             f"{where} holds no rows: give a line for each answer, such as {_EXAMPLE}"
         )
-    rows = [_row(line, of, names, by_name, prompt) for of, line in lines.items()]
+    rows = [
+        _row(line, number, names, by_name, prompt) for number, line in lines.items()
+    ]
     mixtures = {name: mixture for _, name, mixture in rows if name and mixture}
     lines_of = {
         name: line for (_, name, _), line in reversed([*zip(rows, lines, strict=True)])
@@ -79,10 +81,10 @@ def generate_rows(
     source = pool or next(
         (run.options.pool for run in by_name.values() if run.options.entry.pool), None
     )
-    there = open_pool(source).names if mixtures and source else ()
+    pool_names = open_pool(source).names if mixtures and source else ()
     for name, mixture in mixtures.items():
         with named(lines_of[name]):
-            check_modules(mixture, there, source)
+            check_modules(mixture, pool_names, source)
     modules = sorted({module for mixture in mixtures.values() for module in mixture})
     capacity = max(1, len(by_name) + len(mixtures))
     if base is not None and pool is not None:
@@ -101,10 +103,10 @@ def generate_rows(
     for name, mixture in mixtures.items():
         with named(lines_of[name]):
             service.add_mixture(name, mixture)
-    texts, asked, _ = zip(*rows, strict=True)
+    texts, requests, _ = zip(*rows, strict=True)
     how = {"sampling": sampling, "sampling_seed": sampling_seed}
     return service.generate(
-        texts, asked, max_new_tokens=max_new_tokens, eval_batch=eval_batch, **how
+        texts, requests, max_new_tokens=max_new_tokens, eval_batch=eval_batch, **how
     )
 
 
@@ -122,8 +124,10 @@ def _row(
     run = row.pop("run", None)
     mixture = row.pop("mixture", None)
     if run is not None and run not in [*names]:  # JSON of any type
-        known = ", ".join(dict.fromkeys(names.values())) or "none without --runs"
-        raise ValueError(f"{where} names the run {shown(run)}: expected one of {known}")
+        run_names = ", ".join(dict.fromkeys(names.values())) or "none without --runs"
+        raise ValueError(
+            f"{where} names the run {shown(run)}: expected one of {run_names}"
+        )
     if run is not None and mixture is not None:
         raise ValueError(f"{where} has a run and a mixture: leave one of them out")
     if mixture is not None:

@@ -48,10 +48,10 @@ class RowModules:
         )
         if not self.one_by_one:
             return matmul(inner.reshape(*x.shape[:-1], -1), self.B)
-        of_modules = jax.vmap(matmul)(jnp.moveaxis(inner, -2, 0), self.B)
+        outputs = jax.vmap(matmul)(jnp.moveaxis(inner, -2, 0), self.B)
         # Converters may return an offset for zeros: a module that a row does not mix is not read for it.
         used = jnp.moveaxis(jnp.any(c != 0, axis=-1, keepdims=True), -2, 0)
-        return jnp.sum(jnp.where(used, of_modules, jnp.zeros_like(of_modules)), axis=0)
+        return jnp.sum(jnp.where(used, outputs, jnp.zeros_like(outputs)), axis=0)
 
 
 @jax.tree_util.register_dataclass

@@ -118,22 +118,22 @@ class FusedRun(NamedTuple):
         self, graph: nnx.GraphDef, frozen: Frozen, sites: Collection[str]
     ) -> None:
         """Raise a FileError for parameters of other shapes or dtypes than the method's; `sites` are the modules'."""
-        of_seed = jax.tree.map(lambda p: p[0], self.params)
+        params = jax.tree.map(lambda p: p[0], self.params)
         names = self.modules[0]
-        own = None
+        run_pool = None
         if (pool := frozen.pool) is not None and names:
             if isinstance(pool, LoraPool):
                 rank = {site: rank for site, rank in pool.rank.items() if site in sites}
                 pool = dataclasses.replace(pool, A={}, B={}, rank=rank)
-            own = pool.select(names)
+            run_pool = pool.select(names)
 
         def begin() -> Params:
             model = nnx.merge(graph, frozen.base)
-            pool = own
+            pool = run_pool
             if isinstance(
                 pool, LoraPool
             ):  # padding may be of another width in the bank
-                width = (jnp.shape(of_seed.get("coefficients")) or (0,))[-1]
+                width = (jnp.shape(params.get("coefficients")) or (0,))[-1]
                 size = (len(names),)
                 shapes = {
                     name: site
@@ -155,7 +155,7 @@ class FusedRun(NamedTuple):
             ready = method.precompute(Frozen(frozen.base, pool), kernels(model))
             return method.init(ready, jnp.arange(len(names)), jax.random.key(0))
 
-        check_params(self.folder, of_seed, begin)
+        check_params(self.folder, params, begin)
 
     def method(self, config: Architecture, pool: Pool | None) -> Method:
         """Return the run's method on a pool that holds its modules; that of a LoRA run takes the LoRA as it is."""
@@ -247,16 +247,16 @@ class Service:
                 *(
                     name
                     for run in fused_runs
-                    for of_seed in run.modules
-                    for name in of_seed
+                    for seed_modules in run.modules
+                    for name in seed_modules
                 ),
             }
-            there = module_names(open_pool(options.pool), options)
-            if missing := ", ".join(sorted(used - set(there))):
+            pool_names = module_names(open_pool(options.pool), options)
+            if missing := ", ".join(sorted(used - set(pool_names))):
                 raise ValueError(
                     f"{options.pool} lacks {missing}: give the pool of the runs, or correct the names"
                 )
-            names = tuple(name for name in there if name in used)
+            names = tuple(name for name in pool_names if name in used)
             # Modules that no run mixes with each other may differ in rank.
             recipe = recipe_of(
                 CoefficientsRecipe,
@@ -365,28 +365,28 @@ class Service:
                 "is made"
             )
         check_digests(run.folder, run.digests, self._digests, run.options)
-        of_seed = jax.tree.map(lambda p: p[place], run.params)
+        params = jax.tree.map(lambda p: p[place], run.params)
         sites = None
-        if isinstance(pool, LoraPool) and "magnitudes" not in of_seed:
+        if isinstance(pool, LoraPool) and "magnitudes" not in params:
             # The run was trained with the modules of all its seeds.
-            of_run = pool.indices(
+            run_modules = pool.indices(
                 sorted(
-                    {name for of_each in run.modules for name in of_each}
+                    {name for seed_modules in run.modules for name in seed_modules}
                     & {*pool.names}
                 )
             )
             sites = [
                 site
                 for site, rank in pool.rank.items()
-                if np.any(np.asarray(rank)[:, of_run])
+                if np.any(np.asarray(rank)[:, run_modules])
             ]
         if run.is_lora:
-            of_seed = {"coefficients": np.ones(1, np.float32)}
+            params = {"coefficients": np.ones(1, np.float32)}
         else:
-            own = of_seed.get("magnitudes", ()) if sites is None else sites
-            run.check_params(self.bank.graph, self.bank.frozen, own)
+            adapted_sites = params.get("magnitudes", ()) if sites is None else sites
+            run.check_params(self.bank.graph, self.bank.frozen, adapted_sites)
         self.bank = self.bank.with_task(
-            number, run.method(self._config, pool), of_seed, modules, sites=sites
+            number, run.method(self._config, pool), params, modules, sites=sites
         )
         self.tasks[name] = Task(number, run)
 
@@ -442,8 +442,8 @@ class Service:
                 "only whole modules in full precision join a running service: open it with these modules"
             )
         check_modules(names, open_pool(source).names, source)
-        if there := sorted({*names} & {*pool.names}):
-            raise ValueError(f"{some(there)} is loaded already: leave it out")
+        if loaded := sorted({*names} & {*pool.names}):
+            raise ValueError(f"{some(loaded)} is loaded already: leave it out")
         options = dataclasses.replace(
             self._options, method="coefficients", recipe=Recipe(), adapters=tuple(names)
         )
@@ -475,8 +475,8 @@ class Service:
           ValueError: the bank is full, or the module was not loaded.
         """
         number = self._number(name)
-        one = {"coefficients": np.ones(1, np.float32)}
-        self.bank = self.bank.with_task(number, PLAIN_SUM, one, [module])
+        coefficients = {"coefficients": np.ones(1, np.float32)}
+        self.bank = self.bank.with_task(number, PLAIN_SUM, coefficients, [module])
         self.tasks[name] = Task(number, None)
 
     def remove(self, name: str) -> None:
@@ -531,7 +531,7 @@ class Service:
         }
         inputs: dict[int, Int[np.ndarray, " _"]] = {}
         for name, run in runs.items():
-            rows = [row for row, of_row in enumerate(names) if of_row == name]
+            rows = [row for row, task_name in enumerate(names) if task_name == name]
             examples = [
                 Example(run_input(texts[row], f"text {row + 1}", run, self.prompt), "")
                 for row in rows
@@ -564,9 +564,10 @@ class Service:
             and (room := len(bank.frozen.pool or ())) not in self._rooms
         ):
             self._rooms.add(room)
-            of = len(self.bank.frozen.pool or ())
+            pool_size = len(self.bank.frozen.pool or ())
             note(
-                f"note: the tasks of these texts use at most {room} of {of} modules, and their first batch compiles"
+                f"note: the tasks of these texts use at most {room} of {pool_size} modules, and their first batch "
+                "compiles"
             )
         bank = dataclasses.replace(bank, frozen=nameless(bank.frozen).unstacked())
         most = [limits[name] for name in names]
@@ -584,10 +585,10 @@ class Service:
 
         # The noise of a token depends on the rows next to it.
         alone = read_at_random(bank.frozen)
-        for of_turn in (
+        for turn in (
             [[batch] for batch in batches] if alone else filter(None, [batches])
         ):
-            rows = Rows(models, 1, self._config, of_turn, np.array(most), keys, **how)
+            rows = Rows(models, 1, self._config, turn, np.array(most), keys, **how)
             for _, row, tokens in rows.ended(False, None, longest):
                 answers[row] = tokens[: most[row]].tolist()
         return decode(self.tokenizer, answers, self.text_format)
@@ -619,11 +620,11 @@ class Service:
             first.recipe
         ):
             k = basis_of(run.options.recipe)
-            other = basis_of(first.recipe)
+            bank_basis = basis_of(first.recipe)
             here = f"modules in a basis of {k} directions" if k else "whole modules"
             there = (
-                f"modules in a basis of {other} directions"
-                if other
+                f"modules in a basis of {bank_basis} directions"
+                if bank_basis
                 else "whole modules"
             )
             raise ValueError(

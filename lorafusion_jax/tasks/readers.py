@@ -57,9 +57,9 @@ def without_revision(source: str | Path) -> str:
 def _folder_rows(path: Path) -> dict[str, Rows]:
     files = [file for file in _PARTS if (path / file).is_file()]
     if not files:
-        held = some(sorted(entry.name for entry in path.iterdir())) or "nothing"
+        entries = some(sorted(entry.name for entry in path.iterdir())) or "nothing"
         raise ValueError(
-            f"{path} is not a task folder: it holds {held}; expected train.jsonl and test.jsonl, example.jsonl and "
+            f"{path} is not a task folder: it holds {entries}; expected train.jsonl and test.jsonl, example.jsonl and "
             "zero_shot.jsonl, or a folder of datasets' save_to_disk. Give a single file by its own path"
         )
     parts = {_PARTS[file]: _file_rows(path / file) for file in files}
@@ -226,13 +226,13 @@ def _dataset_rows(source: str) -> dict[str, Rows]:
     except (
         Exception
     ) as error:  # of many kinds; a saved data set without rows gives an IndexError
-        said = f"{type(error).__name__}: {error}"
+        cause = f"{type(error).__name__}: {error}"
         if local:
             raise ValueError(
-                f"{source} cannot be loaded by datasets ({said}): save it again"
+                f"{source} cannot be loaded by datasets ({cause}): save it again"
             ) from error
         raise ValueError(
-            f"{source} is not a local path, and could not be loaded from the hub: {said} (check the spelling, the "
+            f"{source} is not a local path, and could not be loaded from the hub: {cause} (check the spelling, the "
             "network and HF_HUB_OFFLINE; private data, and data with terms to accept, need `hf auth login` or HF_TOKEN)"
         ) from error
 

@@ -133,7 +133,7 @@ def stream_text(
     it where the tokenizer removes spaces before punctuation.
     """
     row: list[int] = []
-    said = ""
+    yielded = ""
     for token in tokens:
         row.append(token)
         text = decode(tokenizer, [row], text_format)[0].rstrip(
@@ -141,10 +141,10 @@ def stream_text(
         )
         if tokenizer.clean_up_tokenization_spaces:
             text = text[: max(text.rfind(" "), 0)]
-        if len(text) > len(said):
-            yield text[len(said) :]
-            said = text
-    if rest := decode(tokenizer, [row], text_format)[0][len(said) :]:
+        if len(text) > len(yielded):
+            yield text[len(yielded) :]
+            yielded = text
+    if rest := decode(tokenizer, [row], text_format)[0][len(yielded) :]:
         yield rest
 
 
@@ -155,16 +155,18 @@ def _continued(
     # A chat template has written the special tokens already.
     special = not text_format.chat
     prompts = _open_ended(tokenizer, [prompt for prompt, _ in texts], special=special)
-    wholes = _open_ended(tokenizer, [whole for _, whole in texts], special=special)
+    wholes = _open_ended(
+        tokenizer, [full_text for _, full_text in texts], special=special
+    )
     inputs = []
     labels = []
-    for (prompt, whole), start, ids in zip(texts, prompts, wholes, strict=True):
+    for (prompt, full_text), start, ids in zip(texts, prompts, wholes, strict=True):
         answer = ids[len(start) :]
         if ids[: len(start)] != start:
             answer = tokenise(
-                tokenizer, whole[len(prompt) :], add_special_tokens=False
+                tokenizer, full_text[len(prompt) :], add_special_tokens=False
             )["input_ids"]
-        for text, tokens in ((prompt, start), (whole[len(prompt) :], answer)):
+        for text, tokens in ((prompt, start), (full_text[len(prompt) :], answer)):
             if not tokens and (text or tokens is start):
                 raise ValueError(_NO_TOKENS.format(text=text))
         end = _end(answer, text_format.ends)
@@ -184,32 +186,34 @@ def _rendered(
 ) -> tuple[str, str]:
     """Return the prompt, and the whole text of prompt and answer."""
     if not text_format.chat:
-        apart = (
+        spaced = (
             not example.input[-1:].isspace()
             and example.target
             and not example.target[0].isspace()
         )
-        return example.input, f"{example.input}{' ' if apart else ''}{example.target}"
-    said = [*example.history, ("user", example.input)]
-    prompt = _chat(tokenizer, said, add_generation_prompt=True)
+        return example.input, f"{example.input}{' ' if spaced else ''}{example.target}"
+    messages = [*example.history, ("user", example.input)]
+    prompt = _chat(tokenizer, messages, add_generation_prompt=True)
     if not example.target:
         return prompt, prompt
-    whole = _chat(
-        tokenizer, [*said, ("assistant", example.target)], add_generation_prompt=False
+    full_text = _chat(
+        tokenizer,
+        [*messages, ("assistant", example.target)],
+        add_generation_prompt=False,
     )
-    if not whole.startswith(prompt):
+    if not full_text.startswith(prompt):
         raise ValueError(
-            f"the chat template renders {_beginning(example.input)} with its answer as {shown(whole)}, which does not "
-            f"begin with the prompt for the answer, {shown(prompt)}: leave out --chat, and write the format into "
+            f"the chat template renders {_beginning(example.input)} with its answer as {shown(full_text)}, which does "
+            f"not begin with the prompt for the answer, {shown(prompt)}: leave out --chat, and write the format into "
             "--prompt"
         )
-    return prompt, whole
+    return prompt, full_text
 
 
 def _chat(
-    tokenizer: Tokenizer, said: list[tuple[str, str]], *, add_generation_prompt: bool
+    tokenizer: Tokenizer, turns: list[tuple[str, str]], *, add_generation_prompt: bool
 ) -> str:
-    messages = [{"role": role, "content": content} for role, content in said]
+    messages = [{"role": role, "content": content} for role, content in turns]
     return render_chat(tokenizer, messages, add_generation_prompt=add_generation_prompt)
 
 

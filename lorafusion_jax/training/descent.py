@@ -31,17 +31,17 @@ def gradient_at_zero(
     """
     params = start(problem, seeds).params
     params = params | {"coefficients": jnp.zeros_like(params["coefficients"])}
-    of_batches = []
+    gradients = []
     for number, batch in enumerate(batches):
         read = problem.read(SEARCH, number)
-        of_batches.append(
+        gradients.append(
             to_host(coefficient_gradients(params, on_mesh(batch, of_seeds=True), read))
         )
     tokens = np.stack(
         [np.sum(np.asarray(batch.labels) != IGNORED, axis=(1, 2)) for batch in batches]
     )
     return np.einsum(
-        "bs,bs...->s...", tokens / np.sum(tokens, axis=0), np.stack(of_batches)
+        "bs,bs...->s...", tokens / np.sum(tokens, axis=0), np.stack(gradients)
     )
 
 

@@ -78,8 +78,8 @@ def start(
 ) -> TrainState:
     """Return the initial state of all seeds, each with its own key; `params` as in `init_state`, leaves [seeds]."""
     params = on_mesh(params, problem.config, of_seeds=True)
-    of_seeds = on_mesh(np.array(seeds, np.uint32), of_seeds=True)
-    state = _start(of_seeds, params, problem.replace(seed_mode="batched"))
+    seed_numbers = on_mesh(np.array(seeds, np.uint32), of_seeds=True)
+    state = _start(seed_numbers, params, problem.replace(seed_mode="batched"))
     return on_mesh(state, problem.config, of_seeds=True)
 
 
@@ -114,9 +114,9 @@ def fit(
     validating = rows.split.validation
     order = batch_orders(validating, batch_size=validating.shape[1])
     packing = rows.packing if recipe.pack else None
-    of_epochs = None if packing is None else packing.repeated(recipe.epochs)
+    all_epochs = None if packing is None else packing.repeated(recipe.epochs)
     held_out = next(
-        train_batches(rows.tokens, order, pad_id=rows.pad_id, packing=of_epochs)
+        train_batches(rows.tokens, order, pad_id=rows.pad_id, packing=all_epochs)
     )
     held_out = on_mesh(held_out, of_seeds=True)
     rates = on_mesh(
@@ -144,7 +144,7 @@ def fit(
             left = number * per_epoch - first_step
             while left and following is not None:
                 batches, shapes, shape_of = following
-                state, of_interval = train_seeds(
+                state, interval_metrics = train_seeds(
                     state,
                     batches,
                     problem,
@@ -156,9 +156,9 @@ def fit(
                 following = next(
                     intervals, None
                 )  # is put on the device while this one runs
-                metrics.append(of_interval)
+                metrics.append(interval_metrics)
                 if not whole_epochs():  # otherwise JAX runs up to 32 steps ahead, and a stop would wait for them
-                    jax.block_until_ready(of_interval)
+                    jax.block_until_ready(interval_metrics)
                 steps = batches.row_mask.shape[1]
                 left -= steps
                 bar.update(steps)
@@ -235,7 +235,7 @@ def train_seeds(
         return jax.lax.switch(number, steps, batch)
 
     def train_seed(
-        one: Problem,
+        problem_of_seed: Problem,
         state: TrainState,
         batch: Batch,
         rates: Rates,
@@ -244,36 +244,42 @@ def train_seeds(
         return in_shape(
             number,
             lambda batch: fusion_step(
-                state, batch, one, rates, optimisation=optimisation
+                state, batch, problem_of_seed, rates, optimisation=optimisation
             ),
             batch,
         )
 
     def step(
-        state: TrainState, of_step: tuple[Batch, Array | None]
+        state: TrainState, step_inputs: tuple[Batch, Array | None]
     ) -> tuple[TrainState, dict[str, Array]]:
-        batch, number = of_step
-        own, shared = (
+        batch, number = step_inputs
+        batch_numbers, shared = (
             (None, number) if number is None or number.ndim == 0 else (number, None)
         )
         return in_shape(
             shared,
-            lambda batch: problem.over_seeds(train_seed, (state, batch, rates, own)),
+            lambda batch: problem.over_seeds(
+                train_seed, (state, batch, rates, batch_numbers)
+            ),
             batch,
         )
 
-    of_steps = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), batches)
+    step_batches = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), batches)
     return jax.lax.scan(
         step,
         state,
-        (of_steps, None if shape_of is None else jnp.moveaxis(shape_of, -1, 0)),
+        (step_batches, None if shape_of is None else jnp.moveaxis(shape_of, -1, 0)),
     )
 
 
 @jax.jit
 def _start(seeds: Array, params: Params | None, problem: Problem) -> TrainState:
-    def of_seed(one: Problem, seed: Array, params: Params | None) -> TrainState:
-        return init_state(one, jax.random.fold_in(jax.random.key(seed), _INIT), params)
+    def of_seed(
+        problem_of_seed: Problem, seed: Array, params: Params | None
+    ) -> TrainState:
+        return init_state(
+            problem_of_seed, jax.random.fold_in(jax.random.key(seed), _INIT), params
+        )
 
     return problem.over_seeds(of_seed, (seeds, params))
 

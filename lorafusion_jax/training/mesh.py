@@ -30,18 +30,18 @@ _SPLIT = {"columns": (None, "model"), "rows": ("model", None)}
 Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
 
 
-def make_mesh(asked: str, seeds: int = 0) -> Mesh:
+def make_mesh(option: str, seeds: int = 0) -> Mesh:
     """Return the mesh of an option such as `seed=4,model=2` for a run of so many seeds.
 
     Raises a ValueError for an axis or size that is not valid, too few devices, more devices of several processes than
     the mesh has, and seeds that cannot be divided evenly.
     """
     sizes = dict.fromkeys(AXES, 1)
-    for part in asked.split(","):
+    for part in option.split(","):
         name, _, size = part.partition("=")
         if name not in AXES or not size.isdecimal() or int(size) < 1:
             raise ValueError(
-                f"--mesh {asked}: {part!r} is not an axis and its size: give for example seed=4,model=2"
+                f"--mesh {option}: {part!r} is not an axis and its size: give for example seed=4,model=2"
             )
         sizes[name] = int(size)
     if seeds % sizes["seed"]:
@@ -49,16 +49,16 @@ def make_mesh(asked: str, seeds: int = 0) -> Mesh:
             f"{seeds} seeds cannot be shared out evenly over --mesh seed={sizes['seed']}: give a multiple"
         )
     size = sizes["seed"] * sizes["model"]
-    there = jax.device_count()
-    if size > there:
+    devices = jax.device_count()
+    if size > devices:
         forced = f", or set XLA_FLAGS=--xla_force_host_platform_device_count={size}"
         raise ValueError(
-            f"--mesh {asked} needs {size} devices, got {there}: use fewer"
+            f"--mesh {option} needs {size} devices, got {devices}: use fewer"
             + (forced if for_cpu() else "")
         )
-    if jax.process_count() > 1 and size < there:
+    if jax.process_count() > 1 and size < devices:
         raise ValueError(
-            f"--mesh {asked} uses {size} of {there} devices of {jax.process_count()} processes: use all"
+            f"--mesh {option} uses {size} of {devices} devices of {jax.process_count()} processes: use all"
         )
     shape = tuple(sizes.values())
     return jax.make_mesh(
@@ -83,14 +83,14 @@ def rules(config: Architecture) -> Rules:
         for path, node in nnx.iter_graph(model)
         if id(node) in variables
     }
-    of_splits = {
+    names_by_split = {
         split: [name for name, site in config.sites.items() if site.split == split]
         for split in get_args(Split)
     }
     split_paths: list[tuple[str, tuple[str | None, ...]]] = [
         (rf"\b{name}\b", _SPLIT[split]) for name, split in config.splits.items()
     ]
-    for split, names in of_splits.items():
+    for split, names in names_by_split.items():
         if names:
             split_paths.append(
                 (rf"\b({'|'.join(paths[name] for name in names)})\b", _SPLIT[split])
@@ -196,9 +196,9 @@ def _placed(leaf: Any, sharding: NamedSharding) -> jax.Array:
         return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(leaf))
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return jax.device_put(leaf, sharding)  # from where it is on the mesh already
-    whole = np.asarray(leaf)
+    array = np.asarray(leaf)
     return jax.make_array_from_callback(
-        whole.shape, sharding, lambda index: whole[index]
+        array.shape, sharding, lambda index: array[index]
     )
 
 

@@ -55,12 +55,12 @@ class Method(Protocol):
 
     def learning_rates(self, recipe: Recipe) -> dict[str, float]:
         """Return the learning rate of every group: by default the recipe's `lr_GROUP`. Others are not trained."""
-        of_groups = [
+        fields = [
             field.name
             for field in dataclasses.fields(recipe)
             if field.name.startswith("lr_")
         ]
-        return {name.removeprefix("lr_"): getattr(recipe, name) for name in of_groups}
+        return {name.removeprefix("lr_"): getattr(recipe, name) for name in fields}
 
     def precompute(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:
         """Return the frozen weights with terms that are computed once from base, pool and kernels (by site)."""

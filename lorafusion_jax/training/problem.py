@@ -93,10 +93,12 @@ class Problem:
         """
 
         def one_seed(seed: tuple[Any, ...], everything: tuple[Frozen, Any]) -> Any:
-            number, index, *own = seed
+            number, index, *seed_values = seed
             frozen, shared = everything
             return fn(
-                self.replace(frozen=frozen.of_seed(number), index=index), *own, *shared
+                self.replace(frozen=frozen.of_seed(number), index=index),
+                *seed_values,
+                *shared,
             )
 
         numbers = jnp.arange(self.index.shape[0]) if numbers is None else numbers
@@ -121,7 +123,7 @@ class Problem:
 
 
 def per_seed(
-    of_batch: Callable[[Params, Any, Problem], Any],
+    function: Callable[[Params, Any, Problem], Any],
 ) -> Callable[[Params, Any, Problem], Any]:
     """Return `of_batch(params, batch, problem)` of one seed as one jitted program for all seeds.
 
@@ -130,9 +132,12 @@ def per_seed(
 
     def of_seeds(params: Params, batch: Any, problem: Problem) -> Any:
         return problem.over_seeds(
-            lambda one, params, batch: of_batch(params, batch, one), (params, batch)
+            lambda problem_of_seed, params, batch: function(
+                params, batch, problem_of_seed
+            ),
+            (params, batch),
         )
 
-    of_seeds.__name__ = of_batch.__name__
-    of_seeds.__doc__ = of_batch.__doc__
+    of_seeds.__name__ = function.__name__
+    of_seeds.__doc__ = function.__doc__
     return jax.jit(of_seeds)

@@ -42,11 +42,11 @@ def over_seeds(
         return mapped
     # The compiler partitions the axis `model`. Without that axis, the program has the bits of one device.
     by_hand = {axis for axis, size in mesh.shape.items() if axis == "seed" or size == 1}
-    of_seeds = PartitionSpec("seed")
+    seed_axis = PartitionSpec("seed")
     return jax.shard_map(
         mapped,
-        in_specs=(of_seeds, split),
-        out_specs=of_seeds,
+        in_specs=(seed_axis, split),
+        out_specs=seed_axis,
         axis_names=by_hand,
         check_vma=False,
     )

@@ -57,16 +57,16 @@ def init_state(
     Arrays are copied, so the state's buffers can be donated. `params` are groups of numbers to start from, instead of
     the method's; a ValueError is raised if the method lacks one of them, or its shapes differ.
     """
-    own: Params = jax.tree.map(
+    initial: Params = jax.tree.map(
         jnp.copy, problem.init(key)
     )  # some methods start from frozen weights
-    params = own if params is None else own | _like(params, own)
-    kept = jax.tree.map(lambda m: jnp.ones(m.shape, bool), params.get("magnitudes"))
+    params = initial if params is None else initial | _like(params, initial)
+    unpruned = jax.tree.map(lambda m: jnp.ones(m.shape, bool), params.get("magnitudes"))
     return TrainState(
         params=params,
         adam=_ADAM.init(params),
         step=jnp.int32(0),
-        kept=kept,
+        kept=unpruned,
         best=jax.tree.map(jnp.copy, params),
         best_loss=jnp.float32(jnp.inf),
         waited=jnp.int32(0),
@@ -142,14 +142,16 @@ def prune(state: TrainState, share: float) -> TrainState:
     magnitudes = state.params["magnitudes"]
     flat, unflatten = ravel_pytree(jax.tree.map(jnp.abs, magnitudes))
     smallest = jnp.argsort(flat)[: int(share * flat.size)]
-    kept = jax.tree.map(
+    unpruned = jax.tree.map(
         lambda k: k > 0, unflatten(jnp.ones_like(flat).at[smallest].set(0))
     )
-    params = state.params | {"magnitudes": jax.tree.map(_zero_unless, kept, magnitudes)}
+    params = state.params | {
+        "magnitudes": jax.tree.map(_zero_unless, unpruned, magnitudes)
+    }
     new = state._replace(
         params=params,
-        adam=_prune_moments(state.adam, kept),
-        kept=kept,
+        adam=_prune_moments(state.adam, unpruned),
+        kept=unpruned,
         best=params,
         best_loss=jnp.full_like(state.best_loss, jnp.inf),
     )
@@ -213,37 +215,37 @@ def _schedule(optimisation: Optimisation) -> optax.Schedule:
     return optax.join_schedules([ramp, tail], [optimisation.warmup])
 
 
-def _prune_moments(adam: Any, kept: Any) -> Any:
+def _prune_moments(adam: Any, unpruned: Any) -> Any:
     def pruned(moment: Params) -> Params:
         return moment | {
-            "magnitudes": jax.tree.map(_zero_unless, kept, moment["magnitudes"])
+            "magnitudes": jax.tree.map(_zero_unless, unpruned, moment["magnitudes"])
         }
 
     return adam._replace(mu=pruned(adam.mu), nu=pruned(adam.nu))
 
 
-def _like(params: Params, own: Params) -> Params:
+def _like(params: Params, initial: Params) -> Params:
     """Return copies of given numbers in the types of a method's own."""
     for group, values in params.items():
-        if group not in own:
+        if group not in initial:
             raise ValueError(
-                f"no group {group!r} to start from: expected some of {', '.join(own) or 'none'}"
+                f"no group {group!r} to start from: expected some of {', '.join(initial) or 'none'}"
             )
-        given = jax.tree.map(jnp.shape, values)
-        shapes = jax.tree.map(jnp.shape, own[group])
-        if given != shapes:
+        start_shapes = jax.tree.map(jnp.shape, values)
+        shapes = jax.tree.map(jnp.shape, initial[group])
+        if start_shapes != shapes:
             raise ValueError(
-                f"numbers to start from: expected {group} of the shapes {shapes}, got {given}"
+                f"numbers to start from: expected {group} of the shapes {shapes}, got {start_shapes}"
             )
     return jax.tree.map(
         lambda new, old: jnp.array(new, old.dtype),
         params,
-        {group: own[group] for group in params},
+        {group: initial[group] for group in params},
     )
 
 
-def _zero_unless(kept: Array, value: Array) -> Array:
-    return jnp.where(kept, value, jnp.zeros_like(value))
+def _zero_unless(mask: Array, value: Array) -> Array:
+    return jnp.where(mask, value, jnp.zeros_like(value))
 
 
 def _select(condition: Array, yes: Any, no: Any) -> Any:

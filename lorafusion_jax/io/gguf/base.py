@@ -56,9 +56,9 @@ class GGUFBase:
 
     def stored(self) -> Iterator[tuple[str, Stored | None, StoredTensor]]:
         """Yield each tensor's name, its place in Hugging Face's files (or None), and the tensor."""
-        known = self._layout.stored(self.config, self._tensors)
+        layout = self._layout.stored(self.config, self._tensors)
         for name, tensor in self._tensors.items():
-            yield name, known.get(name), tensor
+            yield name, layout.get(name), tensor
 
     def tokenizer(self) -> "transformers.PreTrainedTokenizerBase":
         """Build the tokenizer; raises ValueError if the file has none."""

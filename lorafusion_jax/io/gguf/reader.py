@@ -133,19 +133,19 @@ class StoredTensor:
 
     def changed(self, place: Stored) -> "StoredTensor":
         """Return the tensor as Hugging Face has it."""
-        other = StoredTensor.__new__(StoredTensor)
-        other.__dict__.update(self.__dict__, _place=place)
+        copy = StoredTensor.__new__(StoredTensor)
+        copy.__dict__.update(self.__dict__, _place=place)
         if place.order is not None and place.axis < len(self.shape):
             with contextlib.suppress(
                 ValueError
             ):  # a wrong shape is reported where the model's is known
                 order = np.argsort(place.order(self.shape[place.axis]))
-                other._order, other._columns = (
+                copy._order, copy._columns = (
                     (None, order) if place.axis else (order, None)
                 )
         if place.change == "taps" and len(self.shape) > 1:
-            other.shape = (self.shape[0], 1, *self.shape[1:])
-        return other
+            copy.shape = (self.shape[0], 1, *self.shape[1:])
+        return copy
 
     # The loader of a model refuses numbers that are not finite.
     @np.errstate(invalid="ignore", over="ignore", divide="ignore")
@@ -245,11 +245,11 @@ def _tensor(
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import dequantize
 
-    known = {kind.value: kind for kind in GGMLQuantizationType}
-    title = known[kind].name if kind in known else f"type {kind}"
+    kinds = {kind.value: kind for kind in GGMLQuantizationType}
+    title = kinds[kind].name if kind in kinds else f"type {kind}"
     try:
-        block, size = GGML_QUANT_SIZES[known[kind]]
-        dequantize(np.zeros(size, np.uint8), known[kind])
+        block, size = GGML_QUANT_SIZES[kinds[kind]]
+        dequantize(np.zeros(size, np.uint8), kinds[kind])
     except (KeyError, NotImplementedError):
         raise ValueError(
             f"{header.path}: {name} is stored as {title}, which the gguf package cannot dequantise: quantise the model "

@@ -185,11 +185,11 @@ def tokenizer_metadata(
             for adds in (True, False)
         ]
     else:
-        whole = model.get("ignore_merges", False)
+        whole_words = model.get("ignore_merges", False)
         names = [
             name
             for name, splitting in _SPLITTINGS.items()
-            if splitting.whole_words == whole
+            if splitting.whole_words == whole_words
         ]
         choices = [{"model": "gpt2", "merges": merges, "pre": name} for name in names]
     template = tokenizer.chat_template
@@ -224,7 +224,7 @@ def _built(
     metadata: Mapping[str, Any],
     vocabulary: dict[str, int],
     kinds: list[int],
-    named: Mapping[str, str | None],
+    special_tokens: Mapping[str, str | None],
     base: str,
 ) -> FastTokenizer:
     from tokenizers import AddedToken, processors
@@ -232,19 +232,21 @@ def _built(
     if metadata["model"] == "gpt2":
         tokenizer, adds_bos = _byte_level(metadata, vocabulary)
     else:
-        tokenizer = _sentence_piece(metadata, vocabulary, kinds, named["unknown"])
+        tokenizer = _sentence_piece(
+            metadata, vocabulary, kinds, special_tokens["unknown"]
+        )
         adds_bos = True
     for kind in (_CONTROL, _USER_DEFINED):
         special = kind == _CONTROL
         tokenizer.add_tokens(
             [
                 AddedToken(token, normalized=False, special=special)
-                for token, of_token in zip(vocabulary, kinds, strict=True)
-                if of_token == kind
+                for token, token_kind in zip(vocabulary, kinds, strict=True)
+                if token_kind == kind
             ]
         )
-    bos = named["bos"]
-    eos = named["eos"]
+    bos = special_tokens["bos"]
+    eos = special_tokens["eos"]
     first = [bos] if bos and metadata.get("add_bos_token", adds_bos) else []
     last = [eos] if eos and metadata.get("add_eos_token", False) else []
     if first or last:
@@ -265,8 +267,8 @@ def _built(
     special = {
         "bos_token": bos,
         "eos_token": eos,
-        "unk_token": named["unknown"],
-        "pad_token": named["padding"] or eos,
+        "unk_token": special_tokens["unknown"],
+        "pad_token": special_tokens["padding"] or eos,
     }
     template = metadata.get("tokenizer.chat_template")
 

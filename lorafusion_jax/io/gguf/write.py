@@ -116,9 +116,9 @@ def write_merged(
             )
     writer.add_file_type(LlamaFileType[f"MOSTLY_{kind}"])
     writer.add_quantization_version(GGML_QUANT_VERSION)
-    for name, place, own in stored:
+    for name, place, values in stored:
         array = (
-            np.asarray(own, np.float32)
+            np.asarray(values, np.float32)
             if place is None
             else place.in_file(tensors[place.name])
         )
@@ -165,18 +165,18 @@ def _described(
     read_back = jax.tree.map(
         _rounded, dataclasses.asdict(family_of_json(again).read_config(again))
     )
-    given = jax.tree.map(
+    described = jax.tree.map(
         _rounded, dataclasses.asdict(family_of_json(content).read_config(content))
     )
-    for name in given.keys() - _UNLIKE:
-        if read_back[name] != given[name]:
+    for name in described.keys() - _UNLIKE:
+        if read_back[name] != described[name]:
             fix = (
                 "no GGUF file holds it; use --format merged"
                 if name == layout.lost
                 else _CONVERTER
             )
             raise ValueError(
-                f"{base.place}: GGUF would hold {name} {read_back[name]}, not {given[name]}: {fix}"
+                f"{base.place}: GGUF would hold {name} {read_back[name]}, not {described[name]}: {fix}"
             )
     return metadata, stored
 

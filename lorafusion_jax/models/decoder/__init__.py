@@ -41,10 +41,10 @@ def _others(model: Decoder) -> list[Slot]:
             if config.late_qk_norm
             else ("q_norm", "k_norm")
         )
-        of_heads = (block.self_attn.q_norm, block.self_attn.k_norm)
+        head_norms = (block.self_attn.q_norm, block.self_attn.k_norm)
         names |= {
             f"self_attn.{title}": norm
-            for title, norm in zip(titles, of_heads, strict=True)
+            for title, norm in zip(titles, head_norms, strict=True)
         }
     stacked = {
         f"{stem}.layers.{{}}.{name}.weight": norm.scale for name, norm in names.items()

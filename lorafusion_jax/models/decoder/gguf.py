@@ -126,8 +126,8 @@ class Keys:
             if isinstance(default, str)
             else (int | float, "a number of 0 or more")
         )
-        known = isinstance(value, kind) and not isinstance(value, bool)
-        if not known or (not isinstance(value, str) and not 0 <= value < np.inf):
+        right_type = isinstance(value, kind) and not isinstance(value, bool)
+        if not right_type or (not isinstance(value, str) and not 0 <= value < np.inf):
             raise ValueError(f"{self.name}.{key} is {shown(value)}: expected {words}")
         return value
 
@@ -501,7 +501,7 @@ def metadata(
         tensors |= dict(
             zip(
                 _LONGROPE,
-                (np.array(of, np.float32) for of in (rope.short, rope.long)),
+                (np.array(numbers, np.float32) for numbers in (rope.short, rope.long)),
                 strict=True,
             )
         )

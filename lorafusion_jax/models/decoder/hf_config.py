@@ -119,9 +119,13 @@ def read_config(
                 "--load-in nf4 loads it in 4 bits"
             )
         raise ValueError(f"the weights are quantised by {method}: {fix}")
-    whole = _filled(kind, raw)
+    full_config = _filled(kind, raw)
     # A model for images and text has the config of a text model inside.
-    hf = whole if isinstance(whole, types.SimpleNamespace) else whole.get_text_config()
+    hf = (
+        full_config
+        if isinstance(full_config, types.SimpleNamespace)
+        else full_config.get_text_config()
+    )
     if hf.model_type not in families:
         got = f"the text model of this {kind} is {shown(hf.model_type)}"
         raise ValueError(f"{got}: expected one of {', '.join(families)}")
@@ -164,7 +168,7 @@ def read_config(
     config = DecoderConfig(
         model_type=kind,
         stem="model"
-        if hf is whole
+        if hf is full_config
         else f"model.{WITH_IMAGES.get(kind, 'language_model')}",
         vocab_size=hf.vocab_size,
         d_model=hf.hidden_size,
@@ -182,7 +186,7 @@ def read_config(
         activation=_ACTIVATIONS[activation],
         biased=biased(hf),
         query_scale=d_head**-0.5,
-        tied=whole.tie_word_embeddings,
+        tied=full_config.tie_word_embeddings,
         # Many models have no token for padding, written as null or -1. It is masked by its place: any token will do.
         pad_id=ends[0] if pad is None or pad < 0 else pad,
         eos_id=ends,
@@ -195,10 +199,11 @@ def read_config(
 def _filled(kind: str, raw: Mapping[str, Any]) -> Any:
     """Return the config as transformers completes and checks it, without loading transformers for a complete one."""
     with contextlib.suppress(ValueError):
-        whole = structured(dict(raw), _Complete, "", own=False)
-        if whole["hidden_size"] % whole["num_attention_heads"] == 0:
+        complete = structured(dict(raw), _Complete, "", own=False)
+        if complete["hidden_size"] % complete["num_attention_heads"] == 0:
             return types.SimpleNamespace(
-                **dict(raw) | {"rope_parameters": {"rope_theta": whole["rope_theta"]}}
+                **dict(raw)
+                | {"rope_parameters": {"rope_theta": complete["rope_theta"]}}
             )
     from transformers import AutoConfig
     from transformers.utils import logging

@@ -374,10 +374,10 @@ class Decoder(nnx.Module):
         def block(
             layer: Any,
             carry: tuple[Array, Cache],
-            of_layer: tuple[Any, Array | None, tuple[Array, Any]],
+            layer_inputs: tuple[Any, Array | None, tuple[Array, Any]],
         ) -> tuple[tuple[Array, Cache], Any]:
             x, cache = carry
-            adapters, local, (number, _) = of_layer
+            adapters, local, (number, _) = layer_inputs
 
             def into(new: Cache) -> Cache:
                 # In place: a layer's copy with the new column would be copied once more, into the loop's results.
@@ -388,11 +388,11 @@ class Decoder(nnx.Module):
                 keys = update(cache.keys, keys, (number, 0, 0, 0, column))
                 values = update(cache.values, values, (number, 0, 0, column, 0))
                 cache = Cache(keys, values)
-                of_layer = (
+                layer_cache = (
                     jax.lax.dynamic_index_in_dim(a, number, keepdims=False)
                     for a in (cache.keys, cache.values)
                 )
-                return Cache(*map(unpack, of_layer))
+                return Cache(*map(unpack, layer_cache))
 
             x, new = layer(x, [contexts(local)], adapters, into=into)
             return (x, cache), new.states
@@ -418,9 +418,9 @@ class Decoder(nnx.Module):
         """Run all tokens at once; return the last block's outputs, and keys and values of all layers."""
 
         def block(
-            layer: Any, x: Array, of_layer: tuple[Any, Array | None, None]
+            layer: Any, x: Array, layer_inputs: tuple[Any, Array | None, None]
         ) -> tuple[Array, Cache]:
-            adapters, local, _ = of_layer
+            adapters, local, _ = layer_inputs
             return layer(x, [context(local) for context in contexts], adapters, line)
 
         return self._scan(block, self._embed(ids), adapters, None)

@@ -58,8 +58,10 @@ def _frequencies(rope: Rope, lengths: Int[Array, "B T"]) -> Float[Array, "#B #T 
     if rope.scaling == "linear":
         frequencies = frequencies / np.float32(rope.factor)
     if rope.scaling in ("llama3", "yarn"):
-        kept = _kept(rope, frequencies)
-        frequencies = ((1 - kept) / rope.factor + kept) * frequencies
+        unscaled_share = _kept(rope, frequencies)
+        frequencies = (
+            (1 - unscaled_share) / rope.factor + unscaled_share
+        ) * frequencies
     if rope.scaling == "longrope":
         long = jnp.asarray(frequencies / np.array(rope.long, np.float32))[None, None]
         short = jnp.asarray(frequencies / np.array(rope.short, np.float32))[None, None]

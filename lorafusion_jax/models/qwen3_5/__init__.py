@@ -41,11 +41,11 @@ def _others(model: Qwen35) -> list[Slot]:
                 "A_log": net.A_log,
                 "dt_bias": net.dt_bias,
             }
-        named = {f"{name}.weight": norm.scale for name, norm in norms.items()}
+        tensors = {f"{name}.weight": norm.scale for name, norm in norms.items()}
         mixer = "self_attn" if stack == "full" else "linear_attn"
-        named |= {f"{mixer}.{name}": variable for name, variable in variables.items()}
+        tensors |= {f"{mixer}.{name}": variable for name, variable in variables.items()}
         layers = range(place, config.num_layers, config.group)
-        for name, variable in named.items():
+        for name, variable in tensors.items():
             slots.append(
                 Slot(
                     variable,

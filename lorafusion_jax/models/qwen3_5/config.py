@@ -88,13 +88,15 @@ class Qwen35Config(DecoderConfig):
         full = self.of_attention.stacks["decoder"]
         d = self.delta
         # The input of each norm, the MLP's gate with its derivative, the convolution's steps, and products of a chunk.
-        kept = 2 * (self.d_model + self.d_ff) + 8 * (
+        elementwise = 2 * (self.d_model + self.d_ff) + 8 * (
             d.channels + d.value_heads * (CHUNK + d.d_key + d.d_value)
         )
         recurrence = Recurrence(
             d.value_heads, d.d_key, d.d_value, CHUNK, inputs=(d.kernel - 1) * d.channels
         )
-        delta = full._replace(attentions=(), elementwise=kept, recurrence=recurrence)
+        delta = full._replace(
+            attentions=(), elementwise=elementwise, recurrence=recurrence
+        )
         return {f"delta{place}": delta for place in range(self.group - 1)} | {
             _FULL: full
         }
@@ -102,22 +104,22 @@ class Qwen35Config(DecoderConfig):
     @functools.cached_property
     def sites(self) -> Mapping[str, Site]:
         sites = {}
-        of_attention = self.of_attention.sites
+        attention_sites = self.of_attention.sites
         for place, stack in enumerate(self.stacks):
-            of_stack = {
-                name.partition(".")[2]: site for name, site in of_attention.items()
+            stack_sites = {
+                name.partition(".")[2]: site for name, site in attention_sites.items()
             }
             if stack != _FULL:
                 mixer = {
                     f"linear_attn.{name}": self._delta_site(name)
                     for name in self.delta_shapes
                 }
-                of_stack = mixer | {
+                stack_sites = mixer | {
                     name: site
-                    for name, site in of_stack.items()
+                    for name, site in stack_sites.items()
                     if name.startswith("mlp.")
                 }
-            for name, site in of_stack.items():
+            for name, site in stack_sites.items():
                 sites[f"{stack}.{name}"] = dataclasses.replace(
                     site, first=place, every=self.group
                 )

@@ -52,19 +52,19 @@ def delta_rule(
     between = jnp.exp(
         jnp.where(causal, faded[..., :, None] - faded[..., None, :], -jnp.inf)
     )
-    written = k * b[..., None]
-    overlap = jnp.tril((written @ jnp.swapaxes(k, -1, -2)) * between, -1)
+    weighted_keys = k * b[..., None]
+    overlap = jnp.tril((weighted_keys @ jnp.swapaxes(k, -1, -2)) * between, -1)
     scores = (q @ jnp.swapaxes(k, -1, -2)) * between
     since = jnp.exp(faded)[..., None]
-    unsolved = jnp.concatenate([v * b[..., None], written * since], axis=-1)
+    unsolved = jnp.concatenate([v * b[..., None], weighted_keys * since], axis=-1)
     solved = _solved(overlap, unsolved)
     until = jnp.exp(faded[..., -1:] - faded)[..., None]
 
-    def step(memory: Array, of_chunk: tuple[Array, ...]) -> tuple[Array, Array]:
-        new, read, scores, q, k, kept = of_chunk
+    def step(memory: Array, chunk: tuple[Array, ...]) -> tuple[Array, Array]:
+        new, read, scores, q, k, decay_of_memory = chunk
         corrections = new - read @ memory
         outputs = q @ memory + scores @ corrections
-        return memory * kept + jnp.swapaxes(k, -1, -2) @ corrections, outputs
+        return memory * decay_of_memory + jnp.swapaxes(k, -1, -2) @ corrections, outputs
 
     new, read = jnp.split(solved, [values.shape[-1]], axis=-1)
     memory, outputs = jax.lax.scan(

@@ -219,20 +219,20 @@ class Qwen35(Decoder):
         numbers: Any,
     ) -> tuple[Any, Any]:
         sites = self.config.sites
-        of_stacks = {
+        stack_adapters = {
             stack: of_stack(adapters, stack, sites) for stack in self.config.stacks
         }
 
         def with_states(
-            group: Group, carry: Any, of_group: tuple[Any, None, Any]
+            group: Group, carry: Any, group_inputs: tuple[Any, None, Any]
         ) -> tuple[Any, Any]:
-            states = None if of_group[2] is None else of_group[2][1]
-            return block(partial(group, states), carry, of_group)
+            states = None if group_inputs[2] is None else group_inputs[2][1]
+            return block(partial(group, states), carry, group_inputs)
 
         return scan_blocks(
             with_states,
             self.decoder,
             carry,
-            (of_stacks, None, numbers),
+            (stack_adapters, None, numbers),
             unroll=self.config.unroll,
         )

@@ -50,15 +50,15 @@ class Attention(nnx.Module):
         bias: Float[Array, "1 H _ _"] | None,
         adapters: Adapters,
         line: Line | None,
-        of_source: Line | None,
+        source_line: Line | None,
     ) -> Float[Array, "B T D"]:
         """Attend from the rows of `x` to those of `source`, group by group of the lines, where its mask holds.
 
         Rows have the `bias` of their first positions. Softmax is in float32.
         """
         all_queries = apart(self.q(x, adapters), line)
-        all_keys = apart(self.k(source, adapters), of_source)
-        all_values = apart(self.v(source, adapters), of_source)
+        all_keys = apart(self.k(source, adapters), source_line)
+        all_values = apart(self.v(source, adapters), source_line)
         mixed = [
             self._mix(queries, *self._layouts(keys, values), mask, bias)
             for queries, keys, values, mask in zip(
@@ -95,14 +95,14 @@ class Attention(nnx.Module):
             )
         queries = self.q(x, adapters)
         # Matrix units take a row for each head, zero outside the head's own columns: zeros add nothing to a sum.
-        own = jnp.repeat(
+        head_columns = jnp.repeat(
             jnp.eye(self.heads, dtype=bool), queries.shape[-1] // self.heads, axis=1
         )
-        scores = jnp.einsum("bhi,bsi->bhs", jnp.where(own, queries, 0), keys)
+        scores = jnp.einsum("bhi,bsi->bhs", jnp.where(head_columns, queries, 0), keys)
         weights = _softmax(scores[:, :, None], mask, bias)[:, :, 0].astype(x.dtype)
         mixed = jnp.einsum("bhs,bsi->bhi", weights, values)
         return self.o(
-            jnp.sum(jnp.where(own, mixed, 0), axis=1, keepdims=True), adapters
+            jnp.sum(jnp.where(head_columns, mixed, 0), axis=1, keepdims=True), adapters
         )
 
     def _layouts(

@@ -118,7 +118,7 @@ class T5Config(Architecture):
             for name, (d_in, d_out) in (ff if module == "ff" else shapes).items():
                 last = name in ("o", "wo")
                 # The decoder reads keys and values of the source at every layer.
-                of_source = stack == "encoder" or (
+                reads_source = stack == "encoder" or (
                     module == "cross" and name in ("k", "v")
                 )
                 sites[f"{stack}.{module}.{name}"] = Site(
@@ -126,7 +126,7 @@ class T5Config(Architecture):
                     d_in,
                     d_out,
                     path=f"{stack}.block.{{layer}}.{path}.{name}",
-                    reads=_SOURCE if of_source else _TARGET,
+                    reads=_SOURCE if reads_source else _TARGET,
                     split="rows" if last else "columns",
                     stage=f"{module} out" if last else f"{module} in",
                 )
@@ -144,34 +144,34 @@ def read_config(raw: Mapping[str, Any]) -> T5Config:
         raise ValueError(
             "model_type is 'umt5', whose every layer has a relative bias: give a T5, FLAN-T5 or mT5"
         )
-    said = structured(raw, _Json, "", own=False)
-    t5 = said.model_type == "t5"
-    tied = t5 if said.tie_word_embeddings is None else said.tie_word_embeddings
+    fields = structured(raw, _Json, "", own=False)
+    t5 = fields.model_type == "t5"
+    tied = t5 if fields.tie_word_embeddings is None else fields.tie_word_embeddings
     pad_id = max(
-        said.pad_token_id or 0, 0
+        fields.pad_token_id or 0, 0
     )  # -1 is written where there is none; padding is masked by its place
     return T5Config(
-        vocab_size=said.vocab_size,
-        d_model=said.d_model,
-        d_kv=said.d_kv,
-        d_ff=said.d_ff,
-        num_heads=said.num_heads,
-        num_layers=said.num_layers,
-        num_decoder_layers=said.num_decoder_layers or said.num_layers,
-        gated=said.feed_forward_proj == "gated-gelu",
+        vocab_size=fields.vocab_size,
+        d_model=fields.d_model,
+        d_kv=fields.d_kv,
+        d_ff=fields.d_ff,
+        num_heads=fields.num_heads,
+        num_layers=fields.num_layers,
+        num_decoder_layers=fields.num_decoder_layers or fields.num_layers,
+        gated=fields.feed_forward_proj == "gated-gelu",
         tied=tied,
         # transformers 5 has a field for this. Before, logits were scaled if the head was tied, except in mT5.
         scale_logits=tied and t5
-        if said.scale_decoder_outputs is None
-        else said.scale_decoder_outputs,
-        buckets=said.relative_attention_num_buckets,
-        max_distance=said.relative_attention_max_distance,
-        eps=said.layer_norm_epsilon,
+        if fields.scale_decoder_outputs is None
+        else fields.scale_decoder_outputs,
+        buckets=fields.relative_attention_num_buckets,
+        max_distance=fields.relative_attention_max_distance,
+        eps=fields.layer_norm_epsilon,
         pad_id=pad_id,
-        eos_id=said.eos_token_id,
+        eos_id=fields.eos_token_id,
         start_id=pad_id
-        if said.decoder_start_token_id is None
-        else said.decoder_start_token_id,
+        if fields.decoder_start_token_id is None
+        else fields.decoder_start_token_id,
     )
 
 

@@ -105,7 +105,7 @@ class Block(nnx.Module):
         line: Line | None,
         encoded: Encoded | None = None,
         cross_masks: Sequence[Bool[Array, "_ 1 1 _"]] = (),
-        of_source: Line | None = None,
+        source_line: Line | None = None,
     ) -> Hidden:
         """Run one layer of the source, or of the target (teacher forcing), which attends to the encoded source."""
         normed = self.self_norm(x)
@@ -116,7 +116,7 @@ class Block(nnx.Module):
         if encoded is not None:
             normed = self.cross_norm(x)
             heard = self.cross_attention(
-                normed, encoded, cross_masks, None, adapters, line, of_source
+                normed, encoded, cross_masks, None, adapters, line, source_line
             )
             x = checkpoint_name(x + heard, SUM)
         return x + self.ff(self.ff_norm(x), adapters)
@@ -201,14 +201,14 @@ class T5(nnx.Module):
             )
             return self(input_ids, input_mask, start, adapters)
         sources, targets, before = rows
-        of_source = line_of(sources, input_ids.shape[1])
+        source_line = line_of(sources, input_ids.shape[1])
         line = line_of(targets, labels.shape[1])
         input_ids, input_mask, start = map(
             folded,
             (input_ids, input_mask, jnp.where(before < 0, self.start_id, before)),
         )
-        encoded = self.encode(input_ids, input_mask, adapters, of_source)
-        logits = self.decode(start, encoded, input_mask, adapters, line, of_source)
+        encoded = self.encode(input_ids, input_mask, adapters, source_line)
+        logits = self.decode(start, encoded, input_mask, adapters, line, source_line)
         return logits.reshape(*labels.shape, -1)
 
     def prompt(
@@ -249,7 +249,7 @@ class T5(nnx.Module):
         input_mask: Bool[Array, "_ S"],
         adapters: Adapters,
         line: Line | None = None,
-        of_source: Line | None = None,
+        source_line: Line | None = None,
     ) -> Logits:
         """Return the logits of every position of `decoder_ids`, each seeing those before it."""
         widths = (
@@ -261,11 +261,11 @@ class T5(nnx.Module):
         bias = self.decoder_bias(positions, positions)
         seen = (positions[None, :] <= positions[:, None])[None, None]
         masks = [seen[..., :width, :width] for width in widths]
-        cross_masks = _keys(input_mask, of_source)
+        cross_masks = _keys(input_mask, source_line)
 
         def block(layer: Block, x: Array, adapters: Adapters) -> tuple[Array, None]:
             return layer(
-                x, masks, bias, adapters, line, encoded, cross_masks, of_source
+                x, masks, bias, adapters, line, encoded, cross_masks, source_line
             ), None
 
         x, _ = self._scan(
@@ -284,8 +284,8 @@ class T5(nnx.Module):
         ) -> tuple[Array, tuple[Array, Array]]:
             return x, layer.cross_attention.cached(x, adapters)
 
-        def empty(of_source: Array, axis: int) -> Array:
-            shape = list(of_source.shape)
+        def empty(cross_cache: Array, axis: int) -> Array:
+            shape = list(cross_cache.shape)
             shape[axis] = length
             return pack(jnp.zeros(shape, encoded.dtype))
 
@@ -317,10 +317,10 @@ class T5(nnx.Module):
         def block(
             layer: Block,
             carry: tuple[Array, Array, Array],
-            of_layer: tuple[Adapters, tuple[Array, Array], Array],
+            layer_inputs: tuple[Adapters, tuple[Array, Array], Array],
         ) -> tuple[tuple[Array, Array, Array], None]:
             x, keys, values = carry
-            adapters, cross, number = of_layer
+            adapters, cross, number = layer_inputs
 
             def put(cache: Array, new: Array, axis: int) -> Array:
                 start = [number, *[0] * new.ndim]
@@ -351,18 +351,18 @@ class T5(nnx.Module):
         return self._logits(x)[:, 0], cache._replace(keys=keys, values=values)
 
     def moved(self, cache: Cache, by: Int[Array, ""], room: int = 0) -> Cache:
-        def with_room(of_source: Array, axis: int) -> Array:
-            width = [(0, 0)] * of_source.ndim
+        def with_room(cross_cache: Array, axis: int) -> Array:
+            width = [(0, 0)] * cross_cache.ndim
             width[axis] = (0, room)
-            return jnp.pad(of_source, width)
+            return jnp.pad(cross_cache, width)
 
         axes = positions_of_cache()
-        own = (
+        self_caches = (
             jnp.roll(a, by, axis=axis)
             for a, axis in zip((cache.keys, cache.values), axes, strict=True)
         )
         return Cache(
-            *own, *map(with_room, (cache.cross_keys, cache.cross_values), axes)
+            *self_caches, *map(with_room, (cache.cross_keys, cache.cross_values), axes)
         )
 
     def _embed(self, ids: Target) -> Hidden:
