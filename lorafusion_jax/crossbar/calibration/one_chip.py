@@ -129,8 +129,10 @@ def probe(
     else:
         y = matmul(x, chip)
     batch = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    held = programmed_weights(chip) if weights is None else weights.astype(batch.dtype)
-    reference = batch @ held
+    weights_in_cells = (
+        programmed_weights(chip) if weights is None else weights.astype(batch.dtype)
+    )
+    reference = batch @ weights_in_cells
     if (
         weights is None
         and chip.correction is not None
@@ -212,8 +214,10 @@ def calibrated(chip: Chip, statistics: Statistics) -> Chip:
     chip = dataclasses.replace(chip, limits=limits.astype(chip.codes.dtype))
     if is_traced(limits) or not chip.plan.integers:
         return chip
-    known = np.asarray(limits).reshape(-1, *limits.shape[-2:])
-    plans = [choose(geometry, config, one[None], perfect=True) for one in known]
+    layer_limits = np.asarray(limits).reshape(-1, *limits.shape[-2:])
+    plans = [
+        choose(geometry, config, limit[None], perfect=True) for limit in layer_limits
+    ]
     if (
         not any(PATHS[plan.path].converts for plan in plans)
         and not PATHS[chip.plan.path].single_cells
@@ -364,9 +368,11 @@ def _of_conversions(
         )
         columns = columns.reshape(*columns.shape[:2], -1)
     tiles = encoding.split(n, geometry.rows, axis=1, front=True)
-    of_group = functools.partial(_sums, chip=chip, columns=columns)
+    group_sums = functools.partial(_sums, chip=chip, columns=columns)
     size = math.prod(
-        jax.eval_shape(of_group, tiles[:1], None if key is None else key[None])[0].shape
+        jax.eval_shape(group_sums, tiles[:1], None if key is None else key[None])[
+            0
+        ].shape
     )
     at_once = _AT_ONCE // size
     if chip.cells is not None:
@@ -374,11 +380,11 @@ def _of_conversions(
     at_once = min(max(1, at_once), len(n))
     groups = math.ceil(len(n) / at_once)
     tiles = jnp.pad(tiles, ((0, groups * at_once - len(n)), (0, 0), (0, 0)))
-    known = jnp.pad(counts, (0, len(tiles) - len(n)))
+    tile_counts = jnp.pad(counts, (0, len(tiles) - len(n)))
     keys = None if key is None else jax.random.split(key, (groups, at_once))
     drawing = jax.random.split(jax.random.key(0), groups)
     conversions = size // slices
-    drawn = max(_FEWEST, CONVERSIONS // len(n))
+    conversions_per_tile = max(_FEWEST, CONVERSIONS // len(n))
     bound = _extent(chip, dtype)
     quantise = (
         None
@@ -390,10 +396,10 @@ def _of_conversions(
 
     def add(total: tuple[Array, ...], group: tuple[Any, ...]) -> tuple[Any, None]:
         histogram, errors, clipped, seen = total
-        tiles, known, keys, drawing = group
-        sums, used = of_group(tiles, keys)  # [R, _J, at_once, K, S]
+        tiles, tile_counts, keys, drawing = group
+        sums, used = group_sums(tiles, keys)  # [R, _J, at_once, K, S]
         counted = (
-            known[None, None, :, None, None] * used[:, None, None, None]
+            tile_counts[None, None, :, None, None] * used[:, None, None, None]
         )  # [R, 1, at_once, 1, S]
         sizes = jnp.abs(sums)
 
@@ -406,22 +412,24 @@ def _of_conversions(
         if len(steps):
             errors = errors.at[:, : len(steps)].add(jax.lax.map(squares, steps).T)
         if quantise is not None:
-            of_sums = jnp.broadcast_to(
+            sum_scale = jnp.broadcast_to(
                 quantise.scale[:, None, None, :, None], sums.shape
             )
-            beyond = quantise.clips(quantise.scaled(sums, of_sums))
+            beyond = quantise.clips(quantise.scaled(sums, sum_scale))
             clipped = clipped + jnp.sum(
                 jnp.where(beyond, counted, 0), axis=(0, 1, 2, 4)
             )
         # A sum of `counted` is now and then too large on a busy CPU (jaxlib 0.10.2).
-        seen = seen + sums.shape[1] * jnp.sum(known) * jnp.sum(used)
+        seen = seen + sums.shape[1] * jnp.sum(tile_counts) * jnp.sum(used)
         counted = jnp.broadcast_to(counted, (*sums.shape[:3], 1, sums.shape[4]))
         sizes = sizes.transpose(3, 2, 0, 1, 4).reshape(sizes.shape[3], at_once, -1)
         counted = counted.transpose(3, 2, 0, 1, 4).reshape(
             counted.shape[3], at_once, -1
         )
-        if drawn < conversions:
-            places = jax.random.randint(drawing, (1, at_once, drawn), 0, conversions)
+        if conversions_per_tile < conversions:
+            places = jax.random.randint(
+                drawing, (1, at_once, conversions_per_tile), 0, conversions
+            )
             sizes = jnp.take_along_axis(sizes, places, axis=2)
             counted = jnp.take_along_axis(counted, places, axis=2)
         at = _bins(sizes / bound[:, None, None], BINS, _OF_SUMS, _LEAST_SUM).reshape(
@@ -434,12 +442,12 @@ def _of_conversions(
 
     parts = (
         tiles.reshape(groups, at_once, *tiles.shape[1:]),
-        known.reshape(groups, at_once),
+        tile_counts.reshape(groups, at_once),
         keys,
         drawing,
     )
     (histogram, errors, clipped, seen), _ = jax.lax.scan(add, (*zeros, none), parts)
-    if drawn < conversions:
+    if conversions_per_tile < conversions:
         sampled = jnp.sum(histogram[0])
         histogram = histogram * (seen / jnp.where(sampled == 0, 1, sampled))
     return histogram, errors, clipped

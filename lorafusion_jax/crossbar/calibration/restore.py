@@ -92,9 +92,9 @@ _READS = {
 
 def _zeros(chip: Chip, low_rank: bool) -> _Moments:
     *lead, d_in, d_out = chip.shape
-    of_columns = (jnp.zeros((*lead, d_out)) for _ in range(4))
+    column_sums = (jnp.zeros((*lead, d_out)) for _ in range(4))
     pair = (jnp.zeros((*lead, d_in, d)) if low_rank else None for d in (d_in, d_out))
-    return _Moments(jnp.zeros(lead), jnp.zeros(lead), *of_columns, *pair)
+    return _Moments(jnp.zeros(lead), jnp.zeros(lead), *column_sums, *pair)
 
 
 def fit_corrections(
@@ -178,8 +178,10 @@ def output_moments(
             wrong = f"the matrix of {chip.name} has the shape {matrix.shape}: expected {chip.shape}"
             raise ValueError(wrong + _reshaped(chip, matrix))
     zeros = [_zeros(chip, numbers > 0) for chip in chips]
-    own = [(matrix,) for matrix in matrices]
-    total = summed(run, weights, batches, _READS[numbers > 0], zeros, own, counted)
+    arguments = [(matrix,) for matrix in matrices]
+    total = summed(
+        run, weights, batches, _READS[numbers > 0], zeros, arguments, counted
+    )
     for chip, seen in zip(chips, total, strict=True):
         if not np.all(np.asarray(seen.count) > 0):
             raise ValueError(
@@ -215,13 +217,13 @@ def closed_forms(
         scale = _blend(seen.yz, seen.zz, ridge)
         offset = None
         if offsets:
-            one = np.where(seen.one > 0, seen.one, 1)[..., None]
+            count = np.where(seen.one > 0, seen.one, 1)[..., None]
             scale = _blend(
-                seen.yz - seen.y * seen.z / one,
-                seen.zz - np.square(seen.z) / one,
+                seen.yz - seen.y * seen.z / count,
+                seen.zz - np.square(seen.z) / count,
                 ridge,
             )
-            offset = (seen.y - scale * seen.z) / one
+            offset = (seen.y - scale * seen.z) / count
         if numbers:
             fewest = seen.count.min()
             if fewest < matrix.shape[-2]:
@@ -231,10 +233,12 @@ def closed_forms(
                     stacklevel=2,
                 )
             for index in np.ndindex(matrix.shape[:-2]):
-                one = jax.tree.map(lambda leaf, index=index: leaf[index], seen)
+                matrix_moments = jax.tree.map(
+                    lambda leaf, index=index: leaf[index], seen
+                )
                 try:
-                    found = _low_rank(
-                        one,
+                    direction = _low_rank(
+                        matrix_moments,
                         np.asarray(matrix[index], float),
                         scale[index].astype(float),
                         ridge,
@@ -245,7 +249,7 @@ def closed_forms(
                         f"the inputs of {name} do not determine its matrix of low rank: give more text, or a "
                         f"larger ridge than {ridge:g}"
                     ) from None
-                directions.append((name, index, *found))
+                directions.append((name, index, *direction))
         corrections[name] = Correction(
             **jax.tree.map(jnp.asarray, {"scale": scale, "offset": offset})
         )
@@ -265,8 +269,8 @@ def _reshaped(chip: Chip, matrix: Array) -> str:
 def _blend(product: np.ndarray, power: np.ndarray, ridge: float) -> np.ndarray:
     """Return the least-squares factor of each column, pulled towards 1."""
     pull = ridge * power.mean(axis=-1, keepdims=True)
-    whole = power + pull
-    return np.where(whole > 0, (product + pull) / np.where(whole > 0, whole, 1), 1)
+    pulled = power + pull
+    return np.where(pulled > 0, (product + pull) / np.where(pulled > 0, pulled, 1), 1)
 
 
 def _low_rank(
@@ -323,19 +327,19 @@ def _with_low_rank(
         if cost <= left_over:
             ranks[number] = ranks[number] + 1
             left_over = left_over - cost
-    found = dict(corrections)
+    corrected = dict(corrections)
     for name in dict.fromkeys(name for name, *_ in directions):
         *lead, d_in, d_out = matrices[name].shape
-        own = [
+        chosen = [
             (d, rank) for d, rank in zip(directions, ranks, strict=True) if d[0] == name
         ]
-        widest = max(1, *(rank for _, rank in own))
+        widest = max(1, *(rank for _, rank in chosen))
         U = np.zeros((*lead, d_in, widest), np.float32)
         V = np.zeros((*lead, widest, d_out), np.float32)
-        for (_, index, left, right, _), rank in own:
+        for (_, index, left, right, _), rank in chosen:
             U[(*index, slice(None), slice(rank))] = left[:, :rank]
             V[(*index, slice(rank))] = right[:rank]
-        found[name] = dataclasses.replace(
-            found[name], U=jnp.asarray(U), V=jnp.asarray(V)
+        corrected[name] = dataclasses.replace(
+            corrected[name], U=jnp.asarray(U), V=jnp.asarray(V)
         )
-    return found
+    return corrected

@@ -44,11 +44,14 @@ def calibrate_tree(run: Run, weights: Any, batches: Sequence[Any]) -> Any:
     batches, or if they do not read a weight.
     """
     for _ in range(2 if any(map(_awaits_inputs, chips_in(weights))) else 1):
-        found = observe(run, weights, batches)
+        statistics = observe(run, weights, batches)
         leaves = chips_in(weights)
         weights = with_chips(
             weights,
-            [_calibrated(leaf, seen) for leaf, seen in zip(leaves, found, strict=True)],
+            [
+                _calibrated(leaf, seen)
+                for leaf, seen in zip(leaves, statistics, strict=True)
+            ],
         )
     return weights
 
@@ -64,7 +67,7 @@ def summed(
     batches: Iterable[Any],
     read: Callable[..., tuple[Array, Any]],
     zeros: list[Any],
-    own: Sequence[tuple[Array, ...]] = (),
+    arguments: Sequence[tuple[Array, ...]] = (),
     counted: Counted | None = None,
 ) -> list[Any]:
     """Return what `read` finds at every chip, summed over all reads of the batches, in the order of the tree.
@@ -81,16 +84,23 @@ def summed(
     """
     total = zeros
     batch = None
-    own = own or [()] * len(zeros)
+    arguments = arguments or [()] * len(zeros)
     chips = chips_in(weights)
     for number, batch in enumerate(batches):
         masks = [
             counted and _of_stack(counted(batch, chip.name), chip) for chip in chips
         ]
-        found = _found(
-            total, weights, own, masks, batch, jnp.int32(number), run=run, read=read
+        sums = _found(
+            total,
+            weights,
+            arguments,
+            masks,
+            batch,
+            jnp.int32(number),
+            run=run,
+            read=read,
         )
-        total = jax.tree.map(jnp.add, total, found)
+        total = jax.tree.map(jnp.add, total, sums)
     if batch is None:
         raise ValueError(
             "there are no batches: give a few without labels, like those that the model will be used on"
@@ -105,28 +115,30 @@ def site_errors(weights: Any, statistics: list[Statistics]) -> list[dict[str, An
     conversions of the slice that clips most), clipped_inputs (share)}. Shares over `clip_share` warn.
     """
     rows = []
-    of_adcs = []
-    of_dacs = []
+    clipping_adcs = []
+    clipping_dacs = []
     for leaf, seen in zip(chips_in(weights), statistics, strict=True):
-        of_leaf = list(_rows(leaf, seen))
-        rows += of_leaf
+        site_rows = list(_rows(leaf, seen))
+        rows += site_rows
         if (adc := leaf.config.adc) is not None:
-            of_adcs += [row for row in of_leaf if row["clipped"] > adc.clip_share]
-        if (dac := leaf.config.dac) is not None:
-            of_dacs += [
-                row for row in of_leaf if row["clipped_inputs"] > dac.clip_share
+            clipping_adcs += [
+                row for row in site_rows if row["clipped"] > adc.clip_share
             ]
-    for what, column, clipping in (
-        ("ADCs clip more conversions than adc.clip_share", "clipped", of_adcs),
-        ("DACs clip more inputs than dac.clip_share", "clipped_inputs", of_dacs),
+        if (dac := leaf.config.dac) is not None:
+            clipping_dacs += [
+                row for row in site_rows if row["clipped_inputs"] > dac.clip_share
+            ]
+    for problem, column, clipping in (
+        ("ADCs clip more conversions than adc.clip_share", "clipped", clipping_adcs),
+        ("DACs clip more inputs than dac.clip_share", "clipped_inputs", clipping_dacs),
     ):
         if clipping:
             worst = sorted(clipping, key=lambda row, column=column: -row[column])
-            named = "; ".join(
+            sites = "; ".join(
                 f"{_said(row)}: {row[column]:.1%}" for row in worst[:_NAMED]
             )
-            more = f"; and {len(worst) - _NAMED} more" if len(worst) > _NAMED else ""
-            warnings.warn(f"{what}: {named}{more}", stacklevel=2)
+            rest = f"; and {len(worst) - _NAMED} more" if len(worst) > _NAMED else ""
+            warnings.warn(f"{problem}: {sites}{rest}", stacklevel=2)
     return rows
 
 
@@ -134,7 +146,7 @@ def site_errors(weights: Any, statistics: list[Statistics]) -> list[dict[str, An
 def _found(
     zeros: list[Any],
     weights: Any,
-    own: Sequence[tuple[Array, ...]],
+    arguments: Sequence[tuple[Array, ...]],
     masks: Sequence[Array | None],
     batch: Any,
     number: Array,
@@ -146,7 +158,10 @@ def _found(
     leaves = chips_in(reads(weights, number))
 
     def total(zeros: list[Any]) -> Array:
-        taps = [_Tap(*of_chip, read) for of_chip in zip(zeros, own, masks, strict=True)]
+        taps = [
+            _Tap(*tap_parts, read)
+            for tap_parts in zip(zeros, arguments, masks, strict=True)
+        ]
         tapped = [
             dataclasses.replace(leaf, tap=tap)
             for leaf, tap in zip(leaves, taps, strict=True)
@@ -178,18 +193,18 @@ class _Tap:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _tapped(
-    how: tuple[Any, Any],
+    read_and_tree: tuple[Any, Any],
     x: Float[Array, "*B d_in"],
-    found: tuple[Array, ...],
+    zeros: tuple[Array, ...],
     arrays: list[Any],
 ) -> Float[Array, "*B d_out"]:
-    return _tapped_forward(how, x, found, arrays)[0]
+    return _tapped_forward(read_and_tree, x, zeros, arrays)[0]
 
 
-def _tapped_forward(how, x, found, arrays):
-    read, tree = how
-    y, found = read(x, *jax.tree.unflatten(tree, arrays))
-    return y, (jnp.zeros_like(x), tuple(jax.tree.leaves(found)), None)
+def _tapped_forward(read_and_tree, x, statistics, arrays):
+    read, tree = read_and_tree
+    y, statistics = read(x, *jax.tree.unflatten(tree, arrays))
+    return y, (jnp.zeros_like(x), tuple(jax.tree.leaves(statistics)), None)
 
 
 _tapped.defvjp(_tapped_forward, lambda how, gradients, cotangent: gradients)

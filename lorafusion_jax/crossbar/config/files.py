@@ -147,36 +147,34 @@ def _refuse(function: Callable[..., Any], where: str) -> str:
 def _plain(
     value: Any,
     where: str,
-    of_function: Callable[[Callable, str], str],
+    name_of: Callable[[Callable, str], str],
     *,
     defaults: bool = True,
 ) -> Any:
     """Return a value as tables, lists, numbers and texts, with or without the fields that have their defaults."""
     if isinstance(value, jax.tree_util.Partial):
-        return of_function(value.func, where)
+        return name_of(value.func, where)
     if dataclasses.is_dataclass(value):
         name = where.rpartition(".")[2]
         if name in _MODELS and type(value) not in _MODELS[name]:
-            return of_function(type(value), where)
+            return name_of(type(value), where)
         fields = {"model": type(value).__name__} if name in _MODELS else {}
         for field in dataclasses.fields(value):
             place = f"{where}.{field.name}".lstrip(".")
             plain = _plain(
-                getattr(value, field.name), place, of_function, defaults=defaults
+                getattr(value, field.name), place, name_of, defaults=defaults
             )
             needed = defaults or field.default is dataclasses.MISSING
-            if needed or plain != _plain(
-                field.default, place, of_function, defaults=False
-            ):
+            if needed or plain != _plain(field.default, place, name_of, defaults=False):
                 fields[field.name] = plain
         return fields
     if isinstance(value, tuple | list):
-        return [_plain(each, where, of_function, defaults=defaults) for each in value]
+        return [_plain(item, where, name_of, defaults=defaults) for item in value]
     if isinstance(value, jax.Array | np.ndarray | np.generic):
         return value.tolist()
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    return of_function(value, where)
+    return name_of(value, where)
 
 
 def _build(cls: type, fields: Any, where: str) -> Any:
@@ -263,5 +261,5 @@ def _model(name: str, value: Any, where: str) -> Any:
 
 def _are_numbers(value: Any) -> bool:
     return isinstance(value, list) and all(
-        type(each) in (int, float) or _are_numbers(each) for each in value
+        type(item) in (int, float) or _are_numbers(item) for item in value
     )

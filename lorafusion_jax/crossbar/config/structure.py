@@ -61,5 +61,5 @@ def _classes(part: Any) -> Iterator[type]:
         for field in dataclasses.fields(part):
             yield from _classes(getattr(part, field.name))
     elif isinstance(part, tuple):
-        for each in part:
-            yield from _classes(each)
+        for item in part:
+            yield from _classes(item)

@@ -16,11 +16,11 @@ _LONGEST_INTEGER = (
 )
 
 
-def kind_of(path: Path, what: str) -> str:
+def kind_of(path: Path, purpose: str) -> str:
     """Return `yaml` or `json` by a file's suffix; raises ValueError for another one."""
     kinds = {".yaml": "yaml", ".yml": "yaml", ".json": "json"}
     if path.suffix not in kinds:
-        raise ValueError(f"{path}: {what} a file ending in {', '.join(kinds)}")
+        raise ValueError(f"{path}: {purpose} a file ending in {', '.join(kinds)}")
     return kinds[path.suffix]
 
 
@@ -38,9 +38,9 @@ def read_table(path: Path, kind: str) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
         if kind == "json":
-            found = parse_json(text, parse_int=_integer)
-            _check(found, _values)
-            return found
+            table = parse_json(text, parse_int=_integer)
+            _check(table, _values)
+            return table
         loader = _Loader(text)
         node = loader.get_single_node()  # before aliases are followed
         if node is None:
@@ -64,7 +64,7 @@ def _check(root: Any, inside: Callable[[Any], Iterable[Any]]) -> None:
             raise ValueError(
                 f"it holds over {_MOST_VALUES:,} values, or tables over {_DEEPEST} deep: shorten it"
             )
-        waiting += [(each, depth + 1) for each in inside(value)]
+        waiting += [(item, depth + 1) for item in inside(value)]
 
 
 def _values(value: Any) -> Iterable[Any]:
@@ -78,7 +78,7 @@ def _nodes(node: yaml.Node) -> Iterable[yaml.Node]:
         check_once(
             [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         )
-        return [each for _, each in node.value]
+        return [child for _, child in node.value]
     return node.value if isinstance(node, yaml.SequenceNode) else ()
 
 

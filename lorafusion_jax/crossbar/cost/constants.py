@@ -59,8 +59,8 @@ def of_architectures() -> dict[str, Constant]:
     """Return the constants that ADC architectures bring along."""
     return {
         name: constant
-        for each in ARCHITECTURES.values()
-        for name, constant in each.constants.items()
+        for architecture in ARCHITECTURES.values()
+        for name, constant in architecture.constants.items()
     }
 
 
@@ -87,14 +87,14 @@ def load_constants(path: Path) -> Constants:
         )
     fix = "change it (YAML takes 1e4 for a text: write 1.0e+4)"
     entries = structured(read_table(path, kind), dict[str, _Entry], path, fix=fix)
-    known = {**CONSTANTS.table, **of_architectures()}
+    all_constants = {**CONSTANTS.table, **of_architectures()}
     table = dict(CONSTANTS.table)
     for name, entry in entries.items():
-        if name not in known:
+        if name not in all_constants:
             raise ValueError(
-                f"{path}: {shown(name)} unknown: choose from {', '.join(known)}"
+                f"{path}: {shown(name)} unknown: choose from {', '.join(all_constants)}"
             )
-        if entry["unit"] != (unit := known[name].unit):
+        if entry["unit"] != (unit := all_constants[name].unit):
             raise ValueError(
                 f"{path}: {name} is in {shown(entry['unit'])}: give it in {unit!r}"
             )
@@ -106,6 +106,10 @@ def load_constants(path: Path) -> Constants:
                 f"{path}: {name} is {low}, {typical}, {high}: give 0 < low <= typical <= high, all finite"
             )
         table[name] = dataclasses.replace(
-            known[name], low=low, typical=typical, high=high, source=entry["source"]
+            all_constants[name],
+            low=low,
+            typical=typical,
+            high=high,
+            source=entry["source"],
         )
     return Constants(MappingProxyType(table))

@@ -72,7 +72,7 @@ def counts(
     rows = geometry.rows
     cols = geometry.cols
     slices = len(config.weight_slices)
-    each = slices * geometry.polarities
+    arrays_per_tile = slices * geometry.polarities
     columns = d_out + (len(cols) if config.encoding.unit_column else 0)
     conversions = additions = 0
     if config.adc is not None:
@@ -83,11 +83,11 @@ def counts(
         additions = conversions + (reads * d_out if config.encoding.unit_column else 0)
     if config.encoding.kind == "offset" and not config.encoding.unit_column:
         additions += d_in  # the sum of the inputs, which the digital offset multiplies
-    of_inputs = preparing(d_in, config) if prepares else Counts()
-    return of_inputs + Counts(
-        arrays=len(rows) * len(cols) * each,
-        cells=d_in * columns * each,
-        rows=d_in * len(cols) * each,
+    preparing_counts = preparing(d_in, config) if prepares else Counts()
+    return preparing_counts + Counts(
+        arrays=len(rows) * len(cols) * arrays_per_tile,
+        cells=d_in * columns * arrays_per_tile,
+        rows=d_in * len(cols) * arrays_per_tile,
         tallest=geometry.tallest,
         conversions=conversions,
         additions=additions,
@@ -139,15 +139,15 @@ class ReadEnergy(NamedTuple):
 
 
 def write_cost(
-    written: Counts, constants: Constants = CONSTANTS, *, passes: int = 1
+    cells_written: Counts, constants: Constants = CONSTANTS, *, passes: int = 1
 ) -> WriteCost:
     """Return the cost of writing each cell of matrices `passes` times."""
-    cycles = constants["write_pulses"] * (passes if written.cells else 0)
-    cells = written.cells * passes
+    cycles = constants["write_pulses"] * (passes if cells_written.cells else 0)
+    cells = cells_written.cells * passes
     in_turn = longest(
         [
-            Range.of(written.rows) / constants["arrays_written_at_once"],
-            Range.of(written.tallest),
+            Range.of(cells_written.rows) / constants["arrays_written_at_once"],
+            Range.of(cells_written.tallest),
         ]
     )
     return WriteCost(

@@ -139,7 +139,7 @@ def _plan(config: CrossbarConfig, shape: tuple[int, int]) -> Plan:
 
 
 def _preparation(
-    config: CrossbarConfig, taken: Counts, of_chip: Preparation | None
+    config: CrossbarConfig, taken: Counts, preparation: Preparation | None
 ) -> tuple[str, ...]:
     """Return the changes that a configuration has, and what those of a chip were made for."""
     mapping = config.mapping
@@ -150,11 +150,11 @@ def _preparation(
     )
     transform = f"{mapping.transform} transform with {taken.transforms:,} additions for one input vector"
     parts = (("factors", mapping.factors), (transform, mapping.transform != "none"))
-    white = "for inputs of equal power", of_chip is not None and of_chip.white
+    white = "for inputs of equal power", preparation is not None and preparation.white
     return tuple(
         name
-        for name, there in (*parts, (ranges, mapping.clip == "optimal"), white)
-        if there
+        for name, applies in (*parts, (ranges, mapping.clip == "optimal"), white)
+        if applies
     )
 
 

@@ -78,10 +78,10 @@ def total(ranges: Iterable[Range]) -> Range:
 
 def longest(ranges: Iterable[Range]) -> Range:
     """Return the largest low, typical and high value of ranges: the duration of parallel processes."""
-    found = list(ranges)
+    values = list(ranges)
     return Range(
         *(
-            max(getattr(each, end) for each in found)
+            max(getattr(value, end) for value in values)
             for end in ("low", "typical", "high")
         )
     )

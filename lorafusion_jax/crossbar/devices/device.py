@@ -49,9 +49,9 @@ class StuckAt:
         self, G: Float[Array, "..."], key: Array, g_min: Physical
     ) -> Float[Array, "..."]:
         """Return `G` with the stuck cells in it."""
-        why = "StuckAt.{} has no gradient: a cell is stuck or is not. Leave it out, or take differences"
-        low = without_gradient(like(self.low, G), why.format("low"))
-        high = without_gradient(like(self.high, G), why.format("high"))
+        message = "StuckAt.{} has no gradient: a cell is stuck or is not. Leave it out, or take differences"
+        low = without_gradient(like(self.low, G), message.format("low"))
+        high = without_gradient(like(self.high, G), message.format("high"))
         u = jax.random.uniform(key, G.shape, G.dtype)
         return jnp.where(
             u >= 1 - high, like(1.0, G), jnp.where(u < low, like(g_min, G), G)
@@ -76,8 +76,8 @@ class ReadNoise:
     def draw(self, G: Float[Array, "..."], key: Array) -> Float[Array, "..."]:
         """Return the conductances of one read."""
         scale = like(self.sigma, G) * (G if self.kind == "proportional" else 1)
-        drawn = G + scale * noise(key, G)
-        return jnp.maximum(drawn, 0) if self.clip else drawn
+        noisy = G + scale * noise(key, G)
+        return jnp.maximum(noisy, 0) if self.clip else noisy
 
 
 @model(above_0=("read_voltage", "scale"))
@@ -190,10 +190,10 @@ def realise(
         if device.programming is not None:
             # A verified cell is measured at once; it ages afterwards.
             time = None if device.write_verify is not None else device.time
-            written = for_each_cell(
+            conductances = for_each_cell(
                 "programming", device.programming(target, pulse_key, time), G.shape
             )
-            target = _clip(written, device, g_min)
+            target = _clip(conductances, device, g_min)
         return (
             target if device.stuck is None else device.stuck(target, stuck_key, g_min)
         )

@@ -154,7 +154,7 @@ RERAM_CMO_DRIFT = Relaxation(
 
 
 def drift_compensation(
-    reference: Float[Array, "..."], now: Float[Array, "..."]
+    reference: Float[Array, "..."], aged: Float[Array, "..."]
 ) -> Float[Array, ""]:
     """Return the one factor by which a matrix's outputs are multiplied digitally to undo its mean drift.
 
@@ -162,5 +162,5 @@ def drift_compensation(
     reads of one-hot inputs measure, over that now; 1 where all weights are zero.
     """
     before = jnp.sum(jnp.abs(reference))
-    after = jnp.sum(jnp.abs(now))
+    after = jnp.sum(jnp.abs(aged))
     return jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 1)

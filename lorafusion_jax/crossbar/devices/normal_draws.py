@@ -46,8 +46,8 @@ def normal(
         return normal_at(words, jnp.zeros_like(low), low)
 
     # In a loop, whose result is in memory: XLA would else draw anew in every operation that reads it.
-    drawn = jax.lax.map(draw, jnp.arange(0, size, block, dtype=jnp.uint32))
-    return drawn.reshape(-1)[:size].reshape(shape)
+    blocks = jax.lax.map(draw, jnp.arange(0, size, block, dtype=jnp.uint32))
+    return blocks.reshape(-1)[:size].reshape(shape)
 
 
 def normal_at(

@@ -48,7 +48,7 @@ def model(
     """
 
     def decorate(cls: _Class) -> _Class:
-        others = getattr(cls, "__post_init__", lambda self: None)
+        post_init = getattr(cls, "__post_init__", lambda self: None)
 
         def check(self: Any) -> None:
             for name in at_least_0 + above_0:
@@ -56,11 +56,11 @@ def model(
             for field in dataclasses.fields(self):
                 if get_origin(field.type) is Literal:
                     *first, last = get_args(field.type)
-                    known = getattr(self, field.name) in (*first, last)
+                    valid = getattr(self, field.name) in (*first, last)
                     require(
-                        self, field.name, known, f"choose {', '.join(first)} or {last}"
+                        self, field.name, valid, f"choose {', '.join(first)} or {last}"
                     )
-            others(self)
+            post_init(self)
 
         cls.__post_init__ = check
         names = [
@@ -150,13 +150,13 @@ def is_moved(tangent: Any) -> bool:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def without_gradient(value: Array, why: str) -> Array:
+def without_gradient(value: Array, message: str) -> Array:
     """Return `value` [...], whose differentiation raises a ValueError instead of giving zero."""
     return value
 
 
 @functools.partial(without_gradient.defjvp, symbolic_zeros=True)
-def _refuse(why, primals, tangents):
+def _refuse(message, primals, tangents):
     if is_moved(tangents[0]):
-        raise ValueError(why)
+        raise ValueError(message)
     return primals[0], jnp.zeros_like(primals[0])

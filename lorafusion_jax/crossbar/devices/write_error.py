@@ -122,9 +122,9 @@ class Measured:
             return table[0]
         knots = jnp.log(like(self.seconds, G))
         time = like(time, G)
-        now = jnp.log(jnp.maximum(time, self.seconds[0]))
-        after = jnp.clip(jnp.searchsorted(knots, now), 1, len(rows) - 1)
-        share = (now - knots[after - 1]) / (knots[after] - knots[after - 1])
+        log_time = jnp.log(jnp.maximum(time, self.seconds[0]))
+        after = jnp.clip(jnp.searchsorted(knots, log_time), 1, len(rows) - 1)
+        share = (log_time - knots[after - 1]) / (knots[after] - knots[after - 1])
         row = table[after - 1] + share * (table[after] - table[after - 1])
         return (
             row
@@ -253,9 +253,9 @@ class WriteVerify:
         key: Array,
     ) -> tuple[Float[Array, "..."], Int[Array, "..."]]:
         """Return the conductances and pulses of each cell; `write` is (target, key) -> G, one pulse on every cell."""
-        why = "has no gradient: a pulse is accepted or is not. Leave it out, or take differences"
+        message = "has no gradient: a pulse is accepted or is not. Leave it out, or take differences"
         tolerance = without_gradient(
-            like(self.tolerance, target), f"WriteVerify.tolerance {why}"
+            like(self.tolerance, target), f"WriteVerify.tolerance {message}"
         )
 
         def outside(G: Array) -> Array:
@@ -268,12 +268,14 @@ class WriteVerify:
         def rewrite(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             G, count, pulse = state
             again = outside(G)
-            written = jnp.where(again, write(target, jax.random.fold_in(key, pulse)), G)
-            return written, count + again.astype(count.dtype), pulse + 1
+            conductances = jnp.where(
+                again, write(target, jax.random.fold_in(key, pulse)), G
+            )
+            return conductances, count + again.astype(count.dtype), pulse + 1
 
         first = varying_as(write(target, jax.random.fold_in(key, 0)), tolerance)
         once = varying_as(jnp.ones(target.shape, jnp.int32), first)
         G, count, _ = jax.lax.while_loop(more, rewrite, (first, once, jnp.int32(1)))
         return without_gradient(
-            G, f"what is programmed through write-verify {why}"
+            G, f"what is programmed through write-verify {message}"
         ), count

@@ -69,7 +69,7 @@ def prepare(
     _check(model, rules)
     weights = on_arrays(model, rules)
     squares = {}
-    found = {}
+    preparations = {}
     if batches is not None:
         _check_batches(batches)
         perfect = {
@@ -99,10 +99,10 @@ def prepare(
                     f"{path} and {group[0]} in `together` meet different inputs: leave one of them out"
                 )
         if needs_preparation(config):
-            found |= preparing.prepare(
+            preparations |= preparing.prepare(
                 {path: weights[path] for path in group}, first, config, seed=seed
             )
-    return found
+    return preparations
 
 
 def convert(
@@ -208,10 +208,10 @@ def count_reads(model: Any, *inputs: Any, **options: Any) -> dict[str, int]:
     tree, _ = _taken_apart(model)
     leaves = chips.chips_in(tree)
     zeros = [jnp.zeros(leaf.shape[:-2], jnp.float32) for leaf in leaves]
-    found = whole_model.summed(_run(model, options), tree, [inputs], _counted, zeros)
+    counts = whole_model.summed(_run(model, options), tree, [inputs], _counted, zeros)
     counted = {
         leaf.name: int(jnp.sum(number))
-        for leaf, number in zip(leaves, found, strict=True)
+        for leaf, number in zip(leaves, counts, strict=True)
     }
     if missing := [name for name, number in counted.items() if number == 0]:
         raise ValueError(

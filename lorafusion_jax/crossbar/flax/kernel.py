@@ -86,16 +86,16 @@ def dot_general(
     **result: Any,
 ) -> Array:
     """Return `jax.lax.dot_general(x, kernel, ...)`, in its shape; the precision is that of the arrays."""
-    (of_x, of_kernel), (groups_of_x, groups_of_kernel) = dimension_numbers
-    free = [axis for axis in range(x.ndim) if axis not in (*of_x, *groups_of_x)]
+    (x_axes, kernel_axes), (groups_of_x, groups_of_kernel) = dimension_numbers
+    free = [axis for axis in range(x.ndim) if axis not in (*x_axes, *groups_of_x)]
     features = [
         size
         for axis, size in enumerate(kernel.shape)
-        if axis not in (*of_kernel, *groups_of_kernel)
+        if axis not in (*kernel_axes, *groups_of_kernel)
     ]
-    x = x.transpose(*groups_of_x, *free, *of_x)
+    x = x.transpose(*groups_of_x, *free, *x_axes)
     return kernel.read(
-        x, groups=len(groups_of_x), inputs=len(of_x), features=features, **result
+        x, groups=len(groups_of_x), inputs=len(x_axes), features=features, **result
     )
 
 
@@ -108,24 +108,26 @@ def einsum(
         raise ValueError(
             f"{name} is on arrays for {kernel.equation!r}, not {equation!r}: leave it digital"
         )
-    of_x, of_kernel, of_y = operands(equation)
+    x_letters, kernel_letters, y_letters = operands(equation)
     group_axes, input_axes = einsum_axes(equation)
-    groups = "".join(of_kernel[axis] for axis in group_axes)
-    inputs = "".join(of_kernel[axis] for axis in input_axes)
-    outputs = "".join(letter for letter in of_kernel if letter not in groups + inputs)
+    groups = "".join(kernel_letters[axis] for axis in group_axes)
+    inputs = "".join(kernel_letters[axis] for axis in input_axes)
+    outputs = "".join(
+        letter for letter in kernel_letters if letter not in groups + inputs
+    )
     free = "".join(
-        letter for letter in of_y if letter not in of_kernel
+        letter for letter in y_letters if letter not in kernel_letters
     )  # with its ellipsis
     features = [
         size
-        for letter, size in zip(of_kernel, kernel.shape, strict=True)
+        for letter, size in zip(kernel_letters, kernel.shape, strict=True)
         if letter in outputs
     ]
-    x = jnp.einsum(f"{of_x}->{groups}{free}{inputs}", x)
+    x = jnp.einsum(f"{x_letters}->{groups}{free}{inputs}", x)
     y = kernel.read(
         x, groups=len(groups), inputs=len(inputs), features=features, **result
     )
-    return jnp.einsum(f"{groups}{free}{outputs}->{of_y}", y)
+    return jnp.einsum(f"{groups}{free}{outputs}->{y_letters}", y)
 
 
 def operands(equation: str) -> list[str]:
@@ -135,9 +137,9 @@ def operands(equation: str) -> list[str]:
 
 def einsum_axes(equation: str) -> tuple[list[int], list[int]]:
     """Return the axes of groups of an equation's second operand, and those that are summed over."""
-    of_x, of_kernel, of_y = operands(equation)
-    shared = [axis for axis, letter in enumerate(of_kernel) if letter in of_x]
-    groups = [axis for axis in shared if of_kernel[axis] in of_y]
+    x_letters, kernel_letters, y_letters = operands(equation)
+    shared = [axis for axis, letter in enumerate(kernel_letters) if letter in x_letters]
+    groups = [axis for axis in shared if kernel_letters[axis] in y_letters]
     return groups, [axis for axis in shared if axis not in groups]
 
 
@@ -195,7 +197,7 @@ def _patches(
         start = [
             number * step for number, step in zip(place, window_dilation, strict=True)
         ]
-        stop = [first + more + 1 for first, more in zip(start, room, strict=True)]
+        stop = [first + length + 1 for first, length in zip(start, room, strict=True)]
         taps.append(
             jax.lax.slice(
                 x, (0, *start, 0), (len(x), *stop, x.shape[-1]), (1, *strides, 1)
@@ -213,8 +215,8 @@ class Promote:
     def __call__(self, arrays: tuple[Any, ...], **options: Any) -> tuple[Any, ...]:
         """Return the arrays in the dtype of the computation, and kernels as they are."""
         seen = tuple(
-            jnp.zeros((), each.dtype) if isinstance(each, Kernel) else each
-            for each in arrays
+            jnp.zeros((), array.dtype) if isinstance(array, Kernel) else array
+            for array in arrays
         )
         promoted = self.promote(seen, **options)
         return tuple(

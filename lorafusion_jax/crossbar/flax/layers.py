@@ -79,36 +79,36 @@ def converted(
 ) -> Model:
     """Return a copy of a model on arrays; arguments as for `crossbar.flax.convert`."""
     model = nnx.clone(model)
-    found = _checked(model, rules)
-    weights = {path: each.weight for path, each in found.items()}
+    layers = _checked(model, rules)
+    weights = {path: layer.weight for path, layer in layers.items()}
     placed = program_tree(weights, rules, key, preparations=preparations)
     for path, leaf in placed.items():
         if is_chip(leaf):
             # Without the key of `program_tree`: that would give every step the same noise.
-            _put(found[path].layer, dataclasses.replace(leaf, key=None))
+            _put(layers[path].layer, dataclasses.replace(leaf, key=None))
     return model
 
 
 def on_arrays(model: nnx.Module, rules: Rules) -> dict[str, Array]:
     """Return the matrices, or stacks of them, that rules put on arrays, by path."""
-    found = _checked(model, rules).items()
+    layers = _checked(model, rules).items()
     return {
-        path: each.weight
-        for path, each in found
-        if each.weight.ndim > 1 and first_match(path, rules) is not None
+        path: layer.weight
+        for path, layer in layers
+        if layer.weight.ndim > 1 and first_match(path, rules) is not None
     }
 
 
 def _checked(model: nnx.Module, rules: Rules) -> Mapping[str, _Found]:
     """Return the layers and parameters of a model by path; ValueError if rules match one that stays digital."""
-    found = _found(model)
-    for path, each in found.items():
-        if each.obstacle is not None and first_match(path, rules) is not None:
+    layers = _found(model)
+    for path, layer in layers.items():
+        if layer.obstacle is not None and first_match(path, rules) is not None:
             raise ValueError(
-                f"{path or 'the model'} cannot be put on arrays: {each.obstacle}. Leave it digital with a rule before "
+                f"{path or 'the model'} cannot be put on arrays: {layer.obstacle}. Leave it digital with a rule before "
                 f"the one that matches it: {{{path!r}: None, ...}}"
             )
-    return found
+    return layers
 
 
 def _found(model: nnx.Module) -> Mapping[str, _Found]:
@@ -119,17 +119,19 @@ def _found(model: nnx.Module) -> Mapping[str, _Found]:
         for parts, layer in nodes
         if isinstance(layer, _WRAPPERS)
     ]
-    found = {}
+    layers = {}
     owned = set()
     for parts, layer in nodes:
         if not isinstance(layer, (*_LAYERS, *_DIGITAL, nnx.ConvTranspose)):
             continue
         parameters = [
-            each for name in _PARAMETERS if (each := vars(layer).get(name)) is not None
+            parameter
+            for name in _PARAMETERS
+            if (parameter := vars(layer).get(name)) is not None
         ]
-        owned |= {id(each) for each in parameters}
+        owned |= {id(parameter) for parameter in parameters}
         if isinstance(layer, _DIGITAL):
-            found |= (
+            layers |= (
                 {_dotted(parts): _digital(parameters[0][...])} if parameters else {}
             )
         else:
@@ -141,19 +143,19 @@ def _found(model: nnx.Module) -> Mapping[str, _Found]:
                 if isinstance(parameters[0], nnx.Variable)
                 else parameters[0]
             )
-            found[_dotted(parts)] = _of_layer(layer, kernel, wrapper)
+            layers[_dotted(parts)] = _of_layer(layer, kernel, wrapper)
     for parts, value in nodes:
         if isinstance(value, nnx.LoRAParam):
-            found[_dotted(parts)] = _digital(value[...])
+            layers[_dotted(parts)] = _digital(value[...])
         elif id(value) in owned or isinstance(value, _STATE):
             continue
         elif isinstance(value, nnx.Param):
-            found[_dotted(parts)] = _of_parameter(value[...])
+            layers[_dotted(parts)] = _of_parameter(value[...])
         elif _is_matrix(
             value := value.get_value() if isinstance(value, nnx.Variable) else value
         ):
-            found[_dotted(parts)] = _of_parameter(value)
-    return found
+            layers[_dotted(parts)] = _of_parameter(value)
+    return layers
 
 
 def _of_layer(layer: Any, kernel: Any, wrapper: str | None) -> _Found:
@@ -254,18 +256,20 @@ def _obstacle(layer: Any, kernel: Array) -> str | None:
     if 0 in kernel.shape:
         return f"its kernel of shape {kernel.shape} is empty"
     for name, usual in _PRODUCTS.items():
-        if not any(getattr(layer, name, usual[0]) is each for each in usual):
+        if not any(
+            getattr(layer, name, usual[0]) is usual_value for usual_value in usual
+        ):
             return f"its {name} is not that of JAX"
     if kernel.shape[kernel.ndim - len(shape := _shape(layer)) :] != shape:
         return f"layers of shape {shape} are stacked to {kernel.shape}, and their axis has to be the first"
     if isinstance(layer, nnx.Einsum):
         if layer.einsum_str is None:
             return "its equation comes with its calls"
-        of_x, of_kernel, of_y = operands(layer.einsum_str)
+        x_letters, kernel_letters, y_letters = operands(layer.einsum_str)
         if (
-            "." in of_kernel
-            or len(set(of_kernel)) < len(of_kernel)
-            or set(of_kernel) - set(of_x + of_y)
+            "." in kernel_letters
+            or len(set(kernel_letters)) < len(kernel_letters)
+            or set(kernel_letters) - set(x_letters + y_letters)
         ):
             return f"the kernel of {layer.einsum_str!r} has an axis that is neither of inputs, of outputs nor of groups"
     return None

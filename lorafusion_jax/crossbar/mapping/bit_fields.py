@@ -82,16 +82,16 @@ def certify(
     shift = 0
     for span, variance in itertools.zip_longest(spans, variances):
         bits = max(span, 1).bit_length()
-        more = 0 if variance is None else max(variance, 1).bit_length()
-        if bits + more > word_bits:
+        variance_bits = 0 if variance is None else max(variance, 1).bit_length()
+        if bits + variance_bits > word_bits:
             return None
-        if shift + bits + more > word_bits:
+        if shift + bits + variance_bits > word_bits:
             word = word + 1
             shift = 0
         fields.append((word, shift, bits))
         if variance is not None:
-            squares.append((word, shift + bits, more))
-        shift += bits + more
+            squares.append((word, shift + bits, variance_bits))
+        shift += bits + variance_bits
     return Packing(tuple(fields), tuple(squares))
 
 
@@ -127,15 +127,17 @@ def to_words(
         plane << shift
         for plane, (_, shift, _) in zip(planes, fields or packing.fields, strict=True)
     ]
-    return jnp.stack([sum(shifted[own][1:], shifted[own][0]) for own in packing.words])
+    return jnp.stack(
+        [sum(shifted[word][1:], shifted[word][0]) for word in packing.words]
+    )
 
 
 def drive(
     n: Float[Array, "B R rows"], slices: tuple[int, ...]
 ) -> Float[Array, "B R _rows"]:
     """Return input codes with that of the row of -low, one level in every input slice."""
-    one = sum(significance(slices))
-    return jnp.pad(n, ((0, 0), (0, 0), (0, 1)), constant_values=one)
+    full_code = sum(significance(slices))
+    return jnp.pad(n, ((0, 0), (0, 0), (0, 1)), constant_values=full_code)
 
 
 def unpack(
@@ -145,7 +147,7 @@ def unpack(
     shift, bits = np.asarray(fields, np.uint32)[:, 1:].T.reshape(
         2, -1, *[1] * word.ndim
     )
-    found = (jax.lax.bitcast_convert_type(word, jnp.uint32)[None] >> shift) & (
+    shifted = (jax.lax.bitcast_convert_type(word, jnp.uint32)[None] >> shift) & (
         2**bits - 1
     ).astype(np.uint32)
-    return jax.lax.bitcast_convert_type(found, jnp.int32)
+    return jax.lax.bitcast_convert_type(shifted, jnp.int32)

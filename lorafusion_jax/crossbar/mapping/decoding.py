@@ -156,7 +156,5 @@ def weigh(
         worth = worth * lsb
     # Powers of two times integers add up exactly in any order; what is left is one factor.
     shares = (worth / worth[:, :1]).T[:, :, None, None]
-    whole = sum(
-        share * of_slice for share, of_slice in zip(shares, slices, strict=True)
-    )
-    return encoding.join(whole * worth[:, 0, None, None], geometry.cols, axis=1)
+    total = sum(share * codes for share, codes in zip(shares, slices, strict=True))
+    return encoding.join(total * worth[:, 0, None, None], geometry.cols, axis=1)

@@ -209,15 +209,15 @@ def input_codes(
     top = float(geometry.input_top)
     codes = x / limit * top
     if config.dac.rounding == "nearest" or key is None:
-        whole = jnp.round(codes)
+        rounded = jnp.round(codes)
     else:
-        whole = jnp.floor(
+        rounded = jnp.floor(
             codes
             + jax.random.uniform(
                 jax.random.fold_in(key, _ROUNDING), codes.shape, codes.dtype
             )
         )
-    return jnp.clip(whole, -top if config.dac.signed else 0.0, top)
+    return jnp.clip(rounded, -top if config.dac.signed else 0.0, top)
 
 
 def pulses(codes: Float[Array, "*B d"], geometry: Geometry) -> Float[Array, "J *B d"]:

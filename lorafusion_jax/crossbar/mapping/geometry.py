@@ -83,8 +83,8 @@ class Geometry:
         else:
             worth = significance(config.cell.bits)
             middle = tuple(
-                float(int(offset // one) & top)
-                for one, top in zip(worth, levels, strict=True)
+                float(int(offset // weight) & top)
+                for weight, top in zip(worth, levels, strict=True)
             )
         zero_digits = (
             middle if encoding.kind == "offset" else tuple(0.0 for _ in levels)
@@ -146,12 +146,12 @@ class Geometry:
         return row[:, None, :, None] & col[None, :, None, :]
 
 
-def partition(size: int, limit: int | None, how: str) -> tuple[int, ...]:
+def partition(size: int, limit: int | None, kind: str) -> tuple[int, ...]:
     """Return the lengths of the parts into which arrays of `limit` cut an axis."""
     if limit is None or size <= limit:
         return (size,)
     parts = math.ceil(size / limit)
-    step = round(size / parts) if how == "equal" else limit
+    step = round(size / parts) if kind == "equal" else limit
     if (
         size - (parts - 1) * step > limit
     ):  # rounding down left more than an array for the last part

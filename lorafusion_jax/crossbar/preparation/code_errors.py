@@ -66,8 +66,10 @@ def code_errors(config: CrossbarConfig) -> CodeErrors:
         adc=None,
         device=dataclasses.replace(config.device, read_noise=None),
     )
-    written = np.asarray(programmed_weights(program(weights, plain, jax.random.key(0))))
+    programmed = np.asarray(
+        programmed_weights(program(weights, plain, jax.random.key(0)))
+    )
     rolled = np.stack(
-        [np.roll(column, number) for number, column in enumerate(written.T)]
+        [np.roll(column, number) for number, column in enumerate(programmed.T)]
     )  # [draws, codes]
     return CodeErrors(rolled.mean(axis=0) - codes, rolled.var(axis=0, ddof=1))

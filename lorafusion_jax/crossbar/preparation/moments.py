@@ -36,14 +36,14 @@ def moments(
         for chip in chips.values()
     ]
     sums = summed(run, weights, batches, _squares, zeros, counted=counted)
-    found = {}
+    mean_squares = {}
     for name, (squares, count) in zip(chips, sums, strict=True):
         if not bool(jnp.all(count > 0)):
             raise ValueError(
                 f"{name} was read by none of the batches: give batches that use all chips"
             )
-        found[name] = squares / count[..., None]
-    return found
+        mean_squares[name] = squares / count[..., None]
+    return mean_squares
 
 
 def _squares(

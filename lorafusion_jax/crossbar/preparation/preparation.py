@@ -77,13 +77,13 @@ class Preparation:
 
     def identified(self) -> "Preparation":
         """Return the preparation with digests of its arrays as identity."""
-        of_arrays = [
+        contents = [
             b"" if part is None else np.asarray(part).tobytes()
             for part in (self.factors, self.ranges)
         ]
-        of_arrays[0] = str(self.transforms).encode() + of_arrays[0]
+        contents[0] = str(self.transforms).encode() + contents[0]
         identity = "-".join(
-            hashlib.sha256(content).hexdigest()[:16] for content in of_arrays
+            hashlib.sha256(content).hexdigest()[:16] for content in contents
         )
         return dataclasses.replace(self, identity=identity)
 
@@ -113,7 +113,9 @@ def check_preparation(
         "ranges": (preparation.ranges is not None, mapping.clip != "none"),
     }
     if foreign := [
-        name for name, (there, configured) in parts.items() if there and not configured
+        name
+        for name, (present, configured) in parts.items()
+        if present and not configured
     ]:
         raise ValueError(
             f"the preparation has {' and '.join(foreign)}, and the configuration's mapping does not: call prepare with "

@@ -65,8 +65,8 @@ def prepare(
         or values of the device are traced.
     """
     shape = _shared_shape(matrices)
-    for given in (moments, transformed):
-        _check_moments(given, shape)
+    for array in (moments, transformed):
+        _check_moments(array, shape)
     if is_traced((config, matrices)):
         raise ValueError(
             "prepare reads weights and the device's values: call it outside of jax.jit and jax.vmap"
@@ -81,8 +81,10 @@ def prepare(
     )
     factors = jnp.ones(shape)
     if mapping.factors:
-        of_matrix = _spreading_factors if transforms else _largest_weight_factors
-        factors = jax.jit(one_by_one(of_matrix, shape[:-1]))(
+        factors_of_matrix = (
+            _spreading_factors if transforms else _largest_weight_factors
+        )
+        factors = jax.jit(one_by_one(factors_of_matrix, shape[:-1]))(
             jnp.concatenate(list(weights.values()), axis=-1), squares
         )
     if transforms:
@@ -92,8 +94,10 @@ def prepare(
             np.array([-1, 1], np.float32), shape[-1]
         )
         factors = factors * np.broadcast_to(signs, shape)
-    given = factors if mapping.factors or transforms else None
-    bare = Preparation(factors=given, transforms=transforms, white=moments is None)
+    used_factors = factors if mapping.factors or transforms else None
+    bare = Preparation(
+        factors=used_factors, transforms=transforms, white=moments is None
+    )
     squares = (
         bare.moments(squares)
         if transformed is None
@@ -107,7 +111,7 @@ def prepare(
         for name, matrix in weights.items():
             ranges = jax.jit(one_by_one(choose, shape[:-1]))(matrix, squares, bare)
             prepared[name] = dataclasses.replace(bare, ranges=ranges)
-    return {name: one.identified() for name, one in prepared.items()}
+    return {name: preparation.identified() for name, preparation in prepared.items()}
 
 
 def expected_error(
@@ -137,11 +141,15 @@ def expected_error(
         ranges = (
             _largest(prepared) if preparation.ranges is None else preparation.ranges
         )
-        own, along, written = _powers(prepared, ranges, squares, errors, top)
-        own = jnp.where(own > 0, own, 1)
+        intended_power, along, programmed_power = _powers(
+            prepared, ranges, squares, errors, top
+        )
+        intended_power = jnp.where(intended_power > 0, intended_power, 1)
         # The part of the errors that is along the weights meets their outputs, whose power a transform keeps.
         return jnp.sum(
-            jnp.square(along / own - 1) * power + written - jnp.square(along) / own
+            jnp.square(along / intended_power - 1) * power
+            + programmed_power
+            - jnp.square(along) / intended_power
         ) / jnp.sum(power)
 
     return jax.jit(one_by_one(of_one, weights.shape[:-2]))(
@@ -162,8 +170,10 @@ def _ranges(
     largest = _largest(prepared)
 
     def power(share: Array) -> Array:
-        own, along, written = _powers(prepared, share * largest, squares, errors, top)
-        return own - 2 * along + written
+        intended_power, along, programmed_power = _powers(
+            prepared, share * largest, squares, errors, top
+        )
+        return intended_power - 2 * along + programmed_power
 
     return largest * shares[jnp.argmin(jax.lax.map(power, shares), axis=0)]
 
@@ -181,12 +191,12 @@ def _powers(
     if top is not None:
         codes = jnp.round(codes * top) / top
     mean, variance = errors.at(codes)
-    written = ranges * (codes + mean)
-    of_noise = squares @ (jnp.square(ranges) * variance)
+    programmed = ranges * (codes + mean)
+    noise_power = squares @ (jnp.square(ranges) * variance)
     return (
         squares @ jnp.square(weights),
-        squares @ (weights * written),
-        squares @ jnp.square(written) + of_noise,
+        squares @ (weights * programmed),
+        squares @ jnp.square(programmed) + noise_power,
     )
 
 
@@ -257,11 +267,11 @@ def _shared_shape(
     """Return [*N, d_in]; raises a ValueError for matrices that cannot share an input."""
     shapes = {name: tuple(weights.shape[:-1]) for name, weights in matrices.items()}
     if len({*shapes.values()}) != 1 or () in shapes.values():
-        given = ", ".join(
+        shape_texts = ", ".join(
             f"{name} {weights.shape}" for name, weights in matrices.items()
         )
         raise ValueError(
-            f"matrices that share an input differ in d_out alone, but these are {given or 'none'}"
+            f"matrices that share an input differ in d_out alone, but these are {shape_texts or 'none'}"
         )
     return next(iter(shapes.values()))
 

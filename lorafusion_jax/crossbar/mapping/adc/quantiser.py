@@ -118,12 +118,12 @@ def fixed_limits(
         return None
     xp = jnp if is_traced((adc.limits, config.g_min)) else np
     if adc.range == "given":
-        given = xp.asarray(adc.limits, dtype)
-        if given.ndim == 3 and len(given) not in (1, len(rows)):
+        limits = xp.asarray(adc.limits, dtype)
+        if limits.ndim == 3 and len(limits) not in (1, len(rows)):
             raise ValueError(
-                f"ADC limits of {len(given)} row tiles, but this matrix has {len(rows)}: give as many"
+                f"ADC limits of {len(limits)} row tiles, but this matrix has {len(rows)}: give as many"
             )
-        return given[None] if given.ndim == 2 else given
+        return limits[None] if limits.ndim == 2 else limits
     if adc.range == "max":
         heights = (max(rows),) if len(set(rows)) == 1 else rows
         shares = [1.0] * len(geometry.levels)
