@@ -172,7 +172,7 @@ class Models(Protocol):
         self,
         fn: Callable[..., Any],
         adapters: Adapters | None,
-        own: tuple[Any, ...],
+        seed_arrays: tuple[Any, ...],
         shared: Any = (),
     ) -> Any:
         """Return `fn(model, adapters, *arrays of the seed, *shared)` for every seed; None has the adapters computed."""
@@ -197,7 +197,7 @@ class SeedModels:
         self,
         fn: Callable[..., Any],
         adapters: Adapters | None,
-        own: tuple[Any, ...],
+        seed_arrays: tuple[Any, ...],
         shared: Any = (),
     ) -> Any:
         def one_seed(
@@ -209,7 +209,7 @@ class SeedModels:
             return fn(model, computed if adapters is None else adapters, *arrays)
 
         return self.problem.over_seeds(
-            one_seed, (self.params, adapters, *own), shared, self.seeds
+            one_seed, (self.params, adapters, *seed_arrays), shared, self.seeds
         )
 
 

@@ -464,7 +464,7 @@ class TaskModels:
         self,
         fn: Callable[..., Any],
         adapters: Adapters | None,
-        model_values: tuple[Any, ...],
+        seed_arrays: tuple[Any, ...],
         shared: Any = (),
     ) -> Any:
         """Return what `fn` does for the one seed (see `Models.each`)."""
@@ -473,7 +473,7 @@ class TaskModels:
         result = fn(
             model,
             row_adapters,
-            *jax.tree.map(lambda leaf: leaf[0], model_values),
+            *jax.tree.map(lambda leaf: leaf[0], seed_arrays),
             *shared,
         )
         return jax.tree.map(lambda leaf: leaf[None], result)
