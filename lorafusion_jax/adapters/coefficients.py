@@ -60,11 +60,10 @@ def expand(
             spread = jnp.broadcast_to(values[None, :], (rank.shape[0], values.shape[0]))
         else:
             spread = jnp.swapaxes(values[:, columns[site]], 0, 1)
-        expanded[site] = (
-            spread[:, :, : _rank(pool, site)]
-            if granularity == "rank"
-            else spread[:, :, None]
-        )
+        if granularity == "rank":
+            expanded[site] = spread[:, :, : _rank(pool, site)]
+        else:
+            expanded[site] = spread[:, :, None]
     return expanded
 
 

@@ -142,11 +142,10 @@ def compose(
                 cross = _merged(jnp.take(cross, index, axis=0))
         if m is None:
             return update, None, jnp.int32(0)
-        squared_update = (
-            squared_columns(left, right)
-            if delta is None
-            else jnp.sum(jnp.square(delta), axis=0)
-        )
+        if delta is None:
+            squared_update = squared_columns(left, right)
+        else:
+            squared_update = jnp.sum(jnp.square(delta), axis=0)
         norm, floored = column_norm(
             squared, 2 * jnp.sum(cross * right, axis=0), squared_update
         )
@@ -184,11 +183,10 @@ def compose(
                 < pool.rank[site][:, index][:, :, None]
             )
             c = c * real.astype(c.dtype)
-        modules = (
-            gram.modules
-            if isinstance(gram, Gram) and gram.modules is not None
-            else pool
-        )
+        if isinstance(gram, Gram) and gram.modules is not None:
+            modules = gram.modules
+        else:
+            modules = pool
         assert isinstance(modules, LoraPool)
         layers = (modules.A[site], modules.B[site], c, *terms)
         # checkpoint: the backward pass dequantises modules again instead of keeping them; norms are kept.
@@ -254,11 +252,10 @@ def compose_in_basis(
             norm, floored = column_norm(gram.squared[site], between, squared_update)
             scale = _scale(magnitudes[site], norm, differentiate_norm)
             total = total + floored
-        adapters[site] = (
-            InBasis(U, V, mixed, scale)
-            if in_arrays
-            else LowRank(dense(U, jnp.float32), right, scale)
-        )
+        if in_arrays:
+            adapters[site] = InBasis(U, V, mixed, scale)
+        else:
+            adapters[site] = LowRank(dense(U, jnp.float32), right, scale)
     return adapters, total
 
 

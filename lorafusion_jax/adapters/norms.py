@@ -69,11 +69,10 @@ def gram(pool: Pool, kernels: dict[str, Weight]) -> Gram:
     def of_layer(layer: tuple[Weight, Weight]) -> tuple[Array, Array]:
         kernel = dense(layer[0], jnp.float32)
         A = dense(layer[1], jnp.float32)
-        cross = (
-            product(A.T, kernel)
-            if A.ndim == 2
-            else jax.lax.map(lambda a: product(a.T, kernel), A)
-        )
+        if A.ndim == 2:
+            cross = product(A.T, kernel)
+        else:
+            cross = jax.lax.map(lambda a: product(a.T, kernel), A)
         return jnp.sum(jnp.square(kernel), axis=0), cross
 
     factors = pool.U if isinstance(pool, SharedBasis) else pool.A

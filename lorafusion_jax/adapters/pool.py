@@ -192,11 +192,10 @@ def random_pool(pool: LoraPool, key: PRNGKeyArray) -> LoraPool:
             module_key = jax.random.fold_in(
                 key, zlib.crc32(f"{purpose} of {site}, {name}".encode())
             )
-            rank = (
-                a.shape[axis]
-                if is_traced(pool.rank)
-                else int(np.max(np.asarray(pool.rank[site])[:, n]))
-            )
+            if is_traced(pool.rank):
+                rank = a.shape[axis]
+            else:
+                rank = int(np.max(np.asarray(pool.rank[site])[:, n]))
             shape = [a.shape[0], *a.shape[2:]]
             room = [(0, 0)] * 3
             shape[axis - 1] = rank
@@ -286,11 +285,10 @@ def rotated_pool(pool: LoraPool, key: PRNGKeyArray) -> LoraPool:
 
         rotated = []
         for n, name in enumerate(pool.names):
-            rank = (
-                r
-                if is_traced(pool.rank)
-                else int(np.max(np.asarray(pool.rank[site])[:, n]))
-            )
+            if is_traced(pool.rank):
+                rank = r
+            else:
+                rank = int(np.max(np.asarray(pool.rank[site])[:, n]))
             _, triangle = _qr(a[:, n, :, :rank])
             new = jnp.matmul(draw(name, min(d, rank)), triangle, precision="highest")
             rotated.append(jnp.pad(new, [(0, 0), (0, 0), (0, r - rank)]))

@@ -174,11 +174,10 @@ class Modules:
         c = jnp.broadcast_to(self.coefficients, (layers, N, B.shape[1] // N)).reshape(
             layers, -1, 1
         )
-        weighted = (
-            dataclasses.replace(B, scale=B.scale * c)
-            if isinstance(B, QArray)
-            else dense(B, c.dtype) * c
-        )
+        if isinstance(B, QArray):
+            weighted = dataclasses.replace(B, scale=B.scale * c)
+        else:
+            weighted = dense(B, c.dtype) * c
         return LowRank(A, weighted, self.scale)
 
 
@@ -248,11 +247,9 @@ def settled(adapters: Mapping[str, Any], model: Model) -> dict[str, Any]:
             return update
         # Added to weights in bfloat16, a small update would be rounded away; quantised factors are read faster.
         plain = model.config.dtype == "float32" and not isinstance(update.A, QArray)
-        return (
-            update.low_rank()
-            if update.delta is None or not plain
-            else Dense(update.delta, update.scale, apart=True)
-        )
+        if update.delta is None or not plain:
+            return update.low_rank()
+        return Dense(update.delta, update.scale, apart=True)
 
     return {
         site: of_site(update, kernels(model)[site]) for site, update in adapters.items()

@@ -65,11 +65,10 @@ def digest_of_one(name: str, tensor: Tensor) -> bytes:
     many = len(tensor.shape) > 1
     for row in range(0, tensor.shape[0] if many else 1, _ROWS):
         rows = slice(row, row + _ROWS) if many else slice(None)
-        part = (
-            tensor.as_stored(rows)
-            if isinstance(tensor, StoredTensor)
-            else np.atleast_1d(tensor)[rows]
-        )
+        if isinstance(tensor, StoredTensor):
+            part = tensor.as_stored(rows)
+        else:
+            part = np.atleast_1d(tensor)[rows]
         sha.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
     release(tensor)
     return sha.digest()

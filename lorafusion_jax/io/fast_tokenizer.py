@@ -84,11 +84,9 @@ class FastTokenizer:
         if name.endswith("_token_id") and name.removesuffix("_id") in _SPECIAL:
             text = self.special_tokens_map.get(name.removesuffix("_id"))
             return None if text is None else self.backend_tokenizer.token_to_id(text)
-        return (
-            self.special_tokens_map.get(name)
-            if name in _SPECIAL
-            else getattr(self.whole, name)
-        )
+        if name in _SPECIAL:
+            return self.special_tokens_map.get(name)
+        return getattr(self.whole, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _SPECIAL:
@@ -125,8 +123,6 @@ class FastTokenizer:
 
     def get_chat_template(self) -> str:
         """Return the chat template."""
-        return (
-            self.whole.get_chat_template()
-            if self.chat_template is None
-            else self.chat_template
-        )
+        if self.chat_template is None:
+            return self.whole.get_chat_template()
+        return self.chat_template

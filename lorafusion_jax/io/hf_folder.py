@@ -210,11 +210,10 @@ class FolderBase:
         """Copy config.json and the files of the tokenizer."""
         origin = self._texts()
         # In the hub's cache, files are links to a folder next to the one that has the snapshots.
-        own = (
-            origin.resolve().parents[1]
-            if origin.parent.name == "snapshots"
-            else origin.resolve()
-        )
+        if origin.parent.name == "snapshots":
+            own = origin.resolve().parents[1]
+        else:
+            own = origin.resolve()
         for name in _TEXTS:
             if (path := origin / name).is_file():
                 if not path.resolve().is_relative_to(own) or path.stat().st_nlink > 1:

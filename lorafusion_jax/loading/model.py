@@ -111,13 +111,9 @@ class LoadedModel:
 def packing_of(config: Architecture, *, on_cpu: bool) -> tasks.Packing:
     """Return the rule for packed batches of a model."""
     packing = tasks.Packing(config.causal, functools.partial(step_operations, config))
-    return (
-        packing
-        if on_cpu
-        else packing._replace(
-            compiling=_ACCELERATED * packing.compiling, moving=_MOVING
-        )
-    )
+    if on_cpu:
+        return packing
+    return packing._replace(compiling=_ACCELERATED * packing.compiling, moving=_MOVING)
 
 
 def evaluation_worth(config: Architecture) -> float:
@@ -334,11 +330,9 @@ def module_names(
 ) -> tuple[str, ...]:
     """Return the names of the modules that seeds can draw: the pool's, or those in its basis."""
     k = basis_of(options.recipe)
-    return (
-        stored.names
-        if k is None or options.control != "none"
-        else tuple(stored.basis_modules(k))
-    )
+    if k is None or options.control != "none":
+        return stored.names
+    return tuple(stored.basis_modules(k))
 
 
 def _load_pool(

@@ -151,11 +151,10 @@ class BasisUpdate(FusedUpdate):
 
     def gradients(self, site: Site, tokens: int) -> int:
         k = self.rank
-        of_core = (
-            tokens * self.core(site)
-            if self.in_arrays
-            else k * site.d_out * (tokens + k)
-        )
+        if self.in_arrays:
+            of_core = tokens * self.core(site)
+        else:
+            of_core = k * site.d_out * (tokens + k)
         return 2 * (of_core + self.modules * k**2)
 
     def frozen_width(self) -> int:

@@ -110,11 +110,9 @@ class LoRA(Method):
     dora: bool = False
 
     def precompute(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:
-        return (
-            with_norms(frozen, kernels, [name for name, _ in self.sites])
-            if self.dora
-            else frozen
-        )
+        if self.dora:
+            return with_norms(frozen, kernels, [name for name, _ in self.sites])
+        return frozen
 
     def init(self, frozen: Frozen, index: Index, key: PRNGKeyArray) -> Params:
         keys = jax.random.split(key, len(self.sites))

@@ -337,11 +337,10 @@ class Stored(NamedTuple):
         if self.change == "decay":
             array = -np.exp(array, dtype=np.float64).astype(np.float32)
         array = array.reshape(len(array), -1) if self.change == "taps" else array
-        moved = (
-            array
-            if self.order is None
-            else array.take(self.order(array.shape[self.axis]), self.axis)
-        )
+        if self.order is None:
+            moved = array
+        else:
+            moved = array.take(self.order(array.shape[self.axis]), self.axis)
         return np.ascontiguousarray(moved)
 
 

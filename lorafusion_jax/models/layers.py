@@ -71,11 +71,9 @@ class Linear(nnx.Module):
         kernel = self.kernel.get_value()
         adapter = adapters.get(self.site)
         y = summed(matmul(x, kernel)) if adapter is None else adapter(x, kernel)
-        return (
-            y
-            if self.bias is None
-            else y + jnp.expand_dims(self.bias[...].astype(y.dtype), range(y.ndim - 1))
-        )
+        if self.bias is None:
+            return y
+        return y + jnp.expand_dims(self.bias[...].astype(y.dtype), range(y.ndim - 1))
 
 
 class RMSNorm(nnx.Module):
@@ -163,11 +161,9 @@ def _layers(stacked: Any) -> list[Any]:
     def split(leaf: Any) -> Sequence[Any]:
         if is_unstacked(leaf):
             in_codes = not isinstance(leaf.matrices, tuple)  # a stack in codes
-            return (
-                [leaf.at(jnp.int32(layer)) for layer in range(leaf.shape[0])]
-                if in_codes
-                else leaf.matrices
-            )
+            if in_codes:
+                return [leaf.at(jnp.int32(layer)) for layer in range(leaf.shape[0])]
+            return leaf.matrices
         return [jnp.squeeze(part, 0) for part in jax.lax.split(leaf, [1] * len(leaf))]
 
     leaves, tree = jax.tree.flatten(stacked, is_leaf=is_unstacked)

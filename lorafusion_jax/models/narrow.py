@@ -52,11 +52,9 @@ def pack(numbers: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
 
 def unpack(array: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     """Return the original of an array from `pack`, or of a part of it."""
-    return (
-        jax.lax.bitcast_convert_type(array, jnp.bfloat16)
-        if array.dtype == jnp.uint16
-        else array
-    )
+    if array.dtype == jnp.uint16:
+        return jax.lax.bitcast_convert_type(array, jnp.bfloat16)
+    return array
 
 
 def _to_bits(numbers: Array) -> Array | Bits:

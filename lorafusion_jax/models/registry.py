@@ -74,11 +74,10 @@ def gguf_layout(
     layouts = [family.gguf for family in FAMILIES.values() if family.gguf is not None]
     architectures: list[str] = []
     for layout in layouts:
-        names = (
-            layout.architectures
-            if by == "model_type"
-            else dict.fromkeys(layout.architectures.values())
-        )
+        if by == "model_type":
+            names = layout.architectures
+        else:
+            names = dict.fromkeys(layout.architectures.values())
         if name in names:
             return layout
         architectures += names

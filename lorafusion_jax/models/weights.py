@@ -48,11 +48,9 @@ class Unstacked:
     @property
     def shape(self) -> tuple[int, ...]:
         stack = self.matrices
-        return (
-            stack.shape
-            if isinstance(stack, qwix.QArray)
-            else (len(stack), *stack[0].shape)
-        )
+        if isinstance(stack, qwix.QArray):
+            return stack.shape
+        return (len(stack), *stack[0].shape)
 
     def at(self, layer: Int[Array, ""]) -> "Unstacked":
         return dataclasses.replace(self, layer=layer)
@@ -449,11 +447,10 @@ def unstacked(weights: Any) -> Any:
         # `device_put` makes an array from a view of the stack's memory without copying it.
         where = numbers.sharding if numbers.committed else None
         views = list(np.asarray(numbers))
-        bits = (
-            [view.view(np.uint16) for view in views]
-            if numbers.dtype == jnp.bfloat16
-            else []
-        )
+        if numbers.dtype == jnp.bfloat16:
+            bits = [view.view(np.uint16) for view in views]
+        else:
+            bits = []
         matrices, bits = jax.device_put((tuple(views), tuple(bits)), where)
         return Unstacked(matrices, bits=bits)
 
@@ -464,11 +461,9 @@ def unstacked(weights: Any) -> Any:
 
 def at_layer(stack: Weight, layer: Int[Array, ""]) -> Weight:
     """Return the matrix of a layer."""
-    return (
-        stack.at(layer)
-        if isinstance(stack, Unstacked)
-        else jax.tree.map(lambda a: a[layer], stack)
-    )
+    if isinstance(stack, Unstacked):
+        return stack.at(layer)
+    return jax.tree.map(lambda a: a[layer], stack)
 
 
 def is_unstacked(leaf: Any) -> bool:

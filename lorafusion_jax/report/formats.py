@@ -61,11 +61,9 @@ def counts(cell: tuple[int, int]) -> str:
 
 
 def _signed(cell: float, digits: int) -> str:
-    return (
-        f"{cell:+.{digits}f}".replace("-", "−")
-        if round(cell, digits)
-        else f"{0:.{digits}f}"
-    )
+    if round(cell, digits):
+        return f"{cell:+.{digits}f}".replace("-", "−")
+    return f"{0:.{digits}f}"
 
 
 def _interval(cell: tuple[float, float], digits: int) -> str:

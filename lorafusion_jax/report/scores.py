@@ -81,11 +81,9 @@ class Scores:
         seeds, others = self._seeds_of_both(method, other)
         a = self._values(method, seeds, of)
         b = self._values(other, others, of)
-        return (
-            None
-            if a is None or b is None
-            else over_tasks([x - y for x, y in zip(a, b, strict=True)])
-        )
+        if a is None or b is None:
+            return None
+        return over_tasks([x - y for x, y in zip(a, b, strict=True)])
 
     def of(self, method: str) -> list[Row]:
         """Return all rows of a method."""

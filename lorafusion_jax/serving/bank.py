@@ -222,11 +222,10 @@ class TaskBank:
         frozen = self.frozen
         c = self.tasks.coefficients
         assert old is not None and c is not None
-        terms = (
-            jax.jit(gram)(pool, kernels(nnx.merge(self.graph, frozen.base)))
-            if frozen.gram is not None
-            else None
-        )
+        if frozen.gram is not None:
+            terms = jax.jit(gram)(pool, kernels(nnx.merge(self.graph, frozen.base)))
+        else:
+            terms = None
         refined = partial(
             coefficients_lib.refined,
             granularity=self.granularity,
@@ -406,11 +405,10 @@ class TaskBank:
                 f"{self.granularity}: make the bank with granularity={method.granularity!r}"
             )
         # Modules of other tasks may differ from these in rank.
-        chosen = (
-            pool
-            if isinstance(pool, SharedBasis)
-            else dataclasses.replace(pool, A={}, B={}).select(modules)
-        )
+        if isinstance(pool, SharedBasis):
+            chosen = pool
+        else:
+            chosen = dataclasses.replace(pool, A={}, B={}).select(modules)
         method.check(chosen)
         if lacks := sorted(
             {site for site, rank in chosen.rank.items() if np.any(rank)}

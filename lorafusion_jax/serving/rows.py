@@ -93,8 +93,6 @@ class RowAdapter:
         y = matmul(x, kernel)
         if self.modules is not None:
             y = y + self.modules(x)
-        return (
-            y
-            if self.scale is None
-            else y * jnp.expand_dims(self.scale.astype(y.dtype), range(1, y.ndim - 1))
-        )
+        if self.scale is None:
+            return y
+        return y * jnp.expand_dims(self.scale.astype(y.dtype), range(1, y.ndim - 1))

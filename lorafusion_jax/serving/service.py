@@ -162,11 +162,8 @@ class FusedRun(NamedTuple):
         if self.is_lora:
             return PLAIN_SUM
         if pool is not None and self.modules[0]:
-            pool = (
-                pool
-                if isinstance(pool, SharedBasis)
-                else dataclasses.replace(pool, A={}, B={})
-            )
+            if not isinstance(pool, SharedBasis):
+                pool = dataclasses.replace(pool, A={}, B={})
             pool = pool.select(
                 self.modules[0]
             )  # the ranks of other modules do not matter
@@ -622,11 +619,10 @@ class Service:
             k = basis_of(run.options.recipe)
             bank_basis = basis_of(first.recipe)
             here = f"modules in a basis of {k} directions" if k else "whole modules"
-            there = (
-                f"modules in a basis of {bank_basis} directions"
-                if bank_basis
-                else "whole modules"
-            )
+            if bank_basis:
+                there = f"modules in a basis of {bank_basis} directions"
+            else:
+                there = "whole modules"
             raise ValueError(
                 f"{run.folder} fuses {here}, and {self._source} {there}: serve them apart, or fuse again"
             )
@@ -660,8 +656,6 @@ def _nothing(modules: int) -> LoraPool:
 
 def _resolved(value: str | int | None) -> str | int | None:
     """Return a folder's absolute path; other values, such as hub ids, unchanged."""
-    return (
-        str(Path(value).resolve())
-        if isinstance(value, str) and Path(value).exists()
-        else value
-    )
+    if isinstance(value, str) and Path(value).exists():
+        return str(Path(value).resolve())
+    return value

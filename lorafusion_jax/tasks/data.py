@@ -199,11 +199,10 @@ def fill(prompt: str | None, row: Mapping[str, Any], where: str) -> str:
         if literal is not None:
             return f"{{{literal}}}"
         if not _is_text(row.get(name), named=name != "input"):
-            got = (
-                f"has {name} {shown(row[name])}"
-                if name in row
-                else f"has no column {name} (it has {some([*row])})"
-            )
+            if name in row:
+                got = f"has {name} {shown(row[name])}"
+            else:
+                got = f"has no column {name} (it has {some([*row])})"
             raise ValueError(
                 f"{where} {got}, which the prompt names; write {{{{{name}}}}} for the text {{{name}}}"
             )
@@ -290,11 +289,10 @@ def _filled(row: Row, where: str, prompt: str | None, key: str, *, named: bool) 
     """Return the prompt around a row's column `key`; `named` if the user named it."""
     asked = row.get(key)
     if not columns(prompt) - {"input"}:
-        parts = (
-            {key: asked}
-            if named
-            else {"instruction": row.get("instruction"), key: asked}
-        )
+        if named:
+            parts = {key: asked}
+        else:
+            parts = {"instruction": row.get("instruction"), key: asked}
         parts = {key: text for key, text in parts.items() if text is not None}
         for key, text in parts.items():
             if not _is_text(text, named=named):

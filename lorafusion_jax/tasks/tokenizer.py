@@ -102,11 +102,12 @@ def encode(
 def _separate(
     tokenizer: Tokenizer, texts: list[str], max_length: int
 ) -> tuple[np.ndarray, ...]:
-    rows = (
-        tokenise(tokenizer, texts, max_length=max_length, truncation=True)["input_ids"]
-        if texts
-        else []
-    )
+    if texts:
+        rows = tokenise(tokenizer, texts, max_length=max_length, truncation=True)[
+            "input_ids"
+        ]
+    else:
+        rows = []
     for row, text in zip(rows, texts, strict=True):
         if not row:
             raise ValueError(_NO_TOKENS.format(text=text))

@@ -386,11 +386,10 @@ def _of_conversions(
     conversions = size // slices
     conversions_per_tile = max(_FEWEST, CONVERSIONS // len(n))
     bound = _extent(chip, dtype)
-    quantise = (
-        None
-        if chip.limits is None
-        else converter(chip.limits, geometry, config, chip.plan.ties)
-    )
+    if chip.limits is None:
+        quantise = None
+    else:
+        quantise = converter(chip.limits, geometry, config, chip.plan.ties)
     top = geometry.code_range[1]
     steps = jnp.arange(_steps(chip) if chip.plan.ties is not None else 0)
 

@@ -219,11 +219,10 @@ def _value(name: str, hint: Any, value: Any, where: str) -> Any:
     is_number = isinstance(value, str) and re.fullmatch(
         r"[-+]?\d+(\.\d*)?e[-+]?\d+", value
     )
-    fix = (
-        f"YAML takes {value} for a text: write a number like 1.0e-3"
-        if is_number
-        else "change it"
-    )
+    if is_number:
+        fix = f"YAML takes {value} for a text: write a number like 1.0e-3"
+    else:
+        fix = "change it"
     if Any not in options:
         return structured({where: value}, dict[str, hint], "", fix=fix)[where]
     if value is None or type(value) in (int, float):

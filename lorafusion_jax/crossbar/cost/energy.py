@@ -195,11 +195,9 @@ def read_latency(
     )
     read = constants["array_read_time"]
     slices = len(dac.slices)
-    return (
-        read * slices + conversion
-        if adc.convert == "sum"
-        else longest([read, conversion]) * slices
-    )
+    if adc.convert == "sum":
+        return read * slices + conversion
+    return longest([read, conversion]) * slices
 
 
 def geometry_of(shape: Any, config: CrossbarConfig) -> Geometry:

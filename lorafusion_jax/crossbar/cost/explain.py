@@ -143,11 +143,10 @@ def _preparation(
 ) -> tuple[str, ...]:
     """Return the changes that a configuration has, and what those of a chip were made for."""
     mapping = config.mapping
-    ranges = (
-        "ranges chosen for the device's errors"
-        if has_errors(config)
-        else "ranges of the largest weights: no errors"
-    )
+    if has_errors(config):
+        ranges = "ranges chosen for the device's errors"
+    else:
+        ranges = "ranges of the largest weights: no errors"
     transform = f"{mapping.transform} transform with {taken.transforms:,} additions for one input vector"
     parts = (("factors", mapping.factors), (transform, mapping.transform != "none"))
     white = "for inputs of equal power", preparation is not None and preparation.white

@@ -209,8 +209,6 @@ def realise(
 
 
 def _clip(G: Array, device: Device, g_min: Physical) -> Array:
-    return (
-        jnp.maximum(G, 0)
-        if device.clip == "positive"
-        else jnp.clip(G, like(g_min, G), like(1.0, G))
-    )
+    if device.clip == "positive":
+        return jnp.maximum(G, 0)
+    return jnp.clip(G, like(g_min, G), like(1.0, G))

@@ -93,16 +93,14 @@ class PowerLaw:
         """Return the conductances at `time`."""
         t0 = like(self.start, G)
         t = like(time, G) + t0
-        exponent = (
-            self.exponent(G)
-            if isinstance(self.exponent, LogLinear)
-            else like(self.exponent, G)
-        )
-        spread = (
-            self.spread(G)
-            if isinstance(self.spread, LogLinear)
-            else like(self.spread, G)
-        )
+        if isinstance(self.exponent, LogLinear):
+            exponent = self.exponent(G)
+        else:
+            exponent = like(self.exponent, G)
+        if isinstance(self.spread, LogLinear):
+            spread = self.spread(G)
+        else:
+            spread = like(self.spread, G)
         nu = jnp.abs(exponent + spread * noise(jax.random.fold_in(key, 0), G))
         drifted = G * (t / t0) ** -nu
         if self.flicker is not None:

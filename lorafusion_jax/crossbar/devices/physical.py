@@ -135,11 +135,10 @@ def varying_as(value: Num[Array, "..."], *inputs: Any) -> Num[Array, "..."]:
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return value
     for leaf in jax.tree.leaves(inputs):
-        data = (
-            jax.random.key_data(leaf)
-            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-            else leaf
-        )
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = jax.random.key_data(leaf)
+        else:
+            data = leaf
         value = value + jnp.zeros_like(data, dtype=value.dtype, shape=value.shape)
     return value
 

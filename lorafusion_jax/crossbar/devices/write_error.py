@@ -126,11 +126,9 @@ class Measured:
         after = jnp.clip(jnp.searchsorted(knots, log_time), 1, len(rows) - 1)
         share = (log_time - knots[after - 1]) / (knots[after] - knots[after - 1])
         row = table[after - 1] + share * (table[after] - table[after - 1])
-        return (
-            row
-            if self.extrapolate
-            else jnp.where(time <= self.seconds[-1] * _ROUNDED, row, jnp.nan)
-        )
+        if self.extrapolate:
+            return row
+        return jnp.where(time <= self.seconds[-1] * _ROUNDED, row, jnp.nan)
 
 
 @model("deviation", "shift", "seconds", "extrapolate", at_least_0=("scale",))

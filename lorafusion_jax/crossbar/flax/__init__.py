@@ -254,11 +254,9 @@ def _keyed(tree: Any, key: Array) -> Any:
     """Return a model as a tree whose chips that read at random have keys, by path."""
 
     def own(chip: chips.Chip) -> Array | None:
-        return (
-            jax.random.fold_in(key, zlib.crc32(chip.name.encode()))
-            if chip.config.reads_at_random
-            else chip.key
-        )
+        if chip.config.reads_at_random:
+            return jax.random.fold_in(key, zlib.crc32(chip.name.encode()))
+        return chip.key
 
     return chips.with_chips(
         tree, [chips.with_read_key(chip, own(chip)) for chip in chips.chips_in(tree)]

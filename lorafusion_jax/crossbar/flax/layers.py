@@ -138,11 +138,10 @@ def _found(model: nnx.Module) -> Mapping[str, _Found]:
             wrapper = next(
                 (name for above, name in wrappers if parts[: len(above)] == above), None
             )
-            kernel = (
-                parameters[0][...]
-                if isinstance(parameters[0], nnx.Variable)
-                else parameters[0]
-            )
+            if isinstance(parameters[0], nnx.Variable):
+                kernel = parameters[0][...]
+            else:
+                kernel = parameters[0]
             layers[_dotted(parts)] = _of_layer(layer, kernel, wrapper)
     for parts, value in nodes:
         if isinstance(value, nnx.LoRAParam):

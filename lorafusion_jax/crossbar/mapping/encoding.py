@@ -222,8 +222,6 @@ def input_codes(
 
 def pulses(codes: Float[Array, "*B d"], geometry: Geometry) -> Float[Array, "J *B d"]:
     """Return the input slices u of input codes."""
-    return (
-        codes[None]
-        if geometry.input_slices is None
-        else _all_digits(codes, geometry.input_slices)
-    )
+    if geometry.input_slices is None:
+        return codes[None]
+    return _all_digits(codes, geometry.input_slices)

@@ -49,11 +49,10 @@ def code_errors(config: CrossbarConfig) -> CodeErrors:
     A matrix that holds every code in each column is programmed. So all that programming does is in it: the codes'
     digits, unused cells, stuck ones, flipped columns, write-verify, drift and its compensation.
     """
-    top = (
-        2 ** (config.mapping.weight_bits - 1) - 1
-        if config.mapping.weight_bits
-        else _CODES // 2
-    )
+    if config.mapping.weight_bits:
+        top = 2 ** (config.mapping.weight_bits - 1) - 1
+    else:
+        top = _CODES // 2
     codes = (
         np.unique(np.round(np.linspace(-1, 1, min(2 * top + 1, _CODES)) * top)) / top
     )

@@ -47,11 +47,9 @@ class Preparation:
         """Return H diag(a) W."""
         if self.factors is not None:
             weights = weights * self.factors.astype(weights.dtype)[:, None]
-        return (
-            transform(weights.T, transform_matrices(len(weights))).T
-            if self.transforms
-            else weights
-        )
+        if self.transforms:
+            return transform(weights.T, transform_matrices(len(weights))).T
+        return weights
 
     def moments(self, squares: Float[Array, "*B d_in"]) -> Float[Array, "*B d_in"]:
         """Return the mean squares of the prepared inputs: after a transform, their mean over its random signs."""
@@ -69,11 +67,9 @@ class Preparation:
             prepared = transform(
                 prepared.T, transform_matrices(len(prepared)), inverse=True
             ).T
-        return (
-            prepared
-            if self.factors is None
-            else prepared / self.factors.astype(prepared.dtype)[:, None]
-        )
+        if self.factors is None:
+            return prepared
+        return prepared / self.factors.astype(prepared.dtype)[:, None]
 
     def identified(self) -> "Preparation":
         """Return the preparation with digests of its arrays as identity."""

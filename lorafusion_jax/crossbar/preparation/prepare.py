@@ -74,11 +74,10 @@ def prepare(
     mapping = config.mapping
     transforms = config.mapping.transform == "hadamard"
     weights = {name: jnp.asarray(w, jnp.float32) for name, w in matrices.items()}
-    squares = (
-        jnp.ones(shape)
-        if moments is None
-        else _floored(jnp.asarray(moments, jnp.float32))
-    )
+    if moments is None:
+        squares = jnp.ones(shape)
+    else:
+        squares = _floored(jnp.asarray(moments, jnp.float32))
     factors = jnp.ones(shape)
     if mapping.factors:
         factors_of_matrix = (
@@ -98,11 +97,10 @@ def prepare(
     bare = Preparation(
         factors=used_factors, transforms=transforms, white=moments is None
     )
-    squares = (
-        bare.moments(squares)
-        if transformed is None
-        else _floored(jnp.asarray(transformed, jnp.float32))
-    )
+    if transformed is None:
+        squares = bare.moments(squares)
+    else:
+        squares = _floored(jnp.asarray(transformed, jnp.float32))
     prepared = dict.fromkeys(weights, bare)
     if mapping.clip == "optimal" and has_errors(config):
         choose = functools.partial(

@@ -210,11 +210,10 @@ def _pieces(
     tokenizer: Any, text: str
 ) -> tuple[list[int], list[tuple[str, tuple[int, int]]]]:
     """Return the ids of a text, and of byte-level merges the pieces that it is split into before merging."""
-    splitter = (
-        tokenizer.backend_tokenizer.pre_tokenizer
-        if _SPACE not in tokenizer.get_vocab()
-        else None
-    )
+    if _SPACE not in tokenizer.get_vocab():
+        splitter = tokenizer.backend_tokenizer.pre_tokenizer
+    else:
+        splitter = None
     return tokenizer(text)["input_ids"], splitter.pre_tokenize_str(
         text
     ) if splitter else []
@@ -348,11 +347,12 @@ def _sentence_piece(
     )
     prefixed = metadata.get("add_space_prefix", True)
     spaces = normalizers.Replace(" ", _SPACE)
-    tokenizer.normalizer = (
-        normalizers.Sequence([normalizers.Prepend(_SPACE), spaces])
-        if prefixed
-        else spaces
-    )
+    if prefixed:
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend(_SPACE), spaces]
+        )
+    else:
+        tokenizer.normalizer = spaces
     words = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence(
         [*words, decoders.Strip(" ", 1, 0)] if prefixed else words

@@ -117,11 +117,10 @@ def write_merged(
     writer.add_file_type(LlamaFileType[f"MOSTLY_{kind}"])
     writer.add_quantization_version(GGML_QUANT_VERSION)
     for name, place, values in stored:
-        array = (
-            np.asarray(values, np.float32)
-            if place is None
-            else place.in_file(tensors[place.name])
-        )
+        if place is None:
+            array = np.asarray(values, np.float32)
+        else:
+            array = place.in_file(tensors[place.name])
         fits = (
             array.ndim > 1
             and (kind == "F16" or array.shape[-1] % 32 == 0)
@@ -170,11 +169,10 @@ def _described(
     )
     for name in described.keys() - _UNLIKE:
         if read_back[name] != described[name]:
-            fix = (
-                "no GGUF file holds it; use --format merged"
-                if name == layout.lost
-                else _CONVERTER
-            )
+            if name == layout.lost:
+                fix = "no GGUF file holds it; use --format merged"
+            else:
+                fix = _CONVERTER
             raise ValueError(
                 f"{base.place}: GGUF would hold {name} {read_back[name]}, not {described[name]}: {fix}"
             )

@@ -98,11 +98,10 @@ def read_adapter(
         folder = resolve(source, patterns=(CONFIG, WEIGHTS, _BIN, mlx.WEIGHTS))
         # `resolve` follows a link, whose name is the adapter's.
         local = at_home(source).is_dir()
-        name = (
-            Path(os.path.abspath(folder)).name
-            if local
-            else source.partition("@")[0].rpartition("/")[2]
-        )
+        if local:
+            name = Path(os.path.abspath(folder)).name
+        else:
+            name = source.partition("@")[0].rpartition("/")[2]
         check_name(name)
         weights, text, config, tensors, notes = _stored(
             folder, alpha, compare_saved=base_tensor is not None or compared is not None
@@ -150,16 +149,12 @@ def _errors_of(source: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = (
-            str(error)
-            if isinstance(error, ValueError)
-            else f"{type(error).__name__}: {error}"
-        )
-        reason = (
-            reason
-            if len(reason) <= _LONGEST_REASON
-            else f"{reason[:_LONGEST_REASON]} ..."
-        )
+        if isinstance(error, ValueError):
+            reason = str(error)
+        else:
+            reason = f"{type(error).__name__}: {error}"
+        if len(reason) > _LONGEST_REASON:
+            reason = f"{reason[:_LONGEST_REASON]} ..."
         raise AdapterError(
             reason if source in reason else f"{source}: {reason}"
         ) from error

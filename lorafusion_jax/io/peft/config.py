@@ -200,11 +200,9 @@ def check_config(
             "mixed; retrain without them, or give the base's weights: modules equal to the base are ignored"
         )
     unknown = sorted(set(config) - set(_KNOWN) - set(_OTHER_FORWARD))
-    return (
-        [f"warning: unknown to PEFT up to 0.21, ignored: {some(unknown)}"]
-        if unknown
-        else []
-    )
+    if unknown:
+        return [f"warning: unknown to PEFT up to 0.21, ignored: {some(unknown)}"]
+    return []
 
 
 def check_base(config: Mapping[str, Any], base: Base) -> list[str]:

@@ -77,11 +77,10 @@ def read(source: Path, alpha: float | None) -> Stored:
                 or array.ndim < 2 + joint
                 or (joint and array.shape[1] != len(paths))
             ):
-                expected = (
-                    "contracted axes, r"
-                    if kind == "a"
-                    else f"r, {f'{len(paths)}, ' * joint}other axes"
-                )
+                if kind == "a":
+                    expected = "contracted axes, r"
+                else:
+                    expected = f"r, {f'{len(paths)}, ' * joint}other axes"
                 raise ValueError(
                     f"{shown(name)} has the shape {list(array.shape)}: expected [{expected}]"
                 )
@@ -100,11 +99,12 @@ def read(source: Path, alpha: float | None) -> Stored:
     rank = max(ranks.values(), default=1)
     config = plain_config(None, ranks, rank=rank, alpha=alpha, task_type="CAUSAL_LM")
     config["rank_pattern"] = {path: r for path, r in ranks.items() if r != rank}
-    notes = (
-        [f"ignored: {others} arrays that are no LoRA, taken for those of the base"]
-        if others
-        else []
-    )
+    if others:
+        notes = [
+            f"ignored: {others} arrays that are no LoRA, taken for those of the base"
+        ]
+    else:
+        notes = []
     return Stored(source, config_text(config), config, tensors, notes)
 
 

@@ -56,11 +56,9 @@ def describe(adapter: PeftAdapter, config: Architecture | None) -> dict[str, Any
         "kept": sorted(adapter.kept),
         "notes": list(adapter.notes),
     }
-    return (
-        entry
-        if config
-        else entry | {"trained_on": adapter.config.get("base_model_name_or_path")}
-    )
+    if config:
+        return entry
+    return entry | {"trained_on": adapter.config.get("base_model_name_or_path")}
 
 
 def load_adapter(pool: Path, entry: Entry, base: Architecture) -> PeftAdapter:

@@ -208,11 +208,10 @@ class AdapterFolders:
         self, chosen: Sequence[str | int] | None = None, *, dtype: Dtype = "float32"
     ) -> LoraPool:
         """Read the adapters chosen by name or index, or all; raises `read_pool`'s errors."""
-        names = (
-            self.names
-            if chosen is None
-            else [self.names[index] for index in positions(self.names, chosen)]
-        )
+        if chosen is None:
+            names = self.names
+        else:
+            names = [self.names[index] for index in positions(self.names, chosen)]
         sources = [str(self.folder / name) for name in names]
         tensor = base_tensor(self._base)
         return read_pool(
@@ -233,14 +232,13 @@ class AdapterFolders:
     @functools.cached_property
     def _adapters(self) -> list[PeftAdapter]:
         # Copies of base weights need the base.
-        how = (
-            {
+        if self.base:
+            how = {
                 "shapes": linear_shapes(self.config),
                 "base_tensor": base_tensor(self._base),
             }
-            if self.base
-            else {}
-        )
+        else:
+            how = {}
         return [read_adapter(str(self.folder / name), **how) for name in self.names]
 
     @property

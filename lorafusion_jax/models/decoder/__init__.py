@@ -26,21 +26,19 @@ def _others(model: Decoder) -> list[Slot]:
     stem = config.stem
     names = {}
     if config.pre_norms:
-        mlp_norm = (
-            "pre_feedforward_layernorm"
-            if config.post_norms
-            else "post_attention_layernorm"
-        )
+        if config.post_norms:
+            mlp_norm = "pre_feedforward_layernorm"
+        else:
+            mlp_norm = "post_attention_layernorm"
         names |= {"input_layernorm": block.input_norm, mlp_norm: block.mlp_norm}
     if config.post_norms:
         names["post_attention_layernorm"] = block.attention_post_norm
         names["post_feedforward_layernorm"] = block.mlp_post_norm
     if config.qk_norm:
-        titles = (
-            ("query_layernorm", "key_layernorm")
-            if config.late_qk_norm
-            else ("q_norm", "k_norm")
-        )
+        if config.late_qk_norm:
+            titles = ("query_layernorm", "key_layernorm")
+        else:
+            titles = ("q_norm", "k_norm")
         head_norms = (block.self_attn.q_norm, block.self_attn.k_norm)
         names |= {
             f"self_attn.{title}": norm

@@ -100,11 +100,13 @@ def _gemma3(hf: Any) -> Fields:
 
 
 def _phi3(hf: Any) -> Fields:
-    windows = (
-        {"window": hf.sliding_window, "sliding": (True,) * hf.num_hidden_layers}
-        if hf.sliding_window
-        else {}
-    )
+    if hf.sliding_window:
+        windows = {
+            "window": hf.sliding_window,
+            "sliding": (True,) * hf.num_hidden_layers,
+        }
+    else:
+        windows = {}
     return windows | {"fused": True, "partial_rope": True}
 
 

@@ -121,11 +121,10 @@ def read_config(
         raise ValueError(f"the weights are quantised by {method}: {fix}")
     full_config = _filled(kind, raw)
     # A model for images and text has the config of a text model inside.
-    hf = (
-        full_config
-        if isinstance(full_config, types.SimpleNamespace)
-        else full_config.get_text_config()
-    )
+    if isinstance(full_config, types.SimpleNamespace):
+        hf = full_config
+    else:
+        hf = full_config.get_text_config()
     if hf.model_type not in families:
         got = f"the text model of this {kind} is {shown(hf.model_type)}"
         raise ValueError(f"{got}: expected one of {', '.join(families)}")
@@ -144,11 +143,10 @@ def read_config(
             f"num_attention_heads is {heads}: expected a multiple of num_key_value_heads, {multiple}"
         )
     # Some versions of transformers keep the fields of all layers next to those of each kind.
-    ropes = (
-        hf.rope_parameters
-        if "full_attention" in hf.rope_parameters
-        else {"full_attention": hf.rope_parameters}
-    )
+    if "full_attention" in hf.rope_parameters:
+        ropes = hf.rope_parameters
+    else:
+        ropes = {"full_attention": hf.rope_parameters}
     end = raw.get("eos_token_id", getattr(hf, "eos_token_id", None))
     pad = raw.get("pad_token_id", getattr(hf, "pad_token_id", None))
     ends = tuple(end) if isinstance(end, list | tuple) else (end,)

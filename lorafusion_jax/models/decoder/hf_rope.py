@@ -106,11 +106,10 @@ def _longrope(rope: Rope, fields: _RopeJson) -> Rope:
                 f"{name} has {len(numbers)} numbers: expected one for each of {pairs} rotated pairs"
             )
     factor = float(fields.get("factor", rope.context / context))
-    scale = (
-        math.sqrt(1 + math.log(factor) / math.log(context))
-        if factor > 1 < context
-        else 1.0
-    )
+    if factor > 1 < context:
+        scale = math.sqrt(1 + math.log(factor) / math.log(context))
+    else:
+        scale = 1.0
     scale = fields.get("attention_factor") or scale
     return dataclasses.replace(
         rope,

@@ -452,11 +452,10 @@ class Decoder(nnx.Module):
         everywhere = Context(rotation(c.rope, positions, lengths), seen)
         if not any(c.sliding):
             return lambda local: everywhere
-        near = (
-            seen & (columns[:, None, :] > places[:, :, None] - c.window)
-            if c.window
-            else seen
-        )
+        if c.window:
+            near = seen & (columns[:, None, :] > places[:, :, None] - c.window)
+        else:
+            near = seen
         nearby = Context(rotation(c.local_rope or c.rope, positions, lengths), near)
         if all(c.sliding):
             return lambda local: nearby

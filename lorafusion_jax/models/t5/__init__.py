@@ -20,11 +20,10 @@ def _others(model: T5) -> list[Slot]:
             Slot(bias.table, [table]),
             Slot(norm.scale, [f"{stack}.final_layer_norm.weight"]),
         ]
-        norms = (
-            ("self_norm", "ff_norm")
-            if stack == "encoder"
-            else ("self_norm", "cross_norm", "ff_norm")
-        )
+        if stack == "encoder":
+            norms = ("self_norm", "ff_norm")
+        else:
+            norms = ("self_norm", "cross_norm", "ff_norm")
         for sublayer, name in enumerate(norms):
             scale = getattr(block, name).scale
             names = [

@@ -252,11 +252,10 @@ class T5(nnx.Module):
         source_line: Line | None = None,
     ) -> Logits:
         """Return the logits of every position of `decoder_ids`, each seeing those before it."""
-        widths = (
-            [decoder_ids.shape[1]]
-            if line is None
-            else [group.shape[1] for group in line.groups]
-        )
+        if line is None:
+            widths = [decoder_ids.shape[1]]
+        else:
+            widths = [group.shape[1] for group in line.groups]
         positions = jnp.arange(max(widths))
         bias = self.decoder_bias(positions, positions)
         seen = (positions[None, :] <= positions[:, None])[None, None]

@@ -82,11 +82,9 @@ class Converter(NamedTuple):
     ) -> Float[Array, "..."]:
         """Return sums in units of a code, neither rounded nor clipped."""
         scaled = sums * self.qmax / scale if self.divides else sums * scale
-        return (
-            scaled
-            if self.transfer is None
-            else self.transfer(scaled, self.qmin, self.qmax)
-        )
+        if self.transfer is None:
+            return scaled
+        return self.transfer(scaled, self.qmin, self.qmax)
 
 
 def level_units(geometry: Geometry, config: CrossbarConfig) -> tuple[Any, ...]:
@@ -157,11 +155,10 @@ def converter(
     qmin, qmax = geometry.code_range
     span = limits[..., 1] * stacked_units(geometry, config, limits.dtype)[None]
     if ties is None:
-        transfer = (
-            None
-            if config.adc is None
-            else ARCHITECTURES[config.adc.architecture].transfer
-        )
+        if config.adc is None:
+            transfer = None
+        else:
+            transfer = ARCHITECTURES[config.adc.architecture].transfer
         return Converter(qmax / span, qmin, qmax, transfer=transfer)
     if ties == "divide":
         return Converter(span, qmin, qmax, divides=True)
