@@ -72,16 +72,19 @@ class Redrawn(Frozen):
 
     def of_step(self, step: Int[Array, ""], graph: nnx.GraphDef) -> Frozen:
         """Return the chip of one training step: the present one, or a new one with the same converters."""
-        here = reads(_plain(self), step)
+        chip_of_step = reads(_plain(self), step)
         rules = dict(self.structure.config(self.values))
         key = jax.random.fold_in(self.key, step)
         new = _with_limits(
-            program(graph, self.digital, rules, key, norm=self.norm), limits_of(here)
+            program(graph, self.digital, rules, key, norm=self.norm),
+            limits_of(chip_of_step),
         )
         new = reads(new, step)
         if self.steps == "every":
             return new
-        return jax.tree.map(lambda a, b: jnp.where(step % 2 == 0, a, b), new, here)
+        return jax.tree.map(
+            lambda a, b: jnp.where(step % 2 == 0, a, b), new, chip_of_step
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -172,21 +175,29 @@ def on_every_chip(
     chip_of_seed, seed = _places(len(keys), len(problem.index))
     # The chips of a device follow each other; fewer than those of another device are filled up with the next ones.
     first_of_device = chip_of_seed.reshape(axis_size("seed"), -1)[:, :1]
-    of_device = chip_of_seed - np.repeat(
+    local_chip = chip_of_seed - np.repeat(
         first_of_device, len(seed) // len(first_of_device)
     )
-    there = np.minimum(
-        first_of_device + np.arange(of_device.max() + 1), len(keys) - 1
+    chip_numbers = np.minimum(
+        first_of_device + np.arange(local_chip.max() + 1), len(keys) - 1
     ).ravel()
     on_chips = (
-        jax.tree.map(lambda *leaves: jnp.stack(leaves), *(restored[n] for n in there))
+        jax.tree.map(
+            lambda *leaves: jnp.stack(leaves), *(restored[n] for n in chip_numbers)
+        )
         if restored
         else None
     )
     weights = programmed(
-        problem, rules, keys[there], on_chips, limits=limits, modules=modules, norm=norm
+        problem,
+        rules,
+        keys[chip_numbers],
+        on_chips,
+        limits=limits,
+        modules=modules,
+        norm=norm,
     )
-    frozen = ChipPerSeed(**_fields(weights), chip_of_seed=tuple(of_device.tolist()))
+    frozen = ChipPerSeed(**_fields(weights), chip_of_seed=tuple(local_chip.tolist()))
     on_all = setup.with_problem(
         frozen=frozen, index=on_mesh(problem.index[seed], of_seeds=True)
     )
@@ -207,12 +218,16 @@ def programmed(
 ) -> Frozen:
     """Return the weights on several chips, given their keys; leaves have an axis of chips, which a mesh splits."""
     structure, values = split_config(tuple(rules.items()))
-    own = on_mesh((keys, restored), of_seeds=True)
+    keys_and_corrections = on_mesh((keys, restored), of_seeds=True)
     shared = (problem.frozen, values, limits, modules)
-    written = _program_all(
-        own, shared, structure=structure, graph=problem.graph, norm=norm
+    weights = _program_all(
+        keys_and_corrections,
+        shared,
+        structure=structure,
+        graph=problem.graph,
+        norm=norm,
     )
-    return on_mesh(written, problem.config, of_seeds=True)
+    return on_mesh(weights, problem.config, of_seeds=True)
 
 
 def for_every_chip(tree: _Tree, count: int) -> _Tree:
@@ -258,7 +273,7 @@ def _program_all(
     def of_chip(chip: tuple[Array, Restored | None], shared: Any) -> Frozen:
         key, restored = chip
         digital, values, limits, modules = shared
-        written = program(
+        weights = program(
             graph,
             digital,
             dict(structure.config(values)),
@@ -267,7 +282,7 @@ def _program_all(
             norm=norm,
             restored=restored,
         )
-        return written if limits is None else _with_limits(written, limits)
+        return weights if limits is None else _with_limits(weights, limits)
 
     return over_seeds(of_chip, "sequential")(chips, shared)
 
@@ -275,13 +290,17 @@ def _program_all(
 def _with_limits(frozen: Frozen, limits: Limits) -> Frozen:
     """Return a chip whose converters have these ranges; corrected weights keep the ranges of their corrections."""
     leaves = []
-    for leaf, (of_adcs, of_dacs) in zip(chips_in(frozen), limits, strict=True):
+    for leaf, (adc_limits, dac_limit) in zip(chips_in(frozen), limits, strict=True):
         if leaf.correction is not None:
             leaves.append(leaf)
             continue
         dac = leaf.config.dac
-        own = (
-            leaf.input_limit if dac is None or dac.scaling != "calibrated" else of_dacs
+        input_limit = (
+            leaf.input_limit
+            if dac is None or dac.scaling != "calibrated"
+            else dac_limit
         )
-        leaves.append(dataclasses.replace(leaf, limits=of_adcs, input_limit=own))
+        leaves.append(
+            dataclasses.replace(leaf, limits=adc_limits, input_limit=input_limit)
+        )
     return with_chips(frozen, leaves)

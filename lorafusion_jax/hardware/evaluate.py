@@ -183,8 +183,8 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
                 for number, row in enumerate(scores)
             ]
             bar.update(count)
-    named = {"task": setup.task.name, "crossbar": options.crossbar, "chips": count}
-    results = {**named, **settings(on.fused.method, options), "rows": rows}
+    labels = {"task": setup.task.name, "crossbar": options.crossbar, "chips": count}
+    results = {**labels, **settings(on.fused.method, options), "rows": rows}
     write_json(results_path(options), results)
     return results
 
@@ -215,26 +215,26 @@ def results_path(
 
 def _given(options: EvaluateOnChipsOptions) -> dict[str, Any]:
     """Return the options of an evaluation that are not at their defaults, with absolute paths of files."""
-    own = [
+    names = [
         name
         for name in vars(options)
         if name not in ("run", "eval_batch", "report", "mesh")
     ]
-    given = {
+    values = {
         name: value
-        for name in own
+        for name in names
         if (value := getattr(options, name)) != getattr(EvaluateOnChipsOptions, name)
     }
     paths = {
-        name: given[name]
+        name: values[name]
         for name in ("crossbar", "task", "restore")
-        if os.path.exists(given.get(name) or "")
+        if os.path.exists(values.get(name) or "")
     }
     lists = {
-        name: list(value) for name, value in given.items() if isinstance(value, tuple)
+        name: list(value) for name, value in values.items() if isinstance(value, tuple)
     }
     return (
-        given
+        values
         | lists
         | {name: str(Path(path).resolve()) for name, path in paths.items()}
     )

@@ -109,11 +109,13 @@ class Chips:
     @property
     def sha256(self) -> str:
         """Digest of the configuration and its preparations."""
-        found = crossbar.config_hash(self.config)
+        digest = crossbar.config_hash(self.config)
         if self.prepared is None:
-            return found
-        identities = "".join(one.identity for one in self.prepared.of_sites.values())
-        return hashlib.sha256(f"{found}{identities}".encode()).hexdigest()
+            return digest
+        identities = "".join(
+            preparation.identity for preparation in self.prepared.of_sites.values()
+        )
+        return hashlib.sha256(f"{digest}{identities}".encode()).hexdigest()
 
     def rules(self, config: crossbar.CrossbarConfig | None = None) -> crossbar.Rules:
         """Return the configuration of every weight, by default that of these chips; None for digital weights."""
@@ -164,28 +166,28 @@ class Chips:
             raise ValueError(
                 f"{self.name} holds no {control} control: give a preset or a file with --crossbar"
             )
-        now = digests(fused)
+        current = digests(fused)
         on_chips = manifest["modules"]
-        if now["base"] != manifest["base_sha256"]:
+        if current["base"] != manifest["base_sha256"]:
             raise ValueError(
                 f"{self.name} holds another base model (sha256 {manifest['base_sha256'][:12]}, the run's is "
-                f"{now['base'][:12]}): program chips with the run's base, or evaluate a run on theirs"
+                f"{current['base'][:12]}): program chips with the run's base, or evaluate a run on theirs"
             )
         pairs = {
             f"module {name}": (digest, on_chips.get(name))
-            for name, digest in now["modules"].items()
+            for name, digest in current["modules"].items()
         }
-        if basis := now.get("basis"):
+        if basis := current.get("basis"):
             pairs = {"shared basis": (basis, manifest["basis_sha256"])}
-        for name, (digest, written) in pairs.items():
-            if digest != written:
-                there = (
+        for name, (digest, stored_digest) in pairs.items():
+            if digest != stored_digest:
+                state = (
                     "is not there"
-                    if written is None
-                    else f"has the sha256 {written[:12]}"
+                    if stored_digest is None
+                    else f"has the sha256 {stored_digest[:12]}"
                 )
                 raise ValueError(
-                    f"the run fuses the {name} (sha256 {digest[:12]}), which on {self.name} {there}: the chips were "
+                    f"the run fuses the {name} (sha256 {digest[:12]}), which on {self.name} {state}: the chips were "
                     "programmed with another pool; program them with the run's"
                 )
         self._check_drawn(fused)
@@ -203,16 +205,24 @@ class Chips:
         if site is None:
             return
         weight = {site: dense(base[site], jnp.float32)}
-        of_site = {site: self.prepared.of_sites[site]} if self.prepared else None
-        drawn = crossbar.program_tree(
-            weight, {site: self.config}, self.chip_key(0), preparations=of_site
+        site_preparations = (
+            {site: self.prepared.of_sites[site]} if self.prepared else None
+        )
+        redrawn = crossbar.program_tree(
+            weight,
+            {site: self.config},
+            self.chip_key(0),
+            preparations=site_preparations,
         )[site]
-        written = crossbar.programmed_weights(
+        stored_weights = crossbar.programmed_weights(
             crossbar.load_chip(folder / f"{site}.safetensors", self.config)
         )
-        now = crossbar.programmed_weights(drawn)[: len(written)]
+        redrawn_weights = crossbar.programmed_weights(redrawn)[: len(stored_weights)]
         if not np.allclose(
-            now, written, rtol=0, atol=1e-2 * float(np.abs(written).max())
+            redrawn_weights,
+            stored_weights,
+            rtol=0,
+            atol=1e-2 * float(np.abs(stored_weights).max()),
         ):
             raise ValueError(
                 f"{folder / site}.safetensors holds other arrays than the key draws now: another version of this "

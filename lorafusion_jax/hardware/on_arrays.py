@@ -56,15 +56,15 @@ def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> HardwareSet
         is random.
     """
     check(setup, options)
-    asked = options.arrays
-    setup, chips, config, restored = _chips(setup, asked, options.control)
-    if asked.train_chip in ("fresh", "both") and not is_random(config):
+    arrays = options.arrays
+    setup, chips, config, restored = _chips(setup, arrays, options.control)
+    if arrays.train_chip in ("fresh", "both") and not is_random(config):
         raise ValueError(
             f"programming is not random in {chips.name}: train with --train-chip chip, or none"
         )
-    if asked.restore is not None and asked.train_chip in ("fresh", "both"):
+    if arrays.restore is not None and arrays.train_chip in ("fresh", "both"):
         raise ValueError(
-            f"{asked.restore} corrects chip {asked.chip} alone: train with --train-chip chip, or none"
+            f"{arrays.restore} corrects chip {arrays.chip} alone: train with --train-chip chip, or none"
         )
     setup = without_merged_pool(setup).with_layers(unroll=False)
     graph = setup.problem.graph
@@ -72,14 +72,14 @@ def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> HardwareSet
 
     def calibrated(config: CrossbarConfig, restored: Restored | None) -> Frozen:
         numbers = module_numbers(setup, options, chips)
-        key = chips.chip_key(asked.chip)
+        key = chips.chip_key(arrays.chip)
         chip = program(
             graph,
             digital,
             chips.rules(config),
             key,
             modules=numbers,
-            norm=asked.norm,
+            norm=arrays.norm,
             restored=restored,
         )
         return on_mesh(
@@ -88,13 +88,13 @@ def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> HardwareSet
 
     chip = calibrated(config, restored)
     training = chip
-    if asked.train_chip == "none":
+    if arrays.train_chip == "none":
         training = calibrated(deterministic(config), None)
-    elif asked.train_chip != "chip":
+    elif arrays.train_chip != "chip":
         key = jax.random.fold_in(chips.key, STEP_CHIPS)
-        steps = "every" if asked.train_chip == "fresh" else "other"
+        steps = "every" if arrays.train_chip == "fresh" else "other"
         training = redrawn(
-            chip, digital, chips.rules(config), key, steps=steps, norm=asked.norm
+            chip, digital, chips.rules(config), key, steps=steps, norm=arrays.norm
         )
         training = on_mesh(training, setup.config)
 
@@ -107,28 +107,30 @@ def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> HardwareSet
     return HardwareSetup(setup.with_problem(frozen=training), tested)
 
 
-def restored_base(loaded: LoadedModel, asked: OnArrays) -> Frozen:
+def restored_base(loaded: LoadedModel, arrays: OnArrays) -> Frozen:
     """Return a base without a pool on a restored chip, whose converters' ranges are those of the corrections."""
-    loaded, chips, config, restored = _chips(loaded, asked)
+    loaded, chips, config, restored = _chips(loaded, arrays)
     problem = loaded.with_layers(unroll=False).problem
-    key = chips.chip_key(asked.chip)
+    key = chips.chip_key(arrays.chip)
     return program(
         problem.graph, problem.frozen, chips.rules(config), key, restored=restored
     )
 
 
 def _chips(
-    loaded: Loaded, asked: OnArrays, control: str = "none"
+    loaded: Loaded, arrays: OnArrays, control: str = "none"
 ) -> tuple[Loaded, Chips, CrossbarConfig, Restored | None]:
     """Return the model with its preparations, the chips that a run names, and their configuration and corrections."""
-    assert asked.crossbar is not None
-    chips = load_chips(asked.crossbar, key=asked.chip_key, digital=asked.keep_digital)
+    assert arrays.crossbar is not None
+    chips = load_chips(
+        arrays.crossbar, key=arrays.chip_key, digital=arrays.keep_digital
+    )
     loaded = chips.checked(loaded, control)
-    config = aged(chips.config, asked.age)
+    config = aged(chips.config, arrays.age)
     restored = None
-    if asked.restore is not None:
+    if arrays.restore is not None:
         (restored,) = load_restored(
-            asked.restore, chips, [asked.chip], digests(loaded)["base"]
+            arrays.restore, chips, [arrays.chip], digests(loaded)["base"]
         )
     return loaded, chips, config, restored
 
@@ -140,7 +142,7 @@ def module_numbers(
     pool = setup.problem.frozen.pool
     if not isinstance(pool, LoraPool) or options.pool is None:
         return None
-    there = list(
+    names = list(
         open_pool(options.pool).names
         if chips.manifest is None
         else chips.manifest["modules"]
@@ -148,7 +150,7 @@ def module_numbers(
     # A control is in the arrays of the module that it replaces, and its name ends with the name of that module.
     prefix = "" if options.control == "none" else f"{options.control} "
     return jnp.array(
-        [there.index(name.removeprefix(prefix)) for name in pool.names], jnp.int32
+        [names.index(name.removeprefix(prefix)) for name in pool.names], jnp.int32
     )
 
 

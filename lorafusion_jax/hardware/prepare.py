@@ -82,7 +82,7 @@ def prepare(options: PrepareOptions) -> PreparedManifest:
     base = {
         name: weight
         for name, weight in base.items()
-        if not any(fnmatchcase(name, each) for each in digital)
+        if not any(fnmatchcase(name, pattern) for pattern in digital)
     }
     if not base:
         raise ValueError(
@@ -100,12 +100,12 @@ def prepare(options: PrepareOptions) -> PreparedManifest:
         run, perfect, progress("text", batches), counted=no_padding(loaded)
     )
     errors = crossbar.code_errors(config)
-    found = dict[str, crossbar.Preparation]()
+    preparations = dict[str, crossbar.Preparation]()
     sites: dict[str, OneSite] = {}
     with progress("sites", len(weights)) as bar:
         for names in sharing_inputs(loaded.config.sites, weights):
             squares = moments[names[0]]
-            found |= crossbar.prepare(
+            preparations |= crossbar.prepare(
                 {n: weights[n] for n in names},
                 squares,
                 config,
@@ -113,7 +113,7 @@ def prepare(options: PrepareOptions) -> PreparedManifest:
                 errors=errors,
             )
             for name in names:
-                one = found[name]
+                preparation = preparations[name]
                 before = np.atleast_1d(
                     crossbar.expected_error(
                         weights[name],
@@ -125,12 +125,12 @@ def prepare(options: PrepareOptions) -> PreparedManifest:
                 ).tolist()
                 after = np.atleast_1d(
                     crossbar.expected_error(
-                        weights[name], squares, config, one, errors=errors
+                        weights[name], squares, config, preparation, errors=errors
                     )
                 ).tolist()
                 sites[name] = OneSite(
-                    transforms=one.transforms,
-                    identity=one.identity,
+                    transforms=preparation.transforms,
+                    identity=preparation.identity,
                     before=before,
                     after=after,
                 )
@@ -145,7 +145,7 @@ def prepare(options: PrepareOptions) -> PreparedManifest:
         digital=list(digital),
         sites=sites,
     )
-    save_prepared(options.out, config, found, manifest)
+    save_prepared(options.out, config, preparations, manifest)
     return manifest
 
 
@@ -167,21 +167,21 @@ def _changing(config: crossbar.CrossbarConfig, name: str) -> crossbar.CrossbarCo
 def _batches(loaded: LoadedModel, content: str, options: PrepareOptions) -> list[Batch]:
     """Return batches of the text; its first tokens for a causal model."""
     if loaded.config.causal:
-        whole = tokenise(
+        all_ids = tokenise(
             loaded.tokenizer, content, add_special_tokens=False, verbose=False
         )["input_ids"]
-        ids = whole[: options.tokens]
+        ids = all_ids[: options.tokens]
         batches = windows(loaded, ids)
-        there = f"{len(ids)} tokens"
+        amount = f"{len(ids)} tokens"
     else:
         lines = [line for line in content.splitlines() if line.strip()]
         batches = answered(loaded, lines)
-        there = f"{len(lines)} lines"
+        amount = f"{len(lines)} lines"
     if not batches:
         least = (
             f"a window of {WINDOW} tokens, better {PrepareOptions.tokens:,}"
             if loaded.config.causal
             else "a line"
         )
-        raise ValueError(f"the text has {there}: give at least {least}")
+        raise ValueError(f"the text has {amount}: give at least {least}")
     return batches

@@ -71,19 +71,19 @@ class Prepared:
                 f"{self.folder} prepares another base model (sha256 {self.base_sha256[:12]}, this one is "
                 f"{base_sha256[:12]}): run `lorafusion crossbar prepare` with this base"
             )
-        for name, one in self.of_sites.items():
+        for name, preparation in self.of_sites.items():
             with named(f"{self.folder}: {shown(name)}"):
                 if name not in shapes:
                     raise ValueError(
                         f"no matrix of the base: expected some of {', '.join(shapes)}"
                     )
-                check_preparation(one, shapes[name], self.config)
+                check_preparation(preparation, shapes[name], self.config)
 
 
 def save_prepared(
     folder: Path,
     config: crossbar.CrossbarConfig,
-    of_sites: dict[str, crossbar.Preparation],
+    preparations: dict[str, crossbar.Preparation],
     manifest: PreparedManifest,
 ) -> None:
     """Write a folder of preparations, which must not exist."""
@@ -91,9 +91,9 @@ def save_prepared(
         name: {
             part: np.asarray(values)
             for part in _PARTS
-            if (values := getattr(one, part)) is not None
+            if (values := getattr(preparation, part)) is not None
         }
-        for name, one in of_sites.items()
+        for name, preparation in preparations.items()
     }
     with new_folder(folder) as partial:
         crossbar.save_config(config, partial / CONFIG)
@@ -115,8 +115,8 @@ def load_prepared(folder: Path) -> Prepared:
             got="not the configuration that the base was prepared for",
             fix=again,
         )
-    found = {}
-    for name, of_site in manifest["sites"].items():
+    preparations = {}
+    for name, entry in manifest["sites"].items():
         arrays_of_site = tree.get(name, {})
         if not isinstance(arrays_of_site, dict) or not set(arrays_of_site) <= {*_PARTS}:
             got = "other arrays"
@@ -151,9 +151,9 @@ def load_prepared(folder: Path) -> Prepared:
                     fix=again,
                 )
         parts = {part: jnp.asarray(values) for part, values in arrays_of_site.items()}
-        one = crossbar.Preparation(transforms=of_site["transforms"])
-        found[name] = dataclasses.replace(one, **parts).identified()
-        if found[name].identity != of_site["identity"]:
+        preparation = crossbar.Preparation(transforms=entry["transforms"])
+        preparations[name] = dataclasses.replace(preparation, **parts).identified()
+        if preparations[name].identity != entry["identity"]:
             raise FileError(
                 folder / PREPARATIONS,
                 field=shown(name),
@@ -161,5 +161,9 @@ def load_prepared(folder: Path) -> Prepared:
                 fix=again,
             )
     return Prepared(
-        found, manifest["base_sha256"], str(folder), config, tuple(manifest["digital"])
+        preparations,
+        manifest["base_sha256"],
+        str(folder),
+        config,
+        tuple(manifest["digital"]),
     )

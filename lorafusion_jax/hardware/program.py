@@ -130,7 +130,7 @@ def program(
     write = functools.partial(
         program_tree, rules=rules, key=key, numbers=numbers, preparations=preparations
     )
-    written = base | ({"pool": factors} if factors else {})
+    weights_to_write = base | ({"pool": factors} if factors else {})
 
     def finished(weights: Any) -> Any:
         return _shared_out(
@@ -140,8 +140,8 @@ def program(
     if (
         restored is not None or axis_size("model") > 1
     ):  # what does not fit is refused before anything is written
-        jax.eval_shape(lambda weights: len(finished(write(weights))), written)
-    placed = finished(write(written))
+        jax.eval_shape(lambda weights: len(finished(write(weights))), weights_to_write)
+    placed = finished(write(weights_to_write))
     if any(config is not None for config in rules.values()) and not chips_in(placed):
         raise ValueError(
             f"the digital weights {', '.join(map(repr, rules))} leave none for arrays: name fewer"
@@ -194,14 +194,14 @@ def _shared_out(weights: Any, config: Architecture) -> Any:
         reasons = ((chip.name, by and unfit(chip, by, parts)) for chip, by in cut)
         return [f"{name} has {reason}" for name, reason in reasons if reason]
 
-    if why := refused(devices):
+    if faults := refused(devices):
         fits = next(
             parts
             for parts in range(devices - 1, 0, -1)
             if devices % parts == 0 and not refused(parts)
         )
         raise ValueError(
-            f"--mesh model={devices} splits arrays between tiles, but {why[0]}: give model={fits}, or keep it digital "
+            f"--mesh model={devices} splits arrays between tiles, but {faults[0]}: give model={fits}, or keep it digital "
             "(--keep-digital)"
         )
     plans = [
@@ -221,19 +221,23 @@ def _with_pool(
     preparations: Mapping[str, Preparation], factors: Mapping[str, Mapping[str, Array]]
 ) -> dict[str, Preparation]:
     """Return the preparations of the base and of a pool: A and U meet the inputs of their sites, B and V others."""
-    found = dict(preparations)
+    all_preparations = dict(preparations)
     for factor, sites in factors.items() if preparations else ():
         for site, weights in sites.items():
-            one = Preparation()
+            preparation = Preparation()
             if factor in ("A", "U") and site in preparations:
-                of_site = preparations[site]
+                site_preparation = preparations[site]
                 shape = (weights.shape[0], *[1] * (weights.ndim - 3), weights.shape[-2])
                 wide = (
-                    None if of_site.factors is None else of_site.factors.reshape(shape)
+                    None
+                    if site_preparation.factors is None
+                    else site_preparation.factors.reshape(shape)
                 )
                 wide = (
                     None if wide is None else jnp.broadcast_to(wide, weights.shape[:-1])
                 )
-                one = dataclasses.replace(of_site, factors=wide, ranges=None)
-            found[f"pool.{factor}.{site}"] = one
-    return found
+                preparation = dataclasses.replace(
+                    site_preparation, factors=wide, ranges=None
+                )
+            all_preparations[f"pool.{factor}.{site}"] = preparation
+    return all_preparations

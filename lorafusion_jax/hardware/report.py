@@ -50,11 +50,11 @@ def report_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
             setup, params, options.calibration_rows, batch_size=options.eval_batch
         )
     )
-    of_chips = []
+    chip_rows = []
     sites = []
     with progress("chips", on.count) as bar:
         for chip in range(on.count):
-            began = time.perf_counter()
+            started = time.perf_counter()
             restored = on.restored[chip] if on.restored else None
             frozen = program(
                 problem.graph,
@@ -72,10 +72,10 @@ def report_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
                 setup.with_problem(frozen=frozen), on.fused, params
             )
             seconds = {
-                "program": calibrated - began,
+                "program": calibrated - started,
                 "evaluate": time.perf_counter() - calibrated,
             }
-            of_chips.append(
+            chip_rows.append(
                 {
                     "chip": chip,
                     "seeds": seed_rows(seeds, scores),
@@ -97,7 +97,7 @@ def report_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
         if chips.manifest is None
         else chips.manifest["key"],
         "digital": digital,
-        "chips": of_chips,
+        "chips": chip_rows,
         "sites": sites,
         "arrays": sum(site["arrays"] for site in sites),
     }
@@ -110,16 +110,16 @@ def _sites(frozen: Frozen) -> list[dict[str, Any]]:
     sites = []
     for leaf in chips_in(frozen):
         matrices = math.prod(leaf.shape[:-2])
-        of_one = explain(leaf)
+        explanation = explain(leaf)
         sites.append(
             {
                 "site": leaf.name,
                 "matrices": matrices,
                 "shape": list(leaf.matrix_shape),
-                "arrays": matrices * of_one.arrays,
-                "utilisation": of_one.utilisation,
-                "conversions": of_one.conversions,
-                "path": of_one.path,
+                "arrays": matrices * explanation.arrays,
+                "utilisation": explanation.utilisation,
+                "conversions": explanation.conversions,
+                "path": explanation.path,
             }
         )
     return sites

@@ -142,7 +142,7 @@ def restore_each(
     count = len(jax.tree.leaves(models)[0])
     key = jax.random.fold_in(jax.random.key(how.seed), 1)
     if how.method == "lora":
-        found = [_zeros(names, matrices, how.numbers, key)] * count
+        corrections = [_zeros(names, matrices, how.numbers, key)] * count
     else:
         offsets = how.method == "offsets"
         total = output_moments(
@@ -156,11 +156,11 @@ def restore_each(
             ridge=how.ridge,
         )
         total = jax.device_get(total)
-        each = (
+        moments_of_models = (
             jax.tree.map(lambda leaf, place=place: leaf[place], total)
             for place in range(count)
         )
-        found = [
+        corrections = [
             closed_forms(
                 names,
                 matrices,
@@ -169,22 +169,25 @@ def restore_each(
                 numbers=how.numbers,
                 ridge=how.ridge,
             )
-            for moments in each
+            for moments in moments_of_models
         ]
         if how.epochs and left_out is not None:
-            starts = found, [_neutral(one, key) for one in found]
+            starts = (
+                corrections,
+                [_neutral(correction, key) for correction in corrections],
+            )
             off = [
                 _diverged(run, models, stacked_corrections(start), left_out)
                 for start in starts
             ]
-            found = [
-                one if a <= b else other
-                for one, other, a, b in zip(*starts, *off, strict=True)
+            corrections = [
+                correction if a <= b else neutral
+                for correction, neutral, a, b in zip(*starts, *off, strict=True)
             ]
     return (
-        _distil_each(run, models, found, batches, targets, how, left_out)
+        _distil_each(run, models, corrections, batches, targets, how, left_out)
         if how.epochs
-        else found
+        else corrections
     )
 
 
@@ -244,13 +247,13 @@ def _distil_each(
     )
     with progress("steps", steps) as bar:
         for step, number in enumerate(np.concatenate(orders), start=1):
-            here = crossbar.reads(models, step - 1)
+            read_models = crossbar.reads(models, step - 1)
             target = targets[number]
             _check_target(target, int(number))
             params, state = _step(
                 params,
                 state,
-                here,
+                read_models,
                 batches[number],
                 target,
                 run,
@@ -258,20 +261,22 @@ def _distil_each(
             )
             bar.update()
             if step % len(batches) == 0:
-                now = jax.tree.map(
+                current = jax.tree.map(
                     jnp.copy, params
                 )  # the step reuses the memory of params
                 better = np.ones(len(corrections), bool)
                 if left_out is not None:
                     better = (
-                        diverged := _diverged(run, models, _corrections(now), left_out)
+                        diverged := _diverged(
+                            run, models, _corrections(current), left_out
+                        )
                     ) < least
                     least = np.where(better, diverged, least)
-                best = jax.tree.map(partial(_where, better), now, best)
+                best = jax.tree.map(partial(_where, better), current, best)
     best = jax.device_get(best)
     return [
-        {site: _cut(best[site], place, like) for site, like in one.items()}
-        for place, one in enumerate(corrections)
+        {site: _cut(best[site], place, like) for site, like in correction.items()}
+        for place, correction in enumerate(corrections)
     ]
 
 
@@ -281,15 +286,15 @@ def _optimiser(
 ) -> optax.GradientTransformation:
     def kinds(params: Any) -> Any:
         return {
-            s: {name: "low rank" if name in ("U", "V") else "columns" for name in of}
-            for s, of in params.items()
+            s: {name: "low rank" if name in ("U", "V") else "columns" for name in parts}
+            for s, parts in params.items()
         }
 
     rates = {"columns": rate, "low rank": rate_low_rank}
     return optax.multi_transform(
         {
-            kind: optax.adam(optax.cosine_decay_schedule(of_kind, steps))
-            for kind, of_kind in rates.items()
+            kind: optax.adam(optax.cosine_decay_schedule(kind_rate, steps))
+            for kind, kind_rate in rates.items()
         },
         kinds,
     )
@@ -331,8 +336,8 @@ def _diverged(
     diverged = []
     for number, (batch, target) in enumerate(zip(*left_out, strict=True)):
         _check_target(target, number)
-        here = crossbar.reads(corrected, number)
-        diverged.append(divergences(here, batch, target, run))
+        read_models = crossbar.reads(corrected, number)
+        diverged.append(divergences(read_models, batch, target, run))
     return np.mean(diverged, axis=0, dtype=float)
 
 
@@ -365,8 +370,8 @@ def _stacked_parts(
     corrections: Sequence[crossbar.Corrections],
 ) -> dict[str, dict[str, Array]]:
     parts = [
-        {site: _parts(correction) for site, correction in one.items()}
-        for one in corrections
+        {site: _parts(correction) for site, correction in model_corrections.items()}
+        for model_corrections in corrections
     ]
     of_one_rank(parts)
     return _stacked(parts)
@@ -378,17 +383,17 @@ def _parts(correction: crossbar.Correction) -> dict[str, Array]:
     }
 
 
-def of_one_rank(of_chips: Sequence[dict[str, dict[str, Any]]]) -> None:
+def of_one_rank(chip_parts: Sequence[dict[str, dict[str, Any]]]) -> None:
     """Fill up matrices of low rank with zeros, so that those of all chips have one shape."""
-    for site in of_chips[0]:
-        parts = [sites[site] for sites in of_chips if "U" in sites[site]]
+    for site in chip_parts[0]:
+        parts = [sites[site] for sites in chip_parts if "U" in sites[site]]
         widest = max((part["V"].shape[-2] for part in parts), default=0)
         for part in parts:
-            more = (0, widest - part["V"].shape[-2])
+            padding = (0, widest - part["V"].shape[-2])
             lead = [(0, 0)] * (part["V"].ndim - 2)
             part["U"], part["V"] = (
-                np.pad(part["U"], [*lead, (0, 0), more]),
-                np.pad(part["V"], [*lead, more, (0, 0)]),
+                np.pad(part["U"], [*lead, (0, 0), padding]),
+                np.pad(part["V"], [*lead, padding, (0, 0)]),
             )
 
 
@@ -427,13 +432,16 @@ def _neutral(
             return jax.random.normal(key, values.shape) * values.shape[-2] ** -0.5
         return jnp.ones_like(values) if name == "scale" else jnp.zeros_like(values)
 
-    found = {}
-    for number, (site, one) in enumerate(corrections.items()):
+    neutral = {}
+    for number, (site, correction) in enumerate(corrections.items()):
         key_here = jax.random.fold_in(key, number)
-        found[site] = crossbar.Correction(
-            **{name: of_part(name, v, key_here) for name, v in _parts(one).items()}
+        neutral[site] = crossbar.Correction(
+            **{
+                name: of_part(name, v, key_here)
+                for name, v in _parts(correction).items()
+            }
         )
-    return found
+    return neutral
 
 
 def _corrections(params: dict[str, dict[str, Array]]) -> dict[str, crossbar.Correction]:
@@ -444,9 +452,11 @@ def divergence(
     logits: Float[Array, "*B V"], target: Float[Array, "*B V"]
 ) -> Float[Array, ""]:
     """Return the mean of KL(softmax(target) || softmax(logits)), in nats."""
-    wanted = jax.nn.log_softmax(target.astype(jnp.float32))
+    target_log_probs = jax.nn.log_softmax(target.astype(jnp.float32))
     got = jax.nn.log_softmax(logits.astype(jnp.float32))
-    return jnp.mean(jnp.sum(jnp.exp(wanted) * (wanted - got), axis=-1))
+    return jnp.mean(
+        jnp.sum(jnp.exp(target_log_probs) * (target_log_probs - got), axis=-1)
+    )
 
 
 def _zeros(

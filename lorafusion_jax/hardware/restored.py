@@ -240,25 +240,25 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
             group = missing[
                 first : first + devices
             ]  # one chip on every device, the last also where none is left
-            there = jnp.stack(
+            group_keys = jnp.stack(
                 [
                     keys[number]
                     for number in [*group, *group[-1:] * (devices - len(group))]
                 ]
             )
-            weights = _on_chips(setup, chips.rules(config), there)
+            weights = _on_chips(setup, chips.rules(config), group_keys)
             weights = crossbar.calibrate_tree(of_each(run), weights, train)
-            held = digital_matrices(setup, weights)
+            matrices = digital_matrices(setup, weights)
             if low_rank:
                 how = dataclasses.replace(
-                    how, numbers=round(rank * crossbar.numbers_per_rank(held))
+                    how, numbers=round(rank * crossbar.numbers_per_rank(matrices))
                 )
             targets = Outputs(logits, digital.base, train)
             kept_back = Outputs(logits, digital.base, left_out)
             corrections = restore_each(
                 run,
                 weights,
-                held,
+                matrices,
                 train,
                 targets,
                 how,
@@ -269,9 +269,14 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
                 weights, stacked_corrections(corrections)
             )
             before_and_after = np.zeros((2, devices))
-            for of_batch in zip(left_out, kept_back, strict=True):
-                off = [divergences(on, *of_batch, run) for on in (weights, corrected)]
-                before_and_after += np.asarray(off) * of_batch[0].labels.size / count
+            for batch_and_targets in zip(left_out, kept_back, strict=True):
+                off = [
+                    divergences(on, *batch_and_targets, run)
+                    for on in (weights, corrected)
+                ]
+                before_and_after += (
+                    np.asarray(off) * batch_and_targets[0].labels.size / count
+                )
             ranges = jax.device_get(
                 {c.name: (c.limits, c.input_limit) for c in crossbar.chips_in(weights)}
             )
@@ -283,14 +288,16 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
                     "chip": number,
                     "settings": settings,
                     "numbers": numbers,
-                    "share": numbers / sum(matrix.size for matrix in held),
+                    "share": numbers / sum(matrix.size for matrix in matrices),
                     "tokens": _tokens(train),
                     "divergence": before_and_after[:, place].tolist(),
                 }
-                of_chip = jax.tree.map(lambda leaf, place=place: leaf[place], ranges)
+                chip_ranges = jax.tree.map(
+                    lambda leaf, place=place: leaf[place], ranges
+                )
                 arrays.save(
                     out / f"chip_{number}",
-                    _to_save(of_chip, corrections[place]),
+                    _to_save(chip_ranges, corrections[place]),
                     made[number],
                 )
     return {number: made[number] for number in keys}
@@ -313,41 +320,41 @@ def load_restored(
     """
     inside = Path(chips.name) / name
     folder = inside if inside.is_dir() else Path(name)
-    now = _of_chips(chips, base_sha256)
+    current = _of_chips(chips, base_sha256)
     names = {
         "base_sha256": "base model",
         "config_sha256": "configuration or preparation",
     }
     names |= {"key": "key", "digital": "digital weights"}
-    if not (there := _numbers(folder)):
+    if not (restored_numbers := _numbers(folder)):
         raise ValueError(
             f"{folder} has no corrections of a chip: give a folder that `lorafusion restore` wrote"
         )
     trees = []
     first = None
     for number in numbers:
-        if number not in there:
-            named = ", ".join(map(str, there))
+        if number not in restored_numbers:
+            list_of_chips = ", ".join(map(str, restored_numbers))
             raise ValueError(
-                f"{folder} corrects {named}, not chip {number}: run `lorafusion restore` on it too"
+                f"{folder} corrects {list_of_chips}, not chip {number}: run `lorafusion restore` on it too"
             )
-        of_chip = folder / f"chip_{number}"
-        tree, manifest = arrays.load(of_chip, metadata=Manifest, what=_WHAT)
-        _check_number(of_chip, manifest, number)
-        _check_parts(of_chip, tree)
+        chip_folder = folder / f"chip_{number}"
+        tree, manifest = arrays.load(chip_folder, metadata=Manifest, what=_WHAT)
+        _check_number(chip_folder, manifest, number)
+        _check_parts(chip_folder, tree)
         first = first or (tree.keys(), manifest["settings"])
         if first != (tree.keys(), manifest["settings"]):
             fix = "run `lorafusion restore` on all of them with another --out"
             raise FileError(
-                of_chip,
+                chip_folder,
                 got=f"computed with other settings than chip {numbers[0]}",
                 fix=fix,
             )
-        for field, what in names.items():
-            if manifest["settings"][field] != now[field]:
+        for field, title in names.items():
+            if manifest["settings"][field] != current[field]:
                 raise ValueError(
-                    f"{folder} corrects chips with another {what} ({_short(manifest['settings'][field])}, these have "
-                    f"{_short(now[field])}): run `lorafusion restore` on these chips"
+                    f"{folder} corrects chips with another {title} ({_short(manifest['settings'][field])}, these have "
+                    f"{_short(current[field])}): run `lorafusion restore` on these chips"
                 )
         trees.append(tree)
     of_one_rank(trees)
@@ -364,9 +371,9 @@ def _check_parts(folder: Path, tree: dict[str, Any]) -> None:
         u = shapes.get("U", (0, 0)) or ()
         v = shapes.get("V", (0, 0)) or ()
         for part, values in parts.items():
-            known = part in _PARTS and getattr(values, "dtype", None) == np.float32
+            right_type = part in _PARTS and getattr(values, "dtype", None) == np.float32
             if (
-                not known
+                not right_type
                 or np.isnan(values).any()
                 or len(u) < 2
                 or len(v) < 2
@@ -376,13 +383,13 @@ def _check_parts(folder: Path, tree: dict[str, Any]) -> None:
                 got = (
                     f"{getattr(values, 'dtype', 'a folder')}{list(shapes[part] or ())}"
                 )
-                wanted = f"float32 without NaN in {', '.join(_PARTS)}, and U [d_in, r] with V [r, d_out]"
+                expected = f"float32 without NaN in {', '.join(_PARTS)}, and U [d_in, r] with V [r, d_out]"
                 fix = "run `lorafusion restore` again with another --out"
                 raise FileError(
                     folder,
                     field=shown(f"{site}/{part}"),
                     got=got,
-                    expected=wanted,
+                    expected=expected,
                     fix=fix,
                 )
 
@@ -431,10 +438,10 @@ def _all_kept(out: Path, settings: Settings) -> dict[int, Manifest]:
         folder = out / f"chip_{number}"
         made[number] = manifest = read_manifest(folder, Manifest, _WHAT)[1]
         _check_number(folder, manifest, number)
-        for name, now in settings.items():
-            if (then := manifest["settings"][name]) != now:
+        for name, value in settings.items():
+            if (then := manifest["settings"][name]) != value:
                 raise ValueError(
-                    f"{folder} has corrections with another {name} ({_short(then)}, now {_short(now)}): give another "
+                    f"{folder} has corrections with another {name} ({_short(then)}, now {_short(value)}): give another "
                     "--out; corrections are never overwritten, and all in a folder have the same settings"
                 )
     return made
@@ -469,10 +476,10 @@ def _read_text(
         to_train = [line for place, line in enumerate(lines) if place % _MEASURED]
         return answered(loaded, to_train), answered(loaded, lines[::_MEASURED])
     if options.text:
-        whole = tokenise(
+        all_ids = tokenise(
             loaded.tokenizer, content, add_special_tokens=False, verbose=False
         )["input_ids"]
-        ids = whole[: options.tokens]
+        ids = all_ids[: options.tokens]
     else:
         ids = sampled(loaded, options.tokens or _SAMPLED, options.seed)
     if len(batches := windows(loaded, ids)) < 2:
@@ -488,8 +495,8 @@ def _on_chips(setup: LoadedModel, rules: crossbar.Rules, keys: Array) -> Any:
     if len(keys) > 1:
         return programmed(setup.problem, rules, keys).base
     # Outside of one program, weights of one kind are written by one program, which compiles sooner.
-    one = program(setup.problem.graph, setup.problem.frozen, rules, keys[0]).base
-    return jax.tree.map(lambda leaf: leaf[None], one)
+    weights = program(setup.problem.graph, setup.problem.frozen, rules, keys[0]).base
+    return jax.tree.map(lambda leaf: leaf[None], weights)
 
 
 def _to_save(

@@ -118,8 +118,8 @@ def sampled(
             sampling=Sampling(temperature=1.0),
         ),
     )(model, jnp.asarray(start), jnp.ones_like(start, bool), row_keys=keys)
-    whole = np.concatenate([start, _until_the_end(loaded, new)], axis=1)
-    return whole[:, len(bos) :].reshape(-1).tolist()
+    texts = np.concatenate([start, _until_the_end(loaded, new)], axis=1)
+    return texts[:, len(bos) :].reshape(-1).tolist()
 
 
 def _until_the_end(loaded: LoadedModel, tokens: Array) -> np.ndarray:
@@ -155,7 +155,7 @@ def no_padding(
     sites = loaded.config.sites
 
     def of_matrix(batch: Batch, name: str) -> Bool[Array, "B T"]:
-        of_source = name in sites and sites[name].reads == ("source",)
-        return batch.input_mask if of_source else batch.labels != IGNORED
+        reads_source = name in sites and sites[name].reads == ("source",)
+        return batch.input_mask if reads_source else batch.labels != IGNORED
 
     return None if loaded.config.causal else of_matrix

@@ -101,17 +101,17 @@ def write_chips(options: ProgramOptions) -> Manifest:
                     norm="ideal",
                 )
                 leaves = crossbar.chips_in(chip)
-                (of_chip := folder / f"chip_{number}").mkdir()
+                (chip_folder := folder / f"chip_{number}").mkdir()
                 for leaf in leaves:
-                    crossbar.save_chip(leaf, of_chip / f"{leaf.name}.safetensors")
+                    crossbar.save_chip(leaf, chip_folder / f"{leaf.name}.safetensors")
                 bar.update()
-        of_weights = digests(fused)
+        weight_digests = digests(fused)
         manifest: Manifest = {
             "base": options.base,
-            "base_sha256": of_weights["base"],
+            "base_sha256": weight_digests["base"],
             "pool": options.pool,
-            "modules": of_weights["modules"],
-            "basis_sha256": of_weights.get("basis"),
+            "modules": weight_digests["modules"],
+            "basis_sha256": weight_digests.get("basis"),
             "config": options.crossbar,
             "config_sha256": crossbar.config_hash(config),
             "digital": list(chips.digital),
@@ -131,24 +131,24 @@ def write_chips(options: ProgramOptions) -> Manifest:
 
 def _report(leaves: list[crossbar.Chip]) -> OneChip:
     total = crossbar.Counts()
-    there = 0
+    cells_in_arrays = 0
     used = 0.0
     pulses = []
     for leaf in leaves:
         matrices = math.prod(leaf.shape[:-2])
-        of_one = crossbar.counts(leaf.matrix_shape, leaf.config)
-        total = total + of_one * matrices
+        matrix_counts = crossbar.counts(leaf.matrix_shape, leaf.config)
+        total = total + matrix_counts * matrices
         explained = crossbar.explain(leaf)
         cells = explained.arrays * math.prod(explained.array) * matrices
-        there = there + cells
+        cells_in_arrays = cells_in_arrays + cells
         used = used + explained.utilisation * cells
         if leaf.pulses is not None:
-            pulses.append((float(leaf.pulses.mean()), of_one.cells * matrices))
+            pulses.append((float(leaf.pulses.mean()), matrix_counts.cells * matrices))
     cost = crossbar.write_cost(total)
     return {
         "arrays": total.arrays,
         "cells": total.cells,
-        "utilisation": used / there,
+        "utilisation": used / cells_in_arrays,
         "pulses": list(dataclasses.astuple(cost.pulses)),
         "joules": list(dataclasses.astuple(cost.energy)),
         "seconds": list(dataclasses.astuple(cost.time)),

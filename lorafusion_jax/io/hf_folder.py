@@ -91,9 +91,9 @@ class FolderBase:
 
         Instruction-tuned models often end answers with tokens that only the latter has.
         """
-        other = other_layout(self.place)
-        if other and not self.config_place.is_file():
-            raise FileError(self.place, got="has no config.json", fix=other)
+        layout = other_layout(self.place)
+        if layout and not self.config_place.is_file():
+            raise FileError(self.place, got="has no config.json", fix=layout)
         files = [self.config_place]
         if (generation := self.place / _GENERATION).is_file():
             files.append(generation)
@@ -108,7 +108,7 @@ class FolderBase:
             if tokens is None:
                 tokens = []
             ends.append(tokens if isinstance(tokens, list) else [tokens])
-        every = [*dict.fromkeys(token for of_file in ends for token in of_file)]
+        every = [*dict.fromkeys(token for file_tokens in ends for token in file_tokens)]
         if len(every) == len(ends[0]):
             return contents[0]
         return contents[0] | {"eos_token_id": every if len(every) > 1 else every[0]}
@@ -211,12 +211,15 @@ class FolderBase:
         origin = self._texts()
         # In the hub's cache, files are links to a folder next to the one that has the snapshots.
         if origin.parent.name == "snapshots":
-            own = origin.resolve().parents[1]
+            allowed_folder = origin.resolve().parents[1]
         else:
-            own = origin.resolve()
+            allowed_folder = origin.resolve()
         for name in _TEXTS:
             if (path := origin / name).is_file():
-                if not path.resolve().is_relative_to(own) or path.stat().st_nlink > 1:
+                if (
+                    not path.resolve().is_relative_to(allowed_folder)
+                    or path.stat().st_nlink > 1
+                ):
                     raise FileError(
                         path,
                         got="a link out of its folder",

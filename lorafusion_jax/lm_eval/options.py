@@ -114,14 +114,14 @@ def load_measured(options: LmEvalOptions) -> MeasuredModel:
             fused = FuseOptions(
                 **vars(fused) | {"task": task, "test_rows": 1, "arrays": arrays}
             )
-            own = None
+            run_task = None
             if (
                 options.run is not None
                 and config is not None
                 and options.calibration_task is None
             ):
-                own = own_task(fused, options.run, config)
-            loaded = load_setup(fused, to_train=False, task=own)
+                run_task = own_task(fused, options.run, config)
+            loaded = load_setup(fused, to_train=False, task=run_task)
         elif options.restore is not None and options.pool is None:
             loaded = load_model(fused)
             loaded = loaded.with_layers(unroll=False).with_problem(
@@ -137,17 +137,17 @@ def load_measured(options: LmEvalOptions) -> MeasuredModel:
             loaded, fused, options.run, config, jax.tree.map(lambda p: p[place], params)
         )
     if params is None:
-        of_seed = loaded.problem.replace(index=loaded.problem.index[0]).init(
+        seed_params = loaded.problem.replace(index=loaded.problem.index[0]).init(
             jax.random.key(0)
         )
-        params = jax.tree.map(lambda p: p[None], of_seed)
+        params = jax.tree.map(lambda p: p[None], seed_params)
     if isinstance(loaded, Setup) and isinstance(
         fused, FuseOptions
     ):  # with all seeds, whose modules share the chip
         loaded = on_arrays(loaded, fused, params).training
-    of_seed = jax.tree.map(lambda p: p[place], params)
+    seed_params = jax.tree.map(lambda p: p[place], params)
     return MeasuredModel(
-        loaded.with_problem(index=loaded.problem.index[place]), of_seed, fused.base
+        loaded.with_problem(index=loaded.problem.index[place]), seed_params, fused.base
     )
 
 

@@ -15,8 +15,12 @@ def digests(loaded: LoadedModel) -> Digests:
     """Return the digests of base, configuration, modules, tokenizer and chat template of a run, as on the disk."""
     modules, basis = loaded.pool_digests
     used = {name for names in loaded.modules for name in names}
-    of_used = {name: digest for name, digest in modules.items() if name in used}
-    current: Digests = {"base": loaded.base.digest, "modules": of_used, "basis": basis}
+    used_digests = {name: digest for name, digest in modules.items() if name in used}
+    current: Digests = {
+        "base": loaded.base.digest,
+        "modules": used_digests,
+        "basis": basis,
+    }
     current["tokenizer"] = loaded.base.files.tokenizer_sha256()
     current["config"] = _digest(_changed_fields(loaded.base.config))
     if (template := loaded.tokenizer.chat_template) is not None:
@@ -46,33 +50,35 @@ def _changed_fields(config: Any) -> dict[str, Any]:
 
 
 def check_digests(
-    folder: Path, recorded: Digests, now: Digests, options: LoadOptions
+    folder: Path, recorded: Digests, current: Digests, options: LoadOptions
 ) -> None:
     """Raise a ValueError if a run was fused with other tensors or texts than those that were loaded to use it."""
-    is_ = _by_kind(now, options)
-    for (kind, what), was in _by_kind(recorded, options).items():
-        if was is not None and was != (digest := is_.get((kind, what))):
-            here = f"has {digest[:12]}" if digest else "was not read"
+    is_ = _by_kind(current, options)
+    for (kind, source), was in _by_kind(recorded, options).items():
+        if was is not None and was != (digest := is_.get((kind, source))):
+            state = f"has {digest[:12]}" if digest else "was not read"
             raise ValueError(
-                f"{folder} was fused with other {kind}: {what} had the SHA-256 {was[:12]} then, and {here} now. "
+                f"{folder} was fused with other {kind}: {source} had the SHA-256 {was[:12]} then, and {state} now. "
                 f"Restore those {kind}, or fuse the run again with these"
             )
 
 
-def _by_kind(of: Digests, options: LoadOptions) -> dict[tuple[str, str], str | None]:
+def _by_kind(
+    digests: Digests, options: LoadOptions
+) -> dict[tuple[str, str], str | None]:
     """Return each digest by the kind of what it is of, and a description."""
     base = f"of {options.base}"
     pool = f"of the pool {options.pool}"
     return {
-        ("weights", f"the base {options.base}"): of["base"],
-        ("weights", f"the shared basis {pool}"): of.get("basis"),
+        ("weights", f"the base {options.base}"): digests["base"],
+        ("weights", f"the shared basis {pool}"): digests.get("basis"),
         **{
             ("weights", f"{name} {pool}"): digest
-            for name, digest in of["modules"].items()
+            for name, digest in digests["modules"].items()
         },
-        ("texts", f"the tokenizer {base}"): of.get("tokenizer"),
-        ("texts", f"the chat template {base}"): of.get("chat_template")
+        ("texts", f"the tokenizer {base}"): digests.get("tokenizer"),
+        ("texts", f"the chat template {base}"): digests.get("chat_template")
         if options.chat
         else None,
-        ("settings", f"the configuration {base}"): of.get("config"),
+        ("settings", f"the configuration {base}"): digests.get("config"),
     }

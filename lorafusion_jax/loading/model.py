@@ -155,9 +155,9 @@ def pays_unrolled(
 
     Arguments other than the structure are those of `train_step_batches`, for seeds in turn.
     """
-    of_steps = step_widths(encoded, orders, packing, alike=False)
+    step_sizes = step_widths(encoded, orders, packing, alike=False)
     programs, times = np.unique(
-        of_steps.reshape(-1, of_steps.shape[-1]), axis=0, return_counts=True
+        step_sizes.reshape(-1, step_sizes.shape[-1]), axis=0, return_counts=True
     )
     shape = step_shape(orders.shape[2], *programs.T)
     saved = _SAVED * np.sum(times * step_operations(config, *shape))
@@ -256,36 +256,36 @@ def with_whole_modules(loaded: AnyLoaded, options: LoadOptions) -> AnyLoaded:
         )
     recipe: Any = options.recipe
     recipe = dataclasses.replace(recipe, basis=None, train_core=False)
-    whole = dataclasses.replace(
+    whole_modules = dataclasses.replace(
         options, recipe=recipe, control="none"
     )  # controls differ only in directions
     model = nnx.merge(loaded.problem.graph, loaded.problem.frozen.base)
     method, frozen, _ = _frozen(
-        model, loaded.problem.frozen.base, whole, stored, names, loaded.modules
+        model, loaded.problem.frozen.base, whole_modules, stored, names, loaded.modules
     )
     return loaded.with_problem(method=method, frozen=frozen)
 
 
 def with_modules(
-    loaded: AnyLoaded, options: LoadOptions, of_seeds: Sequence[Sequence[str]]
+    loaded: AnyLoaded, options: LoadOptions, seed_modules: Sequence[Sequence[str]]
 ) -> AnyLoaded:
     """Return the loaded model with the modules that the run fused; ValueError if the pool or the draws differ."""
-    wanted = tuple(map(tuple, of_seeds))
-    if choice_of(options.recipe) == "draw" and loaded.modules != wanted:
+    modules = tuple(map(tuple, seed_modules))
+    if choice_of(options.recipe) == "draw" and loaded.modules != modules:
         raise ValueError(
             f"{options.pool} is not the pool of the run, whose seeds drew other modules: give that pool"
         )
-    if loaded.modules == wanted:
+    if loaded.modules == modules:
         return loaded
     position = {name: i for i, name in enumerate(loaded.modules[0])}
     if missing := sorted(
-        {name for names in wanted for name in names} - position.keys()
+        {name for names in modules for name in names} - position.keys()
     ):
         raise ValueError(
             f"{options.pool} is not the pool of the run: it lacks {', '.join(missing)}; give that pool"
         )
     return dataclasses.replace(
-        loaded.with_problem(index=_index(wanted, position)), modules=wanted
+        loaded.with_problem(index=_index(modules, position)), modules=modules
     )
 
 
@@ -299,30 +299,34 @@ def _index(
 
 
 def _draw(
-    options: LoadOptions, there: Sequence[str]
+    options: LoadOptions, pool_names: Sequence[str]
 ) -> tuple[list[str], tuple[tuple[str, ...], ...]]:
     """Return the names of all modules that are needed, in the order of the pool, and those of each seed."""
-    if not there:
+    if not pool_names:
         return [], tuple(() for _ in options.seeds)
     if options.adapters:
-        drawn = (named_modules(options.adapters, there),) * len(options.seeds)
+        draws = (named_modules(options.adapters, pool_names),) * len(options.seeds)
     elif choice_of(options.recipe) != "draw":
-        if not 1 <= (count := modules_of(options.recipe)) <= len(there):
+        if not 1 <= (count := modules_of(options.recipe)) <= len(pool_names):
             raise ValueError(
-                f"{count} modules to be chosen from a pool of {len(there)}: give 1 to {len(there)}"
+                f"{count} modules to be chosen from a pool of {len(pool_names)}: give 1 to {len(pool_names)}"
             )
-        drawn = tuple(tuple(there) for _ in options.seeds)
+        draws = tuple(tuple(pool_names) for _ in options.seeds)
     else:
-        count = min(modules_of(options.recipe), len(there))
-        drawn = tuple(tasks.draw_modules(there, count, seed) for seed in options.seeds)
-    used = {name for names in drawn for name in names}
-    return [name for name in there if name in used], drawn
+        count = min(modules_of(options.recipe), len(pool_names))
+        draws = tuple(
+            tasks.draw_modules(pool_names, count, seed) for seed in options.seeds
+        )
+    used = {name for names in draws for name in names}
+    return [name for name in pool_names if name in used], draws
 
 
-def named_modules(adapters: Sequence[str], there: Sequence[str]) -> tuple[str, ...]:
+def named_modules(
+    adapters: Sequence[str], pool_names: Sequence[str]
+) -> tuple[str, ...]:
     """Return the names of modules given by name or index; ValueError for one that is not there."""
-    names = [int(a) if a.isdecimal() and a not in there else a for a in adapters]
-    return tuple(there[i] for i in positions(there, names))
+    names = [int(a) if a.isdecimal() and a not in pool_names else a for a in adapters]
+    return tuple(pool_names[i] for i in positions(pool_names, names))
 
 
 def module_names(
@@ -350,20 +354,22 @@ def _load_pool(
         pool = stored.load(names) if k is None else stored.basis(k).select(names)
         digests = pool_digests(pool)
     else:
-        whole = stored.load()
-        digests = pool_digests(whole)
+        modules = stored.load()
+        digests = pool_digests(modules)
         # Its directions are made of all modules.
         digests = PoolDigests(
             digests.modules,
             hashlib.sha256("".join(digests.modules.values()).encode()).hexdigest(),
         )
         if options.control == "random-factors":
-            of = random_directions(whole, k, _control_key(options))
+            basis_directions = random_directions(modules, k, _control_key(options))
         elif options.control in _CONTROLS:
-            of = directions(_CONTROLS[options.control](whole, _control_key(options)), k)
+            basis_directions = directions(
+                _CONTROLS[options.control](modules, _control_key(options)), k
+            )
         else:
-            of = base_directions(whole, kernels, k)
-        pool = in_directions(whole.select(names), of)
+            basis_directions = base_directions(modules, kernels, k)
+        pool = in_directions(modules.select(names), basis_directions)
     if options.control != "none" and isinstance(pool, LoraPool):
         pool = _CONTROLS[options.control](pool, _control_key(options))
     return (

@@ -66,8 +66,11 @@ def _recipe_for(entry: MethodEntry, recipe: Recipe) -> Recipe:
     """Return a recipe in the class of a method; ValueError for a number that the method lacks."""
     if type(recipe) is entry.recipe:
         return recipe
-    own = fields_of(entry)
+    known_fields = fields_of(entry)
     for field in dataclasses.fields(recipe):
-        if field.name not in own and getattr(recipe, field.name) != field.default:
+        if (
+            field.name not in known_fields
+            and getattr(recipe, field.name) != field.default
+        ):
             raise ValueError(f"{field.name} is {not_an_option(field.name, entry.name)}")
     return recipe_of(entry.recipe, vars(recipe))

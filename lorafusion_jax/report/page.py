@@ -106,17 +106,17 @@ def _csv(table: Table) -> str:
     writer.writerow(
         [
             column.name + part
-            for column, of in zip(table.columns, parts, strict=True)
-            for part in of
+            for column, column_parts in zip(table.columns, parts, strict=True)
+            for part in column_parts
         ]
     )
     for line in table.lines:
         numbers: list[Any] = []
-        for of, cell in zip(parts, line, strict=True):
+        for column_parts, cell in zip(parts, line, strict=True):
             if cell is None:
-                numbers += [None] * len(of)
+                numbers += [None] * len(column_parts)
             else:
-                numbers += [cell] if len(of) == 1 else cell
+                numbers += [cell] if len(column_parts) == 1 else cell
         writer.writerow(
             [
                 f"{number:.6g}" if isinstance(number, float) else number

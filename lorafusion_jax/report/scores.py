@@ -56,17 +56,17 @@ class Scores:
         answers = self._all_answers(method, self.tasks, "option_correct")
         return None if answers is None else spread(answers)
 
-    def paired(self, method: str, other: str) -> Paired | None:
+    def paired(self, method: str, second: str) -> Paired | None:
         """Return a method minus another, on the seeds that both have; None where they share no task or seed.
 
         A method with a single seed, as zero-shot has, stands for all seeds of the other.
         """
-        seeds, others = self._seeds_of_both(method, other)
-        if not seeds or not others:
+        seeds, second_seeds = self._seeds_of_both(method, second)
+        if not seeds or not second_seeds:
             return None
         return paired(
             self._answers(method, self.tasks, seeds),
-            self._answers(other, self.tasks, others),
+            self._answers(second, self.tasks, second_seeds),
         )
 
     def loss(self, method: str) -> float | None:
@@ -75,12 +75,12 @@ class Scores:
         return None if values is None else fmean(values)
 
     def over_tasks(
-        self, method: str, other: str, of: Values = "exact_match"
+        self, method: str, second: str, column: Values = "exact_match"
     ) -> OverTasks | None:
         """Return a method minus another, with a t interval over the tasks; seeds are those of `paired`."""
-        seeds, others = self._seeds_of_both(method, other)
-        a = self._values(method, seeds, of)
-        b = self._values(other, others, of)
+        seeds, second_seeds = self._seeds_of_both(method, second)
+        a = self._values(method, seeds, column)
+        b = self._values(second, second_seeds, column)
         if a is None or b is None:
             return None
         return over_tasks([x - y for x, y in zip(a, b, strict=True)])
@@ -104,25 +104,28 @@ class Scores:
             )
         )
 
-    def _seeds_of_both(self, method: str, other: str) -> tuple[list[int], list[int]]:
+    def _seeds_of_both(self, method: str, second: str) -> tuple[list[int], list[int]]:
         seeds = self._seeds(method, self.tasks)
-        others = self._seeds(other, self.tasks)
-        if len(seeds) > 1 and len(others) > 1:
-            seeds = others = [seed for seed in seeds if seed in others]
-        return seeds, others
+        second_seeds = self._seeds(second, self.tasks)
+        if len(seeds) > 1 and len(second_seeds) > 1:
+            seeds = second_seeds = [seed for seed in seeds if seed in second_seeds]
+        return seeds, second_seeds
 
     def _values(
-        self, method: str, seeds: Sequence[int], of: Values
+        self, method: str, seeds: Sequence[int], column: Values
     ) -> list[float] | None:
         """Return the mean over seeds for each task, None where a value is missing."""
-        of_tasks = [
-            [self._cells[method, task][seed][of] for seed in seeds]
+        task_values = [
+            [self._cells[method, task][seed][column] for seed in seeds]
             for task in self.tasks
         ]
-        if not seeds or any(value is None for values in of_tasks for value in values):
+        if not seeds or any(
+            value is None for values in task_values for value in values
+        ):
             return None
         return [
-            fmean(value for value in values if value is not None) for values in of_tasks
+            fmean(value for value in values if value is not None)
+            for values in task_values
         ]
 
     def _answers(

@@ -101,8 +101,8 @@ def paired(
     differences = _resampled(values, seed)
     low, high = np.quantile(differences, _TAILS)
     rounding = 1e-12
-    others = min(np.sum(differences <= rounding), np.sum(differences >= -rounding))
-    p = min(1.0, 2 * (int(others) + 1) / (_RESAMPLES + 1))
+    extreme = min(np.sum(differences <= rounding), np.sum(differences >= -rounding))
+    p = min(1.0, 2 * (int(extreme) + 1) / (_RESAMPLES + 1))
     mean = np.mean([table.mean() for table in values])
     return Paired(float(100 * mean), float(100 * low), float(100 * high), p)
 
@@ -127,12 +127,12 @@ def holm(p: Sequence[float]) -> list[float]:
 
     Rejecting those below 5 % makes any false rejection at most 5 % likely, whatever the tests have in common.
     """
-    found = [0.0] * len(p)
+    corrected = [0.0] * len(p)
     so_far = 0.0
     for place, test in enumerate(sorted(range(len(p)), key=p.__getitem__)):
         so_far = max(so_far, min(1.0, (len(p) - place) * p[test]))
-        found[test] = so_far
-    return found
+        corrected[test] = so_far
+    return corrected
 
 
 def _with_seeds(
@@ -162,7 +162,7 @@ def _resampled(
 ) -> Float[np.ndarray, "resamples"]:
     """Return the mean over the tasks in every resample."""
     seeds = len(values[0])
-    drawn = (
+    resampled = (
         np.random.default_rng(seed).multinomial(
             seeds, np.full(seeds, 1 / seeds), size=_RESAMPLES
         )
@@ -174,7 +174,7 @@ def _resampled(
         by_seed = _item_draws(seed, task, items).astype(np.float32) @ table.T.astype(
             np.float32
         )  # exact: integers
-        means += np.sum(drawn * by_seed, axis=1) / (items * len(values))
+        means += np.sum(resampled * by_seed, axis=1) / (items * len(values))
     return means
 
 

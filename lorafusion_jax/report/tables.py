@@ -74,7 +74,9 @@ def paired_table(scores: Scores, reference: str) -> Table:
             difference, interval, p = (
                 (None,) * 3 if pair is None else (pair[0], pair[1:3], pair.p)
             )
-            loss, of_loss = (None, None) if nats is None else (nats.mean, nats[1:])
+            loss, loss_interval = (
+                (None, None) if nats is None else (nats.mean, nats[1:])
+            )
             lines.append(
                 [
                     method,
@@ -83,7 +85,7 @@ def paired_table(scores: Scores, reference: str) -> Table:
                     None if points is None else points[1:],
                     p,
                     loss,
-                    of_loss,
+                    loss_interval,
                 ]
             )
     columns = [
@@ -103,9 +105,7 @@ def paired_table(scores: Scores, reference: str) -> Table:
 def best_method(scores: Scores) -> str:
     """Return the method with the highest mean, the first of equals; the first of all if none has every task."""
     means = {
-        method: of_method.mean
-        for method, of_method in scores.summaries.items()
-        if of_method
+        method: summary.mean for method, summary in scores.summaries.items() if summary
     }
     return max(means, key=lambda method: means[method], default=scores.methods[0])
 
@@ -116,13 +116,13 @@ def shots_name(shots: str) -> str:
 
 
 def _means(scores: Scores, method: str) -> list[Any]:
-    of_method = scores.summaries[method]
+    summary = scores.summaries[method]
     options = scores.option_accuracy(method)
     rows = scores.of(method)
     counts = [row["trainable"] for row in rows]
     return [
-        None if of_method is None else (of_method.mean, of_method.std),
-        None if of_method is None else (of_method.low, of_method.high),
+        None if summary is None else (summary.mean, summary.std),
+        None if summary is None else (summary.low, summary.high),
         scores.loss(method),
         None if options is None else options[0],
         (min(counts), max(counts)),

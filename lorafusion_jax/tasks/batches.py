@@ -44,10 +44,7 @@ class Rows(NamedTuple):
     def groups(self) -> tuple[tuple[int, int, int], ...]:
         """Return the number of rows, and the widths of sources and targets, of each group."""
         parts = zip(self.sources, self.targets, strict=True)
-        return tuple(
-            (*of_source.shape[-2:], of_target.shape[-1])
-            for of_source, of_target in parts
-        )
+        return tuple((*source.shape[-2:], target.shape[-1]) for source, target in parts)
 
 
 class Batch(NamedTuple):
@@ -67,12 +64,12 @@ class Batch(NamedTuple):
     row_mask: Bool[Any, "*seeds rows"]
     rows: Rows | None = None
 
-    def cut(self, source_width: int, target_width: int, *of_rows: int) -> "Batch":
+    def cut(self, source_width: int, target_width: int, *row_widths: int) -> "Batch":
         """Return the batch without the tokens behind these widths, and those of its rows by group: they are padding."""
         rows = self.rows
         if rows is not None:
-            sources = zip(rows.sources, of_rows[::2], strict=True)
-            targets = zip(rows.targets, of_rows[1::2], strict=True)
+            sources = zip(rows.sources, row_widths[::2], strict=True)
+            targets = zip(rows.targets, row_widths[1::2], strict=True)
             rows = Rows(
                 tuple(group[..., :width] for group, width in sources),
                 tuple(group[..., :width] for group, width in targets),
@@ -197,7 +194,7 @@ def train_step_batches(
     Every interval but the first ends `length` steps after the one before it, or with the last step.
     """
     table = _table(encoded, pad_id)
-    of_step = step_widths(encoded, orders, packing, alike=alike)
+    batch_widths = step_widths(encoded, orders, packing, alike=alike)
 
     def take(steps: slice, *widths: int) -> Batch:
         if packing is None or len(widths) == 2:
@@ -207,17 +204,17 @@ def train_step_batches(
         )
 
     different, number = np.unique(
-        of_step.reshape(-1, of_step.shape[-1]), axis=0, return_inverse=True
+        batch_widths.reshape(-1, batch_widths.shape[-1]), axis=0, return_inverse=True
     )
     shapes = tuple(map(tuple, different.tolist()))
-    shape_of = number.reshape(of_step.shape[:-1]).astype(np.int32)
+    shape_of = number.reshape(batch_widths.shape[:-1]).astype(np.int32)
     while first_step < orders.shape[1]:
         steps = slice(first_step, first_step - first_step % length + length)
-        own = shape_of[..., steps]
-        if len(shapes) == 1 or (length == 1 and own.size == 1):
-            yield StepBatch(take(steps, *shapes[own.flat[0]]))
+        shape_numbers = shape_of[..., steps]
+        if len(shapes) == 1 or (length == 1 and shape_numbers.size == 1):
+            yield StepBatch(take(steps, *shapes[shape_numbers.flat[0]]))
         else:
-            yield StepBatch(take(steps, *map(max, *shapes)), shapes, own)
+            yield StepBatch(take(steps, *map(max, *shapes)), shapes, shape_numbers)
         first_step = steps.stop
 
 
@@ -255,9 +252,9 @@ def eval_batches(
         return steps * -(-count // steps) * (source + target).astype(float)
 
     order = np.argsort(table.lengths[:-1, 0], kind="stable").astype(np.int32)
-    of_row = few_widths(table.lengths[order], computed, worth=worth)
-    for shape in np.unique(of_row, axis=0).tolist():
-        rows = order[(of_row == shape).all(axis=1)]
+    row_widths = few_widths(table.lengths[order], computed, worth=worth)
+    for shape in np.unique(row_widths, axis=0).tolist():
+        rows = order[(row_widths == shape).all(axis=1)]
         steps = -(-len(rows) // batch_size)
         filling = np.full(-len(rows) % steps, -1, np.int32)
         for numbers in np.concatenate([rows, filling]).reshape(steps, -1):
@@ -319,7 +316,7 @@ def _packed(
 ) -> Batch:
     """Return batches whose rows lie behind each other, of the widths of `Packing.plan`."""
     leading = rows.shape[:-1]
-    source_width, target_width, *of_rows = widths
+    source_width, target_width, *row_widths = widths
     ids = np.full((*leading, 1, source_width), pad_id, np.int32)
     labels = np.full((*leading, 1, target_width), IGNORED, np.int32)
     before = np.full((*leading, 1, target_width), -1, np.int32)
@@ -328,35 +325,35 @@ def _packed(
     sources = tuple(
         (
             np.full((*leading, numbers.shape[-1], width), NOWHERE, np.int32)
-            for numbers, width in zip(members, of_rows[::2], strict=True)
+            for numbers, width in zip(members, row_widths[::2], strict=True)
         )
     )
     targets = tuple(
         (
             np.full((*leading, numbers.shape[-1], width), NOWHERE, np.int32)
-            for numbers, width in zip(members, of_rows[1::2], strict=True)
+            for numbers, width in zip(members, row_widths[1::2], strict=True)
         )
     )
     for batch in np.ndindex(leading):
         ends = np.cumsum(lengths[batch], axis=0)
         places = np.stack([ends - lengths[batch], ends], axis=-1)
-        for row, of_row in zip(rows[batch], places, strict=True):
+        for row, row_places in zip(rows[batch], places, strict=True):
             if row < 0:
                 continue
             source = encoded.inputs[row]
             target = encoded.labels[row]
             first, source = (source[-1:], source[:-1]) if causal else ([-1], source)
-            at_source = (*batch, 0, slice(*of_row[0]))
-            at_target = (*batch, 0, slice(*of_row[1]))
+            at_source = (*batch, 0, slice(*row_places[0]))
+            at_target = (*batch, 0, slice(*row_places[1]))
             ids[at_source] = source
             labels[at_target] = target
             before[at_target] = np.concatenate([first, target])[:-1]
-        for part, of_part in zip(
+        for part, part_places in zip(
             (sources, targets), places.swapaxes(0, 1), strict=True
         ):
             for group, numbers in zip(part, members, strict=True):
                 for line, (begin, end) in zip(
-                    group[batch], of_part[numbers[batch]], strict=True
+                    group[batch], part_places[numbers[batch]], strict=True
                 ):
                     line[: end - begin] = np.arange(begin, end)
     real = np.arange(source_width) < lengths[..., 0].sum(axis=-1)[..., None, None]
@@ -365,15 +362,15 @@ def _packed(
 
 def _shapes(longest: Int[np.ndarray, "steps 2"]) -> list[tuple[int, int]]:
     """Choose source and target width of every batch, at most MOST_SHAPES different pairs."""
-    wanted = np.array([bucket(int(length)) for length in longest[:, 0]])
-    widths, batches = np.unique(wanted, return_counts=True)
+    buckets = np.array([bucket(int(length)) for length in longest[:, 0]])
+    widths, batches = np.unique(buckets, return_counts=True)
     while len(widths) > MOST_SHAPES:
         # Drop the width whose batches grow least, all told, when they take the next one.
         cheapest = int(np.argmin(batches[:-1] * np.diff(widths)))
         batches[cheapest + 1] += batches[cheapest]
         widths = np.delete(widths, cheapest)
         batches = np.delete(batches, cheapest)
-    sources = widths[np.searchsorted(widths, wanted)]
+    sources = widths[np.searchsorted(widths, buckets)]
     # One target width for each source width: long answers of long questions do not widen the others.
     targets = {
         int(width): bucket(int(longest[sources == width, 1].max())) for width in widths

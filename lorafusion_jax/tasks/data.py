@@ -175,12 +175,13 @@ def few_shot(task: Task, shots: int, seed: int) -> Task:
         raise ValueError(
             f"{shots} examples in a prompt: use 1 to {len(task.train)}, the training rows of {task.name}"
         )
-    drawn = random.Random(f"few-shot, seed {seed}").sample(task.train, shots)
-    said = "".join(
-        f"{example.input} {example.target}{BETWEEN_EXAMPLES}" for example in drawn
+    shown_examples = random.Random(f"few-shot, seed {seed}").sample(task.train, shots)
+    examples_text = "".join(
+        f"{example.input} {example.target}{BETWEEN_EXAMPLES}"
+        for example in shown_examples
     )
     test = tuple(
-        dataclasses.replace(example, input=said + example.input)
+        dataclasses.replace(example, input=examples_text + example.input)
         for example in task.test
     )
     return dataclasses.replace(task, test=test)
@@ -228,11 +229,11 @@ def as_example(
             raise ValueError(
                 f"{where} has {some([*row]) or 'no columns'}: expected {name} ({option})"
             )
-    own = columns(prompt) - {"input"}
+    prompt_columns = columns(prompt) - {"input"}
     pairs = [(input or key, target or answer) for key, answer in _KEYS]
     keys = next((keys for keys in pairs if row.keys() >= set(keys)), None)
     if keys is None and (
-        own
+        prompt_columns
         or (
             row.get("instruction") is not None and not row.keys() & {"input", "context"}
         )
@@ -244,9 +245,9 @@ def as_example(
             raise ValueError(
                 f"{where} is a conversation, which needs the model's chat template: give --chat"
             )
-        *history, (_, asked), (_, answer) = _conversation(conversation, where)
+        *history, (_, question), (_, answer) = _conversation(conversation, where)
         return Example(
-            fill(prompt, row | {"input": asked}, where), answer, tuple(history)
+            fill(prompt, row | {"input": question}, where), answer, tuple(history)
         )
     if keys is None:
         raise ValueError(f"{where} has {some([*row]) or 'no keys'}: expected {_LAYOUT}")
@@ -287,20 +288,20 @@ def row_example(prompt: str | None) -> str:
 
 def _filled(row: Row, where: str, prompt: str | None, key: str, *, named: bool) -> str:
     """Return the prompt around a row's column `key`; `named` if the user named it."""
-    asked = row.get(key)
+    question = row.get(key)
     if not columns(prompt) - {"input"}:
         if named:
-            parts = {key: asked}
+            parts = {key: question}
         else:
-            parts = {"instruction": row.get("instruction"), key: asked}
+            parts = {"instruction": row.get("instruction"), key: question}
         parts = {key: text for key, text in parts.items() if text is not None}
         for key, text in parts.items():
             if not _is_text(text, named=named):
                 raise ValueError(
                     f"{where}: its {key} is {shown(text)}: give it a text, or take the row out"
                 )
-        asked = "\n".join(str(text) for text in parts.values() if str(text).strip())
-        if not asked:
+        question = "\n".join(str(text) for text in parts.values() if str(text).strip())
+        if not question:
             got = (
                 ", and its ".join(
                     f"{key} is {shown(text)}" for key, text in parts.items()
@@ -308,7 +309,7 @@ def _filled(row: Row, where: str, prompt: str | None, key: str, *, named: bool) 
                 or f"{key} is None"
             )
             raise ValueError(f"{where}: its {got}: give it a text, or take the row out")
-    return fill(prompt, row if asked is None else {**row, "input": asked}, where)
+    return fill(prompt, row if question is None else {**row, "input": question}, where)
 
 
 def _is_text(value: Any, *, named: bool) -> bool:
@@ -338,16 +339,16 @@ def _conversation(messages: Row, where: str) -> list[tuple[str, str]]:
         )
     turns = []
     for number, message in enumerate(messages, start=1):
-        said = {
+        entry = {
             key: value for key, value in message.items() if value is not None
         }  # `datasets` fills up keys with None
-        if said.keys() != {"role", "content"} or not all(
-            isinstance(value, str) for value in said.values()
+        if entry.keys() != {"role", "content"} or not all(
+            isinstance(value, str) for value in entry.values()
         ):
             raise ValueError(
-                f"{where}: message {number} has {some([*said]) or 'nothing'}: expected role and content, both texts"
+                f"{where}: message {number} has {some([*entry]) or 'nothing'}: expected role and content, both texts"
             )
-        turns.append((said["role"], said["content"]))
+        turns.append((entry["role"], entry["content"]))
     if [role for role, _ in turns[-2:]] != ["user", "assistant"] or not all(
         text.strip() for _, text in turns[-2:]
     ):

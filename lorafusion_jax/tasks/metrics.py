@@ -13,14 +13,21 @@ def exact_match(
     predictions: Sequence[Sequence[str]], targets: Sequence[str]
 ) -> Bool[np.ndarray, "seeds rows"]:
     """Compare texts, by seed, after strip, lower case and removal of full stops, in this order (the paper's code)."""
-    wanted = [_normal(target) for target in targets]
+    normal_targets = [_normal(target) for target in targets]
     for texts in predictions:
-        if len(texts) != len(wanted) or not wanted:
+        if len(texts) != len(normal_targets) or not normal_targets:
             raise ValueError(
-                f"{len(texts)} predictions for {len(wanted)} targets: expected one for each"
+                f"{len(texts)} predictions for {len(normal_targets)} targets: expected one for each"
             )
-    pairs = (zip(map(_normal, texts), wanted, strict=True) for texts in predictions)
-    return np.array([[said == target for said, target in of_seed] for of_seed in pairs])
+    pairs = (
+        zip(map(_normal, texts), normal_targets, strict=True) for texts in predictions
+    )
+    return np.array(
+        [
+            [prediction == target for prediction, target in seed_pairs]
+            for seed_pairs in pairs
+        ]
+    )
 
 
 def constant_answer(task: Task) -> str:

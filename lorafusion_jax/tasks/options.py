@@ -33,7 +33,9 @@ def answer_options(task: Task) -> tuple[tuple[str, ...], ...] | None:
     closed = 2 <= len(counts) <= _MOST_LABELS and min(counts.values()) > 1
     labels = tuple(sorted(counts)) if closed else ()
     stated = [_stated(example) if trusted else () for example in task.test]
-    rows = tuple(own if len(own) >= 2 else labels for own in stated)
+    rows = tuple(
+        row_options if len(row_options) >= 2 else labels for row_options in stated
+    )
     return rows if all(rows) else None
 
 

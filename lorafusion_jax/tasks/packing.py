@@ -51,10 +51,10 @@ class Packing(NamedTuple):
 
     def evaluation_worth(self) -> float:
         """Return the number of tokens that one more shape of an evaluation must save."""
-        of_token = (
+        token_operations = (
             self.operations(1, 1, [(1, 1, 1)]) / 4
         )  # two tokens, of a step with a backward pass
-        return max(FEWEST_TOKENS, _OF_EVALUATION * self.compiling / of_token)
+        return max(FEWEST_TOKENS, _OF_EVALUATION * self.compiling / token_operations)
 
     def plan(
         self,
@@ -71,17 +71,23 @@ class Packing(NamedTuple):
         compile, because tasks share the widths of `padded` rows.
         """
         seeds, steps, rows, _ = lengths.shape
-        together = seeds if alike else 1  # batches of so many seeds in one program
+        seeds_together = (
+            seeds if alike else 1
+        )  # batches of so many seeds in one program
         packed = np.maximum(lengths - np.array([self.causal, 0]), 0)
-        of_groups = [
+        group_widths = [
             np.take_along_axis(packed, numbers[..., None], axis=2).max(axis=2)
             for numbers in groups(packed)
         ]
-        widths = np.concatenate([packed.sum(axis=2), *of_groups], axis=2)
+        widths = np.concatenate([packed.sum(axis=2), *group_widths], axis=2)
         widths = widths.max(axis=0) if alike else widths
 
-        def cost(number: Any, *of_step: Any) -> Any:
-            return together * number * self.operations(*step_shape(rows, *of_step))
+        def cost(number: Any, *step_widths: Any) -> Any:
+            return (
+                seeds_together
+                * number
+                * self.operations(*step_shape(rows, *step_widths))
+            )
 
         few = few_widths(
             widths.reshape(-1, widths.shape[-1]), cost, worth=self.compiling
@@ -102,16 +108,16 @@ def groups(
 
 
 def step_shape(
-    rows: int, source: Any, target: Any, *of_groups: Any
+    rows: int, source: Any, target: Any, *group_widths: Any
 ) -> tuple[Any, Any, list[Group]]:
     """Return the arguments of `Packing.operations` for widths of a step, those of `Packing.plan` or of padded rows."""
-    if not of_groups:
+    if not group_widths:
         return rows * source, rows * target, [(rows, source, target)]
     counts = [len(numbers) for numbers in groups(np.zeros((rows, 2), int))]
     return (
         source,
         target,
-        list(zip(counts, of_groups[::2], of_groups[1::2], strict=True)),
+        list(zip(counts, group_widths[::2], group_widths[1::2], strict=True)),
     )
 
 
@@ -154,7 +160,9 @@ def _grouped(
         )
         begins.append(np.argmin(totals, axis=0))
         best.append(np.min(totals, axis=0))
-    totals = np.array([one[-1] for one in best]) + worth * np.arange(1, len(best) + 1)
+    totals = np.array([costs_of_row[-1] for costs_of_row in best]) + worth * np.arange(
+        1, len(best) + 1
+    )
     number = int(np.argmin(totals))
     end = len(sources)
     for begin in reversed(begins[: number + 1]):

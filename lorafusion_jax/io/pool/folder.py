@@ -147,12 +147,12 @@ class ConvertedPool:
     def check_base(self, config: Architecture) -> None:
         """Raise a ValueError if the pool was converted for a base model with other shapes."""
         for name in {**self.config.sites, **config.sites}:
-            there = self.config.sites.get(name)
-            here = config.sites.get(name)
-            if there != here:
+            pool_site = self.config.sites.get(name)
+            base_site = config.sites.get(name)
+            if pool_site != base_site:
                 raise ValueError(
-                    f"the pool was converted for {self.manifest['base']['source']}: {name} is {there} there "
-                    f"and {here} here; convert the adapters for this base"
+                    f"the pool was converted for {self.manifest['base']['source']}: {name} is {pool_site} there "
+                    f"and {base_site} here; convert the adapters for this base"
                 )
 
 
@@ -232,14 +232,12 @@ class AdapterFolders:
     @functools.cached_property
     def _adapters(self) -> list[PeftAdapter]:
         # Copies of base weights need the base.
-        if self.base:
-            how = {
-                "shapes": linear_shapes(self.config),
-                "base_tensor": base_tensor(self._base),
-            }
-        else:
-            how = {}
-        return [read_adapter(str(self.folder / name), **how) for name in self.names]
+        shapes = linear_shapes(self.config) if self.base else None
+        tensor = base_tensor(self._base) if self.base else None
+        return [
+            read_adapter(str(self.folder / name), shapes=shapes, base_tensor=tensor)
+            for name in self.names
+        ]
 
     @property
     def _base(self) -> Base:
