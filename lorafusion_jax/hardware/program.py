@@ -201,8 +201,8 @@ def _shared_out(weights: Any, config: Architecture) -> Any:
             if devices % parts == 0 and not refused(parts)
         )
         raise ValueError(
-            f"--mesh model={devices} splits arrays between tiles, but {faults[0]}: give model={fits}, or keep it digital "
-            "(--keep-digital)"
+            f"--mesh model={devices} splits arrays between tiles, but {faults[0]}: give model={fits}, or keep it "
+            "digital (--keep-digital)"
         )
     plans = [
         dataclasses.replace(chip.plan, split=by and Split(by, "model", devices))
