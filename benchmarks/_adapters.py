@@ -8,7 +8,8 @@ import numpy as np
 from _model import RANK, hf_config
 
 from lorafusion_jax import Architecture
-from lorafusion_jax.parts import family_of, linear_shapes, write_adapter
+from lorafusion_jax.io import write_adapter
+from lorafusion_jax.models import family_of, linear_shapes
 
 _DIFFERENT = 20
 

@@ -18,7 +18,7 @@ from _measure import case, of_turns
 from flax import nnx
 
 from lorafusion_jax import Frozen, LowRank, generate, load_base, read_config
-from lorafusion_jax.parts import lora_adapter, write_adapter
+from lorafusion_jax.io import lora_adapter, write_adapter
 
 # tokens of an answer, tokens of a prompt, rank of the run on queries and values
 _NEW = 64

@@ -36,29 +36,31 @@ from lorafusion_jax import (
     read_config,
     shared_basis,
 )
-from lorafusion_jax.parts import (
+from lorafusion_jax.loading import LoadIn
+from lorafusion_jax.methods import FullFineTuning
+from lorafusion_jax.models import (
     DecoderConfig,
-    FullFineTuning,
-    LoadIn,
-    Params,
-    SeedMode,
     T5Config,
     Unstacked,
     abstract_model,
-    cross_entropy,
-    default_seed_mode,
     dense,
     family_of,
-    generate_rows,
     known_shapes,
     matrices,
-    recipe_rates,
     set_matrices,
-    start,
     targeted,
+)
+from lorafusion_jax.runs import generate_rows
+from lorafusion_jax.tasks import Batch, Encoded, Rows
+from lorafusion_jax.training import (
+    Params,
+    SeedMode,
+    cross_entropy,
+    default_seed_mode,
+    recipe_rates,
+    start,
     train_seeds,
 )
-from lorafusion_jax.tasks import Batch, Encoded, Rows
 
 BATCH = 5
 SOURCE = 128

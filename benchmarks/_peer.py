@@ -14,7 +14,8 @@ from _model import MODULES, RANK, Dtype, graph_of, hf_config
 from flax import nnx
 
 from lorafusion_jax import PRESETS, Architecture, Frozen, LoraPool
-from lorafusion_jax.parts import Model, column_names, dense, family_of, stack_of
+from lorafusion_jax.adapters import column_names
+from lorafusion_jax.models import Model, dense, family_of, stack_of
 from lorafusion_jax.tasks import IGNORED, Batch
 
 

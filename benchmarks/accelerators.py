@@ -70,29 +70,24 @@ from lorafusion_jax import (
 )
 from lorafusion_jax.crossbar.chip.plan import Split
 from lorafusion_jax.crossbar.read import definition
-from lorafusion_jax.parts import (
-    AXES,
-    AXIS,
-    Params,
+from lorafusion_jax.estimates import (
     Settings,
     Shape,
-    advance,
-    begin,
     evaluation_bytes,
     generation_flops,
     machine,
     pool_bytes,
     row_tokens,
-    shardings,
     state_bytes,
     step_bytes,
     step_flops,
-    targeted,
     trained_numbers,
     update_of,
     weights_bytes,
 )
+from lorafusion_jax.models import advance, begin, targeted
 from lorafusion_jax.tasks import Batch
+from lorafusion_jax.training import AXES, AXIS, Params, shardings
 
 _GIB = 2**30
 _K = 32

@@ -19,18 +19,10 @@ import jax.numpy as jnp
 from _measure import ROOT, case, in_turns, of_turns
 
 from lorafusion_jax import FuseOptions, FusionRecipe
-from lorafusion_jax.parts import (
-    Setup,
-    load_chips,
-    load_setup,
-    make_mesh,
-    on_every_chip,
-    on_mesh,
-    recipe_rates,
-    start,
-    train_seeds,
-)
+from lorafusion_jax.hardware import load_chips, on_every_chip
+from lorafusion_jax.runs import Setup, load_setup
 from lorafusion_jax.tasks import batch_orders, train_step_batches
+from lorafusion_jax.training import make_mesh, on_mesh, recipe_rates, start, train_seeds
 
 _SMALL = ROOT / "examples" / "small"
 _BAR = 0.9

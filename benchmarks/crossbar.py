@@ -32,7 +32,7 @@ from _measure import case, in_turns, of_turns, product_rates
 
 from lorafusion_jax import crossbar, matmul
 from lorafusion_jax.crossbar.read import definition as crossbar_definition
-from lorafusion_jax.parts import known_shapes
+from lorafusion_jax.models import known_shapes
 
 _SIZE = 1024
 _BATCH = 256

@@ -32,7 +32,8 @@ from _model import (
 )
 
 from lorafusion_jax import Update
-from lorafusion_jax.parts import MixUpdate, Shape, SumUpdate, step_flops
+from lorafusion_jax.estimates import Shape, step_flops
+from lorafusion_jax.methods import MixUpdate, SumUpdate
 
 _DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "nf4")
 # (required, ambition) by composition and structure; a sum's depend on the shape, for want of others those of small.

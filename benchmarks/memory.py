@@ -31,23 +31,20 @@ from _model import (
 )
 
 from lorafusion_jax import Architecture, Frozen, Fusion, FusionRecipe, LoRA, Method
-from lorafusion_jax.parts import (
-    GREEDY,
-    FullFineTuning,
-    SeedModels,
+from lorafusion_jax.estimates import (
     Settings,
     Shape,
-    advance_rows,
-    begin_rows,
     evaluation_bytes,
     pool_bytes,
     state_bytes,
     step_bytes,
-    targeted,
     trained_numbers,
     update_of,
     weights_bytes,
 )
+from lorafusion_jax.methods import FullFineTuning
+from lorafusion_jax.models import GREEDY, targeted
+from lorafusion_jax.runs import SeedModels, advance_rows, begin_rows
 
 _SETTINGS = Settings()
 assert (FusionRecipe.modules, _SETTINGS.rank) == (MODULES, RANK)

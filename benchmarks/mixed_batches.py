@@ -33,8 +33,8 @@ from _model import (
 from _peer import mixed_batch
 
 from lorafusion_jax import Frozen, Fusion, Problem, TaskBank
-from lorafusion_jax.parts import Params
 from lorafusion_jax.tasks import Batch
+from lorafusion_jax.training import Params
 
 _SOURCE = 16
 _NEW = 16

@@ -43,7 +43,8 @@ from _model import (
 from _peer import Peer, lines_of
 
 from lorafusion_jax import Fusion, crossbar
-from lorafusion_jax.parts import MixUpdate, Shape, step_flops
+from lorafusion_jax.estimates import Shape, step_flops
+from lorafusion_jax.methods import MixUpdate
 from lorafusion_jax.report import write_text
 
 _K = 32  # directions of the shared basis

@@ -20,7 +20,8 @@ from _measure import ROOT, case
 from _model import CHOICES, config_of
 
 from lorafusion_jax import PRESETS, load_tokenizer
-from lorafusion_jax.parts import CHARACTERS_PER_TOKEN, step_operations
+from lorafusion_jax.estimates import CHARACTERS_PER_TOKEN
+from lorafusion_jax.models import step_operations
 from lorafusion_jax.tasks import (
     IGNORED,
     Batch,

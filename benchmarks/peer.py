@@ -50,15 +50,12 @@ from _peer import Peer, lines_of
 from padding import encoded, tasks_of
 
 from lorafusion_jax import PRESETS, Architecture, Frozen
-from lorafusion_jax.parts import (
-    markdown,
-    packing_of,
-    pays_unrolled,
-    start,
-    step_operations,
-)
+from lorafusion_jax.loading import packing_of, pays_unrolled
+from lorafusion_jax.models import step_operations
+from lorafusion_jax.report import as_markdown as markdown
 from lorafusion_jax.report import write_text
 from lorafusion_jax.tasks import Batch, Encoded, batch_orders, split, train_step_batches
+from lorafusion_jax.training import start
 
 
 class _Candidate(NamedTuple):

@@ -41,16 +41,9 @@ from lorafusion_jax import (
     load_pool,
     save_base,
 )
-from lorafusion_jax.parts import (
-    ConvertOptions,
-    add_basis,
-    convert,
-    family_of,
-    known_shapes,
-    recipe_rates,
-    start,
-    train_seeds,
-)
+from lorafusion_jax.io import ConvertOptions, add_basis, convert
+from lorafusion_jax.models import family_of, known_shapes
+from lorafusion_jax.training import recipe_rates, start, train_seeds
 
 _BAR = 8 * 2**30
 # Of a basis of FLAN-T5-large: seconds on two cores and bytes to make it, bytes of it in memory.

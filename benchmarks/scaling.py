@@ -44,16 +44,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lorafusion_jax import Architecture, FusionRecipe
-from lorafusion_jax.parts import (
-    MixUpdate,
+from lorafusion_jax.estimates import (
     Settings,
     Shape,
-    make_mesh,
-    on_mesh,
     step_flops,
     tokens,
     trained_numbers,
 )
+from lorafusion_jax.methods import MixUpdate
+from lorafusion_jax.training import make_mesh, on_mesh
 
 # measured / predicted, either way
 _REQUIRED = 1.25

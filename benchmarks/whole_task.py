@@ -48,14 +48,10 @@ from flax import nnx
 from padding import encoded, tasks_of
 
 from lorafusion_jax import PRESETS, LoraPool, LowRank, load_tokenizer
-from lorafusion_jax.parts import (
-    RunFolder,
-    dense,
-    lora_adapter,
-    markdown,
-    open_base,
-    write_adapter,
-)
+from lorafusion_jax.io import lora_adapter, open_base, write_adapter
+from lorafusion_jax.models import dense
+from lorafusion_jax.report import as_markdown as markdown
+from lorafusion_jax.runs import RunFolder
 from lorafusion_jax.tasks import Task, load_task, most_new_tokens, split
 
 _BARS = {"first": 1.2, "second": 1.5}

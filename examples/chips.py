@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import lorafusion_jax as lf
-from lorafusion_jax.parts import (
+from lorafusion_jax.hardware import (
     EvaluateOnChipsOptions,
-    OnArrays,
     ProgramOptions,
     evaluate_on_chips,
     write_chips,
 )
+from lorafusion_jax.runs import OnArrays
 
 EXAMPLES = Path(__file__).parent
 SMALL = EXAMPLES / "small"

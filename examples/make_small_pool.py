@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -34,19 +35,14 @@ from string_tasks import (
     draw,
     split,
 )
+from tqdm import tqdm
 
 from lorafusion_jax import LowRank, generate, save_base
-from lorafusion_jax.parts import (
-    T5,
-    T5Config,
-    decoder_inputs,
-    new_folder,
-    progress,
-    standard_promotion,
-    write_adapter,
-)
-from lorafusion_jax.parts import cross_entropy as of_logits
+from lorafusion_jax.io import new_folder, write_adapter
+from lorafusion_jax.models import T5, T5Config, decoder_inputs
 from lorafusion_jax.tasks import IGNORED
+from lorafusion_jax.training import cross_entropy as of_logits
+from lorafusion_jax.training import standard_promotion
 
 WORDS = [
     "<pad>",
@@ -280,7 +276,7 @@ def fit(
         lambda carry, batches: jax.lax.scan(step, carry, batches), donate_argnums=0
     )
     carry = jax.tree.map(jnp.copy, (params, optimiser.init(params)))
-    with progress(label, steps) as bar:
+    with tqdm(total=steps, desc=label, disable=not sys.stderr.isatty()) as bar:
         for first in range(0, steps, STEPS_PER_CALL):
             chunk = jax.tree.map(lambda a, f=first: a[f : f + STEPS_PER_CALL], batches)
             carry, values = run(carry, chunk)

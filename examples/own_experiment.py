@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import lorafusion_jax as lf
-from lorafusion_jax import parts
 
 SMALL = Path(__file__).parent / "small"
 
@@ -37,7 +36,7 @@ def main(
                 f"{loss:.2f}",
             ]
         )
-    return parts.markdown(lines)
+    return lf.report.as_markdown(lines)
 
 
 if __name__ == "__main__":

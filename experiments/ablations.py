@@ -21,7 +21,7 @@ from lab.methods import COEFFICIENTS
 from results_page import run_and_report
 from small_pool import SmallPoolOptions
 
-from lorafusion_jax.parts import MergeKind
+from lorafusion_jax.adapters import MergeKind
 from lorafusion_jax.trials import ARMS, Arm
 
 Group = Literal[

@@ -33,7 +33,10 @@ from lab.hardware import (
 from lab.methods import IN_BASIS
 
 from lorafusion_jax.crossbar import save_config
-from lorafusion_jax.parts import OnArrays, Params, aged, load_chips, markdown
+from lorafusion_jax.hardware import aged, load_chips
+from lorafusion_jax.report import as_markdown as markdown
+from lorafusion_jax.runs import OnArrays
+from lorafusion_jax.training import Params
 from lorafusion_jax.trials import ARMS
 
 # How numbers are trained, and the age at which they are read; None is new.

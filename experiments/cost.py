@@ -18,16 +18,16 @@ import tyro
 from lab.common import write_csv
 
 from lorafusion_jax.crossbar import Range, ReadEnergy, load_config
-from lorafusion_jax.parts import (
+from lorafusion_jax.estimates import (
     Bill,
     CostOptions,
     activities,
     comparisons,
     installed_once,
-    known_shapes,
     price,
     price_once,
 )
+from lorafusion_jax.models import known_shapes
 from lorafusion_jax.report import colour, plot
 
 _PARTS = {

@@ -26,8 +26,9 @@ from lorafusion_jax.crossbar import (
     PowerLaw,
     Proportional,
     ReadNoise,
+    input_codes,
+    pulses,
 )
-from lorafusion_jax.parts import input_codes, pulses
 from lorafusion_jax.report import plot
 
 BLUE = "#0072B2"

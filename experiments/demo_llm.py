@@ -17,8 +17,8 @@ from lab.language import MAIN, PROMPT, options_of
 from lab.smollm2 import EXAMPLES, base
 
 from lorafusion_jax import fuse
-from lorafusion_jax.parts import RunFolder
 from lorafusion_jax.report import write_text
+from lorafusion_jax.runs import RunFolder
 from lorafusion_jax.trials import Job, read_rows, run_jobs
 
 FOLDER = ROOT / "runs" / "demo-llm"

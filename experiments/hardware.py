@@ -45,15 +45,10 @@ from lorafusion_jax.crossbar import (
     Proportional,
     load_config,
 )
-from lorafusion_jax.parts import (
-    CostOptions,
-    OnArrays,
-    aged,
-    bills,
-    load_chips,
-    shape_config,
-)
+from lorafusion_jax.estimates import CostOptions, bills, shape_config
+from lorafusion_jax.hardware import aged, load_chips
 from lorafusion_jax.report import colour, plot
+from lorafusion_jax.runs import OnArrays
 from lorafusion_jax.trials import ARMS
 
 Sweep = Literal["noise", "adc", "cell", "age"]

@@ -35,15 +35,12 @@ from lorafusion_jax.crossbar import (
     config_hash,
     load_config,
 )
-from lorafusion_jax.parts import (
-    LoadedModel,
-    environment,
-    load_model,
-    log_likelihood,
-    markdown,
-    program_on_arrays,
-)
+from lorafusion_jax.hardware import program_on_arrays
+from lorafusion_jax.loading import LoadedModel, load_model
+from lorafusion_jax.report import as_markdown as markdown
 from lorafusion_jax.report import colour, plot
+from lorafusion_jax.runs import environment
+from lorafusion_jax.training import log_likelihood
 from lorafusion_jax.trials import Cells, Row
 
 TEXTS = EXAMPLES / "text"

@@ -38,20 +38,14 @@ from lab.language import (
 from lab.smollm2 import HUB_ID, base
 
 from lorafusion_jax import FuseOptions, LoRARecipe
-from lorafusion_jax.parts import (
-    Epoch,
-    Params,
+from lorafusion_jax.io import lora_adapter, write_adapter
+from lorafusion_jax.runs import (
     Setup,
     environment,
     evaluate,
-    fit,
     load_setup,
-    lora_adapter,
-    make_room,
     seed_rows,
-    start,
     with_targets,
-    write_adapter,
 )
 from lorafusion_jax.tasks import (
     TrainingRows,
@@ -59,6 +53,7 @@ from lorafusion_jax.tasks import (
     batch_orders,
     train_batches,
 )
+from lorafusion_jax.training import Epoch, Params, fit, make_room, start
 from lorafusion_jax.trials import Cells, read_lines
 
 SEED = 1

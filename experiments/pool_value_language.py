@@ -44,18 +44,13 @@ from lab.smollm2 import base
 from lab.tuning import rates_at, tried_line, tune
 
 from lorafusion_jax import FuseOptions, Problem
+from lorafusion_jax.loading import LoadedModel, Texts, load_model
 from lorafusion_jax.methods import find as find_method
 from lorafusion_jax.methods import recipe_of
-from lorafusion_jax.parts import (
-    LoadedModel,
+from lorafusion_jax.runs import (
     Setup,
-    Texts,
     encode_shown,
     evaluate,
-    fit,
-    load_model,
-    make_room,
-    start,
     trainable_count,
     with_targets,
 )
@@ -68,6 +63,7 @@ from lorafusion_jax.tasks import (
     few_shot,
     load_task,
 )
+from lorafusion_jax.training import fit, make_room, start
 from lorafusion_jax.trials import Cells, read_lines
 
 DRAW = 20261128

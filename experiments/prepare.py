@@ -45,21 +45,20 @@ from lorafusion_jax.crossbar import (
     save_config,
     with_corrections,
 )
-from lorafusion_jax.parts import (
-    LoadedModel,
+from lorafusion_jax.hardware import (
     Outputs,
     digital_matrices,
-    environment,
     load_chips,
-    load_model,
-    log_likelihood,
     logits_of_base,
     program_on_arrays,
-    set_matrices,
     windows,
 )
+from lorafusion_jax.loading import LoadedModel, load_model
+from lorafusion_jax.models import set_matrices
 from lorafusion_jax.report import colour, plot
+from lorafusion_jax.runs import environment
 from lorafusion_jax.tasks import Batch
+from lorafusion_jax.training import log_likelihood
 from lorafusion_jax.trials import Cells, Row, print_plan
 
 WINDOWS = 8

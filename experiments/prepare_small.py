@@ -10,6 +10,7 @@ experiments/lab/genres.py names, and the tasks of experiments/language.py.
 """
 
 import dataclasses
+import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,11 +31,10 @@ from restore import Setting, fused
 
 from lorafusion_jax import PrepareOptions, fuse, prepare
 from lorafusion_jax.crossbar import Device, flax, load_config, save_config
-from lorafusion_jax.parts import (
+from lorafusion_jax.hardware import (
     EvaluateOnChipsOptions,
     RestoreOptions,
     evaluate_on_chips,
-    read_json,
     restore_chips,
 )
 from lorafusion_jax.tasks import load_task
@@ -190,9 +190,8 @@ class Bench:
                         task, ARMS["LoRAFusion"], seeds=(1,), out=runs, name=task
                     )
                 )
-        digital = read_json(runs / task / "results.json", dict[str, Any], "results")[
-            "seeds"
-        ][0]
+        results = json.loads((runs / task / "results.json").read_text())
+        digital = results["seeds"][0]
         (prompts := runs / "prompts.txt").write_text(text)
         prepared = runs / "prepared"
         scales = runs / "scales-prepared"

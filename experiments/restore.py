@@ -13,6 +13,7 @@ continues with the next row.
 
 import dataclasses
 import hashlib
+import json
 import math
 import statistics
 import time
@@ -49,35 +50,34 @@ from lorafusion_jax.crossbar import (
     save_config,
     with_corrections,
 )
-from lorafusion_jax.parts import (
+from lorafusion_jax.hardware import (
     Chips,
-    EvaluateOptions,
-    LoadedModel,
-    OnArrays,
     Outputs,
     Restored,
     digital_matrices,
     distil,
     divergence,
     drifting_otherwise,
-    environment,
-    evaluate,
-    load_arrays,
-    load_model,
-    load_to_evaluate,
-    log_likelihood,
     logits_of_base,
     module_numbers,
     on_every_chip,
     program_on_arrays,
-    read_json,
     sampled,
-    save_arrays,
     windows,
     without_merged_pool,
 )
+from lorafusion_jax.io import load_arrays, save_arrays
+from lorafusion_jax.loading import LoadedModel, load_model
 from lorafusion_jax.report import colour, holm, plot
+from lorafusion_jax.runs import (
+    EvaluateOptions,
+    OnArrays,
+    environment,
+    evaluate,
+    load_to_evaluate,
+)
 from lorafusion_jax.tasks import Batch, load_task
+from lorafusion_jax.training import log_likelihood
 from lorafusion_jax.trials import Cells, Row, print_plan, read_lines
 
 WINDOW = 128
@@ -432,9 +432,8 @@ class Bench:
         """Return exact match and loss of a task's fusion, on the chip and digitally."""
         run = self.fusions[job.task]
         folder = run.out / job.task
-        (digital,) = read_json(folder / "results.json", dict[str, Any], "results")[
-            "seeds"
-        ]
+        results = json.loads((folder / "results.json").read_text())
+        (digital,) = results["seeds"]
         of_digital = {
             "digital_exact_match": digital["exact_match"],
             "digital_task_loss": digital["loss"],

@@ -27,7 +27,7 @@ from lab.methods import COEFFICIENTS, IN_BASIS
 from language import LanguageOptions, link_tasks, linked_base, make_pools, pool_of
 
 from lorafusion_jax import FuseOptions, fuse
-from lorafusion_jax.parts import markdown
+from lorafusion_jax.report import as_markdown as markdown
 from lorafusion_jax.trials import ARMS, Arm, Job, Shots, read_rows, run_jobs
 
 TASKS = ("reverse_starcon", "rotr_next")

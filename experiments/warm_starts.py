@@ -37,9 +37,9 @@ from lab.string_pools import CLASSES
 from lab.tuning import best_tried, tried_line
 
 import lorafusion_jax as lf
-from lorafusion_jax.parts import seed_entropies, start
 from lorafusion_jax.report import colour, holm, plot
 from lorafusion_jax.tasks import TrainingRows
+from lorafusion_jax.training import seed_entropies, start
 from lorafusion_jax.trials import read_lines
 
 SEEDS = (1, 2, 3)

@@ -31,7 +31,8 @@ from warm_starts import (
 )
 
 from lorafusion_jax import Fusion, LoRA
-from lorafusion_jax.parts import Setup, start
+from lorafusion_jax.runs import Setup
+from lorafusion_jax.training import start
 from lorafusion_jax.trials import read_lines
 
 LORA = "LoRA, rank 8"

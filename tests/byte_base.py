@@ -8,7 +8,7 @@ from pathlib import Path
 from flax import nnx
 
 from lorafusion_jax import read_config, save_base
-from lorafusion_jax.parts import T5
+from lorafusion_jax.models import T5
 
 _SMALL = Path(__file__).resolve().parent.parent / "examples" / "small" / "base"
 _VOCABULARY = 384  # 3 special tokens, 256 bytes, 125 that stand for spans

@@ -11,7 +11,8 @@ import tiny
 from flax import nnx
 
 import lorafusion_jax as lf
-from lorafusion_jax.parts import Model, Params
+from lorafusion_jax.models import Model
+from lorafusion_jax.training import Params
 
 
 def t5(kind: str = "T5", **changes: Any) -> Any:

@@ -7,7 +7,7 @@ import one_block
 
 from lorafusion_jax import FuseOptions, Recipe
 from lorafusion_jax.methods import METHODS, fields_of, recipe_of
-from lorafusion_jax.parts import RunFolder, options_to_json, run_path
+from lorafusion_jax.runs import RunFolder, options_to_json, run_path
 
 TASK = one_block.SMALL / "tasks" / "double_digit"
 _NUMBERS = {name for entry in METHODS.values() for name in fields_of(entry)}

@@ -17,7 +17,6 @@ import small_llama
 import tiny
 
 import lorafusion_jax as lf
-from lorafusion_jax import parts
 from lorafusion_jax.crossbar import PRESETS as ARRAYS
 from lorafusion_jax.estimates.params import counts
 from lorafusion_jax.models.decoder import FAMILY
@@ -98,7 +97,7 @@ def adapters(family) -> list[Path]:
             for name, tensor in tensors.items()
             if name.split(".")[-3] in targets
         }
-        parts.write_adapter(
+        lf.io.write_adapter(
             family.folder / "adapters" / f"adapter_{number}", fields, adapted
         )
     return sorted((family.folder / "adapters").iterdir())
@@ -107,8 +106,8 @@ def adapters(family) -> list[Path]:
 @pytest.fixture(scope="module")
 def pool(family, adapters) -> Path:
     out = family.folder / "pool"
-    parts.convert(
-        parts.ConvertOptions(
+    lf.io.convert(
+        lf.io.ConvertOptions(
             base=str(family.base), adapters=tuple(map(str, adapters)), out=out
         )
     )
@@ -162,8 +161,8 @@ def test_an_adapter_of_another_family_is_refused(family, adapters, tmp_path):
         with pytest.raises(
             ValueError, match=rf"wrong base\?.* no linear module {message}"
         ):
-            parts.convert(
-                parts.ConvertOptions(
+            lf.io.convert(
+                lf.io.ConvertOptions(
                     base=str(of), adapters=(str(adapter),), out=tmp_path / "pool"
                 )
             )
@@ -255,8 +254,8 @@ def test_chips_hold_every_matrix_that_is_not_digital(family, pool, run, tmp_path
     digital = ("*.[kvo]_proj", "*.mlp.*")
     chips = tmp_path / "chips"
     where = {"base": str(family.base), "pool": str(pool), "out": chips}
-    parts.write_chips(
-        parts.ProgramOptions(**where, crossbar="isaac", keep_digital=digital)
+    lf.hardware.write_chips(
+        lf.hardware.ProgramOptions(**where, crossbar="isaac", keep_digital=digital)
     )
     matrices = [
         *family.config.sites,
@@ -266,10 +265,10 @@ def test_chips_hold_every_matrix_that_is_not_digital(family, pool, run, tmp_path
     assert files == {
         name for name in matrices if not any(fnmatch(name, rule) for rule in digital)
     }
-    options = parts.EvaluateOnChipsOptions(
+    options = lf.hardware.EvaluateOnChipsOptions(
         run=run, crossbar=str(chips), norm="programmed", calibration_rows=4, test_rows=4
     )
-    results = parts.report_on_chips(options)
+    results = lf.hardware.report_on_chips(options)
     assert (results["method"], results["norm"], results["age"]) == (
         "fusion",
         "programmed",
@@ -282,7 +281,7 @@ def test_chips_hold_every_matrix_that_is_not_digital(family, pool, run, tmp_path
 
 
 def test_an_exported_fusion_is_read_as_an_adapter_and_merged(family, run, tmp_path):
-    parts.export(parts.ExportOptions(out=tmp_path / "adapter", run=run, seed=2))
+    lf.runs.export(lf.runs.ExportOptions(out=tmp_path / "adapter", run=run, seed=2))
     fields = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert fields["task_type"] == "CAUSAL_LM" and fields["use_dora"]
     assert fields["target_modules"] == sorted(
@@ -291,11 +290,11 @@ def test_an_exported_fusion_is_read_as_an_adapter_and_merged(family, run, tmp_pa
     again = lf.read_pool([str(tmp_path / "adapter")], family.config)
     assert again.magnitude is not None and again.sites == _ADAPTED
 
-    parts.export(
-        parts.ExportOptions(out=tmp_path / "merged", run=run, seed=2, format="merged")
+    lf.runs.export(
+        lf.runs.ExportOptions(out=tmp_path / "merged", run=run, seed=2, format="merged")
     )
     options, params, _ = lf.load_run(run)
-    setup = parts.load_setup(options)
+    setup = lf.runs.load_setup(options)
     problem = setup.problem.replace(index=setup.problem.index[1])
     model, adapters, _ = problem.adapted_model(jax.tree.map(lambda p: p[1], params))
     ids = jnp.array([[5, 6, 7]])
@@ -310,7 +309,7 @@ def test_an_exported_fusion_is_read_as_an_adapter_and_merged(family, run, tmp_pa
 
 
 def test_a_plan_counts_what_a_run_needs(asked, family):
-    text = parts.describe_run(asked("plan", seeds=(1, 2)))
+    text = lf.estimates.describe_run(asked("plan", seeds=(1, 2)))
     assert "2 batches of 6 rows" in text and "tokenised, padded" in text
     assert f"| fusion |    2 |        {2 + 3 * 16} |" in text
 
@@ -325,10 +324,10 @@ def test_a_bill_follows_the_stages_of_a_block(family):
         "source": 8,
         "target": 4,
     }
-    options = parts.CostOptions(targets=("v_proj",), bases=(), **sizes)
+    options = lf.estimates.CostOptions(targets=("v_proj",), bases=(), **sizes)
     found = {
         activity.method: activity.stages
-        for activity in parts.activities(family.config, ARRAYS["isaac"], options)
+        for activity in lf.estimates.activities(family.config, ARRAYS["isaac"], options)
     }
     stages = [
         {((16, 16),), ((16, 8),), ((16, 2), (2, 8))},
@@ -337,7 +336,7 @@ def test_a_bill_follows_the_stages_of_a_block(family):
         {((24, 16),)},
     ]
     assert found["LoRAFusion"] == {frozenset(stage): 1 for stage in stages}
-    priced = parts.bills(family.config, ARRAYS["isaac"], options)
+    priced = lf.estimates.bills(family.config, ARRAYS["isaac"], options)
     assert all(
         bill.learning.typical > 0 < bill.inference.typical for bill in priced.values()
     )

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from lorafusion_jax.models import known_shapes
 from lorafusion_jax.models.registry import FAMILIES
-from lorafusion_jax.parts import known_shapes
 
 _PACKAGE = Path(__file__).resolve().parent.parent / "lorafusion_jax"
 _OF_FAMILIES = {_PACKAGE / "models" / "registry.py"}.union(

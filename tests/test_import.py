@@ -79,9 +79,6 @@ _MAY_IMPORT = {
         "hardware io loading methods runs report tasks training estimates".split()
     ),
     "lm_eval": {"loading", "models", "io", "tasks", "training", "runs", "hardware"},
-    "parts": set(
-        "crossbar models adapters io loading training methods runs hardware estimates".split()
-    ),
     "cli": set(
         "crossbar io report training methods runs serving hardware estimates lm_eval trials".split()
     ),
@@ -278,7 +275,7 @@ _PUBLIC = {
     _PACKAGE,
     *(
         f"{_PACKAGE}.{name}"
-        for name in ("crossbar", "tasks", "methods", "report", "parts", "trials")
+        for name in _MAY_IMPORT.keys() - {"support", "serving", "lm_eval", "cli"}
     ),
 }
 _PUBLIC.add(f"{_PACKAGE}.crossbar.flax")

@@ -12,7 +12,8 @@ from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import lorafusion_jax as lf
-from lorafusion_jax.parts import T5, Params, T5Config, linear_shapes
+from lorafusion_jax.models import T5, T5Config, linear_shapes
+from lorafusion_jax.training import Params
 
 CONFIG = T5Config(
     vocab_size=48,

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafusion_jax.parts import escaped, markdown
-from lorafusion_jax.report import EMPTY, colour, counts, literal, plot, spread
+from lorafusion_jax.report import EMPTY, colour, counts, escaped, literal, plot, spread
+from lorafusion_jax.report import as_markdown as markdown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -18,25 +18,18 @@ from jaxtyping import Array
 
 from lorafusion_jax import FuseOptions, Recipe, fuse
 from lorafusion_jax.crossbar import CrossbarConfig
-from lorafusion_jax.parts import (
+from lorafusion_jax.hardware import (
     Chips,
-    EvaluateOptions,
-    Params,
-    Setup,
-    at_least,
-    evaluate,
-    fit,
     for_every_chip,
-    load_arrays,
     load_chips,
-    load_to_evaluate,
     lora_in_cells,
     module_numbers,
     on_every_chip,
-    save_arrays,
-    start,
 )
+from lorafusion_jax.io import load_arrays, save_arrays
+from lorafusion_jax.runs import EvaluateOptions, Setup, evaluate, load_to_evaluate
 from lorafusion_jax.tasks import split
+from lorafusion_jax.training import Params, fit, start
 from lorafusion_jax.trials import Arm, Cells, Row, recipe_of
 
 from .common import ROOT, options_of_small, slug, small_pool_in_basis
@@ -70,7 +63,8 @@ class ChipsOptions:
 
     def check(self, **lists: Sequence[Any]) -> None:
         """Raise ValueError for no chips, or for an option without a value, before anything is computed."""
-        at_least(1, chips=self.chips)
+        if self.chips < 1:
+            raise ValueError(f"chips is {self.chips}: expected at least 1")
         for name, values in {"tasks": self.tasks, "seeds": self.seeds, **lists}.items():
             if not values:
                 raise ValueError(f"no {name}: give at least one with --{name}")

@@ -15,8 +15,8 @@ import numpy as np
 
 from lorafusion_jax import FuseOptions
 from lorafusion_jax.methods import find as find_method
-from lorafusion_jax.parts import LOSS, Params, Setup, seed_entropies
 from lorafusion_jax.report import write_text
+from lorafusion_jax.runs import Setup
 from lorafusion_jax.tasks import (
     Batch,
     Example,
@@ -25,6 +25,7 @@ from lorafusion_jax.tasks import (
     load_task,
     train_batches,
 )
+from lorafusion_jax.training import LOSS, Params, seed_entropies
 from lorafusion_jax.trials import ARMS, Arm, recipe_of
 
 from .methods import IN_BASIS

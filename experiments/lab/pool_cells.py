@@ -14,14 +14,9 @@ import numpy as np
 from flax import nnx
 
 import lorafusion_jax as lf
+from lorafusion_jax.io import open_pool
 from lorafusion_jax.methods import Built, find, recipe_of
-from lorafusion_jax.parts import (
-    fit,
-    generate_rows,
-    open_pool,
-    seed_entropies,
-    start,
-)
+from lorafusion_jax.runs import generate_rows
 from lorafusion_jax.tasks import (
     IGNORED,
     SEPARATE_TEXTS,
@@ -38,6 +33,7 @@ from lorafusion_jax.tasks import (
     exact_match,
     pad,
 )
+from lorafusion_jax.training import fit, seed_entropies, start
 from lorafusion_jax.trials import Cells
 
 from .common import SMALL

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 import lorafusion_jax as lf
-from lorafusion_jax.parts import new_folder
+from lorafusion_jax.io import new_folder
 
 from .common import ROOT, SMALL
 

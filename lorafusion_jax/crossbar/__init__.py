@@ -80,6 +80,7 @@ from .devices.write_error import (
     WriteVerify,
 )
 from .mapping.adc.architectures import Architecture, register_adc
+from .mapping.encoding import input_codes, pulses
 from .mapping.geometry import Geometry
 from .preparation.code_errors import CodeErrors, code_errors
 from .preparation.moments import moments

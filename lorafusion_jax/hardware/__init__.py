@@ -1,0 +1,32 @@
+"""Runs on simulated chips: prepare a base, program, evaluate, restore."""
+
+from .chips import for_every_chip as for_every_chip
+from .chips import on_every_chip as on_every_chip
+from .chips import redrawn as redrawn
+from .evaluate import EvaluateOnChipsOptions as EvaluateOnChipsOptions
+from .evaluate import evaluate_on_chips as evaluate_on_chips
+from .evaluate import lora_in_cells as lora_in_cells
+from .evaluate import results_path as results_path
+from .folder import Chips as Chips
+from .folder import aged as aged
+from .folder import load_chips as load_chips
+from .on_arrays import module_numbers as module_numbers
+from .on_arrays import without_merged_pool as without_merged_pool
+from .program import Restored as Restored
+from .program import program as _program
+from .report import report_on_chips as report_on_chips
+from .restore import distil as distil
+from .restore import divergence as divergence
+from .restored import RestoreOptions as RestoreOptions
+from .restored import digital_matrices as digital_matrices
+from .restored import drifting_otherwise as drifting_otherwise
+from .restored import load_restored as load_restored
+from .restored import restore_chips as restore_chips
+from .texts import Outputs as Outputs
+from .texts import logits_of_base as logits_of_base
+from .texts import sampled as sampled
+from .texts import windows as windows
+from .write import ProgramOptions as ProgramOptions
+from .write import write_chips as write_chips
+
+program_on_arrays = _program

@@ -1,1 +1,20 @@
-"""Reading and writing: adapters, models of Hugging Face, converted pools, trained parameters, states of runs."""
+"""Files: adapters of PEFT, models of Hugging Face, converted pools, trained arrays."""
+
+from .arrays import load as _load
+from .arrays import save as _save
+from .convert import ConvertOptions as ConvertOptions
+from .convert import add_basis as add_basis
+from .convert import convert as convert
+from .export import fused_adapter as fused_adapter
+from .export import lora_adapter as lora_adapter
+from .folders import new_folder as new_folder
+from .hf import open_base as open_base
+from .peft.adapter import AdapterError as AdapterError
+from .peft.adapter import read_adapter as read_adapter
+from .peft.adapter import resave as resave
+from .peft.adapter import write_adapter as write_adapter
+from .pool import ConvertedPool as ConvertedPool
+from .pool import open_pool as open_pool
+
+load_arrays = _load
+save_arrays = _save

@@ -6,11 +6,17 @@ from . import cma, full, fusion, lora, lorahub, magnitudes, mean, merge, untrain
 from .entry import WITH_CORE as WITH_CORE
 from .entry import Built as Built
 from .entry import MethodEntry
+from .full import FullFineTuning as FullFineTuning
+from .fused import MixUpdate as MixUpdate
+from .fused import SumUpdate as SumUpdate
 from .fusion import choice_of as choice_of
+from .magnitudes import Magnitudes as Magnitudes
+from .mean import MeanFusion as MeanFusion
 from .recipes import PoolRecipe
 from .recipes import basis_of as basis_of
 from .recipes import modules_of as modules_of
 from .recipes import recipe_of as recipe_of
+from .vera import VeRA as VeRA
 
 METHODS: dict[str, MethodEntry] = {}
 

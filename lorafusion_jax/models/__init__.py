@@ -1,0 +1,22 @@
+"""Model families, their matrices, and generation."""
+
+from .architecture import Model as Model
+from .architecture import linear_shapes as linear_shapes
+from .architecture import matrices as matrices
+from .architecture import set_matrices as set_matrices
+from .architecture import stack_of as stack_of
+from .architecture import step_operations as step_operations
+from .architecture import targeted as targeted
+from .decoder import Decoder as Decoder
+from .decoder import DecoderConfig as DecoderConfig
+from .generate import GREEDY as GREEDY
+from .generate import advance as advance
+from .generate import begin as begin
+from .registry import abstract_model as abstract_model
+from .registry import family_of as family_of
+from .registry import known_shapes as known_shapes
+from .t5 import T5 as T5
+from .t5 import T5Config as T5Config
+from .t5.model import decoder_inputs as decoder_inputs
+from .weights import Unstacked as Unstacked
+from .weights import dense as dense

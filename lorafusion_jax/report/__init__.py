@@ -2,7 +2,8 @@
 
 # ruff: noqa: F401 (the imports are the public names)
 
-from ..support.text_tables import EMPTY
+from ..support.text_tables import EMPTY, escaped
+from ..support.text_tables import markdown as as_markdown
 from ..support.writing import write_text
 from .formats import Column, Table, counts, markdown, spread
 from .page import write_report

@@ -11,6 +11,7 @@ import tiny
 from flax import nnx
 
 import lorafusion_jax as lf
+from lorafusion_jax.adapters import expand
 from lorafusion_jax.adapters.basis import (
     base_directions,
     directions,
@@ -21,7 +22,6 @@ from lorafusion_jax.adapters.basis import (
 from lorafusion_jax.adapters.coefficients import shape
 from lorafusion_jax.adapters.composition import compose_in_basis
 from lorafusion_jax.adapters.updates import InBasis
-from lorafusion_jax.parts import expand
 
 _MODEL = tiny.t5()
 _KERNELS = lf.kernels(_MODEL)

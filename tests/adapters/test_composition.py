@@ -13,19 +13,15 @@ import tiny
 from flax import nnx
 
 import lorafusion_jax as lf
+from lorafusion_jax.adapters import column_names, expand
 from lorafusion_jax.adapters.coefficients import initial, present, shape
 from lorafusion_jax.adapters.composition import compose_in_basis
 from lorafusion_jax.adapters.merges import merge
 from lorafusion_jax.adapters.norms import PairTerms, pair_terms, pairs_are_smaller
 from lorafusion_jax.adapters.updates import Dense, Outputs, settled
+from lorafusion_jax.io import fused_adapter
+from lorafusion_jax.models import dense, set_matrices
 from lorafusion_jax.models.weights import at_layer
-from lorafusion_jax.parts import (
-    column_names,
-    dense,
-    expand,
-    fused_adapter,
-    set_matrices,
-)
 
 _GRANULARITIES = ("global", "block", "site", "rank")
 _INDEX = [3, 0, 2]  # of a pool of four

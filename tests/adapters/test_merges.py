@@ -13,8 +13,8 @@ import tiny
 from flax import nnx
 
 from lorafusion_jax import Frozen, Merge, shared_basis, shuffled_pool
+from lorafusion_jax.adapters import MergeKind
 from lorafusion_jax.adapters.merges import check_merge, dare_masks, merge
-from lorafusion_jax.parts import MergeKind
 
 _KINDS = get_args(MergeKind)
 _INDEX = (3, 0, 2)

@@ -14,8 +14,8 @@ import pytest
 import tiny
 
 from lorafusion_jax import read_pool
+from lorafusion_jax.adapters import MergeKind
 from lorafusion_jax.adapters.merges import check_merge, merge
-from lorafusion_jax.parts import MergeKind
 
 pytestmark = pytest.mark.peft
 

@@ -14,7 +14,8 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lorafusion_jax import crossbar, over_seeds, parts
+import lorafusion_jax as lf
+from lorafusion_jax import crossbar, over_seeds
 from lorafusion_jax.crossbar import (
     ADC,
     CrossbarConfig,
@@ -155,7 +156,7 @@ def test_devices_share_out_tiles_and_read_the_bits_of_one(name, by):
     chip = crossbar.program(jax.random.normal(key, (64, 48)), config, key, path=path)
     chip = crossbar.with_read_key(chip, key) if config.reads_at_random else chip
     x = jax.random.normal(jax.random.key(2), (4, 64))
-    mesh = parts.make_mesh("model=2")
+    mesh = lf.training.make_mesh("model=2")
 
     def read(chip, x, of_y=None):
         compiled, leaves = tiny.compiled(crossbar.matmul, x, chip, out_shardings=of_y)
@@ -167,7 +168,7 @@ def test_devices_share_out_tiles_and_read_the_bits_of_one(name, by):
         whole = NamedSharding(mesh, P())
         cut = NamedSharding(mesh, P(None, "model"))
         of_x, of_y = (cut, whole) if by == "rows" else (whole, cut)
-        spread = parts.on_mesh(dataclasses.replace(chip, plan=plan))
+        spread = lf.training.on_mesh(dataclasses.replace(chip, plan=plan))
         shared, found = read(spread, jax.device_put(x, of_x), of_y)
     np.testing.assert_array_equal(found, wanted)
     # By rows a sum, and the range of the DACs' inputs.
@@ -211,14 +212,14 @@ def test_gradients_through_split_arrays_are_those_of_one_device(seed_mode):
         with (
             contextlib.nullcontext()
             if asked is None
-            else jax.set_mesh(parts.make_mesh(asked))
+            else jax.set_mesh(lf.training.make_mesh(asked))
         ):
             for name, by in {"up": "columns", "down": "rows"}.items() if asked else ():
                 plan = dataclasses.replace(
                     chips[name].plan, split=Split(by, "model", 2)
                 )
                 chips |= {name: dataclasses.replace(chips[name], plan=plan)}
-            given = parts.on_mesh(x, of_seeds=True), parts.on_mesh(chips)
+            given = lf.training.on_mesh(x, of_seeds=True), lf.training.on_mesh(chips)
             found.append(
                 jax.device_get(
                     jax.jit(over_seeds(jax.value_and_grad(loss), seed_mode))(*given)

@@ -22,7 +22,7 @@ from lorafusion_jax.crossbar import (
     reads,
 )
 from lorafusion_jax.crossbar import matmul as read
-from lorafusion_jax.parts import dense
+from lorafusion_jax.models import dense
 
 _IDEAL = crossbar.PRESETS["ideal"]
 _NOISY = CrossbarConfig(device=crossbar.Device(programming=crossbar.Independent(0.05)))

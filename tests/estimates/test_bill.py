@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import tiny
 
-from lorafusion_jax import Update, crossbar, kernels, parts
+import lorafusion_jax as lf
+from lorafusion_jax import Update, crossbar, kernels
 from lorafusion_jax.cli import main
 from lorafusion_jax.crossbar import (
     ADC,
@@ -30,10 +31,10 @@ from lorafusion_jax.estimates.flops import forward_flops
 from lorafusion_jax.methods.lora import LowRankUpdate
 
 _ROOT = Path(__file__).resolve().parents[2]
-_LARGE = parts.known_shapes()["flan-t5-large"]
+_LARGE = lf.models.known_shapes()["flan-t5-large"]
 _ISAAC = PRESETS["isaac"]
-_OPTIONS = parts.CostOptions()
-_LITTLE = parts.CostOptions(
+_OPTIONS = lf.estimates.CostOptions()
+_LITTLE = lf.estimates.CostOptions(
     modules=2,
     rank=4,
     bases=(3,),
@@ -58,14 +59,14 @@ _NO_CELLS = (
 def _activities(options=_OPTIONS, crossbar_config=_ISAAC, config=_LARGE):
     return {
         activity.method: activity
-        for activity in parts.activities(config, crossbar_config, options)
+        for activity in lf.estimates.activities(config, crossbar_config, options)
     }
 
 
 @pytest.fixture(scope="module")
 def large():
     return {
-        name: parts.price(activity, _ISAAC, _OPTIONS)
+        name: lf.estimates.price(activity, _ISAAC, _OPTIONS)
         for name, activity in _activities().items()
     }
 
@@ -119,7 +120,7 @@ def test_a_small_model_has_the_cells_that_programming_gives_it():
         return L * K * P * R * C, L * K * P * int(with_unit.sum())
 
     options = dataclasses.replace(_OPTIONS, modules=2, rank=4, vera_rank=5, bases=(4,))
-    once = parts.installed_once(square, config, options)
+    once = lf.estimates.installed_once(square, config, options)
     base = np.sum([written(stack) for stack in (*weights, head)], axis=0)
     modules = [
         m.reshape(-1, *m.shape[2:]) for m in (*pool.A.values(), *pool.B.values())
@@ -213,8 +214,8 @@ def test_reads_of_a_token_by_hand():
     longest = crossbar.read_latency((16, 4), config) + crossbar.read_latency(
         (4, 12), config
     )
-    plain = parts.price(of["full fine-tuning"], config, options)
-    adapted = parts.price(of["LoRA in cells"], config, options)
+    plain = lf.estimates.price(of["full fine-tuning"], config, options)
+    adapted = lf.estimates.price(of["LoRA in cells"], config, options)
     assert adapted.latency_arrays.typical == pytest.approx(
         plain.latency_arrays.typical
         + 2 * (longest.typical - crossbar.read_latency((16, 12), config).typical)
@@ -244,12 +245,12 @@ def test_training_by_hand():
     options = dataclasses.replace(_LITTLE, evaluations=7)
     of = _activities(options, config, tiny.CONFIG)
     # 19 rows of 20 train, packed, so nothing fills up the last batch of an epoch.
-    shapes = [parts.Shape(rows, 16, 8) for rows in (5, 5, 5, 4)] * 3
-    validation = parts.Shape(1, 16, 8)
+    shapes = [lf.estimates.Shape(rows, 16, 8) for rows in (5, 5, 5, 4)] * 3
+    validation = lf.estimates.Shape(1, 16, 8)
     steps = len(shapes)
     trained_rows = 3 * 19
 
-    def products(shape: parts.Shape) -> float:
+    def products(shape: lf.estimates.Shape) -> float:
         found = 2.0 * shape.rows * shape.target * 16 * 48
         for name, site in tiny.CONFIG.sites.items():
             of_source = name.startswith("encoder") or name in (
@@ -262,7 +263,7 @@ def test_training_by_hand():
 
     def flops(update: Update, trainable: int) -> float:
         trained = sum(
-            parts.step_flops(tiny.CONFIG, step, update, trainable=trainable)
+            lf.estimates.step_flops(tiny.CONFIG, step, update, trainable=trainable)
             for step in shapes
         )
         return trained + 3 * forward_flops(tiny.CONFIG, validation, update)
@@ -365,7 +366,7 @@ def test_a_larger_pool_is_ranked_by_one_pass_over_whole_modules():
     drawn = _activities(_LITTLE, config, tiny.CONFIG)
     ranked = _activities(dataclasses.replace(_LITTLE, pool_size=5), config, tiny.CONFIG)
     none = Update()
-    whole = parts.SumUpdate(rank=4, modules=5, magnitudes=True)
+    whole = lf.methods.SumUpdate(rank=4, modules=5, magnitudes=True)
     # tokens of four padded batches
     source = 4 * 5 * 16
     target = 4 * 5 * 8
@@ -390,11 +391,11 @@ def test_a_larger_pool_is_ranked_by_one_pass_over_whole_modules():
             )
         else:  # the arrays hold the basis, so whole modules are read digitally
             assert reads.conversions == 0
-            once = parts.step_flops(
-                tiny.CONFIG, parts.Shape(5, 16, 8), whole, trainable=0
+            once = lf.estimates.step_flops(
+                tiny.CONFIG, lf.estimates.Shape(5, 16, 8), whole, trainable=0
             )
-            once -= parts.step_flops(
-                tiny.CONFIG, parts.Shape(5, 16, 8), none, trainable=0
+            once -= lf.estimates.step_flops(
+                tiny.CONFIG, lf.estimates.Shape(5, 16, 8), none, trainable=0
             )
             assert (
                 after.update_training.macs - before.update_training.macs
@@ -421,7 +422,7 @@ def test_a_bill_adds_up(large):
         assert bill.learning == bill.install + bill.update + bill.base
         share = bill.generated.total + bill.source.total * 16.0
         assert bill.inference.typical == pytest.approx(1000 * share.typical)
-    more = parts.price(
+    more = lf.estimates.price(
         _activities()["LoRAFusion"],
         _ISAAC,
         dataclasses.replace(_OPTIONS, tokens_per_task=3000),
@@ -439,10 +440,12 @@ def test_saved_writes_are_outweighed_where_the_two_bills_meet():
         name: of[name]
         for name in ("LoRA in cells", "LoRAFusion", "LoRAFusion, basis of 16")
     }
-    for name, found in parts.comparisons(of, _ISAAC, _OPTIONS, constants).items():
+    for name, found in lf.estimates.comparisons(
+        of, _ISAAC, _OPTIONS, constants
+    ).items():
         tokens = found.break_even.typical
         priced = [
-            parts.price(of[n], _ISAAC, _OPTIONS, constants)
+            lf.estimates.price(of[n], _ISAAC, _OPTIONS, constants)
             for n in ("LoRA in cells", name)
         ]
         lora, fusion = (b.inference.typical / 1000 * tokens for b in priced)
@@ -457,7 +460,7 @@ def test_saved_writes_are_outweighed_where_the_two_bills_meet():
     narrow = dataclasses.replace(
         _OPTIONS, bases=(8,)
     )  # fewer directions than the LoRA has ranks
-    found = parts.comparisons(_activities(narrow), _ISAAC, narrow)[
+    found = lf.estimates.comparisons(_activities(narrow), _ISAAC, narrow)[
         "LoRAFusion, basis of 8"
     ]
     assert math.isinf(found.break_even.typical)
@@ -465,7 +468,7 @@ def test_saved_writes_are_outweighed_where_the_two_bills_meet():
 
 def test_a_ratio_ranges_over_cells_alone_and_over_everything(large):
     of = {name: _activities()[name] for name in ("LoRA in cells", "LoRAFusion")}
-    found = parts.comparisons(of, _ISAAC, _OPTIONS)["LoRAFusion"]
+    found = lf.estimates.comparisons(of, _ISAAC, _OPTIONS)["LoRAFusion"]
     word = 148_416 * 2.15e-12
     cells = large["LoRA in cells"].written.cells
     for end, energy in (("low", 1.3e-12), ("typical", 41e-12), ("high", 104e-12)):
@@ -481,15 +484,19 @@ def test_a_ratio_ranges_over_cells_alone_and_over_everything(large):
         CONSTANTS, table={**CONSTANTS.table, "cell_write_energy": cheap}
     )
     assert (
-        parts.comparisons(of, _ISAAC, _OPTIONS, table)["LoRAFusion"].break_even.high
+        lf.estimates.comparisons(of, _ISAAC, _OPTIONS, table)[
+            "LoRAFusion"
+        ].break_even.high
         < found.break_even.low
     )
 
 
 def test_a_tied_head_is_digital():
     tied = dataclasses.replace(tiny.CONFIG, tied=True)
-    of = parts.activities(tied, _ISAAC, dataclasses.replace(_OPTIONS, bases=()))[0]
-    other = parts.activities(
+    of = lf.estimates.activities(tied, _ISAAC, dataclasses.replace(_OPTIONS, bases=()))[
+        0
+    ]
+    other = lf.estimates.activities(
         tiny.CONFIG, _ISAAC, dataclasses.replace(_OPTIONS, bases=())
     )[0]
     head = crossbar.counts((16, 48), _ISAAC)
@@ -502,19 +509,23 @@ def test_a_tied_head_is_digital():
 
 def test_numbers_are_written_with_units_and_the_docs_have_the_constants():
     assert (
-        parts.markdown(constants_table(CONSTANTS))
+        lf.report.as_markdown(constants_table(CONSTANTS))
         in (_ROOT / "docs" / "reference" / "constants.md").read_text()
     )
     assert (
-        parts.quantity(Range(1.2e-6, 3.45e-6, 0.0123), "J") == "1.2 / 3.45 / 12,300 µJ"
+        lf.estimates.quantity(Range(1.2e-6, 3.45e-6, 0.0123), "J")
+        == "1.2 / 3.45 / 12,300 µJ"
     )
     assert (
-        parts.quantity(Range.of(2.5), "s") == "2.5 s"
-        and parts.quantity(Range.of(0.0), "J") == "0 J"
+        lf.estimates.quantity(Range.of(2.5), "s") == "2.5 s"
+        and lf.estimates.quantity(Range.of(0.0), "J") == "0 J"
     )
-    assert parts.quantity(Range(1e-20, 2e-20, 3e-20), "J") == "1e-05 / 2e-05 / 3e-05 fJ"
-    assert parts.number(Range(0.5, 12.0, 1e10)) == "0.5 / 12 / 1e+10"
-    assert parts.number(Range(1.0, math.inf, math.inf)) == "1 / never / never"
+    assert (
+        lf.estimates.quantity(Range(1e-20, 2e-20, 3e-20), "J")
+        == "1e-05 / 2e-05 / 3e-05 fJ"
+    )
+    assert lf.estimates.number(Range(0.5, 12.0, 1e10)) == "0.5 / 12 / 1e+10"
+    assert lf.estimates.number(Range(1.0, math.inf, math.inf)) == "1 / never / never"
 
 
 def test_the_command_prints_every_method_writes_json_and_reads_constants(
@@ -577,9 +588,9 @@ def test_the_experiment_writes_tables_and_plots(tmp_path):
         for row in rows
         if row["shape"] == "t5-small"
     }
-    found = parts.bills(parts.known_shapes()["t5-small"], PRESETS["puma"], _OPTIONS)[
-        "LoRA in cells"
-    ]
+    found = lf.estimates.bills(
+        lf.models.known_shapes()["t5-small"], PRESETS["puma"], _OPTIONS
+    )["LoRA in cells"]
     assert float(of["LoRA in cells", "learned"]["high"]) == pytest.approx(
         found.learning.high, rel=1e-5
     )

@@ -5,8 +5,9 @@ import pytest
 
 import lorafusion_jax as lf
 from lorafusion_jax.cli import main
+from lorafusion_jax.estimates import shape_config
 from lorafusion_jax.estimates.params import counts, size
-from lorafusion_jax.parts import known_shapes, shape_config
+from lorafusion_jax.models import known_shapes
 
 _LARGE = {
     "LoRAFusion": 148_416,

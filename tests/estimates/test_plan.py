@@ -15,7 +15,7 @@ import tiny
 from flax import nnx
 
 import lorafusion_jax as lf
-from lorafusion_jax import parts
+from lorafusion_jax.estimates import plan
 from lorafusion_jax.estimates.estimate import estimate
 from lorafusion_jax.estimates.flops import forward_flops
 from lorafusion_jax.estimates.machines import Pace, pace, spent
@@ -27,12 +27,11 @@ from lorafusion_jax.methods.vera import SharedUpdate
 from lorafusion_jax.models.decoder.config import Rope
 from lorafusion_jax.models.qwen3_5.config import Delta, Qwen35Config
 from lorafusion_jax.models.t5.config import SHAPES
-from lorafusion_jax.parts import plan
 from lorafusion_jax.tasks import Batch, Example, Rows, Task
 
 _S = jax.ShapeDtypeStruct
 # XLA counts the body of a loop once: layers are unrolled, and no more than `compose` computes in one go.
-_SMALL = parts.T5Config(
+_SMALL = lf.models.T5Config(
     vocab_size=512,
     d_model=128,
     d_kv=32,
@@ -42,7 +41,7 @@ _SMALL = parts.T5Config(
     num_decoder_layers=1,
     unroll=True,
 )
-_SCANNED = parts.T5Config(
+_SCANNED = lf.models.T5Config(
     vocab_size=512,
     d_model=128,
     d_kv=32,
@@ -65,7 +64,7 @@ _SIZES = {
     "num_layers": 2,
     "context": 128,
 }
-_DECODER = parts.DecoderConfig(
+_DECODER = lf.models.DecoderConfig(
     model_type="llama", **_SIZES, **_HEADS, eps=1e-6, unroll=True
 )
 _SCANNED_DECODER = dataclasses.replace(_DECODER, num_layers=9, unroll=False)
@@ -83,8 +82,8 @@ _HYBRID = Qwen35Config(
 _SCANNED_HYBRID = dataclasses.replace(_HYBRID, num_layers=8, group=4, unroll=False)
 _UNROLLED = {"unroll": True}
 _BFLOAT16 = {"dtype": "bfloat16"}
-_SHAPE = parts.Shape(4, 32, 8)
-_PACKED = parts.Shape(1, 96, 24, ((2, 32, 8), (2, 16, 8)))
+_SHAPE = lf.estimates.Shape(4, 32, 8)
+_PACKED = lf.estimates.Shape(1, 96, 24, ((2, 32, 8), (2, 16, 8)))
 _TASK = str(one_block.SMALL / "tasks" / "double_digit")
 
 
@@ -100,7 +99,7 @@ class _Numbers(lf.FusionRecipe):
 
 
 _RECIPE = _Numbers(modules=5, lora_rank=8, vera_rank=24)
-_SETTINGS = parts.Settings(recipe=_RECIPE, rank=8, pool=7)
+_SETTINGS = lf.estimates.Settings(recipe=_RECIPE, rank=8, pool=7)
 _IN_BASIS = dataclasses.replace(
     _SETTINGS, recipe=dataclasses.replace(_RECIPE, basis=12)
 )
@@ -110,10 +109,10 @@ _QUICK = {
 
 
 def _method(name: str, config: lf.Architecture) -> lf.Method:
-    adapted = tuple(parts.targeted(config, None).items())
+    adapted = tuple(lf.models.targeted(config, None).items())
     alone = {
         "zero-shot": lf.ZeroShot(),
-        "full": parts.FullFineTuning(),
+        "full": lf.methods.FullFineTuning(),
         "lora": lf.LoRA(sites=adapted, rank=8),
     }
     return alone.get(name) or lf.Fusion(
@@ -121,7 +120,9 @@ def _method(name: str, config: lf.Architecture) -> lf.Method:
     )
 
 
-def _planned(name: str, settings: parts.Settings) -> tuple[str, parts.Settings]:
+def _planned(
+    name: str, settings: lf.estimates.Settings
+) -> tuple[str, lf.estimates.Settings]:
     """Return the name of a method in the registry, and its settings."""
     if name != "fusion-mix":
         return name, settings
@@ -132,10 +133,10 @@ def _planned(name: str, settings: parts.Settings) -> tuple[str, parts.Settings]:
 
 @cache
 def _frozen(
-    name: str, config: lf.Architecture, settings: parts.Settings
+    name: str, config: lf.Architecture, settings: lf.estimates.Settings
 ) -> tuple[nnx.GraphDef, lf.Frozen]:
     """Return the model's structure and its frozen arrays, all zeros."""
-    graph, base = nnx.split(parts.abstract_model(config))
+    graph, base = nnx.split(lf.models.abstract_model(config))
     base = jax.tree.map(lambda a: jnp.zeros(a.shape, config.dtype), base)
     pool = None
     modules = settings.pool or settings.recipe.modules
@@ -143,7 +144,7 @@ def _frozen(
     k = settings.recipe.basis
     shapes = {
         n: (s.layers, modules, s.d_in, s.d_out)
-        for n, s in parts.targeted(config, None).items()
+        for n, s in lf.models.targeted(config, None).items()
     }
     rank = {n: jnp.full((L, N), r) for n, (L, N, *_) in shapes.items()}
     names = tuple(map(str, range(modules)))
@@ -179,18 +180,18 @@ def _held_in(load_in: str, graph: nnx.GraphDef, frozen: lf.Frozen) -> lf.Frozen:
     if load_in == "full":
         return frozen
     model = nnx.merge(graph, frozen.base)
-    parts.set_matrices(
+    lf.models.set_matrices(
         model,
         {
             n: lf.quantise(w, load_in, tiled_axis=-2)
-            for n, w in parts.matrices(model).items()
+            for n, w in lf.models.matrices(model).items()
         },
     )
     pool = None if frozen.pool is None else frozen.pool.quantised(load_in)
     return dataclasses.replace(frozen, base=nnx.split(model)[1], pool=pool)
 
 
-def _batch(shape: parts.Shape, *lead: int) -> Batch:
+def _batch(shape: lf.estimates.Shape, *lead: int) -> Batch:
     source = (*lead, shape.rows, shape.source)
     target = (*lead, shape.rows, shape.target)
     batch = Batch(
@@ -211,7 +212,9 @@ def _batch(shape: parts.Shape, *lead: int) -> Batch:
     )
 
 
-def _state(name: str, config: lf.Architecture, settings: parts.Settings, seeds: int):
+def _state(
+    name: str, config: lf.Architecture, settings: lf.estimates.Settings, seeds: int
+):
     graph, frozen = _frozen(name, config, settings)
     index = _S((seeds, settings.recipe.modules), jnp.int32)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), seeds))
@@ -230,7 +233,7 @@ def _state(name: str, config: lf.Architecture, settings: parts.Settings, seeds: 
 def _problem(
     name: str,
     config: lf.Architecture,
-    settings: parts.Settings,
+    settings: lf.estimates.Settings,
     seed_mode: str = "batched",
 ):
     """Return the problem of some weights and modules."""
@@ -243,7 +246,7 @@ def _problem(
 
 def _rates(name: str, config: lf.Architecture, seeds: int):
     return jax.eval_shape(
-        lambda: parts.recipe_rates(_method(name, config), _RECIPE, seeds)
+        lambda: lf.training.recipe_rates(_method(name, config), _RECIPE, seeds)
     )
 
 
@@ -279,8 +282,8 @@ def _bytes(compiled) -> int:
 def _step(
     name: str,
     config: lf.Architecture,
-    settings: parts.Settings,
-    shape: parts.Shape = _SHAPE,
+    settings: lf.estimates.Settings,
+    shape: lf.estimates.Shape = _SHAPE,
 ):
     """Return the real step of one seed, compiled."""
     _, frozen = _frozen(name, config, settings)
@@ -320,9 +323,9 @@ _LONG = pytest.mark.long
 def test_flops_of_a_step(name, config, changes, tolerance):
     settings = dataclasses.replace(_SETTINGS, **changes)
     method, chosen = _planned(name, settings)
-    update = parts.update_of(config, method, chosen)
-    trainable = parts.trained_numbers(config, method, chosen)
-    found = parts.step_flops(config, _SHAPE, update, trainable=trainable)
+    update = lf.estimates.update_of(config, method, chosen)
+    trainable = lf.estimates.trained_numbers(config, method, chosen)
+    found = lf.estimates.step_flops(config, _SHAPE, update, trainable=trainable)
     np.testing.assert_allclose(
         found, _flops(_step(name, config, settings)), rtol=tolerance
     )
@@ -332,7 +335,7 @@ def test_flops_of_a_step(name, config, changes, tolerance):
             and update.width(config.sites["encoder.self.q"], 1) == 32
         )
     elif "rank" in changes:
-        sites = parts.targeted(config, ("q", "v"))
+        sites = lf.models.targeted(config, ("q", "v"))
         assert all(
             update.is_dense(site) == (changes["rank"] == 32) for site in sites.values()
         )
@@ -343,7 +346,7 @@ def test_flops_of_a_step(name, config, changes, tolerance):
     if "device" in changes:
         _, frozen = _frozen(name, config, settings)
         arrays = jax.tree.leaves((frozen.pool.A, frozen.pool.B, frozen.gram))
-        assert parts.pool_bytes(config, update) == sum(a.nbytes for a in arrays)
+        assert lf.estimates.pool_bytes(config, update) == sum(a.nbytes for a in arrays)
 
 
 @pytest.mark.parametrize("config", [_SMALL, pytest.param(_DECODER, marks=_LONG)])
@@ -351,11 +354,11 @@ def test_flops_of_a_packed_step(config):
     """Attention within each row alone makes the difference: the whole line has three times as many scores."""
     method, chosen = _planned("fusion", _SETTINGS)
     how = {
-        "update": parts.update_of(config, method, chosen),
-        "trainable": parts.trained_numbers(config, method, chosen),
+        "update": lf.estimates.update_of(config, method, chosen),
+        "trainable": lf.estimates.trained_numbers(config, method, chosen),
     }
-    found = parts.step_flops(config, _PACKED, **how)
-    in_one = parts.step_flops(config, _PACKED._replace(groups=()), **how)
+    found = lf.estimates.step_flops(config, _PACKED, **how)
+    in_one = lf.estimates.step_flops(config, _PACKED._replace(groups=()), **how)
     counted = _flops(_step("fusion", config, _SETTINGS, _PACKED))
     np.testing.assert_allclose(found, counted, rtol=0.1)
     assert in_one > 1.05 * found
@@ -366,10 +369,15 @@ def test_pair_terms_are_planned_where_a_run_prepares_them():
     by_rank = dataclasses.replace(
         settings, recipe=dataclasses.replace(_RECIPE, granularity="rank")
     )
-    assert parts.update_of(_SMALL, "fusion", settings).pair_terms == 7 * 8 // 2 + 7
-    assert parts.update_of(_SMALL, "mean-fusion", settings).pair_terms == 7 * 8 // 2 + 7
     assert (
-        parts.update_of(
+        lf.estimates.update_of(_SMALL, "fusion", settings).pair_terms == 7 * 8 // 2 + 7
+    )
+    assert (
+        lf.estimates.update_of(_SMALL, "mean-fusion", settings).pair_terms
+        == 7 * 8 // 2 + 7
+    )
+    assert (
+        lf.estimates.update_of(
             _SMALL, "fusion", dataclasses.replace(settings, pool=13)
         ).pair_terms
         == 13 * 8
@@ -382,14 +390,14 @@ def test_pair_terms_are_planned_where_a_run_prepares_them():
         ("mean-fusion", by_rank),
         ("mean-fusion", dataclasses.replace(_IN_BASIS, device="accelerator")),
     ):
-        assert getattr(parts.update_of(_SMALL, name, others), "pair_terms", 0) == 0, (
-            name
-        )
+        assert (
+            getattr(lf.estimates.update_of(_SMALL, name, others), "pair_terms", 0) == 0
+        ), name
 
 
 def test_flops_by_hand():
     # One layer each of 2 x 2 matrices, one row of 3 source and 1 target tokens.
-    config = parts.T5Config(
+    config = lf.models.T5Config(
         vocab_size=5,
         d_model=2,
         d_kv=2,
@@ -398,7 +406,7 @@ def test_flops_by_hand():
         num_layers=1,
         num_decoder_layers=1,
     )
-    shape = parts.Shape(1, 3, 1)
+    shape = lf.estimates.Shape(1, 3, 1)
     # Encoder: q k v o and three of the feed-forward for 3 tokens; decoder: 9 for 1, cross k and v for 3; the head.
     base = 8 * (7 * 3 + 9 * 1 + 2 * 3) + 2 * 2 * 5
     attention = 2 * 2 * 2 * (3 * 3 + 1 * 1 + 1 * 3)
@@ -418,21 +426,21 @@ def test_flops_by_hand():
     ) == base + attention + made + 2 * met * 2 * (2 + 2)
     of_core = 2 * met * 2 * 2 + 6 * 2 * (4 * 2 + 5 * 4)
     wanted = 2 * base + 3.5 * attention + made + 2 * 2 * met * 2 * 4 + of_core
-    assert parts.step_flops(config, shape, basis, trainable=0) == wanted
+    assert lf.estimates.step_flops(config, shape, basis, trainable=0) == wanted
     # In arrays every token is multiplied by the core, forward and backward, and its gradient is that of the core.
     in_arrays = dataclasses.replace(basis, in_arrays=True)
     wanted += 2 * 2 * met * 4 + 2 * met * 4 + 6 * 2 * 5 * 4 - of_core
-    assert parts.step_flops(config, shape, in_arrays, trainable=0) == wanted
+    assert lf.estimates.step_flops(config, shape, in_arrays, trainable=0) == wanted
     assert (
-        parts.step_flops(config, shape, lf.Update(), trainable=0)
+        lf.estimates.step_flops(config, shape, lf.Update(), trainable=0)
         == base + attention + backward
     )
     assert (
-        parts.step_flops(config, shape, vera, trainable=0)
+        lf.estimates.step_flops(config, shape, vera, trainable=0)
         == base + attention + backward + 2 * 2 * met * 7 * 4
     )
     assert (
-        parts.step_flops(config, shape, lf.Update(trains_base=True), trainable=1)
+        lf.estimates.step_flops(config, shape, lf.Update(trains_base=True), trainable=1)
         == 2 * base + attention + backward + 18
     )
 
@@ -451,11 +459,11 @@ def test_flops_of_a_decoder_by_hand():
     )
     products = 2 * 5 * (4 * 4 + 2 * 4 * 2 + 4 * 4 + 3 * 4 * 3) + 2 * 2 * 4 * 5
     none = lf.Update()
-    shape = parts.Shape(1, 3, 2)
+    shape = lf.estimates.Shape(1, 3, 2)
     assert forward_flops(config, shape, none) == products + 4 * 2 * 2 * 5 * 5
-    assert parts.generation_flops(config, shape, none) == products + 4 * 2 * 2 * (
-        3 * 3 + 2 * 5
-    )
+    assert lf.estimates.generation_flops(
+        config, shape, none
+    ) == products + 4 * 2 * 2 * (3 * 3 + 2 * 5)
 
 
 @pytest.mark.parametrize(
@@ -481,9 +489,13 @@ def test_flops_of_generation(name, config, counted_as, rank):
         )
 
     # Counted once by XLA: the source, and the body of the loop over tokens.
-    update = parts.update_of(config, name, settings)
-    source = parts.generation_flops(counted_as, parts.Shape(4, 32, 0), update)
-    whole = parts.generation_flops(counted_as, parts.Shape(4, 32, 6), update)
+    update = lf.estimates.update_of(config, name, settings)
+    source = lf.estimates.generation_flops(
+        counted_as, lf.estimates.Shape(4, 32, 0), update
+    )
+    whole = lf.estimates.generation_flops(
+        counted_as, lf.estimates.Shape(4, 32, 6), update
+    )
     counted = _flops(_compiled(run, state.params, _batch(_SHAPE), index, frozen))
     np.testing.assert_allclose(source + (whole - source) / 6, counted, rtol=0.1)
 
@@ -527,12 +539,12 @@ def test_flops_of_generation(name, config, counted_as, rank):
 )
 def test_memory_of_a_step(name, seed_mode, config, load_in, structure):
     config = dataclasses.replace(config, **structure)
-    shape = parts.Shape(8, 64, 8)
+    shape = lf.estimates.Shape(8, 64, 8)
     seeds = 2
     settings = _SETTINGS
     if name == "fusion-basis":
         name = "fusion"
-        settings = parts.Settings(
+        settings = lf.estimates.Settings(
             recipe=dataclasses.replace(_RECIPE, basis=48, modules=20), pool=60
         )
     elif name == "fusion-formed":
@@ -548,7 +560,7 @@ def test_memory_of_a_step(name, seed_mode, config, load_in, structure):
 
     def step(state, batch, index, frozen, rates):
         batches = jax.tree.map(lambda rows: rows[:, None], batch)  # of one step
-        return parts.train_seeds(
+        return lf.training.train_seeds(
             state, batches, problem(frozen, index), rates, optimisation=optimisation
         )
 
@@ -557,13 +569,13 @@ def test_memory_of_a_step(name, seed_mode, config, load_in, structure):
         step, state, _batch(shape, seeds), index, frozen, rates, donate=True
     )
     method, chosen = _planned(name, settings)
-    update = parts.update_of(config, method, chosen)
-    trainable = parts.trained_numbers(config, method, chosen)
-    held = parts.pool_bytes(config, update, load_in) + seeds * parts.state_bytes(
-        trainable
-    )
+    update = lf.estimates.update_of(config, method, chosen)
+    trainable = lf.estimates.trained_numbers(config, method, chosen)
+    held = lf.estimates.pool_bytes(
+        config, update, load_in
+    ) + seeds * lf.estimates.state_bytes(trainable)
     # Nothing reads the base where all of it is trained, and XLA does not count it.
-    held += 0 if name == "full" else parts.weights_bytes(config, load_in)
+    held += 0 if name == "full" else lf.estimates.weights_bytes(config, load_in)
     how = {
         "trainable": trainable,
         "seeds": seeds,
@@ -572,7 +584,7 @@ def test_memory_of_a_step(name, seed_mode, config, load_in, structure):
         "load_in": load_in,
     }
     np.testing.assert_allclose(
-        held + parts.step_bytes(config, shape, update, **how),
+        held + lf.estimates.step_bytes(config, shape, update, **how),
         _bytes(compiled),
         rtol=0.25,
     )
@@ -594,7 +606,7 @@ def test_memory_of_a_step(name, seed_mode, config, load_in, structure):
 )
 def test_memory_of_generation(config, dtype, load_in, rows):
     config = dataclasses.replace(config, dtype=dtype)
-    shape = parts.Shape(rows, 96, 8)
+    shape = lf.estimates.Shape(rows, 96, 8)
     seeds = 2
     tokens = 8
     graph, frozen = _frozen("lora", config, _SETTINGS)
@@ -612,9 +624,9 @@ def test_memory_of_generation(config, dtype, load_in, rows):
             jnp.full(shape.rows, tokens),
             None,
         )
-        how = {"max_new_tokens": tokens, "sampling": parts.GREEDY}
-        return parts.begin_rows(
-            parts.SeedModels(params, problem(frozen, index), numbers), *rows, **how
+        how = {"max_new_tokens": tokens, "sampling": lf.models.GREEDY}
+        return lf.runs.begin_rows(
+            lf.runs.SeedModels(params, problem(frozen, index), numbers), *rows, **how
         )
 
     def leaves(*arguments):
@@ -628,9 +640,9 @@ def test_memory_of_generation(config, dtype, load_in, rows):
             for tree, part in zip(trees, (generation, adapters), strict=True)
         )
         limits = (jnp.int32(shape.rows), jnp.int32(tokens))
-        models = parts.SeedModels(params, problem(frozen, index), numbers)
-        return parts.advance_rows(
-            models, generation, adapters, limits, sampling=parts.GREEDY
+        models = lf.runs.SeedModels(params, problem(frozen, index), numbers)
+        return lf.runs.advance_rows(
+            models, generation, adapters, limits, sampling=lf.models.GREEDY
         )[0]
 
     arguments = (state.params, index, frozen, numbers)
@@ -639,11 +651,11 @@ def test_memory_of_generation(config, dtype, load_in, rows):
         _compiled(begun, *arguments, _batch(shape)),
         _compiled(advanced, *pieces, *arguments, donate=True),
     ]
-    update = parts.update_of(config, "lora", _SETTINGS)
-    trainable = parts.trained_numbers(config, "lora", _SETTINGS)
+    update = lf.estimates.update_of(config, "lora", _SETTINGS)
+    trainable = lf.estimates.trained_numbers(config, "lora", _SETTINGS)
     how = {"seeds": seeds, "seed_mode": "batched", "device": "cpu", "load_in": load_in}
-    needed = parts.evaluation_bytes(config, shape, tokens, update, **how)
-    held = parts.weights_bytes(config, load_in) + seeds * trainable * 4
+    needed = lf.estimates.evaluation_bytes(config, shape, tokens, update, **how)
+    held = lf.estimates.weights_bytes(config, load_in) + seeds * trainable * 4
     np.testing.assert_allclose(held + needed, max(map(_bytes, compiled)), rtol=0.25)
 
 
@@ -653,7 +665,7 @@ _SAME = tuple(Example("a b c", "d e") for _ in range(20))
 def test_a_workload_has_the_batches_of_training_and_evaluation():
     rows = [Example("x" * (4 * n + 2), "yes" if n % 2 else "no") for n in range(40)]
     recipe = lf.FewShotRecipe(epochs=3, batch_size=8, shots=4)
-    found = parts.workload(
+    found = lf.estimates.workload(
         Task("t", tuple(rows), tuple(rows[:30]), "-"), recipe, eval_batch=16
     )
     # 2 of 40 rows validate; 5 batches hold 38; a row of n tokens and its end is at most 40 wide.
@@ -672,13 +684,13 @@ def test_a_workload_has_the_batches_of_training_and_evaluation():
     def tokenizer(texts, **_):
         return {"input_ids": [[1] * (10 * len(text.split())) for text in texts]}
 
-    found = parts.workload(
+    found = lf.estimates.workload(
         Task("t", _SAME, _SAME[:2], "-"),
         lf.FewShotRecipe(shots=50),
         tokenizer=tokenizer,
     )
     assert (
-        found.steps[0] == parts.Shape(10, 32, 20)
+        found.steps[0] == lf.estimates.Shape(10, 32, 20)
         and found.lengths == "tokenised"
         and found.few_shot is None
     )
@@ -687,13 +699,16 @@ def test_a_workload_has_the_batches_of_training_and_evaluation():
         match="too few training rows for 50 examples in a prompt: lower shots",
     ):
         estimate(
-            _SMALL, "few-shot", found, parts.Settings(recipe=lf.FewShotRecipe(shots=50))
+            _SMALL,
+            "few-shot",
+            found,
+            lf.estimates.Settings(recipe=lf.FewShotRecipe(shots=50)),
         )
 
 
 def _work():
     row = Example("x" * 116, "x" * 8)
-    return parts.workload(Task("t", (row,) * 40, (row,) * 50, "-"), _RECIPE)
+    return lf.estimates.workload(Task("t", (row,) * 40, (row,) * 50, "-"), _RECIPE)
 
 
 def test_a_plan_adds_up():
@@ -714,7 +729,10 @@ def test_a_plan_adds_up():
         settings = dataclasses.replace(
             _SETTINGS, recipe=dataclasses.replace(_RECIPE, granularity=granularity)
         )
-        assert parts.trained_numbers(_SMALL, "coefficients", settings) == 5 * columns
+        assert (
+            lf.estimates.trained_numbers(_SMALL, "coefficients", settings)
+            == 5 * columns
+        )
     assert (
         fusion.runs == 10
         and rows["zero-shot"].runs == 2
@@ -750,12 +768,12 @@ def test_ranking_is_one_pass_over_all_modules_in_memory():
     whole = cost(choose="gradient")
     inside = cost(choose="basis-gradient")
     for ranked, (kind, rank) in (
-        (whole, (parts.SumUpdate, 8)),
+        (whole, (lf.methods.SumUpdate, 8)),
         (inside, (BasisUpdate, 12)),
     ):
         update = kind(rank=rank, modules=60, pool=60, magnitudes=True)
         once = sum(
-            parts.step_flops(_SMALL, shape, update, trainable=0)
+            lf.estimates.step_flops(_SMALL, shape, update, trainable=0)
             for shape in work.search
         )
         assert ranked.training_flops == pytest.approx(drawn.training_flops + once)
@@ -763,7 +781,7 @@ def test_ranking_is_one_pass_over_all_modules_in_memory():
             drawn.trainable,
             drawn.pool_bytes,
         )
-    modules = parts.pool_bytes(_SMALL, parts.SumUpdate(rank=8, pool=60))
+    modules = lf.estimates.pool_bytes(_SMALL, lf.methods.SumUpdate(rank=8, pool=60))
     assert (
         whole.activation_bytes
         > drawn.activation_bytes + modules
@@ -776,9 +794,11 @@ def test_a_plan_describes_its_runs_and_costs():
     large = (
         SHAPES["flan-t5-large"],
         {"snarks": _work()},
-        parts.Settings(recipe=lf.Recipe()),
+        lf.estimates.Settings(recipe=lf.Recipe()),
     )
-    out = parts.describe(plan(large[0], ["zero-shot", "fusion"], *large[1:]), *large)
+    out = lf.estimates.describe(
+        plan(large[0], ["zero-shot", "fusion"], *large[1:]), *large
+    )
     assert (
         "2 methods and 1 tasks, looped; 5 seeds as one program, one after the other."
         in out
@@ -795,8 +815,8 @@ def test_a_plan_names_what_its_machine_cannot_hold(monkeypatch):
     )
 
     def planned(name: str | None, **changes) -> str:
-        asked = parts.PlanOptions(plan=True, plan_for=name)
-        return parts.describe_run(dataclasses.replace(options, **changes), asked)
+        asked = lf.estimates.PlanOptions(plan=True, plan_for=name)
+        return lf.estimates.describe_run(dataclasses.replace(options, **changes), asked)
 
     h100 = planned("h100")
     assert "batched" in h100 and "float32 on an accelerator" in h100
@@ -827,12 +847,14 @@ def test_a_plan_in_few_bits_names_the_dtype_of_activations(dtype, load_in, warne
     options = lf.FuseOptions(
         base="t5-small", task=_TASK, dtype=dtype, load_in=load_in, method="lora"
     )
-    out = parts.describe_run(options, parts.PlanOptions(plan=True, plan_for="h100"))
+    out = lf.estimates.describe_run(
+        options, lf.estimates.PlanOptions(plan=True, plan_for="h100")
+    )
     assert ("Add --dtype bfloat16." in out) == warned
 
 
 def test_times_and_costs_by_hand():
-    options = parts.PlanOptions(
+    options = lf.estimates.PlanOptions(
         plan=True, plan_for="a100", utilisation=0.5, price=2.5, devices=2
     )
     at = pace(options, _SMALL, _SHAPE)
@@ -863,10 +885,14 @@ def test_times_and_costs_by_hand():
 
 def test_the_rate_of_a_cpu_is_measured():
     whole = pace(
-        parts.PlanOptions(plan=True, plan_for="cpu", utilisation=1.0), _SMALL, _SHAPE
+        lf.estimates.PlanOptions(plan=True, plan_for="cpu", utilisation=1.0),
+        _SMALL,
+        _SHAPE,
     )
     half = pace(
-        parts.PlanOptions(plan=True, plan_for="cpu", utilisation=0.5), _SMALL, _SHAPE
+        lf.estimates.PlanOptions(plan=True, plan_for="cpu", utilisation=0.5),
+        _SMALL,
+        _SHAPE,
     )
     assert whole is not None and half is not None and whole.flops == 2 * half.flops > 0
     # Four rows of 32 tokens, and the largest matrices.
@@ -903,7 +929,7 @@ def test_the_rate_of_a_cpu_is_measured():
 )
 def test_options_of_a_plan_that_cannot_be_used_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        parts.PlanOptions(**{"plan": True} | changes).check_plan()
+        lf.estimates.PlanOptions(**{"plan": True} | changes).check_plan()
 
 
 def test_named_modules_are_those_of_every_seed():
@@ -916,7 +942,7 @@ def test_named_modules_are_those_of_every_seed():
     )
 
     def pool(options: lf.FuseOptions, *seeds: int) -> str:
-        described = parts.describe_run(dataclasses.replace(options, seeds=seeds))
+        described = lf.estimates.describe_run(dataclasses.replace(options, seeds=seeds))
         (line,) = re.findall(r"^\| coefficients.*", described, re.MULTILINE)
         return line.split("|")[8].strip()
 
@@ -942,7 +968,7 @@ def test_methods_settings_and_rows_that_cannot_be_planned_are_refused():
             estimate(_SMALL, method, _work(), dataclasses.replace(_SETTINGS, **changes))
     for make, message in (
         (
-            lambda: parts.workload(Task("t", _SAME[:1], (), "-"), _RECIPE),
+            lambda: lf.estimates.workload(Task("t", _SAME[:1], (), "-"), _RECIPE),
             "t has no test rows: give at least one",
         ),
         (

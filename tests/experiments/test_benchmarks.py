@@ -20,7 +20,9 @@ import tiny
 from flax import nnx
 
 from lorafusion_jax import Frozen, TaskBank
-from lorafusion_jax.parts import Shape, cross_entropy, decoder_inputs
+from lorafusion_jax.estimates import Shape
+from lorafusion_jax.models import decoder_inputs
+from lorafusion_jax.training import cross_entropy
 
 _ROOT = Path(__file__).resolve().parents[2]
 _KEYS = {"name", "ratio", "required", "ambition", "higher_is_better", "computed_from"}

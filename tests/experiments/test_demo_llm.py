@@ -11,7 +11,8 @@ import pytest
 from lab import language, smollm2
 
 from lorafusion_jax import read_pool
-from lorafusion_jax.parts import RunFolder, known_shapes
+from lorafusion_jax.models import known_shapes
+from lorafusion_jax.runs import RunFolder
 
 _SMOLLM2 = Path(__file__).resolve().parents[2] / "examples" / "smollm2"
 _FORMS = {

@@ -14,7 +14,7 @@ import tune
 from lab import language
 from made_up_rows import row
 
-from lorafusion_jax.parts import read_adapter
+from lorafusion_jax.io import read_adapter
 from lorafusion_jax.trials import append_rows, run_jobs, settings_of
 
 _UNSEEN = [name for tasks in language.UNSEEN.values() for name in tasks]

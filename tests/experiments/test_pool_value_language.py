@@ -15,7 +15,7 @@ from lab.tuning import best_point, rates_at
 from page_tables import assert_written, rows_below
 
 from lorafusion_jax import LowRank, read_config
-from lorafusion_jax.parts import lora_adapter, write_adapter
+from lorafusion_jax.io import lora_adapter, write_adapter
 from lorafusion_jax.trials import read_lines
 
 _ROOT = Path(__file__).resolve().parents[2]

@@ -13,7 +13,7 @@ from lab import common, methods
 
 from lorafusion_jax import FuseOptions, trials
 from lorafusion_jax.methods import find
-from lorafusion_jax.parts import RunFolder
+from lorafusion_jax.runs import RunFolder
 from lorafusion_jax.runs.setup import check
 
 _TASKS = one_block.SMALL / "tasks"

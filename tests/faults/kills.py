@@ -146,7 +146,7 @@ def _bits(tree: Any) -> str:
 
 
 def _of_pool(printed: str, out: Path) -> Any:
-    from lorafusion_jax.parts import ConvertedPool
+    from lorafusion_jax.io import ConvertedPool
 
     pool = ConvertedPool(out / "pool")
     loaded = pool.load()

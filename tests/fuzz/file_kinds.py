@@ -25,7 +25,6 @@ from made_up_rows import made_up
 from safetensors import safe_open
 
 import lorafusion_jax as lf
-from lorafusion_jax import parts
 from lorafusion_jax.crossbar import (
     load_chip,
     load_config,
@@ -33,9 +32,9 @@ from lorafusion_jax.crossbar import (
     save_chip,
     save_config,
 )
+from lorafusion_jax.hardware import load_restored
 from lorafusion_jax.io import arrays
 from lorafusion_jax.io.pool.folder import write_manifest
-from lorafusion_jax.parts import load_restored
 from lorafusion_jax.runs.weight_list import coefficients_of, read_weights
 from lorafusion_jax.support.reading import named
 from lorafusion_jax.tasks import load_task
@@ -76,10 +75,10 @@ def kinds(folder: Path) -> dict[str, Kind]:
     out = folder / "out"
     basis = pool / "basis"
     sources = tuple(map(str, sorted(adapters.iterdir())))
-    parts.convert(
-        parts.ConvertOptions(base=str(base), adapters=sources, out=pool, basis=4)
+    lf.io.convert(
+        lf.io.ConvertOptions(base=str(base), adapters=sources, out=pool, basis=4)
     )
-    entry = parts.ConvertedPool(pool).manifest["adapters"][0]
+    entry = lf.io.ConvertedPool(pool).manifest["adapters"][0]
     first = pool / entry["folder"]
     config = json.loads((base / "config.json").read_text())
     decoder = _written(folder / "decoder" / "config.json", _LLAMA)
@@ -97,7 +96,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
         Path(__file__).parents[1] / "goldens" / "mlx" / "dora", folder / "mlx"
     )
     tree = _write_qwix(folder / "qwix")
-    run = parts.RunFolder(folder / "run")
+    run = lf.runs.RunFolder(folder / "run")
     _write_run(run, base, pool)
     chips = _write_chips(folder / "chips")
     append_rows(
@@ -200,7 +199,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
 
     def unrotated_config() -> None:
         architecture = lf.read_config(unrotated.parent)
-        parts.abstract_model(architecture)
+        lf.models.abstract_model(architecture)
         rope = architecture.local_rope
         assert rope is None or rope.scale == 1, "unrotated layers are scaled"
 
@@ -209,7 +208,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
         assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(loaded)), (
             "numbers that are not finite were read"
         )
-        parts.resave(parts.ConvertedPool(pool).adapter(entry["name"]), out)
+        lf.io.resave(lf.io.ConvertedPool(pool).adapter(entry["name"]), out)
         shutil.rmtree(out)
 
     digests = {"base": "0", "modules": {"a": "0", "b": "0"}}
@@ -226,18 +225,18 @@ def kinds(folder: Path) -> dict[str, Kind]:
         assert found is not None
         assert {} not in found[0].values(), "a module without weights was read"
         with named(weights_file):
-            coefficients_of(found[0], parts.ConvertedPool(pool).load([*found[0]]))
+            coefficients_of(found[0], lf.io.ConvertedPool(pool).load([*found[0]]))
 
     prepared = _write_preparations(folder / "prepared")
     shape = (8, 4)
 
     def preparations() -> None:
-        found = parts.load_chips(str(prepared.parent)).prepared
+        found = lf.hardware.load_chips(str(prepared.parent)).prepared
         assert found is not None
         found.check("0", {"q": shape})
 
     restored = folder / "restored" / "chip_0"
-    one_chip = parts.load_chips(str(chips))
+    one_chip = lf.hardware.load_chips(str(chips))
     _write_corrections(restored, one_chip)
 
     def corrections() -> None:
@@ -271,10 +270,10 @@ def kinds(folder: Path) -> dict[str, Kind]:
             lambda: stored(run.final),
         ),
         "T5 config": Kind(
-            base / "config.json", lambda: parts.abstract_model(lf.read_config(base))
+            base / "config.json", lambda: lf.models.abstract_model(lf.read_config(base))
         ),
         "decoder config": Kind(
-            decoder, lambda: parts.abstract_model(lf.read_config(decoder.parent))
+            decoder, lambda: lf.models.abstract_model(lf.read_config(decoder.parent))
         ),
         "generation config": Kind(
             base / "generation_config.json", lambda: lf.read_config(base)
@@ -294,17 +293,17 @@ def kinds(folder: Path) -> dict[str, Kind]:
             pickled / "adapter_model.bin", lambda: _read_adapter(str(pickled))
         ),
         "MLX config": Kind(
-            mlx / "adapter_config.json", lambda: parts.read_adapter(str(mlx))
+            mlx / "adapter_config.json", lambda: lf.io.read_adapter(str(mlx))
         ),
         "MLX weights": Kind(
             mlx / "adapters.safetensors", lambda: _read_adapter(str(mlx))
         ),
         "qwix manifest": Kind(
-            tree / "manifest.ocdbt", lambda: parts.read_adapter(str(tree), alpha=1.0)
+            tree / "manifest.ocdbt", lambda: lf.io.read_adapter(str(tree), alpha=1.0)
         ),
         "qwix arrays": Kind(
             next((tree / "d").iterdir()),
-            lambda: parts.read_adapter(str(tree), alpha=1.0),
+            lambda: lf.io.read_adapter(str(tree), alpha=1.0),
         ),
         "weights file": Kind(weights_file, weights),
         "corrections manifest": Kind(restored / "manifest.json", corrections),
@@ -324,10 +323,11 @@ def kinds(folder: Path) -> dict[str, Kind]:
             prepared / "arrays.safetensors", preparations, lambda: stored(prepared)
         ),
         "chips manifest": Kind(
-            chips / "manifest.json", lambda: parts.load_chips(str(chips)).chip_key(0)
+            chips / "manifest.json",
+            lambda: lf.hardware.load_chips(str(chips)).chip_key(0),
         ),
         "chips config": Kind(
-            chips / "config.yaml", lambda: parts.load_chips(str(chips))
+            chips / "config.yaml", lambda: lf.hardware.load_chips(str(chips))
         ),
         "chip arrays": Kind(
             chips / "chip_0" / "q.safetensors",
@@ -454,7 +454,7 @@ def _written(path: Path, content: Any) -> Path:
 
 
 def _read_adapter(source: str) -> None:
-    adapter = parts.read_adapter(source)
+    adapter = lf.io.read_adapter(source)
     for factors in adapter.factors.values():
         assert all(np.isfinite(factor).all() for factor in factors), (
             "numbers that are not finite were read"
@@ -466,7 +466,7 @@ def _weight_map(base: Path) -> dict[str, str]:
         return dict.fromkeys(file.keys(), "one.safetensors")
 
 
-def _write_run(run: parts.RunFolder, base: Path, pool: Path) -> None:
+def _write_run(run: lf.runs.RunFolder, base: Path, pool: Path) -> None:
     options = lf.FuseOptions(
         base=str(base), pool=str(pool), task="task.jsonl", seeds=(1, 2)
     )
@@ -594,7 +594,7 @@ def _write_preparations(folder: Path) -> Path:
     return folder / "preparations"
 
 
-def _write_corrections(folder: Path, chips: parts.Chips) -> None:
+def _write_corrections(folder: Path, chips: lf.hardware.Chips) -> None:
     """Write corrections of a made-up chip, as `lorafusion restore` does."""
     key = np.asarray(jax.random.key_data(chips.key)).tolist()
     settings = {

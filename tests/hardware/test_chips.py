@@ -13,7 +13,8 @@ import tiny
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from lorafusion_jax import FileError, Frozen, Fusion, crossbar, fuse, load_run, parts
+import lorafusion_jax as lf
+from lorafusion_jax import FileError, Frozen, Fusion, crossbar, fuse, load_run
 from lorafusion_jax.cli import main
 from lorafusion_jax.cli.crossbar import programmed_report
 from lorafusion_jax.cli.evaluate import age_table
@@ -59,7 +60,8 @@ def test_configurations_that_differ_in_their_device_model_alone_are_different_pr
         for device in devices
     ]
     drawn = [
-        parts.program_on_arrays(_GRAPH, _DIGITAL, rule, _KEYS[0]) for rule in rules
+        lf.hardware.program_on_arrays(_GRAPH, _DIGITAL, rule, _KEYS[0])
+        for rule in rules
     ]
     assert _loss(drawn[0]) != _loss(drawn[1])
 
@@ -69,10 +71,10 @@ def test_configurations_that_differ_in_their_device_model_alone_are_different_pr
     "steps", [pytest.param("every", marks=pytest.mark.nightly), "other"]
 )
 def test_steps_draw_chips_of_their_own_from_the_key(steps):
-    here = parts.program_on_arrays(
+    here = lf.hardware.program_on_arrays(
         _GRAPH, _DIGITAL, {_WRITTEN: _NOISY}, _KEYS[0], norm="ideal"
     )
-    drawing = parts.redrawn(
+    drawing = lf.hardware.redrawn(
         here, _DIGITAL, {_WRITTEN: _NOISY}, _KEYS[1], steps=steps, norm="ideal"
     )
     losses = [float(_loss(drawing, step)) for step in range(4)]
@@ -86,7 +88,7 @@ def test_steps_draw_chips_of_their_own_from_the_key(steps):
             and len({*losses}) == 3
         )
     # The chip of a step is the one of its key.
-    chip = parts.program_on_arrays(
+    chip = lf.hardware.program_on_arrays(
         _GRAPH,
         _DIGITAL,
         {_WRITTEN: _NOISY},
@@ -106,30 +108,30 @@ def test_ages_in_seconds_need_a_unit_and_a_drift_model():
         "1.5days": 129_600,
         "1month": 2_592_000,
     }
-    assert {age: parts.aged(_NOISY, age).device.time for age in days} == days
+    assert {age: lf.hardware.aged(_NOISY, age).device.time for age in days} == days
     for age in ("", "h", "1 fortnight", "-1h", "1e", "NaN", "1e400"):
         with pytest.raises(ValueError, match="an age of"):
-            parts.aged(_NOISY, age)
+            lf.hardware.aged(_NOISY, age)
     with pytest.raises(
         ValueError,
         match="an age of 1h, but these cells have no drift model: give device.drift",
     ):
-        parts.aged(ARRAYS["ideal"], "1h")
+        lf.hardware.aged(ARRAYS["ideal"], "1h")
     with pytest.raises(
         ValueError,
         match="--compensate, but these cells have no drift model: give device.drift",
     ):
-        parts.aged(ARRAYS["ideal"], None, compensate=True)
-    assert parts.aged(ARRAYS["ideal"], "0").device.time == 0
+        lf.hardware.aged(ARRAYS["ideal"], None, compensate=True)
+    assert lf.hardware.aged(ARRAYS["ideal"], "0").device.time == 0
     assert (
-        parts.aged(_NOISY, "1h", compensate=True).device.compensate
-        and not parts.aged(_NOISY, "1h").device.compensate
+        lf.hardware.aged(_NOISY, "1h", compensate=True).device.compensate
+        and not lf.hardware.aged(_NOISY, "1h").device.compensate
     )
 
 
 def test_keys_and_numbers_of_chips_have_bounds():
     with pytest.raises(ValueError, match="chip_key is 4294967296: "):
-        parts.load_chips("isaac", key=2**32)
+        lf.hardware.load_chips("isaac", key=2**32)
     for number in (
         -1,
         2**32 - 1,
@@ -138,8 +140,8 @@ def test_keys_and_numbers_of_chips_have_bounds():
         with pytest.raises(
             ValueError, match="chips are numbered from 0 to 4,294,967,294"
         ):
-            parts.load_chips("isaac").chip_key(number)
-    assert parts.load_chips("isaac").config == ARRAYS["isaac"]
+            lf.hardware.load_chips("isaac").chip_key(number)
+    assert lf.hardware.load_chips("isaac").config == ARRAYS["isaac"]
 
 
 # Folders and runs.
@@ -155,7 +157,7 @@ def chips(small, tmp_path_factory):
     """A folder with an analogue configuration, and with two chips of all `v`; further files of tests go there."""
     folder = tmp_path_factory.mktemp("chips")
     save_config(_NOISY, folder / "noisy.yaml")
-    parts.write_chips(_programming(small, folder, chips=2, chip_key=7))
+    lf.hardware.write_chips(_programming(small, folder, chips=2, chip_key=7))
     return folder
 
 
@@ -165,7 +167,7 @@ def _programming(small, folder, **changes):
         "out": folder / "two",
         "keep_digital": _NOT_WRITTEN,
     } | changes
-    return parts.ProgramOptions(base=str(small[0]), pool=str(small[1]), **values)
+    return lf.hardware.ProgramOptions(base=str(small[0]), pool=str(small[1]), **values)
 
 
 def _fusing(small, chips, name, **changes):
@@ -178,8 +180,8 @@ def _weights_of(folder, number):
 
 
 def _on_chips(options, **changes):
-    return parts.evaluate_on_chips(
-        parts.EvaluateOnChipsOptions(run=parts.run_path(options), **changes)
+    return lf.hardware.evaluate_on_chips(
+        lf.hardware.EvaluateOnChipsOptions(run=lf.runs.run_path(options), **changes)
     )
 
 
@@ -200,8 +202,8 @@ def test_runs_are_evaluated_and_trained_on_restored_chips(small, chips, fused):
         )
     )
     how = {"method": "low-rank", "rank": 1.0, "epochs": 1}
-    parts.restore_chips(
-        parts.RestoreOptions(
+    lf.hardware.restore_chips(
+        lf.hardware.RestoreOptions(
             base=str(small[0]), crossbar=folder, chip=(0, 1), text=(lines,), **how
         )
     )
@@ -214,20 +216,20 @@ def test_runs_are_evaluated_and_trained_on_restored_chips(small, chips, fused):
     with pytest.raises(ValueError, match="corrects chips with another configuration"):
         _on_chips(fused, **options, restore="restored-low-rank", read_noise=0.01)
     # One chip after the other: each has the corrections of its own number.
-    report = parts.report_on_chips(
-        parts.EvaluateOnChipsOptions(
-            run=parts.run_path(fused), **options, restore="restored-low-rank"
+    report = lf.hardware.report_on_chips(
+        lf.hardware.EvaluateOnChipsOptions(
+            run=lf.runs.run_path(fused), **options, restore="restored-low-rank"
         )
     )
     alone = [seed["loss"] for chip in report["chips"] for seed in chip["seeds"]]
     np.testing.assert_allclose(alone, losses[1], rtol=1e-4)
-    arrays = parts.OnArrays(
+    arrays = lf.runs.OnArrays(
         crossbar=folder, train_chip="chip", chip=1, restore="restored-low-rank"
     )
     fuse(trained := _fusing(small, chips, "restored", arrays=arrays))
     assert (
         fuse(dataclasses.replace(trained, resume=True))["seeds"]
-        == parts.RunFolder(parts.run_path(trained)).results()["seeds"]
+        == lf.runs.RunFolder(lf.runs.run_path(trained)).results()["seeds"]
     )
     fresh = dataclasses.replace(arrays, train_chip="fresh")
     with pytest.raises(
@@ -238,7 +240,7 @@ def test_runs_are_evaluated_and_trained_on_restored_chips(small, chips, fused):
 
 @pytest.mark.long
 def test_a_folder_holds_the_chips_that_its_key_draws(small, chips):
-    written = parts.write_chips(
+    written = lf.hardware.write_chips(
         _programming(
             small, chips, out=chips / "all", chips=2, chip_key=7, keep_digital=()
         )
@@ -250,7 +252,7 @@ def test_a_folder_holds_the_chips_that_its_key_draws(small, chips):
     )
     cells = [_weights_of(chips / "all", n) for n in (0, 1)]
     assert not np.array_equal(*cells)
-    again = parts.write_chips(
+    again = lf.hardware.write_chips(
         _programming(
             small, chips, out=chips / "again", chips=2, chip_key=7, keep_digital=()
         )
@@ -272,7 +274,7 @@ def test_a_folder_holds_the_chips_that_its_key_draws(small, chips):
 
 @pytest.mark.long
 def test_arrays_that_the_key_no_longer_draws_are_noticed(small, chips, fused):
-    parts.write_chips(_programming(small, chips, out=chips / "changed"))
+    lf.hardware.write_chips(_programming(small, chips, out=chips / "changed"))
     first = chips / "changed" / "chip_0" / f"{_V}.safetensors"
     second = chips / "changed" / "chip_0" / f"{'decoder.self.v'}.safetensors"
     first.write_bytes(second.read_bytes())
@@ -307,7 +309,7 @@ def test_what_cannot_be_programmed_is_refused_before_anything_is_written(small, 
         ({"out": chips / "new", "chip_key": 2**32}, "chip_key is 4294967296: "),
     ):
         with pytest.raises(ValueError, match=message):
-            parts.write_chips(_programming(small, chips, **changes))
+            lf.hardware.write_chips(_programming(small, chips, **changes))
     assert sorted(chips.iterdir()) == before
 
 
@@ -315,9 +317,9 @@ def test_what_cannot_be_programmed_is_refused_before_anything_is_written(small, 
 def test_a_run_on_chips_of_a_folder(small, chips, fused):
     changes = {"ages": ("1s", "1year"), "compensate": "off"}
     found = _on_chips(fused, crossbar=str(chips / "two"), **changes)
-    where = parts.results_path(
-        parts.EvaluateOnChipsOptions(
-            run=parts.run_path(fused), crossbar=str(chips / "two"), **changes
+    where = lf.hardware.results_path(
+        lf.hardware.EvaluateOnChipsOptions(
+            run=lf.runs.run_path(fused), crossbar=str(chips / "two"), **changes
         )
     )
     assert json.loads(where.read_text()) == found
@@ -340,7 +342,9 @@ def test_a_run_on_chips_of_a_folder(small, chips, fused):
         )
     digital = {
         row["seed"]: row["loss"]
-        for row in parts.evaluate_run(parts.EvaluateOptions(run=parts.run_path(fused)))
+        for row in lf.runs.evaluate_run(
+            lf.runs.EvaluateOptions(run=lf.runs.run_path(fused))
+        )
     }
     year = np.mean(
         [
@@ -390,7 +394,7 @@ def test_a_run_of_other_weights_is_not_evaluated_on_these_chips(
             dataclasses.replace(
                 other,
                 name="refused",
-                arrays=parts.OnArrays(crossbar=str(chips / "two")),
+                arrays=lf.runs.OnArrays(crossbar=str(chips / "two")),
             )
         )
     assert not (chips / "runs" / "refused").exists()
@@ -408,21 +412,21 @@ def test_what_chips_cannot_do_is_refused(small, chips, fused):
     ):
         with pytest.raises(ValueError, match=message):
             _on_chips(fused, **({"crossbar": str(chips / "two")} | changes))
-    folder = parts.load_chips(str(chips / "two"))
+    folder = lf.hardware.load_chips(str(chips / "two"))
     control = dataclasses.replace(fused, control="random-factors")
     with pytest.raises(ValueError, match="two holds no random-factors control"):
-        folder.checked(parts.load_setup(control), control.control)
+        folder.checked(lf.runs.load_setup(control), control.control)
 
 
 @pytest.mark.long
 def test_what_a_run_trains_on(small, chips, fused):
-    setup = parts.load_setup(fused)
-    params = load_run(parts.run_path(fused))[1]
+    setup = lf.runs.load_setup(fused)
+    params = load_run(lf.runs.run_path(fused))[1]
 
     def asked(noise):
         options = dataclasses.replace(
             fused,
-            arrays=parts.OnArrays(
+            arrays=lf.runs.OnArrays(
                 crossbar=str(chips / "two"), train_chip=noise, chip=1
             ),
         )
@@ -431,8 +435,8 @@ def test_what_a_run_trains_on(small, chips, fused):
 
     def value(frozen):
         return np.asarray(
-            parts.dense(
-                parts.matrices(nnx.merge(setup.problem.graph, frozen.base))[_V],
+            lf.models.dense(
+                lf.models.matrices(nnx.merge(setup.problem.graph, frozen.base))[_V],
                 jnp.float32,
             )
         )
@@ -476,7 +480,7 @@ def test_a_lora_in_cells_is_the_lora_where_cells_are_ideal(small, chips):
 
 
 def test_results_of_other_options_are_other_files(tmp_path, monkeypatch):
-    first = parts.EvaluateOnChipsOptions(run=tmp_path, crossbar="a/noisy.yaml")
+    first = lf.hardware.EvaluateOnChipsOptions(run=tmp_path, crossbar="a/noisy.yaml")
     changed = [
         {},
         *(
@@ -494,7 +498,7 @@ def test_results_of_other_options_are_other_files(tmp_path, monkeypatch):
     ]
     asked = [dataclasses.replace(first, **change) for change in changed]
     paths = {
-        parts.results_path(options, kind)
+        lf.hardware.results_path(options, kind)
         for options in asked
         for kind in ("chips", "crossbar")
     }
@@ -502,30 +506,32 @@ def test_results_of_other_options_are_other_files(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "noisy.yaml").touch()
         monkeypatch.chdir(tmp_path / folder)
-        paths.add(parts.results_path(dataclasses.replace(first, crossbar="noisy.yaml")))
+        paths.add(
+            lf.hardware.results_path(dataclasses.replace(first, crossbar="noisy.yaml"))
+        )
     assert len(paths) == 2 * len(asked) + 2 and {path.parent for path in paths} == {
         tmp_path
     }
     assert max(len(path.name) for path in paths) < 80
-    assert parts.results_path(
+    assert lf.hardware.results_path(
         dataclasses.replace(first, eval_batch=2)
-    ) == parts.results_path(first)
+    ) == lf.hardware.results_path(first)
 
 
 def test_a_file_of_results_that_cannot_be_written_is_named_before_anything_is_computed(
     chips, fused, monkeypatch
 ):
-    options = parts.EvaluateOnChipsOptions(
-        run=parts.run_path(fused), crossbar=str(chips / "two"), calibration_rows=7
+    options = lf.hardware.EvaluateOnChipsOptions(
+        run=lf.runs.run_path(fused), crossbar=str(chips / "two"), calibration_rows=7
     )
     monkeypatch.setattr("lorafusion_jax.hardware.evaluate.on_every_chip", pytest.fail)
-    parts.results_path(options).mkdir()
+    lf.hardware.results_path(options).mkdir()
     with pytest.raises(FileError, match="chips-two-.*: a folder: give a file"):
-        parts.evaluate_on_chips(options)
+        lf.hardware.evaluate_on_chips(options)
 
 
 def test_options_of_chips_without_chips_are_refused(small, chips, fused, capsys):
-    for noise in (parts.OnArrays(train_chip="chip"), parts.OnArrays(age="1h")):
+    for noise in (lf.runs.OnArrays(train_chip="chip"), lf.runs.OnArrays(age="1h")):
         with pytest.raises(
             ValueError, match="only for simulated chips: name them with --crossbar"
         ):
@@ -536,7 +542,7 @@ def test_options_of_chips_without_chips_are_refused(small, chips, fused, capsys)
             [
                 "evaluate",
                 "--run",
-                str(parts.run_path(fused)),
+                str(lf.runs.run_path(fused)),
                 "--ages",
                 "1h",
                 "--lora-in",
@@ -551,11 +557,13 @@ def test_options_of_chips_without_chips_are_refused(small, chips, fused, capsys)
 
 def test_a_control_has_the_places_of_the_modules_that_it_replaces(small, chips):
     options = _fusing(small, chips, "control", control="random-factors", seeds=(1,))
-    setup = parts.load_setup(options)
+    setup = lf.runs.load_setup(options)
     there = sorted(path.name for path in small[1].iterdir())
     wanted = [there.index(name) for name in there if name in setup.modules[0]]
     assert (
-        parts.module_numbers(setup, options, parts.load_chips("isaac")).tolist()
+        lf.hardware.module_numbers(
+            setup, options, lf.hardware.load_chips("isaac")
+        ).tolist()
         == wanted
     )
 
@@ -575,7 +583,7 @@ def test_a_loss_that_is_not_finite_is_null():
     )
     rows = [
         {"age": None, "compensate": None, "chip": chip} | row
-        for chip, row in enumerate(parts.seed_rows((4, 4), found))
+        for chip, row in enumerate(lf.runs.seed_rows((4, 4), found))
     ]
     assert [row["loss"] for row in rows] == [None, 1.5]
     assert age_table({"rows": rows, "chips": 2}).splitlines()[1].split() == [
@@ -596,7 +604,7 @@ def test_methods_without_a_frozen_model_have_no_place_on_arrays(small, chips):
             f"no-{method}",
             method=method,
             pool=None,
-            arrays=parts.OnArrays(crossbar="isaac"),
+            arrays=lf.runs.OnArrays(crossbar="isaac"),
         )
         with pytest.raises(
             ValueError, match=f"the method {method} leaves no frozen model to program"
@@ -606,7 +614,7 @@ def test_methods_without_a_frozen_model_have_no_place_on_arrays(small, chips):
         small,
         chips,
         "no-noise",
-        arrays=parts.OnArrays(crossbar="isaac", train_chip="fresh"),
+        arrays=lf.runs.OnArrays(crossbar="isaac", train_chip="fresh"),
     )
     with pytest.raises(ValueError, match="programming is not random in isaac"):
         fuse(fresh)

@@ -13,7 +13,8 @@ import tiny
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from lorafusion_jax import Frozen, crossbar, fuse, parts, tasks
+import lorafusion_jax as lf
+from lorafusion_jax import Frozen, crossbar, fuse, tasks
 from lorafusion_jax.crossbar import (
     ADC,
     CrossbarConfig,
@@ -38,17 +39,17 @@ def _mesh(asked):
     return (
         contextlib.nullcontext()
         if asked is None
-        else jax.set_mesh(parts.make_mesh(asked))
+        else jax.set_mesh(lf.training.make_mesh(asked))
     )
 
 
 @pytest.mark.long
 def test_a_device_has_its_chips_alone_and_waits_for_no_other(small, tmp_path):
-    setup = parts.load_setup(
+    setup = lf.runs.load_setup(
         recipes.small_run(small, tmp_path, seed_mode="batched")
     ).with_layers(unroll=False)
     keys = jax.random.split(jax.random.key(5), 3)
-    params = parts.start(setup.problem, (1, 2)).params
+    params = lf.training.start(setup.problem, (1, 2)).params
     _, batch = next(iter(tasks.eval_batches(setup.train, 8, pad_id=0)))
     found = []
     flops = []
@@ -59,7 +60,7 @@ def test_a_device_has_its_chips_alone_and_waits_for_no_other(small, tmp_path):
     ):  # six seeds on chips, and with two that are padding eight
         with _mesh(asked):
             how = {"modules": None, "norm": "ideal", "calibration_rows": 1}
-            problem = parts.on_every_chip(
+            problem = lf.hardware.on_every_chip(
                 setup, params, {"encoder.self.v": _NOISY}, keys, **how
             ).problem
             count = len(problem.index)
@@ -67,8 +68,8 @@ def test_a_device_has_its_chips_alone_and_waits_for_no_other(small, tmp_path):
                 lambda leaf, count=count: jnp.stack([leaf] * count), batch
             )
             given = (
-                parts.for_every_chip(params, 3),
-                parts.on_mesh(batches, of_seeds=True),
+                lf.hardware.for_every_chip(params, 3),
+                lf.training.on_mesh(batches, of_seeds=True),
                 problem,
             )
             compiled, leaves = tiny.compiled(seed_entropies, *given)
@@ -98,7 +99,7 @@ def test_runs_on_chips_have_the_results_of_one_device(small, tmp_path):
     digital = ("head", "pool.*", "decoder.*", "*.ff.*", "*.q", "*.k", "*.o")
     chips = {"crossbar": str(tmp_path / "noisy.yaml"), "keep_digital": digital}
     options = recipes.small_run(
-        small, tmp_path, epochs=1, arrays=parts.OnArrays(**chips, train_chip="fresh")
+        small, tmp_path, epochs=1, arrays=lf.runs.OnArrays(**chips, train_chip="fresh")
     )
     trained = [
         fuse(dataclasses.replace(options, name=f"{mesh}", mesh=mesh))["seeds"]
@@ -107,9 +108,9 @@ def test_runs_on_chips_have_the_results_of_one_device(small, tmp_path):
     np.testing.assert_allclose(*map(_losses, trained), rtol=1e-5)
     given = {"run": tmp_path / "None", **chips, "chips": 3}
     read = [
-        parts.evaluate_on_chips(parts.EvaluateOnChipsOptions(**given, mesh=mesh))[
-            "rows"
-        ]
+        lf.hardware.evaluate_on_chips(
+            lf.hardware.EvaluateOnChipsOptions(**given, mesh=mesh)
+        )["rows"]
         for mesh in (None, "seed=2")
     ]
     np.testing.assert_allclose(*map(_losses, read), rtol=1e-5)
@@ -146,7 +147,7 @@ def test_arrays_are_split_where_their_digital_matrices_are():
     with _mesh("model=2"):
         jax.eval_shape(noted, jax.random.key(0))
         specs = {
-            chip.name: [sharding.spec for sharding in parts.shardings(chip)]
+            chip.name: [sharding.spec for sharding in lf.training.shardings(chip)]
             for chip in chips
         }
     cut = {chip.name: chip.plan.split and chip.plan.split.by for chip in chips}
@@ -169,24 +170,28 @@ def test_what_chips_cannot_share_out_is_refused_before_anything_is_loaded(
 ):
     given = {"run": tmp_path, "crossbar": "isaac"}
     with pytest.raises(ValueError, match="needs 8 devices, got 4"):
-        parts.evaluate_on_chips(parts.EvaluateOnChipsOptions(**given, mesh="seed=8"))
+        lf.hardware.evaluate_on_chips(
+            lf.hardware.EvaluateOnChipsOptions(**given, mesh="seed=8")
+        )
     for asked, message in (
         ("seed=8", "needs 8 devices, got 4"),
         ("model=2", "would split the chips that a device"),
     ):
         with pytest.raises(ValueError, match=message):
-            parts.restore_chips(
-                parts.RestoreOptions(base="nowhere", crossbar="isaac", mesh=asked)
+            lf.hardware.restore_chips(
+                lf.hardware.RestoreOptions(base="nowhere", crossbar="isaac", mesh=asked)
             )
     with pytest.raises(ValueError, match="is of one process: leave out --distributed"):
         how = {"mesh": "seed=2", "distributed": True}
         fuse(
             recipes.small_run(
-                small, tmp_path, arrays=parts.OnArrays(crossbar="isaac"), **how
+                small, tmp_path, arrays=lf.runs.OnArrays(crossbar="isaac"), **how
             )
         )
     with pytest.raises(ValueError, match="leave out --mesh, or --report"):
-        parts.report_on_chips(parts.EvaluateOnChipsOptions(**given, mesh="seed=2"))
+        lf.hardware.report_on_chips(
+            lf.hardware.EvaluateOnChipsOptions(**given, mesh="seed=2")
+        )
 
 
 @pytest.mark.parametrize(

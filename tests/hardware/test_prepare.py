@@ -13,11 +13,11 @@ import tiny
 from flax import nnx
 
 import lorafusion_jax as lf
-from lorafusion_jax import crossbar, parts
+from lorafusion_jax import crossbar
 from lorafusion_jax.cli import main
 from lorafusion_jax.hardware.calibration import calibration_batches, logits_of
+from lorafusion_jax.models import matrices
 from lorafusion_jax.models.architecture import sharing_inputs
-from lorafusion_jax.parts import matrices
 
 NOISY = crossbar.CrossbarConfig(
     mapping=crossbar.Mapping(scale="column"),
@@ -59,7 +59,9 @@ def _options(small, folder, **changes):
 
 def test_factors_follow_from_the_models_inputs(small, folder):
     """The queries, keys and values of the encoder meet the embeddings after its first norm."""
-    loaded = parts.load_model(lf.LoadOptions(base=str(small[0]), method="zero-shot"))
+    loaded = lf.loading.load_model(
+        lf.LoadOptions(base=str(small[0]), method="zero-shot")
+    )
     model = nnx.merge(loaded.problem.graph, loaded.problem.frozen.base)
     tokens = np.concatenate(loaded.tokenizer(LINES.splitlines())["input_ids"])
     embedded = np.asarray(model.embedding.get_value())[tokens]
@@ -69,7 +71,7 @@ def test_factors_follow_from_the_models_inputs(small, folder):
         / np.sqrt(np.mean(embedded**2, axis=-1, keepdims=True) + model.config.eps)
         * scale
     )
-    prepared = parts.load_chips(str(folder / "prepared")).prepared.of_sites
+    prepared = lf.hardware.load_chips(str(folder / "prepared")).prepared.of_sites
     q, k, o = (prepared[f"encoder.self.{name}"] for name in "qko")
     np.testing.assert_array_equal(q.factors, k.factors)
     assert not np.array_equal(q.factors, o.factors)
@@ -85,11 +87,11 @@ def test_factors_follow_from_the_models_inputs(small, folder):
 
 
 def test_outputs_on_prepared_chips_are_closer_to_the_digital_ones(folder, fused):
-    setup, _, params = parts.load_to_evaluate(
-        parts.EvaluateOptions(run=parts.run_path(fused))
+    setup, _, params = lf.runs.load_to_evaluate(
+        lf.runs.EvaluateOptions(run=lf.runs.run_path(fused))
     )
     setup = setup.with_layers(unroll=False)
-    prepared = parts.load_chips(str(folder / "prepared"))
+    prepared = lf.hardware.load_chips(str(folder / "prepared"))
     graph = setup.problem.graph
     method = setup.problem.method
     digital = setup.problem.frozen
@@ -98,7 +100,7 @@ def test_outputs_on_prepared_chips_are_closer_to_the_digital_ones(folder, fused)
     expected = logits_of(graph, method)(digital, batch)
 
     def error(frozen, config):
-        on_arrays = parts.program_on_arrays(
+        on_arrays = lf.hardware.program_on_arrays(
             graph, frozen, {"*.ff.wo": config}, jax.random.key(0)
         )
         return float(
@@ -121,39 +123,41 @@ def test_outputs_on_prepared_chips_are_closer_to_the_digital_ones(folder, fused)
 def test_programmed_chips_keep_their_preparation(small, folder, fused):
     out = folder / "chips"
     own = {"crossbar": str(folder / "prepared"), "keep_digital": DIGITAL, "chip_key": 3}
-    parts.write_chips(
-        parts.ProgramOptions(base=str(small[0]), pool=str(small[1]), out=out, **own)
+    lf.hardware.write_chips(
+        lf.hardware.ProgramOptions(
+            base=str(small[0]), pool=str(small[1]), out=out, **own
+        )
     )
-    run = parts.run_path(fused)
-    written = parts.evaluate_on_chips(
-        parts.EvaluateOnChipsOptions(run=run, **{"crossbar": str(out)})
+    run = lf.runs.run_path(fused)
+    written = lf.hardware.evaluate_on_chips(
+        lf.hardware.EvaluateOnChipsOptions(run=run, **{"crossbar": str(out)})
     )["rows"]
-    drawn = parts.evaluate_on_chips(parts.EvaluateOnChipsOptions(run=run, **own))[
-        "rows"
-    ]
+    drawn = lf.hardware.evaluate_on_chips(
+        lf.hardware.EvaluateOnChipsOptions(run=run, **own)
+    )["rows"]
     assert [row["loss"] for row in written] == [row["loss"] for row in drawn]
-    assert parts.load_chips(str(out)).sha256 != crossbar.config_hash(
-        parts.load_chips(str(out)).config
+    assert lf.hardware.load_chips(str(out)).sha256 != crossbar.config_hash(
+        lf.hardware.load_chips(str(out)).config
     )
 
 
 @pytest.mark.long
 def test_corrections_belong_to_a_preparation(small, folder):
     own = {"crossbar": str(folder / "prepared"), "keep_digital": DIGITAL}
-    options = parts.RestoreOptions(
+    options = lf.hardware.RestoreOptions(
         base=str(small[0]),
         text=(folder / "lines.txt",),
         epochs=1,
         out=folder / "restored",
         **own,
     )
-    settings = parts.restore_chips(options)[0]["settings"]
+    settings = lf.hardware.restore_chips(options)[0]["settings"]
     assert settings["rate"] == 0.0015
-    plain = parts.load_chips(str(folder / "noisy.yaml"), digital=DIGITAL)
-    prepared = parts.load_chips(own["crossbar"], digital=DIGITAL)
-    parts.load_restored(str(options.out), prepared, [0], settings["base_sha256"])
+    plain = lf.hardware.load_chips(str(folder / "noisy.yaml"), digital=DIGITAL)
+    prepared = lf.hardware.load_chips(own["crossbar"], digital=DIGITAL)
+    lf.hardware.load_restored(str(options.out), prepared, [0], settings["base_sha256"])
     with pytest.raises(ValueError, match="another configuration or preparation"):
-        parts.load_restored(str(options.out), plain, [0], settings["base_sha256"])
+        lf.hardware.load_restored(str(options.out), plain, [0], settings["base_sha256"])
 
 
 def test_the_command_says_what_it_gains(small, folder, capsys):
@@ -171,11 +175,11 @@ def test_the_command_says_what_it_gains(small, folder, capsys):
     lines = capsys.readouterr().out.splitlines()
     (query,) = [line.split() for line in lines if line.startswith("encoder.self.q")]
     assert float(query[2]) < 0.9 * float(query[1])
-    again = parts.load_chips(str(out))
+    again = lf.hardware.load_chips(str(out))
     identity = again.prepared.of_sites["encoder.self.q"].identity
     assert (
         identity
-        == parts.load_chips(str(folder / "prepared"))
+        == lf.hardware.load_chips(str(folder / "prepared"))
         .prepared.of_sites["encoder.self.q"]
         .identity
     )
@@ -208,10 +212,12 @@ def test_wrong_preparations_are_refused(small, folder, tmp_path):
         )
     assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="prepares another base model"):
-        parts.load_chips(str(folder / "prepared")).prepared.check("0" * 64, {})
+        lf.hardware.load_chips(str(folder / "prepared")).prepared.check("0" * 64, {})
     changed = shutil.copytree(folder / "prepared", tmp_path / "changed")
-    sound, manifest = parts.load_arrays(changed / "preparations", what="preparations")
-    loaded = parts.load_model(lf.LoadOptions(base=str(small[0]), method="zero-shot"))
+    sound, manifest = lf.io.load_arrays(changed / "preparations", what="preparations")
+    loaded = lf.loading.load_model(
+        lf.LoadOptions(base=str(small[0]), method="zero-shot")
+    )
     for part, values, message in (
         ("slope", np.ones(2), "encoder.self.q.*expected factors, ranges"),
         (
@@ -232,25 +238,25 @@ def test_wrong_preparations_are_refused(small, folder, tmp_path):
     ):
         shutil.rmtree(changed / "preparations")
         tree = sound | {"encoder.self.q": sound["encoder.self.q"] | {part: values}}
-        parts.save_arrays(changed / "preparations", tree, manifest)
+        lf.io.save_arrays(changed / "preparations", tree, manifest)
         with pytest.raises(ValueError, match=message):
-            parts.load_chips(str(changed)).checked(loaded)
+            lf.hardware.load_chips(str(changed)).checked(loaded)
     crossbar.save_config(NOISY, changed / "config.yaml")
     with pytest.raises(
         ValueError, match="not the configuration that the base was prepared for"
     ):
-        parts.load_chips(str(changed))
+        lf.hardware.load_chips(str(changed))
     config = folder / "prepared" / "config.yaml"
     with pytest.raises(ValueError, match="need a preparation"):
         rules = {"*": crossbar.load_config(config)}
-        parts.program_on_arrays(
+        lf.hardware.program_on_arrays(
             loaded.problem.graph, loaded.problem.frozen, rules, jax.random.key(0)
         )
     with pytest.raises(
         ValueError,
         match="run `lorafusion crossbar prepare --crossbar .*config.yaml` with text",
     ):
-        parts.load_chips(str(config)).checked(loaded)
+        lf.hardware.load_chips(str(config)).checked(loaded)
     with pytest.raises(ValueError, match="leave none for arrays: name fewer"):
         lf.prepare(_options(small, folder, keep_digital=("*",), out=tmp_path / "new"))
 
@@ -268,11 +274,11 @@ def test_an_input_that_several_matrices_meet_is_transformed_once():
     ):
         found |= crossbar.prepare({name: weights[name] for name in names}, None, config)
     frozen = lf.Frozen(base, preparations=found)
-    on_arrays = parts.program_on_arrays(
+    on_arrays = lf.hardware.program_on_arrays(
         graph, frozen, {"encoder.*": config}, jax.random.key(0)
     )
     program, _ = tiny.compiled(
-        parts.logits_of_base(graph), on_arrays.base, tiny.batch()
+        lf.hardware.logits_of_base(graph), on_arrays.base, tiny.batch()
     )
     products_of_attention = 2 * 3
     assert program.as_text().count(" dot(") == len(weights) + products_of_attention + 4

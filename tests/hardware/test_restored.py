@@ -20,7 +20,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
-from lorafusion_jax import cli, crossbar, parts
+from lorafusion_jax import cli, crossbar
 from lorafusion_jax.crossbar import Independent, save_config
 from lorafusion_jax.hardware import restore as restoring
 from lorafusion_jax.hardware.texts import answered
@@ -41,7 +41,7 @@ def home(tmp_path_factory):
     )
     save_config(noisy, home / "noisy.yaml")
     (home / "page.txt").write_text(_TEXT)
-    parts.restore_chips(
+    lf.hardware.restore_chips(
         _options(
             home,
             out=home / "restored",
@@ -60,28 +60,30 @@ def _options(home, **changed):
         "crossbar": str(home / "noisy.yaml"),
         "text": (home / "page.txt",),
     }
-    return parts.RestoreOptions(**given | changed)
+    return lf.hardware.RestoreOptions(**given | changed)
 
 
 @pytest.fixture(scope="module")
 def loaded(home):
-    return parts.load_model(lf.LoadOptions(base=str(home / "base"), method="zero-shot"))
+    return lf.loading.load_model(
+        lf.LoadOptions(base=str(home / "base"), method="zero-shot")
+    )
 
 
 @pytest.fixture(scope="module")
 def chips(home):
-    return parts.load_chips(str(home / "noisy.yaml"))
+    return lf.hardware.load_chips(str(home / "noisy.yaml"))
 
 
 @pytest.fixture(scope="module")
 def digest(home):
-    return parts.open_base(str(home / "base")).digest
+    return lf.io.open_base(str(home / "base")).digest
 
 
 def _on_chip(loaded, chips, number, *at):
     """The base's weights as a chip has them, at an age."""
     key = chips.chip_key(number)
-    return parts.program_on_arrays(
+    return lf.hardware.program_on_arrays(
         loaded.problem.graph, loaded.problem.frozen, chips.rules(*at), key
     ).base
 
@@ -127,34 +129,36 @@ def test_matrices_have_the_rates_that_tuning_preferred():
 def test_loaded_corrections_are_on_the_chips_bit_by_bit(home, loaded, chips, digest):
     graph = loaded.problem.graph
     frozen = loaded.problem.frozen
-    run = parts.logits_of_base(graph)
+    run = lf.hardware.logits_of_base(graph)
     key = chips.chip_key(2)
     ids = loaded.tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
-    batches = parts.windows(loaded, ids)
+    batches = lf.hardware.windows(loaded, ids)
     measured = max(1, len(batches) // 8)
-    weights = parts.program_on_arrays(graph, frozen, chips.rules(), key).base
+    weights = lf.hardware.program_on_arrays(graph, frozen, chips.rules(), key).base
     numbers = 2 * crossbar.numbers_per_rank(crossbar.chips_in(weights))
     how = lf.Restoring(method="low-rank", numbers=numbers, epochs=2)
     train = batches[: len(batches) - measured]
     targets = [run(frozen.base, batch) for batch in train]
     found = lf.restore(
-        run, weights, parts.digital_matrices(loaded, weights), train, targets, how
+        run, weights, lf.hardware.digital_matrices(loaded, weights), train, targets, how
     )
-    (of_disk,) = parts.load_restored(str(home / "restored"), chips, [2], digest)
+    (of_disk,) = lf.hardware.load_restored(str(home / "restored"), chips, [2], digest)
     for site, correction in found.items():
         of_site = of_disk.corrections[site]
         np.testing.assert_allclose(of_site.scale, correction.scale, rtol=1e-4)
         np.testing.assert_allclose(
             of_site.U @ of_site.V, correction.U @ correction.V, atol=1e-4
         )
-    on_chip = parts.program_on_arrays(
+    on_chip = lf.hardware.program_on_arrays(
         graph, frozen, chips.rules(), key, restored=of_disk
     ).base
-    again = of_disk.on(parts.program_on_arrays(graph, frozen, chips.rules(), key).base)
+    again = of_disk.on(
+        lf.hardware.program_on_arrays(graph, frozen, chips.rules(), key).base
+    )
     np.testing.assert_array_equal(run(on_chip, batches[0]), run(again, batches[0]))
-    assert parts.divergence(
+    assert lf.hardware.divergence(
         run(on_chip, batches[0]), run(frozen.base, batches[0])
-    ) < parts.divergence(run(weights, batches[0]), run(frozen.base, batches[0]))
+    ) < lf.hardware.divergence(run(weights, batches[0]), run(frozen.base, batches[0]))
 
 
 def test_windows_of_text_begin_with_the_token_that_the_model_expects_before_a_text(
@@ -163,7 +167,7 @@ def test_windows_of_text_begin_with_the_token_that_the_model_expects_before_a_te
     ids = loaded.tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
     rows = [
         np.concatenate([batch.input_ids[0], batch.labels[0]])
-        for batch in parts.windows(loaded, ids)
+        for batch in lf.hardware.windows(loaded, ids)
     ]
     assert {len(row) for row in rows} == {128}
     assert {row[0] for row in rows} == {loaded.tokenizer.bos_token_id}
@@ -171,7 +175,7 @@ def test_windows_of_text_begin_with_the_token_that_the_model_expects_before_a_te
         np.concatenate([row[1:] for row in rows]), ids[: 127 * len(rows)]
     )
     assert (
-        len(parts.sampled(loaded, 200, 0)) == 2 * 127
+        len(lf.hardware.sampled(loaded, 200, 0)) == 2 * 127
     )  # rows that fill a window each, without that token
 
 
@@ -185,7 +189,7 @@ def test_a_text_on_which_the_tokenizer_panics_is_a_fault_of_the_base(home, tmp_p
         ValueError,
         match=f"the tokenizer of {base} rejects a text .it panics: .*non-zero",
     ):
-        parts.restore_chips(_options(home, base=str(base), out=tmp_path / "out"))
+        lf.hardware.restore_chips(_options(home, base=str(base), out=tmp_path / "out"))
 
 
 def test_outputs_are_computed_where_they_are_read():
@@ -195,7 +199,7 @@ def test_outputs_are_computed_where_they_are_read():
         calls.append(batch)
         return jnp.asarray(weights * batch)
 
-    outputs = parts.Outputs(run, 2, [1, 3, 5])
+    outputs = lf.hardware.Outputs(run, 2, [1, 3, 5])
     assert (len(outputs), calls) == (3, [])
     assert (outputs[1], [*outputs], calls) == (6, [2, 6, 10], [3, 1, 3, 5])
 
@@ -224,25 +228,27 @@ def test_an_encoder_decoder_reads_lines_and_answers_them_itself(home, tmp_path):
     ):
         refused = f"is not causal, and the text has {found} lines: give more than 16 lines with --text, without"
         with pytest.raises(ValueError, match=refused):
-            parts.restore_chips(_options(home, **given | changed))
-    before, after = parts.restore_chips(_options(home, epochs=2, **given))[0][
+            lf.hardware.restore_chips(_options(home, **given | changed))
+    before, after = lf.hardware.restore_chips(_options(home, epochs=2, **given))[0][
         "divergence"
     ]
     assert after < before
     # Answers are shorter than the batch is wide; only their tokens count.
-    loaded = parts.load_model(lf.LoadOptions(base=str(base), method="zero-shot"))
+    loaded = lf.loading.load_model(lf.LoadOptions(base=str(base), method="zero-shot"))
     graph = loaded.problem.graph
     frozen = loaded.problem.frozen
     (batch,) = answered(loaded, lines[::8])  # the text that is left out
-    chips = parts.load_chips(str(home / "noisy.yaml"), digital=given["keep_digital"])
+    chips = lf.hardware.load_chips(
+        str(home / "noisy.yaml"), digital=given["keep_digital"]
+    )
     on_chip = np.asarray(
         jax.nn.log_softmax(
-            parts.logits_of_base(graph)(_on_chip(loaded, chips, 0), batch)
+            lf.hardware.logits_of_base(graph)(_on_chip(loaded, chips, 0), batch)
         ),
         float,
     )[batch.labels != IGNORED]
     wanted = np.asarray(
-        jax.nn.log_softmax(parts.logits_of_base(graph)(frozen.base, batch)), float
+        jax.nn.log_softmax(lf.hardware.logits_of_base(graph)(frozen.base, batch)), float
     )[batch.labels != IGNORED]
     assert before == pytest.approx(
         np.mean(np.sum(np.exp(wanted) * (wanted - on_chip), axis=1)), rel=1e-2
@@ -269,9 +275,9 @@ def test_corrections_of_other_chips_are_refused_by_name(
     if "crossbar" in changed:
         save_config(crossbar.load_config("ideal"), tmp_path / "other.yaml")
         name = str(tmp_path / "other.yaml")
-    chips = parts.load_chips(name, key=changed.get("key", 0))
+    chips = lf.hardware.load_chips(name, key=changed.get("key", 0))
     with pytest.raises(ValueError, match=message):
-        parts.load_restored(
+        lf.hardware.load_restored(
             str(home / changed.get("folder", "restored")),
             chips,
             [changed.get("chip", 0)],
@@ -327,7 +333,9 @@ def test_options_that_cannot_work_are_refused(home, tmp_path, changed, message):
     if changed.get("text"):
         changed = {"text": tuple(tmp_path / name for name in changed["text"])}
     with pytest.raises(ValueError, match=message):
-        parts.restore_chips(_options(home, **{"out": tmp_path / "restored"} | changed))
+        lf.hardware.restore_chips(
+            _options(home, **{"out": tmp_path / "restored"} | changed)
+        )
     assert not list((tmp_path / "restored").glob("chip_*"))
 
 
@@ -370,15 +378,15 @@ def test_the_command_prints_the_divergence_and_never_overwrites(home, tmp_path, 
 
 def test_chips_that_are_finished_are_not_computed_again(home, tmp_path):
     given = {"out": tmp_path / "restored", "epochs": 1}
-    first = parts.restore_chips(_options(home, chip=(1,), **given))
+    first = lf.hardware.restore_chips(_options(home, chip=(1,), **given))
     times = {
         path: path.stat().st_mtime_ns
         for path in (tmp_path / "restored").rglob("*.safetensors")
     }
-    both = parts.restore_chips(_options(home, chip=(0, 1), **given))
+    both = lf.hardware.restore_chips(_options(home, chip=(0, 1), **given))
     assert list(both) == [0, 1] and both[1] == first[1]
     assert {path: path.stat().st_mtime_ns for path in times} == times
-    alone = parts.restore_chips(
+    alone = lf.hardware.restore_chips(
         _options(home, chip=(0,), epochs=1, out=tmp_path / "alone")
     )
     assert both[0] == alone[0]
@@ -386,7 +394,7 @@ def test_chips_that_are_finished_are_not_computed_again(home, tmp_path):
         ValueError,
         match=r"chip_0 has corrections with another method \(scales, now offsets\)",
     ):
-        parts.restore_chips(_options(home, chip=(2,), method="offsets", **given))
+        lf.hardware.restore_chips(_options(home, chip=(2,), method="offsets", **given))
 
 
 @pytest.mark.long
@@ -417,7 +425,9 @@ def test_chips_over_devices_get_the_corrections_of_one_device(
         "method": "low-rank",
         "rank": 2.0,
     }  # the second device has no fourth chip
-    parts.restore_chips(_options(home, out=tmp_path / "spread", mesh="seed=2", **given))
+    lf.hardware.restore_chips(
+        _options(home, out=tmp_path / "spread", mesh="seed=2", **given)
+    )
     assert not re.search(
         r"all-(reduce|gather|to-all)|collective-permute|reduce-scatter", programs[0]
     )
@@ -447,7 +457,7 @@ def test_two_processes_do_not_write_into_one_folder(home, tmp_path):
             ValueError,
             match=f"restored is in use by process {os.getpid()}: wait for it, or give",
         ):
-            parts.restore_chips(_options(home, out=out))
+            lf.hardware.restore_chips(_options(home, out=out))
     assert [path.name for path in out.iterdir()] == [".lock"]
 
 
@@ -477,7 +487,7 @@ def test_a_linked_folder_next_to_the_chips_is_not_written_through(
         lf.FileError,
         match="restored-scales: a link, which could lead out of its folder",
     ):
-        parts.restore_chips(_options(home, crossbar=str(folder)))
+        lf.hardware.restore_chips(_options(home, crossbar=str(folder)))
     assert not list(outside.iterdir())
 
 
@@ -546,10 +556,10 @@ def test_other_arrays_under_a_right_digest_are_refused(
     graph = loaded.problem.graph
     frozen = loaded.problem.frozen
     with pytest.raises(ValueError, match=f"{tmp_path / 'restored'}.*{message}"):
-        (restored,) = parts.load_restored(
+        (restored,) = lf.hardware.load_restored(
             str(tmp_path / "restored"), chips, [0], digest
         )
-        parts.program_on_arrays(
+        lf.hardware.program_on_arrays(
             graph, frozen, chips.rules(), chips.chip_key(0), restored=restored
         )
 
@@ -564,9 +574,9 @@ def test_corrections_of_two_chips_are_not_exchanged_nor_mixed(
         )
     message = r"chip_0: chip is 2: expected 0; rename it to chip_2"
     with pytest.raises(lf.FileError, match=message):
-        parts.load_restored(str(tmp_path / "exchanged"), chips, [0, 2], digest)
+        lf.hardware.load_restored(str(tmp_path / "exchanged"), chips, [0, 2], digest)
     with pytest.raises(lf.FileError, match=message):
-        parts.restore_chips(_options(home, out=tmp_path / "exchanged"))
+        lf.hardware.restore_chips(_options(home, out=tmp_path / "exchanged"))
     shutil.copytree(home / "restored", tmp_path / "mixed")
     file = tmp_path / "mixed" / "chip_2" / "manifest.json"
     file.write_text(file.read_text().replace('"epochs": 2', '"epochs": 3'))
@@ -574,11 +584,11 @@ def test_corrections_of_two_chips_are_not_exchanged_nor_mixed(
         lf.FileError,
         match="chip_2: computed with other settings than chip 0: run `lorafusion restore`",
     ):
-        parts.load_restored(str(tmp_path / "mixed"), chips, [0, 2], digest)
+        lf.hardware.load_restored(str(tmp_path / "mixed"), chips, [0, 2], digest)
 
 
 def test_chips_whose_pool_stays_digital_are_restored(home, tmp_path):
-    made = parts.restore_chips(
+    made = lf.hardware.restore_chips(
         _options(home, keep_digital=("pool.*",), epochs=0, out=tmp_path / "restored")
     )
     assert made[0]["settings"]["digital"] == ["pool.*"]
@@ -596,11 +606,11 @@ def test_corrections_made_in_advance_help_a_chip_that_drifts_otherwise(
     with pytest.raises(
         ValueError, match="in advance for an age of chips that drift: give --age"
     ):
-        parts.restore_chips(
+        lf.hardware.restore_chips(
             _options(home, in_advance=True, out=tmp_path / "early", **given)
         )
     for name in ("advance", "again"):
-        parts.restore_chips(
+        lf.hardware.restore_chips(
             _options(
                 home,
                 age="1year",
@@ -609,19 +619,21 @@ def test_corrections_made_in_advance_help_a_chip_that_drifts_otherwise(
                 **given,
             )
         )
-    chips = parts.load_chips(given["crossbar"])
+    chips = lf.hardware.load_chips(given["crossbar"])
     graph = loaded.problem.graph
     frozen = loaded.problem.frozen
-    run = parts.logits_of_base(graph)
-    aged_chip = _on_chip(loaded, chips, 0, parts.aged(chips.config, "1year"))
-    batch = parts.windows(
+    run = lf.hardware.logits_of_base(graph)
+    aged_chip = _on_chip(loaded, chips, 0, lf.hardware.aged(chips.config, "1year"))
+    batch = lf.hardware.windows(
         loaded, loaded.tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
     )[0]
     target = run(frozen.base, batch)
-    off = [parts.divergence(run(aged_chip, batch), target)]
+    off = [lf.hardware.divergence(run(aged_chip, batch), target)]
     for name in ("advance", "again"):
-        (restored,) = parts.load_restored(str(tmp_path / name), chips, [0], digest)
-        off.append(parts.divergence(run(restored.on(aged_chip), batch), target))
+        (restored,) = lf.hardware.load_restored(
+            str(tmp_path / name), chips, [0], digest
+        )
+        off.append(lf.hardware.divergence(run(restored.on(aged_chip), batch), target))
     assert off[2] < off[1] < 0.8 * off[0]
 
 
@@ -648,7 +660,7 @@ def test_generate_answers_on_the_restored_chip(
     ]
     cli.main([*asked, *on_chip])
     printed = capsys.readouterr().out.splitlines()
-    (restored,) = parts.load_restored(str(home / "restored"), chips, [2], digest)
+    (restored,) = lf.hardware.load_restored(str(home / "restored"), chips, [2], digest)
     weights = _on_chip(loaded, chips, 2)
     model = nnx.merge(loaded.problem.graph, restored.on(weights))
     ids = jnp.array(loaded.tokenizer.encode("the cold bold")[:-1])[

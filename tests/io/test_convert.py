@@ -16,11 +16,11 @@ import pytest
 import small_llama
 from safetensors.numpy import load_file, save_file
 
+import lorafusion_jax as lf
 from lorafusion_jax import (
     base_tensor,
     load_basis,
     load_pool,
-    parts,
     places,
     read_config,
     read_pool,
@@ -77,7 +77,7 @@ def _writer(base):
     ):
         rng = np.random.default_rng(len(name) + r)
         tensors = {}
-        for path, (d_in, d_out) in parts.linear_shapes(read_config(base)).items():
+        for path, (d_in, d_out) in lf.models.linear_shapes(read_config(base)).items():
             if path.endswith(tuple(targets)):
                 tensors[f"{prefix}{path}.lora_A.weight"] = rng.standard_normal(
                     (r, d_in)
@@ -96,15 +96,15 @@ def _writer(base):
         } | fields
         # Spelt as nobody's JSON library would, to see that not a byte is lost.
         text = json.dumps(config, indent=3).replace("\n", "\r\n").encode()
-        parts.write_adapter(base.parent / name, text, tensors | dict(extra))
+        lf.io.write_adapter(base.parent / name, text, tensors | dict(extra))
         return str(base.parent / name)
 
     return write
 
 
 def _convert(base, adapters, **options):
-    return parts.convert(
-        parts.ConvertOptions(base=str(base), adapters=tuple(adapters), **options)
+    return lf.io.convert(
+        lf.io.ConvertOptions(base=str(base), adapters=tuple(adapters), **options)
     )
 
 
@@ -139,7 +139,7 @@ def _assert_holds(pool, config, folders, scalings):
     """Compare with the files: dW is scaling * B A of each module, and zero where an adapter has none."""
     for n, (folder, scaling) in enumerate(zip(folders, scalings, strict=True)):
         tensors = load_file(Path(folder) / "adapter_model.safetensors")
-        for path in parts.linear_shapes(config):
+        for path in lf.models.linear_shapes(config):
             site, layer = places(config)[path]
             a, b = (
                 tensors.get(f"base_model.model.{path}.lora_{kind}.weight")
@@ -207,7 +207,7 @@ def test_dtypes_of_a_pool(base, adapter, tmp_path, dtype):
     _convert(base, [folder], out=tmp_path / "pool")
     pool = load_pool(tmp_path / "pool", dtype=dtype)
     _assert_same_pool(read_pool([folder], read_config(base), dtype=dtype), pool)
-    read = parts.read_adapter(folder)
+    read = lf.io.read_adapter(folder)
     site, layer = places(read_config(base))[_Q]
     a, b = read.factors[_Q]
     np.testing.assert_array_equal(pool.A[site][layer, 0], a.T.astype(dtype))
@@ -246,8 +246,8 @@ def test_an_adapter_of_a_pool_is_its_source(base, adapter, tmp_path):
     assert [entry["dtype"] for entry in entries] == kinds
     for entry, folder in zip(entries, map(Path, folders), strict=True):
         _assert_same_adapter(tmp_path / "pool" / entry["folder"], folder)
-        parts.resave(
-            parts.ConvertedPool(tmp_path / "pool").adapter(folder.name),
+        lf.io.resave(
+            lf.io.ConvertedPool(tmp_path / "pool").adapter(folder.name),
             tmp_path / "again" / folder.name,
         )
         _assert_same_adapter(tmp_path / "again" / folder.name, folder)
@@ -257,7 +257,7 @@ def test_an_adapter_of_a_pool_is_its_source(base, adapter, tmp_path):
     with pytest.raises(
         ValueError, match="has no adapter 'other': it holds plain, half"
     ):
-        parts.ConvertedPool(tmp_path / "pool").adapter("other")
+        lf.io.ConvertedPool(tmp_path / "pool").adapter("other")
 
 
 def test_a_dora_adapter_alone(base, adapter, tmp_path):
@@ -298,7 +298,7 @@ def test_the_manifest(base, adapter, tmp_path, capsys):
         adapter("wide", r=5, targets=("block.1.layer.0.SelfAttention.q",)),
     ]
     returned = _convert(base, folders, out=tmp_path / "pool")
-    manifest = parts.ConvertedPool(tmp_path / "pool").manifest
+    manifest = lf.io.ConvertedPool(tmp_path / "pool").manifest
     assert manifest == returned
     one, wide = manifest["adapters"]
     assert (one["name"], one["source"], one["folder"]) == (
@@ -425,7 +425,7 @@ def test_one_bad_adapter_stops_everything_or_is_left_out_and_listed(
         "adapters/0000",
         "adapters/0001",
     ]
-    (skipped,) = parts.ConvertedPool(tmp_path / "pool").manifest["skipped"]
+    (skipped,) = lf.io.ConvertedPool(tmp_path / "pool").manifest["skipped"]
     assert skipped["source"] == bad and "holds NaN" in skipped["reason"]
     assert f"left out {skipped['reason']}" in _printed(
         capsys, base, [good, bad, last], "--skip-bad", "--dry-run"
@@ -455,7 +455,7 @@ def test_what_a_pool_would_hold_is_finite(
     shape = (2, 8) if kind == "lora_A" else (6, 2)
     paths = [
         path
-        for path in parts.linear_shapes(read_config(base))
+        for path in lf.models.linear_shapes(read_config(base))
         if path.endswith((".q", ".v"))
     ]
     key = f"base_model.model.{_Q}.{kind}.weight"
@@ -473,14 +473,14 @@ def test_what_a_pool_would_hold_is_finite(
             load_pool(tmp_path / "pool").B[site][layer, 0], 2 * value, rtol=1e-6
         )
         return
-    with pytest.raises(parts.AdapterError, match=f"^{folder}: {_Q}.{message}"):
+    with pytest.raises(lf.io.AdapterError, match=f"^{folder}: {_Q}.{message}"):
         read_pool([folder], read_config(base), dtype=pool)
     if pool == "float32":
         _refused(f"^{folder}: {_Q}.{message}", base, [folder], out=tmp_path / "pool")
         assert not (tmp_path / "pool").exists()
         return
     _convert(base, [folder], out=tmp_path / "pool")  # which holds float32
-    with pytest.raises(parts.AdapterError, match=f"{_Q}.{message}"):
+    with pytest.raises(lf.io.AdapterError, match=f"{_Q}.{message}"):
         load_pool(tmp_path / "pool", dtype="bfloat16")
 
 
@@ -553,7 +553,7 @@ def test_a_manifest_that_was_edited_is_refused(one_pool, tmp_path, change, messa
     shutil.copytree(one_pool, folder)
     original = (folder / "manifest.json").read_bytes()
     _edit_manifest(folder, change, sign=False)
-    for read in (load_pool, parts.open_pool):
+    for read in (load_pool, lf.io.open_pool):
         with pytest.raises(
             ValueError,
             match=r"manifest\.json: damaged or altered, its SHA-256 is not the one",
@@ -562,7 +562,7 @@ def test_a_manifest_that_was_edited_is_refused(one_pool, tmp_path, change, messa
     # Even a manifest with the right digest is compared with the files.
     (folder / "manifest.json").write_bytes(original)
     _edit_manifest(folder, change, sign=True)
-    for read in (load_pool, lambda pool: parts.ConvertedPool(pool).adapter("one")):
+    for read in (load_pool, lambda pool: lf.io.ConvertedPool(pool).adapter("one")):
         with pytest.raises(ValueError, match=message):
             read(folder)
 
@@ -594,7 +594,7 @@ def test_names_that_are_not_utf8_are_refused_before_a_write(
     _refused(message, base, [other, folder], out=out, skip_bad=skip_bad)
     _refused(message, base, [other], out=Path(f"{out}\udcff"))
     with pytest.raises(ValueError, match=message):
-        parts.open_pool(tmp_path, str(base)).load()
+        lf.io.open_pool(tmp_path, str(base)).load()
     with pytest.raises(SystemExit):
         main(["convert", "--base", str(base), "--adapters", folder, "--out", str(out)])
     assert (
@@ -616,15 +616,15 @@ def test_options_of_adapters_without_adapters_are_refused(base, adapter, tmp_pat
             ValueError,
             match=f"--{flag.replace('_', '-')}: only for adapters that are converted",
         ):
-            parts.convert(parts.ConvertOptions(out=pool, basis=2, **options))
+            lf.io.convert(lf.io.ConvertOptions(out=pool, basis=2, **options))
     assert not (pool / "basis").exists()
 
 
 def test_a_converted_pool_is_projected_on_the_basis_of_another(base, adapter, tmp_path):
     _convert(base, [adapter("one"), adapter("two")], out=tmp_path / "old", basis=2)
     _convert(base, [adapter("three")], out=tmp_path / "new")
-    parts.convert(
-        parts.ConvertOptions(out=tmp_path / "new", basis_from=tmp_path / "old")
+    lf.io.convert(
+        lf.io.ConvertOptions(out=tmp_path / "new", basis_from=tmp_path / "old")
     )
     assert load_basis(tmp_path / "new").names == ("one", "two", "three")
 
@@ -699,13 +699,13 @@ def test_the_list_of_lorahubs_adapters_comes_with_the_package(
 def test_casting(base, adapter, tmp_path):
     folder = adapter("one")
     _convert(base, [folder], out=tmp_path / "pool", dtype="bfloat16")
-    manifest = parts.ConvertedPool(tmp_path / "pool").manifest
+    manifest = lf.io.ConvertedPool(tmp_path / "pool").manifest
     assert (
         manifest["cast_to"] == "bfloat16"
         and manifest["adapters"][0]["dtype"] == "bfloat16"
     )
-    got = parts.ConvertedPool(tmp_path / "pool").adapter("one")
-    want = parts.read_adapter(folder)
+    got = lf.io.ConvertedPool(tmp_path / "pool").adapter("one")
+    want = lf.io.read_adapter(folder)
     for path, pair in want.factors.items():
         for a, b in zip(got.factors[path], pair, strict=True):
             np.testing.assert_array_equal(a, b.astype(ml_dtypes.bfloat16))
@@ -731,7 +731,7 @@ def test_weights_of_the_base_inside_an_adapter(base, adapter, tmp_path):
         "shared.weight, equal to the base's" in note
         for note in manifest["adapters"][0]["notes"]
     )
-    again = parts.ConvertedPool(tmp_path / "pool").adapter("same")
+    again = lf.io.ConvertedPool(tmp_path / "pool").adapter("same")
     np.testing.assert_array_equal(again.kept["base_model.model.shared.weight"], shared)
     other = adapter("other", extra={"base_model.model.shared.weight": shared + 1})
     _refused("unlike the base's shared.weight", base, [other], dry_run=True)
@@ -818,7 +818,7 @@ def test_names_of_bases_show_whether_an_adapter_belongs_to_this_one(
             _refused(message, base, [folder], out=tmp_path / "pool")
             assert not (tmp_path / "pool").exists()
             with pytest.raises(ValueError, match=message):
-                parts.open_pool(tmp_path, str(base)).load(["one"])
+                lf.io.open_pool(tmp_path, str(base)).load(["one"])
         manifest = _convert(base, [two, folder], dry_run=True, skip_bad=True)
         assert [entry["name"] for entry in manifest["adapters"]] == ["two", "one"][
             : 1 if outcome == "refused" else 2
@@ -881,31 +881,31 @@ def test_a_damaged_pool_is_refused_by_its_file(base, adapter, tmp_path):
         load_pool(tmp_path)
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(ValueError, match="lists no adapters: give a pool"):
-        parts.open_pool(tmp_path)
+        lf.io.open_pool(tmp_path)
 
 
 def test_a_pool_of_another_base(base, adapter, tmp_path):
     _convert(base, [adapter("one")], out=tmp_path / "pool")
-    parts.open_pool(tmp_path / "pool", str(base))
+    lf.io.open_pool(tmp_path / "pool", str(base))
     (base / "config.json").write_text(json.dumps(_SIZES | {"d_kv": 4}))
     message = r"converted for .*base: encoder\.self\.q is Site\(layers=3, d_in=8, d_out=6\) there and .*d_out=8"
     with pytest.raises(ValueError, match=message):
-        parts.open_pool(tmp_path / "pool", str(base))
+        lf.io.open_pool(tmp_path / "pool", str(base))
     (base / "config.json").write_text(
         json.dumps(_SIZES | {"feed_forward_proj": "relu"})
     )
     with pytest.raises(
         ValueError, match=r"encoder\.ff\.wi_0 is Site.* there and None here"
     ):
-        parts.open_pool(tmp_path / "pool", str(base))
+        lf.io.open_pool(tmp_path / "pool", str(base))
 
 
 def test_a_folder_of_peft_adapters_opens_like_a_converted_pool(base, adapter, tmp_path):
     folders = [adapter("one"), adapter("wide", r=5)]
     folder = Path(folders[0]).parent
     _convert(base, folders, out=tmp_path / "pool")
-    converted = parts.open_pool(tmp_path / "pool", str(base))
-    plain = parts.open_pool(folder, str(base))
+    converted = lf.io.open_pool(tmp_path / "pool", str(base))
+    plain = lf.io.open_pool(folder, str(base))
     for pool in (converted, plain):
         assert (pool.names, pool.largest_rank, pool.targets) == (
             ("one", "wide"),
@@ -914,21 +914,21 @@ def test_a_folder_of_peft_adapters_opens_like_a_converted_pool(base, adapter, tm
         )
         assert pool.config.sites == read_config(base).sites
     _assert_same_pool(plain.load(["wide", 0]), converted.load(["wide", 0]))
-    assert parts.open_pool(folder).names == plain.names
+    assert lf.io.open_pool(folder).names == plain.names
     with pytest.raises(
         ValueError, match="which are read for a base model: give its base"
     ):
-        parts.open_pool(folder).load()
+        lf.io.open_pool(folder).load()
     with pytest.raises(
         ValueError, match=r"nothing is not a pool: give one of `lorafusion convert`"
     ):
-        parts.open_pool(tmp_path / "nothing")
+        lf.io.open_pool(tmp_path / "nothing")
     shutil.copytree(
         folders[0], folder / ".new.partial"
     )  # as a command that is killed leaves it
-    assert parts.open_pool(folder).names == plain.names
+    assert lf.io.open_pool(folder).names == plain.names
     # An adapter behind a link has the name of the link.
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "mine").symlink_to(folders[0], target_is_directory=True)
-    pool = parts.open_pool(tmp_path / "linked", str(base))
+    pool = lf.io.open_pool(tmp_path / "linked", str(base))
     assert pool.load().names == pool.names == ("mine",)

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 
 from lorafusion_jax import cli
-from lorafusion_jax.io import checkpoint
-from lorafusion_jax.parts import RunFolder, new_folder, write, writing
+from lorafusion_jax.io import checkpoint, new_folder
 from lorafusion_jax.report import write_text
-from lorafusion_jax.support.writing import WriteError
+from lorafusion_jax.runs import RunFolder
+from lorafusion_jax.support.writing import WriteError, write, writing
 from lorafusion_jax.trials import append_rows, read_rows
 
 _ADVICE = {

@@ -11,7 +11,6 @@ import tiny
 from flax import nnx
 
 import lorafusion_jax as lf
-from lorafusion_jax import parts
 from lorafusion_jax.adapters.coefficients import shape
 from lorafusion_jax.models.layers import Linear
 
@@ -66,7 +65,7 @@ def _in_peft(config, tensors):
         rank = config.get("rank_pattern", {}).get(path, config["r"])
         alpha = config.get("alpha_pattern", {}).get(path, config["lora_alpha"])
         assert (len(A), *B.shape[1:]) == (rank, rank)
-        assert (A.shape[1], B.shape[0]) == parts.linear_shapes(_MODEL.config)[path]
+        assert (A.shape[1], B.shape[0]) == lf.models.linear_shapes(_MODEL.config)[path]
         W = _kernel(*paths[path]).T + alpha / rank * B @ A
         if m:
             W = W * (m[0] / np.linalg.norm(W, axis=1))[:, None]
@@ -93,11 +92,11 @@ def test_a_fusion_is_one_adapter(composition, granularity, magnitudes, ranks):
         s: jnp.asarray(rng.uniform(0.5, 2, (b.shape[0], b.shape[3])), jnp.float32)
         for s, b in pool.B.items()
     }
-    config, tensors = parts.fused_adapter(
+    config, tensors = lf.io.fused_adapter(
         _MODEL.config,
         pool,
         jnp.array(_INDEX),
-        parts.expand(c, pool, granularity),
+        lf.adapters.expand(c, pool, granularity),
         composition,
         base="some/base",
         magnitudes=m if magnitudes else None,
@@ -131,14 +130,14 @@ def test_a_fusion_is_one_adapter(composition, granularity, magnitudes, ranks):
 def test_a_quantised_pool_exports_what_it_computes(composition):
     pool = tiny.pool(4).quantised("nf4")
     plain = {
-        f: {s: parts.dense(w, jnp.float32) for s, w in getattr(pool, f).items()}
+        f: {s: lf.models.dense(w, jnp.float32) for s, w in getattr(pool, f).items()}
         for f in ("A", "B")
     }
-    spread = parts.expand(tiny.coefficients((3, 5)), pool, "block")
-    exported = parts.fused_adapter(
+    spread = lf.adapters.expand(tiny.coefficients((3, 5)), pool, "block")
+    exported = lf.io.fused_adapter(
         _MODEL.config, pool, jnp.array(_INDEX), spread, composition, base="b"
     )
-    wanted = parts.fused_adapter(
+    wanted = lf.io.fused_adapter(
         _MODEL.config,
         dataclasses.replace(pool, **plain),
         jnp.array(_INDEX),
@@ -161,7 +160,7 @@ def test_a_lora_is_a_plain_adapter():
         for site, s in _MODEL.config.sites.items()
         if site.endswith((".o", "wi_1"))
     }
-    config, tensors = parts.lora_adapter(_MODEL.config, adapters, base="b")
+    config, tensors = lf.io.lora_adapter(_MODEL.config, adapters, base="b")
     assert (config["r"], config["lora_alpha"], config["use_dora"]) == (3, 3, False)
     found = _in_peft(config, tensors)
     assert found.keys() == {
@@ -188,8 +187,8 @@ def test_magnitudes_of_either_sign_and_zero_start_the_next_fusion(tmp_path, magn
         s: m * jnp.asarray(rng.choice([-1.2, 0.0, 0.8], m.shape), jnp.float32)
         for s, m in params["magnitudes"].items()
     }
-    spread = parts.expand(params["coefficients"], pool, "block")
-    written = parts.fused_adapter(
+    spread = lf.adapters.expand(params["coefficients"], pool, "block")
+    written = lf.io.fused_adapter(
         _MODEL.config,
         pool,
         index,
@@ -198,7 +197,7 @@ def test_magnitudes_of_either_sign_and_zero_start_the_next_fusion(tmp_path, magn
         base="b",
         magnitudes=params["magnitudes"],
     )
-    parts.write_adapter(tmp_path / "fused", *written)
+    lf.io.write_adapter(tmp_path / "fused", *written)
     again = lf.read_pool([str(tmp_path / "fused")], _MODEL.config)
     frozen_again = lf.Frozen(
         base,
@@ -213,7 +212,7 @@ def test_magnitudes_of_either_sign_and_zero_start_the_next_fusion(tmp_path, magn
     _close(_logits(_MODEL, adapters), _logits(_MODEL, wanted))
     # And exported again it is the same adapter.
     one = {s: jnp.ones((rank.shape[0], 1, 1)) for s, rank in again.rank.items()}
-    config, tensors = parts.fused_adapter(
+    config, tensors = lf.io.fused_adapter(
         _MODEL.config,
         again,
         jnp.arange(1),
@@ -244,7 +243,7 @@ def _fused(model, composition):
 @functools.partial(jax.jit, static_argnums=0)
 def _run(graph, weights, adapters):
     batch = tiny.batch()
-    start = parts.decoder_inputs(batch.labels, start_id=0, pad_id=0)
+    start = lf.models.decoder_inputs(batch.labels, start_id=0, pad_id=0)
     return nnx.merge(graph, weights)(batch.input_ids, batch.input_mask, start, adapters)
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorafusion_jax as lf
-from lorafusion_jax.parts import open_base
+from lorafusion_jax.io import open_base
 
 _BASE = one_block.SMALL / "base"
 _TEXTS = (

@@ -33,20 +33,14 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
+from lorafusion_jax.estimates import shape_config
+from lorafusion_jax.io import ConvertOptions, convert, open_base, write_adapter
 from lorafusion_jax.io.gguf.base import GGUFBase
 from lorafusion_jax.io.gguf.reader import read_gguf
 from lorafusion_jax.io.gguf.tokenizer import build_tokenizer
 from lorafusion_jax.io.gguf.write import write_lora, write_merged
-from lorafusion_jax.parts import (
-    ConvertOptions,
-    ExportOptions,
-    convert,
-    dense,
-    export,
-    open_base,
-    shape_config,
-    write_adapter,
-)
+from lorafusion_jax.models import dense
+from lorafusion_jax.runs import ExportOptions, export
 from lorafusion_jax.runs.merge import MergeOptions, merge
 
 

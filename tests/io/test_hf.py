@@ -17,9 +17,10 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
+from lorafusion_jax.io import open_base
+from lorafusion_jax.models import T5Config, dense, linear_shapes
 from lorafusion_jax.models.registry import family_of
 from lorafusion_jax.models.weights import QUANTISED_TYPES
-from lorafusion_jax.parts import T5Config, dense, linear_shapes, open_base
 
 _JSON = {
     "model_type": "t5",

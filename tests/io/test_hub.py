@@ -8,8 +8,8 @@ import pytest
 from hub_server import TOKEN
 
 from lorafusion_jax import LowRank, load_tokenizer, read_config
+from lorafusion_jax.io import lora_adapter, read_adapter
 from lorafusion_jax.io.source import resolve
-from lorafusion_jax.parts import lora_adapter, read_adapter
 from lorafusion_jax.tasks import load_task
 
 

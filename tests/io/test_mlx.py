@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import lorafusion_jax as lf
-from lorafusion_jax.parts import ConvertOptions, convert, read_adapter
+from lorafusion_jax.io import ConvertOptions, convert, read_adapter
 
 
 @pytest.mark.parametrize("name", ["lora", "dora"])

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from lorafusion_jax.parts import read_adapter
+from lorafusion_jax.io import read_adapter
 
 
 def _of_peft(test):

@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from lorafusion_jax.parts import AdapterError, read_adapter, resave, write_adapter
+from lorafusion_jax.io import AdapterError, read_adapter, resave, write_adapter
 
 _Q = "encoder.block.0.layer.0.SelfAttention.q"
 _V = "decoder.block.1.layer.1.EncDecAttention.v"

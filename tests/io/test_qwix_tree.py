@@ -11,7 +11,7 @@ import qwix
 from flax import nnx
 from safetensors.numpy import save_file
 
-from lorafusion_jax.parts import ConvertOptions, convert, read_adapter
+from lorafusion_jax.io import ConvertOptions, convert, read_adapter
 
 # Of the base `fusion/llama`: width, heads, heads of keys, of a head, of the MLP.
 _D = 64

@@ -17,7 +17,8 @@ import small_llama
 from safetensors.numpy import save_file
 
 import lorafusion_jax as lf
-from lorafusion_jax.parts import linear_shapes, open_base, read_adapter
+from lorafusion_jax.io import open_base, read_adapter
+from lorafusion_jax.models import linear_shapes
 
 _ROWS = json.loads(Path(__file__).with_name("real_adapters.json").read_text())
 _LAYERS = 6

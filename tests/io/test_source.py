@@ -9,9 +9,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from lorafusion_jax import read_config
+from lorafusion_jax.io import read_adapter, source
 from lorafusion_jax.io import safetensors as safetensors_map
-from lorafusion_jax.io import source
-from lorafusion_jax.parts import read_adapter
 
 _POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:fd6a\nsize 1049\n"
 

@@ -8,8 +8,8 @@ import small_llama
 from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
+from lorafusion_jax.io import open_base, write_adapter
 from lorafusion_jax.models.decoder import FAMILY
-from lorafusion_jax.parts import open_base, write_adapter
 
 _TEXT = small_llama.CONFIG | {
     "vocab_size": 40,

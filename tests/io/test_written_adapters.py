@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from lorafusion_jax.parts import open_base, read_adapter
+from lorafusion_jax.io import open_base, read_adapter
 
 _Q = "model.layers.0.self_attn.q_proj"
 _DOWN = "model.layers.11.mlp.down_proj"

@@ -14,13 +14,9 @@ import small_llama
 from flax import nnx
 
 from lorafusion_jax import cli, fuse, kernels, load_base, save_base
-from lorafusion_jax.parts import (
-    ExportOptions,
-    export,
-    open_pool,
-    run_path,
-    set_matrices,
-)
+from lorafusion_jax.io import open_pool
+from lorafusion_jax.models import set_matrices
+from lorafusion_jax.runs import ExportOptions, export, run_path
 
 pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lorafusion_jax import parts
+import lorafusion_jax as lf
 from lorafusion_jax.tasks import Encoded
 
 
@@ -34,7 +34,7 @@ def test_layers_are_unrolled_for_long_trainings_in_little_memory(
     shape, length, epochs, packed, unrolled
 ):
     rng = np.random.default_rng(0)
-    config = parts.known_shapes()[shape]
+    config = lf.models.known_shapes()[shape]
     inputs = tuple(
         np.zeros(rng.integers(length // 2, length), np.int32) for _ in range(100)
     )
@@ -42,8 +42,8 @@ def test_layers_are_unrolled_for_long_trainings_in_little_memory(
     orders = np.stack(
         [rng.permutation(100).astype(np.int32).reshape(10, 10) for _ in range(epochs)]
     )
-    packing = parts.packing_of(config, on_cpu=True) if packed else None
+    packing = lf.loading.packing_of(config, on_cpu=True) if packed else None
     assert (
-        parts.pays_unrolled(config, encoded, orders.reshape(1, -1, 10), packing)
+        lf.loading.pays_unrolled(config, encoded, orders.reshape(1, -1, 10), packing)
         == unrolled
     )

@@ -12,14 +12,8 @@ import tiny
 from flax import nnx
 
 import lorafusion_jax as lf
-from lorafusion_jax.parts import (
-    FullFineTuning,
-    Magnitudes,
-    MeanFusion,
-    VeRA,
-    load_arrays,
-    save_arrays,
-)
+from lorafusion_jax.io import load_arrays, save_arrays
+from lorafusion_jax.methods import FullFineTuning, Magnitudes, MeanFusion, VeRA
 
 _MODEL = tiny.t5()
 _KERNELS = lf.kernels(_MODEL)

@@ -11,7 +11,6 @@ import recipes
 from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
-from lorafusion_jax import parts
 from lorafusion_jax.estimates.params import counts
 from lorafusion_jax.tasks import load_task, split
 
@@ -110,8 +109,8 @@ def test_a_run_reports_and_counts_and_is_evaluated_alike(method, runs):
     options, results = runs(method)
     seeds = _SEEDS[:1] if method == "zero-shot" else _SEEDS
     assert [row["seed"] for row in results["seeds"]] == list(seeds)
-    assert _strict((parts.run_path(options) / "results.json").read_text()) == results
-    for line in parts.RunFolder(parts.run_path(options)).metrics():
+    assert _strict((lf.runs.run_path(options) / "results.json").read_text()) == results
+    for line in lf.runs.RunFolder(lf.runs.run_path(options)).metrics():
         _strict(json.dumps(line))
     forward = 0
     backward = 0
@@ -156,7 +155,7 @@ def test_a_run_reports_and_counts_and_is_evaluated_alike(method, runs):
             "cat",
         )
         assert len(row["modules"]) == (2 if pooled else 0)
-    rows = parts.evaluate_run(parts.EvaluateOptions(run=parts.run_path(options)))
+    rows = lf.runs.evaluate_run(lf.runs.EvaluateOptions(run=lf.runs.run_path(options)))
     assert rows == [
         {k: s[k] for k in ("seed", "exact_match", "option_accuracy", "loss")}
         for s in results["seeds"]
@@ -180,9 +179,9 @@ def test_methods_differ(methods, runs):
 
 def test_the_best_single_module_is_the_one_of_least_loss(runs):
     options, results = runs("single")
-    folder = parts.run_path(options)
+    folder = lf.runs.run_path(options)
     _, params, _ = lf.load_run(folder)
-    lines = parts.RunFolder(folder).metrics()
+    lines = lf.runs.RunFolder(folder).metrics()
     for s, seed in enumerate(results["seeds"]):
         tried = [line for line in lines if line["seed"] == seed["seed"]]
         assert [line["module"] for line in tried] == seed["modules"]
@@ -224,9 +223,9 @@ def test_only_a_seeds_own_five_rows_count(method, small, tmp_path):
 
 def _exported(runs, method, form, tmp_path) -> dict[str, np.ndarray]:
     options, _ = runs(method)
-    parts.export(
-        parts.ExportOptions(
-            out=tmp_path / form, run=parts.run_path(options), seed=2, format=form
+    lf.runs.export(
+        lf.runs.ExportOptions(
+            out=tmp_path / form, run=lf.runs.run_path(options), seed=2, format=form
         )
     )
     (file,) = (tmp_path / form).glob("*.safetensors")
@@ -328,7 +327,7 @@ def test_a_dora_adapter_is_refused_where_its_magnitudes_have_no_place(
     options = _options(small, tmp_path, method, pool=str(tmp_path / "pool"))
     with pytest.raises(ValueError, match=r"DoRA adapter.* magnitudes"):
         lf.fuse(options)
-    assert not parts.run_path(options).exists()
+    assert not lf.runs.run_path(options).exists()
 
 
 def test_methods_without_an_adapter_are_not_exported(runs, tmp_path):
@@ -338,9 +337,9 @@ def test_methods_without_an_adapter_are_not_exported(runs, tmp_path):
     ):
         _exported(runs, "few-shot", "adapter", tmp_path)
     with pytest.raises(ValueError, match="of few-shot, which needs rows of its task"):
-        parts.generate_lines(
-            parts.GenerateOptions(
-                run=parts.run_path(runs("few-shot")[0]), file=tmp_path / "text"
+        lf.runs.generate_lines(
+            lf.runs.GenerateOptions(
+                run=lf.runs.run_path(runs("few-shot")[0]), file=tmp_path / "text"
             )
         )
     assert not (tmp_path / "adapter").exists()
@@ -363,13 +362,13 @@ def test_arrays_hold_what_a_run_reads(runs):
         options, results = runs(method)
         # Of the base, the values alone are in arrays: every kind of matrix is a program of its own.
         digital = ("head", "*.ff.*", "*.q", "*.k", "*.o")
-        asked = parts.EvaluateOnChipsOptions(
-            run=parts.run_path(options),
+        asked = lf.hardware.EvaluateOnChipsOptions(
+            run=lf.runs.run_path(options),
             crossbar="isaac",
             calibration_rows=4,
             keep_digital=digital,
         )
-        found = parts.report_on_chips(asked)
+        found = lf.hardware.report_on_chips(asked)
         for digital, row in zip(found["digital"], results["seeds"], strict=True):
             assert digital["loss"] == pytest.approx(row["loss"], rel=1e-5)
         for on_chip, row in zip(
@@ -435,4 +434,4 @@ def test_bad_options_stop_before_anything_is_written(small, tmp_path):
         options = _options(small, tmp_path, method, **changes)
         with pytest.raises(ValueError, match=message):
             lf.fuse(options)
-        assert not parts.run_path(options).exists()
+        assert not lf.runs.run_path(options).exists()

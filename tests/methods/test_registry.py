@@ -21,27 +21,24 @@ from recipes import recipe
 import lorafusion_jax as lf
 from lorafusion_jax.cli import main
 from lorafusion_jax.crossbar import PRESETS as CROSSBARS
-from lorafusion_jax.estimates.params import counts, trainable_count
-from lorafusion_jax.methods import Built, fields_of, find
-from lorafusion_jax.methods.entry import PlannedPool
-from lorafusion_jax.models.t5.config import SHAPES
-from lorafusion_jax.parts import (
+from lorafusion_jax.estimates import (
     CostOptions,
-    Magnitudes,
-    MeanFusion,
     Settings,
     Shape,
-    VeRA,
     bills,
     plan,
-    recipe_rates,
     state_bytes,
     step_flops,
     trained_numbers,
     update_of,
     workload,
 )
+from lorafusion_jax.estimates.params import counts, trainable_count
+from lorafusion_jax.methods import Built, Magnitudes, MeanFusion, VeRA, fields_of, find
+from lorafusion_jax.methods.entry import PlannedPool
+from lorafusion_jax.models.t5.config import SHAPES
 from lorafusion_jax.tasks import load_task
+from lorafusion_jax.training import recipe_rates
 
 _SMALL = SHAPES["t5-small"]
 _POOL = tiny.pool(2)

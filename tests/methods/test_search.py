@@ -18,7 +18,7 @@ import lorafusion_jax as lf
 from lorafusion_jax.methods import cma, find, lorahub
 from lorafusion_jax.methods.entry import SearchJob
 from lorafusion_jax.methods.mean import single_losses
-from lorafusion_jax.parts import T5, T5Config
+from lorafusion_jax.models import T5, T5Config
 from lorafusion_jax.tasks import IGNORED
 
 _SEEDS = (1, 2)

@@ -8,8 +8,8 @@ import tiny
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
+from lorafusion_jax.models import Decoder, decoder_inputs
 from lorafusion_jax.models.decoder import FAMILY
-from lorafusion_jax.parts import Decoder, decoder_inputs
 
 _TOKENS = jnp.array([[5, 9, 4, 7], [3, 3, 8, 6]])
 _IDS = jnp.array([[3, 5, 7, 2, 9], [4, 8, 6, 0, 0]])

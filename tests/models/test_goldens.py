@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 import lorafusion_jax as lf
-from lorafusion_jax.parts import cross_entropy
+from lorafusion_jax.training import cross_entropy
 
 _KINDS = ("t5a", "t5b", "llama")
 _LORAS = ("lora_0", "lora_1", "lora_2", "lora_3")

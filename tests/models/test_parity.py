@@ -18,16 +18,10 @@ from flax import nnx
 from peft_models import Fused, fused
 
 import lorafusion_jax as lf
-from lorafusion_jax.parts import (
-    Model,
-    Params,
-    cross_entropy,
-    expand,
-    fused_adapter,
-    linear_shapes,
-    lora_adapter,
-    write_adapter,
-)
+from lorafusion_jax.adapters import expand
+from lorafusion_jax.io import fused_adapter, lora_adapter, write_adapter
+from lorafusion_jax.models import Model, linear_shapes
+from lorafusion_jax.training import Params, cross_entropy
 
 pytestmark = pytest.mark.peft
 

@@ -14,7 +14,6 @@ import tiny
 from flax import nnx
 
 import lorafusion_jax as lf
-from lorafusion_jax import parts
 from lorafusion_jax.models.qwen3_5.delta_rule import CHUNK, delta_rule
 from lorafusion_jax.models.registry import family_of_json
 from lorafusion_jax.training.mesh import make_mesh, on_mesh
@@ -120,12 +119,12 @@ def test_lora_on_the_convolution_is_refused_by_name(tmp_path):
         f"base_model.model.{path}.{name}.weight": np.ones(shape, np.float32)
         for name, shape in shapes.items()
     }
-    parts.write_adapter(tmp_path / "lora", fields, tensors)
+    lf.io.write_adapter(tmp_path / "lora", fields, tensors)
     with pytest.raises(
         ValueError, match=r"layers\.0\.linear_attn\.conv1d.*LoRA on a convolution"
     ):
-        parts.convert(
-            parts.ConvertOptions(
+        lf.io.convert(
+            lf.io.ConvertOptions(
                 base=str(base),
                 adapters=(str(tmp_path / "lora"),),
                 out=tmp_path / "pool",
@@ -161,7 +160,7 @@ def test_a_mesh_that_splits_matrices_has_the_loss_and_gradients_of_one_device():
         def value_and_grad(base):
             def loss(base):
                 logits = nnx.merge(graph, base).label_logits(ids, ids > 20, labels, {})
-                return parts.cross_entropy(logits, labels)
+                return lf.training.cross_entropy(logits, labels)
 
             return jax.value_and_grad(loss)(base)
 
@@ -199,9 +198,9 @@ def test_a_fusion_on_a_plain_base_and_on_arrays(tmp_path):
         tensors = tiny.lora_tensors(
             lf.read_config(base), lambda shape: rng.normal(size=shape, scale=0.1)
         )
-        parts.write_adapter(Path(adapter), fields, tensors)
-    parts.convert(
-        parts.ConvertOptions(base=str(base), adapters=adapters, out=tmp_path / "pool")
+        lf.io.write_adapter(Path(adapter), fields, tensors)
+    lf.io.convert(
+        lf.io.ConvertOptions(base=str(base), adapters=adapters, out=tmp_path / "pool")
     )
     rows = [
         {"input": f"{'the ' * (i % 3)}{word}", "target": word[::-1]}
@@ -226,15 +225,15 @@ def test_a_fusion_on_a_plain_base_and_on_arrays(tmp_path):
         "pool": str(tmp_path / "pool"),
         "out": tmp_path / "chips",
     }
-    parts.write_chips(
-        parts.ProgramOptions(
+    lf.hardware.write_chips(
+        lf.hardware.ProgramOptions(
             **chips,
             crossbar="isaac",
             keep_digital=("*.mlp.*", "*.in_proj_z", "*.k_proj"),
         )
     )
-    results = parts.report_on_chips(
-        parts.EvaluateOnChipsOptions(
+    results = lf.hardware.report_on_chips(
+        lf.hardware.EvaluateOnChipsOptions(
             run=tmp_path / "run",
             crossbar=str(tmp_path / "chips"),
             norm="programmed",

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorafusion_jax import Sampling, generate
+from lorafusion_jax.models import GREEDY, begin
 from lorafusion_jax.models.generate import next_token
-from lorafusion_jax.parts import GREEDY, begin
 
 _TOKENS = 6
 

@@ -10,7 +10,7 @@ import pytest
 import smollm2
 
 import lorafusion_jax as lf
-from lorafusion_jax.parts import open_base
+from lorafusion_jax.io import open_base
 
 
 def test_every_tensor_is_bit_equal(goldens):

@@ -11,8 +11,9 @@ import tiny
 from flax import nnx
 
 import lorafusion_jax as lf
+from lorafusion_jax.io import lora_adapter
+from lorafusion_jax.models import Unstacked, dense, set_matrices
 from lorafusion_jax.models.weights import embed, heads_matmul, unembed, unstacked
-from lorafusion_jax.parts import Unstacked, dense, lora_adapter, set_matrices
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -25,7 +25,6 @@ import tiny
 from flax import nnx
 
 import lorafusion_jax as lf
-from lorafusion_jax import parts
 from lorafusion_jax.runs.merge import MergeOptions, merge
 
 pytestmark = [pytest.mark.nightly, pytest.mark.programs]
@@ -134,7 +133,7 @@ def _export(folder: Path, name: str) -> _Export:
             "lora_alpha": rank,
             "target_modules": "all-linear",
         }
-        parts.write_adapter(folder / "pool" / adapter, fields, tensors)
+        lf.io.write_adapter(folder / "pool" / adapter, fields, tensors)
     # llama.cpp needs a token for every row of the embedding, as its converter writes them.
     tokens = {"tokens": [f"[PAD{i}]" for i in range(10)], "token_type": [5] * 10}
     more = {

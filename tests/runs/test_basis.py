@@ -11,7 +11,6 @@ import pytest
 import recipes
 
 import lorafusion_jax as lf
-from lorafusion_jax import parts
 from lorafusion_jax.cli import main
 from lorafusion_jax.loading.model import with_whole_modules
 from lorafusion_jax.runs.setup import check
@@ -22,8 +21,8 @@ def converted(small, tmp_path_factory) -> tuple[Path, Path]:
     """Base, and a converted pool of three modules with a basis of 24 directions."""
     (base, adapters), out = small, tmp_path_factory.mktemp("converted") / "pool"
     sources = tuple(str(path) for path in sorted(adapters.iterdir()))[:3]
-    parts.convert(
-        parts.ConvertOptions(base=str(base), adapters=sources, out=out, basis=24)
+    lf.io.convert(
+        lf.io.ConvertOptions(base=str(base), adapters=sources, out=out, basis=24)
     )
     return base, out
 
@@ -66,11 +65,15 @@ def test_a_run_in_a_basis_learns_and_is_evaluated_again(fused):
     }
     metrics = [
         json.loads(line)
-        for line in (parts.run_path(options) / "metrics.jsonl").read_text().splitlines()
+        for line in (lf.runs.run_path(options) / "metrics.jsonl")
+        .read_text()
+        .splitlines()
     ]
     losses = [row["loss"] for row in metrics if "loss" in row]
     assert losses[-1] < losses[0]
-    (again,) = parts.evaluate_run(parts.EvaluateOptions(run=parts.run_path(options)))
+    (again,) = lf.runs.evaluate_run(
+        lf.runs.EvaluateOptions(run=lf.runs.run_path(options))
+    )
     assert (again["exact_match"], again["loss"]) == (
         results["exact_match"],
         results["seeds"][0]["loss"],
@@ -83,12 +86,12 @@ def test_an_exported_adapter_and_a_merged_base_are_the_fusion(
 ):
     """A rank-16 DoRA adapter whose W + dW, rescaled, is the merged base's kernel."""
     options, _ = fused
-    parts.export(
-        parts.ExportOptions(run=parts.run_path(options), out=tmp_path / "adapter")
+    lf.runs.export(
+        lf.runs.ExportOptions(run=lf.runs.run_path(options), out=tmp_path / "adapter")
     )
-    parts.export(
-        parts.ExportOptions(
-            run=parts.run_path(options), out=tmp_path / "merged", format="merged"
+    lf.runs.export(
+        lf.runs.ExportOptions(
+            run=lf.runs.run_path(options), out=tmp_path / "merged", format="merged"
         )
     )
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
@@ -114,7 +117,7 @@ def test_modules_are_ranked_in_whole_or_inside_the_basis(converted, tmp_path):
     whole = tmp_path / "pool"
     shutil.copytree(converted[1], whole)
     shutil.rmtree(whole / "basis")
-    parts.convert(parts.ConvertOptions(out=whole, basis=48))
+    lf.io.convert(lf.io.ConvertOptions(out=whole, basis=48))
     chosen = {}
     for choose in ("gradient", "basis-gradient"):
         options = _options(
@@ -139,7 +142,9 @@ def test_modules_are_ranked_in_whole_or_inside_the_basis(converted, tmp_path):
         basis=48,
         control="random-factors",
     )
-    ranked = with_whole_modules(parts.load_model(control), control).problem.frozen.pool
+    ranked = with_whole_modules(
+        lf.loading.load_model(control), control
+    ).problem.frozen.pool
     np.testing.assert_array_equal(
         ranked.A["encoder.self.q"], lf.load_pool(whole).A["encoder.self.q"]
     )
@@ -156,9 +161,9 @@ def test_modules_are_ranked_in_whole_or_inside_the_basis(converted, tmp_path):
 
 
 def test_controls_project_the_modules_on_other_directions(converted, tmp_path):
-    own = parts.load_model(_options(converted, tmp_path)).problem.frozen.pool
+    own = lf.loading.load_model(_options(converted, tmp_path)).problem.frozen.pool
     for control in ("random-factors", "shuffled", "rotated", "svd"):
-        pool = parts.load_model(
+        pool = lf.loading.load_model(
             _options(converted, tmp_path, control=control)
         ).problem.frozen.pool
         assert (pool.names, pool.k) == (own.names, 16)
@@ -170,7 +175,7 @@ def test_controls_project_the_modules_on_other_directions(converted, tmp_path):
 
 def test_draws_of_a_rotated_control_differ(converted, tmp_path):
     draws = [
-        parts.load_model(
+        lf.loading.load_model(
             _options(converted, tmp_path, basis=None, control="rotated", control_draw=n)
         )
         for n in (0, 1)
@@ -207,7 +212,7 @@ def test_new_modules_join_an_existing_basis(small, converted, tmp_path, capsys):
     assert more.names == (*there.names, new.name)
     np.testing.assert_array_equal(more.U["encoder.self.q"], there.U["encoder.self.q"])
     options = _options((base, out), tmp_path, adapters=(new.name, there.names[0]))
-    assert parts.load_model(options).problem.frozen.pool.names == (
+    assert lf.loading.load_model(options).problem.frozen.pool.names == (
         there.names[0],
         new.name,
     )
@@ -222,9 +227,9 @@ def test_new_modules_join_an_existing_basis(small, converted, tmp_path, capsys):
 
 def test_a_plan_holds_the_basis_and_ranks_whole_modules(converted, tmp_path):
     def pool(**changes) -> str:
-        row = parts.describe_run(_options(converted, tmp_path, **changes)).splitlines()[
-            5
-        ]
+        row = lf.estimates.describe_run(
+            _options(converted, tmp_path, **changes)
+        ).splitlines()[5]
         return row.split("|")[8].strip()
 
     # Six matrices of 96 x 96: U, V and U^T W, the cores of two modules, ||W||^2; to rank them, the cores of all three.
@@ -234,7 +239,7 @@ def test_a_plan_holds_the_basis_and_ranks_whole_modules(converted, tmp_path):
     with pytest.raises(
         ValueError, match="24 directions, (and 25 are asked for|expected at least 25)"
     ):
-        parts.describe_run(_options(converted, tmp_path, basis=25))
+        lf.estimates.describe_run(_options(converted, tmp_path, basis=25))
 
 
 @pytest.mark.parametrize(
@@ -262,34 +267,34 @@ def test_a_pool_without_a_basis_names_the_command_that_makes_one(
     with pytest.raises(
         ValueError, match=r"24 directions, expected at least 25: .* convert --basis 25"
     ):
-        parts.load_model(_options(converted, tmp_path, basis=25))
+        lf.loading.load_model(_options(converted, tmp_path, basis=25))
     base, adapters = small
     with pytest.raises(
         ValueError,
         match=r"holds adapters, no basis: .* `lorafusion convert --basis 16`",
     ):
-        parts.load_model(_options((base, adapters), tmp_path))
+        lf.loading.load_model(_options((base, adapters), tmp_path))
     bare = tmp_path / "bare"
     other = tmp_path / "other"
     shutil.copytree(converted[1], bare, ignore=shutil.ignore_patterns("basis"))
     with pytest.raises(ValueError, match=r"has no basis: .* convert --basis 16 --out"):
-        parts.load_model(_options((base, bare), tmp_path))
+        lf.loading.load_model(_options((base, bare), tmp_path))
     with pytest.raises(ValueError, match="rank of at most 48"):
-        parts.convert(parts.ConvertOptions(out=bare, basis=49))
+        lf.io.convert(lf.io.ConvertOptions(out=bare, basis=49))
     assert not (bare / "basis").exists()
     with pytest.raises(ValueError, match="basis exists: move it away"):
-        parts.convert(parts.ConvertOptions(out=converted[1], basis=8))
+        lf.io.convert(lf.io.ConvertOptions(out=converted[1], basis=8))
     with pytest.raises(ValueError, match="give one of them"):
-        parts.convert(parts.ConvertOptions(out=bare, basis=8, basis_from=converted[1]))
+        lf.io.convert(lf.io.ConvertOptions(out=bare, basis=8, basis_from=converted[1]))
     names = lf.load_pool(converted[1]).names
-    parts.convert(
-        parts.ConvertOptions(
+    lf.io.convert(
+        lf.io.ConvertOptions(
             base=str(base), adapters=(str(sorted(adapters.iterdir())[3]),), out=other
         )
     )
     shutil.copytree(converted[1] / "basis", other / "basis")
     manifest = json.loads((other / "basis" / "manifest.json").read_text())
-    (own,) = parts.open_pool(other).names
+    (own,) = lf.io.open_pool(other).names
     manifest["metadata"]["modules"] = dict(
         zip((own, *names[1:]), manifest["metadata"]["modules"].values(), strict=True)
     )

@@ -8,7 +8,7 @@ import one_block
 import recipes
 
 import lorafusion_jax as lf
-from lorafusion_jax.parts import RunFolder
+from lorafusion_jax.runs import RunFolder
 from lorafusion_jax.runs.card import write_card
 
 _HOSTILE = '<img src=x onerror=run()> [free](http:evil) `|*"); import os; #\n# A title\n---\n\x1b[31m'

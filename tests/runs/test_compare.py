@@ -10,7 +10,7 @@ import pytest
 import recipes
 
 from lorafusion_jax import cli, fuse
-from lorafusion_jax.parts import run_path
+from lorafusion_jax.runs import run_path
 from lorafusion_jax.runs.compare import CompareOptions, compare
 
 

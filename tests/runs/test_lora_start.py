@@ -11,7 +11,7 @@ import pytest
 import recipes
 
 from lorafusion_jax import fuse, load_run
-from lorafusion_jax.parts import RunFolder, run_path
+from lorafusion_jax.runs import RunFolder, run_path
 from lorafusion_jax.runs.merge import MergeOptions, merge
 from lorafusion_jax.runs.run import HardwareSetup, run
 

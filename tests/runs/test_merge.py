@@ -19,7 +19,8 @@ from lorafusion_jax import (
     read_config,
 )
 from lorafusion_jax.cli import main
-from lorafusion_jax.parts import ExportOptions, export, read_adapter, write_adapter
+from lorafusion_jax.io import read_adapter, write_adapter
+from lorafusion_jax.runs import ExportOptions, export
 from lorafusion_jax.runs.merge import MergeOptions, merge
 
 _SMALL = Path(__file__).resolve().parents[2] / "examples" / "small"

@@ -17,7 +17,6 @@ import small_llama
 from flax import nnx
 
 import lorafusion_jax as lf
-from lorafusion_jax import parts
 from lorafusion_jax.loading.model import evaluation_worth
 from lorafusion_jax.runs import evaluate as evaluation
 from lorafusion_jax.tasks import Example, encode, eval_batches
@@ -76,11 +75,13 @@ def chat(base, task, tmp_path_factory) -> tuple[lf.FuseOptions, dict]:
 
 def test_a_run_with_a_chat_template_is_asked_as_it_was_trained(chat):
     options, _ = chat
-    folder = parts.run_path(options)
+    folder = lf.runs.run_path(options)
     assert json.loads((folder / "config.json").read_text())["options"]["chat"] is True
-    losses = [row["loss"] for row in parts.RunFolder(folder).metrics() if "loss" in row]
+    losses = [
+        row["loss"] for row in lf.runs.RunFolder(folder).metrics() if "loss" in row
+    ]
     assert losses[-1] < losses[0]
-    setup, _, _ = parts.load_to_evaluate(parts.EvaluateOptions(run=folder))
+    setup, _, _ = lf.runs.load_to_evaluate(lf.runs.EvaluateOptions(run=folder))
     asked = setup.tokenizer.decode(setup.test.inputs[1])
     assert asked == "<|im_start|>user\nsay the tall<|im_end|>\n<|im_start|>assistant\n"
     assert setup.tokenizer.decode(setup.test.labels[1]) == "short<|im_end|>"
@@ -90,24 +91,24 @@ def test_evaluating_and_generating_agree_with_the_run_in_batches_of_any_size(
     chat, tmp_path
 ):
     options, results = chat
-    folder = parts.run_path(options)
+    folder = lf.runs.run_path(options)
     for row, recorded in zip(
-        parts.evaluate_run(parts.EvaluateOptions(run=folder, eval_batch=2)),
+        lf.runs.evaluate_run(lf.runs.EvaluateOptions(run=folder, eval_batch=2)),
         results["seeds"],
         strict=True,
     ):
         for score in ("exact_match", "option_accuracy"):
             assert row[score] == recorded[score]
         assert row["loss"] == pytest.approx(recorded["loss"], rel=1e-5)
-    said = [row for row in parts.RunFolder(folder).predictions() if row["seed"] == 2]
+    said = [row for row in lf.runs.RunFolder(folder).predictions() if row["seed"] == 2]
     (tmp_path / "lines").write_text(
         "\n".join(row["input"].removeprefix("say ") for row in said)
     )
-    asked = parts.GenerateOptions(
+    asked = lf.runs.GenerateOptions(
         run=folder, file=tmp_path / "lines", seed=2, eval_batch=3
     )
-    assert parts.generate_lines(asked) == [row["prediction"] for row in said]
-    assert ["".join(answer) for answer in parts.stream_lines(asked)] == [
+    assert lf.runs.generate_lines(asked) == [row["prediction"] for row in said]
+    assert ["".join(answer) for answer in lf.runs.stream_lines(asked)] == [
         row["prediction"] for row in said
     ]
 
@@ -117,7 +118,7 @@ def test_a_run_is_not_used_with_another_configuration_tokenizer_or_chat_template
 ):
     run = tmp_path / "run"
     other = tmp_path / "base"
-    shutil.copytree(parts.run_path(chat[0]), run)
+    shutil.copytree(lf.runs.run_path(chat[0]), run)
     shutil.copytree(base, other)
     (tmp_path / "lines").write_text("hot")
 
@@ -125,8 +126,8 @@ def test_a_run_is_not_used_with_another_configuration_tokenizer_or_chat_template
         config = json.loads((run / "config.json").read_text())
         config["options"] |= {"base": str(other)} | changes
         (run / "config.json").write_text(json.dumps(config))
-        return parts.generate_lines(
-            parts.GenerateOptions(run=run, file=tmp_path / "lines", max_new_tokens=1)
+        return lf.runs.generate_lines(
+            lf.runs.GenerateOptions(run=run, file=tmp_path / "lines", max_new_tokens=1)
         )
 
     settings = json.loads((other / "tokenizer_config.json").read_text())
@@ -181,20 +182,20 @@ def test_a_changed_task_is_refused_and_rows_that_trained_are_left_out_of_another
     file.write_text("\n".join(rows))
     options = _options(base, file, tmp_path, train_rows=8)
     lf.fuse(options)
-    folder = parts.run_path(options)
-    tested = {row["input"] for row in parts.RunFolder(folder).predictions()}
-    own = parts.evaluate_run(parts.EvaluateOptions(run=folder))
+    folder = lf.runs.run_path(options)
+    tested = {row["input"] for row in lf.runs.RunFolder(folder).predictions()}
+    own = lf.runs.evaluate_run(lf.runs.EvaluateOptions(run=folder))
     file.write_text("\n".join(sorted(rows)))
     with pytest.raises(
         ValueError,
         match="all.jsonl has other rows than .* was fused on: restore them, .* --task",
     ):
-        parts.evaluate_run(parts.EvaluateOptions(run=folder))
-    other = parts.EvaluateOptions(run=folder, task=str(file))
+        lf.runs.evaluate_run(lf.runs.EvaluateOptions(run=folder))
+    other = lf.runs.EvaluateOptions(run=folder, task=str(file))
     assert {
-        row.input for row in parts.load_to_evaluate(other)[0].task.test
+        row.input for row in lf.runs.load_to_evaluate(other)[0].task.test
     } == tested and len(tested) == 8
-    for row, of_own in zip(parts.evaluate_run(other), own, strict=True):
+    for row, of_own in zip(lf.runs.evaluate_run(other), own, strict=True):
         assert row == of_own | {"loss": pytest.approx(of_own["loss"], rel=1e-5)}
     file.write_text(
         "\n".join(row for row in rows if json.loads(row)["input"] not in tested)
@@ -203,13 +204,13 @@ def test_a_changed_task_is_refused_and_rows_that_trained_are_left_out_of_another
         ValueError,
         match="was trained on the inputs of all rows of .*all.jsonl: give others",
     ):
-        parts.evaluate_run(other)
+        lf.runs.evaluate_run(other)
 
 
 def test_the_likeliest_option_is_that_of_a_loop_over_whole_texts(chat):
     options, _ = chat
-    setup, _, params = parts.load_to_evaluate(
-        parts.EvaluateOptions(run=parts.run_path(options))
+    setup, _, params = lf.runs.load_to_evaluate(
+        lf.runs.EvaluateOptions(run=lf.runs.run_path(options))
     )
     of_seed = jax.tree.map(lambda p: p[1], params)
     problem = setup.problem
@@ -263,7 +264,7 @@ def test_examples_in_the_prompt_end_an_answer_before_further_examples(
     chat, answer, base, task, tmp_path, monkeypatch
 ):
     options = _options(base, task, tmp_path, method="few-shot", chat=chat, test_rows=2)
-    tokenizer = parts.open_base(options.base).tokenizer
+    tokenizer = lf.io.open_base(options.base).tokenizer
     said = tokenizer(" cold\n\nQ", add_special_tokens=False)["input_ids"]
     prompts = []
 
@@ -275,7 +276,7 @@ def test_examples_in_the_prompt_end_an_answer_before_further_examples(
     results = lf.fuse(options)
     assert [
         row["prediction"]
-        for row in parts.RunFolder(parts.run_path(options)).predictions()
+        for row in lf.runs.RunFolder(lf.runs.run_path(options)).predictions()
     ] == [answer] * 2
     assert results["seeds"][0]["exact_match"] == (0 if chat else 50)
     shown = r"((the )*\w+ (cold|short|old|the gold)\n\n){2}"
@@ -316,7 +317,7 @@ def test_a_row_longer_than_the_context_stops_before_the_weights_are_read(
     options = _options(no_weights, task, tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
         lf.fuse(options)
-    assert not parts.run_path(options).exists()
+    assert not lf.runs.run_path(options).exists()
     with pytest.raises(ValueError, match="has no weights"):
         lf.fuse(_options(no_weights, task, tmp_path))
 
@@ -327,7 +328,7 @@ def test_chat_needs_a_template(task, tmp_path):
         ValueError,
         match="plain has no chat template: leave out --chat, and describe the task with",
     ):
-        parts.load_setup(_options(plain, task, tmp_path, chat=True))
+        lf.runs.load_setup(_options(plain, task, tmp_path, chat=True))
     conversation = [
         {"role": "user", "content": "hot"},
         {"role": "assistant", "content": "cold"},
@@ -337,14 +338,14 @@ def test_chat_needs_a_template(task, tmp_path):
     with pytest.raises(
         ValueError, match="rows.jsonl, line 1 is a conversation, .*: give --chat"
     ):
-        parts.load_setup(_options(plain, rows, tmp_path, train_rows=1))
+        lf.runs.load_setup(_options(plain, rows, tmp_path, train_rows=1))
 
 
 def test_a_plan_counts_the_tokens_of_the_template(base, task, tmp_path):
     runs = [_options(base, task, tmp_path, chat=chat) for chat in (False, True)]
-    plans = [parts.describe_run(run) for run in runs]
+    plans = [lf.estimates.describe_run(run) for run in runs]
     for plan, run in zip(plans, runs, strict=True):
-        setup = parts.load_setup(run)
+        setup = lf.runs.load_setup(run)
         worth = evaluation_worth(setup.config)
         batches = [
             batch
@@ -364,11 +365,11 @@ def test_a_plan_counts_the_tokens_of_the_template(base, task, tmp_path):
 
 def _ask(base: Path, monkeypatch, text: str, **changes) -> list[str]:
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
-    options = parts.GenerateOptions(base=str(base), max_new_tokens=8, **changes)
+    options = lf.runs.GenerateOptions(base=str(base), max_new_tokens=8, **changes)
     return (
-        ["".join(answer) for answer in parts.stream_lines(options)]
+        ["".join(answer) for answer in lf.runs.stream_lines(options)]
         if options.stream
-        else parts.generate_lines(options)
+        else lf.runs.generate_lines(options)
     )
 
 
@@ -446,9 +447,9 @@ def test_draws_depend_on_the_seed_and_the_line_alone(base, monkeypatch):
 def test_options_without_an_answer_are_refused(changes, message, base, tmp_path):
     (tmp_path / "lines").write_text("hot\n")
     options = dataclasses.replace(
-        parts.GenerateOptions(base=str(base), file=tmp_path / "lines"), **changes
+        lf.runs.GenerateOptions(base=str(base), file=tmp_path / "lines"), **changes
     )
     with pytest.raises(ValueError, match=message):
-        parts.generate_lines(options)
+        lf.runs.generate_lines(options)
     with pytest.raises(ValueError, match=message):
-        next(parts.stream_lines(options))
+        next(lf.runs.stream_lines(options))

@@ -12,7 +12,7 @@ import recipes
 import tiny
 
 import lorafusion_jax as lf
-from lorafusion_jax.parts import EvaluateOptions, evaluate_run, load_setup, run_path
+from lorafusion_jax.runs import EvaluateOptions, evaluate_run, load_setup, run_path
 from lorafusion_jax.training.descent import gradient_at_zero
 
 

@@ -14,19 +14,14 @@ from flax import nnx
 
 import lorafusion_jax as lf
 from lorafusion_jax.crossbar import PRESETS, Device, ReadNoise
+from lorafusion_jax.hardware import program_on_arrays
 from lorafusion_jax.loading.model import evaluation_worth
+from lorafusion_jax.models import GREEDY, T5, Decoder
 from lorafusion_jax.models.decoder import FAMILY
-from lorafusion_jax.parts import (
-    GREEDY,
-    T5,
-    Decoder,
-    generate_rows,
-    make_mesh,
-    on_mesh,
-    program_on_arrays,
-)
+from lorafusion_jax.runs import generate_rows
 from lorafusion_jax.runs.rows import draw_keys
 from lorafusion_jax.tasks import Encoded, eval_batches, pad
+from lorafusion_jax.training import make_mesh, on_mesh
 from lorafusion_jax.training.frozen import GENERATION
 
 _ENDS = (1, 5, 9, 13)

@@ -16,7 +16,6 @@ import recipes
 from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
-from lorafusion_jax import parts
 from lorafusion_jax.io import arrays, checkpoint
 from lorafusion_jax.runs import run as run_lib
 from lorafusion_jax.support import interrupts, processes
@@ -38,8 +37,8 @@ def fused(small, tmp_path_factory) -> tuple[lf.FuseOptions, dict]:
 def copied(fused, tmp_path) -> tuple[lf.FuseOptions, Path]:
     """A copy of the run that can be changed: its options, and its folder."""
     options = dataclasses.replace(fused[0], out=tmp_path, resume=True)
-    shutil.copytree(parts.run_path(fused[0]), parts.run_path(options))
-    return options, parts.run_path(options)
+    shutil.copytree(lf.runs.run_path(fused[0]), lf.runs.run_path(options))
+    return options, lf.runs.run_path(options)
 
 
 def _change_config(folder: Path, **changes) -> None:
@@ -64,31 +63,31 @@ def _assert_resumes(
     resumed = lf.fuse(dataclasses.replace(options, resume=True))
     assert {**resumed, "seconds": None} == {**results, "seconds": None}
     for name in ("metrics.jsonl", "predictions.jsonl"):
-        assert (parts.run_path(options) / name).read_bytes() == (
-            parts.run_path(whole) / name
+        assert (lf.runs.run_path(options) / name).read_bytes() == (
+            lf.runs.run_path(whole) / name
         ).read_bytes()
     jax.tree.map(
         np.testing.assert_array_equal,
-        *(lf.load_run(parts.run_path(of))[1] for of in (options, whole)),
+        *(lf.load_run(lf.runs.run_path(of))[1] for of in (options, whole)),
     )
 
 
 @pytest.mark.accelerator
 def test_a_run_writes_results_that_agree_with_its_rows(fused):
     options, results = fused
-    folder = parts.run_path(options)
+    folder = lf.runs.run_path(options)
     assert (
         json.loads((folder / "results.json").read_text()) == results
         and (folder / "final").is_dir()
     )
-    rows = parts.RunFolder(folder).predictions()
+    rows = lf.runs.RunFolder(folder).predictions()
     assert len(rows) == 2 * 5
     shares = [
         100 * np.mean([r["correct"] for r in rows if r["seed"] == seed])
         for seed in options.seeds
     ]
     assert shares == [s["exact_match"] for s in results["seeds"]]
-    steps = [m for m in parts.RunFolder(folder).metrics() if "loss" in m]
+    steps = [m for m in lf.runs.RunFolder(folder).metrics() if "loss" in m]
     assert len(steps) == 2 * 3 * 2  # seeds, epochs, steps of 95 rows by 48
     for seed in options.seeds:
         losses = [m["loss"] for m in steps if m["seed"] == seed]
@@ -121,7 +120,7 @@ def test_training_without_a_finite_loss_stops_and_suggests_what_to_try(small, tm
         len(
             [
                 row
-                for row in parts.RunFolder(folder).metrics()
+                for row in lf.runs.RunFolder(folder).metrics()
                 if "loss" in row and row["seed"] == 1
             ]
         )
@@ -136,14 +135,14 @@ def test_training_without_a_finite_loss_stops_and_suggests_what_to_try(small, tm
 
 
 def test_batched_seeds_share_the_column_of_the_token_that_they_generate(small):
-    setup = parts.load_setup(_options(small, Path("unused")))
+    setup = lf.runs.load_setup(_options(small, Path("unused")))
     problem = setup.problem.replace(seed_mode="batched")
     batch = next(
         batch
         for _, batch in eval_batches(setup.test, 8, pad_id=setup.tokenizer.pad_token_id)
     )
-    models = parts.SeedModels(
-        parts.start(problem, (1, 2)).params, problem, np.arange(2)
+    models = lf.runs.SeedModels(
+        lf.training.start(problem, (1, 2)).params, problem, np.arange(2)
     )
     rows = (
         batch.input_ids,
@@ -152,8 +151,10 @@ def test_batched_seeds_share_the_column_of_the_token_that_they_generate(small):
         np.full(5, 4, np.int32),
         None,
     )
-    state = parts.begin_rows(models, *rows, max_new_tokens=4, sampling=parts.GREEDY)
-    program = jax.make_jaxpr(partial(parts.advance_rows, sampling=parts.GREEDY))(
+    state = lf.runs.begin_rows(
+        models, *rows, max_new_tokens=4, sampling=lf.models.GREEDY
+    )
+    program = jax.make_jaxpr(partial(lf.runs.advance_rows, sampling=lf.models.GREEDY))(
         models, *state, (np.int32(10), np.int32(4))
     )
     inner = [
@@ -336,7 +337,7 @@ def test_a_stopped_run_has_saved_a_step_and_resumes_bit_for_bit(
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [
         f"step_00000{step}"
     ]
-    assert parts.RunFolder(folder).metrics()[-1]["step"] == step
+    assert lf.runs.RunFolder(folder).metrics()[-1]["step"] == step
     _assert_resumes(options, fused)
 
 
@@ -346,11 +347,11 @@ def test_a_stopped_run_has_saved_a_step_and_resumes_bit_for_bit(
 def test_a_run_starts_from_the_numbers_of_another_one(fused, small, tmp_path):
     options, _ = fused
     more = dataclasses.replace(
-        options, start_from=parts.run_path(options), out=tmp_path
+        options, start_from=lf.runs.run_path(options), out=tmp_path
     )
     lf.fuse(more)
-    first = parts.RunFolder(parts.run_path(more)).metrics()[0]["loss"]
-    assert first < parts.RunFolder(parts.run_path(options)).metrics()[0]["loss"]
+    first = lf.runs.RunFolder(lf.runs.run_path(more)).metrics()[0]["loss"]
+    assert first < lf.runs.RunFolder(lf.runs.run_path(options)).metrics()[0]["loss"]
     with pytest.raises(ValueError, match="other modules or seeds"):
         lf.fuse(dataclasses.replace(more, seeds=(5,), name="other"))
     with pytest.raises(ValueError, match="trained with the method fusion"):
@@ -365,8 +366,8 @@ def test_a_run_starts_from_the_numbers_of_another_one(fused, small, tmp_path):
 def test_evaluate_and_generate_agree_with_the_run(fused, copied):
     options, results = fused
     _, folder = copied
-    assert lf.load_run(str(folder))[2] == parts.RunFolder(folder).config()
-    rows = parts.evaluate_run(parts.EvaluateOptions(run=folder))
+    assert lf.load_run(str(folder))[2] == lf.runs.RunFolder(folder).config()
+    rows = lf.runs.evaluate_run(lf.runs.EvaluateOptions(run=folder))
     assert rows == [
         {k: s[k] for k in ("seed", "exact_match", "option_accuracy", "loss")}
         for s in results["seeds"]
@@ -374,26 +375,28 @@ def test_evaluate_and_generate_agree_with_the_run(fused, copied):
     with pytest.raises(
         ValueError, match="--train-rows divides another task: name it with --task"
     ):
-        parts.evaluate_run(parts.EvaluateOptions(run=folder, train_rows=0))
+        lf.runs.evaluate_run(lf.runs.EvaluateOptions(run=folder, train_rows=0))
     with pytest.raises(ValueError, match="test_rows is 0: "):
-        parts.evaluate_run(parts.EvaluateOptions(run=folder, test_rows=0))
+        lf.runs.evaluate_run(lf.runs.EvaluateOptions(run=folder, test_rows=0))
     _change_config(folder, task=str(folder / "gone.jsonl"))  # generating needs no task
     text = folder / "lines.txt"
     text.write_text(
         "\n".join(
-            p["input"] for p in parts.RunFolder(folder).predictions() if p["seed"] == 2
+            p["input"]
+            for p in lf.runs.RunFolder(folder).predictions()
+            if p["seed"] == 2
         )
     )
-    assert parts.generate_lines(
-        parts.GenerateOptions(run=folder, file=text, seed=2)
+    assert lf.runs.generate_lines(
+        lf.runs.GenerateOptions(run=folder, file=text, seed=2)
     ) == recipes.answers(options, 2)
     with pytest.raises(ValueError, match=r"gone.jsonl"):
-        parts.evaluate_run(parts.EvaluateOptions(run=folder))
+        lf.runs.evaluate_run(lf.runs.EvaluateOptions(run=folder))
     with pytest.raises(ValueError, match="has no seed 7: it has 1, 2"):
-        parts.generate_lines(parts.GenerateOptions(run=folder, file=text, seed=7))
+        lf.runs.generate_lines(lf.runs.GenerateOptions(run=folder, file=text, seed=7))
     text.write_text(" \n")
     with pytest.raises(ValueError, match="holds no text"):
-        parts.generate_lines(parts.GenerateOptions(run=folder, file=text))
+        lf.runs.generate_lines(lf.runs.GenerateOptions(run=folder, file=text))
 
 
 def _with_base(source: Path, folder: Path, number: float) -> Path:
@@ -423,12 +426,12 @@ def _uses(run: Path, options: lf.FuseOptions) -> dict:
         return lf.fuse(options)
 
     return {
-        "evaluate": lambda: parts.evaluate_run(parts.EvaluateOptions(run=run)),
-        "generate": lambda: parts.generate_lines(
-            parts.GenerateOptions(run=run, file=run.parent / "lines")
+        "evaluate": lambda: lf.runs.evaluate_run(lf.runs.EvaluateOptions(run=run)),
+        "generate": lambda: lf.runs.generate_lines(
+            lf.runs.GenerateOptions(run=run, file=run.parent / "lines")
         ),
-        "export": lambda: parts.export(
-            parts.ExportOptions(run=run, out=run.parent / "out")
+        "export": lambda: lf.runs.export(
+            lf.runs.ExportOptions(run=run, out=run.parent / "out")
         ),
         "serve": lambda: lf.Service([lf.FusedRun.read(run)], capacity=1),
         "resume": resumed,
@@ -462,7 +465,7 @@ def test_a_run_is_not_used_with_other_weights_of_the_same_shapes(use, moved, sma
 
 def test_a_run_of_the_same_weights_is_used_in_another_format_and_dtype(moved, capsys):
     run, options = moved
-    config = parts.RunFolder(run).config()
+    config = lf.runs.RunFolder(run).config()
     assert set(config["digests"]) == {"base", "modules", "basis", "tokenizer", "config"}
     assert set(config["digests"]["modules"]) == {
         name for names in config["modules"] for name in names
@@ -478,8 +481,8 @@ def test_a_run_of_the_same_weights_is_used_in_another_format_and_dtype(moved, ca
         _change_config(run, **changes)
         assert (
             len(
-                parts.generate_lines(
-                    parts.GenerateOptions(run=run, file=run.parent / "lines")
+                lf.runs.generate_lines(
+                    lf.runs.GenerateOptions(run=run, file=run.parent / "lines")
                 )
             )
             == 1
@@ -506,11 +509,11 @@ def test_a_base_with_a_relative_path_is_found_from_another_folder(
     run = there / "runs" / "whole"
     monkeypatch.chdir(elsewhere)
     assert lf.load_run(run)[0].base == str(there / "owner" / "name")
-    parts.evaluate_run(parts.EvaluateOptions(run=run))
+    lf.runs.evaluate_run(lf.runs.EvaluateOptions(run=run))
     there.rename(tmp_path / "moved")  # the whole project
     monkeypatch.chdir(tmp_path / "moved")
     assert lf.load_run("runs/whole")[0].base == "owner/name"
-    parts.evaluate_run(parts.EvaluateOptions(run=Path("runs/whole")))
+    lf.runs.evaluate_run(lf.runs.EvaluateOptions(run=Path("runs/whole")))
     monkeypatch.chdir(elsewhere)
     assert capsys.readouterr().err == ""
 
@@ -524,7 +527,7 @@ def test_two_processes_cannot_write_one_run(copied, tmp_path):
         for path in tmp_path.rglob("*")
         if path.is_file() and path.name != ".lock"
     }
-    with parts.RunFolder(folder).locked():
+    with lf.runs.RunFolder(folder).locked():
         with pytest.raises(
             ValueError,
             match=rf"whole is in use by process {os.getpid()}: wait for it, or give",
@@ -533,7 +536,7 @@ def test_two_processes_cannot_write_one_run(copied, tmp_path):
     assert before == {path: path.read_bytes() for path in before}
     new = dataclasses.replace(options, name="new", resume=False)
     with (
-        parts.RunFolder(parts.run_path(new)).locked(),
+        lf.runs.RunFolder(lf.runs.run_path(new)).locked(),
         pytest.raises(ValueError, match=f"in use by process {os.getpid()}"),
     ):
         lf.fuse(new)
@@ -591,7 +594,7 @@ def test_folders_that_are_no_inputs_stop_a_run_and_other_options_its_resumption(
     ):
         with pytest.raises(ValueError, match=message):
             lf.fuse(dataclasses.replace(new, **changes))
-    assert not parts.run_path(new).exists()
+    assert not lf.runs.run_path(new).exists()
     with pytest.raises(
         ValueError,
         match="prune is an option of the methods fusion, mean-fusion, not of coefficients",
@@ -613,17 +616,17 @@ def test_folders_that_are_no_inputs_stop_a_run_and_other_options_its_resumption(
 @pytest.mark.parametrize("form", ["adapter", "merged"])
 def test_an_export_gets_its_name_with_its_card_or_not_at_all(form, fused, tmp_path):
     run = tmp_path / "run"
-    shutil.copytree(parts.run_path(fused[0]), run)
+    shutil.copytree(lf.runs.run_path(fused[0]), run)
     predictions = (run / "predictions.jsonl").read_text()
     (run / "predictions.jsonl").write_text(
         "{}\n"
     )  # so that the card, which is written last, cannot be made
-    options = parts.ExportOptions(run=run, out=tmp_path / "out", format=form)
+    options = lf.runs.ExportOptions(run=run, out=tmp_path / "out", format=form)
     with pytest.raises(ValueError, match=r"predictions.jsonl, line 1: seed is missing"):
-        parts.export(options)
+        lf.runs.export(options)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     (run / "predictions.jsonl").write_text(predictions)
-    parts.export(options)
+    lf.runs.export(options)
     card = (tmp_path / "out" / "README.md").read_text()
     seed = fused[1]["seeds"][0]
     assert (
@@ -638,7 +641,7 @@ def test_an_export_gets_its_name_with_its_card_or_not_at_all(form, fused, tmp_pa
     # Nothing of this machine's folders; the hub would refuse one as the base.
     assert str(fused[0].out) not in card and "base_model" not in card
     with pytest.raises(ValueError, match="has no seed 9"):
-        parts.export(dataclasses.replace(options, seed=9, out=tmp_path / "other"))
+        lf.runs.export(dataclasses.replace(options, seed=9, out=tmp_path / "other"))
 
 
 @pytest.mark.parametrize("form", ["adapter", "merged"])
@@ -649,14 +652,14 @@ def test_a_diverged_seed_is_not_exported(form, copied, tmp_path):
     magnitudes["decoder.cross.v"][0] = np.nan
     shutil.rmtree(run / "final")
     arrays.save(run / "final", params | {"magnitudes": magnitudes}, metadata)
-    options = parts.ExportOptions(run=run, seed=1, out=tmp_path / "out", format=form)
+    options = lf.runs.ExportOptions(run=run, seed=1, out=tmp_path / "out", format=form)
     with pytest.raises(
         ValueError,
         match=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.v\..* has NaN or infinite numbers",
     ):
-        parts.export(options)
+        lf.runs.export(options)
     assert [path.name for path in tmp_path.iterdir()] == [run.name]
-    parts.export(dataclasses.replace(options, seed=2))
+    lf.runs.export(dataclasses.replace(options, seed=2))
 
 
 @pytest.mark.parametrize(
@@ -679,7 +682,7 @@ def test_a_diverged_seed_is_not_exported(form, copied, tmp_path):
 )
 def test_a_run_is_named_after_its_task_method_and_control(task, changes, name):
     assert (
-        parts.run_path(lf.FuseOptions(base="base", pool="pool", task=task, **changes))
+        lf.runs.run_path(lf.FuseOptions(base="base", pool="pool", task=task, **changes))
         == Path("runs") / name
     )
 
@@ -691,6 +694,6 @@ def test_a_run_of_a_task_folder_is_named_after_the_whole_folder(
     folder = tmp_path / "some.task" / "v1.5"
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder if task == "." else tmp_path)
-    assert parts.run_path(lf.FuseOptions(base="base", pool="pool", task=task)) == Path(
-        "runs/v1.5-fusion"
-    )
+    assert lf.runs.run_path(
+        lf.FuseOptions(base="base", pool="pool", task=task)
+    ) == Path("runs/v1.5-fusion")

@@ -17,16 +17,12 @@ from lorafusion_jax import crossbar
 from lorafusion_jax.adapters.coefficients import GRANULARITIES, shape
 from lorafusion_jax.adapters.norms import PairTerms
 from lorafusion_jax.adapters.updates import Outputs
+from lorafusion_jax.hardware import program_on_arrays
+from lorafusion_jax.methods import Magnitudes
+from lorafusion_jax.models import dense, matrices, set_matrices
 from lorafusion_jax.models.registry import family_of_json
-from lorafusion_jax.parts import (
-    Magnitudes,
-    dense,
-    log_likelihood,
-    matrices,
-    program_on_arrays,
-    set_matrices,
-)
 from lorafusion_jax.serving.rows import RowModules
+from lorafusion_jax.training import log_likelihood
 from lorafusion_jax.training.loss import batch_logits
 
 _GRAPH, _BASE = nnx.split(tiny.t5())

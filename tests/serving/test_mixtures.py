@@ -48,8 +48,8 @@ def merged(small, blocks, tmp_path_factory) -> list[str]:
         str(folder / "model"),
     ]
     cli.main(["merge", *pool, *how])
-    return lf.parts.generate_lines(
-        lf.parts.GenerateOptions(base=str(folder / "model"), file=folder / "lines")
+    return lf.runs.generate_lines(
+        lf.runs.GenerateOptions(base=str(folder / "model"), file=folder / "lines")
     )
 
 
@@ -133,10 +133,10 @@ def test_mixtures_have_the_prompt_or_the_chat_template_of_the_service(
     assert capsys.readouterr().out.rstrip("\n") == merged[0]
     base = small_llama.make(tmp_path / "base")
     (tmp_path / "lines").write_text("hot")
-    options = lf.parts.GenerateOptions(
+    options = lf.runs.GenerateOptions(
         base=str(base), file=tmp_path / "lines", chat=True, max_new_tokens=8
     )
-    alone = lf.parts.generate_lines(options)
+    alone = lf.runs.generate_lines(options)
     options = lf.LoadOptions(base=str(base), method="zero-shot", chat=True)
     chat = lf.Service((), capacity=1, options=options)
     assert chat.generate(["hot"], [None], max_new_tokens=8) == alone
@@ -161,8 +161,8 @@ def test_evaluate_scores_a_mixture_as_the_merged_model(small, names, tmp_path, c
     options = lf.FuseOptions(
         base=str(tmp_path / "model"), method="zero-shot", task=task[-1], test_rows=4
     )
-    setup = lf.parts.load_setup(options, to_train=False)
-    loss = float(lf.parts.evaluate(setup, {}, batch_size=4).loss[0])
+    setup = lf.runs.load_setup(options, to_train=False)
+    loss = float(lf.runs.evaluate(setup, {}, batch_size=4).loss[0])
     capsys.readouterr()
     cli.main(["evaluate", *pool, *weights, *task])
     assert capsys.readouterr().out.split()[-1] == f"{loss:.4f}"
@@ -236,8 +236,8 @@ def test_a_mixture_of_a_dora_adapter_has_its_magnitudes(small, dora, tmp_path):
     options = ["--base", str(small[0]), "--pool", str(dora), "--weights", "dora=1"]
     cli.main(["merge", *options, "--format", "merged", "--out", str(tmp_path / "out")])
     (tmp_path / "lines").write_text("\n".join(_LINES))
-    merged = lf.parts.generate_lines(
-        lf.parts.GenerateOptions(base=str(tmp_path / "out"), file=tmp_path / "lines")
+    merged = lf.runs.generate_lines(
+        lf.runs.GenerateOptions(base=str(tmp_path / "out"), file=tmp_path / "lines")
     )
     assert service.generate(_LINES, ["x"] * len(_LINES)) == merged
     assert service.generate(_LINES, [None] * len(_LINES)) != merged

@@ -18,7 +18,7 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
-from lorafusion_jax import cli, parts
+from lorafusion_jax import cli
 from lorafusion_jax.adapters.pool import joined
 from lorafusion_jax.loading.identity import digests
 from lorafusion_jax.methods import find
@@ -80,11 +80,11 @@ def write(small, tmp_path_factory):
         )
         config = recipes.run_config(options, modules=drawn, task_sha256=task.sha256)
         config["max_new_tokens"] = options.recipe.max_new_tokens or 8
-        config["digests"] = digests(parts.load_model(options))
+        config["digests"] = digests(lf.loading.load_model(options))
         folder = tmp_path_factory.mktemp("runs") / name
         folder.mkdir()
-        parts.RunFolder(folder).write_config(config)
-        parts.save_arrays(
+        lf.runs.RunFolder(folder).write_config(config)
+        lf.io.save_arrays(
             folder / "final", params, {"steps": [1] * len(seeds), "seconds": 0.0}
         )
         return folder
@@ -156,8 +156,8 @@ def answers(tmp_path_factory):
     """A function that returns the answers of one run to the lines."""
     file = tmp_path_factory.mktemp("lines") / "lines"
     file.write_text("\n".join(_LINES))
-    return lambda folder: parts.generate_lines(
-        parts.GenerateOptions(run=folder, file=file)
+    return lambda folder: lf.runs.generate_lines(
+        lf.runs.GenerateOptions(run=folder, file=file)
     )
 
 
@@ -247,7 +247,9 @@ def test_a_model_that_continues_its_prompt_answers_chats_and_prompts_in_one_batc
     ]
     (tmp_path / "lines").write_text("hot\nthe tall")
     alone = [
-        parts.generate_lines(parts.GenerateOptions(run=folder, file=tmp_path / "lines"))
+        lf.runs.generate_lines(
+            lf.runs.GenerateOptions(run=folder, file=tmp_path / "lines")
+        )
         for folder in folders
     ]
     rows = [
@@ -272,19 +274,19 @@ def test_a_run_is_merged_into_plain_weights_for_long_answers_to_the_same_tokens(
     (tmp_path / "lines").write_text("\n".join(lines))
     (tmp_path / "short").write_text("a")
     how = {"run": runs["fused"], "file": tmp_path / "lines"}
-    assert parts.generate_lines(parts.GenerateOptions(**how)) == service.generate(
+    assert lf.runs.generate_lines(lf.runs.GenerateOptions(**how)) == service.generate(
         lines, ["fused"] * 100
     )
     assert len(merged) == 1
     first = "".join(
-        next(parts.stream_lines(parts.GenerateOptions(**how, max_new_tokens=60)))
+        next(lf.runs.stream_lines(lf.runs.GenerateOptions(**how, max_new_tokens=60)))
     )
     assert (
         len(merged) == 2
         and first == service.generate(lines[:1], ["fused"], max_new_tokens=60)[0]
     )
-    parts.generate_lines(
-        parts.GenerateOptions(**how | {"file": tmp_path / "short"}, max_new_tokens=1)
+    lf.runs.generate_lines(
+        lf.runs.GenerateOptions(**how | {"file": tmp_path / "short"}, max_new_tokens=1)
     )
     assert len(merged) == 2
 
@@ -303,10 +305,10 @@ def test_a_run_whose_prompt_names_columns_answers_rows_with_them(
         "train_rows": 1,
     }
     named = write("named", params, (_MIXED,), prompt="{how} : {letters}{mark}", **how)
-    alone = parts.GenerateOptions(run=named, file=_file(tmp_path, rows))
+    alone = lf.runs.GenerateOptions(run=named, file=_file(tmp_path, rows))
     assert (
-        parts.generate_lines(alone)[:-1]
-        == ["".join(said) for said in parts.stream_lines(alone)][:-1]
+        lf.runs.generate_lines(alone)[:-1]
+        == ["".join(said) for said in lf.runs.stream_lines(alone)][:-1]
         == answers(plain)
     )
     run = lf.FusedRun.read(named)
@@ -329,7 +331,7 @@ def test_a_run_whose_prompt_names_columns_answers_rows_with_them(
     ):
         alone.file.write_text(row)
         for generate in (
-            lambda: parts.generate_lines(alone),
+            lambda: lf.runs.generate_lines(alone),
             lambda: generate_rows((named,), file=alone.file),
         ):
             with pytest.raises(ValueError, match=f"(line 1|rows.jsonl:1).*{message}"):
@@ -339,7 +341,7 @@ def test_a_run_whose_prompt_names_columns_answers_rows_with_them(
 @pytest.mark.long
 def test_several_runs_are_evaluated_as_each_of_them_alone(runs, capsys):
     alone = {
-        name: parts.evaluate_run(parts.EvaluateOptions(run=runs[name]))
+        name: lf.runs.evaluate_run(lf.runs.EvaluateOptions(run=runs[name]))
         for name in ("fused", "mixed")
     }
     rows = [
@@ -532,8 +534,8 @@ def test_lora_runs_and_single_modules_answer_next_to_fusions_as_alone(
     (tmp_path / "lines").write_text("\n".join(_LINES))
     expected = dict(alone)
     for name, run, seed in (("lora", folder, 2), ("module", single, 1)):
-        expected[name] = parts.generate_lines(
-            parts.GenerateOptions(
+        expected[name] = lf.runs.generate_lines(
+            lf.runs.GenerateOptions(
                 run=run, file=tmp_path / "lines", seed=seed, max_new_tokens=5
             )
         )
@@ -648,10 +650,10 @@ def test_rows_files_and_options_that_cannot_be_used_are_refused(
     monkeypatch.setattr(sys, "stdin", io.StringIO("not JSON"))
     with pytest.raises(ValueError, match="standard input:1: not JSON"):
         generate_rows((runs["mixed"],))
-    of_folder = parts.GenerateOptions(run=runs["mixed"], file=tmp_path)
+    of_folder = lf.runs.GenerateOptions(run=runs["mixed"], file=tmp_path)
     for generate in (
         lambda: generate_rows((runs["mixed"],), file=tmp_path),
-        lambda: parts.generate_lines(of_folder),
+        lambda: lf.runs.generate_lines(of_folder),
     ):
         with pytest.raises(
             ValueError, match="a pipe, a device or a folder, not a file: give a file"

@@ -17,13 +17,15 @@ import transformers
 from made_up_rows import made_up
 
 import lorafusion_jax as lf
-from lorafusion_jax import crossbar, parts
+from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar import load_chip
 from lorafusion_jax.io import safetensors
 from lorafusion_jax.io.source import sha256
 from lorafusion_jax.report import write_text
 from lorafusion_jax.runs.folder import RunConfig
 from lorafusion_jax.runs.weight_list import read_weights
+from lorafusion_jax.support.reading import read_json, structured
+from lorafusion_jax.support.text import printable
 from lorafusion_jax.tasks import Example, encode, load_task
 from lorafusion_jax.trials import append_rows, read_rows
 
@@ -71,22 +73,22 @@ def test_a_fault_names_the_file_the_field_and_the_fix(tmp_path, content, message
     path = tmp_path / "x.json"
     path.write_text(content)
     with pytest.raises(lf.FileError, match=f"^{path}: .*{message}"):
-        parts.read_json(path, _Outer, "a thing")
+        read_json(path, _Outer, "a thing")
 
 
 def test_a_sound_file_is_its_type(tmp_path):
     (tmp_path / "x.json").write_text('{"inner": {"sizes": {"a": [1, 2]}}}')
-    assert parts.read_json(tmp_path / "x.json", _Outer, "a thing") == _Outer(
+    assert read_json(tmp_path / "x.json", _Outer, "a thing") == _Outer(
         {"sizes": {"a": [1, 2]}}
     )
     with pytest.raises(
         lf.FileError, match=f"^{tmp_path}: not a thing: it has no y.json"
     ):
-        parts.read_json(tmp_path / "y.json", _Outer, "a thing")
+        read_json(tmp_path / "y.json", _Outer, "a thing")
     with pytest.raises(
         lf.FileError, match=r"^x\.json: not UTF-8 text \(.*surrogates not allowed\)"
     ):
-        parts.structured("\ud800", _Outer, "x.json")
+        structured("\ud800", _Outer, "x.json")
 
 
 @pytest.mark.parametrize(
@@ -101,12 +103,12 @@ def test_a_sound_file_is_its_type(tmp_path):
         (
             "adapter_config.json",
             '{"r": 8, "r": 9}',
-            lambda path: parts.read_adapter(str(path.parent)),
+            lambda path: lf.io.read_adapter(str(path.parent)),
         ),
         (
             "metrics.jsonl",
             '{"step": 1, "step": 2}\n',
-            lambda path: parts.RunFolder(path.parent).metrics(),
+            lambda path: lf.runs.RunFolder(path.parent).metrics(),
         ),
         ("task.jsonl", '{"input": "x", "input": "y", "target": "z"}\n', load_task),
         ("task.json", '[{"input": "x", "output": "y", "output": "z"}]', load_task),
@@ -126,7 +128,7 @@ def test_an_option_of_a_newer_version_says_which():
     newer = _CONFIG["environment"] | {"versions": {"lorafusion-jax": "9.9"}}
     with pytest.raises(lf.FileError) as error:
         options = _CONFIG["options"] | {"colour": "red"}
-        parts.structured(
+        structured(
             _CONFIG | {"environment": newer, "options": options},
             RunConfig,
             "config.json",
@@ -172,7 +174,7 @@ def test_a_run_whose_config_is_damaged(tmp_path, change, message):
 
 
 def test_metrics_that_are_damaged(tmp_path):
-    run = parts.RunFolder(tmp_path)
+    run = lf.runs.RunFolder(tmp_path)
     run.append_metrics([{"step": 1, "loss": float("inf")}, {"step": 2, "loss": 0.5}])
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "lo')
@@ -208,14 +210,14 @@ def test_a_shape_that_numpy_refuses_is_a_fault_of_its_file(tmp_path):
 def test_two_processes_cannot_make_one_folder(tmp_path):
     """The second stops before it writes; what a killed process left is no obstacle."""
     (tmp_path / ".pool.partial" / "left").mkdir(parents=True)
-    with parts.new_folder(tmp_path / "pool") as first:
+    with lf.io.new_folder(tmp_path / "pool") as first:
         assert list(first.iterdir()) == []
         (first / "mine").write_text("")
         with pytest.raises(
             ValueError,
             match="is being written by another process: wait for it, or give another",
         ):
-            with parts.new_folder(tmp_path / "pool"):
+            with lf.io.new_folder(tmp_path / "pool"):
                 pass
         assert (first / "mine").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["pool"]
@@ -223,7 +225,7 @@ def test_two_processes_cannot_make_one_folder(tmp_path):
 
 def test_what_a_terminal_would_obey_is_spelled_out():
     assert (
-        parts.printable("a\x1b[31mb\r\nc\u202e\ud800\u200d é")
+        printable("a\x1b[31mb\r\nc\u202e\ud800\u200d é")
         == "a\\x1b[31mb\\r\nc\\u202e\\ud800\u200d é"
     )
 
@@ -231,14 +233,14 @@ def test_what_a_terminal_would_obey_is_spelled_out():
 def test_text_that_is_not_utf8_is_named(tmp_path, monkeypatch):
     (tmp_path / "lines").write_bytes(b"good\n\xff\n")
     with pytest.raises(lf.FileError, match=f"^{tmp_path}/lines: not UTF-8 text"):
-        parts.generate_lines(
-            parts.GenerateOptions(base=str(tmp_path), file=tmp_path / "lines")
+        lf.runs.generate_lines(
+            lf.runs.GenerateOptions(base=str(tmp_path), file=tmp_path / "lines")
         )
     monkeypatch.setattr(
         sys, "stdin", io.StringIO("half\udcff")
     )  # what Python makes of it in a C locale
     with pytest.raises(lf.FileError, match="^standard input: not UTF-8 text"):
-        parts.generate_lines(parts.GenerateOptions(base=str(tmp_path)))
+        lf.runs.generate_lines(lf.runs.GenerateOptions(base=str(tmp_path)))
 
 
 _ENDLESS = tokenizers.pre_tokenizers.Split(tokenizers.Regex("(a+)+$"), "isolated")
@@ -277,7 +279,7 @@ def test_links_that_replace_files_to_write_are_not_followed(tmp_path):
     (outside := tmp_path / "outside").mkdir()
     (outside / "file").write_text("kept")
     (tmp_path / ".new.partial").symlink_to(outside)
-    with parts.new_folder(tmp_path / "new") as partial:
+    with lf.io.new_folder(tmp_path / "new") as partial:
         (partial / "file").write_text("new")
     assert (outside / "file").read_text() == "kept" and (
         tmp_path / "new" / "file"
@@ -321,7 +323,7 @@ def test_neither_a_link_nor_a_pipe_in_the_way_is_written_to(put, tmp_path):
 )
 def test_a_run_with_links_to_files_elsewhere_is_refused(name, link, message, tmp_path):
     (outside := tmp_path / "outside").write_text("kept")
-    run = parts.RunFolder(tmp_path / "run")
+    run = lf.runs.RunFolder(tmp_path / "run")
     run.folder.mkdir()
     link(run.folder / name, outside)
     with (
@@ -352,7 +354,7 @@ def test_rows_are_not_added_to_a_link_or_a_pipe(tmp_path):
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
 @pytest.mark.parametrize(
     "read",
-    [read_rows, load_chip, lambda path: parts.RunFolder(path.parent).predictions()],
+    [read_rows, load_chip, lambda path: lf.runs.RunFolder(path.parent).predictions()],
 )
 def test_what_is_no_file_is_not_read(read, kind, tmp_path):
     path = tmp_path / "predictions.jsonl"
@@ -375,12 +377,12 @@ def test_what_is_no_file_is_not_read(read, kind, tmp_path):
             for suffix in (".jsonl", ".json", ".csv", ".parquet")
         ),
         *((f"config{suffix}", crossbar.load_config) for suffix in (".yaml", ".json")),
-        ("config.json", lambda path: parts.read_json(path, dict[str, Any], "a run")),
+        ("config.json", lambda path: read_json(path, dict[str, Any], "a run")),
         ("weights.safetensors", sha256),
         (
             "adapters.txt",
-            lambda path: parts.convert(
-                parts.ConvertOptions(adapters_file=path, out=path.parent / "pool")
+            lambda path: lf.io.convert(
+                lf.io.ConvertOptions(adapters_file=path, out=path.parent / "pool")
             ),
         ),
         ("tokenizer.json", lambda path: lf.load_tokenizer(path.parent)),

@@ -10,8 +10,10 @@ import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lorafusion_jax as lf
+from lorafusion_jax.models import dense
 from lorafusion_jax.models.narrow import to_bits
-from lorafusion_jax.parts import AXES, default_seed_mode, dense, for_cpu
+from lorafusion_jax.support.platform import for_cpu
+from lorafusion_jax.training import AXES, default_seed_mode
 
 _ROOT = Path(__file__).resolve().parents[2]
 

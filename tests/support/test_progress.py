@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from lorafusion_jax.parts import progress
 from lorafusion_jax.support import progress as module
+from lorafusion_jax.support.progress import progress
 
 
 def test_a_log_has_no_line_before_a_minute(capsys):

@@ -2,7 +2,8 @@
 
 import pytest
 
-from lorafusion_jax.parts import at_least, markdown
+from lorafusion_jax.report import as_markdown as markdown
+from lorafusion_jax.support.checks import at_least
 from lorafusion_jax.support.text_tables import plain
 
 _LINES = [["name", "count"], ["a", "1,000"], ["longer", "2"]]

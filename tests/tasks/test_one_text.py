@@ -12,7 +12,8 @@ from small_llama import BOS, END, EOS, START
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lorafusion_jax.parts import load_texts, open_base
+from lorafusion_jax.io import open_base
+from lorafusion_jax.loading import load_texts
 from lorafusion_jax.tasks import (
     SEPARATE_TEXTS,
     Example,

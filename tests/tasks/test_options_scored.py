@@ -12,10 +12,11 @@ import pytest
 from flax import nnx
 
 import lorafusion_jax as lf
-from lorafusion_jax.parts import LOSS, evaluate, load_setup, seed_rows, start
+from lorafusion_jax.runs import evaluate, load_setup, seed_rows
 from lorafusion_jax.runs import evaluate as evaluation
 from lorafusion_jax.runs.evaluate import evaluate_seeds
 from lorafusion_jax.tasks import answer_options
+from lorafusion_jax.training import LOSS, start
 from lorafusion_jax.training.frozen import GENERATION, OPTIONS
 
 _WORDS = ["a", "c", "d", "g", "h", "h i", "* j", "a b c"]

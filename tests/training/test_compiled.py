@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lorafusion_jax.parts import make_room
+from lorafusion_jax.training import make_room
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")

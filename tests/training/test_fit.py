@@ -10,15 +10,10 @@ import tiny
 from flax import nnx
 
 from lorafusion_jax import PRESETS, FullRecipe, Fusion, Problem, kernels
-from lorafusion_jax.parts import (
-    Epoch,
-    FullFineTuning,
-    Unstacked,
-    fit,
-    recipe_rates,
-    start,
-)
+from lorafusion_jax.methods import FullFineTuning
+from lorafusion_jax.models import Unstacked
 from lorafusion_jax.tasks import Encoded, Split, TrainingRows
+from lorafusion_jax.training import Epoch, fit, recipe_rates, start
 from lorafusion_jax.training import fit as fit_lib
 from lorafusion_jax.training.frozen import VALIDATION
 

@@ -13,7 +13,7 @@ import tiny
 from jax.sharding import PartitionSpec as P
 
 from lorafusion_jax import PRESETS, FuseOptions, Fusion, LoraPool, fuse, init_state
-from lorafusion_jax.parts import make_mesh, on_mesh, recipe_rates, train_seeds
+from lorafusion_jax.training import make_mesh, on_mesh, recipe_rates, train_seeds
 from lorafusion_jax.training.mesh import partition, rules, to_host
 
 # As models of few layers run. A loop over layers is compiled otherwise for several devices: its last bits may differ.

@@ -14,7 +14,6 @@ import tiny
 from flax import nnx
 
 import lorafusion_jax as lf
-from lorafusion_jax import parts
 from lorafusion_jax.crossbar import PRESETS as ARRAYS
 from lorafusion_jax.models import qwen3_5
 from lorafusion_jax.models.decoder import FAMILY
@@ -30,10 +29,10 @@ _LLAMA = small_llama.CONFIG | {
 }
 _DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0}
 _MODELS = {
-    "t5": lambda: parts.T5(tiny.CONFIG, rngs=nnx.Rngs(0)),
-    "llama": lambda: parts.Decoder(FAMILY.read_config(_LLAMA), rngs=nnx.Rngs(0)),
+    "t5": lambda: lf.models.T5(tiny.CONFIG, rngs=nnx.Rngs(0)),
+    "llama": lambda: lf.models.Decoder(FAMILY.read_config(_LLAMA), rngs=nnx.Rngs(0)),
     # Windows that are shorter than rows, soft limits, and frequencies that depend on the lengths of rows.
-    "gemma2": lambda: parts.Decoder(
+    "gemma2": lambda: lf.models.Decoder(
         FAMILY.read_config(
             _LLAMA
             | {
@@ -69,7 +68,7 @@ def _rows(config, count=8):
 def _packing(config):
     """Every width that saves tokens is worth a program."""
     return Packing(
-        config.causal, lambda *shape: 1e9 * parts.step_operations(config, *shape)
+        config.causal, lambda *shape: 1e9 * lf.models.step_operations(config, *shape)
     )
 
 
@@ -115,7 +114,7 @@ def test_models_have_the_loss_and_gradients_of_padded_rows(name):
             def loss(base):
                 tokens = batch.input_ids, batch.input_mask, batch.labels
                 logits = nnx.merge(graph, base).label_logits(*tokens, {}, batch.rows)
-                return parts.cross_entropy(logits, batch.labels)
+                return lf.training.cross_entropy(logits, batch.labels)
 
             return jax.value_and_grad(loss)(base)
 
@@ -132,9 +131,9 @@ _METHODS = {
     "a mix": lf.Fusion(composition="mix", magnitudes=False),
     "lora": lf.LoRA(sites=_SITES, rank=3, alpha=5.0),
     "dora": lf.LoRA(sites=_SITES, rank=3, alpha=5.0, dora=True),
-    "vera": parts.VeRA(sites=_SITES, rank=7),
-    "magnitudes": parts.Magnitudes(tuple(name for name, _ in _SITES)),
-    "full": parts.FullFineTuning(),
+    "vera": lf.methods.VeRA(sites=_SITES, rank=7),
+    "magnitudes": lf.methods.Magnitudes(tuple(name for name, _ in _SITES)),
+    "full": lf.methods.FullFineTuning(),
 }
 
 
@@ -143,7 +142,7 @@ def _frozen(nf4=False):
     model = tiny.t5(_CONFIG)
     pool = tiny.pool(3, config=_CONFIG)
     if nf4:
-        parts.set_matrices(
+        lf.models.set_matrices(
             model,
             {
                 site: lf.quantise(w, "nf4", tiled_axis=-2)
@@ -196,13 +195,15 @@ def _losses(seed_mode, *, pack, mesh=None):
     with (
         contextlib.nullcontext()
         if mesh is None
-        else jax.set_mesh(parts.make_mesh(mesh, len(seeds)))
+        else jax.set_mesh(lf.training.make_mesh(mesh, len(seeds)))
     ):
-        problem = problem.replace(index=parts.on_mesh(problem.index, of_seeds=True))
-        parts.fit(
+        problem = problem.replace(
+            index=lf.training.on_mesh(problem.index, of_seeds=True)
+        )
+        lf.training.fit(
             problem,
             rows,
-            parts.start(problem, seeds),
+            lf.training.start(problem, seeds),
             recipe,
             seeds,
             after_epoch=epochs.append,
@@ -234,7 +235,7 @@ def test_steps_have_the_losses_of_padded_steps(seed_mode, mesh, padded):
 
 @pytest.mark.long
 def test_ideal_arrays_have_the_loss_of_padded_rows():
-    chips = parts.program_on_arrays(
+    chips = lf.hardware.program_on_arrays(
         nnx.split(tiny.t5(_CONFIG))[0],
         _frozen(),
         {"*": ARRAYS["ideal"]},

@@ -8,7 +8,8 @@ import tiny
 
 import lorafusion_jax as lf
 from lorafusion_jax.adapters.coefficients import present
-from lorafusion_jax.parts import FullFineTuning, Magnitudes, cross_entropy
+from lorafusion_jax.methods import FullFineTuning, Magnitudes
+from lorafusion_jax.training import cross_entropy
 from lorafusion_jax.training import step as step_lib
 from lorafusion_jax.training.step import end_epoch, prune
 
