@@ -26,7 +26,7 @@ from ..tasks import (
     exact_match,
 )
 from ..training.frozen import GENERATION, LOSS, OPTIONS
-from ..training.loss import seed_entropies, seed_likelihoods
+from ..training.loss import seed_likelihoods
 from ..training.mesh import on_mesh, to_host
 from ..training.method import Params
 from .options import FuseOptions
@@ -45,6 +45,8 @@ class Evaluation(NamedTuple):
     loss: Float[np.ndarray, " seeds"] | None
     # the likeliest of a row's options is its target; None for a task without options
     option_correct: Bool[np.ndarray, "seeds rows"] | None
+    # cross-entropy of each target, in nats; None if no model was evaluated
+    row_losses: Float[np.ndarray, "seeds rows"] | None = None
 
     @property
     def exact_match(self) -> Float[np.ndarray, " seeds"] | None:
@@ -77,9 +79,6 @@ def evaluate(
     pad_id = setup.tokenizer.pad_token_id
     seeds = problem.index.shape[0]
     rows = len(setup.test)
-    worth = evaluation_worth(setup.config)
-    entropy = np.zeros(seeds)
-    targets = 0
     with progress("answers", seeds * rows) as bar:
         tokens, _ = generate_rows(
             params,
@@ -90,17 +89,7 @@ def evaluate(
             pad_id=pad_id,
             update=bar.update,
         )
-    with progress("losses", rows) as bar:
-        for number, (numbers, batch) in enumerate(
-            eval_batches(setup.test, batch_size, pad_id=pad_id, worth=worth)
-        ):
-            count = int(np.sum(batch.labels >= 0))
-            losses = seed_entropies(
-                params, _for_every_seed(batch, seeds), problem.read(LOSS, number)
-            )
-            entropy += to_host(losses).astype(float) * count
-            targets += count
-            bar.update(int(np.sum(numbers >= 0)))
+    losses = row_losses(setup, params, batch_size=batch_size)
     texts = [decode(setup.tokenizer, seed, setup.text_format) for seed in tokens]
     if stop is not None:
         texts = [[said.partition(stop)[0] for said in of_seed] for of_seed in texts]
@@ -108,11 +97,19 @@ def evaluate(
     return Evaluation(
         predictions=texts,
         correct=exact_match(texts, wanted),
-        loss=entropy / targets,
+        loss=losses.sum(axis=1) / sum(map(len, setup.test.labels)),
         option_correct=None
         if options is None
         else _option_correct(setup, params, options[:rows], batch_size),
+        row_losses=losses,
     )
+
+
+def row_losses(
+    setup: Setup, params: Params, *, batch_size: int
+) -> Float[np.ndarray, "seeds rows"]:
+    """Return the cross-entropy of the target of each test row, in nats."""
+    return -_likelihoods(setup, params, setup.test, batch_size, LOSS)
 
 
 def evaluate_seeds(
@@ -130,8 +127,8 @@ def evaluate_seeds(
     if method.answers == "nothing":
         return options.seeds, _constant(setup, tasks_of_seeds(setup.task, options))
     if method.answers == "examples":
-        return options.seeds, _few_shot(
-            setup, shown_to_seeds(setup.task, options), options.eval_batch
+        return options.seeds, evaluate_few_shot(
+            setup, options, closed=answer_options(setup.task)
         )
     seeds = options.seeds if method.seeded else options.seeds[:1]
     asked = (
@@ -155,9 +152,13 @@ def _constant(setup: Setup, of_seeds: list[Task]) -> Evaluation:
     )
 
 
-def _few_shot(setup: Setup, shown_to: list[Task], batch_size: int) -> Evaluation:
-    """Evaluate the base model with examples in the prompt, which each seed draws from its rows."""
-    closed = answer_options(setup.task)
+def evaluate_few_shot(
+    setup: Setup, options: FuseOptions, *, closed: Sequence[Sequence[str]] | None
+) -> Evaluation:
+    """Evaluate the base model with examples in the prompt, which each seed draws from its rows.
+
+    `closed` are the possible answers of each test row; None for a task without them.
+    """
     texts = Texts(setup.tokenizer, setup.text_format)
     # After its answer, a model that continues the prompt adds further examples.
     stop = (
@@ -166,21 +167,25 @@ def _few_shot(setup: Setup, shown_to: list[Task], batch_size: int) -> Evaluation
         else None
     )
     of_seeds = []
-    for shown in shown_to:
+    for shown in shown_to_seeds(setup.task, options):
         test = encode_shown(texts, shown, len(setup.test), setup.max_new_tokens)
         asked = dataclasses.replace(
             setup.with_problem(index=setup.problem.index[:1]), task=shown, test=test
         )
         of_seeds.append(
-            evaluate(asked, {}, batch_size=batch_size, options=closed, stop=stop)
+            evaluate(
+                asked, {}, batch_size=options.eval_batch, options=closed, stop=stop
+            )
         )
     scored = [one.option_correct for one in of_seeds if one.option_correct is not None]
     losses = [one.loss for one in of_seeds if one.loss is not None]
+    of_rows = [one.row_losses for one in of_seeds if one.row_losses is not None]
     return Evaluation(
         predictions=[one.predictions[0] for one in of_seeds],
         correct=np.concatenate([one.correct for one in of_seeds]),
         loss=np.concatenate(losses),
         option_correct=np.concatenate(scored) if scored else None,
+        row_losses=np.concatenate(of_rows),
     )
 
 
@@ -207,20 +212,32 @@ def _option_correct(
     asked = with_options(
         setup.tokenizer, setup.task, setup.test, options, setup.text_format
     )
-    problem = setup.problem
-    seeds = setup.problem.index.shape[0]
-    likelihoods = np.zeros((seeds, len(asked)))
-    how: Any = {
-        "pad_id": setup.tokenizer.pad_token_id,
-        "worth": evaluation_worth(setup.config),
-    }
-    for number, (numbers, batch) in enumerate(eval_batches(asked, batch_size, **how)):
-        real = numbers >= 0
-        of_batch = seed_likelihoods(
-            params, _for_every_seed(batch, seeds), problem.read(OPTIONS, number)
-        )
-        likelihoods[:, numbers[real]] = to_host(of_batch)[:, real]
+    likelihoods = _likelihoods(setup, params, asked, batch_size, OPTIONS)
     return likeliest_correct(likelihoods, options, setup.task)
+
+
+def _likelihoods(
+    setup: Setup, params: Params, rows: Encoded, batch_size: int, purpose: int
+) -> Float[np.ndarray, "seeds rows"]:
+    """Return the log-likelihood of each row's labels, in nats; `purpose` is that of the noise of reads."""
+    problem = setup.problem
+    seeds = problem.index.shape[0]
+    likelihoods = np.zeros((seeds, len(rows)))
+    batches = eval_batches(
+        rows,
+        batch_size,
+        pad_id=setup.tokenizer.pad_token_id,
+        worth=evaluation_worth(setup.config),
+    )
+    with progress("losses", len(rows)) as bar:
+        for number, (numbers, batch) in enumerate(batches):
+            real = numbers >= 0
+            of_batch = seed_likelihoods(
+                params, _for_every_seed(batch, seeds), problem.read(purpose, number)
+            )
+            likelihoods[:, numbers[real]] = to_host(of_batch)[:, real]
+            bar.update(int(np.sum(real)))
+    return likelihoods
 
 
 def with_options(

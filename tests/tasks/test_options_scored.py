@@ -153,14 +153,11 @@ def test_every_batch_is_read_with_noise_of_its_own(given, monkeypatch):
         return np.zeros((2, len(test), 1), np.int32), 0
 
     monkeypatch.setattr(evaluation, "generate_rows", answer)
-    for name, shape in (("seed_entropies", None), ("seed_likelihoods", ())):
-        monkeypatch.setattr(
-            evaluation,
-            name,
-            lambda params, batch, problem, of_row=shape, **_: np.zeros(
-                (2,) if of_row is None else (2, batch.row_mask.shape[-1], *of_row), int
-            ),
-        )
+    monkeypatch.setattr(
+        evaluation,
+        "seed_likelihoods",
+        lambda params, batch, problem: np.zeros((2, batch.row_mask.shape[-1])),
+    )
     evaluate(setup, params, batch_size=4, options=closed)
     of_options = [(OPTIONS, number) for number in range(-(-sum(map(len, closed)) // 4))]
     assert (
