@@ -9,5 +9,14 @@ from .formats import Column, Table, counts, markdown, spread
 from .page import write_report
 from .plots import colour, literal, load_matplotlib, plot, plot_means
 from .scores import Row, Scores, key, name, scores
-from .statistics import OverTasks, Paired, Summary, holm, over_tasks, paired, summary
+from .statistics import (
+    Interval,
+    Paired,
+    Sample,
+    Summary,
+    holm,
+    over_tasks,
+    paired,
+    summary,
+)
 from .tables import best_method, main_tables, paired_table, shots_name

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool
 
-from .statistics import OverTasks, Paired, Summary, over_tasks, paired, spread, summary
+from .statistics import Interval, Paired, Summary, over_tasks, paired, spread, summary
 
 # The result of one method on one task with one seed; `correct` has a 0 or 1 for every test row, in order.
 Row = Mapping[str, Any]
@@ -76,7 +76,7 @@ class Scores:
 
     def over_tasks(
         self, method: str, second: str, column: Values = "exact_match"
-    ) -> OverTasks | None:
+    ) -> Interval | None:
         """Return a method minus another, with a t interval over the tasks; seeds are those of `paired`."""
         seeds, second_seeds = self._seeds_of_both(method, second)
         a = self._values(method, seeds, column)

@@ -39,12 +39,64 @@ class Paired(NamedTuple):
     p: float
 
 
-class OverTasks(NamedTuple):
-    """Mean over tasks, with the 95 % t interval for other tasks of their kind."""
+class Interval(NamedTuple):
+    """Mean with the ends of its interval."""
 
     mean: float
     low: float
     high: float
+
+
+class Sample(NamedTuple):
+    """Units of a random sample, such as tasks, or rows of a task, whose means have t intervals.
+
+    Attributes:
+      groups: number of each unit's group; units of one group count as one.
+      inflation: factor of the variance of the mean, for units that are not independent.
+    """
+
+    groups: Int[np.ndarray, " units"]
+    inflation: float = 1.0
+
+    @property
+    def freedom(self) -> int:
+        """Degrees of freedom."""
+        return len(np.unique(self.groups)) - 1
+
+    def error(self, values: Float[np.ndarray, "... units"]) -> Float[np.ndarray, "..."]:
+        """Return the standard error of the mean, infinite for a single group."""
+        if self.freedom < 1:
+            return np.full(values.shape[:-1], np.inf)
+        groups, of_group = np.unique(self.groups, return_inverse=True)
+        residuals = values - values.mean(axis=-1, keepdims=True)
+        sums = residuals @ np.eye(len(groups))[of_group]
+        squares = np.sum(sums**2, axis=-1) / len(self.groups) ** 2
+        variance = squares * len(groups) / self.freedom
+        return np.asarray(np.sqrt(self.inflation * variance))
+
+    def reach(self, alpha: float) -> float:
+        """Return how many standard errors away a one-sided bound is that fails with probability alpha."""
+        from scipy.special import stdtrit
+
+        return float(stdtrit(max(self.freedom, 1), 1 - alpha))
+
+    def interval(
+        self, values: Float[np.ndarray, " units"], most: float = np.inf
+    ) -> Interval:
+        """Return the mean with its 95 % interval, within the values that are possible: -most to most."""
+        mean = float(values.mean())
+        half = self.reach(_TAILS[0]) * float(self.error(values))
+        return Interval(mean, max(mean - half, -most), min(mean + half, most))
+
+    def p(self, values: Float[np.ndarray, " units"]) -> float:
+        """Return the two-sided p of the mean."""
+        from scipy.special import stdtr
+
+        mean = abs(values.mean())
+        error = float(self.error(values))
+        if mean == 0 or np.isinf(error):
+            return 1.0
+        return 2 * float(stdtr(self.freedom, -mean / error if error else -np.inf))
 
 
 def summary(
@@ -107,19 +159,14 @@ def paired(
     return Paired(float(100 * mean), float(100 * low), float(100 * high), p)
 
 
-def over_tasks(values: Sequence[float]) -> OverTasks | None:
+def over_tasks(values: Sequence[float]) -> Interval | None:
     """Return mean and 95 % t interval of one value for each task, such as a difference; None of fewer than two tasks.
 
     Tasks count as a random sample: a few that differ much give a wide interval, however many items each of them has.
     """
-    from scipy.special import stdtrit
-
     if len(values) < 2:
         return None
-    mean = np.mean(values)
-    error = np.std(values, ddof=1) / np.sqrt(len(values))
-    half = stdtrit(len(values) - 1, _TAILS[1]) * error
-    return OverTasks(float(mean), float(mean - half), float(mean + half))
+    return Sample(np.arange(len(values))).interval(np.asarray(values, float))
 
 
 def holm(p: Sequence[float]) -> list[float]:
