@@ -2,13 +2,10 @@
 
 from collections.abc import Sequence
 
-import jax
-
 from ..report import Table, markdown
 from ..support.reading import show
-from ..trials.report import arms_table, train_command, write_trial
+from ..trials.report import arms_table, describe_trial, train_command, write_trial
 from ..trials.run import TrialOptions, trial
-from ..trials.trial_plan import describe_trial
 from ..trials.verdict import Verdict, judge
 from .parsing import parse
 
@@ -33,9 +30,6 @@ def main(arguments: Sequence[str]) -> None:
     """Print a table and a sentence for each task, and write the report."""
     options = parse(TrialOptions, arguments, "trial", groups=GROUPS)
     if options.plan:
-        jax.config.update(
-            "jax_enable_compilation_cache", False
-        )  # the plan counts the time of compilation
         show(describe_trial(options))
         return
     done = []

@@ -196,6 +196,13 @@ def run_cost(options: FuseOptions, device: Device) -> Cost:
     return estimate(config, options.method, next(iter(work.values())), settings)
 
 
+def run_pace(options: FuseOptions) -> Pace | None:
+    """Return the pace of this machine for a run; None if its rate is not known."""
+    asked = PlanOptions(plan=True)
+    config, work, _ = _planned(options, machine(asked.plan_for))
+    return pace(asked, config, next(iter(work.values())).steps[0])
+
+
 def _planned(
     options: FuseOptions, where: Machine
 ) -> tuple[Architecture, dict[str, Workload], Settings]:

@@ -109,15 +109,19 @@ def read_lines(path: Path, kind: type[T] | Any, *, own: bool = True) -> list[T]:
     """Read a file of JSON lines, without a last line that a killed process left incomplete; `read_json`'s errors."""
     if not path.exists():
         raise FileError(path, got="missing", fix="restore it from a copy")
+    fix = "fix or remove the line"
+    return [
+        decode(line, kind, where, own=own, fix=fix) for where, line in whole_lines(path)
+    ]
+
+
+def whole_lines(path: Path) -> list[tuple[str, bytes]]:
+    """Return the lines of a file of JSON lines with their places, without a last line that was cut off."""
     check_regular(path)
     *lines, last = path.read_bytes().split(b"\n")
     if is_object(last):
         lines.append(last)
-    fix = "fix or remove the line"
-    return [
-        decode(line, kind, f"{path}, line {n}", own=own, fix=fix)
-        for n, line in enumerate(lines, start=1)
-    ]
+    return [(f"{path}, line {n}", line) for n, line in enumerate(lines, start=1)]
 
 
 def decode(

@@ -19,9 +19,8 @@ from ..runs.folder import RunFolder, read_options
 from ..runs.options import FuseOptions
 from ..runs.run import options_to_json, run_path, with_targets
 from ..support.reading import read_lines
-from .cells import Cells, append_lines
 from .engines import LOCAL, EngineOptions, OutOfMemory, run_items
-from .rows import Key, append_rows, read_rows
+from .rows import Cells, ResultKey, append_lines, append_rows, read_rows
 
 # Options of a run that do not affect its results.
 _BOOKKEEPING = (
@@ -48,7 +47,7 @@ class Job(NamedTuple):
     drawn: tuple[str, ...] = ()
 
     @property
-    def keys(self) -> list[Key]:
+    def keys(self) -> list[ResultKey]:
         """Keys of its rows: what draws nothing has one."""
         seeds = (
             self.options.seeds if self.options.entry.seeded else self.options.seeds[:1]
@@ -119,7 +118,7 @@ def run_jobs(
     failed = [dict(failure) | {"error": ""} for failure in before]
     left_out = 0
 
-    def measure(missing: Sequence[Key]) -> Iterator[Mapping[str, Any]]:
+    def measure(missing: Sequence[ResultKey]) -> Iterator[Mapping[str, Any]]:
         nonlocal left_out
         cells_left = set(missing)
         wanted = [*dict.fromkeys(of_seed[cell] for cell in missing)]

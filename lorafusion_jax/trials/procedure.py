@@ -79,19 +79,17 @@ class TrialArm:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcomes:
-    """Outcomes of a task after a look.
+    """Outcomes of a task.
 
     Attributes:
       arms: the arms, in order.
       groups: [rows], number of each row's input.
       fold: [rows], fold that tests each row.
-      loss: [draws, rows] of each arm, NaN for rows that are not measured yet.
+      loss: [draws, rows] of each arm, NaN for rows of folds that were not tested.
       correct: [draws, rows] of each arm, 1, 0 or NaN.
       option_correct: the same for options, without arms that have no scores of options.
       tuned: rates and share of the epochs of each tuned arm, for a training on all rows.
       spent: trained steps of each arm, in trainings on all rows.
-      look: number of this look, from 1.
-      looks: number of looks that were planned.
     """
 
     arms: tuple[TrialArm, ...]
@@ -102,8 +100,6 @@ class Outcomes:
     option_correct: dict[str, Float[np.ndarray, "_draws rows"]]
     tuned: dict[str, Tuned]
     spent: dict[str, float]
-    look: int
-    looks: int
 
 
 def procedure(
@@ -114,9 +110,9 @@ def procedure(
     folds: int = 5,
     nested: bool = False,
     seed: int = 0,
-    by_fold: bool = False,
-) -> Iterator[Outcomes]:
-    """Return an iterator over looks at the outcomes. It trains when its next element is taken.
+    stop: Callable[[], bool] | None = None,
+) -> Outcomes:
+    """Tune each arm, cross-validate all arms, and return the outcomes.
 
     Rates are tuned once, on an inner split of all rows, of a control on its first draw.
 
@@ -127,10 +123,11 @@ def procedure(
       folds: number of folds.
       nested: tune the rates also inside each fold, for its test.
       seed: seed of the folds.
-      by_fold: look after each fold, instead of once at the end.
+      stop: function that is called after each fold, and returns whether to leave out the others. With it folds are
+        tested one after the other, else arms are.
 
     Raises:
-      ValueError: names of arms are equal, or the rows are too few for the folds.
+      ValueError: before anything is measured: names of arms are equal, or the rows are too few for the folds.
     """
     if len({arm.name for arm in arms}) < len(arms):
         raise ValueError(
@@ -138,13 +135,68 @@ def procedure(
         )
     groups = list(groups)
     fold = divide(groups, folds, (seed,))
-    every = range(len(groups))
-    own_rows = [
+    every = tuple(range(len(groups)))
+    training_rows = [
         tuple(row for row in every if fold[row] != number) for number in range(folds)
     ]
-    sets = [tuple(every), *(own_rows if nested else ())]  # rows that rates are tuned on
-    splits = [_split(rows, groups, (seed, number)) for number, rows in enumerate(sets)]
-    return _run(tuple(arms), groups, measure, fold, own_rows, splits, by_fold)
+    tuning_rows = [every, *(training_rows if nested else ())]
+    splits = [
+        _split(rows, groups, (seed, number)) for number, rows in enumerate(tuning_rows)
+    ]
+    spent = {arm.name: 0.0 for arm in arms}
+
+    def counted(trainings: Sequence[Training]) -> Iterator[Scores]:
+        for training, scores in zip(trainings, measure(trainings), strict=True):
+            spent[training.arm] += training.share * len(training.train) / len(every)
+            yield scores
+
+    tuned = _tuned(arms, splits, counted)
+
+    def trainings(numbers: Sequence[int]) -> Iterator[Training]:
+        """Yield the trainings that folds test; those of an arm and a draw are neighbours."""
+        for arm, draw in ((each, draw) for each in arms for draw in each.draws):
+            for number in numbers:
+                best = tuned[arm.name][(1 + number) % len(splits)]
+                if arm.learns:
+                    train = training_rows[number]
+                    test = tuple(row for row in every if fold[row] == number)
+                    yield Training(arm.name, draw, *best[:2], train, test)
+                elif number == 0:
+                    yield Training(arm.name, draw, *best[:2], (), every)
+
+    def empty() -> dict[str, Float[np.ndarray, "_draws rows"]]:
+        return {arm.name: np.full((len(arm.draws), len(every)), np.nan) for arm in arms}
+
+    loss = empty()
+    correct = empty()
+    option_correct = empty()
+    draws = {arm.name: arm.draws for arm in arms}
+    at_once = [[number] for number in range(folds)] if stop else [[*range(folds)]]
+    for numbers in at_once:
+        tested = [*trainings(numbers)]
+        for training, scores in zip(tested, counted(tested), strict=True):
+            place = draws[training.arm].index(training.draw), list(training.test)
+            loss[training.arm][place] = scores.loss
+            correct[training.arm][place] = scores.correct
+            if scores.option_correct is not None:
+                option_correct[training.arm][place] = scores.option_correct
+        if stop is not None and stop():
+            break
+    number_of = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    return Outcomes(
+        arms=tuple(arms),
+        groups=np.array([number_of[group] for group in groups]),
+        fold=fold,
+        loss=loss,
+        correct=correct,
+        option_correct={
+            name: values
+            for name, values in option_correct.items()
+            if not np.isnan(values).all()
+        },
+        tuned={arm.name: tuned[arm.name][0] for arm in arms if arm.rates},
+        spent=spent,
+    )
 
 
 def _tuned(
@@ -152,7 +204,7 @@ def _tuned(
     splits: list[tuple[tuple[int, ...], ...]],
     measure: Measure,
 ) -> dict[str, list[Tuned]]:
-    """Return the best rates of each arm that has rates, on each split into rows to train on and to compare on."""
+    """Return the best rates of each arm on each split into rows to train on and to compare on."""
     problems = [(arm, split) for arm in arms if arm.rates for split in splits]
 
     def losses(candidates: list[Candidate]) -> list[float]:
@@ -170,9 +222,9 @@ def _tuned(
         [arm.name for arm, _ in problems],
         losses,
     )
-    of_arm: dict[str, list[Tuned]] = {}
+    of_arm = {arm.name: [] if arm.rates else [_UNTUNED] * len(splits) for arm in arms}
     for (arm, _), tuned in zip(problems, found, strict=True):
-        of_arm.setdefault(arm.name, []).append(tuned)
+        of_arm[arm.name].append(tuned)
     return of_arm
 
 
@@ -185,73 +237,3 @@ def _split(
     return tuple(row for row, part in pairs if part > 0), tuple(
         row for row, part in pairs if part == 0
     )
-
-
-def _run(
-    arms: tuple[TrialArm, ...],
-    groups: list[Hashable],
-    measure: Measure,
-    fold: Int[np.ndarray, " rows"],
-    own_rows: list[tuple[int, ...]],
-    splits: list[tuple[tuple[int, ...], ...]],
-    by_fold: bool,
-) -> Iterator[Outcomes]:
-    every = tuple(range(len(groups)))
-    folds = len(own_rows)
-    spent = {arm.name: 0.0 for arm in arms}
-
-    def counted(trainings: Sequence[Training]) -> Iterator[Scores]:
-        for training, scores in zip(trainings, measure(trainings), strict=True):
-            spent[training.arm] += training.share * len(training.train) / len(every)
-            yield scores
-
-    of_arm = _tuned(arms, splits, counted)
-
-    def trainings(numbers: list[int]) -> Iterator[Training]:
-        """Yield the trainings that folds test; those of an arm and a draw are neighbours."""
-        for arm, draw in ((each, draw) for each in arms for draw in each.draws):
-            for number in numbers:
-                chosen = (
-                    of_arm[arm.name][(1 + number) % len(splits)]
-                    if arm.rates
-                    else _UNTUNED
-                )
-                if arm.learns:
-                    test = tuple(row for row in every if fold[row] == number)
-                    yield Training(arm.name, draw, *chosen[:2], own_rows[number], test)
-                elif number == 0:
-                    yield Training(arm.name, draw, *chosen[:2], (), every)
-
-    def empty() -> dict[str, Float[np.ndarray, "_draws rows"]]:
-        return {arm.name: np.full((len(arm.draws), len(every)), np.nan) for arm in arms}
-
-    loss = empty()
-    correct = empty()
-    option_correct = empty()
-    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-    draws = {arm.name: arm.draws for arm in arms}
-    looks = [[number] for number in range(folds)] if by_fold else [[*range(folds)]]
-    for look, parts in enumerate(looks, start=1):
-        tested = [*trainings(parts)]
-        for training, scores in zip(tested, counted(tested), strict=True):
-            place = draws[training.arm].index(training.draw), list(training.test)
-            loss[training.arm][place] = scores.loss
-            correct[training.arm][place] = scores.correct
-            if scores.option_correct is not None:
-                option_correct[training.arm][place] = scores.option_correct
-        yield Outcomes(
-            arms=arms,
-            groups=np.array([numbers[group] for group in groups]),
-            fold=fold,
-            loss={name: values.copy() for name, values in loss.items()},
-            correct={name: values.copy() for name, values in correct.items()},
-            option_correct={
-                name: values.copy()
-                for name, values in option_correct.items()
-                if not np.isnan(values).all()
-            },
-            tuned={name: found[0] for name, found in of_arm.items()},
-            spent=dict(spent),
-            look=look,
-            looks=len(looks),
-        )

@@ -1,5 +1,6 @@
 """Report of a trial: tables, a figure, a page, and the commands that train the arm of the sentence."""
 
+import dataclasses
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,11 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..estimates.machines import PlanOptions, spent
+from ..estimates.memory import Device
+from ..estimates.plan import Row, plan_table, run_cost, run_pace
 from ..report import Column, Table, colour, literal, plot, write_report
 from ..runs.options import FuseOptions, row_format
+from ..support.platform import for_cpu
 from ..tasks import load_task
-from .procedure import Outcomes
-from .run import TaskTrial
+from .procedure import Outcomes, Training
+from .run import TaskTrial, TrialOptions, task_trials
 from .tuning import Rates
 from .verdict import Interval, Verdict, judge, judge_tasks
 
@@ -206,6 +211,49 @@ def draw_arms(path: Path, one: TaskTrial, said: Verdict) -> None:
         figure.suptitle(literal(one.task), x=0.01, ha="left", size=12)
 
     plot(path, (7.0, 0.3 * len(said.contrasts) + 1.2), draw)
+
+
+def describe_trial(options: TrialOptions) -> str:
+    """Return the plans of the trainings of each task, a line for each arm, without training anything."""
+    parts = []
+    for one in task_trials(options):
+        of_arm: dict[str, list[Training]] = {name: [] for name in one.arms}
+        for training in one.trainings(options):
+            of_arm[training.arm].append(training)
+        rows = [
+            _plan_of_arm(one.arms[name].options, name, trainings, len(one.rows))
+            for name, trainings in of_arm.items()
+        ]
+        at = run_pace(one.arms[rows[-1].method].options)
+        jobs = [job for row in rows for job in row.jobs]
+        parts.append(
+            f"{one.task} with {len(one.rows)} rows; {options.folds} folds, and tuning on thirds\n"
+            f"{plan_table(rows, at)}\n{spent(jobs, at, PlanOptions(plan=True))}"
+        )
+    return "\n\n".join(parts)
+
+
+def _plan_of_arm(
+    run: FuseOptions, name: str, trainings: Sequence[Training], rows: int
+) -> Row:
+    """Return the costs of an arm's trainings together, from the cost of one on most rows."""
+    device: Device = "cpu" if for_cpu() else "accelerator"
+    most = max(len(training.train) for training in trainings) or rows
+    tested = len(trainings[-1].test)
+    cost = run_cost(dataclasses.replace(run, train_rows=most, test_rows=tested), device)
+    training_flops = [
+        cost.training_flops * training.share * len(training.train) / most
+        for training in trainings
+    ]
+    evaluation_flops = [
+        cost.evaluation_flops * training.answers * len(training.test) / tested
+        for training in trainings
+    ]
+    cost = cost._replace(
+        training_flops=sum(training_flops), evaluation_flops=sum(evaluation_flops)
+    )
+    jobs = np.add(training_flops, evaluation_flops)
+    return Row(name, len(trainings), cost, tuple(jobs.tolist()))
 
 
 def write_trial(

@@ -1,19 +1,35 @@
-"""Rows of a results file: JSON lines, one for each task, method, number of shots and seed, that only ever grows."""
+"""Rows of results: JSON lines of a file that only ever grows, so an interrupted command continues.
 
+A process that is killed while it appends leaves a last line without its end. Readers ignore that line, and the next
+append removes it. Rows of a matrix have a schema, and one for each task, method, number of shots and seed.
+"""
+
+import dataclasses
+import fcntl
 import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, Generic, TypedDict, TypeVar
 
 import msgspec
 
 from ..report import key, name
-from ..support.reading import read_lines, structured
+from ..support.reading import (
+    FileError,
+    is_object,
+    parse_json,
+    structured,
+    whole_lines,
+)
+from ..support.writing import check_no_link, writing
 from .arms import Shots
-from .cells import append_lines
 
-Key = tuple[str, str, str, int]
+Row = dict[str, Any]
+ResultKey = tuple[str, str, str, int]
+Key = TypeVar("Key")
 
 _Name = Annotated[str, msgspec.Meta(pattern=r"\S", description="a name")]
 _Count = Annotated[int, msgspec.Meta(ge=0, description="a count")]
@@ -52,11 +68,124 @@ class Result(TypedDict):
     cores: _Count
 
 
+def read_lines(file: Path) -> list[Row]:
+    """Return the objects of a file of JSON lines, none if it does not exist; a last line that was cut off is none.
+
+    Raises:
+      ValueError: a line is not JSON, or the path is a pipe or a device.
+    """
+    rows = []
+    for where, line in whole_lines(file) if file.exists() else []:
+        try:
+            # Also NaN, the loss of a training that diverged.
+            rows.append(parse_json(line))
+        except ValueError as error:
+            fix = "fix or remove the line"
+            raise FileError(where, got=f"not JSON ({error})", fix=fix) from error
+    return rows
+
+
+def append_lines(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add objects to a file of JSON lines, which is made if it does not exist, and return when they are on disk.
+
+    They replace a last line that was cut off. Processes that append at the same time wait for each other.
+
+    Raises:
+      ValueError: the file is a link.
+      WriteError: the disk is full, read-only or gone, or has no locks.
+    """
+    lines = [json.dumps(row).encode() + b"\n" for row in rows]
+    with writing(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        check_no_link(file)
+        with open(file, "a+b") as opened:
+            fcntl.flock(opened, fcntl.LOCK_EX)
+            opened.seek(0)
+            last = opened.read().rpartition(b"\n")[
+                2
+            ]  # empty if the last line has its end
+            if is_object(last):
+                lines = [b"\n", *lines]
+            elif last:
+                opened.truncate(os.fstat(opened.fileno()).st_size - len(last))
+            opened.write(b"".join(lines))
+            opened.flush()
+            os.fsync(opened.fileno())
+
+
+@dataclasses.dataclass(frozen=True)
+class Cells(Generic[Key]):
+    """The cells of an experiment that are measured, in a file.
+
+    Attributes:
+      file: JSON lines, one for each cell, that only ever grow.
+      key_of: function that returns the key of a row's cell.
+      common: settings that all rows of the file have.
+      read: function that returns the rows of the file.
+      append: function that adds rows to the file.
+    """
+
+    file: Path
+    key_of: Callable[[Row], Key]
+    common: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    read: Callable[[Path], list[Any]] = read_lines
+    append: Callable[[Path, Sequence[Mapping[str, Any]]], None] = append_lines
+
+    def rows(self) -> list[Row]:
+        """Return the rows of the file, none if it does not exist.
+
+        Raises:
+          ValueError: a line is not JSON, or a row has other settings.
+        """
+        rows = self.read(self.file) if self.file.exists() else []
+        for row in rows:
+            others = {
+                name: now for name, now in self.common.items() if row.get(name) != now
+            }
+            if other := [
+                f"{name} was {row.get(name)}, is {now}" for name, now in others.items()
+            ]:
+                raise ValueError(
+                    f"{self.file} holds other rows ({'; '.join(other)}): give another --out"
+                )
+        return rows
+
+    def missing(self, keys: Iterable[Key]) -> list[Key]:
+        """Return the keys without a row, each once, in their order."""
+        have = {self.key_of(row) for row in self.rows()}
+        return [key for key in dict.fromkeys(keys) if key not in have]
+
+    def fill(
+        self,
+        keys: Iterable[Key],
+        measure: Callable[[list[Key]], Iterable[Mapping[str, Any]]],
+        show: Callable[[Row], str],
+        after: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Measure the missing cells, and append their rows one by one.
+
+        Args:
+          keys: keys of the cells, in the order in which to measure them.
+          measure: function that yields the rows of the missing cells, which it may group.
+          show: function that returns a row as a line of the progress.
+          after: function that is called after each row.
+        """
+        if not (missing := self.missing(keys)):
+            return
+        for number, row in enumerate(measure(missing), start=1):
+            row = {**self.common, **row}
+            self.append(self.file, [row])
+            print(f"[{number}/{len(missing)}] {show(row)}", file=sys.stderr, flush=True)
+            after()
+
+
 def read_rows(path: Path) -> list[Result]:
     """Return the rows of a file, without a last line that was cut off; ValueError for a line that is not a row."""
+    if not path.exists():
+        raise FileError(path, got="missing", fix="restore it from a copy")
     return [
         _checked(row, f"{path}, line {n}")
-        for n, row in enumerate(read_lines(path, dict[str, Any]), start=1)
+        for n, row in enumerate(read_lines(path), start=1)
     ]
 
 
@@ -84,7 +213,7 @@ def merge(files: Sequence[Path]) -> list[Result]:
 
     Rows of one task with different data, or two different results of one key, are a ValueError.
     """
-    merged: dict[Key, tuple[Result, Path]] = {}
+    merged: dict[ResultKey, tuple[Result, Path]] = {}
     hashes: dict[str, tuple[str, Path]] = {}
     for path in files:
         for row in read_rows(path):
@@ -121,10 +250,27 @@ def _whole(row: Mapping[str, Any], where: str) -> Result:
     return checked
 
 
-def _checked(row: dict[str, Any], where: str) -> Result:
+def _checked(row: Any, where: str) -> Result:
     return structured(
         row,
         Result,
         where,
         fix="fix the row; what describes the run belongs into config",
     )
+
+
+def print_plan(costs: Iterable[tuple[str, float]], note: str = "") -> None:
+    """Print the number of missing cells and their CPU time by label, and the time of all.
+
+    Args:
+      costs: label and CPU seconds of each cell.
+      note: printed after the total.
+    """
+    by_label: dict[str, list[float]] = {}
+    for label, seconds in costs:
+        by_label.setdefault(label, []).append(seconds)
+    for label, seconds in by_label.items():
+        print(f"{label}: {len(seconds)} cells, {sum(seconds) / 60:.1f} minutes")
+    count = sum(map(len, by_label.values()))
+    total = sum(map(sum, by_label.values()))
+    print(f"{count} cells, {total / 60:.0f} CPU minutes{note}")

@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -29,13 +29,12 @@ from ..support.checks import at_least
 from ..support.progress import progress
 from ..tasks import Example, load_task
 from ..training.recipe import Recipe
-from .cells import Cells, Row
 from .engines import EngineOptions, OutOfMemory, run_items
 from .folds import divide
-from .lanes import Lanes, shortened
 from .procedure import Measure, Outcomes, Role, Scores, Training, TrialArm, procedure
+from .rows import Cells, Row
+from .trainer import Trainer, shortened
 from .tuning import Tuned
-from .verdict import judge
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -83,12 +82,12 @@ class TrialOptions:
       arms: further arms, or others instead of those of the same names, as NAME=METHOD or NAME=METHOD:CONTROL.
       folds: parts of the rows; each is tested by models that were trained on the others.
       nested: tune the rates again inside each fold, which takes several times as long.
-      minutes: stop after about so long, or earlier when the answer is clear, with what is decided then.
+      minutes: stop after the fold in which so many minutes have passed.
       epochs: passes over the training rows.
       dtype: dtype of weights and activations.
       seed: seed of folds, starts and orders of rows.
       out: folder of the report and of all measurements.
-      plan: print trainings, steps and time, and train nothing.
+      plan: print the trainings with their FLOPs, memory and time, and train nothing.
     """
 
     base: str
@@ -259,22 +258,25 @@ class TaskTrial(NamedTuple):
         """Return the epochs that an arm trains for."""
         return shortened(self.arms[arm].options.recipe, tuned.share).epochs
 
-    def lanes(self, options: TrialOptions) -> Lanes:
+    def trainer(self) -> Trainer:
         """Return the models of the arms, which are loaded when they are used."""
-        runs = {name: run for name, (_, run) in self.arms.items()}
-        return Lanes(runs, self.rows, options.seed)
+        return Trainer({name: run for name, (_, run) in self.arms.items()}, self.rows)
 
-    def looks(self, options: TrialOptions, measure: Measure) -> Iterator[Outcomes]:
-        """Return an iterator over looks at the outcomes, which measures what the next one needs."""
-        arms = [arm for arm, _ in self.arms.values()]
-        inputs = [row.input_sha256 for row in self.rows]
-        how: Any = {
-            "folds": options.folds,
-            "nested": options.nested,
-            "seed": options.seed,
-        }
+    def outcomes(
+        self,
+        options: TrialOptions,
+        measure: Measure,
+        stop: Callable[[], bool] | None = None,
+    ) -> Outcomes:
+        """Return what `procedure` does with the arms."""
         return procedure(
-            arms, inputs, measure, **how, by_fold=options.minutes is not None
+            [arm for arm, _ in self.arms.values()],
+            [row.input_sha256 for row in self.rows],
+            measure,
+            folds=options.folds,
+            nested=options.nested,
+            seed=options.seed,
+            stop=stop,
         )
 
     def trainings(self, options: TrialOptions) -> list[Training]:
@@ -295,13 +297,12 @@ class TaskTrial(NamedTuple):
                     np.full(len(training.test), far), np.zeros(len(training.test), bool)
                 )
 
-        for _ in self.looks(options, measure):
-            pass
+        self.outcomes(options, measure)
         return planned
 
 
 def trial(options: TrialOptions) -> Iterator[tuple[TaskTrial, Outcomes]]:
-    """Yield each task with its outcomes of the last look; what OUT has already is not measured again.
+    """Yield each task with its outcomes; what OUT has already is not measured again.
 
     Raises:
       ValueError: before anything is trained: options, rows or arms that cannot be used, or an OUT of another trial.
@@ -311,14 +312,19 @@ def trial(options: TrialOptions) -> Iterator[tuple[TaskTrial, Outcomes]]:
     tried = task_trials(options)
     for one in tried:
         one.trainings(options)  # raises for rows that are too few to tune on
-    ends = None if options.minutes is None else time.monotonic() + 60 * options.minutes
-    for left, one in zip(range(len(tried), 0, -1), tried, strict=True):
-        until = (
-            None
-            if ends is None
-            else time.monotonic() + (ends - time.monotonic()) / left
-        )
-        yield one, _outcomes(options, one, until)
+    began = time.monotonic()
+    for place, one in enumerate(tried, start=1):
+        stop = None
+        if options.minutes is not None:
+            end = began + 60 * options.minutes * place / len(tried)
+            stop = functools.partial(_is_over, end)
+        total = sum(_weight(one, training) for training in one.trainings(options))
+        with progress(one.task, total, unit="row") as bar:
+            yield one, one.outcomes(options, _measure(options, one, bar), stop)
+
+
+def _is_over(end: float) -> bool:
+    return time.monotonic() > end
 
 
 def task_trials(options: TrialOptions) -> list[TaskTrial]:
@@ -343,29 +349,6 @@ def task_trials(options: TrialOptions) -> list[TaskTrial]:
     return tried
 
 
-class _OutOfTime(Exception):
-    """`--minutes` are over."""
-
-
-def _outcomes(options: TrialOptions, one: TaskTrial, until: float | None) -> Outcomes:
-    """Measure what is missing of a task, and return the outcomes of the last look."""
-    outcomes = None
-    weights = {training: _weight(one, training) for training in one.trainings(options)}
-    with progress(one.task, sum(weights.values()), unit="row") as bar:
-        try:
-            for outcomes in one.looks(options, _measure(options, one, until, bar)):
-                if options.minutes is not None and judge(outcomes).decision == "named":
-                    break
-        except _OutOfTime:
-            if outcomes is None:
-                raise ValueError(
-                    f"{one.task}: --minutes {options.minutes:g} were over before the rates were tuned and a fold was "
-                    f"tested. {options.out} keeps what was measured: the same command continues"
-                ) from None
-    assert outcomes is not None  # there is at least one look
-    return outcomes
-
-
 def _weight(one: TaskTrial, training: Training) -> int:
     """Return the number of rows that a training and its test pass through the model, about."""
     arm, run = one.arms[training.arm]
@@ -373,16 +356,11 @@ def _weight(one: TaskTrial, training: Training) -> int:
     return round(epochs * len(training.train)) + len(training.test)
 
 
-def _measure(
-    options: TrialOptions,
-    one: TaskTrial,
-    until: float | None,
-    bar: "tqdm",
-) -> Measure:
+def _measure(options: TrialOptions, one: TaskTrial, bar: "tqdm") -> Measure:
     """Return a function that reads scores from OUT, and measures those that are missing there."""
-    lanes = one.lanes(options)
+    trainer = one.trainer()
     settings = {name: _settings(run) for name, (_, run) in one.arms.items()}
-    digests = _digests(lanes)
+    digests = _digests(trainer)
     common = {"base_and_pool": digests[0], "rows": digests[1], "seed": options.seed}
     cells = Cells(options.out / one.task / "measured.jsonl", _key_of, common)
 
@@ -393,29 +371,25 @@ def _measure(
         # An extended grid is not in the plan.
         bar.total = max(bar.total, bar.n + sum(_weight(one, each) for each in keys))
         bar.update(sum(_weight(one, each) for each in keys if each not in missing))
-        if missing and until is not None and time.monotonic() > until:
-            raise _OutOfTime
-        work = functools.partial(scores_of, lanes)
+        work = trainer.scores
         if options.engine.engine == "ray":
             work = functools.partial(_scores_on_worker, options, one.source, digests)
-        for group, scores in run_items(work, lanes.together(missing), options.engine):
-            arm = group[0].arm
+        for training, scores in run_items(work, missing, options.engine):
+            arm = training.arm
             if isinstance(scores, OutOfMemory):
                 what = f"{one.task}, {arm}: out of memory ({scores.error})"
                 raise ValueError(
                     f"{what}: use --dtype bfloat16 or another machine; {cells.file} keeps what it has"
                 )
-            for each, of in zip(group, scores, strict=True):
-                rows[keys[each]] = common | _row(settings[arm], each, of)
-            cells.append(cells.file, [rows[keys[each]] for each in group])
-            bar.update(sum(_weight(one, each) for each in group))
+            row = common | _row(settings[arm], training, scores)
+            cells.append(cells.file, [row])
+            rows[keys[training]] = row
+            bar.update(_weight(one, training))
             of_arm = [keys[each] for each in keys if each.arm == arm and each.answers]
             if of_arm and all(key in rows for key in of_arm):
                 if sys.stderr.isatty():
                     bar.clear()
                 note(_progress(arm, [rows[key] for key in of_arm]))
-            if until is not None and time.monotonic() > until:
-                raise _OutOfTime
         yield from (_scores(rows[keys[each]]) for each in trainings)
 
     return measure
@@ -428,32 +402,24 @@ def _progress(arm: str, rows: Sequence[Row]) -> str:
     return f"{arm}: {len(correct)} answers, loss {loss:.3f} nats, exact match {100 * np.mean(correct):.1f} %"
 
 
-def scores_of(lanes: Lanes, group: Sequence[Training]) -> list[Scores]:
-    """Return the scores of trainings of one arm, draw and length."""
-    return [*lanes.measure(group)]
-
-
 def _scores_on_worker(
-    options: TrialOptions,
-    source: str,
-    digests: tuple[str, str],
-    group: Sequence[Training],
-) -> list[Scores]:
-    """Return what `scores_of` does in a process of Ray, which loads the models by itself."""
-    return scores_of(_lanes_on_worker(options, source, digests), group)
+    options: TrialOptions, source: str, digests: tuple[str, str], training: Training
+) -> Scores:
+    """Return the scores of a training in a process of Ray, which loads the models by itself."""
+    return _trainer_on_worker(options, source, digests).scores(training)
 
 
 @functools.lru_cache(maxsize=1)
-def _lanes_on_worker(
+def _trainer_on_worker(
     options: TrialOptions, source: str, digests: tuple[str, str]
-) -> Lanes:
+) -> Trainer:
     """Return the models of a task; ValueError if base, pool or rows are not those with the digests.
 
     A process keeps those of the last digests, so that it does not load them for each training.
     """
     (one,) = task_trials(dataclasses.replace(options, task=(source,)))
-    lanes = one.lanes(options)
-    if (loaded := _digests(lanes)) != digests:
+    trainer = one.trainer()
+    if (loaded := _digests(trainer)) != digests:
         differing = [
             what
             for what, before, after in zip(
@@ -465,12 +431,12 @@ def _lanes_on_worker(
             f"{source}: this node has another {' and other '.join(differing)} than the node that the command runs on: "
             "copy the files, or give a path that all nodes share"
         )
-    return lanes
+    return trainer
 
 
-def _digests(lanes: Lanes) -> tuple[str, str]:
+def _digests(trainer: Trainer) -> tuple[str, str]:
     """Return digests of base and pool, and of the rows."""
-    return _digest(lanes.digests), _digest([row.row for row in lanes.rows])
+    return _digest(trainer.digests), _digest([row.row for row in trainer.rows])
 
 
 def _settings(run: FuseOptions) -> str:

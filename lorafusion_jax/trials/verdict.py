@@ -16,15 +16,14 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float
 
-from ..report import holm
+from ..report import Interval, Sample, holm
 from .procedure import Outcomes, Role, TrialArm
 from .tuning import Tuned
 
 MARGIN = 0.05  # nats per answer token: arms that differ by less are as good
 CLOSE = 0.3  # nats per answer token: without a winner, the rows suffice if the best arm so far is as close as that
-LEVEL = 0.95  # of the two-sided intervals of contrasts
 NAMING = 0.9  # of the one-sided bounds that name an arm
 
 _WINS: dict[Role, str] = {
@@ -37,15 +36,8 @@ _WINS: dict[Role, str] = {
     "lora": "Train a LoRA.",
     "other": "Use {name}.",
 }
+_Table = dict[str, Float[np.ndarray, "units"]]  # by arm
 _ORDER = tuple(_WINS)  # cheaper first, of arms that train as many parameters
-
-
-class Interval(NamedTuple):
-    """Mean difference with the ends of its interval."""
-
-    mean: float
-    low: float
-    high: float
 
 
 class Contrast(NamedTuple):
@@ -90,29 +82,31 @@ class Verdict:
 
 
 def judge(outcomes: Outcomes) -> Verdict:
-    """Return the verdict on a task after a look.
-
-    Error rates are divided by the number of looks, except after the last look (Haybittle and Peto).
+    """Return the verdict on a task, from the rows of the folds that were tested.
 
     Raises:
       ValueError: not exactly one arm has the role "pool".
     """
-    measured = np.all(
-        [np.isfinite(table).all(axis=0) for table in outcomes.correct.values()], axis=0
-    )
-    tables = [
-        {name: values.mean(axis=0)[measured] for name, values in table.items()}
-        for table in (outcomes.loss, outcomes.correct, outcomes.option_correct)
-    ]
+    measured, tables = _measured(outcomes)
     notes = [
         _extended(name, tuned)
         for name, tuned in outcomes.tuned.items()
         if tuned.in_grid
     ]
     folds = int(outcomes.fold.max()) + 1
-    looks = outcomes.looks if outcomes.look < outcomes.looks else 1
-    sample = _Sample(outcomes.groups[measured], 1 + folds / (folds - 1), looks, "rows")
-    return _judge(outcomes.arms, sample, tables, notes)
+    sample = Sample(outcomes.groups[measured], 1 + folds / (folds - 1))
+    return _judge(outcomes.arms, sample, "rows", tables, notes)
+
+
+def _measured(outcomes: Outcomes) -> tuple[Bool[np.ndarray, " rows"], list[_Table]]:
+    """Return the rows that all arms were tested on, and their losses, matches and options, each a mean over draws."""
+    measured = np.all(
+        [np.isfinite(table).all(axis=0) for table in outcomes.correct.values()], axis=0
+    )
+    return measured, [
+        {name: values.mean(axis=0)[measured] for name, values in table.items()}
+        for table in (outcomes.loss, outcomes.correct, outcomes.option_correct)
+    ]
 
 
 def _extended(name: str, tuned: Tuned) -> str:
@@ -125,7 +119,7 @@ def _extended(name: str, tuned: Tuned) -> str:
 
 
 def judge_tasks(tasks: Sequence[Outcomes]) -> Verdict:
-    """Return the verdict over tasks that count as a random sample of their kind, each after its last look.
+    """Return the verdict over tasks that count as a random sample of their kind, each by the rows that were tested.
 
     Raises:
       ValueError: a task has other arms than the first one, or not exactly one arm has the role "pool".
@@ -139,80 +133,19 @@ def judge_tasks(tasks: Sequence[Outcomes]) -> Verdict:
 
     tables = [
         {
-            name: np.array([one[name].mean() for one in of_task])
-            for name in set.intersection(*map(set, of_task))
+            name: np.array([table[name].mean() for table in of_tasks])
+            for name in set.intersection(*map(set, of_tasks))
         }
-        for of_task in zip(
-            *((one.loss, one.correct, one.option_correct) for one in tasks), strict=True
-        )
+        for of_tasks in zip(*(_measured(one)[1] for one in tasks), strict=True)
     ]
-    return _judge(
-        arms, _Sample(np.arange(len(tasks)), 1.0, 1, "tasks"), tables, notes=[]
-    )
-
-
-class _Sample(NamedTuple):
-    """Rows of a task, or tasks, with what their intervals depend on."""
-
-    groups: Int[np.ndarray, " units"]
-    inflation: float
-    looks: int
-    unit: Literal["rows", "tasks"]
-
-    @property
-    def freedom(self) -> int:
-        return len(np.unique(self.groups)) - 1
-
-    def error(self, values: Float[np.ndarray, "... units"]) -> Float[np.ndarray, "..."]:
-        """Return the standard error of the mean; units of one group are one unit."""
-        if self.freedom < 1:
-            return np.full(values.shape[:-1], np.inf)
-        groups, of_group = np.unique(self.groups, return_inverse=True)
-        sums = (values - values.mean(axis=-1, keepdims=True)) @ np.eye(len(groups))[
-            of_group
-        ]
-        variance = (
-            np.sum(sums**2, axis=-1)
-            / len(self.groups) ** 2
-            * len(groups)
-            / self.freedom
-        )
-        return np.asarray(np.sqrt(self.inflation * variance))
-
-    def reach(self, alpha: float) -> float:
-        """Return how many standard errors away a one-sided bound is that fails with probability alpha."""
-        from scipy.special import stdtrit
-
-        return float(stdtrit(max(self.freedom, 1), 1 - alpha / self.looks))
-
-    def interval(
-        self, values: Float[np.ndarray, " units"], most: float = math.inf
-    ) -> Interval:
-        """Return the mean with its two-sided interval, within the values that are possible: -most to most."""
-        mean = float(values.mean())
-        half = self.reach((1 - LEVEL) / 2) * float(self.error(values))
-        return Interval(mean, max(mean - half, -most), min(mean + half, most))
-
-    def p(self, values: Float[np.ndarray, " units"]) -> float:
-        """Return the two-sided p of the mean."""
-        from scipy.special import stdtr
-
-        mean = abs(values.mean())
-        error = float(self.error(values))
-        if mean == 0 or np.isinf(error):
-            return 1.0
-        return min(
-            1.0,
-            self.looks
-            * 2
-            * float(stdtr(self.freedom, -mean / error if error else -np.inf)),
-        )
+    return _judge(arms, Sample(np.arange(len(tasks))), "tasks", tables, notes=[])
 
 
 def _judge(
     arms: Sequence[TrialArm],
-    sample: _Sample,
-    tables: Sequence[dict[str, Float[np.ndarray, " units"]]],
+    sample: Sample,
+    unit: Literal["rows", "tasks"],
+    tables: Sequence[_Table],
     notes: list[str],
 ) -> Verdict:
     if len(pools := [arm.name for arm in arms if arm.role == "pool"]) != 1:
@@ -272,20 +205,18 @@ def _judge(
     elif worst.min() < CLOSE:
         arm = arms[int(np.argmin(worst))]
         decision = "close"
-        rows = _deciding(difference, half, MARGIN, sample)
+        rows = _deciding(difference, half, MARGIN, len(sample.groups), unit)
         sentence = f"No clear winner: {arm.name} is the best so far, no arm is better by more than {CLOSE:g} nats, and "
-        sentence += f"about {rows} {sample.unit} would decide."
+        sentence += f"about {rows} {unit} would decide."
     else:
         arm = None
         decision = "more"
-        rows = _deciding(difference, half, CLOSE, sample)
+        rows = _deciding(difference, half, CLOSE, len(sample.groups), unit)
         place = int(np.argmin(worst))
-        width = (
-            sample.reach((1 - LEVEL) / 2) * error[place, int(np.argmax(bounds[place]))]
-        )
-        sentence = f"More {sample.unit} needed"
+        width = sample.reach(0.025) * error[place, int(np.argmax(bounds[place]))]
+        sentence = f"More {unit} needed"
         sentence += (
-            f": the interval is ±{width:.2f} nats; about {rows} {sample.unit} would decide."
+            f": the interval is ±{width:.2f} nats; about {rows} {unit} would decide."
             if rows
             else "."
         )
@@ -308,21 +239,22 @@ def _deciding(
     difference: Float[np.ndarray, "arms arms"],
     half: Float[np.ndarray, "arms arms"],
     margin: float,
-    sample: _Sample,
+    units: int,
+    unit: Literal["rows", "tasks"],
 ) -> int | None:
     """Return how many rows bring the bounds of an arm below a margin, if the differences stay; None if none do."""
     with np.errstate(divide="ignore", invalid="ignore"):
         times = np.where(difference < margin, half / (margin - difference), np.inf)
-    rows = len(sample.groups) * np.min(np.max(times, axis=1)) ** 2
-    step = 10 if sample.unit == "rows" else 1
+    rows = units * np.min(np.max(times, axis=1)) ** 2
+    step = 10 if unit == "rows" else 1
     return math.ceil(rows / step) * step if np.isfinite(rows) else None
 
 
 def _contrasts(
     arms: Sequence[TrialArm],
     pool: str,
-    sample: _Sample,
-    tables: Sequence[dict[str, Float[np.ndarray, " units"]]],
+    sample: Sample,
+    tables: Sequence[_Table],
 ) -> tuple[Contrast, ...]:
     others = [arm.name for arm in arms if arm.name != pool]
 

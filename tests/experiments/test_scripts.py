@@ -139,7 +139,7 @@ def test_lines_are_added_behind_the_last_whole_one(tmp_path):
     assert file.read_text() == '{"a": 1}\n{"a": NaN}\n{"a": 3}\n'
     file.write_text("not JSON\n")
     with pytest.raises(
-        ValueError, match="rows.jsonl, line 1 is not JSON .*fix or remove the line"
+        ValueError, match="rows.jsonl, line 1: not JSON .*fix or remove the line"
     ):
         trials.read_lines(file)
 

@@ -143,9 +143,9 @@ def test_one_rate_is_refined_by_half_steps_and_diverged_ends_are_not_chosen():
 
 
 @pytest.mark.parametrize(
-    ("nested", "by_fold"), [(a, b) for a in (False, True) for b in (False, True)]
+    ("nested", "stop_after"), [(a, b) for a in (False, True) for b in (None, 2, 5)]
 )
-def test_each_row_is_tested_by_a_training_without_its_input(nested, by_fold):
+def test_each_row_is_tested_by_a_training_without_its_input(nested, stop_after):
     calls: list[Sequence[Training]] = []
 
     def measure(trainings):
@@ -163,18 +163,19 @@ def test_each_row_is_tested_by_a_training_without_its_input(nested, by_fold):
             loss = far + one.draw + np.array(one.test) / 100
             yield Scores(loss, loss > 1)
 
-    looks = list(procedure(_ARMS, _GROUPS, measure, nested=nested, by_fold=by_fold))
-    last = looks[-1]
-    assert [look.look for look in looks] == [1, 2, 3, 4, 5][
-        : last.looks
-    ] and last.looks == (5 if by_fold else 1)
-    assert len(calls) == 3 + last.looks and all(
-        np.isfinite(loss).all() for loss in last.loss.values()
+    stops = iter([False] * ((stop_after or 5) - 1) + [True])
+    last = procedure(
+        _ARMS,
+        _GROUPS,
+        measure,
+        nested=nested,
+        stop=None if stop_after is None else lambda: next(stops),
     )
-    assert all(
-        np.isnan(looks[0].loss["pool"][0, last.fold == number]).all()
-        for number in range(1, last.looks)
-    )
+    assert len(calls) == 3 + (stop_after or 1)
+    of_pool = last.loss["pool"][0]
+    np.testing.assert_array_equal(np.isfinite(of_pool), last.fold < (stop_after or 5))
+    if stop_after == 2:
+        return
     np.testing.assert_allclose(last.loss["base"][0], np.arange(42) / 100)
     drawn = last.loss["rotated"] - last.loss["pool"]
     np.testing.assert_allclose(

@@ -11,15 +11,14 @@ import lorafusion_jax as lf
 from lorafusion_jax.cli import main
 from lorafusion_jax.tasks import load_task
 from lorafusion_jax.trials import (
-    Lanes,
     Scores,
+    Trainer,
     Training,
     TrialOptions,
     judge,
-    lanes,
     run,
+    trainer,
     trial,
-    trial_plan,
 )
 
 TASK = one_block.SMALL / "tasks" / "double_digit"
@@ -45,23 +44,23 @@ def measured(monkeypatch):
     """Trainings that were measured, whose scores are made up."""
     measured = []
 
-    def run_items(function, groups, engine, **_):
-        for group in groups:
-            measured.extend(group)
-            yield group, [_made_up(training) for training in group]
+    def run_items(function, trainings, engine):
+        for training in trainings:
+            measured.append(training)
+            yield training, _made_up(training)
 
     monkeypatch.setattr(run, "run_items", run_items)
-    monkeypatch.setattr(Lanes, "digests", {"base": "0"})
+    monkeypatch.setattr(Trainer, "digests", {"base": "0"})
     return measured
 
 
 def test_a_second_trial_of_a_process_scores_the_rows_of_today(
     options, tmp_path, monkeypatch
 ):
-    def run_items(function, groups, engine, **_):
-        for group in groups:
-            real = group[0].arm == "base alone"
-            yield group, function(group) if real else [*map(_made_up, group)]
+    def run_items(function, trainings, engine):
+        for training in trainings:
+            real = training.arm == "base alone"
+            yield training, function(training) if real else _made_up(training)
 
     def base_loss(out):
         ((_, outcomes),) = trial(dataclasses.replace(of_rows, out=out))
@@ -107,7 +106,7 @@ def test_a_second_trial_of_a_process_scores_the_rows_of_today(
 def test_what_cannot_be_tried_is_refused_before_anything_is_loaded(
     options, changes, message, monkeypatch
 ):
-    monkeypatch.setattr(lanes, "load_model", pytest.fail)
+    monkeypatch.setattr(trainer, "load_model", pytest.fail)
     with pytest.raises(ValueError, match=message):
         next(trial(dataclasses.replace(options, **changes)))
     assert not options.out.exists()
@@ -231,19 +230,16 @@ def test_several_tasks_have_a_verdict_together(options, measured, capsys):
     )
 
 
-def test_minutes_stop_a_trial_with_what_is_decided_and_another_base_is_refused(
+def test_minutes_stop_a_trial_after_a_fold_and_another_base_is_refused(
     options, measured, monkeypatch
 ):
-    with pytest.raises(
-        ValueError, match="--minutes 1e-09 were over before the rates were tuned"
-    ):
-        [*trial(dataclasses.replace(options, minutes=1e-9))]
-    ((_, outcomes),) = trial(dataclasses.replace(options, minutes=1.0))
-    assert (
-        outcomes.looks == 2
-        and np.isfinite(outcomes.loss["LoRA"]).sum() == 6 * outcomes.look
-    )
-    monkeypatch.setattr(Lanes, "digests", {"base": "1"})
+    ((_, outcomes),) = trial(dataclasses.replace(options, minutes=1e-9))
+    assert np.isfinite(outcomes.loss["LoRA"]).sum() == 6
+    count = len(measured)
+    ((_, outcomes),) = trial(options)
+    assert np.isfinite(outcomes.loss["LoRA"]).all()
+    assert len(measured) == count + 8  # one fold, three draws of the control
+    monkeypatch.setattr(Trainer, "digests", {"base": "1"})
     with pytest.raises(
         ValueError,
         match="holds other rows .base_and_pool was [0-9a-f]{16}, is .*: give another --out",
@@ -251,63 +247,55 @@ def test_minutes_stop_a_trial_with_what_is_decided_and_another_base_is_refused(
         [*trial(options)]
 
 
-def test_a_plan_counts_steps_and_the_time_of_a_calibration(options, monkeypatch):
-    seconds = trial_plan.Calibration(trained=60.0, generated=600.0, compiled=60.0)
-    monkeypatch.setattr(trial_plan, "_calibrated", lambda options, one: seconds)
-    lines = trial_plan.describe_trial(
-        dataclasses.replace(options, epochs=4)
-    ).splitlines()
-    by_arm = {line[:22].strip(): line[22:].split() for line in lines[1:-1]}
-    # Eight rows for 7 quarters, 4 halves and 2 wholes of 4 epochs, then six rows twice; answers to 12 rows.
-    minutes = 8 * (7 + 4 * 2 + 2 * 4) + 2 * 6 * 4 + 12 * 10 + 4
-    assert by_arm["LoRA"] == ["15", "31", f"{minutes:.1f}"]
-    assert by_arm["base alone"] == ["0", "0", f"{12 * 10 + 0.5:.1f}"]
+def test_a_plan_has_the_costs_of_the_trainings_of_each_arm(options, capsys):
+    rows = ("--train-rows", "12", "--folds", "2", "--epochs", "4", "--plan")
+    given = ("--base", options.base, "--pool", options.pool, "--task", str(TASK))
+    main(["trial", *given, *rows, "--out", str(options.out)])
+    lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
+    head, _, *arms = [[*map(str.strip, line)] for line in lines if line]
+    by_arm = {line[0]: dict(zip(head, line, strict=True)) for line in arms}
+    # Seven rates, then four, then two, and two folds; three draws of a control, and no training of the base.
+    trainings = {name: int(line["runs"]) for name, line in by_arm.items()}
+    assert trainings["LoRA"] == 7 + 4 + 2 + 2
+    assert trainings["rotated modules"] == trainings["LoRA"] + 2 * 2
+    assert trainings["base alone"] == 1 and by_arm["base alone"]["training"] == "0"
+    assert trainings["all"] == 3 * 15 + 19 + 1 + 2 * 2
+    assert by_arm["LoRA"]["time"] and not options.out.exists()
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("mode", ["sequential", "batched"])
-def test_lanes_equal_runs_of_fuse_on_the_same_rows(small, tmp_path, mode, monkeypatch):
-    monkeypatch.setattr(lanes, "_BATCH", 4)
+def test_trainings_equal_runs_of_fuse_on_the_same_rows(small, tmp_path):
     base, pool = map(str, small)
     recipe = lf.FusionRecipe(epochs=3, batch_size=16, modules=3, max_new_tokens=16)
     options = lf.FuseOptions(
-        base=base, pool=pool, task=str(TASK), seeds=(1,), recipe=recipe, seed_mode=mode
+        base=base, pool=pool, task=str(TASK), seeds=(1,), recipe=recipe
     )
     rows = load_task(TASK, need=()).train[:14]
-    measure = Lanes({"LoRAFusion": options}, rows, 1)._adapted
-    rates = [
-        (("lr_coefficients", 0.05), ("lr_magnitudes", rate)) for rate in (0.01, 0.3)
-    ]
-    train = (tuple(range(8)), tuple(range(10)))
-    test = (tuple(range(8, 14)), tuple(range(10, 14)))
-    both = [
-        Training("LoRAFusion", 0, *each)
-        for each in zip(rates, (1.0, 1.0), train, test, strict=True)
-    ]
-    for number, (lane, scores) in enumerate(
-        zip(both, measure(options, both), strict=True)
-    ):
-        folder = tmp_path / str(number)
+    trainer = Trainer({"LoRAFusion": options}, rows)
+    tokens = [len(labels) for labels in trainer.tokens.labels]
+    for rate, count in ((0.01, 8), (0.3, 10)):
+        rates = (("lr_coefficients", 0.05), ("lr_magnitudes", rate))
+        train = tuple(range(count))
+        test = tuple(range(count, 14))
+        scores = trainer.scores(Training("LoRAFusion", 0, rates, 1.0, train, test))
+        folder = tmp_path / str(count)
         folder.mkdir()
-        for part, numbers in (("train", lane.train), ("test", lane.test)):
+        for part, numbers in (("train", train), ("test", test)):
             texts = [
                 {"input": rows[i].input, "target": rows[i].target} for i in numbers
             ]
             (folder / f"{part}.jsonl").write_text(
                 "".join(json.dumps(text) + "\n" for text in texts)
             )
-        own = dataclasses.replace(
+        run = dataclasses.replace(
             options,
             task=str(folder),
-            recipe=dataclasses.replace(recipe, **dict(lane.rates)),
+            recipe=dataclasses.replace(recipe, **dict(rates)),
+            out=tmp_path / "runs",
         )
-        (seed,) = lf.fuse(dataclasses.replace(own, out=tmp_path / "runs"))["seeds"]
+        (seed,) = lf.fuse(run)["seeds"]
         np.testing.assert_allclose(scores.correct.mean() * 100, seed["exact_match"])
-        tokens = [
-            len(labels)
-            for labels in Lanes({"LoRAFusion": options}, rows, 1).tokens.labels
-        ]
-        loss = scores.loss.sum() * np.mean(tokens) / sum(tokens[i] for i in lane.test)
+        loss = scores.loss.sum() * np.mean(tokens) / sum(tokens[i] for i in test)
         np.testing.assert_allclose(loss, seed["loss"], rtol=2e-5)
 
 

@@ -1,5 +1,6 @@
 """Sentences of trials on made-up outcomes. Oracles: the rules in words, NumPy, scipy.stats, and a simulation."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -43,8 +44,6 @@ def _outcomes(spread=0.01, seed=0, rows=_ROWS, groups=None, **means):
         option_correct={name: right[name] for name in ("LoRA", "LoRAFusion")},
         tuned={},
         spent={},
-        look=1,
-        looks=1,
     )
 
 
@@ -198,32 +197,29 @@ def test_intervals_of_exact_match_lie_within_100_points():
     assert contrast.correct.high > 0
 
 
-def test_a_look_counts_measured_rows_and_only_the_last_one_has_full_levels():
-    outcomes = _outcomes(0.3, LoRA=1.7)
+def _tested(outcomes, folds):
+    """Return outcomes whose first folds are tested, of all arms but the first, which needs no training."""
+    outcomes = copy.deepcopy(outcomes)
     for arm in _ARMS[1:]:
         for table in (outcomes.loss, outcomes.correct, outcomes.option_correct):
             if arm.name in table:
-                table[arm.name][:, outcomes.fold > 1] = np.nan
-    (contrast,) = [
-        one
-        for one in judge(dataclasses.replace(outcomes, look=2, looks=5)).contrasts
-        if one.arm == "LoRA"
-    ]
+                table[arm.name][:, outcomes.fold >= folds] = np.nan
+    return outcomes
+
+
+def test_a_trial_that_stopped_is_judged_by_the_rows_that_were_tested():
+    outcomes = _tested(_outcomes(0.3, LoRA=1.7), 2)
+    (contrast,) = [one for one in judge(outcomes).contrasts if one.arm == "LoRA"]
     values = (outcomes.loss["LoRA"] - outcomes.loss["LoRAFusion"])[0, outcomes.fold < 2]
-    half = stats.t.ppf(1 - 0.025 / 5, 15) * 1.5 * stats.sem(values)
+    half = stats.t.ppf(0.975, 15) * 1.5 * stats.sem(values)
     np.testing.assert_allclose(
         contrast.loss, values.mean() + half * np.array([0, -1, 1])
     )
-    p = 5 * 2 * stats.t.sf(abs(values.mean()) / stats.sem(values) / 1.5, 15)
+    p = 2 * stats.t.sf(abs(values.mean()) / stats.sem(values) / 1.5, 15)
     assert contrast.p == pytest.approx(min(1, 7 * p))  # the smallest of seven
-    assert judge(dataclasses.replace(outcomes, look=5, looks=5)) == judge(outcomes)
-    one_input = dataclasses.replace(
-        outcomes,
-        look=2,
-        looks=5,
-        groups=np.where(outcomes.fold < 2, 0, outcomes.groups),
-    )
-    assert judge(one_input).sentence == "More rows needed."
+    one_input = np.where(outcomes.fold < 2, 0, outcomes.groups)
+    found = judge(dataclasses.replace(outcomes, groups=one_input))
+    assert found.sentence == "More rows needed."
 
 
 def test_arms_that_diverged_are_neither_named_nor_compared():
@@ -246,6 +242,8 @@ def test_several_tasks_are_judged_by_their_means():
     found = judge_tasks(tasks)
     assert found.sentence == "Train a LoRA." and found.contrasts[-1].arm == "LoRA"
     np.testing.assert_allclose(found.contrasts[-1].loss, [-0.4] * 3, atol=1e-9)
+    stopped = judge_tasks([_tested(task, 2) for task in tasks])
+    assert stopped.sentence == "Train a LoRA."
     mixed = judge_tasks(
         [_outcomes(LoRA=1), _outcomes(magnitudes=1), _outcomes(LoRAFusion=1)]
     )
