@@ -90,4 +90,4 @@ if __name__ == "__main__":
         for path in sorted(Path(folder).rglob("*.py"))
         for line, fault in sorted(set(violations(ast.parse(path.read_text()))))
     ]
-    sys.exit("\n".join(lines))
+    sys.exit("\n".join(lines) or None)
