@@ -1,20 +1,8 @@
-"""Tables of the pages in docs, and of CSV files."""
+"""Tables of the pages in docs."""
 
-import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
-
-
-def assert_written(
-    tables: Mapping[str, Sequence[Sequence[str]]], folder: Path, prefix: str = ""
-) -> None:
-    """Check that the folder's CSV files have these tables."""
-    for name, lines in tables.items():
-        assert (
-            list(csv.reader((folder / f"{prefix}{name}.csv").read_text().splitlines()))
-            == lines
-        ), name
 
 
 def rows_below(page: Path, header: Sequence[str]) -> list[list[str]]:

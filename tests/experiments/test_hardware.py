@@ -1,6 +1,5 @@
 """The experiments on chips: what is computed once, the points of sweeps, and the tables of the committed rows."""
 
-import csv
 from pathlib import Path
 
 import basis_on_chips
@@ -8,7 +7,6 @@ import hardware
 import jax.numpy as jnp
 import pytest
 from lab.hardware import Store
-from page_tables import assert_written
 
 from lorafusion_jax.crossbar import load_config
 
@@ -70,31 +68,6 @@ def test_shares_won_back_by_hand():
         hardware.won_back(same, ["t"], "its chip", "untouched", "digital", None, None)
         is None
     )
-
-
-def _committed(path):
-    """The rows of a CSV file with numbers, and None where a cell is empty."""
-    head, *lines = csv.reader((_ROOT / "results" / path).read_text().splitlines())
-    values = {"": None, "True": True, "False": False}
-    rows = [
-        {name: values.get(cell, cell) for name, cell in zip(head, line, strict=True)}
-        for line in lines
-    ]
-    return [
-        row | {"chip": int(row["chip"]), "exact_match": float(row["exact_match"])}
-        for row in rows
-    ]
-
-
-def test_tables_are_those_of_their_rows():
-    found = hardware.tables(_committed("hardware/rows.csv"))
-    found |= {
-        f"{sweep}_table": hardware.table(_committed(f"hardware/{sweep}.csv"))
-        for sweep in hardware.POINTS
-    }
-    assert_written(found, _ROOT / "results" / "hardware")
-    found = basis_on_chips.table(_committed("basis_on_chips/rows.csv"))
-    assert_written({"table": found}, _ROOT / "results" / "basis_on_chips")
 
 
 def test_a_point_changes_only_what_it_names():

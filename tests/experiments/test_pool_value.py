@@ -9,7 +9,7 @@ import numpy as np
 import pool_value as experiment
 import pytest
 from lab import pool_cells, string_pools
-from page_tables import assert_written, rows_below
+from page_tables import rows_below
 from shuffle_labels import main as write_shuffled
 from string_tasks import split
 
@@ -49,10 +49,6 @@ def test_nothing_was_trained_on_a_target():
             len({task.position for task in own}),
             len({task.character for task in own}),
         ) == (8, 5), name
-
-
-def test_the_committed_draw_is_the_one_of_the_script():
-    assert_written({"draw": experiment.draw_table()}, _RESULTS)
 
 
 def test_a_folder_with_the_adapters_of_another_pool_is_refused(tmp_path):
@@ -213,7 +209,6 @@ def test_the_page_has_the_tables_of_its_rows():
         for row in experiment.read_lines(file)
     ]
     tables = experiment.tables(rows, experiment.read_lines(_RESULTS / "tune.jsonl"))
-    assert_written(tables, _RESULTS)
     head = [
         "20 rows, minus LoRAFusion",
         "operations in the pool",

@@ -12,7 +12,7 @@ import small_llama
 import warm_starts_language
 from lab.language import MOST_SHARED, SOURCES, TUNING, load
 from lab.tuning import best_point, rates_at
-from page_tables import assert_written, rows_below
+from page_tables import rows_below
 
 from lorafusion_jax import LowRank, read_config
 from lorafusion_jax.io import lora_adapter, write_adapter
@@ -309,17 +309,6 @@ def test_contrasts_are_over_tasks_and_the_seeds_that_both_arms_have():
     assert [row[:5] for row in lines] == [
         ["20", "rotated minus LoRAFusion", "3", "6", f"{mean:.3f}"]
     ]
-
-
-@pytest.mark.parametrize(
-    ("folder", "targets"), [(".", experiment.TARGETS), ("gemma", len(experiment.FIXED))]
-)
-def test_tables_are_those_of_their_rows(folder, targets):
-    rows = read_lines(_RESULTS / folder / f"{'language'}.jsonl")
-    tuning = read_lines(_RESULTS / folder / f"{'language_tune'}.jsonl")
-    assert_written(
-        experiment.tables(rows, tuning, targets), _RESULTS / folder, "language_"
-    )
 
 
 def test_the_page_shows_contrasts_of_the_rows():

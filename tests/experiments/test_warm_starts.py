@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import warm_starts as experiment
-import warm_starts_language
-from page_tables import assert_written, rows_below
+from page_tables import rows_below
 
 from lorafusion_jax.trials import read_lines
 
@@ -18,12 +17,6 @@ _ROWS = read_lines(_RESULTS / f"{'rows'}.jsonl")
 _TUNING = read_lines(_RESULTS / f"{'tune'}.jsonl")
 _ALL = experiment.with_earlier_rows(_ROWS)
 _MEASURED = {(row["arm"], row["rows"]) for row in _ROWS}
-
-
-def test_committed_tables_are_those_of_the_committed_rows():
-    assert_written(experiment.tables(_ALL, _TUNING), _RESULTS)
-    language = read_lines(_RESULTS / "language.jsonl")
-    assert_written(warm_starts_language.tables(language), _RESULTS, "language_")
 
 
 @pytest.mark.parametrize(("arm", "rows"), sorted(_MEASURED))
