@@ -14,7 +14,7 @@ from lab.common import ROOT
 
 from lorafusion_jax.report import (
     Row,
-    best_method,
+    Scores,
     main_tables,
     paired_table,
     plot_means,
@@ -81,6 +81,14 @@ def report(rows: Sequence[Row], out: Path, title: str, reference: str | None) ->
                 f"Mean exact match of each method with its 95 % interval: {shown}"
             )
     write_report(out, title, tables, figures)
+
+
+def best_method(scores: Scores) -> str:
+    """Return the method with the highest mean, the first of equals; the first of all if none has every task."""
+    means = {
+        method: summary.mean for method, summary in scores.summaries.items() if summary
+    }
+    return max(means, key=lambda method: means[method], default=scores.methods[0])
 
 
 def run_and_report(

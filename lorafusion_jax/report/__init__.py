@@ -19,4 +19,4 @@ from .statistics import (
     paired,
     summary,
 )
-from .tables import best_method, main_tables, paired_table, shots_name
+from .tables import main_tables, paired_table, shots_name

@@ -102,14 +102,6 @@ def paired_table(scores: Scores, reference: str) -> Table:
     return Table(caption, columns, lines)
 
 
-def best_method(scores: Scores) -> str:
-    """Return the method with the highest mean, the first of equals; the first of all if none has every task."""
-    means = {
-        method: summary.mean for method, summary in scores.summaries.items() if summary
-    }
-    return max(means, key=lambda method: means[method], default=scores.methods[0])
-
-
 def shots_name(shots: str) -> str:
     """Return the number of examples (shots), in words."""
     return _EXAMPLES.get(shots, shots)

@@ -223,9 +223,9 @@ def kinds(folder: Path) -> dict[str, Kind]:
     def weights() -> None:
         found = read_weights(weights_file)
         assert found is not None
-        assert {} not in found[0].values(), "a module without weights was read"
         with named(weights_file):
             coefficients_of(found[0], lf.io.ConvertedPool(pool).load([*found[0]]))
+        assert {} not in found[0].values(), "a module without weights was read"
 
     prepared = _write_preparations(folder / "prepared")
     shape = (8, 4)

@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
+import results_page
 from made_up_rows import METHODS, TASKS, made_up, row
 from scipy import stats
 
 from lorafusion_jax.report import (
     Column,
     Table,
-    best_method,
     main_tables,
     paired_table,
     scores,
@@ -89,7 +89,7 @@ def test_a_method_that_lacks_a_task_has_no_mean_and_is_not_compared():
     assert (
         line[2] == line[7] == line[8] == "–" and line[1] != "–" and line[11] == "36,864"
     )
-    assert best_method(found) == "fusion sum"
+    assert results_page.best_method(found) == "fusion sum"
     assert paired_table(found, "fusion sum").texts[12] == ["LoRA", *6 * ["–"]]
 
 
