@@ -24,13 +24,12 @@ from typing import Any, Literal, get_args
 import _script
 import tyro
 from lab.common import DIRECTIONS, ROOT, small_pool_in_basis, write_csv
-from lab.methods import ALL, BEST, IN_BASIS
+from lab.methods import ALL, ARMS, BEST, IN_BASIS
 from small_pool import SmallPoolOptions
 
 from lorafusion_jax import SharedBasis, load_basis
 from lorafusion_jax.report import Scores, colour, main_tables, plot, scores
 from lorafusion_jax.trials import (
-    ARMS,
     Arm,
     merge,
     print_matrix_plan,

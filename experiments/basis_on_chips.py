@@ -30,14 +30,13 @@ from lab.hardware import (
     of_tasks,
     subject,
 )
-from lab.methods import IN_BASIS
+from lab.methods import ARMS, IN_BASIS
 
 from lorafusion_jax.crossbar import save_config
 from lorafusion_jax.hardware import aged, load_chips
 from lorafusion_jax.report import as_markdown as markdown
 from lorafusion_jax.runs import OnArrays
 from lorafusion_jax.training import Params
-from lorafusion_jax.trials import ARMS
 
 # How numbers are trained, and the age at which they are read; None is new.
 COLUMNS = (

@@ -11,10 +11,11 @@ from typing import Any
 import _script
 from lab.common import ROOT, convert_small_pool, fresh_folder, options_of_small, slug
 from lab.demo_report import markdown_table, plot_accuracy
+from lab.methods import ARMS
 
 from lorafusion_jax import fuse
 from lorafusion_jax.report import write_text
-from lorafusion_jax.trials import ARMS, Job, read_rows, run_jobs
+from lorafusion_jax.trials import Job, read_rows, run_jobs
 
 FOLDER = ROOT / "runs" / "demo"
 SEEDS = (1, 2, 3)

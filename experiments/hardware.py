@@ -38,6 +38,7 @@ from lab.hardware import (
     of_tasks,
     subject,
 )
+from lab.methods import ARMS
 
 from lorafusion_jax.crossbar import (
     CrossbarConfig,
@@ -49,7 +50,6 @@ from lorafusion_jax.estimates import CostOptions, bills, shape_config
 from lorafusion_jax.hardware import aged, load_chips
 from lorafusion_jax.report import colour, plot
 from lorafusion_jax.runs import OnArrays
-from lorafusion_jax.trials import ARMS
 
 Sweep = Literal["noise", "adc", "cell", "age"]
 

@@ -25,6 +25,7 @@ import tyro
 from flax import nnx
 from lab.common import ROOT, SMALL, options_of_small, with_interval, write_tables
 from lab.genres import fitted_text
+from lab.methods import ARMS
 from lab.smollm2 import base
 from restore import Options as Fusing
 from restore import Setting, fused
@@ -38,7 +39,7 @@ from lorafusion_jax.hardware import (
     restore_chips,
 )
 from lorafusion_jax.tasks import load_task
-from lorafusion_jax.trials import ARMS, Cells, Row
+from lorafusion_jax.trials import Cells, Row
 
 CHIPS = {"fusions": 4, "language": 3, "digits": 10}
 SEEDS = (0, 1, 2, 3, 4)

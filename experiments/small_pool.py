@@ -15,9 +15,10 @@ from pathlib import Path
 import _script
 import tyro
 from lab.common import ROOT, SMALL, TASKS
+from lab.methods import ARMS
 from results_page import run_and_report
 
-from lorafusion_jax.trials import ARMS, MatrixOptions
+from lorafusion_jax.trials import MatrixOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

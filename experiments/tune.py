@@ -7,7 +7,7 @@
 
 A trial is a run. On real language it has two passes and is scored by its loss on 100 test rows; two rates have thirteen
 trials, and bases and choices of modules the rates of LoRAFusion. Results are rows of OUT/tune.jsonl; interrupted, the
-same command continues. OUT/table_tune.csv shows all trials; `lorafusion_jax.trials.ARMS` and `lab/language.py` have the
+same command continues. OUT/table_tune.csv shows all trials; `lab/methods.py` and `lab/language.py` have the
 best ones.
 """
 
@@ -23,12 +23,12 @@ import numpy as np
 import tyro
 from lab.common import ROOT, options_of_small, slug, small_pool_in_basis, write_csv
 from lab.language import MAIN, MORE, TUNING, find, options_of
-from lab.methods import COEFFICIENTS, IN_BASIS
+from lab.methods import ARMS, COEFFICIENTS, IN_BASIS
 from language import LanguageOptions, link_tasks, linked_base, make_pools, pool_of
 
 from lorafusion_jax import FuseOptions, fuse
 from lorafusion_jax.report import as_markdown as markdown
-from lorafusion_jax.trials import ARMS, Arm, Job, Shots, read_rows, run_jobs
+from lorafusion_jax.trials import Arm, Job, Shots, read_rows, run_jobs
 
 TASKS = ("reverse_starcon", "rotr_next")
 SEEDS = (101, 102)  # not those of any table; real language has the first

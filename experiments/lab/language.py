@@ -26,9 +26,9 @@ from lorafusion_jax.tasks import (
     train_batches,
 )
 from lorafusion_jax.training import LOSS, Params, seed_entropies
-from lorafusion_jax.trials import ARMS, Arm, recipe_of
+from lorafusion_jax.trials import Arm, recipe_of
 
-from .methods import IN_BASIS
+from .methods import ARMS, IN_BASIS
 from .smollm2 import EXAMPLES
 from .tasks import find_task
 

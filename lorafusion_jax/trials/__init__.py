@@ -1,16 +1,16 @@
-"""Experiments: arms, jobs, cells that are measured once and are rows of a file, and plans."""
+"""Experiments: trials, jobs, rows that are measured once, and plans."""
 
 # ruff: noqa: F401 (the imports are the public names)
 
-from .arms import ARMS, EPOCHS, TRAIN_ROWS, Arm, Shots, recipe_of
 from .engines import EngineOptions, OutOfMemory, run_items
 from .jobs import Job, run_jobs, settings_of
-from .matrix import MatrixOptions, run_matrix
+from .matrix import EPOCHS, TRAIN_ROWS, Arm, MatrixOptions, recipe_of, run_matrix
 from .plan import print_matrix_plan
 from .procedure import Outcomes, Scores, Training, TrialArm, procedure
 from .rows import (
     Cells,
     Row,
+    Shots,
     append_lines,
     append_rows,
     merge,

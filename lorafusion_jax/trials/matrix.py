@@ -6,7 +6,7 @@ All seeds of a task and method are one program (see `lorafusion fuse`); tasks, m
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -16,10 +16,53 @@ from ..io.pool import open_pool
 from ..loading.spec import LoadIn
 from ..methods import find
 from ..methods.fusion import PRESETS
+from ..methods.recipes import recipe_of as recipe_with
 from ..runs.options import FuseOptions
-from .arms import TRAIN_ROWS, Arm, Shots, recipe_of
+from ..training.recipe import Recipe
 from .engines import EngineOptions
 from .jobs import Job, run_jobs
+from .rows import Shots
+
+# Rows that a seed uses, and passes over them.
+TRAIN_ROWS: dict[Shots, int] = {"95+5": 100, "5": 5}
+EPOCHS: dict[Shots, int] = {"95+5": 20, "5": 40}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arm:
+    """A method with its settings: a row of a table, and its run.
+
+    Attributes:
+      method: name of the method, as in `lorafusion fuse`.
+      control: control of the pool.
+      recipe: differences from the default recipe, without learning rates.
+      rates: learning rates, found by `python experiments/tune.py`.
+      few_rates: those for five examples, where they are other ones, found by `python experiments/tune.py --shots 5`.
+      train_rows: fewer rows to learn from than the others have.
+      load_in: base and pool in 4 or 8 bits.
+    """
+
+    method: str
+    control: Literal["none", "random-factors", "shuffled", "svd"] = "none"
+    recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
+    rates: dict[str, float] = dataclasses.field(default_factory=dict)
+    few_rates: dict[str, float] = dataclasses.field(default_factory=dict)
+    train_rows: int | None = None
+    load_in: LoadIn | None = None
+
+
+def recipe_of(arm: Arm, *, shots: Shots = "95+5", **defaults: Any) -> Recipe:
+    """Return the recipe of an arm; it has those of the default numbers that its method has.
+
+    Rows are padded, as they were for the committed results.
+
+    Raises:
+      TypeError: the arm has a number that its method does not have.
+    """
+    kind = find(arm.method).recipe
+    rates = (shots == "5" and arm.few_rates) or arm.rates
+    shared = recipe_with(kind, {"epochs": EPOCHS[shots], "pack": False} | defaults)
+    return dataclasses.replace(shared, **arm.recipe | rates)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

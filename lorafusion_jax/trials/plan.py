@@ -13,9 +13,8 @@ from ..methods.entry import WITH_CORE
 from ..methods.fusion import choice_of
 from ..methods.recipes import basis_of, modules_of
 from ..methods.untrained import FewShotRecipe
-from .arms import TRAIN_ROWS, Arm
 from .jobs import Job
-from .matrix import MatrixOptions, jobs
+from .matrix import TRAIN_ROWS, Arm, MatrixOptions, jobs
 
 
 def print_matrix_plan(options: MatrixOptions, arms: Mapping[str, Arm]) -> None:

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypedDict, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypedDict, TypeVar
 
 import msgspec
 
@@ -25,9 +25,10 @@ from ..support.reading import (
     whole_lines,
 )
 from ..support.writing import check_no_link, writing
-from .arms import Shots
 
 Row = dict[str, Any]
+# Rows to learn from: 95 and 5 for validation, or LoraHub's 5.
+Shots = Literal["95+5", "5"]
 ResultKey = tuple[str, str, str, int]
 Key = TypeVar("Key")
 

@@ -46,8 +46,10 @@ class Trainer:
             train_rows=len(training.train),
         )
         loaded = self._loaded(dataclasses.replace(arm, control_draw=training.draw))
-        # With the longest row behind them, the prompts of all folds have one shape.
-        tested = (*training.test, self._longest)
+        tested = training.test
+        if training.answers:
+            # With the longest row behind them, the prompts of all folds have one shape.
+            tested = (*tested, self._longest)
         setup = Setup(
             **vars(loaded),
             task=Task(

@@ -8,7 +8,7 @@ import basis
 import numpy as np
 import pytest
 import tiny
-from lab import common
+from lab import common, methods
 from made_up_rows import row
 
 from lorafusion_jax import FuseOptions, shared_basis, trials
@@ -28,7 +28,7 @@ _SHARE = {
 @pytest.fixture(scope="module")
 def results():
     """Rows of two tasks: of ten answers each method gives so many right, the first ones."""
-    entries = {name: trials.ARMS[name] for name in ("LoRA", "LoRAFusion")} | _ENTRIES
+    entries = {name: methods.ARMS[name] for name in ("LoRA", "LoRAFusion")} | _ENTRIES
     rows = []
     for name, share in _SHARE.items():
         recipe = json.loads(

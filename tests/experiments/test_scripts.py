@@ -48,7 +48,7 @@ def test_the_demo_measures_on_tasks_that_nothing_was_trained_or_tuned_on():
 
 
 def test_every_trained_method_had_the_same_number_of_trials():
-    everything = trials.ARMS | methods.COEFFICIENTS | methods.IN_BASIS
+    everything = methods.ARMS | methods.COEFFICIENTS | methods.IN_BASIS
     trained = {
         name: entry
         for name, entry in everything.items()
@@ -66,7 +66,7 @@ def test_every_trained_method_had_the_same_number_of_trials():
 
 def test_every_ablation_can_run_and_is_next_to_what_it_varies():
     options = ablations.AblationOptions()
-    plain = trials.recipe_of(trials.ARMS["LoRAFusion"])
+    plain = trials.recipe_of(methods.ARMS["LoRAFusion"])
     for group in options.groups:
         entries = ablations.entries_of(group, options)
         settings = set()

@@ -9,9 +9,10 @@ import jax
 import one_block
 import pytest
 import small_pool
+from lab.methods import ARMS
 
 from lorafusion_jax.report import key
-from lorafusion_jax.trials import ARMS, matrix, read_rows
+from lorafusion_jax.trials import matrix, read_rows
 
 _COMMITTED = (
     Path(__file__).resolve().parents[2] / "results" / "small_pool" / "results.jsonl"
