@@ -7,6 +7,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
+from ..io.source import check_sources
 from ..support.checks import flags_given
 
 Options = TypeVar("Options")
@@ -29,6 +30,9 @@ def parse(
     Fields of the dataclass may be dataclasses too; all options are spelled without a prefix. The help text shows
     options without a group first. `defaults` replace the dataclass's, by option name. Other arguments are added to
     `others`, or refused.
+
+    Raises:
+      ValueError: files or folders that the options name do not exist; a plan may be of some that do not.
     """
     import tyro
 
@@ -50,6 +54,8 @@ def parse(
     values = dict(vars(parsed))
     for title in groups:
         values |= vars(values.pop(_attribute(title)))
+    if not values.get("plan"):
+        check_sources(values)
     return _built(options, values)
 
 

@@ -92,6 +92,10 @@ def read_json(path: Path, kind: type[T] | Any, what: str, *, own: bool = True) -
     Raises:
       FileError: the file is missing, not JSON, too large, nested too deeply, a Git LFS pointer, or of another type.
     """
+    if not path.parent.exists():
+        raise FileError(
+            path.parent, got="does not exist", fix=f"give the folder of {what}"
+        )
     if not path.is_file():
         raise FileError(path.parent, got=f"not {what}", fix=f"it has no {path.name}")
     check_regular(path)

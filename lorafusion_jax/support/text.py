@@ -1,5 +1,6 @@
 """Text from outside, as it is shown: shortened, on one line, and without what a terminal would obey."""
 
+import re
 import reprlib
 import unicodedata
 from collections.abc import Sequence
@@ -7,6 +8,14 @@ from typing import Any
 
 _TURNING = (
     "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # marks that reorder text
+)
+_FILE_ENDINGS = (
+    *(".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".txt", ".yaml", ".yml"),
+    *(".gguf", ".safetensors", ".bin", ".pt", ".pth", ".npz", ".zip", ".tar", ".gz"),
+)
+# `name` or `owner/name`, with `@revision` and `:config`.
+DATASET_ID = re.compile(
+    r"([\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?:@([\w./-]+))?(?::([\w.-]+))?"
 )
 _SPELL = reprlib.Repr()
 
@@ -25,6 +34,11 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(first) + (
         f" and {len(names) - 20} more" if len(names) > 20 else ""
     )
+
+
+def is_file_name(source: str) -> bool:
+    """Return whether a source ends as a file does, so that it is not a name on the hub."""
+    return source.lower().endswith(_FILE_ENDINGS)
 
 
 def printable(text: str) -> str:

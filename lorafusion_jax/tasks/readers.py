@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..support.reading import FileError, check_lfs, check_regular, parse_json, utf8
-from ..support.text import shown, some
+from ..support.text import DATASET_ID, is_file_name, shown, some
 
 Row = Any  # any JSON: checked where rows become examples
 Rows = Iterator[tuple[str, Row]]  # each with its place, for messages
@@ -22,7 +22,6 @@ _PARTS = {
 }
 # In CSV, where a number has no quotes to tell it from a text.
 _NOT_FINITE = re.compile(r"\s*[+-]?(nan|inf|infinity)\s*", re.IGNORECASE)
-_HUB_ID = re.compile(r"([\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?:@([\w./-]+))?(?::([\w.-]+))?")
 
 
 def read_rows(source: str | Path) -> dict[str, Rows]:
@@ -48,7 +47,7 @@ def read_rows(source: str | Path) -> dict[str, Rows]:
 
 def without_revision(source: str | Path) -> str:
     """Return a hub id without its revision, and any other source as it is."""
-    hub_id = None if Path(source).exists() else _HUB_ID.fullmatch(str(source))
+    hub_id = None if Path(source).exists() else DATASET_ID.fullmatch(str(source))
     if hub_id is None:
         return str(source)
     return hub_id[1] + (f":{hub_id[3]}" if hub_id[3] else "")
@@ -195,8 +194,8 @@ def _parse(text: str, path: Path, line: int = 1) -> Row:
 
 def _dataset_rows(source: str) -> dict[str, Rows]:
     local = Path(source).is_dir()
-    hub_id = _HUB_ID.fullmatch(source)
-    if not local and (hub_id is None or source.endswith((".json", ".jsonl"))):
+    hub_id = DATASET_ID.fullmatch(source)
+    if not local and (hub_id is None or is_file_name(source)):
         raise ValueError(
             f"{source} does not exist: give a task file, a task folder or a data set's hub id"
         )

@@ -116,7 +116,7 @@ def test_errors_are_one_message_and_exit_code_2(run, tmp_path, capsys):
             [
                 "export",
                 "--pool",
-                "pool",
+                str(tmp_path),
                 "--adapter",
                 "a",
                 "--format",
@@ -136,7 +136,7 @@ def test_errors_are_one_message_and_exit_code_2(run, tmp_path, capsys):
             "the rule 'embedding' matches no weight",
         ),
         (
-            ["generate", "--base", "b", "--top-p", "0.9"],
+            ["generate", "--base", "owner/b", "--top-p", "0.9"],
             "top_k and top_p filter a draw, and temperature 0 draws",
         ),
     ]:

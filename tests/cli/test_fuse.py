@@ -34,14 +34,14 @@ def asked(monkeypatch):
     def ask(*arguments: str) -> lf.FuseOptions:
         monkeypatch.setattr(fuse, "fuse", take)
         with pytest.raises(SystemExit, match="2"):
-            main(["fuse", "--base", "b", "--task", "t", *arguments])
+            main(["fuse", "--base", "owner/b", "--task", "t", *arguments])
         return found.pop()
 
     return ask
 
 
 def test_options_in_every_group_reach_the_run(asked):
-    assert asked() == lf.FuseOptions(base="b", task="t")
+    assert asked() == lf.FuseOptions(base="owner/b", task="t")
     options = asked(
         "--method",
         "lora",

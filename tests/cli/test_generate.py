@@ -75,9 +75,9 @@ def test_every_answer_is_one_line_and_a_json_string_has_its_text(
     monkeypatch.setattr(generate, "generate_lines", lambda *_: said)
     rows = functools.wraps(generate.generate_rows)(lambda **_: said)
     monkeypatch.setattr(generate, "generate_rows", rows)
-    cli.main(["generate", how[0], "b", *how[1:]])
+    cli.main(["generate", how[0], ".", *how[1:]])
     assert capsys.readouterr().out == "a\\nb\nc\\r\\u2028d\te\x1b é\n"
-    cli.main(["generate", how[0], "b", *how[1:], "--json"])
+    cli.main(["generate", how[0], ".", *how[1:], "--json"])
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == said
 
 

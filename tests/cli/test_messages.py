@@ -27,6 +27,36 @@ def labelled(tmp_path) -> Path:
     return path
 
 
+_WRONG_SOURCES = {
+    "generate --run nowhere": ["--run nowhere does not exist"],
+    "evaluate --runs a b": ["--runs a does not exist; --runs b does not exist"],
+    "trial --base nowhere --pool p --task label.csv": [
+        "--base nowhere does not exist",
+        "--pool p does not exist",
+        "--task label.csv does not exist",
+    ],
+    "generate --base owner/model.gguf --file t.txt": [
+        "--base owner/model.gguf does not exist; --file t.txt does not exist"
+    ],
+    "fuse --base owner/name --task owner/rows.parquet --from f": [
+        "error: --task owner/rows.parquet does not exist; --from f does not exist"
+    ],
+    "merge --base b.safetensors --pool p --weights a=1 --out o": [
+        "--base b.safetensors does not exist; --pool p does not exist"
+    ],
+}
+
+
+@pytest.mark.parametrize("call", _WRONG_SOURCES)
+def test_all_sources_that_do_not_exist_are_named_at_once(call, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(call.split())
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.count("\n") == 1
+    for words in _WRONG_SOURCES[call]:
+        assert words in message
+
+
 def _fuse(small: tuple[Path, Path], task: Path, *options: str) -> list[str]:
     base, pool = map(str, small)
     data = ["--base", base, "--pool", pool, "--task", str(task)]

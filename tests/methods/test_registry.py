@@ -96,7 +96,7 @@ def test_a_new_method_is_in_the_help_text_with_its_own_options(gains, capsys):
         out = " ".join(capsys.readouterr().out.replace("│", " ").split())
         assert all(text in out for text in shown) and hidden not in out
     with pytest.raises(SystemExit, match="2"):
-        main(["fuse", "--base", "b", "--task", "t", "--first-gain", "2"])
+        main(["fuse", "--base", "owner/b", "--task", "t", "--first-gain", "2"])
     assert (
         "--first-gain is an option of the method gains, not of fusion"
         in capsys.readouterr().err
@@ -156,7 +156,7 @@ def test_an_entry_that_cannot_be_used_is_refused(gains, capsys):
     )
     lf.METHODS["gains"] = dataclasses.replace(gains.GAINS, recipe=wrong)
     with pytest.raises(SystemExit, match="2"):
-        main(["fuse", "--base", "b", "--task", "t", "--method", "gains"])
+        main(["fuse", "--base", "owner/b", "--task", "t", "--method", "gains"])
     assert (
         "WrongRecipe has a field seeds, which is an option of every run"
         in capsys.readouterr().err

@@ -567,7 +567,7 @@ def test_two_processes_cannot_write_one_run(copied, tmp_path):
         ({"train_rows": -5}, "train_rows is -5: expected at least 0"),
         ({"method": "lorahub", "evaluations": 1000}, "at most 100 evaluations for 2"),
         ({"method": "mean-fusion", "prune": 0.1}, "does not prune"),
-        ({"test_rows": 0}, "test_rows is 0: "),
+        ({"test_rows": -1}, "test_rows is -1: expected at least 0"),
         ({"save_seconds": math.inf}, "save_seconds is inf: give a finite number"),
         ({"clip": -1.0}, "clip is -1.0: give a norm above 0"),
         ({"warmup": 7}, "a warm-up of 7 steps, but training has 6: lower --warmup"),

@@ -275,7 +275,7 @@ def test_mixtures_and_options_that_cannot_be_used_are_refused(
             "--prompt is the template of a base with a pool",
         ),
         (
-            ["generate", *base, *pool, "--runs", "r"],
+            ["generate", *base, *pool, "--runs", str(small[0])],
             "runs have their base, pool, prompt and chat template",
         ),
         (
