@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from lorafusion_jax.cli import MALLOC as OF_COMMANDS
-
 ROOT = Path(__file__).resolve().parent.parent
-# As commands have it; PyTorch gets the same.
-MALLOC = {"GLIBC_TUNABLES": OF_COMMANDS}
+# A malloc that keeps memory (docs/concepts/starting.md); PyTorch gets the same.
+MALLOC = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:"
+    f"glibc.malloc.trim_threshold={1 << 40}"
+}
 _SHORTEST_TURN = 0.1  # seconds; faster functions are called several times in a turn
 PRODUCT = (
     1024  # width of the square matrices whose product tells what each library reaches
@@ -106,7 +107,7 @@ def met(found: Mapping[str, Any]) -> bool | None:
 
 
 def launch(cores: int | None = None) -> None:
-    """Pin this process to its first `cores` cores, and start it again with the malloc of commands, unless one is set.
+    """Pin this process to its first `cores` cores, and start it again with a malloc that keeps memory, if none is set.
 
     It also starts again where that pins it: NumPy's threads are there already, and only so does JAX use one alone.
     """

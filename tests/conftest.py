@@ -137,7 +137,7 @@ if _IS_0_10:
 
 from lorafusion_jax.support import interrupts  # noqa: E402
 
-interrupts.watch = lambda: (
+interrupts.watch = lambda *_: (
     None
 )  # signals are pytest's, also while a test runs a command
 

@@ -6,17 +6,22 @@ import os
 import select
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from ..support import interrupts
-from .start import MALLOC as MALLOC
-from .start import keep_compiled, keep_memory, widen_vectors
+from .start import keep_compiled
 
-_PROGRAMS = ("lorafusion", "__main__.py")
-_COMPUTING = ("trial", "fuse", "evaluate", "generate", "lm-eval", "restore", "crossbar")
 _BROKEN_PIPE = 128 + 13  # what a shell reports of a program that SIGPIPE ends
 _NARROW = 40  # columns; in a few, tyro would take minutes to lay out a help text
+_VERBOSE = "--verbose"
+_LONGEST_FAULT = 300  # characters
+# How to continue a command that was stopped; the others leave nothing.
+_CONTINUATIONS = {
+    "fuse": "the same command with --resume continues",
+    "trial": "the same command continues",
+    "restore": "the same command continues",
+}
 # Each subcommand is a module of this folder.
 COMMANDS = {
     "trial": "whether a pool is worth fusing for your task, by a tuned comparison",
@@ -37,14 +42,6 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one subcommand, as `run` does."""
-    # Not where a program of another name calls this.
-    if (
-        arguments is None
-        and Path(sys.argv[0]).name in _PROGRAMS
-        and sys.argv[1:2]
-        and sys.argv[1] in _COMPUTING
-    ):
-        keep_memory()
     run(_subcommand, arguments)
 
 
@@ -54,16 +51,19 @@ def _subcommand(arguments: Sequence[str]) -> None:
         print("Fuse a frozen pool of LoRA modules for a new task.\n\nsubcommands:")
         for command, text in COMMANDS.items():
             print(f"  {command:<11}{text}")
-        print("\n`lorafusion SUBCOMMAND --help` lists the options of each.")
+        print(
+            "\n`lorafusion SUBCOMMAND --help` lists the options of each. With --verbose it also shows the messages of"
+            "\nXLA, and where an error was raised."
+        )
     elif name not in COMMANDS:
         sys.exit(
             f"lorafusion: no subcommand {name!r}: choose one of {', '.join(COMMANDS)}"
         )
     else:
         fresh = "jax" not in sys.modules  # otherwise another program calls the command
+        interrupts.watch(_CONTINUATIONS.get(name, ""))
         if fresh:
             keep_compiled()
-            widen_vectors()
             gc.disable()  # looking for garbage in what imports make takes 15 % of the time of a short command
         command = importlib.import_module(f".{name.replace('-', '_')}", __package__)
         if fresh:
@@ -77,8 +77,9 @@ def run(
 ) -> None:
     """Call a command, and turn errors about its input into one message on stderr and exit code 2.
 
-    If the reader of its output ends first, so does the command, without a message. Ctrl-C and SIGTERM end the process
-    (see `interrupts`).
+    Other errors are one message too, with exit code 1. `--verbose` adds the traceback, and the messages of XLA. If the
+    reader of its output ends first, so does the command, without a message. Ctrl-C and SIGTERM end the process (see
+    `interrupts`).
     """
     from ..support.reading import check_name, show
 
@@ -90,6 +91,11 @@ def run(
     if shutil.get_terminal_size().columns < _NARROW:
         os.environ["COLUMNS"] = str(_NARROW)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    verbose = _VERBOSE in arguments
+    if verbose:
+        arguments.remove(_VERBOSE)
+    else:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         try:
             for argument in arguments:
@@ -97,23 +103,42 @@ def run(
             command(arguments)
         finally:
             sys.stdout.flush()  # fails here if the reader of a pipe has ended, not while Python ends
-    except (ValueError, OSError) as error:
+    except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             # As `| head` is, so that there is nobody to tell. What is left in the buffer goes nowhere.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             sys.exit(_BROKEN_PIPE)
-        show(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (RuntimeError, AssertionError):
-        if (why := _lacks_backend()) is None:
-            raise
-        show(f"error: {why}", file=sys.stderr)
-        sys.exit(2)
+        if verbose:
+            show(traceback.format_exc(), file=sys.stderr)
+        about_input = isinstance(error, ValueError | OSError)
+        if about_input:
+            message = str(error)
+        elif (message := _lacks_backend()) is not None:
+            about_input = True
+        else:
+            message = _fault(error)
+        show(f"error: {message}", file=sys.stderr)
+        sys.exit(2 if about_input else 1)
+
+
+def _fault(error: Exception) -> str:
+    """Return one line about an error that is not about the input."""
+    first_line = next(iter(str(error).splitlines()), "")
+    if "RESOURCE_EXHAUSTED" in first_line:
+        return (
+            "the device has too little memory: use --dtype bfloat16, --load-in int8, smaller batches or another device "
+            "(--verbose shows the message of XLA)"
+        )
+    text = f"{type(error).__name__}: {first_line}"
+    if len(text) > _LONGEST_FAULT:
+        text = f"{text[:_LONGEST_FAULT]}..."
+    return f"{text} (a fault of this program, not of its input: --verbose shows where; please report it)"
 
 
 def _lacks_backend() -> str | None:
     """Return a message if JAX starts none of the platforms in its variable. It fails a bare assertion for some."""
-    if not (platforms := os.environ.get("JAX_PLATFORMS")):
+    platforms = os.environ.get("JAX_PLATFORMS")
+    if not platforms:
         return None
     import jax
 

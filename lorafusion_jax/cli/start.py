@@ -1,9 +1,8 @@
-"""The environment of a command, set before it loads JAX: memory and compiled functions that are kept, wide vectors."""
+"""The environment of a command, set before it loads JAX: the folder of compiled functions."""
 
 import contextlib
 import hashlib
 import importlib.metadata
-import importlib.util
 import os
 import re
 import stat
@@ -14,37 +13,9 @@ from typing import Any
 
 # JAX can bound the cache too, but then reads the times of all entries before it writes one: 0.1 s for 3,000.
 _MOST_BYTES = 1 << 30
-_WIDTH = "--xla_cpu_prefer_vector_width"
 _UNREADABLE = re.compile(
     r"Error reading persistent compilation cache entry for '(\w+)'"
 )
-
-# glibc would map the temporaries of every call anew and give them back. One arena that maps nothing keeps them: other
-# arenas are too small for them.
-_KEEPING = {"hugetlb": 1, "arena_max": 1, "mmap_max": 0, "trim_threshold": 1 << 40}
-MALLOC = ":".join(f"glibc.malloc.{name}={value}" for name, value in _KEEPING.items())
-
-
-def keep_memory() -> None:
-    """Start this process again with a malloc that keeps memory, if JAX will compute on a CPU under Linux.
-
-    glibc reads its variable when a process starts. A variable that is set, even to nothing, stays as it is.
-    """
-    if (
-        sys.platform != "linux"
-        or {"GLIBC_TUNABLES", "PYTEST_VERSION"} & os.environ.keys()
-    ):
-        return
-    platforms = os.environ.get("JAX_PLATFORMS", "")
-    if platforms != "cpu" and (
-        platforms or any(map(importlib.util.find_spec, ("jax_plugins", "libtpu")))
-    ):
-        return
-    os.execve(
-        sys.executable,
-        [sys.executable, *sys.orig_argv[1:]],
-        os.environ | {"GLIBC_TUNABLES": MALLOC},
-    )
 
 
 def keep_compiled() -> None:
@@ -78,20 +49,6 @@ def keep_compiled() -> None:
     # Every program costs more to compile than to read.
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     _mend(folder)
-
-
-def widen_vectors() -> None:
-    """Let XLA compile for vectors of 512 bits, not 256, where the processor has them, unless XLA_FLAGS has a width.
-
-    Older processors with AVX-512, which cannot count the bits of vectors, lower their clock rate for them.
-    """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if (
-        "PYTEST_VERSION" not in os.environ
-        and _WIDTH not in flags
-        and "avx512_vpopcntdq" in _features()
-    ):
-        os.environ["XLA_FLAGS"] = f"{flags} {_WIDTH}=512".strip()
 
 
 def _features() -> list[str]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from ..support import interrupts, processes
+from ..support import processes
 from ..support.reading import FileError, T, read_json, structured
 from ..support.version import __version__
 from ..support.writing import check_no_link, write_text, writing
@@ -79,8 +79,7 @@ def _claimed(partial: Path) -> Iterator[None]:
         try:
             for path in partial.iterdir():
                 _remove(path)
-            with interrupts.removed(partial):
-                yield
+            yield
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise

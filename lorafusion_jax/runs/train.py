@@ -118,8 +118,7 @@ def _fit(
 
     def hold() -> None:
         when = "epoch" if by_epoch else "step"
-        saved = f"its state is saved in {run.folder}, and resuming continues from it"
-        interrupts.hold(f"after this {when} (the last one took {taken:.1f} s); {saved}")
+        interrupts.hold(f"this {when} (the last one took {taken:.1f} s)")
 
     def after_interval(
         number: int, state: TrainState, metrics: Sequence[Mapping[str, Any]]

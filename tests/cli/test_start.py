@@ -1,4 +1,4 @@
-"""What commands set before they load JAX: compiled functions that are found again, and memory that is kept."""
+"""What commands set before they load JAX: compiled functions that are found again."""
 
 import importlib.metadata
 import json
@@ -6,13 +6,11 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from lorafusion_jax.cli import MALLOC, keep_compiled
-from lorafusion_jax.cli.start import widen_vectors
+from lorafusion_jax.cli import keep_compiled
 
 _PROGRAM = """
 import json, sys
@@ -147,104 +145,6 @@ def test_the_oldest_entries_above_the_bound_are_removed():
 def test_importing_the_package_keeps_nothing(home):
     code = "import os, lorafusion_jax; lorafusion_jax.fuse; print('JAX_COMPILATION_CACHE_DIR' in os.environ)"
     assert _run(code) == "False\n" and not [*home.iterdir()]
-
-
-def _malloc(tmp_path: Path, *command: str, **variables: str) -> str | None:
-    """GLIBC_TUNABLES of a command, as the kernel has it of the process that waits for text."""
-    ours = _OWN | {"PYTEST_VERSION", "GLIBC_TUNABLES"}
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ours
-    }
-    environment |= {
-        "XDG_CACHE_HOME": str(tmp_path),
-        "JAX_PLATFORMS": "cpu",
-        **variables,
-    }
-    with subprocess.Popen(
-        [sys.executable, *command], env=environment, stdin=subprocess.PIPE
-    ) as process:
-        place = Path("/proc", str(process.pid), "environ")
-        # The cache's folder is made behind the second start, if there is one.
-        while process.poll() is None and not (tmp_path / "lorafusion-jax").exists():
-            time.sleep(0.01)
-        found = dict(
-            line.split("=", 1)
-            for line in place.read_bytes().decode().split("\0")
-            if line
-        )
-        process.kill()
-    return found.get("GLIBC_TUNABLES")
-
-
-_GENERATE = ("-m", "lorafusion_jax.cli", "generate", "--base", "no base")
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
-@pytest.mark.parametrize(
-    ("command", "variables", "malloc"),
-    [
-        (_GENERATE, {}, MALLOC),
-        (("-m", "lorafusion_jax.cli", "cost"), {}, None),  # computes nothing
-        (
-            ("-c", "from lorafusion_jax import cli; cli.main()", *_GENERATE[2:]),
-            {},
-            None,
-        ),  # another program
-        (_GENERATE, {"GLIBC_TUNABLES": ""}, ""),
-        (_GENERATE, {"JAX_PLATFORMS": "cuda"}, None),
-        (_GENERATE, {"PYTEST_VERSION": "9"}, None),
-        # A plugin for another platform counts unless a CPU is asked for.
-        (_GENERATE, {"PYTHONPATH": "plugin", "JAX_PLATFORMS": "cpu"}, MALLOC),
-        (_GENERATE, {"PYTHONPATH": "plugin", "JAX_PLATFORMS": ""}, None),
-    ],
-    ids=str,
-)
-def test_a_command_that_computes_on_a_cpu_keeps_its_memory(
-    tmp_path, command, variables, malloc
-):
-    if "PYTHONPATH" in variables:
-        (tmp_path / "libtpu.py").touch()
-        variables = variables | {
-            "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])
-        }
-    assert _malloc(tmp_path / "cache", *command, **variables) == malloc
-
-
-def test_make_sets_the_malloc_of_commands():
-    makefile = Path(__file__).parents[2] / "Makefile"
-    assert f"\nexport GLIBC_TUNABLES ?= {MALLOC}\n" in makefile.read_text()
-
-
-@pytest.mark.parametrize(
-    ("features", "flags", "found"),
-    [
-        (["avx512f", "avx512_vpopcntdq"], "", "--xla_cpu_prefer_vector_width=512"),
-        (
-            ["avx512_vpopcntdq"],
-            "--xla_dump_to=a",
-            "--xla_dump_to=a --xla_cpu_prefer_vector_width=512",
-        ),
-        (
-            ["avx512_vpopcntdq"],
-            "--xla_cpu_prefer_vector_width=256",
-            "--xla_cpu_prefer_vector_width=256",
-        ),
-        (["avx2", "avx512f"], "", ""),
-    ],
-    ids=["wide", "other flags stay", "a width that is given stays", "older"],
-)
-def test_vectors_are_wide_where_the_processor_is_fast_with_them(
-    monkeypatch, features, flags, found
-):
-    monkeypatch.setattr("lorafusion_jax.cli.start._features", lambda: features)
-    monkeypatch.delenv("PYTEST_VERSION")
-    monkeypatch.setenv("XLA_FLAGS", flags)
-    widen_vectors()
-    assert os.environ["XLA_FLAGS"] == found
-
-
-def test_the_compiler_takes_the_width_on_every_processor():
-    assert _counts(XLA_FLAGS="--xla_cpu_prefer_vector_width=512") == [0, 1]
 
 
 @pytest.mark.parametrize("platform", ["cuda", "abacus"])

@@ -1,7 +1,6 @@
-"""A command that is stopped says one line, ends with the signal's exit code, and leaves nothing half done."""
+"""A command that is stopped prints one line, ends with the signal's exit code, and leaves nothing half done."""
 
 import ast
-import itertools
 import os
 import signal
 import subprocess
@@ -11,32 +10,17 @@ from pathlib import Path
 import pytest
 
 _ROOT = Path(__file__).resolve().parents[2]
-_SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 _READY = """
-import ctypes, sys, threading, time
+import sys, time
 from pathlib import Path
+from lorafusion_jax import cli
+from lorafusion_jax.io.folders import new_folder
 from lorafusion_jax.support import interrupts
 interrupts.watch()
 folder = Path(sys.argv[1])
 def ready():
     print("ready", flush=True)
 """
-_WORK = {
-    "Python": "ready()\nwhile True: pass",
-    "C without a way back to Python": "ready()\nctypes.CDLL(None).sleep(60)",
-    "an import": """
-(folder / "slow.py").write_text("import time; print('ready', flush=True); time.sleep(60)")
-sys.path.insert(0, str(folder)); import slow
-""",
-    "an import of what ends the process": """
-import importlib
-sys.modules.pop("shutil", None)
-lock = importlib._bootstrap._get_module_lock("shutil")
-lock.acquire()
-ready()
-time.sleep(60)
-""",
-}
 
 
 def _start(code: str, folder: Path) -> subprocess.Popen:
@@ -66,12 +50,33 @@ def _signals(process: subprocess.Popen, *numbers: int) -> str:
     return "".join(printed)
 
 
+_COMMAND = """
+from lorafusion_jax.cli import {command}
+def main(arguments):
+    ready()
+    time.sleep(60)
+{command}.main = main
+cli.main(["{command}"])
+"""
+_RESUMED = "stopped by Ctrl-C: the same command with --resume continues\n"
+_REPEATED = "stopped by SIGTERM: the same command continues\n"
+
+
 @pytest.mark.parametrize(
-    ("work", "number"), list(zip(_WORK, itertools.cycle(_SIGNALS), strict=False))
+    ("code", "number", "line"),
+    [
+        ("ready()\nwhile True: pass", signal.SIGINT, "stopped by Ctrl-C\n"),
+        (_COMMAND.format(command="convert"), signal.SIGTERM, "stopped by SIGTERM\n"),
+        (_COMMAND.format(command="fuse"), signal.SIGINT, _RESUMED),
+        (_COMMAND.format(command="trial"), signal.SIGTERM, _REPEATED),
+    ],
+    ids=["a loop", "convert", "fuse", "trial"],
 )
-def test_a_signal_ends_any_work_with_one_line(work, number, tmp_path):
-    process = _start(_WORK[work], tmp_path)
-    assert _signals(process, number) == f"stopped by {_SIGNALS[number]}\n"
+def test_a_signal_ends_work_with_one_line_that_tells_how_to_continue(
+    code, number, line, tmp_path
+):
+    process = _start(code, tmp_path)
+    assert _signals(process, number) == line
     assert process.returncode == 128 + number
 
 
@@ -121,7 +126,7 @@ def test_every_script_of_experiments_handles_signals_before_it_imports_a_library
 
 
 _HELD = """
-interrupts.hold("after this step; it is saved")
+interrupts.hold("this step")
 ready()
 while not interrupts.asked(): time.sleep(0.01)
 %s
@@ -142,15 +147,18 @@ _FULL = "with interrupts.released():" + (_HELD % "raise SystemExit('full')").rep
             _HELD % "",
             [signal.SIGTERM],
             143,
-            ["SIGTERM: stopping after this step; it is saved. Once more stops at once"],
+            [
+                "SIGTERM: saving after this step. Once more stops at once",
+                "stopped by SIGTERM",
+            ],
             {"saved"},
             id="the state is saved first",
         ),
         pytest.param(
             _HELD % _STEP,
             [2, 2],
-            130,
-            [..., "stopped by Ctrl-C"],
+            -2,
+            [...],
             set(),
             id="a second one does not wait",
         ),
@@ -172,16 +180,11 @@ def test_signals_while_a_state_is_held(
     assert {path.name for path in tmp_path.iterdir()} == files
 
 
-def test_a_folder_that_is_being_written_is_removed_silently(tmp_path):
+def test_a_folder_that_is_being_written_is_removed(tmp_path):
     code = """
-(partial := folder / ".pool.partial").mkdir()
-for number in range(2000): (partial / str(number)).write_text("")
-def write():
+with new_folder(folder / "pool") as partial:
+    (partial / "file").write_text("")
     ready()
-    while partial.exists(): pass
-    while True: print("WARNING: it is gone", file=sys.stderr, flush=True)
-with interrupts.removed(partial):
-    threading.Thread(target=write, daemon=True).start()
     time.sleep(60)
 """
     process = _start(code, tmp_path)
