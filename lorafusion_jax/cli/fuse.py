@@ -127,7 +127,7 @@ def groups_of(entry: MethodEntry) -> dict[str, Sequence[str]]:
         "hardware": ("crossbar", "train_chip", "chip", "chip_key", "keep_digital", "age", "norm", "restore"),
         "plan": ("plan", "plan_for", "utilisation", "price", "devices"),
         "run": (
-            "seeds", "out", "name", "resume", "eval_batch", "max_new_tokens", "save_seconds",
+            "seeds", "out", "name", "resume", "overwrite", "eval_batch", "max_new_tokens", "save_seconds",
             "seed_mode", "mesh", "distributed", "coordinator", "processes", "process",
         ),
     }  # fmt: skip

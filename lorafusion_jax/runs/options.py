@@ -85,6 +85,7 @@ class FuseOptions(LoadOptions):
       processes: number of processes that are started by hand.
       process: number of this one, from 0.
       resume: continue a run that was interrupted.
+      overwrite: replace a run in the same folder, once this one is complete.
       start_from: start from the saved fusion of another run (same base, modules, seeds and method), or from weights of
         modules: a folder that `lorafusion merge` wrote, or the JSON file of its --weights-file. The methods lora and
         dora also start from a run of another method, or from a PEFT adapter, at their own rank.
@@ -107,6 +108,7 @@ class FuseOptions(LoadOptions):
     processes: int | None = None
     process: int | None = None
     resume: bool = False
+    overwrite: bool = False
     start_from: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     save_seconds: float = 30.0
 

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from ..support.platform import cores
 from ..support.reading import FileError
 from ..support.text import some
 from ..support.version import __version__
-from ..tasks import Task, without_revision
+from ..tasks import Task, task_name
 from ..training.compiled import make_room
 from ..training.descent import gradient_at_zero
 from ..training.fit import start
@@ -44,7 +45,7 @@ from .weight_list import listed_params, read_weights, with_listed_modules
 
 # Options that may differ between a run and its resumption.
 _FREE_TO_CHANGE = (
-    *("resume", "save_seconds", "out", "name", "eval_batch"),
+    *("resume", "overwrite", "save_seconds", "out", "name", "eval_batch"),
     *("mesh", "distributed", "coordinator", "processes", "process"),
 )
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers")
@@ -84,7 +85,37 @@ def run(options: FuseOptions, set_up: SetUpHardware | None = None) -> dict[str, 
             stack.enter_context(
                 jax.set_mesh(make_mesh(options.mesh, len(options.seeds)))
             )
-        return _run(with_targets(options, base), base, set_up)
+        options = with_targets(options, base)
+        previous = RunFolder(run_path(options))
+        if options.overwrite and previous.exists():
+            return _replace(previous, options, base, set_up)
+        return _run(options, base, set_up)
+
+
+def _replace(
+    previous: RunFolder,
+    options: FuseOptions,
+    base: Base,
+    set_up: SetUpHardware | None,
+) -> dict[str, Any]:
+    """Do a run under a temporary name, and put it in the place of a previous run once it is complete."""
+    previous.config()  # raises FileError for a folder that is not a run
+    folder = previous.folder
+    complete = RunFolder(folder.with_name(f".{folder.name}.new"))
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    if not options.resume:
+        shutil.rmtree(complete.folder, ignore_errors=True)
+    with previous.locked():
+        temporary = dataclasses.replace(
+            options, out=folder.parent, name=complete.folder.name
+        )
+        results = _run(temporary, base, set_up)
+        complete.write_config({**complete.config(), "options": options})
+        shutil.rmtree(replaced, ignore_errors=True)
+        folder.rename(replaced)
+        complete.folder.rename(folder)
+        shutil.rmtree(replaced)
+    return results
 
 
 def with_targets(options: FuseOptions, base: Base | None = None) -> FuseOptions:
@@ -218,14 +249,14 @@ def _chosen(setup: Setup, options: FuseOptions, recorded: RunConfig | None) -> S
 def _refuse_begun(run: RunFolder) -> None:
     if run.exists():
         raise ValueError(
-            f"{run.folder} holds a run: give this one another --name, or continue that one with --resume"
+            f"{run.folder} holds a run: give this one another --name, continue that one with --resume, or replace it "
+            "with --overwrite"
         )
 
 
 def run_path(options: FuseOptions) -> Path:
     """Return the folder of the run: OUT/NAME, by default OUT/TASK-METHOD, with -CONTROL and -DRAW after it if given."""
-    path = Path(without_revision(options.task))
-    task = path.absolute().name if path.is_dir() else path.stem.partition(":")[0]
+    task = task_name(options.task)
     control = "" if options.control == "none" else f"-{options.control}"
     control += f"-{options.control_draw}" if options.control_draw else ""
     return Path(options.out) / (options.name or f"{task}-{options.method}{control}")

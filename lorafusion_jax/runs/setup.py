@@ -79,7 +79,7 @@ def check(options: FuseOptions) -> None:
             f"a seed is given twice in {list(options.seeds)}: give each one once"
         )
     for seed in options.seeds:
-        check_uint32(seed=seed)
+        check_uint32(seeds=seed)
     check_uint32(control_draw=options.control_draw)
     one_of(get_args(Control), control=options.control)
     at_least(0, train_rows=options.train_rows, test_rows=options.test_rows)
@@ -101,7 +101,8 @@ def check(options: FuseOptions) -> None:
     by_hand = (options.coordinator, options.processes, options.process)
     for wrong, message in (
         (
-            options.name is not None and Path(options.name).name in ("", ".."),
+            options.name is not None
+            and (not Path(options.name).name or ".." in Path(options.name).parts),
             f"--name {options.name!r} is not the name of a folder: give one such as snarks-fusion",
         ),
         (
@@ -164,6 +165,10 @@ def check(options: FuseOptions) -> None:
         (
             options.distributed and in_arrays,
             "a run on simulated arrays is of one process: leave out --distributed",
+        ),
+        (
+            options.distributed and options.overwrite,
+            "--overwrite is for a run of one process: leave out --distributed",
         ),
         (
             options.distributed and not mesh,

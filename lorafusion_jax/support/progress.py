@@ -62,7 +62,8 @@ def _bar_class() -> Any:
                 self.compiled_before = _compiled
                 self.n += n or 0
                 self.initial = self.last_print_n = self.n
-                self.start_t = self.last_print_t = self._time()
+                now = self._time()  # pyright: ignore[reportAttributeAccessIssue]
+                self.start_t = self.last_print_t = now
                 self.bar_format = None
                 return self.refresh() if not self.delay else None
             self.start_t += _compiled - self.compiled_before
@@ -73,7 +74,7 @@ def _bar_class() -> Any:
     return Bar
 
 
-def _count_compilation(event: str, seconds: float, **details: Any) -> None:
+def _count_compilation(event: str, duration_secs: float, **details: str | int) -> None:
     global _compiled
     if event == _COMPILATION:
-        _compiled += seconds
+        _compiled += duration_secs

@@ -30,7 +30,7 @@ from .metrics import constant_answer, exact_match
 from .options import answer_options
 from .packing import Packing
 from .protocol import Protocol, Split, batch_orders, draw_modules, split
-from .readers import without_revision
+from .readers import task_name
 from .tokenizer import (
     LONGEST,
     SEPARATE_TEXTS,

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from ..support.text import shown, some
 from .protocol import REFERENCE_SEED, shuffled
-from .readers import Row, read_rows, without_revision
+from .readers import Row, read_rows, task_name
 
 # The plain names, LoraHub's, and those of function-vector data sets.
 _KEYS = (("input", "target"), ("context", "completion"), ("input", "output"))
@@ -149,11 +149,8 @@ def load_task(
             raise ValueError(
                 f"{source} has no {part} rows: give a folder or data set that has both parts"
             )
-    path = Path(without_revision(source))
     return Task(
-        # A hub id's config stays in the name, without the colon that no folder's name should have.
-        name=name
-        or (path.stem if path.is_file() else path.absolute().name.replace(":", "-")),
+        name=name or task_name(source),
         train=tuple(parts.get("train", ())),
         test=tuple(parts.get("test", ())),
         source=str(source),

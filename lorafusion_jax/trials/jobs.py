@@ -24,7 +24,7 @@ from .rows import Cells, ResultKey, append_lines, append_rows, read_rows
 
 # Options of a run that do not affect its results.
 _BOOKKEEPING = (
-    *("seeds", "name", "out", "resume", "start_from", "save_seconds"),
+    *("seeds", "name", "out", "resume", "overwrite", "start_from", "save_seconds"),
     *("coordinator", "processes", "process"),
 )
 

@@ -25,7 +25,7 @@ from ..methods.untrained import FewShotRecipe
 from ..runs.folder import note
 from ..runs.options import FuseOptions, options_to_json
 from ..runs.setup import check
-from ..support.checks import at_least
+from ..support.checks import at_least, check_uint32
 from ..support.progress import progress
 from ..tasks import Example, load_task
 from ..training.recipe import Recipe
@@ -309,6 +309,7 @@ def trial(options: TrialOptions) -> Iterator[tuple[TaskTrial, Outcomes]]:
     """
     if options.minutes is not None and not options.minutes > 0:
         raise ValueError(f"minutes is {options.minutes}: give a time above 0")
+    check_uint32(seed=options.seed)
     tried = task_trials(options)
     for one in tried:
         one.trainings(options)  # raises for rows that are too few to tune on

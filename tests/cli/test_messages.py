@@ -1,11 +1,16 @@
 """What commands print about their input: one message on stderr, and exit code 2."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import lorafusion_jax as lf
 from lorafusion_jax import cli
+from lorafusion_jax.parts import run_path
 
 _SMALL = Path(__file__).resolve().parents[2] / "examples" / "small"
 # The shapes are those of tests/methods/test_methods.py, so that their programs are found.
@@ -55,6 +60,102 @@ def test_all_sources_that_do_not_exist_are_named_at_once(call, capsys):
     assert stop.value.code == 2 and message.count("\n") == 1
     for words in _WRONG_SOURCES[call]:
         assert words in message
+
+
+# XLA complains about constants that take it more than a second to fold. The name of the command does not matter.
+_FAULTY = """
+import sys
+import types
+from lorafusion_jax import cli
+def main(arguments):
+    import jax, jax.numpy as jnp, numpy as np
+    image = jnp.asarray(np.random.rand(1, 1, 2000, 2000).astype("float32"))
+    mask = jnp.ones((1, 1, 5, 5))
+    fold = jax.jit(lambda: jax.lax.conv_general_dilated(image, mask, (1, 1), "SAME").sum())
+    fold.lower().compile()
+    raise jax.errors.JaxRuntimeError(sys.argv[1])
+sys.modules["lorafusion_jax.cli.params"] = types.SimpleNamespace(main=main)
+cli.main(["params", *sys.argv[2:]])
+"""
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Out of memory allocating 68719476736 bytes.",
+            "error: the device has too little memory: use --dtype bfloat16,",
+        ),
+        (
+            "INTERNAL: ptxas fell over\n%fusion.1 = f32[]",
+            "error: JaxRuntimeError: INTERNAL: ptxas fell over (a fault of this program",
+        ),
+    ],
+)
+def test_messages_of_xla_and_tracebacks_are_shown_only_with_verbose(
+    error, line, verbose
+):
+    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    environment.pop("TF_CPP_MIN_LOG_LEVEL", None)
+    done = subprocess.run(
+        [sys.executable, "-c", _FAULTY, error, *(["--verbose"] if verbose else [])],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and line in done.stderr
+    assert ("Traceback" in done.stderr) == verbose
+    assert ("Constant folding an instruction" in done.stderr) == verbose
+    assert verbose or done.stderr.count("\n") == 1
+
+
+def test_a_wrong_seed_is_told_by_its_option(small, labelled, capsys):
+    for command, option in (("fuse", "seeds"), ("trial", "seed")):
+        arguments = _fuse(small, labelled)[1:7]
+        with pytest.raises(SystemExit):
+            cli.main([command, *arguments, f"--{option}", "-1"])
+        assert f"error: {option} is -1: expected an integer" in capsys.readouterr().err
+
+
+def test_a_run_is_replaced_only_with_overwrite_and_once_the_new_one_is_complete(
+    small, labelled, capsys
+):
+    arguments = _fuse(small, labelled, "--test-rows", "2", "--name", "cell")
+    cli.main(arguments)
+    folder = labelled.parent / "runs" / "cell"
+    first = (folder / "results.json").read_text()
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    assert "or replace it with --overwrite" in capsys.readouterr().err
+
+    changed = [*arguments, "--overwrite", "--seeds", "4"]
+    with pytest.raises(SystemExit):
+        cli.main([*changed, "--batch-size", "0"])
+    assert (folder / "results.json").read_text() == first
+    cli.main(changed)
+    results = json.loads((folder / "results.json").read_text())
+    assert [seed["seed"] for seed in results["seeds"]] == [4]
+    options = json.loads((folder / "config.json").read_text())["options"]
+    assert options["name"] == "cell"
+    assert [path.name for path in folder.parent.iterdir()] == ["cell"]
+
+    (folder / "config.json").write_text('{"model_type": "llama"}')  # another program's
+    with pytest.raises(SystemExit):
+        cli.main(changed)
+    assert folder.is_dir() and "config.json: " in capsys.readouterr().err
+
+
+def test_a_task_that_is_a_folder_above_gives_a_name_inside_of_out(tmp_path):
+    (tmp_path / "mine" / "deeper").mkdir(parents=True)
+    for source, name in (
+        (f"{tmp_path}/mine/deeper/..", "mine"),
+        ("/", "task"),
+        (f"{tmp_path}/...jsonl", "task"),
+        ("owner/data.v2@main:part", "data.v2-part"),
+    ):
+        options = lf.FuseOptions(base="owner/b", task=source, out=tmp_path / "runs")
+        assert run_path(options) == tmp_path / "runs" / f"{name}-fusion"
 
 
 def _fuse(small: tuple[Path, Path], task: Path, *options: str) -> list[str]:
