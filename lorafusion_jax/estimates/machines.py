@@ -137,7 +137,8 @@ class PlanOptions:
                 f"price is {self.price}: expected the price of a device's hour, 0 or more"
             )
         at_least(1, devices=self.devices)
-        machine(self.plan_for)
+        if self.plan:
+            machine(self.plan_for)
 
 
 class Pace(NamedTuple):

@@ -10,7 +10,7 @@ import pytest
 
 import lorafusion_jax as lf
 from lorafusion_jax import cli
-from lorafusion_jax.parts import run_path
+from lorafusion_jax.runs import run_path
 
 _SMALL = Path(__file__).resolve().parents[2] / "examples" / "small"
 # The shapes are those of tests/methods/test_methods.py, so that their programs are found.
