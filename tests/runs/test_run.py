@@ -331,8 +331,7 @@ def test_a_stopped_run_has_saved_a_step_and_resumes_bit_for_bit(
         with pytest.raises(SystemExit):
             lf.fuse(options)
     unit = "epoch" if whole else "step"
-    assert seen.advice[-1].startswith(f"after this {unit} (the last one took ")
-    assert "; its state is saved in " in seen.advice[-1]
+    assert seen.advice[-1].startswith(f"this {unit} (the last one took ")
     folder = tmp_path / "whole"
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [
         f"step_00000{step}"
@@ -549,7 +548,7 @@ def test_two_processes_cannot_write_one_run(copied, tmp_path):
         ({"name": "."}, "--name '.' is not the name of a folder"),
         ({"name": ""}, "--name '' is not the name of a folder"),
         ({"seeds": ()}, "no seeds"),
-        ({"seeds": (1, 2**32)}, "seed is 4294967296: "),
+        ({"seeds": (1, 2**32)}, "seeds is 4294967296: "),
         ({"pool": None}, "give one with --pool"),
         ({"adapters": ("nobody",)}, "the pool lacks 'nobody'"),
         ({"control": "random-factors", "load_in": "nf4"}, "full precision"),
@@ -666,7 +665,7 @@ def test_a_diverged_seed_is_not_exported(form, copied, tmp_path):
     ("task", "changes", "name"),
     [
         ("owner/bench", {}, "bench-fusion"),
-        ("owner/bench@refs/pr/1:counting", {}, "bench-fusion"),
+        ("owner/bench@refs/pr/1:counting", {}, "bench-counting-fusion"),
         (
             "tasks/bench.json",
             {"control": "random-factors"},
