@@ -92,6 +92,10 @@ def joined(
         try:
             yield
             _wait("the end", _DAY)
+        except (
+            SystemExit
+        ) as stop:  # by a signal: JAX's shutdown would wait for the others
+            os._exit(stop.code if isinstance(stop.code, int) else 1)
         except BaseException as error:
             # After a failed collective, the heartbeats show whether a process is lost. If not, the others may fail for
             # the same reason, for example bad options; then all raise the error.
