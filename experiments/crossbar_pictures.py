@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/crossbar_pictures"))
     out = parser.parse_args(arguments).out
     for name, size, draw in (
-        ("tile", (11, 7.2), tile),
+        ("tile", (11.0, 7.2), tile),
         ("adc", (6.4, 4.2), adc),
         ("noise", (9.6, 7.2), noise),
     ):

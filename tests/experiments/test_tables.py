@@ -1,12 +1,14 @@
 """Each script writes the committed tables again from the committed rows, and measures nothing for it."""
 
 import csv
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import basis_on_chips
+import crossbar_pictures
 import hardware
 import pool_value
 import pool_value_language
@@ -109,3 +111,13 @@ def test_a_script_writes_the_committed_tables(script, tmp_path):
         assert path.read_text() == (committed / path.name).read_text(), path.name
     for path in folder.glob("*.jsonl"):
         assert path.stat().st_mtime_ns == before[path], "a row was measured"
+
+
+def test_a_picture_of_a_crossbar_is_drawn_from_its_cells(capsys):
+    figure = pytest.importorskip("matplotlib.figure", reason="needs the extra plots")
+    picture = figure.Figure()
+    crossbar_pictures.tile(picture)
+    printed = capsys.readouterr().out
+    error, largest_sum = map(float, re.findall(r"[\d.]+$|[\d.]+(?=,)", printed.strip()))
+    assert 0 < error < 0.02 and largest_sum == 12
+    assert len(picture.axes) > 8
