@@ -98,7 +98,7 @@ def _replace(
     base: Base,
     set_up: SetUpHardware | None,
 ) -> dict[str, Any]:
-    """Do a run under a temporary name, and put it in the place of a previous run once it is complete."""
+    """Do a run under a temporary name, and replace a previous run once it is complete."""
     previous.config()  # raises FileError for a folder that is not a run
     folder = previous.folder
     complete = RunFolder(folder.with_name(f".{folder.name}.new"))
