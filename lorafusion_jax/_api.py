@@ -37,7 +37,6 @@ from .io.pool import read_pool as read_pool
 from .loading.spec import LoadOptions as LoadOptions
 from .methods import METHODS as METHODS
 from .methods import register as register
-from .methods.cma import CMARecipe as CMARecipe
 from .methods.entry import CostLayout as CostLayout
 from .methods.entry import MethodEntry as MethodEntry
 from .methods.entry import Update as Update

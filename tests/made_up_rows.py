@@ -11,7 +11,6 @@ METHODS = {  # name -> (strength, trainable parameters); without any to train, o
     "uniform mean": (0.15, 0),
     "best single module": (0.22, 0),
     "LoraHub": (0.20, 20),
-    "CMA-ES": (0.24, 20),
     "fusion mix": (0.42, 1232),
     "fusion sum": (0.45, 1232),
     "coefficients only": (0.33, 80),

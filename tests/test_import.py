@@ -201,9 +201,7 @@ def test_torch_and_peft_are_never_imported():
 def test_every_library_that_the_package_imports_is_declared():
     project = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    of_extras = (
-        extras[name][0] for name in ("plots", "lorahub", "cma", "lm-eval", "ray")
-    )
+    of_extras = (extras[name][0] for name in ("plots", "lorahub", "lm-eval", "ray"))
     requirements = [*project["dependencies"], *of_extras]
     declared = {re.split(r"[^\w.-]", requirement)[0] for requirement in requirements}
     distributions = importlib.metadata.packages_distributions()

@@ -9,7 +9,6 @@ ARMS = {
     "uniform mean": Arm(method="mean"),
     "best single module": Arm(method="single"),
     "LoraHub": Arm(method="lorahub"),
-    "CMA-ES": Arm(method="cma"),
     "LoRAFusion": Arm(
         method="fusion",
         rates={"lr_coefficients": 0.1, "lr_magnitudes": 0.01},

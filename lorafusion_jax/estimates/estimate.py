@@ -112,11 +112,9 @@ def estimate(
     def passes(shapes: Shapes) -> list[float]:
         return [forward_flops(config, shape, update) for shape in shapes]
 
-    def asking(shapes: Shapes, new_tokens: int, members: int = 1) -> list[int]:
+    def asking(shapes: Shapes, new_tokens: int) -> list[int]:
         return [
-            evaluation_bytes(
-                config, one, new_tokens, update, seeds=seeds * members, **how
-            )
+            evaluation_bytes(config, one, new_tokens, update, seeds=seeds, **how)
             for one in set(shapes)
         ]
 
@@ -153,7 +151,7 @@ def estimate(
             passes(work.search)
         )
     if entry.learns == "searched":
-        activations += asking(work.search, 0, entry.at_once(recipe))
+        activations += asking(work.search, 0)
     of_weights = weights_bytes(config, settings.load_in)
     of_pool = pool_bytes(config, update, settings.load_in)
     return Cost(

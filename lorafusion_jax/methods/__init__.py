@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from . import cma, full, fusion, lora, lorahub, magnitudes, mean, merge, untrained, vera
+from . import full, fusion, lora, lorahub, magnitudes, mean, merge, untrained, vera
 from .entry import WITH_CORE as WITH_CORE
 from .entry import Built as Built
 from .entry import MethodEntry
@@ -69,7 +69,6 @@ register(
     *lora.ENTRIES,
     *vera.ENTRIES,
     *lorahub.ENTRIES,
-    *cma.ENTRIES,
     *full.ENTRIES,
     *mean.ENTRIES,
     *merge.ENTRIES,

@@ -204,7 +204,6 @@ class MethodEntry:
       search: for a method that is searched: function that returns its numbers and the number of steps of each seed.
       evaluations: number of times that a search passes the training rows, from the recipe and a seed's number of
         modules.
-      at_once: number of evaluations of each seed that run at once.
       cost_layouts: its layouts in hardware, by a title for its costs; empty if it has none.
     """
 
@@ -223,7 +222,6 @@ class MethodEntry:
     check: Callable[[], object] = lambda: None
     search: Callable[[SearchJob], tuple[Params, int]] | None = None
     evaluations: Callable[[Any, int], int] = lambda recipe, modules: 0
-    at_once: Callable[[Any], int] = lambda recipe: 1
     cost_layouts: Callable[[Billed], dict[str, CostLayout]] = lambda billed: {}
 
 

@@ -19,7 +19,6 @@ from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
@@ -124,12 +123,10 @@ def _tell(
         optimiser.tell(candidate, value)
 
 
-def objective_of(job: SearchJob, members: int = 1) -> Objective:
-    """Return LoraHub's objective on the rows of a job, for so many members of each seed in one program."""
-    spread = partial(jax.tree.map, lambda a: np.repeat(np.asarray(a), members, axis=0))
-    batches = [spread(batch) for batch in job.rows.once(job.recipe.batch_size)]
-    index = on_mesh(jnp.asarray(spread(to_host(job.problem.index))), of_seeds=True)
-    problem = job.problem.replace(index=index)
+def objective_of(job: SearchJob) -> Objective:
+    """Return LoraHub's objective on the rows of a job."""
+    batches = list(job.rows.once(job.recipe.batch_size))
+    problem = job.problem
     return lambda number, weights: score(weights, batches, problem.read(SEARCH, number))
 
 
@@ -155,22 +152,7 @@ load_nevergrad = partial(
 )
 
 
-def recorder(
-    job: SearchJob, bar: Any
-) -> Callable[[int, Float[np.ndarray, " seeds"]], None]:
-    """Return a function that records the scores of all seeds after a round of a search, and moves its bar."""
-
-    def record(number: int, scores: np.ndarray) -> None:
-        pairs = zip(job.seeds, scores.tolist(), strict=True)
-        job.record(
-            {"step": number, "seed": seed, "score": score} for seed, score in pairs
-        )
-        bar.update()
-
-    return record
-
-
-def build(built: Built) -> Fusion:
+def _build(built: Built) -> Fusion:
     """Return the mix that LoraHub's weights belong to; raises a ValueError for modules that cannot be mixed."""
     assert built.pool is not None
     if built.pool.magnitude is not None:
@@ -179,29 +161,33 @@ def build(built: Built) -> Fusion:
             "magnitudes as well: use the method fusion, coefficients, single or mean, or a pool of plain LoRAs"
         )
     LORAHUB.check(built.pool)
-    return LORAHUB
-
-
-def _build(built: Built) -> Fusion:
     evaluations = built.recipe.evaluations
     most = _MOST_EVALUATIONS * built.modules
     if evaluations > most:
         raise ValueError(
             f"expected at most {most} evaluations for {built.modules} modules, got {evaluations}"
         )
-    return build(built)
+    return LORAHUB
 
 
 def _search(job: SearchJob) -> tuple[Params, int]:
     count = job.recipe.evaluations
     modules = job.problem.index.shape[1]
     with progress("search", count) as bar:
+
+        def record(number: int, scores: np.ndarray) -> None:
+            pairs = zip(job.seeds, scores.tolist(), strict=True)
+            job.record(
+                {"step": number, "seed": seed, "score": score} for seed, score in pairs
+            )
+            bar.update()
+
         best = search(
             objective_of(job),
             job.seeds,
             modules,
             evaluations=count,
-            after_evaluation=recorder(job, bar),
+            after_evaluation=record,
         )
     return {"coefficients": jnp.asarray(best.weights, jnp.float32)}, count
 

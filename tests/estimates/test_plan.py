@@ -748,8 +748,11 @@ def test_a_plan_adds_up():
         cost.activation_bytes,
     )
     assert cost.peak_bytes == sum(held) and cost.weights_bytes == 4 * size(_SMALL)
-    # 40 evaluations of LoraHub, 40 generations of 16 of CMA-ES, one for each of 5 modules of the best single one.
-    assert rows["cma"].cost.training_flops == 16 * rows["lorahub"].cost.training_flops
+    # 40 evaluations of LoraHub, one for each of 5 modules of the best single one.
+    searched = rows["lorahub"].cost
+    assert searched.training_flops / searched.forward_flops == pytest.approx(
+        10 * 40 * len(work.search)
+    )
     passes = rows["single"].cost.training_flops / rows["single"].cost.forward_flops
     assert passes == pytest.approx(10 * 5 * len(work.search))
 

@@ -29,11 +29,7 @@ _TRAINED = {
     "vera": "VeRA, rank 8",
     "full": "full fine-tuning",
 }
-_SEARCHED = {
-    "lorahub": 4,
-    "cma": 2 * 4,
-    "single": 2,
-}  # evaluations of the training rows
+_SEARCHED = {"lorahub": 4, "single": 2}  # evaluations of the training rows
 _METHODS = [
     *_TRAINED,
     *_SEARCHED,
@@ -121,10 +117,10 @@ def test_a_run_reports_and_counts_and_is_evaluated_alike(method, runs):
         steps = 2 * 2
     if method in _SEARCHED:
         forward = _SEARCHED[method] * _ADAPT
-        steps = {"cma": 2}.get(method, _SEARCHED[method])
+        steps = _SEARCHED[method]
     table = counts(lf.read_config(options.base), modules=2, rank=4, vera_rank=8)
     trainable = (
-        {"lorahub": 2, "cma": 2}.get(method, 0)
+        {"lorahub": 2}.get(method, 0)
         if method not in _TRAINED
         else table[_TRAINED[method]]
     )
@@ -303,7 +299,7 @@ def test_an_exported_model_says_what_the_run_says(method, runs, small, tmp_path)
     assert recipes.answers(zero, 1) == recipes.answers(options, 2)
 
 
-@pytest.mark.parametrize("method", ["lorahub", "cma", "merge"])
+@pytest.mark.parametrize("method", ["lorahub", "merge"])
 def test_a_dora_adapter_is_refused_where_its_magnitudes_have_no_place(
     method, small, tmp_path
 ):
@@ -410,7 +406,6 @@ def test_bad_options_stop_before_anything_is_written(small, tmp_path):
             "the shuffled control is drawn in full precision",
         ),
         ("full", {"load_in": "nf4"}, "full trains weights, not 4 or 8 bits of them"),
-        ("cma", {"population": 3}, "population is 3: "),
         *(
             (
                 m,

@@ -1,4 +1,4 @@
-"""Searches without gradients: LoraHub's objective and optimiser, CMA-ES, and the best single module."""
+"""Searches without gradients: LoraHub's objective and optimiser, and the best single module."""
 
 import functools
 import importlib.util
@@ -15,50 +15,17 @@ import tiny
 from flax import nnx
 
 import lorafusion_jax as lf
-from lorafusion_jax.methods import cma, find, lorahub
+from lorafusion_jax.methods import find, lorahub
 from lorafusion_jax.methods.entry import SearchJob
 from lorafusion_jax.methods.mean import single_losses
 from lorafusion_jax.models import T5, T5Config
 from lorafusion_jax.tasks import IGNORED
 
 _SEEDS = (1, 2)
-_GENERATIONS = 8
-_POPULATION = 6
-
 needs_nevergrad = pytest.mark.skipif(
     importlib.util.find_spec("nevergrad") is None,
     reason="needs nevergrad: pip install -e '.[lorahub]'",
 )
-needs_evosax = pytest.mark.skipif(
-    importlib.util.find_spec("evosax") is None,
-    reason="needs evosax: pip install -e '.[cma]'",
-)
-_BOTH = (
-    pytest.param(lorahub, marks=needs_nevergrad, id="lorahub"),
-    pytest.param(cma, marks=needs_evosax, id="cma"),
-)
-
-
-def _found(
-    method,
-    objective,
-    seeds,
-    *,
-    modules=3,
-    rounds=_GENERATIONS,
-    population=_POPULATION,
-    **more,
-):
-    """The weights that a search finds for a function of weights [seeds, modules] or [members, modules]."""
-    if method is lorahub:
-        return lorahub.search(
-            objective, seeds, modules, evaluations=5 * rounds, **more
-        ).weights
-    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
-    return cma.search(
-        objective, keys, modules, generations=rounds, population=population, **more
-    )
-
 
 # A model of one layer, a pool for one of its sites, and the job of a search over them.
 
@@ -214,12 +181,11 @@ def test_the_search_proposes_the_weights_of_the_golden_search(goldens):
 # The searches.
 
 
-@pytest.mark.parametrize("method", _BOTH)
-def test_a_search_improves_on_zeros_and_reports_every_round(method):
+@needs_nevergrad
+def test_a_search_improves_on_zeros_and_reports_every_round():
     lines = []
-    recipe = {"evaluations": 40, "generations": _GENERATIONS, "population": _POPULATION}
-    job = _small(_SEEDS, record=lines.extend, **recipe)
-    params, rounds = find(method.__name__.rpartition(".")[2]).search(job)
+    job = _small(_SEEDS, record=lines.extend, evaluations=40)
+    params, rounds = find("lorahub").search(job)
     objective = lorahub.objective_of(job)
     zero = objective(1, np.zeros((2, 3)))
     found = objective(1, np.asarray(params["coefficients"], float))
@@ -232,23 +198,22 @@ def test_a_search_improves_on_zeros_and_reports_every_round(method):
     ]
 
 
-@pytest.mark.parametrize("method", _BOTH)
-def test_the_weights_of_a_seed_depend_on_the_seed_alone(method):
+@needs_nevergrad
+def test_the_weights_of_a_seed_depend_on_the_seed_alone():
     def objective(number, weights):
         return np.sum((weights - 0.5) ** 2, axis=1)
 
     found = {}
     for seeds in ((1, 2, 3), (3,)):
         np.random.seed(len(seeds))  # noqa: NPY002, the global state that it might read
-        found[seeds] = _found(
-            method, objective, seeds, modules=20, rounds=40, population=16
-        )
+        search = lorahub.search(objective, seeds, 20, evaluations=200)
+        found[seeds] = search.weights
     np.testing.assert_array_equal(found[3,][0], found[1, 2, 3][2])
     assert np.sum((found[3,] - 0.5) ** 2) < 0.2 * 20 * 0.5**2
 
 
-@pytest.mark.parametrize("method", _BOTH)
-def test_weights_stay_within_the_bounds(method):
+@needs_nevergrad
+def test_weights_stay_within_the_bounds():
     """The further out the better."""
     tried = []
 
@@ -256,23 +221,9 @@ def test_weights_stay_within_the_bounds(method):
         tried.append(weights)
         return -np.abs(weights).sum(axis=1)
 
-    found = _found(method, objective, _SEEDS, rounds=30)
+    found = lorahub.search(objective, _SEEDS, 3, evaluations=150).weights
     assert 0.99 * lorahub.BOUND < np.abs(tried).max() <= lorahub.BOUND
     assert (np.abs(found) > 0.99 * lorahub.BOUND).all()
-
-
-@needs_evosax
-def test_scores_that_are_not_finite_are_never_the_best():
-    scores = []
-
-    def objective(number, weights):
-        scores.append(np.where(weights[:, 0] > 0, np.nan, np.sum(weights**2, axis=1)))
-        return scores[-1]
-
-    found = _found(cma, objective, _SEEDS, rounds=10)
-    assert np.isnan(scores).any() and (found[:, 0] <= 0).all()
-    best = np.nanmin(np.reshape(scores, (10, 2, _POPULATION)), axis=(0, 2))
-    np.testing.assert_array_equal(np.sum(found**2, axis=1), best)
 
 
 @needs_nevergrad
@@ -284,10 +235,11 @@ def test_an_interrupted_search_leaves_no_thread_that_keeps_python_alive():
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt) as interrupted:
-        _found(
-            lorahub,
+        lorahub.search(
             lambda number, weights: np.sum(weights**2, axis=1),
             (1,),
+            3,
+            evaluations=40,
             after_evaluation=interrupt,
         )
     # The traceback, which a dying interpreter keeps, holds the frames and what they name.
@@ -300,17 +252,13 @@ def test_an_interrupted_search_leaves_no_thread_that_keeps_python_alive():
     )  # those of earlier searches may have ended meanwhile
 
 
-@pytest.mark.parametrize(
-    ("module", "method"), [("nevergrad", lorahub), ("evosax.algorithms", cma)]
-)
-def test_a_missing_library_is_named_with_the_command(module, method, monkeypatch):
-    monkeypatch.setitem(sys.modules, module, None)
-    name = module.partition(".")[0]
+def test_a_missing_library_is_named_with_the_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nevergrad", None)
     with pytest.raises(
         ValueError,
-        match=rf'needs {name}, .* pip install "lorafusion-jax\[(lorahub|cma)\]"',
+        match=r'needs nevergrad, .* pip install "lorafusion-jax\[lorahub\]"',
     ):
-        _found(method, lambda number, weights: weights[:, 0], (1,))
+        lorahub.search(lambda number, weights: weights[:, 0], (1,), 3, evaluations=5)
 
 
 # Single modules.

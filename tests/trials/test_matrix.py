@@ -203,13 +203,11 @@ def test_a_job_that_runs_out_of_memory_fails_alone_and_is_repeated_on_request(
 
 def test_bad_input_is_refused_before_anything_runs(options, tmp_path, monkeypatch):
     for name in [
-        "evosax",
-        *(name for name in sys.modules if name.startswith("evosax.")),
+        "nevergrad",
+        *(name for name in sys.modules if name.startswith("nevergrad.")),
     ]:
         monkeypatch.setitem(sys.modules, name, None)
-    entries = _ENTRIES | {
-        "CMA-ES": dataclasses.replace(ARMS["uniform mean"], method="cma")
-    }
+    entries = _ENTRIES | {"LoraHub": ARMS["LoraHub"]}
     for changes, message in [
         (
             {"methods": ("coefficients only", "LoRa")},
@@ -222,8 +220,8 @@ def test_bad_input_is_refused_before_anything_runs(options, tmp_path, monkeypatc
         ),
         ({"pool": str(tmp_path)}, "is not a pool"),
         (
-            {"methods": ("CMA-ES",)},
-            r'CMA-ES needs evosax, .* pip install "lorafusion-jax\[cma\]"',
+            {"methods": ("LoraHub",)},
+            r'LoraHub.* needs nevergrad, .* pip install "lorafusion-jax\[lorahub\]"',
         ),
     ]:
         with pytest.raises(ValueError, match=message):
