@@ -109,7 +109,15 @@ def test_errors_are_one_message_and_exit_code_2(run, tmp_path, capsys):
             "nothing to export: give one of --run RUN, --pool POOL --adapter NAME, and --base",
         ),
         (
-            ["export", "--base", "a", "--run", "b", "--out", str(tmp_path / "x")],
+            [
+                "export",
+                "--base",
+                "owner/a",
+                "--run",
+                str(run),
+                "--out",
+                str(tmp_path / "x"),
+            ],
             "nothing to export: give one of",
         ),
         (
