@@ -1,4 +1,4 @@
-"""A folder of results: tables as CSV and LaTeX, and one HTML page with its figures, which needs no other file."""
+"""A folder of results: tables as CSV, and one HTML page with its figures, which needs no other file."""
 
 import base64
 import csv
@@ -37,18 +37,6 @@ tbody tr:hover > * { background: var(--band); }
 figure { margin: 1.5rem 0; }
 figure img { width: 100%; max-width: 40rem; height: auto; display: block; }
 """
-_LATEX = {
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": "$<$",
-    ">": "$>$",
-    "±": r"$\pm$",
-    "−": "$-$",
-    "–": "--",
-    "\n": " ",
-}
 # The headings' endings in CSV, for each number of a cell, by the kind of a column.
 _PARTS = {
     "spread": ("", " sd"),
@@ -66,7 +54,7 @@ def write_report(
     *,
     text: str = "",
 ) -> None:
-    """Write NAME.csv for each table, table.tex with all of them, and report.html, a page that needs no other file.
+    """Write NAME.csv for each table, and report.html, a page that needs no other file.
 
     Args:
       folder: made if it does not exist.
@@ -94,7 +82,6 @@ def write_report(
     )
     for name, table in tables.items():
         write_text(folder / f"{name}.csv", _csv(table))
-    write_text(folder / "table.tex", "\n".join(map(_latex, tables.values())))
     write_text(folder / "report.html", page)
 
 
@@ -124,32 +111,6 @@ def _csv(table: Table) -> str:
             ]
         )
     return text.getvalue()
-
-
-def _latex(table: Table) -> str:
-    """Return a table for the booktabs package."""
-    escapes = str.maketrans(_LATEX)
-    first, *lines = [
-        " & ".join(cell.translate(escapes) for cell in line) + r" \\"
-        for line in table.texts
-    ]
-    alignment = "".join(
-        "l" if column.kind == "text" else "r" for column in table.columns
-    )
-    body = "\n".join(lines)
-    return rf"""% needs \usepackage{{booktabs}}
-\begin{{table}}
-\centering
-\caption{{{table.caption.translate(escapes)}}}
-\begin{{tabular}}{{{alignment}}}
-\toprule
-{first}
-\midrule
-{body}
-\bottomrule
-\end{{tabular}}
-\end{{table}}
-"""
 
 
 def _html(table: Table) -> str:

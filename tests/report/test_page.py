@@ -34,7 +34,7 @@ def _page(out, *arguments, **options):
     return (out / "report.html").read_text()
 
 
-def test_a_table_is_written_as_markdown_csv_latex_and_html(tmp_path):
+def test_a_table_is_written_as_markdown_csv_and_html(tmp_path):
     columns = [
         Column("method", "text"),
         Column("x_1", "spread"),
@@ -64,17 +64,6 @@ def test_a_table_is_written_as_markdown_csv_latex_and_html(tmp_path):
         ["a|b & <i>", "44.84", "1.46", "-2", "3.25", "900", "1000"],
         ["$c_1$ 100% #~^\\{}", "5", "", "", "", "1232", "1232"],
     ]
-    text = (tmp_path / "table.tex").read_text()
-    assert r"\caption{50 \% of $<$b$>$ \& a\_b}" in text
-    assert r"\begin{tabular}{lrrr}" in text and r"method & x\_1 & ci & n \\" in text
-    assert r"a|b \& $<$i$>$ & 44.8 $\pm$ 1.5 & $-$2.0 to 3.2 & 900 to 1,000 \\" in text
-    assert (
-        r"\$c\_1\$ 100\% \#\textasciitilde{}\textasciicircum{}\textbackslash{}\{\} & 5.0 & -- & 1,232 \\"
-        in text
-    )
-    assert [
-        text.count(rule) for rule in (r"\toprule", r"\midrule", r"\bottomrule")
-    ] == [1, 1, 1]
     assert "<caption>50 % of &lt;b&gt; &amp; a_b</caption>" in page
     assert '<th scope="col" class="number">x_<wbr>1</th>' in page
     assert (
@@ -97,7 +86,6 @@ def test_without_a_complete_method_there_is_a_page_and_no_plot(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {
         "table.csv",
         "paired.csv",
-        "table.tex",
         "report.html",
     }
 
@@ -145,7 +133,6 @@ def test_each_number_of_shots_has_its_files(folder):
     }
     plots = {"means_95+5.png", "means_5.png"}
     assert {path.name for path in folder.iterdir()} == of_shots | plots | {
-        "table.tex",
         "report.html",
     }
 
@@ -158,7 +145,7 @@ def test_the_script_compares_with_a_method_that_has_rows(tmp_path):
     )
     assert (
         "zero-shot minus each other method"
-        in (tmp_path / "out" / "table.tex").read_text()
+        in (tmp_path / "out" / "report.html").read_text()
     )
     with pytest.raises(
         ValueError,

@@ -177,7 +177,6 @@ def test_a_finished_trial_is_read_and_its_command_trains_the_arm(
             "double_digit.csv",
             "double_digit.png",
             "report.html",
-            "table.tex",
         ),
     }
     (command,) = (
