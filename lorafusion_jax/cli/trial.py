@@ -33,15 +33,15 @@ def main(arguments: Sequence[str]) -> None:
         show(describe_trial(options))
         return
     done = []
-    for one, outcomes in trial(options):
-        done.append((one, outcomes))
-        _show(arms_table(one, outcomes, said := judge(outcomes)), said)
-        if said.arm is not None:
-            show(f"\n{train_command(one, outcomes, said.arm)}\n")
+    for task_trial, outcomes in trial(options):
+        done.append((task_trial, outcomes))
+        _show(arms_table(task_trial, outcomes, verdict := judge(outcomes)), verdict)
+        if verdict.arm is not None:
+            show(f"\n{train_command(task_trial, outcomes, verdict.arm)}\n")
     if (together := write_trial(options.out, done)) is not None:
         _show(*together)
     show(f"written to {options.out / 'report.html'}")
 
 
-def _show(table: Table, said: Verdict) -> None:
-    show("\n".join((markdown(table), said.sentence, said.least, *said.notes)))
+def _show(table: Table, verdict: Verdict) -> None:
+    show("\n".join((markdown(table), *verdict.lines)))

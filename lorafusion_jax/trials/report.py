@@ -48,9 +48,9 @@ _RATES = [
 ]
 
 
-def arms_table(one: TaskTrial, outcomes: Outcomes, said: Verdict) -> Table:
+def arms_table(task_trial: TaskTrial, outcomes: Outcomes, verdict: Verdict) -> Table:
     """Return a line for each arm of a task; of options instead of exact match, if the task has some."""
-    contrasts = {contrast.arm: contrast for contrast in said.contrasts}
+    contrasts = {contrast.arm: contrast for contrast in verdict.contrasts}
     lines = []
     scores = outcomes.option_correct or outcomes.correct
     for arm in outcomes.arms:
@@ -63,7 +63,7 @@ def arms_table(one: TaskTrial, outcomes: Outcomes, said: Verdict) -> Table:
                 rates += (
                     f" (before the grid was extended: {_rates_text(tuned.in_grid)})"
                 )
-        epochs = tuned and one.epochs(arm.name, tuned)
+        epochs = tuned and task_trial.epochs(arm.name, tuned)
         points = contrast and (
             contrast.option_correct if outcomes.option_correct else contrast.correct
         )
@@ -81,7 +81,7 @@ def arms_table(one: TaskTrial, outcomes: Outcomes, said: Verdict) -> Table:
                 points and (points.low, points.high),
                 rates,
                 epochs,
-                round(outcomes.spent[arm.name] * len(one.rows)),
+                round(outcomes.spent[arm.name] * len(task_trial.rows)),
             ]
         )
     scored = Column(
@@ -96,7 +96,7 @@ def arms_table(one: TaskTrial, outcomes: Outcomes, said: Verdict) -> Table:
         *_RATES,
     ]
     return Table(
-        f"{one.task}: {len(one.rows)} rows, loss in nats per answer token on rows of other folds",
+        f"{task_trial.task}: {len(task_trial.rows)} rows, loss in nats per answer token on rows of other folds",
         columns,
         lines,
     )
@@ -106,18 +106,18 @@ def _rates_text(rates: Rates) -> str:
     return ", ".join(f"{name.removeprefix('lr_')} {value:.2g}" for name, value in rates)
 
 
-def tasks_table(done: Sequence[tuple[TaskTrial, Outcomes]], said: Verdict) -> Table:
+def tasks_table(done: Sequence[tuple[TaskTrial, Outcomes]], verdict: Verdict) -> Table:
     """Return a line for each arm: its loss on each task, and its difference from LoRAFusion over the tasks."""
-    contrasts = {contrast.arm: contrast for contrast in said.contrasts}
+    contrasts = {contrast.arm: contrast for contrast in verdict.contrasts}
     lines = []
     for arm in done[0][1].arms:
         losses = [float(np.nanmean(outcomes.loss[arm.name])) for _, outcomes in done]
         contrast = contrasts.get(arm.name)
-        own = _cells(float(np.mean(losses)), contrast and contrast.loss)
-        lines.append([arm.name, *losses, *own, contrast and contrast.p])
+        loss_cells = _cells(float(np.mean(losses)), contrast and contrast.loss)
+        lines.append([arm.name, *losses, *loss_cells, contrast and contrast.p])
     columns = [
         Column("arm", "text"),
-        *(Column(one.task, "nats") for one, _ in done),
+        *(Column(task_trial.task, "nats") for task_trial, _ in done),
         *_LOSS,
     ]
     return Table(
@@ -135,17 +135,17 @@ def _cells(loss: float, contrast: Interval | None) -> list[Any]:
     ]
 
 
-def train_command(one: TaskTrial, outcomes: Outcomes, winner: str) -> str:
+def train_command(task_trial: TaskTrial, outcomes: Outcomes, winner: str) -> str:
     """Return the commands that train an arm at its best rates and export it; none for an arm that trains nothing.
 
     `fuse` keeps 5 % of the rows to validate on.
     """
-    arm, run = one.arms[winner]
+    arm, run = task_trial.arms[winner]
     if run.entry.learns == "untrained":
         return f"lorafusion generate {_flags({'base': run.base, 'chat': run.chat or None})}"
-    rows = load_task(one.source, **row_format(run), train_rows=0, need=())
+    rows = load_task(task_trial.source, **row_format(run), train_rows=0, need=())
     # All rows of a list are used, so none is left to test on.
-    test_rows = 0 if rows.one_list and len(rows.test) == len(one.rows) else None
+    test_rows = 0 if rows.one_list and len(rows.test) == len(task_trial.rows) else None
     tuned = outcomes.tuned.get(winner)
     default = run.entry.recipe()
     recipe = {
@@ -159,15 +159,15 @@ def train_command(one: TaskTrial, outcomes: Outcomes, winner: str) -> str:
         if getattr(run, name) != getattr(FuseOptions, name, None)
     }
     if tuned:
-        recipe |= {"epochs": one.epochs(winner, tuned)} | {
+        recipe |= {"epochs": task_trial.epochs(winner, tuned)} | {
             name: f"{rate:.3g}" for name, rate in tuned.rates
         }
-    name = "-".join((one.task, run.method, "all"))
+    name = "-".join((task_trial.task, run.method, "all"))
     train = _flags(
         given
         | {
-            "task": one.source,
-            "train_rows": len(one.rows),
+            "task": task_trial.source,
+            "train_rows": len(task_trial.rows),
             "test_rows": test_rows,
             "name": name,
         }
@@ -187,47 +187,49 @@ def _flags(values: Mapping[str, Any]) -> str:
     return " ".join(parts)
 
 
-def draw_arms(path: Path, one: TaskTrial, said: Verdict) -> None:
+def draw_arms(path: Path, task_trial: TaskTrial, verdict: Verdict) -> None:
     """Draw each arm's difference from LoRAFusion with its interval; ValueError if matplotlib is not installed."""
 
     def draw(figure: "Figure") -> None:
         axes = figure.subplots()
         shade = colour(3)
         axes.axvline(0, color="#333333", linewidth=1)
-        for place, contrast in enumerate(said.contrasts):
+        for place, contrast in enumerate(verdict.contrasts):
             axes.hlines(
                 place, contrast.loss.low, contrast.loss.high, color=shade, linewidth=2
             )
             axes.plot(contrast.loss.mean, place, "o", color=shade, markersize=6)
         axes.set_yticks(
-            range(len(said.contrasts)),
-            [literal(contrast.arm) for contrast in said.contrasts],
+            range(len(verdict.contrasts)),
+            [literal(contrast.arm) for contrast in verdict.contrasts],
         )
-        axes.set_ylim(len(said.contrasts) - 0.4, -0.6)
+        axes.set_ylim(len(verdict.contrasts) - 0.4, -0.6)
         axes.grid(visible=True, axis="x")
         axes.set_xlabel(
             "loss minus that of LoRAFusion, nats per answer token, with 95 % interval"
         )
-        figure.suptitle(literal(one.task), x=0.01, ha="left", size=12)
+        figure.suptitle(literal(task_trial.task), x=0.01, ha="left", size=12)
 
-    plot(path, (7.0, 0.3 * len(said.contrasts) + 1.2), draw)
+    plot(path, (7.0, 0.3 * len(verdict.contrasts) + 1.2), draw)
 
 
 def describe_trial(options: TrialOptions) -> str:
     """Return the plans of the trainings of each task, a line for each arm, without training anything."""
     parts = []
-    for one in task_trials(options):
-        of_arm: dict[str, list[Training]] = {name: [] for name in one.arms}
-        for training in one.trainings(options):
+    for task_trial in task_trials(options):
+        of_arm: dict[str, list[Training]] = {name: [] for name in task_trial.arms}
+        for training in task_trial.trainings(options):
             of_arm[training.arm].append(training)
         rows = [
-            _plan_of_arm(one.arms[name].options, name, trainings, len(one.rows))
+            _plan_of_arm(
+                task_trial.arms[name].options, name, trainings, len(task_trial.rows)
+            )
             for name, trainings in of_arm.items()
         ]
-        at = run_pace(one.arms[rows[-1].method].options)
+        at = run_pace(task_trial.arms[rows[-1].method].options)
         jobs = [job for row in rows for job in row.jobs]
         parts.append(
-            f"{one.task} with {len(one.rows)} rows; {options.folds} folds, and tuning on thirds\n"
+            f"{task_trial.task} with {len(task_trial.rows)} rows; {options.folds} folds, and tuning on thirds\n"
             f"{plan_table(rows, at)}\n{spent(jobs, at, PlanOptions(plan=True))}"
         )
     return "\n\n".join(parts)
@@ -264,21 +266,19 @@ def write_trial(
     tables = {}
     figures = {}
     together = None
-    for one, outcomes in done:
-        said = judge(outcomes)
-        text.append(f"{one.task}: {' '.join((said.sentence, said.least, *said.notes))}")
-        tables[one.task] = arms_table(one, outcomes, said)
-        draw_arms(folder / f"{one.task}.png", one, said)
-        figures[f"{one.task}.png"] = (
-            f"{one.task}: differences of the arms from LoRAFusion"
+    for task_trial, outcomes in done:
+        verdict = judge(outcomes)
+        text.append(f"{task_trial.task}: {' '.join(verdict.lines)}")
+        tables[task_trial.task] = arms_table(task_trial, outcomes, verdict)
+        draw_arms(folder / f"{task_trial.task}.png", task_trial, verdict)
+        figures[f"{task_trial.task}.png"] = (
+            f"{task_trial.task}: differences of the arms from LoRAFusion"
         )
     if len(done) > 1:
-        over = judge_tasks([outcomes for _, outcomes in done])
-        tables["all_tasks"] = tasks_table(done, over)
-        text.append(
-            f"Over {len(done)} tasks: {' '.join((over.sentence, over.least, *over.notes))}"
-        )
-        together = tables["all_tasks"], over
+        verdict_over_tasks = judge_tasks([outcomes for _, outcomes in done])
+        tables["all_tasks"] = tasks_table(done, verdict_over_tasks)
+        text.append(f"Over {len(done)} tasks: {' '.join(verdict_over_tasks.lines)}")
+        together = tables["all_tasks"], verdict_over_tasks
     write_report(
         folder, "Is the pool worth it?", tables, figures, text="\n\n".join(text)
     )

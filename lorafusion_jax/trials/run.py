@@ -132,7 +132,7 @@ def contestants(
     """
     shots = min(5, rows - -(-rows // options.folds))
     lora = LoRARecipe(lora_rank=pool.largest_rank, lora_targets=pool.targets)
-    given: dict[str, tuple[str, str, Recipe]] = {
+    arms: dict[str, tuple[str, str, Recipe]] = {
         "base alone": ("zero-shot", "none", Recipe()),
         "examples in the prompt": (
             "few-shot",
@@ -159,9 +159,9 @@ def contestants(
         recipe = find(method).recipe()
         if isinstance(recipe, TargetedRecipe):
             recipe = dataclasses.replace(recipe, lora_targets=pool.targets)
-        given[name] = (method, control or "none", recipe)
+        arms[name] = (method, control or "none", recipe)
     chosen = {}
-    for name, (method, control, recipe) in given.items():
+    for name, (method, control, recipe) in arms.items():
         entry = find(method)
         if entry.answers == "nothing":
             raise ValueError(
@@ -310,18 +310,23 @@ def trial(options: TrialOptions) -> Iterator[tuple[TaskTrial, Outcomes]]:
     if options.minutes is not None and not options.minutes > 0:
         raise ValueError(f"minutes is {options.minutes}: give a time above 0")
     check_uint32(seed=options.seed)
-    tried = task_trials(options)
-    for one in tried:
-        one.trainings(options)  # raises for rows that are too few to tune on
+    all_tasks = task_trials(options)
+    for task_trial in all_tasks:
+        task_trial.trainings(options)  # raises for rows that are too few to tune on
     began = time.monotonic()
-    for place, one in enumerate(tried, start=1):
+    for place, task_trial in enumerate(all_tasks, start=1):
         stop = None
         if options.minutes is not None:
-            end = began + 60 * options.minutes * place / len(tried)
+            end = began + 60 * options.minutes * place / len(all_tasks)
             stop = functools.partial(_is_over, end)
-        total = sum(_weight(one, training) for training in one.trainings(options))
-        with progress(one.task, total, unit="row") as bar:
-            yield one, one.outcomes(options, _measure(options, one, bar), stop)
+        total = sum(
+            _weight(task_trial, training) for training in task_trial.trainings(options)
+        )
+        with progress(task_trial.task, total, unit="row") as bar:
+            yield (
+                task_trial,
+                task_trial.outcomes(options, _measure(options, task_trial, bar), stop),
+            )
 
 
 def _is_over(end: float) -> bool:
@@ -331,61 +336,67 @@ def _is_over(end: float) -> bool:
 def task_trials(options: TrialOptions) -> list[TaskTrial]:
     """Return the tasks of a trial with their rows and arms; errors are those of `trial`."""
     base = open_base(options.base)
-    tried = []
+    all_tasks = []
     pool = open_pool(options.pool, base)
     for source in options.task:
         task, rows = rows_of(options, source)
         divide(
             [row.input_sha256 for row in rows], options.folds, (options.seed,)
         )  # raises for too few rows
-        tried.append(
+        all_tasks.append(
             TaskTrial(
                 task, source, rows, contestants(options, source, len(rows), base, pool)
             )
         )
-    if len({one.task for one in tried}) < len(tried):
+    if len({task_trial.task for task_trial in all_tasks}) < len(all_tasks):
         raise ValueError(
-            f"two tasks have the same name in {', '.join(one.task for one in tried)}: rename one"
+            f"two tasks have the same name in {', '.join(task_trial.task for task_trial in all_tasks)}: rename one"
         )
-    return tried
+    return all_tasks
 
 
-def _weight(one: TaskTrial, training: Training) -> int:
+def _weight(task_trial: TaskTrial, training: Training) -> int:
     """Return the number of rows that a training and its test pass through the model, about."""
-    arm, run = one.arms[training.arm]
+    arm, run = task_trial.arms[training.arm]
     epochs = 3 * training.share * run.recipe.epochs if arm.rates else 1
     return round(epochs * len(training.train)) + len(training.test)
 
 
-def _measure(options: TrialOptions, one: TaskTrial, bar: "tqdm") -> Measure:
+def _measure(options: TrialOptions, task_trial: TaskTrial, bar: "tqdm") -> Measure:
     """Return a function that reads scores from OUT, and measures those that are missing there."""
-    trainer = one.trainer()
-    settings = {name: _settings(run) for name, (_, run) in one.arms.items()}
+    trainer = task_trial.trainer()
+    settings = {name: _settings(run) for name, (_, run) in task_trial.arms.items()}
     digests = _digests(trainer)
     common = {"base_and_pool": digests[0], "rows": digests[1], "seed": options.seed}
-    cells = Cells(options.out / one.task / "measured.jsonl", _key_of, common)
+    cells = Cells(options.out / task_trial.task / "measured.jsonl", _key_of, common)
 
     def measure(trainings: Sequence[Training]) -> Iterator[Scores]:
         keys = {each: (settings[each.arm], each) for each in trainings}
         rows = {_key_of(row): row for row in cells.rows()}
         missing = [each for each, key in keys.items() if key not in rows]
         # An extended grid is not in the plan.
-        bar.total = max(bar.total, bar.n + sum(_weight(one, each) for each in keys))
-        bar.update(sum(_weight(one, each) for each in keys if each not in missing))
+        bar.total = max(
+            bar.total, bar.n + sum(_weight(task_trial, each) for each in keys)
+        )
+        bar.update(
+            sum(_weight(task_trial, each) for each in keys if each not in missing)
+        )
         work = trainer.scores
         if options.engine.engine == "ray":
-            work = functools.partial(_scores_on_worker, options, one.source, digests)
+            work = functools.partial(
+                _scores_on_worker, options, task_trial.source, digests
+            )
         for training, scores in run_items(work, missing, options.engine):
             arm = training.arm
             if isinstance(scores, OutOfMemory):
-                what = f"{one.task}, {arm}: out of memory ({scores.error})"
+                what = f"{task_trial.task}, {arm}: out of memory ({scores.error})"
                 raise ValueError(
                     f"{what}: use --dtype bfloat16 or another machine; {cells.file} keeps what it has"
                 )
             row = common | _row(settings[arm], training, scores)
             cells.append(cells.file, [row])
             rows[keys[training]] = row
-            bar.update(_weight(one, training))
+            bar.update(_weight(task_trial, training))
             of_arm = [keys[each] for each in keys if each.arm == arm and each.answers]
             if of_arm and all(key in rows for key in of_arm):
                 if sys.stderr.isatty():
@@ -418,8 +429,8 @@ def _trainer_on_worker(
 
     A process keeps those of the last digests, so that it does not load them for each training.
     """
-    (one,) = task_trials(dataclasses.replace(options, task=(source,)))
-    trainer = one.trainer()
+    (task_trial,) = task_trials(dataclasses.replace(options, task=(source,)))
+    trainer = task_trial.trainer()
     if (loaded := _digests(trainer)) != digests:
         differing = [
             what

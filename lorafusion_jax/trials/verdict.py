@@ -80,6 +80,11 @@ class Verdict:
     notes: tuple[str, ...]
     contrasts: tuple[Contrast, ...]
 
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The sentence, the arm of least loss, and the notes."""
+        return (self.sentence, self.least, *self.notes)
+
 
 def judge(outcomes: Outcomes) -> Verdict:
     """Return the verdict on a task, from the rows of the folds that were tested.
