@@ -15,7 +15,8 @@ def check(file: Path, golden: Path, tolerance: float) -> None:
     """Hold a file against a folder of goldens; its prompts are one batch, padded on the right."""
     texts = json.loads((golden / "texts.json").read_text())
     wanted = np.load(golden / "logits.npz")
-    tokenizer, (graph, weights) = load_tokenizer(file), nnx.split(load_base(file))
+    tokenizer = load_tokenizer(file)
+    graph, weights = nnx.split(load_base(file))
     rows = [tokenizer(prompt)["input_ids"] for prompt in texts["prompts"]]
     assert rows == texts["ids"]
     width = max(map(len, rows))

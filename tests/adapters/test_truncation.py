@@ -12,10 +12,10 @@ _LAYERS = 2
 _IN = 60
 _OUT = 50
 _RANK = 4
-_KERNEL, _A, _B, _UPDATE = (
-    jax.random.normal(jax.random.key(n), (_LAYERS, *shape)) / 8
-    for n, shape in enumerate([(_IN, _OUT), (3, _IN, 2), (3, 2, _OUT), (_IN, _OUT)])
-)
+_KERNEL = jax.random.normal(jax.random.key(0), (_LAYERS, _IN, _OUT)) / 8
+_A = jax.random.normal(jax.random.key(1), (_LAYERS, 3, _IN, 2)) / 8
+_B = jax.random.normal(jax.random.key(2), (_LAYERS, 3, 2, _OUT)) / 8
+_UPDATE = jax.random.normal(jax.random.key(3), (_LAYERS, _IN, _OUT)) / 8
 _SCALE = 1 + jax.random.normal(jax.random.key(9), (_LAYERS, _OUT)) / 4
 _INDEX = jnp.tile(jnp.array([2, 0, 1]), (_LAYERS, 1))
 _WEIGHTS = jnp.full((_LAYERS, 3, 1), 0.7)

@@ -260,7 +260,8 @@ def is_perfect(config: CrossbarConfig) -> bool:
 
 def same_bits(case: Case) -> bool:
     """Whether every path must give the same bits: all sums are integers, shifted by powers of two and scaled once."""
-    config, (d_in, d_out) = case.config, case.W.shape
+    config = case.config
+    d_in, d_out = case.W.shape
     if not oracle.integer_sums(config) or config.mapping.scale == "tile":
         return False
     if config.encoding.kind == "offset" and (
@@ -567,7 +568,8 @@ def assert_same_cells(
 def assert_clipped(statistics: Any, wanted: oracle.Read, what: str) -> None:
     if statistics is None:
         return
-    (low, high), count = wanted.clipped.T, np.asarray(statistics.clipped)
+    low, high = wanted.clipped.T
+    count = np.asarray(statistics.clipped)
     assert (low <= count).all() and (count <= high).all(), (
         f"{what}: {count} clipped, by loops {low} to {high}"
     )
@@ -738,12 +740,10 @@ ROUNDING: dict[str, Any] = {
 @cases(6, case=reads("product", "definition", **ROUNDING))
 def test_stochastic_rounding_of_inputs_is_right_on_average(case: Case):
     """Without an ADC, over 5,000 reads: the mean loses nothing to rounding, and each input has variance f (1 - f)."""
-    (y, _, input_limit), chip, x, config = (
-        many_reads(case),
-        programmed_chip(case),
-        case.x,
-        case.config,
-    )
+    y, _, input_limit = many_reads(case)
+    chip = programmed_chip(case)
+    x = case.x
+    config = case.config
     full = oracle.full_scale(x, config, input_limit).astype(float)
     real = oracle.weights(chip, len(case.W), config)
     top = oracle.input_top(config)
@@ -879,7 +879,8 @@ GIVEN = {
 )
 def test_a_corrected_chip_reads_what_numpy_corrects(case: Case, parts: set[str]):
     """y = s * read(x) + o + x U V of the loops' read, from a chip that was saved and loaded."""
-    (d_in, d_out), rng = case.W.shape, np.random.default_rng(case.c["seed"])
+    d_in, d_out = case.W.shape
+    rng = np.random.default_rng(case.c["seed"])
     shapes = {"scale": d_out, "offset": d_out, "U": (d_in, 2), "V": (2, d_out)}
     drawn = {
         part: rng.normal(size=shape).astype(case.W.dtype)
@@ -899,9 +900,10 @@ def test_a_corrected_chip_reads_what_numpy_corrects(case: Case, parts: set[str])
     with tempfile.TemporaryDirectory() as folder:
         save_chip(with_corrections(chip, corrections), f"{folder}/chip.safetensors")
         loaded = load_chip(f"{folder}/chip.safetensors", case.config)
-    s, o, U, V = (
-        drawn[part] if part in given else np.float64(part == "scale") for part in shapes
-    )
+    s = drawn["scale"] if "scale" in given else np.float64(1)
+    o = drawn["offset"] if "offset" in given else np.float64(0)
+    U = drawn["U"] if "U" in given else np.float64(0)
+    V = drawn["V"] if "V" in given else np.float64(0)
     low_rank = (
         (case.x @ U @ V, np.abs(case.x) @ np.abs(U) @ np.abs(V))
         if "U" in given
@@ -1195,7 +1197,8 @@ def test_gradients_of_physical_values_are_slopes(case: Case, leaf: str):
         c = {**c, "scaling": "fixed", "bits": c["bits"] or 4}
     elif leaf != "read noise":
         c = {**c, "bits": None}
-    (_, _, base, key, W, x, _), (at, device) = case_of(case.path, c), _DEVICES[leaf]
+    _, _, base, key, W, x, _ = case_of(case.path, c)
+    at, device = _DEVICES[leaf]
     C = directions(case)
 
     def loss(value: Any, W: Any, x: Any) -> Any:

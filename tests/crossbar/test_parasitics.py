@@ -67,12 +67,24 @@ def test_currents_are_those_of_nodal_analysis(shape, row, column):
 def test_no_convergence_is_nan_and_chebyshev_converges():
     v = jnp.ones(32)
     G = jnp.ones((32, 32))
-    wires = {"row_resistance": 4e-2, "column_resistance": 4e-2}
     assert jnp.isnan(
-        currents(v, G, Wire(relaxation=1.0, iterations=100, **wires))
+        currents(
+            v,
+            G,
+            Wire(
+                relaxation=1.0,
+                iterations=100,
+                row_resistance=4e-2,
+                column_resistance=4e-2,
+            ),
+        )
     ).all()
-    assert jnp.isnan(currents(v, G, Wire(iterations=2, **wires))).all()
-    assert jnp.isfinite(currents(v, G, Wire(**wires))).all()
+    assert jnp.isnan(
+        currents(v, G, Wire(iterations=2, row_resistance=4e-2, column_resistance=4e-2))
+    ).all()
+    assert jnp.isfinite(
+        currents(v, G, Wire(row_resistance=4e-2, column_resistance=4e-2))
+    ).all()
 
 
 @pytest.mark.parametrize(

@@ -448,7 +448,8 @@ def test_saved_writes_are_outweighed_where_the_two_bills_meet():
             lf.estimates.price(of[n], _ISAAC, _OPTIONS, constants)
             for n in ("LoRA in cells", name)
         ]
-        lora, fusion = (b.inference.typical / 1000 * tokens for b in priced)
+        lora = priced[0].inference.typical / 1000 * tokens
+        fusion = priced[1].inference.typical / 1000 * tokens
         installed = [b.install.typical for b in priced]
         assert fusion + installed[1] == pytest.approx(lora + installed[0], rel=1e-6)
         assert found.learning.typical == pytest.approx(

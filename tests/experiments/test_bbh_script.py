@@ -11,7 +11,8 @@ from lorafusion_jax.trials import read_rows
 
 @pytest.fixture(scope="module")
 def arguments(small, tmp_path_factory):
-    folder, (base, pool) = tmp_path_factory.mktemp("bbh"), small
+    folder = tmp_path_factory.mktemp("bbh")
+    base, pool = small
     rows, index = bbh_rows.write(folder / "rows")
     tasks = ["boolean_expressions", "object_counting"]
     for task in write_lorahub_split(rows, folder / "data_bbh", tasks, index=index):

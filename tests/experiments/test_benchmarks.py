@@ -197,10 +197,8 @@ def test_the_peer_trains_alike_and_kept_results_are_not_measured_again(tmp_path)
         tmp_path,
         "--json",
     ]
-    first, again = (
-        subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        for _ in range(2)
-    )
+    first = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    again = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert first == again
     _check(json.loads(first)["cases"])
     (turn,) = json.loads((tmp_path / "small-pool-native.json").read_text())["turns"]

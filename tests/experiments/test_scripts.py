@@ -71,10 +71,6 @@ def test_every_ablation_can_run_and_is_next_to_what_it_varies():
         entries = ablations.entries_of(group, options)
         settings = set()
         for entry in entries.values():
-            more = {
-                "load_in": entry.load_in or "full",
-                "train_rows": entry.train_rows or 100,
-            }
             run = {
                 "base": "base",
                 "pool": "pool",
@@ -82,7 +78,12 @@ def test_every_ablation_can_run_and_is_next_to_what_it_varies():
                 "method": entry.method,
                 "control": entry.control,
             }
-            run = FuseOptions(**run, recipe=trials.recipe_of(entry), **more)
+            run = FuseOptions(
+                **run,
+                recipe=trials.recipe_of(entry),
+                load_in=entry.load_in or "full",
+                train_rows=entry.train_rows or 100,
+            )
             check(run)
             settings.add(json.dumps(dataclasses.asdict(run), default=str))
         assert len(settings) == len(entries)  # no two rows run the same

@@ -90,9 +90,8 @@ _OPERATIONS = (
 
 
 def test_operations_of_the_tasks():
-    positions, characters = (
-        dict(case.split("=") for case in cases.split()) for cases in _OPERATIONS
-    )
+    positions = dict(case.split("=") for case in _OPERATIONS[0].split())
+    characters = dict(case.split("=") for case in _OPERATIONS[1].split())
     cases = [
         (position, "same", "abcde", answer) for position, answer in positions.items()
     ]

@@ -100,10 +100,8 @@ def drifted(W: np.ndarray) -> dict[str, dict[str, dict[str, float]]]:
                 rows[age].append([factor, *errors])
         found[name] = {}
         for age, of_age in rows.items():
-            (factor, error, compensated), spread = (
-                np.mean(of_age, axis=0),
-                np.std(of_age, axis=0)[0],
-            )
+            factor, error, compensated = np.mean(of_age, axis=0)
+            spread = np.std(of_age, axis=0)[0]
             means = {
                 "factor": factor,
                 "spread": spread,

@@ -1,5 +1,6 @@
 """Trained numbers and bases on disk: exact, in a file that other programs read, and every damage noticed by name."""
 
+import functools
 import hashlib
 import json
 
@@ -119,14 +120,15 @@ def test_a_manifest_that_lists_no_arrays(saved):
 
 def test_a_damaged_folder_is_set_aside_so_that_it_can_be_made_again(saved):
     notes: list[str] = []
-    arguments = {
-        "metadata": dict[str, list[int]],
-        "what": "numbers",
-        "note": notes.append,
-    }
-    assert arrays.load_sound(saved.with_name("none"), **arguments) is None
-    found = arrays.load_sound(saved, **arguments)
+    load_sound = functools.partial(
+        arrays.load_sound,
+        metadata=dict[str, list[int]],
+        what="numbers",
+        note=notes.append,
+    )
+    assert load_sound(saved.with_name("none")) is None
+    found = load_sound(saved)
     assert found is not None and found[1] == {"steps": [3, 4]} and not notes
     (saved / "manifest.json").write_text("{")
-    assert arrays.load_sound(saved, **arguments) is None
+    assert load_sound(saved) is None
     assert notes[0].endswith("It is kept as saved.damaged") and not saved.exists()

@@ -23,8 +23,16 @@ def test_a_fusion_opens_its_base_once_and_reads_its_weights_once(
         monkeypatch.setattr(hf_folder, name, counted)
     task = one_block.SMALL / "tasks" / "double_digit"
     recipe = lf.FusionRecipe(modules=2, epochs=1, batch_size=48, max_new_tokens=4)
-    how = {"base": str(small[0]), "pool": str(small[1]), "task": str(task)}
-    lf.fuse(lf.FuseOptions(**how, recipe=recipe, test_rows=2, out=tmp_path))
+    lf.fuse(
+        lf.FuseOptions(
+            base=str(small[0]),
+            pool=str(small[1]),
+            task=str(task),
+            recipe=recipe,
+            test_rows=2,
+            out=tmp_path,
+        )
+    )
     assert opened["_open"] == 1
     assert (
         opened["read_json"] <= 4

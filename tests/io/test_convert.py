@@ -141,10 +141,8 @@ def _assert_holds(pool, config, folders, scalings):
         tensors = load_file(Path(folder) / "adapter_model.safetensors")
         for path in lf.models.linear_shapes(config):
             site, layer = places(config)[path]
-            a, b = (
-                tensors.get(f"base_model.model.{path}.lora_{kind}.weight")
-                for kind in "AB"
-            )
+            a = tensors.get(f"base_model.model.{path}.lora_{'A'}.weight")
+            b = tensors.get(f"base_model.model.{path}.lora_{'B'}.weight")
             if site not in pool.A:
                 assert a is None
                 continue
@@ -681,19 +679,29 @@ def test_the_list_of_lorahubs_adapters_comes_with_the_package(
 ):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
-    options = {"adapters_file": Path("lorahub"), "dry_run": True}
     _refused(
-        r"lorahub/flan_t5_large-qasc_qa_with_separated_facts_3", base, [], **options
+        r"lorahub/flan_t5_large-qasc_qa_with_separated_facts_3",
+        base,
+        [],
+        adapters_file=Path("lorahub"),
+        dry_run=True,
     )
     _refused(
         "none of 196 adapters can be used; .*_separated_facts_3",
         base,
         [],
         skip_bad=True,
-        **options,
+        adapters_file=Path("lorahub"),
+        dry_run=True,
     )
     (tmp_path / "lorahub").write_text("mine\n")
-    _refused("'mine' is neither a folder here nor a hub id", base, [], **options)
+    _refused(
+        "'mine' is neither a folder here nor a hub id",
+        base,
+        [],
+        adapters_file=Path("lorahub"),
+        dry_run=True,
+    )
 
 
 def test_casting(base, adapter, tmp_path):

@@ -99,12 +99,9 @@ def test_a_file_is_the_folder_it_was_made_of(tmp_path, folders, name):
 
 def test_a_file_loads_as_its_folder_and_codes_have_another_digest(tmp_path, folders):
     folder = folders["llama"]
-    file, coded, again = (
-        written(
-            folder, tmp_path / f"{number}.gguf", kinds=lambda _name, kind=kind: kind
-        )
-        for number, kind in enumerate((None, "Q8_0", "Q8_0"))
-    )
+    file = written(folder, tmp_path / "0.gguf", kinds=lambda _name: None)
+    coded = written(folder, tmp_path / "1.gguf", kinds=lambda _name: "Q8_0")
+    again = written(folder, tmp_path / "2.gguf", kinds=lambda _name: "Q8_0")
     tiny.assert_same_model(*map(lf.load_base, (file, folder)))
     assert (
         open_base(coded).digest == open_base(again).digest != open_base(folder).digest
@@ -121,9 +118,9 @@ def test_a_file_has_a_digest_of_its_tokenizer_alone(tmp_path, folders):
         written(folders["llama"], tmp_path / f"{n}.gguf", of)
         for n, of in enumerate(changes)
     ]
-    plain, other_template, other_tokenizer = (
-        open_base(file).files.tokenizer_sha256() for file in files
-    )
+    plain = open_base(files[0]).files.tokenizer_sha256()
+    other_template = open_base(files[1]).files.tokenizer_sha256()
+    other_tokenizer = open_base(files[2]).files.tokenizer_sha256()
     assert plain == other_template != other_tokenizer
 
 
@@ -229,7 +226,8 @@ def test_an_embedding_that_is_the_head_keeps_its_codes(tmp_path, folders):
         kinds=lambda title: "Q8_0",
     )
     models = [lf.load_base(file, quantise=quantise) for quantise in ("int8", None)]
-    codes, plain = (model.embedding.get_value() for model in models)
+    codes = models[0].embedding.get_value()
+    plain = models[1].embedding.get_value()
     assert isinstance(codes, qwix.QArray)
     np.testing.assert_array_equal(dense(codes, "float32"), plain)
     ids = jnp.arange(1, 7)[None]
@@ -1039,7 +1037,8 @@ def test_stretched_frequencies_that_are_not_llama3_s_are_refused(
     writer = writer_of(folders["llama 3"], tmp_path / "model.gguf")
     held = writer.tensors[0]["rope_freqs.weight"]
     held.tensor = np.ascontiguousarray(change(held.tensor))
-    held.shape, held.nbytes = held.tensor.shape, held.tensor.nbytes
+    held.shape = held.tensor.shape
+    held.nbytes = held.tensor.nbytes
     message = r"rope_freqs\.weight (has shape \[31\]: \w+ \[32\]|are not those of a rope scaling llama3)"
     with pytest.raises(ValueError, match=message):
         lf.read_config(close(writer))

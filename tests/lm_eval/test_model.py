@@ -243,13 +243,15 @@ _DIGITAL = (
 
 def test_ideal_arrays_change_nothing(small):
     base = str(small[0])
-    chip = {
-        "crossbar": "ideal",
-        "keep_digital": _DIGITAL[:3],
-        "calibration_task": str(recipes.TASK),
-    }
     np.testing.assert_allclose(
-        _scores(base=base, **chip), _scores(base=base), atol=1e-3
+        _scores(
+            base=base,
+            crossbar="ideal",
+            keep_digital=_DIGITAL[:3],
+            calibration_task=str(recipes.TASK),
+        ),
+        _scores(base=base),
+        atol=1e-3,
     )
 
 

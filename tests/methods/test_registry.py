@@ -239,10 +239,8 @@ def _products(jaxpr):
     found = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
-            ((summed, _), _), shape = (
-                equation.params["dimension_numbers"],
-                equation.invars[0].aval.shape,
-            )
+            (summed, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
             found += (
                 2
                 * equation.outvars[0].aval.size

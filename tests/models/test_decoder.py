@@ -36,9 +36,8 @@ def test_llama3_stretches_low_frequencies_and_keeps_high_ones():
         rotation(rope, jnp.ones((1, 1), int), jnp.ones((1, 1), int))
         for rope in (plain, llama3)
     ]
-    before, after = (
-        np.arctan2(np.asarray(by.sin), np.asarray(by.cos))[0, 0] for by in angles
-    )
+    before = np.arctan2(np.asarray(angles[0].sin), np.asarray(angles[0].cos))[0, 0]
+    after = np.arctan2(np.asarray(angles[1].sin), np.asarray(angles[1].cos))[0, 0]
     # Wavelengths of 6, 20, 63 and 199 tokens: those below 64 / 4 are kept, those above 64 are stretched.
     ratio = after / before
     np.testing.assert_allclose(ratio[[0, 3]], [1, 1 / 8], rtol=1e-5)

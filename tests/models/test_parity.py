@@ -606,9 +606,14 @@ def test_a_fusion_and_its_exported_adapter(
     _check(wanted, model, found.adapters)
     pool = found.frozen.pool
     spread = expand(found.params["coefficients"], pool, "block")
-    exported = {"base": str(base), "magnitudes": found.params.get("magnitudes")}
     adapter = fused_adapter(
-        model.config, pool, jnp.arange(2), spread, composition, **exported
+        model.config,
+        pool,
+        jnp.arange(2),
+        spread,
+        composition,
+        base=str(base),
+        magnitudes=found.params.get("magnitudes"),
     )
     write_adapter(tmp_path / "fused", *adapter)
     _check(_theirs(_read_adapted(base, tmp_path / "fused")), model, found.adapters)

@@ -19,7 +19,8 @@ from lorafusion_jax.runs.setup import check
 @pytest.fixture(scope="module")
 def converted(small, tmp_path_factory) -> tuple[Path, Path]:
     """Base, and a converted pool of three modules with a basis of 24 directions."""
-    (base, adapters), out = small, tmp_path_factory.mktemp("converted") / "pool"
+    base, adapters = small
+    out = tmp_path_factory.mktemp("converted") / "pool"
     sources = tuple(str(path) for path in sorted(adapters.iterdir()))[:3]
     lf.io.convert(
         lf.io.ConvertOptions(base=str(base), adapters=sources, out=out, basis=24)
@@ -180,7 +181,8 @@ def test_draws_of_a_rotated_control_differ(converted, tmp_path):
         )
         for n in (0, 1)
     ]
-    first, second = (loaded.problem.frozen.pool for loaded in draws)
+    first = draws[0].problem.frozen.pool
+    second = draws[1].problem.frozen.pool
     assert (
         first.names
         == second.names

@@ -54,7 +54,8 @@ def test_an_adapter_is_the_weighted_sum_of_the_updates(tmp_path, capsys):
         ]
     )
     assert "2 modules of" in capsys.readouterr().out
-    first, second = (_updates(_SMALL / "adapters" / name) for name in _NAMES)
+    first = _updates(_SMALL / "adapters" / _NAMES[0])
+    second = _updates(_SMALL / "adapters" / _NAMES[1])
     found = _updates(tmp_path / "out")
     assert found.keys() == first.keys()
     for path, update in found.items():
@@ -68,9 +69,13 @@ def test_a_file_gives_weights_by_block_and_a_merged_model_has_them(tmp_path):
     file.write_text(
         json.dumps({_NAMES[0]: {"encoder.0": 0.5, "decoder.1": 2}, _NAMES[1]: 1})
     )
-    options = {"base": _BASE, "pool": _POOL, "weights_file": file}
-    merge(MergeOptions(out=tmp_path / "adapter", **options))
-    first, second = (_updates(_SMALL / "adapters" / name) for name in _NAMES)
+    merge(
+        MergeOptions(
+            out=tmp_path / "adapter", base=_BASE, pool=_POOL, weights_file=file
+        )
+    )
+    first = _updates(_SMALL / "adapters" / _NAMES[0])
+    second = _updates(_SMALL / "adapters" / _NAMES[1])
     found = _updates(tmp_path / "adapter")
     weights = {"encoder.block.0.": 0.5, "decoder.block.1.": 2}
     for path, update in found.items():
@@ -80,7 +85,15 @@ def test_a_file_gives_weights_by_block_and_a_merged_model_has_them(tmp_path):
         np.testing.assert_allclose(
             update, weight * first[path] + second[path], atol=1e-6
         )
-    merge(MergeOptions(out=tmp_path / "model", format="merged", **options))
+    merge(
+        MergeOptions(
+            out=tmp_path / "model",
+            format="merged",
+            base=_BASE,
+            pool=_POOL,
+            weights_file=file,
+        )
+    )
     merged = base_tensor(tmp_path / "model")
     base = base_tensor(_BASE)
     for path, update in found.items():
@@ -171,13 +184,23 @@ def test_a_dora_adapter_alone_keeps_its_magnitudes(tmp_path):
     write_adapter(
         tmp_path / "pool" / "one", {**adapter.config, "use_dora": True}, tensors
     )
-    options = {
-        "base": _BASE,
-        "pool": str(tmp_path / "pool"),
-        "weights": ("one=1.0",),
-    }
-    merge(MergeOptions(out=tmp_path / "adapter", **options))
-    merge(MergeOptions(out=tmp_path / "model", format="merged", **options))
+    merge(
+        MergeOptions(
+            out=tmp_path / "adapter",
+            base=_BASE,
+            pool=str(tmp_path / "pool"),
+            weights=("one=1.0",),
+        )
+    )
+    merge(
+        MergeOptions(
+            out=tmp_path / "model",
+            format="merged",
+            base=_BASE,
+            pool=str(tmp_path / "pool"),
+            weights=("one=1.0",),
+        )
+    )
     again = read_adapter(str(tmp_path / "adapter"))
     base = base_tensor(_BASE)
     merged = base_tensor(tmp_path / "model")
@@ -205,9 +228,8 @@ def test_a_dora_adapter_alone_keeps_its_magnitudes(tmp_path):
 
 def test_modules_of_other_matrices_and_ranks_take_no_more_room_together(tmp_path):
     """The sum of modules with different targets and ranks, read back from all three dtypes."""
-    first, second = (
-        read_adapter(str(_SMALL / "adapters" / name)).factors for name in _NAMES
-    )
+    first = read_adapter(str(_SMALL / "adapters" / _NAMES[0])).factors
+    second = read_adapter(str(_SMALL / "adapters" / _NAMES[1])).factors
     sources = {
         "few": {path: (a[:3], b[:, :3]) for path, (a, b) in first.items()},
         "one": {path: f for path, f in second.items() if path.startswith("decoder.")},

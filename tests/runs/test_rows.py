@@ -260,9 +260,13 @@ def test_chips_with_read_noise_answer_batch_after_batch():
     def answers(params, batch, problem):
         def of_seed(one, params):
             model, adapters, _ = one.adapted_model(params)
-            how = {"row_mask": batch.row_mask, "max_new_tokens": 6}
             return lf.generate(
-                model, batch.input_ids, batch.input_mask, adapters, **how
+                model,
+                batch.input_ids,
+                batch.input_mask,
+                adapters,
+                row_mask=batch.row_mask,
+                max_new_tokens=6,
             )
 
         return problem.over_seeds(of_seed, (params,))

@@ -321,7 +321,8 @@ def test_modules_that_no_row_uses_are_left_out():
         program, leaves = tiny.compiled(lf.TaskBank.logits, bank, _rows(3), numbers)
         return program(leaves), program.cost_analysis()["flops"]
 
-    (got, fewer), (wanted, more) = run(few), run(bank)
+    got, fewer = run(few)
+    wanted, more = run(bank)
     _close(got, np.asarray(wanted))
     assert fewer < more
 
@@ -624,14 +625,25 @@ def test_a_bank_whose_pool_grew_is_one_made_with_that_pool(granularity):
     longer = _POOL.select([1, 2, 0, 3])
     old = (method, _params(method, 1, [1, 0]), [1, 0])
     new = (method, _params(method, 2), [3, 0, 2])
-    how = {"granularity": granularity, "scaled": tuple(_POOL.A)}
     grown = (
-        lf.TaskBank.empty(_GRAPH, lf.Frozen(_BASE, few), 2, **how)
+        lf.TaskBank.empty(
+            _GRAPH,
+            lf.Frozen(_BASE, few),
+            2,
+            granularity=granularity,
+            scaled=tuple(_POOL.A),
+        )
         .with_task(0, *old)
         .with_pool(longer)
     )
     whole = (
-        lf.TaskBank.empty(_GRAPH, lf.Frozen(_BASE, longer), 2, **how)
+        lf.TaskBank.empty(
+            _GRAPH,
+            lf.Frozen(_BASE, longer),
+            2,
+            granularity=granularity,
+            scaled=tuple(_POOL.A),
+        )
         .with_task(0, *old)
         .with_task(1, *new)
     )

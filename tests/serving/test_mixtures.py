@@ -72,10 +72,14 @@ def test_mixtures_answer_as_the_merged_model_and_zeros_as_the_base(
     rows = [{"mixture": blocks, "input": line} for line in _LINES] + [
         {"input": line} for line in _LINES
     ]
-    pair = {"base": str(small[0]), "pool": str(small[1])}
     base = service.generate(_LINES, [None] * 3)
     assert (
-        generate_rows(**pair, file=_rows(tmp_path, rows), max_new_tokens=128)
+        generate_rows(
+            base=str(small[0]),
+            pool=str(small[1]),
+            file=_rows(tmp_path, rows),
+            max_new_tokens=128,
+        )
         == merged + base
     )
     assert service.generate(_LINES * 2, ["blocks"] * 3 + ["zero"] * 3) == merged + base
@@ -213,10 +217,8 @@ def dora(small, names, tmp_path) -> Path:
     """A pool of one DoRA adapter."""
     dora = tmp_path / "pool"
     shutil.copytree(small[1] / names[0], dora / "dora")
-    config, (weights,) = (
-        dora / "dora" / "adapter_config.json",
-        (dora / "dora").glob("*.safetensors"),
-    )
+    config = dora / "dora" / "adapter_config.json"
+    (weights,) = (dora / "dora").glob("*.safetensors")
     config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True}))
     kept = load_file(weights)
     sizes = {name: len(b) for name, b in kept.items() if "lora_B" in name}

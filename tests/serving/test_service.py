@@ -1,6 +1,7 @@
 """Whole runs in one service: answers and scores are those of each run alone."""
 
 import dataclasses
+import functools
 import io
 import json
 import shutil
@@ -127,17 +128,17 @@ def runs(small, write, tmp_path_factory) -> dict[str, Path]:
         "max_new_tokens": 6,
     }
     of_mixed |= {"task": str(closed), "train_rows": 1}
-    of_scaled = {
-        "method": "magnitudes",
-        "lora_targets": ("v", "wo"),
-        "max_new_tokens": 3,
-        "prompt": "{input}.",
-    }
     return {
         "fused": write("fused", fused, (1, 2), max_new_tokens=6),
         "mixed": write("mixed", mixed, (_MIXED,), **of_mixed),
         "scaled": write(
-            "scaled", {"magnitudes": magnitudes(_SCALED, 1)}, (1,), **of_scaled
+            "scaled",
+            {"magnitudes": magnitudes(_SCALED, 1)},
+            (1,),
+            method="magnitudes",
+            lora_targets=("v", "wo"),
+            max_new_tokens=3,
+            prompt="{input}.",
         ),
     }
 
@@ -221,28 +222,23 @@ def test_a_model_that_continues_its_prompt_answers_chats_and_prompts_in_one_batc
             magnitudes[site] = (rng.uniform(0.3, 3, norm.shape) * norm).astype(
                 np.float32
             )
-    shared = {
-        "base": str(base),
-        "pool": None,
-        "method": "magnitudes",
-        "lora_targets": targets,
-    }
+    write_magnitudes = functools.partial(
+        write, base=str(base), pool=None, method="magnitudes", lora_targets=targets
+    )
     folders = [
-        write(
+        write_magnitudes(
             "chat",
             {"magnitudes": magnitudes},
             (1,),
             chat=True,
             max_new_tokens=6,
-            **shared,
         ),
-        write(
+        write_magnitudes(
             "asked",
             {"magnitudes": magnitudes},
             (1,),
             prompt="Q: {input}\nA:",
             max_new_tokens=4,
-            **shared,
         ),
     ]
     (tmp_path / "lines").write_text("hot\nthe tall")
@@ -414,12 +410,13 @@ def test_draws_depend_on_the_row_and_not_on_the_tasks_of_other_rows(service):
     names = [*service.tasks][:2]
 
     def said(of_first, of_others, seed=0):
-        how = {
-            "sampling": lf.Sampling(temperature=2.0),
-            "sampling_seed": seed,
-            "max_new_tokens": 6,
-        }
-        return service.generate(_LINES * 2, [of_first, *[of_others] * 5], **how)
+        return service.generate(
+            _LINES * 2,
+            [of_first, *[of_others] * 5],
+            sampling=lf.Sampling(temperature=2.0),
+            sampling_seed=seed,
+            max_new_tokens=6,
+        )
 
     first, *others = said(names[0], names[1])
     assert said(names[0], names[1]) == [first, *others]
@@ -515,14 +512,16 @@ def test_lora_runs_and_single_modules_answer_next_to_fusions_as_alone(
             for name, s in shapes.items()
         },
     }
-    options = {
-        "method": "lora",
-        "lora_rank": 5,
-        "lora_targets": ("q", "wo"),
-        "max_new_tokens": 5,
-        "pool": None,
-    }
-    folder = write("lora", {"lora": lora}, (1, 2), **options)
+    folder = write(
+        "lora",
+        {"lora": lora},
+        (1, 2),
+        method="lora",
+        lora_rank=5,
+        lora_targets=("q", "wo"),
+        max_new_tokens=5,
+        pool=None,
+    )
     module = sorted(path.name for path in small[1].iterdir())[0]
     single = write(
         "single",

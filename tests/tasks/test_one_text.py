@@ -107,12 +107,13 @@ def test_prompt_and_answer_are_the_rendered_conversation_token_by_token(
         {"role": role, "content": content}
         for role, content in (*history, ("user", "hot bold"))
     ]
-    render = {"tokenize": True, "return_dict": True}
     asked = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, **render
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True
     )["input_ids"]
     answered = [*messages, {"role": "assistant", "content": answer}]
-    whole = tokenizer.apply_chat_template(answered, **render)["input_ids"]
+    whole = tokenizer.apply_chat_template(answered, tokenize=True, return_dict=True)[
+        "input_ids"
+    ]
     assert encoded.inputs[0].tolist() == asked
     # All that is behind the prompt, but for a line break behind the token that ends the answer.
     end = max(place for place, token in enumerate(whole) if token in _CHAT.ends)

@@ -180,7 +180,8 @@ def test_a_signal_to_one_process_saves_the_step_of_all(small, alone, tmp_path):
     metrics = out / "run" / "metrics.jsonl"
     _wait_until(lambda: metrics.exists() and '"step": 2' in metrics.read_text(), both)
     both[1].send_signal(signal.SIGTERM)
-    (_, other), (_, said) = (process.communicate(timeout=60) for process in both)
+    _, other = both[0].communicate(timeout=60)
+    _, said = both[1].communicate(timeout=60)
     assert both[1].returncode == 143, said
     assert re.search(
         r"SIGTERM: saving after this epoch \(the last one took [\d.]+ s\)\. Once more",
@@ -255,9 +256,8 @@ def test_processes_that_are_started_by_hand_make_one_run(small, alone, tmp_path)
         )
         for process in range(2)
     ]
-    (printed, said), (silent, _) = (
-        process.communicate(timeout=240) for process in both
-    )
+    printed, said = both[0].communicate(timeout=240)
+    silent, _ = both[1].communicate(timeout=240)
     assert [process.returncode for process in both] == [0, 0], said
     assert "written to" in printed and "written to" not in silent
     for name in ("metrics.jsonl", "predictions.jsonl"):

@@ -64,10 +64,11 @@ def _trained(asked: str | None, *, together: int = 1) -> tuple[list, str, dict]:
         if asked is None
         else jax.set_mesh(make_mesh(asked, _SEEDS))
     ):
-        of_seeds = (state, batch, index, recipe_rates(method, recipe, _SEEDS))
-        state, batch, index, rates = (
-            on_mesh(part, _CONFIG, of_seeds=True) for part in of_seeds
-        )
+        rates = recipe_rates(method, recipe, _SEEDS)
+        state = on_mesh(state, _CONFIG, of_seeds=True)
+        batch = on_mesh(batch, _CONFIG, of_seeds=True)
+        index = on_mesh(index, _CONFIG, of_seeds=True)
+        rates = on_mesh(rates, _CONFIG, of_seeds=True)
         frozen = on_mesh(frozen, _CONFIG)
         problem = problem.replace(frozen=frozen, index=index)
         where = {
@@ -110,7 +111,8 @@ def test_a_step_asks_nothing_of_the_host(alone):
 
 
 def test_seeds_over_devices_are_the_same_bits_and_never_meet(alone):
-    (values, _, _), (spread, program, where) = alone, _trained("seed=2")
+    values, _, _ = alone
+    spread, program, where = _trained("seed=2")
     assert not _COLLECTIVES.search(program)
     assert where["state/params/coefficients"].shard_shape((4, 8, 2)) == (2, 8, 2)
     for a, b in zip(values, spread, strict=True):
@@ -120,7 +122,8 @@ def test_seeds_over_devices_are_the_same_bits_and_never_meet(alone):
 @pytest.mark.long
 @pytest.mark.parametrize("asked", ["seed=2", "seed=2,model=2"])
 def test_two_steps_in_one_program_over_devices_are_those_of_two_calls(asked, alone):
-    (values, _, _), (spread, program, _) = alone, _trained(asked, together=2)
+    values, _, _ = alone
+    spread, program, _ = _trained(asked, together=2)
     assert bool(_COLLECTIVES.search(program)) == ("model" in asked)
     for a, b in zip(values, spread, strict=True):
         last = (
@@ -133,7 +136,8 @@ def test_two_steps_in_one_program_over_devices_are_those_of_two_calls(asked, alo
 
 
 def test_matrices_over_devices_are_the_same_numbers(alone):
-    (values, _, _), (split, program, where) = alone, _trained("seed=2,model=2")
+    values, _, _ = alone
+    split, program, where = _trained("seed=2,model=2")
     assert _COLLECTIVES.search(program)
     for a, b in zip(values, split, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

@@ -262,9 +262,14 @@ def test_a_recipe_stops_after_a_third_of_its_epochs_counted_from_a_fifth():
     recipe = lf.FusionRecipe(
         epochs=16, schedule="cosine", warmup=4, clip=0.5, stop_early=True, prune=0.25
     )
-    settings = {"schedule": "cosine", "warmup": 4, "clip": 0.5, "prune": 0.25}
     assert recipe.optimisation(60) == lf.Optimisation(
-        steps=60, **settings, patience=5, patience_from=3
+        steps=60,
+        schedule="cosine",
+        warmup=4,
+        clip=0.5,
+        prune=0.25,
+        patience=5,
+        patience_from=3,
     )
     assert lf.Recipe(epochs=2, stop_early=True).optimisation(9).patience == 1
     assert lf.Recipe(epochs=2).optimisation(9).patience is None
@@ -329,7 +334,8 @@ def test_a_stopped_seed_stays_bit_for_bit_while_another_goes_on(start, take):
         )
 
     after = jax.vmap(of_seed)(seeds)
-    going, stopped = (jax.tree.map(lambda a, s=s: a[s], after) for s in (0, 1))
+    going = jax.tree.map(lambda a: a[0], after)
+    stopped = jax.tree.map(lambda a: a[1], after)
     _equal(stopped, start._replace(stopped=jnp.bool_(True)))
     assert going.step == 1 and not going.stopped
     assert all(

@@ -28,14 +28,16 @@ _ENTRIES = {
 @pytest.fixture(scope="module")
 def options(small, tmp_path_factory):
     base, pool = small
-    where = {
-        "base": str(base),
-        "pool": str(pool),
-        "tasks": (str(one_block.SMALL / "tasks" / "double_digit"),),
-    }
     out = tmp_path_factory.mktemp("matrix") / "out"
     return matrix.MatrixOptions(
-        **where, out=out, seeds=(1, 2), modules=2, epochs=1, test_rows=5
+        base=str(base),
+        pool=str(pool),
+        tasks=(str(one_block.SMALL / "tasks" / "double_digit"),),
+        out=out,
+        seeds=(1, 2),
+        modules=2,
+        epochs=1,
+        test_rows=5,
     )
 
 

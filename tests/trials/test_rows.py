@@ -37,13 +37,19 @@ def test_rows_are_read_as_they_were_appended(path):
             for seed in (1, 2)
         ),
     }
-    rounded = {
-        "correct": "001",
-        "exact_match": 33.3,
-        "option_correct": "110",
-        "option_accuracy": 66.7,
-    }
-    append_rows(path, [_changed(seed=9, loss=float("nan"), **rounded)])
+    append_rows(
+        path,
+        [
+            _changed(
+                seed=9,
+                loss=float("nan"),
+                correct="001",
+                exact_match=33.3,
+                option_correct="110",
+                option_accuracy=66.7,
+            )
+        ],
+    )
     assert read_rows(path)[-1]["loss"] is None
 
 

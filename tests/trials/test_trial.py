@@ -27,8 +27,15 @@ TASK = one_block.SMALL / "tasks" / "double_digit"
 @pytest.fixture
 def options(small, tmp_path):
     base, pool = small
-    how = {"train_rows": 12, "folds": 2, "epochs": 1, "out": tmp_path / "out"}
-    return TrialOptions(base=str(base), pool=str(pool), task=(str(TASK),), **how)
+    return TrialOptions(
+        base=str(base),
+        pool=str(pool),
+        task=(str(TASK),),
+        train_rows=12,
+        folds=2,
+        epochs=1,
+        out=tmp_path / "out",
+    )
 
 
 def _made_up(training):
