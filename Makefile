@@ -93,7 +93,7 @@ fuzz-crossbar: $(VENV)/.installed-test
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check
-	$(BIN)/python .ci/density.py lorafusion_jax experiments benchmarks examples
+	$(BIN)/python .ci/density.py lorafusion_jax experiments benchmarks tests examples
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 # The site, in build/docs; every warning is an error.

@@ -1,10 +1,9 @@
 """Refuse dense code that ruff has no rule for: python .ci/density.py FOLDER ...
 
-* `a, b = x, y`: write a line for each value, unless a value reads a target, as in a swap;
-* `a, b = (f(x) for x in pair)`: write a line for each name;
-* `options = {...}` and `f(**options)`, or `f(**{...})`, with a function of the package or of the same file: write the
-  keywords out, where the type checker sees them;
-* a conditional expression within another one: write an `if` statement.
+* `a, b = x, y`, unless a value reads a target, as in a swap;
+* `a, b = (f(x) for x in pair)`;
+* `options = {...}` and `f(**options)` with a function of the package or of this file: nobody checks the types;
+* a conditional expression within another one.
 """
 
 import ast
@@ -21,8 +20,10 @@ def violations(tree: ast.Module) -> Iterator[tuple[int, str]]:
     ours = _functions(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple):
-            starred = isinstance(node.targets[0].elts[-1], ast.Starred)
-            if isinstance(node.value, ast.GeneratorExp | ast.ListComp) and not starred:
+            names = node.targets[0].elts
+            starred = any(isinstance(name, ast.Starred) for name in names)
+            generated = isinstance(node.value, ast.GeneratorExp | ast.ListComp)
+            if generated and len(names) > 1 and not starred:
                 yield node.lineno, "unpacks a generator: write a line for each name"
             if isinstance(node.value, ast.Tuple) and not _reads_target(node):
                 yield node.lineno, "assigns several values: write a line for each"
@@ -37,7 +38,7 @@ def violations(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def _functions(tree: ast.Module) -> set[str]:
-    """Return names of functions, classes and modules that are the package's, or defined in this file."""
+    """Return the names in a file that are the package's or the file's own."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -78,7 +79,9 @@ def _unpacked_keywords(
 def _are_keywords(node: ast.expr) -> bool:
     """Return whether a node is a dictionary whose keys could be written as keywords."""
     return isinstance(node, ast.Dict) and all(
-        isinstance(key, ast.Constant) and not keyword.iskeyword(str(key.value))
+        isinstance(key, ast.Constant)
+        and str(key.value).isidentifier()
+        and not keyword.iskeyword(str(key.value))
         for key in node.keys
     )
 

@@ -5,6 +5,7 @@ Every list begins with the simplest choice, to which failures shrink. Arrays are
 all that a case costs.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -233,20 +234,22 @@ def _adc(c: dict[str, Any], config: CrossbarConfig) -> ADC | None:
         return None
     if kind == "granular" and (config.dac is None or config.cell.bits is None):
         kind = "max"
-    common = {
-        "bits": c["adc_bits"],
-        "convert": c["convert"],
-        "separate": c["separate"] and config.encoding.kind == "differential",
-        "gain_error": c["gain"],
-        "offset_error": c["offset"],
-        "noise": c["adc_noise"],
-    }
+    separate = c["separate"] and config.encoding.kind == "differential"
+    adc = functools.partial(
+        ADC,
+        bits=c["adc_bits"],
+        convert=c["convert"],
+        separate=separate,
+        gain_error=c["gain"],
+        offset_error=c["offset"],
+        noise=c["adc_noise"],
+    )
     if not kind.startswith("given"):
-        return ADC(range=kind, **common)
+        return adc(range=kind)
     signed = (
         config.dac is None
         or config.dac.signed
-        or (config.encoding.kind == "differential" and not common["separate"])
+        or (config.encoding.kind == "differential" and not separate)
     )
     rng = np.random.default_rng(c["seed"])
     height = min(c["rows"] or c["d_in"], c["d_in"])
@@ -257,9 +260,7 @@ def _adc(c: dict[str, Any], config: CrossbarConfig) -> ADC | None:
     limits = tuple(
         tuple((-t if signed else 0.0, t) for t in row) for row in tops.tolist()
     )
-    return ADC(
-        range="given", limits=limits if kind == "given by row" else limits[0], **common
-    )
+    return adc(range="given", limits=limits if kind == "given by row" else limits[0])
 
 
 def row_tiles(c: dict[str, Any], config: CrossbarConfig) -> int:

@@ -104,7 +104,7 @@ def test_values_have_the_derivatives_of_finite_differences():
 
 def test_compensation_cancels_a_drift_that_is_the_same_in_all_cells():
     """Rounding of inputs, which the derivative passes straight through, has no part in it."""
-    W, x, C = (jnp.asarray(each, jnp.float32) for each in problem())
+    W, x, C = map(jnp.float32, problem())
 
     def both(compensate):
         def loss(exponent):

@@ -72,11 +72,16 @@ def test_tasks_with_and_without_options(arguments, small, tmp_path):
 
 
 def test_a_plan_for_flan_t5_large_needs_no_weights(arguments, capsys):
-    large = {"base": ["flan-t5-large"], "pool": ["none"], "modules": ["20"], "plan": []}
-    _run(arguments, **large, methods=["LoRAFusion", "LoRA", "full fine-tuning"])
+    arguments = arguments | {
+        "base": ["flan-t5-large"],
+        "pool": ["none"],
+        "modules": ["20"],
+        "plan": [],
+    }
+    _run(arguments, methods=["LoRAFusion", "LoRA", "full fine-tuning"])
     printed = capsys.readouterr().out
     assert all(count in printed for count in ("148,416", "4,718,592", "783,150,080"))
-    _run(arguments, **large, **{"for": ["h100"]})
+    _run(arguments, **{"for": ["h100"]})
     printed = capsys.readouterr().out
     # Full fine-tuning runs only where it is named.
     assert (

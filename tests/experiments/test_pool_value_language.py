@@ -36,9 +36,8 @@ def test_the_committed_draw_takes_tasks_in_the_order_of_the_generator():
     last = max(place for place, line in enumerate(drawn) if line["use"] != "-")
     for place, line in enumerate(drawn):
         seen = float(line["shared test pairs, %"]) > 100 * MOST_SHARED
-        assert line["use"] == (
-            "-" if place > last else "passed over" if seen else "target, drawn"
-        )
+        use = "passed over" if seen else "target, drawn"
+        assert line["use"] == ("-" if place > last else use)
     assert sum(line["use"].startswith("target") for line in lines) == experiment.TARGETS
 
 

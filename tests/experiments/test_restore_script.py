@@ -47,7 +47,8 @@ def test_means_and_intervals_over_chips():
 
 
 def test_a_contrast_is_paired_by_chip_and_needs_three_chips():
-    scales, low_rank, other = experiment.SCALES, *experiment.PLANNED[4:]
+    scales = experiment.SCALES
+    low_rank, other = experiment.PLANNED[4:]
     rows = [_row(chip, scales, 3.0 + 0.5 * chip) for chip in (1, 2, 3, 4)]
     rows += [
         _row(chip, low_rank, 2.8 + 0.5 * chip + 0.1 * (chip == 3)) for chip in (1, 2, 3)

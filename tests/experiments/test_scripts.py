@@ -71,15 +71,12 @@ def test_every_ablation_can_run_and_is_next_to_what_it_varies():
         entries = ablations.entries_of(group, options)
         settings = set()
         for entry in entries.values():
-            run = {
-                "base": "base",
-                "pool": "pool",
-                "task": "task",
-                "method": entry.method,
-                "control": entry.control,
-            }
             run = FuseOptions(
-                **run,
+                base="base",
+                pool="pool",
+                task="task",
+                method=entry.method,
+                control=entry.control,
                 recipe=trials.recipe_of(entry),
                 load_in=entry.load_in or "full",
                 train_rows=entry.train_rows or 100,

@@ -119,13 +119,10 @@ def value(content: Any, draw: random.Random) -> Any:
 
 
 def _places(content: Any) -> Iterator[tuple[Any, Any]]:
-    for key in (
-        [*content]
-        if isinstance(content, dict)
-        else range(len(content))
-        if isinstance(content, list)
-        else ()
-    ):
+    keys: Any = [*content] if isinstance(content, dict) else ()
+    if isinstance(content, list):
+        keys = range(len(content))
+    for key in keys:
         yield content, key
         yield from _places(content[key])
 

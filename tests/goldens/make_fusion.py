@@ -168,6 +168,20 @@ def greedy(
     return found.sequences.numpy()
 
 
+def _factors(layer: torch.nn.Module, name: str) -> Factors | None:
+    if name not in layer.lora_A:
+        return None
+    magnitude = None
+    if name in layer.lora_magnitude_vector:
+        magnitude = layer.lora_magnitude_vector[name].weight.detach()
+    return Factors(
+        layer.lora_A[name].weight.detach(),
+        layer.lora_B[name].weight.detach(),
+        layer.scaling[name],
+        magnitude,
+    )
+
+
 def read_pool(
     base: torch.nn.Module, folder: Path, names: tuple[str, ...]
 ) -> dict[str, list[Factors | None]]:
@@ -183,19 +197,7 @@ def read_pool(
         layer = model.base_model.model.get_submodule(path) if path else None
         if layer is None or not hasattr(layer, "lora_A"):
             continue
-        pool[path] = [
-            Factors(
-                layer.lora_A[name].weight.detach(),
-                layer.lora_B[name].weight.detach(),
-                layer.scaling[name],
-                layer.lora_magnitude_vector[name].weight.detach()
-                if name in layer.lora_magnitude_vector
-                else None,
-            )
-            if name in layer.lora_A
-            else None
-            for name in names
-        ]
+        pool[path] = [_factors(layer, name) for name in names]
     model.unload()
     return pool
 

@@ -41,7 +41,9 @@ _DIGITAL = tiny.frozen(tiny.t5(), tiny.pool(3))
 
 def _somewhere(n, site, layer):
     """Module 0 has nothing in the decoder, and rank 3 of 4 in the encoder."""
-    return (0 if "decoder" in site else 3) if n == 0 else 4
+    if n == 0:
+        return 0 if "decoder" in site else 3
+    return 4
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """GGUF files as base models: the numbers, the families' layouts, the tokenizers, 8 bits kept, and what is refused."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -767,13 +768,15 @@ def test_weighted_modules_of_a_file_or_folder_are_written_as_files(tmp_path, fol
         for name, array in values.items()
     }
     write_adapter(tmp_path / "adapters" / "one", config, tensors)
-    options = {
-        "base": file,
-        "pool": str(tmp_path / "adapters"),
-        "weights": ("one=0.5",),
-    }
+    options = MergeOptions(
+        base=file,
+        pool=str(tmp_path / "adapters"),
+        weights=("one=0.5",),
+        out=tmp_path / "lora",
+        format="gguf",
+    )
     update = 0.5 * factors["B"] @ factors["A"]
-    merge(MergeOptions(out=tmp_path / "lora", format="gguf", **options))
+    merge(options)
     reader = gguf.GGUFReader(tmp_path / "lora" / "adapter.gguf")
     alpha = reader.fields["adapter.lora.alpha"].contents()
     found = {tensor.name: tensor.data for tensor in reader.tensors}
@@ -785,15 +788,14 @@ def test_weighted_modules_of_a_file_or_folder_are_written_as_files(tmp_path, fol
         b = found[f"{name}.weight.lora_b"]
         # llama.cpp's scaling: alpha by the rank of the matrix
         np.testing.assert_allclose(alpha / len(a) * b @ a, wanted, atol=1e-5)
-    merge(MergeOptions(out=tmp_path / "merged", format="gguf-f16", **options))
+    options = dataclasses.replace(options, out=tmp_path / "merged", format="gguf-f16")
+    merge(options)
     merged = lf.base_tensor(tmp_path / "merged" / "model.gguf")(f"{path}.weight")
     base = lf.base_tensor(file)(f"{path}.weight")
     np.testing.assert_allclose(merged, base + update, atol=2**-8)
     merge(
-        MergeOptions(
-            out=tmp_path / "folder",
-            format="gguf-f16",
-            **(options | {"base": str(folders["llama"])}),
+        dataclasses.replace(
+            options, out=tmp_path / "folder", base=str(folders["llama"])
         )
     )
     again = lf.base_tensor(tmp_path / "folder" / "model.gguf")(f"{path}.weight")

@@ -85,11 +85,13 @@ def _assert_equal(ours: LorafusionLM, base: Path, folder: Path, **how: Any) -> N
         batch_size=4,
         max_length=ours.max_length,
     )
-    limit = {"max_gen_toks": _NEW_TOKENS}
     # With an encoder, `hf` takes the longest prompt's length for tokens of the answer too, unless it is given a length.
-    same = limit if ours.backend == "causal" else {"max_length": _NEW_TOKENS + 1}
-    found = _samples(ours, _tasks(folder / "ours", until=["\n\n"], **limit), **how)
-    wanted = _samples(theirs, _tasks(folder / "theirs", until=["\n\n"], **same), **how)
+    limited = _tasks(folder / "ours", until=["\n\n"], max_gen_toks=_NEW_TOKENS)
+    same = limited
+    if ours.backend != "causal":
+        same = _tasks(folder / "theirs", until=["\n\n"], max_length=_NEW_TOKENS + 1)
+    found = _samples(ours, limited, **how)
+    wanted = _samples(theirs, same, **how)
     assert found["local_answers"] == wanted["local_answers"] and any(
         text for (text,) in found["local_answers"]
     )

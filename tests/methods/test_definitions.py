@@ -50,10 +50,9 @@ def _of_lora(params, site, W):
 
 
 def _of_vera(params, site, W):
-    A, B = (
-        np.asarray(matrix, np.float64)
-        for matrix in _VERA.projections(jax.random.key(0))
-    )
+    projections = _VERA.projections(jax.random.key(0))
+    A = np.asarray(projections.A, np.float64)
+    B = np.asarray(projections.B, np.float64)
     d = params["vera"]["d"][site]
     b = params["vera"]["b"][site]
     return W + (A[: W.shape[1]] * d[:, None]) @ (B[:, : W.shape[2]] * b[:, None])

@@ -724,9 +724,9 @@ def test_a_prompt_longer_than_two_chunks_of_a_delta_net(tmp_path):
     changes = _FAMILIES["qwen3_5_text"] | {"max_position_embeddings": 160}
     ours = lf.load_base(_made(tmp_path / "base", "qwen3_5_text", changes))
     row = np.random.default_rng(1).integers(3, _VOCABULARY, 2 * 64 + 3)
-    ids, mask = (
-        jnp.asarray(np.pad(np.stack([a, a]), [(0, 0), (9, 0)])) for a in (row, row > 0)
-    )
+    padded = np.pad(np.stack([row, row]), [(0, 0), (9, 0)])
+    ids = jnp.asarray(padded)
+    mask = jnp.asarray(padded > 0)
     ids = ids.at[1].set(jnp.roll(ids[1], -9))
     mask = mask.at[1].set(jnp.roll(mask[1], -9))
     theirs = _read(tmp_path / "base")

@@ -76,7 +76,9 @@ def test_shots_are_apart_and_missing_values_are_dashes():
         *made_up(methods=("LoRA",), items=10),
         *made_up(shots="5", methods=("LoRA",), items=10, options=False),
     ]
-    large, small = (main_tables(results)[0] for results in scores(rows))
+    of_large, of_small = scores(rows)
+    large = main_tables(of_large)[0]
+    small = main_tables(of_small)[0]
     assert large.caption.startswith("Exact match, %, 95 + 5 examples")
     assert small.caption.startswith("Exact match, %, 5 examples")
     assert large.texts[1][10] != "–" == small.texts[1][10]

@@ -228,12 +228,9 @@ def test_the_likeliest_option_is_that_of_a_loop_over_whole_texts(chat):
         )
 
     def likelihood(example: Example) -> float:
-        ((prompt,), (answer,)) = (
-            part
-            for part in vars(
-                encode(setup.tokenizer, [example], setup.text_format)
-            ).values()
-        )
+        encoded = encode(setup.tokenizer, [example], setup.text_format)
+        (prompt,) = encoded.inputs
+        (answer,) = encoded.labels
         ids = np.zeros(
             (1, 64), np.int32
         )  # nothing looks ahead, so what is behind the text has no effect

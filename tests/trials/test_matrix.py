@@ -144,10 +144,9 @@ def test_five_shots_have_five_rows_and_more_epochs(options):
     parts = dataclasses.replace(
         options, shots=("95+5", "5"), methods=("coefficients only",)
     )
-    plenty, few = (
-        job.options
-        for job in matrix.jobs(dataclasses.replace(parts, epochs=None), _ENTRIES)
-    )
+    jobs = [*matrix.jobs(dataclasses.replace(parts, epochs=None), _ENTRIES)]
+    plenty = jobs[0].options
+    few = jobs[1].options
     assert (plenty.train_rows, few.train_rows) == (100, 5)
     assert (plenty.recipe.epochs, few.recipe.epochs) == (20, 40)
     assert plenty.name != few.name
