@@ -220,7 +220,8 @@ def test_a_base_in_few_bits(family, load_in, method, rel, asked, done):
 def test_a_mesh_gives_the_numbers_of_one_device(run, asked):
     options = asked("mesh", seeds=(1, 2), mesh="seed=2,model=2")
     lf.fuse(options)
-    (_, alone, _), (_, spread, _) = lf.load_run(run), lf.load_run(options.out / "mesh")
+    _, alone, _ = lf.load_run(run)
+    _, spread, _ = lf.load_run(options.out / "mesh")
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
         alone,
@@ -253,9 +254,14 @@ def test_a_mesh_splits_matrices_as_the_sites_say():
 def test_chips_hold_every_matrix_that_is_not_digital(family, pool, run, tmp_path):
     digital = ("*.[kvo]_proj", "*.mlp.*")
     chips = tmp_path / "chips"
-    where = {"base": str(family.base), "pool": str(pool), "out": chips}
     lf.hardware.write_chips(
-        lf.hardware.ProgramOptions(**where, crossbar="isaac", keep_digital=digital)
+        lf.hardware.ProgramOptions(
+            base=str(family.base),
+            pool=str(pool),
+            out=chips,
+            crossbar="isaac",
+            keep_digital=digital,
+        )
     )
     matrices = [
         *family.config.sites,
@@ -316,15 +322,16 @@ def test_a_plan_counts_what_a_run_needs(asked, family):
 
 def test_a_bill_follows_the_stages_of_a_block(family):
     """Matrices that are read at the same time: queries with keys, values and modules; output; gate and up; down."""
-    sizes = {
-        "modules": 2,
-        "rank": 2,
-        "epochs": 1,
-        "train_rows": 20,
-        "source": 8,
-        "target": 4,
-    }
-    options = lf.estimates.CostOptions(targets=("v_proj",), bases=(), **sizes)
+    options = lf.estimates.CostOptions(
+        targets=("v_proj",),
+        bases=(),
+        modules=2,
+        rank=2,
+        epochs=1,
+        train_rows=20,
+        source=8,
+        target=4,
+    )
     found = {
         activity.method: activity.stages
         for activity in lf.estimates.activities(family.config, ARRAYS["isaac"], options)

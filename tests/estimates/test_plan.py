@@ -1,6 +1,7 @@
 """The plan of a matrix of runs, compared with XLA's analysis of the programs that run; nothing is computed."""
 
 import dataclasses
+import functools
 import os
 import re
 from contextlib import nullcontext
@@ -287,7 +288,7 @@ def _step(
 ):
     """Return the real step of one seed, compiled."""
     _, frozen = _frozen(name, config, settings)
-    state, index = (_of_one(tree) for tree in _state(name, config, settings, 1))
+    state, index = map(_of_one, _state(name, config, settings, 1))
     problem = _problem(name, config, settings)
     optimisation = lf.Optimisation(steps=9, clip=1.0)
 
@@ -353,12 +354,13 @@ def test_flops_of_a_step(name, config, changes, tolerance):
 def test_flops_of_a_packed_step(config):
     """Attention within each row alone makes the difference: the whole line has three times as many scores."""
     method, chosen = _planned("fusion", _SETTINGS)
-    how = {
-        "update": lf.estimates.update_of(config, method, chosen),
-        "trainable": lf.estimates.trained_numbers(config, method, chosen),
-    }
-    found = lf.estimates.step_flops(config, _PACKED, **how)
-    in_one = lf.estimates.step_flops(config, _PACKED._replace(groups=()), **how)
+    flops = functools.partial(
+        lf.estimates.step_flops,
+        update=lf.estimates.update_of(config, method, chosen),
+        trainable=lf.estimates.trained_numbers(config, method, chosen),
+    )
+    found = flops(config, _PACKED)
+    in_one = flops(config, _PACKED._replace(groups=()))
     counted = _flops(_step("fusion", config, _SETTINGS, _PACKED))
     np.testing.assert_allclose(found, counted, rtol=0.1)
     assert in_one > 1.05 * found
@@ -479,7 +481,7 @@ def test_flops_of_a_decoder_by_hand():
 def test_flops_of_generation(name, config, counted_as, rank):
     settings = dataclasses.replace(_SETTINGS, rank=rank)
     graph, frozen = _frozen(name, config, settings)
-    state, index = (_of_one(tree) for tree in _state(name, config, settings, 1))
+    state, index = map(_of_one, _state(name, config, settings, 1))
 
     def run(params, batch, index, frozen):
         adapters, _ = _method(name, config).adapters(params, frozen, index)
@@ -576,15 +578,18 @@ def test_memory_of_a_step(name, seed_mode, config, load_in, structure):
     ) + seeds * lf.estimates.state_bytes(trainable)
     # Nothing reads the base where all of it is trained, and XLA does not count it.
     held += 0 if name == "full" else lf.estimates.weights_bytes(config, load_in)
-    how = {
-        "trainable": trainable,
-        "seeds": seeds,
-        "seed_mode": seed_mode,
-        "device": "cpu",
-        "load_in": load_in,
-    }
     np.testing.assert_allclose(
-        held + lf.estimates.step_bytes(config, shape, update, **how),
+        held
+        + lf.estimates.step_bytes(
+            config,
+            shape,
+            update,
+            trainable=trainable,
+            seeds=seeds,
+            seed_mode=seed_mode,
+            device="cpu",
+            load_in=load_in,
+        ),
         _bytes(compiled),
         rtol=0.25,
     )
@@ -624,9 +629,11 @@ def test_memory_of_generation(config, dtype, load_in, rows):
             jnp.full(shape.rows, tokens),
             None,
         )
-        how = {"max_new_tokens": tokens, "sampling": lf.models.GREEDY}
         return lf.runs.begin_rows(
-            lf.runs.SeedModels(params, problem(frozen, index), numbers), *rows, **how
+            lf.runs.SeedModels(params, problem(frozen, index), numbers),
+            *rows,
+            max_new_tokens=tokens,
+            sampling=lf.models.GREEDY,
         )
 
     def leaves(*arguments):
@@ -635,10 +642,8 @@ def test_memory_of_generation(config, dtype, load_in, rows):
         return found
 
     def advanced(generation, adapters, params, index, frozen, numbers):
-        generation, adapters = (
-            tree.unflatten(part)
-            for tree, part in zip(trees, (generation, adapters), strict=True)
-        )
+        generation = trees[0].unflatten(generation)
+        adapters = trees[1].unflatten(adapters)
         limits = (jnp.int32(shape.rows), jnp.int32(tokens))
         models = lf.runs.SeedModels(params, problem(frozen, index), numbers)
         return lf.runs.advance_rows(
@@ -653,8 +658,16 @@ def test_memory_of_generation(config, dtype, load_in, rows):
     ]
     update = lf.estimates.update_of(config, "lora", _SETTINGS)
     trainable = lf.estimates.trained_numbers(config, "lora", _SETTINGS)
-    how = {"seeds": seeds, "seed_mode": "batched", "device": "cpu", "load_in": load_in}
-    needed = lf.estimates.evaluation_bytes(config, shape, tokens, update, **how)
+    needed = lf.estimates.evaluation_bytes(
+        config,
+        shape,
+        tokens,
+        update,
+        seeds=seeds,
+        seed_mode="batched",
+        device="cpu",
+        load_in=load_in,
+    )
     held = lf.estimates.weights_bytes(config, load_in) + seeds * trainable * 4
     np.testing.assert_allclose(held + needed, max(map(_bytes, compiled)), rtol=0.25)
 

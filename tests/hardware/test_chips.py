@@ -201,24 +201,37 @@ def test_runs_are_evaluated_and_trained_on_restored_chips(small, chips, fused):
             for row in _TRAIN.read_text().splitlines()[:24]
         )
     )
-    how = {"method": "low-rank", "rank": 1.0, "epochs": 1}
     lf.hardware.restore_chips(
         lf.hardware.RestoreOptions(
-            base=str(small[0]), crossbar=folder, chip=(0, 1), text=(lines,), **how
+            base=str(small[0]),
+            crossbar=folder,
+            chip=(0, 1),
+            text=(lines,),
+            method="low-rank",
+            rank=1.0,
+            epochs=1,
         )
     )
-    options = {"crossbar": folder, "chips": 2}
-    plain = _on_chips(fused, **options, restore=None)
-    restored = _on_chips(fused, **options, restore="restored-low-rank")
+    plain = _on_chips(fused, crossbar=folder, chips=2, restore=None)
+    restored = _on_chips(fused, crossbar=folder, chips=2, restore="restored-low-rank")
     assert (plain["restore"], restored["restore"]) == (None, "restored-low-rank")
     losses = [[row["loss"] for row in results["rows"]] for results in (plain, restored)]
     assert np.abs(np.subtract(*losses)).min() > 1e-5
     with pytest.raises(ValueError, match="corrects chips with another configuration"):
-        _on_chips(fused, **options, restore="restored-low-rank", read_noise=0.01)
+        _on_chips(
+            fused,
+            crossbar=folder,
+            chips=2,
+            restore="restored-low-rank",
+            read_noise=0.01,
+        )
     # One chip after the other: each has the corrections of its own number.
     report = lf.hardware.report_on_chips(
         lf.hardware.EvaluateOnChipsOptions(
-            run=lf.runs.run_path(fused), **options, restore="restored-low-rank"
+            run=lf.runs.run_path(fused),
+            crossbar=folder,
+            chips=2,
+            restore="restored-low-rank",
         )
     )
     alone = [seed["loss"] for chip in report["chips"] for seed in chip["seeds"]]
@@ -315,11 +328,15 @@ def test_what_cannot_be_programmed_is_refused_before_anything_is_written(small, 
 
 @pytest.mark.nightly
 def test_a_run_on_chips_of_a_folder(small, chips, fused):
-    changes = {"ages": ("1s", "1year"), "compensate": "off"}
-    found = _on_chips(fused, crossbar=str(chips / "two"), **changes)
+    found = _on_chips(
+        fused, crossbar=str(chips / "two"), ages=("1s", "1year"), compensate="off"
+    )
     where = lf.hardware.results_path(
         lf.hardware.EvaluateOnChipsOptions(
-            run=lf.runs.run_path(fused), crossbar=str(chips / "two"), **changes
+            run=lf.runs.run_path(fused),
+            crossbar=str(chips / "two"),
+            ages=("1s", "1year"),
+            compensate="off",
         )
     )
     assert json.loads(where.read_text()) == found
@@ -330,12 +347,14 @@ def test_a_run_on_chips_of_a_folder(small, chips, fused):
     assert len(losses) == 2 * 2 * 2
     assert losses["1s", False, 0, 1] != losses["1s", False, 1, 1]
     # A chip of the same key from the configuration is the same chip, with modules in other places or alone.
-    configured = {
-        "crossbar": str(chips / "noisy.yaml"),
-        "chip_key": 7,
-        "keep_digital": _NOT_WRITTEN,
-    }
-    alone = _on_chips(fused, ages=("1s",), compensate="off", **configured)
+    alone = _on_chips(
+        fused,
+        ages=("1s",),
+        compensate="off",
+        crossbar=str(chips / "noisy.yaml"),
+        chip_key=7,
+        keep_digital=_NOT_WRITTEN,
+    )
     for row in alone["rows"]:
         assert row["loss"] == pytest.approx(
             losses["1s", False, 0, row["seed"]], rel=1e-4
@@ -468,11 +487,15 @@ def test_a_lora_in_cells_is_the_lora_where_cells_are_ideal(small, chips):
             options, crossbar="ideal", lora_in=lora_in, keep_digital=_NOT_WRITTEN
         )["rows"]
         assert [row["loss"] for row in rows] == pytest.approx(wanted, rel=1e-4)
-    configured = {"crossbar": str(chips / "noisy.yaml"), "keep_digital": _NOT_WRITTEN}
     noisy = {
         lora_in: [
             row["loss"]
-            for row in _on_chips(options, lora_in=lora_in, **configured)["rows"]
+            for row in _on_chips(
+                options,
+                lora_in=lora_in,
+                crossbar=str(chips / "noisy.yaml"),
+                keep_digital=_NOT_WRITTEN,
+            )["rows"]
         ]
         for lora_in in ("sram", "cells")
     }

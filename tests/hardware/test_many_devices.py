@@ -59,9 +59,14 @@ def test_a_device_has_its_chips_alone_and_waits_for_no_other(small, tmp_path):
         "seed=4",
     ):  # six seeds on chips, and with two that are padding eight
         with _mesh(asked):
-            how = {"modules": None, "norm": "ideal", "calibration_rows": 1}
             problem = lf.hardware.on_every_chip(
-                setup, params, {"encoder.self.v": _NOISY}, keys, **how
+                setup,
+                params,
+                {"encoder.self.v": _NOISY},
+                keys,
+                modules=None,
+                norm="ideal",
+                calibration_rows=1,
             ).problem
             count = len(problem.index)
             batches = jax.tree.map(
@@ -97,10 +102,9 @@ def _losses(rows):
 def test_runs_on_chips_have_the_results_of_one_device(small, tmp_path):
     crossbar.save_config(_NOISY, tmp_path / "noisy.yaml")
     digital = ("head", "pool.*", "decoder.*", "*.ff.*", "*.q", "*.k", "*.o")
-    chips = {"crossbar": str(tmp_path / "noisy.yaml"), "keep_digital": digital}
-    options = recipes.small_run(
-        small, tmp_path, epochs=1, arrays=lf.runs.OnArrays(**chips, train_chip="fresh")
-    )
+    noisy = str(tmp_path / "noisy.yaml")
+    arrays = lf.runs.OnArrays(crossbar=noisy, keep_digital=digital, train_chip="fresh")
+    options = recipes.small_run(small, tmp_path, epochs=1, arrays=arrays)
     trained = [
         fuse(dataclasses.replace(options, name=f"{mesh}", mesh=mesh))["seeds"]
         for mesh in (None, "seed=2")
@@ -168,10 +172,11 @@ def test_arrays_are_split_where_their_digital_matrices_are():
 def test_what_chips_cannot_share_out_is_refused_before_anything_is_loaded(
     small, tmp_path
 ):
-    given = {"run": tmp_path, "crossbar": "isaac"}
     with pytest.raises(ValueError, match="needs 8 devices, got 4"):
         lf.hardware.evaluate_on_chips(
-            lf.hardware.EvaluateOnChipsOptions(**given, mesh="seed=8")
+            lf.hardware.EvaluateOnChipsOptions(
+                run=tmp_path, crossbar="isaac", mesh="seed=8"
+            )
         )
     for asked, message in (
         ("seed=8", "needs 8 devices, got 4"),
@@ -190,7 +195,9 @@ def test_what_chips_cannot_share_out_is_refused_before_anything_is_loaded(
         )
     with pytest.raises(ValueError, match="leave out --mesh, or --report"):
         lf.hardware.report_on_chips(
-            lf.hardware.EvaluateOnChipsOptions(**given, mesh="seed=2")
+            lf.hardware.EvaluateOnChipsOptions(
+                run=tmp_path, crossbar="isaac", mesh="seed=2"
+            )
         )
 
 

@@ -72,7 +72,9 @@ def test_factors_follow_from_the_models_inputs(small, folder):
         * scale
     )
     prepared = lf.hardware.load_chips(str(folder / "prepared")).prepared.of_sites
-    q, k, o = (prepared[f"encoder.self.{name}"] for name in "qko")
+    q = prepared["encoder.self.q"]
+    k = prepared["encoder.self.k"]
+    o = prepared["encoder.self.o"]
     np.testing.assert_array_equal(q.factors, k.factors)
     assert not np.array_equal(q.factors, o.factors)
     sums = sum(
@@ -122,18 +124,24 @@ def test_outputs_on_prepared_chips_are_closer_to_the_digital_ones(folder, fused)
 @pytest.mark.long
 def test_programmed_chips_keep_their_preparation(small, folder, fused):
     out = folder / "chips"
-    own = {"crossbar": str(folder / "prepared"), "keep_digital": DIGITAL, "chip_key": 3}
     lf.hardware.write_chips(
         lf.hardware.ProgramOptions(
-            base=str(small[0]), pool=str(small[1]), out=out, **own
+            base=str(small[0]),
+            pool=str(small[1]),
+            out=out,
+            crossbar=str(folder / "prepared"),
+            keep_digital=DIGITAL,
+            chip_key=3,
         )
     )
     run = lf.runs.run_path(fused)
     written = lf.hardware.evaluate_on_chips(
-        lf.hardware.EvaluateOnChipsOptions(run=run, **{"crossbar": str(out)})
+        lf.hardware.EvaluateOnChipsOptions(run=run, crossbar=str(out))
     )["rows"]
     drawn = lf.hardware.evaluate_on_chips(
-        lf.hardware.EvaluateOnChipsOptions(run=run, **own)
+        lf.hardware.EvaluateOnChipsOptions(
+            run=run, crossbar=str(folder / "prepared"), keep_digital=DIGITAL, chip_key=3
+        )
     )["rows"]
     assert [row["loss"] for row in written] == [row["loss"] for row in drawn]
     assert lf.hardware.load_chips(str(out)).sha256 != crossbar.config_hash(
@@ -143,18 +151,18 @@ def test_programmed_chips_keep_their_preparation(small, folder, fused):
 
 @pytest.mark.long
 def test_corrections_belong_to_a_preparation(small, folder):
-    own = {"crossbar": str(folder / "prepared"), "keep_digital": DIGITAL}
     options = lf.hardware.RestoreOptions(
         base=str(small[0]),
         text=(folder / "lines.txt",),
         epochs=1,
         out=folder / "restored",
-        **own,
+        crossbar=str(folder / "prepared"),
+        keep_digital=DIGITAL,
     )
     settings = lf.hardware.restore_chips(options)[0]["settings"]
     assert settings["rate"] == 0.0015
     plain = lf.hardware.load_chips(str(folder / "noisy.yaml"), digital=DIGITAL)
-    prepared = lf.hardware.load_chips(own["crossbar"], digital=DIGITAL)
+    prepared = lf.hardware.load_chips(options.crossbar, digital=DIGITAL)
     lf.hardware.load_restored(str(options.out), prepared, [0], settings["base_sha256"])
     with pytest.raises(ValueError, match="another configuration or preparation"):
         lf.hardware.load_restored(str(options.out), plain, [0], settings["base_sha256"])

@@ -215,12 +215,13 @@ def test_an_encoder_decoder_reads_lines_and_answers_them_itself(home, tmp_path):
     lines = [row["context"] for row in rows][:32]
     (tmp_path / "lines.txt").write_text("\n".join(lines))
     # Queries and values of both stacks are in arrays: every kind of matrix takes time to compile.
-    given = {
-        "base": str(base),
-        "text": (tmp_path / "lines.txt",),
-        "out": tmp_path / "restored",
-    }
-    given["keep_digital"] = ("head", "*.ff.*", "*.k", "*.o")
+    options = _options(
+        home,
+        base=str(base),
+        text=(tmp_path / "lines.txt",),
+        out=tmp_path / "restored",
+        keep_digital=("head", "*.ff.*", "*.k", "*.o"),
+    )
     (tmp_path / "few.txt").write_text("\n".join(lines[:16]))
     for changed, found in (
         ({"tokens": 100}, 32),
@@ -228,10 +229,9 @@ def test_an_encoder_decoder_reads_lines_and_answers_them_itself(home, tmp_path):
     ):
         refused = f"is not causal, and the text has {found} lines: give more than 16 lines with --text, without"
         with pytest.raises(ValueError, match=refused):
-            lf.hardware.restore_chips(_options(home, **given | changed))
-    before, after = lf.hardware.restore_chips(_options(home, epochs=2, **given))[0][
-        "divergence"
-    ]
+            lf.hardware.restore_chips(dataclasses.replace(options, **changed))
+    manifests = lf.hardware.restore_chips(dataclasses.replace(options, epochs=2))
+    before, after = manifests[0]["divergence"]
     assert after < before
     # Answers are shorter than the batch is wide; only their tokens count.
     loaded = lf.loading.load_model(lf.LoadOptions(base=str(base), method="zero-shot"))
@@ -377,13 +377,16 @@ def test_the_command_prints_the_divergence_and_never_overwrites(home, tmp_path, 
 
 
 def test_chips_that_are_finished_are_not_computed_again(home, tmp_path):
-    given = {"out": tmp_path / "restored", "epochs": 1}
-    first = lf.hardware.restore_chips(_options(home, chip=(1,), **given))
+    first = lf.hardware.restore_chips(
+        _options(home, chip=(1,), out=tmp_path / "restored", epochs=1)
+    )
     times = {
         path: path.stat().st_mtime_ns
         for path in (tmp_path / "restored").rglob("*.safetensors")
     }
-    both = lf.hardware.restore_chips(_options(home, chip=(0, 1), **given))
+    both = lf.hardware.restore_chips(
+        _options(home, chip=(0, 1), out=tmp_path / "restored", epochs=1)
+    )
     assert list(both) == [0, 1] and both[1] == first[1]
     assert {path: path.stat().st_mtime_ns for path in times} == times
     alone = lf.hardware.restore_chips(
@@ -394,7 +397,11 @@ def test_chips_that_are_finished_are_not_computed_again(home, tmp_path):
         ValueError,
         match=r"chip_0 has corrections with another method \(scales, now offsets\)",
     ):
-        lf.hardware.restore_chips(_options(home, chip=(2,), method="offsets", **given))
+        lf.hardware.restore_chips(
+            _options(
+                home, chip=(2,), method="offsets", out=tmp_path / "restored", epochs=1
+            )
+        )
 
 
 @pytest.mark.long
@@ -419,14 +426,16 @@ def test_chips_over_devices_get_the_corrections_of_one_device(
         return step(*given)
 
     monkeypatch.setattr(restoring, "_step", compiled)
-    given = {
-        "chip": (0, 2, 1),
-        "epochs": 2,
-        "method": "low-rank",
-        "rank": 2.0,
-    }  # the second device has no fourth chip
     lf.hardware.restore_chips(
-        _options(home, out=tmp_path / "spread", mesh="seed=2", **given)
+        _options(
+            home,
+            out=tmp_path / "spread",
+            mesh="seed=2",
+            chip=(0, 2, 1),  # the second device has no fourth chip
+            epochs=2,
+            method="low-rank",
+            rank=2.0,
+        )
     )
     assert not re.search(
         r"all-(reduce|gather|to-all)|collective-permute|reduce-scatter", programs[0]
@@ -602,24 +611,22 @@ def test_corrections_made_in_advance_help_a_chip_that_drifts_otherwise(
         drifting, device=crossbar.Device(drift=crossbar.PowerLaw(0.05, 0.02))
     )
     save_config(drifting, tmp_path / "drifting.yaml")
-    given = {"crossbar": str(tmp_path / "drifting.yaml"), "epochs": 0}
+    options = _options(home, crossbar=str(tmp_path / "drifting.yaml"), epochs=0)
+    early = dataclasses.replace(options, in_advance=True, out=tmp_path / "early")
     with pytest.raises(
         ValueError, match="in advance for an age of chips that drift: give --age"
     ):
-        lf.hardware.restore_chips(
-            _options(home, in_advance=True, out=tmp_path / "early", **given)
-        )
+        lf.hardware.restore_chips(early)
     for name in ("advance", "again"):
         lf.hardware.restore_chips(
-            _options(
-                home,
+            dataclasses.replace(
+                options,
                 age="1year",
                 in_advance=name == "advance",
                 out=tmp_path / name,
-                **given,
             )
         )
-    chips = lf.hardware.load_chips(given["crossbar"])
+    chips = lf.hardware.load_chips(options.crossbar)
     graph = loaded.problem.graph
     frozen = loaded.problem.frozen
     run = lf.hardware.logits_of_base(graph)

@@ -46,7 +46,12 @@ def test_the_delta_rule(length):
         (2, length, 4),
         (2, 4, 3, 5),
     ]
-    q, k, v, decay, beta, memory = (rng.standard_normal(shape) for shape in shapes)
+    q = rng.standard_normal(shapes[0])
+    k = rng.standard_normal(shapes[1])
+    v = rng.standard_normal(shapes[2])
+    decay = rng.standard_normal(shapes[3])
+    beta = rng.standard_normal(shapes[4])
+    memory = rng.standard_normal(shapes[5])
     given = (q, k, v, -np.exp(decay - 2), 1 / (1 + np.exp(-beta)), memory)
     ours = [jnp.asarray(a, jnp.float32) for a in given]
     rule = jax.jit(delta_rule).lower(*ours).compile()
@@ -220,14 +225,11 @@ def test_a_fusion_on_a_plain_base_and_on_arrays(tmp_path):
     quick = {"modules": 2, "epochs": 1, "batch_size": 6, "max_new_tokens": 4}
     lf.fuse(recipes.options(quick, **where, name="run", seeds=(1, 2), test_rows=4))
 
-    chips = {
-        "base": str(base),
-        "pool": str(tmp_path / "pool"),
-        "out": tmp_path / "chips",
-    }
     lf.hardware.write_chips(
         lf.hardware.ProgramOptions(
-            **chips,
+            base=str(base),
+            pool=str(tmp_path / "pool"),
+            out=tmp_path / "chips",
             crossbar="isaac",
             keep_digital=("*.mlp.*", "*.in_proj_z", "*.k_proj"),
         )

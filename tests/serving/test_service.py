@@ -121,16 +121,19 @@ def runs(small, write, tmp_path_factory) -> dict[str, Path]:
         "magnitudes": magnitudes(_SITES, 2),
     }
     mixed = {"coefficients": np.asarray(tiny.coefficients((1, 2, len(_SITES))))}
-    of_mixed = {
-        "method": "coefficients",
-        "composition": "mix",
-        "granularity": "site",
-        "max_new_tokens": 6,
-    }
-    of_mixed |= {"task": str(closed), "train_rows": 1}
     return {
         "fused": write("fused", fused, (1, 2), max_new_tokens=6),
-        "mixed": write("mixed", mixed, (_MIXED,), **of_mixed),
+        "mixed": write(
+            "mixed",
+            mixed,
+            (_MIXED,),
+            method="coefficients",
+            composition="mix",
+            granularity="site",
+            max_new_tokens=6,
+            task=str(closed),
+            train_rows=1,
+        ),
         "scaled": write(
             "scaled",
             {"magnitudes": magnitudes(_SCALED, 1)},
@@ -269,13 +272,11 @@ def test_a_run_is_merged_into_plain_weights_for_long_answers_to_the_same_tokens(
     )
     (tmp_path / "lines").write_text("\n".join(lines))
     (tmp_path / "short").write_text("a")
-    how = {"run": runs["fused"], "file": tmp_path / "lines"}
-    assert lf.runs.generate_lines(lf.runs.GenerateOptions(**how)) == service.generate(
-        lines, ["fused"] * 100
-    )
+    options = lf.runs.GenerateOptions(run=runs["fused"], file=tmp_path / "lines")
+    assert lf.runs.generate_lines(options) == service.generate(lines, ["fused"] * 100)
     assert len(merged) == 1
     first = "".join(
-        next(lf.runs.stream_lines(lf.runs.GenerateOptions(**how, max_new_tokens=60)))
+        next(lf.runs.stream_lines(dataclasses.replace(options, max_new_tokens=60)))
     )
     assert (
         len(merged) == 2
@@ -292,15 +293,20 @@ def test_a_run_whose_prompt_names_columns_answers_rows_with_them(
 ):
     """As another run answers the filled prompts: in `generate --run`, `generate --runs` and a service."""
     params = {"coefficients": np.asarray(tiny.coefficients((1, 2, 2)))}
-    how = {"method": "coefficients", "max_new_tokens": 6}
-    plain = write("plain", params, (_MIXED,), **how)
+    write_coefficients = functools.partial(
+        write, method="coefficients", max_new_tokens=6
+    )
+    plain = write_coefficients("plain", params, (_MIXED,))
     texts = [line.split(" : ") for line in _LINES]
     rows = [{"how": way, "letters": letters, "mark": ""} for way, letters in texts]
-    how |= {
-        "task": str(_file(tmp_path, [row | {"target": "a"} for row in rows])),
-        "train_rows": 1,
-    }
-    named = write("named", params, (_MIXED,), prompt="{how} : {letters}{mark}", **how)
+    named = write_coefficients(
+        "named",
+        params,
+        (_MIXED,),
+        prompt="{how} : {letters}{mark}",
+        task=str(_file(tmp_path, [row | {"target": "a"} for row in rows])),
+        train_rows=1,
+    )
     alone = lf.runs.GenerateOptions(run=named, file=_file(tmp_path, rows))
     assert (
         lf.runs.generate_lines(alone)[:-1]
@@ -606,17 +612,19 @@ def test_runs_whose_modules_adapt_other_matrices_are_served_together(
         sites = [site for site in _SITES if site[-1] in last]
         columns = 2 if granularity == "block" else len(sites)
         params = {"coefficients": 2 * np.asarray(tiny.coefficients((1, 2, columns)))}
-        changes = {
-            "granularity": granularity,
-            "pool": str(pool),
-            "method": "coefficients",
-        }
         if granularity == "block":
             params["magnitudes"] = {
                 site: np.float32(1.2) * norms[site] for site in sites
             }
-            changes["method"] = "fusion"
-        folders.append(write(f"{last}_{granularity}", params, (seed,), **changes))
+        folder = write(
+            f"{last}_{granularity}",
+            params,
+            (seed,),
+            granularity=granularity,
+            pool=str(pool),
+            method="fusion" if "magnitudes" in params else "coefficients",
+        )
+        folders.append(folder)
         wanted += answers(folders[-1])
     rows = [
         {"run": folder.name, "input": line} for folder in folders for line in _LINES
