@@ -134,8 +134,10 @@ def _how_to_load(
 def _accuracy(run: RunFolder, results: Mapping[str, Any], seed: int) -> str:
     rows = run.predictions()
     by_seed = {
-        of["seed"]: [row["correct"] for row in rows if row["seed"] == of["seed"]]
-        for of in results["seeds"]
+        seed_results["seed"]: [
+            row["correct"] for row in rows if row["seed"] == seed_results["seed"]
+        ]
+        for seed_results in results["seeds"]
     }
     lines = [["", "exact match, %", "95 % interval"]]
     for name, seeds in (
@@ -159,6 +161,6 @@ def _by_module(
     )
     lines = [["adapter", "mean", "least", "greatest"]]
     for i in np.argsort(-np.abs(flat.mean(axis=1)), kind="stable").tolist():
-        of_module = (flat[i].mean(), flat[i].min(), flat[i].max())
-        lines.append([_text(str(modules[i])), *(f"{value:.3f}" for value in of_module)])
+        summary = (flat[i].mean(), flat[i].min(), flat[i].max())
+        lines.append([_text(str(modules[i])), *(f"{value:.3f}" for value in summary)])
     return markdown(lines)

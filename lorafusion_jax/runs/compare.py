@@ -44,13 +44,15 @@ def compare(options: CompareOptions) -> list[Table]:
         or they were evaluated on different test rows.
     """
     folders = [folder.resolve() for folder in options.runs]
-    given = ", ".join(map(str, options.runs))
+    run_names = ", ".join(map(str, options.runs))
     if len(folders) < 2 or len(set(folders)) < len(folders):
-        raise ValueError(f"expected two or more different runs, got {given or 'none'}")
+        raise ValueError(
+            f"expected two or more different runs, got {run_names or 'none'}"
+        )
     reference = folders[0] if options.reference is None else options.reference.resolve()
     if reference not in folders:
         raise ValueError(
-            f"{options.reference} is none of the runs: expected one of {given}"
+            f"{options.reference} is none of the runs: expected one of {run_names}"
         )
     # The last part of a folder names a run, unless two runs have the same one.
     last = [folder.name for folder in folders]
@@ -58,16 +60,16 @@ def compare(options: CompareOptions) -> list[Table]:
         folder: str(folder) if last.count(folder.name) > 1 else folder.name
         for folder in folders
     }
-    of_runs = _scores(names)
+    scores = _scores(names)
     name = names[reference]
-    (task,) = of_runs.tasks
+    (task,) = scores.tasks
     if options.plot is not None:
-        plot_means(of_runs, options.plot, title=task)
+        plot_means(scores, options.plot, title=task)
     caption = f"{task}: exact match, %, mean ± standard deviation over seeds"
     differences = f"{name} minus each other run, on the same seeds and test rows"
     return [
-        _table(main_tables(of_runs)[0], caption),
-        _table(paired_table(of_runs, name), differences),
+        _table(main_tables(scores)[0], caption),
+        _table(paired_table(scores, name), differences),
     ]
 
 
@@ -79,9 +81,9 @@ def _scores(names: dict[Path, str]) -> Scores:
         run = RunFolder(folder)
         results = run.results()
         if results is None:
-            what = "is not complete: continue it with `lorafusion fuse --resume`"
+            state = "is not complete: continue it with `lorafusion fuse --resume`"
             raise ValueError(
-                f"{folder} {what if run.exists() else 'is not the folder of a run: name one'}"
+                f"{folder} {state if run.exists() else 'is not the folder of a run: name one'}"
             )
         if results["test_rows"] == 0:
             raise ValueError(
@@ -89,26 +91,29 @@ def _scores(names: dict[Path, str]) -> Scores:
             )
         predictions = run.predictions()
         for seed in results["seeds"]:
-            of_seed = sorted(
+            seed_rows = sorted(
                 (row for row in predictions if row["seed"] == seed["seed"]),
                 key=lambda row: row["row"],
             )
             if (
-                len({row["row"] for row in of_seed}) != len(of_seed)
-                or len(of_seed) != results["test_rows"]
+                len({row["row"] for row in seed_rows}) != len(seed_rows)
+                or len(seed_rows) != results["test_rows"]
             ):
                 raise ValueError(
-                    f"{folder / 'predictions.jsonl'} holds {len(of_seed)} rows of seed {seed['seed']}: expected each "
+                    f"{folder / 'predictions.jsonl'} holds {len(seed_rows)} rows of seed {seed['seed']}: expected each "
                     f"of the {results['test_rows']} test rows once; restore it from a copy"
                 )
-            tested[folder] = results["test_sha256"], [row["target"] for row in of_seed]
+            tested[folder] = (
+                results["test_sha256"],
+                [row["target"] for row in seed_rows],
+            )
             marks: dict[str, str | None] = {}
             for key in ("correct", "option_correct"):
-                of_rows = [row[key] for row in of_seed]
+                row_marks = [row[key] for row in seed_rows]
                 marks[key] = (
                     None
-                    if None in of_rows
-                    else "".join("01"[bool(mark)] for mark in of_rows)
+                    if None in row_marks
+                    else "".join("01"[bool(mark)] for mark in row_marks)
                 )
             rows.append(
                 {
@@ -125,9 +130,9 @@ def _scores(names: dict[Path, str]) -> Scores:
                     **marks,
                 }
             )
-    (first, same), *others = tested.items()
-    for folder, other in others:
-        if other != same:
+    (first, same), *rest = tested.items()
+    for folder, inputs in rest:
+        if inputs != same:
             raise ValueError(
                 f"{folder} was evaluated on other test rows than {first}: evaluate both on the same task, with the "
                 "same --train-rows, --test-rows and --target"

@@ -92,11 +92,13 @@ def evaluate(
     losses = row_losses(setup, params, batch_size=batch_size)
     texts = [decode(setup.tokenizer, seed, setup.text_format) for seed in tokens]
     if stop is not None:
-        texts = [[said.partition(stop)[0] for said in of_seed] for of_seed in texts]
-    wanted = [example.target for example in setup.task.test[:rows]]
+        texts = [
+            [text.partition(stop)[0] for text in seed_texts] for seed_texts in texts
+        ]
+    targets = [example.target for example in setup.task.test[:rows]]
     return Evaluation(
         predictions=texts,
-        correct=exact_match(texts, wanted),
+        correct=exact_match(texts, targets),
         loss=losses.sum(axis=1) / sum(map(len, setup.test.labels)),
         option_correct=None
         if options is None
@@ -131,21 +133,24 @@ def evaluate_seeds(
             setup, options, closed=answer_options(setup.task)
         )
     seeds = options.seeds if method.seeded else options.seeds[:1]
-    asked = (
+    loaded = (
         setup if method.seeded else setup.with_problem(index=setup.problem.index[:1])
     )
     return seeds, evaluate(
-        asked, params, batch_size=options.eval_batch, options=answer_options(setup.task)
+        loaded,
+        params,
+        batch_size=options.eval_batch,
+        options=answer_options(setup.task),
     )
 
 
-def _constant(setup: Setup, of_seeds: list[Task]) -> Evaluation:
+def _constant(setup: Setup, seed_tasks: list[Task]) -> Evaluation:
     """Answer every row with the most common training target of each seed's task."""
-    wanted = [example.target for example in setup.task.test[: len(setup.test)]]
-    said = [[constant_answer(task)] * len(wanted) for task in of_seeds]
-    correct = exact_match(said, wanted)
+    targets = [example.target for example in setup.task.test[: len(setup.test)]]
+    predictions = [[constant_answer(task)] * len(targets) for task in seed_tasks]
+    correct = exact_match(predictions, targets)
     return Evaluation(
-        said,
+        predictions,
         correct,
         loss=None,
         option_correct=correct if answer_options(setup.task) else None,
@@ -166,26 +171,40 @@ def evaluate_few_shot(
         if texts.text_format.ends and not texts.text_format.chat
         else None
     )
-    of_seeds = []
+    evaluations = []
     for shown in shown_to_seeds(setup.task, options):
         test = encode_shown(texts, shown, len(setup.test), setup.max_new_tokens)
-        asked = dataclasses.replace(
+        with_examples = dataclasses.replace(
             setup.with_problem(index=setup.problem.index[:1]), task=shown, test=test
         )
-        of_seeds.append(
+        evaluations.append(
             evaluate(
-                asked, {}, batch_size=options.eval_batch, options=closed, stop=stop
+                with_examples,
+                {},
+                batch_size=options.eval_batch,
+                options=closed,
+                stop=stop,
             )
         )
-    scored = [one.option_correct for one in of_seeds if one.option_correct is not None]
-    losses = [one.loss for one in of_seeds if one.loss is not None]
-    of_rows = [one.row_losses for one in of_seeds if one.row_losses is not None]
+    scored = [
+        evaluation.option_correct
+        for evaluation in evaluations
+        if evaluation.option_correct is not None
+    ]
+    losses = [
+        evaluation.loss for evaluation in evaluations if evaluation.loss is not None
+    ]
+    row_losses = [
+        evaluation.row_losses
+        for evaluation in evaluations
+        if evaluation.row_losses is not None
+    ]
     return Evaluation(
-        predictions=[one.predictions[0] for one in of_seeds],
-        correct=np.concatenate([one.correct for one in of_seeds]),
+        predictions=[evaluation.predictions[0] for evaluation in evaluations],
+        correct=np.concatenate([evaluation.correct for evaluation in evaluations]),
         loss=np.concatenate(losses),
         option_correct=np.concatenate(scored) if scored else None,
-        row_losses=np.concatenate(of_rows),
+        row_losses=np.concatenate(row_losses),
     )
 
 
@@ -209,10 +228,10 @@ def _option_correct(
     setup: Setup, params: Params, options: Sequence[Sequence[str]], batch_size: int
 ) -> Bool[np.ndarray, "seeds rows"]:
     """Return whether the option of the greatest log-likelihood is each row's target."""
-    asked = with_options(
+    optioned = with_options(
         setup.tokenizer, setup.task, setup.test, options, setup.text_format
     )
-    likelihoods = _likelihoods(setup, params, asked, batch_size, OPTIONS)
+    likelihoods = _likelihoods(setup, params, optioned, batch_size, OPTIONS)
     return likeliest_correct(likelihoods, options, setup.task)
 
 
@@ -232,10 +251,10 @@ def _likelihoods(
     with progress("losses", len(rows)) as bar:
         for number, (numbers, batch) in enumerate(batches):
             real = numbers >= 0
-            of_batch = seed_likelihoods(
+            batch_likelihoods = seed_likelihoods(
                 params, _for_every_seed(batch, seeds), problem.read(purpose, number)
             )
-            likelihoods[:, numbers[real]] = to_host(of_batch)[:, real]
+            likelihoods[:, numbers[real]] = to_host(batch_likelihoods)[:, real]
             bar.update(int(np.sum(real)))
     return likelihoods
 
@@ -248,7 +267,11 @@ def with_options(
     text_format: TextFormat,
 ) -> Encoded:
     """Return every test row once for each of its options, which replaces its target."""
-    pairs = [(row, option) for row, of_row in enumerate(options) for option in of_row]
+    pairs = [
+        (row, option)
+        for row, row_options in enumerate(options)
+        for option in row_options
+    ]
     examples = [
         dataclasses.replace(task.test[row], target=option) for row, option in pairs
     ]
@@ -262,17 +285,17 @@ def likeliest_correct(
     task: Task,
 ) -> Bool[np.ndarray, "seeds rows"]:
     """Return whether each test row's likeliest option is its target, given likelihoods of rows of `with_options`."""
-    ends = np.cumsum([len(of_row) for of_row in options])
+    ends = np.cumsum([len(row_options) for row_options in options])
     chosen = [
         np.argmax(part, axis=1) for part in np.split(likelihoods, ends[:-1], axis=1)
     ]
-    wanted = [example.target for example in task.test[: len(options)]]
-    of_seeds: list[list[int]] = np.stack(chosen, axis=1).tolist()
-    said = [
-        [of_row[i] for of_row, i in zip(options, best, strict=True)]
-        for best in of_seeds
+    targets = [example.target for example in task.test[: len(options)]]
+    best_options: list[list[int]] = np.stack(chosen, axis=1).tolist()
+    predictions = [
+        [row_options[i] for row_options, i in zip(options, best, strict=True)]
+        for best in best_options
     ]
-    return exact_match(said, wanted)
+    return exact_match(predictions, targets)
 
 
 def _for_every_seed(batch: Batch, seeds: int) -> Batch:

@@ -95,7 +95,7 @@ def export(options: ExportOptions) -> str:
 
 
 def _export_run(options: ExportOptions, folder: Path) -> str:
-    fused, of_seed, config, place = load_seed(folder, options.seed)
+    fused, params, config, place = load_seed(folder, options.seed)
     seed = fused.seeds[place]
     method = fused.entry
     if method.learns == "untrained":
@@ -109,15 +109,15 @@ def _export_run(options: ExportOptions, folder: Path) -> str:
         )
     base = open_base(fused.base)
     check_format(options.format, base, options.dtype)
-    loaded = of_run(load_model(fused, base=base), fused, folder, config, of_seed)
+    loaded = of_run(load_model(fused, base=base), fused, folder, config, params)
     problem = loaded.problem.replace(index=loaded.problem.index[place])
-    fusion = problem.method.as_fusion(of_seed, problem.frozen, problem.index)
+    fusion = problem.method.as_fusion(params, problem.frozen, problem.index)
     if merged:
-        model, adapters, _ = problem.adapted_model(of_seed)
+        model, adapters, _ = problem.adapted_model(params)
         result = merged_export(merged_base(model, adapters), base, options.dtype)
     else:
         # As it was given, because an absolute path would contain folders of this machine.
-        adapter = _adapter(problem, of_seed, config["options"].base)
+        adapter = _adapter(problem, params, config["options"].base)
         result = adapter_export(*adapter, options.dtype)
     with new_folder(options.out) as partial:
         put_export(partial, options.format, base, result)
@@ -210,13 +210,13 @@ def _finite(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _adapter(
-    problem: Problem, of_seed: Params, base: str
+    problem: Problem, params: Params, base: str
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return the configuration and the tensors of the PEFT adapter that equals one seed's numbers."""
-    magnitudes = of_seed.get("magnitudes")
+    magnitudes = params.get("magnitudes")
     frozen = problem.frozen
     config = problem.config
-    fusion = problem.method.as_fusion(of_seed, frozen, problem.index)
+    fusion = problem.method.as_fusion(params, frozen, problem.index)
     if fusion is not None and isinstance(frozen.pool, LoraPool):
         return fused_adapter(
             config,
@@ -226,7 +226,7 @@ def _adapter(
             base=base,
             magnitudes=magnitudes,
         )
-    adapters, _ = jax.jit(problem.method.adapters)(of_seed, frozen, problem.index)
+    adapters, _ = jax.jit(problem.method.adapters)(params, frozen, problem.index)
     if magnitudes is not None and all(
         isinstance(update, Rescaled) for update in adapters.values()
     ):
@@ -240,13 +240,13 @@ def _adapter(
             )
             for name, site in adapted.items()
         }
-    if others := [
+    if unsupported := [
         update
         for update in adapters.values()
         if not isinstance(update, LowRank | WeightDecomposed)
     ]:
         method = type(problem.method).__name__
-        kind = type(others[0]).__name__
+        kind = type(unsupported[0]).__name__
         raise ValueError(
             f"{method} makes updates of the kind {kind}, which PEFT lacks: export with --format merged"
         )

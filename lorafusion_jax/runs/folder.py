@@ -163,12 +163,12 @@ class RunFolder:
         config["options"] = plain(config["options"])
         if len(config["modules"]) != len(config["options"].seeds):
             got = f"of {len(config['modules'])} seeds"
-            wanted = f"of {len(config['options'].seeds)}, as in the options"
+            expected = f"of {len(config['options'].seeds)}, as in the options"
             raise FileError(
                 path,
                 field="modules",
                 got=got,
-                expected=wanted,
+                expected=expected,
                 fix="restore it from a copy",
             )
         return config
@@ -180,9 +180,12 @@ class RunFolder:
             return None
         results: Results = read_json(path, Results, "a complete run", own=False)
         seeds = [seed["seed"] for seed in results["seeds"]]
-        wanted = [*self.config()["options"].seeds]
-        if seeds not in (wanted, wanted[:1]):  # one for all that answer alike
-            expected = f"{wanted}, as in {_CONFIG}"
+        seeds_of_run = [*self.config()["options"].seeds]
+        if seeds not in (
+            seeds_of_run,
+            seeds_of_run[:1],
+        ):  # one for all that answer alike
+            expected = f"{seeds_of_run}, as in {_CONFIG}"
             fix = "restore it from a copy"
             raise FileError(
                 path, field="seeds", got=str(seeds), expected=expected, fix=fix
@@ -232,10 +235,10 @@ class RunFolder:
     def cut_metrics(self, step: int) -> None:
         """Remove lines after a step, and a line that a killed process left unfinished."""
         if (self.folder / _METRICS).is_file():
-            kept = [
+            lines = [
                 json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step
             ]
-            _write(self.folder / _METRICS, "".join(kept))
+            _write(self.folder / _METRICS, "".join(lines))
 
 
 def read_options(raw: Any, where: str | Path) -> FuseOptions:
@@ -248,9 +251,13 @@ def _options_class(raw: Any, where: str | Path, prefix: str = "") -> type[FuseOp
     method = raw.get("method", FuseOptions.method) if isinstance(raw, dict) else None
     if isinstance(method, str) and method not in METHODS:
         fix = "register it first, or restore the file from a copy"
-        wanted = f"one of {', '.join(METHODS)}"
+        expected = f"one of {', '.join(METHODS)}"
         raise FileError(
-            where, field=f"{prefix}method", got=shown(method), expected=wanted, fix=fix
+            where,
+            field=f"{prefix}method",
+            got=shown(method),
+            expected=expected,
+            fix=fix,
         )
     return options_with(METHODS[method].recipe if isinstance(method, str) else Recipe)
 

@@ -130,12 +130,14 @@ class _Answering:
         if columns(prompt) - {"input"}:
             fix = f"give a row such as {row_example(prompt)}"
             rows = {
-                of: decode_json(row.encode(), dict[str, Any], of, own=False, fix=fix)
-                for of, row in rows.items()
+                number: decode_json(
+                    row.encode(), dict[str, Any], number, own=False, fix=fix
+                )
+                for number, row in rows.items()
             }
         examples = [
-            Example(as_input(row, of, prompt, input=column), "")
-            for of, row in rows.items()
+            Example(as_input(row, number, prompt, input=column), "")
+            for number, row in rows.items()
         ]
         return encode(
             texts.tokenizer, examples, texts.text_format, new_tokens=self.new_tokens
@@ -152,12 +154,12 @@ class _Answering:
         problem = loaded.problem.replace(
             index=jax.device_put(to_host(loaded.problem.index)[self.place])
         )
-        of_seed = self.params, problem.frozen, problem.index
+        parts = self.params, problem.frozen, problem.index
         adapters_of = jax.jit(problem.method.adapters)
         model = nnx.merge(problem.graph, problem.frozen.base)
 
         def leaves() -> dict[str, list[jax.Array]]:
-            ready = settled(adapters_of(*of_seed)[0], model)
+            ready = settled(adapters_of(*parts)[0], model)
             return {name: jax.tree.leaves(adapter) for name, adapter in ready.items()}
 
         shapes = jax.eval_shape(leaves)
@@ -169,7 +171,7 @@ class _Answering:
         )  # products of `merged_base`
         if not plain or merging >= size * (tokens + steps * max(rows, _READING)):
             return self.params, problem
-        adapters, _ = adapters_of(*of_seed)
+        adapters, _ = adapters_of(*parts)
         merged = nnx.state(merged_base(model, adapters))
         merged = jax.tree.map(
             lambda new, old: new.astype(old.dtype), merged, problem.frozen.base
@@ -205,9 +207,9 @@ def evaluate_runs(
     rows = []
     for run in runs:
         setup, fused, params = load_to_evaluate(EvaluateOptions(run=run, **how))
-        named = {"run": str(run), "task": setup.task.name}
+        labels = {"run": str(run), "task": setup.task.name}
         rows += [
-            named | row for row in seed_rows(*evaluate_seeds(setup, fused, params))
+            labels | row for row in seed_rows(*evaluate_seeds(setup, fused, params))
         ]
     return rows
 
@@ -267,8 +269,8 @@ def load_to_evaluate(options: EvaluateOptions) -> tuple[Setup, FuseOptions, Para
     }
     fused = dataclasses.replace(fused, task=task.source, recipe=recipe, **rows)
     setup = load_setup(fused, to_train=False, task=task)
-    of_first = jax.eval_shape(lambda: jax.tree.map(lambda p: p[0], params))
-    return of_run(setup, fused, options.run, config, of_first), fused, params
+    first_seed = jax.eval_shape(lambda: jax.tree.map(lambda p: p[0], params))
+    return of_run(setup, fused, options.run, config, first_seed), fused, params
 
 
 def task_to_evaluate(
@@ -327,9 +329,9 @@ def generate_lines(
     answering = _answering(options)
     lines = list(_lines(options))
     texts = load_texts(answering.base, chat=answering.fused.chat)
-    asked = {place: line for place, line in enumerate(lines) if line.strip()}
-    encoded = answering.encode(texts, asked)
-    places = np.array([*asked])
+    filled = {place: line for place, line in enumerate(lines) if line.strip()}
+    encoded = answering.encode(texts, filled)
+    places = np.array([*filled])
     rows = min(options.eval_batch, len(encoded))
     work = (
         sum(map(len, encoded.inputs)),
@@ -354,12 +356,12 @@ def generate_lines(
             options.sampling, options.sampling_seed, places[numbers]
         ),
     )
-    for place, said in zip(
+    for place, answer in zip(
         places,
         decode(texts.tokenizer, generated.tokens[0], texts.text_format),
         strict=True,
     ):
-        answers[place] = said
+        answers[place] = answer
     return answers
 
 
@@ -378,9 +380,9 @@ def stream_lines(
     if "base" not in params:
         problem = problem.unstacked()
 
-    one = jax.tree.map(lambda p: p[None], params)
+    seeds = jax.tree.map(lambda p: p[None], params)
     tokenizer = texts.tokenizer
-    models = SeedModels(one, problem.replace(index=problem.index[None]), np.arange(1))
+    models = SeedModels(seeds, problem.replace(index=problem.index[None]), np.arange(1))
 
     def tokens(number: int, batch: Batch) -> Iterator[int]:
         new_tokens = answering.new_tokens

@@ -109,26 +109,26 @@ def generate_rows(
         "sampling": sampling,
         "room": room_for(max_new_tokens, batch_size, worth),
     }
-    for number, of_turn in enumerate(
+    for number, turn_prompts in enumerate(
         [[batch] for batch in batches] if noisy else [batches]
     ):
         problem = problem if number == 0 else read(number)
         if "base" not in params:  # otherwise those of a seed replace the frozen ones
             problem = problem.unstacked()
         for turn in range(turns):
-            own = np.arange(seeds)[turn::turns]
-            of_seeds = (params, problem.index)
+            seed_numbers = np.arange(seeds)[turn::turns]
+            seed_values = (params, problem.index)
             ours, index = (
-                of_seeds if turns == 1 else _of_turn(of_seeds, turn, turns=turns)
+                seed_values if turns == 1 else _of_turn(seed_values, turn, turns=turns)
             )
             models = SeedModels(
-                ours, problem.replace(index=index), on_mesh(own, of_seeds=True)
+                ours, problem.replace(index=index), on_mesh(seed_numbers, of_seeds=True)
             )
             rows = Rows(
                 lambda numbers, models=models: models,
-                len(own),
+                len(seed_numbers),
                 problem.config,
-                of_turn,
+                turn_prompts,
                 limits,
                 keys,
                 **how,
@@ -138,10 +138,10 @@ def generate_rows(
                 and max_new_tokens >= _LONG
                 and max_new_tokens * batch_size > worth
             )
-            for place, row, said in rows.ended(
+            for place, row, answer in rows.ended(
                 shrinks, stops, between_stops if stops else max_new_tokens
             ):
-                tokens[own[place], row] = said[:max_new_tokens]
+                tokens[seed_numbers[place], row] = answer[:max_new_tokens]
                 update(1)
             computed += rows.computed
             del rows  # else its cache would lie next to that of the next turn
@@ -201,9 +201,12 @@ class SeedModels:
         shared: Any = (),
     ) -> Any:
         def one_seed(
-            one: Problem, params: Params, adapters: Adapters | None, *arrays: Any
+            seed_problem: Problem,
+            params: Params,
+            adapters: Adapters | None,
+            *arrays: Any,
         ) -> Any:
-            model, computed, _ = one.adapted_model(
+            model, computed, _ = seed_problem.adapted_model(
                 params
             )  # what is not used is not computed
             return fn(model, computed if adapters is None else adapters, *arrays)
@@ -281,7 +284,7 @@ class Rows:
         while True:
             free = np.sum(self.row < 0, axis=1)
             left = len(self.waiting) - self.taken
-            wanted = np.minimum(
+            refill_sizes = np.minimum(
                 self.refilled, left
             )  # so many free places are worth a refill
             places = self.row.shape[1]
@@ -291,21 +294,25 @@ class Rows:
             if np.all(free == places) and np.all(left == left[0]):
                 self._start()
                 continue
-            if np.any((left > 0) & (free >= wanted)):
+            if np.any((left > 0) & (free >= refill_sizes)):
                 self._refill()
                 continue
             if np.any(left > 0):
-                enough = np.sum(free) + np.sum(np.where(left > 0, wanted - free, 0))
+                enough = np.sum(free) + np.sum(
+                    np.where(left > 0, refill_sizes - free, 0)
+                )
             elif shrinks and fewer >= _FEWEST:
                 if np.all(places - free <= fewer):
-                    kept = np.argsort(self.row < 0, axis=1, stable=True)[:, :fewer]
+                    busy_first = np.argsort(self.row < 0, axis=1, stable=True)[
+                        :, :fewer
+                    ]
                     self.state = _of_rows(
                         self._models(),
                         self.state,
                         self.adapters,
-                        on_mesh(kept, of_seeds=True),
+                        on_mesh(busy_first, of_seeds=True),
                     )
-                    self.row = np.take_along_axis(self.row, kept, axis=1)
+                    self.row = np.take_along_axis(self.row, busy_first, axis=1)
                     continue
                 enough = np.sum(np.maximum(free, places - fewer))
             else:
@@ -317,8 +324,8 @@ class Rows:
             seen = (self.state.done, self.state.position, self.state.tokens, steps)
             done, position, tokens, steps = map(np.array, to_host(seen))
             self.computed += int(np.sum(steps)) * places
-            there = self.row >= 0
-            going = there & ~done
+            occupied = self.row >= 0
+            going = occupied & ~done
             if stops is not None and np.any(going):
                 done[going] = stops(
                     [
@@ -329,7 +336,7 @@ class Rows:
                 self.state = self.state._replace(
                     done=on_mesh(jnp.asarray(done), of_seeds=True)
                 )
-            for seed, place in np.argwhere(done & there):
+            for seed, place in np.argwhere(done & occupied):
                 yield int(seed), int(self.row[seed, place]), tokens[seed, place]
             self.row[done] = -1
 
@@ -417,11 +424,11 @@ class Rows:
 
 
 @partial(jax.jit, static_argnames="turns")
-def _of_turn(of_seeds: Any, turn: Array, *, turns: int) -> Any:
+def _of_turn(seed_values: Any, turn: Array, *, turns: int) -> Any:
     """Return leaves `leaf[turn::turns]`, with one program for all turns."""
     return jax.tree.map(
         lambda leaf: leaf.reshape(len(leaf) // turns, turns, *leaf.shape[1:])[:, turn],
-        of_seeds,
+        seed_values,
     )
 
 
@@ -440,16 +447,16 @@ def begin_rows(
         adapters: Adapters,
         ids: Array,
         mask: Array,
-        there: Array,
-        *of_rows: Array | None,
+        row_mask: Array,
+        *limits_and_keys: Array | None,
     ) -> Any:
-        limits, keys = of_rows
+        limits, keys = limits_and_keys
         state = begin(
             model,
             ids,
             mask,
             adapters,
-            row_mask=there,
+            row_mask=row_mask,
             row_limits=limits,
             row_keys=keys,
             **how,
@@ -533,8 +540,8 @@ def _widened(
 
 @jax.jit
 def _of_rows(
-    models: Models, state: Generation, adapters: Adapters | None, kept: Array
+    models: Models, state: Generation, adapters: Adapters | None, places: Array
 ) -> Generation:
     return models.each(
-        lambda model, adapters, *rows: of_rows(*rows), adapters, (state, kept)
+        lambda model, adapters, *rows: of_rows(*rows), adapters, (state, places)
     )

@@ -61,41 +61,41 @@ def typed_weights(weights: Sequence[str], file: Path | None) -> Weights:
     Raises:
       ValueError: there is no weight, a module has two, or one is not a number.
     """
-    found: Weights = {}
+    read_weights: Weights = {}
     if file is not None:
         if not file.is_file():
             raise ValueError(
                 f'{file}: no such file: expected JSON such as {{"sort_dash": 0.7}}'
             )
-        found |= read_json(file, Weights, "weights by module", own=False)
+        read_weights |= read_json(file, Weights, "weights by module", own=False)
     for text in weights:
         name, _, number = text.rpartition("=")
-        if name in found:
+        if name in read_weights:
             raise ValueError(
                 f"{name} has two weights, one in --weights {shown(text)}: give one"
             )
         try:
-            found[name] = float(number)
+            read_weights[name] = float(number)
         except ValueError:
             name = ""
         if not name:
             raise ValueError(
                 f"--weights {shown(text)}: expected name=number, such as sort_dash=0.7"
             )
-    if not found:
+    if not read_weights:
         raise ValueError(
             "no weights: give some with --weights name=0.7 or --weights-file"
         )
-    return found
+    return read_weights
 
 
 def check_modules(
-    chosen: Iterable[str], there: Sequence[str], pool: str | None
+    chosen: Iterable[str], names: Sequence[str], pool: str | None
 ) -> None:
     """Raise a ValueError for names that are not modules of a pool."""
-    if unknown := [name for name in chosen if name not in there]:
+    if unknown := [name for name in chosen if name not in names]:
         raise ValueError(
-            f"{pool} has no module {some(unknown)}: it has {some(there)}; correct the names"
+            f"{pool} has no module {some(unknown)}: it has {some(names)}; correct the names"
         )
 
 
@@ -108,11 +108,11 @@ def coefficients_of(weights: Weights, pool: Pool) -> Float[Array, "N blocks"]:
     blocks = column_names(pool, "block")
     coefficients = np.zeros((len(pool), len(blocks)), np.float32)
     for row, name in enumerate(pool.names):
-        of_module = weights.get(name, 0.0)
+        module_weight = weights.get(name, 0.0)
         by_block = (
-            of_module
-            if isinstance(of_module, Mapping)
-            else dict.fromkeys(blocks, of_module)
+            module_weight
+            if isinstance(module_weight, Mapping)
+            else dict.fromkeys(blocks, module_weight)
         )
         if not by_block:
             raise ValueError(
@@ -181,7 +181,7 @@ def with_listed_modules(options: FuseOptions) -> FuseOptions:
 def listed_params(
     setup: LoadedModel,
     options: FuseOptions,
-    now: Digests,
+    current: Digests,
     weights: Weights,
     recorded: Digests | None,
 ) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def listed_params(
             basis_of(options.recipe) is not None
         ):  # modules in a basis have digests of other arrays
             recorded = {"base": recorded["base"], "modules": {}}
-        check_digests(source, recorded, now, options)
+        check_digests(source, recorded, current, options)
     if missing := sorted(weights.keys() - {*setup.modules[0]}):
         raise ValueError(
             f"{options.pool} has no module {some(missing)}, which {source} names: correct the names"
@@ -214,7 +214,7 @@ def listed_params(
     ]
     if method.granularity != "global":
         coefficients = refined(by_block, pool, "block", method.granularity)
-    elif any(isinstance(of_module, dict) for of_module in weights.values()):
+    elif any(isinstance(weight, dict) for weight in weights.values()):
         raise ValueError(
             f"{source} has weights by block: use the granularity block, site or rank"
         )

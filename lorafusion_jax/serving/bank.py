@@ -203,9 +203,14 @@ class TaskBank:
                 kernels(nnx.merge(self.graph, frozen.base)),
                 params["magnitudes"],
             )
-        how: Any = {"method": method, "granularity": self.granularity}
+        entry_options: Any = {"method": method, "granularity": self.granularity}
         entry = _entry(
-            self.tasks, nameless(frozen), params, index, _unnamed(task_pool), **how
+            self.tasks,
+            nameless(frozen),
+            params,
+            index,
+            _unnamed(task_pool),
+            **entry_options,
         )
         return dataclasses.replace(self, tasks=_replaced(self.tasks, number, entry))
 

@@ -73,10 +73,10 @@ def test_tasks_with_and_without_options(arguments, small, tmp_path):
 
 def test_a_plan_for_flan_t5_large_needs_no_weights(arguments, capsys):
     arguments = arguments | {
-        "base": ["flan-t5-large"],
-        "pool": ["none"],
-        "modules": ["20"],
-        "plan": [],
+        "--base": ["flan-t5-large"],
+        "--pool": ["none"],
+        "--modules": ["20"],
+        "--plan": [],
     }
     _run(arguments, methods=["LoRAFusion", "LoRA", "full fine-tuning"])
     printed = capsys.readouterr().out
@@ -90,7 +90,7 @@ def test_a_plan_for_flan_t5_large_needs_no_weights(arguments, capsys):
         and "The machine has 74.51 GiB" in printed
     )
     with pytest.raises(SystemExit):
-        _run(arguments, **large | {"plan": None, "for": ["h100"]})
+        _run(arguments | {"--plan": None}, **{"for": ["h100"]})
     assert "--for h100 is an option of a plan" in " ".join(
         capsys.readouterr().err.split()
     )

@@ -110,11 +110,13 @@ def test_runs_on_chips_have_the_results_of_one_device(small, tmp_path):
         for mesh in (None, "seed=2")
     ]
     np.testing.assert_allclose(*map(_losses, trained), rtol=1e-5)
-    given = {"run": tmp_path / "None", **chips, "chips": 3}
+    three_chips = lf.hardware.EvaluateOnChipsOptions(
+        run=tmp_path / "None", crossbar=noisy, keep_digital=digital, chips=3
+    )
     read = [
-        lf.hardware.evaluate_on_chips(
-            lf.hardware.EvaluateOnChipsOptions(**given, mesh=mesh)
-        )["rows"]
+        lf.hardware.evaluate_on_chips(dataclasses.replace(three_chips, mesh=mesh))[
+            "rows"
+        ]
         for mesh in (None, "seed=2")
     ]
     np.testing.assert_allclose(*map(_losses, read), rtol=1e-5)

@@ -239,7 +239,7 @@ def test_an_encoder_decoder_reads_lines_and_answers_them_itself(home, tmp_path):
     frozen = loaded.problem.frozen
     (batch,) = answered(loaded, lines[::8])  # the text that is left out
     chips = lf.hardware.load_chips(
-        str(home / "noisy.yaml"), digital=given["keep_digital"]
+        str(home / "noisy.yaml"), digital=options.keep_digital
     )
     on_chip = np.asarray(
         jax.nn.log_softmax(

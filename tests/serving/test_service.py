@@ -282,9 +282,8 @@ def test_a_run_is_merged_into_plain_weights_for_long_answers_to_the_same_tokens(
         len(merged) == 2
         and first == service.generate(lines[:1], ["fused"], max_new_tokens=60)[0]
     )
-    lf.runs.generate_lines(
-        lf.runs.GenerateOptions(**how | {"file": tmp_path / "short"}, max_new_tokens=1)
-    )
+    short = dataclasses.replace(options, file=tmp_path / "short", max_new_tokens=1)
+    lf.runs.generate_lines(short)
     assert len(merged) == 2
 
 

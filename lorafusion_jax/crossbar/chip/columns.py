@@ -35,9 +35,9 @@ class Written(NamedTuple):
         """Return the variances of the columns' read noise at sigma = 1, or None without noise."""
         if self.cells is None or self.config.device.read_noise is None:
             return None
-        of_cells = powers(self.cells, self.geometry, self.config)
+        cell_powers = powers(self.cells, self.geometry, self.config)
         return decoding.column_variances(
-            of_cells, self.geometry, self.config, self.gain
+            cell_powers, self.geometry, self.config, self.gain
         )
 
     def columns(self) -> Columns:

@@ -53,11 +53,11 @@ class Correction:
 
     def numbers(self) -> int:
         """Return how many digital parameters it has; columns of zeros in U, and their rows of V, do not count."""
-        found = sum(part.size for part in (self.scale, self.offset) if part is not None)
+        count = sum(part.size for part in (self.scale, self.offset) if part is not None)
         if self.U is None or self.V is None:
-            return found
+            return count
         ranks = int(jnp.sum(jnp.any(self.U != 0, axis=-2)))
-        return found + ranks * (self.U.shape[-2] + self.V.shape[-1])
+        return count + ranks * (self.U.shape[-2] + self.V.shape[-1])
 
 
 def numbers_per_rank(chips: Sequence[Any]) -> int:
@@ -69,30 +69,31 @@ def check_correction(correction: Correction, name: str, shape: tuple[int, ...]) 
     """Raise a ValueError if a part of a correction does not fit the chip of this name and shape."""
     *lead, d_in, d_out = shape
     rank = () if correction.U is None else correction.U.shape[-1:]
-    for part, of_one in {
+    for part, expected_shape in {
         "scale": (d_out,),
         "offset": (d_out,),
         "U": (d_in, *rank),
         "V": (*rank, d_out),
     }.items():
         values = getattr(correction, part)
-        if values is not None and values.shape != (*lead, *of_one):
+        if values is not None and values.shape != (*lead, *expected_shape):
             raise ValueError(
-                f"the {part} of the correction of {name!r} has shape {values.shape}: expected {(*lead, *of_one)}. Give "
+                f"the {part} of the correction of {name!r} has shape {values.shape}: expected "
+                f"{(*lead, *expected_shape)}. Give "
                 "the correction of this chip"
             )
 
 
 def by_name(chips: Sequence[Any]) -> dict[str, Any]:
     """Return chips by their names; raises a ValueError if two share one."""
-    found = {chip.name: chip for chip in chips}
-    for name in found if len(found) < len(chips) else ():
+    chips_by_name = {chip.name: chip for chip in chips}
+    for name in chips_by_name if len(chips_by_name) < len(chips) else ():
         if (count := sum(chip.name == name for chip in chips)) > 1:
             raise ValueError(
                 f"{count} chips have the name {name!r}, by which their data are given: set other names with "
                 "dataclasses.replace(chip, name=...)"
             )
-    return found
+    return chips_by_name
 
 
 # The corrections of a model, by the names of its chips.

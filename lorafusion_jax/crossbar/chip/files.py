@@ -65,8 +65,8 @@ def save_chip(chip: Chip, path: str | Path) -> None:
     # Without the axes of a stack, unless its matrices differ in values.
     first = [value[(0,) * (len(chip.shape) - 2)] for value in chip.values]
     same = all(
-        bool(jnp.all(value == one))
-        for value, one in zip(chip.values, first, strict=True)
+        bool(jnp.all(value == first_value))
+        for value, first_value in zip(chip.values, first, strict=True)
     )
     config = chip.structure.config(first if same else chip.values)
     meta = {
@@ -133,10 +133,10 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
         )
     meta = parse_json(described)
     if "codes" in arrays and arrays["codes"].dtype != (
-        held := jax.dtypes.canonicalize_dtype(arrays["codes"].dtype)
+        dtype := jax.dtypes.canonicalize_dtype(arrays["codes"].dtype)
     ):
         raise ValueError(
-            f"it holds {arrays['codes'].dtype}, which JAX would make {held}: set jax_enable_x64 first"
+            f"it holds {arrays['codes'].dtype}, which JAX would make {dtype}: set jax_enable_x64 first"
         )
     stored = {name: jnp.asarray(array) for name, array in arrays.items()}
     if config is None:
@@ -179,8 +179,7 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
     plan = dict(meta["plan"])
     if plan["packing"] is not None:
         places = {
-            name: tuple(map(tuple, of_slices))
-            for name, of_slices in plan["packing"].items()
+            name: tuple(map(tuple, slices)) for name, slices in plan["packing"].items()
         }
         plan["packing"] = Packing(**places)
     if (
@@ -188,12 +187,12 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
     ):  # an earlier version had bits of perfect cells, which follow from the codes
         plan["path"] = "loop"
         fields["columns"] = None
-    known = {
+    choices_by_name = {
         "path": tuple(PATHS),
         "integers": (False, True),
         "ties": ("shift", "divide", None),
     }
-    for name, choices in known.items():
+    for name, choices in choices_by_name.items():
         if plan[name] not in choices:
             raise ValueError(
                 f"{name} of its plan is {plan[name]!r}, not one of {choices}: program the weights again"
@@ -214,8 +213,8 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
         chip = dataclasses.replace(
             chip, columns=over_stack(columns_of, chip.shape[:-2])(chip)
         )
-    if own := [
+    if device_values := [
         stored[f"values.{i}"] for i in range(len(values)) if f"values.{i}" in stored
     ]:
-        return dataclasses.replace(chip, values=own)
+        return dataclasses.replace(chip, values=device_values)
     return reconfigured(chip, config)

@@ -100,19 +100,19 @@ def program(
         assert cells is not None
         cells, fresh, pulses = _write(cells, geometry, config, key, conductances)
         ratio = config.cell.on_off_ratio
-        held = config
+        mapped_config = config
         if route.converts and is_traced(
             ratio
         ):  # such reads remove Gmin, so codes get no gradient of it
             cell = dataclasses.replace(
                 config.cell, on_off_ratio=jax.lax.stop_gradient(ratio)
             )
-            held = dataclasses.replace(config, cell=cell)
-        codes = decoding.programmed_codes(cells, flipped, geometry, held)
+            mapped_config = dataclasses.replace(config, cell=cell)
+        codes = decoding.programmed_codes(cells, flipped, geometry, mapped_config)
         if fresh is not None:
-            each = encoding.per_weight(scale, geometry)
-            before = decoding.programmed_codes(fresh, flipped, geometry, held)
-            scale = scale * drift_compensation(before * each, codes * each)
+            per_weight = encoding.per_weight(scale, geometry)
+            before = decoding.programmed_codes(fresh, flipped, geometry, mapped_config)
+            scale = scale * drift_compensation(before * per_weight, codes * per_weight)
     gain, offset = _mismatch(cells, geometry, config, key)
     laid = route.lay_out(Written(plan, cells, slices, gain, geometry, config))
     real = weights / encoding.per_weight(jax.lax.stop_gradient(scale), geometry)
@@ -151,8 +151,8 @@ def _write(
     g_min = like(config.g_min, targets)
     top = jnp.asarray(geometry.levels, targets.dtype)[:, None, None, None, None, None]
     if conductances is None:
-        wanted = g_min + targets / top * (1 - g_min)
-        conductances, counts = realise(wanted, device, key, g_min=g_min)
+        conductance_targets = g_min + targets / top * (1 - g_min)
+        conductances, counts = realise(conductance_targets, device, key, g_min=g_min)
         used = geometry.cells_in_use
         if counts is not None:
             pulses = jnp.mean(
@@ -160,7 +160,10 @@ def _write(
             )
         if device.compensate and device.time is not None:
             fresh, _ = realise(
-                wanted, dataclasses.replace(device, time=None), key, g_min=g_min
+                conductance_targets,
+                dataclasses.replace(device, time=None),
+                key,
+                g_min=g_min,
             )
             fresh = (fresh - g_min) / (1 - g_min) * top
     elif conductances.shape != targets.shape:
@@ -241,15 +244,19 @@ def _check(
             raise ValueError(
                 f"{bad} of {weights.size} weights are NaN or infinite: give finite weights"
             )
-    drawn = (
+    config_to_draw = (
         config if conductances is None else dataclasses.replace(config, device=Device())
     )
-    if key is None and is_random(drawn):
+    if key is None and is_random(config_to_draw):
         raise ValueError(
             "this crossbar is random (device or ADC errors): give the chip's key, as in jax.random.key(0)"
         )
-    time = drawn.device.time
-    if isinstance(time, NUMBER) and time > 0 and not depends_on_time(drawn.device):
+    time = config_to_draw.device.time
+    if (
+        isinstance(time, NUMBER)
+        and time > 0
+        and not depends_on_time(config_to_draw.device)
+    ):
         raise ValueError(
             f"device.time = {time} changes nothing without device.drift: give one, such as PowerLaw(0.05)"
         )

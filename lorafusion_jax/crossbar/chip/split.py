@@ -38,9 +38,9 @@ def partitions(chip: Chip) -> list[PartitionSpec]:
         for path, a in jax.tree.leaves_with_path(chip)
     ]
     # The variances of one product have no tiles.
-    whole = () if chip.columns is not None else ("variance",)
+    unsplit = () if chip.columns is not None else ("variance",)
     return [
-        partition(chip.plan.split, "" if name in whole else name, a.shape)
+        partition(chip.plan.split, "" if name in unsplit else name, a.shape)
         for name, a in names
     ]
 

@@ -121,9 +121,9 @@ def _keys(
     key: Array, weight: Array, numbers: Sequence[Int[Array, " _size"]]
 ) -> list[Array]:
     """Return the keys of the chip and of the reads for every matrix of a stack."""
-    of_weight = jax.random.fold_in(key, weight)
+    weight_key = jax.random.fold_in(key, weight)
     return [
-        stacked_keys(jax.random.fold_in(of_weight, purpose), numbers)
+        stacked_keys(jax.random.fold_in(weight_key, purpose), numbers)
         for purpose in (_CHIP, _READ)
     ]
 
@@ -145,9 +145,11 @@ def _program_stack(
         path = PATHS[chip.plan.path].in_models(chip.plan)
         if path == chip.plan.path:
             return chip
-        other = program(matrix, config, key, path=path, preparation=preparation)
-        plan = dataclasses.replace(other.plan, tabulates=not config.draws_at_conversion)
-        return dataclasses.replace(other, plan=plan)
+        programmed = program(matrix, config, key, path=path, preparation=preparation)
+        plan = dataclasses.replace(
+            programmed.plan, tabulates=not config.draws_at_conversion
+        )
+        return dataclasses.replace(programmed, plan=plan)
 
     return one_by_one(of_one, weight.shape[:-2])(weight, keys, preparation)
 
@@ -189,9 +191,11 @@ def one_key(key: Any) -> Array:
         typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
         if typed and key.ndim == 0 or key.dtype == jnp.uint32 and key.ndim == 1:
             return typed_key(key)
-    given = f"{key.dtype}{list(key.shape)}" if isinstance(key, jax.Array) else repr(key)
+    description = (
+        f"{key.dtype}{list(key.shape)}" if isinstance(key, jax.Array) else repr(key)
+    )
     raise ValueError(
-        f"the key is {given}: give one PRNG key, such as jax.random.key(0)"
+        f"the key is {description}: give one PRNG key, such as jax.random.key(0)"
     )
 
 
@@ -200,12 +204,12 @@ def _check_patterns(rules: Rules, weights: Mapping[str, Array]) -> None:
     for pattern, config in rules.items():
         matched = [path for path in weights if fnmatch.fnmatchcase(path, pattern)]
         if not matched:
-            there = (
+            choices = (
                 ", ".join(weights)
                 or "a single layer, which has no name and matches '*'"
             )
             raise ValueError(
-                f"the rule {pattern!r} matches no weight: there are {there}; correct it"
+                f"the rule {pattern!r} matches no weight: there are {choices}; correct it"
             )
         if config is not None and all(weights[path].ndim < 2 for path in matched):
             raise ValueError(
@@ -213,15 +217,15 @@ def _check_patterns(rules: Rules, weights: Mapping[str, Array]) -> None:
                 f"{weights[matched[0]].shape}, but arrays hold matrices: leave the rule out, or name a matrix or a "
                 "stack of them"
             )
-        for other, covered in earlier.items():
+        for earlier_pattern, covered in earlier.items():
             # The rule for all others may be left with nothing.
             if (
                 pattern != "*"
-                and rules[other] is not config
+                and rules[earlier_pattern] is not config
                 and covered.issuperset(matched)
             ):
                 raise ValueError(
-                    f"the rule {pattern!r} never decides, because {other!r} comes first and matches all that it "
-                    "matches: put the special rule before the general one"
+                    f"the rule {pattern!r} never decides, because {earlier_pattern!r} comes first and matches all that "
+                    "it matches: put the special rule before the general one"
                 )
         earlier[pattern] = set(matched)

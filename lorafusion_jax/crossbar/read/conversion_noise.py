@@ -107,15 +107,16 @@ def add_noise(
         place = place + noise.corner[0]
         c = c + noise.corner[1]
         width = noise.corner[2]
-    drawn = normal_at(noise.words, place * planes + k, b * width + c)
-    own = slice(corner[0], corner[0] + sums.shape[0])
-    scale = noise.scale[own, None, None]
+    draws = normal_at(noise.words, place * planes + k, b * width + c)
+    planes_of_sums = slice(corner[0], corner[0] + sums.shape[0])
+    scale = noise.scale[planes_of_sums, None, None]
     deviation = scale * root(variance)
     if noise.of_adc is not None:
         deviation = root(
-            jnp.square(scale) * variance + jnp.square(noise.of_adc[own, None, None])
+            jnp.square(scale) * variance
+            + jnp.square(noise.of_adc[planes_of_sums, None, None])
         )
-    return sums + deviation * drawn.astype(sums.dtype)
+    return sums + deviation * draws.astype(sums.dtype)
 
 
 def alike(

@@ -77,16 +77,18 @@ def column_sums(
     narrow = integers and bits <= 8 and u.dtype == jnp.float32 and not for_cpu()
     if device.read_noise is not None and key is not None:
         narrow = False
-        drawn = device.read_noise.draw(g_min + g / top * (1 - g_min), key)
-        g = (drawn - g_min) / (1 - g_min) * top
+        noisy = device.read_noise.draw(g_min + g / top * (1 - g_min), key)
+        g = (noisy - g_min) / (1 - g_min) * top
     if tile.wire is None and device.iv is None and tile.current_limit is None:
-        how: Any = (
+        precision: Any = (
             {"preferred_element_type": u.dtype} if narrow else {"precision": "highest"}
         )
-        held = jnp.bfloat16 if narrow else u.dtype
+        dtype = jnp.bfloat16 if narrow else u.dtype
         if subtract:
-            return jnp.dot(u.astype(held), (g[0] - g[1]).astype(held), **how)[None]
-        sums = jnp.einsum("r,prc->pc", u.astype(held), g.astype(held), **how)
+            return jnp.dot(u.astype(dtype), (g[0] - g[1]).astype(dtype), **precision)[
+                None
+            ]
+        sums = jnp.einsum("r,prc->pc", u.astype(dtype), g.astype(dtype), **precision)
         return sums + g_min * top / (1 - g_min) * jnp.sum(u)
     v = u / geometry.pulse
     conductance = g_min + g / top * (1 - g_min)
@@ -95,11 +97,11 @@ def column_sums(
         current = jax.vmap(lambda one: currents(v, one, wire, device.iv))(conductance)
     elif device.iv is not None:
         # Not jnp.sum: see `devices.wires.currents`.
-        of_cells = for_each_cell(
+        cell_powers = for_each_cell(
             "iv", device.iv(v[None, :, None], conductance), conductance.shape
         )
         current = jnp.einsum(
-            "r,prc->pc", jnp.ones_like(v), of_cells, precision="highest"
+            "r,prc->pc", jnp.ones_like(v), cell_powers, precision="highest"
         )
     else:
         current = jnp.einsum("r,prc->pc", v, conductance, precision="highest")
@@ -167,8 +169,8 @@ def mapped(
         moving = [i for i, axis in enumerate(in_axes) if axis is not None]
 
         def one(parts: list[Array]) -> Any:
-            own = dict(zip(moving, parts, strict=True))
-            return fn(*(own.get(i, a) for i, a in enumerate(along)))
+            moved = dict(zip(moving, parts, strict=True))
+            return fn(*(moved.get(i, a) for i, a in enumerate(along)))
 
         return jax.lax.map(
             one, [along[i] for i in moving], batch_size=max(1, BUDGET // bytes_each)
@@ -261,8 +263,8 @@ def with_noise(
     deviation = of_conversions(geometry, config, sums.dtype)
     if deviation is None or key is None:
         return sums
-    drawn = normal(jax.random.fold_in(key, _CONVERSION), sums.shape, sums.dtype)
+    draws = normal(jax.random.fold_in(key, _CONVERSION), sums.shape, sums.dtype)
     return (
         sums
-        + jnp.broadcast_to(deviation[:, None, None, None, None], sums.shape) * drawn
+        + jnp.broadcast_to(deviation[:, None, None, None, None], sums.shape) * draws
     )

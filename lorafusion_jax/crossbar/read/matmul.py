@@ -119,9 +119,9 @@ def check_ready(chip: Chip, name: str, *, key: str, ranges: str) -> None:
 @functools.partial(jax.jit, inline=True)
 def _compiled(x: Float[Array, "B d_in"], chip: Chip) -> Float[Array, "B d_out"]:
     paths, tree = jax.tree.flatten_with_path(chip)
-    of_values = iter(chip.structure.names)
+    value_names = iter(chip.structure.names)
     fields = [jax.tree_util.keystr(path[:1], simple=True) for path, _ in paths]
-    names = tuple(next(of_values) if field == "values" else field for field in fields)
+    names = tuple(next(value_names) if field == "values" else field for field in fields)
     return _read(tree, names, x, [leaf for _, leaf in paths])
 
 
@@ -185,13 +185,13 @@ def _within_range(
     def two_to(exponent: Array) -> Array:
         return jnp.ldexp(jnp.ones(exponent.shape, scale.dtype), exponent)
 
-    of_scale = beyond(jnp.max(scale, axis=0, keepdims=True))
-    of_limit = beyond(limit)
-    both = of_scale + of_limit
+    scale_exponent = beyond(jnp.max(scale, axis=0, keepdims=True))
+    limit_exponent = beyond(limit)
+    both = scale_exponent + limit_exponent
     half = both // 2
     return (
-        scale * two_to(-of_scale),
-        limit * two_to(-of_limit),
+        scale * two_to(-scale_exponent),
+        limit * two_to(-limit_exponent),
         (two_to(half), two_to(both - half)),
     )
 
@@ -241,15 +241,15 @@ def _derivative(tree, names, primals, tangents):
         # y = limit f(x / limit), and f passes the inputs within the range straight through (LSQ, Esser et al. 2020).
         rest = y - times(jnp.where(inside, x, 0), chip.codes)
         terms.append(moved["input_limit"] / chip.input_limit * rest)
-    others = [
+    moved_leaves = [
         i
         for i, name in enumerate(names)
         if name in moved and name not in ("codes", "input_limit")
     ]
-    if others:
+    if moved_leaves:
 
         def smooth(values: list[Array]) -> Array:
-            changed = dict(zip(others, values, strict=True))
+            changed = dict(zip(moved_leaves, values, strict=True))
             moving = jax.tree.unflatten(
                 tree, [changed.get(i, leaf) for i, leaf in enumerate(leaves)]
             )
@@ -258,8 +258,8 @@ def _derivative(tree, names, primals, tangents):
         terms.append(
             jax.jvp(
                 smooth,
-                ([leaves[i] for i in others],),
-                ([leaves_dot[i] for i in others],),
+                ([leaves[i] for i in moved_leaves],),
+                ([leaves_dot[i] for i in moved_leaves],),
             )[1]
         )
     return y, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(y)
@@ -267,7 +267,7 @@ def _derivative(tree, names, primals, tangents):
 
 def _check_moved(moved: Collection[str], config: CrossbarConfig) -> None:
     """Raise an error for derivatives that a read does not have, instead of returning zeros."""
-    of_read = (
+    read_prefixes = (
         "cell.on_off_ratio",
         "tile.",
         "adc.noise",
@@ -279,7 +279,7 @@ def _check_moved(moved: Collection[str], config: CrossbarConfig) -> None:
             continue
         if (
             config.tile.wire is not None
-            and name.startswith(of_read)
+            and name.startswith(read_prefixes)
             and name != "tile.current_limit"
         ):
             raise ValueError(

@@ -56,8 +56,8 @@ def certificate(
             levels = geometry.levels * (count // len(geometry.levels))
             return [geometry.tallest * (top * level) ** power for level in levels]
         return [
-            top**power * int(of_slice)
-            for of_slice in np.max(np.asarray(over_rows(cells)), axis=(1, 2))
+            top**power * int(slice_level)
+            for slice_level in np.max(np.asarray(over_rows(cells)), axis=(1, 2))
         ]
 
     spans = [

@@ -34,17 +34,17 @@ class ProductPath(ReadPath):
         if not facts.telescopes:
             return None
         lossless = "the ADC loses nothing: integer levels within its range"
-        why = "there is no ADC" if facts.config.adc is None else lossless
-        return f"one matrix product: {why}, so that all slices and tiles telescope"
+        reason = "there is no ADC" if facts.config.adc is None else lossless
+        return f"one matrix product: {reason}, so that all slices and tiles telescope"
 
     def lay_out(self, written: Written) -> Laid:
         variance = written.variance()
-        of_codes = (
+        code_variance = (
             None
             if variance is None
             else _telescoped(variance, written.geometry, written.config)
         )
-        return Laid(written.plan, variance=of_codes)
+        return Laid(written.plan, variance=code_variance)
 
     def read(
         self, n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip
@@ -82,15 +82,15 @@ class ProductPath(ReadPath):
                 noise.sigma, n
             )
             outputs = d_out + (len(cols) if config.encoding.unit_column else 0)
-            drawn = spread * normal(key, (n.shape[0], outputs), n.dtype)
+            draws = spread * normal(key, (n.shape[0], outputs), n.dtype)
             if (
                 config.encoding.unit_column
             ):  # one draw for each array's unit column, shared by all its outputs
-                drawn, units = drawn[:, :d_out], drawn[:, d_out:]
-                drawn = drawn - jnp.repeat(
+                draws, units = draws[:, :d_out], draws[:, d_out:]
+                draws = draws - jnp.repeat(
                     units, np.asarray(cols), axis=1, total_repeat_length=d_out
                 )
-            y = y + drawn * unit
+            y = y + draws * unit
         return y if tiled else y * chip.scale
 
 
@@ -108,5 +108,5 @@ def _telescoped(
             * jnp.asarray(geometry.levels, variance.dtype)
             / (1 - like(config.g_min, variance))
         )
-    of_codes = jnp.einsum("k,krio->rio", jnp.square(worth), variance)
-    return encoding.join(of_codes, geometry.rows, 0, front=True)
+    code_variance = jnp.einsum("k,krio->rio", jnp.square(worth), variance)
+    return encoding.join(code_variance, geometry.rows, 0, front=True)

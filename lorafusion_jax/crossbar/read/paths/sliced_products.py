@@ -54,10 +54,10 @@ def sliced_products(
 
         def plane(operand: Array, w: int) -> Float[Array, "rows _cols"]:
             # In a single slice: `operand[w]` first would be copied in every step, for all row tiles.
-            found = jax.lax.dynamic_slice(
+            word_plane = jax.lax.dynamic_slice(
                 operand, (w, r, 0, 0), (1, 1, *operand.shape[2:])
             )
-            return jnp.squeeze(found, (0, 1)).astype(n.dtype)
+            return jnp.squeeze(word_plane, (0, 1)).astype(n.dtype)
 
         planes = [
             [plane(operand, w) for w in range(len(words))] for operand in operands
@@ -67,25 +67,31 @@ def sliced_products(
             u = x if slices is None else digit(x, slices, j).astype(n.dtype)
 
             def read(
-                w: int, own: slice, total: Float[Array, "k B cols"]
+                w: int, planes_of_word: slice, total: Float[Array, "k B cols"]
             ) -> Float[Array, "k B cols"]:
                 factors = zip((u, u * u), planes, strict=False)
-                found = [
-                    jnp.dot(factor, of_words[w], precision="highest")
-                    for factor, of_words in factors
+                products = [
+                    jnp.dot(factor, word_planes[w], precision="highest")
+                    for factor, word_planes in factors
                 ]
                 if packing is None or least is None:
-                    sums = found[0][None]
-                    variances = [variance[None] for variance in found[1:]]
+                    sums = products[0][None]
+                    variances = [variance[None] for variance in products[1:]]
                 else:
                     word = functools.reduce(
-                        jnp.add, [each.astype(jnp.int32) for each in found]
+                        jnp.add,
+                        [word_product.astype(jnp.int32) for word_product in products],
                     )
                     sums = (
-                        unpack(word, packing.fields[own]) + least[own, None]
+                        unpack(word, packing.fields[planes_of_word])
+                        + least[planes_of_word, None]
                     ).astype(n.dtype)
                     variances = (
-                        [unpack(word, packing.variances[own]).astype(n.dtype)]
+                        [
+                            unpack(word, packing.variances[planes_of_word]).astype(
+                                n.dtype
+                            )
+                        ]
                         if packing.variances
                         else []
                     )
@@ -94,7 +100,7 @@ def sliced_products(
                         variances = [
                             alike(
                                 u[:, : noise.variance.shape[2]],
-                                noise.variance[own, r, :, 0],
+                                noise.variance[planes_of_word, r, :, 0],
                             )
                         ]
                     sums = add_noise(
@@ -102,10 +108,12 @@ def sliced_products(
                         variances[0],
                         noise,
                         r * worth.size + j,
-                        (own.start, 0, 0),
+                        (planes_of_word.start, 0, 0),
                         sums.shape[2],
                     )
-                return total + worth[j] * adc(sums, adc.scale[own, None, None])
+                return total + worth[j] * adc(
+                    sums, adc.scale[planes_of_word, None, None]
+                )
 
             if occupied is None:
                 return tuple(
@@ -125,10 +133,14 @@ def sliced_products(
         return jax.lax.fori_loop(0, worth.size, step, totals)
 
     zeros = (
-        jnp.zeros((own.stop - own.start, len(n), operands[0].shape[3]), n.dtype)
-        for own in words
+        jnp.zeros(
+            (planes_of_word.stop - planes_of_word.start, len(n), operands[0].shape[3]),
+            n.dtype,
+        )
+        for planes_of_word in words
     )
     zero = tuple(
-        varying_as(of_word, n, cells, adc.scale, occupied, noise) for of_word in zeros
+        varying_as(word_zeros, n, cells, adc.scale, occupied, noise)
+        for word_zeros in zeros
     )
     return jnp.concatenate(jax.lax.fori_loop(0, n.shape[1], tile, zero))
