@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import io
 import json
 import re
@@ -18,8 +19,10 @@ from flax import nnx
 
 import lorafusion_jax as lf
 from lorafusion_jax.loading.model import evaluation_worth
-from lorafusion_jax.runs import evaluate as evaluation
 from lorafusion_jax.tasks import Example, encode, eval_batches
+
+# The package's name of this module is that of its function.
+evaluation = importlib.import_module("lorafusion_jax.runs.evaluate")
 
 _ANSWERS = {"hot": "cold", "tall": "short", "bold": "old", "gold": "the gold"}
 

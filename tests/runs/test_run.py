@@ -1,6 +1,7 @@
 """Whole runs on the embedded pool: resumable, reproducible, the same for a seed whatever runs at the same time."""
 
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -20,7 +21,9 @@ from lorafusion_jax.io import arrays, checkpoint
 from lorafusion_jax.runs import run as run_lib
 from lorafusion_jax.support import interrupts, processes
 from lorafusion_jax.tasks import eval_batches
-from lorafusion_jax.training import fit as fit_lib
+
+# The package's name of this module is that of its function.
+fit_lib = importlib.import_module("lorafusion_jax.training.fit")
 
 
 def _options(small: tuple[Path, Path], out: Path, **changes) -> lf.FuseOptions:

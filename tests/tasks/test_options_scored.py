@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import json
 
 import jax
@@ -13,11 +14,13 @@ from flax import nnx
 
 import lorafusion_jax as lf
 from lorafusion_jax.runs import evaluate, load_setup, seed_rows
-from lorafusion_jax.runs import evaluate as evaluation
 from lorafusion_jax.runs.evaluate import evaluate_seeds
 from lorafusion_jax.tasks import answer_options
 from lorafusion_jax.training import LOSS, start
 from lorafusion_jax.training.frozen import GENERATION, OPTIONS
+
+# The package's name of this module is that of its function.
+evaluation = importlib.import_module("lorafusion_jax.runs.evaluate")
 
 _WORDS = ["a", "c", "d", "g", "h", "h i", "* j", "a b c"]
 _SEEDS = (1, 2)

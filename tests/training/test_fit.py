@@ -1,6 +1,7 @@
 """Steps of an epoch in one call, as on accelerators, against a call for each, as on a CPU."""
 
 import dataclasses
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,10 @@ from lorafusion_jax.methods import FullFineTuning
 from lorafusion_jax.models import Unstacked
 from lorafusion_jax.tasks import Encoded, Split, TrainingRows
 from lorafusion_jax.training import Epoch, fit, recipe_rates, start
-from lorafusion_jax.training import fit as fit_lib
 from lorafusion_jax.training.frozen import VALIDATION
+
+# The package's name of this module is that of its function.
+fit_lib = importlib.import_module("lorafusion_jax.training.fit")
 
 _CONFIG = dataclasses.replace(
     tiny.CONFIG, num_layers=1, num_decoder_layers=1, unroll=True
