@@ -181,13 +181,12 @@ def on_every_chip(
     chip_numbers = np.minimum(
         first_of_device + np.arange(local_chip.max() + 1), len(keys) - 1
     ).ravel()
-    on_chips = (
-        jax.tree.map(
+    if restored:
+        on_chips = jax.tree.map(
             lambda *leaves: jnp.stack(leaves), *(restored[n] for n in chip_numbers)
         )
-        if restored
-        else None
-    )
+    else:
+        on_chips = None
     weights = programmed(
         problem,
         rules,
@@ -295,11 +294,10 @@ def _with_limits(frozen: Frozen, limits: Limits) -> Frozen:
             leaves.append(leaf)
             continue
         dac = leaf.config.dac
-        input_limit = (
-            leaf.input_limit
-            if dac is None or dac.scaling != "calibrated"
-            else dac_limit
-        )
+        if dac is None or dac.scaling != "calibrated":
+            input_limit = leaf.input_limit
+        else:
+            input_limit = dac_limit
         leaves.append(
             dataclasses.replace(leaf, limits=adc_limits, input_limit=input_limit)
         )

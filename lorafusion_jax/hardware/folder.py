@@ -181,11 +181,10 @@ class Chips:
             pairs = {"shared basis": (basis, manifest["basis_sha256"])}
         for name, (digest, stored_digest) in pairs.items():
             if digest != stored_digest:
-                state = (
-                    "is not there"
-                    if stored_digest is None
-                    else f"has the sha256 {stored_digest[:12]}"
-                )
+                if stored_digest is None:
+                    state = "is not there"
+                else:
+                    state = f"has the sha256 {stored_digest[:12]}"
                 raise ValueError(
                     f"the run fuses the {name} (sha256 {digest[:12]}), which on {self.name} {state}: the chips were "
                     "programmed with another pool; program them with the run's"

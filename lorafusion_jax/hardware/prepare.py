@@ -178,10 +178,9 @@ def _batches(loaded: LoadedModel, content: str, options: PrepareOptions) -> list
         batches = answered(loaded, lines)
         amount = f"{len(lines)} lines"
     if not batches:
-        least = (
-            f"a window of {WINDOW} tokens, better {PrepareOptions.tokens:,}"
-            if loaded.config.causal
-            else "a line"
-        )
+        if loaded.config.causal:
+            least = f"a window of {WINDOW} tokens, better {PrepareOptions.tokens:,}"
+        else:
+            least = "a line"
         raise ValueError(f"the text has {amount}: give at least {least}")
     return batches

@@ -228,11 +228,10 @@ def _with_pool(
             if factor in ("A", "U") and site in preparations:
                 site_preparation = preparations[site]
                 shape = (weights.shape[0], *[1] * (weights.ndim - 3), weights.shape[-2])
-                wide = (
-                    None
-                    if site_preparation.factors is None
-                    else site_preparation.factors.reshape(shape)
-                )
+                if site_preparation.factors is None:
+                    wide = None
+                else:
+                    wide = site_preparation.factors.reshape(shape)
                 wide = (
                     None if wide is None else jnp.broadcast_to(wide, weights.shape[:-1])
                 )

@@ -184,11 +184,9 @@ def restore_each(
                 correction if a <= b else neutral
                 for correction, neutral, a, b in zip(*starts, *off, strict=True)
             ]
-    return (
-        _distil_each(run, models, corrections, batches, targets, how, left_out)
-        if how.epochs
-        else corrections
-    )
+    if how.epochs:
+        return _distil_each(run, models, corrections, batches, targets, how, left_out)
+    return corrections
 
 
 @lru_cache  # the same function again: it is compiled once for each
@@ -240,11 +238,10 @@ def _distil_each(
         jax.random.permutation(jax.random.fold_in(key, epoch), len(batches))
         for epoch in range(how.epochs)
     ]
-    least = (
-        np.array(math.inf)
-        if left_out is None
-        else _diverged(run, models, _corrections(best), left_out)
-    )
+    if left_out is None:
+        least = np.array(math.inf)
+    else:
+        least = _diverged(run, models, _corrections(best), left_out)
     with progress("steps", steps) as bar:
         for step, number in enumerate(np.concatenate(orders), start=1):
             read_models = crossbar.reads(models, step - 1)

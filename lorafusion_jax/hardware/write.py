@@ -75,11 +75,10 @@ def write_chips(options: ProgramOptions) -> Manifest:
             f"programming is not random in {options.crossbar}, so {options.chips} chips are alike: use 1"
         )
     pool = open_pool(options.pool)
-    names = (
-        pool.names
-        if options.basis is None
-        else tuple(pool.basis_modules(options.basis))
-    )
+    if options.basis is None:
+        names = pool.names
+    else:
+        names = tuple(pool.basis_modules(options.basis))
     recipe = FusionRecipe(modules=len(names), basis=options.basis)
     fused = chips.checked(
         load_model(

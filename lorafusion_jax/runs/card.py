@@ -46,11 +46,10 @@ def write_card(
     tested = (
         "" if results is None else f", and {results['test_rows']:,} rows were tested"
     )
-    control = (
-        ""
-        if options.control == "none"
-        else f", the control `{options.control}` instead of the pool itself,"
-    )
+    if options.control == "none":
+        control = ""
+    else:
+        control = f", the control `{options.control}` instead of the pool itself,"
     product = "A LoRA adapter" if gguf else "A PEFT adapter"
     if merged:
         product = "A model"

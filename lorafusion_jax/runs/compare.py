@@ -110,11 +110,10 @@ def _scores(names: dict[Path, str]) -> Scores:
             marks: dict[str, str | None] = {}
             for key in ("correct", "option_correct"):
                 row_marks = [row[key] for row in seed_rows]
-                marks[key] = (
-                    None
-                    if None in row_marks
-                    else "".join("01"[bool(mark)] for mark in row_marks)
-                )
+                if None in row_marks:
+                    marks[key] = None
+                else:
+                    marks[key] = "".join("01"[bool(mark)] for mark in row_marks)
             rows.append(
                 {
                     "task": results["task"],

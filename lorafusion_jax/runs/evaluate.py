@@ -56,11 +56,9 @@ class Evaluation(NamedTuple):
     @property
     def option_accuracy(self) -> Float[np.ndarray, " seeds"] | None:
         """Share of rows whose likeliest option is the target, in percent; None without options."""
-        return (
-            None
-            if self.option_correct is None
-            else 100 * self.option_correct.mean(axis=1)
-        )
+        if self.option_correct is None:
+            return None
+        return 100 * self.option_correct.mean(axis=1)
 
 
 def evaluate(
@@ -166,11 +164,10 @@ def evaluate_few_shot(
     """
     texts = Texts(setup.tokenizer, setup.text_format)
     # After its answer, a model that continues the prompt adds further examples.
-    stop = (
-        BETWEEN_EXAMPLES
-        if texts.text_format.ends and not texts.text_format.chat
-        else None
-    )
+    if texts.text_format.ends and not texts.text_format.chat:
+        stop = BETWEEN_EXAMPLES
+    else:
+        stop = None
     evaluations = []
     for shown in shown_to_seeds(setup.task, options):
         test = encode_shown(texts, shown, len(setup.test), setup.max_new_tokens)

@@ -426,11 +426,10 @@ def _lines(options: GenerateOptions) -> Iterator[str]:
     """Yield the lines of the text, blank ones too, as they arrive."""
     if options.file is not None and not options.file.is_fifo():
         check_regular(options.file)
-    source = (
-        contextlib.nullcontext(sys.stdin)
-        if options.file is None
-        else open(options.file, encoding="utf-8-sig")
-    )
+    if options.file is None:
+        source = contextlib.nullcontext(sys.stdin)
+    else:
+        source = open(options.file, encoding="utf-8-sig")
     empty = True
     where = options.file or "standard input"
     with source as text, utf8(where):

@@ -109,11 +109,10 @@ def coefficients_of(weights: Weights, pool: Pool) -> Float[Array, "N blocks"]:
     coefficients = np.zeros((len(pool), len(blocks)), np.float32)
     for row, name in enumerate(pool.names):
         module_weight = weights.get(name, 0.0)
-        by_block = (
-            module_weight
-            if isinstance(module_weight, Mapping)
-            else dict.fromkeys(blocks, module_weight)
-        )
+        if isinstance(module_weight, Mapping):
+            by_block = module_weight
+        else:
+            by_block = dict.fromkeys(blocks, module_weight)
         if not by_block:
             raise ValueError(
                 f"{name} has no weights: expected a number, or numbers by block, of {some(blocks)}"

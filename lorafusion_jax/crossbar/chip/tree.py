@@ -175,11 +175,10 @@ def check_rules(rules: Any) -> None:
         raise ValueError(f"rules of type {type(rules).__name__}: {example}")
     for pattern, config in rules.items():
         if config is not None and not isinstance(config, CrossbarConfig):
-            example = (
-                f"load_config({config!r})"
-                if isinstance(config, str)
-                else "a CrossbarConfig"
-            )
+            if isinstance(config, str):
+                example = f"load_config({config!r})"
+            else:
+                example = "a CrossbarConfig"
             raise ValueError(
                 f"the rule {pattern!r} gives {config!r}: give {example}, or None for digital"
             )

@@ -222,11 +222,10 @@ def definition(
             sums,
         )
         total = converted(total) if config.converts_sums else total
-        total = (
-            total[..., 0, :] - total[..., 1, :]
-            if total.shape[3] == 2
-            else total[..., 0, :]
-        )
+        if total.shape[3] == 2:
+            total = total[..., 0, :] - total[..., 1, :]
+        else:
+            total = total[..., 0, :]
         ones = jnp.sum(codes, axis=1)[:, None, None]
         one_range = quantise is None or quantise.scale.shape[0] == 1
         if chip.flipped is None and chip.scale.shape[0] == 1 and one_range:
