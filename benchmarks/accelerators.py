@@ -73,17 +73,9 @@ from lorafusion_jax.crossbar.read import definition
 from lorafusion_jax.estimates import (
     Settings,
     Shape,
-    evaluation_bytes,
-    generation_flops,
+    held_bytes,
     machine,
-    pool_bytes,
-    row_tokens,
-    state_bytes,
-    step_bytes,
-    step_flops,
-    trained_numbers,
-    update_of,
-    weights_bytes,
+    program_of,
 )
 from lorafusion_jax.models import advance, begin, targeted
 from lorafusion_jax.tasks import Batch
@@ -335,8 +327,6 @@ def _lowered(
         "load_in": held_in(dtype),
     }
     settings = Settings(recipe=recipe, rank=RANK, seeds=seeds, **how)
-    update = update_of(config, "fusion", settings)
-    trainable = trained_numbers(config, "fusion", settings)
     weights = weights if k is None else _in_basis(weights, k)
     weights = jax.eval_shape(partial(precomputed, config, method), weights)
     shaped: Any = {"seeds": seeds, "seed_mode": "batched", "groups": groups}
@@ -357,23 +347,16 @@ def _lowered(
         lowered: Any = jax.jit(_generate).lower(state.params, one, problem, ended)
     else:
         lowered = step_of((state, batch, problem, rates), steps)
-    how |= {"update": update, "seeds": seeds}
-    if generates:
-        work = evaluation_bytes(config, Shape(rows, source, 0), _NEW, **how)
-        shape = Shape(rows, source, _NEW)
-        flops = generation_flops(config, shape, update) + _of_zeros(config, shape)
-        held = 4 * trainable
-    else:
-        shape = Shape(rows, source, batch.labels.shape[-1], groups)
-        work = step_bytes(config, shape, trainable=trainable, **how)
-        flops = steps * step_flops(config, shape, update, trainable=trainable)
-        held = state_bytes(trainable)
-    held = (
-        seeds * held
-        + weights_bytes(config, settings.load_in)
-        + pool_bytes(config, update, settings.load_in)
+    target = _NEW if generates else batch.labels.shape[-1]
+    planned = program_of(
+        config,
+        "fusion",
+        settings,
+        "answers" if generates else "step",
+        Shape(rows, source, target, groups),
     )
-    return lowered, held + work, seeds * flops
+    needed = held_bytes(config, "fusion", settings) + planned.bytes
+    return lowered, needed, seeds * (1 if generates else steps) * planned.flops
 
 
 def _generate(params: Params, batch: Batch, problem: Problem, ended: Array) -> Array:
@@ -391,22 +374,6 @@ def _generate(params: Params, batch: Batch, problem: Problem, ended: Array) -> A
 
     problem = problem.unstacked()
     return problem.over_seeds(of_seed, (params,), (batch,))
-
-
-def _of_zeros(config: Architecture, shape: Shape) -> float:
-    """Return the FLOPs of zeros in attention from single tokens, which is one product for all heads."""
-    return 4.0 * sum(
-        stack.layers
-        * shape.rows
-        * shape.target
-        * row_tokens(attention, shape)
-        * width
-        * (attention.heads - 1)
-        for stack in config.stacks.values()
-        for attention in stack.attentions
-        for width in [attention.heads * attention.d_head]
-        if "target" in stack.reads and attention.heads == attention.kv_heads
-    )
 
 
 def _on(

@@ -31,9 +31,8 @@ from _model import (
     unrolled,
 )
 
-from lorafusion_jax import Update
-from lorafusion_jax.estimates import Shape, step_flops
-from lorafusion_jax.methods import MixUpdate, SumUpdate
+from lorafusion_jax import FusionRecipe
+from lorafusion_jax.estimates import Settings, Shape, program_of
 
 _DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "nf4")
 # (required, ambition) by composition and structure; a sum's depend on the shape, for want of others those of small.
@@ -231,16 +230,17 @@ def _operations(options: Any, composition: Any, structure: str) -> float:
         else config_of(options.shape)
     )
     batch = Shape(BATCH, SOURCE, TARGET)
-    rank = options.basis if composition == "basis" else RANK
-    how: Any = {
-        "rank": rank,
-        "modules": MODULES,
-        "pool": options.pool,
-        "magnitudes": True,
-    }
-    update = MixUpdate(**how) if composition == "mix" else SumUpdate(**how, forms=True)
-    base = step_flops(unrolled(config_of(options.shape)), batch, Update(), trainable=0)
-    return step_flops(config, batch, update, trainable=0) / base
+    in_basis = composition == "basis"
+    recipe = FusionRecipe(
+        modules=MODULES,
+        composition="sum" if in_basis else composition,
+        basis=options.basis if in_basis else None,
+    )
+    settings = Settings(recipe=recipe, rank=RANK, pool=options.pool, seeds=1)
+    step = program_of(config, "fusion", settings, "step", batch)
+    # A scale of the columns has no products.
+    base = program_of(unrolled(config), "magnitudes", Settings(seeds=1), "step", batch)
+    return step.flops / base.flops
 
 
 def _where(options: Any) -> str:

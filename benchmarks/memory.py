@@ -34,20 +34,15 @@ from lorafusion_jax import Architecture, Frozen, Fusion, FusionRecipe, LoRA, Met
 from lorafusion_jax.estimates import (
     Settings,
     Shape,
-    evaluation_bytes,
-    pool_bytes,
-    state_bytes,
-    step_bytes,
+    held_bytes,
+    program_of,
     trained_numbers,
-    update_of,
-    weights_bytes,
 )
 from lorafusion_jax.methods import FullFineTuning
 from lorafusion_jax.models import GREEDY, targeted
 from lorafusion_jax.runs import SeedModels, advance_rows, begin_rows
 
-_SETTINGS = Settings()
-assert (FusionRecipe.modules, _SETTINGS.rank) == (MODULES, RANK)
+assert (FusionRecipe.modules, Settings.rank) == (MODULES, RANK)
 _COMPOSITIONS: dict[str, Composition] = {"fusion-sum": "sum", "fusion-mix": "mix"}
 _METHODS = {
     "fusion-sum": "LoRAFusion",
@@ -134,21 +129,12 @@ def _generation(shape: str, dtype: Dtype) -> dict[str, Any]:
     load_in = held_in(dtype)
     rows = 10
     new = 32
-    update = update_of(config, "lora", _SETTINGS)
-    trainable = trained_numbers(config, "lora", _SETTINGS)
-    needed = evaluation_bytes(
-        config,
-        Shape(rows, SOURCE, TARGET),
-        new,
-        update,
-        seeds=1,
-        seed_mode="sequential",
-        device="cpu",
-        load_in=load_in,
-    )
-    held = (
-        weights_bytes(config, load_in) + 4 * trainable
-    )  # each program is given only those that it reads
+    settings = Settings(seeds=1, load_in=load_in)
+    shape_of_answers = Shape(rows, SOURCE, new)
+    needed = program_of(config, "lora", settings, "answers", shape_of_answers).bytes
+    weights = held_bytes(config, "zero-shot", settings)
+    # Each program is given only those that it reads.
+    held = weights + 4 * trained_numbers(config, "lora", settings)
     base = apart(Frozen(shapes_of(config, dtype).base))
     state, batch, problem, _ = arguments(
         config, base, _method("lora", config), (rows, SOURCE)
@@ -171,7 +157,7 @@ def _generation(shape: str, dtype: Dtype) -> dict[str, Any]:
     used = max(_used(beginning.compile()), given + _used(advancing.compile()))
     return _compared(
         f"{shape}, LoRA, {dtype}, generation for {rows} rows",
-        held + needed,
+        round(held + needed),
         held + used,
     )
 
@@ -179,27 +165,17 @@ def _generation(shape: str, dtype: Dtype) -> dict[str, Any]:
 def _planned(name: str, shape: str, dtype: Dtype, rows: int) -> int:
     config = config_of(shape, dtype)
     load_in = held_in(dtype)
-    batch = Shape(rows, SOURCE, TARGET)
     method = name
-    settings = _SETTINGS
+    settings = Settings(seeds=1, load_in=load_in)
     if name in _COMPOSITIONS:
         method = "fusion"
-        settings = Settings(recipe=FusionRecipe(composition=_COMPOSITIONS[name]))
-    update = update_of(config, method, settings)
-    trainable = trained_numbers(config, method, settings)
-    needed = step_bytes(
-        config,
-        batch,
-        update,
-        trainable=trainable,
-        seeds=1,
-        seed_mode="sequential",
-        device="cpu",
-        load_in=load_in,
-    )
+        recipe = FusionRecipe(composition=_COMPOSITIONS[name])
+        settings = Settings(seeds=1, load_in=load_in, recipe=recipe)
+    step = program_of(config, method, settings, "step", Shape(rows, SOURCE, TARGET))
+    held = held_bytes(config, method, settings)
     # Nothing reads the base where all of it is trained, and XLA does not count it.
-    base = 0 if name == "full" else weights_bytes(config, load_in)
-    return base + pool_bytes(config, update, load_in) + state_bytes(trainable) + needed
+    unread = held_bytes(config, "zero-shot", settings) if name == "full" else 0
+    return round(held + step.bytes - unread)
 
 
 def _allocated(

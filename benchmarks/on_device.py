@@ -42,9 +42,8 @@ from _model import (
 )
 from _peer import Peer, lines_of
 
-from lorafusion_jax import Fusion, crossbar
-from lorafusion_jax.estimates import Shape, step_flops
-from lorafusion_jax.methods import MixUpdate
+from lorafusion_jax import Fusion, FusionRecipe, crossbar
+from lorafusion_jax.estimates import Settings, Shape, program_of
 from lorafusion_jax.report import write_text
 
 _K = 32  # directions of the shared basis
@@ -173,11 +172,14 @@ def _steps(options: argparse.Namespace, rate: float) -> list[dict[str, Any]]:
         for count in options.seeds
     }
     seconds = in_turns(runs, options.rounds)
-    trainable = sum(p[0].size for p in jax.tree.leaves(runs["mix"].state.params))
-    update = MixUpdate(rank=RANK, modules=MODULES, pool=MODULES, magnitudes=True)
-    flops = step_flops(
-        config, Shape(BATCH, SOURCE, TARGET), update, trainable=trainable
+    settings = Settings(
+        recipe=FusionRecipe(modules=MODULES, composition="mix"),
+        rank=RANK,
+        seeds=1,
+        device="accelerator",
     )
+    shape = Shape(BATCH, SOURCE, TARGET)
+    flops = program_of(config, "fusion", settings, "step", shape).flops
     cases = [
         case(
             f"a step: {name} / mix",

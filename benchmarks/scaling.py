@@ -47,17 +47,13 @@ from lorafusion_jax import Architecture, FusionRecipe
 from lorafusion_jax.estimates import (
     Settings,
     Shape,
-    step_flops,
-    tokens,
-    trained_numbers,
+    program_of,
 )
-from lorafusion_jax.methods import MixUpdate
 from lorafusion_jax.training import make_mesh, on_mesh
 
 # measured / predicted, either way
 _REQUIRED = 1.25
 _AMBITION = 1.1
-_UPDATE = MixUpdate(rank=RANK, modules=MODULES, pool=MODULES, magnitudes=True)
 _SHAPE = Shape(BATCH, SOURCE, TARGET)
 _ITEM = {"float32": 4, "bfloat16": 2}
 
@@ -86,10 +82,9 @@ def main() -> None:
     seeds = _measured(options, cores[:2], 2, "seed=2")
     matrices = _measured(options, cores[:2], 2, "model=2")
     config = config_of(options.shape)
-    trainable = trained_numbers(
-        config, "fusion", Settings(recipe=FusionRecipe(modules=MODULES), rank=RANK)
-    )
-    flops = step_flops(config, _SHAPE, _UPDATE, trainable=trainable)
+    recipe = FusionRecipe(modules=MODULES, composition="mix")
+    settings = Settings(recipe=recipe, rank=RANK, seeds=1)
+    flops = program_of(config, "fusion", settings, "step", _SHAPE).flops
     rates = Rates(
         options.seeds * flops / one["seconds"],
         matrices["bandwidth"],
@@ -148,7 +143,7 @@ def sum_bytes(config: Architecture, shape: Shape, model: int) -> float:
     by_rows = [site for site in config.sites.values() if site.split == "rows"]
     array = (
         2
-        * sum(s.layers * tokens(s.reads, shape) * s.d_out for s in by_rows)
+        * sum(s.layers * shape.tokens(s.reads) * s.d_out for s in by_rows)
         * _ITEM[config.dtype]
     )
     return 2 * (model - 1) / model * array

@@ -1,29 +1,39 @@
-"""Estimates of trainable parameters, FLOPs and memory for one method on one task, before anything is loaded."""
+"""Estimates of trainable parameters, FLOPs and memory of methods on tasks, before anything is loaded.
+
+Programs are traced from shapes at the least and the largest batch; those of other batches are interpolated.
+"""
 
 import dataclasses
-from functools import partial
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from ..loading.spec import LoadIn
 from ..methods import find
-from ..methods.entry import MethodEntry, PlannedPool, Update
+from ..methods.entry import MethodEntry, PlannedPool
 from ..methods.fusion import choice_of
 from ..methods.recipes import basis_of, modules_of, recipe_of
-from ..models.architecture import Architecture
+from ..models.architecture import Architecture, step_operations
+from ..models.generate import generate
 from ..support.checks import at_least
+from ..tasks import Batch, Rows
+from ..training.fit import recipe_rates
+from ..training.loss import batch_logits, log_likelihood
+from ..training.problem import Problem
 from ..training.recipe import Recipe
 from ..training.seeds import SeedMode
-from .flops import forward_flops, generation_flops, step_flops
-from .memory import (
-    Device,
-    evaluation_bytes,
-    pool_bytes,
-    state_bytes,
-    step_bytes,
-    weights_bytes,
-)
-from .params import trainable_count
-from .workload import Shapes, Workload
+from ..training.step import TrainState, fusion_step, init_state
+from .params import AbstractProblem, abstract_problem, trainable_count
+from .program import Program, traced
+from .workload import EvaluationShapes, Shape, Workload
+
+Device = Literal["cpu", "accelerator"]
+Kind = Literal["step", "loss", "answers"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,13 +54,9 @@ class Settings:
     device: Device = "cpu"
     load_in: LoadIn = "full"  # precision of base and pool
 
-    def fused(self, config: Architecture, recipe: Recipe) -> PlannedPool:
+    def fused(self, recipe: Recipe) -> PlannedPool:
         """Return the modules that a method with this recipe fuses."""
-        forms = self.device == "cpu" and config.dtype == "float32"
-        pool = self.pool or modules_of(recipe)
-        return PlannedPool(
-            self.rank, pool, self.targets, self.device == "accelerator", forms
-        )
+        return PlannedPool(self.rank, self.pool or modules_of(recipe), self.targets)
 
 
 class Cost(NamedTuple):
@@ -75,10 +81,187 @@ class Cost(NamedTuple):
     peak_bytes: int = 0  # the sum of these bytes
 
 
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """A method on shapes, whose programs are traced.
+
+    Attributes:
+      config: structure of the base model.
+      entry: the method.
+      recipe: its recipe, of the class that the entry names.
+      settings: settings of the runs.
+      seeds: number of seeds that are computed at once.
+    """
+
+    config: Architecture
+    entry: MethodEntry
+    recipe: Recipe
+    settings: Settings
+    seeds: int = 1
+
+    def problem(self, *, seeds: int = 1, apart: bool = False) -> AbstractProblem:
+        """Return the problem of some seeds, whose arrays are shapes (see `abstract_problem`)."""
+        return abstract_problem(
+            self.entry,
+            self.config,
+            self.recipe,
+            self.settings.fused(self.recipe),
+            self.settings.load_in,
+            seeds=seeds,
+            apart=apart,
+        )
+
+    @functools.cached_property
+    def state(self) -> TrainState:
+        """The state of one seed, as shapes."""
+        with _tracing_for(self.settings.device):
+            shapes = self.problem()
+            return jax.eval_shape(
+                lambda leaves: init_state(shapes.problem(leaves), jax.random.key(0)),
+                shapes.leaves,
+            )
+
+    @functools.cached_property
+    def frozen_bytes(self) -> tuple[int, int]:
+        """Bytes of the base model, and of the pool with the terms that are computed from it."""
+        with _tracing_for(self.settings.device):
+            shapes = self.problem()
+            base = jax.eval_shape(
+                lambda leaves: jax.tree.leaves(shapes.problem(leaves).frozen.base),
+                shapes.leaves,
+            )
+        return _bytes(base), _bytes(shapes.leaves[:-1]) - _bytes(base)
+
+    def program(self, kind: Kind, shape: Shape) -> Program:
+        """Return the FLOPs of one seed's step, loss or answers (of T tokens), and the bytes of all seeds together."""
+        optimisation = self.recipe.optimisation(100)
+
+        def step(state: TrainState, batch: Batch, one: Problem) -> Any:
+            rates = recipe_rates(one.method, self.recipe, 1)
+            rates = jax.tree.map(lambda rate: rate[0], rates)
+            return fusion_step(state, batch, one, rates, optimisation=optimisation)
+
+        def loss(state: TrainState, batch: Batch, one: Problem) -> Any:
+            logits, _ = batch_logits(state.params, batch, one)
+            return log_likelihood(logits, jnp.asarray(batch.labels))
+
+        def answers(state: TrainState, batch: Batch, one: Problem) -> Any:
+            model, adapters, _ = one.adapted_model(state.params)
+            return generate(
+                model,
+                batch.input_ids,
+                batch.input_mask,
+                adapters,
+                max_new_tokens=shape.target,
+            )
+
+        functions = {"step": step, "loss": loss, "answers": answers}
+        apart = (
+            self.settings.device == "cpu"
+            and kind != "loss"
+            and "base" not in self.entry.groups
+        )
+        with _tracing_for(self.settings.device):
+            shapes = self.problem(seeds=self.seeds, apart=apart)
+
+            def of_seeds(state: TrainState, batch: Batch, leaves: list[Any]) -> Any:
+                problem = shapes.problem(leaves)
+                if self.seeds == 1:
+                    return functions[kind](state, batch, problem)
+                return problem.over_seeds(
+                    lambda one, state, batch: functions[kind](state, batch, one),
+                    (state, batch),
+                )
+
+            arguments = (self.state, _batch(shape))
+            if self.seeds > 1:
+                arguments = jax.tree.map(
+                    lambda leaf: jax.ShapeDtypeStruct(
+                        (self.seeds, *leaf.shape), leaf.dtype
+                    ),
+                    arguments,
+                )
+            found = traced(
+                of_seeds,
+                *arguments,
+                shapes.leaves,
+                donated=kind == "step",
+                trips=shape.target,
+            )
+        return Program(found.flops / self.seeds, found.bytes)
+
+
+# A plan of several tasks, and jobs of one method, trace the same programs.
+@functools.lru_cache(maxsize=512)
+def _program(method: Traced, kind: Kind, shape: Shape) -> Program:
+    return method.program(kind, shape)
+
+
+def program_of(
+    config: Architecture, method: str, settings: Settings, kind: Kind, shape: Shape
+) -> Program:
+    """Return the FLOPs of one seed's step, loss or answers (of T tokens), and the bytes of all seeds together."""
+    return _program(_traced(config, method, settings), kind, shape)
+
+
+def held_bytes(config: Architecture, method: str, settings: Settings) -> int:
+    """Return the bytes of the base model, of the pool, and of all seeds' states of training."""
+    run = _traced(config, method, settings)
+    return sum(run.frozen_bytes) + seeds_of(method, settings) * _bytes(run.state)
+
+
+def _traced(config: Architecture, method: str, settings: Settings) -> Traced:
+    entry, recipe = _of(method, settings)
+    seeds = seeds_of(method, settings) if settings.seed_mode == "batched" else 1
+    return Traced(config, entry, recipe, settings, seeds)
+
+
+def interpolated(
+    method: Traced, kind: Kind, shapes: Iterable[Shape]
+) -> Callable[[Shape], Program]:
+    """Return a function from one of these shapes to a program.
+
+    The least and the largest are traced. FLOPs are polynomials of second degree in the lengths, as is the rough number
+    of operations by which programs of other shapes are interpolated.
+    """
+
+    def rough(shape: Shape) -> float:
+        groups = shape.groups or ((shape.rows, shape.source, shape.target),)
+        return step_operations(
+            method.config,
+            shape.rows * shape.source,
+            shape.rows * shape.target,
+            groups,
+        )
+
+    ordered = sorted(set(shapes), key=rough)
+    least = ordered[0]
+    largest = ordered[-1]
+    distance = rough(largest) - rough(least)
+
+    def program(shape: Shape) -> Program:
+        if shape in (least, largest):
+            return _program(method, kind, shape)
+        share = (rough(shape) - rough(least)) / distance if distance else 1.0
+        ends = zip(
+            _program(method, kind, least), _program(method, kind, largest), strict=True
+        )
+        return Program(*(low + share * (high - low) for low, high in ends))
+
+    return program
+
+
 def estimate(
     config: Architecture, method: str, work: Workload, settings: Settings
 ) -> Cost:
-    """Return the cost of one method on one task.
+    """Return the cost of one method on one task, as `estimates` does."""
+    return estimates(config, method, [work], settings)[0]
+
+
+def estimates(
+    config: Architecture, method: str, works: Sequence[Workload], settings: Settings
+) -> list[Cost]:
+    """Return the costs of one method on several tasks, whose programs are interpolated between the same two.
 
     Raises:
       ValueError: an unknown method or target, a number below its least, or too few rows for a few-shot prompt.
@@ -90,86 +273,82 @@ def estimate(
         raise ValueError(
             f"a pool of {settings.pool} for seeds that draw {modules} modules each: give at least as many"
         )
-    update = update_of(config, method, settings)
     trainable = trained_numbers(config, method, settings)
     if entry.answers == "nothing":
-        return Cost()
-    asked = work.few_shot if entry.answers == "examples" else work.test
-    if asked is None:
-        raise ValueError(
-            f"the task has too few training rows for {recipe.shots} examples in a prompt: lower shots"
-        )
-    ranking = _ranking(config, entry, recipe, settings)
+        return [Cost() for _ in works]
+    asked = [_asked(entry, recipe, work) for work in works]
     seeds = seeds_of(method, settings)
-    state = 0
-    how: Any = {
-        "seed_mode": settings.seed_mode,
-        "device": settings.device,
-        "load_in": settings.load_in,
-    }
-    step = partial(step_bytes, config, seeds=seeds, **how)
-
-    def passes(shapes: Shapes) -> list[float]:
-        return [forward_flops(config, shape, update) for shape in shapes]
-
-    def asking(shapes: Shapes, new_tokens: int) -> list[int]:
-        return [
-            evaluation_bytes(config, one, new_tokens, update, seeds=seeds, **how)
-            for one in set(shapes)
-        ]
-
-    activations = asking(asked.rows, work.new_tokens) + asking(asked.options, 0)
-    generated = sum(
-        generation_flops(config, s._replace(target=work.new_tokens), update)
-        for s in asked.rows
+    run = _traced(config, method, settings)
+    step = interpolated(run, "step", [shape for work in works for shape in work.steps])
+    loss = interpolated(
+        run,
+        "loss",
+        [
+            shape
+            for work, rows in zip(works, asked, strict=True)
+            for shape in (work.validation, *work.search, *rows.rows, *rows.options)
+        ],
     )
-    if entry.learns == "trained":
-        state = seeds * state_bytes(trainable)
-        training = sum(
-            step_flops(config, shape, update, trainable=trainable)
-            for shape in work.steps
-        )
-        activations += [
-            step(shape, update=update, trainable=trainable) for shape in set(work.steps)
-        ]
-        if ranking is not None:
-            training += sum(
-                step_flops(config, shape, ranking, trainable=0) for shape in work.search
-            )
-            whole = (
-                pool_bytes(config, ranking, settings.load_in)
-                if type(ranking) is not type(update)
-                else 0
-            )
-            of_pass = partial(
-                step, update=ranking, trainable=settings.fused(config, recipe).pool
-            )
-            activations += [whole + of_pass(shape) for shape in set(work.search)]
-        training += work.epochs * forward_flops(config, work.validation, update)
-    else:
-        training = entry.evaluations(recipe, modules_of(recipe)) * sum(
-            passes(work.search)
-        )
-    if entry.learns == "searched":
-        activations += asking(work.search, 0)
-    of_weights = weights_bytes(config, settings.load_in)
-    of_pool = pool_bytes(config, update, settings.load_in)
-    return Cost(
-        trainable=trainable,
-        forward_flops=max(
-            passes(
-                work.search if entry.learns in ("trained", "searched") else asked.rows
-            )
-        ),
-        training_flops=training,
-        # Each of these programs reads the source.
-        evaluation_flops=generated + sum(passes((*asked.rows, *asked.options))),
-        peak_bytes=of_weights + of_pool + state + max(activations),
-        weights_bytes=of_weights,
-        pool_bytes=of_pool,
-        state_bytes=state,
-        activation_bytes=max(activations),
+    answers = interpolated(
+        run,
+        "answers",
+        [
+            shape._replace(target=work.new_tokens)
+            for work, rows in zip(works, asked, strict=True)
+            for shape in rows.rows
+        ],
     )
+    ranking = _ranking(run)
+    rank_modules = None
+    if ranking is not None:
+        searched = [shape for work in works for shape in work.search]
+        rank_modules = interpolated(ranking, "step", searched)
+
+    def cost(work: Workload, rows: EvaluationShapes) -> Cost:
+        generations = [
+            answers(shape._replace(target=work.new_tokens)) for shape in rows.rows
+        ]
+        losses = [loss(shape) for shape in (*rows.rows, *rows.options)]
+        programs = [*generations, *map(loss, rows.options)]
+        needed = [program.bytes for program in programs]
+        state = 0
+        if entry.learns == "trained":
+            steps = [step(shape) for shape in work.steps]
+            state = seeds * _bytes(run.state)
+            # The new state of seeds in turn does not overwrite the old one.
+            copied = state if run.seeds < seeds else 0
+            training = sum(program.flops for program in steps)
+            training += work.epochs * loss(work.validation).flops
+            needed += [program.bytes + copied for program in steps]
+            if ranking is not None and rank_modules is not None:
+                passes = [rank_modules(shape) for shape in work.search]
+                training += sum(program.flops for program in passes)
+                is_whole = basis_of(ranking.recipe) != basis_of(recipe)
+                whole = ranking.frozen_bytes[1] if is_whole else 0
+                needed += [program.bytes + whole for program in passes]
+        else:
+            passes = [loss(shape) for shape in work.search]
+            evaluations = entry.evaluations(recipe, modules_of(recipe))
+            training = evaluations * sum(program.flops for program in passes)
+            if entry.learns == "searched":
+                needed += [program.bytes for program in passes]
+        largest = work.search if entry.learns in ("trained", "searched") else rows.rows
+        weights, pool = run.frozen_bytes
+        activations = round(max(needed))
+        return Cost(
+            trainable=trainable,
+            forward_flops=max(loss(shape).flops for shape in largest),
+            training_flops=training,
+            # Each of these programs reads the source.
+            evaluation_flops=sum(program.flops for program in (*generations, *losses)),
+            weights_bytes=weights,
+            pool_bytes=pool,
+            state_bytes=state,
+            activation_bytes=activations,
+            peak_bytes=weights + pool + state + activations,
+        )
+
+    return [cost(work, rows) for work, rows in zip(works, asked, strict=True)]
 
 
 def seeds_of(method: str, settings: Settings) -> int:
@@ -177,18 +356,11 @@ def seeds_of(method: str, settings: Settings) -> int:
     return settings.seeds if _of(method, settings)[0].seeded else 1
 
 
-def update_of(config: Architecture, method: str, settings: Settings) -> Update:
-    """Return the arithmetic of a method at the adapted matrices."""
-    entry, recipe = _of(method, settings)
-    return entry.update(recipe, settings.fused(config, recipe))
-
-
 def trained_numbers(config: Architecture, method: str, settings: Settings) -> int:
     """Return the number of parameters that a method trains or searches for one seed."""
     entry, recipe = _of(method, settings)
-    return sum(
-        trainable_count(entry, config, recipe, settings.fused(config, recipe)).values()
-    )
+    modules = settings.fused(recipe)
+    return sum(trainable_count(entry, config, recipe, modules).values())
 
 
 def _of(method: str, settings: Settings) -> tuple[MethodEntry, Any]:
@@ -197,17 +369,63 @@ def _of(method: str, settings: Settings) -> tuple[MethodEntry, Any]:
     return entry, recipe_of(entry.recipe, vars(settings.recipe))
 
 
-def _ranking(
-    config: Architecture, entry: MethodEntry, recipe: Recipe, settings: Settings
-) -> Update | None:
-    """Return the arithmetic of the pass that ranks all modules in memory, whole or in a basis; None without one."""
-    if choice_of(recipe) == "draw" or "coefficients" not in entry.groups:
+def _asked(entry: MethodEntry, recipe: Any, work: Workload) -> EvaluationShapes:
+    """Return the batches of a method's evaluation; ValueError if the task has too few rows for its prompts."""
+    asked = work.few_shot if entry.answers == "examples" else work.test
+    if asked is None:
+        raise ValueError(
+            f"the task has too few training rows for {recipe.shots} examples in a prompt: lower shots"
+        )
+    return asked
+
+
+def _ranking(run: Traced) -> Traced | None:
+    """Return the method that ranks all modules in memory, whole or in a basis; None without such a pass."""
+    if choice_of(run.recipe) == "draw" or "coefficients" not in run.entry.groups:
         return None
-    basis = None if choice_of(recipe) == "gradient" else basis_of(recipe)
-    modules = settings.fused(config, recipe)
-    return entry.update(
-        recipe_of(
-            entry.recipe, vars(recipe) | {"basis": basis, "modules": modules.pool}
-        ),
-        modules,
+    in_basis = choice_of(run.recipe) != "gradient"
+    changes = {
+        "modules": run.settings.fused(run.recipe).pool,
+        "basis": basis_of(run.recipe) if in_basis else None,
+    }
+    recipe = recipe_of(run.entry.recipe, vars(run.recipe) | changes)
+    return dataclasses.replace(run, recipe=recipe)
+
+
+def _tracing_for(device: Device) -> AbstractContextManager[None]:
+    """Return a context in which functions are traced for a kind of device."""
+    return use_abstract_mesh(
+        AbstractMesh((), (), abstract_device=AbstractDevice(device, 1, device))
+    )
+
+
+def _batch(shape: Shape) -> Batch:
+    """Return a batch of a shape."""
+    source = (shape.rows, shape.source)
+    target = (shape.rows, shape.target)
+    rows = sum(count for count, *_ in shape.groups) or shape.rows
+    batch = Batch(
+        input_ids=jax.ShapeDtypeStruct(source, jnp.int32),
+        input_mask=jax.ShapeDtypeStruct(source, jnp.bool_),
+        labels=jax.ShapeDtypeStruct(target, jnp.int32),
+        row_mask=jax.ShapeDtypeStruct((rows,), jnp.bool_),
+    )
+    if not shape.groups:
+        return batch
+    sources = tuple(
+        jax.ShapeDtypeStruct((count, width), jnp.int32)
+        for count, width, _ in shape.groups
+    )
+    targets = tuple(
+        jax.ShapeDtypeStruct((count, width), jnp.int32)
+        for count, _, width in shape.groups
+    )
+    return batch._replace(rows=Rows(sources, targets, batch.labels))
+
+
+def _bytes(tree: Any) -> int:
+    """Return the bytes of a tree of shapes."""
+    return sum(
+        leaf.size * jax.dtypes.itemsize_bits(leaf.dtype) // 8
+        for leaf in jax.tree.leaves(tree)
     )

@@ -12,7 +12,6 @@ Axis letters: B batch, S source, T target.
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
 from ..methods.entry import Update
 from ..models.architecture import (
@@ -24,26 +23,16 @@ from ..models.architecture import (
     stack_of,
     targeted,
 )
+from .workload import Shape
 
 # Operations per trained number and step: Adam with bias correction, the check for non-finite gradients, their norm and
 # clipping.
 _OPTIMISER = 18
 
 
-class Shape(NamedTuple):
-    """Shape of a batch: B rows of S source and T target tokens.
-
-    A packed batch is one row. Attention computes it as the `groups`: a number of rows, and their S and T.
-    """
-
-    rows: int
-    source: int
-    target: int
-    groups: tuple[tuple[int, int, int], ...] = ()
-
-    def apart(self) -> tuple["Shape", ...]:
-        """Return the shapes that attention computes."""
-        return tuple(Shape(*group) for group in self.groups) or (self,)
+def apart(shape: Shape) -> tuple[Shape, ...]:
+    """Return the shapes that attention computes."""
+    return tuple(Shape(*group) for group in shape.groups) or (shape,)
 
 
 def tokens(reads: Parts, shape: Shape) -> int:
@@ -169,7 +158,7 @@ def _attention(config: Architecture, shape: Shape) -> float:
         * row_tokens(attention, rows)
         * attention.heads
         * attention.d_head
-        for rows in shape.apart()
+        for rows in apart(shape)
         for stack in config.stacks.values()
         for attention in stack.attentions
     )
@@ -180,7 +169,7 @@ def _recurrence(config: Architecture, shape: Shape) -> float:
         stack.layers
         * tokens(stack.reads, rows)
         * stack.recurrence.multiplications(row_tokens(stack, rows))
-        for rows in shape.apart()
+        for rows in apart(shape)
         for stack in config.stacks.values()
         if stack.recurrence is not None
     )

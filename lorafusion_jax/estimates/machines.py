@@ -18,8 +18,8 @@ from ..models.architecture import Architecture
 from ..support.checks import at_least
 from ..support.platform import cores, for_cpu
 from ..training.seeds import SeedMode, default_seed_mode
-from .flops import Shape, tokens
-from .memory import Device
+from .estimate import Device
+from .workload import Shape
 
 
 class Machine(NamedTuple):
@@ -158,7 +158,7 @@ def pace(options: PlanOptions, config: Architecture, step: Shape) -> Pace | None
         site = max(
             config.sites.values(), key=lambda site: site.layers * site.d_in * site.d_out
         )
-        product = (tokens(site.reads, step), site.d_in, site.d_out)
+        product = (step.tokens(site.reads), site.d_in, site.d_out)
         count = cores()
         rate = count * _measured(product, config.dtype)
         a, b, c = product

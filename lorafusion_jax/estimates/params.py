@@ -5,21 +5,32 @@ import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import qwix
 from flax import nnx
 
 from ..adapters.basis import Pool, SharedBasis, check_width
 from ..adapters.pool import LoraPool
 from ..io.hf import read_config
+from ..loading.spec import LoadIn
 from ..methods import METHODS
 from ..methods.entry import WITH_CORE, Built, MethodEntry, PlannedPool
 from ..methods.recipes import basis_of, modules_of, recipe_of
-from ..models.architecture import Architecture, targeted
+from ..models.architecture import (
+    Architecture,
+    kernels,
+    matrices,
+    set_matrices,
+    targeted,
+)
 from ..models.registry import abstract_model, known_shapes
+from ..models.weights import Unstacked, dense, quantise
 from ..support.checks import at_least
 from ..training.frozen import Frozen
+from ..training.problem import Problem
 from ..training.recipe import Recipe
 
 
@@ -87,42 +98,102 @@ def trainable_count(
 
     The method itself makes its numbers, for a model and a pool that are shapes. The recipe is of the entry's class.
     """
-    if (k := basis_of(recipe)) is not None:
-        for name, site in targeted(config, modules.targets).items():
-            check_width(k, name, site.d_in, site.d_out)
     if not entry.groups:
         return {}
-
-    count = modules_of(recipe)
-
-    def start(base: nnx.State) -> dict:
-        pool = _pool(config, modules, count, k) if entry.pool else None
-        method = entry.build(
-            Built(config=config, recipe=recipe, pool=pool, modules=count)
-        )
-        kernels = {
-            name: jnp.zeros((site.layers, site.d_in, site.d_out))
-            for name, site in config.sites.items()
-        }
-        frozen = method.precompute(Frozen(base, pool), kernels)
-        return method.init(frozen, jnp.arange(count), jax.random.key(0))
-
-    params = jax.eval_shape(start, _base(config))
+    shapes = abstract_problem(entry, config, recipe, modules)
+    params = jax.eval_shape(
+        lambda leaves: shapes.problem(leaves).init(jax.random.key(0)), shapes.leaves
+    )
     return {
         group: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
         for group, tree in params.items()
     }
 
 
+class AbstractProblem(NamedTuple):
+    """A problem whose arrays are shapes: its leaves, and the structure to rebuild it where functions are traced."""
+
+    leaves: list[jax.ShapeDtypeStruct]
+    tree: Any
+
+    def problem(self, leaves: Sequence[Any]) -> Problem:
+        """Return the problem with traced leaves."""
+        return self.tree.unflatten(leaves)
+
+
+def abstract_problem(
+    entry: MethodEntry,
+    config: Architecture,
+    recipe: Recipe,
+    modules: PlannedPool,
+    load_in: LoadIn = "full",
+    *,
+    seeds: int = 1,
+    apart: bool = False,
+) -> AbstractProblem:
+    """Return the problem of some seeds with a base and a pool that are shapes; the recipe is of the entry's class.
+
+    One seed has no axis of seeds. With `apart`, layers are in separate arrays, as loops on a CPU read them
+    (`Frozen.unstacked`).
+
+    Raises:
+      ValueError: more directions of a basis than a matrix has, or targets that the model lacks.
+    """
+    k = basis_of(recipe)
+    if k is not None:
+        for name, site in targeted(config, modules.targets).items():
+            check_width(k, name, site.d_in, site.d_out)
+    count = modules_of(recipe)
+    graph, base = nnx.split(abstract_model(config))
+    trees: list[Any] = []
+
+    def build(base: nnx.State) -> list[jax.Array]:
+        base = jax.tree.map(lambda leaf: leaf.astype(config.dtype), base)
+        pool = None
+        if entry.pool:
+            pool = _pool(config, modules, max(modules.pool, count), k)
+        if load_in != "full":
+            model = nnx.merge(graph, base)
+            quantised = {
+                name: quantise(dense(weight, jnp.float32), load_in, tiled_axis=-2)
+                for name, weight in matrices(model).items()
+            }
+            set_matrices(model, quantised)
+            base = nnx.split(model)[1]
+            pool = None if pool is None else pool.quantised(load_in)
+        model = nnx.merge(graph, base)
+        method = entry.build(
+            Built(config=config, recipe=recipe, pool=pool, modules=count)
+        )
+        frozen = method.precompute(Frozen(base, pool), kernels(model))
+        if apart:
+            separate = jax.tree.map(_separate, base, is_leaf=_in_codes)
+            frozen = dataclasses.replace(frozen, base=separate)
+        index = jnp.zeros(count if seeds == 1 else (seeds, count), jnp.int32)
+        problem = Problem(graph=graph, method=method, frozen=frozen, index=index)
+        leaves, tree = jax.tree.flatten(problem)
+        trees.append(tree)
+        return leaves
+
+    leaves = jax.eval_shape(build, base)
+    return AbstractProblem(leaves, trees[0])
+
+
+def _separate(leaf: Any) -> Any:
+    """Return a stack of plain matrices in separate arrays."""
+    if _in_codes(leaf) or leaf.ndim != 3:
+        return leaf
+    return Unstacked(tuple(leaf[layer] for layer in range(len(leaf))))
+
+
+def _in_codes(leaf: Any) -> bool:
+    return isinstance(leaf, qwix.QArray)
+
+
 def size(config: Architecture) -> int:
     """Return how many numbers the model has."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(_base(config)))
-
-
-@functools.cache
-def _base(config: Architecture) -> nnx.State:
-    """Return the shapes of the model's weights."""
-    return nnx.state(abstract_model(config))
+    weights = jax.tree.leaves(nnx.state(abstract_model(config)))
+    return sum(math.prod(leaf.shape) for leaf in weights)
 
 
 def _pool(

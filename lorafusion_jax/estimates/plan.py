@@ -16,9 +16,8 @@ from ..runs.options import FuseOptions, read_task
 from ..runs.setup import check
 from ..support.text_tables import markdown
 from ..training.recipe import Recipe
-from .estimate import Cost, Settings, estimate, seeds_of
+from .estimate import Cost, Device, Settings, estimate, estimates, seeds_of
 from .machines import Machine, Pace, PlanOptions, duration, machine, pace, spent
-from .memory import Device
 from .params import shape_config
 from .workload import Shapes, Workload, workload
 
@@ -66,7 +65,7 @@ def plan(
     recipes = recipes or [settings.recipe] * len(methods)
     for method, name, recipe in zip(methods, names or methods, recipes, strict=True):
         settings = dataclasses.replace(settings, recipe=recipe)
-        costs = [estimate(config, method, work, settings) for work in tasks.values()]
+        costs = estimates(config, method, [*tasks.values()], settings)
         seeds = seeds_of(method, settings)
         cost = max(costs, key=lambda cost: cost.peak_bytes)._replace(
             forward_flops=max(cost.forward_flops for cost in costs),

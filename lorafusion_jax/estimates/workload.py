@@ -8,12 +8,29 @@ import numpy as np
 
 from .. import tasks
 from ..methods.untrained import FewShotRecipe
+from ..models.architecture import Parts
 from ..training.recipe import Recipe
-from .flops import Shape
 
 # Approximate characters per token of English with a vocabulary of 32,000; only used without a tokenizer.
 CHARACTERS_PER_TOKEN = 4
 _SEED = 1
+
+
+class Shape(NamedTuple):
+    """Shape of a batch: B rows of S source and T target tokens.
+
+    A packed batch is one row. Attention computes it as the `groups`: a number of rows, and their S and T.
+    """
+
+    rows: int
+    source: int
+    target: int
+    groups: tuple[tuple[int, int, int], ...] = ()
+
+    def tokens(self, reads: Parts) -> int:
+        """Return the number of tokens in these parts of all rows."""
+        return self.rows * sum(getattr(self, part) for part in reads)
+
 
 Shapes = tuple[Shape, ...]
 

@@ -7,8 +7,6 @@ from .entry import WITH_CORE as WITH_CORE
 from .entry import Built as Built
 from .entry import MethodEntry
 from .full import FullFineTuning as FullFineTuning
-from .fused import MixUpdate as MixUpdate
-from .fused import SumUpdate as SumUpdate
 from .fusion import choice_of as choice_of
 from .magnitudes import Magnitudes as Magnitudes
 from .mean import MeanFusion as MeanFusion

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..estimates.estimate import Device
 from ..estimates.machines import PlanOptions, spent
-from ..estimates.memory import Device
 from ..estimates.plan import Row, plan_table, run_cost, run_pace
 from ..report import Column, Table, colour, literal, plot, write_report
 from ..runs.options import FuseOptions, row_format

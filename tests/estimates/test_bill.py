@@ -27,7 +27,8 @@ from lorafusion_jax.crossbar import (
     Tile,
 )
 from lorafusion_jax.estimates.bill.show import constants_table
-from lorafusion_jax.estimates.flops import forward_flops
+from lorafusion_jax.estimates.flops import forward_flops, step_flops
+from lorafusion_jax.methods.fused import SumUpdate
 from lorafusion_jax.methods.lora import LowRankUpdate
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -263,7 +264,7 @@ def test_training_by_hand():
 
     def flops(update: Update, trainable: int) -> float:
         trained = sum(
-            lf.estimates.step_flops(tiny.CONFIG, step, update, trainable=trainable)
+            step_flops(tiny.CONFIG, step, update, trainable=trainable)
             for step in shapes
         )
         return trained + 3 * forward_flops(tiny.CONFIG, validation, update)
@@ -366,7 +367,7 @@ def test_a_larger_pool_is_ranked_by_one_pass_over_whole_modules():
     drawn = _activities(_LITTLE, config, tiny.CONFIG)
     ranked = _activities(dataclasses.replace(_LITTLE, pool_size=5), config, tiny.CONFIG)
     none = Update()
-    whole = lf.methods.SumUpdate(rank=4, modules=5, magnitudes=True)
+    whole = SumUpdate(rank=4, modules=5, magnitudes=True)
     # tokens of four padded batches
     source = 4 * 5 * 16
     target = 4 * 5 * 8
@@ -391,10 +392,10 @@ def test_a_larger_pool_is_ranked_by_one_pass_over_whole_modules():
             )
         else:  # the arrays hold the basis, so whole modules are read digitally
             assert reads.conversions == 0
-            once = lf.estimates.step_flops(
+            once = step_flops(
                 tiny.CONFIG, lf.estimates.Shape(5, 16, 8), whole, trainable=0
             )
-            once -= lf.estimates.step_flops(
+            once -= step_flops(
                 tiny.CONFIG, lf.estimates.Shape(5, 16, 8), none, trainable=0
             )
             assert (
