@@ -49,6 +49,7 @@ _FIELDS |= {
 # Names of shapes and hub ids, as options' defaults, examples and measurements give them.
 _SHAPE = re.compile(
     r"(google/)?(flan-)?t5-\w+|flan_t5_large-\w+|FLAN-T5(-\w+)?|HuggingFaceTB/[\w-]+"
+    r"|Mistral's own layout"
 )
 _LETTERS = {"q", "k", "v"}
 

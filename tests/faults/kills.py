@@ -38,8 +38,8 @@ _SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 _CHAIN = 6  # kills in one folder
 _START = 0.1  # seconds of CPU time until a command handles signals, Python's own start included
 _SAID = {
-    signal.SIGTERM: ("stopped by SIGTERM", "SIGTERM: stopping"),
-    signal.SIGINT: ("stopped by Ctrl-C", "Ctrl-C: stop"),
+    signal.SIGTERM: ("stopped by SIGTERM", "SIGTERM: saving after"),
+    signal.SIGINT: ("stopped by Ctrl-C", "Ctrl-C: saving after"),
 }
 _NOTES = re.compile(
     r"going on from step|nothing to resume|^\[\d+/\d+\]"
@@ -327,8 +327,8 @@ def _killed(
     else:
         sound = (
             process.returncode == 128 + number
-            and len(lines) == 1
-            and lines[0].startswith(_SAID[number])
+            and len(lines) in (1, 2)
+            and all(line.startswith(_SAID[number]) for line in lines)
         )
     if not sound:
         tally.faults.append(
