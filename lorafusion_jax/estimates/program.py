@@ -4,8 +4,8 @@ FLOPs are those of matrix products and convolutions, a multiplication and an add
 a few percent higher, because it has elementwise operations too.
 
 Memory is that of the results which are alive at once, in the order of the jaxpr. For training steps of FLAN-T5-small
-and a causal model of 135 million parameters in float32, bfloat16 and NF4, arguments and memory are 0.85 to 1.19 times what
-XLA allocates on a CPU.
+and a causal model of 135 million parameters in float32, bfloat16 and NF4, arguments and memory are 0.85 to 1.19 times
+what XLA allocates on a CPU.
 """
 
 import math
