@@ -1,20 +1,11 @@
-"""Read PyTorch's `.bin` files without PyTorch: tensors only, nothing in the file is executed.
+"""Read PyTorch's `.bin` files without PyTorch: an unpickler that can name nothing but storages and tensors."""
 
-`torch.save` has written a zip archive since 1.6; older files are refused. A pickle in it rebuilds tensors as strided
-views of storages. The whole pickle is first read as plain descriptions; views of the file are made afterwards.
-
-Python's unpickler cannot be bounded: a few bytes can make it allocate gigabytes or hash without end. Here nothing that
-a pickle names is imported or called. Each opcode takes bounded time and memory, and nested values are never hashed,
-compared or printed.
-"""
-
-import math
-import mmap
-import pickletools
-import reprlib
+import io
+import pickle
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,295 +14,138 @@ import numpy as np
 
 from .source import map_file
 
-_STORAGES = {
-    "Bool": "bool",
-    "Byte": "uint8",
-    "Char": "int8",
-    "Short": "int16",
-    "Int": "int32",
-    "Long": "int64",
-    "Half": "float16",
-    "Float": "float32",
-    "Double": "float64",
-    "BFloat16": "bfloat16",
+_DTYPES = {
+    "BoolStorage": "bool",
+    "ByteStorage": "uint8",
+    "CharStorage": "int8",
+    "ShortStorage": "int16",
+    "IntStorage": "int32",
+    "LongStorage": "int64",
+    "HalfStorage": "float16",
+    "FloatStorage": "float32",
+    "DoubleStorage": "float64",
+    "BFloat16Storage": "bfloat16",
 }
-# Names that a pickle may contain, those of storages with the type of their numbers.
-_TYPES = {
-    f"{module}.{name}Storage": np.dtype(of)
-    for module in ("torch", "torch.cuda")
-    for name, of in _STORAGES.items()
-}
-_TENSOR = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2")
-_PARAMETER = "torch._utils._rebuild_parameter"
-_ORDERED_DICT = "collections.OrderedDict"
-_NAMES = {*_TYPES, *_TENSOR, _PARAMETER, _ORDERED_DICT}
-_MAX_OPCODES = 1 << 20  # a tensor takes about 30, so this allows 35,000 tensors
-_MAX_PICKLE = 1 << 26
-_MAX_DIMENSIONS = 8
-_MAX_NAME = 300
-# Limits on repeated elements. Tied weights share a storage under up to four names, and a stride of 0 repeats elements.
-# Small files may repeat them more often.
-_MAX_REPEATS = 8
-_SMALL = 1 << 20
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
     """Return the tensors, of any shape, that `torch.save` wrote from a flat dict, as read-only views of the file.
 
     Strides, shared storages and offsets are kept; devices are ignored; dtypes are NumPy's and bfloat16. Members of
-    the archive that no tensor uses are ignored, and so are CRC sums (as in `torch.load`). The size of the file bounds
-    the time and memory of reading, and the total size of the tensors.
+    the archive that no tensor uses are ignored, and so are CRC sums (as in `torch.load`).
 
     Raises:
-        ValueError: The file is missing, damaged or compressed, holds something other than a dict of tensors, or names a
-            global that tensors do not need.
+      ValueError: the file is missing, damaged or compressed, holds something other than a dict of tensors, or its
+        pickle names anything that tensors do not need.
     """
     data = map_file(path)
-    try:
-        # A pickle, or a tar archive, as before 0.1.10.
-        if data[:1] == b"\x80" or data[257:262] == b"ustar":
-            raise _Refused(
-                "not a zip archive, which torch.save has written since PyTorch 1.6: load it in PyTorch, and save it "
-                "again with torch >= 1.6 or as safetensors"
-            )
-        content, storages = _read_zip(path, data)
-        if type(content) is not _Dict:
-            raise _Refused(f"holds a {_kind(content)}: expected a dict of tensors")
-        for key, value in content:
-            if type(key) is not str or type(value) is not _View:
-                raise _Refused(
-                    f"entry {_shown(key)} holds a {_kind(value)}: expected a flat dict of tensors by name"
-                )
-        views: dict[str, _View] = dict(content)
-        total = sum(
-            math.prod(view.size) * view.storage.dtype.itemsize
-            for view in views.values()
-        )
-        if total > max(_MAX_REPEATS * len(data), _SMALL):
-            raise _Refused(
-                f"its {len(data):,} bytes claim to be tensors of {total:,} bytes, by strides that repeat elements: "
-                "save contiguous tensors"
-            )
-        return {key: _array(view, storages) for key, view in views.items()}
-    except _Refused as error:
-        raise ValueError(f"{path}: {error}") from None
-    except (
-        Exception
-    ) as error:  # damaged pickles, archives and storages raise a dozen others
+    if not zipfile.is_zipfile(path):
         raise ValueError(
-            f"{path}: truncated or corrupt, not a file that torch.save wrote ({str(error)[:200]}): fetch the file again"
+            f"{path}: truncated or corrupt, or older than PyTorch 1.6, whose torch.save writes a zip archive: fetch "
+            "the file again, or load it in PyTorch and save it as safetensors"
+        )
+    try:
+        members = _members(path, memoryview(data))
+        (root,) = (name[:-8] for name in members if name.endswith("/data.pkl"))
+        if members.get(f"{root}byteorder", b"little") != b"little":
+            raise ValueError("written on a big-endian machine")
+        storages = {
+            name.removeprefix(f"{root}data/"): content
+            for name, content in members.items()
+        }
+        pickled = io.BytesIO(members[f"{root}data.pkl"])
+        tensors = _TensorUnpickler(pickled, storages).load()
+        if not isinstance(tensors, dict):
+            raise ValueError(f"it holds a {type(tensors).__name__}")
+        arrays = {}
+        for name, tensor in tensors.items():
+            if not isinstance(name, str) or not isinstance(tensor, _Tensor):
+                kind = type(tensor).__name__
+                raise ValueError(f"entry {name!r:.40} holds a {kind}")
+            arrays[name] = tensor.view()
+        return arrays
+    except Exception as error:  # damaged pickles and archives raise a dozen others
+        raise ValueError(
+            f"{path}: not a flat dict of tensors as torch.save writes it ({str(error)[:200]}): fetch the file again, "
+            "or save it in PyTorch as safetensors"
         ) from error
 
 
-class _Refused(Exception):
-    """A file is intact but cannot be read, or must not be."""
+class _Tensor(NamedTuple):
+    """A tensor in a storage; offset and strides are in elements."""
 
-
-class _Global(NamedTuple):
-    """The name of a class or function, `module.name`."""
-
-    name: str
-
-
-class _Dict(list[tuple[Any, Any]]):
-    """The entries of a dict or OrderedDict, in the order of the file; keys may be anything, and may repeat."""
-
-
-class _Storage(NamedTuple):
-    """A run of `numel` numbers of the archive's member `key`."""
-
-    key: str
-    dtype: np.dtype
-    numel: int
-
-
-class _View(NamedTuple):
-    """A tensor: a strided view of a storage, in elements."""
-
-    storage: _Storage
+    storage: memoryview
+    dtype: str
     offset: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
 
-
-def _read_pickle(data: bytes) -> Any:
-    """Return the content of a pickle of tensors: descriptions, texts, integers, tuples and `_Dict`s."""
-    stack: list[Any] = []
-    below: list[list[Any]] = []  # the stacks under the marks
-    memo: dict[Any, Any] = {}
-    for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-        if number == _MAX_OPCODES:
-            raise _Refused(
-                f"its pickle has more than {_MAX_OPCODES:,} opcodes: save fewer tensors in one file"
-            )
-        match opcode.name:
-            case "PROTO":
-                pass
-            case (
-                "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINUNICODE" | "NONE"
-            ):  # with the argument None
-                stack.append(argument)
-            case "NEWTRUE" | "NEWFALSE":
-                stack.append(opcode.name == "NEWTRUE")
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "EMPTY_DICT":
-                stack.append(_Dict())
-            case "MARK":
-                below.append(stack)
-                stack = []
-            case "TUPLE":
-                items = stack
-                stack = below.pop()
-                stack.append(tuple(items))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                items = [stack.pop() for _ in range(int(opcode.name[-1]))]
-                stack.append(tuple(reversed(items)))
-            case "SETITEM" | "SETITEMS":
-                if opcode.name == "SETITEM":
-                    items = [stack.pop(-2), stack.pop()]
-                else:
-                    items = stack
-                    stack = below.pop()
-                _check(stack[-1], "changes")
-                stack[-1].extend(zip(items[::2], items[1::2], strict=True))
-            case "GLOBAL":
-                if (name := str(argument).replace(" ", ".", 1)) not in _NAMES:
-                    raise _Refused(
-                        f"its pickle names {name[:_MAX_NAME]}, which no plain tensor needs: refused, nothing was "
-                        "executed; if you trust the file, re-save its tensors as safetensors"
-                    )
-                stack.append(_Global(name))
-            case "REDUCE":
-                arguments = stack.pop()
-                function = stack.pop()
-                stack.append(_called(function, arguments))
-            case "BUILD":  # an OrderedDict's attributes (torch's `_metadata`), which tensors do not need
-                stack.pop()
-                _check(stack[-1], "changes")
-            case "BINPERSID":
-                stack.append(_persistent(stack.pop()))
-            case "BINPUT" | "LONG_BINPUT":
-                memo[argument] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[argument])
-            case "STOP":
-                break
-            case name:
-                raise _Refused(
-                    f"its pickle has the opcode {name}, which no flat dict of tensors needs: save one"
-                )
-    return stack.pop()
+    def view(self) -> np.ndarray:
+        """Return the tensor as a view of its storage; NumPy refuses one that leaves the storage."""
+        itemsize = np.dtype(self.dtype).itemsize
+        strides = [step * itemsize for step in self.stride]
+        offset = self.offset * itemsize
+        return np.ndarray(self.size, self.dtype, self.storage, offset, strides)
 
 
-def _check(value: Any, does: str, kind: type = _Dict) -> None:
-    if type(value) is not kind:
-        name = value.name if type(value) is _Global else f"a {type(value).__name__}"
-        raise _Refused(
-            f"its pickle {does} {name}, which no tensor needs: refused, nothing was executed"
+class _TensorUnpickler(pickle.Unpickler):
+    """Describes tensors of `storages`, and finds no other names than those that tensors need.
+
+    Everything that it returns for a name is immutable or new, because a pickle may set attributes. For the same reason
+    arrays are made after the pickle has ended.
+    """
+
+    def __init__(self, pickled: io.BytesIO, storages: Mapping[str, memoryview]):
+        super().__init__(pickled)
+        self.storages = storages
+
+    def find_class(self, module: str, name: str) -> str | Callable[..., Any]:
+        if module in ("torch", "torch.cuda") and name in _DTYPES:
+            return _DTYPES[name]
+        match f"{module}.{name}":
+            case "torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2":
+                return lambda *arguments: _rebuilt(*arguments)
+            case "torch._utils._rebuild_parameter":
+                return lambda tensor, *_: tensor
+            case "collections.OrderedDict":
+                return OrderedDict
+        raise ValueError(
+            f"its pickle names {module}.{name}, which no plain tensor needs: nothing was executed"
         )
 
+    def persistent_load(self, pid: Any) -> tuple[memoryview, str]:
+        kind, dtype, key, _location, numel = pid
+        if kind != "storage":
+            raise ValueError(f"its pickle refers to a {kind!r:.40}")
+        return self.storages[key][: numel * np.dtype(dtype).itemsize], dtype
 
-def _called(function: Any, arguments: tuple) -> _View | _Dict:
-    """Return a description of what a call would make."""
-    _check(function, "calls", _Global)
-    name = function.name
-    if name == _ORDERED_DICT and not arguments:
-        return _Dict()
-    if name == _PARAMETER and arguments and type(arguments[0]) is _View:
-        return arguments[0]
-    if name not in _TENSOR or len(arguments) < 4 or type(arguments[0]) is not _Storage:
-        raise TypeError(f"a call of {name} that does not rebuild a tensor")
-    storage, offset, size, stride = arguments[:4]
-    if any(arguments[6:7]):  # metadata
-        raise _Refused(
-            "a tensor is a lazy negative or conjugate: save it after resolve_neg(), resolve_conj()"
+
+def _rebuilt(
+    storage: tuple[memoryview, str],
+    offset: int,
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    _requires_grad: bool = False,
+    _hooks: Any = None,
+    metadata: Any = None,
+) -> _Tensor:
+    """Return a description of the tensor that PyTorch's function of these arguments rebuilds."""
+    if metadata:
+        raise ValueError(
+            "a tensor is negated or conjugated lazily: save it after resolve_neg() and resolve_conj()"
         )
-    if len(size) > _MAX_DIMENSIONS:
-        raise _Refused(
-            f"a tensor has {len(size)} dimensions: expected at most {_MAX_DIMENSIONS}"
-        )
-    return _View(
-        storage, _size(offset), tuple(map(_size, size)), tuple(map(_size, stride))
-    )
+    return _Tensor(*storage, offset, size, stride)
 
 
-def _persistent(pid: Any) -> _Storage:
-    if type(pid) is not tuple or len(pid) != 5:
-        raise TypeError("a storage is described by 5 values")
-    tag, kind, key, _location, numel = pid
-    if tag != "storage":
-        raise _Refused(f"its pickle refers to a {_shown(tag)}, which no tensor needs")
-    if type(key) is not str:
-        raise TypeError(f"a {type(key).__name__} instead of a storage's key")
-    return _Storage(key, _TYPES[kind.name], _size(numel))
-
-
-def _size(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 1 << 62:
-        raise ValueError(f"{_shown(value)} is not a number of elements")
-    return value
-
-
-def _shown(value: Any) -> str:
-    """Return a value as text for a message; of tuples only the type, because they may nest to 2 ** 90 elements."""
-    return reprlib.repr(value) if type(value) in (int, str) else f"<{_kind(value)}>"
-
-
-def _kind(value: Any) -> str:
-    return {_View: "tensor", _Dict: "dict"}.get(type(value), type(value).__name__)
-
-
-def _array(view: _View, storages: Mapping[str, memoryview]) -> np.ndarray:
-    # NumPy itself raises an error for a view that would reach outside its buffer.
-    key, dtype, numel = view.storage
-    item = dtype.itemsize
-    buffer = storages[key][: numel * item]
-    return np.ndarray(
-        view.size,
-        dtype,
-        buffer,
-        view.offset * item,
-        [step * item for step in view.stride],
-    )
-
-
-def _read_zip(path: Path, data: mmap.mmap) -> tuple[Any, dict[str, memoryview]]:
+def _members(path: Path, data: memoryview) -> dict[str, memoryview]:
+    """Return the bytes of every member of a zip archive without compression."""
+    members = {}
     with zipfile.ZipFile(path) as archive:
-        members = {entry.filename: entry for entry in archive.infolist()}
-    names = [name for name in members if name.endswith("/data.pkl")]
-    if len(names) != 1:
-        raise _Refused(
-            f"a zip archive with {len(names)} members data.pkl: torch.save writes one"
-        )
-    root = names[0].removesuffix("data.pkl")
-    order = members.get(f"{root}byteorder")
-    if order and _member(order, data) != b"little":
-        raise _Refused(
-            "written on a big-endian machine: re-save its tensors as safetensors there"
-        )
-    storages = {
-        name.removeprefix(f"{root}data/"): _member(entry, data)
-        for name, entry in members.items()
-        if name.startswith(f"{root}data/")
-    }
-    content = _member(members[names[0]], data)
-    if len(content) > _MAX_PICKLE:
-        raise _Refused(
-            f"its pickle has {len(content):,} bytes: expected at most {_MAX_PICKLE:,}"
-        )
-    return _read_pickle(bytes(content)), storages
-
-
-def _member(entry: zipfile.ZipInfo, data: mmap.mmap) -> memoryview:
-    """Return a member's bytes in the mapped file."""
-    if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-        raise _Refused(
-            f"{_shown(entry.filename)} is compressed or encrypted, unlike torch.save's: zip it again, plain"
-        )
-    # The name and the extra field of the local header pad the content to its alignment.
-    name, extra = struct.unpack_from("<HH", data, entry.header_offset + 26)
-    start = entry.header_offset + 30 + name + extra
-    if start + entry.file_size > len(data):
-        raise EOFError(f"it ends in the middle of {_shown(entry.filename)}")
-    return memoryview(data)[start : start + entry.file_size]
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+                raise ValueError(f"{entry.filename!r:.80} is compressed or encrypted")
+            # The name and the extra field of the local header pad the content to its alignment.
+            lengths = struct.unpack_from("<HH", data, entry.header_offset + 26)
+            start = entry.header_offset + 30 + sum(lengths)
+            members[entry.filename] = data[start : start + entry.file_size]
+    return members
