@@ -580,7 +580,6 @@ def _read(
 def _shared_out(where: str, by: _By, chip: _Chip) -> list[dict[str, Any]]:
     """Compile reads for one device and for eight, and return their cases."""
     compiled: list[Any] = []
-    path = None if by is None else "definition"  # XLA splits no kernels
     config = crossbar.CrossbarConfig(
         adc=crossbar.ADC(bits=8, range="max"), device=_IMPERFECT
     )
@@ -594,7 +593,7 @@ def _shared_out(where: str, by: _By, chip: _Chip) -> list[dict[str, Any]]:
             keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
             arrays = jax.eval_shape(
                 jax.vmap(
-                    lambda key, w: crossbar.program(w, config, key, path=path),
+                    lambda key, w: crossbar.program(w, config, key),
                     (0, None),
                 ),
                 keys,

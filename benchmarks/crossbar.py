@@ -51,7 +51,7 @@ _DAC = crossbar.DAC(signed=False, scaling="fixed", limit=1.0)
 _CONFIG = crossbar.CrossbarConfig(
     dac=_DAC, adc=crossbar.ADC(bits=8, range="calibrated")
 )
-_PATHS = ("lookup", "tables", "packed", "loop")
+_PATHS = ("lookup", "packed", "loop")
 _PROGRAMMING = crossbar.Device(programming=crossbar.Independent(0.04))
 
 
@@ -247,7 +247,7 @@ def _decoder(tokens: int) -> list[dict[str, Any]]:
 
     def path(chip: crossbar.Chip) -> str:
         """Return the path of a large batch."""
-        return "tables" if chip.plan.tabulates else chip.plan.path
+        return "lookup" if chip.plan.tabulates else chip.plan.path
 
     return [
         case(

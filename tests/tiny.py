@@ -39,14 +39,10 @@ def somewhere(n: int, site: str, layer: int) -> int:
     )
 
 
-def for_tpu(
-    kind: str = "TPU v5 lite", mesh: tuple[int, ...] = ()
-) -> contextlib.AbstractContextManager[None]:
-    """Trace programs for a TPU, or a mesh of several, that is not there."""
-    axes = tuple(f"axis {i}" for i in range(len(mesh)))
-    return use_abstract_mesh(
-        AbstractMesh(mesh, axes, abstract_device=AbstractDevice(kind, 1, "tpu"))
-    )
+def for_tpu() -> contextlib.AbstractContextManager[None]:
+    """Trace programs for a TPU that is not there."""
+    device = AbstractDevice("TPU v5 lite", 1, "tpu")
+    return use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
 
 
 def emitters(on: bool) -> dict[str, Any]:

@@ -29,17 +29,6 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def for_one_tpu() -> bool:
-    """Return whether programs are traced for one TPU that multiplies bytes, which is v5 or later."""
-    mesh = jax.sharding.get_abstract_mesh()
-    kind = (mesh.abstract_device or jax.devices()[0]).device_kind
-    return (
-        mesh.size <= 1
-        and kind.startswith("TPU")
-        and not kind.startswith(("TPU v2", "TPU v3", "TPU v4"))
-    )
-
-
 def is_traced(tree: Any) -> bool:
     """Return whether any leaf is a tracer of a transformation."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))

@@ -141,9 +141,7 @@ SUITED: dict[str | None, dict[str, Any]] = {
     },
     "loop": _CONVERTS,
     "lookup": _CONVERTS | _NARROW,
-    "tables": _CONVERTS | _NARROW,
     "packed": _CONVERTS | _INTEGERS | {"bits": st.sampled_from([3, 2, 4, 5])},
-    "mosaic": _CONVERTS | {"bits": st.sampled_from([3, 2, 4, 5, 8])},
 }
 
 

@@ -95,7 +95,7 @@ def test_a_transfer_curve_is_read_conversion_by_conversion_even_where_no_bits_ar
         crossbar.program(W, converting("sar", bits=16, range="granular")).plan.path
         == "product"
     )
-    for path in ("product", "loop", "lookup", "tables", "packed", "mosaic"):
+    for path in ("product", "loop", "lookup", "packed"):
         with pytest.raises(ValueError, match=f"path='{path}'"):
             crossbar.program(W, wide, path=path)
 

@@ -295,9 +295,7 @@ AT_READ: dict[str, Any] = {
 
 @cases(
     34,
-    case=reads(
-        None, "product", "loop", "lookup", "tables", "packed", "mosaic", **AT_READ
-    ),
+    case=reads(None, "product", "loop", "lookup", "packed", **AT_READ),
 )
 def test_every_path_reads_what_the_loops_say(case: Case):
     """Cells, ranges and products of `definition` and of one more path; NaN and infinite inputs on the way."""
@@ -357,7 +355,7 @@ _BY_ROW = {
 }
 _FLIPPED = {**_TILED, "encoding": "flip", "weights": "positive", "cells": (1, 1, 1)}
 _CLIPPED = {**_TILED, "adc": "given", "clip": 0.2, "signed": True}
-_CONVERTING = ["loop", "lookup", "tables", "packed", "mosaic"]
+_CONVERTING = ["loop", "lookup", "packed"]
 _TALL = {
     "d_in": 80,
     "rows": 40,
@@ -376,35 +374,22 @@ CORNERS: dict[str, tuple[list[str | None], dict[str, Any]]] = {
     "ranges by row": (_CONVERTING, _BY_ROW),
     "tall arrays": (_CONVERTING, _TALL),
     "tall arrays of the largest numbers": (
-        ["lookup", "tables", "packed", "mosaic"],
+        ["lookup", "packed"],
         {**_TALL, **_LARGEST, "signed": True, "whole": True},
     ),
     "sums that are never negative": (
-        ["lookup", "tables", "packed"],
+        ["lookup", "packed"],
         {**_SHORT, "encoding": "offset", "whole": True},
     ),
-    "arrays in chunks, the last one shorter": (
-        ["tables"],
-        {
-            **_TALL,
-            **_LARGEST,
-            "d_in": 200,
-            "rows": 128,
-            "d_out": 5,
-            "signed": True,
-            "whole": True,
-            "partition": "full",
-        },
-    ),
     "two bits in a pulse": (
-        ["loop", "tables", "packed", "mosaic"],
+        ["loop", "lookup", "packed"],
         {**_SHORT, "slice_bits": 2, "signed": True},
     ),
     "more inputs and columns than a block": (
-        ["lookup", "tables", "mosaic"],
+        ["lookup"],
         {**_TILED, "batch": 260, "d_out": 520},
     ),
-    "one input and column": (["mosaic"], {"batch": 1, "d_out": 1}),
+    "one input and column": (["lookup"], {"batch": 1, "d_out": 1}),
     "words of packed slices that are full": (
         ["packed"],
         {**_TALL, **_LARGEST, "d_in": 600, "rows": 300},
@@ -415,7 +400,7 @@ CORNERS: dict[str, tuple[list[str | None], dict[str, Any]]] = {
         {**_TILED, "encoding": "offset", "ratio": 2.5},
     ),
     "Gmin, a unit column, gains": (
-        ["lookup", "tables"],
+        ["lookup"],
         {**_TILED, "encoding": "unit column", "ratio": 10.0, "gain": 0.05},
     ),
     "both polarities, Gmin, gains": (
@@ -456,7 +441,7 @@ CORNERS: dict[str, tuple[list[str | None], dict[str, Any]]] = {
         {"weights": "sparse", "weight_quantile": 0.5, "scale": "column", "adc": None},
     ),
     "weights beyond a quantile": (
-        ["lookup", "tables"],
+        ["lookup"],
         {**_TILED, "weight_quantile": 0.9, "scale": "tile"},
     ),
     "no weights": (
@@ -476,7 +461,7 @@ CORNERS: dict[str, tuple[list[str | None], dict[str, Any]]] = {
         {"cells": None, "bits": None, "encoding": "unit column", "adc": None},
     ),
     "float64": (
-        ["lookup", "tables"],
+        ["lookup"],
         {**_TILED, "float64": True, "inputs": "beyond", "scaling": "fixed"},
     ),
 }
@@ -806,7 +791,6 @@ def directions(case: Case) -> np.ndarray:
     case=reads(
         "loop",
         "lookup",
-        "tables",
         "definition",
         float64=True,
         adc=st.sampled_from(["max", "granular", "given"]),
@@ -869,7 +853,6 @@ GIVEN = {
     case=reads(
         "loop",
         "lookup",
-        "tables",
         "packed",
         "definition",
         adc=st.sampled_from(["max", "granular", "given"]),
@@ -978,9 +961,7 @@ def test_a_stack_has_the_chips_of_its_matrices_and_at_least_one(
         "loop",
         "definition",
         "lookup",
-        "tables",
         "packed",
-        "mosaic",
         **GIVEN,
         whole=False,
     )
@@ -1095,7 +1076,6 @@ SWEPT: dict[str, tuple[list[float], str, Callable[[Any, Any], dict[str, Any]]]] 
         "definition",
         None,
         "lookup",
-        "tables",
         adc=st.sampled_from(["max", "given", None]),
         device=st.sampled_from([None, "independent"]),
     ),

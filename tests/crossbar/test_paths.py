@@ -65,10 +65,8 @@ def test_slices_share_a_word_where_the_sums_of_the_columns_allow():
 
 
 # By name: the bits of an ADC that the path can read exactly.
-PATHS = dict.fromkeys(
-    ("definition", "loop", "lookup", "tables", "packed", "mosaic"), 5
-) | {"product": 14}
-_SHORT = {"product", "lookup", "mosaic"}  # corners of `test_fuzz.py` have the others
+PATHS = dict.fromkeys(("definition", "loop", "lookup", "packed"), 5) | {"product": 14}
+_SHORT = {"product", "lookup"}  # corners of `test_fuzz.py` have the others
 
 
 @pytest.mark.parametrize(
@@ -188,72 +186,16 @@ def _compiled(chip):
 
 
 @pytest.mark.parametrize(
-    ("changes", "path"),
-    [
-        ({}, "mosaic"),
-        (
-            {
-                "adc": ADC(range="max"),
-                "device": Device(programming=crossbar.Independent(0.02)),
-            },
-            "mosaic",
-        ),
-        (
-            {"adc": ADC(range="max")},
-            "definition",
-        ),  # its steps are not powers of two: conversions divide
-        ({"dac": DAC(bits=11, slice_bits=9)}, "definition"),
-        ({"device": Device(read_noise=ReadNoise(0.1))}, "packed"),
-    ],
+    ("device", "path"),
+    [(Device(), "definition"), (Device(read_noise=ReadNoise(0.1)), "packed")],
 )
-def test_one_tpu_reads_with_a_kernel(changes, path):
-    weights, x = problem()
-    config = CrossbarConfig(**{"adc": ADC(range="calibrated"), **changes})
-    with tiny.for_tpu():
-        chip = program(weights, config, _KEY)
-        assert chip.plan.path == path
-        if path != "mosaic":
-            return
-        chip = (
-            chip
-            if chip.limits is not None
-            else dataclasses.replace(chip, limits=jnp.full((1, 4, 2), 8.0))
-        )
-        read, leaves = _compiled(chip)
-        lowered = read.trace(x, leaves).lower(lowering_platforms=("tpu",)).as_text()
-        assert (
-            "tpu_custom_call" in lowered and ("xi8>" in lowered) == chip.plan.integers
-        )
-    # Elsewhere Pallas reads the same chip by a loop.
-    defined = dataclasses.replace(
-        program(weights, config, _KEY, path="definition"), limits=chip.limits
-    )
-    wanted = matmul(x, defined)
-    bound = (
-        0 if chip.plan.integers else 0.02 * float(jnp.abs(wanted).max())
-    )  # a sum close to a tie may differ
-    np.testing.assert_allclose(read(x, leaves), wanted, rtol=0, atol=bound)
-
-
-@pytest.mark.parametrize(
-    ("kind", "mesh", "path"),
-    [
-        ("TPU v4", (), "definition"),
-        ("TPU v6 lite", (1, 1), "mosaic"),
-        ("TPU v6 lite", (2, 1), "definition"),
-    ],
-)
-def test_no_kernel_where_bytes_are_not_multiplied_or_a_mesh_splits_arrays(
-    kind, mesh, path
+def test_a_tpu_draws_noise_for_each_conversion_and_else_reads_by_definition(
+    device, path
 ):
-    config = CrossbarConfig(adc=ADC(range="calibrated"))
-    plans = []
     weights, _ = problem()
-    with tiny.for_tpu(kind, mesh):
-        jax.eval_shape(
-            lambda weights: plans.append(program(weights, config).plan), weights
-        )
-    assert [plan.path for plan in plans] == [path]
+    config = CrossbarConfig(adc=ADC(range="calibrated"), device=device)
+    with tiny.for_tpu():
+        assert program(weights, config, _KEY).plan.path == path
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,6 @@ _CASES = {
     "loop": (_PLAIN, "loop"),
     "packed": (_PLAIN, "packed"),
     "lookup": (_PLAIN, "lookup"),
-    "tables": (_PLAIN, "tables"),
     "row tiles": (
         dataclasses.replace(
             _PLAIN, mapping=Mapping(scale="tile"), encoding=Encoding(kind="offset")
@@ -84,7 +83,6 @@ def _inputs():
                 "definition",
                 "loop",
                 "lookup",
-                "tables",
                 "noise",
                 "wires",
             )

@@ -164,7 +164,7 @@ def test_every_matrix_is_programmed_with_a_key_of_its_own():
     )
 
 
-def test_the_reads_of_a_model_avoid_tables_which_compile_slowly():
+def test_the_reads_of_a_model_avoid_look_up_which_compiles_slowly():
     config = dataclasses.replace(
         _CONVERTED, adc=ADC(bits=5, range="max"), device=_NOISY.device
     )
@@ -177,15 +177,15 @@ def test_the_reads_of_a_model_avoid_tables_which_compile_slowly():
         program_tree({"head": weight}, {"*": whole}, _KEY)["head"].plan.path == "packed"
     )
     chip = jax.random.fold_in(jax.random.fold_in(_KEY, zlib.crc32(b"head")), 0)
-    tables = crossbar.program(weight, config, chip, path="lookup")
+    looked_up = crossbar.program(weight, config, chip, path="lookup")
     np.testing.assert_allclose(
         crossbar.programmed_weights(placed),
-        crossbar.programmed_weights(tables),
+        crossbar.programmed_weights(looked_up),
         rtol=1e-5,
         atol=1e-6,
     )
     np.testing.assert_allclose(
-        product(x, placed), product(x, tables), rtol=1e-5, atol=1e-5
+        product(x, placed), product(x, looked_up), rtol=1e-5, atol=1e-5
     )
 
 
@@ -205,7 +205,7 @@ def test_the_reads_of_a_model_avoid_tables_which_compile_slowly():
     ],
 )
 def test_a_model_reads_many_vectors_as_it_reads_few(changes, least):
-    """From tables where few are not; two layers of arrays in chunks, of which the last array has fewer."""
+    """Two layers by look-up, the last array of which has fewer rows, against reads of fewer vectors."""
     config = CrossbarConfig(
         **{
             "mapping": crossbar.Mapping(weight_bits=8),
@@ -219,7 +219,7 @@ def test_a_model_reads_many_vectors_as_it_reads_few(changes, least):
     weights = jnp.asarray(rng.normal(size=(2, 140, 20)), jnp.float32)
     x = jnp.asarray(rng.normal(size=(70, 140)), jnp.float32)
     chips = program_tree({"w": weights}, {"*": config}, _KEY)["w"]
-    assert chips.plan.tabulates and chips.plan.path not in ("lookup", "tables")
+    assert chips.plan.tabulates and chips.plan.path != "lookup"
     for layer in range(2):
         chip = jax.tree.map(lambda leaf, layer=layer: leaf[layer], chips)
         _equal(read(x, chip), jnp.concatenate([read(x[:35], chip), read(x[35:], chip)]))

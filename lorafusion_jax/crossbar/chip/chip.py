@@ -31,7 +31,7 @@ class Chip:
       codes: [d_in, d_out] the weights as programmed, in weight codes: the sum of all slices in a perfect read.
       scale: [1 or R, 1 or d_out] the weight of one code.
       cells: every cell in level units, a unit column last; None if the path does not read single cells.
-      columns: [k, R, rows, d_out + units] the factors of the inputs; integers are packed, or bytes.
+      columns: [k, R, rows, d_out + units] the factors of the inputs; integers are packed.
       variance: variance of read noise at sigma = 1: of `columns`, or [d_in, d_out + units] of `codes` where slices
         telescope. A single column stands for all if they do not differ.
       occupied: [k, R] the planes of integer cells that are not all zero, for the path `loop`.

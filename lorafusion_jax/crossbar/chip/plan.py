@@ -37,7 +37,7 @@ class Plan:
       integers: column sums, before read noise, are integers.
       packing: fields of the weight slices in the words of `lookup` and `packed`; None if they are not packed.
       ties: method that keeps the codes of sums half-way between two codes exact.
-      tabulates: large batches are read by `tables`, whatever the path.
+      tabulates: large batches are read by `lookup`, whatever the path.
       split: devices that share out the arrays, or None.
     """
 

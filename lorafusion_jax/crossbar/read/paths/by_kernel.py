@@ -172,13 +172,6 @@ class KernelPath(ReadPath):
         return mapped(tiles, adc.scale, jnp.asarray(number), leaves)
 
 
-def in_bytes(laid: Laid, written: Written) -> Laid:
-    """Return columns of integers as bytes, where products of them and inputs stay within their sign."""
-    geometry = written.geometry
-    fit = laid.plan.integers and max(*geometry.levels, geometry.converted_top) < 2**7
-    return laid._replace(columns=laid.columns.astype(jnp.int8)) if fit else laid
-
-
 def slices_of(chip: Chip) -> tuple[int, ...]:
     """Return the bits of every conversion's input slice; a path whose needs exclude ideal DACs has them."""
     assert chip.geometry.converted_slices is not None

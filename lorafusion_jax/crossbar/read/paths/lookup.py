@@ -5,13 +5,15 @@ are tabulated, and each input adds up one table entry for every g rows where a p
 ("four Russians"). The entries are contiguous rows of a table that stays in the cache. Integer cells travel packed,
 several weight slices to an int32 word (see `mapping.bit_fields`), with their variances for read noise.
 
-The fastest for input slices of one bit, of integer cells or without a sign.
+The fastest for input slices of one bit, of integer cells or without a sign. It compiles twice as slowly as `packed`, so
+whole models use it only for large batches (see `Plan.tabulates`).
 
 Axis letters: B batch, K weight slices, k those of one word, J input slices, W words, R row tiles, G groups of rows,
 E table entries, C columns of a block.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -32,7 +34,6 @@ from ..conversion_noise import Noise, add_noise, alike
 from .by_kernel import KernelPath, slices_of
 from .packed import PackedPath, certificate, fit_words, in_words
 from .path import narrow, products
-from .tables import entries_of
 
 # A block of columns whose table, and a chunk of the batch whose sums, stay in a core's second-level cache.
 _COLUMNS = 64
@@ -135,7 +136,7 @@ def lookup(
     ) -> Float[Array, "N K B C"]:
         n, chunk = argument
         rows = (n.shape[2] // group + 1) * group
-        chosen = entries_of(_pad(n, 2, rows), slices, digits, group)
+        chosen = _entries(_pad(n, 2, rows), slices, digits, group)
 
         def read(
             w: int, r: Array, c: Array, total: Float[Array, "k B C"]
@@ -243,6 +244,26 @@ def _group(base: int, inputs: int) -> int:
     while base ** (group + 1) <= min(inputs / 4, 32):
         group += 1
     return group
+
+
+def _entries(
+    n: Float[Array, "B R rows"],
+    slices: tuple[int, ...],
+    digits: Sequence[int],
+    group: int,
+) -> UInt8[Array, "R J B G"]:
+    """Return which table entry every group of so many rows selects: its digits, as a number."""
+    apart = jnp.moveaxis(
+        n.reshape(*n.shape[:2], -1, group), (3, 1), (0, 1)
+    )  # [group, R, B, G], whose copy is short
+    entries = []
+    for j in range(len(slices)):
+        terms = [
+            (digit(row, slices, j) - digits[0]) * len(digits) ** i
+            for i, row in enumerate(apart)
+        ]
+        entries.append(sum(terms[1:], terms[0]))
+    return jnp.stack(entries, axis=1).astype(jnp.uint8)
 
 
 def _table(

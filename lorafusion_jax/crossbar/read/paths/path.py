@@ -32,7 +32,7 @@ class ReadPath:
         return None
 
     def in_models(self, plan: Plan) -> str:
-        """Return the path of whole models, which often read one vector; `tables` reads the large batches of another."""
+        """Return the path of whole models, which often read one vector; `lookup` reads their large batches."""
         return self.name
 
     def lay_out(self, written: Written) -> Laid:
@@ -61,13 +61,6 @@ def integers(facts: Facts) -> str | None:
         None
         if facts.integers
         else "takes integer cells: perfect ones, whose Gmin does not reach the ADC"
-    )
-
-
-def quiet(facts: Facts) -> str | None:
-    """Conversions draw no noise."""
-    return (
-        "computes no variances of noise" if facts.config.draws_at_conversion else None
     )
 
 

@@ -15,25 +15,21 @@ from ...mapping.geometry import Columns, Geometry
 from ..definition import DefinitionPath
 from .lookup import LookupPath
 from .loop import LoopPath
-from .mosaic import MosaicPath
 from .packed import PackedPath
 from .path import ReadPath
 from .product import ProductPath
-from .tables import TablesPath
 
 PATHS: dict[str, ReadPath] = {
     path.name: path
     for path in (
         ProductPath(),
-        MosaicPath(),
         DefinitionPath(),
         LookupPath(),
-        TablesPath(),
         PackedPath(),
         LoopPath(),
     )
 }
-# Vectors from which a whole model's arrays are read from tables.
+# Vectors from which a whole model's arrays are read by `lookup`.
 _MANY = 64
 
 
@@ -67,10 +63,8 @@ def read(
 ) -> Float[Array, "B d_out"]:
     """Return weights times input codes, by the plan's path."""
     if chip.plan.tabulates and PATHS[chip.plan.path].converts and len(n) >= _MANY:
-        plan = dataclasses.replace(chip.plan, path=TablesPath.name, packing=None)
-        chip = dataclasses.replace(
-            chip, columns=columns_of(chip), occupied=None, plan=plan
-        )
+        plan = dataclasses.replace(chip.plan, path=LookupPath.name)
+        chip = dataclasses.replace(chip, occupied=None, plan=plan)
     return PATHS[chip.plan.path].read(n, quantise, chip)
 
 
