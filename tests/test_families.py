@@ -32,8 +32,6 @@ _QUICK = {
     "lora_rank": 2,
     "vera_rank": 3,
     "evaluations": 3,
-    "generations": 1,
-    "population": 4,
     "shots": 2,
     "max_new_tokens": 4,
 }

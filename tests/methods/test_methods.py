@@ -65,8 +65,6 @@ def _options(
     """`cat` is the method merge with that rule."""
     values = {
         "evaluations": 4,
-        "generations": 2,
-        "population": 4,
         "shots": 2,
         "name": method,
         "method": method,
