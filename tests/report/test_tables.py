@@ -92,12 +92,13 @@ def test_a_method_that_lacks_a_task_has_no_mean_and_is_not_compared():
         line[2] == line[7] == line[8] == "–" and line[1] != "–" and line[11] == "36,864"
     )
     assert results_page.best_method(found) == "fusion sum"
-    assert paired_table(found, "fusion sum").texts[12] == ["LoRA", *6 * ["–"]]
+    texts = paired_table(found, "fusion sum").texts
+    assert ["LoRA", *6 * ["–"]] in texts
 
 
 def test_a_matrix_that_was_interrupted_is_compared_on_the_seeds_of_both():
     rows = [r for r in _ROWS if r["method"] != "LoRA" or r["seed"] < 4]
-    difference = dict(zip(METHODS, [None] * 16, strict=True))
+    difference = dict.fromkeys(METHODS)
     for line in paired_table(scores(rows)[0], "fusion sum").lines:
         difference[line[0]] = line[1]
     means = {
