@@ -82,21 +82,27 @@ def basis_report(folder: Path) -> str:
     """Return the share of the modules' squared norms that a pool's basis keeps: by site, then of each new module."""
     pool = ConvertedPool(folder)
     basis = pool.basis()
-    whole = {site: np.asarray(energy, float) for site, energy in basis.energy.items()}
-    inside = {site: share * whole[site] for site, share in basis.kept().items()}
+    module_energies = {
+        site: np.asarray(energy, float) for site, energy in basis.energy.items()
+    }
+    inside = {
+        site: share * module_energies[site] for site, share in basis.kept().items()
+    }
     rows = [("site", "d_in x d_out", "kept")]
     for site in basis.sites:
         shape = f"{basis.U[site].shape[1]} x {basis.V[site].shape[2]}"
-        rows.append((site, shape, _percent(inside[site].sum(), whole[site].sum())))
+        rows.append(
+            (site, shape, _percent(inside[site].sum(), module_energies[site].sum()))
+        )
     lines = [plain(rows)]
     for n, name in enumerate(basis.names):
         if (
             len(basis) > len(pool.names) and name in pool.names
         ):  # it was projected on a basis of others
-            kept = sum(inside[site][:, n].sum() for site in basis.sites)
-            all_of_it = sum(whole[site][:, n].sum() for site in basis.sites)
+            inside_energy = sum(inside[site][:, n].sum() for site in basis.sites)
+            all_of_it = sum(module_energies[site][:, n].sum() for site in basis.sites)
             lines.append(
-                f"{one_line(name)}: the basis keeps {_percent(kept, all_of_it)} of its squared norm"
+                f"{one_line(name)}: the basis keeps {_percent(inside_energy, all_of_it)} of its squared norm"
             )
     lines.append(
         f"a basis of {basis.k} directions for {len(basis)} modules, written to {folder}"

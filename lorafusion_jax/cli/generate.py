@@ -92,11 +92,11 @@ def _without_breaks(text: str) -> str:
 
 def _on_chip(command: GenerateCommand) -> Callable[[], Problem] | None:
     """Return a function that loads the model of a command on a chip; None for a digital one."""
-    of_chips = CalibratedChipOptions.__dataclass_fields__
+    chip_fields = CalibratedChipOptions.__dataclass_fields__
     if command.crossbar is None:
-        check_digital(command, of_chips)
+        check_digital(command, chip_fields)
         return None
-    chip = {name: getattr(command, name) for name in of_chips}
+    chip = {name: getattr(command, name) for name in chip_fields}
     options = LmEvalOptions(
         run=command.run, run_seed=command.seed, base=command.base, **chip
     )

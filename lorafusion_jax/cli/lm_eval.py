@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     from ..lm_eval import model  # noqa: F401  which registers it
 
-    given = {
+    arguments_given = {
         f.name: value
         for f in dataclasses.fields(options)
         if (value := getattr(options, f.name)) != f.default
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
         "--model",
         "lorafusion",
         "--model_args",
-        json.dumps(given, default=str),
+        json.dumps(arguments_given, default=str),
     ]
     sys.argv += ["--batch_size", "auto", *others]
     try:

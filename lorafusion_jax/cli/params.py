@@ -38,11 +38,11 @@ def main(arguments: Sequence[str]) -> None:
     """Print the counts as a Markdown table."""
     options = parse(ParamsOptions, arguments, "params")
     numbers = {name: value for name, value in vars(options).items() if name != "shape"}
-    of_methods = counts(shape_config(options.shape), **numbers)
-    full = of_methods["full fine-tuning"]
+    method_counts = counts(shape_config(options.shape), **numbers)
+    full = method_counts["full fine-tuning"]
     lines = [
         [method, f"{count:,}", f"{100 * count / full:.4g} %"]
-        for method, count in of_methods.items()
+        for method, count in method_counts.items()
     ]
     show(
         markdown([["method", "trainable parameters", f"of {options.shape}"], *lines]),

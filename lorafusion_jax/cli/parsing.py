@@ -81,15 +81,19 @@ def given(arguments: Sequence[str]) -> list[str]:
 
 def part_of(command: Any, use: Callable[..., Any], flag: str) -> dict[str, Any]:
     """Return those options of a command that are arguments of a use, which `flag` chooses; ValueError for others."""
-    own = inspect.signature(use).parameters
+    parameters = inspect.signature(use).parameters
     if flags := flags_given(
         command,
-        [field.name for field in dataclasses.fields(command) if field.name not in own],
+        [
+            field.name
+            for field in dataclasses.fields(command)
+            if field.name not in parameters
+        ],
     ):
         raise ValueError(
             f"{flags}: not possible together with {flag}: leave one of them out"
         )
-    return {name: getattr(command, name) for name in own}
+    return {name: getattr(command, name) for name in parameters}
 
 
 def flat_fields(options: type) -> Iterator[tuple[str, Any, dataclasses.Field]]:

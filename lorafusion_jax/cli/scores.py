@@ -10,8 +10,8 @@ from ..support.text_tables import plain
 def score_lines(rows: Sequence[Mapping[str, Any]], *names: str) -> list[list[str]]:
     """Return a heading, and a line for each row: its values of these names, and its scores."""
     scored = [[percent(row["exact_match"]), loss(row["loss"])] for row in rows]
-    named = [[str(row[name]) for name in names] for row in rows]
-    return [[*names, "exact match %", "loss"], *map(list.__add__, named, scored)]
+    labels = [[str(row[name]) for name in names] for row in rows]
+    return [[*names, "exact match %", "loss"], *map(list.__add__, labels, scored)]
 
 
 def score_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -38,8 +38,8 @@ def main(arguments: Sequence[str]) -> None:
         _show(arms_table(task_trial, outcomes, verdict := judge(outcomes)), verdict)
         if verdict.arm is not None:
             show(f"\n{train_command(task_trial, outcomes, verdict.arm)}\n")
-    if (together := write_trial(options.out, done)) is not None:
-        _show(*together)
+    if (report_of_tasks := write_trial(options.out, done)) is not None:
+        _show(*report_of_tasks)
     show(f"written to {options.out / 'report.html'}")
 
 

@@ -324,8 +324,8 @@ def estimates(
                 passes = [rank_modules(shape) for shape in work.search]
                 training += sum(program.flops for program in passes)
                 is_whole = basis_of(ranking.recipe) != basis_of(recipe)
-                whole = ranking.frozen_bytes[1] if is_whole else 0
-                needed += [program.bytes + whole for program in passes]
+                pool_bytes = ranking.frozen_bytes[1] if is_whole else 0
+                needed += [program.bytes + pool_bytes for program in passes]
         else:
             passes = [loss(shape) for shape in work.search]
             evaluations = entry.evaluations(recipe, modules_of(recipe))
@@ -371,12 +371,12 @@ def _of(method: str, settings: Settings) -> tuple[MethodEntry, Any]:
 
 def _asked(entry: MethodEntry, recipe: Any, work: Workload) -> EvaluationShapes:
     """Return the batches of a method's evaluation; ValueError if the task has too few rows for its prompts."""
-    asked = work.few_shot if entry.answers == "examples" else work.test
-    if asked is None:
+    evaluated = work.few_shot if entry.answers == "examples" else work.test
+    if evaluated is None:
         raise ValueError(
             f"the task has too few training rows for {recipe.shots} examples in a prompt: lower shots"
         )
-    return asked
+    return evaluated
 
 
 def _ranking(run: Traced) -> Traced | None:

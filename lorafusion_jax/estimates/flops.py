@@ -195,9 +195,9 @@ def _updates(
     total = 0
     for site in adapted(config, update).values():
         count = tokens(site.reads, shape)
-        of_token = update.width(site, count) * (site.d_in + site.d_out) + update.core(
+        token_work = update.width(site, count) * (site.d_in + site.d_out) + update.core(
             site
         )
-        total += site.layers * 2 * count * of_token
+        total += site.layers * 2 * count * token_work
         total += site.layers * update.once(site) if once else 0
     return float(total)

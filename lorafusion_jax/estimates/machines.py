@@ -117,13 +117,13 @@ class PlanOptions:
 
     def check_plan(self) -> None:
         """Raise ValueError for options of a plan without `--plan`, or with values that no machine has."""
-        given = {
+        set_options = {
             "for": self.plan_for,
             "utilisation": self.utilisation,
             "price": self.price,
             "devices": self.devices,
         }
-        for name, value in given.items():
+        for name, value in set_options.items():
             if value is not None and not self.plan:
                 raise ValueError(
                     f"--{name} {value} is an option of a plan: add --plan, or leave it out"
@@ -218,11 +218,11 @@ def spent(jobs: Iterable[float], at: Pace | None, options: PlanOptions) -> str:
         seconds, reverse=True
     ):  # the longest first, to the device that is free first
         heapq.heapreplace(ends, ends[0] + job)
-    found = f"Time at {at.source} (--utilisation), without compilation: {duration(total)} on one device"
-    found += f", {duration(max(ends))} on {devices}." if devices > 1 else "."
+    text = f"Time at {at.source} (--utilisation), without compilation: {duration(total)} on one device"
+    text += f", {duration(max(ends))} on {devices}." if devices > 1 else "."
     if options.price is not None:
-        found += f" At {options.price:g} an hour: {total / 3600 * options.price:,.2f}."
-    return found
+        text += f" At {options.price:g} an hour: {total / 3600 * options.price:,.2f}."
+    return text
 
 
 def duration(seconds: float) -> str:

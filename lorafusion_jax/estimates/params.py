@@ -60,7 +60,7 @@ def counts(
     counted = {}
     for entry in METHODS.values():
         recipe = recipe_of(entry.recipe, numbers)
-        asked = (
+        selected = (
             {} if entry.title is None else {entry.title.format(**vars(recipe)): recipe}
         )
         if entry.basis_title is not None and basis is not None:
@@ -68,12 +68,12 @@ def counts(
                 in_basis = recipe_of(
                     entry.recipe, vars(recipe) | {"basis": basis, "train_core": core}
                 )
-                asked[
+                selected[
                     entry.basis_title.format(basis=basis) + (WITH_CORE if core else "")
                 ] = in_basis
         counted |= {
             title: sum(trainable_count(entry, config, of, fused).values())
-            for title, of in asked.items()
+            for title, of in selected.items()
         }
     return counted
 

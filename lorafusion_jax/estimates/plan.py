@@ -86,9 +86,9 @@ def plan_table(rows: Sequence[Row], at: Pace | None = None) -> str:
     lines: list[list[str]] = [[*head.split(",")]]
     for method, runs, (trainable, *numbers), jobs in rows:
         flops = map(_flops, numbers[:3])
-        held = map(_bytes, numbers[3:])
+        sizes = map(_bytes, numbers[3:])
         lines.append(
-            [method, f"{runs:,}", f"{trainable:,}", *flops, *held, *_times(jobs, at)]
+            [method, f"{runs:,}", f"{trainable:,}", *flops, *sizes, *_times(jobs, at)]
         )
     total = [
         sum(row.cost.training_flops for row in rows),
@@ -128,9 +128,9 @@ def describe(
 
     Rows that need more bytes than the machine has are listed, and times are those at a pace.
     """
-    how = "batched" if settings.seed_mode == "batched" else "one after the other"
+    order = "batched" if settings.seed_mode == "batched" else "one after the other"
     lines = [
-        f"{len(rows)} methods and {len(tasks)} tasks, looped; {settings.seeds} seeds as one program, {how}."
+        f"{len(rows)} methods and {len(tasks)} tasks, looped; {settings.seeds} seeds as one program, {order}."
     ]
     lines += [
         f"{name}: training in {_batches(work.steps)}, evaluation in {_batches(work.test.rows)}, "
@@ -220,8 +220,8 @@ def _planned(
         )
     modules = len(options.adapters) or min(modules_of(recipe), size)
     recipe = recipe_of(type(recipe), vars(recipe) | {"modules": modules})
-    drawn = len(options.adapters) or min(len(options.seeds) * modules, size)
-    all_seeds = drawn if choice_of(recipe) == "draw" else size
+    module_count = len(options.adapters) or min(len(options.seeds) * modules, size)
+    all_seeds = module_count if choice_of(recipe) == "draw" else size
     settings = Settings(
         recipe=recipe,
         rank=rank,
@@ -244,7 +244,7 @@ def workloads(
 
     The runs differ in their tasks. Their base may be the name of a shape.
     """
-    found = {}
+    works = {}
     texts = None
     for run in runs:
         if texts is None:
@@ -254,7 +254,7 @@ def workloads(
                 else load_texts(open_base(run.base), chat=run.chat)._asdict()
             )
         task = read_task(run, need=("train", "test"))
-        found[task.name] = workload(
+        works[task.name] = workload(
             task,
             recipe,
             packing=packing_of(config, on_cpu=where.device == "cpu"),
@@ -263,7 +263,7 @@ def workloads(
             test_rows=run.test_rows,
             eval_batch=run.eval_batch,
         )
-    return found
+    return works
 
 
 def pool_shape(
@@ -282,12 +282,12 @@ def _batches(shapes: Shapes) -> str:
     rows = _range([shape.rows for shape in shapes])
     source = _range([shape.source for shape in shapes])
     target = _range([shape.target for shape in shapes])
-    of_rows = (
+    row_batches = (
         f"{sum(count for count, *_ in shapes[0].groups)} packed rows, together"
         if shapes[0].groups
         else f"{rows} rows,"
     )
-    return f"{len(shapes):,} batches of {of_rows} {source} source and {target} target tokens"
+    return f"{len(shapes):,} batches of {row_batches} {source} source and {target} target tokens"
 
 
 def _range(sizes: list[int]) -> str:

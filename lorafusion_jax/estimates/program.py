@@ -53,9 +53,13 @@ def traced(
     jaxpr, _ = dce_jaxpr(
         closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True
     )
-    given = jaxpr.invars[: len(jax.tree.leaves(arguments[0])) if donated else 0]
-    held = sum(map(_bytes, given), start=0.0)
-    return Program(_flops(jaxpr, trips), _peak(jaxpr, given) - held)
+    donated_arguments = jaxpr.invars[
+        : len(jax.tree.leaves(arguments[0])) if donated else 0
+    ]
+    donated_bytes = sum(map(_bytes, donated_arguments), start=0.0)
+    return Program(
+        _flops(jaxpr, trips), _peak(jaxpr, donated_arguments) - donated_bytes
+    )
 
 
 def _flops(jaxpr: Jaxpr, trips: int) -> float:

@@ -144,16 +144,16 @@ def _asked(
             for _, batch in tasks.eval_batches(rows, eval_batch, pad_id=0, **worth)
         )
 
-    asked = EvaluationShapes(shapes(_encode(task.test, tokenizer, text_format)))
+    evaluated = EvaluationShapes(shapes(_encode(task.test, tokenizer, text_format)))
     if options is None:
-        return asked
+        return evaluated
     pairs = zip(task.test, options, strict=True)
     answered = [
         dataclasses.replace(example, target=option)
-        for example, of_row in pairs
-        for option in of_row
+        for example, row_options in pairs
+        for option in row_options
     ]
-    return asked._replace(options=shapes(_encode(answered, tokenizer, text_format)))
+    return evaluated._replace(options=shapes(_encode(answered, tokenizer, text_format)))
 
 
 def _shapes(batches: Iterable[tasks.Batch]) -> Shapes:

@@ -221,10 +221,10 @@ def _convert(
             continue
         entry["folder"] = f"adapters/{len(adapters):04d}"
         if folder is not None:
-            written = folder / entry["folder"]
-            resave(adapter, written)
+            entry_folder = folder / entry["folder"]
+            resave(adapter, entry_folder)
             entry["files"] = {
-                name: sha256(written / name) for name in (CONFIG, WEIGHTS)
+                name: sha256(entry_folder / name) for name in (CONFIG, WEIGHTS)
             }
         adapters[adapter.name] = entry
     if not adapters and opened is not None:

@@ -62,9 +62,9 @@ def digest_of_one(name: str, tensor: Tensor) -> bytes:
     """Return the SHA-256 of a tensor and its name."""
     dtype = tensor.stored_dtype if isinstance(tensor, StoredTensor) else tensor.dtype
     sha = hashlib.sha256(f"{name}\0{dtype}\0{list(tensor.shape)}\0".encode())
-    many = len(tensor.shape) > 1
-    for row in range(0, tensor.shape[0] if many else 1, _ROWS):
-        rows = slice(row, row + _ROWS) if many else slice(None)
+    is_stack = len(tensor.shape) > 1
+    for row in range(0, tensor.shape[0] if is_stack else 1, _ROWS):
+        rows = slice(row, row + _ROWS) if is_stack else slice(None)
         if isinstance(tensor, StoredTensor):
             part = tensor.as_stored(rows)
         else:
@@ -94,12 +94,12 @@ def pool_digests(pool: Pool) -> PoolDigests:
             )
             for n, name in enumerate(pool.names)
         }
-        of_all = {
-            f"{of}.{site}": np.asarray(a)
-            for of, factor in pool.factors.items()
+        site_digests = {
+            f"{side}.{site}": np.asarray(a)
+            for side, factor in pool.factors.items()
             for site, a in factor.items()
         }
-        return PoolDigests(modules, tensor_digest(of_all))
+        return PoolDigests(modules, tensor_digest(site_digests))
     return PoolDigests(
         {name: tensor_digest(_tensors(pool, n)) for n, name in enumerate(pool.names)},
         None,

@@ -31,7 +31,7 @@ class FastTokenizer:
         special: Mapping[str, str | None],
         chat_template: str | None,
         name: str,
-        whole: Callable[[], "transformers.PreTrainedTokenizerBase"],
+        load_tokenizer: Callable[[], "transformers.PreTrainedTokenizerBase"],
     ):
         from tokenizers import AddedToken
 
@@ -41,7 +41,7 @@ class FastTokenizer:
         self.special_tokens_map = {
             key: special[key] for key in _SPECIAL if special.get(key) is not None
         }
-        self._load = whole
+        self._load = load_tokenizer
         added = {token.content for token in backend.get_added_tokens_decoder().values()}
         missing = [
             text for text in self.special_tokens_map.values() if text not in added
@@ -65,13 +65,17 @@ class FastTokenizer:
             self.backend_tokenizer.enable_truncation(max_length)
         else:
             self.backend_tokenizer.no_truncation()
-        one = isinstance(texts, str)
+        is_single = isinstance(texts, str)
         rows = self.backend_tokenizer.encode_batch(
-            [texts] if one else texts, add_special_tokens=add_special_tokens
+            [texts] if is_single else texts, add_special_tokens=add_special_tokens
         )
         encoded = {"input_ids": [row.ids for row in rows]}
         encoded["special_tokens_mask"] = [row.special_tokens_mask for row in rows]
-        return {key: values[0] for key, values in encoded.items()} if one else encoded
+        return (
+            {key: values[0] for key, values in encoded.items()}
+            if is_single
+            else encoded
+        )
 
     def __len__(self) -> int:
         return self.backend_tokenizer.get_vocab_size()

@@ -218,8 +218,8 @@ def sha256(path: Path) -> str:
     """Return the SHA-256 of a file, or of the digests of a folder's files, in hexadecimal digits."""
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
-        of_files = [f"{file.relative_to(path)} {sha256(file)}" for file in files]
-        return hashlib.sha256("\n".join(of_files).encode()).hexdigest()
+        lines = [f"{file.relative_to(path)} {sha256(file)}" for file in files]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
     check_regular(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

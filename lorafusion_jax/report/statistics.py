@@ -67,9 +67,9 @@ class Sample(NamedTuple):
         """Return the standard error of the mean, infinite for a single group."""
         if self.freedom < 1:
             return np.full(values.shape[:-1], np.inf)
-        groups, of_group = np.unique(self.groups, return_inverse=True)
+        groups, group_of_value = np.unique(self.groups, return_inverse=True)
         residuals = values - values.mean(axis=-1, keepdims=True)
-        sums = residuals @ np.eye(len(groups))[of_group]
+        sums = residuals @ np.eye(len(groups))[group_of_value]
         squares = np.sum(sums**2, axis=-1) / len(self.groups) ** 2
         variance = squares * len(groups) / self.freedom
         return np.asarray(np.sqrt(self.inflation * variance))

@@ -126,15 +126,15 @@ def options_with(recipe: type[Recipe]) -> type[FuseOptions]:
             f"{recipe.__name__} has a field {taken[0]}, which is an option of every run: rename the field"
         )
     shown = Annotated[recipe, tyro.conf.arg(name="")]
-    named: Any = ("recipe", shown, dataclasses.field(default=recipe()))
+    recipe_field: Any = ("recipe", shown, dataclasses.field(default=recipe()))
     return dataclasses.make_dataclass(
-        "FuseOptions", [named], bases=(FuseOptions,), frozen=True, kw_only=True
+        "FuseOptions", [recipe_field], bases=(FuseOptions,), frozen=True, kw_only=True
     )
 
 
-def check_digital(options: Any, of_chips: Iterable[str]) -> None:
+def check_digital(options: Any, chip_fields: Iterable[str]) -> None:
     """Raise ValueError for options of chips, by their names, that are given without any chips."""
-    if flags := flags_given(options, of_chips):
+    if flags := flags_given(options, chip_fields):
         raise ValueError(
             f"{flags}: only for simulated chips: name them with --crossbar, or leave it out"
         )

@@ -155,15 +155,15 @@ def _run(
         note(_division(setup.task, last))
     if choice_of(options.recipe) != "draw":
         setup = _chosen(setup, options, recorded)
-    now = digests(setup)
-    begin, left_out = _start_params(setup, last, now)
+    current_digests = digests(setup)
+    begin, left_out = _start_params(setup, last, current_digests)
     unroll = set_up is None and unrolls(setup, last)
     if recorded is not None:
         unroll = recorded["environment"].get("unroll", setup.config.unroll)
-    config = _config(options, setup, now, unroll)
+    config = _config(options, setup, current_digests, unroll)
     if recorded is not None:
         _compare_environment(recorded, config)
-        check_digests(run.folder, recorded["digests"], now, options)
+        check_digests(run.folder, recorded["digests"], current_digests, options)
     hardware = HardwareSetup(setup.with_layers(unroll=unroll), lambda params: setup)
     if set_up is not None:
         hardware = set_up(
@@ -240,9 +240,11 @@ def _chosen(setup: Setup, options: FuseOptions, recorded: RunConfig | None) -> S
         gradient, axis=tuple(range(2, gradient.ndim))
     )  # [seeds, modules], over columns of coefficients
     greatest = np.argsort(-descent, axis=1, kind="stable")[:, : modules_of(recipe)]
-    of_seeds = zip(ranked.modules, greatest.tolist(), strict=True)
+    seed_choices = zip(ranked.modules, greatest.tolist(), strict=True)
     return with_modules(
-        setup, options, [[modules[i] for i in chosen] for modules, chosen in of_seeds]
+        setup,
+        options,
+        [[modules[i] for i in chosen] for modules, chosen in seed_choices],
     )
 
 
@@ -277,10 +279,13 @@ def load_run(folder: str | Path) -> tuple[FuseOptions, dict[str, Any], RunConfig
     if wrong := [
         p.shape for p in jax.tree.leaves(params) if p.shape[:1] != (len(options.seeds),)
     ]:
-        wanted = f"an axis of {len(options.seeds)} seeds"
+        expected = f"an axis of {len(options.seeds)} seeds"
         fix = "restore it from a copy, or train again"
         raise FileError(
-            run.final, got=f"has an array of shape {wrong[0]}", expected=wanted, fix=fix
+            run.final,
+            got=f"has an array of shape {wrong[0]}",
+            expected=expected,
+            fix=fix,
         )
     return options, jax.device_put(params), config
 
@@ -320,9 +325,11 @@ def _located(config: RunConfig) -> FuseOptions:
     """Return the options of a run with absolute paths instead of relative ones."""
     options = config["options"]
     for name, path in config["folders"].items():
-        given = Path(getattr(options, name) or "").expanduser()
+        source = Path(getattr(options, name) or "").expanduser()
         # In a project that was moved as a whole, only the relative paths lead to the files.
-        if not given.is_absolute() and (Path(str(path)).exists() or not given.exists()):
+        if not source.is_absolute() and (
+            Path(str(path)).exists() or not source.exists()
+        ):
             options = dataclasses.replace(options, **{name: path})
     return options
 
@@ -372,7 +379,7 @@ def _complete(
 
 
 def _start_params(
-    setup: Setup, options: FuseOptions, now: Digests
+    setup: Setup, options: FuseOptions, current_digests: Digests
 ) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
     """Return the numbers to start from, and for the results of each seed what a LoRA's rank leaves out of them.
 
@@ -388,20 +395,23 @@ def _start_params(
     ):
         return _lora_start(setup, options, *source)
     if (listed := read_weights(options.start_from)) is not None:
-        return listed_params(setup, options, now, *listed), nothing
-    other, params, config = load_run(options.start_from)
-    here = {"seeds": list(options.seeds), "modules": [list(m) for m in setup.modules]}
-    got = {"seeds": list(other.seeds), "modules": config["modules"]}
-    if here != got:
+        return listed_params(setup, options, current_digests, *listed), nothing
+    source_options, params, config = load_run(options.start_from)
+    run_fields = {
+        "seeds": list(options.seeds),
+        "modules": [list(m) for m in setup.modules],
+    }
+    got = {"seeds": list(source_options.seeds), "modules": config["modules"]}
+    if run_fields != got:
         raise ValueError(
-            f"{options.start_from} fused other modules or seeds (seeds {got['seeds']}, here {here['seeds']}): "
+            f"{options.start_from} fused other modules or seeds (seeds {got['seeds']}, here {run_fields['seeds']}): "
             "give the same --seeds, --pool, --modules"
         )
-    check_digests(options.start_from, config["digests"], now, options)
+    check_digests(options.start_from, config["digests"], current_digests, options)
     fresh = start(setup.problem, options.seeds).params
     if jax.tree.map(jnp.shape, fresh) != jax.tree.map(jnp.shape, params):
         raise ValueError(
-            f"{options.start_from} was trained with the method {other.method} and other shapes "
+            f"{options.start_from} was trained with the method {source_options.method} and other shapes "
             f"({', '.join(params)}): give the same --method and --granularity"
         )
     return params, nothing
@@ -416,16 +426,20 @@ def _lora_source(
     if (listed := read_weights(folder)) is None and not (
         folder / "adapter_config.json"
     ).is_file():
-        other, params, config = load_run(folder)
-        if other.method == options.method:
+        source_options, params, config = load_run(folder)
+        if source_options.method == options.method:
             return None
-        if other.seeds != options.seeds:
+        if source_options.seeds != options.seeds:
             raise ValueError(
-                f"{folder} has the seeds {list(other.seeds)}, here {list(options.seeds)}: give the same"
+                f"{folder} has the seeds {list(source_options.seeds)}, here {list(options.seeds)}: give the same"
             )
         first = jax.tree.map(lambda p: p[0], params)
         return of_run(
-            load_model(other, like=setup), other, folder, config, first
+            load_model(source_options, like=setup),
+            source_options,
+            folder,
+            config,
+            first,
         ), params
     pool = options.pool if listed else str(folder.parent)
     weights, recorded = listed or ({folder.name: 1.0}, None)
@@ -451,12 +465,12 @@ def _lora_start(
         begin, left_out = method.start_at(source.problem, params, fresh)
     except ValueError as error:
         raise ValueError(f"--from {options.start_from}: {error}") from error
-    shares = [100 * share for of_seed in left_out for share in of_seed.values()]
+    shares = [100 * share for seed_shares in left_out for share in seed_shares.values()]
     note(
         f"starts from {options.start_from} at rank {method.rank}, which leaves out {min(shares):.1f} to "
         f"{max(shares):.1f} % of the squared norm of a site's update"
     )
-    return begin, [{"left_out": of_seed} for of_seed in left_out]
+    return begin, [{"left_out": seed_shares} for seed_shares in left_out]
 
 
 def rows_passed(setup: Setup, options: FuseOptions, steps: int) -> dict[str, int]:
@@ -497,20 +511,20 @@ def _prediction_rows(
 
 
 def _config(
-    options: FuseOptions, setup: Setup, now: Digests, unroll: bool
+    options: FuseOptions, setup: Setup, current_digests: Digests, unroll: bool
 ) -> RunConfig:
     trained = (
         [] if setup.split is None else np.unique(np.concatenate(setup.split, axis=None))
     )
     folders = Folders()
     for name in ("base", "pool", "task"):
-        given = getattr(options, name)
+        option_value = getattr(options, name)
         if (
-            given
-            and not Path(given).expanduser().is_absolute()
-            and Path(given).exists()
+            option_value
+            and not Path(option_value).expanduser().is_absolute()
+            and Path(option_value).exists()
         ):
-            folders[name] = os.path.abspath(given)
+            folders[name] = os.path.abspath(option_value)
     return {
         "options": options,
         "modules": [list(modules) for modules in setup.modules],
@@ -523,7 +537,7 @@ def _config(
             dtype=options.dtype,
             **environment(),
         ),
-        "digests": now,
+        "digests": current_digests,
         "folders": folders,
     }
 
@@ -542,11 +556,13 @@ def _recorded(run: RunFolder, options: FuseOptions) -> RunConfig:
     """Return the config of the run to resume; ValueError if it was begun with other options."""
     config = run.config()
     was = _flat(**options_to_json(config["options"]))
-    now = _flat(**options_to_json(options))
-    different = [k for k in now if k not in _FREE_TO_CHANGE and now[k] != was.get(k)]
+    current = _flat(**options_to_json(options))
+    different = [
+        k for k in current if k not in _FREE_TO_CHANGE and current[k] != was.get(k)
+    ]
     if different:
         changes = "; ".join(
-            f"{k} was {was.get(k)!r}, now {now[k]!r}" for k in different
+            f"{k} was {was.get(k)!r}, now {current[k]!r}" for k in different
         )
         raise ValueError(
             f"{run.folder} was begun with other options: {changes}. Resume it with the same"
@@ -560,14 +576,14 @@ def _flat(
     return others | recipe | arrays
 
 
-def _compare_environment(recorded: RunConfig, now: RunConfig) -> None:
+def _compare_environment(recorded: RunConfig, current: RunConfig) -> None:
     for key in ("modules", "task_sha256"):
-        if recorded[key] != now[key]:
+        if recorded[key] != current[key]:
             raise ValueError(
                 f"the {key} changed since the run was begun: restore them, or begin another run"
             )
     was = recorded["environment"]
-    is_ = now["environment"]
+    is_ = current["environment"]
     if different := [key for key in was if was[key] != is_[key]]:
         changes = "; ".join(f"{key} was {was[key]}, is {is_[key]}" for key in different)
         note(f"note: {changes}; the last bits may differ from an uninterrupted run")

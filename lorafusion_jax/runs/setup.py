@@ -218,13 +218,13 @@ def load_setup(
     if options.test_rows != 0:
         need.append("test")
     task = task or read_task(options, need)
-    there = min(len(task.train), options.train_rows)
-    if isinstance(recipe, FewShotRecipe) and recipe.shots > there:
+    available_rows = min(len(task.train), options.train_rows)
+    if isinstance(recipe, FewShotRecipe) and recipe.shots > available_rows:
         raise ValueError(
-            f"prompts of {recipe.shots} examples, but {there} training rows of {task.name}: lower --shots"
+            f"prompts of {recipe.shots} examples, but {available_rows} training rows of {task.name}: lower --shots"
         )
     rows = None
-    if method.learns != "untrained" and (to_train or there > 0):
+    if method.learns != "untrained" and (to_train or available_rows > 0):
         rows = tasks.split(
             len(task.train),
             options.seeds,
@@ -295,20 +295,23 @@ def tasks_of_seeds(task: tasks.Task, options: FuseOptions) -> list[tasks.Task]:
         limit=options.train_rows,
     )
     chosen = [
-        np.unique(np.concatenate([*of_seed]))
-        for of_seed in zip(rows.train, rows.validation, strict=True)
+        np.unique(np.concatenate([*seed_rows]))
+        for seed_rows in zip(rows.train, rows.validation, strict=True)
     ]
     return [
-        dataclasses.replace(task, train=tuple(task.train[i] for i in of_seed))
-        for of_seed in chosen
+        dataclasses.replace(task, train=tuple(task.train[i] for i in seed_rows))
+        for seed_rows in chosen
     ]
 
 
 def shown_to_seeds(task: tasks.Task, options: FuseOptions) -> list[tasks.Task]:
     """Return the task of each seed, with examples in the prompts that are drawn from the rows of the seed."""
-    of_seeds = zip(options.seeds, tasks_of_seeds(task, options), strict=True)
+    seed_tasks = zip(options.seeds, tasks_of_seeds(task, options), strict=True)
     assert isinstance(options.recipe, FewShotRecipe)
-    return [tasks.few_shot(own, options.recipe.shots, seed) for seed, own in of_seeds]
+    return [
+        tasks.few_shot(task_of_seed, options.recipe.shots, seed)
+        for seed, task_of_seed in seed_tasks
+    ]
 
 
 def encode_shown(
@@ -389,5 +392,7 @@ def trainable_count(setup: Setup) -> dict[str, int]:
 
 @jax.jit
 def _acting(problem: Problem) -> Params:
-    of_first = problem.replace(index=problem.index[0])
-    return jax.tree.map(jnp.sum, of_first.trainable(of_first.init(jax.random.key(0))))
+    first_problem = problem.replace(index=problem.index[0])
+    return jax.tree.map(
+        jnp.sum, first_problem.trainable(first_problem.init(jax.random.key(0)))
+    )

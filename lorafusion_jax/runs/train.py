@@ -43,7 +43,7 @@ def train(
 ) -> tuple[dict[str, Any], list[int], float]:
     """Return the trained parameters, each seed's steps, and seconds of training; `begin` has those to start from."""
     method = options.entry
-    began = time.monotonic()
+    start_time = time.monotonic()
     if method.learns == "untrained":
         return {}, [0] * len(options.seeds), 0.0
     saved = arrays.load_sound(run.final, metadata=FinalSteps, what=FINAL, note=note)
@@ -57,21 +57,23 @@ def train(
             steps = [0] * len(options.seeds)
         elif method.search is not None:
             run.cut_metrics(0)  # a search is not resumed, but repeated
-            of_all = (
+            all_losses = (
                 setup.problem,
                 setup.rows,
                 options.recipe,
                 options.seeds,
                 setup.modules,
             )
-            params, taken = method.search(SearchJob(*of_all, record=run.append_metrics))
+            params, taken = method.search(
+                SearchJob(*all_losses, record=run.append_metrics)
+            )
             steps = [taken] * len(options.seeds)
         else:
-            state, began = _fit(run, setup, options, begin)
+            state, start_time = _fit(run, setup, options, begin)
             params = state.best if options.recipe.stop_early else state.params
             steps = to_host(state.step).tolist()
         numbers = to_host(params)
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - start_time
         arrays.save(run.final, numbers, {"steps": steps, "seconds": seconds})
     return on_mesh(params, setup.config, of_seeds=True), steps, seconds
 
@@ -80,7 +82,7 @@ def _fit(
     run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, Any] | None
 ) -> tuple[TrainState, float]:
     """Return the last state, and the time at which training began or, after an interruption, would have begun."""
-    began = time.monotonic()
+    start_time = time.monotonic()
     state = start(setup.problem, options.seeds, begin)
     reached = 0
     steps = checkpoint.steps(run.checkpoints)
@@ -89,7 +91,7 @@ def _fit(
         state, metadata = saved
         state = on_mesh(jax.tree.map(jnp.asarray, state), setup.config, of_seeds=True)
         reached = metadata["step"]
-        began = began - metadata.get("seconds", 0.0)
+        start_time = start_time - metadata.get("seconds", 0.0)
     if steps:
         note(f"{run.folder}: going on from step {reached}")
     run.cut_metrics(reached)
@@ -113,7 +115,11 @@ def _fit(
     taken = 0.0
 
     def save(epochs: int, step: int, state: TrainState) -> None:
-        metadata = {"epochs": epochs, "step": step, "seconds": time.monotonic() - began}
+        metadata = {
+            "epochs": epochs,
+            "step": step,
+            "seconds": time.monotonic() - start_time,
+        }
         checkpoint.save_step(run.checkpoints, step, state, metadata, keep=2)
 
     def hold() -> None:
@@ -150,14 +156,14 @@ def _fit(
         run.append_metrics(rows)
         _count_bad_steps(rows, bad)
         reached = rows[-1]["step"]
-        due, asked = processes.any_of(
+        due, is_stopped = processes.any_of(
             time.monotonic() - last_save >= options.save_seconds, interrupts.asked()
         )
-        if min(bad.values()) >= _BAD_STEPS or due or asked:
+        if min(bad.values()) >= _BAD_STEPS or due or is_stopped:
             save(epoch.number, reached, epoch.state)
             last_save = time.monotonic()
             interrupts.release()
-            if asked:
+            if is_stopped:
                 processes.end("another process of this run was stopped")
         check_losses()
         ended = time.monotonic()
@@ -172,7 +178,7 @@ def _fit(
             after_interval=after_interval,
             after_epoch=after_epoch,
         )
-    return state, began
+    return state, start_time
 
 
 def _count_bad_steps(rows: Iterable[Mapping[str, Any]], bad: dict[int, int]) -> None:

@@ -40,8 +40,10 @@ def one_of(choices: Collection[str], **names: str) -> None:
 def flags_given(options: Any, names: Iterable[str]) -> str:
     """Return those of some options that have other values than their defaults, as on the command line."""
     fields = {field.name: field for field in dataclasses.fields(options)}
-    given = [name for name in names if getattr(options, name) != fields[name].default]
-    return ", ".join(f"--{name.replace('_', '-')}" for name in given)
+    set_names = [
+        name for name in names if getattr(options, name) != fields[name].default
+    ]
+    return ", ".join(f"--{name.replace('_', '-')}" for name in set_names)
 
 
 def load_optional(name: str, *, extra: str, needed_by: str) -> ModuleType:

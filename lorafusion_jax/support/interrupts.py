@@ -60,8 +60,8 @@ def released() -> Iterator[None]:
 
 def _stop(number: int, frame: object) -> None:
     global _signal
-    for each in _NAMES:
-        signal.signal(each, signal.SIG_DFL)
+    for signal_number in _NAMES:
+        signal.signal(signal_number, signal.SIG_DFL)
     if _unit is None:
         _end(number)
     _say(

@@ -62,8 +62,8 @@ def _bar_class() -> Any:
                 self.compiled_before = _compiled
                 self.n += n or 0
                 self.initial = self.last_print_n = self.n
-                now = self._time()  # pyright: ignore[reportAttributeAccessIssue]
-                self.start_t = self.last_print_t = now
+                present = self._time()  # pyright: ignore[reportAttributeAccessIssue]
+                self.start_t = self.last_print_t = present
                 self.bar_format = None
                 return self.refresh() if not self.delay else None
             self.start_t += _compiled - self.compiled_before

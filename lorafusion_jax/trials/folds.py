@@ -30,13 +30,13 @@ def divide(
     sizes = Counter(groups)
     fewer = f", or lower --folds (it is {parts})" if parts > TUNING_PARTS else ""
     if len(sizes) < parts:
-        found = (
+        folds = (
             "all have the same input"
             if len(sizes) == 1
             else f"have {len(sizes)} different inputs"
         )
         raise ValueError(
-            f"the {len(groups)} rows {found}, expected at least {parts}, because rows with one input stay together: "
+            f"the {len(groups)} rows {folds}, expected at least {parts}, because rows with one input stay together: "
             f"add rows with other inputs{fewer}"
         )
     inputs = list(sizes)

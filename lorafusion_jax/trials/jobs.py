@@ -99,10 +99,10 @@ def run_jobs(
     cells = Cells(
         file, key, read=read_rows, append=append_rows
     )  # whose rows are checked
-    of_any = {job[:3]: job for job in todo}
-    of_seed = {(*job[:3], seed): job for job in todo for seed in job.options.seeds}
+    job_by_name = {job[:3]: job for job in todo}
+    job_by_cell = {(*job[:3], seed): job for job in todo for seed in job.options.seeds}
     for row in cells.rows():
-        if job := of_seed.get(key(row), of_any.get(key(row)[:3])):
+        if job := job_by_cell.get(key(row), job_by_name.get(key(row)[:3])):
             drawn = () if row["seed"] in job.options.seeds else job.drawn
             _check_same(
                 row["config"],
@@ -121,12 +121,14 @@ def run_jobs(
     def measure(missing: Sequence[ResultKey]) -> Iterator[Mapping[str, Any]]:
         nonlocal left_out
         cells_left = set(missing)
-        wanted = [*dict.fromkeys(of_seed[cell] for cell in missing)]
-        now = [job for job in wanted if _failure(job, root) not in failed]
-        left_out = len(wanted) - len(now)
-        how: Any = {"check": functools.partial(_open, now), "memory": _memory}
+        jobs_to_measure = [*dict.fromkeys(job_by_cell[cell] for cell in missing)]
+        jobs_of_round = [
+            job for job in jobs_to_measure if _failure(job, root) not in failed
+        ]
+        left_out = len(jobs_to_measure) - len(jobs_of_round)
+        how: Any = {"check": functools.partial(_open, jobs_of_round), "memory": _memory}
         for job, found in run_items(
-            functools.partial(_rows, run, root), now, engine, **how
+            functools.partial(_rows, run, root), jobs_of_round, engine, **how
         ):
             if isinstance(found, OutOfMemory):
                 append_lines(failures, [_failure(job, root) | {"error": found.error}])
@@ -233,12 +235,12 @@ def _rows(
     }
     rows = []
     for seed in results["seeds"]:
-        of_seed = [row for row in predictions if row["seed"] == seed["seed"]]
-        scored = all(row["option_correct"] is not None for row in of_seed)
+        seed_predictions = [row for row in predictions if row["seed"] == seed["seed"]]
+        scored = all(row["option_correct"] is not None for row in seed_predictions)
         scores = {
-            "correct": "".join(str(int(row["correct"])) for row in of_seed),
+            "correct": "".join(str(int(row["correct"])) for row in seed_predictions),
             "option_correct": "".join(
-                str(int(row["option_correct"] or False)) for row in of_seed
+                str(int(row["option_correct"] or False)) for row in seed_predictions
             )
             if scored
             else None,

@@ -185,11 +185,13 @@ def _fuse_options(
 
 
 def _check_pool(options: MatrixOptions, arms: Sequence[Arm]) -> None:
-    drawn = max((arm.recipe.get("modules", options.modules) for arm in arms), default=0)
+    most_modules = max(
+        (arm.recipe.get("modules", options.modules) for arm in arms), default=0
+    )
     if not any(find(arm.method).pool for arm in arms):
         return
-    there = len(open_pool(options.pool).names)
-    if there < drawn:
+    available = len(open_pool(options.pool).names)
+    if available < most_modules:
         raise ValueError(
-            f"{options.pool} holds {there} modules, and {drawn} are to be drawn: give fewer with --modules"
+            f"{options.pool} holds {available} modules, and {most_modules} are to be drawn: give fewer with --modules"
         )

@@ -52,10 +52,10 @@ def print_matrix_plan(options: MatrixOptions, arms: Mapping[str, Arm]) -> None:
         load_in,
         (modules, choose, basis, core),
         (epochs, *_),
-    ), of_group in groups.items():
-        of_task = {job.task: job.options for job in of_group}
-        of_method = {job.method: job.options for job in of_group}
-        recipes = [options.recipe for options in of_method.values()]
+    ), group_jobs in groups.items():
+        options_by_task = {job.task: job.options for job in group_jobs}
+        options_by_method = {job.method: job.options for job in group_jobs}
+        recipes = [options.recipe for options in options_by_method.values()]
         rank, size, targets = pool_shape(pool, basis)
         settings = Settings(
             rank=rank,
@@ -71,17 +71,17 @@ def print_matrix_plan(options: MatrixOptions, arms: Mapping[str, Arm]) -> None:
             (recipe for recipe in recipes if isinstance(recipe, FewShotRecipe)),
             recipes[0],
         )
-        work = workloads(of_task.values(), prompted, config, where)
+        work = workloads(options_by_task.values(), prompted, config, where)
         chosen = f"{modules} modules" + ("" if choose == "draw" else f" by {choose}")
         within = ""
         if basis is not None:
             within = f", in a basis of {basis}{WITH_CORE if core else ''}"
         few = "" if rows == TRAIN_ROWS[shots] else f" over {rows} rows"
         print(f"{shots} shots, {epochs} epochs{few}, {chosen}{within}")
-        methods = [options.method for options in of_method.values()]
+        methods = [options.method for options in options_by_method.values()]
         at = at or pace(options, config, next(iter(work.values())).steps[0])
         planned = plan(
-            config, methods, work, settings, names=[*of_method], recipes=recipes
+            config, methods, work, settings, names=[*options_by_method], recipes=recipes
         )
         print(describe(planned, config, work, settings, where=where, at=at))
         of_all += [job for row in planned for job in row.jobs]

@@ -154,7 +154,9 @@ def procedure(
 
     def trainings(numbers: Sequence[int]) -> Iterator[Training]:
         """Yield the trainings that folds test; those of an arm and a draw are neighbours."""
-        for arm, draw in ((each, draw) for each in arms for draw in each.draws):
+        for arm, draw in (
+            (arm_to_draw, draw) for arm_to_draw in arms for draw in arm_to_draw.draws
+        ):
             for number in numbers:
                 best = tuned[arm.name][(1 + number) % len(splits)]
                 if arm.learns:
@@ -222,10 +224,12 @@ def _tuned(
         [arm.name for arm, _ in problems],
         losses,
     )
-    of_arm = {arm.name: [] if arm.rates else [_UNTUNED] * len(splits) for arm in arms}
+    losses_by_arm = {
+        arm.name: [] if arm.rates else [_UNTUNED] * len(splits) for arm in arms
+    }
     for (arm, _), tuned in zip(problems, found, strict=True):
-        of_arm[arm.name].append(tuned)
-    return of_arm
+        losses_by_arm[arm.name].append(tuned)
+    return losses_by_arm
 
 
 def _split(

@@ -41,7 +41,7 @@ def run_on_ray(
         # Ray would start a process for each task with an accelerator (max_calls=1).
         task = ray.remote(max_calls=0)(_on_worker())
         nodes = _usable(ray)
-        held = _accelerators(nodes)
+        accelerators = _accelerators(nodes)
 
         def submit(call: Callable[[], Any], **options: Any) -> Any:
             return task.options(**options).remote(
@@ -55,11 +55,15 @@ def run_on_ray(
             if interrupts.asked():
                 return
             needed = (
-                min(memory(item), most) if memory is not None and not held else None
+                min(memory(item), most)
+                if memory is not None and not accelerators
+                else None
             )
             running[
                 submit(
-                    functools.partial(attempt, function, item), memory=needed, **held
+                    functools.partial(attempt, function, item),
+                    memory=needed,
+                    **accelerators,
                 )
             ] = item
             yield from _finished(ray, running, timeout=0)
@@ -136,10 +140,10 @@ def _usable(ray: Any) -> list[dict[str, Any]]:
 
 def _accelerators(nodes: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the options of a task that holds an accelerator, if the nodes have any."""
-    there = {name for node in nodes for name in node["Resources"]}
-    if "GPU" in there:
+    resources = {name for node in nodes for name in node["Resources"]}
+    if "GPU" in resources:
         return {"num_gpus": 1}
-    return {"resources": {"TPU": 1}} if "TPU" in there else {}
+    return {"resources": {"TPU": 1}} if "TPU" in resources else {}
 
 
 def _check(

@@ -153,7 +153,7 @@ def train_command(task_trial: TaskTrial, outcomes: Outcomes, winner: str) -> str
         for name, value in vars(run.recipe).items()
         if value != getattr(default, name)
     }
-    given = {
+    set_options = {
         name: getattr(run, name)
         for name in _GIVEN
         if getattr(run, name) != getattr(FuseOptions, name, None)
@@ -164,7 +164,7 @@ def train_command(task_trial: TaskTrial, outcomes: Outcomes, winner: str) -> str
         }
     name = "-".join((task_trial.task, run.method, "all"))
     train = _flags(
-        given
+        set_options
         | {
             "task": task_trial.source,
             "train_rows": len(task_trial.rows),
@@ -217,14 +217,16 @@ def describe_trial(options: TrialOptions) -> str:
     """Return the plans of the trainings of each task, a line for each arm, without training anything."""
     parts = []
     for task_trial in task_trials(options):
-        of_arm: dict[str, list[Training]] = {name: [] for name in task_trial.arms}
+        trainings_by_arm: dict[str, list[Training]] = {
+            name: [] for name in task_trial.arms
+        }
         for training in task_trial.trainings(options):
-            of_arm[training.arm].append(training)
+            trainings_by_arm[training.arm].append(training)
         rows = [
             _plan_of_arm(
                 task_trial.arms[name].options, name, trainings, len(task_trial.rows)
             )
-            for name, trainings in of_arm.items()
+            for name, trainings in trainings_by_arm.items()
         ]
         at = run_pace(task_trial.arms[rows[-1].method].options)
         jobs = [job for row in rows for job in row.jobs]

@@ -141,10 +141,13 @@ class Cells(Generic[Key]):
         rows = self.read(self.file) if self.file.exists() else []
         for row in rows:
             others = {
-                name: now for name, now in self.common.items() if row.get(name) != now
+                name: value
+                for name, value in self.common.items()
+                if row.get(name) != value
             }
             if other := [
-                f"{name} was {row.get(name)}, is {now}" for name, now in others.items()
+                f"{name} was {row.get(name)}, is {value}"
+                for name, value in others.items()
             ]:
                 raise ValueError(
                     f"{self.file} holds other rows ({'; '.join(other)}): give another --out"

@@ -313,11 +313,11 @@ def trial(options: TrialOptions) -> Iterator[tuple[TaskTrial, Outcomes]]:
     all_tasks = task_trials(options)
     for task_trial in all_tasks:
         task_trial.trainings(options)  # raises for rows that are too few to tune on
-    began = time.monotonic()
+    start_time = time.monotonic()
     for place, task_trial in enumerate(all_tasks, start=1):
         stop = None
         if options.minutes is not None:
-            end = began + 60 * options.minutes * place / len(all_tasks)
+            end = start_time + 60 * options.minutes * place / len(all_tasks)
             stop = functools.partial(_is_over, end)
         total = sum(
             _weight(task_trial, training) for training in task_trial.trainings(options)
@@ -397,11 +397,11 @@ def _measure(options: TrialOptions, task_trial: TaskTrial, bar: "tqdm") -> Measu
             cells.append(cells.file, [row])
             rows[keys[training]] = row
             bar.update(_weight(task_trial, training))
-            of_arm = [keys[each] for each in keys if each.arm == arm and each.answers]
-            if of_arm and all(key in rows for key in of_arm):
+            arm_keys = [keys[each] for each in keys if each.arm == arm and each.answers]
+            if arm_keys and all(key in rows for key in arm_keys):
                 if sys.stderr.isatty():
                     bar.clear()
-                note(_progress(arm, [rows[key] for key in of_arm]))
+                note(_progress(arm, [rows[key] for key in arm_keys]))
         yield from (_scores(rows[keys[each]]) for each in trainings)
 
     return measure

@@ -119,10 +119,14 @@ class Trainer:
     @functools.cached_property
     def _base(self) -> LoadedModel:
         """The base model alone."""
-        of_arm = next(iter(self.runs.values()))
+        first_run = next(iter(self.runs.values()))
         return load_model(
             dataclasses.replace(
-                of_arm, pool=None, method="zero-shot", control="none", recipe=Recipe()
+                first_run,
+                pool=None,
+                method="zero-shot",
+                control="none",
+                recipe=Recipe(),
             )
         )
 

@@ -138,10 +138,12 @@ def judge_tasks(tasks: Sequence[Outcomes]) -> Verdict:
 
     tables = [
         {
-            name: np.array([table[name].mean() for table in of_tasks])
-            for name in set.intersection(*map(set, of_tasks))
+            name: np.array([table[name].mean() for table in task_rows])
+            for name in set.intersection(*map(set, task_rows))
         }
-        for of_tasks in zip(*(_measured(one)[1] for one in tasks), strict=True)
+        for task_rows in zip(
+            *(_measured(task_trial)[1] for task_trial in tasks), strict=True
+        )
     ]
     return _judge(arms, Sample(np.arange(len(tasks))), "tasks", tables, notes=[])
 
@@ -184,8 +186,8 @@ def _judge(
     half = sample.reach(1 - NAMING) * error
     bounds = difference + half
     worst = bounds.max(axis=1)
-    if (named := worst < MARGIN).any():
-        place = int(np.argmax(named))  # the first one is the cheapest
+    if (is_worse := worst < MARGIN).any():
+        place = int(np.argmax(is_worse))  # the first one is the cheapest
         arm = arms[place]
         decision = "named"
         rows = None

@@ -206,9 +206,11 @@ def _foreign(folder: Path) -> str:
 
 def _stored(folder: Path, alpha: float | None, *, compare_saved: bool) -> Stored:
     """Return what a folder holds, in PEFT's format or another one."""
-    found = [folder / name for name in (WEIGHTS, _BIN) if (folder / name).is_file()]
+    weight_files = [
+        folder / name for name in (WEIGHTS, _BIN) if (folder / name).is_file()
+    ]
     if (
-        not found
+        not weight_files
         and not (folder / mlx.WEIGHTS).is_file()
         and (tree := qwix_tree.find(folder))
     ):
@@ -217,20 +219,22 @@ def _stored(folder: Path, alpha: float | None, *, compare_saved: bool) -> Stored
         raise ValueError(
             f"{folder}: alpha is {alpha:g}, but only a LoRA of qwix lacks its own: leave out --alpha"
         )
-    if not found and (folder / mlx.WEIGHTS).is_file():
+    if not weight_files and (folder / mlx.WEIGHTS).is_file():
         return mlx.read(folder)
-    if not found and (foreign := _foreign(folder)):
+    if not weight_files and (foreign := _foreign(folder)):
         raise AdapterError(
             f"{folder} has {foreign}, not PEFT's {WEIGHTS}: save the adapter with PEFT, or fetch that"
         )
     text, config = read_config_file(folder)
     with named(folder / CONFIG):
         notes = check_config(config, compare_saved=compare_saved)
-    if not found:
+    if not weight_files:
         raise AdapterError(
             f"{folder} has neither {WEIGHTS} nor {_BIN}: fetch the weights as well"
         )
-    if len(found) > 1:
+    if len(weight_files) > 1:
         notes.append(f"ignored: {_BIN}, because {WEIGHTS} is next to it")
-    load = torch_pickle.load if found[0].suffix == ".bin" else safetensors_map.load
-    return Stored(found[0], text, config, load(found[0]), notes)
+    load = (
+        torch_pickle.load if weight_files[0].suffix == ".bin" else safetensors_map.load
+    )
+    return Stored(weight_files[0], text, config, load(weight_files[0]), notes)

@@ -107,8 +107,8 @@ def read_config_file(folder: Path) -> tuple[bytes, dict[str, Any]]:
     """Return the bytes and the content of a folder's adapter_config.json; raises ValueError if it is not one."""
     path = folder / CONFIG
     if not path.is_file():
-        other = other_layout(folder)
-        fix = other or "expected the folder that PEFT's save_pretrained wrote"
+        layout = other_layout(folder)
+        fix = layout or "expected the folder that PEFT's save_pretrained wrote"
         raise ValueError(f"{folder} has no {CONFIG}: {fix}")
     data = map_file(path)
     if len(data) > _MAX_CONFIG:
@@ -298,10 +298,10 @@ def _check_fields(config: Mapping[str, Any]) -> None:
             )
         for key in keys:
             try:
-                known = _KEY.fullmatch(key) and re.compile(key)
+                pattern = _KEY.fullmatch(key) and re.compile(key)
             except re.error:
-                known = None
-            if not known:
+                pattern = None
+            if not pattern:
                 raise ValueError(
                     f"{field} has the key {shown(key)}: expected names of modules, each a key"
                 )

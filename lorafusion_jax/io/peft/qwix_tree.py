@@ -52,7 +52,7 @@ def read(source: Path, alpha: float | None) -> Stored:
     """Read what `find` returned, with PEFT's fields and names."""
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
-    others = 0
+    ignored = 0
     with named(source):
         if alpha is None:
             raise ValueError(
@@ -62,7 +62,7 @@ def read(source: Path, alpha: float | None) -> Stored:
             _checkpoint(source) if source.is_dir() else safetensors.load(source)
         ).items():
             if "_lora_" not in name:
-                others += 1
+                ignored += 1
                 continue
             match = _LEAF.fullmatch(name.replace("/", "."))
             module, kind = match.groups() if match else ("", "")
@@ -99,9 +99,9 @@ def read(source: Path, alpha: float | None) -> Stored:
     rank = max(ranks.values(), default=1)
     config = plain_config(None, ranks, rank=rank, alpha=alpha, task_type="CAUSAL_LM")
     config["rank_pattern"] = {path: r for path, r in ranks.items() if r != rank}
-    if others:
+    if ignored:
         notes = [
-            f"ignored: {others} arrays that are no LoRA, taken for those of the base"
+            f"ignored: {ignored} arrays that are no LoRA, taken for those of the base"
         ]
     else:
         notes = []
