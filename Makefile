@@ -94,6 +94,7 @@ fuzz-crossbar: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check
 	$(BIN)/python .ci/density.py lorafusion_jax experiments benchmarks tests examples
+	$(BIN)/python tests/mutants.py --check
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 # The site, in build/docs; every warning is an error.
