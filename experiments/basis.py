@@ -7,8 +7,7 @@
     choice     whole modules: all 28, and the best 10 by gradient
     k32, k16, k8, k24, k48    20 drawn modules, all, and the best 10, in the first k directions of the pool's basis
     start      all modules in 32 directions, from 2 / N instead of 1 / N
-    controls   all modules in 32 random directions, those of shuffled layers, the leading ones of the base's matrices,
-               each with a trained core too; cores alone in the base's directions, as LoRA-XS
+    controls   all modules in 32 random directions, and in those of shuffled layers
     mean       the mean of the modules, whole, as one module
 
 LoRAFusion and LoRA are the rows of the main table. Results are rows of OUT/results.jsonl; interrupted, the same command
@@ -45,10 +44,9 @@ _BEST = "best 10"
 CHOICES: dict[str, dict[str, Any]] = {_FUSION: {}, "all modules": ALL, _BEST: BEST}
 SIZES = (8, 16, 24, 32, DIRECTIONS)
 _RANK = 16  # of the pool's modules
-_CONTROLS: dict[Literal["random-factors", "shuffled", "svd"], str] = {
+_CONTROLS: dict[Literal["random-factors", "shuffled"], str] = {
     "random-factors": "random",
     "shuffled": "shuffled layers",
-    "svd": "base's SVD",
 }
 
 
@@ -68,7 +66,6 @@ class BasisOptions(SmallPoolOptions):
 def entries_of(groups: Sequence[Group]) -> dict[str, Arm]:
     """Return the rows of groups by name."""
     inside = IN_BASIS["basis"]
-    with_core = IN_BASIS["basis and core"]
     twice = dataclasses.replace(inside, recipe=inside.recipe | {"start": "twice"})
     found: dict[str, dict[str, Arm]] = {
         "choice": {
@@ -80,12 +77,7 @@ def entries_of(groups: Sequence[Group]) -> dict[str, Arm]:
         "controls": {
             f"k = 32, {text}": dataclasses.replace(inside, control=control)
             for control, text in _CONTROLS.items()
-        }
-        | {
-            f"k = 32, {text}, core": dataclasses.replace(with_core, control=control)
-            for control, text in {"none": "all modules", **_CONTROLS}.items()
-        }
-        | {"LoRA-XS": IN_BASIS["LoRA-XS"]},
+        },
         "mean": {"mean module": IN_BASIS["mean module"]},
     }
     for k in SIZES:
@@ -159,9 +151,9 @@ def reads(results: Scores, name: str) -> int:
 
 
 def _in_order(results: Scores) -> list[str]:
-    """Return the rows that have all tasks, in the order of the groups."""
-    every = ("LoRA", _FUSION, *entries_of(get_args(Group)))
-    return [name for name in every if results.summaries.get(name)]
+    """Return the rows that have all tasks, in the order of the groups; rows of earlier versions come last."""
+    every = ("LoRA", _FUSION, *entries_of(get_args(Group)), *results.methods)
+    return [name for name in dict.fromkeys(every) if results.summaries.get(name)]
 
 
 def _in_whole(results: Scores, name: str) -> str | None:

@@ -67,15 +67,6 @@ TRIALS: Trials = {
     ],
     **dict.fromkeys(COEFFICIENTS, _RATES),
     "basis": _PAIRS,
-    "basis and core": [
-        {"lr_coefficients": c, "lr_magnitudes": 0.01, "lr_core": r}
-        for c in _COEFFICIENTS
-        for r in (5e-4, 2e-3, 5e-3)
-    ],
-    "LoRA-XS": [
-        {"lr_coefficients": 0.0, "lr_core": r}
-        for r in (1e-4, 3e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2)
-    ],
     "mean module": _PAIRS,
 }
 # On real language coefficients are tuned at 0.01 instead of 0.3. The best of those nine was at their edge, (0.01, 0.1),

@@ -64,18 +64,6 @@ IN_BASIS = {
         rates={"lr_coefficients": 0.1, "lr_magnitudes": 0.01},
         few_rates={"lr_coefficients": 0.01, "lr_magnitudes": 0.0033},
     ),
-    "basis and core": Arm(
-        method="fusion",
-        recipe=ALL | {"basis": 32, "train_core": True},
-        rates={"lr_coefficients": 0.1, "lr_magnitudes": 0.01, "lr_core": 5e-4},
-    ),
-    # Cores alone: the coefficients stay at zero.
-    "LoRA-XS": Arm(
-        method="coefficients",
-        control="svd",
-        recipe={"basis": 32, "train_core": True, "start": "zeros", "modules": 1},
-        rates={"lr_coefficients": 0.0, "lr_core": 2e-3},
-    ),
     "mean module": Arm(
         method="mean-fusion", rates={"lr_coefficients": 0.1, "lr_magnitudes": 0.03}
     ),

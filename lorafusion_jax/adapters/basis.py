@@ -12,14 +12,13 @@ directions are nested: the first k of a larger basis are the basis of size k. No
 eigenvectors of sum_n A_n B_n B_n^T A_n^T are the left singular vectors of the matrices A_n R^T side by side.
 
 Sources: joint diagonalisation of a collection of LoRAs (Gabrielsson et al., "Compress then Serve", 2024); shared
-subspaces of adapters (Kaushik et al., "EigenLoRAx", 2025); a trained core between frozen directions (Bałazy et al.,
-"LoRA-XS", 2024).
+subspaces of adapters (Kaushik et al., "EigenLoRAx", 2025).
 
 Axis letters: L layer, N modules, r rank, k directions.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -210,33 +209,6 @@ def in_directions(pool: LoraPool, directions: Directions) -> SharedBasis:
     return SharedBasis(**fields, rank=pool.rank, names=pool.names, sites=pool.sites)
 
 
-def extended(basis: SharedBasis, pool: LoraPool) -> SharedBasis:
-    """Return a basis that also holds the modules of a pool, projected on its directions (see `SharedBasis.kept`).
-
-    Raises a ValueError for a name that is taken, and as `in_directions` does.
-    """
-    if taken := sorted(set(basis.names) & set(pool.names)):
-        raise ValueError(
-            f"the basis has a module {taken[0]!r} already: rename the new one"
-        )
-    plain = (
-        {s: np.asarray(u) for s, u in basis.U.items()},
-        {s: np.asarray(v) for s, v in basis.V.items()},
-    )
-    new = in_directions(pool, plain)
-
-    def joined(field: str, site: str) -> Array:
-        old = getattr(basis, field)[site]
-        lacks = jnp.zeros((old.shape[0], len(new), *old.shape[2:]), old.dtype)
-        return jnp.concatenate([old, getattr(new, field).get(site, lacks)], axis=1)
-
-    fields = {
-        field: {site: joined(field, site) for site in basis.rank}
-        for field in ("S", "energy", "rank")
-    }
-    return dataclasses.replace(basis, **fields, names=(*basis.names, *pool.names))
-
-
 def random_directions(pool: LoraPool, k: int, key: PRNGKeyArray) -> Directions:
     """Return a control: directions at a pool's sites, drawn evenly and independently of the modules."""
     check_size(pool, k)
@@ -251,22 +223,6 @@ def random_directions(pool: LoraPool, k: int, key: PRNGKeyArray) -> Directions:
         V[site] = np.linalg.qr(
             np.asarray(jax.random.normal(right, (shape[0], shape[2], k)), float)
         )[0].swapaxes(1, 2)
-    return U, V
-
-
-def base_directions(
-    pool: LoraPool, kernels: Mapping[str, Weight], k: int
-) -> Directions:
-    """Return a control: the leading singular directions of the base's matrices at a pool's sites, as in LoRA-XS."""
-    check_size(pool, k)
-    U = {}
-    V = {}
-    for site in pool.rank:
-        left, _, right = np.linalg.svd(
-            np.asarray(dense(kernels[site], jnp.float32), float), full_matrices=False
-        )
-        U[site] = left[..., :k]
-        V[site] = right[:, :k]
     return U, V
 
 

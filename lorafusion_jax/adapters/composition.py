@@ -219,14 +219,13 @@ def compose_in_basis(
     index: Int[Array, " N"],
     coefficients: dict[str, Float[Array, "_L N #1"]],
     *,
-    core: dict[str, Float[Array, "_L k k"]] | None = None,
     gram: Gram | None = None,
     magnitudes: dict[str, Float[Array, "_L _d_out"]] | None = None,
     differentiate_norm: bool = False,
 ) -> tuple[dict[str, LowRank | InBasis], Int[Array, ""]]:
     """Return the adapters by site of a sum in a shared basis, and the number of floored column norms.
 
-    `core` is added to sum_n c_n S_n. Other arguments and errors are those of `compose`.
+    Other arguments and errors are those of `compose`.
     """
     _check_gram("basis", gram, magnitudes)
     in_arrays = is_in_arrays((basis.U, basis.V))
@@ -238,8 +237,6 @@ def compose_in_basis(
     for site, c in coefficients.items():
         S = jnp.take(basis.S[site], index, axis=1, mode="clip")
         mixed = jnp.einsum("ln,lnij->lij", c[:, :, 0] * factor, S, precision="highest")
-        if core is not None:
-            mixed = mixed + core[site]
         U = basis.U[site]
         V = basis.V[site]
         right = product(mixed, dense(exact_basis.V[site], jnp.float32))

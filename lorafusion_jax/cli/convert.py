@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> None:
             )
     if manifest["base"] is None and manifest["skipped"] and not options.skip_bad:
         sys.exit(1)
-    if options.basis is not None or options.basis_from is not None:
+    if options.basis is not None:
         assert options.out is not None
         show(basis_report(options.out))
 
@@ -79,9 +79,8 @@ def report(manifest: Mapping[str, Any]) -> str:
 
 
 def basis_report(folder: Path) -> str:
-    """Return the share of the modules' squared norms that a pool's basis keeps: by site, then of each new module."""
-    pool = ConvertedPool(folder)
-    basis = pool.basis()
+    """Return the share of the modules' squared norms that a pool's basis keeps, by site."""
+    basis = ConvertedPool(folder).basis()
     module_energies = {
         site: np.asarray(energy, float) for site, energy in basis.energy.items()
     }
@@ -94,20 +93,10 @@ def basis_report(folder: Path) -> str:
         rows.append(
             (site, shape, _percent(inside[site].sum(), module_energies[site].sum()))
         )
-    lines = [plain(rows)]
-    for n, name in enumerate(basis.names):
-        if (
-            len(basis) > len(pool.names) and name in pool.names
-        ):  # it was projected on a basis of others
-            inside_energy = sum(inside[site][:, n].sum() for site in basis.sites)
-            all_of_it = sum(module_energies[site][:, n].sum() for site in basis.sites)
-            lines.append(
-                f"{one_line(name)}: the basis keeps {_percent(inside_energy, all_of_it)} of its squared norm"
-            )
-    lines.append(
+    summary = (
         f"a basis of {basis.k} directions for {len(basis)} modules, written to {folder}"
     )
-    return "\n".join(lines)
+    return f"{plain(rows)}\n{summary}"
 
 
 def _percent(part: float, whole: float) -> str:

@@ -44,7 +44,7 @@ class CostCommand(bill.CostOptions):
 
 GROUPS = {
     "data and base": ("shape", "train_rows", "source", "target", "tokens_per_task"),
-    "fusion": ("modules", "pool_size", "rank", "targets", "bases", "train_core"),
+    "fusion": ("modules", "pool_size", "rank", "targets", "bases"),
     "training": ("epochs", "batch_size"),
     "baseline": ("vera_rank", "evaluations"),
     "hardware": ("crossbar", "constants"),

@@ -17,7 +17,7 @@ from ..adapters.pool import LoraPool
 from ..io.hf import read_config
 from ..loading.spec import LoadIn
 from ..methods import METHODS
-from ..methods.entry import WITH_CORE, Built, MethodEntry, PlannedPool
+from ..methods.entry import Built, MethodEntry, PlannedPool
 from ..methods.recipes import basis_of, modules_of, recipe_of
 from ..models.architecture import (
     Architecture,
@@ -64,13 +64,8 @@ def counts(
             {} if entry.title is None else {entry.title.format(**vars(recipe)): recipe}
         )
         if entry.basis_title is not None and basis is not None:
-            for core in (False, True):
-                in_basis = recipe_of(
-                    entry.recipe, vars(recipe) | {"basis": basis, "train_core": core}
-                )
-                selected[
-                    entry.basis_title.format(basis=basis) + (WITH_CORE if core else "")
-                ] = in_basis
+            in_basis = recipe_of(entry.recipe, vars(recipe) | {"basis": basis})
+            selected[entry.basis_title.format(basis=basis)] = in_basis
         counted |= {
             title: sum(trainable_count(entry, config, of, fused).values())
             for title, of in selected.items()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ..io.hf import open_base
 from ..io.pool import open_pool
-from ..loading.model import load_texts, module_names, named_modules, packing_of
+from ..loading.model import load_texts, named_modules, packing_of
 from ..methods.fusion import choice_of
 from ..methods.recipes import basis_of, modules_of, recipe_of
 from ..models.architecture import Architecture
@@ -215,9 +215,7 @@ def _planned(
         PoolShape() if options.pool is None else pool_shape(Path(options.pool), k, base)
     )
     if options.adapters and options.pool and Path(options.pool).is_dir():
-        named_modules(
-            options.adapters, module_names(open_pool(Path(options.pool)), options)
-        )
+        named_modules(options.adapters, open_pool(Path(options.pool)).names)
     modules = len(options.adapters) or min(modules_of(recipe), size)
     recipe = recipe_of(type(recipe), vars(recipe) | {"modules": modules})
     module_count = len(options.adapters) or min(len(options.seeds) * modules, size)
@@ -273,8 +271,9 @@ def pool_shape(
     if not folder.is_dir():
         return PoolShape()
     pool = open_pool(folder, base)
-    names = pool.names if k is None else pool.basis_modules(k)
-    return PoolShape(pool.largest_rank, len(names), pool.targets)
+    if k is not None:
+        pool.check_basis(k)
+    return PoolShape(pool.largest_rank, len(pool.names), pool.targets)
 
 
 def _batches(shapes: Shapes) -> str:

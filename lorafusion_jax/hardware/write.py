@@ -74,11 +74,7 @@ def write_chips(options: ProgramOptions) -> Manifest:
         raise ValueError(
             f"programming is not random in {options.crossbar}, so {options.chips} chips are alike: use 1"
         )
-    pool = open_pool(options.pool)
-    if options.basis is None:
-        names = pool.names
-    else:
-        names = tuple(pool.basis_modules(options.basis))
+    names = open_pool(options.pool).names
     recipe = FusionRecipe(modules=len(names), basis=options.basis)
     fused = chips.checked(
         load_model(

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..adapters.basis import check_size, directions, extended, in_directions
+from ..adapters.basis import check_size, directions, in_directions
 from ..models.architecture import linear_shapes
 from ..support.checks import flags_given
 from ..support.progress import progress
@@ -47,7 +47,6 @@ class ConvertOptions:
       python convert_peft_weights.py --base google/flan-t5-large --out pools/two \
         --adapters lorahub/flan_t5_large-super_glue_wic lorahub/flan_t5_large-ag_news_subset
       lorafusion convert --out pools/two --basis 32
-      lorafusion convert --base google/flan-t5-large --adapters new --out pools/three --basis-from pools/two
 
     Attributes:
       base: folder, hub id or GGUF file of the base model that the adapters were trained on; not needed for the basis of
@@ -59,8 +58,6 @@ class ConvertOptions:
         which the basis is added.
       basis: also make a shared basis with this number of directions from all modules: the pool can then be fused with a
         fraction of its reads (`lorafusion fuse --basis`).
-      basis_from: also project the modules on the basis of this pool, whose directions may be in arrays already, and
-        report the share of their norms that it loses.
       alpha: alpha of adapters of qwix (or tunix), which do not contain it.
       dtype: store factors in this dtype; by default in the adapter's.
       dry_run: read and check everything and print the same report, but write nothing. Of a base in a folder,
@@ -80,7 +77,6 @@ class ConvertOptions:
     skip_bad: bool = False
     json: bool = False
     basis: int | None = None
-    basis_from: Path | None = None
 
 
 def convert(options: ConvertOptions) -> dict[str, Any]:
@@ -88,15 +84,8 @@ def convert(options: ConvertOptions) -> dict[str, Any]:
 
     Raises ValueError, before anything is written, if an option is wrong, `out` exists, or an adapter cannot be used.
     """
-    if options.basis is not None and options.basis_from is not None:
-        raise ValueError(
-            "--basis makes a basis, and --basis-from takes another pool's: give one of them"
-        )
-    makes_basis = options.basis is not None or options.basis_from is not None
-    if options.dry_run and makes_basis:
-        raise ValueError(
-            "a dry run makes no basis: leave out --dry-run, or --basis and --basis-from"
-        )
+    if options.dry_run and options.basis is not None:
+        raise ValueError("a dry run makes no basis: leave out --dry-run, or --basis")
     sources = _sources(options)
     for source in (options.base or "", str(options.out or ""), *sources):
         check_name(source)
@@ -111,8 +100,9 @@ def convert(options: ConvertOptions) -> dict[str, Any]:
             raise ValueError(
                 f"{flags}: only for adapters that are converted: leave it out, or give --adapters"
             )
+        assert options.basis is not None
         pool = ConvertedPool(options.out)
-        _add_basis(options, options.out)
+        add_basis(options.out, options.basis)
         return dict(pool.manifest)
     with (
         contextlib.nullcontext()
@@ -120,14 +110,18 @@ def convert(options: ConvertOptions) -> dict[str, Any]:
         else new_folder(options.out) as folder
     ):
         manifest = _convert(sources, options, folder)
-        if folder is not None and makes_basis:
-            _add_basis(options, folder)
+        if folder is not None and options.basis is not None:
+            add_basis(folder, options.basis)
         return manifest
 
 
 def add_basis(folder: Path, k: int) -> None:
     """Make the shared basis of a converted pool and write it next to the adapters; ValueError if the pool has one."""
-    stored = _without_basis(folder)
+    if (folder / FOLDER).exists():
+        raise ValueError(
+            f"{folder / FOLDER} exists: move it away to make another basis"
+        )
+    stored = ConvertedPool(folder)
     pool = stored.load()
     check_size(pool, k)
     with progress(
@@ -135,30 +129,6 @@ def add_basis(folder: Path, k: int) -> None:
     ) as bar:
         basis = in_directions(pool, directions(pool, k, done=bar.update))
     save_basis(folder, basis, made_of=stored.made_of, base=stored.manifest["base"])
-
-
-def _add_basis(options: ConvertOptions, folder: Path) -> None:
-    if options.basis_from is None:
-        add_basis(folder, options.basis or 0)
-        return
-    stored = _without_basis(folder)
-    other = ConvertedPool(options.basis_from)
-    other.check_base(stored.config)
-    made_of = other.basis_modules() | stored.made_of
-    save_basis(
-        folder,
-        extended(other.basis(), stored.load()),
-        made_of=made_of,
-        base=stored.manifest["base"],
-    )
-
-
-def _without_basis(folder: Path) -> ConvertedPool:
-    if (folder / FOLDER).exists():
-        raise ValueError(
-            f"{folder / FOLDER} exists: move it away to make another basis"
-        )
-    return ConvertedPool(folder)
 
 
 def _sources(options: ConvertOptions) -> list[str]:
@@ -177,9 +147,7 @@ def _sources(options: ConvertOptions) -> list[str]:
         sources += [
             source for line in lines if (source := line.partition("#")[0].strip())
         ]
-    if not sources and (
-        (options.basis is None and options.basis_from is None) or options.out is None
-    ):
+    if not sources and (options.basis is None or options.out is None):
         raise ValueError(
             "no adapters given: --adapters FOLDER_OR_HUB_ID ..., or --adapters-file LIST"
         )

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -14,7 +14,6 @@ from jaxtyping import Array, Int, Int32
 from .. import tasks
 from ..adapters.basis import (
     Pool,
-    base_directions,
     directions,
     in_directions,
     random_directions,
@@ -39,7 +38,6 @@ from ..models.architecture import (
     step_operations,
     unrolled_numbers,
 )
-from ..models.weights import Weight
 from ..support.platform import for_cpu
 from ..tasks.batches import step_widths
 from ..tasks.packing import step_shape
@@ -184,12 +182,13 @@ def load_model(
     """
     base = base or (open_base(options.base) if like is None else like.base)
     texts = load_texts(base, chat=options.chat)
-    stored = (
-        open_pool(options.pool, base) if options.pool and options.entry.pool else None
-    )
-    names, modules = _draw(
-        options, () if stored is None else module_names(stored, options)
-    )
+    stored = None
+    if options.pool and options.entry.pool:
+        stored = open_pool(options.pool, base)
+        k = basis_of(options.recipe)
+        if k is not None and options.control == "none":
+            stored.check_basis(k)
+    names, modules = _draw(options, () if stored is None else stored.names)
     if like is None:
         sharding.check_model(base.config)
         quantise = None if options.load_in == "full" else options.load_in
@@ -232,7 +231,7 @@ def _frozen(
     digests = PoolDigests({}, None)
     if stored is not None:
         with sharding.loading():
-            pool, digests = _load_pool(stored, names, options, kernels(model))
+            pool, digests = _load_pool(stored, names, options)
         pool = on_mesh(pool, model.config)
     built = Built(
         config=model.config, recipe=options.recipe, pool=pool, modules=len(modules[0])
@@ -250,12 +249,8 @@ def with_whole_modules(loaded: AnyLoaded, options: LoadOptions) -> AnyLoaded:
     assert options.pool is not None
     stored = open_pool(options.pool, loaded.base)
     names = loaded.modules[0]
-    if missing := sorted(set(names) - set(stored.names)):
-        raise ValueError(
-            f"{options.pool} has no whole module {missing[0]}: rank by --choose basis-gradient"
-        )
     recipe: Any = options.recipe
-    recipe = dataclasses.replace(recipe, basis=None, train_core=False)
+    recipe = dataclasses.replace(recipe, basis=None)
     whole_modules = dataclasses.replace(
         options, recipe=recipe, control="none"
     )  # controls differ only in directions
@@ -329,21 +324,10 @@ def named_modules(
     return tuple(pool_names[i] for i in positions(pool_names, names))
 
 
-def module_names(
-    stored: ConvertedPool | AdapterFolders, options: LoadOptions
-) -> tuple[str, ...]:
-    """Return the names of the modules that seeds can draw: the pool's, or those in its basis."""
-    k = basis_of(options.recipe)
-    if k is None or options.control != "none":
-        return stored.names
-    return tuple(stored.basis_modules(k))
-
-
 def _load_pool(
     stored: ConvertedPool | AdapterFolders,
     names: Sequence[str],
     options: LoadOptions,
-    kernels: Mapping[str, Weight],
 ) -> tuple[Pool, PoolDigests]:
     """Return the named modules, or the control that replaces them, whole or in a basis, in full precision or not.
 
@@ -363,12 +347,10 @@ def _load_pool(
         )
         if options.control == "random-factors":
             basis_directions = random_directions(modules, k, _control_key(options))
-        elif options.control in _CONTROLS:
+        else:
             basis_directions = directions(
                 _CONTROLS[options.control](modules, _control_key(options)), k
             )
-        else:
-            basis_directions = base_directions(modules, kernels, k)
         pool = in_directions(modules.select(names), basis_directions)
     if options.control != "none" and isinstance(pool, LoraPool):
         pool = _CONTROLS[options.control](pool, _control_key(options))

@@ -10,7 +10,7 @@ from ..training.recipe import Recipe
 
 # What base and pool are held in: whole, or in 4 or 8 bits.
 LoadIn = Literal["full", "nf4", "int8"]
-Control = Literal["none", "random-factors", "shuffled", "rotated", "svd"]
+Control = Literal["none", "random-factors", "shuffled", "rotated"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,7 @@ class LoadOptions:
       method: name of the method, from the registry (`lorafusion_jax.METHODS`).
       control: `random-factors` replaces every module by a random one of the same norms. `shuffled` shuffles its layers.
         `rotated` keeps the singular values of its updates and draws the singular vectors. With a basis, a control
-        replaces the directions on which the modules are projected. `svd`, only with a basis, takes the leading singular
-        directions of the base's matrices.
+        replaces the directions on which the modules are projected.
       control_draw: number of the draw of a control; all seeds of a run share a draw.
       adapters: fuse these modules, by name or index, instead of a draw by seed.
       recipe: numbers of the method and of its training, of the class that the method names; a recipe of another class

@@ -3,7 +3,6 @@
 import dataclasses
 
 from . import full, fusion, lora, lorahub, magnitudes, mean, merge, untrained, vera
-from .entry import WITH_CORE as WITH_CORE
 from .entry import Built as Built
 from .entry import MethodEntry
 from .full import FullFineTuning as FullFineTuning

@@ -14,10 +14,6 @@ from ..training.method import Method, Params
 from ..training.problem import Problem
 from ..training.recipe import Recipe
 
-WITH_CORE = (
-    ", with a core"  # ends the title of a fusion in a basis that trains a core too
-)
-
 Matrix = tuple[int, int]
 Storage = Literal["arrays", "memory"]
 

@@ -33,7 +33,6 @@ from ..training.frozen import Frozen
 from ..training.method import Adapted, Fused, Index, Method, Params
 from ..training.recipe import Optimisation, Recipe
 from .entry import (
-    WITH_CORE,
     Billed,
     Built,
     CostLayout,
@@ -56,26 +55,22 @@ class CoefficientsRecipe(BasisRecipe):
         rows at zero coefficients, `gradient`; with a basis that ranks whole modules, and `basis-gradient` ranks them
         inside it.
       composition: combination of the modules: `sum` is sum c A B, `mix` is (sum c A)(sum c B).
-      train_core: also train a matrix [basis, basis] at every site, added to the mixed modules.
       granularity: coefficients of a module: one (`global`), or one for each `block`, each `site` (adapted matrix) or
         each `rank` of a site.
       start: initial coefficients: 1 / N (`uniform`), 2 / N (`twice`), `zeros`, or drawn as in the paper's code
         (`xavier`).
       differentiate_norm: let gradients flow through the magnitudes' norm.
       lr_coefficients: learning rate of the coefficients.
-      lr_core: learning rate of the matrices in a basis.
       l2: share of the coefficients that is added to their gradient.
       l1: weight of mean |c| in the objective.
     """
 
     choose: Choose = "draw"
     composition: Composition = "sum"
-    train_core: bool = False
     granularity: Granularity = "block"
     start: Start = "uniform"
     differentiate_norm: bool = False
     lr_coefficients: float = 0.1
-    lr_core: float = 2e-3
     l2: float = 0.0
     l1: float = 0.0
 
@@ -86,14 +81,10 @@ class CoefficientsRecipe(BasisRecipe):
     def check(self) -> None:
         super().check()
         check_basis(self)
-        in_basis = {
-            "--train-core": self.train_core,
-            "--choose basis-gradient": self.choose == "basis-gradient",
-        }
-        if self.basis is None and (
-            options := [option for option, is_given in in_basis.items() if is_given]
-        ):
-            raise ValueError(f"{options[0]} needs a shared basis: {GIVE_BASIS}")
+        if self.basis is None and self.choose == "basis-gradient":
+            raise ValueError(
+                "--choose basis-gradient needs a shared basis: give its number of directions with --basis"
+            )
         if self.choose != "draw" and self.composition != "sum":
             raise ValueError(
                 "no gradient can choose modules of a mix: leave out --choose, or use the composition sum"
@@ -123,7 +114,6 @@ class FusionRecipe(CoefficientsRecipe):
         return dataclasses.replace(super().optimisation(steps), prune=self.prune)
 
 
-GIVE_BASIS = "give its number of directions with --basis"
 PRESETS = {
     "default": FusionRecipe(),
     # The protocol of the paper's published code, in every number.
@@ -153,9 +143,9 @@ def choice_of(recipe: Recipe) -> Choose:
 class Fusion(Method):
     """LoRAFusion: coefficients mix the frozen pool, magnitudes rescale the adapted columns.
 
-    Groups: `coefficients`, in the shape of the granularity; `magnitudes`, site -> [L, d_out]; `core`, site ->
-    [L, k, k]. Trained magnitudes start from those of a DoRA pool, which stay unchanged if only coefficients are
-    trained. Metrics: `floored_norms`, columns whose norm was floored.
+    Groups: `coefficients`, in the shape of the granularity; `magnitudes`, site -> [L, d_out]. Trained magnitudes start
+    from those of a DoRA pool, which stay unchanged if only coefficients are trained. Metrics: `floored_norms`, columns
+    whose norm was floored.
 
     Attributes:
       composition: `mix` or `sum` (see `adapters.composition`).
@@ -163,7 +153,6 @@ class Fusion(Method):
       start: initial values of the coefficients.
       magnitudes: train magnitudes as well as coefficients.
       basis: number of directions of a pool in a shared basis; None for all that it has, and for whole modules.
-      core: train a matrix between the directions too, which starts at zero and is added to sum_n c_n S_n.
       differentiate_norm: let gradients flow through ||W + dW|| (PEFT's DoRA does not).
     """
 
@@ -172,7 +161,6 @@ class Fusion(Method):
     start: Start = "uniform"
     magnitudes: bool = True
     basis: int | None = None
-    core: bool = False
     differentiate_norm: bool = False
 
     def __post_init__(self) -> None:
@@ -223,9 +211,9 @@ class Fusion(Method):
             check_basis(dataclasses.replace(self, basis=self.basis or pool.k))
             if self.basis is not None:
                 pool.first(self.basis)
-        elif self.basis is not None or self.core:
+        elif self.basis is not None:
             raise ValueError(
-                f"the pool has no shared basis: run `lorafusion convert --basis {self.basis or 32}`"
+                f"the pool has no shared basis: run `lorafusion convert --basis {self.basis}`"
             )
         elif self.composition == "mix":
             check_mix(pool)
@@ -246,11 +234,6 @@ class Fusion(Method):
             params["magnitudes"] = _magnitudes(
                 pool_magnitudes or column_norms(terms), frozen, index
             )
-        if self.core and isinstance(pool, SharedBasis):
-            params["core"] = {
-                site: jnp.zeros((s.shape[0], *s.shape[2:]), jnp.float32)
-                for site, s in pool.S.items()
-            }
         return params
 
     def start_at(
@@ -283,7 +266,6 @@ class Fusion(Method):
                 pool,
                 index,
                 spread,
-                core=params.get("core"),
                 gram=terms,
                 magnitudes=magnitudes,
                 differentiate_norm=self.differentiate_norm,
@@ -387,7 +369,6 @@ def build(
         start=recipe.start,
         magnitudes=magnitudes,
         basis=recipe.basis,
-        core=recipe.train_core,
         differentiate_norm=recipe.differentiate_norm,
     )
     assert built.pool is not None
@@ -428,14 +409,11 @@ def cost_layout(modules: int, rank: int, words: int) -> CostLayout:
 def _basis_cost_layout(billed: Billed, k: int) -> CostLayout:
     """Return the layout of k shared directions in arrays, with the mixed core in memory.
 
-    Installing a task mixes its core once from the table of all S_n, and adds a trained core. The norm's terms are U^T W
-    and ||W||^2.
+    Installing a task mixes its core once from the table of all S_n. The norm's terms are U^T W and ||W||^2.
     """
     N = billed.recipe.modules
     return CostLayout(
-        installed_words=billed.adapted * (N + 1) * k**2
-        + billed.counts["magnitudes"]
-        + billed.counts.get("core", 0),
+        installed_words=billed.adapted * (N + 1) * k**2 + billed.counts["magnitudes"],
         installed_macs=billed.adapted * N * k**2,
         matrices=module(k),
         macs=lambda site: k**2 + 2 * site.d_out,
@@ -452,10 +430,7 @@ def _cost_layouts(billed: Billed) -> dict[str, CostLayout]:
     The second layout can be read by a sum alone. A basis has one layout.
     """
     if (k := billed.recipe.basis) is not None:
-        title = _BASIS_TITLE.format(basis=k) + (
-            WITH_CORE if billed.recipe.train_core else ""
-        )
-        return {title: _basis_cost_layout(billed, k)}
+        return {_BASIS_TITLE.format(basis=k): _basis_cost_layout(billed, k)}
     N = billed.recipe.modules
     r = billed.rank
     separate = cost_layout(N, r, sum(billed.counts.values()))

@@ -157,7 +157,7 @@ class RunFolder:
         """Return the recorded configuration; FileError if the folder is not a run or the file is damaged or newer."""
         path = self.folder / _CONFIG
         raw = read_json(path, dict[str, Any], "a run")
-        kind = _options_class(raw.get("options"), path, "options.")
+        kind = _options_class(raw.get("options"), path)
         fields: Any = get_type_hints(RunConfig, include_extras=True) | {"options": kind}
         config: RunConfig = structured(raw, _typed_dict("RunConfig", fields), path)
         config["options"] = plain(config["options"])
@@ -241,12 +241,7 @@ class RunFolder:
             _write(self.folder / _METRICS, "".join(lines))
 
 
-def read_options(raw: Any, where: str | Path) -> FuseOptions:
-    """Return the options of a run from JSON; FileError if they are wrong."""
-    return plain(structured(raw, _options_class(raw, where), where))
-
-
-def _options_class(raw: Any, where: str | Path, prefix: str = "") -> type[FuseOptions]:
+def _options_class(raw: Any, where: Path) -> type[FuseOptions]:
     """Return the class of the options in JSON, by their method."""
     method = raw.get("method", FuseOptions.method) if isinstance(raw, dict) else None
     if isinstance(method, str) and method not in METHODS:
@@ -254,7 +249,7 @@ def _options_class(raw: Any, where: str | Path, prefix: str = "") -> type[FuseOp
         expected = f"one of {', '.join(METHODS)}"
         raise FileError(
             where,
-            field=f"{prefix}method",
+            field="options.method",
             got=shown(method),
             expected=expected,
             fix=fix,

@@ -25,9 +25,8 @@ from ..loading.model import (
     with_modules,
 )
 from ..loading.spec import Control, LoadOptions
-from ..methods.fusion import GIVE_BASIS, choice_of
+from ..methods.fusion import choice_of
 from ..methods.lora import is_warm
-from ..methods.recipes import basis_of
 from ..methods.untrained import FewShotRecipe
 from ..support.checks import at_least, check_uint32, one_of
 from ..support.platform import for_cpu
@@ -126,12 +125,8 @@ def check(options: FuseOptions) -> None:
             f"{name} trains weights, not 4 or 8 bits of them: leave out --load-in",
         ),
         (
-            options.control_draw != 0 and options.control in ("none", "svd"),
+            options.control_draw != 0 and not controlled,
             "--control-draw numbers the draws of a random control: leave it out, or choose another --control",
-        ),
-        (
-            options.control == "svd" and basis_of(recipe) is None,
-            f"--control svd needs a shared basis: {GIVE_BASIS}",
         ),
         (
             chosen and "coefficients" not in method.groups,

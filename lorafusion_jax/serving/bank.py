@@ -8,7 +8,7 @@ With A and B all modules of the bank side by side, row b of task t has at every 
 where s = m / ||W + dW|| is computed once, when the task is added. All rows share two products with the modules, so the
 cost does not depend on the number of tasks. Modules in arrays are read one by one.
 
-In a shared basis a row has the core C_t = sum_n c_tn S_n [k, k], plus the task's trained core, if it has one:
+In a shared basis a row has the core C_t = sum_n c_tn S_n [k, k]:
 y_b = s_t * (x_b W + ((x_b U) C_t) V). The cores are mixed from the table S_n once for a batch.
 
 Axis letters: C tasks of the bank, B rows of a batch, L layer, N modules of the bank, r rank, k directions, T target,
@@ -53,13 +53,11 @@ class Tasks(NamedTuple):
       coefficients: [C + 1, N, ...] in the bank's granularity; None without a pool.
       mixes: [C + 1], whether the composition is `mix`.
       scales: site -> [C + 1, L, d_out], of the sites whose columns any task rescales.
-      cores: site -> [C + 1, L, k, k], trained cores in a shared basis; empty in a bank without.
     """
 
     coefficients: Float[Array, "_C N ..."] | None
     mixes: Bool[Array, " _C"]
     scales: dict[str, Float[Array, "_C _L _d_out"]]
-    cores: dict[str, Float[Array, "_C _L _k _k"]]
 
 
 @jax.tree_util.register_dataclass
@@ -90,7 +88,6 @@ class TaskBank:
         *,
         granularity: Granularity = "block",
         scaled: Collection[str] = (),
-        cores: bool = False,
     ) -> "TaskBank":
         """Return a bank without tasks.
 
@@ -100,7 +97,6 @@ class TaskBank:
           capacity: number of tasks that there is room for.
           granularity: the finest that a task's coefficients may have.
           scaled: sites whose columns tasks may rescale; none for coefficients alone.
-          cores: if true, tasks may have trained cores, in a shared basis.
 
         Raises:
           ValueError: there is no room for a task, or no such site.
@@ -127,15 +123,7 @@ class TaskBank:
             site: jnp.ones((capacity + 1, sites[site].layers, sites[site].d_out))
             for site in scaled
         }
-        cores_by_site = {}
-        if cores and isinstance(pool, SharedBasis):
-            cores_by_site = {
-                s: jnp.zeros((capacity + 1, c.shape[0], *c.shape[2:]), jnp.float32)
-                for s, c in pool.S.items()
-            }
-        tasks = Tasks(
-            coefficients, jnp.zeros(capacity + 1, bool), scales, cores_by_site
-        )
+        tasks = Tasks(coefficients, jnp.zeros(capacity + 1, bool), scales)
         return cls(graph=graph, frozen=frozen, tasks=tasks, granularity=granularity)
 
     @property
@@ -188,10 +176,6 @@ class TaskBank:
             raise ValueError(
                 f"the task has magnitudes at {', '.join(sorted(extra))}, and the bank rescales "
                 f"{', '.join(sorted(self.tasks.scales)) or 'no site'}: make the bank with these sites as `scaled`"
-            )
-        if "core" in params and not self.tasks.cores:
-            raise ValueError(
-                "the task has trained cores, and the bank has no room for them: make it with cores=True"
             )
         frozen = self.frozen
         if (
@@ -291,8 +275,6 @@ class TaskBank:
                 core = jnp.einsum(
                     "lbn,lnij->lbij", c[..., 0], pool.S[site], precision="highest"
                 )
-                if site in row_tasks.cores:
-                    core = core + jnp.swapaxes(row_tasks.cores[site], 0, 1)
                 modules[site] = RowCores(pool.U[site], pool.V[site], core)
         elif pool is not None:
             in_arrays = is_in_arrays((pool.A, pool.B))
@@ -541,8 +523,6 @@ def _entry(
             coefficients=entry.coefficients.at[index].set(c),
             mixes=jnp.array(method.composition == "mix"),
         )
-    if "core" in params:
-        entry = entry._replace(cores=entry.cores | params["core"])
     if "magnitudes" in params or (
         isinstance(method, Fusion) and pool is not None and pool.magnitude is not None
     ):

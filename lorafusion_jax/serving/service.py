@@ -21,7 +21,7 @@ from ..adapters.pool import LoraPool, joined
 from ..io.digests import Digests
 from ..io.pool import open_pool
 from ..loading.identity import check_digests, digests
-from ..loading.model import evaluation_worth, load_model, module_names
+from ..loading.model import evaluation_worth, load_model
 from ..loading.spec import LoadIn, LoadOptions
 from ..methods.entry import Built
 from ..methods.fusion import PLAIN_SUM, CoefficientsRecipe, Fusion
@@ -75,12 +75,12 @@ class FusedRun(NamedTuple):
 
         Raises:
           ValueError: the folder is not a run whose training has ended, or its method has other numbers than
-            coefficients, magnitudes and cores, or one LoRA.
+            coefficients and magnitudes, or one LoRA.
         """
         options, params, config = load_run(folder)
         groups = {*options.entry.groups} or params.keys()
         if not params or (
-            groups - {"coefficients", "magnitudes", "core"} and groups != {"lora"}
+            groups - {"coefficients", "magnitudes"} and groups != {"lora"}
         ):
             raise ValueError(
                 f"{folder} is of the method {options.method}, which no bank holds: give runs of a fusion, with "
@@ -248,7 +248,7 @@ class Service:
                     for name in seed_modules
                 ),
             }
-            pool_names = module_names(open_pool(options.pool), options)
+            pool_names = open_pool(options.pool).names
             if missing := ", ".join(sorted(used - set(pool_names))):
                 raise ValueError(
                     f"{options.pool} lacks {missing}: give the pool of the runs, or correct the names"
@@ -257,7 +257,7 @@ class Service:
             # Modules that no run mixes with each other may differ in rank.
             recipe = recipe_of(
                 CoefficientsRecipe,
-                vars(options.recipe) | {"composition": "sum", "train_core": False},
+                vars(options.recipe) | {"composition": "sum"},
             )
             options = dataclasses.replace(
                 options, method="coefficients", recipe=recipe, adapters=names
@@ -301,7 +301,6 @@ class Service:
                 max([*granularities, GRANULARITIES.index("block")])
             ],
             scaled=sorted(scaled),
-            cores=any("core" in run.params for run in runs),
         )
 
     @classmethod

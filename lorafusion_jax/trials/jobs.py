@@ -3,7 +3,6 @@
 A job that runs out of memory has no result. It is a line of `failed.jsonl` next to that file, and is not tried again.
 """
 
-import dataclasses
 import functools
 import json
 import sys
@@ -15,7 +14,7 @@ from ..estimates.plan import PROCESS_BYTES, run_cost
 from ..io.hf import open_base
 from ..io.pool import open_pool
 from ..report import key, name
-from ..runs.folder import RunFolder, read_options
+from ..runs.folder import RunFolder
 from ..runs.options import FuseOptions
 from ..runs.run import options_to_json, run_path, with_targets
 from ..support.reading import read_lines
@@ -180,14 +179,10 @@ def _check_same(
     drawn: Sequence[str],
 ) -> None:
     """Raise ValueError if a row's configuration differs from a run's options, other than those drawn."""
-    known = {field.name for field in dataclasses.fields(FuseOptions)}
-    before = read_options(
-        {name: value for name, value in was.items() if name in known}, where
-    )
-    old = settings_of(before, root)
-    old |= old.pop("recipe")
-    new = settings_of(now, root)
-    new |= new.pop("recipe")
+    new = _flat(settings_of(now, root))
+    # Options that were added later have their defaults in older rows.
+    defaults = options_to_json(FuseOptions(base="", task="", method=now.method))
+    old = _flat(defaults) | _flat(was)
     if different := [
         name for name in new if name not in drawn and old.get(name) != new[name]
     ]:
@@ -197,6 +192,10 @@ def _check_same(
         raise ValueError(
             f"{where} was run with other settings ({changes}): give another --out"
         )
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {**settings, **settings["recipe"], "recipe": None}
 
 
 def _open(jobs: Sequence[Job]) -> None:

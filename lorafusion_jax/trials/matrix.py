@@ -43,7 +43,7 @@ class Arm:
     """
 
     method: str
-    control: Literal["none", "random-factors", "shuffled", "svd"] = "none"
+    control: Literal["none", "random-factors", "shuffled"] = "none"
     recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
     rates: dict[str, float] = dataclasses.field(default_factory=dict)
     few_rates: dict[str, float] = dataclasses.field(default_factory=dict)

@@ -9,7 +9,6 @@ from ..estimates.estimate import Settings
 from ..estimates.machines import machine, pace, spent
 from ..estimates.params import shape_config
 from ..estimates.plan import describe, plan, pool_shape, workloads
-from ..methods.entry import WITH_CORE
 from ..methods.fusion import choice_of
 from ..methods.recipes import basis_of, modules_of
 from ..methods.untrained import FewShotRecipe
@@ -35,12 +34,10 @@ def print_matrix_plan(options: MatrixOptions, arms: Mapping[str, Arm]) -> None:
     for job in jobs(options, arms, check_pool=pool.is_dir()):
         recipe = job.options.recipe
         # Methods without a pool are planned next to those that fuse the matrix' number of modules.
-        core = getattr(recipe, "train_core", False)
         fused = (
             modules_of(recipe) or options.modules,
             choice_of(recipe),
             basis_of(recipe),
-            core,
         )
         work = (recipe.epochs, recipe.batch_size, recipe.max_new_tokens)
         groups.setdefault(
@@ -50,7 +47,7 @@ def print_matrix_plan(options: MatrixOptions, arms: Mapping[str, Arm]) -> None:
         shots,
         rows,
         load_in,
-        (modules, choose, basis, core),
+        (modules, choose, basis),
         (epochs, *_),
     ), group_jobs in groups.items():
         options_by_task = {job.task: job.options for job in group_jobs}
@@ -75,7 +72,7 @@ def print_matrix_plan(options: MatrixOptions, arms: Mapping[str, Arm]) -> None:
         chosen = f"{modules} modules" + ("" if choose == "draw" else f" by {choose}")
         within = ""
         if basis is not None:
-            within = f", in a basis of {basis}{WITH_CORE if core else ''}"
+            within = f", in a basis of {basis}"
         few = "" if rows == TRAIN_ROWS[shots] else f" over {rows} rows"
         print(f"{shots} shots, {epochs} epochs{few}, {chosen}{within}")
         methods = [options.method for options in options_by_method.values()]

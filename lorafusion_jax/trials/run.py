@@ -214,8 +214,6 @@ def _rates(run: FuseOptions) -> dict[str, float]:
         for name, value in vars(run.recipe).items()
         if name.startswith("lr_")
     }
-    if not getattr(run.recipe, "train_core", False):
-        rates.pop("lr_core", None)
     if {"lr_coefficients", "lr_magnitudes"} <= rates.keys():
         rates = {
             "lr_magnitudes": rates.pop("lr_magnitudes"),

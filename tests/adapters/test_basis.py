@@ -13,9 +13,7 @@ from flax import nnx
 import lorafusion_jax as lf
 from lorafusion_jax.adapters import expand
 from lorafusion_jax.adapters.basis import (
-    base_directions,
     directions,
-    extended,
     in_directions,
     random_directions,
 )
@@ -52,10 +50,10 @@ def _gram(basis):
 
 
 @functools.partial(jax.jit, static_argnames=("granularity",))
-def _fuse(c, basis, granularity, core=None, gram=None, magnitudes=None):
+def _fuse(c, basis, granularity, gram=None, magnitudes=None):
     spread = expand(c, basis, granularity)
     return compose_in_basis(
-        basis, jnp.array(_INDEX), spread, core=core, gram=gram, magnitudes=magnitudes
+        basis, jnp.array(_INDEX), spread, gram=gram, magnitudes=magnitudes
     )
 
 
@@ -122,13 +120,9 @@ def test_adapters_are_the_definition(granularity):
     basis = lf.shared_basis(pool, 5)
     c = tiny.coefficients(shape(basis, len(_INDEX), granularity))
     of_module = tiny.coefficient_of(c, pool, granularity)
-    core = {
-        site: 0.1 * jax.random.normal(jax.random.key(1), (s.shape[0], 5, 5))
-        for site, s in basis.S.items()
-    }
     terms = _gram(basis)
     magnitudes = {site: 2.0 * norm for site, norm in lf.column_norms(terms).items()}
-    adapters, floored = _fuse(c, basis, granularity, core, terms, magnitudes)
+    adapters, floored = _fuse(c, basis, granularity, terms, magnitudes)
     assert adapters.keys() == pool.A.keys() and floored == 0
     for site, adapter in adapters.items():
         assert isinstance(adapter, lf.LowRank)
@@ -141,7 +135,7 @@ def test_adapters_are_the_definition(granularity):
                 for n, i in enumerate(_INDEX)
             )
             W = np.asarray(_KERNELS[site][layer], float)
-            adapted = W + U @ (inside + np.asarray(core[site][layer])) @ V
+            adapted = W + U @ inside @ V
             wanted = (
                 2
                 * np.linalg.norm(W, axis=0)
@@ -196,21 +190,6 @@ def test_a_basis_of_the_pools_whole_rank_is_the_fusion_of_whole_modules():
     )
 
 
-def test_a_core_starts_at_zero_and_acts_where_modules_do():
-    method = lf.Fusion(basis=3, core=True)
-    pool = tiny.pool(4, lambda n, site, layer: 0 if layer == 1 else 4)
-    frozen = _frozen(method, lf.shared_basis(pool, 5))
-    params = method.init(frozen, jnp.array(_INDEX), jax.random.key(0))
-    acting = method.trainable(params, frozen, jnp.array(_INDEX))
-    for site, core in params["core"].items():
-        assert core.shape == (pool.rank[site].shape[0], 3, 3) and not core.any()
-        assert acting["core"][site].shape == core.shape
-        assert acting["core"][site].all(axis=(1, 2)).tolist() == [
-            layer != 1 for layer in range(len(core))
-        ]
-        assert not acting["core"][site][1].any()
-
-
 def test_quantised_directions_have_the_norms_of_what_they_are():
     basis = lf.shared_basis(tiny.pool(4), 8).quantised("int8")
     for U, V in zip(
@@ -223,7 +202,7 @@ def test_quantised_directions_have_the_norms_of_what_they_are():
         )
     c = tiny.coefficients(shape(basis, len(_INDEX), "block"))
     terms = _gram(basis)
-    adapters, _ = _fuse(c, basis, "block", None, terms, lf.column_norms(terms))
+    adapters, _ = _fuse(c, basis, "block", terms, lf.column_norms(terms))
     for site, adapter in adapters.items():
         norms = np.linalg.norm(_matrix(adapter, site, 0), axis=0)
         np.testing.assert_allclose(
@@ -231,68 +210,20 @@ def test_quantised_directions_have_the_norms_of_what_they_are():
         )
 
 
-def test_modules_outside_the_basis_lose_what_it_lacks():
-    pool = tiny.pool(4)
-    other = dataclasses.replace(tiny.pool(2, seed=1), names=("new_0", "new_1"))
-    lacks = dataclasses.replace(tiny.pool(1, names="q", seed=1), names=("new",))
-    with_nothing = extended(lf.shared_basis(pool, 5), lacks)
-    for field in (with_nothing.S, with_nothing.energy, with_nothing.rank):
-        assert (
-            not field["encoder.self.v"][:, 4].any()
-            and field["encoder.self.q"][:, 4].any()
-        )
-    assert (
-        with_nothing.kept()["encoder.self.v"][:, 4] == 1
-    ).all()  # of nothing, nothing is lost
-    basis = lf.shared_basis(pool, 6)
-    both = extended(basis, other)
-    assert both.names == (*pool.names, "new_0", "new_1")
-    for site in basis.S:
-        np.testing.assert_array_equal(both.S[site][:, :4], basis.S[site])
-        np.testing.assert_array_equal(both.U[site], basis.U[site])
-        U = np.asarray(basis.U[site][0])
-        V = np.asarray(basis.V[site][0])
-        np.testing.assert_allclose(
-            both.S[site][0, 5], U.T @ _deltas(other, site, 0)[1] @ V.T, atol=1e-5
-        )
-        assert both.kept()[site][:, 4:].max() < basis.kept()[site].min()
-    chosen = both.select(["new_1", 0])
-    assert chosen.names == ("new_1", "module_0")
-    for field in ("S", "energy", "rank"):
-        of_all = getattr(both, field)["encoder.self.q"]
-        np.testing.assert_array_equal(
-            getattr(chosen, field)["encoder.self.q"], of_all[:, jnp.array([5, 0])]
-        )
-    with pytest.raises(ValueError, match="has a module 'module_0' already"):
-        extended(basis, pool)
-    wide = dataclasses.replace(tiny.pool(1, names="o"), names=("wide",))
-    with pytest.raises(ValueError, match=r"lacks directions at encoder\.self\.o"):
-        extended(basis, wide)
-
-
 def test_directions_of_controls_are_orthonormal_and_keep_less():
     pool = tiny.pool(4)
     own = lf.shared_basis(pool, 4)
-    for given in (
-        random_directions(pool, 4, jax.random.key(0)),
-        base_directions(pool, _KERNELS, 4),
-    ):
-        control = in_directions(pool, given)
-        for site in pool.rank:
-            U = np.asarray(control.U[site][1])
-            V = np.asarray(control.V[site][1])
-            np.testing.assert_allclose(U.T @ U, np.eye(4), atol=1e-5)
-            np.testing.assert_allclose(V @ V.T, np.eye(4), atol=1e-5)
-            assert control.kept()[site].mean() < own.kept()[site].mean()
+    control = in_directions(pool, random_directions(pool, 4, jax.random.key(0)))
+    for site in pool.rank:
+        U = np.asarray(control.U[site][1])
+        V = np.asarray(control.V[site][1])
+        np.testing.assert_allclose(U.T @ U, np.eye(4), atol=1e-5)
+        np.testing.assert_allclose(V @ V.T, np.eye(4), atol=1e-5)
+        assert control.kept()[site].mean() < own.kept()[site].mean()
     # Every site, and each of its sides, draws its own.
     U, V = random_directions(pool, 4, jax.random.key(0))
     drawn = [*(u[0, :12, 0] for u in U.values()), *(v[0, 0, :12] for v in V.values())]
     assert np.abs(np.corrcoef(drawn) - np.eye(len(drawn))).max() < 0.95
-    W = np.asarray(_KERNELS["encoder.self.q"][1], float)
-    first = base_directions(pool, _KERNELS, 1)
-    left = first[0]["encoder.self.q"][1][:, 0]
-    right = first[1]["encoder.self.q"][1][0]
-    assert left @ W @ right == pytest.approx(np.linalg.norm(W, 2))
 
 
 @pytest.mark.parametrize(

@@ -329,39 +329,6 @@ def test_training_by_hand():
     )
 
 
-def test_a_trained_core_adds_its_numbers_and_their_updates():
-    """Its gradient is that of the mixed core, which the coefficients need anyway; a token reads one core."""
-    of = _activities(
-        dataclasses.replace(_LITTLE, train_core=True),
-        CrossbarConfig(adc=ADC()),
-        tiny.CONFIG,
-    )
-    plain = of["LoRAFusion, basis of 3"]
-    cored = of["LoRAFusion, basis of 3, with a core"]
-    # q and v of every attention; 19 rows in batches of 5
-    numbers = 2 * (3 + 2 + 2) * 3**2
-    steps = 3 * 4
-    assert cored.trainable - plain.trainable == numbers
-    assert cored.installed_words - plain.installed_words == numbers
-    assert (
-        cored.update_training.words - plain.update_training.words == 7 * steps * numbers
-    )
-    assert cored.update_training.macs - plain.update_training.macs == pytest.approx(
-        9 * steps * numbers
-    )
-    same = (
-        "written",
-        "installed_macs",
-        "adapters",
-        "base_training",
-        "source",
-        "generated",
-        "stages",
-    )
-    assert all(getattr(cored, name) == getattr(plain, name) for name in same)
-    assert cored.update_training.reads == plain.update_training.reads
-
-
 def test_a_larger_pool_is_ranked_by_one_pass_over_whole_modules():
     config = CrossbarConfig(adc=ADC())
     drawn = _activities(_LITTLE, config, tiny.CONFIG)

@@ -12,7 +12,6 @@ from lorafusion_jax.models import known_shapes
 _LARGE = {
     "LoRAFusion": 148_416,
     "LoRAFusion, basis of 32": 148_416,
-    "LoRAFusion, basis of 32, with a core": 148_416 + 144 * 32**2,
     "LoRAFusion, coefficients only": 960,
     "LoRAFusion, magnitudes only": 147_456,
     "LoRA, rank 16": 4_718_592,

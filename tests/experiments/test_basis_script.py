@@ -56,7 +56,7 @@ def test_every_row_can_run_and_no_two_rows_are_alike():
         )
         settings.add((entry.method, entry.control, recipe))
         assert (recipe.basis or 0) <= common.DIRECTIONS
-    assert len(settings) == len(_ENTRIES) == 2 + 5 * 3 + 1 + 8 + 1
+    assert len(settings) == len(_ENTRIES) == 2 + 5 * 3 + 1 + 2 + 1
 
 
 def test_a_table_gives_reads_and_differences_to_the_same_modules(results, tmp_path):

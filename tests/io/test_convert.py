@@ -19,7 +19,6 @@ from safetensors.numpy import load_file, save_file
 import lorafusion_jax as lf
 from lorafusion_jax import (
     base_tensor,
-    load_basis,
     load_pool,
     places,
     read_config,
@@ -616,15 +615,6 @@ def test_options_of_adapters_without_adapters_are_refused(base, adapter, tmp_pat
         ):
             lf.io.convert(lf.io.ConvertOptions(out=pool, basis=2, **options))
     assert not (pool / "basis").exists()
-
-
-def test_a_converted_pool_is_projected_on_the_basis_of_another(base, adapter, tmp_path):
-    _convert(base, [adapter("one"), adapter("two")], out=tmp_path / "old", basis=2)
-    _convert(base, [adapter("three")], out=tmp_path / "new")
-    lf.io.convert(
-        lf.io.ConvertOptions(out=tmp_path / "new", basis_from=tmp_path / "old")
-    )
-    assert load_basis(tmp_path / "new").names == ("one", "two", "three")
 
 
 def test_an_out_that_exists_is_refused_before_anything_is_read(tmp_path):

@@ -219,8 +219,8 @@ def test_a_method_is_built_with_the_numbers_of_the_recipe():
     assert built("fusion") == fusion
     assert built("coefficients") == dataclasses.replace(fusion, magnitudes=False)
     assert built("mean-fusion") == MeanFusion(**dataclasses.asdict(fusion))
-    in_basis = built("fusion", lf.shared_basis(_POOL, 4), basis=3, train_core=True)
-    assert in_basis == lf.Fusion(basis=3, core=True)
+    in_basis = built("fusion", lf.shared_basis(_POOL, 4), basis=3)
+    assert in_basis == lf.Fusion(basis=3)
     assert built("merge") == lf.Merge(kind="ties", density=0.3)
     sites = tuple(
         (name, site) for name, site in _SMALL.sites.items() if name.endswith(".q")

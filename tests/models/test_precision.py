@@ -100,8 +100,7 @@ def test_a_step_with_pair_terms():
     _check(_step(method, tiny.pool(3), pair_terms))
 
 
-@pytest.mark.parametrize("core", [False, True])
-def test_a_step_in_a_shared_basis(core):
+def test_a_step_in_a_shared_basis():
     basis = lf.shared_basis(tiny.pool(3), 5)
     _check(
         _products(
@@ -110,7 +109,7 @@ def test_a_step_in_a_shared_basis(core):
     )
     _check(
         _step(
-            lf.Fusion(composition="sum", basis=5, core=core, differentiate_norm=True),
+            lf.Fusion(composition="sum", basis=5, differentiate_norm=True),
             basis,
         )
     )

@@ -329,17 +329,13 @@ def test_modules_that_no_row_uses_are_left_out():
 
 @pytest.mark.parametrize("arrays", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_tasks_in_a_shared_basis_have_the_logits_of_the_run_alone(arrays):
-    """With magnitudes and without, with a core, and next to the plain base."""
+    """With magnitudes and without, and next to the plain base."""
     basis = lf.shared_basis(_POOL, 5)
-    methods = [lf.Fusion(), _SITE, lf.Fusion(core=True, magnitudes=False)]
+    methods = [lf.Fusion(), _SITE, lf.Fusion(magnitudes=False)]
     tasks = [
         (method, _params(method, number, pool=basis))
         for number, method in enumerate(methods)
     ]
-    tasks[2][1]["core"] = {
-        site: 0.2 * jax.random.normal(_KEY, s[:, 0].shape)
-        for site, s in basis.S.items()
-    }
     frozen = lf.Fusion().precompute(
         lf.Frozen(_BASE, basis), lf.kernels(nnx.merge(_GRAPH, _BASE))
     )
@@ -349,7 +345,7 @@ def test_tasks_in_a_shared_basis_have_the_logits_of_the_run_alone(arrays):
         if arrays
         else frozen
     )
-    bank = _filled(weights, tasks, granularity="site", cores=True)
+    bank = _filled(weights, tasks, granularity="site")
     got = np.asarray(bank.logits(batch, _numbers(2, 0, 1, -1, -1)))
     for row, (method, params) in ((0, tasks[2]), (1, tasks[0]), (2, tasks[1])):
         problem = lf.Problem(
@@ -358,8 +354,6 @@ def test_tasks_in_a_shared_basis_have_the_logits_of_the_run_alone(arrays):
         _close(got[row], np.asarray(_alone(params, batch, problem))[row])
     plain = np.asarray(_PLAIN.logits(batch, _numbers(-1, -1, -1, -1, -1)))
     np.testing.assert_array_equal(got[3], plain[3])
-    with pytest.raises(ValueError, match="no room for them: make it with cores=True"):
-        _filled(frozen, tasks, granularity="site")
 
 
 def _at(pool, modules, last_names):

@@ -35,10 +35,7 @@ def methods(
     modules = PlannedPool(options.rank, options.modules, options.targets)
     base = sum(d_in * d_out * layers for (d_in, d_out), layers in base_matrices(config))
     adapted = sum(site.layers for site in targeted(config, options.targets).values())
-    cores = (False, True) if options.train_core else (False,)
-    in_bases = [
-        {"basis": k, "train_core": core} for k in options.bases for core in cores
-    ]
+    in_bases = [{"basis": k} for k in options.bases]
     by_title = {}
     for entry in sorted(METHODS.values(), key=lambda entry: entry.name == "fusion"):
         for more in ({}, *(in_bases if entry.basis_title is not None else ())):

@@ -20,7 +20,6 @@ class CostOptions:
       pool_size: number of modules that are ranked by one backward pass over the training rows, to choose those that are
         fused; by default there are no more than these, and none is ranked.
       bases: numbers of directions of shared bases (`lorafusion convert --basis`); each has a cost.
-      train_core: compute the cost of every basis with a trained core (`lorafusion fuse --train-core`) too.
       rank: rank of every module, and of LoRA and DoRA.
       vera_rank: rank of VeRA's random matrices.
       targets: the linear maps that are adapted, wherever they occur; by default the family's own choice.
@@ -39,7 +38,6 @@ class CostOptions:
     modules: int = 20
     pool_size: int | None = None
     bases: tuple[int, ...] = (16, 32)
-    train_core: bool = False
     rank: int = 16
     vera_rank: int = VeRARecipe.vera_rank
     targets: tuple[str, ...] | None = None

@@ -1,9 +1,8 @@
 """A pool's shared basis on disk, in the folder `basis` next to the adapters; loading it reads no adapter.
 
+Files:
     basis/manifest.json         k, the modules and what they were made of, the base, ranks, a SHA-256 of the file
     basis/arrays.safetensors    U, V, S and energy by site (see `adapters.basis.SharedBasis`): `U/SITE`, ...
-
-The modules of a basis may be more than those of the pool next to it: the others were projected on its directions.
 """
 
 from collections.abc import Mapping
@@ -80,15 +79,14 @@ def read_basis(
 ) -> SharedBasis:
     """Load the first k directions of a pool's basis, by default all; ValueError if it is of another base or pool.
 
-    `made_of` is the SHA-256 of the pool's adapters by name; the basis may hold other modules too.
+    `made_of` is the SHA-256 of the pool's adapters by name.
     """
     description = describe_basis(folder, k)
-    for name, digest in description["modules"].items():
-        if made_of.get(name, digest) != digest:
-            raise ValueError(
-                f"{folder / FOLDER} is the basis of another pool: {name} had other weights when it was made. "
-                f"Move it away, and make one with `lorafusion convert --basis {description['k']} --out {folder}`"
-            )
+    if description["modules"] != made_of:
+        raise ValueError(
+            f"{folder / FOLDER} is the basis of other adapters than those of {folder}. "
+            f"Move it away, and make one with `lorafusion convert --basis {description['k']} --out {folder}`"
+        )
     tree, _ = arrays.load(folder / FOLDER, metadata=Description, what=_WHAT)
     _check_shapes(folder / FOLDER, tree, description, config)
     fields: dict[str, Any] = {

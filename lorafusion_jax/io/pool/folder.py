@@ -125,9 +125,9 @@ class ConvertedPool:
         """Load the first k directions of the pool's shared basis, as `load_basis` does."""
         return read_basis(self.folder, k, made_of=self.made_of, config=self.config)
 
-    def basis_modules(self, k: int | None = None) -> dict[str, str]:
-        """Return the SHA-256 of each adapter's weights, by name, for the modules of the basis."""
-        return describe_basis(self.folder, k)["modules"]
+    def check_basis(self, k: int) -> None:
+        """Raise a ValueError if the pool has no shared basis of k directions."""
+        describe_basis(self.folder, k)
 
     @property
     def made_of(self) -> dict[str, str]:
@@ -224,10 +224,9 @@ class AdapterFolders:
             f"{self.folder} holds adapters, no basis: make one by `lorafusion convert --basis {k or 32}`"
         )
 
-    def basis_modules(self, k: int | None = None) -> dict[str, str]:
+    def check_basis(self, k: int) -> None:
         """Raise a ValueError, as `basis` does."""
         self.basis(k)
-        return {}
 
     @functools.cached_property
     def _adapters(self) -> list[PeftAdapter]:
