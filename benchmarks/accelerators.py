@@ -1,18 +1,13 @@
-"""Compile the package's programs for a TPU or H100 that is not there: memory, FLOPs, bytes, cycles and precision.
+"""Compile the package's programs for a TPU or H100 that is not there: memory, precision and exchanges.
 
     python benchmarks/accelerators.py [--chip v5e] [--shape small-pool] [--seeds 8] [--json]
 
 The fusion step as `mix` (also ten in one call, as runs take an epoch's, with weights in NF4, and with packed rows), as
 `sum` and as `sum` in a shared basis of 32 directions, and generation (10 rows, 32 tokens) with the sum. Batched seeds,
-bfloat16, layers in a loop. Times and cycles are of one step. By name also a step on one long row, and reads of arrays
-(`--program "read with noise"`). libtpu's own compiler; counts are taken from its optimised HLO with the trips of every
-loop (`_hlo.py`), of reads also from machine code (`_bundles.py`), since the compiler estimates no cycles of a Pallas
-kernel. The roofline time is the larger of FLOPs and of bytes over a chip's published peaks
-(https://cloud.google.com/tpu/docs/v6e), a bound from below and not a measurement. Needs the `aot-tpu` extra. Of an H100
-(`aot-cuda`) only memory, precision and exchanges are shown.
+bfloat16, layers in a loop. By name also a step on one long row, and reads of arrays (`--program "read with noise"`).
+Needs the `aot-tpu` extra (libtpu's own compiler), or `aot-cuda` for an H100.
 """
 
-import collections
 import dataclasses
 import importlib.util
 import math
@@ -21,15 +16,12 @@ import re
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import _measure
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _bundles import bundles, dump
-from _hlo import COLLECTIVES, Counts, below_highest, counts
 from _measure import case
 from _model import (
     BATCH,
@@ -51,11 +43,9 @@ from jax.sharding import (
     AbstractMesh,
     AxisType,
     Mesh,
-    NamedSharding,
     SingleDeviceSharding,
     use_abstract_mesh,
 )
-from jax.sharding import PartitionSpec as P
 
 from lorafusion_jax import (
     Architecture,
@@ -66,32 +56,32 @@ from lorafusion_jax import (
     Problem,
     SharedBasis,
     crossbar,
-    over_seeds,
 )
-from lorafusion_jax.crossbar.chip.plan import Split
 from lorafusion_jax.crossbar.read import definition
 from lorafusion_jax.estimates import (
     Settings,
     Shape,
     held_bytes,
-    machine,
     program_of,
 )
-from lorafusion_jax.models import advance, begin, targeted
+from lorafusion_jax.models import advance, begin
 from lorafusion_jax.tasks import Batch
 from lorafusion_jax.training import AXES, AXIS, Params, shardings
 
 _GIB = 2**30
 _K = 32
 _NEW = 32  # tokens that are generated
-_GROUP = 4  # layers that `compose` mixes at once
 # of a read
 _SIZE = 1024
 _INPUTS = 256
-# the larger of ours and the compiler's over the smaller
-_MEMORY = 1.25
-_FLOPS = 1.02
-_PADDED = 1.99  # the padding of tiles, at most
+_MEMORY = 1.25  # the compiler's over the plan's
+
+_PRODUCT = re.compile(
+    r"stablehlo\.dot_general (.*?) : \((tensor<[\dx]*f32>, tensor<[\dx]*f32>)\)"
+)
+_COLLECTIVE = re.compile(
+    r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(.*"
+)
 
 
 class _Program(NamedTuple):
@@ -137,33 +127,16 @@ _READS = {
 }
 
 
-_By = Literal["rows", "columns"] | None
-# Reads by eight devices: each of a chip, or all of one matrix, whose columns or rows they share out.
-_SHARED: dict[str, _By] = {
-    "reads of eight arrays on a mesh of 8": None,
-    "read of columns on a mesh of 8": "columns",
-    "read of rows on a mesh of 8": "rows",
-}
-
-
 class _Chip(NamedTuple):
     topology: str
     accelerator: str
-    flops: float  # of bfloat16, a second
-    bandwidth: float  # bytes a second
     platform: str = "tpu"
 
 
 _CHIPS = {
-    "v5e": _Chip("v5e:2x4", "v5litepod-8", machine("v5e").peak["bfloat16"], 819e9),
-    "v6e": _Chip("v6e:2x4", "v6e-8", machine("v6e").peak["bfloat16"], 1640e9),
-    "h100": _Chip(
-        "1x1x8",
-        "NVIDIA H100 80GB HBM3",
-        machine("h100").peak["bfloat16"],
-        3350e9,
-        "cuda",
-    ),
+    "v5e": _Chip("v5e:2x4", "v5litepod-8"),
+    "v6e": _Chip("v6e:2x4", "v6e-8"),
+    "h100": _Chip("1x1x8", "NVIDIA H100 80GB HBM3", "cuda"),
 }
 # XLA's description of an H100; without a card there is no choice of kernels by measurement.
 _H100 = """
@@ -203,53 +176,39 @@ def main() -> None:
     )
     parser.add_argument(
         "--program",
-        choices=[*_PROGRAMS, *_READS, *_SHARED],
+        choices=[*_PROGRAMS, *_READS],
         nargs="+",
         help="by default all but long rows and reads",
     )
     parser.add_argument("--seeds", type=int, default=8)
     options = parser.parse_args()
     chip = _CHIPS[options.chip]
-    needed, extra = (
-        ("libtpu", "aot-tpu")
-        if chip.platform == "tpu"
-        else ("jax_cuda12_plugin", "aot-cuda")
-    )
-    if importlib.util.find_spec(needed) is None:
+    is_tpu = chip.platform == "tpu"
+    compiler = "libtpu" if is_tpu else "jax_cuda12_plugin"
+    if importlib.util.find_spec(compiler) is None:
+        extra = "aot-tpu" if is_tpu else "aot-cuda"
         sys.exit(
-            f"{needed}, which compiles for {options.chip}, is not installed: pip install -e '.[{extra}]'"
+            f"{compiler}, which compiles for {options.chip}, is not installed: pip install -e '.[{extra}]'"
         )
     # A mesh is compiled for TPUs alone.
-    usual = [
+    default = [
         name
-        for name, of in _PROGRAMS.items()
-        if of.source < 4096 and (chip.platform == "tpu" or not of.mesh)
+        for name, program in _PROGRAMS.items()
+        if program.source < 4096 and (is_tpu or not program.mesh)
     ]
-    names = options.program or usual
     config = config_of(options.shape, "bfloat16")
     cases = []
-    code = (
-        dump()
-        if chip.platform == "tpu" and not _READS.keys().isdisjoint(names)
-        else None
-    )
-    for name in names:
+    for name in options.program or default:
         if name in _READS:
-            cases += _read(
-                f"{options.chip}, compiled, not run: {name}:", name, chip, code
-            )
-            continue
-        if name in _SHARED:
-            cases += _shared_out(
-                f"{options.chip}, compiled, not run: {name}:", _SHARED[name], chip
-            )
-            continue
-        where = f"{options.chip}, compiled, not run: {options.shape}, {name}, {options.seeds} seeds:"
-        cases += measured(where, name, config, options.seeds, chip)
+            where = f"{options.chip}, compiled, not run: {name}:"
+            cases.append(_read(where, name, chip))
+        else:
+            where = f"{options.chip}, compiled, not run: {options.shape}, {name}, {options.seeds} seeds:"
+            cases += _step(where, name, config, options.seeds, chip)
     _measure.show(cases, as_json=options.json)
 
 
-def measured(
+def _step(
     where: str, name: str, config: Architecture, seeds: int, chip: _Chip
 ) -> list[dict[str, Any]]:
     """Compile one program for some seeds, and return its cases."""
@@ -257,28 +216,40 @@ def measured(
     devices = _devices(chip)
     if program.mesh is None:
         with _traced_for(devices[0]):
-            lowered, planned, flops = _lowered(
+            lowered, planned = _lowered(
                 program, config, seeds, partial(_on, SingleDeviceSharding(devices[0]))
             )
+        compiled = lowered.compile()
         return [
             _precision(where, lowered),
-            *_of_one_chip(
-                where, lowered.compile(), planned, flops, chip, program.steps
-            ),
+            _memory(where, compiled, planned),
+            case(f"{where} collectives", len(_exchanges(compiled)), 0),
         ]
-    axes = (AxisType.Auto, AxisType.Auto)
-    with jax.set_mesh(
-        Mesh(
-            np.reshape(devices[: math.prod(program.mesh)], program.mesh),
-            AXES,
-            axis_types=axes,
-        )
-    ):
-        lowered, _, _ = _lowered(program, config, seeds, _on_mesh)
-        return [
-            _precision(where, lowered),
-            *_of_a_mesh(where, lowered.compile(), config, program.mesh, chip),
-        ]
+    mesh = Mesh(
+        np.reshape(devices[: math.prod(program.mesh)], program.mesh),
+        AXES,
+        axis_types=(AxisType.Auto, AxisType.Auto),
+    )
+    with jax.set_mesh(mesh):
+        lowered, _ = _lowered(program, config, seeds, _on_mesh)
+        exchanges = _exchanges(lowered.compile())
+    matrices = program.mesh[1]
+    kinds = sorted({kind for kind, _ in exchanges})
+    across = [
+        group
+        for _, group in exchanges
+        if len({device // matrices for device in group}) > 1
+    ]
+    return [
+        _precision(where, lowered),
+        case(
+            f"{where} kinds of collectives but sums",
+            len({*kinds} - {"all-reduce"}),
+            0,
+            kinds=kinds,
+        ),
+        case(f"{where} groups of devices in which seeds meet", len(across), 0),
+    ]
 
 
 def _traced_for(device: Any) -> Any:
@@ -312,8 +283,8 @@ def _devices(chip: _Chip) -> Any:
 
 def _lowered(
     program: _Program, config: Architecture, seeds: int, on: Callable[..., Any]
-) -> tuple[Any, float, float]:
-    """Return a program to be compiled, and what the package plans for it on one device: bytes and FLOPs.
+) -> tuple[Any, float]:
+    """Return a program to be compiled, and the bytes that the package plans for it on one device.
 
     `on(shapes, config, of_seeds=)` places shapes of arrays as `training.mesh.on_mesh` places arrays.
     """
@@ -355,8 +326,7 @@ def _lowered(
         "answers" if generates else "step",
         Shape(rows, source, target, groups),
     )
-    needed = held_bytes(config, "fusion", settings) + planned.bytes
-    return lowered, needed, seeds * (1 if generates else steps) * planned.flops
+    return lowered, held_bytes(config, "fusion", settings) + planned.bytes
 
 
 def _generate(params: Params, batch: Batch, problem: Problem, ended: Array) -> Array:
@@ -428,19 +398,24 @@ def _in_basis(weights: Frozen, k: int) -> Frozen:
 
 
 def _precision(where: str, lowered: Any) -> dict[str, Any]:
-    below = below_highest(lowered.as_text())
-    return case(
-        f"{where} float32 products below highest", below.total(), 0, shapes=dict(below)
-    )
+    """Count float32 products that do not ask for the highest precision.
+
+    A compiled program does not show them: where a product may round its factors, they arrive rounded.
+    """
+    products = _PRODUCT.findall(lowered.as_text())
+    below = [
+        shapes
+        for attributes, shapes in products
+        if "precision = [HIGHEST, HIGHEST]" not in attributes
+    ]
+    return case(f"{where} float32 products below highest", len(below), 0, shapes=below)
 
 
-def _of_one_chip(
-    where: str, compiled: Any, planned: float, flops: float, chip: _Chip, steps: int
-) -> list[dict[str, Any]]:
+def _memory(where: str, compiled: Any, planned: float) -> dict[str, Any]:
     memory = compiled.memory_analysis()
     returned = memory.output_size_in_bytes - memory.alias_size_in_bytes
     allocated = memory.argument_size_in_bytes + memory.temp_size_in_bytes + returned
-    of_memory = case(
+    return case(
         f"{where} the compiler's memory / the plan's",
         allocated / planned,
         _MEMORY,
@@ -448,222 +423,69 @@ def _of_one_chip(
         temporaries_gib=memory.temp_size_in_bytes / _GIB,
         planned_gib=planned / _GIB,
     )
-    if (
-        chip.platform == "cuda"
-    ):  # whose products are calls of libraries, and whose loops cannot be counted
-        return [of_memory]
-    found = counts(compiled.as_text())
-    fill, written = max(
-        found.filled.items(), key=lambda filled: filled[1], default=("nothing", 0)
-    )
-    return [
-        of_memory,
-        case(
-            f"{where} FLOPs of the program and the plan's, the larger over the smaller",
-            max(found.flops / flops, flops / found.flops),
-            _FLOPS,
-            tflop=found.flops / 1e12,
-            planned_tflop=flops / 1e12,
-        ),
-        case(
-            f"{where} collectives",
-            found.collectives.total(),
-            0,
-            kinds=dict(found.collectives),
-        ),
-        case(
-            f"{where} largest padding of a weight",
-            max(found.padding.values()),
-            _PADDED,
-            arrays=found.padding,
-        ),
-        # Without a bar: heads and positions of a cache are padded.
-        case(
-            f"{where} largest padding in a loop",
-            max(found.carried.values(), default=1),
-            None,
-            arrays=found.carried,
-        ),
-        case(
-            f"{where} largest fill, every time it runs / largest array of a loop",
-            written / steps / found.largest,
-            1,
-            by=fill,
-            bytes=written,
-        ),
-        _time(where, found, chip, steps),
-    ]
 
 
-def _of_a_mesh(
-    where: str, compiled: Any, config: Architecture, mesh: tuple[int, int], chip: _Chip
-) -> list[dict[str, Any]]:
-    found = counts(compiled.as_text())
-    matrices = mesh[1]
-    # A sum for each attention and feed-forward layer, forward and backward; and around the layers of the embedded
-    # tokens, of the loss (twice), of the head's gradient, and of two metrics. The coefficients' gradient is summed for
-    # every group of layers that `compose` mixes at once, where there are several.
-    stated = (
-        2
-        * sum(
-            stack.layers * (len(stack.attentions) + 1)
-            for stack in config.stacks.values()
-        )
-        + 6
-    )
-    stated += sum(
-        math.ceil(site.layers / _GROUP)
-        for site in targeted(config, None).values()
-        if site.layers > _GROUP
-    )
-    met = sum(
-        len({device // matrices for device in group}) > 1 for group in found.groups
-    )
-    return [
-        case(
-            f"{where} collectives / those that are stated",
-            found.collectives.total() / stated,
-            1,
-            kinds=dict(found.collectives),
-            stated=stated,
-        ),
-        case(f"{where} groups of devices in which seeds meet", met, 0),
-        _time(where, found, chip),
-    ]
+def _exchanges(compiled: Any) -> list[tuple[str, tuple[int, ...]]]:
+    """Return kind and devices of every group of every exchange between devices."""
+    exchanges = []
+    for found in _COLLECTIVE.finditer(compiled.as_text()):
+        for group in _groups(found.group()):
+            exchanges.append((found.group(1), group))
+    return exchanges
 
 
-def _read(
-    where: str, name: str, chip: _Chip, code: Path | None
-) -> list[dict[str, Any]]:
-    """Compile one read of arrays, and return its cases; machine code is in this folder."""
+def _groups(text: str) -> list[tuple[int, ...]]:
+    """Return the groups of devices of an exchange, for which `{{0,1},{2,3}}` and `[2,2]<=[4]` are two notations."""
+    if listed := re.search(r"replica_groups=\{(\{.*?\})\}", text):
+        groups = re.findall(r"\{([\d,]+)\}", listed.group(1))
+        return [tuple(map(int, group.split(","))) for group in groups]
+    counted = re.search(
+        r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text
+    )
+    if counted is None:
+        raise ValueError(f"an exchange without groups of devices: {text[:200]}")
+    shape, sizes, axes = map(_integers, counted.groups())
+    assert shape is not None and sizes is not None, text
+    devices = np.arange(math.prod(sizes)).reshape(sizes).transpose(axes)
+    return [tuple(row) for row in devices.reshape(shape).tolist()]
+
+
+def _integers(text: str | None) -> tuple[int, ...] | None:
+    return tuple(map(int, text.split(","))) if text else None
+
+
+def _read(where: str, name: str, chip: _Chip) -> dict[str, Any]:
+    """Compile one read of arrays, and return its case."""
     dac = crossbar.DAC(signed=False, scaling="fixed", limit=1.0)
     adc = crossbar.ADC(bits=8, range="calibrated")
-    of_cells, path = _READS[name]
+    cells, path = _READS[name]
     device = _devices(chip)[0]
-    config = crossbar.CrossbarConfig(dac=dac, adc=adc, device=of_cells)
-    for file in [] if code is None else code.iterdir():  # of earlier programs
-        file.unlink()
+    config = crossbar.CrossbarConfig(dac=dac, adc=adc, device=cells)
     with _traced_for(device):
-        w, x, key = jax.eval_shape(
-            lambda: (
-                jnp.zeros((_SIZE, _SIZE)),
-                jnp.zeros((_INPUTS, _SIZE)),
-                jax.random.key(0),
-            )
-        )
+        w = jax.ShapeDtypeStruct((_SIZE, _SIZE), jnp.float32)
+        x = jax.ShapeDtypeStruct((_INPUTS, _SIZE), jnp.float32)
+        key = jax.eval_shape(lambda: jax.random.key(0))
         arrays = jax.eval_shape(
             lambda w, key: crossbar.program(w, config, key, path=path), w, key
         )
-        ranges = jax.ShapeDtypeStruct(
-            (1, len(config.weight_slices), 2), w.dtype
-        )  # which calibration will find
-        arrays = dataclasses.replace(arrays, limits=ranges)
+        # The ranges that calibration will find.
+        limits = jax.ShapeDtypeStruct((1, len(config.weight_slices), 2), w.dtype)
+        arrays = dataclasses.replace(arrays, limits=limits)
         read = jax.jit(
             lambda x, arrays, key: crossbar.matmul(
                 x, crossbar.with_read_key(arrays, key)
             )
         )
-        compiled: Any = read.lower(
-            *_on(SingleDeviceSharding(device), (x, arrays, key))
-        ).compile()
-    share = compiled.memory_analysis().temp_size_in_bytes / definition.BUDGET
-    how = {
-        "path": arrays.plan.path,
-        "temporaries_mib": share * definition.BUDGET / 2**20,
-    }
-    of_memory = case(f"{where} temporaries / 256 MiB", share, 1, **how)
-    if code is None:
-        return [of_memory]
-    return [of_memory, _time(where, counts(compiled.as_text(), bundles(code)), chip)]
-
-
-def _shared_out(where: str, by: _By, chip: _Chip) -> list[dict[str, Any]]:
-    """Compile reads for one device and for eight, and return their cases."""
-    compiled: list[Any] = []
-    config = crossbar.CrossbarConfig(
-        adc=crossbar.ADC(bits=8, range="max"), device=_IMPERFECT
+        placed = _on(SingleDeviceSharding(device), (x, arrays, key))
+        compiled: Any = read.lower(*placed).compile()
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    return case(
+        f"{where} temporaries / 256 MiB",
+        temporaries / definition.BUDGET,
+        1,
+        path=arrays.plan.path,
+        temporaries_mib=temporaries / 2**20,
     )
-    for count in (1, 8):
-        devices = np.reshape(_devices(chip)[:count], (1, count) if by else (count, 1))
-        with jax.set_mesh(
-            Mesh(devices, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
-        ):
-            w = jax.ShapeDtypeStruct((_SIZE, _SIZE), jnp.float32)
-            x = jax.ShapeDtypeStruct((_INPUTS, _SIZE), jnp.float32)
-            keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
-            arrays = jax.eval_shape(
-                jax.vmap(
-                    lambda key, w: crossbar.program(w, config, key),
-                    (0, None),
-                ),
-                keys,
-                w,
-            )
-            read = over_seeds(lambda one, x: crossbar.matmul(x, one), "batched")
-            of_x = P()
-            of_y = P("seed")
-            if by is not None:
-                arrays = jax.tree.map(
-                    lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype),
-                    arrays,
-                )
-                arrays = dataclasses.replace(
-                    arrays,
-                    plan=dataclasses.replace(arrays.plan, split=Split(by, "model", 8)),
-                )
-                of_x = P(None, "model") if by == "rows" else P()
-                of_y = P() if by == "rows" else P(None, "model")
-
-                def read(one: crossbar.Chip, x: jax.Array) -> jax.Array:
-                    return crossbar.matmul(x, one)
-
-            given = (
-                _on_mesh(arrays, of_seeds=by is None),
-                _on(NamedSharding(jax.sharding.get_mesh(), of_x), x),
-            )
-            there = NamedSharding(jax.sharding.get_mesh(), of_y)
-            compiled.append(jax.jit(read, out_shardings=there).lower(*given).compile())
-    held = [program.memory_analysis().argument_size_in_bytes for program in compiled]
-    found = collections.Counter(
-        re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", compiled[1].as_text())
-    )
-    cases = [
-        # Rows add up their outputs, and take the range of an input vector from all of its numbers.
-        case(
-            f"{where} collectives",
-            found.total(),
-            2 if by == "rows" else 0,
-            kinds=dict(found),
-        ),
-        # Every device has all inputs, or all of the inputs' ranges.
-        case(
-            f"{where} bytes of a device's arguments / an eighth of all",
-            8 * held[1] / held[0],
-            1.2,
-        ),
-    ]
-    if chip.platform == "tpu":
-        flops = [program.cost_analysis()["flops"] for program in compiled]
-        cases.append(
-            case(
-                f"{where} FLOPs of a device / an eighth of all",
-                8 * flops[1] / flops[0],
-                1.05,
-            )
-        )
-    return cases
-
-
-def _time(where: str, found: Counts, chip: _Chip, steps: int = 1) -> dict[str, Any]:
-    """Return the roofline time of a step, and what it is computed from."""
-    flops = found.flops / steps
-    moved = found.bytes / steps
-    cycles = found.cycles / steps
-    seconds = max(flops / chip.flops, moved / chip.bandwidth)
-    rest: Any = {"tflop": flops / 1e12, "gb": moved / 1e9, "megacycles": cycles / 1e6}
-    if found.bundles:
-        rest["megabundles"] = found.bundles / 1e6
-    return case(f"{where} roofline, ms", 1e3 * seconds, None, **rest)
 
 
 if __name__ == "__main__":

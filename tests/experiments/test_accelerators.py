@@ -28,12 +28,7 @@ def test_programs_meet_their_bars():
         "read with noise, cell by cell",
     )
     steps = ("mix", "mix, packed rows", "mix on a mesh of 4 x 2")
-    shared = (
-        "reads of eight arrays on a mesh of 8",
-        "read of columns on a mesh of 8",
-        "read of rows on a mesh of 8",
-    )
-    programs = (*steps, "generation with the sum", *reads, *shared)
+    programs = (*steps, "generation with the sum", *reads)
     # XLA's flags of the tests are those of a CPU.
     environment = {
         name: value
