@@ -14,13 +14,11 @@ import numpy as np
 import padding
 import peer
 import pytest
-import scaling
 import table
 import tiny
 from flax import nnx
 
 from lorafusion_jax import Frozen, TaskBank
-from lorafusion_jax.estimates import Shape
 from lorafusion_jax.models import decoder_inputs
 from lorafusion_jax.training import cross_entropy
 
@@ -247,28 +245,3 @@ def test_a_process_of_the_peer_that_was_killed_is_named():
 
 
 # The model of a step's time against sums by hand.
-
-_SHAPE = Shape(5, 12, 4)
-
-
-def test_seeds_exchange_nothing_and_split_matrices_cost_sums_whose_time_has_a_floor(
-    monkeypatch,
-):
-    monkeypatch.setattr(scaling, "_SHAPE", _SHAPE)
-    rates = scaling.Rates(flops=1e9, bandwidth=1e6, latency=1e-3)
-    assert scaling.step_seconds(tiny.CONFIG, rates, 1e8, 8) == pytest.approx(0.8)
-    assert scaling.step_seconds(tiny.CONFIG, rates, 1e8, 8, seed=4) == pytest.approx(
-        0.2
-    )
-    # Three layers of the encoder (12 source tokens), two of the decoder (4 target tokens), five rows of width 16.
-    assert scaling.sums(tiny.CONFIG) == 2 * (2 * 3 + 3 * 2)
-    array = 2 * (2 * 3 * 5 * 12 + 3 * 2 * 5 * 4) * 16 * 4
-    assert scaling.sum_bytes(tiny.CONFIG, _SHAPE, 2) == array
-    assert scaling.sum_bytes(tiny.CONFIG, _SHAPE, 4) == 1.5 * array
-    assert (
-        scaling.sum_bytes(dataclasses.replace(tiny.CONFIG, dtype="bfloat16"), _SHAPE, 2)
-        == array / 2
-    )
-    split = scaling.step_seconds(tiny.CONFIG, rates, 1e8, 1, model=4)
-    assert split == pytest.approx(0.025 + 24 * 1e-3 + 1.5 * array / 1e6)
-    assert scaling.step_seconds(tiny.CONFIG, rates, 1e8, 1, model=1000) > 24 * 1e-3
