@@ -22,10 +22,10 @@ def main(epochs: int = 10, test_rows: int = 200) -> float:
     model = lf.load_base(SMALL / "base")
     adapters = [
         str(SMALL / "adapters" / name)
-        for name in ("double_next", "double_prev", "pairswap_digit")
+        for name in ("pairswap_dash", "pairswap_digit", "sort_numvow")
     ]
     pool = lf.read_pool(adapters, model.config)
-    task = tasks.load_task(SMALL / "tasks" / "double_digit")
+    task = tasks.load_task(SMALL / "tasks" / "pairswap_numvow")
     tokenizer = lf.load_tokenizer(SMALL / "base")
     padding = model.config.pad_id
     train = tasks.encode(tokenizer, task.train[:95])

@@ -22,7 +22,7 @@ def main(
         pool = str(SMALL / "adapters") if lf.METHODS[method].pool else None
         shared: dict[str, Any] = {
             "base": str(SMALL / "base"),
-            "task": str(SMALL / "tasks" / "double_digit"),
+            "task": str(SMALL / "tasks" / "pairswap_numvow"),
         } | options
         found = lf.fuse(
             lf.FuseOptions(pool=pool, method=method, out=out, name=method, **shared)

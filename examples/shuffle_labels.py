@@ -1,6 +1,6 @@
 """Write a task whose rows have the answers of other rows: adapters trained on it are a control of a pool.
 
-    python examples/shuffle_labels.py --task examples/small/tasks/double_digit/train.jsonl --out shuffled.jsonl
+    python examples/shuffle_labels.py --task examples/small/tasks/pairswap_numvow/train.jsonl --out shuffled.jsonl
 
 A pool of such adapters, trained by the recipe of the real ones, has seen the same inputs and the same set of answers.
 Whatever it is worth in a fusion is not due to what the tasks taught.

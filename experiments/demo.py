@@ -22,6 +22,7 @@ SEEDS = (1, 2, 3)
 # The four of the six tasks for measurement that the base alone answers least.
 TASKS = ("swapends_prev", "double_digit", "pairswap_numvow", "sort_next2")
 OUT_OF_REACH = "reverse_mirror"  # no adapter has its op
+EXPLANATION = "Tasks that no adapter was trained on. zero-shot: the base alone. random pool: random adapters of the same size."
 
 SHOWN = (
     "zero-shot",
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         table = markdown_table(rows, apart=(OUT_OF_REACH,))
         write_text(FOLDER / "table.md", table)
     minutes = (time.perf_counter() - began) / 60
-    print(f"\n{table}\n{minutes:.1f} minutes; written to {FOLDER}")
+    print(f"\n{EXPLANATION}\n\n{table}\n{minutes:.1f} minutes; written to {FOLDER}")
 
 
 if __name__ == "__main__":

@@ -92,3 +92,7 @@ def test_tables_of_tests_name_tests_that_exist(page):
     assert tests
     for file, name in tests:
         assert f"\ndef {name}(" in (_ROOT / "tests" / file).read_text(), name
+
+
+def test_the_readme_is_short():
+    assert len((_ROOT / "README.md").read_text().split()) <= 650

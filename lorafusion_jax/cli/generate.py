@@ -23,7 +23,7 @@ class GenerateCommand(GenerateOptions, CalibratedChipOptions):
     """Let fused runs, weighted sums of modules, or a base model as it is, answer new text: one line in, one answer out.
 
     Examples:
-      echo "double then digit : a b c" | lorafusion generate --run runs/double_digit-fusion
+      echo "pairswap then numvow : a b c d" | lorafusion generate --run runs/pairswap_numvow-fusion
       lorafusion generate --runs runs/snarks-fusion runs/hyperbaton-fusion --file rows.jsonl
       echo '{"mixture": {"sort_dash": 0.7}, "input": "a b"}' | lorafusion generate --base base --pool pool
       lorafusion generate --base HuggingFaceTB/SmolLM2-135M-Instruct --chat --stream

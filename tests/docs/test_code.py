@@ -161,7 +161,7 @@ def after_readme(examples, tmp_path_factory) -> Path:
 def test_the_readme_converts_fuses_evaluates_and_exports(after_readme):
     for written in (
         "pool/manifest.json",
-        "runs/double_digit-fusion/results.json",
+        "runs/pairswap_numvow-fusion/results.json",
         "adapter/adapter_config.json",
     ):
         assert (after_readme / written).is_file()

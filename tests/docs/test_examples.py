@@ -16,7 +16,7 @@ from lorafusion_jax.tasks import write_lorahub_split
 
 # The settings that the README's run has in tests, whose compiled programs are then there already.
 _LIKE_THE_README = {
-    "task": str(one_block.SMALL / "tasks" / "double_digit"),
+    "task": str(one_block.SMALL / "tasks" / "pairswap_numvow"),
     "recipe": lf.FusionRecipe(modules=4, epochs=1),
     "seeds": (1, 2),
     "train_rows": 20,
