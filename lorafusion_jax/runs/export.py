@@ -17,14 +17,19 @@ from ..io.gguf.write import write_lora, write_merged
 from ..io.hf import Base, hf_tensors, open_base, put_base, save_base
 from ..io.peft.adapter import put_adapter, resave
 from ..io.pool import ConvertedPool
+from ..io.source import is_hub_id, split_revision
 from ..loading.model import load_model
 from ..models.architecture import Model
 from ..models.registry import gguf_layout
 from ..support.checks import flags_given
+from ..support.text import printable
+from ..support.text_tables import escaped
+from ..support.version import __version__
+from ..support.writing import write_text
 from ..training.method import Params
 from ..training.problem import Problem
-from .card import write_card
-from .folder import RunFolder
+from .folder import Results, RunFolder
+from .options import FuseOptions
 from .run import load_seed
 from .setup import of_run
 
@@ -111,7 +116,7 @@ def _export_run(options: ExportOptions, folder: Path) -> str:
     check_format(options.format, base, options.dtype)
     loaded = of_run(load_model(fused, base=base), fused, folder, config, params)
     problem = loaded.problem.replace(index=loaded.problem.index[place])
-    fusion = problem.method.as_fusion(params, problem.frozen, problem.index)
+    card = _card(options, fused, seed, RunFolder(folder).results())
     if merged:
         model, adapters, _ = problem.adapted_model(params)
         result = merged_export(merged_base(model, adapters), base, options.dtype)
@@ -121,18 +126,38 @@ def _export_run(options: ExportOptions, folder: Path) -> str:
         result = adapter_export(*adapter, options.dtype)
     with new_folder(options.out) as partial:
         put_export(partial, options.format, base, result)
-        write_card(
-            partial,
-            RunFolder(folder),
-            fused,
-            seed,
-            problem.config,
-            format=options.format,
-            coefficients=None
-            if fusion is None
-            else {site: np.asarray(c) for site, c in fusion[0].items()},
-        )
+        write_text(partial / "README.md", card)
     return f"seed {seed} of {folder}, {fused.method}"
+
+
+def _card(
+    options: ExportOptions, fused: FuseOptions, seed: int, results: Results | None
+) -> str:
+    """Return a model card: names of files without their folders, which are private, and as text."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    def text(source: str) -> str:
+        return escaped(printable(source if is_hub_id(source) else Path(source).name))
+
+    merged = options.format in MERGED
+    library = "transformers" if merged else "peft"
+    base = fused.base  # the hub refuses a base that is no hub id
+    data = ModelCardData(
+        base_model=split_revision(base)[0] if is_hub_id(base) else None,
+        library_name="gguf" if options.format.startswith("gguf") else library,
+        tags=["lorafusion"] if merged else ["lorafusion", "lora"],
+    )
+    control = "" if fused.control == "none" else f", the control `{fused.control}`"
+    lines = [
+        f"# {text(fused.task)}, by {fused.method}",
+        f"Made of {text(base)} by lorafusion-jax {__version__}, with the method `{fused.method}`{control} and the seed "
+        f"{seed}, from at most {fused.train_rows:,} rows of {text(fused.task)}.",
+    ]
+    for row in [] if results is None else results["seeds"]:
+        if row["seed"] == seed and results and row["exact_match"] is not None:
+            rows = f"{results['test_rows']:,} test rows"
+            lines.append(f"Exact match on {rows}: {row['exact_match']:.1f} %.")
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(lines)))
 
 
 class Export(NamedTuple):

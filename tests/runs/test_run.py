@@ -5,7 +5,6 @@ import importlib
 import json
 import math
 import os
-import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -616,31 +615,13 @@ def test_folders_that_are_no_inputs_stop_a_run_and_other_options_its_resumption(
 
 
 @pytest.mark.parametrize("form", ["adapter", "merged"])
-def test_an_export_gets_its_name_with_its_card_or_not_at_all(form, fused, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(lf.runs.run_path(fused[0]), run)
-    predictions = (run / "predictions.jsonl").read_text()
-    (run / "predictions.jsonl").write_text(
-        "{}\n"
-    )  # so that the card, which is written last, cannot be made
+def test_an_export_has_a_model_card_without_names_of_folders(form, fused, tmp_path):
+    run = lf.runs.run_path(fused[0])
     options = lf.runs.ExportOptions(run=run, out=tmp_path / "out", format=form)
-    with pytest.raises(ValueError, match=r"predictions.jsonl, line 1: seed is missing"):
-        lf.runs.export(options)
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    (run / "predictions.jsonl").write_text(predictions)
     lf.runs.export(options)
     card = (tmp_path / "out" / "README.md").read_text()
-    seed = fused[1]["seeds"][0]
-    assert (
-        all(f"| {name} " in card for name in seed["modules"])
-        and "AutoModelForSeq2SeqLM" in card
-    )
-    assert re.search(
-        rf"^\| seed {seed['seed']}, this one.*{seed['exact_match']:.1f}",
-        card,
-        re.MULTILINE,
-    )
-    # Nothing of this machine's folders; the hub would refuse one as the base.
+    assert f": {fused[1]['seeds'][0]['exact_match']:.1f} %" in card
+    # The hub would refuse a folder as the base.
     assert str(fused[0].out) not in card and "base_model" not in card
     with pytest.raises(ValueError, match="has no seed 9"):
         lf.runs.export(dataclasses.replace(options, seed=9, out=tmp_path / "other"))
