@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
-# glibc keeps memory between calls (docs/concepts/starting.md).
+# glibc keeps memory between calls (docs/concepts/speed.md).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776
 # Compiled Python is kept, also where the environment forbids it: tests and checked types took 4 s a process to compile.
 unexport PYTHONDONTWRITEBYTECODE

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-# A malloc that keeps memory (docs/concepts/starting.md); PyTorch gets the same.
+# A malloc that keeps memory (docs/concepts/speed.md); PyTorch gets the same.
 MALLOC = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:"
     f"glibc.malloc.trim_threshold={1 << 40}"

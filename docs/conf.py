@@ -103,9 +103,8 @@ def _short(
 
 def _to_copies(_app, name: str, source: list[str]) -> None:
     source[0] = source[0].replace("../../examples/notebooks/", "../notebooks/")
-    source[0] = source[0].replace(
-        "](../../experiments/", "](path:../../experiments/"
-    )  # designs, which are no pages
+    for folder in ("benchmarks", "experiments", "tests"):  # their Markdown is no page
+        source[0] = source[0].replace(f"](../../{folder}/", f"](path:../../{folder}/")
     if name.startswith("notebooks/"):  # two folders deep in the repository
         source[0] = (
             source[0]

@@ -5,7 +5,7 @@
     python experiments/bbh.py --base flan-t5-large --data data_bbh --plan                  # what it needs
 
 The benchmark's JSON files are split by an index of rows that comes with the package. data_bbh is the folder of
-LoraHub's release 0.1 and holds the same rows (docs/reference/bbh.md). Results are rows of OUT/results.jsonl;
+LoraHub's release 0.1 and holds the same rows (docs/guides/paper.md). Results are rows of OUT/results.jsonl;
 interrupted, the same command continues.
 """
 

@@ -22,7 +22,8 @@ SEEDS = (1, 2, 3)
 # The four of the six tasks for measurement that the base alone answers least.
 TASKS = ("swapends_prev", "double_digit", "pairswap_numvow", "sort_next2")
 OUT_OF_REACH = "reverse_mirror"  # no adapter has its op
-EXPLANATION = "Tasks that no adapter was trained on. zero-shot: the base alone. random pool: random adapters of the same size."
+EXPLANATION = """Tasks that no adapter was trained on.
+zero-shot: the base alone. random pool: random adapters of the same size."""
 
 SHOWN = (
     "zero-shot",

@@ -14,6 +14,7 @@ from lorafusion_jax import cli
 _ROOT = Path(__file__).resolve().parent.parent
 _PAGES = [
     *_ROOT.glob("*.md"),
+    *sorted(_ROOT.glob("*/README.md")),
     *sorted(_ROOT.glob("examples/*/README.md")),
     *sorted(_ROOT.glob("docs/**/*.md")),
 ]

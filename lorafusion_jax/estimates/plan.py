@@ -21,7 +21,7 @@ from .machines import Machine, Pace, PlanOptions, duration, machine, pace, spent
 from .params import shape_config
 from .workload import Shapes, Workload, workload
 
-# Of a process on a CPU: Python, libraries, compiled programs and freed memory (docs/results/bbh.md).
+# Of a process on a CPU: Python, libraries, compiled programs and freed memory (docs/guides/paper.md).
 PROCESS_BYTES = 2**30
 
 

@@ -53,7 +53,7 @@ AnyLoaded = TypeVar("AnyLoaded", bound="LoadedModel")
 
 # A model of so few layers compiles as fast without a loop over them.
 _SHALLOW = 8
-# Of training with unrolled layers on a CPU, as measured (docs/concepts/speed_bounds.md): the share of a step that it
+# Of training with unrolled layers on a CPU, as measured (docs/concepts/speed.md): the share of a step that it
 # saves, the operations of compiling each further layer, and the most bytes that it may keep for the backward pass.
 _SAVED = 0.05
 _COMPILING_LAYER = 5e10
@@ -64,7 +64,7 @@ _CONTROLS: dict[str, Callable[[LoraPool, Array], LoraPool]] = {
     "shuffled": shuffled_pool,
     "rotated": rotated_pool,
 }
-# By the compiler's cycles for a TPU v5e (docs/results/accelerators.md): operations of an accelerator for one of a core,
+# By the compiler's cycles for a TPU v5e (docs/results/speed.md): operations of an accelerator for one of a core,
 # 5e13 a second; and the time of a packed step over that of a padded one.
 _ACCELERATED = 500
 _MOVING = 1.5

@@ -1,4 +1,4 @@
-"""The structure that training is compiled with. Oracle: the seconds in docs/concepts/speed_bounds.md."""
+"""The structure that training is compiled with. Oracle: the seconds in docs/concepts/speed.md."""
 
 import numpy as np
 import pytest
