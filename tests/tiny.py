@@ -200,6 +200,19 @@ def batch(
     )
 
 
+@jax.jit
+def matrices(adapters: dict[str, Any], kernels: dict[str, Any]) -> dict[str, Any]:
+    """Return what each adapted linear map multiplies by, (W + dW) times the scale, by site [L, d_in, d_out]."""
+
+    def of_layer(adapter, kernel):
+        return adapter(jnp.eye(kernel.shape[0]), kernel)
+
+    return {
+        site: jax.vmap(of_layer)(adapter, kernels[site])
+        for site, adapter in adapters.items()
+    }
+
+
 def coefficients(shape: tuple[int, ...], seed: int = 0) -> jax.Array:
     """Coefficients whose sign alternates, none small."""
     size = np.random.default_rng(seed).uniform(0.3, 1.0, shape)

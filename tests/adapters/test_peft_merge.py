@@ -6,7 +6,6 @@ and up to 0.18 negative weights. The random masks of `dare` are ours: `test_merg
 
 from typing import get_args
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import peft_models
@@ -92,25 +91,16 @@ def _peft(model, names, weights, kind, **fields):
 
 def _ours(pool, weights, kind):
     check_merge(pool, kind)
-    adapters = merge(
-        pool,
-        jnp.arange(len(pool)),
-        jnp.array(weights, jnp.float32),
-        kind,
-        density=_DENSITY,
-    )
-
-    def matrix(site, adapter):
-        unit = jnp.eye(pool.A[site].shape[2])
-        run = jax.vmap(
-            lambda a: a(unit, jnp.zeros((unit.shape[0], pool.B[site].shape[-1])))
-        )
-        return np.asarray(run(adapter))
-
+    weights = jnp.array(weights, jnp.float32)
+    adapters = merge(pool, jnp.arange(len(pool)), weights, kind, density=_DENSITY)
+    zeros = {
+        site: jnp.zeros((*A.shape[::2], pool.B[site].shape[-1]))
+        for site, A in pool.A.items()
+    }
     return {
-        (s, n): m
-        for s, adapter in adapters.items()
-        for n, m in enumerate(matrix(s, adapter))
+        (site, layer): np.asarray(matrix)
+        for site, matrices in tiny.matrices(adapters, zeros).items()
+        for layer, matrix in enumerate(matrices)
     }
 
 
