@@ -31,9 +31,9 @@ RECIPE = lf.FusionRecipe(modules=5, epochs=5)
 def main(out: Path, digital: tuple[str, ...] = (), **changes: Any) -> dict[str, float]:
     # Two independent draws of imperfect arrays, written once for every task. Matrices that a pattern of `digital` names
     # (as in "*.ff.*") stay digital.
-    chips = out / "chips"
+    chips = out / "chips.json"
     config = EXAMPLES / "chip.yaml"
-    manifest = write_chips(
+    programmed = write_chips(
         ProgramOptions(
             base=BASE,
             pool=POOL,
@@ -44,7 +44,7 @@ def main(out: Path, digital: tuple[str, ...] = (), **changes: Any) -> dict[str, 
         )
     )
     print(
-        f"{manifest['one_chip']['arrays']:,} arrays, {manifest['one_chip']['cells']:,} cells in each chip"
+        f"{programmed['one_chip']['arrays']:,} arrays, {programmed['one_chip']['cells']:,} cells in each chip"
     )
 
     task = str(SMALL / "tasks" / "pairswap_numvow")

@@ -12,7 +12,7 @@ from ..estimates import bill
 from ..estimates.bill.show import comparison_table, constants_table, tables
 from ..estimates.bill.show import markdown as captioned
 from ..estimates.params import shape_config
-from ..hardware.folder import load_chips
+from ..hardware.chip_file import load_chips
 from ..support.reading import show
 from ..support.writing import write_text
 from .parsing import parse

@@ -74,9 +74,9 @@ def _program(arguments: Sequence[str]) -> None:
     show(f"written to {options.out}")
 
 
-def programmed_report(manifest: Mapping[str, Any]) -> str:
+def programmed_report(chips: Mapping[str, Any]) -> str:
     """Return a table of the arrays, cells, pulses, joules and seconds of one chip."""
-    one = manifest["one_chip"]
+    one = chips["one_chip"]
     ranges = {
         name: " / ".join(f"{value:.3g}" for value in one[name])
         for name in ("pulses", "joules", "seconds")
@@ -97,4 +97,4 @@ def programmed_report(manifest: Mapping[str, Any]) -> str:
                 f"{one['simulated_pulses']:.2f} pulses a cell, as simulated",
             ]
         )
-    return f"{manifest['chips']} chips of {manifest['config']}, each:\n{plain(lines, left=(0, 1))}"
+    return f"{chips['chips']} chips of {chips['crossbar']}, each:\n{plain(lines, left=(0, 1))}"

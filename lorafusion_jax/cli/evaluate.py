@@ -32,7 +32,7 @@ class EvaluateCommand(EvaluateOnChipsOptions):
     Examples:
       lorafusion evaluate --run runs/snarks-fusion --task bbh/ruin_names.json
       lorafusion evaluate --runs runs/snarks-fusion runs/hyperbaton-fusion
-      lorafusion evaluate --run runs/snarks-fusion --crossbar chips/noisy --ages 1s 1h 1day 1month 1year
+      lorafusion evaluate --run runs/snarks-fusion --crossbar noisy_chips.json --ages 1s 1h 1day 1month 1year
       lorafusion evaluate --run runs/snarks-fusion --crossbar noisy.yaml --chips 8 --adc-bits 6 --read-noise 0.01
       lorafusion evaluate --run runs/snarks-fusion --crossbar isaac --report
       lorafusion evaluate --base base --pool pool --weights sort_dash=0.7 --task tasks/sort_next2

@@ -47,7 +47,7 @@ class FuseCommand(FuseOptions, Preset, PlanOptions):
       lorafusion fuse --preset reference --base base --pool pool --task task
       lorafusion fuse --base google/flan-t5-large --pool pool --basis 32 --task bbh/snarks.json
       lorafusion fuse --base flan-t5-large --pool pool --task bbh/snarks.json --plan --for h100 --price 2.5
-      lorafusion fuse --base base --pool pool --task task --crossbar chips/noisy --train-chip chip --chip 3
+      lorafusion fuse --base base --pool pool --task task --crossbar noisy_chips.json --train-chip chip --chip 3
     """
 
 

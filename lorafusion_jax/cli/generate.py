@@ -27,7 +27,7 @@ class GenerateCommand(GenerateOptions, CalibratedChipOptions):
       lorafusion generate --runs runs/snarks-fusion runs/hyperbaton-fusion --file rows.jsonl
       echo '{"mixture": {"sort_dash": 0.7}, "input": "a b"}' | lorafusion generate --base base --pool pool
       lorafusion generate --base HuggingFaceTB/SmolLM2-135M-Instruct --chat --stream
-      lorafusion generate --base base --crossbar chips/noisy --restore restored-scales --file lines.txt
+      lorafusion generate --base base --crossbar noisy_chips.json --restore restored --file lines.txt
 
     Attributes:
       runs: folders of several runs on one base and pool, instead of --run, which answer in batches of mixed tasks.

@@ -35,5 +35,4 @@ def main(arguments: Sequence[str]) -> None:
     show(
         f"KL from the digital model, nats per token of text left out:\n{plain(lines, left=(0,))}"
     )
-    where = options.out or f"{options.crossbar}/restored-{options.method}"
-    show(f"written to {where}")
+    show(f"written to {options.out}")

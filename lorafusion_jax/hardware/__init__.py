@@ -1,5 +1,8 @@
 """Runs on simulated chips: prepare a base, program, evaluate, restore."""
 
+from .chip_file import Chips as Chips
+from .chip_file import aged as aged
+from .chip_file import load_chips as load_chips
 from .chips import for_every_chip as for_every_chip
 from .chips import on_every_chip as on_every_chip
 from .chips import redrawn as redrawn
@@ -7,9 +10,6 @@ from .evaluate import EvaluateOnChipsOptions as EvaluateOnChipsOptions
 from .evaluate import evaluate_on_chips as evaluate_on_chips
 from .evaluate import lora_in_cells as lora_in_cells
 from .evaluate import results_path as results_path
-from .folder import Chips as Chips
-from .folder import aged as aged
-from .folder import load_chips as load_chips
 from .on_arrays import module_numbers as module_numbers
 from .on_arrays import without_merged_pool as without_merged_pool
 from .program import Restored as Restored

@@ -30,8 +30,8 @@ from ..support.writing import check_writable
 from ..training.mesh import make_mesh, on_mesh
 from ..training.method import Params
 from .calibration import CALIBRATION_ROWS
+from .chip_file import Chips, aged, load_chips
 from .chips import for_every_chip, on_every_chip
-from .folder import Chips, aged, load_chips
 from .on_arrays import check, module_numbers, without_merged_pool
 from .program import Restored
 from .restored import load_restored
@@ -44,7 +44,7 @@ class EvaluateOnChipsOptions(EvaluateOptions, ChipsOptions):
     """Evaluate a fused run, on its own task or another one, digitally or on simulated chips.
 
     Attributes:
-      chips: number of chips; by default all chips of a folder, or one chip of a preset or file.
+      chips: number of chips; by default all chips of a file of chips, or one chip of a configuration.
       ages: ages of the chips: seconds, or as in 1h, 1day, 1month, 1year; several are evaluated one after the other.
       compensate: undo each matrix's mean drift digitally: `on`, `off`, or `both` next to each other; by default as in
         the configuration.
@@ -107,7 +107,7 @@ def asked(options: EvaluateOnChipsOptions) -> EvaluationRequest:
         raise ValueError(
             f"nothing in {options.crossbar} is random, so {count} chips are all alike: use 1"
         )
-    chips.chip_key(count - 1)  # raises ValueError where the folder has fewer
+    chips.chip_key(count - 1)  # raises ValueError where the file has fewer
     setup, fused, params = load_to_evaluate(options)
     check(setup, fused)
     setup = chips.checked(setup, fused.control)

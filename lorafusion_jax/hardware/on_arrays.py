@@ -20,8 +20,8 @@ from ..training.frozen import Frozen
 from ..training.mesh import on_mesh
 from ..training.method import Params
 from .calibration import CALIBRATION_ROWS, calibrate
+from .chip_file import STEP_CHIPS, Chips, Loaded, aged, load_chips
 from .chips import redrawn
-from .folder import STEP_CHIPS, Chips, Loaded, aged, load_chips
 from .program import Restored, program
 from .restored import load_restored
 
@@ -143,9 +143,7 @@ def module_numbers(
     if not isinstance(pool, LoraPool) or options.pool is None:
         return None
     names = list(
-        open_pool(options.pool).names
-        if chips.manifest is None
-        else chips.manifest["modules"]
+        open_pool(options.pool).names if chips.file is None else chips.file["modules"]
     )
     # A control is in the arrays of the module that it replaces, and its name ends with the name of that module.
     prefix = "" if options.control == "none" else f"{options.control} "

@@ -93,9 +93,7 @@ def report_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
         "age": age,
         "compensate": compensate,
         **settings(on.fused.method, options),
-        "chip_key": options.chip_key
-        if chips.manifest is None
-        else chips.manifest["key"],
+        "chip_key": options.chip_key if chips.file is None else chips.file["key"],
         "digital": digital,
         "chips": chip_rows,
         "sites": sites,

@@ -29,11 +29,10 @@ from ..support.checks import at_least, check_uint32, flags_given
 from ..support.progress import progress
 from ..support.reading import FileError
 from ..support.text import shown
-from ..support.writing import check_no_link
 from ..tasks import IGNORED, Batch, tokenise
 from ..training.mesh import axis_size, make_mesh, on_mesh
+from .chip_file import Chips, aged, load_chips
 from .chips import programmed
-from .folder import Chips, aged, load_chips
 from .program import Restored, program
 from .restore import (
     Method,
@@ -112,12 +111,13 @@ class RestoreOptions:
     After an interruption, the same command continues with the next chip.
 
     Examples:
-      lorafusion restore --base base --crossbar chips/noisy --chip 0 1 --text page.txt
+      lorafusion restore --base base --crossbar noisy_chips.json --chip 0 1 --text page.txt --out restored
       lorafusion restore --base base --crossbar noisy.yaml --tokens 3072 --method low-rank --rank 3 --out restored
 
     Attributes:
       base: the base model, as in `lorafusion fuse`.
-      crossbar: a folder that `lorafusion crossbar program` or `prepare` wrote, a preset, or a .yaml or .json file.
+      crossbar: a file that `lorafusion crossbar program` wrote, a folder that `prepare` wrote, a preset, or a .yaml or
+        .json file.
       chip: numbers of the chips.
       text: text files; a causal model reads windows of 128 tokens, another one each line.
       tokens: a causal model uses the first so many tokens of the text, by default all; without text it samples so
@@ -131,15 +131,15 @@ class RestoreOptions:
       seed: seed of the order of the text, and of sampled text.
       age: age of the chips: seconds, or as in 1h, 1day, 1month, 1year.
       in_advance: compute corrections for that age in advance, with other draws of the drift than the chips will have.
-      keep_digital: patterns of weights that stay digital; a folder has its own.
-      chip_key: key from which the chips of a preset or file are drawn; a folder has its own.
+      keep_digital: patterns of weights that stay digital; a file of chips has its own.
+      chip_key: key from which the chips of a configuration are drawn; a file of chips has its own.
       mesh: divide the chips over devices, as in seed=8.
-      out: folder to write; by default `restored-METHOD` in the folder of the chips. Chips that it has are not computed
-        again.
+      out: folder to write. Chips that it has are not computed again.
     """
 
     base: str
     crossbar: str
+    out: Path
     chip: tuple[int, ...] = (0,)
     text: tuple[Path, ...] = ()
     tokens: int | None = None
@@ -154,7 +154,6 @@ class RestoreOptions:
     keep_digital: tuple[str, ...] = ()
     chip_key: int = 0
     mesh: str | None = None
-    out: Path | None = None
 
 
 def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
@@ -199,10 +198,6 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
     keys = {number: chips.chip_key(number) for number in options.chip}
     if options.in_advance:
         config = drifting_otherwise(config)
-    if options.out is None and chips.manifest is None:
-        raise ValueError(
-            f"{options.crossbar} is no folder of chips to put corrections into: give a folder with --out"
-        )
     content = read_texts(options.text)
     loaded = load_model(LoadOptions(base=options.base, method="zero-shot"))
     loaded = chips.checked(loaded)
@@ -217,11 +212,9 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
         else "sampled",
         tokens=options.tokens or (None if options.text else _SAMPLED),
     )
-    out = options.out or Path(options.crossbar) / f"restored-{options.method}"
+    out = options.out
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: give a folder with --out")
-    if out.parent.resolve() == Path(options.crossbar).resolve():
-        check_no_link(out)
     if not keys.keys() - (made := _all_kept(out, settings)):
         return {number: made[number] for number in keys}
     train, left_out = _read_text(loaded, options, content)
@@ -309,7 +302,7 @@ def load_restored(
     """Return the corrections of some chips; matrices of low rank have the same rank on all of them.
 
     Args:
-      name: folder that `lorafusion restore` wrote, or its name in the folder of the chips.
+      name: folder that `lorafusion restore` wrote.
       chips: the chips that they are for.
       numbers: numbers of the chips.
       base_sha256: digest of the base model.
@@ -318,8 +311,7 @@ def load_restored(
       ValueError: the corrections are of another base, of other chips, or of other numbers of these, they were computed
         with different settings, or their arrays are not corrections.
     """
-    inside = Path(chips.name) / name
-    folder = inside if inside.is_dir() else Path(name)
+    folder = Path(name)
     current = _of_chips(chips, base_sha256)
     names = {
         "base_sha256": "base model",

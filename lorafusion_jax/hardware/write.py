@@ -2,39 +2,41 @@
 
 import dataclasses
 import math
-import shutil
+import os
 from pathlib import Path
 
+import jax
+
 from .. import crossbar
-from ..io.folders import new_folder, write_json
+from ..crossbar.config.files import config_fields
+from ..io.folders import write_json
 from ..io.pool import open_pool
 from ..loading.identity import digests
 from ..loading.model import load_model
 from ..loading.spec import LoadOptions
 from ..methods.fusion import FusionRecipe
 from ..support.checks import at_least, check_uint32
-from ..support.progress import progress
 from ..support.version import __version__
-from .folder import CONFIG, MANIFEST, Manifest, OneChip, load_chips
-from .prepared import PREPARATIONS
+from ..support.writing import check_writable
+from .chip_file import ChipFile, OneChip, cells_sha256, load_chips
 from .program import program
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProgramOptions:
-    """Write a base model and a pool onto independent chips, and report arrays, cells, energy and time.
+    """Program a base model and a pool onto independent chips, and report arrays, cells, energy and time.
 
     Every chip has its own random errors, which are drawn from the key. `lorafusion fuse` and `lorafusion evaluate`
-    take the folder with --crossbar.
+    take the file with --crossbar, and draw its chips again.
 
     Examples:
-      lorafusion crossbar program --base base --pool pool --crossbar noisy.yaml --chips 8 --out chips/noisy
-      lorafusion crossbar program --base base --pool pool --basis 32 --crossbar noisy.yaml --out chips/in_basis
+      lorafusion crossbar program --base base --pool pool --crossbar noisy.yaml --chips 8 --out noisy_chips.json
+      lorafusion crossbar program --base base --pool pool --basis 32 --crossbar noisy.yaml --out basis_chips.json
 
     Attributes:
       base: the base model: a Hugging Face folder, a hub id or a GGUF file.
       pool: a converted pool, or a folder of PEFT adapter folders; all its modules are written.
-      out: folder to write, which must not exist.
+      out: JSON file to write, which must not exist.
       crossbar: a preset (ideal, isaac, puma, raella, neurram, aihwkit, crosssim), a .yaml or .json file, or a folder
         that `lorafusion crossbar prepare` wrote.
       basis: write the first so many directions of the pool's shared basis instead of its modules.
@@ -53,14 +55,14 @@ class ProgramOptions:
     keep_digital: tuple[str, ...] = ()
 
 
-def write_chips(options: ProgramOptions) -> Manifest:
-    """Write the folder (see `folder`), and return its manifest.
+def write_chips(options: ProgramOptions) -> ChipFile:
+    """Write the file, and return its content.
 
     Raises:
-      ValueError: before anything is written: the folder exists, or a configuration, a pattern, a base or a pool
+      ValueError: before anything is written: the file exists, or a configuration, a pattern, a base or a pool
         cannot be used.
     """
-    if options.out.exists():  # before hours of programming
+    if options.out.exists():  # before a model is programmed
         raise ValueError(
             f"{options.out} exists: give another --out; chips are never overwritten"
         )
@@ -69,8 +71,7 @@ def write_chips(options: ProgramOptions) -> Manifest:
     chips = load_chips(
         options.crossbar, key=options.chip_key, digital=options.keep_digital
     )
-    config = chips.config
-    if options.chips > 1 and not crossbar.is_random(config):
+    if options.chips > 1 and not crossbar.is_random(chips.config):
         raise ValueError(
             f"programming is not random in {options.crossbar}, so {options.chips} chips are alike: use 1"
         )
@@ -83,45 +84,38 @@ def write_chips(options: ProgramOptions) -> Manifest:
             )
         )
     )
-    with new_folder(options.out) as folder:
-        problem = fused.problem
-        leaves = list[crossbar.Chip]()
-        with progress("chips", options.chips) as bar:
-            for number in range(options.chips):
-                chip = program(
-                    problem.graph,
-                    problem.frozen,
-                    chips.rules(),
-                    chips.chip_key(number),
-                    norm="ideal",
-                )
-                leaves = crossbar.chips_in(chip)
-                (chip_folder := folder / f"chip_{number}").mkdir()
-                for leaf in leaves:
-                    crossbar.save_chip(leaf, chip_folder / f"{leaf.name}.safetensors")
-                bar.update()
-        weight_digests = digests(fused)
-        manifest: Manifest = {
-            "base": options.base,
-            "base_sha256": weight_digests["base"],
-            "pool": options.pool,
-            "modules": weight_digests["modules"],
-            "basis_sha256": weight_digests.get("basis"),
-            "config": options.crossbar,
-            "config_sha256": crossbar.config_hash(config),
-            "digital": list(chips.digital),
-            "key": options.chip_key,
-            "chips": options.chips,
-            "one_chip": _report(leaves),
-            "versions": {"lorafusion-jax": __version__},
-        }
-        crossbar.save_config(config, folder / CONFIG)
-        if chips.prepared is not None:
-            shutil.copytree(
-                Path(options.crossbar) / PREPARATIONS, folder / PREPARATIONS
-            )
-        write_json(folder / MANIFEST, manifest)
-    return manifest
+    check_writable(options.out)
+    first_chip = program(
+        fused.problem.graph,
+        fused.problem.frozen,
+        chips.rules(),
+        chips.chip_key(0),
+        norm="ideal",
+    )
+    matrices = crossbar.chips_in(first_chip)
+    weight_digests = digests(fused)
+    prepared = None
+    if chips.prepared is not None:
+        prepared = os.path.relpath(options.crossbar, options.out.parent)
+    content: ChipFile = {
+        "base": options.base,
+        "base_sha256": weight_digests["base"],
+        "pool": options.pool,
+        "modules": weight_digests["modules"],
+        "basis_sha256": weight_digests.get("basis"),
+        "crossbar": options.crossbar,
+        "config": config_fields(chips.config),
+        "prepared": prepared,
+        "sha256": chips.sha256,
+        "digital": list(chips.digital),
+        "key": options.chip_key,
+        "chips": options.chips,
+        "one_chip": _report(matrices),
+        "cells_sha256": {chip.name: cells_sha256(chip) for chip in matrices},
+        "versions": {"lorafusion-jax": __version__, "jax": jax.__version__},
+    }
+    write_json(options.out, content)
+    return content
 
 
 def _report(leaves: list[crossbar.Chip]) -> OneChip:

@@ -20,13 +20,13 @@ class ChipsOptions:
     """Simulated chips, or none.
 
     Attributes:
-      crossbar: run on simulated arrays: a folder that `lorafusion crossbar program` or `prepare` wrote, a preset
-        (ideal, isaac, puma, raella, neurram, aihwkit, crosssim), or a .yaml or .json file; by default digitally.
-      chip_key: key from which the chips of a preset or file are drawn; a folder has its own.
-      keep_digital: patterns of weights that stay digital: `head`, `pool.*`; a folder has its own.
+      crossbar: run on simulated arrays: a file that `lorafusion crossbar program` wrote, a folder that
+        `prepare` wrote, a preset (ideal, isaac, puma, raella, neurram, aihwkit, crosssim), or a .yaml or .json file;
+        by default digitally.
+      chip_key: key from which the chips of a configuration are drawn; a file of chips has its own.
+      keep_digital: patterns of weights that stay digital: `head`, `pool.*`; a file of chips has its own.
       norm: the magnitudes' norms are those of the `ideal` weights, or of the weights as `programmed`, read back.
-      restore: digital corrections of the chips: a folder that `lorafusion restore` wrote, or its name in the folder of
-        the chips; by default none.
+      restore: digital corrections of the chips: a folder that `lorafusion restore` wrote; by default none.
     """
 
     crossbar: str | None = None

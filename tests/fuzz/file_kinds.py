@@ -32,6 +32,7 @@ from lorafusion_jax.crossbar import (
     save_chip,
     save_config,
 )
+from lorafusion_jax.crossbar.config.files import config_fields
 from lorafusion_jax.hardware import load_restored
 from lorafusion_jax.io import arrays
 from lorafusion_jax.io.pool.folder import write_manifest
@@ -98,7 +99,10 @@ def kinds(folder: Path) -> dict[str, Kind]:
     tree = _write_qwix(folder / "qwix")
     run = lf.runs.RunFolder(folder / "run")
     _write_run(run, base, pool)
-    chips = _write_chips(folder / "chips")
+    chip = folder / "chip.safetensors"
+    chips = folder / "chips.json"
+    _write_chips(chips, chip)
+    save_config(load_config("isaac"), folder / "isaac.yaml")
     append_rows(
         folder / "rows.jsonl",
         made_up(methods=("LoRA",), tasks=("easy",), seeds=(1, 2), items=8),
@@ -242,7 +246,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
     def corrections() -> None:
         (found,) = load_restored(str(restored.parent), one_chip, [0], "0")
         with named(restored):
-            found.on({"q": load_chip(chips / "chip_0" / "q.safetensors")})
+            found.on({"q": load_chip(chip)})
 
     return {
         "pool manifest": Kind(pool / "manifest.json", whole_pool, signed),
@@ -322,19 +326,10 @@ def kinds(folder: Path) -> dict[str, Kind]:
         "preparations arrays": Kind(
             prepared / "arrays.safetensors", preparations, lambda: stored(prepared)
         ),
-        "chips manifest": Kind(
-            chips / "manifest.json",
-            lambda: lf.hardware.load_chips(str(chips)).chip_key(0),
-        ),
-        "chips config": Kind(
-            chips / "config.yaml", lambda: lf.hardware.load_chips(str(chips))
-        ),
-        "chip arrays": Kind(
-            chips / "chip_0" / "q.safetensors",
-            lambda: load_chip(chips / "chip_0" / "q.safetensors"),
-        ),
+        "chips": Kind(chips, lambda: lf.hardware.load_chips(str(chips)).chip_key(0)),
+        "chip arrays": Kind(chip, lambda: load_chip(chip)),
         "crossbar config": Kind(
-            chips / "config.yaml", lambda: load_config(chips / "config.yaml")
+            folder / "isaac.yaml", lambda: load_config(folder / "isaac.yaml")
         ),
         "cost constants": Kind(
             folder / "constants.yaml", lambda: load_constants(folder / "constants.yaml")
@@ -515,34 +510,34 @@ def _write_run(run: lf.runs.RunFolder, base: Path, pool: Path) -> None:
     )
 
 
-def _write_chips(folder: Path) -> Path:
-    (folder / "chip_0").mkdir(parents=True)
+def _write_chips(file: Path, chip_file: Path) -> None:
+    """Write a chip, and a file of chips."""
     config = load_config("isaac")
-    save_config(config, folder / "config.yaml")
-    chip = lf.program(
-        jax.random.normal(jax.random.key(0), (8, 4), jnp.float32),
-        config,
-        jax.random.key(1),
-    )
-    save_chip(dataclasses.replace(chip, name="q"), folder / "chip_0" / "q.safetensors")
+    weights = jax.random.normal(jax.random.key(0), (8, 4), jnp.float32)
+    chip = lf.program(weights, config, jax.random.key(1))
+    save_chip(dataclasses.replace(chip, name="q"), chip_file)
     one = {"arrays": 1, "cells": 8, "utilisation": 0.5, "simulated_pulses": None}
     one |= {name: [1.0, 2.0, 3.0] for name in ("pulses", "joules", "seconds")}
-    manifest = {
-        "base": "base",
-        "base_sha256": "0",
-        "pool": "pool",
-        "modules": {"a": "0"},
-        "basis_sha256": None,
-    }
-    manifest |= {
-        "config": "isaac",
-        "config_sha256": lf.crossbar.config_hash(config),
-        "digital": [],
-        "key": 0,
-    }
-    manifest |= {"chips": 1, "one_chip": one}
-    _written(folder / "manifest.json", manifest)
-    return folder
+    _written(
+        file,
+        {
+            "base": "base",
+            "base_sha256": "0",
+            "pool": "pool",
+            "modules": {"a": "0"},
+            "basis_sha256": None,
+            "crossbar": "isaac",
+            "config": config_fields(config),
+            "prepared": None,
+            "sha256": lf.crossbar.config_hash(config),
+            "digital": [],
+            "key": 0,
+            "chips": 1,
+            "one_chip": one,
+            "cells_sha256": {"q": "0"},
+            "versions": {"jax": jax.__version__},
+        },
+    )
 
 
 def _write_qwix(folder: Path) -> Path:

@@ -23,7 +23,6 @@ from lorafusion_jax.crossbar import (
     Device,
     Independent,
     PowerLaw,
-    load_chip,
     save_config,
 )
 from lorafusion_jax.hardware.calibration import logits_of
@@ -154,7 +153,7 @@ _TRAIN = one_block.SMALL / "tasks" / "double_digit" / "train.jsonl"
 
 @pytest.fixture(scope="module")
 def chips(small, tmp_path_factory):
-    """A folder with an analogue configuration, and with two chips of all `v`; further files of tests go there."""
+    """A folder with an analogue configuration, and a file of two chips of all `v`; further files of tests go there."""
     folder = tmp_path_factory.mktemp("chips")
     save_config(_NOISY, folder / "noisy.yaml")
     lf.hardware.write_chips(_programming(small, folder, chips=2, chip_key=7))
@@ -164,7 +163,7 @@ def chips(small, tmp_path_factory):
 def _programming(small, folder, **changes):
     values = {
         "crossbar": str(folder / "noisy.yaml"),
-        "out": folder / "two",
+        "out": folder / "two.json",
         "keep_digital": _NOT_WRITTEN,
     } | changes
     return lf.hardware.ProgramOptions(base=str(small[0]), pool=str(small[1]), **values)
@@ -172,11 +171,6 @@ def _programming(small, folder, **changes):
 
 def _fusing(small, chips, name, **changes):
     return recipes.small_run(small, chips / "runs", **{"name": name} | changes)
-
-
-def _weights_of(folder, number):
-    state = load_chip(folder / f"chip_{number}" / f"{_V}.safetensors", _NOISY)
-    return np.asarray(crossbar.programmed_weights(state))
 
 
 def _on_chips(options, **changes):
@@ -193,7 +187,7 @@ def fused(small, chips):
 
 @pytest.mark.long
 def test_runs_are_evaluated_and_trained_on_restored_chips(small, chips, fused):
-    folder = str(chips / "two")
+    folder = str(chips / "two.json")
     lines = chips / "lines.txt"
     lines.write_text(
         "".join(
@@ -210,11 +204,13 @@ def test_runs_are_evaluated_and_trained_on_restored_chips(small, chips, fused):
             method="low-rank",
             rank=1.0,
             epochs=1,
+            out=chips / "restored",
         )
     )
+    corrections = str(chips / "restored")
     plain = _on_chips(fused, crossbar=folder, chips=2, restore=None)
-    restored = _on_chips(fused, crossbar=folder, chips=2, restore="restored-low-rank")
-    assert (plain["restore"], restored["restore"]) == (None, "restored-low-rank")
+    restored = _on_chips(fused, crossbar=folder, chips=2, restore=corrections)
+    assert (plain["restore"], restored["restore"]) == (None, corrections)
     losses = [[row["loss"] for row in results["rows"]] for results in (plain, restored)]
     assert np.abs(np.subtract(*losses)).min() > 1e-5
     with pytest.raises(ValueError, match="corrects chips with another configuration"):
@@ -222,7 +218,7 @@ def test_runs_are_evaluated_and_trained_on_restored_chips(small, chips, fused):
             fused,
             crossbar=folder,
             chips=2,
-            restore="restored-low-rank",
+            restore=corrections,
             read_noise=0.01,
         )
     # One chip after the other: each has the corrections of its own number.
@@ -231,13 +227,13 @@ def test_runs_are_evaluated_and_trained_on_restored_chips(small, chips, fused):
             run=lf.runs.run_path(fused),
             crossbar=folder,
             chips=2,
-            restore="restored-low-rank",
+            restore=corrections,
         )
     )
     alone = [seed["loss"] for chip in report["chips"] for seed in chip["seeds"]]
     np.testing.assert_allclose(alone, losses[1], rtol=1e-4)
     arrays = lf.runs.OnArrays(
-        crossbar=folder, train_chip="chip", chip=1, restore="restored-low-rank"
+        crossbar=folder, train_chip="chip", chip=1, restore=corrections
     )
     fuse(trained := _fusing(small, chips, "restored", arrays=arrays))
     assert (
@@ -251,57 +247,40 @@ def test_runs_are_evaluated_and_trained_on_restored_chips(small, chips, fused):
         fuse(_fusing(small, chips, "fresh", arrays=fresh))
 
 
-@pytest.mark.long
-def test_a_folder_holds_the_chips_that_its_key_draws(small, chips):
-    written = lf.hardware.write_chips(
-        _programming(
-            small, chips, out=chips / "all", chips=2, chip_key=7, keep_digital=()
-        )
-    )
-    manifest = json.loads((chips / "all" / "manifest.json").read_text())
-    assert manifest == json.loads(json.dumps(written))
-    assert manifest["chips"] == 2 and list(manifest["modules"]) == sorted(
-        p.name for p in small[1].iterdir()
-    )
-    cells = [_weights_of(chips / "all", n) for n in (0, 1)]
-    assert not np.array_equal(*cells)
+def test_a_file_records_its_chips_and_refuses_others(small, chips, fused):
+    """Digests of the cells depend on the key alone, and another one is refused with the versions that wrote it."""
+    file = chips / "all.json"
+    options = _programming(small, chips, out=file, chips=2, chip_key=7, keep_digital=())
+    written = lf.hardware.write_chips(options)
     again = lf.hardware.write_chips(
-        _programming(
-            small, chips, out=chips / "again", chips=2, chip_key=7, keep_digital=()
-        )
+        dataclasses.replace(options, out=chips / "again.json")
     )
-    assert again["one_chip"] == manifest["one_chip"]
-    for n in (0, 1):
-        np.testing.assert_array_equal(_weights_of(chips / "again", n), cells[n])
-        np.testing.assert_array_equal(
-            _weights_of(chips / "two", n), cells[n]
-        )  # whatever else is written
-    # Every weight of the base and the pool is two cells.
-    sites = (
-        96 * 96 * (8 + 4) + 3 * 96 * 384 * 2
-    )  # attention of a block of either stack, gated feed-forward
-    assert manifest["one_chip"]["cells"] == pytest.approx(2 * sites, rel=0.5)
-    assert 0 < manifest["one_chip"]["utilisation"] <= 1
-    assert f"{manifest['one_chip']['cells']:,} written" in programmed_report(manifest)
-
-
-@pytest.mark.long
-def test_arrays_that_the_key_no_longer_draws_are_noticed(small, chips, fused):
-    lf.hardware.write_chips(_programming(small, chips, out=chips / "changed"))
-    first = chips / "changed" / "chip_0" / f"{_V}.safetensors"
-    second = chips / "changed" / "chip_0" / f"{'decoder.self.v'}.safetensors"
-    first.write_bytes(second.read_bytes())
-    with pytest.raises(
-        ValueError,
-        match="encoder.self.v.safetensors holds other arrays than the key draws now",
+    assert json.loads(file.read_text()) == written == again
+    assert list(written["modules"]) == sorted(p.name for p in small[1].iterdir())
+    two = json.loads((chips / "two.json").read_text())
+    assert two["cells_sha256"].items() < written["cells_sha256"].items()
+    # Every weight is two cells: attention of a block of either stack, gated feed-forward.
+    sites = 96 * 96 * (8 + 4) + 3 * 96 * 384 * 2
+    assert written["one_chip"]["cells"] == pytest.approx(2 * sites, rel=0.5)
+    assert 0 < written["one_chip"]["utilisation"] <= 1
+    assert f"{written['one_chip']['cells']:,} written" in programmed_report(written)
+    for field, value, message in (
+        (
+            "cells_sha256",
+            {_V: "0"},
+            f"written by lorafusion-jax .* and jax {jax.__version__}, and its key draws other cells of {_V}",
+        ),
+        ("sha256", "0", "not the configuration or the preparations that the chips"),
     ):
-        _on_chips(fused, crossbar=str(chips / "changed"))
+        (chips / "changed.json").write_text(json.dumps(two | {field: value}))
+        with pytest.raises(ValueError, match=message):
+            _on_chips(fused, crossbar=str(chips / "changed.json"))
 
 
 def test_what_cannot_be_programmed_is_refused_before_anything_is_written(small, chips):
     before = sorted(chips.iterdir())
     for changes, message in (
-        ({}, "two exists: give another --out; chips are never overwritten"),
+        ({}, "two.json exists: give another --out; chips are never overwritten"),
         ({"out": chips / "new", "chips": 0}, "chips is 0: "),
         (
             {"out": chips / "new", "crossbar": "isaac", "chips": 2},
@@ -329,12 +308,12 @@ def test_what_cannot_be_programmed_is_refused_before_anything_is_written(small, 
 @pytest.mark.nightly
 def test_a_run_on_chips_of_a_folder(small, chips, fused):
     found = _on_chips(
-        fused, crossbar=str(chips / "two"), ages=("1s", "1year"), compensate="off"
+        fused, crossbar=str(chips / "two.json"), ages=("1s", "1year"), compensate="off"
     )
     where = lf.hardware.results_path(
         lf.hardware.EvaluateOnChipsOptions(
             run=lf.runs.run_path(fused),
-            crossbar=str(chips / "two"),
+            crossbar=str(chips / "two.json"),
             ages=("1s", "1year"),
             compensate="off",
         )
@@ -407,13 +386,13 @@ def test_a_run_of_other_weights_is_not_evaluated_on_these_chips(
     with pytest.raises(
         ValueError, match=f"fuses the module {module} .* programmed with another pool"
     ):
-        _on_chips(other, crossbar=str(chips / "two"))
+        _on_chips(other, crossbar=str(chips / "two.json"))
     with pytest.raises(ValueError, match="programmed with another pool"):
         fuse(
             dataclasses.replace(
                 other,
                 name="refused",
-                arrays=lf.runs.OnArrays(crossbar=str(chips / "two")),
+                arrays=lf.runs.OnArrays(crossbar=str(chips / "two.json")),
             )
         )
     assert not (chips / "runs" / "refused").exists()
@@ -421,7 +400,7 @@ def test_a_run_of_other_weights_is_not_evaluated_on_these_chips(
 
 def test_what_chips_cannot_do_is_refused(small, chips, fused):
     for changes, message in (
-        ({"chips": 3}, "two has no chip 2: it has 0 to 1"),
+        ({"chips": 3}, "two.json has no chip 2: it has 0 to 1"),
         ({"chips": 0}, "chips is 0: "),
         ({"chip_key": 1}, "has its own key and digital weights"),
         ({"crossbar": "isaac", "ages": ("1h",)}, "no drift model"),
@@ -430,10 +409,10 @@ def test_what_chips_cannot_do_is_refused(small, chips, fused):
         ({"lora_in": "cells"}, "trained no LoRA"),
     ):
         with pytest.raises(ValueError, match=message):
-            _on_chips(fused, **({"crossbar": str(chips / "two")} | changes))
-    folder = lf.hardware.load_chips(str(chips / "two"))
+            _on_chips(fused, **({"crossbar": str(chips / "two.json")} | changes))
+    folder = lf.hardware.load_chips(str(chips / "two.json"))
     control = dataclasses.replace(fused, control="random-factors")
-    with pytest.raises(ValueError, match="two holds no random-factors control"):
+    with pytest.raises(ValueError, match="two.json holds no random-factors control"):
         folder.checked(lf.runs.load_setup(control), control.control)
 
 
@@ -446,7 +425,7 @@ def test_what_a_run_trains_on(small, chips, fused):
         options = dataclasses.replace(
             fused,
             arrays=lf.runs.OnArrays(
-                crossbar=str(chips / "two"), train_chip=noise, chip=1
+                crossbar=str(chips / "two.json"), train_chip=noise, chip=1
             ),
         )
         placed = on_arrays(setup, options, params)
@@ -461,9 +440,11 @@ def test_what_a_run_trains_on(small, chips, fused):
         )
 
     digital = value(setup.problem.frozen)
+    key = lf.hardware.load_chips(str(chips / "two.json")).chip_key(1)
+    alone = crossbar.program_tree({_V: jnp.asarray(digital)}, {_V: _NOISY}, key)[_V]
     chip = asked("chip")[0]
     np.testing.assert_allclose(
-        value(chip)[0], _weights_of(chips / "two", 1)[0], rtol=1e-5, atol=1e-6
+        value(chip), crossbar.programmed_weights(alone), rtol=1e-5, atol=1e-6
     )
     training, tested = asked("none")
     np.testing.assert_allclose(value(training), digital, rtol=1e-5, atol=1e-6)
@@ -545,11 +526,13 @@ def test_a_file_of_results_that_cannot_be_written_is_named_before_anything_is_co
     chips, fused, monkeypatch
 ):
     options = lf.hardware.EvaluateOnChipsOptions(
-        run=lf.runs.run_path(fused), crossbar=str(chips / "two"), calibration_rows=7
+        run=lf.runs.run_path(fused),
+        crossbar=str(chips / "two.json"),
+        calibration_rows=7,
     )
     monkeypatch.setattr("lorafusion_jax.hardware.evaluate.on_every_chip", pytest.fail)
     lf.hardware.results_path(options).mkdir()
-    with pytest.raises(FileError, match="chips-two-.*: a folder: give a file"):
+    with pytest.raises(FileError, match="chips-two.json-.*: a folder: give a file"):
         lf.hardware.evaluate_on_chips(options)
 
 

@@ -123,7 +123,7 @@ def test_outputs_on_prepared_chips_are_closer_to_the_digital_ones(folder, fused)
 
 @pytest.mark.long
 def test_programmed_chips_keep_their_preparation(small, folder, fused):
-    out = folder / "chips"
+    out = folder / "chips.json"
     lf.hardware.write_chips(
         lf.hardware.ProgramOptions(
             base=str(small[0]),

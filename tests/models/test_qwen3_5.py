@@ -229,7 +229,7 @@ def test_a_fusion_on_a_plain_base_and_on_arrays(tmp_path):
         lf.hardware.ProgramOptions(
             base=str(base),
             pool=str(tmp_path / "pool"),
-            out=tmp_path / "chips",
+            out=tmp_path / "chips.json",
             crossbar="isaac",
             keep_digital=("*.mlp.*", "*.in_proj_z", "*.k_proj"),
         )
@@ -237,7 +237,7 @@ def test_a_fusion_on_a_plain_base_and_on_arrays(tmp_path):
     results = lf.hardware.report_on_chips(
         lf.hardware.EvaluateOnChipsOptions(
             run=tmp_path / "run",
-            crossbar=str(tmp_path / "chips"),
+            crossbar=str(tmp_path / "chips.json"),
             norm="programmed",
             calibration_rows=4,
             test_rows=4,

@@ -66,7 +66,7 @@ def save_config(config: CrossbarConfig, path: str | Path) -> None:
     """
     path = Path(path)
     is_json = kind_of(path, _WHAT) == "json"
-    fields = _plain(config, "", _refuse)
+    fields = config_fields(config)
     yaml_layout: dict[str, Any] = {"sort_keys": False, "default_flow_style": None}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(
@@ -97,7 +97,7 @@ def load_config(name_or_path: str | Path) -> CrossbarConfig:
         )
     fields = read_table(path, kind)
     try:
-        return _build(CrossbarConfig, {} if fields is None else fields, "")
+        return config_from({} if fields is None else fields)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -120,6 +120,16 @@ def config_hash(config: CrossbarConfig) -> str:
     return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
 
 
+def config_fields(config: CrossbarConfig) -> dict[str, Any]:
+    """Return every field of a configuration as JSON has it; ValueError for a function, which a file cannot hold."""
+    return _plain(config, "", _refuse)
+
+
+def config_from(fields: Any) -> CrossbarConfig:
+    """Return the configuration with these fields; missing ones have their defaults."""
+    return _build(CrossbarConfig, fields, "")
+
+
 def to_json(config: CrossbarConfig) -> str | None:
     """Return a configuration as JSON text, or None if it holds functions or arrays, which text cannot restore."""
     if any(
@@ -127,14 +137,14 @@ def to_json(config: CrossbarConfig) -> str | None:
     ):
         return None
     try:
-        return json.dumps(_plain(config, "", _refuse))
+        return json.dumps(config_fields(config))
     except ValueError:
         return None
 
 
 def from_json(text: str) -> CrossbarConfig:
     """Return the configuration that `to_json` wrote."""
-    return _build(CrossbarConfig, parse_json(text), "")
+    return config_from(parse_json(text))
 
 
 def _refuse(function: Callable[..., Any], where: str) -> str:

@@ -1,19 +1,14 @@
 """Chips: a configuration, the weights that are in arrays, and the key that the chips are drawn from.
 
-A chip is drawn when it is used, from its weights, its configuration, its key and its age. A folder of chips records
-them, with digests of the weights, and the programmed arrays, which a drawn chip is compared with:
-
-    CHIPS/manifest.json   key, digital weights, digests of base and modules, arrays and cost of writing them
-    CHIPS/config.yaml     configuration of the crossbar
-    CHIPS/chip_0/         SITE.safetensors, ...: a file for each stack of matrices (`crossbar.load_chip`)
-
-A folder of preparations (`prepare`) stands for a configuration too.
+A chip is drawn when it is used, from its weights, its configuration, its key and its age. `lorafusion crossbar program`
+writes a JSON file that records them, with digests of the weights and of the cells of chip 0, which are drawn again and
+compared. A folder of preparations (`prepare`) stands for a configuration too.
 """
 
 import dataclasses
 import hashlib
 from pathlib import Path
-from typing import Annotated, NotRequired, TypedDict, TypeVar
+from typing import Annotated, Any, TypedDict, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,15 +18,16 @@ from flax import nnx
 from jaxtyping import Array, Key
 
 from .. import crossbar
+from ..crossbar.config.files import config_from
 from ..loading.identity import digests
 from ..loading.model import LoadedModel
 from ..models.architecture import matrices
 from ..models.weights import dense
 from ..support.checks import check_uint32
-from ..support.reading import FileError, read_json
-from .prepared import CONFIG, PREPARATIONS, Prepared, load_prepared
+from ..support.reading import FileError, check_regular, named, read_json
+from ..support.version import __version__
+from .prepared import PREPARATIONS, Prepared, load_prepared
 
-MANIFEST = "manifest.json"
 # Number from which the keys of training steps are made; all chips have smaller numbers.
 STEP_CHIPS = 2**32 - 1
 
@@ -58,21 +54,33 @@ class OneChip(TypedDict):
     simulated_pulses: float | None
 
 
-class Manifest(TypedDict):
-    """Contents of `manifest.json` in a folder of chips. Digests are those of runs (`io.digests`)."""
+class ChipFile(TypedDict):
+    """Contents of a file of chips. Digests of weights are those of runs (`loading.identity`).
+
+    Attributes:
+      modules: digest of each module of the pool, by its name.
+      crossbar: name that the configuration was given by, and `config` its fields.
+      prepared: folder of the base's preparations, relative to that of the file; None without.
+      sha256: digest of the configuration and the preparations.
+      cells_sha256: digest of the programmed cells of chip 0, by the names of its matrices.
+      versions: versions of this package and of JAX that wrote the file.
+    """
 
     base: str
     base_sha256: str
-    pool: str | None
-    modules: dict[str, str]  # name -> SHA-256
+    pool: str
+    modules: dict[str, str]
     basis_sha256: str | None
-    config: str
-    config_sha256: str
+    crossbar: str
+    config: dict[str, Any]
+    prepared: str | None
+    sha256: str
     digital: list[str]
-    key: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+    key: Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
     chips: Annotated[int, msgspec.Meta(ge=1)]
     one_chip: OneChip
-    versions: NotRequired[dict[str, str]]
+    cells_sha256: dict[str, str]
+    versions: dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +91,7 @@ class Chips:
       config: configuration of the crossbar.
       digital: patterns of weights that stay digital.
       key: PRNG key; chip n has fold_in(key, n).
-      manifest: manifest of the folder; None without a folder, so that any number of chips can be drawn.
+      file: content of a file of chips; None without, so that any number of chips can be drawn.
       name: given name.
       prepared: preparations of a base; None without.
     """
@@ -91,7 +99,7 @@ class Chips:
     config: crossbar.CrossbarConfig
     digital: tuple[str, ...]
     key: Array
-    manifest: Manifest | None
+    file: ChipFile | None
     name: str
     prepared: Prepared | None = None
 
@@ -104,7 +112,7 @@ class Chips:
     @property
     def count(self) -> int | None:
         """Number of chips; None for any number."""
-        return None if self.manifest is None else self.manifest["chips"]
+        return None if self.file is None else self.file["chips"]
 
     @property
     def sha256(self) -> str:
@@ -125,7 +133,7 @@ class Chips:
         """Return the key of a chip.
 
         Raises:
-          ValueError: the folder has no such chip.
+          ValueError: the file has no such chip.
         """
         if self.count is not None and not 0 <= number < self.count:
             raise ValueError(
@@ -140,7 +148,7 @@ class Chips:
     def checked(self, fused: Loaded, control: str = "none") -> Loaded:
         """Return the model with the preparations of its base.
 
-        Raises ValueError if the base, the modules or the chips that the key draws differ from those in the folder.
+        Raises ValueError if the base, the modules or the chips that the key draws differ from those of the file.
         """
         frozen = fused.problem.frozen
         if self.prepared is not None:
@@ -157,28 +165,28 @@ class Chips:
                 f"{self.name} has mapping.factors, transform or clip, which depend on the base and its inputs: run "
                 f"`lorafusion crossbar prepare --crossbar {self.name}` with text, and give its folder instead"
             )
-        if self.manifest is not None:
-            self._check(fused, self.manifest, control)
+        if self.file is not None:
+            if control != "none":
+                raise ValueError(
+                    f"{self.name} holds no {control} control: give a preset or a file with --crossbar"
+                )
+            self._check_weights(fused, self.file)
+            self._check_cells(fused, self.file)
         return fused
 
-    def _check(self, fused: LoadedModel, manifest: Manifest, control: str) -> None:
-        if control != "none":
-            raise ValueError(
-                f"{self.name} holds no {control} control: give a preset or a file with --crossbar"
-            )
+    def _check_weights(self, fused: LoadedModel, file: ChipFile) -> None:
         current = digests(fused)
-        on_chips = manifest["modules"]
-        if current["base"] != manifest["base_sha256"]:
+        if current["base"] != file["base_sha256"]:
             raise ValueError(
-                f"{self.name} holds another base model (sha256 {manifest['base_sha256'][:12]}, the run's is "
+                f"{self.name} holds another base model (sha256 {file['base_sha256'][:12]}, the run's is "
                 f"{current['base'][:12]}): program chips with the run's base, or evaluate a run on theirs"
             )
         pairs = {
-            f"module {name}": (digest, on_chips.get(name))
+            f"module {name}": (digest, file["modules"].get(name))
             for name, digest in current["modules"].items()
         }
         if basis := current.get("basis"):
-            pairs = {"shared basis": (basis, manifest["basis_sha256"])}
+            pairs = {"shared basis": (basis, file["basis_sha256"])}
         for name, (digest, stored_digest) in pairs.items():
             if digest != stored_digest:
                 if stored_digest is None:
@@ -189,90 +197,93 @@ class Chips:
                     f"the run fuses the {name} (sha256 {digest[:12]}), which on {self.name} {state}: the chips were "
                     "programmed with another pool; program them with the run's"
                 )
-        self._check_drawn(fused)
 
-    def _check_drawn(self, fused: LoadedModel) -> None:
-        """Draw one weight of chip 0 again, and compare it with the written arrays.
-
-        They may differ by the rounding of the dtype that the run loads weights in.
-        """
-        folder = Path(self.name) / "chip_0"
+    def _check_cells(self, fused: LoadedModel, file: ChipFile) -> None:
+        """Draw a matrix of chip 0 again, and compare its digest."""
         base = matrices(nnx.merge(fused.problem.graph, fused.problem.frozen.base))
-        site = next(
-            (site for site in base if (folder / f"{site}.safetensors").is_file()), None
-        )
+        site = next((site for site in base if site in file["cells_sha256"]), None)
         if site is None:
             return
-        weight = {site: dense(base[site], jnp.float32)}
-        site_preparations = (
-            {site: self.prepared.of_sites[site]} if self.prepared else None
-        )
-        redrawn = crossbar.program_tree(
-            weight,
+        preparations = {} if self.prepared is None else self.prepared.of_sites
+        chip = crossbar.program_tree(
+            {site: dense(base[site], jnp.float32)},
             {site: self.config},
             self.chip_key(0),
-            preparations=site_preparations,
+            preparations={site: preparations[site]} if preparations else None,
         )[site]
-        stored_weights = crossbar.programmed_weights(
-            crossbar.load_chip(folder / f"{site}.safetensors", self.config)
-        )
-        redrawn_weights = crossbar.programmed_weights(redrawn)[: len(stored_weights)]
-        if not np.allclose(
-            redrawn_weights,
-            stored_weights,
-            rtol=0,
-            atol=1e-2 * float(np.abs(stored_weights).max()),
-        ):
-            raise ValueError(
-                f"{folder / site}.safetensors holds other arrays than the key draws now: another version of this "
-                "package or of JAX wrote them, or the run loads its weights in fewer bits. Program chips again"
+        if cells_sha256(chip) != file["cells_sha256"][site]:
+            written_by = " and ".join(
+                f"{name} {version}" for name, version in file["versions"].items()
             )
+            raise ValueError(
+                f"{self.name} was written by {written_by}, and its key draws other cells of {site} here (with "
+                f"lorafusion-jax {__version__} and jax {jax.__version__}): program chips again with these versions, on "
+                "this kind of processor, and let runs load the base in its own dtype"
+            )
+
+
+def cells_sha256(chip: crossbar.Chip) -> str:
+    """Return a digest of the weights as programmed, which follow from the cells."""
+    return hashlib.sha256(np.asarray(chip.codes).tobytes()).hexdigest()
 
 
 def load_chips(name: str, *, key: int = 0, digital: tuple[str, ...] = ()) -> Chips:
-    """Return the chips of a folder that `lorafusion crossbar program` wrote, or of a configuration.
+    """Return the chips of a file that `lorafusion crossbar program` wrote, or of a configuration.
 
     Args:
-      name: folder of chips or of preparations, preset, or .yaml or .json file.
-      key: key of the chips of a configuration; a folder has its own.
-      digital: digital weights of a configuration; a folder has its own.
+      name: file of chips, folder of preparations, preset, or .yaml or .json file of a configuration.
+      key: key of the chips of a configuration; a file of chips has its own.
+      digital: digital weights of a configuration; a file of chips has its own.
     """
     check_uint32(chip_key=key)
-    folder = Path(name)
-    prepared = load_prepared(folder) if (folder / PREPARATIONS).is_dir() else None
-    if not (folder / MANIFEST).is_file():
-        if prepared is not None:
-            digital = (*digital, *prepared.digital)
-            return Chips(
-                prepared.config, digital, jax.random.key(key), None, name, prepared
-            )
-        if folder.is_dir():
+    path = Path(name)
+    if path.is_dir():
+        if not (path / PREPARATIONS).is_dir():
             raise ValueError(
-                f"{folder} has no {MANIFEST}: give a folder that `lorafusion crossbar program` or `prepare` wrote"
+                f"{path} has no {PREPARATIONS}: give a folder that `lorafusion crossbar prepare` wrote, or a file"
             )
+        prepared = load_prepared(path)
+        digital = (*digital, *prepared.digital)
+        return Chips(
+            prepared.config, digital, jax.random.key(key), None, name, prepared
+        )
+    if not _holds_chips(path):
         return Chips(
             crossbar.load_config(name), digital, jax.random.key(key), None, name
         )
-    manifest = read_json(folder / MANIFEST, Manifest, "a folder of chips")
+    file = read_json(path, ChipFile, "a file of chips")
     if digital or key:
         raise ValueError(
-            f"{folder} has its own key and digital weights: leave out these options"
+            f"{path} has its own key and digital weights: leave out these options"
         )
-    config = crossbar.load_config(folder / CONFIG)
-    if crossbar.config_hash(config) != manifest["config_sha256"]:
-        raise FileError(
-            folder / CONFIG,
-            got="not the configuration that the chips were programmed with",
-            fix="restore it",
-        )
-    return Chips(
+    with named(path):
+        config = config_from(file["config"])
+    prepared = None
+    if file["prepared"] is not None:
+        prepared = load_prepared(path.parent / file["prepared"])
+    chips = Chips(
         config,
-        tuple(manifest["digital"]),
-        jax.random.key(manifest["key"]),
-        manifest,
+        tuple(file["digital"]),
+        jax.random.key(file["key"]),
+        file,
         name,
         prepared,
     )
+    if chips.sha256 != file["sha256"]:
+        raise FileError(
+            path,
+            got="not the configuration or the preparations that the chips were programmed with",
+            fix="restore them",
+        )
+    return chips
+
+
+def _holds_chips(path: Path) -> bool:
+    """Return whether a file is of chips, and not of a configuration."""
+    if path.suffix in (".yaml", ".yml") or not path.exists():
+        return False
+    check_regular(path)
+    return b'"cells_sha256"' in path.read_bytes()
 
 
 def seconds(age: str) -> float:
