@@ -46,8 +46,7 @@ class EvaluateOnChipsOptions(EvaluateOptions, ChipsOptions):
     Attributes:
       chips: number of chips; by default all chips of a file of chips, or one chip of a configuration.
       ages: ages of the chips: seconds, or as in 1h, 1day, 1month, 1year; several are evaluated one after the other.
-      compensate: undo each matrix's mean drift digitally: `on`, `off`, or `both` next to each other; by default as in
-        the configuration.
+      compensate: undo each matrix's mean drift digitally: `on` or `off`; by default as in the configuration.
       read_noise: standard deviation of the read noise as a share of Gmax, instead of the configuration's.
       adc_bits: bits of the ADC, instead of the configuration's.
       lora_in: where the module of a LoRA baseline is: in `sram` next to the arrays, or written into separate `cells`.
@@ -59,7 +58,7 @@ class EvaluateOnChipsOptions(EvaluateOptions, ChipsOptions):
 
     chips: int | None = None
     ages: tuple[str, ...] = ()
-    compensate: Literal["on", "off", "both"] | None = None
+    compensate: Literal["on", "off"] | None = None
     read_noise: float | None = None
     adc_bits: int | None = None
     lora_in: Literal["sram", "cells"] = "sram"
@@ -73,7 +72,7 @@ class EvaluationRequest:
     """A digital run (setup, options, trained parameters), and the chips to evaluate it on.
 
     `modules` are the numbers of the pool's modules on the chips, `restored` the corrections of each chip or empty, and
-    `configs` the arrays by age and compensation.
+    `configs` the arrays by age.
     """
 
     setup: Setup
@@ -83,7 +82,7 @@ class EvaluationRequest:
     count: int
     modules: Int[Array, " P"] | None
     restored: list[Restored]
-    configs: dict[tuple[str | None, bool | None], CrossbarConfig]
+    configs: dict[str | None, CrossbarConfig]
 
 
 def asked(options: EvaluateOnChipsOptions) -> EvaluationRequest:
@@ -98,9 +97,9 @@ def asked(options: EvaluateOnChipsOptions) -> EvaluationRequest:
         options.crossbar, key=options.chip_key, digital=options.keep_digital
     )
     config = _overridden(chips.config, options)
+    compensate = compensation(options)
     configs = {
-        (age, compensate): aged(config, age, compensate=compensate)
-        for age, compensate in cases(options)
+        age: aged(config, age, compensate=compensate) for age in options.ages or (None,)
     }
     count = options.chips or chips.count or 1
     if count > 1 and not is_random(config) and not config.reads_at_random:
@@ -160,7 +159,7 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
     with on_devices, progress("chips", count * len(on.configs)) as bar:
         setup = on.setup.with_layers(unroll=False)
         setup = setup.with_problem(frozen=on_mesh(setup.problem.frozen, setup.config))
-        for (age, compensate), config in on.configs.items():
+        for age, config in on.configs.items():
             on_all = on_every_chip(
                 setup,
                 params,
@@ -178,7 +177,11 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
                 : count * len(seeds)
             ]
             rows += [
-                {"age": age, "compensate": compensate, "chip": number // len(seeds)}
+                {
+                    "age": age,
+                    "compensate": compensation(options),
+                    "chip": number // len(seeds),
+                }
                 | {name: row[name] for name in ("seed", "exact_match", "loss")}
                 for number, row in enumerate(scores)
             ]
@@ -259,14 +262,9 @@ def lora_in_cells(setup: Setup, params: Params) -> tuple[Setup, Params]:
     }
 
 
-def cases(options: EvaluateOnChipsOptions) -> list[tuple[str | None, bool | None]]:
-    """Return the ages and ways of compensation that are evaluated; None for the configuration's own."""
-    choices = {None: (None,), "on": (True,), "off": (False,), "both": (False, True)}
-    return [
-        (age, compensate)
-        for age in options.ages or (None,)
-        for compensate in choices[options.compensate]
-    ]
+def compensation(options: EvaluateOnChipsOptions) -> bool | None:
+    """Return whether mean drift is undone; None for the configuration's own choice."""
+    return None if options.compensate is None else options.compensate == "on"
 
 
 def _overridden(

@@ -18,7 +18,13 @@ from ..support.progress import progress
 from ..support.writing import check_writable
 from ..training.frozen import Frozen
 from .calibration import calibration_batches, logits_of
-from .evaluate import EvaluateOnChipsOptions, asked, cases, results_path, settings
+from .evaluate import (
+    EvaluateOnChipsOptions,
+    asked,
+    compensation,
+    results_path,
+    settings,
+)
 from .program import program
 
 
@@ -26,19 +32,17 @@ def report_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
     """Return and write the scores of a run digitally and on every chip, its arrays, and their errors by site.
 
     Raises:
-      ValueError: more than one age or way of compensation, or a mesh; and as `asked` does.
+      ValueError: more than one age, or a mesh; and as `asked` does.
     """
-    if len(cases(options)) > 1:
-        raise ValueError(
-            "a report is of one age, compensated or not: give one of --ages, and not --compensate both"
-        )
+    if len(options.ages) > 1:
+        raise ValueError("a report is of one age: give one of --ages")
     if options.mesh is not None:
         raise ValueError(
             "a report evaluates one chip after another: leave out --mesh, or --report"
         )
     on = asked(options)
     check_writable(path := results_path(options, "crossbar"))
-    (((age, compensate), config),) = on.configs.items()
+    ((age, config),) = on.configs.items()
     params = on.params
     chips = on.chips
     digital = seed_rows(*evaluate_seeds(on.setup, on.fused, params))
@@ -91,7 +95,7 @@ def report_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
         "config_sha256": config_hash(config),
         "digital_weights": list(chips.digital),
         "age": age,
-        "compensate": compensate,
+        "compensate": compensation(options),
         **settings(on.fused.method, options),
         "chip_key": options.chip_key if chips.file is None else chips.file["key"],
         "digital": digital,

@@ -136,8 +136,8 @@ def test_errors_are_one_message_and_exit_code_2(run, tmp_path, capsys):
         ),
         (["evaluate", "--run", str(tmp_path)], ": not a run: it has no config.json"),
         (
-            [*chips, "--compensate", "both", "--report"],
-            "a report is of one age, compensated or not: give one",
+            [*chips, "--ages", "1h", "1day", "--report"],
+            "a report is of one age: give one of --ages",
         ),
         (
             [*chips, "--keep-digital", "embedding", "--report"],
