@@ -8,7 +8,7 @@
 | 4, if the best first rate is an end of the seven | that rate times 3 and 9, or divided by them | as the best one |
 
 The best one of all these is chosen, with its share of the epochs: with few rows, a LoRA overfits in all of them.
-On the tuning tasks of docs/results/pool_value.md, the best rate of magnitudes is 0.003 to 0.01 on one model and 0.03 to
+On the tuning tasks of docs/results/pools.md, the best rate of magnitudes is 0.003 to 0.01 on one model and 0.03 to
 0.1 on another; that of coefficients is 0.03 on both. So magnitudes come first.
 """
 

@@ -4,7 +4,7 @@ Folds share most training rows, so losses of different folds are not independent
 over inputs (rows with the same input are one unit) whose variance is multiplied by 1 + folds / (folds - 1): the
 correction of Nadeau and Bengio (2003), on rows instead of folds. An arm is named if it is not worse than each other arm
 by a margin; because each bound must hold, none is corrected for the number of arms. Levels and margins were chosen by
-simulations (experiments/trial_coverage.md); docs/results/trial.md has the shares of intervals and sentences that are
+simulations (experiments/trial_coverage.md); docs/results/pools.md has the shares of intervals and sentences that are
 right.
 
 Intervals hold for the folds and for the draws of a control that were measured, whose losses are averaged per row.
