@@ -157,10 +157,10 @@ def pytest_collection_finish() -> None:
 # The files with most to compile start first, so that no worker waits for another one's at the end; tests/methods before
 # those that find its programs compiled (runs, cli, chips).
 _FIRST = """
-methods/test_methods runs/test_run crossbar/test_mvm estimates/test_plan docs/test_code crossbar/test_goldens
+methods/test_methods runs/test_run crossbar/test_reads estimates/test_plan docs/test_code crossbar/test_goldens
 hardware/test_model_on_arrays test_families crossbar/test_flax models/test_parity
-models/test_goldens serving/test_bank adapters/test_composition crossbar/test_paths estimates/test_bill cli/test_cli
-crossbar/test_learning hardware/test_chips adapters/test_peft_merge crossbar/test_tree
+models/test_goldens serving/test_bank adapters/test_composition estimates/test_bill cli/test_cli
+hardware/test_chips adapters/test_peft_merge crossbar/test_tree
 faults/test_kills
 """.split()
 

@@ -310,3 +310,32 @@ def problem(
     W = rng.normal(size=(d_in, d_out))
     x = rng.uniform(-1, 1, (batch, d_in))
     return jnp.asarray(W, jnp.float32), jnp.asarray(x, jnp.float32)
+
+
+def product(x: jax.Array, weight: Any) -> jax.Array:
+    """Return a digital product, or the read of a chip."""
+    return (
+        crossbar.matmul(x, weight) if isinstance(weight, crossbar.Chip) else x @ weight
+    )
+
+
+_TRUNCATING = crossbar.Architecture(
+    energy=lambda bits, constants: constants["comparison_energy"] * bits,
+    time=lambda bits, columns, constants: crossbar.Range.of(1e-9 * columns),
+    transfer=lambda sums, lowest, highest: jnp.floor(sums),
+    constants={
+        "comparison_energy": crossbar.Constant("pJ", 1.0, 2.0, 3.0, "[A]", "made up")
+    },
+)
+crossbar.register_adc("truncating", _TRUNCATING)
+
+
+def single_slices(architecture: str, **adc: Any) -> CrossbarConfig:
+    """Return a crossbar whose sums are small integers: one slice of weights and one of inputs."""
+    return CrossbarConfig(
+        cell=Cell(bits=(3,)),
+        mapping=Mapping(weight_bits=4),
+        tile=Tile(rows=6, cols=4),
+        dac=DAC(bits=4, slice_bits=None, scaling="fixed"),
+        adc=ADC(architecture=architecture, **{"bits": 5, "range": "max"} | adc),
+    )

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from crossbar_strategies import product
 from flax import nnx
-from testers import product
 
 import lorafusion_jax as lf
 from lorafusion_jax import crossbar

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from testers import product
+from crossbar_strategies import product
 
 from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar import (
