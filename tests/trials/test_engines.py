@@ -16,13 +16,11 @@ def _run(item):
 
 
 def test_a_failure_of_memory_is_a_result_and_other_errors_are_raised():
-    errors = (
-        MemoryError(),
-        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 bytes\nmore"),
-    )
-    found = list(run_items(_run, [1, *errors, 2], EngineOptions()))
+    full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 bytes\nmore")
+    items = [1, MemoryError(), full, 2]
+    results = [result for _, result in run_items(_run, items, EngineOptions())]
     memory = [OutOfMemory("MemoryError"), OutOfMemory("RESOURCE_EXHAUSTED: 9 bytes")]
-    assert found == [(1, 10), *zip(errors, memory, strict=True), (2, 20)]
+    assert results == [10, *memory, 20]
     for error in (jax.errors.JaxRuntimeError("INTERNAL: bug"), ValueError("bad file")):
         with pytest.raises(type(error), match=str(error)):
             list(run_items(_run, [error], EngineOptions()))
@@ -33,20 +31,16 @@ def _no_cluster(*_, **__):
 
 
 def test_options_that_no_engine_has_are_refused(monkeypatch):
-    with pytest.raises(
-        ValueError, match="--address auto is that of a Ray cluster: add --engine ray"
-    ):
+    message = "--address auto is that of a Ray cluster: add --engine ray"
+    with pytest.raises(ValueError, match=message):
         MatrixOptions(base="", pool="", tasks=(), address="auto")
+    options = EngineOptions(engine="ray", address="auto")
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(
-        ValueError,
-        match=r'--engine ray needs ray, .* pip install "lorafusion-jax\[ray\]"',
-    ):
-        list(run_items(_run, [1], EngineOptions(engine="ray")))
-    monkeypatch.setitem(sys.modules, "ray", fake := ModuleType("ray"))
-    vars(fake).update(is_initialized=lambda: False, init=_no_cluster)
-    with pytest.raises(
-        ValueError,
-        match=r"--address auto: no Ray cluster can be joined there \(none\): start",
-    ):
-        list(run_items(_run, [1], EngineOptions(engine="ray", address="auto")))
+    with pytest.raises(ValueError, match="--engine ray needs ray, .* pip install"):
+        list(run_items(_run, [1], options))
+    ray = ModuleType("ray")
+    vars(ray).update(is_initialized=lambda: False, init=_no_cluster)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    message = r"--address auto: no Ray cluster can be joined there \(none\): start"
+    with pytest.raises(ValueError, match=message):
+        list(run_items(_run, [1], options))

@@ -3,20 +3,15 @@
 import dataclasses
 import json
 import sys
-from pathlib import Path
 
 import jax
 import one_block
 import pytest
-import small_pool
 from lab.methods import ARMS
 
 from lorafusion_jax.report import key
 from lorafusion_jax.trials import matrix, read_rows
 
-_COMMITTED = (
-    Path(__file__).resolve().parents[2] / "results" / "small_pool" / "results.jsonl"
-)
 _ENTRIES = {
     name: dataclasses.replace(
         ARMS[name], recipe={"batch_size": 48, "max_new_tokens": 8}
@@ -118,26 +113,6 @@ def test_missing_rows_alone_are_computed_and_those_of_other_settings_refused(
         with pytest.raises(ValueError, match=message):
             matrix.run_matrix(dataclasses.replace(options, **changes), _ENTRIES)
     assert not ran and file.read_bytes() == before
-
-
-def test_committed_rows_are_a_part_of_the_matrix(tmp_path, ran):
-    rows = [
-        line
-        for line in _COMMITTED.read_text().splitlines(keepends=True)
-        if '"task": "swapends_prev"' in line
-    ]
-    (tmp_path / "results.jsonl").write_text("".join(rows))
-    task = str(small_pool.SMALL / "tasks" / "swapends_prev")
-    chosen = small_pool.SmallPoolOptions(
-        tasks=(task,), methods=("LoRA", "LoRAFusion"), seeds=(1,), out=tmp_path
-    )
-    matrix.run_matrix(chosen, ARMS, root=small_pool.ROOT)
-    assert not ran and (tmp_path / "results.jsonl").read_text() == "".join(rows)
-    fewer = dataclasses.replace(chosen, modules=5)
-    with pytest.raises(
-        ValueError, match=r"LoRAFusion, 95\+5 shots, seed 1 .* \(modules was 20, is 5\)"
-    ):
-        matrix.run_matrix(fewer, ARMS, root=small_pool.ROOT)
 
 
 def test_five_shots_have_five_rows_and_more_epochs(options):

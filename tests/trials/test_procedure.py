@@ -36,39 +36,24 @@ def test_folds_divide_no_input_and_have_equal_sizes():
 
 
 @pytest.mark.parametrize(
-    ("groups", "folds", "message"),
+    ("arms", "groups", "folds", "message"),
     [
         (
-            ["a"] * 9,
+            _ARMS,
+            "aaaaaaaaa",
             5,
-            r"the 9 rows all have the same input, expected at least 5, .*: add rows with other inputs",
+            "the 9 rows all have the same input, expected at least 5",
         ),
-        (
-            [*"aabbc"],
-            5,
-            r"the 5 rows have 3 different inputs, expected at least 5.* lower --folds \(it is 5\)",
-        ),
-        (
-            [*"abcdefghi"],
-            5,
-            "9 rows give a fold of 1, expected at least 2 in each of 5: add rows, or lower --folds",
-        ),
-        (
-            [*"aabb"],
-            2,
-            "expected at least 3, because rows with one input stay together: add rows with other inputs$",
-        ),
-        ([*"abcdef"], 1, "rows cannot be divided into 1 parts: give at least 2 folds"),
+        (_ARMS, "aabbc", 5, r"the 5 rows have 3 different inputs, .* lower --folds"),
+        (_ARMS, "abcdefghi", 5, "9 rows give a fold of 1, expected at least 2 in each"),
+        (_ARMS, "aabb", 2, "expected at least 3, .* add rows with other inputs$"),
+        (_ARMS, "abcdef", 1, "rows cannot be divided into 1 parts: give at least 2"),
+        (_ARMS[:1] * 2, _GROUPS, 5, "same name: base, base"),
     ],
 )
-def test_too_few_rows_are_refused_before_anything_is_trained(groups, folds, message):
+def test_what_cannot_be_tried_is_refused_before_training(arms, groups, folds, message):
     with pytest.raises(ValueError, match=message):
-        procedure(_ARMS, groups, pytest.fail, folds=folds)
-
-
-def test_arms_of_one_name_are_refused():
-    with pytest.raises(ValueError, match="same name: base, base"):
-        procedure(_ARMS[:1] * 2, _GROUPS, pytest.fail)
+        procedure(arms, [*groups], pytest.fail, folds=folds)
 
 
 @pytest.mark.parametrize(
@@ -142,38 +127,32 @@ def test_one_rate_is_refined_by_half_steps_and_diverged_ends_are_not_chosen():
         )
 
 
-@pytest.mark.parametrize(
-    ("nested", "stop_after"), [(a, b) for a in (False, True) for b in (None, 2, 5)]
-)
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("stop_after", [None, 2, 5])
 def test_each_row_is_tested_by_a_training_without_its_input(nested, stop_after):
     calls: list[Sequence[Training]] = []
 
     def measure(trainings):
         calls.append(trainings)
-        for one in trainings:
-            assert not {_GROUPS[row] for row in one.train} & {
-                _GROUPS[row] for row in one.test
-            }
+        for training in trainings:
+            trained = {_GROUPS[row] for row in training.train}
+            assert not trained & {_GROUPS[row] for row in training.test}
             # With the first rows, the best rates are others than with the last ones.
-            best = 0.3 if 0 in one.train else 0.03
-            far = (
-                sum(abs(math.log(value / best)) for _, value in one.rates[:1])
-                - len(one.rates) * one.share / 1e6
-            )
-            loss = far + one.draw + np.array(one.test) / 100
+            best = 0.3 if 0 in training.train else 0.03
+            far = sum(abs(math.log(value / best)) for _, value in training.rates[:1])
+            far -= len(training.rates) * training.share / 1e6
+            loss = far + training.draw + np.array(training.test) / 100
             yield Scores(loss, loss > 1)
 
-    stops = iter([False] * ((stop_after or 5) - 1) + [True])
+    def stop():
+        return len(calls) == 3 + stop_after
+
     last = procedure(
-        _ARMS,
-        _GROUPS,
-        measure,
-        nested=nested,
-        stop=None if stop_after is None else lambda: next(stops),
+        _ARMS, _GROUPS, measure, nested=nested, stop=stop if stop_after else None
     )
     assert len(calls) == 3 + (stop_after or 1)
-    of_pool = last.loss["pool"][0]
-    np.testing.assert_array_equal(np.isfinite(of_pool), last.fold < (stop_after or 5))
+    tested = np.isfinite(last.loss["pool"][0])
+    np.testing.assert_array_equal(tested, last.fold < (stop_after or 5))
     if stop_after == 2:
         return
     np.testing.assert_allclose(last.loss["base"][0], np.arange(42) / 100)
@@ -181,19 +160,17 @@ def test_each_row_is_tested_by_a_training_without_its_input(nested, stop_after):
     np.testing.assert_allclose(
         drawn, np.broadcast_to([[1], [2], [3]], (3, 42)), atol=1e-9
     )
-    sizes = np.bincount(last.fold)
-    tuned = (
-        _TUNING * 28 / 42
-        + nested * _TUNING * sum(round((42 - n) * 2 / 3) for n in sizes) / 42
-    )
-    assert last.spent["base"] == 0 and last.spent["pool"] == pytest.approx(
-        4 + tuned, rel=0.04
-    )
+    tuned = _TUNING * 28 / 42
+    if nested:
+        sizes = np.bincount(last.fold)
+        tuned += _TUNING * sum(round((42 - n) * 2 / 3) for n in sizes) / 42
+    assert last.spent["base"] == 0
+    assert last.spent["pool"] == pytest.approx(4 + tuned, rel=0.04)
     assert last.spent["rotated"] - last.spent["pool"] == pytest.approx(8)
-    of_fold = {
-        dict(one.rates)["a"]
-        for one in calls[-1]
-        if one.arm == "pool" and one.share == 1
+    rates = {
+        dict(training.rates)["a"]
+        for training in calls[-1]
+        if training.arm == "pool" and training.share == 1
     }
-    assert len(of_fold) == 1 or nested
+    assert len(rates) == 1 or nested
     assert last.tuned["pool"] == last.tuned["rotated"] and last.option_correct == {}

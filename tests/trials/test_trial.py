@@ -38,6 +38,12 @@ def options(small, tmp_path):
     )
 
 
+def _command(options):
+    command = f"trial --base {options.base} --pool {options.pool} --out {options.out}"
+    sizes = "--train-rows 12 --folds 2 --epochs 1 --task"
+    return [*command.split(), *sizes.split(), *options.task]
+
+
 def _made_up(training):
     """Return scores; LoRA has the least loss, at rates of 0.002 and above."""
     least = {"LoRA": 0.2, "LoRAFusion": 1.0}.get(training.arm, 1.5)
@@ -119,55 +125,10 @@ def test_what_cannot_be_tried_is_refused_before_anything_is_loaded(
     assert not options.out.exists()
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([{"question": "a", "answer": "b"}] * 9, "rows all have the same input"),
-        ([{"question": str(i)} for i in range(9)], "has question: expected answer"),
-    ],
-)
-def test_rows_without_answers_or_of_one_input_are_refused(
-    options, rows, message, tmp_path
-):
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    of_rows = {
-        "task": (str(tmp_path / "rows.json"),),
-        "input": "question",
-        "target": "answer",
-    }
-    with pytest.raises(ValueError, match=message):
-        next(trial(dataclasses.replace(options, **of_rows)))
-
-
-def test_adapters_of_another_base_are_refused(options, small, tmp_path):
-    other = one_block.SMALL / "adapters"
-    with pytest.raises(ValueError, match="adapter"):
-        next(trial(dataclasses.replace(options, pool=str(other))))
-    assert not (options.out / "double_digit" / "measured.jsonl").exists()
-
-
 def test_a_finished_trial_is_read_and_its_command_trains_the_arm(
     options, measured, capsys
 ):
-    arguments = [
-        "trial",
-        "--base",
-        options.base,
-        "--pool",
-        options.pool,
-        "--task",
-        str(TASK),
-    ]
-    arguments += [
-        "--out",
-        str(options.out),
-        "--train-rows",
-        "12",
-        "--folds",
-        "2",
-        "--epochs",
-        "1",
-    ]
+    arguments = _command(options)
     main(arguments)
     said, progress = capsys.readouterr()
     *_, lora, single = [line for line in progress.splitlines() if "answers" in line]
@@ -178,26 +139,13 @@ def test_a_finished_trial_is_read_and_its_command_trains_the_arm(
     assert count == 4 * 13 + (5 + 3) * 2 + 1
     main(arguments)
     assert len(measured) == count and capsys.readouterr().out == said
-    assert {path.name for path in options.out.iterdir()} == {
-        *(
-            "double_digit",
-            "double_digit.csv",
-            "double_digit.png",
-            "report.html",
-        ),
-    }
+    files = {"double_digit", "double_digit.csv", "double_digit.png", "report.html"}
+    assert {path.name for path in options.out.iterdir()} == files
     (command,) = (
         line for line in said.splitlines() if line.startswith("lorafusion fuse")
     )
-    assert all(
-        given in command
-        for given in (
-            "--method lora",
-            "--train-rows 12",
-            "--lr-lora 0.006",
-            "--epochs 1",
-        )
-    )
+    flags = "--method lora --train-rows 12 --lr-lora 0.006 --epochs 1".split(" --")
+    assert all(flag in command for flag in flags)
 
 
 def test_the_sentence_names_the_method_of_the_best_arm(options, measured):
@@ -213,17 +161,7 @@ def test_the_sentence_names_the_method_of_the_best_arm(options, measured):
 
 def test_several_tasks_have_a_verdict_together(options, measured, capsys):
     tasks = (str(TASK), str(TASK.parent / "odd_dash"))
-    arguments = [
-        "--base",
-        options.base,
-        "--pool",
-        options.pool,
-        "--task",
-        *tasks,
-        "--out",
-        str(options.out),
-    ]
-    main(["trial", *arguments, "--train-rows", "12", "--folds", "2", "--epochs", "1"])
+    main(_command(dataclasses.replace(options, task=tasks)))
     said = capsys.readouterr().out
     assert (
         said.count("Train a LoRA.") == 3
@@ -254,9 +192,7 @@ def test_minutes_stop_a_trial_after_a_fold_and_another_base_is_refused(
 
 
 def test_a_plan_has_the_costs_of_the_trainings_of_each_arm(options, capsys):
-    rows = ("--train-rows", "12", "--folds", "2", "--epochs", "4", "--plan")
-    given = ("--base", options.base, "--pool", options.pool, "--task", str(TASK))
-    main(["trial", *given, *rows, "--out", str(options.out)])
+    main([*_command(options), "--plan"])
     lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
     head, _, *arms = [[*map(str.strip, line)] for line in lines if line]
     by_arm = {line[0]: dict(zip(head, line, strict=True)) for line in arms}
@@ -303,20 +239,3 @@ def test_trainings_equal_runs_of_fuse_on_the_same_rows(small, tmp_path):
         np.testing.assert_allclose(scores.correct.mean() * 100, seed["exact_match"])
         loss = scores.loss.sum() * np.mean(tokens) / sum(tokens[i] for i in test)
         np.testing.assert_allclose(loss, seed["loss"], rtol=2e-5)
-
-
-@pytest.mark.nightly
-def test_a_trial_of_the_small_base_ends_with_a_sentence(options, capsys):
-    ((one, outcomes),) = trial(dataclasses.replace(options, arms=("DoRA=dora",)))
-    assert (
-        all(np.isfinite(loss).all() for loss in outcomes.loss.values())
-        and "DoRA" in outcomes.loss
-    )
-    # Two folds train on half of the rows each, for the chosen length. Tuning takes the same steps for every arm, and
-    # two trainings on two thirds of the rows more where a grid was extended.
-    tuning = []
-    for name in ("LoRA", "magnitudes", "DoRA"):
-        tuned = outcomes.tuned[name]
-        extended = 0 if tuned.in_grid is None else 2 * tuned.share * 2 / 3
-        tuning.append(outcomes.spent[name] - tuned.share - extended)
-    np.testing.assert_allclose(tuning, tuning[0])
