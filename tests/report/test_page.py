@@ -90,8 +90,6 @@ def test_without_a_complete_method_there_is_a_page_and_no_plot(tmp_path):
     }
 
 
-
-
 def test_the_page_is_whole_and_needs_no_other_file(folder):
     whole = (folder / "report.html").read_text()
     bare = re.sub('base64,[^"]*', "", whole)
@@ -111,8 +109,6 @@ def test_the_page_is_whole_and_needs_no_other_file(folder):
     for text in ("95 + 5 examples", "5 examples", "fusion sum minus each"):
         assert text in shown
     assert whole.count("prefers-color-scheme: dark") == 1 and 'name="viewport"' in whole
-
-
 
 
 def test_the_script_compares_with_a_method_that_has_rows(tmp_path):

@@ -76,8 +76,6 @@ def test_pairs_are_drawn_together():
     assert found.p == pytest.approx(2 / 10_001)
 
 
-
-
 def test_equal_methods_have_no_difference_and_one_seed_stands_for_all():
     rng = np.random.default_rng(6)
     a = rng.random((5, 40)) < 0.5
