@@ -86,14 +86,5 @@ def test_commands_scripts_and_targets_of_a_page_exist(page):
     assert set(targets) <= set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
 
 
-@pytest.mark.parametrize("page", ["bases", "adapters"])
-def test_tables_of_tests_name_tests_that_exist(page):
-    text = (_ROOT / f"docs/reference/{page}.md").read_text()
-    tests = re.findall(r"`([\w/]+\.py)::(\w+)`", text)
-    assert tests
-    for file, name in tests:
-        assert f"\ndef {name}(" in (_ROOT / "tests" / file).read_text(), name
-
-
 def test_the_readme_is_short():
     assert len((_ROOT / "README.md").read_text().split()) <= 650
