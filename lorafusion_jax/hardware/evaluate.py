@@ -33,7 +33,7 @@ from .calibration import CALIBRATION_ROWS
 from .chip_file import Chips, aged, load_chips
 from .chips import for_every_chip, on_every_chip
 from .on_arrays import check, module_numbers, without_merged_pool
-from .program import Restored
+from .program import Restored, check_no_split
 from .restored import load_restored
 
 _LONGEST_NAME = 40  # characters of the chips' name in that of a file
@@ -53,7 +53,7 @@ class EvaluateOnChipsOptions(EvaluateOptions, ChipsOptions):
       calibration_rows: training rows that the ADCs are calibrated on.
       report: evaluate chip after chip, each calibrated on its own, and next to the digital model; and report every
         site's signal to quantisation noise ratio, arrays and conversions.
-      mesh: divide chips and seeds over devices, as in seed=8, and matrices over the axis `model`.
+      mesh: divide chips and seeds over devices, as in seed=8.
     """
 
     chips: int | None = None
@@ -142,6 +142,8 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
       ValueError: a run with examples in its prompts; and as `asked` does.
     """
     mesh = None if options.mesh is None else make_mesh(options.mesh)
+    if mesh is not None:
+        check_no_split(mesh.shape["model"])
     on = asked(options)
     check_writable(results_path(options))
     if on.fused.entry.answers == "examples":

@@ -17,7 +17,6 @@ from jaxtyping import Array, Int
 from ..adapters.norms import PairTerms, gram, norms
 from ..adapters.pool import LoraPool
 from ..crossbar import (
-    Chip,
     Correction,
     Preparation,
     Rules,
@@ -26,13 +25,11 @@ from ..crossbar import (
     with_chips,
     with_corrections,
 )
-from ..crossbar.chip.plan import Cut, Split
-from ..crossbar.chip.split import unfit
-from ..models.architecture import Architecture, kernels, matrices, set_matrices
+from ..models.architecture import kernels, matrices, set_matrices
 from ..models.weights import dense
 from ..support.reading import named
 from ..training.frozen import Frozen
-from ..training.mesh import axis_size, check_model
+from ..training.mesh import axis_size
 
 # Weights that the magnitudes' norms are computed from: those on the chip, which have to be read back, or their targets.
 Norms = Literal["programmed", "ideal"]
@@ -100,6 +97,7 @@ def program(
       ValueError: a pattern matches nothing, a weight cannot be programmed, or all weights are digital although there
         are arrays.
     """
+    check_no_split(axis_size("model"))
     # A copy of the state: merged models share its variables, and the digital one must stay as it is.
     model = nnx.merge(graph, jax.tree.map(lambda weight: weight, frozen.base))
     pool = frozen.pool
@@ -132,16 +130,13 @@ def program(
     )
     weights_to_write = base | ({"pool": factors} if factors else {})
 
-    def finished(weights: Any) -> Any:
-        return _shared_out(
-            weights if restored is None else restored.on(weights), model.config
+    if restored is None:
+        placed = write(weights_to_write)
+    else:  # what does not fit is refused before anything is written
+        jax.eval_shape(
+            lambda weights: len(restored.on(write(weights))), weights_to_write
         )
-
-    if (
-        restored is not None or axis_size("model") > 1
-    ):  # what does not fit is refused before anything is written
-        jax.eval_shape(lambda weights: len(finished(write(weights))), weights_to_write)
-    placed = finished(write(weights_to_write))
+        placed = restored.on(write(weights_to_write))
     if any(config is not None for config in rules.values()) and not chips_in(placed):
         raise ValueError(
             f"the digital weights {', '.join(map(repr, rules))} leave none for arrays: name fewer"
@@ -173,48 +168,12 @@ def program(
     )
 
 
-def _shared_out(weights: Any, config: Architecture) -> Any:
-    """Return weights whose chips are split over the mesh's axis `model`, each as its digital matrix is."""
-    if (devices := axis_size("model")) == 1:
-        return weights
-    check_model(config)
-    splits: dict[str, Cut] = {**config.splits}
-    for name, site in config.sites.items():
-        factors = "BV" if site.split == "columns" else "AU"
-        splits.update(
-            dict.fromkeys(
-                (name, *(f"pool.{factor}.{name}" for factor in factors)), site.split
-            )
-        )
-    cut: list[tuple[Chip, Cut | None]] = [
-        (chip, splits.get(chip.name)) for chip in chips_in(weights)
-    ]
-
-    def refused(parts: int) -> list[str]:
-        reasons = ((chip.name, by and unfit(chip, by, parts)) for chip, by in cut)
-        return [f"{name} has {reason}" for name, reason in reasons if reason]
-
-    if faults := refused(devices):
-        fits = next(
-            parts
-            for parts in range(devices - 1, 0, -1)
-            if devices % parts == 0 and not refused(parts)
-        )
+def check_no_split(devices: int) -> None:
+    """Raise a ValueError if so many devices would share out each matrix, which is whole on a chip."""
+    if devices > 1:
         raise ValueError(
-            f"--mesh model={devices} splits arrays between tiles, but {faults[0]}: give model={fits}, or keep it "
-            "digital (--keep-digital)"
+            f"--mesh model={devices} would split matrices over devices, but chips are whole: give seed alone"
         )
-    plans = [
-        dataclasses.replace(chip.plan, split=by and Split(by, "model", devices))
-        for chip, by in cut
-    ]
-    return with_chips(
-        weights,
-        [
-            dataclasses.replace(c, plan=plan)
-            for (c, _), plan in zip(cut, plans, strict=True)
-        ],
-    )
 
 
 def _with_pool(

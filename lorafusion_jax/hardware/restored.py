@@ -33,7 +33,7 @@ from ..tasks import IGNORED, Batch, tokenise
 from ..training.mesh import axis_size, make_mesh, on_mesh
 from .chip_file import Chips, aged, load_chips
 from .chips import programmed
-from .program import Restored, program
+from .program import Restored, check_no_split, program
 from .restore import (
     Method,
     Restoring,
@@ -166,10 +166,8 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
     at_least(1, chips=len(options.chip), tokens=options.tokens)
     check_uint32(seed=options.seed)
     mesh = None if options.mesh is None else make_mesh(options.mesh)
-    if mesh is not None and mesh.shape["model"] > 1:
-        raise ValueError(
-            f"--mesh {options.mesh} would split the chips that a device restores: give seed alone"
-        )
+    if mesh is not None:
+        check_no_split(mesh.shape["model"])
     low_rank = options.method in ("low-rank", "lora")
     rank = 4.0 if options.rank is None else options.rank
     unused = () if low_rank else ("rank", "rate_low_rank")

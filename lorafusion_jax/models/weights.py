@@ -24,7 +24,6 @@ from .. import crossbar
 from ..crossbar import Chip, programmed_weights
 from ..crossbar import is_chip as is_chip
 from ..crossbar import reads as reads
-from ..crossbar.chip.split import partitions as partitions
 from ..support.platform import check_mesh, for_cpu, is_traced
 from .narrow import from_bits, kept, pack, to_bits
 

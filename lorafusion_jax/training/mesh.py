@@ -18,7 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ..models.architecture import Architecture, Split
 from ..models.registry import abstract_model
-from ..models.weights import is_chip, partitions
+from ..models.weights import is_chip
 from ..support.platform import for_cpu
 
 _Tree = TypeVar("_Tree")
@@ -147,10 +147,8 @@ def shardings(
 
     def of_leaf(path: tuple[Any, ...], leaf: Any) -> list[NamedSharding]:
         if is_chip(leaf):
-            specs = partitions(leaf)
-            if of_seeds:
-                specs = [PartitionSpec("seed", *spec[1:]) for spec in specs]
-            return [NamedSharding(mesh, spec) for spec in specs]
+            spec = PartitionSpec("seed") if of_seeds else PartitionSpec()
+            return [NamedSharding(mesh, spec)] * len(jax.tree.leaves(leaf))
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         spec = partition(name, leaf.ndim, split, of_seeds=of_seeds)
         for axis, size in zip(spec, leaf.shape, strict=False):

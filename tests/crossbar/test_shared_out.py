@@ -1,9 +1,7 @@
-"""Arrays over devices: reads, calibration and programming under `jax.shard_map`, and matrices that are shared out."""
+"""Arrays over devices: reads, calibration and programming under `jax.shard_map`."""
 
-import contextlib
 import dataclasses
 import re
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +12,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import lorafusion_jax as lf
-from lorafusion_jax import crossbar, over_seeds
+from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar import (
     ADC,
     CrossbarConfig,
@@ -28,7 +25,6 @@ from lorafusion_jax.crossbar import (
     Wire,
 )
 from lorafusion_jax.crossbar import flax as crossbar_flax
-from lorafusion_jax.crossbar.chip.plan import Split
 
 _TILE = Tile(rows=16, cols=12)
 _ADC = ADC(bits=6, range="max")
@@ -112,118 +108,6 @@ def test_chips_and_inputs_may_differ_between_devices(name, mesh):
     np.testing.assert_allclose(
         found, wanted, rtol=1e-4, atol=1e-5 * float(jnp.abs(jnp.stack(wanted)).max())
     )
-
-
-_NOISY = dataclasses.replace(_PLAIN, device=Device(read_noise=ReadNoise(0.01)))
-# Wires are left out, because devices wait until the currents of all have been found.
-_BY_COLUMNS = {
-    **{name: case for name, case in _CASES.items() if name != "wires"},
-    "scales of columns": (
-        dataclasses.replace(_PLAIN, mapping=Mapping(scale="column")),
-        "packed",
-    ),
-    "digital offset": (
-        dataclasses.replace(_PLAIN, encoding=Encoding(kind="offset")),
-        "loop",
-    ),
-    "noise in words": (_NOISY, "packed"),
-    "noise by look-up": (_NOISY, "lookup"),
-}
-_BY_ROWS = _BY_COLUMNS.keys() - {
-    "row tiles",
-    "digital offset",
-}  # that add up numbers that are no integers
-
-
-@pytest.mark.parametrize(
-    ("name", "by"),
-    [
-        ("packed", "rows"),
-        ("packed", "columns"),
-        *(
-            pytest.param(name, by, marks=pytest.mark.long)
-            for name in _BY_COLUMNS
-            for by in ("rows", "columns")
-            if name != "packed" and (by == "columns" or name in _BY_ROWS)
-        ),
-    ],
-)
-def test_devices_share_out_tiles_and_read_the_bits_of_one(name, by):
-    config, path = _BY_COLUMNS[name]
-    key = jax.random.key(0)
-    chip = crossbar.program(jax.random.normal(key, (64, 48)), config, key, path=path)
-    chip = crossbar.with_read_key(chip, key) if config.reads_at_random else chip
-    x = jax.random.normal(jax.random.key(2), (4, 64))
-    mesh = lf.training.make_mesh("model=2")
-
-    def read(chip, x, of_y=None):
-        compiled, leaves = tiny.compiled(crossbar.matmul, x, chip, out_shardings=of_y)
-        return compiled, compiled(leaves)
-
-    alone, wanted = read(chip, x)
-    with jax.set_mesh(mesh):
-        plan = dataclasses.replace(chip.plan, split=Split(by, "model", 2))
-        whole = NamedSharding(mesh, P())
-        cut = NamedSharding(mesh, P(None, "model"))
-        of_x, of_y = (cut, whole) if by == "rows" else (whole, cut)
-        spread = lf.training.on_mesh(dataclasses.replace(chip, plan=plan))
-        shared, found = read(spread, jax.device_put(x, of_x), of_y)
-    np.testing.assert_array_equal(found, wanted)
-    # By rows a sum, and the range of the DACs' inputs.
-    met = re.findall(
-        r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\(",
-        shared.as_text(),
-    )
-    assert met == (["all-reduce"] * 2 if by == "rows" else [])
-    held = [
-        program.memory_analysis().argument_size_in_bytes for program in (alone, shared)
-    ]
-    assert held[1] == pytest.approx(held[0] / 2, rel=0.15)
-    if name == "definition":  # other paths have loops, whose steps are counted once
-        assert shared.cost_analysis()["flops"] == pytest.approx(
-            alone.cost_analysis()["flops"] / 2, rel=0.15
-        )
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("seed_mode", ["sequential", "batched"])
-def test_gradients_through_split_arrays_are_those_of_one_device(seed_mode):
-    """Seeds and tiles over devices, in a loop over layers, as models run."""
-    config = dataclasses.replace(_NOISY, tile=Tile(rows=12, cols=12))
-    key = jax.random.key(0)
-    weights = {
-        "up": jax.random.normal(key, (2, 20, 24)),
-        "down": jax.random.normal(key, (2, 24, 20)),
-    }
-    chips = crossbar.program_tree(weights, {"*": config}, key)
-    x = jax.random.normal(key, (2, 3, 20))
-    found = []
-
-    def loss(x, chips):
-        def layer(x, of_layer):
-            hidden = jnp.tanh(crossbar.matmul(x, of_layer["up"]))
-            return x + 0.1 * crossbar.matmul(hidden, of_layer["down"]), None
-
-        return jnp.sum(jnp.square(jax.lax.scan(jax.checkpoint(layer), x, chips)[0]))
-
-    for asked in (None, "seed=2,model=2"):
-        with (
-            contextlib.nullcontext()
-            if asked is None
-            else jax.set_mesh(lf.training.make_mesh(asked))
-        ):
-            for name, by in {"up": "columns", "down": "rows"}.items() if asked else ():
-                plan = dataclasses.replace(
-                    chips[name].plan, split=Split(by, "model", 2)
-                )
-                chips |= {name: dataclasses.replace(chips[name], plan=plan)}
-            given = lf.training.on_mesh(x, of_seeds=True), lf.training.on_mesh(chips)
-            found.append(
-                jax.device_get(
-                    jax.jit(over_seeds(jax.value_and_grad(loss), seed_mode))(*given)
-                )
-            )
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *found)
 
 
 def test_statistics_of_inputs_on_several_devices_add_up(mesh):

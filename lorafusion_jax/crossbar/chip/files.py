@@ -176,7 +176,7 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
         fields["preparation"] = Preparation(**parts, **meta["preparation"])
     check_preparation(fields.get("preparation"), stored["codes"].shape, config)
     geometry = Geometry.of(stored["codes"].shape[-2:], config)
-    plan = dict(meta["plan"])
+    plan = {field.name: meta["plan"][field.name] for field in dataclasses.fields(Plan)}
     if plan["packing"] is not None:
         places = {
             name: tuple(map(tuple, slices)) for name, slices in plan["packing"].items()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +14,7 @@ from ..mapping.adc.quantiser import Ties, are_power_steps, level_units
 from ..mapping.bit_fields import Packing
 from ..mapping.geometry import Geometry
 
-Cut = Literal["rows", "columns"]
 ON_REQUEST = "asked for"  # reason of a path that the caller requested
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """Devices along one axis of a mesh, `parts` of them, that share out the rows or the columns of a matrix."""
-
-    by: Cut
-    axis: str
-    parts: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +27,6 @@ class Plan:
       packing: fields of the weight slices in the words of `lookup` and `packed`; None if they are not packed.
       ties: method that keeps the codes of sums half-way between two codes exact.
       tabulates: large batches are read by `lookup`, whatever the path.
-      split: devices that share out the arrays, or None.
     """
 
     path: str
@@ -47,7 +35,6 @@ class Plan:
     packing: Packing | None = None
     ties: Ties = None
     tabulates: bool = False
-    split: Split | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

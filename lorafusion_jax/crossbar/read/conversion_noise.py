@@ -31,14 +31,12 @@ class Noise(NamedTuple):
       scale: [K] factors of the deviations.
       words: data of the key of the random stream.
       of_adc: [K] standard deviation of a conversion itself; None for none.
-      corner: place and column of the first conversion, and columns in all, where these arrays are part of a matrix.
     """
 
     variance: Any
     scale: Float[Array, " K"]
     words: UInt32[Array, "2"]
     of_adc: Float[Array, " K"] | None = None
-    corner: UInt32[Array, "3"] | None = None
 
 
 def powers(
@@ -102,12 +100,7 @@ def add_noise(
     c = places_on(2)
     planes = np.uint32(noise.scale.shape[0])
     place = place.astype(jnp.uint32)
-    width = jnp.uint32(cols)
-    if noise.corner is not None:
-        place = place + noise.corner[0]
-        c = c + noise.corner[1]
-        width = noise.corner[2]
-    draws = normal_at(noise.words, place * planes + k, b * width + c)
+    draws = normal_at(noise.words, place * planes + k, b * jnp.uint32(cols) + c)
     planes_of_sums = slice(corner[0], corner[0] + sums.shape[0])
     scale = noise.scale[planes_of_sums, None, None]
     deviation = scale * root(variance)

@@ -6,12 +6,10 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from ...chip.chip import Chip
 from ...chip.columns import Laid, Written
-from ...chip.split import partition, partitions
 from ...devices.physical import varying_as
 from ...mapping import decoding, encoding
 from ...mapping.adc.quantiser import Converter
@@ -114,7 +112,8 @@ class KernelPath(ReadPath):
         d_out = chip.shape[1]
         each = 2 if config.converts_each else 1
         adc = quantise._replace(scale=jnp.tile(quantise.scale[0], each))
-        total = self._of_devices(tiles, 2 * number, adc, chip)
+        noise = _noise(2 * number, chip, tiles.dtype)
+        total = self.codes(tiles, chip.columns, adc, noise, chip)
         if each == 2:
             total = total[: len(total) // 2] - total[len(total) // 2 :]
         whole = encoding.split(total[..., :d_out], geometry.cols, axis=2)
@@ -122,54 +121,6 @@ class KernelPath(ReadPath):
             whole = jnp.concatenate([whole, total[..., d_out:, None]], axis=3)
         ones = jnp.sum(tiles, axis=(1, 2))[:, None, None]
         return decoding.finish(whole, ones, quantise, None, geometry, config)
-
-    def _of_devices(
-        self,
-        tiles: Float[Array, "B R rows"],
-        number: Array | int,
-        adc: Converter,
-        chip: Chip,
-    ) -> Float[Array, "k B _cols"]:
-        """Return `codes` with the read's noise of this number; where arrays are split, computed on their devices."""
-        split = chip.plan.split
-        if split is None:
-            return self.codes(
-                tiles, chip.columns, adc, _noise(number, chip, tiles.dtype), chip
-            )
-        leaves, tree = jax.tree.flatten(chip)
-
-        def codes(
-            tiles: Array, scale: Array, number: Array, leaves: list[Array]
-        ) -> Array:
-            own = jax.tree.unflatten(tree, leaves)
-            here = jax.lax.axis_index(split.axis)
-            noise = _noise(number, own, tiles.dtype)
-            if noise is not None:
-                width = jax.tree.leaves(own.columns)[0].shape[-1]
-                places = tiles.shape[1] * len(own.geometry.converted_slices or (1,))
-                corner = (
-                    [here * places, 0, width]
-                    if split.by == "rows"
-                    else [0, here * width, split.parts * width]
-                )
-                noise = noise._replace(
-                    corner=jnp.stack([jnp.uint32(each) for each in corner])
-                )
-            total = self.codes(
-                tiles, own.columns, adc._replace(scale=scale), noise, own
-            )
-            return jax.lax.psum(total, split.axis) if split.by == "rows" else total
-
-        whole = PartitionSpec()
-        of_inputs = partition(split, "inputs", tiles.shape)
-        mapped = jax.shard_map(
-            codes,
-            in_specs=(of_inputs, whole, whole, partitions(chip)),
-            out_specs=partition(split, "outputs", (0, 0, 0)),
-            axis_names={split.axis},
-            check_vma=False,
-        )
-        return mapped(tiles, adc.scale, jnp.asarray(number), leaves)
 
 
 def slices_of(chip: Chip) -> tuple[int, ...]:
