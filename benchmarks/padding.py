@@ -21,7 +21,7 @@ from _model import CHOICES, config_of
 
 from lorafusion_jax import PRESETS, load_tokenizer
 from lorafusion_jax.estimates import CHARACTERS_PER_TOKEN
-from lorafusion_jax.models import step_operations
+from lorafusion_jax.models import rough_operations
 from lorafusion_jax.tasks import (
     IGNORED,
     Batch,
@@ -68,7 +68,7 @@ def main() -> None:
     options = parser.parse_args()
     tasks, tokenizer = tasks_of(options.tasks, options.tokenizer)
     config = config_of(options.shape)
-    packing = Packing(config.causal, partial(step_operations, config))
+    packing = Packing(config.causal, partial(rough_operations, config))
     lengths = "tokenised" if tokenizer else "estimated from characters"
     cases = []
     for what in (*_TRAININGS, "evaluation"):

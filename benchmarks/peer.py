@@ -51,7 +51,7 @@ from padding import encoded, tasks_of
 
 from lorafusion_jax import PRESETS, Architecture, Frozen
 from lorafusion_jax.loading import packing_of, pays_unrolled
-from lorafusion_jax.models import step_operations
+from lorafusion_jax.models import rough_operations
 from lorafusion_jax.report import as_markdown as markdown
 from lorafusion_jax.report import write_text
 from lorafusion_jax.tasks import Batch, Encoded, batch_orders, split, train_step_batches
@@ -420,7 +420,7 @@ def _forms(options: argparse.Namespace, config: Architecture) -> dict[str, _Form
                 0 if config.causal else source
             )  # one text, whose tokens all have logits
             groups = [(lines, source, target)]
-        operations = step_operations(config, lines * source, lines * target, groups)
+        operations = rough_operations(config, lines * source, lines * target, groups)
         return lines * (source + target), float(operations)
 
     sizes = {

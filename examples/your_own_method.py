@@ -63,26 +63,16 @@ def build(built):
     )
 
 
-def layouts(billed):  # what a task of the method takes in hardware, for costs
-    words = sum(billed.counts.values())
-    return {
-        "gains": lf.CostLayout(
-            installed_words=words, macs=lambda site: site.d_out, words=lambda site: 1
-        )
-    }
-
-
 GAINS = lf.MethodEntry(
     name="gains",
     help="train one factor for each matrix",
     title="gains from {first_gain:g}",  # of its row in `lorafusion params`
     build=build,
     recipe=GainsRecipe,
-    update=lambda recipe, modules: lf.Update(
-        targets=recipe.lora_targets
-    ),  # its matrix products, for plans: none
     groups=("gains",),
-    cost_layouts=layouts,
+    cost_layouts=lambda recipe, rank: {
+        "gains": lf.CostLayout()
+    },  # its row in costs: nothing in arrays
 )
 
 

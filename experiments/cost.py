@@ -1,10 +1,10 @@
-"""Cost of a new task on arrays: every method's bill for several base models and kinds of array.
+"""Cost of a new task on arrays with every method, for several base models and kinds of array.
 
     python experiments/cost.py          # FLAN-T5-small, base, large and SmolLM2-135M on isaac, puma, neurram
     python experiments/cost.py --shapes t5-base --crossbars raella
 
 Written to the folder: table.csv (one line for each quantity of a method, in joules, seconds and counts), and a plot for
-each shape. No weights are loaded; seconds.
+each shape. No weights are loaded; two minutes.
 """
 
 import dataclasses
@@ -17,65 +17,29 @@ import _script
 import tyro
 from lab.common import write_csv
 
-from lorafusion_jax.crossbar import Range, ReadEnergy, load_config
-from lorafusion_jax.estimates import (
-    Bill,
-    CostOptions,
-    activities,
-    comparisons,
-    installed_once,
-    price,
-    price_once,
-)
+from lorafusion_jax.crossbar import Range, load_config
+from lorafusion_jax.estimates import CostOptions, TaskCost, task_costs
 from lorafusion_jax.models import known_shapes
 from lorafusion_jax.report import colour, plot
 
-_PARTS = {
-    "putting it in place": "install",
-    "its update": "update",
-    "the base's passes": "base",
-}
 # Quantity -> unit and attribute.
-_WRITING = {
+_QUANTITIES = {
+    "trained parameters": ("1", "trained"),
     "cells written": ("1", "written.cells"),
     "write-verify pulses": ("1", "written.pulses"),
     "writing, energy": ("J", "written.energy"),
     "writing, time": ("s", "written.time"),
-}
-_OF_BILL = {
-    "trained parameters": ("1", "trainable"),
-    **_WRITING,
     "cycles of a cell": ("1", "written.cycles"),
     "tasks until wear-out": ("1", "written.until_worn"),
-    **{label: ("J", part) for label, part in _PARTS.items()},
-    "learned": ("J", "learning"),
-    **{
-        f"one {token} token{label}": ("J", f"{token}.{part}")
-        for token in ("source", "generated")
-        for label, part in {
-            **{f", {part}": part for part in ReadEnergy._fields},
-            "": "total",
-        }.items()
-    },
-    "latency of a generated token, arrays": ("s", "latency_arrays"),
-    "latency of a generated token, digital": ("s", "latency_digital"),
-    "adapters' arrays": ("1", "adapter_arrays"),
+    "energy until learned": ("J", "learned"),
+    "one generated token with its source": ("J", "token"),
+    "one generated token with its source, reads": ("J", "reads"),
 }
-_OF_STANDING = {
-    "arrays": ("1", "arrays"),
-    **_WRITING,
-    "words of tables": ("1", "words"),
-    "energy of tables": ("J", "tables"),
-}
-_OF_COMPARISON = {
-    "extra_per_token": "J",
-    "break_even": "tokens",
-}  # other ratios have no unit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of the bills.
+    """Options of the costs.
 
     Attributes:
       shapes: of base models, by name.
@@ -104,118 +68,68 @@ def main(arguments: Sequence[str] = ()) -> None:
     ]
     options.out.mkdir(parents=True, exist_ok=True)
     for shape in options.shapes:
-        drawn = []
+        by_crossbar = {}
         for name in options.crossbars:
-            asked = CostOptions(shape=shape, crossbar=name)
-            config = known_shapes()[shape]
-            crossbar = load_config(name)
-            of = {
-                activity.method: activity
-                for activity in activities(config, crossbar, asked)
-            }
-            bills = {
-                name: price(activity, crossbar, asked) for name, activity in of.items()
-            }
-            drawn.append((asked, bills))
-            found = [
-                (name, *of_bill)
-                for name, bill in bills.items()
-                for of_bill in quantities(bill, _OF_BILL)
+            costs = task_costs(known_shapes()[shape], load_config(name), CostOptions())
+            by_crossbar[name] = costs
+            lines += [
+                [shape, name, method, *quantity]
+                for method, cost in costs.items()
+                for quantity in quantities(cost)
             ]
-            for other, compared in comparisons(of, crossbar, asked).items():
-                named = {
-                    what: (_OF_COMPARISON.get(what, "1"), what)
-                    for what in compared._fields
-                }
-                found += [
-                    (f"LoRA in cells : {other}", *ratio)
-                    for ratio in quantities(compared, named)
-                ]
-            for what, standing in installed_once(config, crossbar, asked).items():
-                found += [
-                    (f"once: {what}", *one)
-                    for one in quantities(price_once(standing), _OF_STANDING)
-                ]
-            lines += [[shape, asked.crossbar, *of_quantity] for of_quantity in found]
-        draw(drawn, options.out / f"{shape}.png")
+        draw(shape, by_crossbar, options.out / f"{shape}.png")
     write_csv(options.out / "table.csv", lines)
     print(f"written to {options.out}")
 
 
-def quantities(of: Any, named: Mapping[str, tuple[str, str]]) -> Iterator[list[str]]:
+def quantities(cost: TaskCost) -> Iterator[list[str]]:
     """Yield quantity, unit, low, typical and high; six digits, and whole counts."""
-    for what, (unit, path) in named.items():
-        if (value := attrgetter(path)(of)) is not None:
-            ends = dataclasses.astuple(
-                value if isinstance(value, Range) else Range.of(value)
-            )
-            yield [
-                what,
-                unit,
-                *(
-                    f"{end:.{12 if unit == '1' and end == int(end) else 6}g}"
-                    for end in ends
-                ),
-            ]
+    for name, (unit, path) in _QUANTITIES.items():
+        value = attrgetter(path)(cost)
+        if value is None:
+            continue
+        ends = dataclasses.astuple(
+            value if isinstance(value, Range) else Range.of(value)
+        )
+        digits = [12 if unit == "1" and end == int(end) else 6 for end in ends]
+        shown = [f"{end:.{n}g}" for end, n in zip(ends, digits, strict=True)]
+        yield [name, unit, *shown]
 
 
-def draw(found: Sequence[tuple[CostOptions, dict[str, Bill]]], path: Path) -> None:
-    """Energy until a task is learned, by part, and of a generated token with its source: a column for each preset."""
+def draw(
+    shape: str, by_crossbar: Mapping[str, Mapping[str, TaskCost]], path: Path
+) -> None:
+    """Energy until a task is learned, and of a generated token with its source: a column for each kind of array."""
+    titles = {
+        "learned": "energy to learn a task",
+        "token": "energy of a token with its source",
+    }
 
     def on(figure: Any) -> None:
         from matplotlib.ticker import EngFormatter
 
-        axes = figure.subplots(2, len(found), sharex="row", sharey=True, squeeze=False)
-        for column, (options, by_name) in enumerate(found):
-            bills = list(by_name.values())
-            for row, of_token in enumerate((False, True)):
+        axes = figure.subplots(
+            2, len(by_crossbar), sharex="row", sharey=True, squeeze=False
+        )
+        for column, (name, costs) in enumerate(by_crossbar.items()):
+            for row, (part, title) in enumerate(titles.items()):
                 axis = axes[row][column]
-                for i, bill in enumerate(bills):
-                    parts = {
-                        label: getattr(bill, part) for label, part in _PARTS.items()
-                    }
-                    if of_token:
-                        parts = {"": bill.inference / options.tokens_per_task}
-                    for k, (label, value) in enumerate(parts.items()):
-                        place = i + (0 if of_token else 0.22 * (k - 1))
-                        axis.hlines(
-                            place,
-                            value.low,
-                            value.high,
-                            color=colour(k + 3),
-                            linewidth=1.5,
-                        )
-                        legend = label if i == 0 and not of_token else None
-                        axis.plot(
-                            value.typical,
-                            place,
-                            "o",
-                            color=colour(k + 3),
-                            markersize=4,
-                            label=legend,
-                        )
+                for place, cost in enumerate(costs.values()):
+                    value = getattr(cost, part)
+                    axis.hlines(place, value.low, value.high, color=colour(row + 3))
+                    axis.plot(value.typical, place, "o", color=colour(row + 3))
                 axis.set_xscale("log")
                 axis.xaxis.set_major_formatter(EngFormatter("J"))
-                axis.set_yticks(range(len(bills)), [bill.method for bill in bills])
+                axis.set_yticks(range(len(costs)), list(costs))
                 axis.grid(visible=True, axis="x")
-                axis.set_xlabel(
-                    "energy of a token with its source"
-                    if of_token
-                    else "energy to learn a task"
-                )
-            axes[0][column].set_title(options.crossbar)
+                axis.set_xlabel(title)
+            axes[0][column].set_title(name)
         axes[0][0].invert_yaxis()
-        figure.legend(
-            *axes[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=3
-        )
         figure.suptitle(
-            f"{found[0][0].shape}: typical energy, with low and high ends",
-            x=0.01,
-            ha="left",
-            size=12,
+            f"{shape}: typical energy, with low and high ends", x=0.01, ha="left"
         )
 
-    plot(path, (4.2 * len(found), 7.5), on)
+    plot(path, (4.2 * len(by_crossbar), 7.5), on)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ from lorafusion_jax.crossbar import (
     Proportional,
     load_config,
 )
-from lorafusion_jax.estimates import CostOptions, bills, shape_config
+from lorafusion_jax.estimates import CostOptions, shape_config, task_costs
 from lorafusion_jax.hardware import aged, load_chips
 from lorafusion_jax.report import colour, plot
 from lorafusion_jax.runs import OnArrays
@@ -88,24 +88,24 @@ class Options(ChipsOptions):
 
 
 class Line(NamedTuple):
-    """A line of the plots: a row of `ARMS`, where it is trained, if a LoRA is in cells, and its name in the bill."""
+    """A line of the plots: a row of `ARMS`, where it is trained, if a LoRA is in cells, its row of costs."""
 
     method: str
     training: Literal["digital", "chip"] = "digital"
     in_cells: bool = False
-    bill: str | None = None
+    title: str | None = None
 
 
 LINES = {
     "LoRAFusion, digital": Line("LoRAFusion"),
-    "LoRAFusion": Line("LoRAFusion", bill="LoRAFusion"),
-    "LoRAFusion, its chip": Line("LoRAFusion", "chip", bill="LoRAFusion"),
+    "LoRAFusion": Line("LoRAFusion", title="LoRAFusion"),
+    "LoRAFusion, its chip": Line("LoRAFusion", "chip", title="LoRAFusion"),
     "coefficients only": Line("coefficients only"),
     "magnitudes only": Line("magnitudes only"),
-    "LoraHub": Line("LoraHub", bill="LoraHub"),
-    "LoRA in cells": Line("LoRA", in_cells=True, bill="LoRA in cells"),
-    "LoRA in SRAM": Line("LoRA", bill="LoRA in SRAM"),
-    "LoRA in SRAM, its chip": Line("LoRA", "chip", bill="LoRA in SRAM"),
+    "LoraHub": Line("LoraHub", title="LoraHub"),
+    "LoRA in cells": Line("LoRA", in_cells=True, title="LoRA in cells"),
+    "LoRA in SRAM": Line("LoRA", title="LoRA in SRAM"),
+    "LoRA in SRAM, its chip": Line("LoRA", "chip", title="LoRA in SRAM"),
 }
 _AGAIN = "LoRAFusion, trained again"
 
@@ -520,17 +520,17 @@ def draw_sweep(rows: Sequence[Row], sweep: Sweep, path: Path) -> None:
 def energies(
     rows: Sequence[Row], options: Options
 ) -> dict[str, tuple[float, Any, Any]]:
-    """Return exact match on the chips of the configuration, and joules to learn and to answer, of billed lines."""
+    """Return exact match on the chips, and joules to learn and to answer, of lines with a row of costs."""
     base = load_config(options.crossbar)
     model = base.device.programming
     assert isinstance(model, Independent | Proportional)
     point = f"{model.sigma:g}"
     asked = CostOptions(modules=20, rank=16, epochs=options.epochs, source=12, target=8)
-    found = bills(shape_config(str(SMALL / "base")), base, asked)
+    costs = task_costs(shape_config(str(SMALL / "base")), base, asked)
     return {
-        name: (match, found[line.bill].learning, found[line.bill].inference)
+        name: (match, costs[line.title].learned, costs[line.title].token * 1000)
         for name, line in LINES.items()
-        if line.bill is not None and (match := mean(rows, name, point)) is not None
+        if line.title is not None and (match := mean(rows, name, point)) is not None
     }
 
 

@@ -39,7 +39,6 @@ from .methods import METHODS as METHODS
 from .methods import register as register
 from .methods.entry import CostLayout as CostLayout
 from .methods.entry import MethodEntry as MethodEntry
-from .methods.entry import Update as Update
 from .methods.full import FullRecipe as FullRecipe
 from .methods.fusion import PRESETS as PRESETS
 from .methods.fusion import CoefficientsRecipe as CoefficientsRecipe

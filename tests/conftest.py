@@ -71,7 +71,7 @@ _typechecker = beartype.beartype(
 def _checked(item: Any) -> Any:
     """Check a function's types, or a data class's, as jaxtyping does, which binds the arguments and checks them twice.
 
-    That took half of the CPU time of tests/estimates/test_bill.py.
+    Binding them twice took half of the CPU time of tests with many small calls.
     """
     if isinstance(item, type):
         if dataclasses.is_dataclass(item) and "__init__" in vars(item):
@@ -159,7 +159,7 @@ def pytest_collection_finish() -> None:
 _FIRST = """
 methods/test_methods runs/test_run crossbar/test_reads estimates/test_plan docs/test_code crossbar/test_goldens
 hardware/test_model_on_arrays test_families crossbar/test_flax models/test_parity
-models/test_goldens serving/test_bank adapters/test_composition estimates/test_bill cli/test_cli
+models/test_goldens serving/test_bank adapters/test_composition estimates/test_energy cli/test_cli
 hardware/test_chips adapters/test_peft_merge crossbar/test_tree
 faults/test_kills
 """.split()

@@ -1,15 +1,11 @@
 """What a run needs, without weights: parameters, FLOPs, memory, energy, plans."""
 
-from .bill import Bill as Bill
-from .bill import CostOptions as CostOptions
-from .bill import activities as activities
-from .bill import bills as bills
-from .bill import comparisons as comparisons
-from .bill import installed_once as installed_once
-from .bill import price as price
-from .bill import price_once as price_once
-from .bill.show import number as number
-from .bill.show import quantity as quantity
+from .energy import CostOptions as CostOptions
+from .energy import TaskCost as TaskCost
+from .energy import energy_table as energy_table
+from .energy import number as number
+from .energy import quantity as quantity
+from .energy import task_costs as task_costs
 from .estimate import Settings as Settings
 from .estimate import held_bytes as held_bytes
 from .estimate import program_of as program_of

@@ -18,7 +18,7 @@ from ..methods import find
 from ..methods.entry import MethodEntry, PlannedPool
 from ..methods.fusion import choice_of
 from ..methods.recipes import basis_of, modules_of, recipe_of
-from ..models.architecture import Architecture, step_operations
+from ..models.architecture import Architecture, rough_operations
 from ..models.generate import generate
 from ..support.checks import at_least
 from ..tasks import Batch, Rows
@@ -53,6 +53,7 @@ class Settings:
     seed_mode: SeedMode = "sequential"  # mode of the seeds (see `training.seeds`)
     device: Device = "cpu"
     load_in: LoadIn = "full"  # precision of base and pool
+    in_arrays: bool = False  # base and pool are read from ideal arrays
 
     def fused(self, recipe: Recipe) -> PlannedPool:
         """Return the modules that a method with this recipe fuses."""
@@ -109,6 +110,7 @@ class Traced:
             self.settings.load_in,
             seeds=seeds,
             apart=apart,
+            in_arrays=self.settings.in_arrays,
         )
 
     @functools.cached_property
@@ -227,7 +229,7 @@ def interpolated(
 
     def rough(shape: Shape) -> float:
         groups = shape.groups or ((shape.rows, shape.source, shape.target),)
-        return step_operations(
+        return rough_operations(
             method.config,
             shape.rows * shape.source,
             shape.rows * shape.target,

@@ -35,8 +35,7 @@ from ..models.architecture import (
     Architecture,
     Model,
     kernels,
-    step_operations,
-    unrolled_numbers,
+    rough_operations,
 )
 from ..support.platform import for_cpu
 from ..tasks.batches import step_widths
@@ -54,10 +53,12 @@ AnyLoaded = TypeVar("AnyLoaded", bound="LoadedModel")
 # A model of so few layers compiles as fast without a loop over them.
 _SHALLOW = 8
 # Of training with unrolled layers on a CPU, as measured (docs/concepts/speed.md): the share of a step that it
-# saves, the operations of compiling each further layer, and the most bytes that it may keep for the backward pass.
+# saves, the operations of compiling each further layer, the bytes that it keeps for the backward pass for d_model
+# operations (of all known shapes), and the most such bytes.
 _SAVED = 0.05
 _COMPILING_LAYER = 5e10
-_KEPT = 2**30
+_KEPT_BYTES = 2 / 3
+_MOST_KEPT = 2**30
 _CONTROL_KEY = 0
 _CONTROLS: dict[str, Callable[[LoraPool, Array], LoraPool]] = {
     "random-factors": random_pool,
@@ -108,7 +109,7 @@ class LoadedModel:
 
 def packing_of(config: Architecture, *, on_cpu: bool) -> tasks.Packing:
     """Return the rule for packed batches of a model."""
-    packing = tasks.Packing(config.causal, functools.partial(step_operations, config))
+    packing = tasks.Packing(config.causal, functools.partial(rough_operations, config))
     if on_cpu:
         return packing
     return packing._replace(compiling=_ACCELERATED * packing.compiling, moving=_MOVING)
@@ -158,11 +159,11 @@ def pays_unrolled(
         step_sizes.reshape(-1, step_sizes.shape[-1]), axis=0, return_counts=True
     )
     shape = step_shape(orders.shape[2], *programs.T)
-    saved = _SAVED * np.sum(times * step_operations(config, *shape))
+    operations = rough_operations(config, *shape)
+    saved = _SAVED * np.sum(times * operations)
     compiling = len(programs) * max(config.layers - _SHALLOW, 0) * _COMPILING_LAYER
-    return bool(
-        saved > compiling and 4 * np.max(unrolled_numbers(config, *shape)) <= _KEPT
-    )
+    kept = _KEPT_BYTES * np.max(operations) / config.d_model
+    return bool(saved > compiling and kept <= _MOST_KEPT)
 
 
 def load_model(

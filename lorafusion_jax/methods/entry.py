@@ -1,10 +1,7 @@
-"""Entries of the registry of methods, with the data for runs, counts, plans and costs.
-
-Letters: N modules of a fusion, P modules in memory, r rank, k directions of a basis.
-"""
+"""Entries of the registry of methods, with the data for runs, counts, plans and costs."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from ..adapters.basis import Pool
@@ -15,85 +12,22 @@ from ..training.problem import Problem
 from ..training.recipe import Recipe
 
 Matrix = tuple[int, int]
-Storage = Literal["arrays", "memory"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Update:
-    """The arithmetic of a method at every adapted matrix, which FLOPs, bytes and energy are counted from.
-
-    This class itself has no matrix products, like a scale of the columns. A method with products has a subclass.
-
-    Attributes:
-      targets: the linear maps that are adapted, wherever they occur; None for the family's own choice.
-      in_arrays: the method's frozen matrices stay in arrays while it is trained.
-      trains_base: every weight of the base model is trained, and there are no adapters.
-    """
-
-    targets: tuple[str, ...] | None = None
-    in_arrays: bool = False
-    trains_base: bool = False
-
-    def width(self, site: Site, tokens: int) -> int:
-        """Return the number of values per token, of so many, between the update's two products; 0 if it has none."""
-        return 0
-
-    def core(self, site: Site) -> int:
-        """Return the multiply-adds of a token between the two products."""
-        return 0
-
-    def once(self, site: Site) -> int:
-        """Return the FLOPs of one matrix before any token: fused factors, and the norms of its columns."""
-        return 0
-
-    def repeat(self, site: Site) -> int:
-        """Return the FLOPs of `once` that the model repeats for every generated token."""
-        return 0
-
-    def gradients(self, site: Site, tokens: int) -> int:
-        """Return the FLOPs of the gradients of one matrix' trained parameters, given the gradients of its outputs."""
-        return 0
-
-    def frozen_width(self) -> int:
-        """Return the columns of A (and rows of B) of all frozen modules at a matrix, which may be held in few bits."""
-        return 0
-
-    def frozen_numbers(self, sites: Sequence[Site]) -> int:
-        """Return the count of other numbers that stay in memory for all adapted matrices, such as terms of norms."""
-        return 0
-
-    def working_numbers(self, sites: Sequence[Site]) -> int:
-        """Return the count of numbers of modules and fused factors that a pass holds at once."""
-        return 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CostLayout:
-    """Places of a method's adapters, and the digital work of a token.
+    """Places of a method's matrices in hardware: a row of the energy table.
 
     Attributes:
-      installed_words: words that are written to memory, or read there, to install the finished task.
-      installed_macs: digital multiply-adds of the installation.
-      matrices: function from a site to the matrices of its adapter, A before B.
-      macs: digital multiply-adds of a token at a site, at inference.
-      words: words read from memory for a token.
-      tables: words of precomputed terms at a site, kept for all tasks, that every pass of training reads.
-      trains_in: where the adapters are while they are trained.
-      stays_in: where they are afterwards.
-      passes: number of times that the cells are written for the task.
-      shared: all sites read the same matrices.
+      matrices: function from a site to the matrices of its adapter that answers read from arrays, A before B; for a
+        method that trains the base, these are the base's.
+      written: writes of these matrices for a task.
+      trains_in_arrays: forward passes of training read them from arrays too.
     """
 
-    installed_words: int
-    installed_macs: int = 0
     matrices: Callable[[Site], list[Matrix]] = lambda site: []
-    macs: Callable[[Site], int] = lambda site: 0
-    words: Callable[[Site], int] = lambda site: 0
-    tables: Callable[[Site], int] = lambda site: 0
-    trains_in: Storage = "memory"
-    stays_in: Storage = "memory"
-    passes: int = 0
-    shared: bool = False
+    written: Literal["never", "once", "every step"] = "never"
+    trains_in_arrays: bool = False
 
 
 class Built(NamedTuple):
@@ -126,35 +60,11 @@ class PlannedPool(NamedTuple):
       rank: rank of one module.
       pool: P, the number of modules in memory.
       targets: the linear maps that they adapt.
-      accelerator: the plan is for an accelerator.
-      forms: norms form sums as matrices, and products may use these: in float32 on a CPU.
     """
 
     rank: int
     pool: int
     targets: tuple[str, ...] | None
-    accelerator: bool = False
-    forms: bool = False
-
-
-class Billed(NamedTuple):
-    """Numbers that a cost is computed from.
-
-    Attributes:
-      recipe: recipe of the task, of the class that the entry names.
-      rank: rank of one module.
-      counts: number of parameters that the method trains, by group.
-      steps: number of training steps.
-      base: number of the base model's numbers in arrays.
-      adapted: number of matrices that the modules adapt.
-    """
-
-    recipe: Any
-    rank: int
-    counts: Mapping[str, int]
-    steps: int
-    base: int
-    adapted: int
 
 
 class SearchJob(NamedTuple):
@@ -187,7 +97,6 @@ class MethodEntry:
       build: function that returns the trained method.
       recipe: class of its recipe: the common numbers and its own, which are the options of `lorafusion fuse --method
         NAME` and the fields of `recipe` in config.json.
-      update: its arithmetic, for FLOPs and bytes, from the recipe and the modules.
       title: title in a table of counts, with numbers of its recipe such as {lora_rank}; None for no row.
       basis_title: title of its row in a shared basis of {basis} directions; None for no row.
       pool: it fuses a pool.
@@ -200,13 +109,13 @@ class MethodEntry:
       search: for a method that is searched: function that returns its numbers and the number of steps of each seed.
       evaluations: number of times that a search passes the training rows, from the recipe and a seed's number of
         modules.
-      cost_layouts: its layouts in hardware, by a title for its costs; empty if it has none.
+      cost_layouts: its layouts in hardware by their titles, from its recipe and the rank of a pool's modules; empty for
+        no row.
     """
 
     name: str
     help: str
     build: Callable[[Built], Method]
-    update: Callable[[Any, PlannedPool], Update]
     recipe: type[Recipe] = Recipe
     title: str | None = None
     basis_title: str | None = None
@@ -218,7 +127,7 @@ class MethodEntry:
     check: Callable[[], object] = lambda: None
     search: Callable[[SearchJob], tuple[Params, int]] | None = None
     evaluations: Callable[[Any, int], int] = lambda recipe, modules: 0
-    cost_layouts: Callable[[Billed], dict[str, CostLayout]] = lambda billed: {}
+    cost_layouts: Callable[[Any, int], dict[str, CostLayout]] = lambda recipe, rank: {}
 
 
 def module(rank: int) -> Callable[[Site], list[Matrix]]:

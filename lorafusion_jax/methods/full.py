@@ -10,7 +10,7 @@ from jaxtyping import PRNGKeyArray
 from ..training.frozen import Frozen
 from ..training.method import Adapted, Index, Method, Params
 from ..training.recipe import Recipe
-from .entry import CostLayout, MethodEntry, Update
+from .entry import CostLayout, MethodEntry
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,12 +54,9 @@ ENTRIES = (
         title="full fine-tuning",
         build=lambda built: FullFineTuning(),
         recipe=FullRecipe,
-        update=lambda recipe, modules: Update(trains_base=True),
         groups=("base",),
-        cost_layouts=lambda billed: {
-            "full fine-tuning": CostLayout(
-                installed_words=billed.counts["base"] - billed.base, passes=1
-            )
+        cost_layouts=lambda recipe, rank: {
+            "full fine-tuning": CostLayout(written="once")
         },
     ),
 )

@@ -32,15 +32,7 @@ from ..support.platform import for_cpu
 from ..training.frozen import Frozen
 from ..training.method import Adapted, Fused, Index, Method, Params
 from ..training.recipe import Optimisation, Recipe
-from .entry import (
-    Billed,
-    Built,
-    CostLayout,
-    MethodEntry,
-    PlannedPool,
-    module,
-)
-from .fused import FusedUpdate, fused
+from .entry import Built, CostLayout, MethodEntry, module
 from .recipes import BasisRecipe
 
 Choose = Literal["draw", "gradient", "basis-gradient"]
@@ -376,68 +368,24 @@ def build(
     return fusion
 
 
-def update(
-    recipe: CoefficientsRecipe, modules: PlannedPool, *, magnitudes: bool
-) -> FusedUpdate:
-    """Return the update of a fusion by its recipe."""
-    shared_coefficients = recipe.granularity != "rank"
-    return fused(
-        recipe,
-        modules,
-        recipe.composition,
-        magnitudes=magnitudes,
-        shared_coefficients=shared_coefficients,
-    )
-
-
-def cost_layout(modules: int, rank: int, words: int) -> CostLayout:
-    """Return the layout of N modules of rank r in separate arrays, with N + d_out numbers in memory per site.
-
-    The tables are the norm's terms, A_n^T W and ||W||^2, and `words` is the total of trained parameters.
-    """
+def separate_modules(modules: int, rank: int) -> CostLayout:
+    """Return the layout of frozen modules in separate arrays."""
     return CostLayout(
-        installed_words=words,
-        matrices=lambda site: module(rank)(site) * modules,
-        macs=lambda site: modules * (rank + site.d_out) + site.d_out,
-        words=lambda site: modules + site.d_out,
-        tables=lambda site: (modules * rank + 1) * site.d_out,
-        trains_in="arrays",
-        stays_in="arrays",
+        matrices=lambda site: module(rank)(site) * modules, trains_in_arrays=True
     )
 
 
-def _basis_cost_layout(billed: Billed, k: int) -> CostLayout:
-    """Return the layout of k shared directions in arrays, with the mixed core in memory.
-
-    Installing a task mixes its core once from the table of all S_n. The norm's terms are U^T W and ||W||^2.
-    """
-    N = billed.recipe.modules
-    return CostLayout(
-        installed_words=billed.adapted * (N + 1) * k**2 + billed.counts["magnitudes"],
-        installed_macs=billed.adapted * N * k**2,
-        matrices=module(k),
-        macs=lambda site: k**2 + 2 * site.d_out,
-        words=lambda site: k**2 + site.d_out,
-        tables=lambda site: N * k**2 + (k + 1) * site.d_out,
-        trains_in="arrays",
-        stays_in="arrays",
-    )
-
-
-def _cost_layouts(billed: Billed) -> dict[str, CostLayout]:
-    """Return the two layouts: the modules' A next to each other along columns, their B along rows, add up in the array.
+def _cost_layouts(recipe: FusionRecipe, rank: int) -> dict[str, CostLayout]:
+    """Return two layouts: the modules' A next to each other along columns, their B along rows, add up in the array.
 
     The second layout can be read by a sum alone. A basis has one layout.
     """
-    if (k := billed.recipe.basis) is not None:
-        return {_BASIS_TITLE.format(basis=k): _basis_cost_layout(billed, k)}
-    N = billed.recipe.modules
-    r = billed.rank
-    separate = cost_layout(N, r, sum(billed.counts.values()))
-    side_by_side = dataclasses.replace(
-        separate, matrices=module(N * r), macs=lambda site: N * r + 2 * site.d_out
-    )
-    return {"LoRAFusion": separate, "LoRAFusion, side by side": side_by_side}
+    if (k := recipe.basis) is not None:
+        layout = CostLayout(matrices=module(k), trains_in_arrays=True)
+        return {_BASIS_TITLE.format(basis=k): layout}
+    separate = separate_modules(recipe.modules, rank)
+    together = dataclasses.replace(separate, matrices=module(recipe.modules * rank))
+    return {"LoRAFusion": separate, "LoRAFusion, side by side": together}
 
 
 _BASIS_TITLE = "LoRAFusion, basis of {basis}"
@@ -448,7 +396,6 @@ _FUSION = MethodEntry(
     basis_title=_BASIS_TITLE,
     build=build,
     recipe=FusionRecipe,
-    update=partial(update, magnitudes=True),
     pool=True,
     groups=("coefficients", "magnitudes"),
     cost_layouts=_cost_layouts,
@@ -463,8 +410,7 @@ ENTRIES = (
         basis_title=None,
         build=partial(build, magnitudes=False),
         recipe=CoefficientsRecipe,
-        update=partial(update, magnitudes=False),
         groups=("coefficients",),
-        cost_layouts=lambda billed: {},
+        cost_layouts=lambda recipe, rank: {},
     ),
 )

@@ -22,7 +22,7 @@ from ..training.mesh import to_host
 from ..training.method import Adapted, Index, Method, Params
 from ..training.problem import Problem
 from ..training.recipe import Recipe
-from .entry import Billed, Built, CostLayout, MethodEntry, Update, module
+from .entry import Built, CostLayout, MethodEntry, module
 from .magnitudes import with_norms
 from .recipes import TargetedRecipe
 
@@ -58,37 +58,6 @@ class DoRARecipe(LoRARecipe):
     """
 
     lr_magnitudes: float = 0.01
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LowRankUpdate(Update):
-    """Update by one new module, x A B.
-
-    Attributes:
-      rank: rank of the module.
-    """
-
-    rank: int = 16
-
-    def width(self, site: Site, tokens: int) -> int:
-        return self.rank
-
-    def gradients(self, site: Site, tokens: int) -> int:
-        return 2 * tokens * self.rank * (site.d_in + site.d_out)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class WeightDecomposedUpdate(LowRankUpdate):
-    """Update of DoRA, which has norms of the columns too."""
-
-    def once(self, site: Site) -> int:
-        r = self.rank
-        d_in = site.d_in
-        d_out = site.d_out
-        return 2 * r * d_in * d_out + 2 * r * r * (d_in + d_out)
-
-    def repeat(self, site: Site) -> int:
-        return self.once(site)  # a layer computes the norms for every token
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -237,43 +206,20 @@ def _build(built: Built, *, dora: bool) -> LoRA:
     return LoRA(sites=built.sites, rank=rank, alpha=2.0 * rank, dora=dora)
 
 
-def _in_cells(billed: Billed) -> CostLayout:
-    return CostLayout(
-        installed_words=0,
-        matrices=module(billed.rank),
-        macs=lambda site: site.d_out,
-        stays_in="arrays",
-        passes=1,
-    )
-
-
-def _lora_cost_layouts(billed: Billed) -> dict[str, CostLayout]:
-    r = billed.rank
-    cells = _in_cells(billed)
-    sram = dataclasses.replace(
-        cells,
-        installed_words=sum(billed.counts.values()),
-        macs=lambda site: r * (site.d_in + site.d_out) + site.d_out,
-        words=lambda site: r * (site.d_in + site.d_out),
-        stays_in="memory",
-        passes=0,
-    )
-    every_step = dataclasses.replace(cells, trains_in="arrays", passes=billed.steps)
+def _lora_cost_layouts(recipe: LoRARecipe, rank: int) -> dict[str, CostLayout]:
+    matrices = module(recipe.lora_rank)
     return {
-        "LoRA in cells": cells,
-        "LoRA in cells, every step": every_step,
-        "LoRA in SRAM": sram,
+        "LoRA in cells": CostLayout(matrices=matrices, written="once"),
+        "LoRA in cells, every step": CostLayout(
+            matrices=matrices, written="every step", trains_in_arrays=True
+        ),
+        "LoRA in SRAM": CostLayout(),
     }
 
 
-def _dora_cost_layouts(billed: Billed) -> dict[str, CostLayout]:
-    cells = dataclasses.replace(
-        _in_cells(billed),
-        installed_words=billed.counts["magnitudes"],
-        macs=lambda site: 2 * site.d_out,
-        words=lambda site: site.d_out,
-    )
-    return {"DoRA in cells": cells}
+def _dora_cost_layouts(recipe: LoRARecipe, rank: int) -> dict[str, CostLayout]:
+    layout = CostLayout(matrices=module(recipe.lora_rank), written="once")
+    return {"DoRA in cells": layout}
 
 
 ENTRIES = (
@@ -283,9 +229,6 @@ ENTRIES = (
         title="LoRA, rank {lora_rank}",
         build=partial(_build, dora=False),
         recipe=LoRARecipe,
-        update=lambda recipe, modules: LowRankUpdate(
-            rank=recipe.lora_rank, targets=recipe.lora_targets
-        ),
         groups=("lora",),
         cost_layouts=_lora_cost_layouts,
     ),
@@ -295,9 +238,6 @@ ENTRIES = (
         title="DoRA, rank {lora_rank}",
         build=partial(_build, dora=True),
         recipe=DoRARecipe,
-        update=lambda recipe, modules: WeightDecomposedUpdate(
-            rank=recipe.lora_rank, targets=recipe.lora_targets
-        ),
         groups=("lora", "magnitudes"),
         cost_layouts=_dora_cost_layouts,
     ),

@@ -32,9 +32,8 @@ from ..training.loss import seed_entropies
 from ..training.mesh import on_mesh, to_host
 from ..training.method import Params
 from ..training.problem import Problem
-from .entry import Billed, Built, CostLayout, MethodEntry, SearchJob
-from .fused import fused
-from .fusion import Fusion, cost_layout
+from .entry import Built, CostLayout, MethodEntry, SearchJob
+from .fusion import Fusion, separate_modules
 from .recipes import PoolRecipe
 
 BOUND = 1.5
@@ -192,16 +191,8 @@ def _search(job: SearchJob) -> tuple[Params, int]:
     return {"coefficients": jnp.asarray(best.weights, jnp.float32)}, count
 
 
-def _cost_layouts(billed: Billed) -> dict[str, CostLayout]:
-    N = billed.recipe.modules
-    r = billed.rank
-    pool = cost_layout(N, r, sum(billed.counts.values()))
-    unscaled = {
-        "macs": lambda site: N * (2 * r + site.d_out),
-        "words": lambda site: N,
-        "tables": lambda site: 0,
-    }
-    return {"LoraHub": dataclasses.replace(pool, **unscaled)}
+def _cost_layouts(recipe: LoraHubRecipe, rank: int) -> dict[str, CostLayout]:
+    return {"LoraHub": separate_modules(recipe.modules, rank)}
 
 
 ENTRIES = (
@@ -211,7 +202,6 @@ ENTRIES = (
         title="LoraHub",
         build=_build,
         recipe=LoraHubRecipe,
-        update=lambda recipe, modules: fused(recipe, modules, "mix"),
         pool=True,
         learns="searched",
         groups=("coefficients",),

@@ -11,7 +11,7 @@ from ..adapters.updates import Rescaled
 from ..models.weights import Weight
 from ..training.frozen import Frozen
 from ..training.method import Adapted, Index, Method, Params
-from .entry import MethodEntry, Update
+from .entry import MethodEntry
 from .recipes import TargetedRecipe
 
 
@@ -68,7 +68,6 @@ ENTRIES = (
         title="LoRAFusion, magnitudes only",
         build=lambda built: Magnitudes(tuple(name for name, _ in built.sites)),
         recipe=MagnitudesRecipe,
-        update=lambda recipe, modules: Update(targets=recipe.lora_targets),
         groups=("magnitudes",),
     ),
 )

@@ -22,8 +22,7 @@ from ..training.mesh import on_mesh, to_host
 from ..training.method import Adapted, Fused, Index, Params
 from ..training.problem import Problem
 from .entry import MethodEntry, SearchJob
-from .fused import fused
-from .fusion import PLAIN_SUM, Fusion, FusionRecipe, build, update
+from .fusion import PLAIN_SUM, Fusion, FusionRecipe, build
 from .recipes import BasisRecipe
 
 
@@ -112,7 +111,6 @@ _MEAN = MethodEntry(
     help="weigh all modules alike",
     build=lambda built: PLAIN_SUM,
     recipe=BasisRecipe,
-    update=lambda recipe, modules: fused(recipe, modules, "sum"),
     pool=True,
     learns="given",
 )
@@ -123,7 +121,6 @@ ENTRIES = (
         help="train coefficients of the modules' mean, and magnitudes",
         build=partial(build, kind=MeanFusion),
         recipe=FusionRecipe,
-        update=partial(update, magnitudes=True),
         pool=True,
         groups=("magnitudes", "mean"),
     ),

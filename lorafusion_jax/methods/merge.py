@@ -16,7 +16,6 @@ from ..support.checks import one_of
 from ..training.frozen import Frozen
 from ..training.method import Adapted, Fused, Index, Method, Params
 from .entry import Built, MethodEntry
-from .fused import fused
 from .recipes import PoolRecipe
 
 
@@ -128,8 +127,6 @@ ENTRIES = (
         help="combine the modules by one of PEFT's rules",
         build=_build,
         recipe=MergeRecipe,
-        # Made once, it counts as the mix whose rank it has.
-        update=lambda recipe, modules: fused(recipe, modules, "mix"),
         pool=True,
         learns="given",
     ),

@@ -7,7 +7,7 @@ from jaxtyping import PRNGKeyArray
 from ..training.frozen import Frozen
 from ..training.method import Adapted, Index, Method, Params
 from ..training.recipe import Recipe
-from .entry import MethodEntry, Update
+from .entry import MethodEntry
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,6 @@ _ZERO_SHOT = MethodEntry(
     name="zero-shot",
     help="use the base model unchanged",
     build=lambda built: ZeroShot(),
-    update=lambda recipe, modules: Update(),
     learns="untrained",
     seeded=False,
 )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ from ..models.architecture import Site
 from ..models.weights import Weight
 from ..training.frozen import Frozen
 from ..training.method import Adapted, Index, Method, Params
-from .entry import Billed, CostLayout, MethodEntry, Update, module
+from .entry import CostLayout, MethodEntry, module
 from .recipes import TargetedRecipe
 
 _START = 0.1  # initial value of d, as in PEFT
@@ -32,23 +32,6 @@ class VeRARecipe(TargetedRecipe):
 
     vera_rank: int = 128
     lr_vera: float = 0.03
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SharedUpdate(Update):
-    """Update by random matrices that all sites share, between trained vectors.
-
-    Attributes:
-      rank: rank of the matrices.
-    """
-
-    rank: int = 128
-
-    def width(self, site: Site, tokens: int) -> int:
-        return self.rank
-
-    def frozen_numbers(self, sites: Sequence[Site]) -> int:
-        return self.rank * (max(s.d_in for s in sites) + max(s.d_out for s in sites))
 
 
 class Projections(NamedTuple):
@@ -120,17 +103,8 @@ class VeRA(Method):
         }, {}
 
 
-def _cost_layouts(billed: Billed) -> dict[str, CostLayout]:
-    rank = billed.recipe.vera_rank
-    layout = CostLayout(
-        installed_words=sum(billed.counts.values()),
-        matrices=module(rank),
-        macs=lambda site: rank + 2 * site.d_out,
-        words=lambda site: rank + site.d_out,
-        trains_in="arrays",
-        stays_in="arrays",
-        shared=True,
-    )
+def _cost_layouts(recipe: VeRARecipe, rank: int) -> dict[str, CostLayout]:
+    layout = CostLayout(matrices=module(recipe.vera_rank), trains_in_arrays=True)
     return {"VeRA": layout}
 
 
@@ -141,9 +115,6 @@ ENTRIES = (
         title="VeRA, rank {vera_rank}",
         build=lambda built: VeRA(sites=built.sites, rank=built.recipe.vera_rank),
         recipe=VeRARecipe,
-        update=lambda recipe, modules: SharedUpdate(
-            rank=recipe.vera_rank, targets=recipe.lora_targets
-        ),
         groups=("vera",),
         cost_layouts=_cost_layouts,
     ),

@@ -3,9 +3,9 @@
 from .architecture import Model as Model
 from .architecture import linear_shapes as linear_shapes
 from .architecture import matrices as matrices
+from .architecture import rough_operations as rough_operations
 from .architecture import set_matrices as set_matrices
 from .architecture import stack_of as stack_of
-from .architecture import step_operations as step_operations
 from .architecture import targeted as targeted
 from .decoder import Decoder as Decoder
 from .decoder import DecoderConfig as DecoderConfig

@@ -53,34 +53,6 @@ class Attention(NamedTuple):
     d_head: int
 
 
-class Recurrence(NamedTuple):
-    """A state of a block instead of keys and values, [heads, d_key, d_value], that every token changes.
-
-    Attributes:
-      chunk: number of tokens that are computed at once.
-      inputs: further numbers of the state.
-    """
-
-    heads: int
-    d_key: int
-    d_value: int
-    chunk: int
-    inputs: int
-
-    def multiplications(self, length: int) -> int:
-        """Return those of a token of a row with so many: with the tokens of its chunk, and three with the state.
-
-        Those with the tokens solve a triangular system too, by the inverse of its matrix. Rows are filled up to chunks.
-        """
-        chunk = min(1 << (length - 1).bit_length(), self.chunk)
-        k = self.d_key
-        v = self.d_value
-        filled = -(-length // chunk) * chunk / length
-        return round(
-            filled * self.heads * (chunk * (3 * k + 2 * v) + chunk**2 / 3 + 3 * k * v)
-        )
-
-
 class Stack(NamedTuple):
     """Blocks of one kind, one after the other.
 
@@ -89,17 +61,14 @@ class Stack(NamedTuple):
       reads: the tokens that run through it; the last stack reads `target`.
       attentions: attentions of a block.
       d_ff: widest activation within a block.
-      elementwise: float32 numbers per token that a block's norms and activation functions keep for the backward pass
-        when nothing is recomputed.
-      recurrence: that of a block, if it has one.
+      recurrent_heads: heads of a block's recurrent state, if it has one instead of keys and values.
     """
 
     layers: int
     reads: Parts
     attentions: tuple[Attention, ...]
     d_ff: int
-    elementwise: int
-    recurrence: Recurrence | None = None
+    recurrent_heads: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -474,13 +443,14 @@ def unwrapped(name: str) -> str:
     return _WRAPPERS.sub("", name)
 
 
-def step_operations(
+def rough_operations(
     config: Architecture, source: Any, target: Any, rows: Iterable[tuple[int, Any, Any]]
 ) -> Any:
     """Return about how many operations a training step with frozen weights takes, to compare shapes of its batch.
 
-    `source` and `target` are numbers of tokens. Attention computes `rows`: a number, source width and target width for
-    each group of rows. All but the first may be arrays.
+    They are four for every token and number of the matrices that it meets, and attention's square term. `source` and
+    `target` are numbers of tokens. Attention computes `rows`: a number, source width and target width for each group of
+    rows. All but the first may be arrays.
     """
     products = target * math.prod(config.head) + sum(
         _tokens(site.reads, source, target) * (site.layers * site.d_in * site.d_out)
@@ -493,38 +463,7 @@ def step_operations(
         for stack in config.stacks.values()
         for attention in stack.attentions
     )  # fmt: skip
-    scores += sum(
-        count
-        * _tokens(stack.reads, *widths)
-        * stack.layers
-        * stack.recurrence.multiplications(stack.recurrence.chunk)
-        for count, *widths in rows
-        for stack in config.stacks.values()
-        if stack.recurrence is not None
-    )
     return 4.0 * (products + _SCORES * scores)
-
-
-def unrolled_numbers(
-    config: Architecture, source: Any, target: Any, rows: Iterable[tuple[int, Any, Any]]
-) -> Any:
-    """Return how many float32 numbers a backward pass keeps if layers are unrolled, in addition to those of a loop.
-
-    They are norms, gates and attention weights. Arguments are those of `step_operations`.
-    """
-    scores = sum(
-        count
-        * _tokens(stack.reads, *widths)
-        * _tokens(attention.reads, *widths)
-        * (stack.layers * attention.heads)
-        for count, *widths in rows
-        for stack in config.stacks.values()
-        for attention in stack.attentions
-    )
-    stacks = config.stacks.values()
-    return scores + sum(
-        _tokens(s.reads, source, target) * (s.layers * s.elementwise) for s in stacks
-    )
 
 
 def _tokens(reads: Parts, source: Any, target: Any) -> Any:

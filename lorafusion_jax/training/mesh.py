@@ -116,8 +116,8 @@ def check_model(config: Architecture) -> None:
         for attention in stack.attentions:
             _check_divides(size, attention.heads, "num_heads")
             _check_divides(size, attention.kv_heads, "num_kv_heads")
-        if stack.recurrence is not None:
-            _check_divides(size, stack.recurrence.heads, "linear_num_value_heads")
+        if stack.recurrent_heads:
+            _check_divides(size, stack.recurrent_heads, "linear_num_value_heads")
         _check_divides(size, stack.d_ff, "d_ff")
     _check_divides(size, config.vocab_size, "vocab_size")
 

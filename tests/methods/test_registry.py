@@ -1,4 +1,4 @@
-"""The registry: a new method is a file and a line, and is then run, shown, counted, planned and billed."""
+"""The registry: a new method is a file and a line, and is then run, shown, counted, planned and priced."""
 
 import dataclasses
 import math
@@ -19,12 +19,9 @@ from recipes import recipe
 
 import lorafusion_jax as lf
 from lorafusion_jax.cli import main
-from lorafusion_jax.crossbar import PRESETS as CROSSBARS
 from lorafusion_jax.estimates import (
-    CostOptions,
     Settings,
     Shape,
-    bills,
     plan,
     program_of,
     trained_numbers,
@@ -101,7 +98,7 @@ def test_a_new_method_is_in_the_help_text_with_its_own_options(gains, capsys):
 
 
 @pytest.mark.usefixtures("gains")
-def test_a_new_method_is_counted_planned_and_billed(capsys):
+def test_a_new_method_is_counted_planned_and_priced(capsys):
     matrices = 2 * 6 + 4 * 6
     main(["params", "--shape", "t5-small"])
     assert re.search(rf"\| gains from 1 +\| +{matrices} \|", capsys.readouterr().out)
@@ -125,13 +122,8 @@ def test_a_new_method_is_counted_planned_and_billed(capsys):
         row.cost.trainable == matrices
         and row.cost.training_flops > row.cost.evaluation_flops
     )
-    main(["cost", "--shape", "t5-small"])
-    assert "| gains " in capsys.readouterr().out
-    bill = bills(_SMALL, CROSSBARS["isaac"], CostOptions())["gains"]
-    assert (
-        bill.trainable == matrices
-        and bill.written.energy.typical == 0 < bill.install.typical
-    )
+    main(["cost", "--shape", "t5-small", "--bases"])
+    assert re.search(rf"\| gains +\| +{matrices} \| +0 ", capsys.readouterr().out)
 
 
 def test_an_entry_that_cannot_be_used_is_refused(gains, capsys):

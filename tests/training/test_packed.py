@@ -68,7 +68,7 @@ def _rows(config, count=8):
 def _packing(config):
     """Every width that saves tokens is worth a program."""
     return Packing(
-        config.causal, lambda *shape: 1e9 * lf.models.step_operations(config, *shape)
+        config.causal, lambda *shape: 1e9 * lf.models.rough_operations(config, *shape)
     )
 
 

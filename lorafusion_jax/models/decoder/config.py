@@ -126,23 +126,8 @@ class DecoderConfig(Architecture):
 
     @functools.cached_property
     def stacks(self) -> Mapping[str, Stack]:
-        # Kept are the input of each norm, rotated queries and keys, and the gate with its derivative.
-        norms = 2 * (self.pre_norms + self.post_norms) * self.d_model
-        rotated = (
-            (2 if self.qk_norm else 1)
-            * (self.num_heads + self.num_kv_heads)
-            * self.d_head
-        )
         attention = Attention(_ALL, self.num_heads, self.num_kv_heads, self.d_head)
-        return {
-            "decoder": Stack(
-                self.num_layers,
-                _ALL,
-                (attention,),
-                self.d_ff,
-                norms + rotated + 2 * self.d_ff,
-            )
-        }
+        return {"decoder": Stack(self.num_layers, _ALL, (attention,), self.d_ff)}
 
     @functools.cached_property
     def sites(self) -> Mapping[str, Site]:

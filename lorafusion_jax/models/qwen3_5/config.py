@@ -10,10 +10,9 @@ from typing import Any, ClassVar, Literal, TypedDict
 
 from ...support.reading import structured
 from ...support.text import shown
-from ..architecture import Layers, Parts, Recurrence, Site, Size, Stack
+from ..architecture import Layers, Parts, Site, Size, Stack
 from ..decoder import hf_config
 from ..decoder.config import DecoderConfig
-from .delta_rule import CHUNK
 
 MODEL_TYPES = ("qwen3_5", "qwen3_5_text")
 _ALL: Parts = ("source", "target")
@@ -86,17 +85,7 @@ class Qwen35Config(DecoderConfig):
     @functools.cached_property
     def stacks(self) -> Mapping[str, Stack]:
         full = self.of_attention.stacks["decoder"]
-        d = self.delta
-        # The input of each norm, the MLP's gate with its derivative, the convolution's steps, and products of a chunk.
-        elementwise = 2 * (self.d_model + self.d_ff) + 8 * (
-            d.channels + d.value_heads * (CHUNK + d.d_key + d.d_value)
-        )
-        recurrence = Recurrence(
-            d.value_heads, d.d_key, d.d_value, CHUNK, inputs=(d.kernel - 1) * d.channels
-        )
-        delta = full._replace(
-            attentions=(), elementwise=elementwise, recurrence=recurrence
-        )
+        delta = full._replace(attentions=(), recurrent_heads=self.delta.value_heads)
         return {f"delta{place}": delta for place in range(self.group - 1)} | {
             _FULL: full
         }

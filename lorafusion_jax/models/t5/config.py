@@ -85,15 +85,7 @@ class T5Config(Architecture):
             return Attention(reads, self.num_heads, self.num_heads, self.d_kv)
 
         def stack(layers: int, reads: Parts, *attentions: Attention) -> Stack:
-            # Kept are the input of each sublayer's norm, and the gate with its derivative.
-            norms = (len(attentions) + 1) * self.d_model
-            return Stack(
-                layers,
-                reads,
-                attentions,
-                self.d_ff,
-                norms + (2 if self.gated else 0) * self.d_ff,
-            )
+            return Stack(layers, reads, attentions, self.d_ff)
 
         return {
             "encoder": stack(self.num_layers, _SOURCE, attention(_SOURCE)),
