@@ -169,7 +169,7 @@ def test_chips_may_be_spread_over_devices_without_a_map():
 
 
 def test_chips_of_a_flax_model_are_read_where_they_are():
-    """As docs/guides/flax_chips.md shares them out."""
+    """As docs/guides/flax.md shares them out."""
     config = dataclasses.replace(_PLAIN, device=Device(programming=Independent(0.03)))
     model = nnx.Linear(40, 20, rngs=nnx.Rngs(0))
     x = _inputs()

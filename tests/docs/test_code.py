@@ -34,7 +34,6 @@ _AFTER_README = "after the README"
 # Other tests cover what these pages show.
 _NIGHTLY = (
     "flax.md",
-    "flax_chips.md",
     "flax_training.md",
     "python.md",
     "decoders.md",
