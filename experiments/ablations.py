@@ -17,12 +17,12 @@ from typing import Literal, get_args
 import _script
 import tyro
 from lab.common import ROOT
+from lab.matrix import Arm
 from lab.methods import ARMS, COEFFICIENTS
 from results_page import run_and_report
 from small_pool import SmallPoolOptions
 
 from lorafusion_jax.adapters import MergeKind
-from lorafusion_jax.trials import Arm
 
 Group = Literal[
     "modules",

@@ -16,12 +16,12 @@ from pathlib import Path
 import _script
 import tyro
 from lab.common import ROOT
+from lab.matrix import MatrixOptions
 from lab.methods import ARMS
 from lab.tasks import lorahub_tasks, prompt_overlap
 from results_page import run_and_report
 
 from lorafusion_jax.tasks import BBH_DATA, LORAHUB_DATA, load_task, write_lorahub_split
-from lorafusion_jax.trials import MatrixOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

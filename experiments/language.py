@@ -45,6 +45,7 @@ from lab.language import (
     unseen,
     write_task,
 )
+from lab.matrix import Arm
 from lab.smollm2 import EXAMPLES, HUB_ID, base
 from results_page import report
 
@@ -53,7 +54,7 @@ from lorafusion_jax.io import lora_adapter, open_pool, write_adapter
 from lorafusion_jax.models import dense
 from lorafusion_jax.report import Scores, colour, plot, scores
 from lorafusion_jax.tasks import BETWEEN_EXAMPLES
-from lorafusion_jax.trials import Arm, Job, read_rows, run_jobs
+from lorafusion_jax.trials import Job, read_rows, run_jobs
 
 Group = Literal[
     "main", "more", "five", "twenty", "examples", "relevance", "more-relevance"

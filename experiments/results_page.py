@@ -11,6 +11,7 @@ from pathlib import Path
 
 import _script
 from lab.common import ROOT
+from lab.matrix import Arm, MatrixOptions, print_matrix_plan, run_matrix
 
 from lorafusion_jax.report import (
     Row,
@@ -22,14 +23,7 @@ from lorafusion_jax.report import (
     shots_name,
     write_report,
 )
-from lorafusion_jax.trials import (
-    Arm,
-    MatrixOptions,
-    merge,
-    print_matrix_plan,
-    read_rows,
-    run_matrix,
-)
+from lorafusion_jax.trials import merge, read_rows
 
 
 def main(arguments: Sequence[str] = ()) -> None:

@@ -15,10 +15,9 @@ from pathlib import Path
 import _script
 import tyro
 from lab.common import ROOT, SMALL, TASKS
+from lab.matrix import MatrixOptions
 from lab.methods import ARMS
 from results_page import run_and_report
-
-from lorafusion_jax.trials import MatrixOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,12 +23,13 @@ import numpy as np
 import tyro
 from lab.common import ROOT, options_of_small, slug, small_pool_in_basis, write_csv
 from lab.language import MAIN, MORE, TUNING, find, options_of
+from lab.matrix import Arm
 from lab.methods import ARMS, COEFFICIENTS, IN_BASIS
 from language import LanguageOptions, link_tasks, linked_base, make_pools, pool_of
 
 from lorafusion_jax import FuseOptions, fuse
 from lorafusion_jax.report import as_markdown as markdown
-from lorafusion_jax.trials import Arm, Job, Shots, read_rows, run_jobs
+from lorafusion_jax.trials import Job, Shots, read_rows, run_jobs
 
 TASKS = ("reverse_starcon", "rotr_next")
 SEEDS = (101, 102)  # not those of any table; real language has the first

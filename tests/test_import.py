@@ -35,7 +35,7 @@ runs: loading models adapters io tasks report training methods
 serving: loading models adapters io tasks training methods runs
 hardware: loading crossbar models adapters io tasks training methods runs
 estimates: loading crossbar models adapters io tasks training methods runs
-trials: hardware io loading methods runs report tasks training estimates
+trials: io loading methods runs report tasks training estimates
 lm_eval: loading models io tasks training runs hardware
 cli: crossbar io report training methods runs serving hardware estimates lm_eval trials
 """

@@ -18,7 +18,9 @@ from lorafusion_jax.methods import find
 from lorafusion_jax.report import as_markdown as markdown
 from lorafusion_jax.report import over_tasks, write_text
 from lorafusion_jax.runs import RunFolder
-from lorafusion_jax.trials import TRAIN_ROWS, Arm, Shots, recipe_of
+from lorafusion_jax.trials import Shots
+
+from .matrix import TRAIN_ROWS, Arm, recipe_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ROOT / "examples" / "small"

@@ -30,9 +30,10 @@ from lorafusion_jax.io import load_arrays, save_arrays
 from lorafusion_jax.runs import EvaluateOptions, Setup, evaluate, load_to_evaluate
 from lorafusion_jax.tasks import split
 from lorafusion_jax.training import Params, fit, start
-from lorafusion_jax.trials import Arm, Cells, Row, recipe_of
+from lorafusion_jax.trials import Cells, Row
 
 from .common import ROOT, options_of_small, slug, small_pool_in_basis
+from .matrix import Arm, recipe_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -26,8 +26,8 @@ from lorafusion_jax.tasks import (
     train_batches,
 )
 from lorafusion_jax.training import LOSS, Params, seed_entropies
-from lorafusion_jax.trials import Arm, recipe_of
 
+from .matrix import Arm, recipe_of
 from .methods import ARMS, IN_BASIS
 from .smollm2 import EXAMPLES
 from .tasks import find_task

@@ -1,6 +1,6 @@
 """Arms that the experiments compare, in the order of the tables, with the learning rates that tuning found."""
 
-from lorafusion_jax.trials import Arm
+from .matrix import Arm
 
 ARMS = {
     "zero-shot": Arm(method="zero-shot"),

@@ -11,6 +11,7 @@ from ..lm_eval.options import CalibratedChipOptions, LmEvalOptions, load_measure
 from ..runs.options import check_digital
 from ..runs.predict import GenerateOptions, generate_lines, stream_lines
 from ..serving.predict import generate_rows
+from ..support.options import AnyPoolOptions
 from ..support.text import one_line
 from ..training.problem import Problem
 from .parsing import parse, part_of
@@ -19,7 +20,7 @@ _BREAKS = re.compile(r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateCommand(GenerateOptions, CalibratedChipOptions):
+class GenerateCommand(GenerateOptions, AnyPoolOptions, CalibratedChipOptions):
     """Let fused runs, weighted sums of modules, or a base model as it is, answer new text: one line in, one answer out.
 
     Examples:

@@ -4,34 +4,24 @@ import dataclasses
 from collections.abc import Sequence
 
 from ..estimates.params import counts, shape_config
+from ..support.options import ShapeOptions, SharedMatricesOptions
 from ..support.reading import show
 from ..support.text_tables import markdown
 from .parsing import parse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ParamsOptions:
+class ParamsOptions(SharedMatricesOptions, ShapeOptions):
     """Print how many numbers each method trains, exactly and without loading weights.
 
     Example:
       lorafusion params --shape flan-t5-large --modules 20 --rank 16
 
     Attributes:
-      shape: name of a known shape, such as flan-t5-large, or the folder, hub id or GGUF file of a base model, whose
-        configuration is read.
-      modules: number of modules that are fused.
-      rank: rank of LoRA and DoRA.
-      vera_rank: rank of VeRA's two random matrices, which all sites share.
       basis: number of directions of a shared basis (`lorafusion convert --basis`).
-      targets: the linear maps that are adapted, wherever they occur; by default the family's own choice.
     """
 
-    shape: str = "flan-t5-large"
-    modules: int = 20
-    rank: int = 16
-    vera_rank: int = 128
     basis: int = 32
-    targets: tuple[str, ...] | None = None
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -140,13 +140,10 @@ def _shown(options: type, groups: Groups, defaults: Mapping[str, Any]) -> type:
 
 
 def _documented(options: type) -> str:
-    """Return the lines that describe the options, including those of parent classes and nested dataclasses."""
+    """Return the lines that describe the options, from subclass to parent: the first line about an option counts."""
     hints = typing.get_type_hints(options, include_extras=True)
     nested = filter(None, map(_dataclass, hints.values()))
-    classes = [
-        *reversed(options.__mro__),
-        *(each for inner in nested for each in reversed(inner.__mro__)),
-    ]
+    classes = [*options.__mro__, *(each for inner in nested for each in inner.__mro__)]
     docs = (
         inspect.cleandoc(vars(each).get("__doc__") or "")
         for each in classes

@@ -12,10 +12,14 @@ from .estimate import program_of as program_of
 from .estimate import trained_numbers as trained_numbers
 from .machines import PlanOptions as PlanOptions
 from .machines import machine as machine
+from .machines import pace as pace
+from .machines import spent as spent
 from .params import shape_config as shape_config
 from .plan import describe as describe
 from .plan import describe_run as describe_run
 from .plan import plan as plan
+from .plan import pool_shape as pool_shape
+from .plan import workloads as workloads
 from .workload import CHARACTERS_PER_TOKEN as CHARACTERS_PER_TOKEN
 from .workload import Shape as Shape
 from .workload import workload as workload

@@ -29,8 +29,13 @@ from ..methods.recipes import recipe_of
 from ..models.architecture import Architecture, Site, sharing_inputs, targeted
 from ..support import text_tables
 from ..support.checks import at_least
+from ..support.options import (
+    PresetOptions,
+    ShapeOptions,
+    StepsOptions,
+    TrainRowsOptions,
+)
 from ..tasks import split
-from ..training.recipe import Recipe
 from .estimate import Kind, Settings, program_of, trained_numbers
 from .workload import Shape
 
@@ -48,34 +53,16 @@ _PREFIXES = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CostOptions:
+class CostOptions(StepsOptions, PresetOptions, TrainRowsOptions, ShapeOptions):
     """Assumptions of the cost of one new task.
 
     Attributes:
-      shape: name of a known shape, such as flan-t5-large, or the folder, hub id or GGUF file of a base model, whose
-        configuration is read.
-      modules: number of modules that are fused.
       bases: numbers of directions of shared bases (`lorafusion convert --basis`); each has a row.
-      rank: rank of every module, and of LoRA and DoRA.
-      targets: the linear maps that are adapted, wherever they occur; by default the family's own choice.
-      crossbar: configuration of the arrays: isaac, puma, raella, neurram, aihwkit, a .yaml or .json file, or a folder
-        of chips or preparations.
-      epochs: passes over the training rows.
-      train_rows: number of rows for training and validation.
-      batch_size: number of rows in a step.
       source: number of tokens of an input.
       target: number of tokens of an answer.
     """
 
-    shape: str = "flan-t5-large"
-    modules: int = 20
     bases: tuple[int, ...] = (16, 32)
-    rank: int = 16
-    targets: tuple[str, ...] | None = None
-    crossbar: str = "isaac"
-    epochs: int = Recipe.epochs
-    train_rows: int = 100
-    batch_size: int = Recipe.batch_size
     source: int = 128
     target: int = 8
 

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from ..loading.spec import LoadIn
 from ..methods import find
 from ..methods.entry import MethodEntry, PlannedPool
 from ..methods.fusion import choice_of
@@ -21,6 +20,7 @@ from ..methods.recipes import basis_of, modules_of, recipe_of
 from ..models.architecture import Architecture, rough_operations
 from ..models.generate import generate
 from ..support.checks import at_least
+from ..support.options import LoadIn
 from ..tasks import Batch, Rows
 from ..training.fit import recipe_rates
 from ..training.loss import batch_logits, log_likelihood

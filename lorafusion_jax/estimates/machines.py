@@ -95,12 +95,22 @@ def _memory_of_this_machine() -> int:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PlanOptions:
-    """Options of `--plan`.
+class PlanFlagOptions:
+    """A plan instead of the work itself.
 
     Attributes:
       plan: print what this needs (FLOPs, memory, time), and run nothing. The base may be the name of a shape, such as
         flan-t5-large, whose weights are not needed.
+    """
+
+    plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanOptions(PlanFlagOptions):
+    """Options of `--plan`.
+
+    Attributes:
       plan_for: plan for this machine instead of the one that the command runs on: cpu, a100, h100, h200, l4, rtx4090,
         v5e, v5p, v6e, or a Mac by its unified memory, such as mac-64gb.
       utilisation: share of the machine's peak that the plan counts with; by default 0.3, and on a CPU 0.5 of the rate
@@ -109,7 +119,6 @@ class PlanOptions:
       devices: number of devices that share the jobs, to print the wall time.
     """
 
-    plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     plan_for: Annotated[str | None, tyro.conf.arg(name="for")] = None
     utilisation: float | None = None
     price: float | None = None

@@ -16,7 +16,6 @@ from .. import crossbar
 from ..adapters.basis import Pool, SharedBasis, check_width
 from ..adapters.pool import LoraPool
 from ..io.hf import read_config
-from ..loading.spec import LoadIn
 from ..methods import METHODS
 from ..methods.entry import Built, MethodEntry, PlannedPool
 from ..methods.recipes import basis_of, modules_of, recipe_of
@@ -30,6 +29,7 @@ from ..models.architecture import (
 from ..models.registry import abstract_model, known_shapes
 from ..models.weights import Unstacked, dense, quantise
 from ..support.checks import at_least
+from ..support.options import LoadIn
 from ..training.frozen import Frozen
 from ..training.problem import Problem
 from ..training.recipe import Recipe

@@ -25,6 +25,7 @@ from ..runs.options import ChipsOptions, FuseOptions
 from ..runs.predict import EvaluateOptions, load_to_evaluate
 from ..runs.setup import Setup
 from ..support.checks import at_least
+from ..support.options import MeshOptions
 from ..support.progress import progress
 from ..support.writing import check_writable
 from ..training.mesh import make_mesh, on_mesh
@@ -40,7 +41,7 @@ _LONGEST_NAME = 40  # characters of the chips' name in that of a file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateOnChipsOptions(EvaluateOptions, ChipsOptions):
+class EvaluateOnChipsOptions(MeshOptions, EvaluateOptions, ChipsOptions):
     """Evaluate a fused run, on its own task or another one, digitally or on simulated chips.
 
     Attributes:
@@ -53,7 +54,6 @@ class EvaluateOnChipsOptions(EvaluateOptions, ChipsOptions):
       calibration_rows: training rows that the ADCs are calibrated on.
       report: evaluate chip after chip, each calibrated on its own, and next to the digital model; and report every
         site's signal to quantisation noise ratio, arrays and conversions.
-      mesh: divide chips and seeds over devices, as in seed=8.
     """
 
     chips: int | None = None
@@ -64,7 +64,6 @@ class EvaluateOnChipsOptions(EvaluateOptions, ChipsOptions):
     lora_in: Literal["sram", "cells"] = "sram"
     calibration_rows: int = CALIBRATION_ROWS
     report: bool = False
-    mesh: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,13 @@ from ..loading.spec import LoadOptions
 from ..models.architecture import matrices, sharing_inputs
 from ..models.weights import dense
 from ..support.checks import at_least, check_uint32
+from ..support.options import (
+    BaseOptions,
+    CrossbarOptions,
+    DigitalOptions,
+    OutOptions,
+    SeedOptions,
+)
 from ..support.progress import progress
 from ..support.reading import named
 from ..tasks import Batch, tokenise
@@ -27,7 +34,9 @@ from .texts import WINDOW, answered, logits_of_base, no_padding, read_texts, win
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PrepareOptions:
+class PrepareOptions(
+    DigitalOptions, SeedOptions, OutOptions, CrossbarOptions, BaseOptions
+):
     """Prepare a base model so that it loses little on any chip of a configuration, and write the preparations.
 
     Input factors, an orthogonal transform and ranges of columns change its matrices, but not their products. Text shows
@@ -38,23 +47,15 @@ class PrepareOptions:
       lorafusion evaluate --run runs/task --crossbar prepared --chips 8
 
     Attributes:
-      base: the base model, as in `lorafusion fuse`.
       crossbar: a preset, or a .yaml or .json file; all changes are made if its `mapping` has none of clip, factors
         and transform.
-      text: text files; a causal model reads windows of 128 tokens, another one each line.
-      out: folder to write, which must not exist.
-      tokens: tokens of the text that a causal model reads.
       seed: seed of the transform's signs.
-      keep_digital: patterns of weights that stay digital, with all chips of the folder.
+      text: text files; a causal model reads windows of 128 tokens, another one each line.
+      tokens: tokens of the text that a causal model reads.
     """
 
-    base: str
-    crossbar: str
     text: tuple[Path, ...]
-    out: Path
     tokens: int = 3072
-    seed: int = 0
-    keep_digital: tuple[str, ...] = ()
 
 
 def prepare(options: PrepareOptions) -> PreparedManifest:

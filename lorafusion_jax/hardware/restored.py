@@ -26,6 +26,15 @@ from ..loading.spec import LoadOptions
 from ..models.architecture import matrices
 from ..models.weights import dense
 from ..support.checks import at_least, check_uint32, flags_given
+from ..support.options import (
+    AgeOptions,
+    BaseOptions,
+    CrossbarOptions,
+    DrawnChipsOptions,
+    MeshOptions,
+    OutOptions,
+    SeedOptions,
+)
 from ..support.progress import progress
 from ..support.reading import FileError
 from ..support.text import shown
@@ -104,7 +113,15 @@ class Manifest(TypedDict):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RestoreOptions:
+class RestoreOptions(
+    OutOptions,
+    MeshOptions,
+    DrawnChipsOptions,
+    AgeOptions,
+    SeedOptions,
+    CrossbarOptions,
+    BaseOptions,
+):
     """Compute digital corrections of a base model on simulated chips, from unlabelled text.
 
     No cell is written. `lorafusion fuse`, `evaluate`, `generate` and `lm-eval` use the corrections with --restore.
@@ -115,9 +132,10 @@ class RestoreOptions:
       lorafusion restore --base base --crossbar noisy.yaml --tokens 3072 --method low-rank --rank 3 --out restored
 
     Attributes:
-      base: the base model, as in `lorafusion fuse`.
       crossbar: a file that `lorafusion crossbar program` wrote, a folder that `prepare` wrote, a preset, or a .yaml or
         .json file.
+      seed: seed of the order of the text, and of sampled text.
+      out: folder to write. Chips that it has are not computed again.
       chip: numbers of the chips.
       text: text files; a causal model reads windows of 128 tokens, another one each line.
       tokens: a causal model uses the first so many tokens of the text, by default all; without text it samples so
@@ -128,18 +146,9 @@ class RestoreOptions:
       epochs: passes of distillation over the text; 0 for the closed form alone.
       rate: learning rate of factors and offsets; by default 0.01, and 0.0015 on chips of a prepared base.
       rate_low_rank: learning rate of the matrices; by default 0.001, and 0.003 for `lora`.
-      seed: seed of the order of the text, and of sampled text.
-      age: age of the chips: seconds, or as in 1h, 1day, 1month, 1year.
       in_advance: compute corrections for that age in advance, with other draws of the drift than the chips will have.
-      keep_digital: patterns of weights that stay digital; a file of chips has its own.
-      chip_key: key from which the chips of a configuration are drawn; a file of chips has its own.
-      mesh: divide the chips over devices, as in seed=8.
-      out: folder to write. Chips that it has are not computed again.
     """
 
-    base: str
-    crossbar: str
-    out: Path
     chip: tuple[int, ...] = (0,)
     text: tuple[Path, ...] = ()
     tokens: int | None = None
@@ -148,12 +157,7 @@ class RestoreOptions:
     epochs: int = Restoring.epochs
     rate: float | None = None
     rate_low_rank: float | None = None
-    seed: int = 0
-    age: str | None = None
     in_advance: bool = False
-    keep_digital: tuple[str, ...] = ()
-    chip_key: int = 0
-    mesh: str | None = None
 
 
 def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:

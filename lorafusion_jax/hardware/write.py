@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import os
-from pathlib import Path
 
 import jax
 
@@ -16,6 +15,13 @@ from ..loading.model import load_model
 from ..loading.spec import LoadOptions
 from ..methods.fusion import FusionRecipe
 from ..support.checks import at_least, check_uint32
+from ..support.options import (
+    BasisOptions,
+    DrawnChipsOptions,
+    OutOptions,
+    PoolOptions,
+    PresetOptions,
+)
 from ..support.version import __version__
 from ..support.writing import check_writable
 from .chip_file import ChipFile, OneChip, cells_sha256, load_chips
@@ -23,7 +29,9 @@ from .program import program
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ProgramOptions:
+class ProgramOptions(
+    BasisOptions, DrawnChipsOptions, PresetOptions, OutOptions, PoolOptions
+):
     """Program a base model and a pool onto independent chips, and report arrays, cells, energy and time.
 
     Every chip has its own random errors, which are drawn from the key. `lorafusion fuse` and `lorafusion evaluate`
@@ -34,25 +42,15 @@ class ProgramOptions:
       lorafusion crossbar program --base base --pool pool --basis 32 --crossbar noisy.yaml --out basis_chips.json
 
     Attributes:
-      base: the base model: a Hugging Face folder, a hub id or a GGUF file.
       pool: a converted pool, or a folder of PEFT adapter folders; all its modules are written.
       out: JSON file to write, which must not exist.
       crossbar: a preset (ideal, isaac, puma, raella, neurram, aihwkit, crosssim), a .yaml or .json file, or a folder
         that `lorafusion crossbar prepare` wrote.
       basis: write the first so many directions of the pool's shared basis instead of its modules.
       chips: number of chips.
-      chip_key: key from which they are drawn.
-      keep_digital: patterns of weights that stay digital: `head`, `pool.*`.
     """
 
-    base: str
-    pool: str
-    out: Path
-    crossbar: str = "isaac"
-    basis: int | None = None
     chips: int = 1
-    chip_key: int = 0
-    keep_digital: tuple[str, ...] = ()
 
 
 def write_chips(options: ProgramOptions) -> ChipFile:

@@ -8,13 +8,18 @@ import dataclasses
 import importlib.metadata
 import platform
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from ..adapters.basis import check_size, directions, in_directions
 from ..models.architecture import linear_shapes
 from ..support.checks import flags_given
+from ..support.options import (
+    AnyBaseOptions,
+    BasisOptions,
+    StoredDtypeOptions,
+)
 from ..support.progress import progress
 from ..support.reading import check_name, check_regular, utf8
 from ..support.version import __version__
@@ -40,7 +45,7 @@ _PACKAGES = ("jax", "numpy", "safetensors")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ConvertOptions:
+class ConvertOptions(BasisOptions, StoredDtypeOptions, AnyBaseOptions):
     r"""Convert LoRA adapters of PEFT, mlx-lm or qwix into a pool, ready to be fused, or make the shared basis of one.
 
     Examples:
@@ -52,14 +57,14 @@ class ConvertOptions:
       base: folder, hub id or GGUF file of the base model that the adapters were trained on; not needed for the basis of
         an existing pool, nor for a dry run.
       adapters: folders or hub ids (owner/name, owner/name@revision) of the adapters.
-      adapters_file: a text file with one more folder or hub id per line; # begins a comment. `lorahub` is the list of
-        LoraHub's 196 adapters of FLAN-T5-large, which comes with the package.
       out: folder to write, which must not exist; not needed for a dry run. Without adapters, the converted pool to
         which the basis is added.
       basis: also make a shared basis with this number of directions from all modules: the pool can then be fused with a
         fraction of its reads (`lorafusion fuse --basis`).
-      alpha: alpha of adapters of qwix (or tunix), which do not contain it.
       dtype: store factors in this dtype; by default in the adapter's.
+      adapters_file: a text file with one more folder or hub id per line; # begins a comment. `lorahub` is the list of
+        LoraHub's 196 adapters of FLAN-T5-large, which comes with the package.
+      alpha: alpha of adapters of qwix (or tunix), which do not contain it.
       dry_run: read and check everything and print the same report, but write nothing. Of a base in a folder,
         config.json is enough for this, unless an adapter carries copies of base weights. Without a base, check the
         files alone, list all adapters that cannot be used, and exit with 1 if there are any.
@@ -67,16 +72,13 @@ class ConvertOptions:
       json: print the report as JSON.
     """
 
-    base: str | None = None
     adapters: tuple[str, ...] = ()
     adapters_file: Path | None = None
     out: Path | None = None
     alpha: float | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     dry_run: bool = False
     skip_bad: bool = False
     json: bool = False
-    basis: int | None = None
 
 
 def convert(options: ConvertOptions) -> dict[str, Any]:

@@ -1,19 +1,24 @@
 """The model that benchmarks of lm-evaluation-harness measure: a base, modules of a pool, or a fused run; on chips."""
 
 import dataclasses
-from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 
 from ..hardware.on_arrays import on_arrays, restored_base
 from ..io.pool import open_pool
 from ..loading.model import LoadedModel, load_model
-from ..loading.spec import LoadIn, LoadOptions
+from ..loading.spec import LoadOptions
 from ..runs.options import ChipOptions, FuseOptions, OnArrays, check_digital
 from ..runs.run import check_answers, load_run, seed_place
 from ..runs.setup import Setup, load_setup, of_run, own_task
 from ..support.checks import flags_given
+from ..support.options import (
+    AnyPoolOptions,
+    AnyRunOptions,
+    ModulesOptions,
+    PrecisionOptions,
+)
 from ..training.method import Params
 
 _OF_BASES = ("pool", "adapters", "dtype", "load_in")
@@ -32,7 +37,13 @@ class CalibratedChipOptions(ChipOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LmEvalOptions(CalibratedChipOptions):
+class LmEvalOptions(
+    PrecisionOptions,
+    ModulesOptions,
+    AnyPoolOptions,
+    AnyRunOptions,
+    CalibratedChipOptions,
+):
     """Measure a fused run, a base model or an adapter on benchmarks of lm-evaluation-harness.
 
     All other options are those of `lm-eval run`, which `lm-eval run --help` lists.
@@ -43,24 +54,13 @@ class LmEvalOptions(CalibratedChipOptions):
       lorafusion lm-eval --run runs/snarks-fusion --crossbar isaac --tasks arc_easy
 
     Attributes:
-      run: folder of the run.
-      run_seed: seed of the run that is measured; by default its first.
-      base: base model without a run, as in `lorafusion fuse`.
-      pool: a converted pool, or a folder of PEFT adapter folders, for the base.
       adapters: modules of the pool, by name or index: one as it is, several as their mean; by default all.
-      dtype: dtype of weights and activations of a base without a run.
-      load_in: hold a base without a run, and its pool, in 4 or 8 bits.
+      run_seed: seed of the run that is measured; by default its first.
       max_length: most tokens of a prompt and its continuation; longer prompts lose their first tokens. By default
         the model's context.
     """
 
-    run: Path | None = None
     run_seed: int | None = None
-    base: str | None = None
-    pool: str | None = None
-    adapters: tuple[str, ...] = ()
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    load_in: LoadIn = "full"
     max_length: int | None = None
 
 

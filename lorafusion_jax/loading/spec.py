@@ -6,19 +6,20 @@ from typing import Literal
 from ..methods import METHODS, fields_of, find, not_an_option
 from ..methods.entry import MethodEntry
 from ..methods.recipes import recipe_of
+from ..support.options import BaseOptions, ChatOptions, ModulesOptions, PrecisionOptions
 from ..training.recipe import Recipe
 
-# What base and pool are held in: whole, or in 4 or 8 bits.
-LoadIn = Literal["full", "nf4", "int8"]
 Control = Literal["none", "random-factors", "shuffled", "rotated"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoadOptions:
+class LoadOptions(PrecisionOptions, ChatOptions, ModulesOptions, BaseOptions):
     """A base model, and the modules that a method fuses onto it.
 
     Attributes:
-      base: the base model: a Hugging Face folder, a hub id (owner/name, owner/name@revision) or a GGUF file.
+      adapters: fuse these modules, by name or index, instead of a draw by seed.
+      chat: put the input into the model's own chat template, as the user's message, and learn the assistant's answer;
+        rows of the task may be conversations ("messages").
       pool: a converted pool, or a folder of PEFT adapter folders; only for methods that fuse modules.
       seeds: seeds of the run: each draws its modules, its start and its order of rows; all are one program.
       method: name of the method, from the registry (`lorafusion_jax.METHODS`).
@@ -26,27 +27,17 @@ class LoadOptions:
         `rotated` keeps the singular values of its updates and draws the singular vectors. With a basis, a control
         replaces the directions on which the modules are projected.
       control_draw: number of the draw of a control; all seeds of a run share a draw.
-      adapters: fuse these modules, by name or index, instead of a draw by seed.
       recipe: numbers of the method and of its training, of the class that the method names; a recipe of another class
         may have numbers that both share, other than the defaults.
-      chat: put the input into the model's own chat template, as the user's message, and learn the assistant's answer;
-        rows of the task may be conversations ("messages").
-      dtype: dtype of weights and activations.
-      load_in: hold base and pool in 4 or 8 bits.
       seed_mode: mode of the seeds: batched, or one after the other (sequential); by default the faster one here.
     """
 
-    base: str
     pool: str | None = None
     seeds: tuple[int, ...] = (1,)
     method: str = "fusion"
     control: Control = "none"
     control_draw: int = 0
-    adapters: tuple[str, ...] = ()
     recipe: Recipe = Recipe()
-    chat: bool = False
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    load_in: LoadIn = "full"
     seed_mode: Literal["auto", "batched", "sequential"] = "auto"
 
     def __post_init__(self) -> None:

@@ -33,7 +33,7 @@ from ..training.frozen import Frozen
 from ..training.method import Adapted, Fused, Index, Method, Params
 from ..training.recipe import Optimisation, Recipe
 from .entry import Built, CostLayout, MethodEntry, module
-from .recipes import BasisRecipe
+from .recipes import BasisRecipe, RescalingRecipe
 
 Choose = Literal["draw", "gradient", "basis-gradient"]
 
@@ -84,15 +84,13 @@ class CoefficientsRecipe(BasisRecipe):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FusionRecipe(CoefficientsRecipe):
+class FusionRecipe(RescalingRecipe, CoefficientsRecipe):
     """Recipe of LoRAFusion.
 
     Attributes:
-      lr_magnitudes: learning rate of the magnitudes.
       prune: share of the smallest magnitudes that are set to zero at half time and kept there.
     """
 
-    lr_magnitudes: float = 0.01
     prune: float = 0.0
 
     def check(self) -> None:

@@ -24,7 +24,7 @@ from ..training.problem import Problem
 from ..training.recipe import Recipe
 from .entry import Built, CostLayout, MethodEntry, module
 from .magnitudes import with_norms
-from .recipes import TargetedRecipe
+from .recipes import RescalingRecipe, TargetedRecipe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,14 +50,8 @@ def is_warm(recipe: Recipe) -> TypeGuard[LoRARecipe]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DoRARecipe(LoRARecipe):
-    """Recipe of DoRA.
-
-    Attributes:
-      lr_magnitudes: learning rate of the magnitudes.
-    """
-
-    lr_magnitudes: float = 0.01
+class DoRARecipe(RescalingRecipe, LoRARecipe):
+    """Recipe of DoRA."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

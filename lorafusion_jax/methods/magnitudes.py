@@ -12,18 +12,12 @@ from ..models.weights import Weight
 from ..training.frozen import Frozen
 from ..training.method import Adapted, Index, Method, Params
 from .entry import MethodEntry
-from .recipes import TargetedRecipe
+from .recipes import RescalingRecipe, TargetedRecipe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MagnitudesRecipe(TargetedRecipe):
-    """Recipe of magnitudes alone.
-
-    Attributes:
-      lr_magnitudes: learning rate of the magnitudes.
-    """
-
-    lr_magnitudes: float = 0.01
+class MagnitudesRecipe(RescalingRecipe, TargetedRecipe):
+    """Recipe of magnitudes alone."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,32 +4,25 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from ..support.options import BasisOptions, DrawOptions
 from ..training.recipe import Recipe
 
 OneRecipe = TypeVar("OneRecipe", bound=Recipe)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PoolRecipe(Recipe):
-    """Recipe of a method that fuses modules of a pool.
-
-    Attributes:
-      modules: number of modules of the pool that a seed fuses; all of a smaller pool.
-    """
-
-    modules: int = 20
+class PoolRecipe(DrawOptions, Recipe):
+    """Recipe of a method that fuses modules of a pool."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BasisRecipe(PoolRecipe):
+class BasisRecipe(BasisOptions, PoolRecipe):
     """Recipe of a method that fuses modules, whole or in a shared basis.
 
     Attributes:
       basis: fuse the modules in the first so many directions of the pool's stored basis (`lorafusion convert --basis`);
         None for whole modules.
     """
-
-    basis: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +34,17 @@ class TargetedRecipe(Recipe):
     """
 
     lora_targets: tuple[str, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RescalingRecipe(Recipe):
+    """Recipe of a method that trains magnitudes.
+
+    Attributes:
+      lr_magnitudes: learning rate of the magnitudes.
+    """
+
+    lr_magnitudes: float = 0.01
 
 
 def modules_of(recipe: Recipe) -> int:

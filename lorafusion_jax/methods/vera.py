@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ..adapters.updates import LowRank
 from ..models.architecture import Site
 from ..models.weights import Weight
+from ..support.options import SharedMatricesOptions
 from ..training.frozen import Frozen
 from ..training.method import Adapted, Index, Method, Params
 from .entry import CostLayout, MethodEntry, module
@@ -22,15 +23,13 @@ _PROJECTION_KEY = 0  # the matrices are the same in every run, as in PEFT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VeRARecipe(TargetedRecipe):
+class VeRARecipe(SharedMatricesOptions, TargetedRecipe):
     """Recipe of VeRA.
 
     Attributes:
-      vera_rank: rank of the random matrices.
       lr_vera: learning rate of the vectors.
     """
 
-    vera_rank: int = 128
     lr_vera: float = 0.03
 
 

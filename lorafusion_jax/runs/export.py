@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,13 @@ from ..loading.model import load_model
 from ..models.architecture import Model
 from ..models.registry import gguf_layout
 from ..support.checks import flags_given
+from ..support.options import (
+    AnyBaseOptions,
+    Dtype,
+    Format,
+    FormatOptions,
+    RunSeedOptions,
+)
 from ..support.text import printable
 from ..support.text_tables import escaped
 from ..support.version import __version__
@@ -33,13 +40,11 @@ from .options import FuseOptions
 from .run import load_seed
 from .setup import of_run
 
-Format = Literal["adapter", "merged", "gguf", "gguf-f16", "gguf-q8_0"]
 MERGED: tuple[Format, ...] = ("merged", "gguf-f16", "gguf-q8_0")
-Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExportOptions:
+class ExportOptions(FormatOptions, RunSeedOptions, AnyBaseOptions):
     """Write a fused run in the hub's formats, an adapter of a converted pool as it came, or a GGUF file as a folder.
 
     Examples:
@@ -49,25 +54,13 @@ class ExportOptions:
       lorafusion export --base model.gguf --out model
 
     Attributes:
-      out: folder to write, which must not exist; the folder of a run gets a model card, README.md.
-      run: folder of the run.
-      seed: seed of the run to export; by default its first.
-      format: a PEFT `adapter`; a Hugging Face base with the trained parameters `merged` in; for llama.cpp a LoRA in
-        `gguf` of a run without magnitudes, or a merged model in `gguf-f16` or `gguf-q8_0`.
-      dtype: dtype of the numbers of an `adapter`, by default float32, or of a `merged` base, by default the run's.
+      base: base model, to write as a Hugging Face folder in float32: PEFT can train adapters on the one of a GGUF file.
       pool: converted pool, to save one of its adapters again.
       adapter: name of that adapter.
-      base: base model, to write as a Hugging Face folder in float32: PEFT can train adapters on the one of a GGUF file.
     """
 
-    out: Path
-    run: Path | None = None
-    seed: int | None = None
-    format: Format = "adapter"
-    dtype: Dtype | None = None
     pool: Path | None = None
     adapter: str | None = None
-    base: str | None = None
 
 
 def export(options: ExportOptions) -> str:

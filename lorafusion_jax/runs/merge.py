@@ -15,12 +15,11 @@ from ..io.hf import open_base
 from ..io.pool import open_pool
 from ..methods.fusion import Fusion
 from ..models.architecture import kernels
+from ..support.options import FormatOptions, PoolOptions
 from ..support.writing import write_text
 from ..training.frozen import Frozen
 from .export import (
     MERGED,
-    Dtype,
-    Format,
     adapter_export,
     check_format,
     merged_export,
@@ -30,7 +29,7 @@ from .weight_list import RECORD, Merged, check_modules, coefficients_of, typed_w
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MergeOptions:
+class MergeOptions(FormatOptions, PoolOptions):
     """Combine modules of a pool with your own weights: dW = sum of weight times B A. A DoRA adapter is combined alone.
 
     Examples:
@@ -38,23 +37,13 @@ class MergeOptions:
       lorafusion merge --base base --pool pool --weights-file weights.json --out model --format merged
 
     Attributes:
-      base: the base model: a Hugging Face folder, a hub id or a GGUF file.
-      pool: a converted pool, or a folder of PEFT adapter folders.
-      out: folder to write, which must not exist.
       weights: weights of modules, as name=number.
       weights_file: JSON file of weights by module: a number, or numbers by block as in {"name": {"STACK.LAYER": 0.5}};
         blocks that are left out get zero.
-      format: format of the result, as in `lorafusion export`.
-      dtype: dtype of the numbers of an `adapter` or `merged` base, by default float32.
     """
 
-    base: str
-    pool: str
-    out: Path
     weights: tuple[str, ...] = ()
     weights_file: Path | None = None
-    format: Format = "adapter"
-    dtype: Dtype | None = None
 
 
 def merge(options: MergeOptions) -> str:

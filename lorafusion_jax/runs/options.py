@@ -11,42 +11,44 @@ import tyro
 
 from ..loading.spec import LoadOptions
 from ..support.checks import flags_given
+from ..support.options import (
+    AgeOptions,
+    DrawnChipsOptions,
+    EvaluatedRowsOptions,
+    MeshOptions,
+    RowOptions,
+    TrainRowsOptions,
+)
 from ..tasks import Task, load_task
 from ..training.recipe import Recipe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ChipsOptions:
+class ChipsOptions(DrawnChipsOptions):
     """Simulated chips, or none.
 
     Attributes:
       crossbar: run on simulated arrays: a file that `lorafusion crossbar program` wrote, a folder that
         `prepare` wrote, a preset (ideal, isaac, puma, raella, neurram, aihwkit, crosssim), or a .yaml or .json file;
         by default digitally.
-      chip_key: key from which the chips of a configuration are drawn; a file of chips has its own.
-      keep_digital: patterns of weights that stay digital: `head`, `pool.*`; a file of chips has its own.
       norm: the magnitudes' norms are those of the `ideal` weights, or of the weights as `programmed`, read back.
       restore: digital corrections of the chips: a folder that `lorafusion restore` wrote; by default none.
     """
 
     crossbar: str | None = None
-    chip_key: int = 0
-    keep_digital: tuple[str, ...] = ()
     norm: Literal["ideal", "programmed"] = "ideal"
     restore: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ChipOptions(ChipsOptions):
+class ChipOptions(AgeOptions, ChipsOptions):
     """A simulated chip, or none.
 
     Attributes:
       chip: number of the chip.
-      age: age of the chip: seconds, or as in 1h, 1day, 1month, 1year.
     """
 
     chip: int = 0
-    age: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,22 +65,18 @@ class OnArrays(ChipOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FuseOptions(LoadOptions):
+class FuseOptions(
+    MeshOptions, EvaluatedRowsOptions, TrainRowsOptions, RowOptions, LoadOptions
+):
     """Fuse a pool of LoRA modules for a new task, and evaluate it by generation.
 
     Attributes:
+      test_rows: evaluate on the first rows of the test set only; 0 evaluates nothing, and trains on all rows of a file.
       task: a JSONL file or a folder of them, a JSON list, a BIG-Bench Hard file, a `datasets` folder or hub id.
       name: name of the run, which is written to OUT/NAME; by default TASK-METHOD, followed by a
         control and its draw.
       out: folder of runs.
       arrays: simulated arrays; by default the run is digital.
-      prompt: template of the model's input, with {input} or other columns of the task's rows.
-      input: column of a row's input, if it is not input or context.
-      target: column of a row's answer, if it is not target, completion or output.
-      train_rows: at most this many rows are trained and validated on; four fifths of a file that has no more.
-      test_rows: evaluate on the first rows of the test set only; 0 evaluates nothing, and trains on all rows of a file.
-      eval_batch: number of rows in a batch of generation.
-      mesh: divide the run over devices: seeds over the axis `seed`, matrices over `model`, as in seed=4,model=2.
       distributed: this process is one of several, started by Slurm, Open MPI or GKE, on a TPU slice or by hand; --mesh
         covers all their devices.
       coordinator: host:port on which process 0 listens, for processes that are started by hand.
@@ -96,13 +94,6 @@ class FuseOptions(LoadOptions):
     name: str | None = None
     out: Path = Path("runs")
     arrays: Annotated[OnArrays, tyro.conf.arg(name="")] = OnArrays()
-    prompt: str | None = None
-    input: str | None = None
-    target: str | None = None
-    train_rows: int = 100
-    test_rows: int | None = None
-    eval_batch: int = 64
-    mesh: str | None = None
     distributed: bool = False
     coordinator: str | None = None
     processes: int | None = None

@@ -22,6 +22,13 @@ from ..methods.untrained import ZeroShot
 from ..models.architecture import kernels
 from ..models.generate import GREEDY, Sampling
 from ..support.checks import at_least, check_uint32
+from ..support.options import (
+    AnyBaseOptions,
+    ChatOptions,
+    EvalBatchOptions,
+    EvaluatedRowsOptions,
+    RunSeedOptions,
+)
 from ..support.reading import check_regular, utf8
 from ..support.reading import decode as decode_json
 from ..tasks import (
@@ -57,7 +64,7 @@ _READING = 6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateOptions:
+class EvaluateOptions(EvaluatedRowsOptions):
     """Evaluate a fused run, on its own task or another one, and print a row for each seed.
 
     Attributes:
@@ -66,43 +73,29 @@ class EvaluateOptions:
         the run's own task, which must be unchanged.
       train_rows: number of rows of an unsplit `task` that are not scored, but show which answers there are and
         calibrate chips; by default 0, and as in the run for a method that needs examples.
-      test_rows: evaluate on the first rows of the test set only.
-      eval_batch: number of rows in a batch of generation.
     """
 
     run: Path
     task: str | None = None
     train_rows: int | None = None
-    test_rows: int | None = None
-    eval_batch: int = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateOptions:
+class GenerateOptions(EvalBatchOptions, ChatOptions, AnyBaseOptions, RunSeedOptions):
     """Let a fused run, or a base model as it is, answer new text: one line in, one answer out.
 
     If the run's prompt names other columns than `input`, a line is a JSON object with these columns.
 
     Attributes:
-      run: folder of the run; it has its own base, prompt and chat template.
-      base: base model without a run, as in `lorafusion fuse`.
-      chat: put each line into the base model's own chat template, as the user's message.
       file: file with a line for each answer; by default standard input.
-      seed: seed of the run that answers; by default its first.
       max_new_tokens: most tokens of an answer; by default as in the run, and 256 without one.
-      eval_batch: number of lines in a batch of generation.
       stream: answer line after line, and print tokens as they come.
       sampling: choice of the next token.
       sampling_seed: seed of the draws; the draws of a line depend on it and on the number of the line alone.
     """
 
-    run: Path | None = None
-    base: str | None = None
-    chat: bool = False
     file: Path | None = None
-    seed: int | None = None
     max_new_tokens: int | None = None
-    eval_batch: int = 64
     stream: bool = False
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = GREEDY
     sampling_seed: int = 0

@@ -22,7 +22,7 @@ from ..io.digests import Digests
 from ..io.pool import open_pool
 from ..loading.identity import check_digests, digests
 from ..loading.model import evaluation_worth, load_model
-from ..loading.spec import LoadIn, LoadOptions
+from ..loading.spec import LoadOptions
 from ..methods.entry import Built
 from ..methods.fusion import PLAIN_SUM, CoefficientsRecipe, Fusion
 from ..methods.lora import LoRA, as_pool
@@ -37,6 +37,7 @@ from ..runs.run import load_run, seed_place
 from ..runs.setup import check_params
 from ..runs.weight_list import Weights, check_modules, coefficients_of
 from ..support.checks import at_least, check_uint32
+from ..support.options import LoadIn
 from ..support.text import shown, some
 from ..tasks import Encoded, Example, as_input, decode, encode, eval_batches
 from ..training.frozen import Frozen

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, get_args
 from jaxtyping import Array, Float
 
 from ..support.checks import at_least, one_of
+from ..support.options import StepsOptions
 from ..tasks.protocol import Protocol
 
 Schedule = Literal["constant", "cosine"]
@@ -62,12 +63,10 @@ class Rates(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(StepsOptions):
     """Numbers of a training that all methods share. The recipe of a method is a subclass with the method's own numbers.
 
     Attributes:
-      epochs: passes over the training rows.
-      batch_size: rows in a step.
       pack: compute the rows of a step behind each other, without most of the padding. The loss is the same, except
         for rounding.
       schedule: learning rates over the steps: `constant`, or `cosine` to zero.
@@ -78,8 +77,6 @@ class Recipe:
       max_new_tokens: most tokens of an answer; None for twice the longest training target.
     """
 
-    epochs: int = 20
-    batch_size: int = 10
     pack: bool = True
     schedule: Schedule = "cosine"
     warmup: int = 0

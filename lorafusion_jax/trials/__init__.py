@@ -4,8 +4,6 @@
 
 from .engines import EngineOptions, OutOfMemory, run_items
 from .jobs import Job, run_jobs, settings_of
-from .matrix import EPOCHS, TRAIN_ROWS, Arm, MatrixOptions, recipe_of, run_matrix
-from .plan import print_matrix_plan
 from .procedure import Outcomes, Scores, Training, TrialArm, procedure
 from .rows import (
     Cells,

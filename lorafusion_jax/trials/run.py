@@ -9,12 +9,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 import tyro
 
 from ..estimates.estimate import Settings, trained_numbers
+from ..estimates.machines import PlanFlagOptions
 from ..io.hf import Base, open_base
 from ..io.pool import AdapterFolders, ConvertedPool, open_pool
 from ..methods import METHODS, find
@@ -26,6 +27,13 @@ from ..runs.folder import note
 from ..runs.options import FuseOptions, options_to_json
 from ..runs.setup import check
 from ..support.checks import at_least, check_uint32
+from ..support.options import (
+    DtypeOptions,
+    PassesOptions,
+    PoolOptions,
+    RowOptions,
+    SeedOptions,
+)
 from ..support.progress import progress
 from ..tasks import Example, load_task
 from ..training.recipe import Recipe
@@ -57,7 +65,15 @@ _SETTINGS = ("method", "control", "recipe", "adapters", "chat", "dtype")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrialOptions:
+class TrialOptions(
+    EngineOptions,
+    PlanFlagOptions,
+    SeedOptions,
+    DtypeOptions,
+    PassesOptions,
+    RowOptions,
+    PoolOptions,
+):
     """Find out whether fusing a pool is worth it on a task: a tuned, cross-validated comparison and a sentence.
 
     Without the pool: the base alone, examples in the prompt, magnitudes, a LoRA of the pool's rank. With it:
@@ -71,43 +87,24 @@ class TrialOptions:
       lorafusion trial --base base --pool pool --task rows.csv --arms DoRA=dora "shuffled modules=fusion:shuffled"
 
     Attributes:
-      base: the base model: a Hugging Face folder, a hub id (owner/name, owner/name@revision) or a GGUF file.
-      pool: a converted pool, or a folder of PEFT adapter folders.
       task: one or more tasks, as in `lorafusion fuse`; of one with a training and a test part, only the first is used.
-      prompt: template of the model's input, with {input} or other columns of the task's rows.
-      input: column of a row's input, if it is not input or context.
-      target: column of a row's answer, if it is not target, completion or output.
       chat: put the input into the model's own chat template.
       train_rows: use at most so many rows; by default all.
       arms: further arms, or others instead of those of the same names, as NAME=METHOD or NAME=METHOD:CONTROL.
       folds: parts of the rows; each is tested by models that were trained on the others.
       nested: tune the rates again inside each fold, which takes several times as long.
       minutes: stop after the fold in which so many minutes have passed.
-      epochs: passes over the training rows.
-      dtype: dtype of weights and activations.
-      seed: seed of folds, starts and orders of rows.
       out: folder of the report and of all measurements.
-      plan: print the trainings with their FLOPs, memory and time, and train nothing.
     """
 
-    base: str
-    pool: str
     task: tuple[str, ...]
-    prompt: str | None = None
-    input: str | None = None
-    target: str | None = None
     chat: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     train_rows: int | None = None
     arms: tuple[str, ...] = ()
     folds: int = 5
     nested: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     minutes: float | None = None
-    epochs: int = Recipe.epochs
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    seed: int = 0
     out: Path = Path("runs/trial")
-    plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    engine: Annotated[EngineOptions, tyro.conf.arg(name="")] = EngineOptions()
 
 
 class Contestant(NamedTuple):
@@ -380,11 +377,11 @@ def _measure(options: TrialOptions, task_trial: TaskTrial, bar: "tqdm") -> Measu
             sum(_weight(task_trial, each) for each in keys if each not in missing)
         )
         work = trainer.scores
-        if options.engine.engine == "ray":
+        if options.engine == "ray":
             work = functools.partial(
                 _scores_on_worker, options, task_trial.source, digests
             )
-        for training, scores in run_items(work, missing, options.engine):
+        for training, scores in run_items(work, missing, options):
             arm = training.arm
             if isinstance(scores, OutOfMemory):
                 what = f"{task_trial.task}, {arm}: out of memory ({scores.error})"

@@ -8,10 +8,10 @@ import basis
 import numpy as np
 import pytest
 import tiny
-from lab import common, methods
+from lab import common, matrix, methods
 from made_up_rows import row
 
-from lorafusion_jax import FuseOptions, shared_basis, trials
+from lorafusion_jax import FuseOptions, shared_basis
 from lorafusion_jax.report import scores
 from lorafusion_jax.runs.setup import check
 
@@ -32,7 +32,7 @@ def results():
     rows = []
     for name, share in _SHARE.items():
         recipe = json.loads(
-            json.dumps(dataclasses.asdict(trials.recipe_of(entries[name])))
+            json.dumps(dataclasses.asdict(matrix.recipe_of(entries[name])))
         )
         for task in ("one", "two"):
             of = row(task, name, 1, np.arange(10) < 10 * share, trainable=7)
@@ -43,7 +43,7 @@ def results():
 def test_every_row_can_run_and_no_two_rows_are_alike():
     settings = set()
     for entry in _ENTRIES.values():
-        recipe = trials.recipe_of(entry)
+        recipe = matrix.recipe_of(entry)
         check(
             FuseOptions(
                 base="b",

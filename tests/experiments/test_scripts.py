@@ -9,7 +9,7 @@ import made_up_rows
 import one_block
 import pytest
 import tune
-from lab import common, methods
+from lab import common, matrix, methods
 
 from lorafusion_jax import FuseOptions, trials
 from lorafusion_jax.methods import find
@@ -57,16 +57,16 @@ def test_every_trained_method_had_the_same_number_of_trials():
     assert list(tune.TRIALS) == list(trained)
     assert len({len(tried) for tried in tune.TRIALS.values()}) == 1
     for name, entry in everything.items():
-        trials.recipe_of(entry)  # raises on a name that a recipe does not have
+        matrix.recipe_of(entry)  # raises on a name that a recipe does not have
         tried = tune.TRIALS.get(name, [])
         assert entry.rates in tried if tried else not entry.rates
         for trial in tried:
-            trials.recipe_of(dataclasses.replace(entry, rates=trial))
+            matrix.recipe_of(dataclasses.replace(entry, rates=trial))
 
 
 def test_every_ablation_can_run_and_is_next_to_what_it_varies():
     options = ablations.AblationOptions()
-    plain = trials.recipe_of(methods.ARMS["LoRAFusion"])
+    plain = matrix.recipe_of(methods.ARMS["LoRAFusion"])
     for group in options.groups:
         entries = ablations.entries_of(group, options)
         settings = set()
@@ -77,7 +77,7 @@ def test_every_ablation_can_run_and_is_next_to_what_it_varies():
                 task="task",
                 method=entry.method,
                 control=entry.control,
-                recipe=trials.recipe_of(entry),
+                recipe=matrix.recipe_of(entry),
                 load_in=entry.load_in or "full",
                 train_rows=entry.train_rows or 100,
             )
@@ -93,7 +93,7 @@ def test_every_ablation_can_run_and_is_next_to_what_it_varies():
             "controls",
         ):
             first = next(iter(entries.values()))
-            assert trials.recipe_of(first) == plain and first.control == "none"
+            assert matrix.recipe_of(first) == plain and first.control == "none"
 
 
 def test_trials_are_runs_at_their_rates_and_the_best_is_marked(tmp_path, monkeypatch):

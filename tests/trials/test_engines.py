@@ -5,8 +5,9 @@ from types import ModuleType
 
 import jax
 import pytest
+from lab.matrix import MatrixOptions
 
-from lorafusion_jax.trials import EngineOptions, MatrixOptions, OutOfMemory, run_items
+from lorafusion_jax.trials import EngineOptions, OutOfMemory, run_items
 
 
 def _run(item):

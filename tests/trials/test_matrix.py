@@ -7,10 +7,11 @@ import sys
 import jax
 import one_block
 import pytest
+from lab import matrix
 from lab.methods import ARMS
 
 from lorafusion_jax.report import key
-from lorafusion_jax.trials import matrix, read_rows
+from lorafusion_jax.trials import read_rows
 
 _ENTRIES = {
     name: dataclasses.replace(

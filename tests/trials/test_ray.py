@@ -12,12 +12,13 @@ import time
 
 import one_block
 import pytest
+from lab.matrix import MatrixOptions, run_matrix
 from lab.methods import ARMS
 from safetensors.numpy import load_file, save_file
 
 from lorafusion_jax.report import key
 from lorafusion_jax.support.checks import load_optional
-from lorafusion_jax.trials import MatrixOptions, read_rows, run_matrix
+from lorafusion_jax.trials import read_rows
 
 # Ray forks this process, where JAX has threads, and starts another program at once.
 pytestmark = [
@@ -40,7 +41,7 @@ import sys, tyro
 sys.path.append("experiments")
 from lorafusion_jax.cli import run
 from lab.methods import ARMS
-from lorafusion_jax.trials import MatrixOptions, run_matrix
+from lab.matrix import MatrixOptions, run_matrix
 run(lambda arguments: run_matrix(tyro.cli(MatrixOptions, args=arguments), ARMS))
 """
 _COMMAND = """
