@@ -13,7 +13,6 @@ from ..methods.recipes import basis_of, modules_of, recipe_of
 from ..models.architecture import Architecture
 from ..models.registry import known_shapes
 from ..runs.options import FuseOptions, read_task
-from ..runs.setup import check
 from ..support.text_tables import markdown
 from ..training.recipe import Recipe
 from .estimate import Cost, Device, Settings, estimate, estimates, seeds_of
@@ -205,7 +204,7 @@ def run_pace(options: FuseOptions) -> Pace | None:
 def _planned(
     options: FuseOptions, where: Machine
 ) -> tuple[Architecture, dict[str, Workload], Settings]:
-    check(options)
+    options.check()
     recipe = options.recipe
     k = (
         basis_of(recipe) if options.control == "none" else None

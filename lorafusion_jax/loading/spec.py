@@ -1,11 +1,13 @@
 """What is to be loaded: a base, a pool and a method, without a task."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 from ..methods import METHODS, fields_of, find, not_an_option
 from ..methods.entry import MethodEntry
+from ..methods.fusion import choice_of
 from ..methods.recipes import recipe_of
+from ..support.checks import check_uint32, one_of
 from ..support.options import BaseOptions, ChatOptions, ModulesOptions, PrecisionOptions
 from ..training.recipe import Recipe
 
@@ -50,6 +52,62 @@ class LoadOptions(PrecisionOptions, ChatOptions, ModulesOptions, BaseOptions):
     def entry(self) -> MethodEntry:
         """The method's entry in the registry; ValueError for an unknown name."""
         return find(self.method)
+
+    def check(self) -> None:
+        """Raise ValueError for options that contradict each other, before anything is loaded."""
+        entry = self.entry
+        recipe = self.recipe
+        recipe.check()
+        if not self.seeds:
+            raise ValueError("no seeds: give at least one, for example --seeds 1 2 3")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(
+                f"a seed is given twice in {list(self.seeds)}: give each one once"
+            )
+        for seed in self.seeds:
+            check_uint32(seeds=seed)
+        check_uint32(control_draw=self.control_draw)
+        one_of(get_args(Control), control=self.control)
+        if entry.pool and self.pool is None:
+            raise ValueError(
+                f"the method {self.method} fuses a pool: give one with --pool"
+            )
+        if self.adapters and not entry.pool:
+            raise ValueError(
+                f"the method {self.method} fuses no modules: leave out --adapters"
+            )
+        if "base" in entry.groups and self.load_in != "full":
+            raise ValueError(
+                f"{self.method} trains weights, not 4 or 8 bits of them: leave out --load-in"
+            )
+        self._check_control()
+        if choice_of(recipe) == "draw":
+            return
+        if "coefficients" not in entry.groups:
+            raise ValueError(
+                f"the method {self.method} has no coefficients of single modules, whose gradient would choose them: "
+                "leave out --choose, or use the method fusion or coefficients"
+            )
+        if self.adapters:
+            raise ValueError(
+                "--adapters names the modules already: leave it out, or --choose"
+            )
+
+    def _check_control(self) -> None:
+        if self.control == "none":
+            if self.control_draw != 0:
+                raise ValueError(
+                    "--control-draw numbers the draws of a random control: leave it out, or give a --control"
+                )
+            return
+        if self.load_in != "full":
+            raise ValueError(
+                f"the {self.control} control is drawn in full precision: leave out --load-in"
+            )
+        if not self.entry.pool:
+            raise ValueError(
+                f"the method {self.method} has no pool to replace: leave out --control"
+            )
 
 
 def _recipe_for(entry: MethodEntry, recipe: Recipe) -> Recipe:

@@ -43,6 +43,13 @@ class LoRARecipe(TargetedRecipe):
     warm_start: Literal["none", "fusion"] = "none"
     lr_lora: float = 2e-3
 
+    def check(self) -> None:
+        super().check()
+        if self.warm_start != "none" and self.epochs < 2:
+            raise ValueError(
+                "--warm-start fusion divides the epochs into two parts: give 2 or more"
+            )
+
 
 def is_warm(recipe: Recipe) -> TypeGuard[LoRARecipe]:
     """Return whether a recipe is one of a LoRA that starts from a fusion of the same run."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,7 +11,8 @@ import msgspec
 import tyro
 
 from ..loading.spec import LoadOptions
-from ..support.checks import flags_given
+from ..methods.lora import is_warm
+from ..support.checks import at_least, flags_given
 from ..support.options import (
     AgeOptions,
     DrawnChipsOptions,
@@ -102,6 +104,75 @@ class FuseOptions(
     overwrite: bool = False
     start_from: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     save_seconds: float = 30.0
+
+    def check(self) -> None:
+        super().check()
+        at_least(0, train_rows=self.train_rows, test_rows=self.test_rows)
+        at_least(1, eval_batch=self.eval_batch)
+        for name, value in (vars(self) | vars(self.recipe)).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(
+                    f"{name} is {value}: give a finite number, because config.json cannot hold others"
+                )
+        if self.name is not None and (
+            not Path(self.name).name or ".." in Path(self.name).parts
+        ):
+            raise ValueError(
+                f"--name {self.name!r} is not the name of a folder: give one such as snarks-fusion"
+            )
+        if self.arrays.crossbar is None:
+            check_digital(self.arrays, OnArrays.__dataclass_fields__)
+        self._check_start()
+        self._check_devices()
+
+    def _check_start(self) -> None:
+        if is_warm(self.recipe) and self.pool is None:
+            raise ValueError(
+                "--warm-start fusion trains a fusion first: give its pool with --pool"
+            )
+        if is_warm(self.recipe) and self.start_from:
+            raise ValueError(
+                "--warm-start fusion makes the start: leave it out, or --from"
+            )
+        if self.start_from and self.entry.learns != "trained":
+            raise ValueError(
+                f"the method {self.method} starts from no run: leave out --from"
+            )
+        prunes = {"coefficients", "magnitudes"} <= set(self.entry.groups)
+        if self.recipe.optimisation(1).prune and not prunes:
+            raise ValueError(
+                f"the method {self.method} does not prune: only a fusion with magnitudes does. Leave out --prune"
+            )
+
+    def _check_devices(self) -> None:
+        if self.mesh is not None and self.entry.learns == "untrained":
+            raise ValueError(
+                f"{self.method} trains no seeds to share out over devices: leave out --mesh"
+            )
+        by_hand = (self.coordinator, self.processes, self.process)
+        if by_hand != (None, None, None) and (None in by_hand or not self.distributed):
+            raise ValueError(
+                "--coordinator, --processes and --process start processes by hand: give all three, with --distributed"
+            )
+        at_least(1, processes=self.processes)
+        if self.processes and self.process not in range(self.processes):
+            raise ValueError(
+                f"--process {self.process} of --processes {self.processes}: give 0 to {self.processes - 1}"
+            )
+        if not self.distributed:
+            return
+        if self.arrays.crossbar is not None:
+            raise ValueError(
+                "a run on simulated arrays is of one process: leave out --distributed"
+            )
+        if self.overwrite:
+            raise ValueError(
+                "--overwrite is for a run of one process: leave out --distributed"
+            )
+        if self.mesh is None:
+            raise ValueError(
+                "--distributed shares a run out over devices: give a layout with --mesh"
+            )
 
 
 @functools.cache

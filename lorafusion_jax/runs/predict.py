@@ -238,6 +238,7 @@ def evaluate_mixture(
         test_rows=test_rows,
         eval_batch=eval_batch,
     )
+    options.check()
     setup = load_setup(options, to_train=False)
     modules = setup.problem.frozen.pool
     assert modules is not None

@@ -39,7 +39,7 @@ from ..training.recipe import Recipe
 from .evaluate import Evaluation, evaluate_seeds, seed_rows
 from .folder import Environment, Folders, RunConfig, RunFolder, note
 from .options import FuseOptions, options_to_json
-from .setup import Setup, check, load_setup, of_run, trainable_count, unrolls
+from .setup import Setup, load_setup, of_run, trainable_count, unrolls
 from .train import FINAL, FinalSteps, train
 from .weight_list import listed_params, read_weights, with_listed_modules
 
@@ -71,7 +71,7 @@ def run(options: FuseOptions, set_up: SetUpHardware | None = None) -> dict[str, 
     used are a ValueError before anything is written.
     """
     options = with_listed_modules(options)
-    check(options)
+    options.check()
     base = open_base(options.base)
     make_room()
     with contextlib.ExitStack() as stack:

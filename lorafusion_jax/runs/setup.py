@@ -1,10 +1,9 @@
 """Setup of a run from its options: the base model, the pool, the task's tokens, and each seed's draws."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,18 +23,15 @@ from ..loading.model import (
     pays_unrolled,
     with_modules,
 )
-from ..loading.spec import Control, LoadOptions
-from ..methods.fusion import choice_of
-from ..methods.lora import is_warm
+from ..loading.spec import LoadOptions
 from ..methods.untrained import FewShotRecipe
-from ..support.checks import at_least, check_uint32, one_of
 from ..support.platform import for_cpu
 from ..training.fit import orders_of
 from ..training.method import Params
 from ..training.problem import Problem
 from ..training.seeds import SeedMode
 from .folder import RunConfig
-from .options import FuseOptions, OnArrays, check_digital, read_task
+from .options import FuseOptions, read_task
 
 _UNCUT = 2**30  # tokens
 
@@ -62,132 +58,6 @@ class Setup(LoadedModel):
         )
 
 
-def check(options: FuseOptions) -> None:
-    """Raise ValueError for options that contradict each other, before anything is loaded."""
-    name = options.method
-    method = options.entry
-    recipe = options.recipe
-    chosen = choice_of(recipe) != "draw"
-    in_arrays = options.arrays.crossbar is not None
-    if not in_arrays:
-        check_digital(options.arrays, OnArrays.__dataclass_fields__)
-    if not options.seeds:
-        raise ValueError("no seeds: give at least one, for example --seeds 1 2 3")
-    if len(set(options.seeds)) < len(options.seeds):
-        raise ValueError(
-            f"a seed is given twice in {list(options.seeds)}: give each one once"
-        )
-    for seed in options.seeds:
-        check_uint32(seeds=seed)
-    check_uint32(control_draw=options.control_draw)
-    one_of(get_args(Control), control=options.control)
-    at_least(0, train_rows=options.train_rows, test_rows=options.test_rows)
-    at_least(
-        1,
-        eval_batch=options.eval_batch,
-        processes=options.processes,
-    )
-    recipe.check()
-    for number, value in (vars(options) | vars(recipe)).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(
-                f"{number} is {value}: give a finite number, because config.json cannot hold others"
-            )
-    warm = is_warm(recipe)
-    quantised = options.load_in != "full"
-    controlled = options.control != "none"
-    mesh = options.mesh is not None
-    by_hand = (options.coordinator, options.processes, options.process)
-    for wrong, message in (
-        (
-            options.name is not None
-            and (not Path(options.name).name or ".." in Path(options.name).parts),
-            f"--name {options.name!r} is not the name of a folder: give one such as snarks-fusion",
-        ),
-        (
-            method.pool and options.pool is None,
-            f"the method {name} fuses a pool: give one with --pool",
-        ),
-        (
-            controlled and quantised,
-            f"the {options.control} control is drawn in full precision: leave out --load-in",
-        ),
-        (
-            controlled and not method.pool,
-            f"the method {name} has no pool to replace: leave out --control",
-        ),
-        (
-            options.adapters and not method.pool,
-            f"the method {name} fuses no modules: leave out --adapters",
-        ),
-        (
-            "base" in method.groups and quantised,
-            f"{name} trains weights, not 4 or 8 bits of them: leave out --load-in",
-        ),
-        (
-            options.control_draw != 0 and not controlled,
-            "--control-draw numbers the draws of a random control: leave it out, or choose another --control",
-        ),
-        (
-            chosen and "coefficients" not in method.groups,
-            f"the method {name} has no coefficients of single modules, whose gradient would choose them: leave out "
-            "--choose, or use the method fusion or coefficients",
-        ),
-        (
-            chosen and options.adapters,
-            "--adapters names the modules already: leave it out, or --choose",
-        ),
-        (
-            warm and options.pool is None,
-            "--warm-start fusion trains a fusion first: give its pool with --pool",
-        ),
-        (
-            warm and options.start_from,
-            "--warm-start fusion makes the start: leave it out, or --from",
-        ),
-        (
-            warm and recipe.epochs < 2,
-            "--warm-start fusion divides the epochs into two parts: give 2 or more",
-        ),
-        (
-            options.start_from and method.learns != "trained",
-            f"the method {name} starts from no run: leave out --from",
-        ),
-        (
-            mesh and method.learns == "untrained",
-            f"{name} trains no seeds to share out over devices: leave out --mesh",
-        ),
-        (
-            options.distributed and in_arrays,
-            "a run on simulated arrays is of one process: leave out --distributed",
-        ),
-        (
-            options.distributed and options.overwrite,
-            "--overwrite is for a run of one process: leave out --distributed",
-        ),
-        (
-            options.distributed and not mesh,
-            "--distributed shares a run out over devices: give a layout with --mesh",
-        ),
-        (
-            by_hand != (None, None, None)
-            and (None in by_hand or not options.distributed),
-            "--coordinator, --processes and --process start processes by hand: give all three, with --distributed",
-        ),
-        (
-            options.processes and options.process not in range(options.processes),
-            f"--process {options.process} of --processes {options.processes}: give 0 to {(options.processes or 1) - 1}",
-        ),
-        (
-            recipe.optimisation(1).prune
-            and not {"coefficients", "magnitudes"} <= set(method.groups),
-            f"the method {name} does not prune: only a fusion with magnitudes does. Leave out --prune",
-        ),
-    ):
-        if wrong:
-            raise ValueError(message)
-
-
 def load_setup(
     options: FuseOptions,
     seed_mode: SeedMode | None = None,
@@ -201,7 +71,6 @@ def load_setup(
     `seed_mode` is that of a run that is resumed; by default the options' own. With `to_train` the task must have
     training rows for a method that trains. `task` and `base` are those of the options, if they have been read.
     """
-    check(options)
     recipe = options.recipe
     method = options.entry
     needs_training_rows = (

@@ -25,7 +25,6 @@ from ..methods.recipes import PoolRecipe, TargetedRecipe
 from ..methods.untrained import FewShotRecipe
 from ..runs.folder import note
 from ..runs.options import FuseOptions, options_to_json
-from ..runs.setup import check
 from ..support.checks import at_least, check_uint32
 from ..support.options import (
     DtypeOptions,
@@ -179,7 +178,7 @@ def contestants(
             recipe=dataclasses.replace(recipe, epochs=options.epochs),
             seeds=(options.seed,),
         )
-        check(run)
+        run.check()
         fused = Settings(
             recipe=run.recipe,
             rank=pool.largest_rank,

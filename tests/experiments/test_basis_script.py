@@ -13,7 +13,6 @@ from made_up_rows import row
 
 from lorafusion_jax import FuseOptions, shared_basis
 from lorafusion_jax.report import scores
-from lorafusion_jax.runs.setup import check
 
 _ENTRIES = basis.entries_of(get_args(basis.Group))
 _SHARE = {
@@ -44,16 +43,14 @@ def test_every_row_can_run_and_no_two_rows_are_alike():
     settings = set()
     for entry in _ENTRIES.values():
         recipe = matrix.recipe_of(entry)
-        check(
-            FuseOptions(
-                base="b",
-                pool="p",
-                task="t",
-                method=entry.method,
-                control=entry.control,
-                recipe=recipe,
-            )
-        )
+        FuseOptions(
+            base="b",
+            pool="p",
+            task="t",
+            method=entry.method,
+            control=entry.control,
+            recipe=recipe,
+        ).check()
         settings.add((entry.method, entry.control, recipe))
         assert (recipe.basis or 0) <= common.DIRECTIONS
     assert len(settings) == len(_ENTRIES) == 2 + 5 * 3 + 1 + 2 + 1

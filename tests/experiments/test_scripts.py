@@ -14,7 +14,6 @@ from lab import common, matrix, methods
 from lorafusion_jax import FuseOptions, trials
 from lorafusion_jax.methods import find
 from lorafusion_jax.runs import RunFolder
-from lorafusion_jax.runs.setup import check
 
 _TASKS = one_block.SMALL / "tasks"
 
@@ -81,7 +80,7 @@ def test_every_ablation_can_run_and_is_next_to_what_it_varies():
                 load_in=entry.load_in or "full",
                 train_rows=entry.train_rows or 100,
             )
-            check(run)
+            run.check()
             settings.add(json.dumps(dataclasses.asdict(run), default=str))
         assert len(settings) == len(entries)  # no two rows run the same
         if group in (

@@ -12,7 +12,6 @@ import recipes
 
 import lorafusion_jax as lf
 from lorafusion_jax.loading.model import with_whole_modules
-from lorafusion_jax.runs.setup import check
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +221,7 @@ def test_options_that_contradict_a_basis_are_refused(
     converted, tmp_path, changes, message
 ):
     with pytest.raises(ValueError, match=message):
-        check(_options(converted, tmp_path, **changes))
+        _options(converted, tmp_path, **changes).check()
 
 
 def test_a_pool_without_a_basis_names_the_command_that_makes_one(
