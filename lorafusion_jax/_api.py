@@ -65,8 +65,8 @@ from .models.generate import Sampling as Sampling
 from .models.generate import generate as generate
 from .models.weights import matmul as matmul
 from .models.weights import quantise as quantise
+from .runs.folder import load_run as load_run
 from .runs.options import FuseOptions as FuseOptions
-from .runs.run import load_run as load_run
 from .serving.bank import TaskBank as TaskBank
 from .serving.service import FusedRun as FusedRun
 from .serving.service import Service as Service

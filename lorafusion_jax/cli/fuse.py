@@ -14,8 +14,9 @@ from ..methods import METHODS, fields_of, find, having, not_an_option
 from ..methods.entry import MethodEntry
 from ..methods.fusion import PRESETS
 from ..methods.recipes import recipe_of
+from ..runs.folder import run_path
 from ..runs.options import FuseOptions, options_with, plain
-from ..runs.run import run_path, stages
+from ..runs.start import stages
 from ..runs.weight_list import with_listed_modules
 from ..support import processes
 from ..support.reading import show

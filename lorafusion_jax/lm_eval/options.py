@@ -9,8 +9,8 @@ from ..hardware.on_arrays import on_arrays, restored_base
 from ..io.pool import open_pool
 from ..loading.model import LoadedModel, load_model
 from ..loading.spec import LoadOptions
+from ..runs.folder import check_answers, load_run, seed_place
 from ..runs.options import ChipOptions, FuseOptions, OnArrays, check_digital
-from ..runs.run import check_answers, load_run, seed_place
 from ..runs.setup import Setup, load_setup, of_run, own_task
 from ..support.checks import flags_given
 from ..support.options import (

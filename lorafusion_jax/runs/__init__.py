@@ -5,7 +5,9 @@ from .evaluate import seed_rows as seed_rows
 from .export import ExportOptions as ExportOptions
 from .export import export as export
 from .folder import RunFolder as RunFolder
+from .folder import run_path as run_path
 from .options import OnArrays as OnArrays
+from .options import options_to_json as options_to_json
 from .predict import EvaluateOptions as EvaluateOptions
 from .predict import GenerateOptions as GenerateOptions
 from .predict import evaluate_run as evaluate_run
@@ -17,10 +19,8 @@ from .rows import advance_rows as advance_rows
 from .rows import begin_rows as begin_rows
 from .rows import generate_rows as generate_rows
 from .run import environment as environment
-from .run import options_to_json as options_to_json
-from .run import run_path as run_path
-from .run import with_targets as with_targets
 from .setup import Setup as Setup
 from .setup import encode_shown as encode_shown
 from .setup import load_setup as load_setup
 from .setup import trainable_count as trainable_count
+from .start import with_targets as with_targets

@@ -35,9 +35,8 @@ from ..support.version import __version__
 from ..support.writing import write_text
 from ..training.method import Params
 from ..training.problem import Problem
-from .folder import Results, RunFolder
+from .folder import Results, RunFolder, load_seed
 from .options import FuseOptions
-from .run import load_seed
 from .setup import of_run
 
 MERGED: tuple[Format, ...] = ("merged", "gguf-f16", "gguf-q8_0")

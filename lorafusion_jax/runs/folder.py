@@ -11,6 +11,7 @@ A folder is locked while a process writes to it. If a run has several processes,
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import sys
@@ -18,8 +19,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict, get_type_hints
 
+import jax
 import msgspec
 
+from ..io import arrays
 from ..io.digests import Digests
 from ..io.folders import locked, remove_partial
 from ..methods import METHODS
@@ -27,10 +30,14 @@ from ..support import processes
 from ..support.reading import FileError, read_json, read_lines, show, structured
 from ..support.text import shown
 from ..support.writing import check_no_link, write_text, writing
+from ..tasks import task_name
+from ..training.mesh import to_host
+from ..training.method import Params
 from ..training.recipe import Recipe
 from ..training.seeds import SeedMode
 from .options import FuseOptions, options_with, plain
 
+FINAL = "the trained parameters of a run"
 _CONFIG = "config.json"
 _METRICS = "metrics.jsonl"
 _PREDICTIONS = "predictions.jsonl"
@@ -114,6 +121,13 @@ class Prediction(TypedDict):
     prediction: str
     correct: bool
     option_correct: bool | None
+
+
+class FinalSteps(TypedDict):
+    """Metadata of the trained parameters: steps of each seed, and seconds of training."""
+
+    steps: list[int]
+    seconds: NotRequired[float]
 
 
 class _Step(TypedDict):
@@ -239,6 +253,84 @@ class RunFolder:
                 json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step
             ]
             _write(self.folder / _METRICS, "".join(lines))
+
+
+def run_path(options: FuseOptions) -> Path:
+    """Return the folder of the run: OUT/NAME, by default OUT/TASK-METHOD, with -CONTROL and -DRAW after it if given."""
+    task = task_name(options.task)
+    control = "" if options.control == "none" else f"-{options.control}"
+    control += f"-{options.control_draw}" if options.control_draw else ""
+    return Path(options.out) / (options.name or f"{task}-{options.method}{control}")
+
+
+def load_run(folder: str | Path) -> tuple[FuseOptions, dict[str, Any], RunConfig]:
+    """Return the options, the trained parameters (leaves with an axis of seeds) and the config of a run."""
+    run = RunFolder(Path(folder))
+    config = run.config()
+    options = _located(config)
+    if options.entry.learns == "untrained":
+        return options, {}, config
+    if not run.final.is_dir():
+        raise ValueError(
+            f"{folder} has not been trained to its end: resume it with --resume"
+        )
+    params, _ = arrays.load(run.final, metadata=FinalSteps, what=FINAL)
+    if wrong := [
+        p.shape for p in jax.tree.leaves(params) if p.shape[:1] != (len(options.seeds),)
+    ]:
+        expected = f"an axis of {len(options.seeds)} seeds"
+        fix = "restore it from a copy, or train again"
+        raise FileError(
+            run.final,
+            got=f"has an array of shape {wrong[0]}",
+            expected=expected,
+            fix=fix,
+        )
+    return options, jax.device_put(params), config
+
+
+def load_seed(
+    folder: Path, seed: int | None
+) -> tuple[FuseOptions, Params, RunConfig, int]:
+    """Return the options of a run, the numbers of one seed (by default its first), the config, and the seed's place."""
+    options, params, config = load_run(folder)
+    place = seed_place(folder, options.seeds, seed)
+    return (
+        options,
+        jax.device_put(jax.tree.map(lambda p: p[place], to_host(params))),
+        config,
+        place,
+    )
+
+
+def check_answers(folder: Path, options: FuseOptions) -> None:
+    """Raise a ValueError for a run whose method needs rows of the task to answer."""
+    if options.entry.answers != "model":
+        raise ValueError(
+            f"{folder} is of {options.method}, which needs rows of its task: use `lorafusion evaluate`"
+        )
+
+
+def seed_place(folder: Path, seeds: tuple[int, ...], seed: int | None) -> int:
+    """Return the place of one of a run's seeds (by default its first) among them; raises a ValueError for others."""
+    if seed is not None and seed not in seeds:
+        raise ValueError(
+            f"{folder} has no seed {seed}: it has {', '.join(map(str, seeds))}; choose one"
+        )
+    return 0 if seed is None else seeds.index(seed)
+
+
+def _located(config: RunConfig) -> FuseOptions:
+    """Return the options of a run with absolute paths instead of relative ones."""
+    options = config["options"]
+    for name, path in config["folders"].items():
+        source = Path(getattr(options, name) or "").expanduser()
+        # In a project that was moved as a whole, only the relative paths lead to the files.
+        if not source.is_absolute() and (
+            Path(str(path)).exists() or not source.exists()
+        ):
+            options = dataclasses.replace(options, **{name: path})
+    return options
 
 
 def _options_class(raw: Any, where: Path) -> type[FuseOptions]:

@@ -50,10 +50,9 @@ from ..training.mesh import to_host
 from ..training.method import Params
 from ..training.problem import Problem
 from .evaluate import evaluate_seeds, seed_rows
-from .folder import RunConfig, note
+from .folder import RunConfig, check_answers, load_run, load_seed, note
 from .options import FuseOptions, row_format
 from .rows import SeedModels, advance_rows, begin_rows, draw_keys, generate_rows
-from .run import check_answers, load_run, load_seed
 from .setup import Setup, load_setup, of_run, own_task
 from .weight_list import check_modules, coefficients_of, typed_weights
 

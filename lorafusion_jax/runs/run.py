@@ -12,36 +12,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ..io import arrays
 from ..io.digests import Digests
 from ..io.hf import Base, open_base
-from ..io.pool import open_pool
 from ..loading.identity import check_digests, digests
-from ..loading.model import LoadedModel, load_model, with_modules, with_whole_modules
-from ..methods.fusion import CoefficientsRecipe, FusionRecipe, choice_of
-from ..methods.lora import LoRA, LoRARecipe, is_warm
-from ..methods.recipes import TargetedRecipe, basis_of, modules_of, recipe_of
+from ..loading.model import with_modules, with_whole_modules
+from ..methods.fusion import choice_of
+from ..methods.recipes import basis_of, modules_of
 from ..support import processes
 from ..support.platform import cores
-from ..support.reading import FileError
-from ..support.text import some
 from ..support.version import __version__
-from ..tasks import Task, task_name
+from ..tasks import Task
 from ..training.compiled import make_room
 from ..training.descent import gradient_at_zero
 from ..training.fit import start
-from ..training.mesh import make_mesh, to_host
+from ..training.mesh import make_mesh
 from ..training.method import Params
-from ..training.recipe import Recipe
 from .evaluate import Evaluation, evaluate_seeds, seed_rows
-from .folder import Environment, Folders, RunConfig, RunFolder, note
+from .folder import Environment, Folders, RunConfig, RunFolder, note, run_path
 from .options import FuseOptions, options_to_json
-from .setup import Setup, load_setup, of_run, trainable_count, unrolls
-from .train import FINAL, FinalSteps, train
-from .weight_list import listed_params, read_weights, with_listed_modules
+from .setup import Setup, load_setup, trainable_count, unrolls
+from .start import check_targets, stages, start_params, with_targets
+from .train import train
+from .weight_list import with_listed_modules
 
 # Options that may differ between a run and its resumption.
 _FREE_TO_CHANGE = (
@@ -118,19 +112,6 @@ def _replace(
     return results
 
 
-def with_targets(options: FuseOptions, base: Base | None = None) -> FuseOptions:
-    """Return the options as a run records them, with the targets of the model's family, or of the pool, by default."""
-    recipe = options.recipe
-    if not isinstance(recipe, TargetedRecipe) or recipe.lora_targets is not None:
-        return options
-    base = base or open_base(options.base)
-    pool = open_pool(options.pool, base) if options.pool and is_warm(recipe) else None
-    targets = base.config.targets if pool is None else pool.targets
-    return dataclasses.replace(
-        options, recipe=dataclasses.replace(recipe, lora_targets=targets)
-    )
-
-
 def _run(
     options: FuseOptions, base: Base, set_up: SetUpHardware | None
 ) -> dict[str, Any]:
@@ -144,7 +125,7 @@ def _run(
         return dict(done)
     *before, last = stages(options)
     for stage in before:
-        _check_targets(last, base)
+        check_targets(last, base)
         _run(stage, base, set_up)
     setup = load_setup(
         last,
@@ -156,7 +137,7 @@ def _run(
     if choice_of(options.recipe) != "draw":
         setup = _chosen(setup, options, recorded)
     current_digests = digests(setup)
-    begin, left_out = _start_params(setup, last, current_digests)
+    begin, left_out = start_params(setup, last, current_digests)
     unroll = set_up is None and unrolls(setup, last)
     if recorded is not None:
         unroll = recorded["environment"].get("unroll", setup.config.unroll)
@@ -194,38 +175,6 @@ def _division(task: Task, options: FuseOptions) -> str:
     )
 
 
-def stages(options: FuseOptions) -> tuple[FuseOptions, ...]:
-    """Return the runs that make up a run: itself, or with a warm start a fusion in its folder, then a LoRA from it."""
-    recipe = options.recipe
-    if not is_warm(recipe):
-        return (options,)
-    folder = run_path(options)
-    half = recipe.epochs // 2
-    shared = {
-        field.name: getattr(recipe, field.name) for field in dataclasses.fields(Recipe)
-    }
-    fusion = recipe_of(FusionRecipe, shared | {"epochs": half})
-    lora = dataclasses.replace(recipe, epochs=recipe.epochs - half, warm_start="none")
-    first = dataclasses.replace(
-        options, method="fusion", recipe=fusion, out=folder, name="fusion"
-    )
-    return first, dataclasses.replace(
-        options, recipe=lora, start_from=folder / "fusion"
-    )
-
-
-def _check_targets(options: FuseOptions, base: Base) -> None:
-    """Raise ValueError, before its first stage, if a LoRA with a warm start does not adapt all that the pool does."""
-    assert isinstance(options.recipe, LoRARecipe) and options.pool is not None
-    missing = {*open_pool(options.pool, base).targets} - {
-        *(options.recipe.lora_targets or ())
-    }
-    if missing:
-        raise ValueError(
-            f"{options.pool} adapts {some(sorted(missing))}, which --lora-targets leaves out: add them"
-        )
-
-
 def _chosen(setup: Setup, options: FuseOptions, recorded: RunConfig | None) -> Setup:
     """Return the setup with the modules of the resumed run, or with those that lower the loss fastest at c = 0."""
     if recorded is not None:
@@ -254,84 +203,6 @@ def _refuse_begun(run: RunFolder) -> None:
             f"{run.folder} holds a run: give this one another --name, continue that one with --resume, or replace it "
             "with --overwrite"
         )
-
-
-def run_path(options: FuseOptions) -> Path:
-    """Return the folder of the run: OUT/NAME, by default OUT/TASK-METHOD, with -CONTROL and -DRAW after it if given."""
-    task = task_name(options.task)
-    control = "" if options.control == "none" else f"-{options.control}"
-    control += f"-{options.control_draw}" if options.control_draw else ""
-    return Path(options.out) / (options.name or f"{task}-{options.method}{control}")
-
-
-def load_run(folder: str | Path) -> tuple[FuseOptions, dict[str, Any], RunConfig]:
-    """Return the options, the trained parameters (leaves with an axis of seeds) and the config of a run."""
-    run = RunFolder(Path(folder))
-    config = run.config()
-    options = _located(config)
-    if options.entry.learns == "untrained":
-        return options, {}, config
-    if not run.final.is_dir():
-        raise ValueError(
-            f"{folder} has not been trained to its end: resume it with --resume"
-        )
-    params, _ = arrays.load(run.final, metadata=FinalSteps, what=FINAL)
-    if wrong := [
-        p.shape for p in jax.tree.leaves(params) if p.shape[:1] != (len(options.seeds),)
-    ]:
-        expected = f"an axis of {len(options.seeds)} seeds"
-        fix = "restore it from a copy, or train again"
-        raise FileError(
-            run.final,
-            got=f"has an array of shape {wrong[0]}",
-            expected=expected,
-            fix=fix,
-        )
-    return options, jax.device_put(params), config
-
-
-def load_seed(
-    folder: Path, seed: int | None
-) -> tuple[FuseOptions, Params, RunConfig, int]:
-    """Return the options of a run, the numbers of one seed (by default its first), the config, and the seed's place."""
-    options, params, config = load_run(folder)
-    place = seed_place(folder, options.seeds, seed)
-    return (
-        options,
-        jax.device_put(jax.tree.map(lambda p: p[place], to_host(params))),
-        config,
-        place,
-    )
-
-
-def check_answers(folder: Path, options: FuseOptions) -> None:
-    """Raise a ValueError for a run whose method needs rows of the task to answer."""
-    if options.entry.answers != "model":
-        raise ValueError(
-            f"{folder} is of {options.method}, which needs rows of its task: use `lorafusion evaluate`"
-        )
-
-
-def seed_place(folder: Path, seeds: tuple[int, ...], seed: int | None) -> int:
-    """Return the place of one of a run's seeds (by default its first) among them; raises a ValueError for others."""
-    if seed is not None and seed not in seeds:
-        raise ValueError(
-            f"{folder} has no seed {seed}: it has {', '.join(map(str, seeds))}; choose one"
-        )
-    return 0 if seed is None else seeds.index(seed)
-
-
-def _located(config: RunConfig) -> FuseOptions:
-    """Return the options of a run with absolute paths instead of relative ones."""
-    options = config["options"]
-    for name, path in config["folders"].items():
-        source = Path(getattr(options, name) or "").expanduser()
-        # In a project that was moved as a whole, only the relative paths lead to the files.
-        if not source.is_absolute() and (
-            Path(str(path)).exists() or not source.exists()
-        ):
-            options = dataclasses.replace(options, **{name: path})
-    return options
 
 
 def _complete(
@@ -376,101 +247,6 @@ def _complete(
     }
     run.write_results(results)
     return results
-
-
-def _start_params(
-    setup: Setup, options: FuseOptions, current_digests: Digests
-) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-    """Return the numbers to start from, and for the results of each seed what a LoRA's rank leaves out of them.
-
-    Raises:
-      ValueError: the numbers do not fit this run, whose digests are given.
-    """
-    nothing: list[dict[str, Any]] = [{}] * len(options.seeds)
-    if options.start_from is None:
-        return None, nothing
-    if (
-        isinstance(setup.problem.method, LoRA)
-        and (source := _lora_source(setup, options)) is not None
-    ):
-        return _lora_start(setup, options, *source)
-    if (listed := read_weights(options.start_from)) is not None:
-        return listed_params(setup, options, current_digests, *listed), nothing
-    source_options, params, config = load_run(options.start_from)
-    run_fields = {
-        "seeds": list(options.seeds),
-        "modules": [list(m) for m in setup.modules],
-    }
-    got = {"seeds": list(source_options.seeds), "modules": config["modules"]}
-    if run_fields != got:
-        raise ValueError(
-            f"{options.start_from} fused other modules or seeds (seeds {got['seeds']}, here {run_fields['seeds']}): "
-            "give the same --seeds, --pool, --modules"
-        )
-    check_digests(options.start_from, config["digests"], current_digests, options)
-    fresh = start(setup.problem, options.seeds).params
-    if jax.tree.map(jnp.shape, fresh) != jax.tree.map(jnp.shape, params):
-        raise ValueError(
-            f"{options.start_from} was trained with the method {source_options.method} and other shapes "
-            f"({', '.join(params)}): give the same --method and --granularity"
-        )
-    return params, nothing
-
-
-def _lora_source(
-    setup: Setup, options: FuseOptions
-) -> tuple[LoadedModel, Params] | None:
-    """Return the model that a LoRA starts from, with the numbers of all seeds; None for a run of the same method."""
-    folder = options.start_from
-    assert folder is not None
-    if (listed := read_weights(folder)) is None and not (
-        folder / "adapter_config.json"
-    ).is_file():
-        source_options, params, config = load_run(folder)
-        if source_options.method == options.method:
-            return None
-        if source_options.seeds != options.seeds:
-            raise ValueError(
-                f"{folder} has the seeds {list(source_options.seeds)}, here {list(options.seeds)}: give the same"
-            )
-        first = jax.tree.map(lambda p: p[0], params)
-        return of_run(
-            load_model(source_options, like=setup),
-            source_options,
-            folder,
-            config,
-            first,
-        ), params
-    pool = options.pool if listed else str(folder.parent)
-    weights, recorded = listed or ({folder.name: 1.0}, None)
-    changes: Any = {
-        "method": "coefficients",
-        "recipe": CoefficientsRecipe(),
-        "adapters": tuple(weights),
-        "pool": pool,
-    }
-    source = dataclasses.replace(options, **changes)
-    loaded = load_model(source, like=setup)
-    return loaded, listed_params(loaded, source, digests(loaded), weights, recorded)
-
-
-def _lora_start(
-    setup: Setup, options: FuseOptions, source: LoadedModel, params: Params
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the numbers of a LoRA whose model is the source's as far as its rank allows, and what that leaves out."""
-    method = setup.problem.method
-    fresh = start(setup.problem, options.seeds).params
-    assert isinstance(method, LoRA)
-    try:
-        begin, left_out = method.start_at(source.problem, params, fresh)
-    except ValueError as error:
-        raise ValueError(f"--from {options.start_from}: {error}") from error
-    shares = [100 * share for seed_shares in left_out for share in seed_shares.values()]
-    note(
-        f"starts from {options.start_from} at rank {method.rank}, which leaves out {min(shares):.1f} to "
-        f"{max(shares):.1f} % of the squared norm of a site's update"
-    )
-    return begin, [{"left_out": seed_shares} for seed_shares in left_out]
 
 
 def rows_passed(setup: Setup, options: FuseOptions, steps: int) -> dict[str, int]:

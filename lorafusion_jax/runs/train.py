@@ -14,20 +14,12 @@ from ..support import interrupts, processes
 from ..training.fit import Epoch, fit, joined, start, whole_epochs
 from ..training.mesh import on_mesh, to_host
 from ..training.step import TrainState
-from .folder import RunFolder, note
+from .folder import FINAL, FinalSteps, RunFolder, note
 from .options import FuseOptions
 from .setup import Setup
 
-FINAL = "the trained parameters of a run"
 # Steps without a finite loss in any seed after which training stops.
 _BAD_STEPS = 20
-
-
-class FinalSteps(TypedDict):
-    """Metadata of the trained parameters: steps of each seed, and seconds of training."""
-
-    steps: list[int]
-    seconds: NotRequired[float]
 
 
 class _Reached(TypedDict):

@@ -30,10 +30,9 @@ from ..methods.recipes import basis_of, recipe_of
 from ..models.architecture import Architecture, kernels
 from ..models.generate import GREEDY, Sampling
 from ..models.weights import read_at_random
-from ..runs.folder import note
+from ..runs.folder import load_run, note, seed_place
 from ..runs.options import FuseOptions
 from ..runs.rows import Rows, draw_keys, room_for
-from ..runs.run import load_run, seed_place
 from ..runs.setup import check_params
 from ..runs.weight_list import Weights, check_modules, coefficients_of
 from ..support.checks import at_least, check_uint32

@@ -1,0 +1,180 @@
+"""What a run starts from: an earlier stage, another run, weights of modules, or an adapter of PEFT."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ..io.digests import Digests, pool_digests
+from ..io.hf import Base, open_base
+from ..io.pool import open_pool
+from ..loading.identity import check_digests
+from ..loading.model import load_model
+from ..methods.fusion import Fusion, FusionRecipe
+from ..methods.lora import LoRA, LoRARecipe, is_warm
+from ..methods.recipes import TargetedRecipe, recipe_of
+from ..models.architecture import kernels
+from ..support.text import some
+from ..training.fit import start
+from ..training.frozen import Frozen
+from ..training.mesh import on_mesh
+from ..training.method import Params
+from ..training.problem import Problem
+from ..training.recipe import Recipe
+from .folder import load_run, note, run_path
+from .options import FuseOptions
+from .setup import Setup, of_run
+from .weight_list import Weights, coefficients_of, listed_params, read_weights
+
+
+def with_targets(options: FuseOptions, base: Base | None = None) -> FuseOptions:
+    """Return the options as a run records them, with the targets of the model's family, or of the pool, by default."""
+    recipe = options.recipe
+    if not isinstance(recipe, TargetedRecipe) or recipe.lora_targets is not None:
+        return options
+    base = base or open_base(options.base)
+    pool = open_pool(options.pool, base) if options.pool and is_warm(recipe) else None
+    targets = base.config.targets if pool is None else pool.targets
+    return dataclasses.replace(
+        options, recipe=dataclasses.replace(recipe, lora_targets=targets)
+    )
+
+
+def stages(options: FuseOptions) -> tuple[FuseOptions, ...]:
+    """Return the runs that make up a run: itself, or with a warm start a fusion in its folder, then a LoRA from it."""
+    recipe = options.recipe
+    if not is_warm(recipe):
+        return (options,)
+    folder = run_path(options)
+    half = recipe.epochs // 2
+    shared = {
+        field.name: getattr(recipe, field.name) for field in dataclasses.fields(Recipe)
+    }
+    fusion = recipe_of(FusionRecipe, shared | {"epochs": half})
+    lora = dataclasses.replace(recipe, epochs=recipe.epochs - half, warm_start="none")
+    first = dataclasses.replace(
+        options, method="fusion", recipe=fusion, out=folder, name="fusion"
+    )
+    return first, dataclasses.replace(
+        options, recipe=lora, start_from=folder / "fusion"
+    )
+
+
+def check_targets(options: FuseOptions, base: Base) -> None:
+    """Raise ValueError, before its first stage, if a LoRA with a warm start does not adapt all that the pool does."""
+    assert isinstance(options.recipe, LoRARecipe) and options.pool is not None
+    missing = {*open_pool(options.pool, base).targets} - {
+        *(options.recipe.lora_targets or ())
+    }
+    if missing:
+        raise ValueError(
+            f"{options.pool} adapts {some(sorted(missing))}, which --lora-targets leaves out: add them"
+        )
+
+
+def start_params(
+    setup: Setup, options: FuseOptions, current_digests: Digests
+) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """Return the numbers to start from, and for the results of each seed what a LoRA's rank leaves out of them.
+
+    Raises:
+      ValueError: the numbers do not fit this run, whose digests are given.
+    """
+    nothing: list[dict[str, Any]] = [{}] * len(options.seeds)
+    if options.start_from is None:
+        return None, nothing
+    source = options.start_from
+    is_lora = isinstance(setup.problem.method, LoRA)
+    listed = read_weights(source)
+    if is_lora and (listed or (source / "adapter_config.json").is_file()):
+        pool = str(options.pool) if listed else str(source.parent)
+        weights, recorded = listed or ({source.name: 1.0}, None)
+        return _lora_start(
+            setup, options, *_weighted_sum(setup, options, pool, weights, recorded)
+        )
+    if listed is not None:
+        return listed_params(setup, options, current_digests, *listed), nothing
+    source_options, params, config = load_run(source)
+    if is_lora and source_options.method != options.method:
+        if source_options.seeds != options.seeds:
+            raise ValueError(
+                f"{source} has the seeds {list(source_options.seeds)}, here {list(options.seeds)}: give the same"
+            )
+        first = jax.tree.map(lambda p: p[0], params)
+        loaded = load_model(source_options, like=setup)
+        loaded = of_run(loaded, source_options, source, config, first)
+        return _lora_start(setup, options, loaded.problem, params)
+    run_fields = {
+        "seeds": list(options.seeds),
+        "modules": [list(m) for m in setup.modules],
+    }
+    got = {"seeds": list(source_options.seeds), "modules": config["modules"]}
+    if run_fields != got:
+        raise ValueError(
+            f"{source} fused other modules or seeds (seeds {got['seeds']}, here {run_fields['seeds']}): "
+            "give the same --seeds, --pool, --modules"
+        )
+    check_digests(source, config["digests"], current_digests, options)
+    fresh = start(setup.problem, options.seeds).params
+    if jax.tree.map(jnp.shape, fresh) != jax.tree.map(jnp.shape, params):
+        raise ValueError(
+            f"{source} was trained with the method {source_options.method} and other shapes "
+            f"({', '.join(params)}): give the same --method and --granularity"
+        )
+    return params, nothing
+
+
+def _weighted_sum(
+    setup: Setup,
+    options: FuseOptions,
+    folder: str,
+    weights: Weights,
+    recorded: Digests | None,
+) -> tuple[Problem, Params]:
+    """Return the problem of a weighted sum of modules on the base of a run, and its numbers, for all seeds."""
+    base = setup.problem.frozen.base
+    pool = open_pool(folder, setup.base).load(list(weights))
+    if recorded is not None:
+        current: Digests = {
+            "base": setup.base.digest,
+            "modules": pool_digests(pool).modules,
+        }
+        assert options.start_from is not None
+        check_digests(options.start_from, recorded, current, options)
+    coefficients = coefficients_of(weights, pool)
+    if options.load_in != "full":
+        pool = pool.quantised(options.load_in)
+    pool = on_mesh(pool, setup.config)
+    fusion = Fusion(magnitudes=False)
+    model = nnx.merge(setup.problem.graph, base)
+    frozen = fusion.precompute(Frozen(base, pool), kernels(model))
+    seeds = len(options.seeds)
+    problem = setup.problem.replace(
+        method=fusion,
+        frozen=on_mesh(frozen, setup.config),
+        index=jnp.broadcast_to(jnp.arange(len(pool)), (seeds, len(pool))),
+    )
+    return problem, {
+        "coefficients": jnp.broadcast_to(coefficients, (seeds, *coefficients.shape))
+    }
+
+
+def _lora_start(
+    setup: Setup, options: FuseOptions, source: Problem, params: Params
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the numbers of a LoRA whose model is the source's as far as its rank allows, and what that leaves out."""
+    method = setup.problem.method
+    fresh = start(setup.problem, options.seeds).params
+    assert isinstance(method, LoRA)
+    try:
+        begin, left_out = method.start_at(source, params, fresh)
+    except ValueError as error:
+        raise ValueError(f"--from {options.start_from}: {error}") from error
+    shares = [100 * share for seed_shares in left_out for share in seed_shares.values()]
+    note(
+        f"starts from {options.start_from} at rank {method.rank}, which leaves out {min(shares):.1f} to "
+        f"{max(shares):.1f} % of the squared norm of a site's update"
+    )
+    return begin, [{"left_out": seed_shares} for seed_shares in left_out]
