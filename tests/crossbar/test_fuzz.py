@@ -33,7 +33,6 @@ from lorafusion_jax.crossbar import (
     matmul,
     probe,
     program,
-    program_tree,
     save_chip,
     with_corrections,
     with_read_key,
@@ -339,157 +338,66 @@ def assert_paths(paths: list[str | None], c: dict[str, Any]) -> None:
 
 
 _TILED = {"d_in": 12, "rows": 6, "d_out": 4}
-_TIES = {
-    **_TILED,
-    "encoding": "offset",
-    "cells": (4, 4),
-    "adc_bits": 4,
-}  # steps of 6 levels
-_BY_ROW = {
-    **_TILED,
-    "adc": "given by row",
-    "signed": True,
-    "cells": (2, 2),
-    "partition": "full",
-    "rows": 5,
-}
+# Steps of 6 levels.
+_TIES = {**_TILED, "encoding": "offset", "cells": (4, 4), "adc_bits": 4}
 _FLIPPED = {**_TILED, "encoding": "flip", "weights": "positive", "cells": (1, 1, 1)}
+_BY_ROW = {**_TILED, "adc": "given by row", "signed": True, "rows": 5}
 _CLIPPED = {**_TILED, "adc": "given", "clip": 0.2, "signed": True}
+_LARGEST = {"weights": "extreme", "inputs": "full", "cells": (2, 2, 2, 2), "bits": 8}
+_TALL = {**_LARGEST, "adc": "given", "clip": 0.2, "d_out": 70, "batch": 6}
+_LIMITED = {**_TILED, "nonlinear": "current", "signed": True}
+_WIRED = {**_TILED, "nonlinear": "wire", "signed": True, "rows": 5}
+_NONLINEAR = {"nonlinear": "iv and wire", "slice_bits": None, "signed": True}
+_RANDOM = {**_TILED, "rounding": "stochastic", "scaling": "calibrated"}
+_UNIT_GAINS = {**_TILED, "encoding": "unit column", "ratio": 10.0, "gain": 0.05}
+_GMIN = {**_TILED, "encoding": "offset", "ratio": 2.5}
+_FLOAT64 = {**_TILED, "float64": True, "inputs": "beyond", "scaling": "fixed"}
+_REAL = {"cells": None, "bits": None, "encoding": "unit column", "adc": None}
+_SPARSE = {"weights": "sparse", "weight_quantile": 0.5, "scale": "column", "adc": None}
+_WORDS = {**_TALL, "d_in": 600, "rows": 300}
 _CONVERTING = ["loop", "lookup", "packed"]
-_TALL = {
-    "d_in": 80,
-    "rows": 40,
-    "d_out": 70,
-    "batch": 6,
-    "cells": (2, 2, 2, 2),
-    "bits": 8,
-    "adc": "given",
-    "clip": 0.2,
-}
-_LARGEST = {"weights": "extreme", "inputs": "full"}
-_SHORT = {**_TALL, "d_in": 18, "rows": 9}
-# Paths and choices of crossbars that few draws have.
+# Paths and choices of crossbars that few draws have. The first run in every test, the others take long to compile.
 CORNERS: dict[str, tuple[list[str | None], dict[str, Any]]] = {
     "ties at MAX": (_CONVERTING, _TIES),
-    "ranges by row": (_CONVERTING, _BY_ROW),
-    "tall arrays": (_CONVERTING, _TALL),
-    "tall arrays of the largest numbers": (
-        ["lookup", "packed"],
-        {**_TALL, **_LARGEST, "signed": True, "whole": True},
+    "ties of calibrated steps": ([None], {**_TIES, "adc": "calibrated"}),
+    "ranges by row": (_CONVERTING, {**_BY_ROW, "cells": (2, 2), "partition": "full"}),
+    "Gmin and a digital offset": (["loop"], _GMIN),
+    "two-sided pairs": (["loop"], {**_TILED, "encoding": "two-sided", "signed": True}),
+    "gains and offsets": ([], {**_TILED, "gain": 0.05, "offset": 0.1, "signed": True}),
+    "flipped columns": ([None], _FLIPPED),
+    "clipped conversions": (["loop"], _CLIPPED),
+    "currents limited on either side": ([], _LIMITED),
+    "wires": ([], {**_WIRED, "partition": "full"}),
+    "a quantile that is zero": (["product"], _SPARSE),
+    "rounding at random": ([], _RANDOM),
+    "one conversion for all pulses": (
+        ["loop"],
+        {**_TILED, "convert": "sum", "bits": 5},
     ),
-    "sums that are never negative": (
-        ["lookup", "packed"],
-        {**_SHORT, "encoding": "offset", "whole": True},
-    ),
-    "two bits in a pulse": (
-        ["loop", "lookup", "packed"],
-        {**_SHORT, "slice_bits": 2, "signed": True},
-    ),
+    "real cells and inputs": (["product"], _REAL),
+    "float64": (["lookup"], _FLOAT64),
+}
+LONG: dict[str, tuple[list[str | None], dict[str, Any]]] = {
+    "tall arrays": (["lookup"], {**_TALL, "d_in": 80, "rows": 40, "whole": True}),
     "more inputs and columns than a block": (
         ["lookup"],
         {**_TILED, "batch": 260, "d_out": 520},
     ),
-    "one input and column": (["lookup"], {"batch": 1, "d_out": 1}),
-    "words of packed slices that are full": (
-        ["packed"],
-        {**_TALL, **_LARGEST, "d_in": 600, "rows": 300},
-    ),
-    "ties of calibrated steps": ([None], {**_TIES, "adc": "calibrated"}),
-    "Gmin and a digital offset": (
-        ["loop"],
-        {**_TILED, "encoding": "offset", "ratio": 2.5},
-    ),
-    "Gmin, a unit column, gains": (
-        ["lookup"],
-        {**_TILED, "encoding": "unit column", "ratio": 10.0, "gain": 0.05},
-    ),
-    "both polarities, Gmin, gains": (
-        ["loop"],
-        {**_TILED, "separate": True, "ratio": 10.0, "gain": 0.05},
-    ),
-    "two-sided pairs": (
-        ["loop"],
-        {**_TILED, "encoding": "two-sided", "signed": True, "cells": (2, 1)},
-    ),
-    "gains and offsets": ([], {**_TILED, "gain": 0.05, "offset": 0.1, "signed": True}),
-    "flipped columns": ([None], _FLIPPED),
+    "words of packed slices that are full": (["packed"], _WORDS),
+    "Gmin, a unit column, gains": (["lookup"], _UNIT_GAINS),
     "flipped columns, Gmin, calibrated": (
         [None],
         {**_FLIPPED, "ratio": 10.0, "adc": "calibrated"},
     ),
-    "flipped columns, a scale for each tile": ([], {**_FLIPPED, "scale": "tile"}),
-    "flipped columns, clipped": ([], {**_FLIPPED, **_CLIPPED, "scaling": "fixed"}),
-    "clipped conversions": (["loop"], _CLIPPED),
-    "currents limited on either side": (
-        [],
-        {**_TILED, "nonlinear": "current", "signed": True},
-    ),
-    "wires": (
-        [],
-        {**_TILED, "nonlinear": "wire", "signed": True, "rows": 5, "partition": "full"},
-    ),
-    "nonlinear cells and wires": (
-        [],
-        {"nonlinear": "iv and wire", "slice_bits": None, "signed": True},
-    ),
-    "nonlinear cells": (
-        [],
-        {**_TILED, "nonlinear": "iv", "bits": 5, "slice_bits": None, "adc": None},
-    ),
-    "a quantile that is zero": (
-        ["product"],
-        {"weights": "sparse", "weight_quantile": 0.5, "scale": "column", "adc": None},
-    ),
-    "weights beyond a quantile": (
-        ["lookup"],
-        {**_TILED, "weight_quantile": 0.9, "scale": "tile"},
-    ),
-    "no weights": (
-        ["loop"],
-        {"weights": "zero", "scale": "column", "encoding": "unit column"},
-    ),
-    "rounding at random": (
-        [],
-        {**_TILED, "rounding": "stochastic", "scaling": "calibrated"},
-    ),
-    "one conversion for all pulses": (
-        ["loop"],
-        {**_TILED, "convert": "sum", "bits": 5, "slice_bits": 2},
-    ),
-    "real cells and inputs": (
-        ["product"],
-        {"cells": None, "bits": None, "encoding": "unit column", "adc": None},
-    ),
-    "float64": (
-        ["lookup"],
-        {**_TILED, "float64": True, "inputs": "beyond", "scaling": "fixed"},
-    ),
-}
-
-
-# They compile most, and are combinations and sizes of what the others have.
-_LONG = {
-    "tall arrays",
-    "tall arrays of the largest numbers",
-    "sums that are never negative",
-    "two bits in a pulse",
-    "more inputs and columns than a block",
-    "words of packed slices that are full",
-    "Gmin, a unit column, gains",
-    "both polarities, Gmin, gains",
-    "flipped columns, Gmin, calibrated",
-    "flipped columns, a scale for each tile",
-    "flipped columns, clipped",
-    "nonlinear cells and wires",
+    "nonlinear cells and wires": ([], _NONLINEAR),
 }
 
 
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=pytest.mark.long if n in _LONG else ()) for n in CORNERS],
+    "name", [*CORNERS, *(pytest.param(name, marks=pytest.mark.long) for name in LONG)]
 )
 def test_corners_are_read_as_the_loops_say(name: str):
-    paths, changes = CORNERS[name]
+    paths, changes = {**CORNERS, **LONG}[name]
     with jax.enable_x64("float64" in changes):
         assert_paths(paths, simplest(**changes))
 
@@ -900,59 +808,6 @@ def test_a_corrected_chip_reads_what_numpy_corrects(case: Case, parts: set[str])
         magnitude=magnitude,
     )
     assert_within(jit(matmul)(jnp.asarray(case.x), loaded), wanted, case, "corrected")
-
-
-@cases(
-    6,
-    case=reads(
-        "definition",
-        "loop",
-        "packed",
-        adc=st.just("given"),
-        bits=st.sampled_from([3, 5, 8]),
-        scale=st.just("column"),
-        scaling=st.just("row"),
-        signed=st.just(True),
-        float64=st.just(False),
-        nonlinear=st.none(),
-    ),
-    size=st.sampled_from([2.0**-50, 2.0**-13, 2.0**20]),
-)
-def test_a_prepared_chip_clips_alike_at_any_size_of_inputs(case: Case, size: float):
-    """The read grows with its inputs, and the share of clipped conversions, without zero vectors, stays."""
-    mapping = dataclasses.replace(case.config.mapping, transform="hadamard")
-    config = dataclasses.replace(case.config, mapping=mapping)
-    W, x = arrays_of(case.W, case.x)
-    preparation = crossbar.prepare({"w": W}, None, config)["w"]
-    chip = program(W, config, case.key, path=case.path, preparation=preparation)
-    y, seen = jit(probe)(x, chip)
-    padded = jnp.concatenate([size * x, jnp.zeros_like(x)])
-    scaled, seen_of_padded = jit(probe)(padded, chip)
-    np.testing.assert_allclose(scaled[: len(x)], size * y, rtol=1e-4, atol=1e-6 * size)
-    np.testing.assert_allclose(
-        seen_of_padded.clip_share, seen.clip_share, rtol=1e-3, atol=1e-6
-    )
-
-
-@cases(4, case=reads(None, "definition", **GIVEN), matrices=st.integers(0, 2))
-def test_a_stack_has_the_chips_of_its_matrices_and_at_least_one(
-    case: Case, matrices: int
-):
-    """Each chip of a stack is the one that its matrix has alone, under its number."""
-    W = np.stack([weights(case.c, number) for number in range(DRAWS)])[:matrices]
-    stack = program_tree({"w": jnp.asarray(W)}, {"*": case.config}, case.key)["w"]
-    assert matrices, "a stack without matrices was programmed"
-    for place in range(matrices):
-        alone = program_tree(
-            {"w": jnp.asarray(W[place : place + 1])},
-            {"*": case.config},
-            case.key,
-            numbers={"w": [jnp.asarray([place])]},
-        )["w"]
-        for leaf, other in zip(
-            jax.tree.leaves(stack), jax.tree.leaves(alone), strict=True
-        ):
-            np.testing.assert_array_equal(leaf[place], other[0])
 
 
 @cases(
