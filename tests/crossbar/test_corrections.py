@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import tempfile
 import warnings
 
 import jax
@@ -162,22 +163,6 @@ def test_low_rank_is_the_best_matrix_of_that_rank():
     assert removed > 0
 
 
-def test_a_perfect_chip_needs_no_correction():
-    found = _fit(_chips(_PERFECT), numbers=200)
-    for one in found.values():
-        np.testing.assert_allclose(one.scale, 1, atol=1e-6)
-        np.testing.assert_allclose(one.U @ one.V, 0, atol=1e-5)
-
-
-def test_low_rank_stays_within_its_numbers_and_prefers_what_removes_most():
-    few = _fitted(numbers=40)
-    many = _fitted(numbers=90)
-    used = [
-        sum(c.numbers() for c in found.values()) - 3 * 8 - 5 for found in (few, many)
-    ]
-    assert 0 < used[0] <= 40 < used[1] <= 90
-
-
 def test_corrections_of_the_same_chip_are_the_same_and_bring_outputs_closer():
     chips = _chips()
     x = jax.random.normal(jax.random.key(9), (30, 8))
@@ -304,39 +289,11 @@ def test_offsets_are_part_of_the_reference_of_corrected_chips():
     assert float(found.sqnr) > 100
 
 
-def test_chips_are_corrected_by_names_of_their_own():
-    nameless = [
-        crossbar.program(_WEIGHTS["layers"][n], _NOISY, jax.random.key(n))
-        for n in range(2)
-    ]
-    with pytest.raises(
-        ValueError, match="2 chips have the name '', .*: set other names with"
-    ):
-        crossbar.fit_corrections(
-            _run, nameless, [chip.codes for chip in nameless], _BATCHES
-        )
-    with pytest.raises(ValueError, match="2 chips have the name ''"):
-        crossbar.with_corrections(nameless, {"": Correction(scale=jnp.ones(8))})
-    with pytest.raises(
-        ValueError, match="1 chips for a tree with 2: give one for each"
-    ):
-        crossbar.with_chips(nameless, nameless[:1])
-
-
 def _wide_head():
     chip = crossbar.program(_WEIGHTS["head"], _PERFECT)
     return dataclasses.replace(
         chip, name="head", correction=Correction(scale=jnp.ones(1))
     )
-
-
-def test_a_saved_correction_of_another_width_is_refused(tmp_path):
-    crossbar.save_chip(_wide_head(), tmp_path / "chip.safetensors")
-    with pytest.raises(
-        ValueError,
-        match=r"chip\.safetensors: the scale of the correction of 'head' has shape \(1,\)",
-    ):
-        crossbar.load_chip(tmp_path / "chip.safetensors")
 
 
 _NAN = [_BATCHES[0].at[3, 2].set(jnp.nan)]
@@ -352,85 +309,65 @@ def _restored(target, **how):
 _CONV = jnp.ones((3, 3, 1, 8))
 
 
+def _fit_of(chips, *matrices):
+    return crossbar.fit_corrections(_run, chips, [*matrices], _BATCHES)
+
+
+def _fit_kernel():
+    return _fit_of({"conv": crossbar.program(_CONV.reshape(9, 8), _PERFECT)}, _CONV)
+
+
+def _saved():
+    with tempfile.TemporaryDirectory() as folder:
+        crossbar.save_chip(_wide_head(), f"{folder}/chip.safetensors")
+        crossbar.load_chip(f"{folder}/chip.safetensors")
+
+
+_NAMELESS = [crossbar.program(_WEIGHTS["head"], _PERFECT) for _ in range(2)]
+_ONE = Correction(scale=jnp.ones(5))
+_WIDE = r"scale of the correction of 'head' has shape \(1,\)"
+_SIZES = "outputs of head are below 1e-15 or above 1e15: scale the inputs"
+_RIDGE = "give a finite share, above 0 with numbers"
+_LAYERS = _WEIGHTS["layers"]
+_HEAD = _WEIGHTS["head"]
+
+
 @pytest.mark.parametrize(
-    ("case", "message"),
+    ("case", "words"),
     [
         (lambda: _fit(batches=[]), "there are no batches"),
-        (
-            lambda: _fit(batches=_NAN),
-            "inputs or outputs of head are NaN or infinite: give batches whose",
-        ),
-        (lambda: _fit(batches=_NAN, numbers=90), "inputs or outputs of head are NaN"),
-        (
-            lambda: _fit_head(1e-25, offsets=True),
-            "outputs of head are below 1e-15 or above 1e15: scale the inputs",
-        ),
-        (lambda: _fit_head(1e25, numbers=90), "outputs of head are below 1e-15"),
+        (lambda: _fit(batches=_NAN), "inputs or outputs of head are NaN or infinite"),
+        (lambda: _fit_head(1e-25, offsets=True), _SIZES),
+        (lambda: _fit_head(1e25, numbers=90), _SIZES),
         (
             lambda: _restored(_TARGET.at[2, 1].set(jnp.nan)),
             "the targets of batch 0 are NaN or infinite: give the digital model's",
         ),
-        (
-            lambda: _restored(_TARGET, left_out=(_NAN, [_TARGET * jnp.inf])),
-            "the targets of batch 0 are NaN or infinite",
-        ),
-        (
-            lambda: _fit(ridge=-0.1),
-            r"ridge = -0\.1: give a finite share, above 0 with numbers",
-        ),
-        (lambda: _fit(ridge=float("nan")), "ridge = nan"),
-        (
-            lambda: _fit(numbers=90, ridge=0.0),
-            r"ridge = 0\.0: give a finite share, above 0 with numbers",
-        ),
+        (lambda: _restored(_TARGET, left_out=(_NAN, [_TARGET * jnp.inf])), "targets of batch 0"),
+        (lambda: _fit(ridge=-0.1), rf"ridge = -0\.1: {_RIDGE}"),
+        (lambda: _fit(numbers=90, ridge=0.0), rf"ridge = 0\.0: {_RIDGE}"),
         (lambda: _fit(numbers=-3), "numbers = -3: give a whole number of at least 0"),
+        (lambda: _fit(offsets=True, numbers=9), "offsets are fitted without"),
         (
             lambda: _fit(batches=[0 * _BATCHES[0]], numbers=90, ridge=1e-300),
             "do not determine its matrix of low rank",
         ),
+        (lambda: Correction(U=jnp.ones((8, 2))), "U and V are .*: give both or neither"),
+        (_fit_kernel, r"expected \(9, 8\)\. .* give kernel\.reshape\(-1, 8\)"),
+        (lambda: _fit_of(_chips(), _HEAD), "1 matrices for 2 chips: expected one for each"),
+        (lambda: _fit_of(_chips(), _HEAD.T, _LAYERS), r"shape \(5, 8\): expected \(8, 5\)"),
+        (lambda: _fit_of(_NAMELESS, _HEAD, _HEAD), "2 chips have the name '', .*: set other"),
+        (lambda: crossbar.with_corrections(_NAMELESS, {"": _ONE}), "2 chips have the name ''"),
+        (lambda: crossbar.with_chips(_NAMELESS, _NAMELESS[:1]), "1 chips for a tree with 2"),
         (
-            lambda: Correction(U=jnp.ones((8, 2))),
-            "U and V are the factors of one matrix: give both or neither",
-        ),
-        (
-            lambda: crossbar.fit_corrections(
-                _run,
-                {"conv": crossbar.program(_CONV.reshape(9, 8), _PERFECT)},
-                [_CONV],
-                _BATCHES,
-            ),
-            r"\(3, 3, 1, 8\): expected \(9, 8\)\. .* kernel of \(3, 3, 1\) inputs in this order, give "
-            r"kernel\.reshape\(-1, 8\)",
-        ),
-        (
-            lambda: crossbar.fit_corrections(
-                _run, _chips(), [_WEIGHTS["head"]], _BATCHES
-            ),
-            "1 matrices for 2 chips: expected one for each",
-        ),
-        (lambda: _fit(offsets=True, numbers=9), "offsets are fitted without"),
-        (
-            lambda: crossbar.fit_corrections(
-                _run, _chips(), [_WEIGHTS["head"].T, _WEIGHTS["layers"]], _BATCHES
-            ),
-            r"the matrix of head has the shape \(5, 8\): expected \(8, 5\)",
-        ),
-        (
-            lambda: crossbar.with_corrections(
-                _chips(), {"tail": Correction(scale=jnp.ones(5))}
-            ),
+            lambda: crossbar.with_corrections(_chips(), {"tail": _ONE}),
             "a correction of 'tail': expected one of the chips head, layers",
         ),
-        (
-            lambda: crossbar.matmul(_BATCHES[0], _wide_head()),
-            r"scale of the correction of 'head' has shape \(1,\): exp",
-        ),
-        (
-            lambda: _with_head(scale=jnp.ones(4)),
-            r"the scale of the correction of 'head' has shape \(4,\): expected \(5,\)",
-        ),
+        (lambda: crossbar.matmul(_BATCHES[0], _wide_head()), _WIDE),
+        (_saved, rf"chip\.safetensors: the {_WIDE}"),
+        (lambda: _with_head(scale=jnp.ones(4)), r"has shape \(4,\): expected \(5,\)"),
     ],
-)
-def test_what_does_not_fit_the_chips_is_refused(case, message):
-    with pytest.raises(ValueError, match=message):
+)  # fmt: skip
+def test_what_does_not_fit_the_chips_is_refused(case, words):
+    with pytest.raises(ValueError, match=words):
         case()

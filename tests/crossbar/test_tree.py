@@ -102,7 +102,8 @@ def test_a_raw_key_is_the_typed_one():
     raw = jax.random.PRNGKey(3)
     stack = _WEIGHTS["encoder.self.q"]
     x = jnp.ones((2, 6))
-    typed, same = (reads(_on_chip(stack, _READ_NOISE, key), 5) for key in (_KEY, raw))
+    typed = reads(_on_chip(stack, _READ_NOISE, _KEY), 5)
+    same = reads(_on_chip(stack, _READ_NOISE, raw), 5)
     _equal(*(jax.vmap(product, (None, 0))(x, chips) for chips in (typed, same)))
     with pytest.raises(ValueError, match=r"the key is uint32\[4, 2\]: give one PRNG"):
         _on_chip(stack, _READ_NOISE, jax.random.split(raw, 4))
