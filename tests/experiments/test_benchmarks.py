@@ -1,6 +1,5 @@
 """The benchmarks: cases of one form, a table of them, and programs that compute what they are compared with."""
 
-import contextlib
 import dataclasses
 import json
 import subprocess
@@ -12,7 +11,6 @@ import _model
 import jax
 import numpy as np
 import padding
-import peer
 import pytest
 import table
 import tiny
@@ -227,21 +225,6 @@ def test_a_whole_task_trains_and_answers_alike_in_peft():
             found["loss"] == pytest.approx(found["peer_loss"], rel=1e-4)
             and found["same_answers"] >= 0.99
         )
-
-
-def test_a_process_of_the_peer_that_was_killed_is_named():
-    command = [sys.executable, "-c", "input(); import os; os.kill(os.getpid(), 9)"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    # A closed pipe keeps what could not be written to it.
-    with (
-        contextlib.suppress(BrokenPipeError),
-        subprocess.Popen(command, text=True, **pipes) as worker,
-    ):
-        for _ in range(2):  # during a pass, and before one
-            with pytest.raises(
-                SystemExit, match=r"'ours' ended with status -9 .* fewer --candidates"
-            ):
-                peer._next_pass("ours", worker)
 
 
 # The model of a step's time against sums by hand.

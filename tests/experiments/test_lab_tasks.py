@@ -1,34 +1,9 @@
 """Tasks that experiments find in folders of other projects."""
 
 import pytest
-from lab.tasks import find_task, lorahub_tasks, prompt_overlap
+from lab.tasks import lorahub_tasks, prompt_overlap
 
 from lorafusion_jax.tasks import Example, Task
-
-
-def _touched(path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    return path
-
-
-def test_a_task_is_found_by_its_name_in_any_subfolder(tmp_path):
-    flat = _touched(tmp_path / "abstractive" / "next_item.json")
-    _touched(tmp_path / "extractive" / "next_item_of_3.json")
-    _touched(tmp_path / "mine" / "counting" / "train.jsonl")
-    assert find_task(tmp_path, "next_item") == flat
-    assert find_task(tmp_path, "counting") == tmp_path / "mine" / "counting"
-    with pytest.raises(
-        ValueError,
-        match=r"has no task prev_item: expected prev_item\.json, .* or a folder",
-    ):
-        find_task(tmp_path, "prev_item")
-    _touched(tmp_path / "next_item.jsonl")
-    with pytest.raises(
-        ValueError,
-        match=r"several tasks next_item, .*abstractive/next_item\.json and .*: keep one",
-    ):
-        find_task(tmp_path, "next_item")
 
 
 def test_lorahubs_own_folder(tmp_path):

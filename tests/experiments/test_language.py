@@ -1,21 +1,17 @@
 """Real language: roles of the tasks, and the script that trains the pool, on a small Llama and tasks made up here."""
 
-import dataclasses
 import json
 import random
 from pathlib import Path
 
 import language as experiment
 import language_pool
-import numpy as np
 import pytest
 import small_llama
 import tune
 from lab import language
-from made_up_rows import row
 
 from lorafusion_jax.io import read_adapter
-from lorafusion_jax.trials import append_rows, run_jobs, settings_of
 
 _UNSEEN = [name for tasks in language.UNSEEN.values() for name in tasks]
 
@@ -116,18 +112,6 @@ def test_a_task_that_a_source_was_trained_on_is_refused(tmp_path):
         language.unseen(path, few, tmp_path / "out")
 
 
-@pytest.mark.parametrize(("rows", "train"), [(190, 100), (420, 166), (900, 500)])
-def test_rows_of_a_source(rows, train, tmp_path):
-    path = _colours(tmp_path / "source.json", rows)
-    assert language.source_rows(path) == train
-    assert len(language.load(path, train).test) == rows - train
-    with pytest.raises(
-        ValueError,
-        match=r"150 different inputs, and 50 of them to test on when 100 train",
-    ):
-        language.load(_colours(tmp_path / "150.json", 150))
-
-
 def test_the_pool_is_trained_task_by_task(tmp_path, monkeypatch):
     llama = small_llama.make(tmp_path / "llama")
     monkeypatch.setattr(language_pool, "base", lambda: llama)
@@ -179,39 +163,6 @@ def test_the_pool_is_trained_task_by_task(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "pool.jsonl").read_text().startswith(first)
 
 
-def test_adapters_of_a_pool_may_have_separate_seeds(tmp_path, monkeypatch):
-    llama = small_llama.make(tmp_path / "llama")
-    monkeypatch.setattr(language_pool, "base", lambda: llama)
-    monkeypatch.setattr(language_pool, "EVALUATED_ROWS", 8)
-    for name in ("one", "two"):
-        _colours(tmp_path / "tasks" / f"{name}.json", 190)
-    given = [
-        "--tasks",
-        str(tmp_path / "tasks"),
-        "--out",
-        str(tmp_path / "out"),
-        "--rank",
-        "2",
-        "--sources",
-    ]
-    language_pool.main([*given, "one", "two", "--own-seeds"])
-    rows = language_pool.read_lines(tmp_path / "out" / "pool.jsonl")
-    assert len({row["seed"] for row in rows}) == 2
-    found = [
-        read_adapter(str(tmp_path / "out" / "adapters" / name)).factors
-        for name in ("one", "two")
-    ]
-    assert all(
-        not np.allclose(found[0][site][0], found[1][site][0], atol=0.1)
-        for site in found[0]
-    )
-    with pytest.raises(
-        ValueError,
-        match="one was trained with own_seeds True, asked is False: give another --out",
-    ):
-        language_pool.main([*given, "one", "two"])
-
-
 def test_a_dose_has_a_number_of_modules_of_the_family_and_all_smaller_doses():
     for family in experiment.RELEVANCE.values():
         own = set(language.SOURCES[family])
@@ -230,37 +181,6 @@ def test_a_dose_has_a_number_of_modules_of_the_family_and_all_smaller_doses():
     )
 
 
-def test_a_seed_continues_next_to_rows_of_seeds_with_other_modules(tmp_path):
-    file = tmp_path / "rows.jsonl"
-    paths = {"prev_item": tmp_path / "prev_item.json"}
-
-    def jobs(*seeds, **changes):
-        options = experiment.LanguageOptions(tasks=tmp_path, seeds=seeds)
-        found = experiment.jobs_of("relevance", options, paths)
-        return [
-            job._replace(options=dataclasses.replace(job.options, **changes))
-            for job in found
-        ]
-
-    rows = [
-        row(job.task, job.method, job.options.seeds[0], [True])
-        | {"config": settings_of(job.options)}
-        for job in jobs(1, 2)
-    ]
-    assert rows[0]["config"]["adapters"] != rows[1]["config"]["adapters"]
-    append_rows(file, rows)
-    for again in (jobs(1, 2), jobs(1), jobs(2)):
-        run_jobs(again, file, pytest.fail)
-    for other, changed in (
-        (jobs(2, test_rows=7), r"test_rows was 100, is 7\)"),
-        (jobs(2, seeds=(1,)), "adapters was"),
-    ):
-        with pytest.raises(
-            ValueError, match=rf"seed 1 was run with other settings \({changed}"
-        ):
-            run_jobs(other, file, pytest.fail)
-
-
 @pytest.fixture
 def trained(tmp_path, monkeypatch) -> list[str]:
     """Train a pool of two tasks next to two others, on a small model and few rows; return where tasks and rows lie."""
@@ -275,17 +195,6 @@ def trained(tmp_path, monkeypatch) -> list[str]:
     tasks = ["--tasks", str(tmp_path / "tasks"), "--out", str(tmp_path / "out")]
     language_pool.main([*tasks, "--sources", "one", "two", "--rank", "2"])
     return tasks
-
-
-def test_examples_stand_in_every_prompt_and_train_nothing(tmp_path):
-    _colours(path := tmp_path / "new.json", 190, 0)
-    plain = language.load(path, 20)
-    task = language.load_task(experiment.with_examples(path, 3))
-    said = "".join(f"{row.input} {row.target}\n\n" for row in plain.train[:3])
-    for part, rows in (("train", plain.train[3:]), ("test", plain.test)):
-        assert [(row.input, row.target) for row in getattr(task, part)] == [
-            (said + row.input, row.target) for row in rows
-        ]
 
 
 @pytest.mark.nightly

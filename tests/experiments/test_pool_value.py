@@ -3,18 +3,14 @@
 import itertools
 import json
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pool_value as experiment
 import pytest
 from lab import pool_cells, string_pools
-from page_tables import rows_below
 from shuffle_labels import main as write_shuffled
 from string_tasks import split
 
-_ROOT = Path(__file__).resolve().parents[2]
-_RESULTS = _ROOT / "results" / "pool_value"
 _TARGETS = [
     target for target in string_pools.design().targets if target.pool != "tuning"
 ]
@@ -49,20 +45,6 @@ def test_nothing_was_trained_on_a_target():
             len({task.position for task in own}),
             len({task.character for task in own}),
         ) == (8, 5), name
-
-
-def test_a_folder_with_the_adapters_of_another_pool_is_refused(tmp_path):
-    for task in string_pools.design().pools["2"]:
-        (tmp_path / "1" / task.name).mkdir(parents=True)
-        (tmp_path / "2-shuffled-labels" / task.name).mkdir(parents=True)
-    assert (
-        string_pools.pool_folder(tmp_path, "2", shuffled=True)
-        == tmp_path / "2-shuffled-labels"
-    )
-    with pytest.raises(
-        ValueError, match="1 has other adapters than the design, such as .*: remove it"
-    ):
-        string_pools.pool_folder(tmp_path, "1", shuffled=False)
 
 
 def test_letters_of_test_rows_are_not_trained_on():
@@ -185,32 +167,3 @@ def test_every_hypothesis_is_tested_as_the_design_says():
         [_made_up("shuffled labels", place, 20) - 1 for place in range(30)]
     )
     assert found["H6"].estimate == pytest.approx(np.mean(gain - shuffled))
-
-
-def test_a_contrast_needs_all_rows_of_its_arms():
-    rows = [
-        row
-        for row in _rows(_made_up)
-        if row["arm"] not in ("shuffled labels", "LoRA, rank 1 on v")
-    ]
-    assert [test.name for test in experiment.tests(rows)] == ["H1", "H2", "H4"]
-    without_one = [
-        row
-        for row in rows
-        if experiment.key_of(row) != ("rotated", 20, _TARGETS[3].task.name, 2, 1)
-    ]
-    assert experiment.tests(without_one) == [] and experiment.tables([], []) == {}
-
-
-def test_the_page_has_the_tables_of_its_rows():
-    rows = [
-        row
-        for file in sorted(_RESULTS.glob("rows_*.jsonl"))
-        for row in experiment.read_lines(file)
-    ]
-    tables = experiment.tables(rows, experiment.read_lines(_RESULTS / "tune.jsonl"))
-    found = {tuple(line[3:]) for line in tables["contrasts"] if line[0] == "20"}
-    head = ["20 rows: loss minus that of LoRAFusion", "tasks", "nats", "interval"]
-    page = _ROOT / "docs" / "results" / "pools.md"
-    shown = [row for row in rows_below(page, head) if row[0].startswith("strings")]
-    assert shown and {tuple(row[1:]) for row in shown} <= found

@@ -9,21 +9,16 @@ import numpy as np
 import pool_value_language as experiment
 import pytest
 import small_llama
-import warm_starts_language
 from lab.language import MOST_SHARED, SOURCES, TUNING, load
 from lab.tuning import best_point, rates_at
-from page_tables import rows_below
 
 from lorafusion_jax import LowRank, read_config
 from lorafusion_jax.io import lora_adapter, write_adapter
-from lorafusion_jax.trials import read_lines
 
 _ROOT = Path(__file__).resolve().parents[2]
 _RESULTS = _ROOT / "results" / "pool_value"
-_PAGE = _ROOT / "docs" / "results" / "pools.md"
 _NAMES = [name for family in SOURCES.values() for name in family]
 _FIXED = "rotated, magnitudes at 0.0333"  # its rates are not tuned
-_TARGETS = [f"task {place}" for place in range(experiment.TARGETS)]
 
 
 def test_the_committed_draw_takes_tasks_in_the_order_of_the_generator():
@@ -105,31 +100,6 @@ def test_every_kind_of_arm_is_measured(llama, pool, task):
     losses = {name: row["test_loss"] for name, row in found.items()}
     assert len({f"{loss:.3f}" for loss in losses.values()}) == len(losses)
     assert losses["LoRA, rank 8"] < losses["LoRAFusion"] < losses["zero-shot"]
-
-
-def test_a_rate_of_zero_leaves_the_base_and_each_seed_has_its_rotation(
-    llama, pool, task
-):
-    lab = experiment.Lab(llama, pool)
-    still = dict.fromkeys(experiment.ARMS["rotated"].rates, 0.0)
-    found = lab.measure("rotated", task, 20, 2, still, answer=False)
-    base = lab.measure("zero-shot", task, 20, 2, still, answer=False)
-    assert "exact_match" not in found and found["test_loss"] == pytest.approx(
-        base["test_loss"], abs=1e-3
-    )
-    pools = [lab.model("rotated", seed).problem.frozen.pool.A for seed in (1, 2)]
-    assert pools[0] and all(
-        not np.allclose(pools[0][site], pools[1][site]) for site in pools[0]
-    )
-
-
-def test_a_diverged_run_counts_with_the_loss_of_the_base(llama, pool, task):
-    lab = experiment.Lab(llama, pool)
-    row = lab.measure(
-        "magnitudes only", task, 20, 1, {"lr_magnitudes": float("nan")}, answer=False
-    )
-    base = lab.measure("zero-shot", task, 20, 1, {}, answer=False)
-    assert row["test_loss"] == pytest.approx(base["test_loss"], abs=1e-4)
 
 
 def test_seeds_have_rows_that_no_other_seed_has(llama, pool, task):
@@ -214,24 +184,6 @@ class _Recorded:
         }
 
 
-def test_cells_are_measured_once(tmp_path):
-    keys = [
-        (arm, 20, name, seed)
-        for seed in (1, 2, 3)
-        for name in _TARGETS
-        for arm in ("zero-shot", _FIXED)
-    ]
-    paths = {name: Path(name) for name in _TARGETS}
-    labs = [_Recorded(50), _Recorded(1000)]
-    with pytest.raises(KeyboardInterrupt):
-        experiment.run(labs[0], keys, paths, tmp_path)
-    experiment.run(labs[1], keys, paths, tmp_path)
-    assert labs[0].asked + labs[1].asked == [
-        (arm, rows, Path(name), seed) for arm, rows, name, seed in keys
-    ]
-    assert len((tmp_path / "language.jsonl").read_text().splitlines()) == len(keys)
-
-
 def test_a_tuning_continues_and_ends_at_the_best_rate(tmp_path):
     file = tmp_path / "language_tune.jsonl"
     paths = {name: Path(name) for name in TUNING}
@@ -255,95 +207,3 @@ def test_a_tuning_continues_and_ends_at_the_best_rate(tmp_path):
     assert experiment.tuned(third, "zero-shot", 20, paths, tmp_path) == {}
     fixed = {"lr_coefficients": 0.01, "lr_magnitudes": 0.0333}
     assert experiment.tuned(third, _FIXED, 20, paths, tmp_path) == fixed
-
-
-def _rows(arm, loss, seeds=(1, 2, 3)):
-    key = {
-        "arm": arm,
-        "rows": 20,
-        "numbers": 1234,
-        "exact_match": 45.0 if arm == "rotated" else 50.0,
-    }
-    return [
-        key | {"task": name, "seed": seed, "test_loss": loss(place, seed)}
-        for seed in seeds
-        for place, name in enumerate(_TARGETS)
-    ]
-
-
-def test_contrasts_are_over_tasks_and_the_seeds_that_both_arms_have():
-    gain = 0.1 + 0.05 * np.sin(np.arange(12.0))
-    rows = _rows("LoRAFusion", lambda place, seed: 1.0 + place + seed)
-    rows += _rows(
-        "rotated", lambda place, seed: 1.0 + place + seed + gain[place], seeds=(1, 2)
-    )
-    rows += _rows("rotated", lambda place, seed: 99.0, seeds=(3,))[
-        :11
-    ]  # a target has no row yet
-    found = experiment.tables(rows, [])
-    half = 2.200985 * gain.std(ddof=1) / np.sqrt(12)  # t of 11 degrees of freedom
-    interval = f"{gain.mean() - half:.3f} to {gain.mean() + half:.3f}"
-    line = ["20", "rotated minus LoRAFusion", "2", "12", f"{gain.mean():.3f}", interval]
-    assert [row[:6] for row in found["contrasts"][1:]] == [line]
-    assert float(found["contrasts"][1][6]) < 1e-4 and found["contrasts"][1][7:] == [
-        "-5.0",
-        "-5.0 to -5.0",
-    ]
-    assert found["arms"][1:] == [
-        ["LoRAFusion", "1,234", "20", "3", "8.500", "50.0"],
-        ["rotated", "1,234", "20", "2", f"{8.0 + gain.mean():.3f}", "45.0"],
-    ]
-    assert [float(row[5]) for row in found["by_task"][1:]] == pytest.approx(
-        gain, abs=1e-4
-    )
-    assert found["by_seed"][1:] == [
-        ["20", seed, *found["contrasts"][1][3:7]] for seed in ("1", "2")
-    ]
-    assert experiment.tables(rows[:11], []) == {} == experiment.tables([], [])
-    # Another base has fewer targets.
-    fewer = [row for row in rows if row["task"] in _TARGETS[:6]]
-    assert experiment.tables(fewer, []) == {}
-    mean = np.mean([gain[:6], gain[:6], 95.0 - np.arange(6.0)])
-    lines = experiment.tables(fewer, [], 6)["contrasts"][1:]
-    assert [row[:5] for row in lines] == [
-        ["20", "rotated minus LoRAFusion", "3", "6", f"{mean:.3f}"]
-    ]
-
-
-def test_the_page_shows_contrasts_of_the_rows():
-    rows = read_lines(_RESULTS / "language.jsonl")
-    lines = experiment.tables(rows, [])["contrasts"]
-    found = {tuple(line[3:6]) for line in lines}
-    more_seeds = read_lines(_ROOT / "results" / "warm_starts" / "language.jsonl")
-    lines = warm_starts_language.tables(more_seeds)["contrasts"]
-    found |= {tuple(line[2:5]) for line in lines}
-    head = ["20 rows: loss minus that of LoRAFusion", "tasks", "nats", "interval"]
-    shown = [row for row in rows_below(_PAGE, head) if row[0].startswith("language")]
-    assert shown and {tuple(row[1:]) for row in shown} <= found
-
-
-@pytest.mark.long
-def test_loras_that_start_from_the_pool_are_measured(llama, pool, task):
-    """Without learning, all but the mean and the single module start from the base; a rank of 8 holds the two."""
-    lab = warm_starts_language.StartedLab(llama, pool)
-    rates = dict.fromkeys(("lr_lora", "lr_coefficients", "lr_magnitudes"), 0.0)
-    found = {
-        name: lab.measure(
-            name,
-            task,
-            20,
-            2,
-            {rate: rates[rate] for rate in lab.arms[name].rates},
-            answer=False,
-        )
-        for name in warm_starts_language.STARTED
-    }
-    base = lab.measure("zero-shot", task, 20, 2, {}, answer=False)["test_loss"]
-    for name, row in found.items():
-        assert row["steps"] == 40 and np.isfinite(row["test_loss"]), name
-    assert found[warm_starts_language.SLOW_MAGNITUDES]["test_loss"] == pytest.approx(
-        base, abs=1e-4
-    )
-    assert found["from the best single module"]["test_loss"] != pytest.approx(
-        base, abs=1e-3
-    )

@@ -125,22 +125,6 @@ def test_trials_are_runs_at_their_rates_and_the_best_is_marked(tmp_path, monkeyp
     assert second.endswith("←")
 
 
-def test_lines_are_added_behind_the_last_whole_one(tmp_path):
-    file = tmp_path / "rows.jsonl"
-    assert trials.read_lines(file) == []
-    file.write_text('{"a": 1}\n{"a": NaN}\n{"a": [2, ')
-    assert [of["a"] for of in trials.read_lines(file)][0] == 1 and len(
-        trials.read_lines(file)
-    ) == 2
-    trials.append_lines(file, [{"a": 3}])
-    assert file.read_text() == '{"a": 1}\n{"a": NaN}\n{"a": 3}\n'
-    file.write_text("not JSON\n")
-    with pytest.raises(
-        ValueError, match="rows.jsonl, line 1: not JSON .*fix or remove the line"
-    ):
-        trials.read_lines(file)
-
-
 def _planned(capsys, *given):
     """Return a plan for t5-small, and the cells of its rows by name."""
     task = str(_TASKS / "double_digit")

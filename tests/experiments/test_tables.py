@@ -113,6 +113,49 @@ def test_a_script_writes_the_committed_tables(script, tmp_path):
         assert path.stat().st_mtime_ns == before[path], "a row was measured"
 
 
+def _cells(name: str) -> list[list[str]]:
+    """Return the lines of a committed table."""
+    text = (_RESULTS / name).read_text()
+    return [list(line) for line in csv.reader(text.splitlines())]
+
+
+def _prepared(name: str, score: str) -> list[str]:
+    before, after = [line for line in _cells(f"prepare/{name}") if line[1] == score][:2]
+    return [before[3], before[4], after[4], after[7]]
+
+
+_CONTRAST = "20 rows: loss minus that of LoRAFusion | tasks | nats | interval"
+_BACK = "score | digital | not prepared | prepared | of the lost, back, %"
+_CORRECTIONS = "corrections | parameters | % of the weights | excess loss | over chips"
+# A page, the start of a table's header, and the lines whose cells may follow a row's name.
+PAGES: list[tuple[str, str, Callable[[], list[list[str]]]]] = [
+    ("prepare", "change | excess loss | interval | worst chip",
+     lambda: [[line[3], *line[5:7]] for line in _cells("prepare/main.csv")]),
+    ("prepare", _BACK,
+     lambda: [_prepared("language.csv", "exact_match"), _prepared("fusions.csv", "loss"),
+              _prepared("digits.csv", "accuracy")]),
+    ("restore", _CORRECTIONS,
+     lambda: [[*line[1:3], *line[4:]] for line in _cells("restore/main.csv")]),
+    ("pools", _CONTRAST,
+     lambda: [line[start : start + 3]
+              for name, start in (("pool_value/contrasts.csv", 3),
+                                  ("pool_value/language_contrasts.csv", 3),
+                                  ("warm_starts/language_contrasts.csv", 2))
+              for line in _cells(name)]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("page", "header", "lines"), PAGES)
+def test_a_page_shows_numbers_of_the_committed_tables(page, header, lines):
+    text = (_RESULTS.parent / "docs" / "results" / f"{page}.md").read_text()
+    _, _, below = text.partition(f"| {header}")
+    rows = below.partition("\n\n")[0].splitlines()[2:]
+    assert rows
+    for row in rows:
+        _, *cells = [cell.strip("* ") for cell in row.strip("|").split("|")]
+        assert cells in lines(), row
+
+
 def test_a_picture_of_a_crossbar_is_drawn_from_its_cells(capsys):
     figure = pytest.importorskip("matplotlib.figure", reason="needs the extra plots")
     picture = figure.Figure()
