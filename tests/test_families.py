@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import one_block
 import pytest
 import recipes
 import small_llama
@@ -22,9 +22,6 @@ from lorafusion_jax.estimates.params import counts
 from lorafusion_jax.models.decoder import FAMILY
 from lorafusion_jax.training.mesh import partition, rules
 
-_SMALL = Path(__file__).resolve().parent.parent / "examples" / "small"
-_RANK = 2
-_ALPHA = 4
 _QUICK = {
     "modules": 2,
     "epochs": 1,
@@ -37,6 +34,7 @@ _QUICK = {
 }
 # Methods that the usual tests run: one that trains, and those that compile little.
 _SHORT = ("lora", "zero-shot", "constant")
+_TARGETS = ["down_proj", "o_proj", "q_proj"]
 _ADAPTED = (
     "decoder.self_attn.q_proj",
     "decoder.self_attn.o_proj",
@@ -44,126 +42,93 @@ _ADAPTED = (
 )
 
 
-class _Case(NamedTuple):
-    """A base, and a task that its tokenizer reads."""
+class _Family(NamedTuple):
+    """A base, three adapters, their pool, and a task that the base's tokenizer reads."""
 
     folder: Path
     base: Path
     config: lf.Architecture
+    adapters: list[Path]
+    pool: Path
     task: Path
+
+    def options(self, name: str, **changes) -> lf.FuseOptions:
+        """Return the options of a short run."""
+        values = {
+            "base": str(self.base),
+            "task": str(self.task),
+            "seeds": (1,),
+            "test_rows": 4,
+            "out": self.folder / "runs",
+            "name": name,
+        }
+        if lf.METHODS[changes.get("method", "fusion")].pool:
+            values["pool"] = str(self.pool)
+        return recipes.options(_QUICK, **values | changes)
 
 
 @pytest.fixture(scope="module")
-def family(tmp_path_factory) -> _Case:
-    """Prompts have different lengths. Answers of `closed` recur and so are options, those of `open` do not."""
+def family(tmp_path_factory) -> _Family:
     folder = tmp_path_factory.mktemp("llama")
     base = small_llama.make(
         folder / "base", num_attention_heads=4, num_key_value_heads=2, vocab_size=320
     )
+    config = lf.read_config(base)
+    # Prompts have different lengths.
     answers = {"hot": "cold", "tall": "short"}
-    for name in ("closed", "open"):
-        (folder / name).mkdir()
-        rows = [
-            {
-                "input": f"{'the ' * (i % 3)}{word}",
-                "target": answers[word] + f" {i}" * (name == "open"),
-            }
-            for i, word in enumerate([*answers] * 6)
-        ]
-        for part, chosen in (("train", rows), ("test", rows[:4])):
-            (folder / name / f"{part}.jsonl").write_text(
-                "\n".join(map(json.dumps, chosen))
-            )
-    return _Case(folder, base, lf.read_config(base), folder / "closed")
-
-
-@pytest.fixture(scope="module")
-def adapters(family) -> list[Path]:
-    """Three PEFT adapters."""
+    rows = [
+        {"input": f"{'the ' * (i % 3)}{word}", "target": f"{answers[word]} {i}"}
+        for i, word in enumerate([*answers] * 6)
+    ]
+    (folder / "task").mkdir()
+    for part, chosen in (("train", rows), ("test", rows[:4])):
+        lines = "\n".join(map(json.dumps, chosen))
+        (folder / "task" / f"{part}.jsonl").write_text(lines)
     rng = np.random.default_rng(0)
-    targets = sorted(site.rpartition(".")[2] for site in _ADAPTED)
-    fields = {
-        "peft_type": "LORA",
-        "r": _RANK,
-        "lora_alpha": _ALPHA,
-        "target_modules": targets,
-    }
-    for number in range(3):
-        tensors = tiny.lora_tensors(family.config, rng.standard_normal, _RANK)
+    fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": _TARGETS}
+    adapters = [folder / "adapters" / f"adapter_{number}" for number in range(3)]
+    for adapter in adapters:
+        tensors = tiny.lora_tensors(config, rng.standard_normal, 2)
         adapted = {
             name: tensor
             for name, tensor in tensors.items()
-            if name.split(".")[-3] in targets
+            if name.split(".")[-3] in _TARGETS
         }
-        lf.io.write_adapter(
-            family.folder / "adapters" / f"adapter_{number}", fields, adapted
-        )
-    return sorted((family.folder / "adapters").iterdir())
+        lf.io.write_adapter(adapter, fields, adapted)
+    _convert(base, adapters, folder / "pool")
+    return _Family(folder, base, config, adapters, folder / "pool", folder / "task")
+
+
+def _convert(base: Path, adapters: list[Path], out: Path) -> None:
+    paths = tuple(map(str, adapters))
+    lf.io.convert(lf.io.ConvertOptions(base=str(base), adapters=paths, out=out))
 
 
 @pytest.fixture(scope="module")
-def pool(family, adapters) -> Path:
-    out = family.folder / "pool"
-    lf.io.convert(
-        lf.io.ConvertOptions(
-            base=str(family.base), adapters=tuple(map(str, adapters)), out=out
-        )
-    )
-    return out
-
-
-@pytest.fixture(scope="module")
-def asked(family, pool) -> Callable[..., lf.FuseOptions]:
-    """A function from a name and further options to the options of a short run."""
-
-    def options(name: str, **changes) -> lf.FuseOptions:
-        values = {
-            "base": str(family.base),
-            "task": str(family.task),
-            "seeds": (1,),
-            "test_rows": 4,
-        }
-        if lf.METHODS[changes.get("method", "fusion")].pool:
-            values["pool"] = str(pool)
-        return recipes.options(
-            _QUICK, **values | {"out": family.folder / "runs", "name": name} | changes
-        )
-
-    return options
-
-
-@pytest.fixture(scope="module")
-def run(asked) -> Path:
+def run(family) -> Path:
     """Two seeds of a fusion."""
-    options = asked("fusion", seeds=(1, 2))
+    options = family.options("fusion", seeds=(1, 2))
     lf.fuse(options)
     return options.out / "fusion"
 
 
 @pytest.fixture(scope="module")
-def done(asked, family) -> Callable[[str], dict]:
+def results(family):
     """A function from a method to the results of its run with one seed."""
     return functools.cache(
-        lambda method: lf.fuse(
-            asked(method, task=str(family.task.with_name("open")), method=method)
-        )
+        lambda method: lf.fuse(family.options(method, method=method))
     )
 
 
-def test_an_adapter_of_another_family_is_refused(family, adapters, tmp_path):
-    cases = [
-        (family.base, _SMALL / "adapters" / "sort_dash", r"\S+SelfAttention"),
-        (_SMALL / "base", adapters[0], r"model\.layers\.0"),
-    ]
-    for of, adapter, message in cases:
-        with pytest.raises(
-            ValueError, match=rf"wrong base\?.* no linear module {message}"
-        ):
-            lf.io.convert(
-                lf.io.ConvertOptions(
-                    base=str(of), adapters=(str(adapter),), out=tmp_path / "pool"
-                )
-            )
+def test_an_adapter_of_another_family_is_refused(family, tmp_path):
+    of_t5 = one_block.SMALL / "adapters" / "sort_dash"
+    for base, adapter, path in (
+        (family.base, of_t5, r"\S+SelfAttention"),
+        (one_block.SMALL / "base", family.adapters[0], r"model\.layers\.0"),
+    ):
+        message = rf"wrong base\?.* no linear module {path}"
+        with pytest.raises(ValueError, match=message):
+            _convert(base, [adapter], tmp_path / "pool")
 
 
 @pytest.mark.parametrize(
@@ -174,128 +139,92 @@ def test_an_adapter_of_another_family_is_refused(family, adapters, tmp_path):
         if name != "fusion"
     ],
 )
-def test_every_method_runs(family, method, done):
-    results = done(method)
-    (row,) = results["seeds"]
+def test_every_method_runs(family, method, results):
+    (row,) = results(method)["seeds"]
     assert 0 <= row["exact_match"] <= 100
     assert row["loss"] is None if method == "constant" else math.isfinite(row["loss"])
-    if lf.METHODS[method].title is not None:
-        targets = (
-            [site.rpartition(".")[2] for site in _ADAPTED]
-            if lf.METHODS[method].pool
-            else None
-        )
-        found = counts(
+    entry = lf.METHODS[method]
+    if entry.title is not None:
+        trained = counts(
             family.config,
             modules=2,
-            rank=_RANK,
+            rank=2,
             vera_rank=3,
             basis=None,
-            targets=targets,
+            targets=_TARGETS if entry.pool else None,
         )
-        assert (
-            results["trainable"]
-            == found[lf.METHODS[method].title.format(lora_rank=_RANK, vera_rank=3)]
-        )
+        title = entry.title.format(lora_rank=2, vera_rank=3)
+        assert results(method)["trainable"] == trained[title]
 
 
 @pytest.mark.parametrize(
     ("load_in", "method", "rel"), [("nf4", "mean", 0.1), ("int8", "zero-shot", 0.01)]
 )
-def test_a_base_in_few_bits(family, load_in, method, rel, asked, done):
-    task = str(family.task.with_name("open"))
-    (row,) = lf.fuse(
-        asked(f"{load_in}-{method}", task=task, load_in=load_in, method=method)
-    )["seeds"]
-    (exact,) = done(method)["seeds"]
-    assert (
-        row["loss"] == pytest.approx(exact["loss"], rel=rel)
-        and row["loss"] != exact["loss"]
-    )
+def test_a_base_in_few_bits(family, load_in, method, rel, results):
+    options = family.options(f"{load_in}-{method}", load_in=load_in, method=method)
+    (row,) = lf.fuse(options)["seeds"]
+    (exact,) = results(method)["seeds"]
+    assert row["loss"] == pytest.approx(exact["loss"], rel=rel)
+    assert row["loss"] != exact["loss"]
 
 
-@pytest.mark.nightly
-def test_a_mesh_gives_the_numbers_of_one_device(run, asked):
-    options = asked("mesh", seeds=(1, 2), mesh="seed=2,model=2")
-    lf.fuse(options)
-    _, alone, _ = lf.load_run(run)
-    _, spread, _ = lf.load_run(options.out / "mesh")
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
-        alone,
-        spread,
-    )
-
-
-def test_a_mesh_splits_matrices_as_the_sites_say():
-    # Phi-3 has one matrix for queries, keys and values; Qwen2 has biases, and Qwen3 norms of queries and keys.
-    kinds = ("phi3", "qwen2", "qwen3")
-    configs = [
-        FAMILY.read_config(small_llama.CONFIG | {"vocab_size": 40, "model_type": kind})
-        for kind in kinds
-    ]
-    phi, qwen2, qwen3 = map(rules, configs)
-    names = {
-        ("base/decoder/self_attn/qkv_proj/kernel", 3, phi): (None, None, "model"),
-        ("base/decoder/mlp/down_proj/kernel", 3, phi): (None, "model", None),
-        ("base/decoder/self_attn/q_proj/kernel", 3, qwen2): (None, None, "model"),
-        ("base/decoder/self_attn/o_proj/kernel", 3, qwen2): (None, "model", None),
-        ("base/decoder/self_attn/q_norm/scale", 2, qwen3): (None, None),
-        ("base/decoder/input_norm/scale", 2, qwen3): (None, None),
-        ("pool/A/decoder.mlp.down_proj", 4, qwen2): (None, None, "model", None),
-        ("pool/B/decoder.self_attn.q_proj", 4, qwen2): (None, None, None, "model"),
-    }
-    assert {key: tuple(partition(*key)) for key in names} == names
+@pytest.mark.parametrize(
+    ("model_type", "name", "spec"),
+    [
+        ("phi3", "base/decoder/self_attn/qkv_proj/kernel", (None, None, "model")),
+        ("phi3", "base/decoder/mlp/down_proj/kernel", (None, "model", None)),
+        ("qwen2", "base/decoder/self_attn/q_proj/kernel", (None, None, "model")),
+        ("qwen2", "base/decoder/self_attn/o_proj/kernel", (None, "model", None)),
+        ("qwen3", "base/decoder/self_attn/q_norm/scale", (None, None)),
+        ("qwen3", "base/decoder/input_norm/scale", (None, None)),
+        ("qwen2", "pool/A/decoder.mlp.down_proj", (None, None, "model", None)),
+        ("qwen2", "pool/B/decoder.self_attn.q_proj", (None, None, None, "model")),
+    ],
+)
+def test_a_mesh_splits_matrices_as_the_sites_say(model_type, name, spec):
+    changes = {"vocab_size": 40, "model_type": model_type}
+    config = FAMILY.read_config(small_llama.CONFIG | changes)
+    assert tuple(partition(name, len(spec), rules(config))) == spec
 
 
 @pytest.mark.long
-def test_chips_hold_every_matrix_that_is_not_digital(family, pool, run, tmp_path):
+def test_chips_hold_every_matrix_that_is_not_digital(family, run, tmp_path):
     digital = ("*.[kvo]_proj", "*.mlp.*")
     chips = tmp_path / "chips.json"
     written = lf.hardware.write_chips(
         lf.hardware.ProgramOptions(
             base=str(family.base),
-            pool=str(pool),
+            pool=str(family.pool),
             out=chips,
             crossbar="isaac",
             keep_digital=digital,
         )
     )
-    matrices = [
-        *family.config.sites,
-        *(f"pool.{factor}.{site}" for factor in "AB" for site in _ADAPTED),
-    ]
+    factors = [f"pool.{factor}.{site}" for factor in "AB" for site in _ADAPTED]
     assert written["cells_sha256"].keys() == {
-        name for name in matrices if not any(fnmatch(name, rule) for rule in digital)
+        name
+        for name in [*family.config.sites, *factors]
+        if not any(fnmatch(name, rule) for rule in digital)
     }
     options = lf.hardware.EvaluateOnChipsOptions(
         run=run, crossbar=str(chips), norm="programmed", calibration_rows=4, test_rows=4
     )
-    results = lf.hardware.report_on_chips(options)
-    assert (results["method"], results["norm"], results["age"]) == (
-        "fusion",
-        "programmed",
-        None,
-    )
-    for exact, on_chip in zip(
-        results["digital"], results["chips"][0]["seeds"], strict=True
-    ):
+    report = lf.hardware.report_on_chips(options)
+    on_chips = report["chips"][0]["seeds"]
+    for exact, on_chip in zip(report["digital"], on_chips, strict=True):
         assert on_chip["loss"] == pytest.approx(exact["loss"], rel=1e-2)
 
 
 def test_an_exported_fusion_is_read_as_an_adapter_and_merged(family, run, tmp_path):
-    lf.runs.export(lf.runs.ExportOptions(out=tmp_path / "adapter", run=run, seed=2))
-    fields = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    adapter = tmp_path / "adapter"
+    lf.runs.export(lf.runs.ExportOptions(out=adapter, run=run, seed=2))
+    fields = json.loads((adapter / "adapter_config.json").read_text())
     assert fields["task_type"] == "CAUSAL_LM" and fields["use_dora"]
-    assert fields["target_modules"] == sorted(
-        path for path, (site, _) in lf.places(family.config).items() if site in _ADAPTED
-    )
-    again = lf.read_pool([str(tmp_path / "adapter")], family.config)
+    again = lf.read_pool([str(adapter)], family.config)
     assert again.magnitude is not None and again.sites == _ADAPTED
 
-    lf.runs.export(
-        lf.runs.ExportOptions(out=tmp_path / "merged", run=run, seed=2, format="merged")
-    )
+    merged = tmp_path / "merged"
+    lf.runs.export(lf.runs.ExportOptions(out=merged, run=run, seed=2, format="merged"))
     options, params, _ = lf.load_run(run)
     setup = lf.runs.load_setup(options)
     problem = setup.problem.replace(index=setup.problem.index[1])
@@ -303,21 +232,16 @@ def test_an_exported_fusion_is_read_as_an_adapter_and_merged(family, run, tmp_pa
     ids = jnp.array([[5, 6, 7]])
     labels = jnp.array([[8, 9, 1]])
     fused = model.label_logits(ids, ids > 0, labels, adapters)
-    merged = lf.load_base(tmp_path / "merged").label_logits(ids, ids > 0, labels, {})
-    np.testing.assert_allclose(merged, fused, atol=1e-4)
-    assert (
-        lf.load_tokenizer(str(tmp_path / "merged")).chat_template
-        == setup.tokenizer.chat_template
-    )
+    logits = lf.load_base(merged).label_logits(ids, ids > 0, labels, {})
+    np.testing.assert_allclose(logits, fused, atol=1e-4)
+    template = lf.load_tokenizer(str(merged)).chat_template
+    assert template == setup.tokenizer.chat_template
 
 
-def test_a_plan_counts_what_a_run_needs(asked, family):
-    text = lf.estimates.describe_run(asked("plan", seeds=(1, 2)))
+def test_a_plan_and_the_costs_of_methods(family):
+    text = lf.estimates.describe_run(family.options("plan", seeds=(1, 2)))
     assert "2 batches of 6 rows" in text and "tokenised, padded" in text
     assert f"| fusion |    2 |        {2 + 3 * 16} |" in text
-
-
-def test_every_method_has_a_cost(family):
     options = lf.estimates.CostOptions(
         targets=("v_proj",), bases=(), modules=2, rank=2, source=8, target=4
     )

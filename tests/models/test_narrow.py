@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorafusion_jax.models.narrow import from_bits, kept, to_bits
+from lorafusion_jax.models.narrow import from_bits, to_bits
 
 _LAYERS = 6
 _WIDTH = 64
@@ -96,27 +96,3 @@ def test_a_loop_holds_no_wider_copy_of_its_stack(dtype, bits):
         "0.10."
     ):  # Once this fails, there is no need of bits any more.
         assert temporaries(_plain) > 1.8 * bits
-
-
-def test_what_the_backward_pass_keeps_is_kept_as_bits():
-    x = jnp.ones((3, _WIDTH), jnp.bfloat16)
-    stack = _stack(jnp.bfloat16)
-
-    def by_bits(x, layer):
-        return jnp.tanh(kept(x @ layer, "product")), None
-
-    def plain(x, layer):
-        return jnp.tanh(x @ layer), None
-
-    def gradient(body):
-        body = jax.checkpoint(
-            body, policy=jax.checkpoint_policies.save_only_these_names("product")
-        )
-        return jax.grad(
-            lambda x: jnp.sum(jax.lax.scan(body, x, stack)[0].astype(jnp.float32))
-        )
-
-    stacked = f"[{_LAYERS},3,{_WIDTH}]"
-    assert f"u16{stacked}" in str(jax.make_jaxpr(gradient(by_bits))(x))
-    assert f"u16{stacked}" not in str(jax.make_jaxpr(gradient(plain))(x))
-    _equal(gradient(by_bits)(x), gradient(plain)(x))

@@ -18,7 +18,6 @@ from flax import nnx
 
 import lorafusion_jax as lf
 from lorafusion_jax.adapters.basis import Pool
-from lorafusion_jax.adapters.merges import merge
 from lorafusion_jax.adapters.norms import pair_terms
 
 _DOT = re.compile(
@@ -113,34 +112,6 @@ def test_a_step_in_a_shared_basis():
             basis,
         )
     )
-
-
-def test_a_product_at_a_device_s_default_is_found():
-    W = jnp.ones((16, 12))
-    assert _products(lambda a, b: a.T @ b, W, W) == [(True, False)]
-
-
-def test_a_mix_by_rank_is_no_product():
-    spread = {
-        site: jnp.ones((b.shape[0], 3, b.shape[2]))
-        for site, b in tiny.pool(3).B.items()
-    }
-    _check(
-        _products(
-            lambda pool: lf.compose(pool, jnp.arange(3), spread, "mix")[0], tiny.pool(3)
-        ),
-        of_weights=False,
-    )
-
-
-@pytest.mark.parametrize("kind", ["linear", "svd", "dare_ties"])
-def test_merges(kind):
-    def merged(pool):
-        return merge(pool, jnp.arange(3), jnp.ones(3), kind, key=jax.random.key(0))
-
-    products = _products(merged, tiny.pool(3, names="q"))
-    assert all(highest for _, highest in products)
-    assert bool(products) == (kind == "svd")
 
 
 def test_a_dora_in_training():

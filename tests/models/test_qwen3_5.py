@@ -1,16 +1,12 @@
 """The gated delta rule against its definition, token by token in float64, and what is refused."""
 
 import copy
-import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import recipes
 import small_llama
-import tiny
 from flax import nnx
 
 import lorafusion_jax as lf
@@ -181,69 +177,3 @@ def test_a_mesh_that_splits_matrices_has_the_loss_and_gradients_of_one_device():
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(b, a, rtol=0, atol=1e-12), alone, split
     )
-
-
-@pytest.mark.nightly
-def test_a_fusion_on_a_plain_base_and_on_arrays(tmp_path):
-    """Of adapters on every site."""
-    layers = {
-        "num_hidden_layers": 2,
-        "layer_types": ["linear_attention", "full_attention"],
-    }
-    base = small_llama.make(tmp_path / "base", **small_llama.QWEN3_5 | layers)
-    adapters = (str(tmp_path / "one"), str(tmp_path / "two"))
-    rng = np.random.default_rng(0)
-    fields = {
-        "peft_type": "LORA",
-        "r": 2,
-        "lora_alpha": 4,
-        "target_modules": "all-linear",
-    }
-    for adapter in adapters:
-        tensors = tiny.lora_tensors(
-            lf.read_config(base), lambda shape: rng.normal(size=shape, scale=0.1)
-        )
-        lf.io.write_adapter(Path(adapter), fields, tensors)
-    lf.io.convert(
-        lf.io.ConvertOptions(base=str(base), adapters=adapters, out=tmp_path / "pool")
-    )
-    rows = [
-        {"input": f"{'the ' * (i % 3)}{word}", "target": word[::-1]}
-        for i, word in enumerate(("hot", "tall") * 6)
-    ]
-    (tmp_path / "task").mkdir()
-    for part, chosen in (("train", rows), ("test", rows[:4])):
-        (tmp_path / "task" / f"{part}.jsonl").write_text(
-            "\n".join(map(json.dumps, chosen))
-        )
-    where = {
-        "base": str(base),
-        "pool": str(tmp_path / "pool"),
-        "task": str(tmp_path / "task"),
-        "out": tmp_path,
-    }
-    quick = {"modules": 2, "epochs": 1, "batch_size": 6, "max_new_tokens": 4}
-    lf.fuse(recipes.options(quick, **where, name="run", seeds=(1, 2), test_rows=4))
-
-    lf.hardware.write_chips(
-        lf.hardware.ProgramOptions(
-            base=str(base),
-            pool=str(tmp_path / "pool"),
-            out=tmp_path / "chips.json",
-            crossbar="isaac",
-            keep_digital=("*.mlp.*", "*.in_proj_z", "*.k_proj"),
-        )
-    )
-    results = lf.hardware.report_on_chips(
-        lf.hardware.EvaluateOnChipsOptions(
-            run=tmp_path / "run",
-            crossbar=str(tmp_path / "chips.json"),
-            norm="programmed",
-            calibration_rows=4,
-            test_rows=4,
-        )
-    )
-    for exact, on_chip in zip(
-        results["digital"], results["chips"][0]["seeds"], strict=True
-    ):
-        assert on_chip["loss"] == pytest.approx(exact["loss"], rel=5e-2)

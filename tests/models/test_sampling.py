@@ -148,30 +148,15 @@ def test_token_after_token_gives_what_the_loop_gives(said, drawn):
     np.testing.assert_array_equal(state.tokens, together)
 
 
-def test_the_likeliest_token_is_the_first_choice_of_a_cold_draw(said):
-    graph, weights, ids, keys, _, _ = said
-    cold = _say(graph, weights, ids, keys, Sampling(temperature=1e-6))
-    np.testing.assert_array_equal(cold, _say(graph, weights, ids, None, GREEDY))
-
-
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        (
-            {"temperature": -1.0},
-            "temperature is -1.0: expected a number from 1e-6 up, or 0 for no draw",
-        ),
+        ({"temperature": -1.0}, "temperature is -1.0: expected a number from 1e-6 up"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": 1.0, "top_k": 0}, "top_k is 0: expected at least 1"),
-        (
-            {"temperature": 1.0, "top_p": 0.0},
-            "top_p is 0.0: expected a probability above 0, up to 1",
-        ),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p is 0.0: expected a probability"),
         ({"temperature": 1.0, "top_p": 1.5}, "top_p is 1.5"),
-        (
-            {"top_p": 0.9},
-            "filter a draw, and temperature 0 draws nothing: give a temperature",
-        ),
+        ({"top_p": 0.9}, "temperature 0 draws nothing: give a temperature"),
     ],
 )
 def test_numbers_that_describe_no_draw(numbers, message):
@@ -183,7 +168,5 @@ def test_a_generation_needs_a_length_and_a_draw_needs_keys(said):
     graph, weights, ids, _, sampling, _ = said
     with pytest.raises(ValueError, match="max_new_tokens is 0: expected at least 1"):
         generate(nnx.merge(graph, weights), ids, ids > 0, max_new_tokens=0)
-    with pytest.raises(
-        ValueError, match="a draw needs a key for every row: give row_keys"
-    ):
+    with pytest.raises(ValueError, match="a draw needs a key for every row"):
         _say(graph, weights, ids, None, sampling)

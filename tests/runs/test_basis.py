@@ -186,27 +186,6 @@ def test_draws_of_a_rotated_control_differ(converted, tmp_path):
     assert all(np.abs(a - second.A[site]).max() > 0.01 for site, a in first.A.items())
 
 
-def test_a_plan_holds_the_basis_and_ranks_whole_modules(converted, tmp_path):
-    def pool(**changes) -> str:
-        row = lf.estimates.describe_run(
-            _options(converted, tmp_path, **changes)
-        ).splitlines()[5]
-        return row.split("|")[8].strip()
-
-    # Six matrices of 96 x 96: U, V and U^T W, ||W||^2, and the core, energy and rank of two modules, or of all three to
-    # rank them.
-    module_words = 16**2 + 2
-    words = 6 * (3 * 16 * 96 + 2 * module_words + 96)
-    assert pool() == f"{4 * words / 2**10:.2f} KiB"
-    assert (
-        pool(choose="gradient") == f"{4 * (words + 6 * module_words) / 2**10:.2f} KiB"
-    )
-    with pytest.raises(
-        ValueError, match="24 directions, (and 25 are asked for|expected at least 25)"
-    ):
-        lf.estimates.describe_run(_options(converted, tmp_path, basis=25))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

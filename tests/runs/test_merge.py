@@ -38,21 +38,15 @@ def _updates(folder):
     }
 
 
+def _merge(out, **options):
+    merge(MergeOptions(**{"base": _BASE, "pool": _POOL, "out": out} | options))
+    return out
+
+
 def test_an_adapter_is_the_weighted_sum_of_the_updates(tmp_path, capsys):
     weights = [f"{_NAMES[0]}=0.7", f"{_NAMES[1]}=-0.3"]
-    main(
-        [
-            "merge",
-            "--base",
-            _BASE,
-            "--pool",
-            _POOL,
-            "--weights",
-            *weights,
-            "--out",
-            str(tmp_path / "out"),
-        ]
-    )
+    command = ["merge", "--base", _BASE, "--pool", _POOL, "--weights", *weights]
+    main([*command, "--out", str(tmp_path / "out")])
     assert "2 modules of" in capsys.readouterr().out
     first = _updates(_SMALL / "adapters" / _NAMES[0])
     second = _updates(_SMALL / "adapters" / _NAMES[1])
@@ -69,11 +63,7 @@ def test_a_file_gives_weights_by_block_and_a_merged_model_has_them(tmp_path):
     file.write_text(
         json.dumps({_NAMES[0]: {"encoder.0": 0.5, "decoder.1": 2}, _NAMES[1]: 1})
     )
-    merge(
-        MergeOptions(
-            out=tmp_path / "adapter", base=_BASE, pool=_POOL, weights_file=file
-        )
-    )
+    _merge(tmp_path / "adapter", weights_file=file)
     first = _updates(_SMALL / "adapters" / _NAMES[0])
     second = _updates(_SMALL / "adapters" / _NAMES[1])
     found = _updates(tmp_path / "adapter")
@@ -85,15 +75,7 @@ def test_a_file_gives_weights_by_block_and_a_merged_model_has_them(tmp_path):
         np.testing.assert_allclose(
             update, weight * first[path] + second[path], atol=1e-6
         )
-    merge(
-        MergeOptions(
-            out=tmp_path / "model",
-            format="merged",
-            base=_BASE,
-            pool=_POOL,
-            weights_file=file,
-        )
-    )
+    _merge(tmp_path / "model", format="merged", weights_file=file)
     merged = base_tensor(tmp_path / "model")
     base = base_tensor(_BASE)
     for path, update in found.items():
@@ -165,7 +147,7 @@ def test_weights_that_cannot_be_used_are_refused_before_anything_is_written(
         options["weights_file"] = tmp_path / "weights.json"
         options["weights_file"].write_text(json.dumps(file))
     with pytest.raises(ValueError, match=message):
-        merge(MergeOptions(base=_BASE, pool=_POOL, out=tmp_path / "out", **options))
+        _merge(tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
@@ -184,23 +166,9 @@ def test_a_dora_adapter_alone_keeps_its_magnitudes(tmp_path):
     write_adapter(
         tmp_path / "pool" / "one", {**adapter.config, "use_dora": True}, tensors
     )
-    merge(
-        MergeOptions(
-            out=tmp_path / "adapter",
-            base=_BASE,
-            pool=str(tmp_path / "pool"),
-            weights=("one=1.0",),
-        )
-    )
-    merge(
-        MergeOptions(
-            out=tmp_path / "model",
-            format="merged",
-            base=_BASE,
-            pool=str(tmp_path / "pool"),
-            weights=("one=1.0",),
-        )
-    )
+    pool = str(tmp_path / "pool")
+    for out, form in (("adapter", "adapter"), ("model", "merged")):
+        _merge(tmp_path / out, pool=pool, weights=("one=1.0",), format=form)
     again = read_adapter(str(tmp_path / "adapter"))
     base = base_tensor(_BASE)
     merged = base_tensor(tmp_path / "model")
@@ -254,15 +222,8 @@ def test_modules_of_other_matrices_and_ranks_take_no_more_room_together(tmp_path
             wanted[path] = wanted.get(path, 0) + weight * update
     for dtype, tolerance in (("float32", 1e-6), ("bfloat16", 2e-2), ("float16", 3e-3)):
         out = tmp_path / dtype
-        merge(
-            MergeOptions(
-                base=_BASE,
-                pool=str(tmp_path / "pool"),
-                out=out,
-                weights=("few=0.5", "one=-1.0"),
-                dtype=dtype,
-            )
-        )
+        pool = str(tmp_path / "pool")
+        _merge(out, pool=pool, weights=("few=0.5", "one=-1.0"), dtype=dtype)
         assert {t.dtype.name for t in load_file(out / _WEIGHTS).values()} == {dtype}
         assert _numbers(out) == sum(stored)
         found = _updates(out)
@@ -286,15 +247,8 @@ def listed(small, tmp_path_factory) -> tuple[Path, Path]:
     file.write_text(
         json.dumps({second: 0.7, first: {"encoder.0": -0.3, "decoder.0": 2}})
     )
-    merge(
-        MergeOptions(
-            base=base,
-            pool=pool,
-            weights_file=file,
-            out=folder / "merged",
-            format="merged",
-        )
-    )
+    merged = folder / "merged"
+    _merge(merged, base=base, pool=pool, weights_file=file, format="merged")
     return file, folder / "merged"
 
 

@@ -18,8 +18,7 @@ import small_llama
 from flax import nnx
 
 import lorafusion_jax as lf
-from lorafusion_jax.loading.model import evaluation_worth
-from lorafusion_jax.tasks import Example, encode, eval_batches
+from lorafusion_jax.tasks import Example, encode
 
 # The package's name of this module is that of its function.
 evaluation = importlib.import_module("lorafusion_jax.runs.evaluate")
@@ -339,25 +338,6 @@ def test_chat_needs_a_template(task, tmp_path):
         ValueError, match="rows.jsonl, line 1 is a conversation, .*: give --chat"
     ):
         lf.runs.load_setup(_options(plain, rows, tmp_path, train_rows=1))
-
-
-def test_a_plan_counts_the_tokens_of_the_template(base, task, tmp_path):
-    runs = [_options(base, task, tmp_path, chat=chat) for chat in (False, True)]
-    plans = [lf.estimates.describe_run(run) for run in runs]
-    for plan, run in zip(plans, runs, strict=True):
-        setup = lf.runs.load_setup(run)
-        worth = evaluation_worth(setup.config)
-        batches = [
-            batch
-            for _, batch in eval_batches(
-                setup.test, run.eval_batch, pad_id=0, worth=worth
-            )
-        ]
-        found = re.search(r"evaluation in .*?(\d+) source", plan)
-        assert found is not None and int(found[1]) == max(
-            batch.input_ids.shape[1] for batch in batches
-        ), plan
-    assert plans[0] != plans[1]
 
 
 # A base model as it is.

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -18,8 +17,7 @@ from safetensors.numpy import load_file, save_file
 import lorafusion_jax as lf
 from lorafusion_jax.io import arrays, checkpoint
 from lorafusion_jax.runs import run as run_lib
-from lorafusion_jax.support import interrupts, processes
-from lorafusion_jax.tasks import eval_batches
+from lorafusion_jax.support import interrupts
 
 # The package's name of this module is that of its function.
 fit_lib = importlib.import_module("lorafusion_jax.training.fit")
@@ -136,45 +134,6 @@ def test_training_without_a_finite_loss_stops_and_suggests_what_to_try(small, tm
     )
 
 
-def test_batched_seeds_share_the_column_of_the_token_that_they_generate(small):
-    setup = lf.runs.load_setup(_options(small, Path("unused")))
-    problem = setup.problem.replace(seed_mode="batched")
-    batch = next(
-        batch
-        for _, batch in eval_batches(setup.test, 8, pad_id=setup.tokenizer.pad_token_id)
-    )
-    models = lf.runs.SeedModels(
-        lf.training.start(problem, (1, 2)).params, problem, np.arange(2)
-    )
-    rows = (
-        batch.input_ids,
-        batch.input_mask,
-        batch.row_mask,
-        np.full(5, 4, np.int32),
-        None,
-    )
-    state = lf.runs.begin_rows(
-        models, *rows, max_new_tokens=4, sampling=lf.models.GREEDY
-    )
-    program = jax.make_jaxpr(partial(lf.runs.advance_rows, sampling=lf.models.GREEDY))(
-        models, *state, (np.int32(10), np.int32(4))
-    )
-    inner = [
-        equation.params["jaxpr"].eqns
-        for equation in program.eqns
-        if "jaxpr" in equation.params
-    ]
-    (loop,) = (
-        equation
-        for equations in inner
-        for equation in equations
-        if equation.primitive.name == "while"
-    )
-    column, token, *_ = loop.outvars
-    # With a column for each seed, every token would select among all entries of all caches.
-    assert (column.aval.shape, token.aval.shape) == ((), (2, 5))
-
-
 # Runs that were killed or stopped.
 
 
@@ -261,22 +220,6 @@ def test_a_run_that_is_resumed_may_be_evaluated_in_smaller_batches(fused, copied
         assert seed["loss"] == pytest.approx(before["loss"], rel=1e-4)
 
 
-def test_a_process_saves_with_the_others_when_one_of_them_is_stopped(
-    fused, tmp_path, monkeypatch
-):
-    def end(why: str) -> None:
-        raise SystemExit(why)
-
-    options = dataclasses.replace(fused[0], out=tmp_path, save_seconds=1e9)
-    monkeypatch.setattr(processes, "any_of", lambda due, asked: (due, True))
-    monkeypatch.setattr(processes, "end", end)
-    with pytest.raises(SystemExit, match="another process of this run was stopped"):
-        lf.fuse(options)
-    assert [path.name for path in (tmp_path / "whole" / "checkpoints").iterdir()] == [
-        "step_000002"
-    ]
-
-
 def test_a_signal_after_the_last_epoch_waits_until_the_numbers_are_saved(
     fused, tmp_path, monkeypatch
 ):
@@ -289,57 +232,6 @@ def test_a_signal_after_the_last_epoch_waits_until_the_numbers_are_saved(
     assert (tmp_path / "whole" / "final").is_dir() and not (
         tmp_path / "whole" / "checkpoints"
     ).exists()
-
-
-class _Signals:
-    """A signal that waits from the n-th look on, as a run sees it."""
-
-    def __init__(self, waits_at: int):
-        self.waits_at = waits_at
-        self.looks = 0
-        self.advice = []
-
-    def hold(self, advice):
-        self.advice.append(advice)
-
-    def asked(self):
-        self.looks += 1
-        return self.looks >= self.waits_at
-
-    def release(self):
-        if self.looks >= self.waits_at:
-            raise SystemExit(130)
-
-
-@pytest.mark.parametrize(
-    ("waits_at", "whole", "step"),
-    [
-        pytest.param(4, False, 4, marks=pytest.mark.long, id="after an epoch"),
-        pytest.param(5, False, 5, id="within an epoch"),
-        pytest.param(2, True, 4, marks=pytest.mark.long, id="in an epoch of one call"),
-    ],
-)
-def test_a_stopped_run_has_saved_a_step_and_resumes_bit_for_bit(
-    waits_at, whole, step, fused, tmp_path, monkeypatch
-):
-    """Two steps are an epoch; nothing is saved by the clock."""
-    options = dataclasses.replace(fused[0], out=tmp_path, save_seconds=1e9)
-    seen = _Signals(waits_at)
-    if whole:
-        monkeypatch.setattr(fit_lib, "for_cpu", lambda: False)
-    with monkeypatch.context() as patch:
-        for name in ("hold", "asked", "release"):
-            patch.setattr(interrupts, name, getattr(seen, name))
-        with pytest.raises(SystemExit):
-            lf.fuse(options)
-    unit = "epoch" if whole else "step"
-    assert seen.advice[-1].startswith(f"this {unit} (the last one took ")
-    folder = tmp_path / "whole"
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == [
-        f"step_00000{step}"
-    ]
-    assert lf.runs.RunFolder(folder).metrics()[-1]["step"] == step
-    _assert_resumes(options, fused)
 
 
 # Use of a run.

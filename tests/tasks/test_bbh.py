@@ -84,11 +84,6 @@ def test_every_task_is_written_as_its_digest_says(tmp_path):
     }  # the same prompt, with the other answer
 
 
-def test_only_the_named_tasks_are_written(write, tmp_path):
-    assert write(names=["measuring"]) == [tmp_path / "out" / "measuring"]
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["measuring"]
-
-
 def test_what_is_there_is_left_and_what_is_missing_is_added(write):
     folder, _ = write()
     kept = folder / "example.jsonl"
@@ -119,26 +114,6 @@ def test_other_rows_in_place_are_not_overwritten(write):
 
 
 # Bad input
-
-
-@pytest.mark.parametrize(
-    ("index", "message"),
-    [
-        (
-            {"counting": _entry(example=[0, 6])},
-            r"counting, example: the index lists row 6 of .*counting\.json, which has rows 0 to 5: the benchmark's "
-            r"file is cut short, or the index is that of another one",
-        ),
-        (
-            {"lost": _entry()},
-            r"lost\.json does not exist: give the folder bbh of https://github\.com/suzgunmirac/.*/0\.1/data_bbh\.zip",
-        ),
-    ],
-)
-def test_rows_and_files_that_are_missing(write, tmp_path, index, message):
-    with pytest.raises(ValueError, match=message):
-        write(index)
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("row", "part"), [(4, "example"), (5, "zero_shot")])

@@ -138,10 +138,6 @@ def test_prompt_and_answer_are_the_rendered_conversation_token_by_token(
             "the chat template rejects messages of user, assistant: no assistant",
         ),
         ("{{ nothing.at.all }}", "the chat template rejects messages of user: "),
-        (
-            "{{ 'x' * 2**20 }}.",
-            "the chat template renders 1,048,577 characters: expected at most 1,048,576",
-        ),
     ],
 )
 def test_templates_that_cannot_tell_an_answer_from_its_prompt(template, message):
@@ -170,21 +166,6 @@ def test_rows_that_the_context_does_not_hold(tokenizer):
             [Example("hot", "é" * 64)],
             dataclasses.replace(_PLAIN, context=20),
         )
-
-
-@pytest.mark.parametrize("text_format", [SEPARATE_TEXTS, _PLAIN, _CHAT])
-def test_rows_of_millions_of_characters_are_refused(tokenizer, text_format):
-    text = "cold " * 300_000
-    for row in (
-        Example(text, "hot"),
-        Example("cold " * 5, text),
-        Example("cold " * 5, "hot", (("user", text),)),
-    ):
-        with pytest.raises(
-            ValueError,
-            match=r"row 2, 'cold .*', has 1,500,0\d\d characters: expected at most 1,",
-        ):
-            encode(tokenizer, [Example("hot", "cold"), row], text_format)
 
 
 def test_tokens_that_the_model_lacks(tokenizer):

@@ -70,16 +70,6 @@ _TEXTS = [
         r"test\.jsonl, line 2: not JSON: Expecting ',' delimiter at column 14",
     ),
     (
-        "test.jsonl",
-        '{"input": "\\ud800", "target": "b"}',
-        r"\.jsonl, line 1: not JSON: .*surrogates not allowed",
-    ),
-    (
-        "bbh.json",
-        '{"examples": ' + "[" * 100_000,
-        r"bbh\.json, line 1: not JSON: .*recursion",
-    ),
-    (
         "bbh.json",
         '{"examples": [\n{"input": }]}',
         r"bbh\.json, line 2: not JSON: Expecting value",
@@ -135,11 +125,6 @@ _TABLES = [
         _parquet(input=["a"], target=["b"], names=["c", "c"]),
         "a.parquet: two columns named c: rename",
     ),
-    (
-        "a.parquet",
-        _parquet(input=pyarrow.array([0], pyarrow.timestamp("s", "No/Where"))),
-        "a.parquet: not Parquet: .*No/Where",
-    ),
 ]
 _CHATS = [
     ("hello", r'its messages are not a list of \{"role": ..., "content": ...\}'),
@@ -173,15 +158,7 @@ _COLUMNS = [
         r"no column quest \(it has .*\), which .*; write {{quest}}",
     ),
 ]
-_LONG = ["x"] * 10_000
-_LARGE = [
-    _LONG,
-    {"input": _LONG, "target": "b"},
-    {f"{n}": 1 for n in range(10_000)},
-    {"x" * 10**6: 1},
-]
 _ROW = json.dumps({"question": "What is 1 + 1?", "choices": "1 or 2", "answer": 2})
-_FIRST = "line 1.*(expected an object|expected input|its input)"  # before the next line is read
 _REFUSED = [
     *((file, content, {}, message) for file, content, message in _TEXTS),
     *(
@@ -201,7 +178,6 @@ _REFUSED = [
         ("test.jsonl", f"{_ROW}\n{_ROW}", options, message)
         for options, message in _COLUMNS
     ),
-    *(("test.jsonl", f"{json.dumps(row)}\nnot JSON", {}, _FIRST) for row in _LARGE),
 ]
 
 
@@ -210,6 +186,5 @@ def test_files_that_are_refused(tmp_path, file, content, options, message):
     (tmp_path / file).write_bytes(
         content.encode() if isinstance(content, str) else content
     )
-    with pytest.raises(ValueError, match=message) as raised:
+    with pytest.raises(ValueError, match=message):
         load_task(tmp_path / file, **{"need": ["test"]} | options)
-    assert len(str(raised.value)) < 1000

@@ -8,7 +8,6 @@ import bbh_rows
 import datasets
 import numpy as np
 import one_block
-import pyarrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -206,19 +205,6 @@ def test_a_folder_of_datasets_with_one_split_is_divided(tmp_path):
     assert set(task.train + task.test) == set(_examples(6))
 
 
-def test_datasets_folder_whose_texts_lie_behind_its_end(tmp_path):
-    _dataset([{"input": "ab", "target": "x"}] * 4).save_to_disk(tmp_path / "saved")
-    (arrow,) = (tmp_path / "saved").glob("*.arrow")
-    offsets = np.arange(0, 10, 2, dtype=np.int32)
-    assert offsets.tobytes() in (content := arrow.read_bytes())
-    arrow.write_bytes(content.replace(offsets.tobytes(), (offsets * 2**27).tobytes()))
-    with pytest.raises(
-        ValueError,
-        match=f"{tmp_path}/saved cannot be loaded by datasets .ArrowInvalid.*save it again",
-    ):
-        load_task(tmp_path / "saved", train_rows=2)
-
-
 # Bad input
 
 
@@ -297,43 +283,6 @@ def test_a_list_keeps_a_fifth_to_test_where_all_rows_could_train(
     path = _write(tmp_path / "labelled.jsonl", _rows(40))
     task = load_task(path, train_rows=train_rows, need=())
     assert (len(task.train), len(task.test)) == parts
-
-
-def test_files_that_rows_of_a_data_set_name_are_not_opened(monkeypatch):
-    pictures = pyarrow.array(
-        [{"bytes": None, "path": "/no/such.png"}] * 2, datasets.Image().pa_type
-    )
-    columns = {"input": ["a", "b"], "target": ["x", "y"], "picture": pictures}
-    kinds = datasets.Features(
-        {"input": datasets.Value("string"), "target": datasets.Value("string")}
-    )
-    kinds["picture"] = datasets.Image()
-    rows = datasets.Dataset(pyarrow.table(columns).cast(kinds.arrow_schema))
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict({"train": rows})
-    )
-    task = load_task("owner/pictures", train_rows=1)
-    assert {(row.input, row.target) for row in (*task.train, *task.test)} == {
-        ("a", "x"),
-        ("b", "y"),
-    }
-
-
-def test_data_set_without_rows(tmp_path, monkeypatch):
-    empty = datasets.DatasetDict(
-        {"train": _dataset(_rows(1)).select([]), "test": _dataset(_rows(1))}
-    )
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: empty)
-    with pytest.raises(
-        ValueError,
-        match="owner/empty, split train is empty: a task needs at least one row",
-    ):
-        load_task("owner/empty")
-    empty.save_to_disk(tmp_path)
-    with pytest.raises(
-        ValueError, match=f"{tmp_path} cannot be loaded by datasets .IndexError"
-    ):
-        load_task(tmp_path)
 
 
 # What seeds decide
