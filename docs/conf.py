@@ -1,16 +1,14 @@
 """The documentation site: `make docs`."""
 
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
-from docutils import nodes
-from docutils.parsers.rst import Directive
-
 import lorafusion_jax
+
+sys.path.insert(0, str(Path(__file__).parent))
+from signatures import shorten
 
 project = "lorafusion-jax"
 author = "the lorafusion-jax contributors"
@@ -51,26 +49,6 @@ napoleon_use_ivar = True
 napoleon_attr_annotations = False
 
 
-class Help(Directive):
-    """`{help} fuse`: what `lorafusion fuse --help` prints."""
-
-    optional_arguments = 2
-
-    def run(self) -> list[nodes.Node]:
-        command = [
-            sys.executable,
-            "-m",
-            "lorafusion_jax.cli",
-            *self.arguments,
-            "--help",
-        ]
-        wide = os.environ | {"COLUMNS": "100", "JAX_PLATFORMS": "cpu"}
-        text = subprocess.run(
-            command, env=wide, check=True, capture_output=True, text=True
-        ).stdout
-        return [nodes.literal_block(text, text, language="none")]
-
-
 def _as_text(_app, what: str, _name: str, _object, _options, lines: list[str]) -> None:
     # Docstrings are read in an editor more often than here: |x| and [*C L] are no markup in them, and an example is
     # one without a second colon. The pages of modules have introductions of their own.
@@ -96,9 +74,7 @@ def _skipped(
 def _short(
     _app, _what, _name, _object, _options, *texts: str | None
 ) -> tuple[str | None, ...]:
-    return tuple(
-        text and text.replace("jaxlib._jax.", "") for text in texts
-    )  # jaxtyping writes modules out
+    return tuple(text and shorten(text) for text in texts)
 
 
 def _to_copies(_app, name: str, source: list[str]) -> None:
@@ -118,4 +94,3 @@ def setup(app) -> None:
     app.connect("autodoc-skip-member", _skipped)
     app.connect("autodoc-process-signature", _short)
     app.connect("autodoc-process-docstring", _as_text, priority=400)  # before napoleon
-    app.add_directive("help", Help)

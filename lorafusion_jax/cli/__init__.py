@@ -13,7 +13,9 @@ from ..support import interrupts
 from .start import keep_compiled
 
 _BROKEN_PIPE = 128 + 13  # what a shell reports of a program that SIGPIPE ends
-_NARROW = 40  # columns; in a few, tyro would take minutes to lay out a help text
+# Columns of help texts; in a few, tyro would take minutes to lay one out.
+_NARROW = 40
+_WIDE = 90
 _VERBOSE = "--verbose"
 _LONGEST_FAULT = 300  # characters
 # How to continue a command that was stopped; the others leave nothing.
@@ -36,7 +38,7 @@ COMMANDS = {
     "crossbar": "prepare a base for arrays, and program base and pool onto simulated chips",
     "restore": "unlabelled text -> digital corrections of a base model on simulated chips",
     "params": "exact trainable counts of every method, without weights",
-    "cost": "one new task's writes, energy, time and wear with every method, without weights",
+    "cost": "writes, energy, time and wear of a new task with every method",
 }
 
 
@@ -52,8 +54,8 @@ def _subcommand(arguments: Sequence[str]) -> None:
         for command, text in COMMANDS.items():
             print(f"  {command:<11}{text}")
         print(
-            "\n`lorafusion SUBCOMMAND --help` lists the options of each. With --verbose it also shows the messages of"
-            "\nXLA, and where an error was raised."
+            "\n`lorafusion SUBCOMMAND --help` lists the options of each. With --verbose it also shows"
+            "\nthe messages of XLA, and where an error was raised."
         )
     elif name not in COMMANDS:
         sys.exit(
@@ -88,8 +90,9 @@ def run(
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
     interrupts.watch()
-    if shutil.get_terminal_size().columns < _NARROW:
-        os.environ["COLUMNS"] = str(_NARROW)
+    columns = shutil.get_terminal_size().columns
+    if not _NARROW <= columns <= _WIDE:
+        os.environ["COLUMNS"] = str(min(max(columns, _NARROW), _WIDE))
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     verbose = _VERBOSE in arguments
     if verbose:

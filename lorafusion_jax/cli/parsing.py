@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import re
+import textwrap
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
@@ -38,7 +39,8 @@ def parse(
 
     groups = {title: names for title, names in (groups or {}).items() if names}
     shown = _shown(options, groups, defaults or {})
-    description = inspect.cleandoc(options.__doc__ or "").partition("\nAttributes:")[0]
+    text = inspect.cleandoc(options.__doc__ or "").partition("\nAttributes:")[0]
+    description = "\n\n".join(map(_wrapped, text.strip().split("\n\n")))
     how: Any = {
         "prog": f"lorafusion {name}",
         "description": description,
@@ -57,6 +59,24 @@ def parse(
     if not values.get("plan"):
         check_sources(values)
     return _built(options, values)
+
+
+def _wrapped(paragraph: str) -> str:
+    """Return a paragraph in lines of 90 columns; the lines of examples end in a backslash where they are broken."""
+    if not paragraph.startswith("Examples:"):
+        # tyro joins lines unless they are indented.
+        return textwrap.fill(paragraph, 90, subsequent_indent="  ")
+    lines = []
+    for line in paragraph.splitlines():
+        start, *arguments = re.split(r" (?=--)", line)
+        lines.append(start)
+        for argument in arguments:
+            if len(lines[-1]) + len(argument) > 87:
+                lines[-1] += " \\"
+                lines.append(f"      {argument}")
+            else:
+                lines[-1] += f" {argument}"
+    return "\n".join(lines)
 
 
 def peek(options: type[Options], arguments: Sequence[str]) -> Options:

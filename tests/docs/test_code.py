@@ -218,7 +218,13 @@ def test_the_code_of_pages_has_types(tmp_path):
 @pytest.mark.parametrize(
     "page", [_README, *_PAGES], ids=lambda page: page.relative_to(_ROOT).as_posix()
 )
-def test_every_block_names_its_language_so_that_none_is_left_out(page):
+def test_every_block_names_its_language_and_is_narrow(page):
     text = page.read_text()
     assert {block.language for block in _blocks(text)} <= {*_RUN, *_SHOWN}
     assert _INDENTED.findall(_BLOCK.sub("", text)) == []
+    blocks = re.findall(
+        r"^```(?:bash|python)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE
+    )
+    assert [
+        line for block in blocks for line in block.splitlines() if len(line) > 90
+    ] == []
