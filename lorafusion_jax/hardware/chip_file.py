@@ -24,7 +24,7 @@ from ..loading.model import LoadedModel
 from ..models.architecture import matrices
 from ..models.weights import dense
 from ..support.checks import check_uint32
-from ..support.reading import FileError, check_regular, named, read_json
+from ..support.reading import FileError, error_context, read_json
 from ..support.version import __version__
 from .prepared import PREPARATIONS, Prepared, load_prepared
 
@@ -256,7 +256,7 @@ def load_chips(name: str, *, key: int = 0, digital: tuple[str, ...] = ()) -> Chi
         raise ValueError(
             f"{path} has its own key and digital weights: leave out these options"
         )
-    with named(path):
+    with error_context(path):
         config = config_from(file["config"])
     prepared = None
     if file["prepared"] is not None:
@@ -282,7 +282,6 @@ def _holds_chips(path: Path) -> bool:
     """Return whether a file is of chips, and not of a configuration."""
     if path.suffix in (".yaml", ".yml") or not path.exists():
         return False
-    check_regular(path)
     return b'"cells_sha256"' in path.read_bytes()
 
 

@@ -26,7 +26,7 @@ from ..support.options import (
     SeedOptions,
 )
 from ..support.progress import progress
-from ..support.reading import named
+from ..support.reading import error_context
 from ..tasks import Batch, tokenise
 from .prepared import OneSite, PreparedManifest, save_prepared
 from .program import program
@@ -90,7 +90,7 @@ def prepare(options: PrepareOptions) -> PreparedManifest:
             f"the digital weights {', '.join(digital)} leave none for arrays: name fewer"
         )
     for name, weight in base.items() if config.mapping.transform != "none" else ():
-        with named(name):
+        with error_context(name):
             transform_matrices(weight.shape[-2])  # refuses a width that has none
     batches = _batches(loaded, content, options)
     rules = dict.fromkeys(digital) | {"*": crossbar.PRESETS["ideal"]}

@@ -17,8 +17,7 @@ from .. import crossbar
 from ..crossbar.preparation.preparation import check_preparation
 from ..io import arrays
 from ..io.folders import new_folder
-from ..support.reading import FileError, named
-from ..support.text import shown
+from ..support.reading import FileError, error_context
 
 CONFIG = "config.yaml"
 PREPARATIONS = "preparations"
@@ -72,7 +71,7 @@ class Prepared:
                 f"{base_sha256[:12]}): run `lorafusion crossbar prepare` with this base"
             )
         for name, preparation in self.of_sites.items():
-            with named(f"{self.folder}: {shown(name)}"):
+            with error_context(f"{self.folder}: {name!r}"):
                 if name not in shapes:
                     raise ValueError(
                         f"no matrix of the base: expected some of {', '.join(shapes)}"
@@ -123,7 +122,7 @@ def load_prepared(folder: Path) -> Prepared:
             expected = ", ".join(_PARTS)
             raise FileError(
                 folder / PREPARATIONS,
-                field=shown(name),
+                field=repr(name),
                 got=got,
                 expected=expected,
                 fix=again,
@@ -142,7 +141,7 @@ def load_prepared(folder: Path) -> Prepared:
             ):
                 expected = "[L, d] of finite float32 numbers, none of them 0, with the L of the other array"
                 got = f"{dtype}{list(shape)}"
-                field = shown(f"{name}/{part}")
+                field = repr(f"{name}/{part}")
                 raise FileError(
                     folder / PREPARATIONS,
                     field=field,
@@ -156,7 +155,7 @@ def load_prepared(folder: Path) -> Prepared:
         if preparations[name].identity != entry["identity"]:
             raise FileError(
                 folder / PREPARATIONS,
-                field=shown(name),
+                field=repr(name),
                 got="arrays with another identity",
                 fix=again,
             )

@@ -27,7 +27,7 @@ from ..crossbar import (
 )
 from ..models.architecture import kernels, matrices, set_matrices
 from ..models.weights import dense
-from ..support.reading import named
+from ..support.reading import error_context
 from ..training.frozen import Frozen
 from ..training.mesh import axis_size
 
@@ -51,7 +51,7 @@ class Restored:
 
         Raises a ValueError that names the folder of corrections that do not fit the chips.
         """
-        with named(self.folder):
+        with error_context(self.folder):
             for chip in chips_in(weights):
                 for part, values in self.ranges.get(chip.name, {}).items():
                     lead = chip.shape[:-2]

@@ -37,7 +37,6 @@ from ..support.options import (
 )
 from ..support.progress import progress
 from ..support.reading import FileError
-from ..support.text import shown
 from ..tasks import IGNORED, Batch, tokenise
 from ..training.mesh import axis_size, make_mesh, on_mesh
 from .chip_file import Chips, aged, load_chips
@@ -381,7 +380,7 @@ def _check_parts(folder: Path, tree: dict[str, Any]) -> None:
                 fix = "run `lorafusion restore` again with another --out"
                 raise FileError(
                     folder,
-                    field=shown(f"{site}/{part}"),
+                    field=repr(f"{site}/{part}"),
                     got=got,
                     expected=expected,
                     fix=fix,
@@ -430,7 +429,7 @@ def _all_kept(out: Path, settings: Settings) -> dict[int, Manifest]:
     made = {}
     for number in _numbers(out):
         folder = out / f"chip_{number}"
-        made[number] = manifest = read_manifest(folder, Manifest, _WHAT)[1]
+        made[number] = manifest = read_manifest(folder, Manifest, _WHAT)["metadata"]
         _check_number(folder, manifest, number)
         for name, value in settings.items():
             if (then := manifest["settings"][name]) != value:

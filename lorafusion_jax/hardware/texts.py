@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 from ..loading.model import LoadedModel
 from ..models.architecture import Model
 from ..models.generate import Sampling, generate
-from ..support.reading import check_regular, utf8
+from ..support.reading import utf8
 from ..tasks import IGNORED, Batch, Example, encode, eval_batches, tokenise
 
 WINDOW = 128  # most tokens of a row of text
@@ -28,7 +28,6 @@ def read_texts(paths: Sequence[Path]) -> str:
     """Return the content of text files, one after the other."""
     texts = []
     for path in paths:
-        check_regular(path)
         with utf8(path):
             texts.append(path.read_text(encoding="utf-8"))
     return "\n".join(texts)

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ..support import processes
 from ..support.reading import FileError, T
-from ..support.text import shown, some
+from ..support.text import some
 from . import safetensors
 from .folders import (
     RESTORE,
@@ -54,9 +54,9 @@ def load(
 
     Raises a FileError if the folder, of the kind `what`, was not written by `save`, or is damaged.
     """
-    manifest, described = read_manifest(folder, metadata, what)
+    manifest = read_manifest(folder, metadata, what)
     check_files(folder, manifest["files"])
-    return _nested(folder, manifest), described
+    return _nested(folder, manifest), manifest["metadata"]
 
 
 def load_sound(
@@ -66,7 +66,7 @@ def load_sound(
     sound = (
         newest_sound([folder], metadata, what, note=note) if folder.exists() else None
     )
-    return sound and (_nested(folder, sound[1]), sound[2])
+    return sound and (_nested(folder, sound[1]), sound[1]["metadata"])
 
 
 def signature(tree: Any) -> dict[str, str]:
@@ -107,7 +107,7 @@ def _nested(folder: Path, manifest: Manifest) -> dict[str, Any]:
         if len(path) > _DEEPEST or any(
             path[:above] in arrays for above in range(1, len(path))
         ):
-            field = shown("/".join(path))
+            field = repr("/".join(path))
             raise FileError(
                 folder / _FILE,
                 field=field,

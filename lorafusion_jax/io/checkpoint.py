@@ -79,14 +79,14 @@ def load_newest(
         return None
     from orbax.checkpoint import v1 as ocp
 
-    folder, manifest, described = sound
+    folder, manifest = sound
     if abstract is not None:
         fix = "resume the run that saved it, or restore it from a copy"
         check_signature(
             folder, manifest.get("arrays", {}), signature(abstract), fix=fix
         )
         abstract = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract)
-    return ocp.load(str((folder / _ARRAYS).absolute()), abstract), described
+    return ocp.load(str((folder / _ARRAYS).absolute()), abstract), manifest["metadata"]
 
 
 def save_step(

@@ -21,7 +21,7 @@ from ..support.options import (
     StoredDtypeOptions,
 )
 from ..support.progress import progress
-from ..support.reading import check_name, check_regular, utf8
+from ..support.reading import check_name, utf8
 from ..support.version import __version__
 from .folders import new_folder
 from .hf import base_tensor, open_base
@@ -143,7 +143,6 @@ def _sources(options: ConvertOptions) -> list[str]:
             raise ValueError(
                 f"{file}: no such file: expected a list of adapters, one a line, or lorahub for LoraHub's"
             )
-        check_regular(file)
         with utf8(file):
             lines = file.read_text(encoding="utf-8-sig").splitlines()
         sources += [

@@ -12,10 +12,10 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, Generic, NotRequired, TypedDict
 
 from ..support import processes
-from ..support.reading import FileError, T, read_json, structured
+from ..support.reading import FileError, T, read_json
 from ..support.version import __version__
 from ..support.writing import check_no_link, write_text, writing
 from .source import inside, sha256
@@ -24,10 +24,10 @@ MANIFEST = "manifest.json"
 RESTORE = "restore it from a copy"
 
 
-class Manifest(TypedDict):
+class Manifest(TypedDict, Generic[T]):
     """Content of `manifest.json`: the writer's metadata, and the SHA-256 of each file by its path."""
 
-    metadata: dict[str, Any]
+    metadata: T
     files: dict[str, str]
     versions: NotRequired[dict[str, str]]
     arrays: NotRequired[
@@ -163,17 +163,13 @@ def sealed_folder(
         _flush(folder.parent)
 
 
-def read_manifest(
-    folder: Path, metadata: type[T] | Any, what: str
-) -> tuple[Manifest, T]:
-    """Return the manifest that `sealed_folder` wrote, and its metadata as the type `metadata`.
+def read_manifest(folder: Path, metadata: type[T] | Any, what: str) -> Manifest[T]:
+    """Return the manifest that `sealed_folder` wrote, with metadata of the type `metadata`.
 
     Raises a FileError if the folder, of the kind `what`, has no manifest, or another one.
     """
-    manifest = read_json(folder / MANIFEST, Manifest, what)
-    return manifest, structured(
-        manifest["metadata"], metadata, folder / MANIFEST, whole=manifest
-    )
+    generic: Any = Manifest
+    return read_json(folder / MANIFEST, generic[metadata], what)
 
 
 def check_files(folder: Path, files: Mapping[str, str]) -> None:
@@ -200,7 +196,7 @@ def newest_sound(
     what: str,
     *,
     note: Callable[[str], None],
-) -> tuple[Path, Manifest, T] | None:
+) -> tuple[Path, Manifest[T]] | None:
     """Return the last of some `sealed_folder`s (oldest first) that is sound, or None if none is.
 
     Damaged folders behind it are renamed to NAME.damaged, NAME.damaged-2 and so on, so that they can be written again,
@@ -213,7 +209,7 @@ def newest_sound(
     sound = None
     for folder in reversed(folders):
         try:
-            manifest, described = read_manifest(folder, metadata, what)
+            manifest = read_manifest(folder, metadata, what)
             check_files(folder, manifest["files"])
         except FileError as error:
             if error.version:
@@ -229,7 +225,7 @@ def newest_sound(
             )
             damaged.append((folder, aside, error))
         else:
-            sound = folder, manifest, described
+            sound = folder, manifest
             break
     processes.barrier("every process has looked for damage")
     for folder, aside, error in damaged:

@@ -28,8 +28,8 @@ from ..models.architecture import (
     unwrapped,
 )
 from ..models.registry import family_of_json
-from ..support.reading import named, read_json
-from ..support.text import shown, some
+from ..support.reading import error_context, expand_user, read_json
+from ..support.text import some
 from ..support.writing import write_text
 from . import safetensors
 from .buffers import Tensor, aligned_zeros, copy_transposed, release
@@ -38,7 +38,7 @@ from .folders import new_folder
 from .gguf.base import GGUFBase
 from .gguf.reader import StoredTensor
 from .hf_folder import FolderBase
-from .source import COMPILED, at_home
+from .source import COMPILED
 
 if TYPE_CHECKING:
     import transformers
@@ -65,7 +65,7 @@ class Base:
         # Imported without PyTorch, transformers warns that there are no models: none are needed.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         self.source = str(source)
-        path = at_home(source)
+        path = expand_user(source)
         self.files: Files = (
             GGUFBase(path)
             if path.is_file() or path.suffix == ".gguf"
@@ -81,11 +81,11 @@ class Base:
     def family(self) -> Family:
         """The family; ValueError if it is not known."""
         classes = self.raw.get("architectures")
-        with named(self.files.config_place):
+        with error_context(self.files.config_place):
             if isinstance(classes, list) and any(
                 isinstance(name, str) and name.endswith(_HEADS) for name in classes
             ):
-                got = f"architectures is {shown(classes)}, a model whose head generates no text"
+                got = f"architectures is {classes!r}, a model whose head generates no text"
                 raise ValueError(f"{got}: give the language model")
             return family_of_json(self.raw)
 
@@ -93,7 +93,7 @@ class Base:
     def config(self) -> Architecture:
         """The structure (see `read_config`)."""
         family = self.family
-        with named(self.files.config_place):
+        with error_context(self.files.config_place):
             return family.read_config(self.raw)
 
     @functools.cached_property
@@ -143,7 +143,10 @@ class Base:
         """Load the weights (see `load_base`), with `hashed` the digest too."""
         tensors, model, slots = self._opened(dtype)
         digests: dict[str, Future[bytes]] = {}
-        with named(self.files.place), ThreadPoolExecutor(os.cpu_count()) as threads:
+        with (
+            error_context(self.files.place),
+            ThreadPoolExecutor(os.cpu_count()) as threads,
+        ):
             for slot in slots:
                 if hashed and "digest" not in vars(self):
                     digests |= {
@@ -182,7 +185,7 @@ class Base:
             config = dataclasses.replace(config, tied=tied)
         model = self.family.abstract(config)
         slots = names.slots(model)
-        with named(self.files.place):
+        with error_context(self.files.place):
             _check_tensors(tensors, slots, names, tied=config.tied)
         return tensors, model, slots
 
@@ -281,7 +284,9 @@ def put_base(
         tensors |= {name: np.asarray(stored[name]) for name in unread}
     base.files.save_texts(folder)
     path = folder / "config.json"
-    content = read_json(path, dict[str, Any], "a Hugging Face model", own=False)
+    content = read_json(
+        path, dict[str, Any], "a Hugging Face model", allow_unknown=True
+    )
     # transformers loads the weights in the dtype of config.json.
     dtypes = {
         name: dtype

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..models.registry import family_of_json
 from ..support.checks import panics
-from ..support.reading import FileError, check_regular, read_json, structured
+from ..support.reading import FileError, decode_as, read_json
 from . import safetensors as safetensors_map
 from . import torch_pickle
 from .fast_tokenizer import FastTokenizer
@@ -101,9 +101,11 @@ class FolderBase:
         ends: list[list[int]] = []
         for path in files:
             contents.append(
-                read_json(path, dict[str, Any], "a Hugging Face model", own=False)
+                read_json(
+                    path, dict[str, Any], "a Hugging Face model", allow_unknown=True
+                )
             )
-            fields = structured(contents[-1], _Ends, path, own=False)
+            fields = decode_as(contents[-1], _Ends, path, allow_unknown=True)
             tokens = fields.get("eos_token_id")
             if tokens is None:
                 tokens = []
@@ -126,7 +128,10 @@ class FolderBase:
                 content = path.read_bytes()
                 if name == _TOKENIZER_CONFIG:
                     settings = read_json(
-                        path, dict[str, Any], "a Hugging Face tokenizer", own=False
+                        path,
+                        dict[str, Any],
+                        "a Hugging Face tokenizer",
+                        allow_unknown=True,
                     )
                     settings.pop("chat_template", None)
                     content = json.dumps(settings, sort_keys=True).encode()
@@ -201,10 +206,7 @@ class FolderBase:
 
     def _texts(self) -> Path:
         """Return the folder with the configuration and the tokenizer, each a file that can be read to its end."""
-        folder = resolve(self._source, patterns=_TEXTS)
-        for name in _TEXTS:
-            check_regular(folder / name)
-        return folder
+        return resolve(self._source, patterns=_TEXTS)
 
     def save_texts(self, folder: Path) -> None:
         """Copy config.json and the files of the tokenizer."""
@@ -216,10 +218,7 @@ class FolderBase:
             allowed_folder = origin.resolve()
         for name in _TEXTS:
             if (path := origin / name).is_file():
-                if (
-                    not path.resolve().is_relative_to(allowed_folder)
-                    or path.stat().st_nlink > 1
-                ):
+                if not path.resolve().is_relative_to(allowed_folder):
                     raise FileError(
                         path,
                         got="a link out of its folder",
@@ -235,7 +234,9 @@ def _open(folder: Path) -> dict[str, np.ndarray]:
             return load(folder / name)
         index = folder / f"{name}.index.json"
         if index.is_file():
-            files = read_json(index, _Index, "a sharded model", own=False)["weight_map"]
+            files = read_json(index, _Index, "a sharded model", allow_unknown=True)[
+                "weight_map"
+            ]
             paths = {tensor: inside(folder, file) for tensor, file in files.items()}
             shards = {path: load(path) for path in set(paths.values())}
             for tensor, path in paths.items():

@@ -8,7 +8,6 @@ import numpy as np
 from jaxtyping import ArrayLike
 
 from ..support.reading import FileError
-from ..support.text import shown
 from .source import map_file
 
 _AGAIN = "fetch the file again"
@@ -44,7 +43,7 @@ def load(path: Path) -> dict[str, np.ndarray]:
                 if dtype is None:
                     raise FileError(
                         path,
-                        field=shown(key),
+                        field=repr(key),
                         got=f"{header.get_dtype()}, unknown to NumPy",
                         fix=_AGAIN,
                     )
@@ -54,7 +53,7 @@ def load(path: Path) -> dict[str, np.ndarray]:
                 except ValueError as error:
                     raise FileError(
                         path,
-                        field=shown(key),
+                        field=repr(key),
                         got=f"of shape {shape} ({error})",
                         fix=_AGAIN,
                     ) from None
@@ -69,6 +68,7 @@ def load(path: Path) -> dict[str, np.ndarray]:
 
 def save(path: Path, arrays: Mapping[str, ArrayLike]) -> None:
     """Write arrays of any shape and device to a safetensors file."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     path.touch()
@@ -76,9 +76,9 @@ def save(path: Path, arrays: Mapping[str, ArrayLike]) -> None:
         path.stat().st_mode
     )  # the library replaces the file by one that only its owner can read
     # It needs C order; PEFT and transformers reject a file without its format in the metadata.
-    save_file(
-        {name: np.asarray(a, order="C") for name, a in arrays.items()},
-        path,
-        metadata={"format": "pt"},
-    )
+    tensors = {name: np.asarray(a, order="C") for name, a in arrays.items()}
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # such as a full disk
+        raise OSError(str(error)) from error
     path.chmod(mode)

@@ -4,8 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ..support.reading import FileError, structured
-from ..support.text import shown
+from ..support.reading import FileError, decode_as
 from . import decoder, qwen3_5, t5
 from .architecture import Architecture, Family, GGUFLayout, Model
 
@@ -41,7 +40,7 @@ def family_of_json(raw: Mapping[str, Any]) -> Family:
             return family
     members = "; ".join(family.members for family in FAMILIES.values())
     raise ValueError(
-        f"model_type is {shown(kind)}: expected a {members}. Only T5 and dense decoders are supported, so mixtures of "
+        f"model_type is {kind!r}: expected a {members}. Only T5 and dense decoders are supported, so mixtures of "
         "experts and encoders alone are not"
     )
 
@@ -83,7 +82,7 @@ def gguf_layout(
         architectures += names
     fix = " for GGUF, or --format adapter or merged" if by == "model_type" else ""
     raise ValueError(
-        f"{by} is {shown(name)}: expected one of {', '.join(architectures)}{fix}"
+        f"{by} is {name!r}: expected one of {', '.join(architectures)}{fix}"
     )
 
 
@@ -109,4 +108,4 @@ def recorded_config(base: Mapping[str, Any]) -> Architecture:
             expected=f"one of {', '.join(FAMILIES)}",
             fix=fix,
         )
-    return structured(base["config"], FAMILIES[name].config, "")
+    return decode_as(base["config"], FAMILIES[name].config, "")

@@ -27,8 +27,7 @@ from ..io.digests import Digests
 from ..io.folders import locked, remove_partial
 from ..methods import METHODS
 from ..support import processes
-from ..support.reading import FileError, read_json, read_lines, show, structured
-from ..support.text import shown
+from ..support.reading import FileError, decode_as, read_json, read_lines, show
 from ..support.writing import check_no_link, write_text, writing
 from ..tasks import task_name
 from ..training.mesh import to_host
@@ -173,7 +172,7 @@ class RunFolder:
         raw = read_json(path, dict[str, Any], "a run")
         kind = _options_class(raw.get("options"), path)
         fields: Any = get_type_hints(RunConfig, include_extras=True) | {"options": kind}
-        config: RunConfig = structured(raw, _typed_dict("RunConfig", fields), path)
+        config: RunConfig = decode_as(raw, _typed_dict("RunConfig", fields), path)
         config["options"] = plain(config["options"])
         if len(config["modules"]) != len(config["options"].seeds):
             got = f"of {len(config['modules'])} seeds"
@@ -192,7 +191,9 @@ class RunFolder:
         path = self.folder / _RESULTS
         if not path.is_file():
             return None
-        results: Results = read_json(path, Results, "a complete run", own=False)
+        results: Results = read_json(
+            path, Results, "a complete run", allow_unknown=True
+        )
         seeds = [seed["seed"] for seed in results["seeds"]]
         seeds_of_run = [*self.config()["options"].seeds]
         if seeds not in (
@@ -209,18 +210,17 @@ class RunFolder:
     def metrics(self) -> list[dict[str, Any]]:
         """Return all lines of the metrics, except a last line that a killed process left unfinished."""
         path = self.folder / _METRICS
-        rows = (
-            read_lines(path, dict[str, int | float | bool | str | None])
-            if path.is_file()
-            else []
-        )
+        rows = read_lines(path)
         for number, row in enumerate(rows, start=1):
-            structured(row, _Step, f"{path}, line {number}", own=False)
+            decode_as(row, _Step, f"{path}, line {number}", allow_unknown=True)
         return rows
 
     def predictions(self) -> list[Prediction]:
         """Return the model's recorded answers to every row."""
-        return read_lines(self.folder / _PREDICTIONS, Prediction, own=False)
+        path = self.folder / _PREDICTIONS
+        if not path.is_file():
+            raise FileError(path, got="missing", fix="restore it from a copy")
+        return read_lines(path, Prediction, allow_unknown=True)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write the configuration of the run."""
@@ -342,7 +342,7 @@ def _options_class(raw: Any, where: Path) -> type[FuseOptions]:
         raise FileError(
             where,
             field="options.method",
-            got=shown(method),
+            got=repr(method),
             expected=expected,
             fix=fix,
         )

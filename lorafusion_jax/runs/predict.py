@@ -29,8 +29,8 @@ from ..support.options import (
     EvaluatedRowsOptions,
     RunSeedOptions,
 )
-from ..support.reading import check_regular, utf8
 from ..support.reading import decode as decode_json
+from ..support.reading import utf8
 from ..tasks import (
     Batch,
     Encoded,
@@ -123,7 +123,7 @@ class _Answering:
             fix = f"give a row such as {row_example(prompt)}"
             rows = {
                 number: decode_json(
-                    row.encode(), dict[str, Any], number, own=False, fix=fix
+                    row.encode(), dict[str, Any], number, allow_unknown=True, fix=fix
                 )
                 for number, row in rows.items()
             }
@@ -417,8 +417,6 @@ def stream_lines(
 
 def _lines(options: GenerateOptions) -> Iterator[str]:
     """Yield the lines of the text, blank ones too, as they arrive."""
-    if options.file is not None and not options.file.is_fifo():
-        check_regular(options.file)
     if options.file is None:
         source = contextlib.nullcontext(sys.stdin)
     else:

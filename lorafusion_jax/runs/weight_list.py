@@ -22,7 +22,7 @@ from ..methods.fusion import CoefficientsRecipe, Fusion, choice_of
 from ..methods.lora import LoRARecipe
 from ..methods.recipes import basis_of
 from ..support.reading import read_json
-from ..support.text import shown, some
+from ..support.text import some
 from .options import FuseOptions
 
 Weights = dict[str, float | dict[str, float]]
@@ -48,7 +48,7 @@ def read_weights(source: Path) -> tuple[Weights, Digests | None] | None:
             f"--from {source}: no such file or folder: give a run, a merged folder or a list of weights"
         )
     if source.is_file():
-        return read_json(source, Weights, "weights by module", own=False), None
+        return read_json(source, Weights, "weights by module", allow_unknown=True), None
     if not (source / RECORD).is_file():
         return None
     merged = read_json(source / RECORD, Merged, "a merged list")
@@ -67,12 +67,14 @@ def typed_weights(weights: Sequence[str], file: Path | None) -> Weights:
             raise ValueError(
                 f'{file}: no such file: expected JSON such as {{"sort_dash": 0.7}}'
             )
-        read_weights |= read_json(file, Weights, "weights by module", own=False)
+        read_weights |= read_json(
+            file, Weights, "weights by module", allow_unknown=True
+        )
     for text in weights:
         name, _, number = text.rpartition("=")
         if name in read_weights:
             raise ValueError(
-                f"{name} has two weights, one in --weights {shown(text)}: give one"
+                f"{name} has two weights, one in --weights {text!r}: give one"
             )
         try:
             read_weights[name] = float(number)
@@ -80,7 +82,7 @@ def typed_weights(weights: Sequence[str], file: Path | None) -> Weights:
             name = ""
         if not name:
             raise ValueError(
-                f"--weights {shown(text)}: expected name=number, such as sort_dash=0.7"
+                f"--weights {text!r}: expected name=number, such as sort_dash=0.7"
             )
     if not read_weights:
         raise ValueError(
@@ -120,11 +122,11 @@ def coefficients_of(weights: Weights, pool: Pool) -> Float[Array, "N blocks"]:
         for block, weight in by_block.items():
             if block not in blocks:
                 raise ValueError(
-                    f"the weights of {name} name a block {shown(block)}: expected one of {some(blocks)}"
+                    f"the weights of {name} name a block {block!r}: expected one of {some(blocks)}"
                 )
             if not abs(weight) <= float(np.finfo(np.float32).max):
                 raise ValueError(
-                    f"the weight of {name} is {shown(weight)}: expected a finite number of float32"
+                    f"the weight of {name} is {weight!r}: expected a finite number of float32"
                 )
             coefficients[row, blocks.index(block)] = weight
     return jnp.asarray(coefficients)

@@ -10,9 +10,8 @@ from ..io.pool import open_pool
 from ..models.generate import GREEDY, Sampling
 from ..runs.weight_list import Weights, check_modules
 from ..support.checks import at_least
-from ..support.reading import check_regular, named, structured, utf8
 from ..support.reading import decode as decode_json
-from ..support.text import shown
+from ..support.reading import decode_as, error_context, utf8
 from .service import FusedRun, Service, run_input
 
 _EXAMPLE = '{"run": "a-run", "input": "some text"}'
@@ -55,8 +54,6 @@ def generate_rows(
         for spelling in (name, str(by_name[name].folder))
     }
     where = file or "standard input"
-    if file is not None and not file.is_fifo():
-        check_regular(file)
     with utf8(where):
         text = (
             sys.stdin.read() if file is None else file.read_text(encoding="utf-8-sig")
@@ -83,7 +80,7 @@ def generate_rows(
     )
     pool_names = open_pool(source).names if mixtures and source else ()
     for name, mixture in mixtures.items():
-        with named(lines_of[name]):
+        with error_context(lines_of[name]):
             check_modules(mixture, pool_names, source)
     modules = sorted({module for mixture in mixtures.values() for module in mixture})
     capacity = max(1, len(by_name) + len(mixtures))
@@ -101,7 +98,7 @@ def generate_rows(
     for name, run in by_name.items():
         service.add(name, run, seed)
     for name, mixture in mixtures.items():
-        with named(lines_of[name]):
+        with error_context(lines_of[name]):
             service.add_mixture(name, mixture)
     texts, requests, _ = zip(*rows, strict=True)
     how = {"sampling": sampling, "sampling_seed": sampling_seed}
@@ -119,23 +116,25 @@ def _row(
 ) -> tuple[dict[str, Any], str | None, Weights | None]:
     """Return the columns of a row, the name of the task that answers it, and its weights if that is a mixture."""
     row = decode_json(
-        line, dict[str, Any], where, own=False, fix=f"give a row such as {_EXAMPLE}"
+        line,
+        dict[str, Any],
+        where,
+        allow_unknown=True,
+        fix=f"give a row such as {_EXAMPLE}",
     )
     run = row.pop("run", None)
     mixture = row.pop("mixture", None)
     if run is not None and run not in [*names]:  # JSON of any type
         run_names = ", ".join(dict.fromkeys(names.values())) or "none without --runs"
-        raise ValueError(
-            f"{where} names the run {shown(run)}: expected one of {run_names}"
-        )
+        raise ValueError(f"{where} names the run {run!r}: expected one of {run_names}")
     if run is not None and mixture is not None:
         raise ValueError(f"{where} has a run and a mixture: leave one of them out")
     if mixture is not None:
-        mixture = structured(
+        mixture = decode_as(
             mixture,
             Weights,
             f"{where}, mixture",
-            own=False,
+            allow_unknown=True,
             fix='give weights such as {"name": 0.7}',
         )
         if not mixture:

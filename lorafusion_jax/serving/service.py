@@ -37,7 +37,7 @@ from ..runs.setup import check_params
 from ..runs.weight_list import Weights, check_modules, coefficients_of
 from ..support.checks import at_least, check_uint32
 from ..support.options import LoadIn
-from ..support.text import shown, some
+from ..support.text import some
 from ..tasks import Encoded, Example, as_input, decode, encode, eval_batches
 from ..training.frozen import Frozen
 from ..training.method import Method, Params
@@ -402,7 +402,7 @@ class Service:
             )
         if name in self.tasks and self.tasks[name].run is not None:
             raise ValueError(
-                f"{shown(name)} is the name of a run: give the mixture another name"
+                f"{name!r} is the name of a run: give the mixture another name"
             )
         if not weights:
             raise ValueError("an empty mixture: give the weight of at least one module")

@@ -1,14 +1,10 @@
-"""Text from outside, as it is shown: shortened, on one line, and without what a terminal would obey."""
+"""Text from outside, as it is printed: on one line, and without what a terminal would obey."""
 
 import re
-import reprlib
-import unicodedata
 from collections.abc import Sequence
-from typing import Any
 
-_TURNING = (
-    "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # marks that reorder text
-)
+# What a terminal obeys, halves of characters, and separators of lines and paragraphs; no line breaks and tabs.
+_CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _FILE_ENDINGS = (
     *(".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".txt", ".yaml", ".yml"),
     *(".gguf", ".safetensors", ".bin", ".pt", ".pth", ".npz", ".zip", ".tar", ".gz"),
@@ -17,20 +13,11 @@ _FILE_ENDINGS = (
 DATASET_ID = re.compile(
     r"([\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?:@([\w./-]+))?(?::([\w.-]+))?"
 )
-_SPELL = reprlib.Repr()
-
-
-def shown(value: Any) -> str:
-    """Return a value of a file as text for a message, shortened."""
-    return _SPELL.repr(value)
 
 
 def some(names: Sequence[str]) -> str:
     """Return the first 20 of a file's names as text for a message."""
-    first = [
-        name if name.isprintable() and len(name) <= 120 else shown(name)
-        for name in names[:20]
-    ]
+    first = [name if name.isprintable() else repr(name) for name in names[:20]]
     return ", ".join(first) + (
         f" and {len(names) - 20} more" if len(names) > 20 else ""
     )
@@ -42,16 +29,8 @@ def is_file_name(source: str) -> bool:
 
 
 def printable(text: str) -> str:
-    """Return a text with escapes for the characters that control a terminal or turn its direction."""
-
-    def shows(c: str) -> bool:
-        return (
-            c in "\n\t"
-            or unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp")
-            and c not in _TURNING
-        )
-
-    return "".join(c if shows(c) else c.encode("unicode_escape").decode() for c in text)
+    """Return a text with escapes for the characters that control a terminal."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def one_line(text: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from ..support.text import shown, some
+from ..support.text import some
 from .protocol import REFERENCE_SEED, shuffled
 from .readers import Row, read_rows, task_name
 
@@ -198,7 +198,7 @@ def fill(prompt: str | None, row: Mapping[str, Any], where: str) -> str:
             return f"{{{literal}}}"
         if not _is_text(row.get(name), named=name != "input"):
             if name in row:
-                got = f"has {name} {shown(row[name])}"
+                got = f"has {name} {row[name]!r}"
             else:
                 got = f"has no column {name} (it has {some([*row])})"
             raise ValueError(
@@ -220,7 +220,7 @@ def as_example(
 ) -> Example:
     """Check one row that was read, and put the prompt around its input; `where` is for messages."""
     if not isinstance(row, dict):
-        raise ValueError(f"{where} is {shown(row)}: expected an object with {_LAYOUT}")
+        raise ValueError(f"{where} is {row!r}: expected an object with {_LAYOUT}")
     for option, name in (("--input", input), ("--target", target)):
         if name is not None and name not in row:
             raise ValueError(
@@ -252,7 +252,7 @@ def as_example(
     answer = row[keys[1]]
     if not _is_text(answer, named=target is not None) or not str(answer).strip():
         raise ValueError(
-            f"{where}: its {keys[1]} is {shown(answer)}: give it a text, or take the row out"
+            f"{where}: its {keys[1]} is {answer!r}: give it a text, or take the row out"
         )
     return Example(filled, str(answer))
 
@@ -295,14 +295,12 @@ def _filled(row: Row, where: str, prompt: str | None, key: str, *, named: bool) 
         for key, text in parts.items():
             if not _is_text(text, named=named):
                 raise ValueError(
-                    f"{where}: its {key} is {shown(text)}: give it a text, or take the row out"
+                    f"{where}: its {key} is {text!r}: give it a text, or take the row out"
                 )
         question = "\n".join(str(text) for text in parts.values() if str(text).strip())
         if not question:
             got = (
-                ", and its ".join(
-                    f"{key} is {shown(text)}" for key, text in parts.items()
-                )
+                ", and its ".join(f"{key} is {text!r}" for key, text in parts.items())
                 or f"{key} is None"
             )
             raise ValueError(f"{where}: its {got}: give it a text, or take the row out")

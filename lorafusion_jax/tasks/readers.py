@@ -1,15 +1,14 @@
 """Readers of the rows of a task: JSONL, JSON lists, BIG-Bench Hard JSON, folders of files, `datasets`."""
 
 import csv
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..support.reading import FileError, check_lfs, check_regular, parse_json, utf8
-from ..support.text import DATASET_ID, is_file_name, shown, some
+from ..support.reading import FileError, check_lfs, decode, expand_user, utf8
+from ..support.text import DATASET_ID, is_file_name, some
 
 Row = Any  # any JSON: checked where rows become examples
 Rows = Iterator[tuple[str, Row]]  # each with its place, for messages
@@ -30,12 +29,12 @@ def read_rows(source: str | Path) -> dict[str, Rows]:
 
     Raises a ValueError for an unknown source or layout and, also while rows are read, for damaged and empty files.
     """
-    path = Path(source)
+    path = expand_user(source)
     try:
         is_file = path.is_file()
     except OSError as error:  # a name that is too long
         raise ValueError(
-            f"{shown(str(source))} cannot be a task: {error.strerror}; shorten its name"
+            f"{str(source)!r} cannot be a task: {error.strerror}; shorten its name"
         ) from None
     if is_file:
         return {_PARTS.get(path.name, "all"): _file_rows(path)}
@@ -43,12 +42,12 @@ def read_rows(source: str | Path) -> dict[str, Rows]:
         (path / file).is_file() for file in ("dataset_dict.json", "state.json")
     ):
         return _folder_rows(path)
-    return _dataset_rows(str(source))
+    return _dataset_rows(str(path) if path.is_dir() else str(source))
 
 
 def _without_revision(source: str | Path) -> str:
     """Return a hub id without its revision, and any other source as it is."""
-    hub_id = None if Path(source).exists() else DATASET_ID.fullmatch(str(source))
+    hub_id = None if expand_user(source).exists() else DATASET_ID.fullmatch(str(source))
     if hub_id is None:
         return str(source)
     return hub_id[1] + (f":{hub_id[3]}" if hub_id[3] else "")
@@ -89,7 +88,6 @@ def _file_rows(path: Path) -> Rows:
         raise ValueError(
             f"{path} ends in {path.suffix or 'no suffix'}: expected one of {', '.join(readers)}"
         )
-    check_regular(path)
     check_lfs(path)
     return _some(readers[path.suffix](path), path)
 
@@ -100,16 +98,11 @@ def _jsonl_rows(path: Path) -> Rows:
         for n, line in enumerate(file, start=1):
             if line.strip():
                 where = f"{path}, line {n}"
-                with utf8(where):
-                    text = line.decode("utf-8-sig" if n == 1 else "utf-8")
-                if text.strip():
-                    yield where, _parse(text, path, n)
+                yield where, decode(line, Any, where, fix="fix the line")
 
 
 def _json_rows(path: Path) -> Rows:
-    with utf8(path):
-        text = path.read_text(encoding="utf-8-sig")
-    content = _parse(text, path) if text.strip() else []
+    content: Any = decode(path.read_bytes() or b"[]", Any, path, fix="fix it")
     if isinstance(content, list):
         yield from ((f"{path}, row {n}", row) for n, row in enumerate(content, start=1))
         return
@@ -180,27 +173,6 @@ def _check_columns(names: Sequence[str], path: Path) -> None:
         )
 
 
-def _parse(text: str, path: Path, line: int = 1) -> Row:
-    # Python's reader gives the line of an error, but lets half characters pass, which no text can hold.
-    try:
-        row = parse_json(text)
-        if "\\u" in text:
-            json.dumps(row, ensure_ascii=False).encode()
-    except json.JSONDecodeError as error:
-        got = f"not JSON: {error.msg} at column {error.colno}"
-        raise FileError(
-            f"{path}, line {line + error.lineno - 1}", got=got, fix="fix the line"
-        ) from error
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # also of integers of thousands of digits
-        raise FileError(
-            f"{path}, line {line}", got=f"not JSON: {error}", fix="fix the line"
-        ) from error
-    return row
-
-
 def _dataset_rows(source: str) -> dict[str, Rows]:
     local = Path(source).is_dir()
     hub_id = DATASET_ID.fullmatch(source)
@@ -213,10 +185,8 @@ def _dataset_rows(source: str) -> dict[str, Rows]:
     try:
         if local:
             for path in Path(source).rglob("*"):
-                if not path.is_dir():
-                    check_regular(path)
                 if path.suffix == ".json":
-                    _parse(path.read_text(encoding="utf-8"), path)
+                    decode(path.read_bytes(), Any, path, fix="save the data again")
             saved = datasets.load_from_disk(source)
             loaded: Any = (
                 {"all": saved} if isinstance(saved, datasets.Dataset) else saved

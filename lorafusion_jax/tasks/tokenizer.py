@@ -8,7 +8,6 @@ import numpy as np
 from jaxtyping import Int, Int32
 
 from ..support.checks import panics
-from ..support.text import shown
 from .data import Example
 
 # transformers' tokenizer, or one with the methods that are called here.
@@ -204,8 +203,8 @@ def _rendered(
     )
     if not full_text.startswith(prompt):
         raise ValueError(
-            f"the chat template renders {_beginning(example.input)} with its answer as {shown(full_text)}, which does "
-            f"not begin with the prompt for the answer, {shown(prompt)}: leave out --chat, and write the format into "
+            f"the chat template renders {_beginning(example.input)} with its answer as {full_text!r}, which does "
+            f"not begin with the prompt for the answer, {prompt!r}: leave out --chat, and write the format into "
             "--prompt"
         )
     return prompt, full_text

@@ -111,9 +111,7 @@ def run_jobs(
                 drawn=drawn,
             )
     failures = file.with_name("failed.jsonl")
-    before = (
-        [] if retry_failed or not failures.exists() else read_lines(failures, _Failed)
-    )
+    before = [] if retry_failed else read_lines(failures, _Failed)
     failed = [dict(failure) | {"error": ""} for failure in before]
     left_out = 0
 

@@ -19,10 +19,9 @@ import msgspec
 from ..report import key, name
 from ..support.reading import (
     FileError,
+    decode_as,
     is_object,
-    parse_json,
-    structured,
-    whole_lines,
+    read_lines,
 )
 from ..support.writing import check_no_link, writing
 
@@ -67,23 +66,6 @@ class Result(TypedDict):
     versions: dict[str, str]
     device: _Name
     cores: _Count
-
-
-def read_lines(file: Path) -> list[Row]:
-    """Return the objects of a file of JSON lines, none if it does not exist; a last line that was cut off is none.
-
-    Raises:
-      ValueError: a line is not JSON, or the path is a pipe or a device.
-    """
-    rows = []
-    for where, line in whole_lines(file) if file.exists() else []:
-        try:
-            # Also NaN, the loss of a training that diverged.
-            rows.append(parse_json(line))
-        except ValueError as error:
-            fix = "fix or remove the line"
-            raise FileError(where, got=f"not JSON ({error})", fix=fix) from error
-    return rows
 
 
 def append_lines(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -255,7 +237,7 @@ def _whole(row: Mapping[str, Any], where: str) -> Result:
 
 
 def _checked(row: Any, where: str) -> Result:
-    return structured(
+    return decode_as(
         row,
         Result,
         where,

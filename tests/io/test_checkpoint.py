@@ -178,7 +178,7 @@ _DAMAGES = {
     ),
     "another manifest": (
         lambda folder: (folder / "manifest.json").write_text("[]"),
-        "holds a list, not an object",
+        "Expected `object`, got `array`",
     ),
     "truncated": (_truncate, "damaged or altered"),
     "a file": (
@@ -233,9 +233,11 @@ class _Step(TypedDict):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"compression": "zstd"}, "compression is unknown: remove it"),
-        ({"metadata": {"step": 2, "clock": 1.0}}, "clock is unknown: remove it"),
-        ({"files": []}, r"files is \[\]: expected an object"),
+        (
+            {"metadata": {"step": 2, "clock": 1.0}},
+            "metadata.clock is unknown: remove it",
+        ),
+        ({"files": []}, r"Expected `object`, got `array` - at `\$\.files`"),
     ],
 )
 def test_a_step_of_a_newer_version_is_not_damaged(change, message, two_steps, tmp_path):

@@ -513,33 +513,35 @@ def _config(**fields):
     [
         (
             lambda m: m["adapters"][0]["sites"]["encoder.self.q"]["rank"].insert(0, -1),
-            r"rank\[0\] is -1: expected an integer from 0 to",
+            r"Expected `int` >= 0 - at `\$\.adapters\[0\]\.sites\[\.\.\.\]\.rank\[0\]`",
         ),
-        (lambda m: m["adapters"][0].pop("sites"), r"adapters\[0\]\.sites is missing"),
+        (
+            lambda m: m["adapters"][0].pop("sites"),
+            "Object missing required field `sites`",
+        ),
         (
             _adapter(files={}),
             "the manifest lists no adapter_config.json and no adapter_model.safetensors",
         ),
         (
             _adapter(files={"x": []}),
-            r"adapters\[0\]\.files\.x is \[\]: expected a text",
+            "Expected `str`, got `array`",
         ),
         (
             lambda m: m["adapters"][0]["files"].update({"../x": "0"}),
             "'../x' is not a file inside this folder",
         ),
         (_adapter(folder="../../etc"), "'../../etc' is not a file inside this folder"),
-        (_adapter(folder="a\0b"), "is not a file inside this folder"),
         (
             lambda m: m["adapters"].append(m["adapters"][0] | {"name": "two"}),
             "two adapters of one folder",
         ),
-        (lambda m: m.update(adapters=5), "adapters is 5: expected a list"),
+        (lambda m: m.update(adapters=5), "Expected `array`, got `int`"),
         (
             lambda m: m["base"].update(family="mamba"),
             "family is 'mamba': expected one of t5, decoder",
         ),
-        (_config(d_model=0), "d_model is 0: expected an integer from 1 to 10,000,000"),
+        (_config(d_model=0), "Expected `int` >= 1 - at `..d_model`"),
         (_config(new=1), "new is unknown"),
         (_config(d_model=10**6), "modules do not fit; first"),
         (_config(d_kv=7), r"modules do not fit; first .*: expected \[r, "),

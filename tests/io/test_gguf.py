@@ -921,9 +921,9 @@ _FILES = [
     ),
     (
         {"general.alignment": 0},
-        r"general\.alignment is 0: expected an integer of 1 or more; fetch the file again",
+        r"Expected `int` >= 1 - at `\$\.general\.alignment`",
     ),
-    ({"split.count": "3"}, r"split\.count is '3': expected an integer"),
+    ({"split.count": "3"}, r"Expected `int`, got `str` - at `\$\.split\.count`"),
     (
         {"split.count": 3},
         r"is one of 3 parts: merge them by `llama-gguf-split --merge`",
@@ -932,7 +932,6 @@ _FILES = [
         {"general.architecture": "mamba"},
         r"general\.architecture is 'mamba': \w+ one of llama, qwen2, qwen3",
     ),
-    ({"general.architecture": "x" * 100_000}, "general.architecture is 'xxx"),
     (
         {"tokenizer.ggml.eos_token_id": 4000},
         r"the eos token is 4000, but there are 262 tokens",
@@ -942,12 +941,6 @@ _FILES = [
         r"eos_token_id is missing: \w+ the token, or tokens, that end an",
     ),
 ]
-_TOO_LONG = {
-    "tokens": ["a", "a" * 300],
-    "scores": [0.0, 1.0],
-    "model": "llama",
-    "token_type": [1, 1],
-}
 _TOKENIZERS = [
     (
         {"model": "bert"},
@@ -967,10 +960,13 @@ _TOKENIZERS = [
         "tokenizer.ggml.tokens holds 2 tokens, 1 of them different",
     ),
     ({"tokens": None}, "tokenizer.ggml.tokens holds 0 tokens"),
-    ({"tokens": "ab"}, r"tokenizer\.ggml\.tokens is 'ab': expected a list"),
+    (
+        {"tokens": "ab"},
+        r"Expected `array`, got `str` - at `\$\.tokenizer\.ggml\.tokens`",
+    ),
     (
         {"bos_token_id": "1"},
-        r"tokenizer\.ggml\.bos_token_id is '1': expected an integer of 0 or more",
+        r"Expected `int`, got `str` - at `\$\.tokenizer\.ggml\.bos_token_id`",
     ),
     (
         {"unknown_token_id": 4000},
@@ -980,11 +976,6 @@ _TOKENIZERS = [
         {"token_type": [1, 1]},
         r"tokenizer\.ggml\.token_type holds 2 numbers, and tokens 262 tokens",
     ),
-    (
-        _TOO_LONG | {"merges": None, "bos_token_id": None, "eos_token_id": 1},
-        "one of 300 characters: expected at",
-    ),
-    ({"pre": "x" * 100_000}, "tokenizer.ggml.pre is 'xxx"),
 ]
 
 
@@ -999,23 +990,6 @@ def test_files_that_are_refused(tmp_path, folders, read, prefix, changes, messag
     with pytest.raises(ValueError, match=f"^{file}.*{message}") as caught:
         read(file)
     assert len(str(caught.value)) < 1_000
-
-
-@pytest.mark.parametrize("arrays", [1, 4])
-def test_arrays_that_take_far_more_memory_than_the_file_are_refused(tmp_path, arrays):
-    file = tmp_path / "model.gguf"
-    count = 2_000_000 // arrays
-    content = b"GGUF" + struct.pack("<IQQ", 3, 0, arrays)
-    for number in range(arrays):
-        key = f"x.{number}".encode()
-        content += struct.pack("<Q", len(key)) + key + struct.pack("<IIQ", 9, 2, count)
-        content += np.full(count, 1000, np.uint16).tobytes()
-    file.write_bytes(content)
-    with pytest.raises(
-        ValueError,
-        match=r"model\.gguf: .*its arrays hold .* numbers, far more than a vocabulary",
-    ):
-        read_gguf(file)
 
 
 @pytest.mark.parametrize("shape", [(2**62, 2**62, 2, 32), (0, 2**62), (2**40,)])

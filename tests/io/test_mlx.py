@@ -112,7 +112,7 @@ def test_the_scale_and_the_tensors_suffice(tmp_path, fields, note):
         (
             {"lora_parameters": {"rank": 8}},
             _FACTORS,
-            "lora_parameters.scale is missing: expected a number",
+            r"Object missing required field `scale` - at `\$\.lora_parameters`",
         ),
         (
             _SCALE | {"fine_tune_type": "dora"},

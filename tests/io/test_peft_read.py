@@ -335,59 +335,38 @@ def test_state_of_the_training_is_ignored(write):
         ),
         (
             {"init_lora_weights": [[[[[[1]]]]]]},
-            r"init_lora_weights is \[\[\[\[\.\.\.\]\]\]\]: expected true or",
+            r"Expected `bool \| str \| null`, got `array` - at `\$\.init_lora_weights`",
         ),
-        ({"r": 0}, "r is 0: expected an integer of 1 or more; correct the field"),
+        ({"r": 0}, r"Expected `int` >= 1 - at `\$\.r`"),
         (
             {"rank_pattern": {"q": 2.5}},
-            "rank_pattern.q is 2.5: expected an integer of 1 or more",
+            r"Expected `int`, got `float` - at `\$\.rank_pattern\[\.\.\.\]`",
         ),
         (
             {"lora_alpha": None},
-            "lora_alpha is None: expected a number that float32 holds",
+            r"Expected `float`, got `null` - at `\$\.lora_alpha`",
         ),
-        ({"lora_alpha": float("inf")}, "lora_alpha is inf: expected a number"),
+        (
+            {"lora_alpha": float("inf")},
+            r"Expected `float` <= 3\.4028234663852886e\+38 - at `\$\.lora_alpha`",
+        ),
         (
             {"lora_alpha": 10**400},
-            r"lora_alpha is 10000.*\.\.\..*: expected a number that float32",
-        ),
-        ({"alpha_pattern": [1]}, r"alpha_pattern is \[1\]: expected an object"),
-        *(
-            (
-                {"alpha_pattern": {key: 1}},
-                "alpha_pattern has the key .*: expected names of modules, each a key",
-            )
-            for key in (
-                "(q",
-                "(q+)+",
-                ".*q",
-                "q{9999999}",
-                "k|q",
-                r"q\p",
-                "[z-a]",
-                "qü",
-                "q" * 401,
-                "",
-            )
-        ),
-        ({"use_rslora": "false"}, "use_rslora is 'false': expected true or false"),
-        (
-            {"alpha_pattern": {f"q{n}": 8 for n in range(20_000)}},
-            "alpha_pattern has 20,000 keys: expected at most",
+            r"Number out of range - at `\$\.lora_alpha`",
         ),
         (
-            {"modules_to_save": ["x" * 5000] * 50},
-            r"modules_to_save is \['xxx.{,2000}\.\.\.\]: modules trained in full",
+            {"alpha_pattern": [1]},
+            r"Expected `object \| null`, got `array` - at `\$\.alpha_pattern`",
         ),
+        ({"alpha_pattern": {"(q": 1}}, "alpha_pattern has the key .*unterminated"),
         (
-            {"unknown": "x" * (1 << 20)},
-            "has 1,048,.* bytes: expected at most 1,048,576",
+            {"use_rslora": "false"},
+            r"Expected `bool \| null`, got `str` - at `\$\.use_rslora`",
         ),
         (
             {"r": 8},
             "has rank 4 in the tensors, but r and rank_pattern give 8: .*fetch both",
         ),
-        ({"r": 10**400}, r"give 10000.*\.\.\..*: the two files do not belong together"),
         ({"rank_pattern": {"q": 2}}, "has rank 4 in the tensors.* give 2"),
         # Of other tools, and files that are no JSON.
         (
@@ -411,8 +390,8 @@ def test_state_of_the_training_is_ignored(write):
             "this is a Git LFS pointer",
         ),
         ("{", r"not JSON \(.*\): fetch the file again"),
-        ("[1]", "holds a list, not an object"),
-        ("", "the file is empty"),
+        ("[1]", r"Expected `object`, got `array`"),
+        ("", r"not JSON \(Expecting value"),
         ('{"a":' + "[" * 100_000, r"not JSON \(.*recursion"),
     ],
 )
@@ -507,17 +486,6 @@ _NAMES = [
         "is of a compiled model: save the adapter of the model in it",
     ),
     (f"{_PREFIX}encoder.x.lora_B.weight", (6, 4), "encoder.x has lora_B but no lora_A"),
-    (
-        "e" * 170_000,
-        (1,),
-        "a tensor is named 'eee.*eee': expected at most 400 printable characters",
-    ),
-    (
-        f"{_Q}\n.lora_A.weight",
-        (1,),
-        r"a tensor is named 'encoder.*\\n.lora_A.weight': expected",
-    ),
-    ("\x1b[2J", (1,), "a tensor is named '.x1b.2J': expected at most"),
 ]
 _FACTORS = [
     (

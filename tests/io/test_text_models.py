@@ -133,9 +133,12 @@ def test_an_adapter_of_the_part_for_images_is_refused(path, tmp_path):
         ),
         (
             {"text_config": _CONFIG["text_config"] | {"hidden_size": "wide"}},
-            "hidden_size is 'wide': expected an int",
+            r"Expected `int`, got `str` - at `\$\.hidden_size`",
         ),
-        ({"text_config": 3}, "text_config is 3: expected an object"),
+        (
+            {"text_config": 3},
+            r"Expected `object \| null`, got `int` - at `\$\.text_config`",
+        ),
     ],
 )
 def test_a_text_model_that_cannot_be_read_is_refused(changes, message):

@@ -209,9 +209,9 @@ _REFUSED = [
         "trainable_token_indices is set",
     ),
     ({"use_dora": True}, "has lora_A and lora_B but no lora_magnitude_vector"),
-    ({"r": "8"}, "r is '8': expected an integer of 1 or more"),
-    ({"lora_alpha": "16"}, "lora_alpha is '16': expected a number"),
-    ({"use_dora": "no"}, "use_dora is 'no': expected true or false"),
+    ({"r": "8"}, r"Expected `int`, got `str` - at `\$\.r`"),
+    ({"lora_alpha": "16"}, r"Expected `float`, got `str` - at `\$\.lora_alpha`"),
+    ({"use_dora": "no"}, r"Expected `bool \| null`, got `str` - at `\$\.use_dora`"),
     (
         {"r": 16, "_ranks": (16, 8)},
         "down_proj has rank 8 in the tensors, but r and rank_pattern give 16",

@@ -197,7 +197,7 @@ _LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.0], "long_factor":
         (
             "granite",
             {"logits_scaling": 0.0},
-            "logits_scaling is 0.0: expected a number",
+            r"Expected `float` > 0.0 - at `\$\.logits_scaling`",
         ),
         ("llama", {"hidden_act": "relu"}, "the activation is 'relu': expected silu or"),
         (
@@ -233,7 +233,7 @@ _LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.0], "long_factor":
         (
             "llama",
             {"hidden_size": "wide"},
-            "hidden_size is 'wide': expected an integer",
+            r"Expected `int`, got `str` - at `\$\.hidden_size`",
         ),
         (
             "gemma2",

@@ -77,22 +77,25 @@ def test_the_delta_rule(length):
             {"linear_num_key_heads": 3},
             "linear_num_value_heads is 4: expected a multiple of linear_num_key_heads, 3",
         ),
-        ({"attn_output_gate": False}, "attn_output_gate is False: expected"),
+        (
+            {"attn_output_gate": False},
+            r"Invalid enum value False - at `\$\.attn_output_gate`",
+        ),
         (
             {"hidden_act": "gelu_pytorch_tanh"},
-            "hidden_act is 'gelu_pytorch_tanh': expected 'silu'",
+            r"Invalid enum value 'gelu_pytorch_tanh' - at `\$\.hidden_act`",
         ),
         (
             {"linear_conv_kernel_dim": 0},
-            "linear_conv_kernel_dim is 0: expected an integer from 1",
+            r"Expected `int` >= 1 - at `\$\.linear_conv_kernel_dim`",
         ),
         (
             {"model_type": "qwen3_5", "text_config": {"linear_key_head_dim": "wide"}},
-            "linear_key_head_dim is 'wide': exp",
+            r"Expected `int`, got `str` - at `\$\.linear_key_head_dim`",
         ),
         (
             {"model_type": "qwen3_5", "text_config": 3},
-            "text_config is 3: expected an object",
+            r"Expected `object \| null`, got `int` - at `\$\.text_config`",
         ),
         (
             {"model_type": "qwen3_5_moe_text"},

@@ -116,7 +116,7 @@ def test_a_file_gives_weights_by_block_and_a_merged_model_has_them(tmp_path):
             {"file": {"double_next": {"block 7": 1}}},
             "name a block 'block 7': expected one of encoder.0, ",
         ),
-        ({"file": {"double_next": "1"}}, "weights.json.*double_next"),
+        ({"file": {"double_next": "1"}}, r"weights.json: Expected `float \| object`"),
         ({"file": {"double_next": {}}}, "double_next has no weights: expected a num"),
         (
             {"weights": ("double_next=1e9",), "dtype": "float16"},

@@ -186,9 +186,9 @@ def test_evaluate_scores_a_mixture_as_the_merged_model(small, names, tmp_path, c
         ({"mixture": {"nobody": 1}}, "has no module nobody: it has "),
         (
             {"mixture": {"NAME": "a"}},
-            "is 'a': expected a number or an object; give weights such as",
+            "Expected `float .*`, got `str`.*: give weights such as",
         ),
-        ({"mixture": [1]}, "mixture: holds a list, not an object"),
+        ({"mixture": [1]}, "mixture: Expected `object`, got `array`"),
         ({"mixture": {"NAME": 1e39}}, "is 1e.39: expected a finite number of float32"),
         (
             {"mixture": {"NAME": {"encoder.7": 1}}},

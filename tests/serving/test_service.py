@@ -328,7 +328,7 @@ def test_a_run_whose_prompt_names_columns_answers_rows_with_them(
     for row, message in (
         ('{"run": "named", "how": "a"}', "no column letters"),
         ("a b", "not JSON"),
-        ("[]", "a list"),
+        ("[]", "got `array`"),
     ):
         alone.file.write_text(row)
         for generate in (
@@ -649,22 +649,13 @@ def test_rows_files_and_options_that_cannot_be_used_are_refused(
         ),
         ({"run": "fused"}, ": its input is None: give it a text"),
         ({"run": "fused", "input": " "}, ": its input is ' ': give it a text"),
-        ([], ": holds a list, not an object: give a row such as"),
+        ([], ": Expected `object`, got `array`: give a row such as"),
     ):
         with pytest.raises(ValueError, match=f"rows.jsonl:1.*{message}"):
             generate_rows(tuple(runs.values()), file=_file(tmp_path, [row]))
     monkeypatch.setattr(sys, "stdin", io.StringIO("not JSON"))
     with pytest.raises(ValueError, match="standard input:1: not JSON"):
         generate_rows((runs["mixed"],))
-    of_folder = lf.runs.GenerateOptions(run=runs["mixed"], file=tmp_path)
-    for generate in (
-        lambda: generate_rows((runs["mixed"],), file=tmp_path),
-        lambda: lf.runs.generate_lines(of_folder),
-    ):
-        with pytest.raises(
-            ValueError, match="a pipe, a device or a folder, not a file: give a file"
-        ):
-            generate()
     (tmp_path / "empty").write_text("\n")
     with pytest.raises(
         ValueError, match="empty holds no rows: give a line for each answer"

@@ -5,10 +5,8 @@ import io
 import json
 import os
 import sys
-from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
-import datasets
 import jax.numpy as jnp
 import pytest
 import recipes
@@ -18,16 +16,13 @@ from made_up_rows import made_up
 
 import lorafusion_jax as lf
 from lorafusion_jax import crossbar
-from lorafusion_jax.crossbar import load_chip
 from lorafusion_jax.io import safetensors
-from lorafusion_jax.io.source import sha256
 from lorafusion_jax.report import write_text
 from lorafusion_jax.runs.folder import RunConfig
-from lorafusion_jax.runs.weight_list import read_weights
-from lorafusion_jax.support.reading import read_json, structured
+from lorafusion_jax.support.reading import decode_as, read_json
 from lorafusion_jax.support.text import printable
-from lorafusion_jax.tasks import Example, encode, load_task
-from lorafusion_jax.trials import append_rows, read_rows
+from lorafusion_jax.tasks import Example, encode
+from lorafusion_jax.trials import append_rows
 
 _CONFIG = recipes.run_config(lf.FuseOptions(base="base", task="task"))
 
@@ -45,23 +40,13 @@ class _Outer:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"name": 5}', "inner is missing: expected an object; restore"),
-        (
-            '{"inner": {"sizes": {"a": [1], "b": [1, "x"]}}}',
-            r"inner\.sizes\.b\[1\] is 'x': expected an integer",
-        ),
-        ('{"inner": {"sizes": []}}', r"inner\.sizes is \[\]: expected an object"),
+        ('{"name": 5}', r"Expected `str`, got `int` - at `\$\.name`: restore"),
+        ('{"name": "a"}', "Object missing required field `inner`: restore"),
         (
             '{"inner": {"sizes": {}, "colour": 1}}',
             r"inner\.colour is unknown: remove it, or restore",
         ),
-        (
-            '{"inner": {"sizes": {"a": [], "a": []}}}',
-            r"not JSON \('a' is given twice: keep one\): restore",
-        ),
         ("", r"not JSON \(.*\): restore"),
-        ('{"inner": {"sizes": {"a": [NaN]}}}', r"not JSON \(.*\): restore"),
-        ('{"name": "\\ud800", "inner": {"sizes": {}}}', r"not JSON \(.*\): restore"),
         ('{"x": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested|recursion"),
         (
             "version https://git-lfs.github.com/spec/v1\noid",
@@ -85,50 +70,13 @@ def test_a_sound_file_is_its_type(tmp_path):
         lf.FileError, match=f"^{tmp_path}: not a thing: it has no y.json"
     ):
         read_json(tmp_path / "y.json", _Outer, "a thing")
-    with pytest.raises(
-        lf.FileError, match=r"^x\.json: not UTF-8 text \(.*surrogates not allowed\)"
-    ):
-        structured("\ud800", _Outer, "x.json")
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "read"),
-    [
-        ("weights.json", '{"a": 1, "a": 2}', read_weights),
-        (
-            "merge.json",
-            '{"weights": {"a": {"x": 1, "x": 2}}, "digests": {}}',
-            lambda path: read_weights(path.parent),
-        ),
-        (
-            "adapter_config.json",
-            '{"r": 8, "r": 9}',
-            lambda path: lf.io.read_adapter(str(path.parent)),
-        ),
-        (
-            "metrics.jsonl",
-            '{"step": 1, "step": 2}\n',
-            lambda path: lf.runs.RunFolder(path.parent).metrics(),
-        ),
-        ("task.jsonl", '{"input": "x", "input": "y", "target": "z"}\n', load_task),
-        ("task.json", '[{"input": "x", "output": "y", "output": "z"}]', load_task),
-        ("state.json", '{"a": 1, "a": 2}', lambda path: load_task(path.parent)),
-        ("crossbar.json", '{"cell": {"bits": [4], "bits": [8]}}', crossbar.load_config),
-    ],
-)
-def test_a_key_that_is_given_twice_is_refused(tmp_path, name, content, read):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(
-        ValueError, match=rf"{tmp_path}.*'\w+' is given twice: keep one"
-    ):
-        read(tmp_path / name)
 
 
 def test_an_option_of_a_newer_version_says_which():
     newer = _CONFIG["environment"] | {"versions": {"lorafusion-jax": "9.9"}}
     with pytest.raises(lf.FileError) as error:
         options = _CONFIG["options"] | {"colour": "red"}
-        structured(
+        decode_as(
             _CONFIG | {"environment": newer, "options": options},
             RunConfig,
             "config.json",
@@ -140,35 +88,19 @@ def test_an_option_of_a_newer_version_says_which():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: "", "not JSON"),
         (
-            lambda c: json.dumps({k: v for k, v in c.items() if k != "options"}),
-            "options is missing",
-        ),
-        (
-            lambda c: json.dumps(c | {"options": c["options"] | {"new": 1}}),
+            lambda c: c | {"options": c["options"] | {"new": 1}},
             r"options\.new is unknown",
         ),
+        (lambda c: c | {"modules": [[], []]}, "modules is of 2 seeds: expected of 1"),
         (
-            lambda c: json.dumps(c | {"options": {"recipe": {"epochs": []}}}),
-            r"options\.(base|recipe)",
-        ),
-        (
-            lambda c: json.dumps(c | {"modules": [[], []]}),
-            "modules is of 2 seeds: expected of 1, as in",
-        ),
-        (
-            lambda c: json.dumps(c | {"max_new_tokens": 10**9}),
-            "max_new_tokens is 1000000000: expected an integer",
-        ),
-        (
-            lambda c: '{"options":' * 100_000 + "1" + "}" * 100_000,
-            "not JSON|nested too deeply",
+            lambda c: c | {"max_new_tokens": 10**9},
+            r"Expected `int` <= 1000000 - at `\$\.max_new_tokens`",
         ),
     ],
 )
 def test_a_run_whose_config_is_damaged(tmp_path, change, message):
-    (tmp_path / "config.json").write_text(change(_CONFIG))
+    (tmp_path / "config.json").write_text(json.dumps(change(_CONFIG)))
     with pytest.raises(lf.FileError, match=f"^{tmp_path}/config.json: .*({message})"):
         lf.load_run(tmp_path)
 
@@ -182,8 +114,8 @@ def test_metrics_that_are_damaged(tmp_path):
     run.cut_metrics(1)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null}\n'
     for line, message in (
-        ("5", "holds an integer, not an object"),
-        ('{"loss": 1}', "step is missing"),
+        ("5", "Expected `object`, got `int`"),
+        ('{"loss": 1}', "Object missing required field `step`"),
     ):
         (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n')
         with pytest.raises(lf.FileError, match=rf"metrics\.jsonl, line 2: {message}"):
@@ -193,7 +125,7 @@ def test_metrics_that_are_damaged(tmp_path):
     for read in (run.results, run.predictions):
         with pytest.raises(
             lf.FileError,
-            match=r"(results\.json|predictions\.jsonl, line 1): \w+ is missing",
+            match=r"(results\.json|predictions\.jsonl, line 1): Object missing",
         ):
             read()
 
@@ -225,8 +157,8 @@ def test_two_processes_cannot_make_one_folder(tmp_path):
 
 def test_what_a_terminal_would_obey_is_spelled_out():
     assert (
-        printable("a\x1b[31mb\r\nc\u202e\ud800\u200d é")
-        == "a\\x1b[31mb\\r\nc\\u202e\\ud800\u200d é"
+        printable("a\x1b[31mb\r\nc\u2028\ud800\u200d é")
+        == "a\\x1b[31mb\\r\nc\\u2028\\ud800\u200d é"
     )
 
 
@@ -243,31 +175,15 @@ def test_text_that_is_not_utf8_is_named(tmp_path, monkeypatch):
         lf.runs.generate_lines(lf.runs.GenerateOptions(base=str(tmp_path)))
 
 
-_ENDLESS = tokenizers.pre_tokenizers.Split(tokenizers.Regex("(a+)+$"), "isolated")
-
-
-@pytest.mark.parametrize(
-    ("unknown", "split", "text", "reason"),
-    [
-        ({}, None, "b", "UNK"),
-        ({"unk_token": "a"}, _ENDLESS, "a" * 60 + "b", "retry-limit"),
-    ],
-    ids=["no unknown token", "a pattern that never ends"],
-)
-def test_a_text_that_the_tokenizer_rejects_is_a_fault_of_the_base(
-    unknown, split, text, reason
-):
-    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, **unknown))
-    if split is not None:
-        raw.pre_tokenizer = split
+def test_a_text_that_the_tokenizer_rejects_is_a_fault_of_the_base():
+    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}))
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=raw, name_or_path="the_base"
     )
     with pytest.raises(
-        ValueError,
-        match=rf"the tokenizer of the_base rejects a text \(.*{reason}.*\): give",
+        ValueError, match=r"the tokenizer of the_base rejects a text \(.*UNK.*\): give"
     ):
-        encode(tokenizer, [Example(text, "a")])
+        encode(tokenizer, [Example("b", "a")])
 
 
 def test_a_folder_where_a_file_is_to_be_written_is_refused(tmp_path):
@@ -307,27 +223,14 @@ def test_neither_a_link_nor_a_pipe_in_the_way_is_written_to(put, tmp_path):
     assert (tmp_path / "kept").read_text() == "kept"
 
 
-@pytest.mark.parametrize(
-    ("name", "link", "message"),
-    [
-        (
-            ".lock",
-            Path.symlink_to,
-            "a link, which could lead out of its folder, or a special file: remove it",
-        ),
-        ("metrics.jsonl", Path.symlink_to, "a link"),
-        ("checkpoints", Path.symlink_to, "a link"),
-        (".lock", Path.hardlink_to, "a hard link.*copy it to a new file"),
-        ("metrics.jsonl", Path.hardlink_to, "a hard link"),
-    ],
-)
-def test_a_run_with_links_to_files_elsewhere_is_refused(name, link, message, tmp_path):
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "checkpoints"])
+def test_a_run_with_links_to_files_elsewhere_is_refused(name, tmp_path):
     (outside := tmp_path / "outside").write_text("kept")
     run = lf.runs.RunFolder(tmp_path / "run")
     run.folder.mkdir()
-    link(run.folder / name, outside)
+    (run.folder / name).symlink_to(outside)
     with (
-        pytest.raises(lf.FileError, match=f"{run.folder / name}: {message}"),
+        pytest.raises(lf.FileError, match=f"{run.folder / name}: a link, .*remove it"),
         run.locked(),
     ):
         pass
@@ -337,74 +240,10 @@ def test_a_run_with_links_to_files_elsewhere_is_refused(name, link, message, tmp
 def test_rows_are_not_added_to_a_link_or_a_pipe(tmp_path):
     (outside := tmp_path / "outside.jsonl").write_text("")
     (link := tmp_path / "link.jsonl").symlink_to(outside)
-    (hard := tmp_path / "hard.jsonl").hardlink_to(outside)
     os.mkfifo(pipe := tmp_path / "pipe.jsonl")
-    for path, kind in (
-        (link, "a link"),
-        (pipe, "a link, .* or a special file"),
-        (hard, "a hard link"),
-    ):
-        with pytest.raises(lf.FileError, match=f"{path}: {kind}"):
+    for path in (link, pipe):
+        with pytest.raises(lf.FileError, match=f"{path}: a link, .* or a special file"):
             append_rows(
                 path, made_up(methods=("LoRA",), tasks=("easy",), seeds=(1,), items=2)
             )
     assert outside.read_text() == ""
-
-
-@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
-@pytest.mark.parametrize(
-    "read",
-    [read_rows, load_chip, lambda path: lf.runs.RunFolder(path.parent).predictions()],
-)
-def test_what_is_no_file_is_not_read(read, kind, tmp_path):
-    path = tmp_path / "predictions.jsonl"
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "device":
-        path.symlink_to("/dev/zero")
-    else:
-        path.mkdir()
-    with pytest.raises(ValueError, match=f"{path}: .*a pipe, a device or a folder"):
-        read(path)
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux only")
-@pytest.mark.parametrize(
-    ("name", "read"),
-    [
-        *(
-            (f"rows{suffix}", load_task)
-            for suffix in (".jsonl", ".json", ".csv", ".parquet")
-        ),
-        *((f"config{suffix}", crossbar.load_config) for suffix in (".yaml", ".json")),
-        ("config.json", lambda path: read_json(path, dict[str, Any], "a run")),
-        ("weights.safetensors", sha256),
-        (
-            "adapters.txt",
-            lambda path: lf.io.convert(
-                lf.io.ConvertOptions(adapters_file=path, out=path.parent / "pool")
-            ),
-        ),
-        ("tokenizer.json", lambda path: lf.load_tokenizer(path.parent)),
-        ("merges.txt", lambda path: lf.load_tokenizer(path.parent)),
-    ],
-)
-def test_a_file_of_the_kernel_behind_a_link_is_not_read(name, read, tmp_path):
-    """As /proc/self/pagemap, which has no size and no end."""
-    (tmp_path / name).symlink_to("/proc/self/status")
-    with pytest.raises(
-        lf.FileError,
-        match=f"{tmp_path / name}: a file of the kernel, which has no size: give a file on a",
-    ):
-        read(tmp_path / name)
-
-
-def test_a_saved_data_set_with_a_pipe_is_not_read(tmp_path):
-    datasets.Dataset.from_dict({"input": ["a"], "target": ["b"]}).save_to_disk(
-        tmp_path / "data"
-    )
-    (file,) = (tmp_path / "data").glob("*.arrow")
-    file.unlink()
-    os.mkfifo(file)
-    with pytest.raises(ValueError, match="a pipe, a device or a folder"):
-        load_task(tmp_path / "data", train_rows=0, need=())

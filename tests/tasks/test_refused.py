@@ -67,12 +67,12 @@ _TEXTS = [
     (
         "test.jsonl",
         '{"input": "a", "target": "b"}\n{"input": "a"; "target": "b"}',
-        r"test\.jsonl, line 2: not JSON: Expecting ',' delimiter at column 14",
+        r"test\.jsonl, line 2: not JSON \(Expecting ',' delimiter: line 1 column 14",
     ),
     (
         "bbh.json",
         '{"examples": [\n{"input": }]}',
-        r"bbh\.json, line 2: not JSON: Expecting value",
+        r"bbh\.json: not JSON \(Expecting value: line 2",
     ),
     (
         "bbh.json",
@@ -97,7 +97,7 @@ _TEXTS = [
     (
         "test.jsonl",
         '{"input": "à", "target": "b"}'.encode("latin-1"),
-        r"jsonl, line 1: not UTF-8 text .*position 11",
+        r"jsonl, line 1: not JSON .*position 11",
     ),
 ]
 _TABLES = [

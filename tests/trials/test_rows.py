@@ -81,13 +81,16 @@ def test_processes_that_append_at_once_wait_for_each_other(path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seed": "1"}, "seed is '1'.*a count"),
-        ({"task": " "}, "task is ' '.*a name"),
-        ({"shots": "100"}, r"shots is '100'.*'95\+5' or '5'"),
-        ({"correct": ""}, "correct is ''.*a 0 or 1 for each of at least one test row"),
-        ({"data_sha256": "abc"}, "data_sha256 is 'abc'.*64 hexadecimal digits"),
-        ({"seconds": float("nan")}, "seconds is nan.*seconds"),
-        ({"colour": "red"}, "colour is unknown: .*; what describes the run belongs"),
+        ({"seed": "1"}, "Expected `int`, got `str` - at `..seed`"),
+        ({"task": " "}, "Expected `str` matching .* - at `..task`"),
+        ({"shots": "100"}, "Invalid enum value '100' - at `..shots`"),
+        ({"correct": ""}, "Expected `str` matching .* - at `..correct`"),
+        ({"data_sha256": "abc"}, "Expected `str` matching .* - at `..data_sha256`"),
+        ({"seconds": float("nan")}, "Expected `float` >= 0.0 - at `..seconds`"),
+        (
+            {"colour": "red"},
+            "colour is unknown: .*; what describes the run belongs into config",
+        ),
         ({"config": {"rate": float("inf")}}, "JSON cannot hold it: Out of range float"),
     ],
 )
@@ -100,9 +103,12 @@ def test_rows_that_are_refused_are_named_and_not_written(changes, message, path)
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("[]", "holds a list, not an object"),
-        ('{"task": "easy"}', "method is missing.*a name"),
-        (f"{{\n{json.dumps(_ROWS[2])}", r"not JSON \(.*\): fix or remove the line"),
+        ("[]", "Expected `object`, got `array`"),
+        ('{"task": "easy"}', "Object missing required field `method`"),
+        (
+            f"{json.dumps(_ROWS[1])[:50]}\n{json.dumps(_ROWS[2])}",
+            r"not JSON \(.*\): fix or remove the line",
+        ),
     ],
 )
 def test_lines_that_are_no_rows_are_named(line, message, tmp_path):

@@ -12,7 +12,6 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ...support.reading import check_regular, parse_json
 from ...support.writing import write
 from ..config.files import config_hash, from_json, to_json
 from ..config.schema import CrossbarConfig
@@ -84,11 +83,11 @@ def save_chip(chip: Chip, path: str | Path) -> None:
         }
 
     def writer(file: BinaryIO) -> None:
-        save_file(
-            {name: np.asarray(a, order="C") for name, a in arrays.items()},
-            file.name,
-            {_META: json.dumps(meta)},
-        )
+        tensors = {name: np.asarray(a, order="C") for name, a in arrays.items()}
+        try:
+            save_file(tensors, file.name, {_META: json.dumps(meta)})
+        except SafetensorError as error:  # such as a full disk
+            raise OSError(str(error)) from error
         # The library replaces the file by one that only its owner can read.
         Path(file.name).chmod(os.fstat(file.fileno()).st_mode)
 
@@ -106,7 +105,7 @@ def load_chip(path: str | Path, config: CrossbarConfig | None = None) -> Chip:
     Raises:
       ValueError: the file cannot be read, or the chip has another configuration, or float64 that JAX lacks.
     """
-    check_regular(path := Path(path))
+    path = Path(path)
     try:
         return _load(path, config)
     except FileNotFoundError:
@@ -131,7 +130,7 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
         raise ValueError(
             "an earlier version laid out its inverted columns: program the weights again"
         )
-    meta = parse_json(described)
+    meta = json.loads(described)
     if "codes" in arrays and arrays["codes"].dtype != (
         dtype := jax.dtypes.canonicalize_dtype(arrays["codes"].dtype)
     ):

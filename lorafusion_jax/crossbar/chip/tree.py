@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ...support.platform import is_traced
-from ...support.reading import named
+from ...support.reading import error_context
 from ..config.schema import CrossbarConfig
 from ..config.structure import Structure, split_config
 from ..preparation.preparation import Preparation, check_preparation
@@ -104,7 +104,7 @@ def _place(
         raise ValueError(
             f"{path or 'the model'} holds weights that are NaN or infinite: give finite weights"
         )
-    with named(path or "the model"):
+    with error_context(path or "the model"):
         check_preparation(preparation, weight.shape, config)
     numbers = numbers or [jnp.arange(size) for size in weight.shape[:-2]]
     chips, noise = _keys(key, np.uint32(zlib.crc32(path.encode())), numbers)

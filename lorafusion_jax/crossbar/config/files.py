@@ -23,8 +23,7 @@ import jax
 import numpy as np
 import yaml
 
-from ...support.reading import FileError, parse_json, structured
-from ...support.text import shown
+from ...support.reading import FileError, decode_as
 from ...support.writing import write_text
 from ..devices import drift, write_error
 from ..devices.device import Sinh
@@ -144,7 +143,7 @@ def to_json(config: CrossbarConfig) -> str | None:
 
 def from_json(text: str) -> CrossbarConfig:
     """Return the configuration that `to_json` wrote."""
-    return config_from(parse_json(text))
+    return config_from(json.loads(text))
 
 
 def _refuse(function: Callable[..., Any], where: str) -> str:
@@ -192,7 +191,7 @@ def _build(cls: type, fields: Any, where: str) -> Any:
     names = [field.name for field in dataclasses.fields(cls)]
     if not isinstance(fields, dict):
         raise ValueError(
-            f"{where or 'the file'} is {shown(fields)}: give a table with any of {', '.join(names)}"
+            f"{where or 'the file'} is {fields!r}: give a table with any of {', '.join(names)}"
         )
     for name in fields:
         if name not in names:
@@ -216,7 +215,7 @@ def _value(name: str, hint: Any, value: Any, where: str) -> Any:
     """Return the value of a field with this annotation.
 
     Raises:
-      FileError: another value; `structured` alone takes neither device models nor numbers that may be arrays.
+      FileError: another value; `decode_as` alone takes neither device models nor numbers that may be arrays.
     """
     if name in _MODELS:
         return None if value is None else _model(name, value, where)
@@ -234,14 +233,17 @@ def _value(name: str, hint: Any, value: Any, where: str) -> Any:
     else:
         fix = "change it"
     if Any not in options:
-        return structured({where: value}, dict[str, hint], "", fix=fix)[where]
+        try:
+            return decode_as(value, hint, "", fix=fix)
+        except FileError as error:
+            raise ValueError(f"{where}: {error}") from None
     if value is None or type(value) in (int, float):
         return value
     if not _are_numbers(value):
         raise FileError(
             "",
             field=where,
-            got=shown(value),
+            got=repr(value),
             expected="a number, a list of numbers or null",
             fix=fix,
         )
@@ -265,7 +267,7 @@ def _model(name: str, value: Any, where: str) -> Any:
             classes[model], {k: v for k, v in value.items() if k != "model"}, where
         )
     choices = ", ".join((*published, *(f"{{model: {cls}, ...}}" for cls in classes)))
-    raise ValueError(f"{where} = {shown(value)}: choose from {choices}")
+    raise ValueError(f"{where} = {value!r}: choose from {choices}")
 
 
 def _are_numbers(value: Any) -> bool:

@@ -4,10 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
-from ...support.reading import structured
-from ...support.text import shown
+from ...support.reading import decode_as
 from ..config.tables import kind_of, read_table
 from ..mapping.adc.architectures import ARCHITECTURES
 from .ranges import Constant, Range
@@ -86,17 +85,18 @@ def load_constants(path: Path) -> Constants:
             f"{path}: no such file of constants: write one like {_FILE}, with those that differ"
         )
     fix = "change it (YAML takes 1e4 for a text: write 1.0e+4)"
-    entries = structured(read_table(path, kind), dict[str, _Entry], path, fix=fix)
+    entries = decode_as(read_table(path, kind), dict[str, Any], path, fix=fix)
     all_constants = {**CONSTANTS.table, **of_architectures()}
     table = dict(CONSTANTS.table)
-    for name, entry in entries.items():
+    for name, fields in entries.items():
+        entry = decode_as(fields, _Entry, f"{path}: {name}", fix=fix)
         if name not in all_constants:
             raise ValueError(
-                f"{path}: {shown(name)} unknown: choose from {', '.join(all_constants)}"
+                f"{path}: {name!r} unknown: choose from {', '.join(all_constants)}"
             )
         if entry["unit"] != (unit := all_constants[name].unit):
             raise ValueError(
-                f"{path}: {name} is in {shown(entry['unit'])}: give it in {unit!r}"
+                f"{path}: {name} is in {entry['unit']!r}: give it in {unit!r}"
             )
         low = entry["low"]
         typical = entry["typical"]

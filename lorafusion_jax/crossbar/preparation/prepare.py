@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ...support.platform import is_traced
-from ...support.reading import named
+from ...support.reading import error_context
 from ..chip.chip import one_by_one
 from ..chip.program import has_errors
 from ..config.schema import CrossbarConfig
@@ -87,7 +87,7 @@ def prepare(
             jnp.concatenate(list(weights.values()), axis=-1), squares
         )
     if transforms:
-        with named(", ".join(weights)):
+        with error_context(", ".join(weights)):
             transform_matrices(shape[-1])  # refuses a width that has none
         signs = np.random.default_rng(seed).choice(
             np.array([-1, 1], np.float32), shape[-1]

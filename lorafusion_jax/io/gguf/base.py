@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...models.architecture import Stored
 from ...models.registry import gguf_layout
-from ...support.reading import named
+from ...support.reading import error_context
 from ...support.writing import write_text
 from ..fast_tokenizer import FastTokenizer
 from .reader import StoredTensor, read_gguf
@@ -24,7 +24,7 @@ class GGUFBase:
     def __init__(self, file: Path):
         self.place = self.config_place = file  # for messages
         self._metadata, self._tensors = read_gguf(file)
-        with named(file):
+        with error_context(file):
             self._layout = gguf_layout(
                 self._metadata.get("general.architecture"), "general.architecture"
             )
@@ -32,7 +32,7 @@ class GGUFBase:
     @property
     def config(self) -> Mapping[str, Any]:
         """The metadata as a config.json of Hugging Face."""
-        with named(self.place):
+        with error_context(self.place):
             return self._layout.config_json(self._metadata, self._tensors)
 
     def config_sha256(self) -> str:
@@ -66,7 +66,7 @@ class GGUFBase:
 
     def fast_tokenizer(self) -> FastTokenizer:
         """Build the tokenizer without transformers; raises ValueError if the file has none."""
-        with named(self.place):
+        with error_context(self.place):
             return build_tokenizer(self._metadata, str(self.place))
 
     def save_texts(self, folder: Path) -> None:

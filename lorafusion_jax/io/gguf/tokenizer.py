@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ...support.text import shown
 from ..fast_tokenizer import FastTokenizer
 
 if TYPE_CHECKING:
@@ -68,7 +67,6 @@ _CONTROL = 3
 _USER_DEFINED = 4
 _UNUSED = 5
 _BYTE = 6
-_LONGEST = 255  # characters of a token that scores make: every way to cut it is tried
 _SPACE = "▁"
 _AGAIN = "fetch the file again"
 # Texts whose ids tell tokenizers apart.
@@ -98,7 +96,7 @@ def build_tokenizer(metadata: Mapping[str, Any], base: str = "") -> FastTokenize
         )
     if model not in ("gpt2", "llama"):
         raise ValueError(
-            f"tokenizer.ggml.model is {shown(model)}, which is not implemented: expected gpt2 or llama"
+            f"tokenizer.ggml.model is {model!r}, which is not implemented: expected gpt2 or llama"
         )
     kinds = metadata.get("token_type", [_NORMAL] * len(tokens))
     for key, numbers in {
@@ -300,7 +298,7 @@ def _byte_level(
     name = metadata.get("pre", "default")
     if name not in _SPLITTINGS:
         raise ValueError(
-            f"tokenizer.ggml.pre is {shown(name)}, not implemented: give one of {', '.join(_SPLITTINGS)}"
+            f"tokenizer.ggml.pre is {name!r}, not implemented: give one of {', '.join(_SPLITTINGS)}"
         )
     splitting = _SPLITTINGS[name]
     if "merges" not in metadata:
@@ -374,10 +372,6 @@ def _merges_of_scores(
         for token, number in vocabulary.items()
         if kinds[number] == _NORMAL
     }
-    if (longest := max(map(len, normal), default=0)) > _LONGEST:
-        raise ValueError(
-            f"tokenizer.ggml.tokens holds one of {longest:,} characters: expected at most {_LONGEST}"
-        )
     merges = [
         (-score, -cut, token[:cut], token[cut:])
         for token, score in normal.items()

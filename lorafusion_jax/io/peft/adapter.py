@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from ...support.reading import check_name, named
+from ...support.reading import check_name, error_context, expand_user
 from .. import safetensors as safetensors_map
 from .. import torch_pickle
 from ..folders import new_folder
 from ..hf import Base
-from ..source import at_home, resolve
+from ..source import resolve
 from . import mlx, qwix_tree
 from .config import (
     CONFIG,
@@ -97,7 +97,7 @@ def read_adapter(
     with _errors_of(source):
         folder = resolve(source, patterns=(CONFIG, WEIGHTS, _BIN, mlx.WEIGHTS))
         # `resolve` follows a link, whose name is the adapter's.
-        local = at_home(source).is_dir()
+        local = expand_user(source).is_dir()
         if local:
             name = Path(os.path.abspath(folder)).name
         else:
@@ -107,14 +107,14 @@ def read_adapter(
             folder, alpha, compare_saved=base_tensor is not None or compared is not None
         )
         kept = {key: tensors.pop(key) for key in compared or () if key in tensors}
-        with named(weights):
+        with error_context(weights):
             parts, ignored = collect(
                 tensors, config, shapes=shapes, base_tensor=base_tensor
             )
         notes += [f"ignored: {key}, {reason}" for key, reason in ignored.items()]
 
         ranks = {path: part["lora_A"][1].shape[0] for path, part in parts.items()}
-        with named(folder / CONFIG):
+        with error_context(folder / CONFIG):
             scaling = scalings(config, ranks)
             if base is not None:
                 notes += check_base(config, base)
@@ -226,7 +226,7 @@ def _stored(folder: Path, alpha: float | None, *, compare_saved: bool) -> Stored
             f"{folder} has {foreign}, not PEFT's {WEIGHTS}: save the adapter with PEFT, or fetch that"
         )
     text, config = read_config_file(folder)
-    with named(folder / CONFIG):
+    with error_context(folder / CONFIG):
         notes = check_config(config, compare_saved=compare_saved)
     if not weight_files:
         raise AdapterError(

@@ -9,8 +9,7 @@ import re
 from pathlib import Path
 from typing import Required, TypedDict
 
-from ...support.reading import named, structured
-from ...support.text import shown
+from ...support.reading import decode_as, error_context
 from .. import safetensors
 from .config import CONFIG, Alpha, Stored, config_text, plain_config, read_config_file
 
@@ -38,12 +37,12 @@ class _Fields(TypedDict, total=False):
 def read(folder: Path) -> Stored:
     """Read the adapter in a folder with `adapters.safetensors`, and return it with PEFT's fields and names."""
     _, content = read_config_file(folder)
-    with named(folder / CONFIG):
-        fields = structured(
+    with error_context(folder / CONFIG):
+        fields = decode_as(
             content,
             _Fields,
             "",
-            own=False,
+            allow_unknown=True,
             fix="correct the field, or save the adapter with mlx-lm",
         )
         kind = fields.get("fine_tune_type") or (
@@ -52,7 +51,7 @@ def read(folder: Path) -> Stored:
         if kind not in ("lora", "dora"):
             fix = "merge it into the base with mlx_lm.fuse, and give that base"
             raise ValueError(
-                f"fine_tune_type is {shown(kind)}: expected lora or dora; {fix}"
+                f"fine_tune_type is {kind!r}: expected lora or dora; {fix}"
             )
         parameters = fields.get("lora_parameters")
         if parameters is None:
@@ -84,7 +83,7 @@ def read(folder: Path) -> Stored:
     notes = []
     if base and _QUANTISED.search(base):
         notes.append(
-            f"warning: trained on {shown(base)}, a quantised base, and converted for the unquantised one"
+            f"warning: trained on {base!r}, a quantised base, and converted for the unquantised one"
         )
     if "alpha" in parameters:
         notes.append(

@@ -5,23 +5,18 @@ A kernel of keys and values is therefore two modules with the same A. Alpha is n
 `providers/lora.py`; tunix, `sft/checkpoint_manager.py` and `models/*/params.py`.
 """
 
-import math
 import re
 from pathlib import Path
 
 import numpy as np
 
 from ...models.registry import paths_in_tunix
-from ...support.reading import named
-from ...support.text import shown
+from ...support.reading import error_context
 from .. import safetensors
 from .config import Stored, config_text, plain_config
 
 _CHECKPOINT = "manifest.ocdbt"
 _LEAF = re.compile(r"(.+)\.(?:w|kernel)_lora_([ab])(?:\.value)?")
-# arrays have at most this many times the bytes of a checkpoint's files, and these
-_COMPRESSED = 16
-_SLACK = 1 << 20
 
 
 def find(folder: Path) -> Path | None:
@@ -53,7 +48,7 @@ def read(source: Path, alpha: float | None) -> Stored:
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
     ignored = 0
-    with named(source):
+    with error_context(source):
         if alpha is None:
             raise ValueError(
                 "qwix saves no alpha: give the one that the LoRA was trained with, with --alpha"
@@ -69,7 +64,7 @@ def read(source: Path, alpha: float | None) -> Stored:
             paths = paths_in_tunix(module)
             if not paths:
                 raise ValueError(
-                    f"{shown(name)} is LoRA outside of attention and MLPs: retrain without it"
+                    f"{name!r} is LoRA outside of attention and MLPs: retrain without it"
                 )
             joint = kind == "b" and len(paths) > 1
             if (
@@ -82,7 +77,7 @@ def read(source: Path, alpha: float | None) -> Stored:
                 else:
                     expected = f"r, {f'{len(paths)}, ' * joint}other axes"
                 raise ValueError(
-                    f"{shown(name)} has the shape {list(array.shape)}: expected [{expected}]"
+                    f"{name!r} has the shape {list(array.shape)}: expected [{expected}]"
                 )
             for path, factor in zip(
                 paths,
@@ -92,7 +87,7 @@ def read(source: Path, alpha: float | None) -> Stored:
                 key = f"base_model.model.{path}.lora_{kind.upper()}.weight"
                 if key in tensors:
                     raise ValueError(
-                        f"{shown(name)} is a second factor of {path}: save the adapters apart"
+                        f"{name!r} is a second factor of {path}: save the adapters apart"
                     )
                 r = ranks[path] = factor.shape[-1] if kind == "a" else factor.shape[0]
                 tensors[key] = factor.reshape((-1, r) if kind == "a" else (r, -1)).T
@@ -112,11 +107,6 @@ def _checkpoint(folder: Path) -> dict[str, np.ndarray]:
     """Return the arrays of LoRA in a checkpoint of orbax; other arrays, which are not read, are empty."""
     import tensorstore
 
-    allowed = (
-        _COMPRESSED
-        * sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        + _SLACK
-    )
     kvstore = {
         "driver": "ocdbt",
         "base": {"driver": "file", "path": f"{folder.absolute()}/"},
@@ -134,20 +124,5 @@ def _checkpoint(folder: Path) -> dict[str, np.ndarray]:
             arrays[name] = np.empty(0)
             continue
         spec = {"driver": "auto", "kvstore": kvstore | {"path": f"{name}/"}}
-        store = tensorstore.open(spec, open=True, read=True).result()
-        layout = store.chunk_layout
-        shapes = (
-            store.shape,
-            layout.read_chunk.shape or (),
-            layout.write_chunk.shape or (),
-        )
-        allowed -= (
-            max(math.prod(n or 1 for n in shape) for shape in shapes)
-            * store.dtype.numpy_dtype.itemsize
-        )
-        if allowed < 0:
-            raise ValueError(
-                f"{shown(name)} has the shape {list(store.shape)}, more than the files can hold"
-            )
-        arrays[name] = store.read().result()
+        arrays[name] = tensorstore.open(spec, read=True).result().read().result()
     return arrays

@@ -65,7 +65,8 @@ def describe_basis(folder: Path, k: int | None = None) -> Description:
         raise ValueError(
             f"{folder} has no basis: make one with `lorafusion convert --basis {k or 32} --out {folder}`"
         )
-    _, description = read_manifest(folder / FOLDER, Description, _WHAT)
+    manifest = read_manifest(folder / FOLDER, Description, _WHAT)
+    description = manifest["metadata"]
     if k is not None and k > description["k"]:
         raise ValueError(
             f"{folder} has a shared basis of {description['k']} directions, expected at least {k}: use fewer, or move "

@@ -15,7 +15,13 @@ from ...adapters.basis import SharedBasis
 from ...adapters.pool import LoraPool, positions
 from ...models.architecture import Architecture, linear_shapes
 from ...models.registry import recorded_config
-from ...support.reading import FileError, named, read_json, structured
+from ...support.reading import (
+    FileError,
+    decode_as,
+    error_context,
+    expand_user,
+    read_json,
+)
 from ..folders import write_json
 from ..hf import Base, base_tensor, open_base
 from ..peft.adapter import PeftAdapter, read_adapter
@@ -66,10 +72,10 @@ class ConvertedPool:
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+        self.folder = expand_user(folder)
         self.manifest = _read_manifest(self.folder / _MANIFEST)
         self.names = tuple(entry["name"] for entry in self.manifest["adapters"])
-        with named(self.folder / _MANIFEST):
+        with error_context(self.folder / _MANIFEST):
             self.config = recorded_config(self.manifest["base"])
         for kind in ("name", "folder"):
             if len({entry[kind] for entry in self.manifest["adapters"]}) < len(
@@ -166,7 +172,7 @@ class AdapterFolders:
     """
 
     def __init__(self, folder: str | Path, base: Base | None = None):
-        self.folder = Path(folder)
+        self.folder = expand_user(folder)
         self.base = base
         self.names = tuple(
             sorted(
@@ -258,7 +264,7 @@ def open_pool(
       ValueError: the folder is neither, its manifest was altered, or it was converted for a base of another shape.
     """
     opened = None if base is None else open_base(base)
-    if not (Path(folder) / _MANIFEST).is_file():
+    if not (expand_user(folder) / _MANIFEST).is_file():
         return AdapterFolders(folder, opened)
     pool = ConvertedPool(folder)
     if opened is not None:
@@ -313,7 +319,7 @@ def _read_manifest(path: Path) -> Manifest:
             got="damaged or altered, its SHA-256 is not the one that it states",
             fix=_AGAIN,
         )
-    return structured(raw, Manifest, path, fix=_AGAIN)
+    return decode_as(raw, Manifest, path, fix=_AGAIN)
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:

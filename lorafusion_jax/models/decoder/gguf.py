@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from ...support.text import shown
 from ..architecture import GGUFLayout, Stored
 from .config import DecoderConfig
 
@@ -128,7 +127,7 @@ class Keys:
         )
         right_type = isinstance(value, kind) and not isinstance(value, bool)
         if not right_type or (not isinstance(value, str) and not 0 <= value < np.inf):
-            raise ValueError(f"{self.name}.{key} is {shown(value)}: expected {words}")
+            raise ValueError(f"{self.name}.{key} is {value!r}: expected {words}")
         return value
 
     def size(self, key: str, default: Any = ...) -> int:
@@ -136,7 +135,7 @@ class Keys:
         value = self.take(key, default)
         if not isinstance(value, int) or not 1 <= value <= _LARGEST:
             raise ValueError(
-                f"{self.name}.{key} is {shown(value)}: expected an integer from 1 to {_LARGEST:,}"
+                f"{self.name}.{key} is {value!r}: expected an integer from 1 to {_LARGEST:,}"
             )
         return value
 
@@ -159,7 +158,7 @@ class Keys:
         for key, value in self._left.items():
             if value and key not in _WITHOUT_EFFECT:
                 raise ValueError(
-                    f"{self.name}.{key} is {shown(value)}, which is not implemented for {self.name}: give another base"
+                    f"{self.name}.{key} is {value!r}, which is not implemented for {self.name}: give another base"
                 )
 
 

@@ -12,8 +12,7 @@ from typing import Annotated, Any, Literal, Required, TypedDict
 
 import msgspec
 
-from ...support.reading import structured
-from ...support.text import shown
+from ...support.reading import decode_as
 from ..architecture import Layers, Size
 from .config import DecoderConfig
 from .families import FAMILIES, WITH_IMAGES, Fields, biased, head_width
@@ -99,13 +98,13 @@ def read_config(
     `families` give the fields of `structure` that set a family apart. Raises a ValueError that names a value which does
     not fit, or needs something that the decoder lacks.
     """
-    structured(raw, _Json, "", own=False)
-    structured(raw.get("text_config") or {}, _Json, "", own=False)
+    decode_as(raw, _Json, "", allow_unknown=True)
+    decode_as(raw.get("text_config") or {}, _Json, "", allow_unknown=True)
     kind = raw["model_type"]
     if raw.get("quantization"):
         fix = "give the unquantised model, whose name often lacks only -4bit (its README names it as base_model)"
         raise ValueError(
-            f"the weights are quantised by MLX (quantization is {shown(raw['quantization'])}): {fix}"
+            f"the weights are quantised by MLX (quantization is {raw['quantization']!r}): {fix}"
         )
     if (
         raw.get("quantization_config")
@@ -126,7 +125,7 @@ def read_config(
     else:
         hf = full_config.get_text_config()
     if hf.model_type not in families:
-        got = f"the text model of this {kind} is {shown(hf.model_type)}"
+        got = f"the text model of this {kind} is {hf.model_type!r}"
         raise ValueError(f"{got}: expected one of {', '.join(families)}")
     if getattr(hf, "use_bidirectional_attention", False):
         raise ValueError(
@@ -160,7 +159,7 @@ def read_config(
     activation = fields.pop("activation", getattr(hf, "hidden_act", None))
     if activation not in _ACTIVATIONS:
         raise ValueError(
-            f"the activation is {shown(activation)}: expected {' or '.join(_ACTIVATIONS)}"
+            f"the activation is {activation!r}: expected {' or '.join(_ACTIVATIONS)}"
         )
     partial = fields.pop("partial_rope", False)
     config = DecoderConfig(
@@ -189,7 +188,7 @@ def read_config(
         pad_id=ends[0] if pad is None or pad < 0 else pad,
         eos_id=ends,
     )
-    return structured(
+    return decode_as(
         dataclasses.asdict(structure(**vars(config) | fields)), structure, ""
     )
 
@@ -197,7 +196,7 @@ def read_config(
 def _filled(kind: str, raw: Mapping[str, Any]) -> Any:
     """Return the config as transformers completes and checks it, without loading transformers for a complete one."""
     with contextlib.suppress(ValueError):
-        complete = structured(dict(raw), _Complete, "", own=False)
+        complete = decode_as(dict(raw), _Complete, "", allow_unknown=True)
         if complete["hidden_size"] % complete["num_attention_heads"] == 0:
             return types.SimpleNamespace(
                 **dict(raw)

@@ -7,8 +7,7 @@ from typing import Annotated, Any, Required, TypedDict
 
 import msgspec
 
-from ...support.reading import structured
-from ...support.text import shown
+from ...support.reading import decode_as
 from ..architecture import Size
 from .config import Rope
 
@@ -41,12 +40,12 @@ def rope_of(
     raw: Mapping[str, Any], d_head: int, context: int, *, partial: bool = False
 ) -> Rope:
     """Return the rotary positions of a model with such heads and this context; `partial` if it reads the share."""
-    fields = structured(dict(raw), _RopeJson, "", own=False)
+    fields = decode_as(dict(raw), _RopeJson, "", allow_unknown=True)
     scaling = fields.get("rope_type", "default")
     if scaling not in _SCALINGS:
         fix = f"expected {', '.join(_SCALINGS)}"
         raise ValueError(
-            f"the rope scaling is {shown(scaling)}, which is not implemented: {fix}"
+            f"the rope scaling is {scaling!r}, which is not implemented: {fix}"
         )
     width = (
         int(d_head * fields.get("partial_rotary_factor", 1.0)) if partial else d_head

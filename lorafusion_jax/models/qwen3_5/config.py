@@ -8,8 +8,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, TypedDict
 
-from ...support.reading import structured
-from ...support.text import shown
+from ...support.reading import decode_as
 from ..architecture import Layers, Parts, Site, Size, Stack
 from ..decoder import hf_config
 from ..decoder.config import DecoderConfig
@@ -145,9 +144,9 @@ def read_config(raw: Mapping[str, Any]) -> DecoderConfig:
     """Return the structure that a config.json describes; raises a ValueError that names a value which does not fit."""
     for fields in (
         raw,
-        structured(dict(raw), _Json, "", own=False).get("text_config") or {},
+        decode_as(dict(raw), _Json, "", allow_unknown=True).get("text_config") or {},
     ):
-        structured(dict(fields), _Json, "", own=False)
+        decode_as(dict(fields), _Json, "", allow_unknown=True)
     return hf_config.read_config(raw, dict.fromkeys(MODEL_TYPES, _fields), Qwen35Config)
 
 
@@ -161,7 +160,7 @@ def _fields(hf: Any) -> dict[str, Any]:
         layers // group
     ):
         raise ValueError(
-            f"layer_types is {shown(kinds)}: expected the {layers} layers in groups of one size, each of "
+            f"layer_types is {kinds!r}: expected the {layers} layers in groups of one size, each of "
             "linear_attention with one full_attention at its end"
         )
     if hf.linear_num_value_heads % hf.linear_num_key_heads:

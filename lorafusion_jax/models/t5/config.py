@@ -5,7 +5,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from ...support.reading import structured
+from ...support.reading import decode_as
 from ..architecture import (
     Architecture,
     Attention,
@@ -136,7 +136,7 @@ def read_config(raw: Mapping[str, Any]) -> T5Config:
         raise ValueError(
             "model_type is 'umt5', whose every layer has a relative bias: give a T5, FLAN-T5 or mT5"
         )
-    fields = structured(raw, _Json, "", own=False)
+    fields = decode_as(raw, _Json, "", allow_unknown=True)
     t5 = fields.model_type == "t5"
     tied = t5 if fields.tie_word_embeddings is None else fields.tie_word_embeddings
     pad_id = max(
