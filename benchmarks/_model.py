@@ -27,7 +27,6 @@ from lorafusion_jax import (
     LoRARecipe,
     Method,
     Problem,
-    Rates,
     TrainState,
     gram,
     init_state,
@@ -258,7 +257,7 @@ def arguments(
     seeds: int = 1,
     seed_mode: SeedMode = "sequential",
     groups: Sequence[tuple[int, int, int]] = (),
-) -> tuple[TrainState, Batch, Problem, Rates]:
+) -> tuple[TrainState, Batch, Problem, dict[str, jax.Array]]:
     """Return the arguments of the step of some seeds as shapes.
 
     `size` is that of input ids; a packed batch has `groups` of rows (`tasks.Rows.groups`).
@@ -268,7 +267,9 @@ def arguments(
         sum(rows * target for rows, _, target in groups) or TARGET,
     )
 
-    def drawn(weights: Frozen) -> tuple[TrainState, Batch, Problem, Rates]:
+    def drawn(
+        weights: Frozen,
+    ) -> tuple[TrainState, Batch, Problem, dict[str, jax.Array]]:
         problem = Problem(
             graph=graph_of(config),
             method=method,
@@ -318,7 +319,9 @@ def lowered(
     return step_of(arguments(config, weights, method, (count, SOURCE), seeds=seeds))
 
 
-def step_of(arguments: tuple[TrainState, Batch, Problem, Rates], steps: int = 1) -> Any:
+def step_of(
+    arguments: tuple[TrainState, Batch, Problem, dict[str, jax.Array]], steps: int = 1
+) -> Any:
     """Return the program of some steps of all seeds, traced from shapes, to be compiled where their shardings say."""
     state, batch, problem, rates = arguments
     batches = jax.tree.map(

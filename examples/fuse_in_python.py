@@ -50,11 +50,7 @@ def main(epochs: int = 10, test_rows: int = 200) -> float:
         seeds=(1,),
     )
     optimisation = lf.Optimisation(steps=orders.shape[1], schedule="cosine", clip=1.0)
-    rates = lf.Rates(
-        {"coefficients": jnp.array(0.1), "magnitudes": jnp.array(0.01)},
-        jnp.array(0.0),
-        jnp.array(0.0),
-    )
+    rates = {"coefficients": jnp.array(0.1), "magnitudes": jnp.array(0.01)}
     metrics = {}
     for batch in tasks.train_batches(train, orders, pad_id=padding):
         batch = jax.tree.map(lambda rows: jnp.asarray(rows[0]), batch)  # the only seed

@@ -1,14 +1,13 @@
 """A shared basis on the embedded pool: accuracy against reads, what choosing modules does, and controls.
 
     python experiments/basis.py                          # runs what is missing, then writes the tables and the plot
-    python experiments/basis.py --groups choice mean     # some groups only
+    python experiments/basis.py --groups choice start    # some groups only
     python experiments/basis.py --shots 5                # five examples
 
     choice     whole modules: all 28, and the best 10 by gradient
     k32, k16, k8, k24, k48    20 drawn modules, all, and the best 10, in the first k directions of the pool's basis
     start      all modules in 32 directions, from 2 / N instead of 1 / N
     controls   all modules in 32 random directions, and in those of shuffled layers
-    mean       the mean of the modules, whole, as one module
 
 LoRAFusion and LoRA are the rows of the main table. Results are rows of OUT/results.jsonl; interrupted, the same command
 continues. Written to OUT, for each number of shots: table.csv, the same rows by task in tasks.csv, what the directions
@@ -31,7 +30,7 @@ from lorafusion_jax import SharedBasis, load_basis
 from lorafusion_jax.report import Scores, colour, main_tables, plot, scores
 from lorafusion_jax.trials import merge, read_rows
 
-Group = Literal["choice", "k32", "k16", "k8", "k24", "k48", "start", "controls", "mean"]
+Group = Literal["choice", "k32", "k16", "k8", "k24", "k48", "start", "controls"]
 
 _FUSION = "LoRAFusion"
 _BEST = "best 10"
@@ -73,7 +72,6 @@ def entries_of(groups: Sequence[Group]) -> dict[str, Arm]:
             f"k = 32, {text}": dataclasses.replace(inside, control=control)
             for control, text in _CONTROLS.items()
         },
-        "mean": {"mean module": IN_BASIS["mean module"]},
     }
     for k in SIZES:
         found[f"k{k}"] = {

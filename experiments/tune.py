@@ -68,7 +68,6 @@ TRIALS: Trials = {
     ],
     **dict.fromkeys(COEFFICIENTS, _RATES),
     "basis": _PAIRS,
-    "mean module": _PAIRS,
 }
 # On real language coefficients are tuned at 0.01 instead of 0.3. The best of those nine was at their edge, (0.01, 0.1),
 # so four more follow; no single rate's was.

@@ -37,6 +37,7 @@ from .io.pool import read_pool as read_pool
 from .loading.spec import LoadOptions as LoadOptions
 from .methods import METHODS as METHODS
 from .methods import register as register
+from .methods.entry import Built as Built
 from .methods.entry import CostLayout as CostLayout
 from .methods.entry import MethodEntry as MethodEntry
 from .methods.full import FullRecipe as FullRecipe
@@ -77,7 +78,6 @@ from .training.loss import objective as objective
 from .training.method import Method as Method
 from .training.problem import Problem as Problem
 from .training.recipe import Optimisation as Optimisation
-from .training.recipe import Rates as Rates
 from .training.recipe import Recipe as Recipe
 from .training.seeds import over_seeds as over_seeds
 from .training.step import TrainState as TrainState

@@ -175,7 +175,7 @@ def problem(
 
 def loss(params: Params, of: lf.Problem) -> jax.Array:
     """The training loss on a batch."""
-    return lf.objective(params, batch(), of, jnp.float32(0))[0]
+    return lf.objective(params, batch(), of)[0]
 
 
 def batch(

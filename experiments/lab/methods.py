@@ -56,15 +56,12 @@ COEFFICIENTS = {
 # Which of the small pool's 28 modules a seed fuses, other than the 20 that it draws.
 ALL = {"modules": 28}
 BEST = {"modules": 10, "choose": "gradient"}
-# In a shared basis of 32 directions, and its controls; the rates serve other sizes and other modules too.
+# In a shared basis of 32 directions; the rates serve other sizes and other modules too.
 IN_BASIS = {
     "basis": Arm(
         method="fusion",
         recipe=ALL | {"basis": 32},
         rates={"lr_coefficients": 0.1, "lr_magnitudes": 0.01},
         few_rates={"lr_coefficients": 0.01, "lr_magnitudes": 0.0033},
-    ),
-    "mean module": Arm(
-        method="mean-fusion", rates={"lr_coefficients": 0.1, "lr_magnitudes": 0.03}
     ),
 }

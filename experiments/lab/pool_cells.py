@@ -102,7 +102,6 @@ TRAINED = {
         recipe={"lora_rank": 16, "lora_targets": ("q", "v")},
         rates={"lr_lora": 2e-3},
     ),
-    "mean module": Arm("mean-fusion", "real", rates=_BOTH),
 }
 ARMS = {ZERO: Arm("zero-shot"), CONSTANT: Arm("constant"), **TRAINED}
 
@@ -280,7 +279,6 @@ class Lab:
         rates = jax.tree.map(
             lambda *numbers: jnp.array(numbers, jnp.float32), *by_group
         )
-        nothing = jnp.zeros(len(entries))
         seeds = tuple(seed for seed, _ in entries)
         state = fit(
             problem,
@@ -288,7 +286,7 @@ class Lab:
             start(problem, seeds, begin),
             recipe,
             seeds,
-            rates=lf.Rates(rates, l2=nothing, l1=nothing),
+            rates=rates,
         )
         return state.best, int(state.step[0])
 

@@ -8,7 +8,6 @@ from .entry import MethodEntry
 from .full import FullFineTuning as FullFineTuning
 from .fusion import choice_of as choice_of
 from .magnitudes import Magnitudes as Magnitudes
-from .mean import MeanFusion as MeanFusion
 from .recipes import PoolRecipe
 from .recipes import basis_of as basis_of
 from .recipes import modules_of as modules_of

@@ -27,7 +27,7 @@ from ..adapters.norms import (
 from ..adapters.pool import LoraPool
 from ..adapters.updates import Composition
 from ..models.weights import Weight, is_in_arrays
-from ..support.checks import one_of
+from ..support.checks import at_least, one_of
 from ..support.platform import for_cpu
 from ..training.frozen import Frozen
 from ..training.method import Adapted, Fused, Index, Method, Params
@@ -53,7 +53,7 @@ class CoefficientsRecipe(BasisRecipe):
         (`xavier`).
       differentiate_norm: let gradients flow through the magnitudes' norm.
       lr_coefficients: learning rate of the coefficients.
-      l2: share of the coefficients that is added to their gradient.
+      l2: share of the coefficients that is added to their gradient, before it is clipped.
       l1: weight of mean |c| in the objective.
     """
 
@@ -66,12 +66,9 @@ class CoefficientsRecipe(BasisRecipe):
     l2: float = 0.0
     l1: float = 0.0
 
-    @property
-    def penalties(self) -> tuple[float, float]:
-        return self.l1, self.l2
-
     def check(self) -> None:
         super().check()
+        at_least(0, l1=self.l1, l2=self.l2)
         check_basis(self)
         if self.basis is None and self.choose == "basis-gradient":
             raise ValueError(
@@ -144,6 +141,8 @@ class Fusion(Method):
       magnitudes: train magnitudes as well as coefficients.
       basis: number of directions of a pool in a shared basis; None for all that it has, and for whole modules.
       differentiate_norm: let gradients flow through ||W + dW|| (PEFT's DoRA does not).
+      l1: weight of mean |c| in the objective.
+      l2: weight of sum c^2 / 2 in the objective.
     """
 
     composition: Composition = "sum"
@@ -152,6 +151,8 @@ class Fusion(Method):
     magnitudes: bool = True
     basis: int | None = None
     differentiate_norm: bool = False
+    l1: float = 0.0
+    l2: float = 0.0
 
     def __post_init__(self) -> None:
         one_of(get_args(Composition), composition=self.composition)
@@ -272,6 +273,15 @@ class Fusion(Method):
             )
         return adapters, {"floored_norms": floored}
 
+    def penalty(self, params: Params, frozen: Frozen, index: Index) -> Float[Array, ""]:
+        if not self.l1 and not self.l2:
+            return jnp.float32(0)
+        c = params["coefficients"]
+        acting = self.trainable(params, frozen, index)["coefficients"]
+        size = jnp.sum(jnp.where(acting, jnp.abs(c), 0.0))
+        mean = size / jnp.maximum(jnp.sum(acting), 1).astype(jnp.float32)
+        return self.l1 * mean + self.l2 / 2 * jnp.sum(jnp.square(c))
+
     def as_fusion(self, params: Params, frozen: Frozen, index: Index) -> Fused | None:
         if (
             not isinstance(frozen.pool, LoraPool)
@@ -348,18 +358,18 @@ def _magnitudes(
     }
 
 
-def build(
-    built: Built, kind: type[Fusion] = Fusion, *, magnitudes: bool = True
-) -> Fusion:
+def build(built: Built, *, magnitudes: bool = True) -> Fusion:
     """Return the fusion of a recipe; ValueError if it cannot use the pool."""
     recipe = built.recipe
-    fusion = kind(
+    fusion = Fusion(
         composition=recipe.composition,
         granularity=recipe.granularity,
         start=recipe.start,
         magnitudes=magnitudes,
         basis=recipe.basis,
         differentiate_norm=recipe.differentiate_norm,
+        l1=recipe.l1,
+        l2=recipe.l2,
     )
     assert built.pool is not None
     fusion.check(built.pool)

@@ -53,6 +53,6 @@ def coefficient_gradients(
 
     def loss(coefficients: Array) -> Array:
         moved = params | {"coefficients": coefficients}
-        return objective(moved, batch, problem, jnp.float32(0))[1]["cross_entropy"]
+        return objective(moved, batch, problem)[1]["cross_entropy"]
 
     return jax.grad(loss)(params["coefficients"])

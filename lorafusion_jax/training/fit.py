@@ -303,11 +303,10 @@ def _after_epoch(
 
 def recipe_rates(method: Method, recipe: Recipe, seeds: int) -> Rates:
     """Return a recipe's learning rates for a method, the same for every seed."""
-    numbers = (method.learning_rates(recipe), *recipe.penalties)
-    learning_rate, l1, l2 = jax.tree.map(
-        lambda number: jax.device_put(np.full(seeds, number, np.float32)), numbers
-    )
-    return Rates(learning_rate, l2=l2, l1=l1)
+    return {
+        group: jax.device_put(np.full(seeds, rate, np.float32))
+        for group, rate in method.learning_rates(recipe).items()
+    }
 
 
 def _placed(interval: StepBatch) -> StepBatch:

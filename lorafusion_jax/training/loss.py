@@ -37,24 +37,20 @@ def log_likelihood(
 
 
 def objective(
-    params: Params, batch: Batch, problem: Problem, l1: Float[Array, ""]
+    params: Params, batch: Batch, problem: Problem
 ) -> tuple[Float[Array, ""], Metrics]:
     """Return the training objective of one seed and its parts.
 
-    Mean token cross-entropy over the number of rows, plus `l1 * mean |c|` (the paper's code).
+    Mean token cross-entropy over the number of rows (the paper's code), plus the method's penalty.
     """
     logits, metrics = batch_logits(params, batch, problem)
     entropy = cross_entropy(logits, batch.labels)
     loss = entropy / jnp.maximum(jnp.sum(batch.row_mask), 1).astype(entropy.dtype)
-    penalty = jnp.float32(0)
-    if "coefficients" in params:
-        acting = problem.trainable(params)["coefficients"]
-        size = jnp.sum(jnp.where(acting, jnp.abs(params["coefficients"]), 0.0))
-        penalty = l1 * size / jnp.maximum(jnp.sum(acting), 1).astype(jnp.float32)
+    penalty = problem.method.penalty(params, problem.frozen, problem.index)
     return loss + penalty, {
         "loss": loss,
         "cross_entropy": entropy,
-        "l1": penalty,
+        "penalty": penalty,
         **metrics,
     }
 
@@ -72,7 +68,7 @@ def batch_logits(
 @per_seed
 def seed_entropies(params: Params, batch: Batch, problem: Problem) -> Float[Array, ""]:
     """Return the mean cross-entropy on a batch, in nats per token."""
-    return objective(params, batch, problem, jnp.float32(0))[1]["cross_entropy"]
+    return objective(params, batch, problem)[1]["cross_entropy"]
 
 
 @per_seed

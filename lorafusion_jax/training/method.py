@@ -46,6 +46,10 @@ class Method(Protocol):
         """Return, in the shape of `params`, which numbers act on anything and are counted. By default all do."""
         return jax.tree.map(lambda p: jnp.ones(p.shape, bool), params)
 
+    def penalty(self, params: Params, frozen: Frozen, index: Index) -> Float[Array, ""]:
+        """Return the term that the objective adds to the loss. By default it is zero."""
+        return jnp.float32(0)
+
     def as_fusion(self, params: Params, frozen: Frozen, index: Index) -> Fused | None:
         """Return coefficients by site and composition, if the numbers are a fusion of whole modules.
 

@@ -1,12 +1,13 @@
 """A recipe, the numbers of a training, in three parts.
 
-`Optimisation` is what a step is compiled for, `Rates` can be swept, and `Recipe` has all numbers that methods share.
+`Optimisation` is what a step is compiled for, `Rates` are arrays that can be swept, and `Recipe` has all numbers that
+methods share.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from ..support.checks import at_least, one_of
 from ..support.options import StepsOptions
@@ -48,18 +49,8 @@ class Optimisation:
             )
 
 
-class Rates(NamedTuple):
-    """The part of the optimisation that may be swept as arrays.
-
-    Attributes:
-      learning_rate: learning rate of each group of trainable parameters.
-      l2: share of the coefficients that is added to their gradient (coupled, as torch's Adam does).
-      l1: weight of mean |c| in the objective.
-    """
-
-    learning_rate: dict[str, Float[Array, ""]]
-    l2: Float[Array, ""]
-    l1: Float[Array, ""]
+# Learning rate of each group of trainable parameters, which may be swept as arrays.
+Rates = dict[str, Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,19 +76,12 @@ class Recipe(StepsOptions):
     protocol: Protocol = "default"
     max_new_tokens: int | None = None
 
-    @property
-    def penalties(self) -> tuple[float, float]:
-        """L1 and L2 of the coefficients; zero for a method without coefficients."""
-        return 0.0, 0.0
-
     def check(self) -> None:
         """Raise ValueError for numbers that training cannot use. Whole numbers, except `warmup`, are at least 1."""
-        penalties = {
-            name: value
-            for name, value in vars(self).items()
-            if name.startswith(("lr_", "l1", "l2"))
+        rates = {
+            name: value for name, value in vars(self).items() if name.startswith("lr_")
         }
-        at_least(0, warmup=self.warmup, **penalties)
+        at_least(0, warmup=self.warmup, **rates)
         at_least(
             1,
             **{

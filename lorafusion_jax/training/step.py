@@ -84,25 +84,25 @@ def fusion_step(
 ) -> tuple[TrainState, Metrics]:
     """Take one step of one seed, with the weights that its problem has for this step.
 
-    Non-finite gradients are set to zero and counted, then clipped; L2 joins the coefficients' gradient;
-    Adam; pruned magnitudes stay zero; a stopped seed does not change.
+    Non-finite gradients are set to zero and counted, then clipped; Adam; pruned magnitudes stay zero; a stopped seed
+    does not change.
 
     `optimisation` is structure: `jax.jit(fusion_step, static_argnames="optimisation")`.
 
     Returns:
-      The new state, and metrics: loss, cross_entropy (nats per token), l1, gradient_norm,
+      The new state, and metrics: loss, cross_entropy (nats per token), penalty, gradient_norm,
       nonfinite_gradients, and the method's own.
 
     Raises:
       ValueError: a group of numbers has no learning rate.
     """
-    if missing := state.params.keys() - rates.learning_rate.keys():
+    if missing := state.params.keys() - rates.keys():
         raise ValueError(
-            f"no learning rate for {', '.join(sorted(missing))}: add it to Rates.learning_rate"
+            f"no learning rate for {', '.join(sorted(missing))}: add it to the rates"
         )
     problem = problem.replace(frozen=problem.frozen.of_step(state.step, problem.graph))
     (_, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(
-        state.params, batch, problem, rates.l1
+        state.params, batch, problem
     )
     broken = sum(
         jnp.sum(~jnp.isfinite(g), dtype=jnp.int32) for g in jax.tree.leaves(gradients)
@@ -114,12 +114,12 @@ def fusion_step(
         "nonfinite_gradients": broken,
         "gradient_norm": optax.tree.norm(gradients),
     }
-    updates, adam = _adam(gradients, state, rates.l2, optimisation.clip)
+    updates, adam = _adam(gradients, state, optimisation.clip)
     with standard_promotion():
         schedule = _schedule(optimisation)(state.step)
     params = {
         group: jax.tree.map(
-            lambda p, u, rate=rates.learning_rate[group] * schedule: p - rate * u,
+            lambda p, u, rate=rates[group] * schedule: p - rate * u,
             values,
             updates[group],
         )
@@ -185,19 +185,14 @@ _ADAM = (
 )  # beta 0.9 / 0.999, eps 1e-8: torch's defaults, and the paper's
 
 
-def _adam(
-    gradients: Any, state: TrainState, l2: Array, clip: float | None
-) -> tuple[Params, Any]:
-    """Clip, add the coefficients' L2, and return Adam's updates (before the learning rates) and its state."""
+def _adam(gradients: Any, state: TrainState, clip: float | None) -> tuple[Params, Any]:
+    """Clip, and return Adam's updates (before the learning rates) and its state."""
     updates: Any = gradients
     with standard_promotion():
         if clip is not None:
             updates, _ = optax.clip_by_global_norm(clip).update(
                 updates, optax.EmptyState()
             )
-        if "coefficients" in updates:
-            decayed = updates["coefficients"] + l2 * state.params["coefficients"]
-            updates = updates | {"coefficients": decayed}
         updates, adam = _ADAM.update(updates, state.adam, state.params)
     return updates, adam
 

@@ -328,11 +328,7 @@ def test_every_evaluation_of_a_search_and_every_batch_reads_with_separate_noise(
 def test_every_training_step_reads_anew_and_the_same_seed_the_same():
     frozen = _in_arrays(_WRITTEN, "read noise")
     problem = tiny.problem(lf.Fusion(), frozen, _INDEX)
-    rates = lf.Rates(
-        {"coefficients": jnp.float32(0), "magnitudes": jnp.float32(0)},
-        jnp.float32(0),
-        jnp.float32(0),
-    )
+    rates = {"coefficients": jnp.float32(0), "magnitudes": jnp.float32(0)}
     step = jax.jit(
         functools.partial(lf.fusion_step, optimisation=lf.Optimisation(steps=9))
     )

@@ -13,7 +13,7 @@ from flax import nnx
 
 import lorafusion_jax as lf
 from lorafusion_jax.io import load_arrays, save_arrays
-from lorafusion_jax.methods import FullFineTuning, Magnitudes, MeanFusion, VeRA
+from lorafusion_jax.methods import FullFineTuning, Magnitudes, VeRA
 
 _MODEL = tiny.t5()
 _KERNELS = lf.kernels(_MODEL)
@@ -70,11 +70,7 @@ def _scaled(params, site, W):
 
 def _fused(index, composition="sum"):
     def matrix(params, site, W):
-        c = (
-            params["coefficients"]
-            if "mean" not in params
-            else np.tile(params["mean"] / len(index), (len(index), 1))
-        )
+        c = params["coefficients"]
         updates = tiny.updates(
             _POOL, index, tiny.coefficient_of(c, _POOL, "block"), composition
         )
@@ -87,7 +83,31 @@ def _fused(index, composition="sum"):
     return matrix
 
 
+@dataclasses.dataclass(frozen=True)
+class _Gains(lf.Method):
+    """A method from outside of the package, whose numbers have a name and a form of their own."""
+
+    def init(self, frozen, index, key):
+        return {"coefficients": {name: jnp.ones(site.layers) for name, site in _SITES}}
+
+    def adapters(self, params, frozen, index):
+        gains = params["coefficients"]
+        scales = {
+            name: jnp.tile(gains[name][:, None], (1, site.d_out))
+            for name, site in _SITES
+        }
+        return {name: lf.Rescaled(scale) for name, scale in scales.items()}, {}
+
+    def penalty(self, params, frozen, index):
+        return sum(jnp.sum(gain**2) for gain in params["coefficients"].values())
+
+
+def _of_gains(params, site, W):
+    return W * params["coefficients"][site][:, None, None]
+
+
 _MEMBERS = {
+    "own": _Member(_Gains(), _of_gains),
     "lora": _Member(_LORA, _of_lora),
     "dora": _Member(dataclasses.replace(_LORA, dora=True), _of_lora),
     "vera": _Member(_VERA, _of_vera),
@@ -96,7 +116,6 @@ _MEMBERS = {
     "mix": _Member(
         lf.Fusion(composition="mix", magnitudes=False), _fused([2, 0], "mix"), (2, 0)
     ),
-    "mean-fusion": _Member(MeanFusion(magnitudes=False), _fused([2, 0, 1]), (2, 0, 1)),
 }
 _SOME_LONG = [
     pytest.param(name, marks=() if name == "lora" else pytest.mark.long)
@@ -275,30 +294,6 @@ def test_random_starts_are_drawn_as_in_peft():
 _INDEX = jnp.array([2, 0, 1])
 
 
-def test_a_mean_fusion_starts_where_a_uniform_fusion_does():
-    mean = tiny.problem(MeanFusion(), _FROZEN, _INDEX)
-    fusion = tiny.problem(lf.Fusion(), _FROZEN, _INDEX)
-    assert list(mean.init(_KEY)) == ["mean", "magnitudes"]
-    found = (
-        jax.tree.leaves(_adapters(problem, problem.init(_KEY)))
-        for problem in (mean, fusion)
-    )
-    for got, wanted in zip(*found, strict=True):
-        np.testing.assert_allclose(got, wanted, atol=1e-6)
-
-
-def test_a_mean_fusion_is_a_fusion_whose_coefficients_are_alike():
-    c = tiny.coefficients((5,))
-    spread, composition = MeanFusion(magnitudes=False).as_fusion(
-        {"mean": c}, _FROZEN, _INDEX
-    )
-    same = lf.Fusion(magnitudes=False).as_fusion(
-        {"coefficients": jnp.tile(c / 3, (3, 1))}, _FROZEN, _INDEX
-    )
-    assert composition == same[1] == "sum"
-    assert jax.tree.map(jnp.array_equal, spread, same[0]) == dict.fromkeys(spread, True)
-
-
 def test_a_fusion_with_other_adapters_is_not_exported_as_a_plain_one():
     class Squared(lf.Fusion):
         def adapters(self, params, frozen, index):
@@ -309,21 +304,3 @@ def test_a_fusion_with_other_adapters_is_not_exported_as_a_plain_one():
     params = Squared().init(_FROZEN, _INDEX, _KEY)
     assert Squared().as_fusion(params, _FROZEN, _INDEX) is None
     assert lf.Fusion().as_fusion(params, _FROZEN, _INDEX) is not None
-
-
-@pytest.mark.parametrize(
-    ("granularity", "acting"), [("global", True), ("block", [True] * 3 + [False] * 2)]
-)
-def test_a_mean_fusion_trains_one_row_of_coefficients_where_a_module_acts(
-    granularity, acting
-):
-    method = MeanFusion(granularity=granularity)
-    params = method.init(_FROZEN, _INDEX, _KEY)
-    of_all = method.trainable(params, _FROZEN, _INDEX)
-    assert jax.tree.map(jnp.shape, of_all) == jax.tree.map(jnp.shape, params) and bool(
-        jnp.all(of_all["mean"])
-    )
-    only = method.trainable(
-        params, _FROZEN, jnp.array([0])
-    )  # a module without decoder sites
-    assert only["mean"].tolist() == acting

@@ -28,7 +28,7 @@ from lorafusion_jax.estimates import (
     workload,
 )
 from lorafusion_jax.estimates.params import counts, trainable_count
-from lorafusion_jax.methods import Built, Magnitudes, MeanFusion, VeRA, fields_of, find
+from lorafusion_jax.methods import Built, Magnitudes, VeRA, fields_of, find
 from lorafusion_jax.methods.entry import PlannedPool
 from lorafusion_jax.models.t5.config import SHAPES
 from lorafusion_jax.tasks import load_task
@@ -175,7 +175,7 @@ def test_every_group_of_an_entry_is_trained_at_its_own_rate_of_the_recipe(name):
     assert tuple(found) == entry.groups and all(np.array(list(found.values())) > 0)
     rates = [number for number in fields_of(entry) if number.startswith("lr_")]
     chosen = recipe(name, **{rate: number + 0.5 for number, rate in enumerate(rates)})
-    groups = {"mean": "coefficients", "base": "full"}
+    groups = {"base": "full"}
     found = entry.build(
         Built(config=_SMALL, recipe=chosen, pool=_POOL, modules=2)
     ).learning_rates(chosen)
@@ -210,7 +210,6 @@ def test_a_method_is_built_with_the_numbers_of_the_recipe():
     )
     assert built("fusion") == fusion
     assert built("coefficients") == dataclasses.replace(fusion, magnitudes=False)
-    assert built("mean-fusion") == MeanFusion(**dataclasses.asdict(fusion))
     in_basis = built("fusion", lf.shared_basis(_POOL, 4), basis=3)
     assert in_basis == lf.Fusion(basis=3)
     assert built("merge") == lf.Merge(kind="ties", density=0.3)

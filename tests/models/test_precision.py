@@ -69,11 +69,7 @@ def _step(
         index=jnp.arange(3),
     )
     state = lf.init_state(problem, jax.random.key(0))
-    rates = lf.Rates(
-        {group: jnp.float32(0.1) for group in state.params},
-        l2=jnp.float32(0),
-        l1=jnp.float32(0),
-    )
+    rates = {group: jnp.float32(0.1) for group in state.params}
     step = partial(lf.fusion_step, optimisation=lf.Optimisation(steps=1))
     return _products(step, state, tiny.batch(rows=_ROWS), problem, rates)
 

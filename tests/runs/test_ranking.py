@@ -62,16 +62,10 @@ def test_the_gradient_is_a_finite_difference_of_the_loss():
     size = float(np.sum(gradient**2))
     step = 1e-2 / size**0.5
     ahead = lf.objective(
-        {"coefficients": jnp.asarray(1 * step * gradient)},
-        tiny.batch(),
-        problem,
-        jnp.float32(0),
+        {"coefficients": jnp.asarray(1 * step * gradient)}, tiny.batch(), problem
     )[1]
     behind = lf.objective(
-        {"coefficients": jnp.asarray(-1 * step * gradient)},
-        tiny.batch(),
-        problem,
-        jnp.float32(0),
+        {"coefficients": jnp.asarray(-1 * step * gradient)}, tiny.batch(), problem
     )[1]
     slope = float(ahead["cross_entropy"] - behind["cross_entropy"]) / (2 * step)
     assert slope == pytest.approx(size, rel=0.02)
@@ -104,7 +98,6 @@ def test_a_run_that_chose_is_resumed_and_evaluated_with_its_modules(ranked):
     ("changes", "message"),
     [
         ({"composition": "mix"}, "no gradient can choose modules of a mix"),
-        ({"method": "mean-fusion"}, "use the method fusion or coefficients"),
         ({"adapters": ("double_next",)}, "--adapters names the modules already"),
         ({"modules": 5}, "5 modules to be chosen from a pool of 4"),
     ],

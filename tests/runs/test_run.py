@@ -459,7 +459,6 @@ def test_two_processes_cannot_write_one_run(copied, tmp_path):
         ({"l1": -1.0}, "l1 is -1.0: expected at least 0"),
         ({"train_rows": -5}, "train_rows is -5: expected at least 0"),
         ({"method": "lorahub", "evaluations": 1000}, "at most 100 evaluations for 2"),
-        ({"method": "mean-fusion", "prune": 0.1}, "does not prune"),
         ({"test_rows": -1}, "test_rows is -1: expected at least 0"),
         ({"save_seconds": math.inf}, "save_seconds is inf: give a finite number"),
         ({"clip": -1.0}, "clip is -1.0: give a norm above 0"),
@@ -490,7 +489,7 @@ def test_folders_that_are_no_inputs_stop_a_run_and_other_options_its_resumption(
     assert not lf.runs.run_path(new).exists()
     with pytest.raises(
         ValueError,
-        match="prune is an option of the methods fusion, mean-fusion, not of coefficients",
+        match="prune is an option of the method fusion, not of coefficients",
     ):
         dataclasses.replace(
             options,

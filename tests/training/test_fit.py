@@ -228,11 +228,7 @@ def test_gradients_with_layers_in_separate_arrays(dtype):
 
 def test_each_seed_learns_at_the_rates_that_are_given_for_it(problem, by_step):
     rates = recipe_rates(Fusion(), _RECIPE, 2)
-    rates = rates._replace(
-        learning_rate={
-            group: rate.at[1].set(0) for group, rate in rates.learning_rate.items()
-        }
-    )
+    rates = {group: rate.at[1].set(0) for group, rate in rates.items()}
     begin = start(problem, _SEEDS).params
     trained = by_step[0].params
     last = fit(

@@ -174,7 +174,7 @@ def test_methods_have_the_loss_and_gradients_of_padded_rows(name, nf4):
     @jax.jit
     def value_and_grad(batch):
         return jax.value_and_grad(
-            lambda params: lf.objective(params, batch, problem, jnp.float32(0))[0]
+            lambda params: lf.objective(params, batch, problem)[0]
         )(params)
 
     _compare(value_and_grad, _both(_CONFIG), 1e-6, 1e-5)
@@ -244,7 +244,7 @@ def test_ideal_arrays_have_the_loss_of_padded_rows():
     problem = _problem(lf.Fusion(), (2, 0), chips)
     params = problem.init(jax.random.key(1))
     losses = [
-        float(jax.jit(lambda b: lf.objective(params, b, problem, jnp.float32(0))[0])(b))
+        float(jax.jit(lambda b: lf.objective(params, b, problem)[0])(b))
         for b in _both(_CONFIG)
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -1,5 +1,7 @@
 """The fusion step: what happens to gradients, and what early stopping and pruning do. Oracles in NumPy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,12 +35,11 @@ def start(problem):
     return lf.init_state(problem, _KEY)
 
 
-def _rates(coefficients=0.02, magnitudes=0.005, l2=0.0, l1=0.0):
-    learning_rate = {
+def _rates(coefficients=0.02, magnitudes=0.005):
+    return {
         "coefficients": jnp.float32(coefficients),
         "magnitudes": jnp.float32(magnitudes),
     }
-    return lf.Rates(learning_rate, jnp.float32(l2), jnp.float32(l1))
 
 
 @pytest.fixture
@@ -209,14 +210,11 @@ def test_clipping_by_the_norm_of_all_groups(start, take, clip):
     norm = _norm(gradients)
     assert norm > 0.5
     state, metrics = take(
-        start, gradients, _rates(l2=1.0), lf.Optimisation(steps=9, clip=clip)
+        start, gradients, _rates(), lf.Optimisation(steps=9, clip=clip)
     )
     factor = 0.5 / norm if clip == 0.5 else 1.0
-    # After one step Adam's first moment is a tenth of what it was given; L2 comes after clipping.
+    # After one step Adam's first moment is a tenth of what it was given.
     wanted = jax.tree.map(lambda g: 0.1 * factor * np.asarray(g), gradients)
-    wanted["coefficients"] = wanted["coefficients"] + 0.1 * np.asarray(
-        start.params["coefficients"]
-    )
     _close(state.adam.mu, wanted)
     np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-6)
 
@@ -324,7 +322,7 @@ def test_a_stopped_seed_stays_bit_for_bit_while_another_goes_on(start, take):
     optimisation = lf.Optimisation(steps=9, patience=1, prune=0.2)
 
     def of_seed(state):
-        state, _ = take(state, gradients, _rates(l2=1.0), optimisation)
+        state, _ = take(state, gradients, _rates(), optimisation)
         return prune(
             end_epoch(state, jnp.float32(1.0), jnp.int32(3), optimisation), 0.2
         )
@@ -406,31 +404,32 @@ def test_the_objective(frozen, problem, start):
     filled = jax.tree.map(lambda a: jnp.concatenate([a, jnp.zeros_like(a[:1])]), batch)
     filled = filled._replace(labels=filled.labels.at[-1].set(-100))
 
+    method = dataclasses.replace(problem.method, l1=0.5, l2=0.25)
+    penalised = problem.replace(method=method)
+
     @jax.jit
     def value(c, batch):
         params = start.params | {"coefficients": c}
-        return lf.objective(params, batch, problem, jnp.float32(0.5))
+        return lf.objective(params, batch, penalised)
 
     total, metrics = value(c, filled)
-    # L1 is a mean over the coefficients that meet a module; the others are not penalised.
-    l1 = 0.5 * np.mean(np.abs(np.asarray(c))[acting])
-    np.testing.assert_allclose(metrics["l1"], l1, rtol=1e-6)
-    moved, _ = value(jnp.where(acting, c, c + 7.0), filled)
-    assert moved == total
+    # L1 is a mean over the coefficients that meet a module.
+    penalty = 0.5 * np.mean(np.abs(np.asarray(c))[acting])
+    penalty += 0.125 * np.sum(np.square(np.asarray(c)))
+    np.testing.assert_allclose(metrics["penalty"], penalty, rtol=1e-6)
     # The loss divides by the rows that are really there: 3 of 4.
     np.testing.assert_allclose(metrics["loss"], metrics["cross_entropy"] / 3, rtol=1e-6)
-    np.testing.assert_allclose(total, metrics["loss"] + metrics["l1"], rtol=1e-6)
+    np.testing.assert_allclose(total, metrics["loss"] + metrics["penalty"], rtol=1e-6)
     # Nothing is random: evaluation has no dropout.
     again, _ = value(c, filled)
     assert again == total
     assert "random" not in str(jax.make_jaxpr(value)(c, filled))
 
     def penalty(c):
-        return value(c, filled)[1]["l1"]
+        return value(c, filled)[1]["penalty"]
 
-    np.testing.assert_allclose(
-        jax.grad(penalty)(c), 0.5 * np.sign(c) * acting / np.sum(acting), rtol=1e-6
-    )
+    wanted = 0.5 * np.sign(c) * acting / np.sum(acting) + 0.25 * c
+    np.testing.assert_allclose(jax.grad(penalty)(c), wanted, rtol=1e-6)
 
 
 def test_the_loss_is_that_of_all_log_probabilities_without_their_memory():
