@@ -117,7 +117,7 @@ def test_a_state_shares_no_memory_with_the_frozen_weights(method, frozen):
                 lf.init_state(p, _KEY),
                 tiny.batch(),
                 p,
-                _rates()._replace(learning_rate={"coefficients": jnp.float32(0.1)}),
+                {"coefficients": jnp.float32(0.1)},
                 optimisation=lf.Optimisation(steps=2),
             ),
             "no learning rate for magnitudes: add it",
