@@ -24,6 +24,7 @@ from lorafusion_jax.estimates import CHARACTERS_PER_TOKEN
 from lorafusion_jax.models import rough_operations
 from lorafusion_jax.tasks import (
     IGNORED,
+    MOST_SHAPES,
     Batch,
     Encoded,
     Packing,
@@ -36,7 +37,6 @@ from lorafusion_jax.tasks import (
     split,
     train_step_batches,
 )
-from lorafusion_jax.tasks.packing import MOST_SHAPES
 
 _REQUIRED = 0.92
 # Name -> seeds, whether they are batched, and whether rows are packed.

@@ -174,7 +174,6 @@ _INTERNAL = {
     "lorafusion_jax.support.interrupts": "a script handles Ctrl-C before the public names are loaded",
     "lorafusion_jax.cli.run": "the same",
     "lorafusion_jax.crossbar.read.definition": "the oracle of the read paths, which fast paths are measured against",
-    "lorafusion_jax.tasks.packing.MOST_SHAPES": "the bar of a benchmark",
 }
 
 

@@ -39,7 +39,7 @@ from ..models.architecture import (
 )
 from ..support.platform import for_cpu
 from ..tasks.batches import step_widths
-from ..tasks.packing import step_shape
+from ..tasks.packing import SHALLOW, step_shape, unrolling_pays
 from ..training import mesh as sharding
 from ..training.frozen import Frozen
 from ..training.mesh import on_mesh
@@ -50,25 +50,12 @@ from .spec import LoadOptions
 
 AnyLoaded = TypeVar("AnyLoaded", bound="LoadedModel")
 
-# A model of so few layers compiles as fast without a loop over them.
-_SHALLOW = 8
-# Of training with unrolled layers on a CPU, as measured (docs/concepts/speed.md): the share of a step that it
-# saves, the operations of compiling each further layer, the bytes that it keeps for the backward pass for d_model
-# operations (of all known shapes), and the most such bytes.
-_SAVED = 0.05
-_COMPILING_LAYER = 5e10
-_KEPT_BYTES = 2 / 3
-_MOST_KEPT = 2**30
 _CONTROL_KEY = 0
 _CONTROLS: dict[str, Callable[[LoraPool, Array], LoraPool]] = {
     "random-factors": random_pool,
     "shuffled": shuffled_pool,
     "rotated": rotated_pool,
 }
-# By the compiler's cycles for a TPU v5e (docs/results/speed.md): operations of an accelerator for one of a core,
-# 5e13 a second; and the time of a packed step over that of a padded one.
-_ACCELERATED = 500
-_MOVING = 1.5
 
 
 class Texts(NamedTuple):
@@ -110,9 +97,7 @@ class LoadedModel:
 def packing_of(config: Architecture, *, on_cpu: bool) -> tasks.Packing:
     """Return the rule for packed batches of a model."""
     packing = tasks.Packing(config.causal, functools.partial(rough_operations, config))
-    if on_cpu:
-        return packing
-    return packing._replace(compiling=_ACCELERATED * packing.compiling, moving=_MOVING)
+    return packing if on_cpu else packing.on_accelerator()
 
 
 def evaluation_worth(config: Architecture) -> float:
@@ -160,10 +145,7 @@ def pays_unrolled(
     )
     shape = step_shape(orders.shape[2], *programs.T)
     operations = rough_operations(config, *shape)
-    saved = _SAVED * np.sum(times * operations)
-    compiling = len(programs) * max(config.layers - _SHALLOW, 0) * _COMPILING_LAYER
-    kept = _KEPT_BYTES * np.max(operations) / config.d_model
-    return bool(saved > compiling and kept <= _MOST_KEPT)
+    return unrolling_pays(operations, times, layers=config.layers, width=config.d_model)
 
 
 def load_model(
@@ -196,7 +178,7 @@ def load_model(
         with sharding.loading():
             model = base.load(dtype=options.dtype, quantise=quantise, hashed=True)
         model.config = dataclasses.replace(
-            model.config, unroll=model.config.layers <= _SHALLOW
+            model.config, unroll=model.config.layers <= SHALLOW
         )
         graph, weights = nnx.split(model)
         weights = on_mesh(weights, model.config)

@@ -8,7 +8,6 @@ from .batches import (
     Rows,
     StepBatch,
     TrainingRows,
-    bucket,
     eval_batches,
     most_new_tokens,
     pad,
@@ -28,7 +27,7 @@ from .data import (
 )
 from .metrics import constant_answer, exact_match
 from .options import answer_options
-from .packing import Packing
+from .packing import MOST_SHAPES, Packing, bucket
 from .protocol import Protocol, Split, batch_orders, draw_modules, split
 from .readers import task_name
 from .tokenizer import (

@@ -9,16 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int, Int32
 
-from .packing import (
-    COMMON,
-    FEWEST_TOKENS,
-    MOST_SHAPES,
-    Costs,
-    Numbers,
-    Packing,
-    few_widths,
-    groups,
-)
+from .packing import FEWEST_TOKENS, Packing, bucket, few_widths, groups
 from .protocol import Split, batch_orders
 from .tokenizer import Encoded
 
@@ -132,17 +123,6 @@ def pad(
     return padded
 
 
-def bucket(length: int) -> int:
-    """Return the smallest width of the ladder that holds `length` tokens.
-
-    The ladder: 4, 8, 12, ... 64, from there eight widths an octave: 72, 80, ... 128, 144, 160, ... On BIG-Bench Hard
-    70 % of the computed tokens of a training with one seed are real (`benchmarks/padding.py`).
-    """
-    octave = 1 << max(length - 1, 0).bit_length()
-    rung = max(octave // 16, 4)
-    return max(-(-length // rung), 1) * rung
-
-
 def most_new_tokens(longest: int) -> int:
     """Return how many tokens are generated at most where the longest training target has `longest`: twice as many."""
     return min(bucket(2 * longest), 256)
@@ -227,7 +207,8 @@ def step_widths(
 ) -> Int[np.ndarray, "*seeds steps widths"]:
     """Return the widths of all steps: those of `Packing.plan`, or the source and target width of padded rows."""
     lengths = _lengths(encoded)[orders]
-    padded = np.array(_shapes(lengths.max(axis=(0, 2))))
+    longest = lengths.max(axis=(0, 2))
+    padded = few_widths(longest, lambda count, source, _: count * source)
     planned = None if packing is None else packing.plan(lengths, padded, alike=alike)
     return padded if planned is None else planned
 
@@ -247,9 +228,9 @@ def eval_batches(
         return
     table = _table(encoded, pad_id)
 
-    def computed(count: Numbers, source: Numbers, target: Numbers) -> Costs:
+    def computed(count: Any, source: Any, target: Any) -> Any:
         steps = -(-count // batch_size)
-        return steps * -(-count // steps) * (source + target).astype(float)
+        return steps * -(-count // steps) * (source + target)
 
     order = np.argsort(table.lengths[:-1, 0], kind="stable").astype(np.int32)
     row_widths = few_widths(table.lengths[order], computed, worth=worth)
@@ -286,12 +267,9 @@ class TrainingRows(NamedTuple):
 
 
 def _table(encoded: Encoded, pad_id: int) -> _Table:
-    def widest(length: int) -> int:
-        return -(-bucket(length) // max(COMMON)) * max(COMMON)
-
     lengths = _lengths(encoded)
     nothing = np.zeros(0, np.int32)
-    source, target = map(widest, lengths.max(axis=0).tolist())
+    source, target = map(bucket, lengths.max(axis=0).tolist())
     return _Table(
         input_ids=pad((*encoded.inputs, nothing), pad_id, source),
         labels=pad((*encoded.labels, nothing), IGNORED, target),
@@ -358,21 +336,3 @@ def _packed(
                     line[: end - begin] = np.arange(begin, end)
     real = np.arange(source_width) < lengths[..., 0].sum(axis=-1)[..., None, None]
     return Batch(ids, real, labels, rows >= 0, Rows(sources, targets, before))
-
-
-def _shapes(longest: Int[np.ndarray, "steps 2"]) -> list[tuple[int, int]]:
-    """Choose source and target width of every batch, at most MOST_SHAPES different pairs."""
-    buckets = np.array([bucket(int(length)) for length in longest[:, 0]])
-    widths, batches = np.unique(buckets, return_counts=True)
-    while len(widths) > MOST_SHAPES:
-        # Drop the width whose batches grow least, all told, when they take the next one.
-        cheapest = int(np.argmin(batches[:-1] * np.diff(widths)))
-        batches[cheapest + 1] += batches[cheapest]
-        widths = np.delete(widths, cheapest)
-        batches = np.delete(batches, cheapest)
-    sources = widths[np.searchsorted(widths, buckets)]
-    # One target width for each source width: long answers of long questions do not widen the others.
-    targets = {
-        int(width): bucket(int(longest[sources == width, 1].max())) for width in widths
-    }
-    return [(int(source), targets[int(source)]) for source in sources]

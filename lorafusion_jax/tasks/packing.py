@@ -1,4 +1,4 @@
-"""The few shapes of packed and padded batches, chosen by what they cost.
+"""The few shapes of packed and padded batches: widths of a fixed ladder, of which the least useful ones are left out.
 
 Axis letters: B batch.
 """
@@ -10,23 +10,27 @@ import numpy as np
 from jaxtyping import Float, Int
 
 MOST_SHAPES = 6
-# Operations that a core of a CPU computes while a step is compiled: about 5 s of 1e11 each.
+# Operations that a core of a CPU computes while a step is compiled: about 5 s of 1e11 each. An accelerator computes 500
+# times as many, 5e13 a second, by the compiler's cycles for a TPU v5e (docs/results/accelerators.md).
 COMPILING = 5e11
+_ACCELERATED = 500
+# Time of a packed step on an accelerator, whose rows are moved, over that of a padded one, by the same cycles.
+_MOVING = 1.5
 # Programs of evaluation are smaller: one more shape must save so much of it, but at least so many tokens.
 _OF_EVALUATION = 0.05
 FEWEST_TOKENS = 400.0
-# Widths are multiples of these if that costs little, so that more tasks share programs.
-COMMON = (16, 4)
-_LITTLE = 0.1  # of what one more shape must save
-
-Numbers = Int[np.ndarray, " n"]
-Costs = Float[np.ndarray, " n"]
-
+# More groups pad less, but take longer to compile.
+_GROUPS = 2
+# A model of so few layers compiles as fast without a loop over them.
+SHALLOW = 8
+# As measured (docs/concepts/speed.md), unrolled layers save 5 % of the operations of training on a CPU, and compiling
+# a further layer takes 5e10. Per number of d_model, a step of so many operations keeps 1 GiB for the backward pass.
+_UNROLLING = 1e12
+_MOST_OPERATIONS = 1.6e9
 
 # Of attention: number, source width and target width of rows that are padded alike.
 Group = tuple[int, Any, Any]
-# More groups pad less, but take longer to compile.
-_GROUPS = 2
+Lengths = Int[np.ndarray, "n widths"]
 
 
 class Packing(NamedTuple):
@@ -37,7 +41,7 @@ class Packing(NamedTuple):
       operations: function from numbers of source and target tokens, and the groups of rows in which attention computes
         them, to operations of a training step.
       compiling: operations that every compiled shape must save.
-      moving: time of a packed step, whose rows are moved, over that of a padded one of as many operations.
+      moving: time of a packed step over that of a padded one of as many operations.
     """
 
     causal: bool
@@ -45,15 +49,18 @@ class Packing(NamedTuple):
     compiling: float = COMPILING
     moving: float = 1.0
 
+    def on_accelerator(self) -> "Packing":
+        """Return the rule for an accelerator."""
+        return self._replace(compiling=_ACCELERATED * COMPILING, moving=_MOVING)
+
     def repeated(self, times: int) -> "Packing":
         """Return the rule for batches that are computed so many times."""
         return self._replace(operations=lambda *shape: times * self.operations(*shape))
 
     def evaluation_worth(self) -> float:
         """Return the number of tokens that one more shape of an evaluation must save."""
-        token_operations = (
-            self.operations(1, 1, [(1, 1, 1)]) / 4
-        )  # two tokens, of a step with a backward pass
+        # two tokens, of a step with a backward pass
+        token_operations = self.operations(1, 1, [(1, 1, 1)]) / 4
         return max(FEWEST_TOKENS, _OF_EVALUATION * self.compiling / token_operations)
 
     def plan(
@@ -65,15 +72,11 @@ class Packing(NamedTuple):
     ) -> Int[np.ndarray, "*seeds steps widths"] | None:
         """Return the widths of every batch, from the source and target tokens of its rows.
 
-        First the widths of all source and all target tokens, then those of the rows of each group (`groups`). Those
-        that cost least, with their compilation, are chosen. Batches of one step have the same widths in all seeds if
-        they have to be `alike`. None is returned where packing saves less than its further shapes, or one, take to
-        compile, because tasks share the widths of `padded` rows.
+        First the widths of all source and all target tokens, then those of the rows of each group (`groups`). Batches
+        of one step have the same widths in all seeds if they have to be `alike`. None is returned where packing saves
+        less than its further shapes, or one, take to compile, because tasks share the widths of `padded` rows.
         """
-        seeds, steps, rows, _ = lengths.shape
-        seeds_together = (
-            seeds if alike else 1
-        )  # batches of so many seeds in one program
+        seeds, _, rows, _ = lengths.shape
         packed = np.maximum(lengths - np.array([self.causal, 0]), 0)
         group_widths = [
             np.take_along_axis(packed, numbers[..., None], axis=2).max(axis=2)
@@ -81,13 +84,11 @@ class Packing(NamedTuple):
         ]
         widths = np.concatenate([packed.sum(axis=2), *group_widths], axis=2)
         widths = widths.max(axis=0) if alike else widths
+        seeds_together = seeds if alike else 1  # in one program
 
-        def cost(number: Any, *step_widths: Any) -> Any:
-            return (
-                seeds_together
-                * number
-                * self.operations(*step_shape(rows, *step_widths))
-            )
+        def cost(count: Any, *step_widths: Any) -> Any:
+            operations = self.operations(*step_shape(rows, *step_widths))
+            return seeds_together * count * operations
 
         few = few_widths(
             widths.reshape(-1, widths.shape[-1]), cost, worth=self.compiling
@@ -121,51 +122,64 @@ def step_shape(
     )
 
 
-def few_widths(
-    widths: Int[np.ndarray, "n widths"], cost: Callable[..., Costs], *, worth: float
-) -> Int[np.ndarray, "n widths"]:
-    """Return widths for each given list of them, none smaller, at most MOST_SHAPES different lists.
+def bucket(length: int) -> int:
+    """Return the smallest width of the ladder that holds `length` tokens.
 
-    They cost the least together, given the cost of so many items (first argument) of some widths, and `worth` for each
-    list. Widths above 32 are multiples of 4. All are multiples of 16, or of 4, if that costs little.
+    The ladder: 4, 8, 12, ... 64, from there eight widths an octave: 72, 80, ... 128, 144, 160, ...
     """
-    exact = np.where(widths > 32, -(-widths // 4) * 4, np.maximum(widths, 1))
-    least, few = _grouped(exact, cost, worth)
-    for common in COMMON:
-        costs, shared = _grouped(-(-exact // common) * common, cost, worth)
-        if costs < least + _LITTLE * worth:
-            return shared
-    return few
+    octave = 1 << max(length - 1, 0).bit_length()
+    rung = max(octave // 16, 4)
+    return max(-(-length // rung), 1) * rung
 
 
-def _grouped(
-    widths: Int[np.ndarray, "n widths"], cost: Callable[..., Costs], worth: float
-) -> tuple[float, Int[np.ndarray, "n widths"]]:
-    """Return the cost of the lists of `few_widths`, and the lists."""
-    sources, place, counts = np.unique(
-        widths[:, 0], return_inverse=True, return_counts=True
-    )
-    least = np.zeros((len(sources), widths.shape[1]), int)
-    np.maximum.at(least, place, widths)
-    # Cost of a group of consecutive sources, from number i to number j.
-    costs = np.full((len(sources), len(sources)), np.inf)
-    for i in range(len(sources)):
-        costs[i, i:] = cost(np.cumsum(counts[i:]), *np.maximum.accumulate(least[i:]).T)
-    # Of groups up to j: their cost, and where the last one begins, for each number of groups.
-    best = [costs[0]]
-    begins = [np.zeros(len(sources), int)]
-    while len(best) < min(MOST_SHAPES, len(sources)):
-        totals = np.pad(
-            best[-1][:-1, None] + costs[1:], ((1, 0), (0, 0)), constant_values=np.inf
+def few_widths(
+    widths: Lengths, cost: Callable[..., Any], *, worth: float = 0.0
+) -> Lengths:
+    """Return widths of the ladder for each given list of them, none smaller, at most MOST_SHAPES different lists.
+
+    Lists whose first width has one rung share the widest. The list whose items cost least more with the next one's
+    widths is left out, while that is less than `worth`, or there are too many. `cost` is that of so many items (first
+    argument) of some widths.
+    """
+    firsts = np.array([bucket(int(first)) for first in widths[:, 0]])
+    rungs = np.unique(firsts)
+    while True:
+        place = np.searchsorted(rungs, firsts)
+        counts = np.bincount(place)
+        lists = np.array(
+            [
+                [rung, *map(bucket, widths[place == number, 1:].max(axis=0).tolist())]
+                for number, rung in enumerate(rungs.tolist())
+            ]
         )
-        begins.append(np.argmin(totals, axis=0))
-        best.append(np.min(totals, axis=0))
-    totals = np.array([costs_of_row[-1] for costs_of_row in best]) + worth * np.arange(
-        1, len(best) + 1
-    )
-    number = int(np.argmin(totals))
-    end = len(sources)
-    for begin in reversed(begins[: number + 1]):
-        group = slice(int(begin[end - 1]), end)
-        least[group], end = least[group].max(axis=0), group.start
-    return float(totals[number]), least[place]
+        wider = np.maximum(lists[:-1], lists[1:])
+        growths = [
+            cost(counts[i] + counts[i + 1], *wider[i])
+            - cost(counts[i], *lists[i])
+            - cost(counts[i + 1], *lists[i + 1])
+            for i in range(len(wider))
+        ]
+        too_many = len(rungs) > MOST_SHAPES
+        if not growths or not too_many and min(growths) >= worth:
+            return lists[place]
+        rungs = np.delete(rungs, int(np.argmin(growths)))
+
+
+def unrolling_pays(
+    operations: Float[np.ndarray, " programs"],
+    times: Int[np.ndarray, " programs"],
+    *,
+    layers: int,
+    width: int,
+) -> bool:
+    """Return whether unrolled layers save more in a training on a CPU than they take to compile, in little memory.
+
+    Args:
+      operations: those of a step of each program.
+      times: number of steps of each program.
+      layers: number of layers.
+      width: d_model.
+    """
+    compiling = len(operations) * max(layers - SHALLOW, 0) * _UNROLLING
+    saves = np.sum(times * operations) > compiling
+    return bool(saves and np.max(operations) <= _MOST_OPERATIONS * width)

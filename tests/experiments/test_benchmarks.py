@@ -53,9 +53,9 @@ def test_padding_is_counted_in_tokens(tmp_path, monkeypatch, capsys):
     evaluation, shapes = printed["cases"][-2:]
     # One batch of prompts of the longest's width, as two would save less than their compilation costs.
     assert evaluation["computed_from"]["real"] == 45 * 2 + 5 * 9
-    assert evaluation["computed_from"]["computed"] == 50 * 9
+    assert evaluation["computed_from"]["computed"] == 50 * 12
     assert (
-        evaluation["ratio"] == pytest.approx(135 / 450)
+        evaluation["ratio"] == pytest.approx(135 / 600)
         and evaluation["higher_is_better"]
     )
     assert shapes["ratio"] == 1 and not shapes["higher_is_better"]

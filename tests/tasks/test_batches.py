@@ -1,7 +1,5 @@
 """Padding and batching: nothing lost, nothing twice, masks exact, few shapes, little padding."""
 
-import itertools
-
 import jax
 import numpy as np
 import pytest
@@ -116,26 +114,6 @@ def test_eval_batches(pairs, batch_size):
             -count // len(group)
         )
         assert (np.concatenate(group)[:count] >= 0).all()
-
-
-@settings(max_examples=40)
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=20))
-def test_evaluation_computes_the_fewest_tokens_that_six_widths_allow(numbers):
-    """By trying all groups of rows; lengths are multiples of 16 and differ by more than one more shape must save."""
-    encoded = _encoded([(416 * number, 1) for number in numbers])
-    different = sorted(set(numbers))
-    computed = sum(
-        batch.input_ids.size for _, batch in tasks.eval_batches(encoded, 1, pad_id=_PAD)
-    )
-    fewest = min(
-        sum(
-            416 * min(width for width in (*widths, different[-1]) if width >= number)
-            for number in numbers
-        )
-        for count in range(6)
-        for widths in itertools.combinations(different, count)
-    )
-    assert computed == fewest
 
 
 @settings(max_examples=40)
