@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ class Hub:
       private: names that need the token.
       gated: names that nobody was let in to.
       busy: how many requests to answer with 429 first.
-      answers: path -> status, headers and parts of an answer to give instead; without a Content-Length it is chunked.
+      answers: path -> content of an answer to give instead, with the digest of `{}`.
       requests: method and path of every request.
     """
 
@@ -32,7 +32,7 @@ class Hub:
         self.private: set[str] = set()
         self.gated: set[str] = set()
         self.busy = 0
-        self.answers: dict[str, tuple[int, dict[str, str], Iterable[bytes]]] = {}
+        self.answers: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
 
     def add(self, name: str, folder: Path) -> None:
@@ -100,7 +100,8 @@ class _Handler(BaseHTTPRequestHandler):
             hub.busy -= 1
             return self._send(429, b"slow down", {"Retry-After": "0"})
         if path in hub.answers:
-            return self._given(*hub.answers[path])
+            headers = {"ETag": _etag(b"{}"), "X-Repo-Commit": COMMIT}
+            return self._send(200, hub.answers[path], headers)
         if found := re.fullmatch(
             r"/stored/([\w-]+/[\w.-]+)/(.+)", path
         ):  # where the hub keeps large files
@@ -197,29 +198,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _url(self, path: str) -> str:
         return f"http://{self.headers['Host']}/{path}"
-
-    def _given(
-        self, status: int, headers: dict[str, str], parts: Iterable[bytes]
-    ) -> None:
-        self.send_response(status)
-        chunked = "Content-Length" not in headers
-        for key, value in (
-            headers | ({"Transfer-Encoding": "chunked"} if chunked else {})
-        ).items():
-            self.send_header(key, value)
-        self.send_header(
-            "Connection", "close"
-        )  # or the client may send its next request on it
-        self.end_headers()
-        self.close_connection = True
-        with contextlib.suppress(OSError):  # the client may hang up
-            for part in parts if self.command != "HEAD" else ():
-                self.wfile.write(
-                    b"%x\r\n%s\r\n" % (len(part), part) if chunked else part
-                )
-            self.wfile.write(
-                b"0\r\n\r\n" if chunked and self.command != "HEAD" else b""
-            )
 
     def _json(self, found: object, status: int = 200) -> None:
         self._send(

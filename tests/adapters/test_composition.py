@@ -402,17 +402,6 @@ def test_a_mix_takes_ranks_that_differ_where_modules_do_not_meet(module):
         _close(matrices[site][layer], _kernel(site, layer) + update)
 
 
-@pytest.mark.parametrize(("composition", "has_loop"), [("mix", False), ("sum", True)])
-def test_a_mix_copies_no_layers_of_the_pool_for_a_loop(composition, has_loop):
-    A = {"q": jnp.ones((5, 2, 16, 4))}
-    B = {"q": jnp.ones((5, 2, 4, 12))}
-    pool = lf.LoraPool(A=A, B=B, rank={"q": jnp.full((5, 2), 4)}, names=("a", "b"))
-    program = jax.make_jaxpr(
-        lambda c: lf.compose(pool, jnp.arange(2), {"q": c}, composition)
-    )
-    assert ("scan[" in str(program(jnp.ones((5, 2, 1))))) == has_loop
-
-
 @pytest.mark.parametrize(
     ("composition", "qtype", "bits", "error"),
     [("sum", "nf4", 4, 0.15), ("mix", "int8", 8, 0.02)],

@@ -46,11 +46,6 @@ def test_help_lists_the_subcommands(capsys):
         main(["fly"])
 
 
-def test_a_terminal_of_one_column_has_help(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "1")
-    assert "--max-new-tokens" in _help.__wrapped__("generate")
-
-
 @pytest.mark.parametrize("subcommand", _SUBCOMMANDS)
 def test_every_help_text_describes_every_option(subcommand):
     text = _help(subcommand)

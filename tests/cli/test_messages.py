@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import lorafusion_jax as lf
 from lorafusion_jax import cli
-from lorafusion_jax.runs import run_path
 
 _SMALL = Path(__file__).resolve().parents[2] / "examples" / "small"
 # The shapes are those of tests/methods/test_methods.py, so that their programs are found.
@@ -144,18 +142,6 @@ def test_a_run_is_replaced_only_with_overwrite_and_once_the_new_one_is_complete(
     with pytest.raises(SystemExit):
         cli.main(changed)
     assert folder.is_dir() and "config.json: " in capsys.readouterr().err
-
-
-def test_a_task_that_is_a_folder_above_gives_a_name_inside_of_out(tmp_path):
-    (tmp_path / "mine" / "deeper").mkdir(parents=True)
-    for source, name in (
-        (f"{tmp_path}/mine/deeper/..", "mine"),
-        ("/", "task"),
-        (f"{tmp_path}/...jsonl", "task"),
-        ("owner/data.v2@main:part", "data.v2-part"),
-    ):
-        options = lf.FuseOptions(base="owner/b", task=source, out=tmp_path / "runs")
-        assert run_path(options) == tmp_path / "runs" / f"{name}-fusion"
 
 
 def _fuse(small: tuple[Path, Path], task: Path, *options: str) -> list[str]:

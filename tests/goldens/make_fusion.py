@@ -9,7 +9,6 @@ one adapter with all coefficients 1 is checked against PEFT.
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -253,38 +252,6 @@ def start_magnitudes(
     ]
 
 
-def adam_steps(
-    coefficients: torch.Tensor,
-    magnitudes: list[torch.Tensor] | None,
-    steps: int,
-    loss_of: Callable[[int], torch.Tensor],
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Train by Adam in place, on the losses of batches 0 and 1 in turns; yield loss, L1 and coefficients by step."""
-    groups: list[dict[str, Any]] = [
-        {"params": [coefficients], "lr": LR_COEFFICIENTS, "weight_decay": L2}
-    ]
-    groups += (
-        [{"params": magnitudes, "lr": LR_MAGNITUDES}] if magnitudes is not None else []
-    )
-    adam = torch.optim.Adam(groups, betas=(0.9, 0.999), eps=1e-8)
-    for step in range(steps):
-        loss = loss_of(step % 2)
-        l1 = L1 * coefficients.abs().mean()
-        adam.zero_grad()
-        (loss + l1).backward()
-        adam.step()
-        found = {"traj_loss": loss, "traj_l1": l1, "traj_coeff": coefficients}
-        yield {name: value.detach().clone() for name, value in found.items()}
-
-
-def trajectory(
-    start: torch.Tensor, steps: list[dict[str, torch.Tensor]]
-) -> dict[str, torch.Tensor]:
-    """Stack the values of all steps, and the coefficients at the start in front of theirs."""
-    found = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
-    return found | {"traj_coeff": torch.cat([start[None], found["traj_coeff"]])}
-
-
 def fusion(
     texts: Texts,
     pool: dict[str, list[Factors | None]],
@@ -295,19 +262,25 @@ def fusion(
 ) -> dict:
     """Return logits, loss and gradients at the start, Adam's steps, and logits at the end, all positions of each."""
     model = texts.model
-    coefficients = torch.tensor(start, dtype=torch.float32, requires_grad=True)
-    m = (
-        [row.requires_grad_() for row in start_magnitudes(model, pool)]
-        if magnitudes
-        else None
-    )
+    c = torch.tensor(start, dtype=torch.float32, requires_grad=True)
+    m = None
+    groups: list[dict[str, Any]] = [
+        {"params": [c], "lr": LR_COEFFICIENTS, "weight_decay": L2}
+    ]
+    if magnitudes:
+        m = [row.requires_grad_() for row in start_magnitudes(model, pool)]
+        groups.append({"params": m, "lr": LR_MAGNITUDES})
 
     def weights() -> dict[str, torch.Tensor]:
-        return fused(model, pool, coefficients, m, mix=mix)
+        return fused(model, pool, c, m, mix=mix)
+
+    def loss_of(batch: int) -> torch.Tensor:
+        output = texts.run(batch, weights())
+        return output.loss / len(output.logits)
 
     first = texts.run(0, weights())
-    loss = first.loss / len(first.logits)
-    gradients = torch.autograd.grad(loss, [coefficients, *(m or [])])
+    loss = loss_of(0)
+    gradients = torch.autograd.grad(loss, [c, *(m or [])])
     found = {
         "logits": first.logits,
         "loss_mean_ce": first.loss,
@@ -321,21 +294,23 @@ def fusion(
             "mag0": torch.stack(m).clone(),
             "grad_mag": torch.stack(gradients[1:]),
         }
-
-    def loss_of(k: int) -> torch.Tensor:
-        output = texts.run(k, weights())
-        return output.loss / len(output.logits)
-
-    begin = coefficients.detach().clone()
-    steps = []
+    # Batches 0 and 1 in turns.
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.999), eps=1e-8)
+    steps = {"traj_loss": [], "traj_l1": [], "traj_coeff": [c.detach().clone()]}
     moved = []
-    for row in adam_steps(coefficients, m, STEPS, loss_of):
-        steps.append(row)
-        if m is not None and len(steps) in MAGNITUDE_STEPS:
+    for step in range(STEPS):
+        loss = loss_of(step % 2)
+        l1 = L1 * c.abs().mean()
+        adam.zero_grad()
+        (loss + l1).backward()
+        adam.step()
+        for name, value in (("traj_loss", loss), ("traj_l1", l1), ("traj_coeff", c)):
+            steps[name].append(value.detach().clone())
+        if m is not None and step + 1 in MAGNITUDE_STEPS:
             moved.append(torch.stack(m).detach().clone())
-    found |= trajectory(begin, steps) | (
-        {"traj_mag": torch.stack(moved)} if moved else {}
-    )
+    found |= {name: torch.stack(values) for name, values in steps.items()}
+    if moved:
+        found["traj_mag"] = torch.stack(moved)
     return found | {
         "logits_final": texts.run(0, weights()).logits,
         "greedy_final": texts.greedy(weights()),
@@ -344,18 +319,16 @@ def fusion(
 
 def single(folder: Path, name: str, arrays: dict[str, np.ndarray]) -> dict:
     """Return what PEFT computes for one adapter, and after merging it."""
-    model = peft.PeftModel.from_pretrained(
-        load(folder), folder / "adapters" / name
-    ).eval()
+    adapter = folder / "adapters" / name
+    model = peft.PeftModel.from_pretrained(load(folder), adapter).eval()
     texts = Texts(model, arrays)
     first = texts.run(0)
-    second = texts.run(1)
     found = {
         "logits": first.logits,
         "loss_mean_ce": first.loss,
-        "logits_batch1": second.logits,
+        "logits_batch1": texts.run(1).logits,
+        "greedy": texts.greedy(),
     }
-    found["greedy"] = texts.greedy()
     merged = Texts(model.merge_and_unload().eval(), arrays)
     return found | {"logits_merged": merged.run(0).logits}
 

@@ -16,11 +16,7 @@ _TREE = f"/api/models/org/base/tree/{COMMIT}"
 
 def test_a_file_of_another_digest_is_refused_and_removed(hub, tmp_path):
     digest = hashlib.sha256(b"{}").hexdigest()
-    hub.answers[_CONFIG] = (
-        200,
-        {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT, "Content-Length": "2"},
-        [b"[]"],
-    )
+    hub.answers[_CONFIG] = b"[]"
     with pytest.raises(
         ValueError,
         match="config.json: damaged, its SHA-256 is not the one that the hub states: fetch",
@@ -44,33 +40,9 @@ def test_a_file_outside_of_the_cache_is_refused(hub, tmp_path):
         resolve("org/base", patterns=("config.json",))
 
 
-@pytest.mark.parametrize(
-    ("path", "answer"),
-    [
-        (_INFO, (200, {}, [b'{"id": "org/base"}'])),  # AssertionError
-        (_INFO, (200, {}, [b"[]"])),  # TypeError
-        (_INFO, (200, {}, [b"[" * 200_000])),  # RecursionError
-        (_TREE, (200, {}, [b'{"a": 1}'])),
-        (_TREE, (200, {}, [b"[1]"])),
-        (_INFO, (302, {"Location": _INFO}, [])),  # TooManyRedirects
-        (
-            _CONFIG,
-            (
-                302,
-                {
-                    "Location": "ftp://127.0.0.1/x",
-                    "ETag": '"1"',
-                    "X-Repo-Commit": COMMIT,
-                },
-                [],
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("path", [_INFO, _TREE])
 @pytest.mark.parametrize("fetch", [read_config, load_tokenizer])
-def test_answers_that_the_library_cannot_take_are_a_value_error(
-    hub, fetch, path, answer
-):
-    hub.answers[path] = answer
+def test_answers_that_the_library_cannot_take_are_a_value_error(hub, fetch, path):
+    hub.answers[path] = b"[1]"
     with pytest.raises(ValueError, match="org/base"):
         fetch("org/base")

@@ -9,16 +9,12 @@ import re
 import shutil
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import recipes
 import small_llama
-from flax import nnx
 
 import lorafusion_jax as lf
-from lorafusion_jax.tasks import Example, encode
 
 # The package's name of this module is that of its function.
 evaluation = importlib.import_module("lorafusion_jax.runs.evaluate")
@@ -207,55 +203,6 @@ def test_a_changed_task_is_refused_and_rows_that_trained_are_left_out_of_another
         match="was trained on the inputs of all rows of .*all.jsonl: give others",
     ):
         lf.runs.evaluate_run(other)
-
-
-def test_the_likeliest_option_is_that_of_a_loop_over_whole_texts(chat):
-    options, _ = chat
-    setup, _, params = lf.runs.load_to_evaluate(
-        lf.runs.EvaluateOptions(run=lf.runs.run_path(options))
-    )
-    of_seed = jax.tree.map(lambda p: p[1], params)
-    problem = setup.problem
-    adapters, _ = jax.jit(problem.method.adapters)(
-        of_seed, problem.frozen, problem.index[1]
-    )
-    graph, weights = nnx.split(
-        lf.merged_base(nnx.merge(problem.graph, problem.frozen.base), adapters)
-    )
-
-    @jax.jit
-    def log_probs(weights, ids):
-        return jax.nn.log_softmax(
-            nnx.merge(graph, weights)(ids, jnp.ones(ids.shape, bool))
-        )
-
-    def likelihood(example: Example) -> float:
-        encoded = encode(setup.tokenizer, [example], setup.text_format)
-        (prompt,) = encoded.inputs
-        (answer,) = encoded.labels
-        ids = np.zeros(
-            (1, 64), np.int32
-        )  # nothing looks ahead, so what is behind the text has no effect
-        ids[0, : len(prompt) + len(answer)] = [*prompt, *answer]
-        found = log_probs(weights, ids)[0, len(prompt) - 1 :]
-        return float(sum(found[place, token] for place, token in enumerate(answer)))
-
-    closed = sorted(_ANSWERS.values())
-    scores = [
-        [likelihood(dataclasses.replace(row, target=option)) for option in closed]
-        for row in setup.task.test
-    ]
-    found = evaluation.evaluate(
-        setup, params, batch_size=4, options=[closed] * len(scores)
-    )
-    wanted = [
-        closed[int(np.argmax(of))] == row.target
-        for of, row in zip(scores, setup.task.test, strict=True)
-    ]
-    assert min(np.diff(np.sort(of))[-1] for of in scores) > 1e-4
-    assert found.option_correct is not None
-    np.testing.assert_array_equal(found.option_correct[1], wanted)
-    assert 0 < np.mean(wanted) < 1
 
 
 @pytest.mark.parametrize(("chat", "answer"), [(False, " cold"), (True, " cold\n\nQ")])
