@@ -17,20 +17,18 @@ import numpy as np
 from ..io.digests import Digests
 from ..io.hf import Base, open_base
 from ..loading.identity import check_digests, digests
-from ..loading.model import with_modules, with_whole_modules
 from ..methods.fusion import choice_of
-from ..methods.recipes import basis_of, modules_of
 from ..support import processes
 from ..support.platform import cores
 from ..support.version import __version__
 from ..tasks import Task
 from ..training.compiled import make_room
-from ..training.descent import gradient_at_zero
 from ..training.fit import start
 from ..training.mesh import make_mesh
 from ..training.method import Params
 from .evaluate import Evaluation, evaluate_seeds, seed_rows
 from .folder import Environment, Folders, RunConfig, RunFolder, note, run_path
+from .module_ranking import with_ranked_modules
 from .options import FuseOptions, options_to_json
 from .setup import Setup, load_setup, trainable_count, unrolls
 from .start import check_targets, stages, start_params, with_targets
@@ -135,7 +133,7 @@ def _run(
     if setup.task.one_list:
         note(_division(setup.task, last))
     if choice_of(options.recipe) != "draw":
-        setup = _chosen(setup, options, recorded)
+        setup = with_ranked_modules(setup, options, recorded)
     current_digests = digests(setup)
     begin, left_out = start_params(setup, last, current_digests)
     unroll = set_up is None and unrolls(setup, last)
@@ -172,28 +170,6 @@ def _division(task: Task, options: FuseOptions) -> str:
         sentence
         if options.test_rows == 0
         else f"{sentence} (--test-rows 0 trains on all)"
-    )
-
-
-def _chosen(setup: Setup, options: FuseOptions, recorded: RunConfig | None) -> Setup:
-    """Return the setup with the modules of the resumed run, or with those that lower the loss fastest at c = 0."""
-    if recorded is not None:
-        return with_modules(setup, options, recorded["modules"])
-    recipe = options.recipe
-    in_whole = basis_of(recipe) is not None and choice_of(recipe) == "gradient"
-    ranked = with_whole_modules(setup, options) if in_whole else setup
-    gradient = gradient_at_zero(
-        ranked.problem, options.seeds, list(ranked.rows.once(recipe.batch_size))
-    )
-    descent = -np.sum(
-        gradient, axis=tuple(range(2, gradient.ndim))
-    )  # [seeds, modules], over columns of coefficients
-    greatest = np.argsort(-descent, axis=1, kind="stable")[:, : modules_of(recipe)]
-    seed_choices = zip(ranked.modules, greatest.tolist(), strict=True)
-    return with_modules(
-        setup,
-        options,
-        [[modules[i] for i in chosen] for modules, chosen in seed_choices],
     )
 
 

@@ -13,7 +13,7 @@ import tiny
 
 import lorafusion_jax as lf
 from lorafusion_jax.runs import EvaluateOptions, evaluate_run, load_setup, run_path
-from lorafusion_jax.training.descent import gradient_at_zero
+from lorafusion_jax.runs.module_ranking import gradient_at_zero
 
 
 def _options(folder: Path, **changes) -> lf.FuseOptions:
@@ -35,7 +35,7 @@ def ranked(tmp_path_factory):
     return options, lf.fuse(options)
 
 
-def test_a_run_fuses_the_modules_of_the_greatest_descent(ranked):
+def test_a_run_fuses_the_modules_with_the_least_gradient_at_zero(ranked):
     options, results = ranked
     setup = load_setup(options)
     assert [len(modules) for modules in setup.modules] == [26, 26]

@@ -1,4 +1,4 @@
-"""The gradient of the loss in the coefficients of modules, at zero.
+"""Ranking of modules by the gradient of the loss in their coefficients, at zero.
 
 At zero coefficients a fusion is the base model. The gradient there shows how much a little of each module would help,
 before anything is trained.
@@ -13,13 +13,40 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ..loading.model import with_modules, with_whole_modules
+from ..methods.fusion import choice_of
+from ..methods.recipes import basis_of, modules_of
 from ..tasks import IGNORED, Batch
-from .fit import start
-from .frozen import SEARCH
-from .loss import objective
-from .mesh import on_mesh, to_host
-from .method import Params
-from .problem import Problem, per_seed
+from ..training.fit import start
+from ..training.frozen import SEARCH
+from ..training.loss import objective
+from ..training.mesh import on_mesh, to_host
+from ..training.method import Params
+from ..training.problem import Problem, per_seed
+from .folder import RunConfig
+from .options import FuseOptions
+from .setup import Setup
+
+
+def with_ranked_modules(
+    setup: Setup, options: FuseOptions, recorded: RunConfig | None
+) -> Setup:
+    """Return the setup with the modules of the resumed run, or with those that lower the loss fastest at c = 0."""
+    if recorded is not None:
+        return with_modules(setup, options, recorded["modules"])
+    recipe = options.recipe
+    ranked = setup
+    if basis_of(recipe) is not None and choice_of(recipe) == "gradient":
+        ranked = with_whole_modules(setup, options)
+    batches = list(ranked.rows.once(recipe.batch_size))
+    gradient = gradient_at_zero(ranked.problem, options.seeds, batches)
+    gradient = np.sum(gradient, axis=tuple(range(2, gradient.ndim)))  # over columns
+    first = np.argsort(gradient, axis=1, kind="stable")[:, : modules_of(recipe)]
+    seed_modules = [
+        [modules[i] for i in chosen]
+        for modules, chosen in zip(ranked.modules, first.tolist(), strict=True)
+    ]
+    return with_modules(setup, options, seed_modules)
 
 
 def gradient_at_zero(
