@@ -24,10 +24,11 @@ import tyro
 from lab.common import DIRECTIONS, ROOT, small_pool_in_basis, write_csv
 from lab.matrix import Arm, print_matrix_plan, run_matrix
 from lab.methods import ALL, ARMS, BEST, IN_BASIS
+from lab.scores import Scores, main_tables, scores
 from small_pool import SmallPoolOptions
 
 from lorafusion_jax import SharedBasis, load_basis
-from lorafusion_jax.report import Scores, colour, main_tables, plot, scores
+from lorafusion_jax.report import colour, plot
 from lorafusion_jax.trials import merge, read_rows
 
 Group = Literal["choice", "k32", "k16", "k8", "k24", "k48", "start", "controls"]

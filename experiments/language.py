@@ -46,13 +46,14 @@ from lab.language import (
     write_task,
 )
 from lab.matrix import Arm
+from lab.scores import Scores, scores
 from lab.smollm2 import EXAMPLES, HUB_ID, base
 from results_page import report
 
 from lorafusion_jax import LowRank, fuse, random_pool, read_config
 from lorafusion_jax.io import lora_adapter, open_pool, write_adapter
 from lorafusion_jax.models import dense
-from lorafusion_jax.report import Scores, colour, plot, scores
+from lorafusion_jax.report import colour, plot
 from lorafusion_jax.tasks import BETWEEN_EXAMPLES
 from lorafusion_jax.trials import Job, read_rows, run_jobs
 

@@ -12,17 +12,9 @@ from pathlib import Path
 import _script
 from lab.common import ROOT
 from lab.matrix import Arm, MatrixOptions, print_matrix_plan, run_matrix
+from lab.scores import Row, Scores, main_tables, paired_table, scores, shots_name
 
-from lorafusion_jax.report import (
-    Row,
-    Scores,
-    main_tables,
-    paired_table,
-    plot_means,
-    scores,
-    shots_name,
-    write_report,
-)
+from lorafusion_jax.report import Summary, plot_means, write_report
 from lorafusion_jax.trials import merge, read_rows
 
 
@@ -67,10 +59,10 @@ def report(rows: Sequence[Row], out: Path, title: str, reference: str | None) ->
                 reference if reference in results.methods else best_method(results)
             )
             tables[f"paired{suffix}"] = paired_table(results, compared)
-        if any(results.summaries.values()):
+        if means := _means(results):
             name = f"means{suffix}.png"
             shown = f"{len(results.tasks)} tasks, {shots_name(results.shots)}"
-            plot_means(results, out / name, title=shown)
+            plot_means(means, out / name, title=shown)
             figures[name] = (
                 f"Mean exact match of each method with its 95 % interval: {shown}"
             )
@@ -79,10 +71,14 @@ def report(rows: Sequence[Row], out: Path, title: str, reference: str | None) ->
 
 def best_method(scores: Scores) -> str:
     """Return the method with the highest mean, the first of equals; the first of all if none has every task."""
-    means = {
-        method: summary.mean for method, summary in scores.summaries.items() if summary
-    }
-    return max(means, key=lambda method: means[method], default=scores.methods[0])
+    means = _means(scores)
+    return max(means, key=lambda method: means[method].mean, default=scores.methods[0])
+
+
+def _means(scores: Scores) -> dict[str, Summary]:
+    """Return the means of the methods that have all tasks."""
+    summaries = scores.summaries.items()
+    return {method: summary for method, summary in summaries if summary}
 
 
 def run_and_report(

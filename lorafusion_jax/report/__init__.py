@@ -8,7 +8,6 @@ from ..support.writing import write_text
 from .formats import Column, Table, counts, markdown, spread
 from .page import write_report
 from .plots import colour, literal, load_matplotlib, plot, plot_means
-from .scores import Row, Scores, key, name, scores
 from .statistics import (
     Interval,
     Paired,
@@ -19,4 +18,4 @@ from .statistics import (
     paired,
     summary,
 )
-from .tables import main_tables, paired_table, shots_name
+from .statistics import spread as spread_over_seeds

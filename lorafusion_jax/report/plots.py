@@ -1,9 +1,9 @@
 """Plots as PNG, in one style: the methods' means, and those that a caller draws.
 
-They raise ValueError without complete results, or if matplotlib is not installed.
+They raise ValueError without results, or if matplotlib is not installed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..support.checks import load_optional
 from ..support.text import printable
 from ..support.writing import write
-from .scores import Scores
+from .statistics import Summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,15 +70,12 @@ def plot(
         write(path, lambda file: figure.savefig(file, format="png"))
 
 
-def plot_means(scores: Scores, path: Path, *, title: str = "") -> None:
-    """Draw each method's mean exact match as a dot with its 95 % interval, in the order given, the first on top."""
-    summaries = {
-        method: summary for method, summary in scores.summaries.items() if summary
-    }
+def plot_means(
+    summaries: Mapping[str, Summary], path: Path, *, title: str = ""
+) -> None:
+    """Draw the mean exact match of each method as a dot with its 95 % interval, the first method on top."""
     if not summaries:
-        raise ValueError(
-            f"no method has results of all {len(scores.tasks)} tasks: there are no means to draw; add results"
-        )
+        raise ValueError("there are no means to draw: give results of a method")
 
     def draw(figure: "Figure") -> None:
         axes = figure.subplots()

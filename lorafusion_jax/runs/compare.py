@@ -1,19 +1,42 @@
 """Comparison of runs on the same test rows: means with intervals, and differences from one of them."""
 
 import dataclasses
-from operator import itemgetter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from statistics import fmean
+from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import tyro
+from jaxtyping import Bool
 
-from ..report import Scores, Table, main_tables, paired_table, plot_means, scores
-from .folder import RunFolder
+from ..report import (
+    Column,
+    Summary,
+    Table,
+    paired,
+    plot_means,
+    spread_over_seeds,
+    summary,
+)
+from .folder import Results, RunFolder
 
-_OVER_TASKS = (
-    "over tasks",
-    "loss over tasks",
-)  # columns that a single task leaves empty
+_MEANS = (
+    Column("mean", "spread"),
+    Column("95 % interval", "interval"),
+    Column("loss", "nats"),
+    Column("option accuracy, %", "percent"),
+    Column("trainable parameters", "count"),
+    Column("forward rows", "count"),
+    Column("seconds", "seconds"),
+)
+_DIFFERENCES = (
+    Column("method", "text"),
+    Column("difference", "points"),
+    Column("95 % interval", "interval"),
+    Column("p", "p"),
+    Column("loss", "more nats"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +55,25 @@ class CompareOptions:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     reference: Path | None = None
     plot: Path | None = None
+
+
+class _Evaluated(NamedTuple):
+    """A run's results, and marks of its answers: [seeds, rows], by seed in the order of the results."""
+
+    results: Results
+    targets: list[str]
+    correct: Bool[np.ndarray, "seeds rows"]
+    option_correct: Bool[np.ndarray, "seeds rows"] | None
+
+    @property
+    def seeds(self) -> list[int]:
+        return [seed["seed"] for seed in self.results["seeds"]]
+
+    def loss(self, places: Sequence[int]) -> float | None:
+        """Return the mean loss of some seeds, by their places; None if one has none."""
+        losses = [self.results["seeds"][place]["loss"] for place in places]
+        finite = [loss for loss in losses if loss is not None]
+        return fmean(finite) if len(finite) == len(losses) else None
 
 
 def compare(options: CompareOptions) -> list[Table]:
@@ -60,94 +102,103 @@ def compare(options: CompareOptions) -> list[Table]:
         folder: str(folder) if last.count(folder.name) > 1 else folder.name
         for folder in folders
     }
-    scores = _scores(names)
-    name = names[reference]
-    (task,) = scores.tasks
+    runs = {folder: _read(folder) for folder in folders}
+    first = runs[folders[0]]
+    for folder, run in runs.items():
+        same_rows = run.results["test_sha256"] == first.results["test_sha256"]
+        if not same_rows or run.targets != first.targets:
+            raise ValueError(
+                f"{folder} was evaluated on other test rows than {folders[0]}: evaluate both on the same task, with "
+                "the same --train-rows, --test-rows and --target"
+            )
+    task = first.results["task"]
+    summaries = {names[folder]: summary([run.correct]) for folder, run in runs.items()}
     if options.plot is not None:
-        plot_means(scores, options.plot, title=task)
-    caption = f"{task}: exact match, %, mean ± standard deviation over seeds"
-    differences = f"{name} minus each other run, on the same seeds and test rows"
+        plot_means(summaries, options.plot, title=task)
+    means = Table(
+        f"{task}: exact match, %, mean ± standard deviation over seeds",
+        [Column("method", "text"), *_MEANS],
+        [
+            [name, *_means(run, summaries[name])]
+            for name, run in zip(names.values(), runs.values(), strict=True)
+        ],
+    )
+    differences = Table(
+        f"{names[reference]} minus each other run, on the same seeds and test rows",
+        _DIFFERENCES,
+        [
+            [names[folder], *_difference(runs[reference], run)]
+            for folder, run in runs.items()
+            if folder != reference
+        ],
+    )
+    return [means, differences]
+
+
+def _means(run: _Evaluated, exact_match: Summary) -> list[Any]:
+    options = None
+    if run.option_correct is not None:
+        options = spread_over_seeds([run.option_correct])[0]
+    seeds = run.results["seeds"]
     return [
-        _table(main_tables(scores)[0], caption),
-        _table(paired_table(scores, name), differences),
+        (exact_match.mean, exact_match.std),
+        (exact_match.low, exact_match.high),
+        run.loss(range(len(seeds))),
+        options,
+        run.results["trainable"],
+        fmean(seed.get("forward_rows", 0) for seed in seeds),
+        run.results["seconds"]["train"] / len(seeds),
     ]
 
 
-def _scores(names: dict[Path, str]) -> Scores:
-    """Return the scores of runs, if all were evaluated on the same rows."""
-    rows = list[Any]()
-    tested = dict[Path, tuple[str, list[str]]]()
-    for folder, name in names.items():
-        run = RunFolder(folder)
-        results = run.results()
-        if results is None:
-            state = "is not complete: continue it with `lorafusion fuse --resume`"
-            raise ValueError(
-                f"{folder} {state if run.exists() else 'is not the folder of a run: name one'}"
-            )
-        if results["test_rows"] == 0:
-            raise ValueError(
-                f"{folder} has no test rows (--test-rows 0): train again with some, to compare it"
-            )
-        predictions = run.predictions()
-        for seed in results["seeds"]:
-            seed_rows = sorted(
-                (row for row in predictions if row["seed"] == seed["seed"]),
-                key=lambda row: row["row"],
-            )
-            if (
-                len({row["row"] for row in seed_rows}) != len(seed_rows)
-                or len(seed_rows) != results["test_rows"]
-            ):
-                raise ValueError(
-                    f"{folder / 'predictions.jsonl'} holds {len(seed_rows)} rows of seed {seed['seed']}: expected each "
-                    f"of the {results['test_rows']} test rows once; restore it from a copy"
-                )
-            tested[folder] = (
-                results["test_sha256"],
-                [row["target"] for row in seed_rows],
-            )
-            marks: dict[str, str | None] = {}
-            for key in ("correct", "option_correct"):
-                row_marks = [row[key] for row in seed_rows]
-                if None in row_marks:
-                    marks[key] = None
-                else:
-                    marks[key] = "".join("01"[bool(mark)] for mark in row_marks)
-            rows.append(
-                {
-                    "task": results["task"],
-                    "method": name,
-                    "shots": "",
-                    "trainable": results["trainable"],
-                    "seconds": results["seconds"]["train"] / len(results["seeds"]),
-                    "forward_rows": seed.get("forward_rows", 0),
-                    **{
-                        key: seed.get(key)
-                        for key in ("seed", "exact_match", "option_accuracy", "loss")
-                    },
-                    **marks,
-                }
-            )
-    (first, same), *rest = tested.items()
-    for folder, inputs in rest:
-        if inputs != same:
-            raise ValueError(
-                f"{folder} was evaluated on other test rows than {first}: evaluate both on the same task, with the "
-                "same --train-rows, --test-rows and --target"
-            )
-    return scores([row | {"task": rows[0]["task"]} for row in rows])[
-        0
-    ]  # a task's file may have got another name
+def _difference(reference: _Evaluated, run: _Evaluated) -> list[Any]:
+    """Return the cells of a line: the reference minus a run."""
+    places = list(range(len(reference.seeds)))
+    run_places = list(range(len(run.seeds)))
+    if len(places) > 1 and len(run_places) > 1:
+        shared = [seed for seed in reference.seeds if seed in run.seeds]
+        places = [reference.seeds.index(seed) for seed in shared]
+        run_places = [run.seeds.index(seed) for seed in shared]
+    if not places:
+        return [None] * 4
+    pair = paired([reference.correct[places]], [run.correct[run_places]])
+    loss = reference.loss(places)
+    run_loss = run.loss(run_places)
+    difference = None if loss is None or run_loss is None else loss - run_loss
+    return [pair.difference, (pair.low, pair.high), pair.p, difference]
 
 
-def _table(table: Table, caption: str) -> Table:
-    """Return the table with another caption, and without the columns that need several tasks."""
-    some = itemgetter(
-        *(
-            place
-            for place, column in enumerate(table.columns)
-            if column.name not in _OVER_TASKS
+def _read(folder: Path) -> _Evaluated:
+    """Return the results of a complete run with test rows."""
+    run = RunFolder(folder)
+    results = run.results()
+    if results is None:
+        state = "is not complete: continue it with `lorafusion fuse --resume`"
+        if not run.exists():
+            state = "is not the folder of a run: name one"
+        raise ValueError(f"{folder} {state}")
+    if results["test_rows"] == 0:
+        raise ValueError(
+            f"{folder} has no test rows (--test-rows 0): train again with some, to compare it"
         )
+    predictions = sorted(run.predictions(), key=lambda row: row["row"])
+    targets = list[str]()
+    marks = list[list[bool]]()
+    option_marks = list[list[bool | None]]()
+    for seed in results["seeds"]:
+        rows = [row for row in predictions if row["seed"] == seed["seed"]]
+        if [row["row"] for row in rows] != list(range(results["test_rows"])):
+            raise ValueError(
+                f"{folder / 'predictions.jsonl'} holds {len(rows)} rows of seed {seed['seed']}: expected each "
+                f"of the {results['test_rows']} test rows once; restore it from a copy"
+            )
+        targets = [row["target"] for row in rows]
+        marks.append([row["correct"] for row in rows])
+        option_marks.append([row["option_correct"] for row in rows])
+    optional = any(None in seed_marks for seed_marks in option_marks)
+    return _Evaluated(
+        results,
+        targets,
+        np.array(marks, bool),
+        None if optional else np.array(option_marks, bool),
     )
-    return Table(caption, some(table.columns), [some(line) for line in table.lines])

@@ -13,13 +13,12 @@ from typing import Any, NamedTuple, TypedDict
 from ..estimates.plan import PROCESS_BYTES, run_cost
 from ..io.hf import open_base
 from ..io.pool import open_pool
-from ..report import key, name
 from ..runs.folder import RunFolder, run_path
 from ..runs.options import FuseOptions, options_to_json
 from ..runs.start import with_targets
 from ..support.reading import read_lines
 from .engines import LOCAL, EngineOptions, OutOfMemory, run_items
-from .rows import Cells, ResultKey, append_lines, append_rows, read_rows
+from .rows import Cells, ResultKey, append_lines, append_rows, key, name, read_rows
 
 # Options of a run that do not affect its results.
 _BOOKKEEPING = (

@@ -16,7 +16,6 @@ from typing import Annotated, Any, Generic, Literal, TypedDict, TypeVar
 
 import msgspec
 
-from ..report import key, name
 from ..support.reading import (
     FileError,
     decode_as,
@@ -66,6 +65,16 @@ class Result(TypedDict):
     versions: dict[str, str]
     device: _Name
     cores: _Count
+
+
+def key(row: Mapping[str, Any]) -> tuple[str, str, str, int]:
+    """Return task, method, shots and seed of a row, which identify it."""
+    return row["task"], row["method"], row["shots"], row["seed"]
+
+
+def name(row: Mapping[str, Any]) -> str:
+    """Return the same in words."""
+    return f"{row['task']}, {row['method']}, {row['shots']} shots, seed {row['seed']}"
 
 
 def append_lines(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:

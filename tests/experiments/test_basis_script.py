@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import tiny
 from lab import matrix, methods
+from lab.scores import scores
 from made_up_rows import row
 
 from lorafusion_jax import shared_basis
-from lorafusion_jax.report import scores
 
 _ENTRIES = basis.entries_of(get_args(basis.Group))
 _SHARE = {

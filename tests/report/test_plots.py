@@ -5,9 +5,10 @@ import sys
 
 import numpy as np
 import pytest
+from lab.scores import scores
 from made_up_rows import made_up, row
 
-from lorafusion_jax.report import plot_means, scores
+from lorafusion_jax.report import plot_means
 
 
 def test_a_plot_is_a_whole_png_file(tmp_path):
@@ -16,7 +17,7 @@ def test_a_plot_is_a_whole_png_file(tmp_path):
         row("easy", method, 1, np.zeros(8, bool), trainable=n)
         for method, n in (("a", 0), ("b", 0), ("c", 7))
     ]
-    plot_means(scores(rows)[0], tmp_path / "means.png")
+    plot_means(scores(rows)[0].summaries, tmp_path / "means.png")
     (data,) = (path.read_bytes() for path in tmp_path.iterdir())
     assert data.startswith(b"\x89PNG\r\n\x1a\n") and data.endswith(b"IEND\xaeB`\x82")
     width, height = struct.unpack(">II", data[16:24])
@@ -25,7 +26,7 @@ def test_a_plot_is_a_whole_png_file(tmp_path):
 
 def test_dots_and_intervals_are_the_numbers_of_the_rows(tmp_path, figures):
     (results,) = scores(made_up(methods=("LoRA", "zero-shot", "fusion sum")))
-    plot_means(results, tmp_path / "means.png")
+    plot_means(results.summaries, tmp_path / "means.png")
     means = figures[0].axes[0]
     # In the order given, the first on top.
     assert [label.get_text() for label in means.get_yticklabels()] == [
@@ -47,5 +48,5 @@ def test_plots_without_matplotlib_are_refused(tmp_path, monkeypatch):
         ValueError,
         match=r'a plot needs matplotlib, .* pip install "lorafusion-jax\[plots\]"',
     ):
-        plot_means(scores(made_up())[0], tmp_path / "plot.png")
+        plot_means(scores(made_up())[0].summaries, tmp_path / "plot.png")
     assert not list(tmp_path.iterdir())

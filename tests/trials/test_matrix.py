@@ -10,8 +10,7 @@ import pytest
 from lab import matrix
 from lab.methods import ARMS
 
-from lorafusion_jax.report import key
-from lorafusion_jax.trials import read_rows
+from lorafusion_jax.trials import key, read_rows
 
 _ENTRIES = {
     name: dataclasses.replace(

@@ -16,9 +16,8 @@ from lab.matrix import MatrixOptions, run_matrix
 from lab.methods import ARMS
 from safetensors.numpy import load_file, save_file
 
-from lorafusion_jax.report import key
 from lorafusion_jax.support.checks import load_optional
-from lorafusion_jax.trials import read_rows
+from lorafusion_jax.trials import key, read_rows
 
 # Ray forks this process, where JAX has threads, and starts another program at once.
 pytestmark = [

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from made_up_rows import made_up, row
 
-from lorafusion_jax.report import key
-from lorafusion_jax.trials import append_rows, merge, read_rows
+from lorafusion_jax.trials import append_rows, key, merge, read_rows
 
 _ROWS = made_up(
     methods=("zero-shot", "fusion sum"), tasks=("easy", "hard"), seeds=(1, 2), items=8

@@ -3,16 +3,11 @@
 import numpy as np
 import pytest
 import results_page
+from lab.scores import main_tables, paired_table, scores
 from made_up_rows import METHODS, TASKS, made_up, row
 from scipy import stats
 
-from lorafusion_jax.report import (
-    Column,
-    Table,
-    main_tables,
-    paired_table,
-    scores,
-)
+from lorafusion_jax.report import Column, Table
 
 _ROWS = made_up()
 
