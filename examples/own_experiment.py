@@ -1,6 +1,6 @@
 """An experiment of your own, from rows to a table: python examples/own_experiment.py
 
-For more than a few runs, use `lf.trials.Cells` or `lf.trials.run_jobs`: only what is missing runs.
+For more than a few runs, use `lf.trials.ResultRows` or `lf.trials.run_jobs`: only what is missing runs.
 """
 
 import tempfile

@@ -41,7 +41,7 @@ from lorafusion_jax.report import as_markdown as markdown
 from lorafusion_jax.report import colour, plot
 from lorafusion_jax.runs import environment
 from lorafusion_jax.training import log_likelihood
-from lorafusion_jax.trials import Cells, Row
+from lorafusion_jax.trials import ResultRows, Row
 
 TEXTS = EXAMPLES / "text"
 CALIBRATION = "calibration.txt"
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         "chip_key": options.chip_key,
         "text_sha256": text.sha256,
     }
-    cells = Cells(options.out / "rows.jsonl", setting_of, common)
+    cells = ResultRows(options.out / "rows.jsonl", setting_of, common)
     settings = [
         Setting(bits, error) for error in options.errors for bits in options.bits
     ]

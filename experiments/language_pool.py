@@ -54,7 +54,7 @@ from lorafusion_jax.tasks import (
     train_batches,
 )
 from lorafusion_jax.training import Epoch, Params, fit, make_room, start
-from lorafusion_jax.trials import Cells, read_lines
+from lorafusion_jax.trials import ResultRows, read_lines
 
 SEED = 1
 BATCH = 16
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
     file = options.out / "pool.jsonl"
     _check_settings(read_lines(file), options)
-    cells = Cells(file, lambda row: row["task"])
+    cells = ResultRows(file, lambda row: row["task"])
     todo = {
         name: find(name, options.tasks)
         for name in cells.missing(options.sources or _FAMILIES[options.pool])

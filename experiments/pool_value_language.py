@@ -39,7 +39,7 @@ from lab.language import (
     trained_pairs,
     unseen,
 )
-from lab.pool_cells import Arm
+from lab.pool_rows import Arm
 from lab.smollm2 import base
 from lab.tuning import rates_at, tried_line, tune
 
@@ -64,7 +64,7 @@ from lorafusion_jax.tasks import (
     load_task,
 )
 from lorafusion_jax.training import fit, make_room, start
-from lorafusion_jax.trials import Cells, read_lines
+from lorafusion_jax.trials import ResultRows, read_lines
 
 DRAW = 20261128
 FIXED = (
@@ -260,7 +260,7 @@ def run(lab: "Lab", keys: Sequence[Key], paths: Mapping[str, Path], out: Path) -
             }
             yield of_key | cell | {"cpu_seconds": round(time.process_time() - began, 1)}
 
-    cells = Cells(out / "language.jsonl", key_of)
+    cells = ResultRows(out / "language.jsonl", key_of)
     cells.fill(
         keys, measure, lambda row: f"{key_of(row)}: {row['cpu_seconds']:.0f} CPU s"
     )
@@ -283,7 +283,7 @@ def tuned(
             key = {"arm": arm, "rows": rows, "task": task, "seed": seed}
             yield key | {"point": point, "rates": rates, "test_loss": loss}
 
-    trials = Cells(out / "language_tune.jsonl", _tuning_key)
+    trials = ResultRows(out / "language_tune.jsonl", _tuning_key)
     over = [*itertools.product(TUNING, lab.tuning_seeds[rows])]
     return tune(trials, (name, rows), begin, over, measure)
 

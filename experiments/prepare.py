@@ -59,7 +59,7 @@ from lorafusion_jax.report import colour, plot
 from lorafusion_jax.runs import environment
 from lorafusion_jax.tasks import Batch
 from lorafusion_jax.training import log_likelihood
-from lorafusion_jax.trials import Cells, Row, print_plan
+from lorafusion_jax.trials import ResultRows, Row, print_plan
 
 WINDOWS = 8
 MEASURED_CHIPS = (0, 1, 2, 3, 4)
@@ -208,7 +208,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     common = {"base": (options.base or Path(SMOLLM2)).name}
     if options.texts is not None:
         common["texts_sha256"] = digest(options.texts)
-    cells = Cells(options.out / "rows.jsonl", job_of, common)
+    cells = ResultRows(options.out / "rows.jsonl", job_of, common)
     wanted = [
         Job(part, setting, chip, arm)
         for part in options.parts

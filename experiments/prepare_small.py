@@ -39,7 +39,7 @@ from lorafusion_jax.hardware import (
     restore_chips,
 )
 from lorafusion_jax.tasks import load_task
-from lorafusion_jax.trials import Cells, Row
+from lorafusion_jax.trials import ResultRows, Row
 
 CHIPS = {"fusions": 4, "language": 3, "digits": 10}
 SEEDS = (0, 1, 2, 3, 4)
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         raise ValueError(
             f"there is no part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}"
         )
-    cells = Cells(options.out / "small.jsonl", job_of)
+    cells = ResultRows(options.out / "small.jsonl", job_of)
     wanted = [job for part in options.parts for job in PARTS[part]]
     cells.fill(
         wanted,

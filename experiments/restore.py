@@ -78,7 +78,7 @@ from lorafusion_jax.runs import (
 )
 from lorafusion_jax.tasks import Batch, load_task
 from lorafusion_jax.training import log_likelihood
-from lorafusion_jax.trials import Cells, Row, print_plan, read_lines
+from lorafusion_jax.trials import ResultRows, Row, print_plan, read_lines
 
 WINDOW = 128
 HELD_OUT = 1024
@@ -245,7 +245,7 @@ class Options:
 def main(arguments: Sequence[str] = ()) -> None:
     """Measure what is missing, or print its cost."""
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
-    cells = Cells(
+    cells = ResultRows(
         options.out / "rows.jsonl",
         job_of,
         {"base": (options.base or Path(SMOLLM2)).name},

@@ -21,7 +21,7 @@ import numpy as np
 import scipy.stats
 import tyro
 from lab.common import ROOT, with_interval, write_tables
-from lab.pool_cells import (
+from lab.pool_rows import (
     ARMS,
     FUSION,
     ROTATED,

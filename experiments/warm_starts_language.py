@@ -17,7 +17,7 @@ import numpy as np
 import pool_value_language as language
 import tyro
 from lab.common import ROOT, with_interval, write_tables
-from lab.pool_cells import Arm, Row
+from lab.pool_rows import Arm, Row
 from lab.smollm2 import base
 from lab.tuning import best_tried
 from warm_starts import (

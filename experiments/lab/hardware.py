@@ -30,7 +30,7 @@ from lorafusion_jax.io import load_arrays, save_arrays
 from lorafusion_jax.runs import EvaluateOptions, Setup, evaluate, load_to_evaluate
 from lorafusion_jax.tasks import split
 from lorafusion_jax.training import Params, fit, start
-from lorafusion_jax.trials import Cells, Row
+from lorafusion_jax.trials import ResultRows, Row
 
 from .common import ROOT, options_of_small, slug, small_pool_in_basis
 from .matrix import Arm, recipe_of
@@ -88,7 +88,9 @@ class Store:
     def __init__(self, folder: Path, settings: Mapping[str, Any]):
         self.folder = folder
         settings = json.loads(json.dumps(settings, default=str))
-        self.cells = Cells(folder / "rows.jsonl", lambda row: row["name"], settings)
+        self.cells = ResultRows(
+            folder / "rows.jsonl", lambda row: row["name"], settings
+        )
         self.cells.rows()
 
     def rows(self, name: str, compute: Callable[[], list[Row]]) -> list[Row]:

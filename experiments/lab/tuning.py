@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lorafusion_jax.trials import Cells, Row
+from lorafusion_jax.trials import ResultRows, Row
 
 Point = tuple[int, ...]  # powers of 3, by which the rates of an arm are multiplied
 
@@ -39,7 +39,7 @@ def best_point(
 
 
 def tune(
-    cells: Cells[tuple[Any, ...]],
+    cells: ResultRows[tuple[Any, ...]],
     of_arm: tuple[Any, ...],
     begin: Mapping[str, float],
     over: Sequence[tuple[Any, ...]],

@@ -6,7 +6,7 @@ from .engines import EngineOptions, OutOfMemory, run_items
 from .jobs import Job, run_jobs, settings_of
 from .procedure import Outcomes, Scores, Training, TrialArm, procedure
 from .rows import (
-    Cells,
+    ResultRows,
     Row,
     Shots,
     append_lines,

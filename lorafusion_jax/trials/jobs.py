@@ -1,4 +1,4 @@
-"""Runs as cells: every result is a row of one JSONL file, and none is run twice.
+"""Runs whose results are rows of one JSONL file; none is run twice.
 
 A job that runs out of memory has no result. It is a line of `failed.jsonl` next to that file, and is not tried again.
 """
@@ -18,7 +18,7 @@ from ..runs.options import FuseOptions, options_to_json
 from ..runs.start import with_targets
 from ..support.reading import read_lines
 from .engines import LOCAL, EngineOptions, OutOfMemory, run_items
-from .rows import Cells, ResultKey, append_lines, append_rows, key, name, read_rows
+from .rows import ResultKey, ResultRows, append_lines, append_rows, key, name, read_rows
 
 # Options of a run that do not affect its results.
 _BOOKKEEPING = (
@@ -94,13 +94,13 @@ def run_jobs(
     todo = list(jobs)
     for job in todo:
         job.options.entry.check()
-    cells = Cells(
+    results = ResultRows(
         file, key, read=read_rows, append=append_rows
     )  # whose rows are checked
     job_by_name = {job[:3]: job for job in todo}
-    job_by_cell = {(*job[:3], seed): job for job in todo for seed in job.options.seeds}
-    for row in cells.rows():
-        if job := job_by_cell.get(key(row), job_by_name.get(key(row)[:3])):
+    job_by_key = {(*job[:3], seed): job for job in todo for seed in job.options.seeds}
+    for row in results.rows():
+        if job := job_by_key.get(key(row), job_by_name.get(key(row)[:3])):
             drawn = () if row["seed"] in job.options.seeds else job.drawn
             _check_same(
                 row["config"],
@@ -116,29 +116,34 @@ def run_jobs(
 
     def measure(missing: Sequence[ResultKey]) -> Iterator[Mapping[str, Any]]:
         nonlocal left_out
-        cells_left = set(missing)
-        jobs_to_measure = [*dict.fromkeys(job_by_cell[cell] for cell in missing)]
+        keys_left = set(missing)
+        jobs_to_measure = [
+            *dict.fromkeys(job_by_key[missing_key] for missing_key in missing)
+        ]
         jobs_of_round = [
             job for job in jobs_to_measure if _failure(job, root) not in failed
         ]
         left_out = len(jobs_to_measure) - len(jobs_of_round)
-        how: Any = {"check": functools.partial(_open, jobs_of_round), "memory": _memory}
-        for job, found in run_items(
-            functools.partial(_rows, run, root), jobs_of_round, engine, **how
+        for job, rows in run_items(
+            functools.partial(_rows, run, root),
+            jobs_of_round,
+            engine,
+            check=functools.partial(_open, jobs_of_round),
+            memory=_memory,
         ):
-            if isinstance(found, OutOfMemory):
-                append_lines(failures, [_failure(job, root) | {"error": found.error}])
+            if isinstance(rows, OutOfMemory):
+                append_lines(failures, [_failure(job, root) | {"error": rows.error}])
                 left_out += 1
                 print(
-                    f"{', '.join(job[:3])}: out of memory ({found.error})",
+                    f"{', '.join(job[:3])}: out of memory ({rows.error})",
                     file=sys.stderr,
                     flush=True,
                 )
             else:
-                yield from (row for row in found if key(row) in cells_left)
+                yield from (row for row in rows if key(row) in keys_left)
 
-    cells.fill(
-        (cell for job in todo for cell in job.keys),
+    results.fill(
+        (job_key for job in todo for job_key in job.keys),
         measure,
         lambda row: f"{name(row)}: {row['exact_match']:.1f} %, {row['seconds']:.1f} s",
     )

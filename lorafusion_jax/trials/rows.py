@@ -106,12 +106,12 @@ def append_lines(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cells(Generic[Key]):
-    """The cells of an experiment that are measured, in a file.
+class ResultRows(Generic[Key]):
+    """Measured results of an experiment, in a file.
 
     Attributes:
-      file: JSON lines, one for each cell, that only ever grow.
-      key_of: function that returns the key of a row's cell.
+      file: JSON lines, one for each result, which only ever grow.
+      key_of: function that returns the key of a row.
       common: settings that all rows of the file have.
       read: function that returns the rows of the file.
       append: function that adds rows to the file.
@@ -157,11 +157,11 @@ class Cells(Generic[Key]):
         show: Callable[[Row], str],
         after: Callable[[], None] = lambda: None,
     ) -> None:
-        """Measure the missing cells, and append their rows one by one.
+        """Measure the missing results, and append their rows one by one.
 
         Args:
-          keys: keys of the cells, in the order in which to measure them.
-          measure: function that yields the rows of the missing cells, which it may group.
+          keys: keys of the results, in the order in which to measure them.
+          measure: function that yields the rows of the missing results, which it may group.
           show: function that returns a row as a line of the progress.
           after: function that is called after each row.
         """
@@ -255,10 +255,10 @@ def _checked(row: Any, where: str) -> Result:
 
 
 def print_plan(costs: Iterable[tuple[str, float]], note: str = "") -> None:
-    """Print the number of missing cells and their CPU time by label, and the time of all.
+    """Print the number of missing results and their CPU time by label, and the time of all.
 
     Args:
-      costs: label and CPU seconds of each cell.
+      costs: label and CPU seconds of each result.
       note: printed after the total.
     """
     by_label: dict[str, list[float]] = {}

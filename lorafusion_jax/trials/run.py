@@ -37,9 +37,17 @@ from ..support.progress import progress
 from ..tasks import Example, load_task
 from ..training.recipe import Recipe
 from .engines import EngineOptions, OutOfMemory, run_items
-from .folds import divide
-from .procedure import Measure, Outcomes, Role, Scores, Training, TrialArm, procedure
-from .rows import Cells, Row
+from .procedure import (
+    Measure,
+    Outcomes,
+    Role,
+    Scores,
+    Training,
+    TrialArm,
+    divide,
+    procedure,
+)
+from .rows import ResultRows, Row
 from .trainer import Trainer, shortened
 from .tuning import Tuned
 
@@ -362,11 +370,13 @@ def _measure(options: TrialOptions, task_trial: TaskTrial, bar: "tqdm") -> Measu
     settings = {name: _settings(run) for name, (_, run) in task_trial.arms.items()}
     digests = _digests(trainer)
     common = {"base_and_pool": digests[0], "rows": digests[1], "seed": options.seed}
-    cells = Cells(options.out / task_trial.task / "measured.jsonl", _key_of, common)
+    results = ResultRows(
+        options.out / task_trial.task / "measured.jsonl", _key_of, common
+    )
 
     def measure(trainings: Sequence[Training]) -> Iterator[Scores]:
         keys = {each: (settings[each.arm], each) for each in trainings}
-        rows = {_key_of(row): row for row in cells.rows()}
+        rows = {_key_of(row): row for row in results.rows()}
         missing = [each for each, key in keys.items() if key not in rows]
         # An extended grid is not in the plan.
         bar.total = max(
@@ -385,10 +395,10 @@ def _measure(options: TrialOptions, task_trial: TaskTrial, bar: "tqdm") -> Measu
             if isinstance(scores, OutOfMemory):
                 what = f"{task_trial.task}, {arm}: out of memory ({scores.error})"
                 raise ValueError(
-                    f"{what}: use --dtype bfloat16 or another machine; {cells.file} keeps what it has"
+                    f"{what}: use --dtype bfloat16 or another machine; {results.file} keeps what it has"
                 )
             row = common | _row(settings[arm], training, scores)
-            cells.append(cells.file, [row])
+            results.append(results.file, [row])
             rows[keys[training]] = row
             bar.update(_weight(task_trial, training))
             arm_keys = [keys[each] for each in keys if each.arm == arm and each.answers]

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pool_value as experiment
 import pytest
-from lab import pool_cells, string_pools
+from lab import pool_rows, string_pools
 from shuffle_labels import main as write_shuffled
 from string_tasks import split
 
@@ -115,11 +115,9 @@ def _rows(losses, numbers=(20,)):
             },
             **{"training_rows_loss": 2.0},
         }
-        for number, arm in itertools.product(numbers, pool_cells.ARMS)
+        for number, arm in itertools.product(numbers, pool_rows.ARMS)
         for place, target in enumerate(_TARGETS)
-        for seed, draw in itertools.product(
-            pool_cells.SEEDS, pool_cells.ARMS[arm].draws
-        )
+        for seed, draw in itertools.product(pool_rows.SEEDS, pool_rows.ARMS[arm].draws)
     ]
 
 

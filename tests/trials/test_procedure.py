@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lorafusion_jax.trials import Scores, Training, TrialArm, procedure
-from lorafusion_jax.trials.folds import divide
+from lorafusion_jax.trials.procedure import divide
 from lorafusion_jax.trials.tuning import tune
 
 _TUNING = 5.75  # full trainings that the tuning of an arm is worth

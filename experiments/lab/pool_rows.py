@@ -1,4 +1,4 @@
-"""Cells of the pool's value: a string task, an arm, a number of training rows and a seed, trained and measured."""
+"""Rows of the pool's value: a string task, an arm, a number of training rows and a seed, trained and measured."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ from lorafusion_jax.tasks import (
     pad,
 )
 from lorafusion_jax.training import fit, seed_entropies, start
-from lorafusion_jax.trials import Cells
+from lorafusion_jax.trials import ResultRows
 
 from .common import SMALL
 from .string_pools import (
@@ -410,7 +410,7 @@ def run(
     together: bool = False,
 ) -> None:
     """Measure the missing cells of an arm at a number of training rows; its rates are tuned before, from `begin` on."""
-    everything = Cells(file, key_of)
+    everything = ResultRows(file, key_of)
     if not everything.missing(keys):
         return
     name, rows = keys[0][:2]
@@ -488,7 +488,7 @@ def _tuned(
                 yield key | rates | {"test_loss": round(float(own.mean()), 5)}
 
     over = [(task,) for task, target in TARGETS.items() if target.pool == "tuning"]
-    trials = Cells(
+    trials = ResultRows(
         file, lambda row: (row["arm"], row["rows"], tuple(row["point"]), row["task"])
     )
     return tune(trials, (name, rows), begin, over, measure, together=together)
