@@ -1,6 +1,6 @@
 """Reads of crossbars: time against the float32 products that a read consists of, memory, compilation.
 
-    python benchmarks/crossbar.py [--json | --paths | --decoder]
+    python benchmarks/crossbar.py [--json | --paths]
 
 On a CPU everything runs on one thread. A weight of 1024 x 1024 in arrays of 128 x 128, differential, 8 bits in four
 slices of 2; a batch of 256 inputs of 8 bits, one bit at a time; an ADC of 8 bits for every conversion, its range
@@ -11,10 +11,6 @@ Prepared reads (input factors and a transform) are compared with the same reads 
 product, without an ADC, have no bar.
 
 `--paths` prints the time of a read by each path: of this weight, and of those of examples/smollm2/chip.yaml.
-
-`--decoder` reads one layer of SmolLM2-135M with random weights, in the arrays of examples/smollm2/chip.yaml, as teacher
-forcing does, in CPU seconds. The tokens per second of the whole model are extrapolated: all layers, and the head, which
-is digital; norms and attention are left out.
 """
 
 import contextlib
@@ -30,9 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from _measure import case, in_turns, of_turns, product_rates
 
-from lorafusion_jax import crossbar, matmul
+from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar.read import definition as crossbar_definition
-from lorafusion_jax.models import known_shapes
 
 _SIZE = 1024
 _BATCH = 256
@@ -43,9 +38,6 @@ _REPEATS = 7
 # inputs and outputs of prepared reads
 _WIDTHS = (64, 576, 1024, 1536, 2816)
 _OUTPUTS = 576
-# tokens that the ranges of --decoder are calibrated on
-_PROBED = 64
-_ROUNDS = 3
 _CHIP = _measure.ROOT / "examples" / "smollm2" / "chip.yaml"
 _DAC = crossbar.DAC(signed=False, scaling="fixed", limit=1.0)
 _CONFIG = crossbar.CrossbarConfig(
@@ -60,17 +52,12 @@ def main() -> None:
     parser.add_argument(
         "--paths", action="store_true", help="print milliseconds of each path instead"
     )
-    parser.add_argument(
-        "--decoder", action="store_true", help="read a layer of SmolLM2 instead"
-    )
-    parser.add_argument("--tokens", type=int, default=512, help="of --decoder")
     options = parser.parse_args()
     _measure.launch(1)
     if options.paths:
         _by_path()
         return
-    cases = _decoder(options.tokens) if options.decoder else _cases()
-    _measure.show(cases, as_json=options.json, rates=product_rates(["float32"]))
+    _measure.show(_cases(), as_json=options.json, rates=product_rates(["float32"]))
 
 
 def _cases() -> list[dict[str, Any]]:
@@ -202,67 +189,6 @@ def _show_paths(
         print(f"| {name} | {batch} | {' | '.join(shown)} |", flush=True)
 
 
-def _decoder(tokens: int) -> list[dict[str, Any]]:
-    shape = known_shapes()["smollm2-135m"]
-    key = jax.random.key(0)
-    sizes = {name: (site.d_in, site.d_out) for name, site in shape.sites.items()}
-    weights = {
-        name: jax.random.normal(jax.random.fold_in(key, i), s)
-        for i, (name, s) in enumerate(sizes.items())
-    }
-    inputs = {
-        name: jax.random.normal(jax.random.fold_in(key, s[0]), (tokens, s[0]))
-        for name, s in sizes.items()
-    }
-    perfect = crossbar.load_config(_CHIP)
-    on_arrays = {
-        "ideal ADC": _with(perfect, adc=None),
-        "8-bit ADC": perfect,
-        "8-bit ADC, programming error 1%": _with(
-            perfect,
-            device=dataclasses.replace(
-                perfect.device, programming=crossbar.Independent(0.01)
-            ),
-        ),
-    }
-    chips = {
-        name: {
-            site: _calibrated(w, inputs[site], config, _PROBED)
-            for site, w in weights.items()
-        }
-        for name, config in on_arrays.items()
-    }
-    read = jax.jit(lambda x, w: {name: matmul(x[name], w[name]) for name in w})
-    runs: dict[str, Callable[[], Any]] = {
-        name: lambda w=w: jax.block_until_ready(read(inputs, w))
-        for name, w in ({"digital": weights} | chips).items()
-    }
-    products = [_products(tokens, size, 28) for size in sizes.values()]
-    runs["the products of a read"] = lambda: [run() for run in products]
-    runs["head"] = _products(tokens, (shape.d_model, shape.vocab_size), 1)
-    seconds = in_turns(runs, _ROUNDS, time.process_time)
-    of_head = seconds.pop("head")
-    floor = seconds["the products of a read"]
-    depth = next(iter(shape.sites.values())).layers
-
-    def path(chip: crossbar.Chip) -> str:
-        """Return the path of a large batch."""
-        return "lookup" if chip.plan.tabulates else chip.plan.path
-
-    return [
-        case(
-            f"a layer of smollm2-135m, {name} / the products of a read",
-            of_turns(took, floor),
-            None,
-            tokens_per_second_of_the_model=tokens
-            / float(np.median(depth * took + of_head)),
-            milliseconds_of_a_layer=1e3 * float(np.median(took)),
-            paths=sorted({path(chip) for chip in chips.get(name, {}).values()}),
-        )
-        for name, took in seconds.items()
-    ]
-
-
 def _temporaries(w: jax.Array, x: jax.Array) -> list[dict[str, Any]]:
     """Compile, and do not run, reads that compute with every cell: 512 x 512, a batch of 64."""
     wires = crossbar.Tile(
@@ -318,13 +244,13 @@ def _read(
 
 
 def _calibrated(
-    w: jax.Array, x: jax.Array, config: crossbar.CrossbarConfig, rows: int = _BATCH
+    w: jax.Array, x: jax.Array, config: crossbar.CrossbarConfig
 ) -> crossbar.Chip:
     state = crossbar.program(w, config, jax.random.key(1))
     if config.adc is None or config.adc.range != "calibrated":
         return state
     probe = jax.jit(lambda x, state: crossbar.probe(x, state)[1])
-    return crossbar.calibrated(state, probe(x[:rows], state))
+    return crossbar.calibrated(state, probe(x, state))
 
 
 def _given(w: jax.Array, x: jax.Array, config: crossbar.CrossbarConfig) -> crossbar.ADC:

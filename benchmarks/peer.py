@@ -1,6 +1,6 @@
 """Real tokens per second of our fusion step and of the fairest PyTorch + PEFT, all taking turns on one core.
 
-    python benchmarks/peer.py --tasks bbh [--shape flan-t5-small smollm2-135m] [--isa native avx2]
+    python benchmarks/peer.py --tasks bbh [--shape flan-t5-small smollm2-135m]
     python benchmarks/peer.py --shape flan-t5-large --candidates ours eager --batches 1 --rounds 2
 
 Ours: `mix` of 20 modules of rank 16 on q and v, rows packed as runs pack them, with the malloc of commands, layers as
@@ -11,9 +11,8 @@ files of BIG-Bench Hard), by default of the embedded tasks; batches of 10.
 
 Each candidate is a process, and measures the same few batches in every round, in seconds of its CPU time. From the
 counted operations of those batches and of all batches of all tasks follow its real tokens per second. Losses of all
-float32 candidates on the same rows are compared. `avx2` emulates a processor without AVX-512 by the libraries' own
-switches. Each shape's results are kept in OUT, and measured again only if the options or the processor change. Needs
-the `peft` extra, and a C++ compiler for torch.compile.
+float32 candidates on the same rows are compared. Each shape's results are kept in OUT, and measured again only if the
+options or the processor change. Needs the `peft` extra, and a C++ compiler for torch.compile.
 """
 
 import argparse
@@ -95,16 +94,6 @@ _CANDIDATES = {
     "max-autotune": _Candidate("max-autotune"),
     "max-autotune, default malloc": _Candidate("max-autotune", keeps=False),
 }
-_ISA = {
-    "native": {},
-    "avx2": {
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_max_isa=AVX2",
-        "ATEN_CPU_CAPABILITY": "avx2",
-        "ONEDNN_MAX_CPU_ISA": "AVX2",
-        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-    },
-}
-_EMULATED = {"native": "", "avx2": ", AVX2 emulated"}
 _COMPILED = ("default", "max-autotune")  # torch.compile's modes
 _PACKED = "packed"
 _PADDED = "in file order"
@@ -149,13 +138,6 @@ def main() -> None:
         help="of the base model",
     )
     parser.add_argument(
-        "--isa",
-        choices=_ISA,
-        nargs="+",
-        default=["native"],
-        help="instructions that are used",
-    )
-    parser.add_argument(
         "--candidates", choices=_CANDIDATES, nargs="+", default=[*_CANDIDATES]
     )
     parser.add_argument(
@@ -176,21 +158,18 @@ def main() -> None:
     cases = []
     rates = {}
     tables = []
-    for isa in options.isa:
-        for shape in options.shape:
-            found = _group(options, shape, isa)
-            where = f"{shape}, 1 core{_EMULATED[isa]}"
-            rates |= {
-                f"{name}{_EMULATED[isa]}": rate for name, rate in found["rates"].items()
-            }
-            cases += _cases(where, found)
-            tables.append(_table(where, found))
+    for shape in options.shape:
+        found = _group(options, shape)
+        where = f"{shape}, 1 core"
+        rates |= found["rates"]
+        cases += _cases(where, found)
+        tables.append(_table(where, found))
     _measure.show(cases, as_json=options.json, rates=rates)
     if not options.json:
         print("", *tables, sep="\n")
 
 
-def _group(options: argparse.Namespace, shape: str, isa: str) -> dict[str, Any]:
+def _group(options: argparse.Namespace, shape: str) -> dict[str, Any]:
     """Return the results of one shape: the rounds that are kept, and those that are measured now."""
     asked = {
         "candidates": options.candidates,
@@ -201,7 +180,7 @@ def _group(options: argparse.Namespace, shape: str, isa: str) -> dict[str, Any]:
         "tasks": [path.name for path in options.tasks or ()],
         "features": features(),
     }
-    file = options.out / f"{shape}-{isa}.json"
+    file = options.out / f"{shape}.json"
     kept = json.loads(file.read_text()) if file.is_file() else {}
     found = kept if kept.items() >= asked.items() else asked | {"turns": []}
     missing = options.rounds - len(found["turns"])
@@ -224,7 +203,7 @@ def _group(options: argparse.Namespace, shape: str, isa: str) -> dict[str, Any]:
         for begin in range(0, len(names) + 1, len(cores)):
             together = [_RATES, *names][begin : begin + len(cores)]
             workers |= {
-                name: _start(name, shape, isa, core)
+                name: _start(name, shape, core)
                 for name, core in zip(together, cores, strict=False)
             }
             first |= {name: _answer(workers[name]) for name in together}
@@ -253,11 +232,11 @@ def _group(options: argparse.Namespace, shape: str, isa: str) -> dict[str, Any]:
     return found
 
 
-def _start(name: str, shape: str, isa: str, core: int) -> subprocess.Popen[str]:
+def _start(name: str, shape: str, core: int) -> subprocess.Popen[str]:
     """Start the process of one candidate, which has one core from the beginning, so that libraries start one thread."""
     keeps = name == _RATES or _CANDIDATES[name].keeps
     # Two processes that compile the same code in one folder would wait for each other, at most ten minutes.
-    folder = f"inductor-{isa}{'' if keeps else '-default-malloc'}"
+    folder = f"inductor{'' if keeps else '-default-malloc'}"
     kept = {"TORCHINDUCTOR_CACHE_DIR": str(ROOT / ".cache" / folder)}
     command = [sys.executable, *sys.argv, "--shape", shape, "--worker", name]
     allowed = os.sched_getaffinity(0)
@@ -265,10 +244,7 @@ def _start(name: str, shape: str, isa: str, core: int) -> subprocess.Popen[str]:
     try:
         return subprocess.Popen(
             command,
-            env=os.environ
-            | _ISA[isa]
-            | kept
-            | (MALLOC if keeps else dict.fromkeys(MALLOC, "")),
+            env=os.environ | kept | (MALLOC if keeps else dict.fromkeys(MALLOC, "")),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -55,7 +55,7 @@ _FULL = (
     f"{_LARGE} --cores 2",
     f"{_LARGE} --pool 100",
     f"{_LARGE} --cores 2 --seeds 4 16",
-    "peer.py --shape flan-t5-small smollm2-135m flan-t5-base --isa native avx2",
+    "peer.py --shape flan-t5-small smollm2-135m flan-t5-base",
     "generation.py --shape flan-t5-small",
     "generation.py --shape flan-t5-large --rounds 3",
     "mixed_batches.py --shape flan-t5-small",

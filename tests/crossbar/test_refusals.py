@@ -24,7 +24,6 @@ from lorafusion_jax.crossbar import (
     Tile,
     Wire,
     matmul,
-    probe,
 )
 
 INF = float("inf")
@@ -82,8 +81,8 @@ def measured(one):
     return jnp.full((4, 2, 1, 1, 6, 5), 0.5, jnp.float32).at[0, 0, 0, 0, 2, 3].set(one)
 
 
-def read(x=X, jit=False, call=matmul, **parts):
-    return lambda: inspect.unwrap(call)(x, programmed(**parts))
+def read(x=X, **parts):
+    return lambda: inspect.unwrap(matmul)(x, programmed(**parts))
 
 
 def calls(field, wrong):
@@ -165,41 +164,30 @@ MATRIX = r"give a matrix \[d_in, d_out\]"
 FRACTIONS = "give fractions of Gmax"
 PARTS = [
     (part(Cell, bits=(2, 0)), r"cell.bits = \(2, 0\): give 1 to 8 bits for each weight"),
-    (part(Cell, bits=2), "give 1 to 8 bits"),
     (part(Cell, on_off_ratio=np.float32(0.5)), "on_off_ratio = 0.5: give Gmax / Gmin > 1"),
     (part(Encoding, kind="balanced"), "encoding.kind = 'balanced': choose differential or"),
     (part(DAC, bits=17), "dac.bits = 17: give 2 to 16 bits, or dac=None for ideal inputs"),
     (part(DAC, bits=0, signed=False), "give 1 to 16 bits"),
     (part(DAC, slice_bits=9), "give 1 to 8 bits, or None for no slicing"),
     (part(DAC, limit=NAN), r"give the largest \|x\|, positive and finite"),
-    (part(DAC, clip_share=3.0), "dac.clip_share = 3.0: give a share of inputs from 0 to 1"),
-    (part(DAC, quantile=0.1), "give a share of inputs from 0.5 to 1"),
     (part(ADC, bits=0), "give 2 to 16 bits, or adc=None for an ideal ADC"),
     (part(ADC, clip_share=-0.1), "give a share of conversions from 0 to 1"),
     (part(ADC, quantile=0.3), "give a share of conversions from 0.5 to 1"),
     (part(ADC, gain_error=-0.1), f"adc.gain_error = -0.1: {DEVIATION}"),
-    (part(ADC, offset_error=-1.0), DEVIATION),
-    (part(ADC, noise=NAN), DEVIATION),
     (part(ADC, architecture=["sar"]), "choose sar, ramp, .*or call register_adc"),
     (lambda: crossbar.register_adc("sar", crossbar.Architecture(energy=len, time=len)),
      "an ADC architecture 'sar': choose another"),
     (part(ADC, range="given"), "adc.limits go with adc.range='given'"),
-    (part(ADC, limits=FOUR), "adc.limits go with adc.range='given'"),
     (part(Tile, rows=0), "tile.rows = 0: give a positive number, or None for no limit"),
     (part(Tile, current_limit=np.int32(0)), "give a positive current, or None"),
     (part(Mapping, weight_bits=1), "give 2 to 16 bits, or None for real weights"),
     (part(Mapping, quantile=0.0), r"give a share of weights in \(0, 1\]"),
     (part(Mapping, clip="optimal"), "needs scale = 'column'"),
     (part(crossbar.Independent, sigma=np.float16(-0.5)), f"sigma = -0.5: {AT_LEAST_0} and finite"),
-    (part(crossbar.ReadNoise, sigma=INF), AT_LEAST_0),
     (part(crossbar.StuckAt, low=1.5), "give a number at least 0 and at most 1"),
     (part(crossbar.StuckAt, low=0.7, high=0.7), r"low \+ high = 1.4: expected a sum of at"),
     (part(crossbar.WriteVerify, tolerance=0.0), "WriteVerify.tolerance = 0.0: give a number above 0"),
-    (part(crossbar.WriteVerify, pulses=0), "give the most pulses of a cell, 1 to 1,000,000"),
-    (part(crossbar.PowerLaw, exponent=-0.1), AT_LEAST_0),
-    (part(crossbar.Sinh, scale=0.0), "give a number above 0"),
     (part(Wire, relaxation=2.5), "give a number above 0 and at most 2"),
-    (part(Wire, iterations=0), "give the most iterations, 1 to 1,000,000"),
     (part(crossbar.LogLinear, low=0.2, high=0.1), "low = 0.2 is above high = 0.1"),
     (part(Device, time=-1.0), AT_LEAST_0),
     (part(Device, read_noise=0.01), r"give ReadNoise\(...\), or None"),
@@ -218,7 +206,6 @@ PARTS = [
 CONFIGS = [
     (config(cell=Cell(bits=None)), r"cell.bits = None, .* 8: both or neither must be None"),
     (config(cell=Cell(bits=(2, 2, 2))), "hold 6 bits, .* need 7: add a slice"),
-    (config(cell=Cell(bits=(2, 2, 3)), encoding=OFFSET), "hold 7 bits, .* need 8"),
     (config(cell=Cell(bits=None), mapping=Mapping(weight_bits=None), encoding=FLIP), "flip inverts"),
     (
         config(device=Device(programming=crossbar.Table((0.1, 1.0), ((0.1, 0.2),)))),
@@ -237,14 +224,11 @@ CONFIGS = [
 CHIPS = [
     (chip(weights=jnp.ones(5)), rf"weights of shape \(5,\): {MATRIX}"),
     (chip(weights=jnp.ones((2, 6, 5))), "use jax.vmap for stacks"),
-    (chip(weights=jnp.ones((0, 5))), MATRIX),
     (chip(weights=jnp.ones((6, 5), jnp.int32)), "dtype int32: give floating point numbers"),
     (chip(weights=W.at[0].set(-INF)), "5 of 30 weights are NaN or infinite"),
     (lambda: jax.jit(lambda: programmed(weights=BAD).codes)(), "1 of 30 weights are NaN"),
     (chip(KEY, device=Device(time=10.0)), AGELESS),
-    (chip(KEY, device=Device(programming=crossbar.PCM_JOSHI_2020, time=10.0)), AGELESS),
     (chip(device=STUCK), NO_KEY),
-    (chip(device=Device(drift=crossbar.PCM_DRIFT, time=10.0)), NO_KEY),
     (chip(adc=ADC(range="max", gain_error=0.1)), NO_KEY),
     (chip(tile=Tile(rows=2), adc=ADC(range="given", limits=LIMITS)), "ADC limits of 2 row tiles, but .* 3"),
     (chip(path="none"), "choose from product, definition, lookup, packed, loop, or leave it out"),
@@ -257,7 +241,6 @@ CHIPS = [
     (chip(KEY, "packed", device=Device(programming=UNIFORM), adc=AT_MAX), "takes integer cells"),
     (chip(conductances=measured(0.5)[:, :1]), r"\(4, 1, 1, 1, 6, 5\): expected \(4, 2, "),
     (chip(conductances=measured(40.0)), "from 0.5 to 40: .* microsiemens by the Gmax"),
-    (chip(conductances=measured(-0.1)), f"from -0.1 to 0.5: {FRACTIONS}"),
     (chip(conductances=measured(NAN)), f"from nan to nan: {FRACTIONS}"),
     (
         chip(KEY, None, measured(0.5), device=Device(drift=crossbar.PCM_DRIFT, time=1e6)),
@@ -271,7 +254,6 @@ READS = [
     (read(X[:, :4]), r"x of shape \(3, 4\) meets arrays of \(6, 5\): its last axis must be 6"),
     (read(jnp.float32(1)), r"x of shape \(\) meets arrays of \(6, 5\)"),
     (read(X.astype(jnp.int32)), "x of dtype int32: give floating point numbers"),
-    (read(X.astype(jnp.int32), call=probe), "x of dtype int32"),
     (read(device=NOISY), AGAIN),
     (read(adc=ADC(bits=10, range="granular", noise=0.1)), AGAIN),
     *((read(adc=ADC(bits=4), path=path), r"range comes from data: chip = calibrated\(chip, ")
@@ -286,7 +268,6 @@ READS = [
         r"keys of shape \(2,\) for arrays of \(6, 5\): give one key",
     ),
     (slope("device.stuck.low", device=STUCK), "StuckAt.low has no gradient: .* take differences"),
-    (slope("device.write_verify.tolerance", device=VERIFIED), "tolerance has no gradient"),
     (slope("device.programming.sigma", device=VERIFIED), "write-verify has no gradient"),
     (slope("tile.wire.row_resistance", tile=WIRED), "row_resistance has no gradient"),
     (slope("cell.on_off_ratio", tile=WIRED, cell=Cell(on_off_ratio=9.0)), "ratio has no gradient"),
@@ -295,20 +276,15 @@ POLYNOMIAL = "{model: Polynomial, deviation: [1, 2]}"
 FILES = [
     (load("cells: {}"), r"file.yaml: cells is unknown: choose from cell, encoding, mapping, tile"),
     (load("cell: {bit: 2}"), r"cell\.bit is unknown: choose from bits, on_off_ratio"),
-    (load("cell: 4"), "cell is 4: give a table with any of bits, on_off_ratio"),
     (load("[1, 2]"), r"the file is \[1, 2\]: give a table"),
-    (load("encoding: null"), "encoding is None: give a table with any of kind, two_sided"),
     (load("cell: {bits: [2, [2]]}"), r"Expected `int`, got `array` - at `\$\[1\]`"),
     (load(f"device: {{programming: {POLYNOMIAL}}}"), r"Expected `array`, got `int` - at `\$\[0\]`"),
     (load("adc: {limits: [[low, 1]]}"), "expected a number, a list of numbers or null"),
     (load("dac: {bits: 7.5}"), r"Expected `int`, got `float`"),
     (load("adc: {range: widest}"), r"Invalid enum value 'widest'"),
-    (load("adc: {separate: 1}"), r"Expected `bool`, got `int`"),
     (load("device: {programming: noisy}"), r"'noisy': choose from PCM_JOSHI_2020, .*\{model: "),
     (load("device: {programming: {model: Independent}}"), r"device\.programming lacks sigma"),
     (load("device: {programming: {model: Independent, sigma: 1e-3}}"), "a number like 1.0e-3"),
-    (load("device: {iv: tanh}"), r"device\.iv = 'tanh': choose from \{model: Sinh"),
-    (load("device: {drift: {model: [1]}}"), "choose from PCM_DRIFT"),
     (load(f"cell: {{bits: {[1] * 17}}}"), "at most 16 slices"),
     (load("cell: ["), "cannot be read as YAML"),
     (load("x: !!python/object/apply:os.getcwd []"), "cannot be read as YAML"),

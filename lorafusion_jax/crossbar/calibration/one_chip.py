@@ -124,7 +124,8 @@ def probe(
         ideal = dataclasses.replace(
             config, adc=None, device=dataclasses.replace(config.device, read_noise=None)
         )
-        plan = dataclasses.replace(chip.plan, path=PATHS[chip.plan.path].without_adc)
+        path = "definition" if PATHS[chip.plan.path].single_cells else "product"
+        plan = dataclasses.replace(chip.plan, path=path)
         y = matmul(x, reconfigured(chip, ideal, plan=plan))
     else:
         y = matmul(x, chip)

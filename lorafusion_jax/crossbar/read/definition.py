@@ -38,7 +38,6 @@ class DefinitionPath(ReadPath):
 
     name = "definition"
     single_cells = True
-    without_adc = name
 
     def chosen(self, facts: Facts) -> str | None:
         if facts.unlike_products:

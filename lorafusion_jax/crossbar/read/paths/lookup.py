@@ -31,9 +31,7 @@ from ...mapping.bit_fields import INT_BITS, Packed, Packing, drive, unpack
 from ...mapping.encoding import digit
 from ...mapping.geometry import significance
 from ..conversion_noise import Noise, add_noise, alike
-from .by_kernel import KernelPath, slices_of
-from .packed import PackedPath, certificate, fit_words, in_words
-from .path import narrow, products
+from .kernel import KernelPath, PackedPath, certificate, fit_words, in_words
 
 # A block of columns whose table, and a chunk of the batch whose sums, stay in a core's second-level cache.
 _COLUMNS = 64
@@ -44,7 +42,11 @@ class LookupPath(KernelPath):
     """The fastest on a CPU for input slices of one bit, of integer cells or without a sign."""
 
     name = "lookup"
-    needs = (narrow, products)
+
+    def refusal(self, facts: Facts) -> str | None:
+        if facts.bits > 2:  # 4 levels at most, or 7 with a sign
+            return "takes input slices of up to 2 bits: set dac.slice_bits"
+        return super().refusal(facts)
 
     def chosen(self, facts: Facts) -> str | None:
         if (
@@ -74,14 +76,15 @@ class LookupPath(KernelPath):
         noise: Noise | None,
         chip: Chip,
     ) -> Float[Array, "k B _cols"]:
-        signed = chip.config.signed_inputs
+        slices = chip.geometry.converted_slices
+        assert slices is not None
         return lookup(
             tiles,
             columns,
             chip.plan.packing,
             adc,
-            slices_of(chip),
-            signed=signed,
+            slices,
+            signed=chip.config.signed_inputs,
             noise=noise,
         )
 

@@ -1,7 +1,5 @@
 """What every read path has: its needs, when it is chosen, how its columns lie, and its read."""
 
-from collections.abc import Callable
-
 from jaxtyping import Array, Float
 
 from ...chip.chip import Chip
@@ -15,17 +13,17 @@ class ReadPath:
 
     Attributes:
       name: the path in plans, files and `program(path=...)`.
-      needs: functions from the facts of a read to the reason why the path cannot compute it, or None.
       converts: column sums are converted; False where slices and tiles telescope.
       single_cells: the chip keeps every cell.
-      without_adc: name of the path of the same cells with an ideal ADC.
     """
 
     name: str
-    needs: tuple[Callable[[Facts], str | None], ...] = ()
     converts = True
     single_cells = False
-    without_adc = "product"
+
+    def refusal(self, facts: Facts) -> str | None:
+        """Return the reason why the path cannot compute a read exactly, or None."""
+        return None
 
     def chosen(self, facts: Facts) -> str | None:
         """Return the reason why the path is the fastest, if no earlier one in the registry is; else None."""
@@ -44,26 +42,3 @@ class ReadPath:
     ) -> Float[Array, "B d_out"]:
         """Return weights times input codes."""
         raise NotImplementedError
-
-
-def narrow(facts: Facts) -> str | None:
-    """Input slices have 4 levels at most, or 7 with a sign."""
-    return (
-        None
-        if facts.bits <= 2
-        else "takes input slices of up to 2 bits: set dac.slice_bits"
-    )
-
-
-def integers(facts: Facts) -> str | None:
-    """Column sums are integers."""
-    return (
-        None
-        if facts.integers
-        else "takes integer cells: perfect ones, whose Gmin does not reach the ADC"
-    )
-
-
-def products(facts: Facts) -> str | None:
-    """Every conversion is that of a product of slices."""
-    return f"cannot compute {facts.unlike_products}" if facts.unlike_products else None

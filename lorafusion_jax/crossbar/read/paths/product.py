@@ -17,18 +17,16 @@ from ..conversion_noise import root
 from .path import ReadPath
 
 
-def _telescopes(facts: Facts) -> str | None:
-    if facts.telescopes:
-        return None
-    return f"is not exact here: {facts.nonlinear or 'the ADC loses bits'}"
-
-
 class ProductPath(ReadPath):
     """Without an ADC, or with one that has a code for every possible sum."""
 
     name = "product"
-    needs = (_telescopes,)
     converts = False
+
+    def refusal(self, facts: Facts) -> str | None:
+        if facts.telescopes:
+            return None
+        return f"is not exact here: {facts.nonlinear or 'the ADC loses bits'}"
 
     def chosen(self, facts: Facts) -> str | None:
         if not facts.telescopes:

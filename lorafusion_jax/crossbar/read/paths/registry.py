@@ -13,9 +13,8 @@ from ...mapping import decoding, encoding
 from ...mapping.adc.quantiser import Converter
 from ...mapping.geometry import Columns, Geometry
 from ..definition import DefinitionPath
+from .kernel import LoopPath, PackedPath
 from .lookup import LookupPath
-from .loop import LoopPath
-from .packed import PackedPath
 from .path import ReadPath
 from .product import ProductPath
 
@@ -53,7 +52,7 @@ def choose(
         raise ValueError(
             f"path={path!r} is unknown: choose from {', '.join(PATHS)}, or leave it out"
         )
-    elif why := next(filter(None, (need(facts) for need in PATHS[path].needs)), None):
+    elif why := PATHS[path].refusal(facts):
         raise ValueError(f"path={path!r} {why}; leave path out")
     return Plan(path, reason, facts.integers, ties=facts.ties)
 

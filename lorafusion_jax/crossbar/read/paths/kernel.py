@@ -1,4 +1,8 @@
-"""Read paths whose conversions a kernel makes, from input codes and columns to codes summed over slices and tiles."""
+"""Read paths whose conversions a kernel makes, from input codes and columns to codes summed over slices and tiles.
+
+`loop` is one product for each row tile, weight slice and input slice, with the ADC in its epilogue. In `packed`
+several weight slices of integer cells share a float32 word, and their sums come out of one product.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,23 +10,30 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
+from ....support.platform import for_cpu, is_traced
 from ...chip.chip import Chip
 from ...chip.columns import Laid, Written
+from ...chip.plan import ON_REQUEST, Facts
 from ...devices.physical import varying_as
 from ...mapping import decoding, encoding
 from ...mapping.adc.quantiser import Converter
-from ...mapping.bit_fields import Packed
+from ...mapping.bit_fields import FLOAT_BITS, Packed, Packing, certify, over_rows, pack
+from ...mapping.geometry import Columns
 from ..conversion_noise import Noise, deviations, of_conversions, stream
-from .path import ReadPath, products
+from .path import ReadPath
 from .sliced_products import sliced_products
 
 
 class KernelPath(ReadPath):
     """A path of conversions that are products of slices."""
 
-    needs = (products,)
+    def refusal(self, facts: Facts) -> str | None:
+        if facts.unlike_products:
+            return f"cannot compute {facts.unlike_products}"
+        return None
 
     def form(self, laid: Laid, written: Written) -> Laid:
         """Return the columns in the form that `codes` needs, given those of real numbers."""
@@ -123,12 +134,6 @@ class KernelPath(ReadPath):
         return decoding.finish(whole, ones, quantise, None, geometry, config)
 
 
-def slices_of(chip: Chip) -> tuple[int, ...]:
-    """Return the bits of every conversion's input slice; a path whose needs exclude ideal DACs has them."""
-    assert chip.geometry.converted_slices is not None
-    return chip.geometry.converted_slices
-
-
 def _noise(number: Array | int, chip: Chip, dtype: jnp.dtype) -> Noise | None:
     """Return the noise of a read, whose stream has this number."""
     geometry = chip.geometry
@@ -152,4 +157,118 @@ def _noise(number: Array | int, chip: Chip, dtype: jnp.dtype) -> Noise | None:
         jnp.tile(scale, each),
         words,
         None if of_adc is None else jnp.tile(of_adc, each),
+    )
+
+
+class LoopPath(KernelPath):
+    """The fastest on a CPU where nothing is saved by tables or words; also elsewhere, if conversions draw noise."""
+
+    name = "loop"
+
+    def chosen(self, facts: Facts) -> str | None:
+        if not for_cpu():
+            return "one draw of the noise for each conversion, where `definition` draws every cell's"
+        return "the ADC quantises each conversion: one product each, with the ADC in its epilogue"
+
+    def form(self, laid: Laid, written: Written) -> Laid:
+        """Return the path `packed` unless this one was requested or is equally fast."""
+        plan = laid.plan
+        config = written.config
+        count = len(laid.columns)
+        if fit_words(laid, written):
+            _, packing = certificate(laid, written, FLOAT_BITS)
+            as_fast = (
+                packing is None or config.converts_sums or len(packing.words) == count
+            )
+            if packing is not None and not as_fast and plan.reason != ON_REQUEST:
+                reason = f"{count} conversions come out of {len(packing.words)} products of integers"
+                plan = dataclasses.replace(plan, path=PackedPath.name, reason=reason)
+                return in_words(laid._replace(plan=plan), written, packing)
+        if plan.integers and not config.draws_at_conversion:
+            laid = laid._replace(occupied=jnp.any(laid.columns != 0, axis=(2, 3)))
+        return laid
+
+
+class PackedPath(KernelPath):
+    """Planned as `loop`, until the columns are known."""
+
+    name = "packed"
+
+    def refusal(self, facts: Facts) -> str | None:
+        if not facts.integers:
+            return (
+                "takes integer cells: perfect ones, whose Gmin does not reach the ADC"
+            )
+        return super().refusal(facts)
+
+    def form(self, laid: Laid, written: Written) -> Laid:
+        if not fit_words(laid, written):
+            raise ValueError("path='packed' has no room for this noise: leave path out")
+        spans, packing = certificate(laid, written, FLOAT_BITS)
+        if packing is None:
+            raise ValueError(
+                f"path='packed': sums of up to {max(spans)} levels do not fit {FLOAT_BITS} bits: leave path out"
+            )
+        return in_words(laid, written, packing)
+
+
+def fit_words(laid: Laid, written: Written) -> bool:
+    """Return whether columns and variances are integers, so that words can hold them."""
+    # Squares of halves, and of levels with Gmin, are not integers.
+    config = written.config
+    whole_squares = not config.encoding.two_sided and config.cell.on_off_ratio is None
+    return laid.plan.integers and (_squares(laid) is None or whole_squares)
+
+
+def certificate(
+    laid: Laid, written: Written, word_bits: int
+) -> tuple[list[int], Packing | None]:
+    """Return the span of every slice's sums, and a packing of them in such words, or None if they do not fit.
+
+    A packing is certified by the columns' own sums if these are known, else by the largest sums of any weights.
+    """
+    geometry = written.geometry
+    squares = _squares(laid)
+    count = len(laid.columns)
+    top = geometry.converted_top
+
+    def largest(cells: Array, power: int) -> list[int]:
+        if is_traced(cells):
+            levels = geometry.levels * (count // len(geometry.levels))
+            return [geometry.tallest * (top * level) ** power for level in levels]
+        return [
+            top**power * int(slice_level)
+            for slice_level in np.max(np.asarray(over_rows(cells)), axis=(1, 2))
+        ]
+
+    spans = [
+        (1 + written.config.signed_inputs) * most
+        for most in largest(jnp.abs(laid.columns), 1)
+    ]
+    return spans, certify(
+        spans, word_bits, () if squares is None else largest(squares, 2)
+    )
+
+
+def in_words(laid: Laid, written: Written, packing: Packing) -> Laid:
+    """Return the columns in words, with their variances unless these are alike for all columns."""
+    squares = _squares(laid)
+    signed = written.config.signed_inputs
+    words = pack(
+        laid.columns,
+        packing,
+        written.geometry.converted_top,
+        signed=signed,
+        variances=squares,
+    )
+    plan = dataclasses.replace(laid.plan, packing=packing)
+    return laid._replace(
+        plan=plan, columns=words, variance=laid.variance if squares is None else None
+    )
+
+
+def _squares(laid: Laid) -> Columns | None:
+    """Return the variances that differ from column to column, or None."""
+    return (
+        None if laid.variance is None or laid.variance.shape[3] == 1 else laid.variance
     )
