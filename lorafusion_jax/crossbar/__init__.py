@@ -6,7 +6,7 @@ y = crossbar.matmul(x, chip)                      # x @ weights, as the arrays c
 
 Axis letters: B batch; N leading axes of a stack (L layers, or L layers and N modules), which a scan or `jax.vmap`
 removes; K weight slices, J input slices, k conversions of a pair of slices (K, or 2 K where both polarities are
-converted); P polarities (1 once subtracted), R row tiles (1 once summed), C column tiles; W words of packed slices.
+converted); P polarities (1 once subtracted), R row tiles (1 once summed), C column tiles; W words of slices.
 """
 
 # ruff: noqa: F401

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from ..config.schema import CrossbarConfig
 from ..config.structure import Structure, split_config
 from ..mapping import encoding
-from ..mapping.bit_fields import Packed
+from ..mapping.bit_fields import FieldWords
 from ..mapping.geometry import Geometry
 from ..preparation.preparation import Preparation
 from .correction import Correction, Corrections, by_name, check_correction
@@ -31,7 +31,7 @@ class Chip:
       codes: [d_in, d_out] the weights as programmed, in weight codes: the sum of all slices in a perfect read.
       scale: [1 or R, 1 or d_out] the weight of one code.
       cells: every cell in level units, a unit column last; None if the path does not read single cells.
-      columns: [k, R, rows, d_out + units] the factors of the inputs; integers are packed.
+      columns: [k, R, rows, d_out + units] the factors of the inputs; integers share words.
       variance: variance of read noise at sigma = 1: of `columns`, or [d_in, d_out + units] of `codes` where slices
         telescope. A single column stands for all if they do not differ.
       occupied: [k, R] the planes of integer cells that are not all zero, for the path `loop`.
@@ -55,7 +55,7 @@ class Chip:
     codes: Float[Array, "*N d_in d_out"]
     scale: Float[Array, "*N _R _cols"]
     cells: Float[Array, "*N K P R C rows cols"] | None
-    columns: Num[Array, "*N k R rows _cols"] | Packed | None
+    columns: Num[Array, "*N k R rows _cols"] | FieldWords | None
     variance: Float[Array, "*N _rows _cols"] | Float[Array, "*N k R rows _cols"] | None
     occupied: Bool[Array, "*N k R"] | None
     flipped: Bool[Array, "*N K R C _cols"] | None

@@ -16,11 +16,11 @@ from ...support.writing import write
 from ..config.files import config_hash, from_json, to_json
 from ..config.schema import CrossbarConfig
 from ..config.structure import split_config
-from ..mapping.bit_fields import Packed, Packing
+from ..mapping.bit_fields import BitFields, FieldWords
 from ..mapping.geometry import Geometry
 from ..preparation.preparation import Preparation, check_preparation
-from ..read.paths.registry import PATHS, columns_of
-from .chip import Chip, over_stack, reconfigured
+from ..read.paths.registry import PATHS
+from .chip import Chip, reconfigured
 from .correction import Correction, check_correction
 from .plan import Plan
 
@@ -48,7 +48,7 @@ def save_chip(chip: Chip, path: str | Path) -> None:
     arrays = dict[str, Any]()
     for name in _ARRAYS:
         value = getattr(chip, name)
-        parts = value._asdict() if isinstance(value, Packed) else {"": value}
+        parts = value._asdict() if isinstance(value, FieldWords) else {"": value}
         arrays |= {
             f"{name}.{part}".rstrip("."): np.asarray(a)
             for part, a in parts.items()
@@ -149,14 +149,14 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
             f"it was programmed with another configuration ({meta['config'][:12]}, this one is "
             f"{config_hash(config)[:12]}): load it with its own, or program the weights again"
         )
-    packed = {
+    words = {
         name.partition(".")[2]: a
         for name, a in stored.items()
         if name.startswith("columns.")
     }
     fields: dict[str, Any] = {name: stored.get(name) for name in _ARRAYS}
-    if packed:
-        fields["columns"] = Packed(**packed)
+    if words:
+        fields["columns"] = FieldWords(**words)
     if parts := {
         name.partition(".")[2]: a
         for name, a in stored.items()
@@ -176,16 +176,12 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
     check_preparation(fields.get("preparation"), stored["codes"].shape, config)
     geometry = Geometry.of(stored["codes"].shape[-2:], config)
     plan = {field.name: meta["plan"][field.name] for field in dataclasses.fields(Plan)}
-    if plan["packing"] is not None:
+    if plan["bit_fields"] is not None:
         places = {
-            name: tuple(map(tuple, slices)) for name, slices in plan["packing"].items()
+            name: tuple(map(tuple, slices))
+            for name, slices in plan["bit_fields"].items()
         }
-        plan["packing"] = Packing(**places)
-    if (
-        in_bits := plan["path"] == "planes"
-    ):  # an earlier version had bits of perfect cells, which follow from the codes
-        plan["path"] = "loop"
-        fields["columns"] = None
+        plan["bit_fields"] = BitFields(**places)
     choices_by_name = {
         "path": tuple(PATHS),
         "integers": (False, True),
@@ -208,10 +204,6 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
         plan=Plan(**plan),
         name=name,
     )
-    if in_bits:
-        chip = dataclasses.replace(
-            chip, columns=over_stack(columns_of, chip.shape[:-2])(chip)
-        )
     if device_values := [
         stored[f"values.{i}"] for i in range(len(values)) if f"values.{i}" in stored
     ]:

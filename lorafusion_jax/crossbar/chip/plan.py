@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 from ...support.platform import is_traced
 from ..config.schema import CrossbarConfig
 from ..mapping.adc.quantiser import Ties, are_power_steps, level_units
-from ..mapping.bit_fields import Packing
+from ..mapping.bit_fields import BitFields
 from ..mapping.geometry import Geometry
 
 ON_REQUEST = "asked for"  # reason of a path that the caller requested
@@ -24,7 +24,7 @@ class Plan:
     Attributes:
       path: its name in `read.paths.registry.PATHS`.
       integers: column sums, before read noise, are integers.
-      packing: fields of the weight slices in the words of `lookup` and `packed`; None if they are not packed.
+      bit_fields: fields of the weight slices in the words of `lookup` and `packed`; None without words.
       ties: method that keeps the codes of sums half-way between two codes exact.
       tabulates: large batches are read by `lookup`, whatever the path.
     """
@@ -32,7 +32,7 @@ class Plan:
     path: str
     reason: str
     integers: bool
-    packing: Packing | None = None
+    bit_fields: BitFields | None = None
     ties: Ties = None
     tabulates: bool = False
 

@@ -1,4 +1,4 @@
-"""Packing of several weight slices into one word, so that one sum of words gives all their column sums.
+"""Combination of several weight slices into one word, so that one sum of words gives all their column sums.
 
 Slice k lies in a field of its word: word = sum_k g_k 2^(shift_k). Its sum over any subset of rows is
 
@@ -26,7 +26,7 @@ INT_BITS = 32
 
 
 @dataclasses.dataclass(frozen=True)
-class Packing:
+class BitFields:
     """Fields of the slices in words.
 
     Attributes:
@@ -46,7 +46,7 @@ class Packing:
         ]
 
 
-class Packed(NamedTuple):
+class FieldWords(NamedTuple):
     """Slices in words.
 
     Attributes:
@@ -71,10 +71,11 @@ def over_rows(cells: Num[Array, "K R rows cols"]) -> Num[Array, "K R cols"]:
 
 def certify(
     spans: Sequence[int], word_bits: int, variances: Sequence[int] = ()
-) -> Packing | None:
-    """Return the packing into as few words as neighbouring slices allow; None where a slice exceeds a word.
+) -> BitFields | None:
+    """Return bit fields in as few words as neighbouring slices allow; None where a slice exceeds a word.
 
-    Spans are the largest high - low of every slice's columns, variances their largest sum of u^2 v, if packed as well.
+    Spans are the largest high - low of every slice's columns, variances their largest sum of u^2 v, if words hold
+    them as well.
     """
     fields = []
     squares = []
@@ -92,43 +93,46 @@ def certify(
         if variance is not None:
             squares.append((word, shift + bits, variance_bits))
         shift += bits + variance_bits
-    return Packing(tuple(fields), tuple(squares))
+    return BitFields(tuple(fields), tuple(squares))
 
 
-def pack(
+def combine(
     cells: Float[Array, "K R rows cols"],
-    packing: Packing,
+    bit_fields: BitFields,
     top: int,
     *,
     signed: bool,
     variances: Float[Array, "K R rows cols"] | None = None,
-) -> Packed:
+) -> FieldWords:
     """Pack integer cells under inputs of at most `top`, which may be `signed`."""
     low = -top * over_rows(jnp.abs(cells) if signed else jnp.maximum(-cells, 0)).astype(
         jnp.int32
     )
     parts = (
-        to_words(part, packing) for part in (cells.astype(jnp.int32), -low[:, :, None])
+        to_words(part, bit_fields)
+        for part in (cells.astype(jnp.int32), -low[:, :, None])
     )
     words = jnp.concatenate(list(parts), axis=2)
     if variances is None:
-        return Packed(words, low)
+        return FieldWords(words, low)
     squares = jnp.pad(variances.astype(jnp.int32), ((0, 0), (0, 0), (0, 1), (0, 0)))
-    return Packed(words, low, to_words(squares, packing, packing.variances))
+    return FieldWords(words, low, to_words(squares, bit_fields, bit_fields.variances))
 
 
 def to_words(
     planes: Int[Array, "K R rows cols"],
-    packing: Packing,
+    bit_fields: BitFields,
     fields: tuple[tuple[int, int, int], ...] | None = None,
 ) -> Int[Array, "W R rows cols"]:
     """Return integers of every slice in words, in the fields of the slices or others."""
     shifted = [
         plane << shift
-        for plane, (_, shift, _) in zip(planes, fields or packing.fields, strict=True)
+        for plane, (_, shift, _) in zip(
+            planes, fields or bit_fields.fields, strict=True
+        )
     ]
     return jnp.stack(
-        [sum(shifted[word][1:], shifted[word][0]) for word in packing.words]
+        [sum(shifted[word][1:], shifted[word][0]) for word in bit_fields.words]
     )
 
 

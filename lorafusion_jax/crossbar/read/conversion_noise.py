@@ -27,7 +27,7 @@ class Noise(NamedTuple):
     """The read noise of one read.
 
     Attributes:
-      variance: [K, R, rows, cols or 1] of each cell; None where they travel with packed cells.
+      variance: [K, R, rows, cols or 1] of each cell; None where they travel with cells in words.
       scale: [K] factors of the deviations.
       words: data of the key of the random stream.
       of_adc: [K] standard deviation of a conversion itself; None for none.

@@ -20,7 +20,14 @@ from ...chip.plan import ON_REQUEST, Facts
 from ...devices.physical import varying_as
 from ...mapping import decoding, encoding
 from ...mapping.adc.quantiser import Converter
-from ...mapping.bit_fields import FLOAT_BITS, Packed, Packing, certify, over_rows, pack
+from ...mapping.bit_fields import (
+    FLOAT_BITS,
+    BitFields,
+    FieldWords,
+    certify,
+    combine,
+    over_rows,
+)
 from ...mapping.geometry import Columns
 from ..conversion_noise import Noise, deviations, of_conversions, stream
 from .path import ReadPath
@@ -48,11 +55,11 @@ class KernelPath(ReadPath):
         chip: Chip,
     ) -> Float[Array, "k B _cols"]:
         """Return the codes of all conversions, shifted and added over input slices and row tiles."""
-        packing = chip.plan.packing
+        bit_fields = chip.plan.bit_fields
         slices = chip.geometry.converted_slices
-        columns = columns if packing else columns.astype(tiles.dtype)
+        columns = columns if bit_fields else columns.astype(tiles.dtype)
         return sliced_products(
-            tiles, columns, packing, adc, slices, chip.occupied, noise
+            tiles, columns, bit_fields, adc, slices, chip.occupied, noise
         )
 
     def lay_out(self, written: Written) -> Laid:
@@ -146,7 +153,7 @@ def _noise(number: Array | int, chip: Chip, dtype: jnp.dtype) -> Noise | None:
     words = stream(jax.random.fold_in(chip.key, number))
     scale = deviations(geometry, config, dtype)
     of_adc = of_conversions(geometry, config, dtype)
-    if variance is None and not isinstance(columns, Packed):  # quiet cells
+    if variance is None and not isinstance(columns, FieldWords):  # quiet cells
         variance = jnp.zeros((*columns.shape[:3], 1), dtype)
     elif variance is None and columns.variances is None:
         row_tiles = columns.low.shape[1]
@@ -176,14 +183,16 @@ class LoopPath(KernelPath):
         config = written.config
         count = len(laid.columns)
         if fit_words(laid, written):
-            _, packing = certificate(laid, written, FLOAT_BITS)
+            _, bit_fields = certificate(laid, written, FLOAT_BITS)
             as_fast = (
-                packing is None or config.converts_sums or len(packing.words) == count
+                bit_fields is None
+                or config.converts_sums
+                or len(bit_fields.words) == count
             )
-            if packing is not None and not as_fast and plan.reason != ON_REQUEST:
-                reason = f"{count} conversions come out of {len(packing.words)} products of integers"
+            if bit_fields is not None and not as_fast and plan.reason != ON_REQUEST:
+                reason = f"{count} conversions come out of {len(bit_fields.words)} products of integers"
                 plan = dataclasses.replace(plan, path=PackedPath.name, reason=reason)
-                return in_words(laid._replace(plan=plan), written, packing)
+                return in_words(laid._replace(plan=plan), written, bit_fields)
         if plan.integers and not config.draws_at_conversion:
             laid = laid._replace(occupied=jnp.any(laid.columns != 0, axis=(2, 3)))
         return laid
@@ -204,12 +213,12 @@ class PackedPath(KernelPath):
     def form(self, laid: Laid, written: Written) -> Laid:
         if not fit_words(laid, written):
             raise ValueError("path='packed' has no room for this noise: leave path out")
-        spans, packing = certificate(laid, written, FLOAT_BITS)
-        if packing is None:
+        spans, bit_fields = certificate(laid, written, FLOAT_BITS)
+        if bit_fields is None:
             raise ValueError(
                 f"path='packed': sums of up to {max(spans)} levels do not fit {FLOAT_BITS} bits: leave path out"
             )
-        return in_words(laid, written, packing)
+        return in_words(laid, written, bit_fields)
 
 
 def fit_words(laid: Laid, written: Written) -> bool:
@@ -222,10 +231,10 @@ def fit_words(laid: Laid, written: Written) -> bool:
 
 def certificate(
     laid: Laid, written: Written, word_bits: int
-) -> tuple[list[int], Packing | None]:
-    """Return the span of every slice's sums, and a packing of them in such words, or None if they do not fit.
+) -> tuple[list[int], BitFields | None]:
+    """Return the span of every slice's sums, and bit fields of them in such words, or None if they do not fit.
 
-    A packing is certified by the columns' own sums if these are known, else by the largest sums of any weights.
+    Bit fields are certified by the columns' own sums if these are known, else by the largest sums of any weights.
     """
     geometry = written.geometry
     squares = _squares(laid)
@@ -250,18 +259,18 @@ def certificate(
     )
 
 
-def in_words(laid: Laid, written: Written, packing: Packing) -> Laid:
+def in_words(laid: Laid, written: Written, bit_fields: BitFields) -> Laid:
     """Return the columns in words, with their variances unless these are alike for all columns."""
     squares = _squares(laid)
     signed = written.config.signed_inputs
-    words = pack(
+    words = combine(
         laid.columns,
-        packing,
+        bit_fields,
         written.geometry.converted_top,
         signed=signed,
         variances=squares,
     )
-    plan = dataclasses.replace(laid.plan, packing=packing)
+    plan = dataclasses.replace(laid.plan, bit_fields=bit_fields)
     return laid._replace(
         plan=plan, columns=words, variance=laid.variance if squares is None else None
     )

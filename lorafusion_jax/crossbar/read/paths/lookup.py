@@ -2,7 +2,7 @@
 
 A few rows of an array can be driven in only a few ways: g rows under one-bit pulses in 2^g. The sums of all of them
 are tabulated, and each input adds up one table entry for every g rows where a product takes g multiplications
-("four Russians"). The entries are contiguous rows of a table that stays in the cache. Integer cells travel packed,
+("four Russians"). The entries are contiguous rows of a table that stays in the cache. Integer cells travel in words,
 several weight slices to an int32 word (see `mapping.bit_fields`), with their variances for read noise.
 
 The fastest for input slices of one bit, of integer cells or without a sign. It compiles twice as slowly as `packed`, so
@@ -27,7 +27,7 @@ from ...chip.columns import Laid, Written
 from ...chip.plan import Facts, Plan
 from ...devices.physical import varying_as
 from ...mapping.adc.quantiser import Converter
-from ...mapping.bit_fields import INT_BITS, Packed, Packing, drive, unpack
+from ...mapping.bit_fields import INT_BITS, BitFields, FieldWords, drive, unpack
 from ...mapping.encoding import digit
 from ...mapping.geometry import significance
 from ..conversion_noise import Noise, add_noise, alike
@@ -58,15 +58,15 @@ class LookupPath(KernelPath):
         return None
 
     def in_models(self, plan: Plan) -> str:
-        return "loop" if plan.packing is None else PackedPath.name
+        return "loop" if plan.bit_fields is None else PackedPath.name
 
     def form(self, laid: Laid, written: Written) -> Laid:
-        packing = (
+        bit_fields = (
             certificate(laid, written, INT_BITS)[1]
             if fit_words(laid, written)
             else None
         )
-        return laid if packing is None else in_words(laid, written, packing)
+        return laid if bit_fields is None else in_words(laid, written, bit_fields)
 
     def codes(
         self,
@@ -81,7 +81,7 @@ class LookupPath(KernelPath):
         return lookup(
             tiles,
             columns,
-            chip.plan.packing,
+            chip.plan.bit_fields,
             adc,
             slices,
             signed=chip.config.signed_inputs,
@@ -91,8 +91,8 @@ class LookupPath(KernelPath):
 
 def lookup(
     n: Float[Array, "B R rows"],
-    cells: Packed | Float[Array, "K R rows cols"],
-    packing: Packing | None,
+    cells: FieldWords | Float[Array, "K R rows cols"],
+    bit_fields: BitFields | None,
     adc: Converter,
     slices: tuple[int, ...],
     *,
@@ -101,10 +101,10 @@ def lookup(
 ) -> Float[Array, "K B cols"]:
     """Return the codes of all conversions, shifted and added over input slices and row tiles.
 
-    Cells are in level units. The variances of `noise` are not read where they are packed.
+    Cells are in level units. The variances of `noise` are not read where words hold them.
     """
     batch = n.shape[0]
-    cols = (cells.words if isinstance(cells, Packed) else cells).shape[3]
+    cols = (cells.words if isinstance(cells, FieldWords) else cells).shape[3]
     blocks = math.ceil(cols / _COLUMNS)
     chunks = math.ceil(batch / _BATCH)
     width = math.ceil(cols / blocks)
@@ -116,10 +116,10 @@ def lookup(
     worth = jnp.asarray(significance(slices), n.dtype)
     # What is tabulated, once for each word: sums of a list of planes under digits or their squares.
     low = None
-    if isinstance(cells, Packed):
-        assert packing is not None
+    if isinstance(cells, FieldWords):
+        assert bit_fields is not None
         n = drive(n, slices)
-        members = packing.words
+        members = bit_fields.words
         low = _pad(cells.low, -1, blocks * width)
         sources = [[(cells.words, digits)]]
         if cells.variances is not None:
@@ -173,15 +173,15 @@ def lookup(
 
             def convert(total: Array, added: list[Array], j: int | Array) -> Array:
                 variance = None
-                if packing is None or least is None:
+                if bit_fields is None or least is None:
                     sums = added[0][None]
                     variance = added[1][None] if len(added) > 1 else None
                 else:
-                    sums = (unpack(added[0], packing.fields[own]) + least).astype(
+                    sums = (unpack(added[0], bit_fields.fields[own]) + least).astype(
                         n.dtype
                     )
-                    if packing.variances:
-                        variance = unpack(added[0], packing.variances[own]).astype(
+                    if bit_fields.variances:
+                        variance = unpack(added[0], bit_fields.variances[own]).astype(
                             n.dtype
                         )
                 if noise is not None:

@@ -72,7 +72,7 @@ def columns_of(chip: Chip) -> Columns:
     config = chip.config
     geometry = chip.geometry
     if (
-        chip.plan.packing is not None or chip.columns is None
+        chip.plan.bit_fields is not None or chip.columns is None
     ):  # perfect cells, which follow from the codes
         if (
             config.encoding.kind == "differential" and not config.converts_each

@@ -1,6 +1,6 @@
 """Products of row tiles and input slices, with the ADC in their epilogue: the paths `loop` and `packed`.
 
-Real-valued cells take one product for each weight slice. Integers are packed, so that two or three column sums come out
+Real-valued cells take one product for each weight slice. Integers share words: two or three column sums come out
 of one float32 product; `mapping.bit_fields` has the certificate.
 """
 
@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from ...devices.physical import varying_as
 from ...mapping.adc.quantiser import Converter
-from ...mapping.bit_fields import Packed, Packing, drive, unpack
+from ...mapping.bit_fields import BitFields, FieldWords, drive, unpack
 from ...mapping.encoding import digit
 from ...mapping.geometry import significance
 from ..conversion_noise import Noise, add_noise, alike
@@ -20,8 +20,8 @@ from ..conversion_noise import Noise, add_noise, alike
 
 def sliced_products(
     n: Float[Array, "B R rows"],
-    cells: Packed | Float[Array, "K R rows cols"],
-    packing: Packing | None,
+    cells: FieldWords | Float[Array, "K R rows cols"],
+    bit_fields: BitFields | None,
     adc: Converter,
     slices: tuple[int, ...] | None,
     occupied: Bool[Array, "K R"] | None = None,
@@ -30,12 +30,12 @@ def sliced_products(
     """Return the codes of all conversions, shifted and added over input slices and row tiles.
 
     Cells are in level units: real numbers, or integers in words of `bit_fields.FLOAT_BITS`. No `slices` mean an ideal
-    DAC. Planes that are not `occupied` are skipped. The variances of `noise` are not read where they are packed.
+    DAC. Planes that are not `occupied` are skipped. The variances of `noise` are not read where words hold them.
     """
-    if isinstance(cells, Packed):
-        assert packing is not None and slices is not None
+    if isinstance(cells, FieldWords):
+        assert bit_fields is not None and slices is not None
         n = drive(n, slices)
-        words = packing.words
+        words = bit_fields.words
         operands = (
             [cells.words] if cells.variances is None else [cells.words, cells.variances]
         )
@@ -48,7 +48,7 @@ def sliced_products(
         x = jax.lax.dynamic_index_in_dim(n, r, 1, keepdims=False)
         least = (
             jax.lax.dynamic_index_in_dim(cells.low, r, 1, keepdims=False)
-            if isinstance(cells, Packed)
+            if isinstance(cells, FieldWords)
             else None
         )
 
@@ -74,7 +74,7 @@ def sliced_products(
                     jnp.dot(factor, word_planes[w], precision="highest")
                     for factor, word_planes in factors
                 ]
-                if packing is None or least is None:
+                if bit_fields is None or least is None:
                     sums = products[0][None]
                     variances = [variance[None] for variance in products[1:]]
                 else:
@@ -83,16 +83,16 @@ def sliced_products(
                         [word_product.astype(jnp.int32) for word_product in products],
                     )
                     sums = (
-                        unpack(word, packing.fields[planes_of_word])
+                        unpack(word, bit_fields.fields[planes_of_word])
                         + least[planes_of_word, None]
                     ).astype(n.dtype)
                     variances = (
                         [
-                            unpack(word, packing.variances[planes_of_word]).astype(
+                            unpack(word, bit_fields.variances[planes_of_word]).astype(
                                 n.dtype
                             )
                         ]
-                        if packing.variances
+                        if bit_fields.variances
                         else []
                     )
                 if noise is not None:
