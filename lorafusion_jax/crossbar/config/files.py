@@ -29,7 +29,6 @@ from ..devices import drift, write_error
 from ..devices.device import Sinh
 from .presets import PRESETS
 from .schema import ADC, DAC, CrossbarConfig
-from .tables import kind_of, read_table
 
 # Fields that may hold one of several classes, named by the key `model`; the annotation gives the class of the others.
 _MODELS: dict[str, tuple[type, ...]] = {
@@ -64,14 +63,14 @@ def save_config(config: CrossbarConfig, path: str | Path) -> None:
       ValueError: the suffix is another one, or a device model is a function, which a file cannot hold.
     """
     path = Path(path)
-    is_json = kind_of(path, _WHAT) == "json"
+    as_json = is_json(path, _WHAT)
     fields = config_fields(config)
     yaml_layout: dict[str, Any] = {"sort_keys": False, "default_flow_style": None}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(
         path,
         json.dumps(fields, indent=2) + "\n"
-        if is_json
+        if as_json
         else yaml.safe_dump(fields, **yaml_layout),
     )
 
@@ -89,16 +88,34 @@ def load_config(name_or_path: str | Path) -> CrossbarConfig:
         raise ValueError(
             f"no preset {str(path)!r}: choose one of {', '.join(PRESETS)}, or give a .yaml or .json file"
         )
-    kind = kind_of(path, _WHAT)
     if not path.is_file():
         raise ValueError(
             f"{path}: no such file: give one, or a preset: {', '.join(PRESETS)}"
         )
-    fields = read_table(path, kind)
+    fields = read_table(path, _WHAT)
     try:
         return config_from({} if fields is None else fields)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def is_json(path: Path, purpose: str) -> bool:
+    """Return whether a file is JSON rather than YAML, by its suffix; raises ValueError for another one."""
+    suffixes = (".yaml", ".yml", ".json")
+    if path.suffix not in suffixes:
+        raise ValueError(f"{path}: {purpose} a file ending in {', '.join(suffixes)}")
+    return path.suffix == ".json"
+
+
+def read_table(path: Path, purpose: str) -> Any:
+    """Return the content of a YAML or JSON file; raises a ValueError for one that is not of its kind."""
+    as_json = is_json(path, purpose)
+    try:
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text) if as_json else yaml.safe_load(text)
+    except Exception as error:  # YAML tags raise errors of many kinds
+        kind = "JSON" if as_json else "YAML"
+        raise ValueError(f"{path} cannot be read as {kind}: {error}") from error
 
 
 def config_hash(config: CrossbarConfig) -> str:

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any, Literal, NotRequired, TypedDict
 
 from ...support.reading import decode_as
-from ..config.tables import kind_of, read_table
+from ..config.files import read_table
 from ..mapping.adc.architectures import ARCHITECTURES
 from .ranges import Constant, Range
 
@@ -63,7 +63,7 @@ def of_architectures() -> dict[str, Constant]:
     }
 
 
-_DEFAULTS = read_table(_FILE, "yaml")
+_DEFAULTS = read_table(_FILE, "constants are")
 CONSTANTS = Constants(
     MappingProxyType({name: Constant(**fields) for name, fields in _DEFAULTS.items()})
 )
@@ -79,13 +79,14 @@ def load_constants(path: Path) -> Constants:
       ValueError: the file is missing or cannot be read, a constant is unknown or has another unit, a value is not a
         positive number, or values do not rise.
     """
-    kind = kind_of(path, "constants are")
     if not path.is_file():
         raise ValueError(
             f"{path}: no such file of constants: write one like {_FILE}, with those that differ"
         )
     fix = "change it (YAML takes 1e4 for a text: write 1.0e+4)"
-    entries = decode_as(read_table(path, kind), dict[str, Any], path, fix=fix)
+    entries = decode_as(
+        read_table(path, "constants are"), dict[str, Any], path, fix=fix
+    )
     all_constants = {**CONSTANTS.table, **of_architectures()}
     table = dict(CONSTANTS.table)
     for name, fields in entries.items():
