@@ -126,11 +126,9 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
         raise ValueError(
             "it does not hold programmed arrays: give a file that save_chip wrote"
         )
-    if "units" in arrays:
-        raise ValueError(
-            "an earlier version laid out its inverted columns: program the weights again"
-        )
     meta = json.loads(described)
+    if "bit_fields" not in meta["plan"]:
+        raise ValueError("an earlier version wrote it: program the weights again")
     if "codes" in arrays and arrays["codes"].dtype != (
         dtype := jax.dtypes.canonicalize_dtype(arrays["codes"].dtype)
     ):
