@@ -377,7 +377,7 @@ class Bench:
         wanted = hashlib.sha256(repr((*of_text, job.arm)).encode()).hexdigest()[:16]
         folder = self.corrected / wanted
         if folder.exists():
-            tree, _ = load_arrays(folder, what="corrections")
+            tree, _ = load_arrays(folder, "correction")
             return {
                 site: Correction(**jax.tree.map(jnp.asarray, parts))
                 for site, parts in tree.items()
@@ -411,7 +411,7 @@ class Bench:
             site: {name: part for name, part in vars(c).items() if part is not None}
             for site, c in found.items()
         }
-        save_arrays(folder, parts, {"job": repr(job)})
+        save_arrays(folder, "correction", parts, {"job": repr(job)})
         return found
 
     def held_out(self, weights: Any) -> list[float]:

@@ -106,10 +106,8 @@ class Store:
         """Return trained parameters by name, computed only once."""
         folder = self.folder / "numbers" / name
         if not folder.exists():
-            save_arrays(folder, compute(), {})
-        return jax.tree.map(
-            jnp.asarray, load_arrays(folder, what="trained parameters")[0]
-        )
+            save_arrays(folder, "training result", compute(), {})
+        return jax.tree.map(jnp.asarray, load_arrays(folder, "training result")[0])
 
 
 @dataclasses.dataclass(frozen=True)

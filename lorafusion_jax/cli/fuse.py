@@ -129,7 +129,7 @@ def groups_of(entry: MethodEntry) -> dict[str, Sequence[str]]:
         "plan": ("plan", "plan_for", "utilisation", "price", "devices"),
         "run": (
             "seeds", "out", "name", "resume", "overwrite", "eval_batch", "max_new_tokens", "save_seconds",
-            "seed_mode", "mesh", "distributed", "coordinator", "processes", "process",
+            "seed_mode", "mesh", "distributed",
         ),
     }  # fmt: skip
 

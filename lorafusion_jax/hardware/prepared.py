@@ -15,13 +15,14 @@ import numpy as np
 
 from .. import crossbar
 from ..crossbar.preparation.preparation import check_preparation
-from ..io import arrays
+from ..io import store
 from ..io.folders import new_folder
 from ..support.reading import FileError, error_context
 
 CONFIG = "config.yaml"
 PREPARATIONS = "preparations"
 _PARTS = ("factors", "ranges")
+_KIND = "preparation"
 
 
 class OneSite(TypedDict):
@@ -96,16 +97,12 @@ def save_prepared(
     }
     with new_folder(folder) as partial:
         crossbar.save_config(config, partial / CONFIG)
-        arrays.save(partial / PREPARATIONS, tree, manifest)
+        store.save(partial / PREPARATIONS, _KIND, tree, manifest)
 
 
 def load_prepared(folder: Path) -> Prepared:
     """Return the preparations of a folder; raises a FileError if it is damaged, or has another configuration now."""
-    tree, manifest = arrays.load(
-        folder / PREPARATIONS,
-        metadata=PreparedManifest,
-        what="a folder of preparations",
-    )
+    tree, manifest = store.load(folder / PREPARATIONS, _KIND, PreparedManifest)
     again = "restore it, or run `lorafusion crossbar prepare` again with another --out"
     config = crossbar.load_config(folder / CONFIG)
     if crossbar.config_hash(config) != manifest["config_sha256"]:

@@ -18,8 +18,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from .. import crossbar
-from ..io import arrays
-from ..io.folders import locked, read_manifest
+from ..io import store
+from ..io.folders import locked
 from ..loading.identity import digests
 from ..loading.model import LoadedModel, load_model
 from ..loading.spec import LoadOptions
@@ -63,7 +63,7 @@ from .texts import (
     windows,
 )
 
-_WHAT = "a folder of corrections"
+_KIND = "correction"
 _RANGES = ("limits", "input_limit")
 _PARTS = ("scale", "offset", "U", "V", *_RANGES)
 # One of so many windows or lines is left out of the training, to measure on: the last windows, but lines from the whole
@@ -289,8 +289,9 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
                 chip_ranges = jax.tree.map(
                     lambda leaf, place=place: leaf[place], ranges
                 )
-                arrays.save(
+                store.save(
                     out / f"chip_{number}",
+                    _KIND,
                     _to_save(chip_ranges, corrections[place]),
                     made[number],
                 )
@@ -332,7 +333,7 @@ def load_restored(
                 f"{folder} corrects {list_of_chips}, not chip {number}: run `lorafusion restore` on it too"
             )
         chip_folder = folder / f"chip_{number}"
-        tree, manifest = arrays.load(chip_folder, metadata=Manifest, what=_WHAT)
+        tree, manifest = store.load(chip_folder, _KIND, Manifest)
         _check_number(chip_folder, manifest, number)
         _check_parts(chip_folder, tree)
         first = first or (tree.keys(), manifest["settings"])
@@ -429,7 +430,9 @@ def _all_kept(out: Path, settings: Settings) -> dict[int, Manifest]:
     made = {}
     for number in _numbers(out):
         folder = out / f"chip_{number}"
-        made[number] = manifest = read_manifest(folder, Manifest, _WHAT)["metadata"]
+        made[number] = manifest = store.read_manifest(folder, _KIND, Manifest)[
+            "metadata"
+        ]
         _check_number(folder, manifest, number)
         for name, value in settings.items():
             if (then := manifest["settings"][name]) != value:

@@ -1,7 +1,5 @@
 """Files: adapters of PEFT, models of Hugging Face, converted pools, trained arrays."""
 
-from .arrays import load as _load
-from .arrays import save as _save
 from .convert import ConvertOptions as ConvertOptions
 from .convert import add_basis as add_basis
 from .convert import convert as convert
@@ -15,6 +13,8 @@ from .peft.adapter import resave as resave
 from .peft.adapter import write_adapter as write_adapter
 from .pool import ConvertedPool as ConvertedPool
 from .pool import open_pool as open_pool
+from .store import load as _load
+from .store import save as _save
 
 load_arrays = _load
 save_arrays = _save

@@ -5,8 +5,6 @@ Adapters are read, checked and written one after the other, so memory holds one 
 
 import contextlib
 import dataclasses
-import importlib.metadata
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +20,9 @@ from ..support.options import (
 )
 from ..support.progress import progress
 from ..support.reading import check_name, utf8
-from ..support.version import __version__
 from .folders import new_folder
 from .hf import base_tensor, open_base
 from .peft.adapter import (
-    CONFIG,
-    WEIGHTS,
     AdapterError,
     PeftAdapter,
     read_adapter,
@@ -36,12 +31,11 @@ from .peft.adapter import (
 from .peft.tensors import MAGNITUDE
 from .pool.adapter_files import describe
 from .pool.basis import FOLDER, save_basis
-from .pool.folder import ConvertedPool, write_manifest
+from .pool.folder import KIND, ConvertedPool
 from .pool.stack import check_finite, check_fits
-from .source import sha256
+from .store import seal
 
 _RUNTIME_FIELDS = ("dtype", "unroll")
-_PACKAGES = ("jax", "numpy", "safetensors")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +76,7 @@ class ConvertOptions(BasisOptions, StoredDtypeOptions, AnyBaseOptions):
 
 
 def convert(options: ConvertOptions) -> dict[str, Any]:
-    """Convert the adapters, make the basis that the options name, and return the pool's manifest.
+    """Convert the adapters, make the basis that the options name, and return the pool's metadata.
 
     Raises ValueError, before anything is written, if an option is wrong, `out` exists, or an adapter cannot be used.
     """
@@ -111,10 +105,10 @@ def convert(options: ConvertOptions) -> dict[str, Any]:
         if options.dry_run or options.out is None
         else new_folder(options.out) as folder
     ):
-        manifest = _convert(sources, options, folder)
+        description = _convert(sources, options, folder)
         if folder is not None and options.basis is not None:
             add_basis(folder, options.basis)
-        return manifest
+        return description
 
 
 def add_basis(folder: Path, k: int) -> None:
@@ -158,7 +152,7 @@ def _sources(options: ConvertOptions) -> list[str]:
 def _convert(
     sources: list[str], options: ConvertOptions, folder: Path | None
 ) -> dict[str, Any]:
-    """Read and check all adapters, write them and the manifest if there is a folder, and return the manifest."""
+    """Read and check all adapters, write them and the manifest if there is a folder, and return the pool's metadata."""
     if options.base is None and not options.dry_run:
         raise ValueError(
             "the adapters need their base model: give --base FOLDER_OR_HUB_ID, or --dry-run"
@@ -190,18 +184,14 @@ def _convert(
             continue
         entry["folder"] = f"adapters/{len(adapters):04d}"
         if folder is not None:
-            entry_folder = folder / entry["folder"]
-            resave(adapter, entry_folder)
-            entry["files"] = {
-                name: sha256(entry_folder / name) for name in (CONFIG, WEIGHTS)
-            }
+            resave(adapter, folder / entry["folder"])
         adapters[adapter.name] = entry
     if not adapters and opened is not None:
         raise AdapterError(
             f"none of {len(sources)} adapters can be used; the first: {skipped[0]['reason']}"
         )
     parameters = sum(entry["parameters"] for entry in adapters.values())
-    manifest = {
+    description = {
         "base": opened
         and {
             "source": options.base,
@@ -221,12 +211,10 @@ def _convert(
             "skipped": len(skipped),
             "parameters": parameters,
         },
-        "versions": {"python": platform.python_version(), "lorafusion-jax": __version__}
-        | {name: importlib.metadata.version(name) for name in _PACKAGES},
     }
     if folder is not None:
-        write_manifest(folder, manifest)
-    return manifest
+        seal(folder, KIND, description)
+    return description
 
 
 def _cast(adapter: PeftAdapter, dtype: str) -> PeftAdapter:

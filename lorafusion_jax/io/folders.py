@@ -1,38 +1,16 @@
-"""Folders are written under a temporary name and renamed once complete; a manifest has the SHA-256 of each file.
-
-Several processes (see `processes`) call these functions together. The first one makes, renames and removes folders.
-"""
+"""Folders are written under a temporary name and renamed once complete."""
 
 import contextlib
 import fcntl
-import itertools
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Generic, NotRequired, TypedDict
+from typing import Any
 
-from ..support import processes
-from ..support.reading import FileError, T, read_json
-from ..support.version import __version__
 from ..support.writing import check_no_link, write_text, writing
-from .source import inside, sha256
-
-MANIFEST = "manifest.json"
-RESTORE = "restore it from a copy"
-
-
-class Manifest(TypedDict, Generic[T]):
-    """Content of `manifest.json`: the writer's metadata, and the SHA-256 of each file by its path."""
-
-    metadata: T
-    files: dict[str, str]
-    versions: NotRequired[dict[str, str]]
-    arrays: NotRequired[
-        dict[str, str]
-    ]  # of a state: "float32[2, 3]" by the path in the tree
 
 
 @contextlib.contextmanager
@@ -48,15 +26,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
     if folder.exists():
         raise ValueError(f"{folder} exists: give a new folder, or remove it first")
     partial = folder.with_name(f".{folder.name}.partial")
-    with (
-        writing(folder.parent),
-        _claimed(partial) if processes.first() else contextlib.nullcontext(),
-    ):
-        processes.barrier(f"{folder.name} is there")
+    with writing(folder.parent), _claimed(partial):
         yield partial
-        if processes.first():
-            partial.rename(folder)
-        processes.barrier(f"{folder.name} is whole")
+        partial.rename(folder)
 
 
 @contextlib.contextmanager
@@ -133,112 +105,3 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         lambda match: f"[{' '.join(match[1].split())}]", json.dumps(content, indent=1)
     )
     write_text(path, f"{text}\n")
-
-
-@contextlib.contextmanager
-def sealed_folder(
-    folder: Path, metadata: Mapping[str, Any], **fields: Any
-) -> Iterator[Path]:
-    """Yield a `new_folder` that gets a manifest and its name once all files are on the disk.
-
-    `metadata` is any JSON, and `fields` are other fields of the manifest.
-    """
-    with new_folder(folder) as partial:
-        yield partial
-        if processes.first():
-            names = sorted(
-                path.relative_to(partial).as_posix()
-                for path in partial.rglob("*")
-                if path.is_file()
-            )
-            files = {name: sha256(partial / name) for name in names}
-            versions = {"lorafusion-jax": __version__}
-            write_json(
-                partial / MANIFEST,
-                {"metadata": metadata, "versions": versions, **fields, "files": files},
-            )
-            for path in partial.rglob("*"):
-                _flush(path)
-    with writing(folder.parent):
-        _flush(folder.parent)
-
-
-def read_manifest(folder: Path, metadata: type[T] | Any, what: str) -> Manifest[T]:
-    """Return the manifest that `sealed_folder` wrote, with metadata of the type `metadata`.
-
-    Raises a FileError if the folder, of the kind `what`, has no manifest, or another one.
-    """
-    generic: Any = Manifest
-    return read_json(folder / MANIFEST, generic[metadata], what)
-
-
-def check_files(folder: Path, files: Mapping[str, str]) -> None:
-    """Raise a FileError for the first file that is missing or has another SHA-256 than given."""
-    for name, digest in files.items():
-        path = inside(folder, name)
-        if not path.is_file():
-            raise FileError(
-                path,
-                got="no such file, though the manifest lists it",
-                fix="copy the whole folder again",
-            )
-        if sha256(path) != digest:
-            raise FileError(
-                path,
-                got="damaged or altered, its SHA-256 is not the manifest's",
-                fix=RESTORE,
-            )
-
-
-def newest_sound(
-    folders: Sequence[Path],
-    metadata: type[T] | Any,
-    what: str,
-    *,
-    note: Callable[[str], None],
-) -> tuple[Path, Manifest[T]] | None:
-    """Return the last of some `sealed_folder`s (oldest first) that is sound, or None if none is.
-
-    Damaged folders behind it are renamed to NAME.damaged, NAME.damaged-2 and so on, so that they can be written again,
-    and `note` is called with a line for each. The other arguments are those of `read_manifest`.
-
-    Raises:
-      FileError: this version cannot read the newest folder, because another one wrote it.
-    """
-    damaged: list[tuple[Path, Path, FileError]] = []
-    sound = None
-    for folder in reversed(folders):
-        try:
-            manifest = read_manifest(folder, metadata, what)
-            check_files(folder, manifest["files"])
-        except FileError as error:
-            if error.version:
-                raise
-            names = (
-                f"{folder.name}.damaged{f'-{number}' if number > 1 else ''}"
-                for number in itertools.count(1)
-            )
-            aside = next(
-                path
-                for path in map(folder.with_name, names)
-                if not os.path.lexists(path)
-            )
-            damaged.append((folder, aside, error))
-        else:
-            sound = folder, manifest
-            break
-    processes.barrier("every process has looked for damage")
-    for folder, aside, error in damaged:
-        note(f"note: {error}. It is kept as {aside.name}")
-        if processes.first():
-            folder.rename(aside)
-    return sound
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file's content, or a folder's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

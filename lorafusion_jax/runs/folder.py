@@ -3,7 +3,7 @@
     runs/NAME/config.json         options, environment, modules by seed
     runs/NAME/metrics.jsonl       a line for each step and seed, and for each epoch and seed
     runs/NAME/checkpoints/        step_000123: the whole state, to resume from; private (see `io.checkpoint`)
-    runs/NAME/final/              the trained parameters (see `io.arrays`)
+    runs/NAME/final/              the trained parameters (see `io.store`)
     runs/NAME/predictions.jsonl   a line for each seed and test row
     runs/NAME/results.json        last of all, so a run that has it is complete
 
@@ -22,7 +22,7 @@ from typing import Annotated, Any, NotRequired, TypedDict, get_type_hints
 import jax
 import msgspec
 
-from ..io import arrays
+from ..io import store
 from ..io.digests import Digests
 from ..io.folders import locked, remove_partial
 from ..methods import METHODS
@@ -36,7 +36,7 @@ from ..training.recipe import Recipe
 from ..training.seeds import SeedMode
 from .options import FuseOptions, options_with, plain
 
-FINAL = "the trained parameters of a run"
+FINAL = "training result"
 _CONFIG = "config.json"
 _METRICS = "metrics.jsonl"
 _PREDICTIONS = "predictions.jsonl"
@@ -274,7 +274,7 @@ def load_run(folder: str | Path) -> tuple[FuseOptions, dict[str, Any], RunConfig
         raise ValueError(
             f"{folder} has not been trained to its end: resume it with --resume"
         )
-    params, _ = arrays.load(run.final, metadata=FinalSteps, what=FINAL)
+    params, _ = store.load(run.final, FINAL, FinalSteps)
     if wrong := [
         p.shape for p in jax.tree.leaves(params) if p.shape[:1] != (len(options.seeds),)
     ]:

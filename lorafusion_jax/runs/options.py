@@ -79,11 +79,8 @@ class FuseOptions(
         control and its draw.
       out: folder of runs.
       arrays: simulated arrays; by default the run is digital.
-      distributed: this process is one of several, started by Slurm, Open MPI or GKE, on a TPU slice or by hand; --mesh
-        covers all their devices.
-      coordinator: host:port on which process 0 listens, for processes that are started by hand.
-      processes: number of processes that are started by hand.
-      process: number of this one, from 0.
+      distributed: this process is one of several, which Slurm, Open MPI or GKE started, or which are on a TPU slice;
+        --mesh covers all their devices.
       resume: continue a run that was interrupted.
       overwrite: replace a run in the same folder, once this one is complete.
       start_from: start from the saved fusion of another run (same base, modules, seeds and method), or from weights of
@@ -97,9 +94,6 @@ class FuseOptions(
     out: Path = Path("runs")
     arrays: Annotated[OnArrays, tyro.conf.arg(name="")] = OnArrays()
     distributed: bool = False
-    coordinator: str | None = None
-    processes: int | None = None
-    process: int | None = None
     resume: bool = False
     overwrite: bool = False
     start_from: Annotated[Path | None, tyro.conf.arg(name="from")] = None
@@ -148,16 +142,6 @@ class FuseOptions(
         if self.mesh is not None and self.entry.learns == "untrained":
             raise ValueError(
                 f"{self.method} trains no seeds to share out over devices: leave out --mesh"
-            )
-        by_hand = (self.coordinator, self.processes, self.process)
-        if by_hand != (None, None, None) and (None in by_hand or not self.distributed):
-            raise ValueError(
-                "--coordinator, --processes and --process start processes by hand: give all three, with --distributed"
-            )
-        at_least(1, processes=self.processes)
-        if self.processes and self.process not in range(self.processes):
-            raise ValueError(
-                f"--process {self.process} of --processes {self.processes}: give 0 to {self.processes - 1}"
             )
         if not self.distributed:
             return

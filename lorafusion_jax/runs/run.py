@@ -38,7 +38,7 @@ from .weight_list import with_listed_modules
 # Options that may differ between a run and its resumption.
 _FREE_TO_CHANGE = (
     *("resume", "overwrite", "save_seconds", "out", "name", "eval_batch"),
-    *("mesh", "distributed", "coordinator", "processes", "process"),
+    *("mesh", "distributed"),
 )
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers")
 
@@ -66,13 +66,9 @@ def run(options: FuseOptions, set_up: SetUpHardware | None = None) -> dict[str, 
     options.check()
     base = open_base(options.base)
     make_room()
+    if options.distributed:
+        processes.join()
     with contextlib.ExitStack() as stack:
-        if options.distributed:
-            stack.enter_context(
-                processes.joined(
-                    options.coordinator, options.processes, options.process
-                )
-            )
         if options.mesh is not None:
             stack.enter_context(
                 jax.set_mesh(make_mesh(options.mesh, len(options.seeds)))
@@ -115,7 +111,7 @@ def _run(
 ) -> dict[str, Any]:
     options.entry.check()
     run = RunFolder(run_path(options))
-    if not options.resume:
+    if not options.resume and processes.first():
         _refuse_begun(run)
     recorded = _recorded(run, options) if options.resume and run.exists() else None
     if recorded is not None and (done := run.results()) is not None:
@@ -148,7 +144,7 @@ def _run(
         hardware = set_up(
             setup, last, begin or start(setup.problem, options.seeds).params
         )
-    processes.barrier("every process has read what is there")
+    processes.any_of(True)  # every process has read the files of an earlier attempt
     with run.locked():
         if recorded is None:
             if processes.first():

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import tasks
-from ..io.arrays import check_signature, signature
 from ..io.hf import Base, open_base
+from ..io.store import check_signature, signature
 from ..loading.identity import check_digests, digests
 from ..loading.model import (
     AnyLoaded,

@@ -1,5 +1,7 @@
 """Training of a run, with checkpoints that it continues from after it was killed or stopped."""
 
+import os
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
@@ -8,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..io import arrays, checkpoint
+from ..io import checkpoint, store
 from ..methods.entry import SearchJob
 from ..support import interrupts, processes
+from ..support.reading import show
 from ..training.fit import Epoch, fit, joined, start, whole_epochs
 from ..training.mesh import on_mesh, to_host
 from ..training.step import TrainState
@@ -38,7 +41,7 @@ def train(
     start_time = time.monotonic()
     if method.learns == "untrained":
         return {}, [0] * len(options.seeds), 0.0
-    saved = arrays.load_sound(run.final, metadata=FinalSteps, what=FINAL, note=note)
+    saved = store.load_sound(run.final, FINAL, FinalSteps, note=note)
     if saved is not None:
         params, metadata = saved
         params = on_mesh(jax.device_put(params), setup.config, of_seeds=True)
@@ -66,7 +69,8 @@ def train(
             steps = to_host(state.step).tolist()
         numbers = to_host(params)
         seconds = time.monotonic() - start_time
-        arrays.save(run.final, numbers, {"steps": steps, "seconds": seconds})
+        if processes.first():
+            store.save(run.final, FINAL, numbers, {"steps": steps, "seconds": seconds})
     return on_mesh(params, setup.config, of_seeds=True), steps, seconds
 
 
@@ -112,7 +116,9 @@ def _fit(
             "step": step,
             "seconds": time.monotonic() - start_time,
         }
-        checkpoint.save_step(run.checkpoints, step, state, metadata, keep=2)
+        state = to_host(state)
+        if processes.first():
+            checkpoint.save_step(run.checkpoints, step, state, metadata, keep=2)
 
     def hold() -> None:
         when = "epoch" if by_epoch else "step"
@@ -156,7 +162,11 @@ def _fit(
             last_save = time.monotonic()
             interrupts.release()
             if is_stopped:
-                processes.end("another process of this run was stopped")
+                show(
+                    "error: another process of this run was stopped: start all again with --resume",
+                    file=sys.stderr,
+                )
+                raise SystemExit(os.EX_TEMPFAIL)
         check_losses()
         ended = time.monotonic()
 

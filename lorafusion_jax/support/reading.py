@@ -144,7 +144,7 @@ def decode_as(
     fix: str = "restore it from a copy",
 ) -> T:
     """Return decoded JSON as an object of a type; raises `read_json`'s errors."""
-    version = _other_version(raw)
+    version = other_version(raw)
     try:
         value = msgspec.convert(raw, kind, dec_hook=_path)
         plain = raw if allow_unknown else msgspec.to_builtins(value, enc_hook=str)
@@ -222,7 +222,7 @@ def _beyond(raw: Any, value: Any, field: str = "") -> Iterator[str]:
             yield from _beyond(inner, other, f"{field}[{n}]")
 
 
-def _other_version(raw: Any) -> str:
+def other_version(raw: Any) -> str:
     """Return the version that wrote a file if it is recorded and is another one; else an empty text."""
     for place in ("versions", "environment"):
         raw = raw.get(place, raw) if isinstance(raw, dict) else {}

@@ -23,7 +23,6 @@ from .rows import ResultKey, ResultRows, append_lines, append_rows, key, name, r
 # Options of a run that do not affect its results.
 _BOOKKEEPING = (
     *("seeds", "name", "out", "resume", "overwrite", "start_from", "save_seconds"),
-    *("coordinator", "processes", "process"),
 )
 
 

@@ -47,7 +47,7 @@ def run(small, pool, tmp_path_factory) -> Path:
 def test_convert_writes_all_adapters_of_the_embedded_pool(tmp_path):
     _convert(_SMALL / "base", _SMALL / "adapters", tmp_path / "pool")
     manifest = json.loads((tmp_path / "pool" / "manifest.json").read_text())
-    assert len(manifest["adapters"]) == 28
+    assert len(manifest["metadata"]["adapters"]) == 28
 
 
 def test_evaluate_scores_all_rows_of_a_file_that_the_run_has_not_seen(

@@ -159,7 +159,7 @@ def _of_pool(printed: str, out: Path) -> Any:
 
 
 def _of_run(printed: str, out: Path) -> Any:
-    from lorafusion_jax.io import arrays, checkpoint
+    from lorafusion_jax.io import checkpoint, store
 
     run = out / "run"
     results = json.loads((run / "results.json").read_text())
@@ -167,14 +167,17 @@ def _of_run(printed: str, out: Path) -> Any:
     files = [
         (run / name).read_text() for name in ("metrics.jsonl", "predictions.jsonl")
     ]
-    newest = checkpoint.load_newest(checkpoint.steps(run / "checkpoints"), note=print)
+    states = [
+        store.load(folder, "checkpoint")[0]
+        for folder in checkpoint.steps(run / "checkpoints")
+    ]
     return [
         results,
         files,
         _bits(
             [
-                arrays.load(run / "final", what="trained parameters")[0],
-                newest and newest[0],
+                store.load(run / "final", "training result")[0],
+                states[-1:],
             ]
         ),
     ]

@@ -1,6 +1,5 @@
 """Every kind of file that is read: a real one, and what reads it; and what may come of a damaged one."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -32,8 +31,7 @@ from lorafusion_jax.crossbar import (
 )
 from lorafusion_jax.crossbar.config.files import config_fields
 from lorafusion_jax.hardware import load_restored
-from lorafusion_jax.io import arrays
-from lorafusion_jax.io.pool.folder import write_manifest
+from lorafusion_jax.io import store
 from lorafusion_jax.runs.weight_list import coefficients_of, read_weights
 from lorafusion_jax.support.reading import error_context
 from lorafusion_jax.tasks import load_task
@@ -131,23 +129,6 @@ def kinds(folder: Path) -> dict[str, Kind]:
     csv_file = folder / "task.csv"
     table.to_csv(csv_file)
 
-    def resealed() -> None:
-        manifest = json.loads((pool / "manifest.json").read_text())
-        manifest.pop("sha256", None)
-        for each in manifest["adapters"]:
-            for name in each["files"]:
-                each["files"][name] = hashlib.sha256(
-                    (pool / each["folder"] / name).read_bytes()
-                ).hexdigest()
-        write_manifest(pool, manifest)
-
-    def signed() -> None:
-        with contextlib.suppress(ValueError, RecursionError, TypeError):
-            manifest = json.loads((pool / "manifest.json").read_text())
-            if isinstance(manifest, dict):
-                manifest.pop("sha256", None)
-                write_manifest(pool, manifest)
-
     def stored(at: Path) -> None:
         manifest = json.loads((at / "manifest.json").read_text())
         for name in manifest["files"]:
@@ -238,15 +219,12 @@ def kinds(folder: Path) -> dict[str, Kind]:
             found.on({"q": load_chip(chip)})
 
     return {
-        "pool manifest": Kind(pool / "manifest.json", whole_pool, signed),
-        "pool manifest, not signed": Kind(
-            pool / "manifest.json", lambda: lf.load_pool(pool)
-        ),
+        "pool manifest": Kind(pool / "manifest.json", whole_pool),
         "pool adapter weights": Kind(
-            first / "adapter_model.safetensors", whole_pool, resealed
+            first / "adapter_model.safetensors", whole_pool, lambda: stored(pool)
         ),
         "pool adapter config": Kind(
-            first / "adapter_config.json", whole_pool, resealed
+            first / "adapter_config.json", whole_pool, lambda: stored(pool)
         ),
         "basis manifest": Kind(basis / "manifest.json", lambda: lf.load_basis(pool)),
         "basis arrays": Kind(
@@ -458,8 +436,9 @@ def _write_run(run: lf.runs.RunFolder, base: Path, pool: Path) -> None:
             results | {"seconds": {"train": 1.0}, "environment": config["environment"]}
         )
     (run.folder / ".lock").unlink()
-    arrays.save(
+    store.save(
         run.final,
+        "training result",
         {"coefficients": np.ones((2, 3), np.float32)},
         {"steps": [3, 3], "seconds": 1.0},
     )
@@ -540,7 +519,7 @@ def _write_preparations(folder: Path) -> Path:
         "digital": ["head"],
         "sites": {"q": site},
     }
-    arrays.save(folder / "preparations", {"q": of_site}, metadata)
+    store.save(folder / "preparations", "preparation", {"q": of_site}, metadata)
     return folder / "preparations"
 
 
@@ -571,8 +550,9 @@ def _write_corrections(folder: Path, chips: lf.hardware.Chips) -> None:
         "divergence": [1.0, 0.5],
     }
     shapes = {"scale": (4,), "offset": (4,), "U": (8, 1), "V": (1, 4)}
-    arrays.save(
+    store.save(
         folder,
+        "correction",
         {"q": {part: np.ones(shape, np.float32) for part, shape in shapes.items()}},
         metadata,
     )

@@ -222,7 +222,7 @@ def test_wrong_preparations_are_refused(small, folder, tmp_path):
     with pytest.raises(ValueError, match="prepares another base model"):
         lf.hardware.load_chips(str(folder / "prepared")).prepared.check("0" * 64, {})
     changed = shutil.copytree(folder / "prepared", tmp_path / "changed")
-    sound, manifest = lf.io.load_arrays(changed / "preparations", what="preparations")
+    sound, manifest = lf.io.load_arrays(changed / "preparations", "preparation")
     loaded = lf.loading.load_model(
         lf.LoadOptions(base=str(small[0]), method="zero-shot")
     )
@@ -246,7 +246,7 @@ def test_wrong_preparations_are_refused(small, folder, tmp_path):
     ):
         shutil.rmtree(changed / "preparations")
         tree = sound | {"encoder.self.q": sound["encoder.self.q"] | {part: values}}
-        lf.io.save_arrays(changed / "preparations", tree, manifest)
+        lf.io.save_arrays(changed / "preparations", "preparation", tree, manifest)
         with pytest.raises(ValueError, match=message):
             lf.hardware.load_chips(str(changed)).checked(loaded)
     crossbar.save_config(NOISY, changed / "config.yaml")

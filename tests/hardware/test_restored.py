@@ -487,7 +487,7 @@ def _scale(arrays):
         ),
         (
             lambda a: a | {_scale(a) + "/deeper": a[_scale(a)]},
-            "not the path of an array in a tree",
+            "no tree of arrays",
         ),
         (
             lambda a: {n: x for n, x in a.items() if not n.endswith("/V")},

@@ -25,7 +25,6 @@ from lorafusion_jax import (
     read_pool,
 )
 from lorafusion_jax.cli import main
-from lorafusion_jax.io.pool.folder import write_manifest
 
 _ROOT = Path(__file__).resolve().parents[2]
 _SIZES = {
@@ -320,18 +319,13 @@ def test_the_manifest(base, adapter, tmp_path, capsys):
     config_hash = hashlib.sha256((base / "config.json").read_bytes()).hexdigest()
     assert manifest["base"]["config_sha256"] == config_hash
     assert manifest["base"]["config"]["num_decoder_layers"] == 2
-    assert {"jax", "safetensors", "lorafusion-jax", "python"} <= manifest[
-        "versions"
-    ].keys()
-    files = {
-        f"{e['folder']}/{name}" for e in manifest["adapters"] for name in e["files"]
-    }
+    files = json.loads((tmp_path / "pool" / "manifest.json").read_text())["files"]
     on_disk = {
         p.relative_to(tmp_path / "pool").as_posix()
         for p in (tmp_path / "pool").rglob("*")
         if p.is_file()
     }
-    assert files | {"manifest.json"} == on_disk
+    assert files.keys() | {"manifest.json"} == on_disk
     assert capsys.readouterr() == ("", "")
     out = _printed(capsys, base, folders, "--out", tmp_path / "printed")
     table = [line.split() for line in out.splitlines()]
@@ -481,14 +475,10 @@ def test_what_a_pool_would_hold_is_finite(
         load_pool(tmp_path / "pool", dtype="bfloat16")
 
 
-def _edit_manifest(folder, change, *, sign):
+def _edit_manifest(folder, change):
     manifest = json.loads((folder / "manifest.json").read_text())
     change(manifest)
-    if sign:
-        manifest.pop("sha256")
-        write_manifest(folder, manifest)
-    else:
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pytest.fixture(scope="module")
@@ -500,45 +490,38 @@ def one_pool(tmp_path_factory):
     return folder / "pool"
 
 
+def _first(manifest):
+    return manifest["metadata"]["adapters"][0]
+
+
 def _adapter(**fields):
-    return lambda m: m["adapters"][0].update(fields)
+    return lambda m: m["metadata"]["adapters"][0].update(fields)
 
 
 def _config(**fields):
-    return lambda m: m["base"]["config"].update(fields)
+    return lambda m: m["metadata"]["base"]["config"].update(fields)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (
-            lambda m: m["adapters"][0]["sites"]["encoder.self.q"]["rank"].insert(0, -1),
-            r"Expected `int` >= 0 - at `\$\.adapters\[0\]\.sites\[\.\.\.\]\.rank\[0\]`",
+            lambda m: _first(m)["sites"]["encoder.self.q"]["rank"].insert(0, -1),
+            r"Expected `int` >= 0 - at `\$\..*\.rank\[0\]`",
         ),
+        (lambda m: _first(m).pop("sites"), "Object missing required field `sites`"),
         (
-            lambda m: m["adapters"][0].pop("sites"),
-            "Object missing required field `sites`",
-        ),
-        (
-            _adapter(files={}),
-            "the manifest lists no adapter_config.json and no adapter_model.safetensors",
-        ),
-        (
-            _adapter(files={"x": []}),
-            "Expected `str`, got `array`",
-        ),
-        (
-            lambda m: m["adapters"][0]["files"].update({"../x": "0"}),
-            "'../x' is not a file inside this folder",
+            lambda m: m.update(files={}),
+            "lists no adapters/0000/adapter_config.json and",
         ),
         (_adapter(folder="../../etc"), "'../../etc' is not a file inside this folder"),
         (
-            lambda m: m["adapters"].append(m["adapters"][0] | {"name": "two"}),
+            lambda m: m["metadata"]["adapters"].append(_first(m) | {"name": "two"}),
             "two adapters of one folder",
         ),
-        (lambda m: m.update(adapters=5), "Expected `array`, got `int`"),
+        (lambda m: m["metadata"].update(adapters=5), "Expected `array`, got `int`"),
         (
-            lambda m: m["base"].update(family="mamba"),
+            lambda m: m["metadata"]["base"].update(family="mamba"),
             "family is 'mamba': expected one of t5, decoder",
         ),
         (_config(d_model=0), "Expected `int` >= 1 - at `..d_model`"),
@@ -550,17 +533,7 @@ def _config(**fields):
 def test_a_manifest_that_was_edited_is_refused(one_pool, tmp_path, change, message):
     folder = tmp_path / "edited"
     shutil.copytree(one_pool, folder)
-    original = (folder / "manifest.json").read_bytes()
-    _edit_manifest(folder, change, sign=False)
-    for read in (load_pool, lf.io.open_pool):
-        with pytest.raises(
-            ValueError,
-            match=r"manifest\.json: damaged or altered, its SHA-256 is not the one",
-        ):
-            read(folder)
-    # Even a manifest with the right digest is compared with the files.
-    (folder / "manifest.json").write_bytes(original)
-    _edit_manifest(folder, change, sign=True)
+    _edit_manifest(folder, change)
     for read in (load_pool, lambda pool: lf.io.ConvertedPool(pool).adapter("one")):
         with pytest.raises(ValueError, match=message):
             read(folder)
@@ -869,19 +842,8 @@ def test_a_damaged_pool_is_refused_by_its_file(base, adapter, tmp_path):
         match=r"0001/adapter_model\.safetensors: no such file, though the man",
     ):
         load_pool(folder)
-    _edit_manifest(folder, lambda manifest: manifest.pop("sha256"), sign=False)
-    with pytest.raises(
-        ValueError,
-        match=r"damaged or altered, its SHA-256 is not the one that it states",
-    ):
-        load_pool(folder)
-    with pytest.raises(
-        ValueError, match=r": not a converted pool: it has no manifest\.json"
-    ):
+    with pytest.raises(ValueError, match=r": not a pool: it has no manifest\.json"):
         load_pool(tmp_path)
-    (tmp_path / "manifest.json").write_text("{}")
-    with pytest.raises(ValueError, match="lists no adapters: give a pool"):
-        lf.io.open_pool(tmp_path)
 
 
 def test_a_pool_of_another_base(base, adapter, tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lorafusion_jax import crossbar
-from lorafusion_jax.io import arrays, checkpoint, new_folder
+from lorafusion_jax.io import checkpoint, new_folder, store
 from lorafusion_jax.report import write_text
 from lorafusion_jax.support.writing import WriteError, write
 from lorafusion_jax.trials import append_rows, read_rows
@@ -28,9 +28,8 @@ class _Case(NamedTuple):
 
 
 def _newest_checkpoint(folder: Path) -> Any:
-    newest = checkpoint.load_newest(checkpoint.steps(folder), note=pytest.fail)
-    assert newest is not None
-    return newest[0]["x"].tolist()
+    (newest,) = checkpoint.steps(folder)
+    return store.load(newest, "checkpoint")[0]["x"].tolist()
 
 
 def _save_chip(folder: Path, size: int) -> None:
@@ -54,8 +53,8 @@ _CASES = {
         _newest_checkpoint,
     ),
     "arrays": _Case(
-        lambda folder, size: arrays.save(
-            folder / f"saved-{size}", {"x": np.ones(99 * size)}, {}
+        lambda folder, size: store.save(
+            folder / f"saved-{size}", "thing", {"x": np.ones(99 * size)}, {}
         ),
         lambda folder: [path.name for path in folder.iterdir()],
     ),

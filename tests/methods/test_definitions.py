@@ -152,8 +152,8 @@ def test_adapters_are_the_definition(name, tmp_path):
     problem = _problem(name)
     member = _MEMBERS[name]
     start = problem.init(_KEY)
-    save_arrays(tmp_path / "saved", _moved(start), {})
-    loaded, _ = load_arrays(tmp_path / "saved", what="parameters")
+    save_arrays(tmp_path / "saved", "parameters", _moved(start), {})
+    loaded, _ = load_arrays(tmp_path / "saved", "parameters")
     for params in (start, loaded):
         adapters = _adapters(problem, params)
         merged = lf.kernels(lf.merged_base(_MODEL, adapters))

@@ -15,7 +15,7 @@ import recipes
 from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
-from lorafusion_jax.io import arrays, checkpoint
+from lorafusion_jax.io import checkpoint, store
 from lorafusion_jax.runs import run as run_lib
 from lorafusion_jax.support import interrupts
 
@@ -126,12 +126,8 @@ def test_training_without_a_finite_loss_stops_and_suggests_what_to_try(small, tm
         )
         < 30
     )
-    newest = checkpoint.load_newest(
-        checkpoint.steps(folder / "checkpoints"), note=pytest.fail
-    )
-    assert newest is not None and all(
-        np.isfinite(p).all() for p in jax.tree.leaves(newest[0]["best"])
-    )
+    newest, _ = store.load(checkpoint.steps(folder / "checkpoints")[-1], "checkpoint")
+    assert all(np.isfinite(p).all() for p in jax.tree.leaves(newest["best"]))
 
 
 # Runs that were killed or stopped.
@@ -521,11 +517,16 @@ def test_an_export_has_a_model_card_without_names_of_folders(form, fused, tmp_pa
 @pytest.mark.parametrize("form", ["adapter", "merged"])
 def test_a_diverged_seed_is_not_exported(form, copied, tmp_path):
     _, run = copied
-    params, metadata = arrays.load(run / "final", what="trained parameters")
+    params, metadata = store.load(run / "final", "training result")
     magnitudes = {site: np.array(m) for site, m in params["magnitudes"].items()}
     magnitudes["decoder.cross.v"][0] = np.nan
     shutil.rmtree(run / "final")
-    arrays.save(run / "final", params | {"magnitudes": magnitudes}, metadata)
+    store.save(
+        run / "final",
+        "training result",
+        params | {"magnitudes": magnitudes},
+        metadata,
+    )
     options = lf.runs.ExportOptions(run=run, seed=1, out=tmp_path / "out", format=form)
     with pytest.raises(
         ValueError,

@@ -86,7 +86,10 @@ def write(small, tmp_path_factory):
         folder.mkdir()
         lf.runs.RunFolder(folder).write_config(config)
         lf.io.save_arrays(
-            folder / "final", params, {"steps": [1] * len(seeds), "seconds": 0.0}
+            folder / "final",
+            "training result",
+            params,
+            {"steps": [1] * len(seeds), "seconds": 0.0},
         )
         return folder
 

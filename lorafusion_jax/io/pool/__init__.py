@@ -1,6 +1,6 @@
 """Pools of adapters on disk: converted ones, and folders of PEFT adapter folders.
 
-    manifest.json                        adapters, their sources, a SHA-256 of each other file and of itself
+    manifest.json                        adapters, their sources, a SHA-256 of each other file (see `store`)
     adapters/0000/                       an adapter that PEFT can load:
         adapter_config.json              its configuration, byte for byte
         adapter_model.safetensors        its tensors, with the names of the original file

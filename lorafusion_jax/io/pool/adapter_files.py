@@ -1,6 +1,7 @@
 """One adapter of a converted pool: its entry in the manifest, and its folder, which PEFT can load too."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
@@ -9,9 +10,9 @@ import msgspec
 from ...models.architecture import Architecture, linear_shapes
 from ...support.reading import FileError
 from ..buffers import release
-from ..folders import check_files
 from ..peft.adapter import CONFIG, WEIGHTS, PeftAdapter, read_adapter
 from ..source import inside, sha256
+from ..store import check_files
 from .stack import Ranks, check_finite, pool_values, rank_table
 
 
@@ -28,11 +29,10 @@ class Entry(TypedDict):
     kept: list[str]  # keys of tensors that are not applied
     notes: list[str]
     folder: str
-    files: dict[str, str]
 
 
 def describe(adapter: PeftAdapter, config: Architecture | None) -> dict[str, Any]:
-    """Return an adapter's entry in the manifest, except its folder and files; its numbers are checked.
+    """Return an adapter's entry in the manifest, except its folder; its numbers are checked.
 
     Without the structure of the base, the entry has the paths of the modules instead of sites, and the base's name.
     """
@@ -61,13 +61,16 @@ def describe(adapter: PeftAdapter, config: Architecture | None) -> dict[str, Any
     return entry | {"trained_on": adapter.config.get("base_model_name_or_path")}
 
 
-def load_adapter(pool: Path, entry: Entry, base: Architecture) -> PeftAdapter:
-    """Read an adapter of a pool by its entry; raises ValueError if its files are missing or damaged."""
+def load_adapter(
+    pool: Path, files: Mapping[str, str], entry: Entry, base: Architecture
+) -> PeftAdapter:
+    """Read an adapter of a pool by its entry; raises ValueError if its files, by digest, are missing or damaged."""
     folder = inside(pool, entry["folder"])
-    if missing := {CONFIG, WEIGHTS} - entry["files"].keys():
-        got = f"the manifest lists no {' and no '.join(sorted(missing))}"
-        raise FileError(folder, got=got, fix="convert the adapters again")
-    check_files(folder, entry["files"])
+    names = [f"{entry['folder']}/{name}" for name in (CONFIG, WEIGHTS)]
+    if missing := sorted(set(names) - files.keys()):
+        got = f"the manifest lists no {' and no '.join(missing)}"
+        raise FileError(pool, got=got, fix="convert the adapters again")
+    check_files(pool, {name: files[name] for name in names})
     adapter = read_adapter(
         str(folder), shapes=linear_shapes(base), compared=entry["kept"]
     )

@@ -17,12 +17,12 @@ import numpy as np
 from ...adapters.basis import SharedBasis
 from ...models.architecture import Architecture
 from ...support.reading import FileError
-from .. import arrays
-from ..folders import MANIFEST, RESTORE, read_manifest
+from .. import store
+from ..store import MANIFEST, RESTORE
 
 FOLDER = "basis"
 _FIELDS = ("U", "V", "S", "energy")
-_WHAT = "a shared basis"
+_KIND = "shared basis"
 
 
 class Description(TypedDict):
@@ -56,7 +56,7 @@ def save_basis(
         "rank": rank,
         "base": base,
     }
-    arrays.save(folder / FOLDER, tree, metadata)
+    store.save(folder / FOLDER, _KIND, tree, metadata)
 
 
 def describe_basis(folder: Path, k: int | None = None) -> Description:
@@ -65,7 +65,7 @@ def describe_basis(folder: Path, k: int | None = None) -> Description:
         raise ValueError(
             f"{folder} has no basis: make one with `lorafusion convert --basis {k or 32} --out {folder}`"
         )
-    manifest = read_manifest(folder / FOLDER, Description, _WHAT)
+    manifest = store.read_manifest(folder / FOLDER, _KIND, Description)
     description = manifest["metadata"]
     if k is not None and k > description["k"]:
         raise ValueError(
@@ -88,7 +88,7 @@ def read_basis(
             f"{folder / FOLDER} is the basis of other adapters than those of {folder}. "
             f"Move it away, and make one with `lorafusion convert --basis {description['k']} --out {folder}`"
         )
-    tree, _ = arrays.load(folder / FOLDER, metadata=Description, what=_WHAT)
+    tree, _ = store.load(folder / FOLDER, _KIND, Description)
     _check_shapes(folder / FOLDER, tree, description, config)
     fields: dict[str, Any] = {
         field: jax.tree.map(jnp.asarray, tree[field]) for field in _FIELDS
@@ -131,4 +131,4 @@ def _check_shapes(
             f"{field}/{name}": f"float32{[site.layers, *shape]}"
             for field, shape in shapes.items()
         }
-    arrays.check_signature(folder, arrays.signature(tree), expected, fix=RESTORE)
+    store.check_signature(folder, store.signature(tree), expected, fix=RESTORE)

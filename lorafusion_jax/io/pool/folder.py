@@ -1,10 +1,8 @@
 """A pool on disk as one object, whose manifest is read and checked once."""
 
 import functools
-import hashlib
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
@@ -17,20 +15,17 @@ from ...models.architecture import Architecture, linear_shapes
 from ...models.registry import recorded_config
 from ...support.reading import (
     FileError,
-    decode_as,
     error_context,
     expand_user,
-    read_json,
 )
-from ..folders import write_json
 from ..hf import Base, base_tensor, open_base
 from ..peft.adapter import PeftAdapter, read_adapter
+from ..store import MANIFEST, read_manifest
 from .adapter_files import Entry, load_adapter
 from .basis import describe_basis, read_basis
 from .stack import Dtype, read_pool, stacked
 
-_MANIFEST = "manifest.json"
-_DIGEST = "sha256"
+KIND = "pool"
 _AGAIN = "restore it from a copy, or convert the adapters again"
 
 
@@ -50,39 +45,40 @@ class Skipped(TypedDict):
     reason: str
 
 
-class Manifest(TypedDict):
-    """Content of `manifest.json` of a converted pool, without its own digest."""
+class Description(TypedDict):
+    """Metadata of a converted pool."""
 
     base: BaseRecord
     cast_to: str | None
     adapters: Annotated[list[Entry], msgspec.Meta(min_length=1)]
     skipped: list[Skipped]
     totals: dict[str, int]
-    versions: dict[str, str]
 
 
 class ConvertedPool:
-    """A converted pool; ValueError if the folder is none, or its manifest was altered.
+    """A converted pool; ValueError if the folder is none.
 
     Attributes:
       folder: its folder.
-      manifest: content of the manifest, without its own digest.
+      manifest: metadata of the pool.
       names: names of the adapters, in the pool's order.
       config: structure of the base model that it was converted for.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = expand_user(folder)
-        self.manifest = _read_manifest(self.folder / _MANIFEST)
+        manifest = read_manifest(self.folder, KIND, Description)
+        self.manifest = manifest["metadata"]
+        self._files = manifest["files"]
         self.names = tuple(entry["name"] for entry in self.manifest["adapters"])
-        with error_context(self.folder / _MANIFEST):
+        with error_context(self.folder / MANIFEST):
             self.config = recorded_config(self.manifest["base"])
         for kind in ("name", "folder"):
             if len({entry[kind] for entry in self.manifest["adapters"]}) < len(
                 self.names
             ):
                 raise FileError(
-                    self.folder / _MANIFEST,
+                    self.folder / MANIFEST,
                     got=f"two adapters of one {kind}",
                     fix=_AGAIN,
                 )
@@ -122,7 +118,10 @@ class ConvertedPool:
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             adapters = list(
                 threads.map(
-                    lambda entry: load_adapter(self.folder, entry, self.config), entries
+                    lambda entry: load_adapter(
+                        self.folder, self._files, entry, self.config
+                    ),
+                    entries,
                 )
             )
         return stacked(adapters, self.config, dtype)
@@ -146,9 +145,8 @@ class ConvertedPool:
             raise ValueError(
                 f"{self.folder} has no adapter {name!r}: it holds {', '.join(self.names)}; name one"
             )
-        return load_adapter(
-            self.folder, self.manifest["adapters"][self.names.index(name)], self.config
-        )
+        entry = self.manifest["adapters"][self.names.index(name)]
+        return load_adapter(self.folder, self._files, entry, self.config)
 
     def check_base(self, config: Architecture) -> None:
         """Raise a ValueError if the pool was converted for a base model with other shapes."""
@@ -261,10 +259,10 @@ def open_pool(
     The base (folder, hub id or GGUF file) is needed to load PEFT adapters, and checked against a converted pool.
 
     Raises:
-      ValueError: the folder is neither, its manifest was altered, or it was converted for a base of another shape.
+      ValueError: the folder is neither, or it was converted for a base of another shape.
     """
     opened = None if base is None else open_base(base)
-    if not (expand_user(folder) / _MANIFEST).is_file():
+    if not (expand_user(folder) / MANIFEST).is_file():
         return AdapterFolders(folder, opened)
     pool = ConvertedPool(folder)
     if opened is not None:
@@ -295,32 +293,3 @@ def load_basis(folder: str | Path, k: int | None = None) -> SharedBasis:
       ValueError: the folder is not a pool, its basis has fewer directions, or a file is missing or damaged.
     """
     return ConvertedPool(folder).basis(k)
-
-
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest of a converted pool, with its own SHA-256."""
-    write_json(folder / _MANIFEST, {**manifest, _DIGEST: _digest(manifest)})
-
-
-def _read_manifest(path: Path) -> Manifest:
-    raw = read_json(path, dict[str, Any], "a converted pool")
-    if "adapters" not in raw:
-        raise FileError(
-            path, got="lists no adapters", fix="give a pool of `lorafusion convert`"
-        )
-    stated = raw.pop(_DIGEST, None)
-    try:
-        same = stated == _digest(raw)
-    except RecursionError:
-        same = False
-    if not same:
-        raise FileError(
-            path,
-            got="damaged or altered, its SHA-256 is not the one that it states",
-            fix=_AGAIN,
-        )
-    return decode_as(raw, Manifest, path, fix=_AGAIN)
-
-
-def _digest(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

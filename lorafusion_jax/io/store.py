@@ -1,0 +1,235 @@
+"""The one store of arrays: a folder with a manifest, which is complete or absent.
+
+    FOLDER/manifest.json         kind, metadata, versions, SHA-256 of each file
+    FOLDER/arrays.safetensors    each array by its path in a tree, such as `magnitudes/SITE`
+
+`save` writes nested dicts of arrays with metadata (any JSON), and `load` returns both:
+
+    store.save(folder, "correction", {"q": {"scale": scale}}, {"chip": 0})
+    tree, metadata = store.load(folder, "correction", Description)
+
+`Description` is the type of the metadata, a TypedDict or a dataclass. A folder of another kind is refused, and one of
+an earlier format too, with the version that wrote it. Other files, such as the adapters of a pool, get a manifest by
+`seal`. Of several processes, the first one saves.
+"""
+
+import contextlib
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, TypedDict
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from ..support import processes
+from ..support.reading import FileError, T, decode_as, other_version, read_json
+from ..support.text import some
+from ..support.version import __version__
+from ..support.writing import writing
+from . import safetensors
+from .folders import new_folder, write_json
+from .source import inside, sha256
+
+MANIFEST = "manifest.json"
+RESTORE = "restore it from a copy"
+_ARRAYS = "arrays.safetensors"
+
+
+class Manifest(TypedDict, Generic[T]):
+    """Content of `manifest.json`."""
+
+    kind: str
+    metadata: T
+    versions: dict[str, str]
+    files: dict[str, str]  # SHA-256 by path
+
+
+def save(
+    folder: Path, kind: str, tree: Mapping[str, Any], metadata: Mapping[str, Any]
+) -> None:
+    """Save nested dicts of arrays, whose names have no slashes, and their metadata in a new folder of a kind."""
+    arrays: dict[str, Any] = flatten_dict(dict(tree), sep="/")
+    with sealed_folder(folder, kind, metadata) as partial:
+        safetensors.save(partial / _ARRAYS, arrays)
+
+
+def load(
+    folder: Path, kind: str, metadata: type[T] | Any = dict[str, Any]
+) -> tuple[dict[str, Any], T]:
+    """Return the tree of a saved folder, as read-only views of the mapped file, and its metadata as a type.
+
+    Raises a FileError if the folder is of another kind, damaged, or of an earlier format.
+    """
+    manifest = read_manifest(folder, kind, metadata)
+    check_files(folder, manifest["files"])
+    return read_tree(folder), manifest["metadata"]
+
+
+def load_sound(
+    folder: Path,
+    kind: str,
+    metadata: type[T] | Any,
+    *,
+    note: Callable[[str], None],
+) -> tuple[dict[str, Any], T] | None:
+    """Return what `load` does, or None if the folder is missing or damaged (see `newest_sound`)."""
+    if not folder.exists():
+        return None
+    sound = newest_sound([folder], kind, metadata, note=note)
+    return None if sound is None else (read_tree(folder), sound[1]["metadata"])
+
+
+@contextlib.contextmanager
+def sealed_folder(
+    folder: Path, kind: str, metadata: Mapping[str, Any]
+) -> Iterator[Path]:
+    """Yield a `new_folder` that gets a manifest and its name once all files are on the disk."""
+    with new_folder(folder) as partial:
+        yield partial
+        seal(partial, kind, metadata)
+    with writing(folder.parent):
+        _flush(folder.parent)
+
+
+def seal(folder: Path, kind: str, metadata: Mapping[str, Any]) -> None:
+    """Write the manifest of a folder's files, and wait until all are on the disk."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    manifest = {
+        "kind": kind,
+        "metadata": metadata,
+        "versions": {"lorafusion-jax": __version__},
+        "files": {path.relative_to(folder).as_posix(): sha256(path) for path in paths},
+    }
+    write_json(folder / MANIFEST, manifest)
+    for path in folder.rglob("*"):
+        _flush(path)
+
+
+def read_manifest(
+    folder: Path, kind: str, metadata: type[T] | Any = dict[str, Any]
+) -> Manifest[T]:
+    """Return the manifest of a folder, with metadata of the type `metadata`; raises `load`'s errors."""
+    path = folder / MANIFEST
+    raw = read_json(path, dict[str, Any], f"a {kind}")
+    if "kind" not in raw:
+        versions = raw.get("versions")
+        version = versions if isinstance(versions, dict) else {}
+        raise FileError(
+            path,
+            got="of an earlier format",
+            fix="make the folder again",
+            version=str(version.get("lorafusion-jax", "unknown")),
+        )
+    if raw["kind"] != kind:
+        raise FileError(
+            path,
+            field="kind",
+            got=repr(raw["kind"]),
+            expected=repr(kind),
+            fix="give another folder",
+            version=other_version(raw),
+        )
+    generic: Any = Manifest
+    return decode_as(raw, generic[metadata], path)
+
+
+def check_files(folder: Path, files: Mapping[str, str]) -> None:
+    """Raise a FileError for the first file that is missing or has another SHA-256 than given."""
+    for name, digest in files.items():
+        path = inside(folder, name)
+        if not path.is_file():
+            raise FileError(
+                path,
+                got="no such file, though the manifest lists it",
+                fix="copy the whole folder again",
+            )
+        if sha256(path) != digest:
+            raise FileError(
+                path,
+                got="damaged or altered, its SHA-256 is not the manifest's",
+                fix=RESTORE,
+            )
+
+
+def newest_sound(
+    folders: Sequence[Path],
+    kind: str,
+    metadata: type[T] | Any,
+    *,
+    note: Callable[[str], None],
+) -> tuple[Path, Manifest[T]] | None:
+    """Return the last of some folders of a kind (oldest first) that is sound, or None if none is.
+
+    Damaged folders behind it are renamed to NAME.damaged, NAME.damaged-2 and so on, so that they can be written again,
+    and `note` is called with a line for each.
+
+    Raises:
+      FileError: this version cannot read the newest folder, because another one wrote it.
+    """
+    for folder in reversed(folders):
+        try:
+            manifest = read_manifest(folder, kind, metadata)
+            check_files(folder, manifest["files"])
+            return folder, manifest
+        except FileError as error:
+            if error.version:
+                raise
+            names = (
+                f"{folder.name}.damaged{f'-{number}' if number > 1 else ''}"
+                for number in itertools.count(1)
+            )
+            aside = next(
+                path
+                for path in map(folder.with_name, names)
+                if not os.path.lexists(path)
+            )
+            note(f"note: {error}. It is kept as {aside.name}")
+            if processes.first():
+                folder.rename(aside)
+    return None
+
+
+def signature(tree: Any) -> dict[str, str]:
+    """Return dtype and shape of each array by its path in a tree, such as `float32[2, 3]`."""
+    return {
+        jax.tree_util.keystr(
+            path, simple=True, separator="/"
+        ): f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
+def check_signature(
+    folder: Path, present: Mapping[str, str], expected: Mapping[str, str], *, fix: str
+) -> None:
+    """Raise a FileError for the first array of a folder whose signature is not the expected one."""
+    for path in {**expected, **present}:
+        got = present.get(path, "absent")
+        needed = expected.get(path, "no such array")
+        if got != needed:
+            raise FileError(
+                folder, field=some([path]), got=got, expected=needed, fix=fix
+            )
+
+
+def read_tree(folder: Path) -> dict[str, Any]:
+    """Return the tree of a folder whose files were checked."""
+    arrays = safetensors.load(folder / _ARRAYS)
+    try:
+        return unflatten_dict(arrays, sep="/")
+    except (TypeError, ValueError, IndexError) as error:
+        raise FileError(
+            folder / _ARRAYS, got=f"no tree of arrays ({error})", fix=RESTORE
+        ) from error
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file's content, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,223 @@
+"""The store of arrays, and states of runs in it: exact, readable by safetensors, and every damage noticed by name."""
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, TypedDict
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import lorafusion_jax as lf
+from lorafusion_jax.io import checkpoint, store
+
+_TREE = {
+    "coefficients": {
+        "encoder.q": jnp.arange(6.0).reshape(2, 3).T,
+        "encoder.v": np.array([True, False]),
+    },
+    "step": jnp.uint32(7),
+    "half": jnp.arange(4, dtype=jnp.bfloat16),
+}
+
+
+class _State(NamedTuple):
+    step: jax.Array
+    params: dict
+    moments: tuple
+
+
+class _Step(TypedDict):
+    step: int
+
+
+def _state(seed=0.0):
+    return _State(
+        step=jnp.int32(7),
+        params={
+            "coefficients": jnp.full((2, 3), seed),
+            "m": jnp.arange(4, dtype=jnp.bfloat16),
+        },
+        moments=(np.array([True, False]), {}, jnp.uint32(9)),
+    )
+
+
+@pytest.fixture
+def saved(tmp_path):
+    store.save(tmp_path / "saved", "thing", _TREE, {"steps": [3, 4]})
+    return tmp_path / "saved"
+
+
+@pytest.fixture
+def checkpoints(tmp_path) -> Path:
+    folder = tmp_path / "steps"
+    for step in (1, 2):
+        checkpoint.save_step(folder, step, _state(float(step)), {"step": step}, keep=2)
+    return folder
+
+
+def _newest(folder, note, state=_state):
+    steps = checkpoint.steps(folder)
+    return checkpoint.load_newest(steps, state(), metadata=_Step, note=note)
+
+
+def test_a_tree_and_its_metadata_come_back_exactly(saved):
+    tree, metadata = store.load(saved, "thing")
+    assert metadata == {"steps": [3, 4]}
+    assert tree.keys() == _TREE.keys() and tree["half"].dtype == ml_dtypes.bfloat16
+    jax.tree.map(
+        partial(np.testing.assert_array_equal, strict=True),
+        tree,
+        jax.tree.map(np.asarray, _TREE),
+    )
+    names = {"coefficients/encoder.q", "coefficients/encoder.v", "step", "half"}
+    assert load_file(saved / "arrays.safetensors").keys() == names
+    # The library alone makes a file that only its owner can read.
+    assert len({path.stat().st_mode for path in saved.iterdir()}) == 1
+    with pytest.raises(ValueError, match="exists: give a new folder, or remove it"):
+        store.save(saved, "thing", {}, {})
+
+
+def _manifest(**changes):
+    def damage(folder: Path) -> None:
+        path = folder / "manifest.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return damage
+
+
+def _flip(folder: Path) -> None:
+    path = folder / "arrays.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def _earlier_format(folder: Path) -> None:
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["kind"]
+    path.write_text(json.dumps(manifest))
+
+
+_DAMAGES = {
+    "a flipped bit": (_flip, "arrays.safetensors: damaged or altered"),
+    "no arrays": (
+        lambda folder: (folder / "arrays.safetensors").unlink(),
+        "no such file, though the manifest lists it",
+    ),
+    "no manifest": (
+        lambda folder: (folder / "manifest.json").unlink(),
+        "not a thing: it has no manifest.json",
+    ),
+    "no JSON": (
+        lambda folder: (folder / "manifest.json").write_text('{"metadata": '),
+        "manifest.json: not JSON",
+    ),
+    "another kind": (_manifest(kind="pool"), "kind is 'pool': expected 'thing'"),
+    "other metadata": (_manifest(metadata=[]), "Expected `object`, got `array`"),
+    "a file outside": (_manifest(files={"../x": "0"}), "not a file inside this folder"),
+    "an earlier format": (
+        _earlier_format,
+        f"of an earlier format: .* .written by version {lf.__version__}",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", _DAMAGES)
+def test_damage_is_found_and_named(name, saved):
+    damage, message = _DAMAGES[name]
+    damage(saved)
+    with pytest.raises(lf.FileError, match=f"^{saved}.*{message}"):
+        store.load(saved, "thing")
+
+
+def test_a_damaged_folder_is_set_aside_so_that_it_can_be_made_again(saved):
+    notes: list[str] = []
+    load_sound = partial(
+        store.load_sound,
+        kind="thing",
+        metadata=dict[str, list[int]],
+        note=notes.append,
+    )
+    assert load_sound(saved.with_name("none")) is None
+    sound = load_sound(saved)
+    assert sound is not None and sound[1] == {"steps": [3, 4]} and not notes
+    (saved / "manifest.json").write_text("{")
+    assert load_sound(saved) is None
+    assert notes[0].endswith("It is kept as saved.damaged") and not saved.exists()
+
+
+@pytest.mark.parametrize(
+    "state", [_state, lambda: jax.eval_shape(_state)], ids=["arrays", "shapes"]
+)
+def test_a_state_comes_back_exactly(state, checkpoints):
+    newest = _newest(checkpoints, pytest.fail, state)
+    assert newest is not None and newest[1] == {"step": 2}
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(newest[0]))
+    jax.tree.map(
+        partial(np.testing.assert_array_equal, strict=True),
+        newest[0],
+        jax.tree.map(np.asarray, _state(2.0)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"coefficients": jnp.ones((2, 4))},
+            r"params/coefficients is float32\[2, 3\]: expected float32\[2, 4\]",
+        ),
+        ({"m": jnp.ones(4)}, r"params/m is bfloat16\[4\]: expected float32\[4\]"),
+        ({"new": jnp.ones(1)}, r"params/new is absent: expected float32\[1\]"),
+        ({"m": {}}, r"params/m is bfloat16\[4\]: expected no such array"),
+    ],
+)
+def test_a_state_of_another_run_is_refused_and_kept(checkpoints, change, message):
+    state = _state()
+    with pytest.raises(ValueError, match=f"{message}; resume the run that saved it"):
+        _newest(
+            checkpoints,
+            pytest.fail,
+            lambda: state._replace(params=state.params | change),
+        )
+    assert len(checkpoint.steps(checkpoints)) == 2
+
+
+def test_the_last_steps_are_kept(checkpoints):
+    for step in (20, 1_000_000):
+        checkpoint.save_step(checkpoints, step, _state(), {"step": step}, keep=2)
+    names = [path.name for path in checkpoint.steps(checkpoints)]
+    assert names == ["step_000020", "step_1000000"]
+
+
+def test_the_newest_sound_step_is_loaded_and_a_damaged_one_is_kept_aside(checkpoints):
+    for earlier in ("step_000002.damaged", "step_000002.damaged-2"):
+        (checkpoints / earlier).mkdir()
+    _flip(checkpoints / "step_000002")
+    notes: list[str] = []
+    newest = _newest(checkpoints, notes.append)
+    assert newest is not None and newest[1] == {"step": 1}
+    (note,) = notes
+    assert note.endswith("It is kept as step_000002.damaged-3")
+    assert (checkpoints / "step_000002.damaged-3" / "manifest.json").is_file()
+    shutil.rmtree(checkpoints / "step_000001")
+    (checkpoints / "step_000001").write_text("")
+    assert _newest(checkpoints, notes.append) is None and len(notes) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"metadata": {"step": 2, "clock": 1.0}}, {"files": []}, {"kind": "state"}],
+)
+def test_a_step_of_a_newer_version_is_not_damaged(change, checkpoints):
+    _manifest(versions={"lorafusion-jax": "9.9"}, **change)(checkpoints / "step_000002")
+    versions = rf"\(written by version '?9\.9'?, this is {lf.__version__}\)"
+    with pytest.raises(ValueError, match=versions):
+        _newest(checkpoints, pytest.fail)
+    assert len(checkpoint.steps(checkpoints)) == 2
