@@ -828,20 +828,11 @@ def test_a_classifier_and_its_adapter_make_no_pool(base, adapter, tmp_path):
 def test_a_damaged_pool_is_refused_by_its_file(base, adapter, tmp_path):
     folder = tmp_path / "pool"
     _convert(base, [adapter("one"), adapter("two")], out=folder)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        path = folder / "adapters/0001" / name
-        content = path.read_bytes()
-        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        with pytest.raises(ValueError, match=f"{path}: damaged or altered"):
-            load_pool(folder)
-        assert load_pool(folder, chosen=["one"]).names == ("one",)
-        path.write_bytes(content)
-    (folder / "adapters/0001/adapter_model.safetensors").unlink()
-    with pytest.raises(
-        ValueError,
-        match=r"0001/adapter_model\.safetensors: no such file, though the man",
-    ):
+    path = folder / "adapters/0001/adapter_config.json"
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(ValueError, match=f"{path}: damaged or altered"):
         load_pool(folder)
+    assert load_pool(folder, chosen=["one"]).names == ("one",)
     with pytest.raises(ValueError, match=r": not a pool: it has no manifest\.json"):
         load_pool(tmp_path)
 

@@ -814,41 +814,6 @@ def test_a_family_without_gguf_files_is_refused(tmp_path):
 # What is refused.
 
 
-def test_files_that_are_not_whole_or_not_gguf(tmp_path, folders):
-    file = written(folders["llama"], tmp_path / "model.gguf")
-    content = file.read_bytes()
-    damaged = {
-        content[
-            :-40
-        ]: rf": truncated or damaged, .* ends behind the file's last byte \({len(content) - 40:,}\)",
-        content[: len(content) // 8]: ": truncated or damaged, .* fetch the file again",
-        content[:3000]: ": truncated or damaged, a text cannot be read",
-        content[:30]: ": truncated or damaged",
-        content[
-            :6
-        ]: ": truncated or damaged, the header ends behind the file's last byte",
-        b"": ": the file is empty: fetch it again",
-        b"PK\3\4"
-        + content[
-            4:
-        ]: r" is not a GGUF file: it begins with b'PK\\x03\\x04', not with b'GGUF'",
-        b"GGUF\1\0\0\0"
-        + content[
-            8:
-        ]: " is a GGUF file that is of version 1: expected version 2 or 3, little-endian",
-        b"GGUF\0\0\0\3"
-        + content[8:]: " is a GGUF file that is big-endian: expected version 2 or 3",
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n": ": this is a Git LFS pointer",
-    }
-    for data, message in damaged.items():
-        file.write_bytes(data)
-        with pytest.raises(ValueError, match=f"^{file}{message}"):
-            lf.load_base(file)
-    file.unlink()
-    with pytest.raises(ValueError, match=f"^{file}: no such file"):
-        lf.load_base(file)
-
-
 @pytest.mark.parametrize("tensors", [2, 3])
 def test_a_file_whose_tensors_share_bytes_is_refused(tmp_path, tensors):
     header = struct.pack("<4sIQQ", b"GGUF", 3, tensors, 0)

@@ -189,29 +189,6 @@ _REFUSED = [
         {"base_model_name_or_path": "google/flan-t5-xl"},
         "trained on 'google/flan-t5-xl'.*another family",
     ),
-    ({"peft_type": "lora"}, "peft_type is 'lora': expected LORA"),
-    (
-        {"peft_type": "ADALORA"},
-        "peft_type is 'ADALORA': expected LORA; retrain as LoRA",
-    ),
-    ({"peft_type": ["LORA"]}, r"peft_type is \['LORA'\]: expected LORA"),
-    (
-        {"init_lora_weights": "PiSSA"},
-        "init_lora_weights is 'PiSSA': PiSSA changes the base's own weights",
-    ),
-    (
-        {"init_lora_weights": "corda", "corda_config": {}},
-        "CorDA changes the base's own weights",
-    ),
-    ({"bias": "lora_only"}, "bias is 'lora_only': trained biases cannot be mixed"),
-    (
-        {"trainable_token_indices": {"embed_tokens": [1]}},
-        "trainable_token_indices is set",
-    ),
-    ({"use_dora": True}, "has lora_A and lora_B but no lora_magnitude_vector"),
-    ({"r": "8"}, r"Expected `int`, got `str` - at `\$\.r`"),
-    ({"lora_alpha": "16"}, r"Expected `float`, got `str` - at `\$\.lora_alpha`"),
-    ({"use_dora": "no"}, r"Expected `bool \| null`, got `str` - at `\$\.use_dora`"),
     (
         {"r": 16, "_ranks": (16, 8)},
         "down_proj has rank 8 in the tensors, but r and rank_pattern give 16",
