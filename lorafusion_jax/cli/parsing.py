@@ -41,17 +41,16 @@ def parse(
     shown = _shown(options, groups, defaults or {})
     text = inspect.cleandoc(options.__doc__ or "").partition("\nAttributes:")[0]
     description = "\n\n".join(map(_wrapped, text.strip().split("\n\n")))
-    how: Any = {
-        "prog": f"lorafusion {name}",
-        "description": description,
-        "config": (tyro.conf.OmitArgPrefixes,),
-    }
-    if others is None:
-        parsed = tyro.cli(shown, args=list(arguments), **how)
-    else:
-        parsed, unknown = tyro.cli(
-            shown, args=list(arguments), return_unknown_args=True, **how
-        )
+    parsed: Any = tyro.cli(
+        shown,
+        args=list(arguments),
+        prog=f"lorafusion {name}",
+        description=description,
+        config=(tyro.conf.OmitArgPrefixes,),
+        return_unknown_args=others is not None,
+    )
+    if others is not None:
+        parsed, unknown = parsed
         others += unknown
     values = dict(vars(parsed))
     for title in groups:

@@ -60,17 +60,15 @@ def test_all_sources_that_do_not_exist_are_named_at_once(call, capsys):
         assert words in message
 
 
-# XLA complains about constants that take it more than a second to fold. The name of the command does not matter.
+# The name of the command does not matter. XLA reads its log level from a variable.
 _FAULTY = """
+import os
 import sys
 import types
 from lorafusion_jax import cli
 def main(arguments):
-    import jax, jax.numpy as jnp, numpy as np
-    image = jnp.asarray(np.random.rand(1, 1, 2000, 2000).astype("float32"))
-    mask = jnp.ones((1, 1, 5, 5))
-    fold = jax.jit(lambda: jax.lax.conv_general_dilated(image, mask, (1, 1), "SAME").sum())
-    fold.lower().compile()
+    import jax
+    print(os.environ.get("TF_CPP_MIN_LOG_LEVEL"))
     raise jax.errors.JaxRuntimeError(sys.argv[1])
 sys.modules["lorafusion_jax.cli.params"] = types.SimpleNamespace(main=main)
 cli.main(["params", *sys.argv[2:]])
@@ -104,7 +102,7 @@ def test_messages_of_xla_and_tracebacks_are_shown_only_with_verbose(
     )
     assert done.returncode == 1 and line in done.stderr
     assert ("Traceback" in done.stderr) == verbose
-    assert ("Constant folding an instruction" in done.stderr) == verbose
+    assert (done.stdout == "3\n") != verbose
     assert verbose or done.stderr.count("\n") == 1
 
 
