@@ -577,8 +577,13 @@ def test_corrections_made_in_advance_help_a_chip_that_drifts_otherwise(
         drifting, device=crossbar.Device(drift=crossbar.PowerLaw(0.05, 0.02))
     )
     save_config(drifting, tmp_path / "drifting.yaml")
-    options = _options(home, crossbar=str(tmp_path / "drifting.yaml"), epochs=0)
-    early = dataclasses.replace(options, in_advance=True, out=tmp_path / "early")
+    early = _options(
+        home,
+        crossbar=str(tmp_path / "drifting.yaml"),
+        epochs=0,
+        in_advance=True,
+        out=tmp_path / "early",
+    )
     with pytest.raises(
         ValueError, match="in advance for an age of chips that drift: give --age"
     ):
@@ -586,13 +591,13 @@ def test_corrections_made_in_advance_help_a_chip_that_drifts_otherwise(
     for name in ("advance", "again"):
         lf.hardware.restore_chips(
             dataclasses.replace(
-                options,
+                early,
                 age="1year",
                 in_advance=name == "advance",
                 out=tmp_path / name,
             )
         )
-    chips = lf.hardware.load_chips(options.crossbar)
+    chips = lf.hardware.load_chips(early.crossbar)
     graph = loaded.problem.graph
     frozen = loaded.problem.frozen
     run = lf.hardware.logits_of_base(graph)
