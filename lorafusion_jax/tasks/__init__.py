@@ -25,8 +25,7 @@ from .data import (
     load_task,
     row_example,
 )
-from .metrics import constant_answer, exact_match
-from .options import answer_options
+from .metrics import answer_options, constant_answer, exact_match
 from .packing import MOST_SHAPES, Packing, bucket
 from .protocol import Protocol, Split, batch_orders, draw_modules, split
 from .readers import task_name

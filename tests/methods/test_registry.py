@@ -1,7 +1,6 @@
 """The registry: a new method is a file and a line, and is then run, shown, counted, planned and priced."""
 
 import dataclasses
-import math
 import re
 import runpy
 import types
@@ -12,19 +11,13 @@ import one_block
 import pytest
 import recipes
 import tiny
-from flax import nnx
-from jax.extend.core import jaxprs_in_params
-from jax.interpreters.partial_eval import dce_jaxpr
 from recipes import recipe
 
 import lorafusion_jax as lf
 from lorafusion_jax.cli import main
 from lorafusion_jax.estimates import (
     Settings,
-    Shape,
     plan,
-    program_of,
-    trained_numbers,
     workload,
 )
 from lorafusion_jax.estimates.params import counts, trainable_count
@@ -32,7 +25,6 @@ from lorafusion_jax.methods import Built, Magnitudes, VeRA, fields_of, find
 from lorafusion_jax.methods.entry import PlannedPool
 from lorafusion_jax.models.t5.config import SHAPES
 from lorafusion_jax.tasks import load_task
-from lorafusion_jax.training import recipe_rates
 
 _SMALL = SHAPES["t5-small"]
 _POOL = tiny.pool(2)
@@ -220,56 +212,6 @@ def test_a_method_is_built_with_the_numbers_of_the_recipe():
     assert built("dora") == lf.LoRA(sites=sites, rank=3, alpha=6.0, dora=True)
     assert built("vera") == VeRA(sites=sites, rank=5)
     assert built("magnitudes") == Magnitudes(tuple(name for name, _ in sites))
-
-
-def _products(jaxpr):
-    """FLOPs of the matrix products of a traced function, bodies of loops as often as they run."""
-    found = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (summed, _), _ = equation.params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            found += (
-                2
-                * equation.outvars[0].aval.size
-                * math.prod(shape[axis] for axis in summed)
-            )
-        inner = sum(map(_products, jaxprs_in_params(equation.params)))
-        found += equation.params.get("length", 1) * inner
-    return found
-
-
-@pytest.mark.parametrize(
-    "name", [name for name, entry in lf.METHODS.items() if entry.learns == "trained"]
-)
-def test_a_plan_has_the_parameters_the_state_and_the_products_of_a_traced_step(name):
-    """Three rows of 7 and 5 tokens on a T5 in loops, with two of three modules of rank 4."""
-    entry = lf.METHODS[name]
-    model = tiny.t5()
-    of = recipe(name, modules=2, lora_rank=3, vera_rank=5)
-    pool = tiny.pool(3) if entry.pool else None
-    method = entry.build(Built(config=tiny.CONFIG, recipe=of, pool=pool, modules=2))
-    problem = tiny.problem(
-        method, method.precompute(lf.Frozen(nnx.state(model), pool), lf.kernels(model))
-    )
-    state = lf.init_state(problem, jax.random.key(0))
-    rates = jax.tree.map(lambda rate: rate[0], recipe_rates(method, of, 1))
-    leaves, tree = jax.tree.flatten((state, tiny.batch(), problem, rates))
-
-    def step(leaves):
-        return jax.tree.leaves(
-            lf.fusion_step(
-                *tree.unflatten(leaves), optimisation=lf.Optimisation(steps=9)
-            )
-        )
-
-    traced = jax.make_jaxpr(step)(leaves).jaxpr
-    needed, _ = dce_jaxpr(traced, [True] * len(traced.outvars))
-    settings = Settings(recipe=of, rank=4, pool=3, seeds=1)
-    trainable = trained_numbers(tiny.CONFIG, name, settings)
-    planned = program_of(tiny.CONFIG, name, settings, "step", Shape(3, 7, 5))
-    assert trainable == sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    assert planned.flops == _products(needed)
 
 
 def test_numbers_are_counted_for_a_pool_that_is_only_shapes():
