@@ -9,7 +9,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 import lorafusion_jax as lf
 from lorafusion_jax import tasks
@@ -31,14 +30,8 @@ def main(epochs: int = 10, test_rows: int = 200) -> float:
     train = tasks.encode(tokenizer, task.train[:95])
 
     # The numbers to train: one coefficient per module and block, and one magnitude per column of a matrix.
-    graph, base = nnx.split(model)
-    kernels = {
-        site: kernel for site, kernel in lf.kernels(model).items() if site in pool.A
-    }
-    frozen = lf.Frozen(base, pool, lf.gram(pool, kernels))
     fusion = lf.Fusion(composition="sum", granularity="block")
-    index = jnp.arange(len(pool))
-    problem = lf.Problem(graph=graph, method=fusion, frozen=frozen, index=index)
+    problem = lf.problem(model, pool, fusion)
     state = lf.init_state(problem, jax.random.key(1))
 
     # A step is a pure function: (state, batch) -> (state, metrics). The problem's weights are arguments.
@@ -58,7 +51,7 @@ def main(epochs: int = 10, test_rows: int = 200) -> float:
     print(f"loss of the last batch: {metrics['loss']:.3f}")
 
     # The trained parameters give one adapter per matrix, which the model reads next to its kernels.
-    fused, _ = fusion.adapters(state.params, frozen, index)
+    fused, _ = fusion.adapters(state.params, problem.frozen, problem.index)
     test = task.test[:test_rows]
     encoded = tasks.encode(tokenizer, test)
     ids = jnp.asarray(tasks.pad(encoded.inputs, padding, max(map(len, encoded.inputs))))

@@ -77,6 +77,7 @@ from .training.frozen import Frozen as Frozen
 from .training.loss import objective as objective
 from .training.method import Method as Method
 from .training.problem import Problem as Problem
+from .training.problem import problem as problem
 from .training.recipe import Optimisation as Optimisation
 from .training.recipe import Recipe as Recipe
 from .training.seeds import over_seeds as over_seeds

@@ -13,8 +13,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from ..adapters.basis import Pool
 from ..adapters.pool import in_pool
-from ..models.architecture import Architecture, Model
+from ..models.architecture import Architecture, Model, kernels
 from ..models.weights import reads
 from ..support.platform import check_mesh
 from .frozen import Frozen
@@ -141,3 +142,17 @@ def per_seed(
     of_seeds.__name__ = function.__name__
     of_seeds.__doc__ = function.__doc__
     return jax.jit(of_seeds)
+
+
+def problem(model: Model, pool: Pool | None, method: Method) -> Problem:
+    """Return the problem of training a method on a model, with all modules of a pool.
+
+    Args:
+      model: base model, which may be in arrays.
+      pool: LoRA pool or shared basis; None for a method without one.
+      method: trained method.
+    """
+    graph, base = nnx.split(model)
+    frozen = method.precompute(Frozen(base, pool), kernels(model))
+    index = jnp.arange(0 if pool is None else len(pool))
+    return Problem(graph=graph, method=method, frozen=frozen, index=index)

@@ -452,3 +452,14 @@ def test_the_loss_is_that_of_all_log_probabilities_without_their_memory():
         loss(logits), jax.jit(jax.value_and_grad(expected))(logits), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_a_problem_of_a_model_and_a_pool_fuses_all_modules(frozen):
+    all_modules = lf.problem(_MODEL, frozen.pool, lf.Fusion())
+    expected = tiny.problem(lf.Fusion(), frozen, np.arange(len(frozen.pool)))
+    for ours, theirs in zip(
+        *map(jax.tree.leaves, (all_modules, expected)), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+    none = lf.problem(_MODEL, None, FullFineTuning())
+    assert none.frozen.pool is None and none.index.shape == (0,)
