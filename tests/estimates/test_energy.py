@@ -260,7 +260,6 @@ def test_bad_options_are_refused_before_files_are_written(
         ),
         ("--json cost.txt", "expected a file ending in .json"),
         ("--constants none.yaml", "none.yaml: no such file of constants"),
-        ("--constants cost.txt", "constants are a file ending in"),
     ):
         with pytest.raises(SystemExit, match="2"):
             main(["cost", *arguments.split()])

@@ -256,9 +256,10 @@ def test_a_workload_has_the_batches_of_training_and_evaluation():
         len(found.steps) == 15 and len(found.search) == 5 and found.validation.rows == 2
     )
     assert all(step.rows == 8 and 4 <= step.source <= 48 for step in found.steps)
-    assert [shape.rows for shape in found.test.rows] == [15, 15] and found.test.rows[
-        -1
-    ].source == 31
+    assert [shape.rows for shape in found.test.rows] == [15, 15]
+    assert (
+        found.test.rows[-1].source == 32
+    )  # 30 bytes and the end, on the ladder of widths
     # Each test row is asked with both labels.
     assert sum(shape.rows for shape in found.test.options) == 60
     assert found.few_shot is not None and found.few_shot.rows[0].source > 32
