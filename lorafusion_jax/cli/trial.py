@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 from ..report import Table, markdown
+from ..support import interrupts
 from ..support.reading import show
-from ..trials.report import arms_table, describe_trial, train_command, write_trial
-from ..trials.run import TrialOptions, trial
-from ..trials.verdict import Verdict, judge
+from ..trials.procedure import Outcomes
+from ..trials.report import describe_trial, write_trial
+from ..trials.run import TaskTrial, TrialOptions, trial
 from .parsing import parse
 
 GROUPS = {
@@ -21,7 +22,7 @@ GROUPS = {
         "train_rows",
         "dtype",
     ),
-    "comparison": ("arms", "folds", "nested", "epochs", "seed"),
+    "comparison": ("arms", "folds", "epochs", "seed"),
     "run": ("out", "minutes", "plan", "engine", "address"),
 }
 
@@ -32,16 +33,12 @@ def main(arguments: Sequence[str]) -> None:
     if options.plan:
         show(describe_trial(options))
         return
-    done = []
-    for task_trial, outcomes in trial(options):
-        done.append((task_trial, outcomes))
-        _show(arms_table(task_trial, outcomes, verdict := judge(outcomes)), verdict)
-        if verdict.arm is not None:
-            show(f"\n{train_command(task_trial, outcomes, verdict.arm)}\n")
-    if (report_of_tasks := write_trial(options.out, done)) is not None:
-        _show(*report_of_tasks)
-    show(f"written to {options.out / 'report.html'}")
-
-
-def _show(table: Table, verdict: Verdict) -> None:
-    show("\n".join((markdown(table), *verdict.lines)))
+    done: dict[str, tuple[TaskTrial, Outcomes]] = {}
+    answers: list[tuple[Table, str]] = []
+    with interrupts.released():
+        for task_trial, outcomes in trial(options):
+            done[task_trial.task] = task_trial, outcomes
+            answers = write_trial(options.out, [*done.values()])
+        for table, sentence in answers:
+            show(f"{markdown(table)}\n{sentence}\n")
+        show(f"written to {options.out / 'report.html'}")

@@ -121,13 +121,9 @@ class FuseOptions(
 
     def _check_start(self) -> None:
         if is_warm(self.recipe) and self.pool is None:
-            raise ValueError(
-                "--warm-start fusion trains a fusion first: give its pool with --pool"
-            )
+            raise ValueError("--warm-start starts from a pool: give it with --pool")
         if is_warm(self.recipe) and self.start_from:
-            raise ValueError(
-                "--warm-start fusion makes the start: leave it out, or --from"
-            )
+            raise ValueError("--warm-start makes the start: leave it out, or --from")
         if self.start_from and self.entry.learns != "trained":
             raise ValueError(
                 f"the method {self.method} starts from no run: leave out --from"

@@ -12,7 +12,8 @@ from ..io.hf import Base, open_base
 from ..io.pool import open_pool
 from ..loading.identity import check_digests
 from ..loading.model import load_model
-from ..methods.fusion import Fusion, FusionRecipe
+from ..methods import find
+from ..methods.fusion import Fusion
 from ..methods.lora import LoRA, LoRARecipe, is_warm
 from ..methods.recipes import TargetedRecipe, recipe_of
 from ..models.architecture import kernels
@@ -35,31 +36,37 @@ def with_targets(options: FuseOptions, base: Base | None = None) -> FuseOptions:
     if not isinstance(recipe, TargetedRecipe) or recipe.lora_targets is not None:
         return options
     base = base or open_base(options.base)
-    pool = open_pool(options.pool, base) if options.pool and is_warm(recipe) else None
-    targets = base.config.targets if pool is None else pool.targets
-    return dataclasses.replace(
-        options, recipe=dataclasses.replace(recipe, lora_targets=targets)
-    )
+    targets = base.config.targets
+    if options.pool and is_warm(recipe):
+        pool = open_pool(options.pool, base)
+        targets = pool.targets
+        if recipe.warm_start == "single":
+            recipe = dataclasses.replace(recipe, lora_rank=pool.largest_rank)
+    recipe = dataclasses.replace(recipe, lora_targets=targets)
+    return dataclasses.replace(options, recipe=recipe)
 
 
 def stages(options: FuseOptions) -> tuple[FuseOptions, ...]:
-    """Return the runs that make up a run: itself, or with a warm start a fusion in its folder, then a LoRA from it."""
+    """Return the runs that make up a run: itself, or with a warm start one of the pool in its folder, then a LoRA."""
     recipe = options.recipe
     if not is_warm(recipe):
         return (options,)
     folder = run_path(options)
-    half = recipe.epochs // 2
+    method = recipe.warm_start
+    first_epochs = recipe.epochs // 2 if method == "fusion" else 0
     shared = {
         field.name: getattr(recipe, field.name) for field in dataclasses.fields(Recipe)
     }
-    fusion = recipe_of(FusionRecipe, shared | {"epochs": half})
-    lora = dataclasses.replace(recipe, epochs=recipe.epochs - half, warm_start="none")
+    first_recipe = recipe_of(
+        find(method).recipe, shared | {"epochs": max(first_epochs, 1)}
+    )
+    lora = dataclasses.replace(
+        recipe, epochs=recipe.epochs - first_epochs, warm_start="none"
+    )
     first = dataclasses.replace(
-        options, method="fusion", recipe=fusion, out=folder, name="fusion"
+        options, method=method, recipe=first_recipe, out=folder, name=method
     )
-    return first, dataclasses.replace(
-        options, recipe=lora, start_from=folder / "fusion"
-    )
+    return first, dataclasses.replace(options, recipe=lora, start_from=folder / method)
 
 
 def check_targets(options: FuseOptions, base: Base) -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, Int32
+from jaxtyping import Array, Bool, Float, Int, Int32
 
 from ..support.platform import for_cpu
 from ..support.progress import progress
@@ -109,7 +109,8 @@ def fit(
     """
     orders = orders_of(rows, recipe, seeds)
     per_epoch = orders.shape[1] // recipe.epochs
-    optimisation = recipe.optimisation(orders.shape[1])
+    # The number of steps is an argument of the program, so that trainings of other lengths share it.
+    optimisation = recipe.optimisation(0)
     # All validation rows in one batch: its loss is then their mean per token.
     validating = rows.split.validation
     order = batch_orders(validating, batch_size=validating.shape[1])
@@ -150,6 +151,7 @@ def fit(
                     problem,
                     rates,
                     shape_of,
+                    np.float32(orders.shape[1]),
                     optimisation=optimisation,
                     shapes=shapes,
                 )
@@ -216,14 +218,15 @@ def train_seeds(
     problem: Problem,
     rates: Rates,
     shape_of: Int[Array, "*seeds steps"] | None = None,
+    schedule_steps: Float[Array, ""] | None = None,
     *,
     optimisation: Optimisation,
     shapes: tuple[tuple[int, ...], ...] = (),
 ) -> tuple[TrainState, dict[str, Array]]:
     """Take the fusion steps of an interval with every seed, each on its own batches and at its own rates.
 
-    Leaves of `batches` are [seeds, steps, B, ...]; `shape_of` and `shapes` are those of `StepBatch`. The metrics of
-    `fusion_step` are [steps, seeds].
+    Leaves of `batches` are [seeds, steps, B, ...]; `shape_of` and `shapes` are those of `StepBatch`, `schedule_steps`
+    is the `steps` of `fusion_step`, whose metrics are [steps, seeds].
     """
 
     def in_shape(
@@ -244,7 +247,12 @@ def train_seeds(
         return in_shape(
             number,
             lambda batch: fusion_step(
-                state, batch, problem_of_seed, rates, optimisation=optimisation
+                state,
+                batch,
+                problem_of_seed,
+                rates,
+                schedule_steps,
+                optimisation=optimisation,
             ),
             batch,
         )

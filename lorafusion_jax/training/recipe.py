@@ -100,5 +100,5 @@ class Recipe(StepsOptions):
             warmup=self.warmup,
             clip=self.clip,
             patience=max(self.epochs // 3, 1) if self.stop_early else None,
-            patience_from=self.epochs // 5,
+            patience_from=self.epochs // 5 if self.stop_early else 0,
         )

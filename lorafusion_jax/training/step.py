@@ -79,6 +79,7 @@ def fusion_step(
     batch: Batch,
     problem: Problem,
     rates: Rates,
+    steps: Float[Array, ""] | None = None,
     *,
     optimisation: Optimisation,
 ) -> tuple[TrainState, Metrics]:
@@ -87,7 +88,8 @@ def fusion_step(
     Non-finite gradients are set to zero and counted, then clipped; Adam; pruned magnitudes stay zero; a stopped seed
     does not change.
 
-    `optimisation` is structure: `jax.jit(fusion_step, static_argnames="optimisation")`.
+    `optimisation` is structure: `jax.jit(fusion_step, static_argnames="optimisation")`. `steps` is the length of its
+    schedule as an array, so that trainings of other lengths share a program.
 
     Returns:
       The new state, and metrics: loss, cross_entropy (nats per token), penalty, gradient_norm,
@@ -116,7 +118,10 @@ def fusion_step(
     }
     updates, adam = _adam(gradients, state, optimisation.clip)
     with standard_promotion():
-        schedule = _schedule(optimisation)(state.step)
+        length = jnp.asarray(
+            optimisation.steps if steps is None else steps, jnp.float32
+        )
+        schedule = _schedule(state.step, length, optimisation)
     params = {
         group: jax.tree.map(
             lambda p, u, rate=rates[group] * schedule: p - rate * u,
@@ -197,17 +202,17 @@ def _adam(gradients: Any, state: TrainState, clip: float | None) -> tuple[Params
     return updates, adam
 
 
-def _schedule(optimisation: Optimisation) -> optax.Schedule:
-    if optimisation.schedule == "constant":
-        tail = optax.constant_schedule(1.0)
-    else:
-        tail = optax.cosine_decay_schedule(
-            1.0, max(optimisation.steps - optimisation.warmup, 1)
-        )
-    if not optimisation.warmup:
-        return tail
-    ramp = optax.linear_schedule(1 / optimisation.warmup, 1.0, optimisation.warmup - 1)
-    return optax.join_schedules([ramp, tail], [optimisation.warmup])
+def _schedule(
+    step: Int[Array, ""], steps: Float[Array, ""], optimisation: Optimisation
+) -> Float[Array, ""]:
+    """Return the factor of the learning rates, as optax's linear warm-up and cosine decay."""
+    warmup = optimisation.warmup
+    factor = jnp.float32(1)
+    if optimisation.schedule == "cosine":
+        decay_steps = jnp.maximum(steps - warmup, 1)
+        count = jnp.clip(step - warmup, 0, decay_steps)
+        factor = 0.5 * (1 + jnp.cos(jnp.pi * count / decay_steps))
+    return jnp.where(step < warmup, (step + 1) / max(warmup, 1), factor)
 
 
 def _prune_moments(adam: Any, unpruned: Any) -> Any:

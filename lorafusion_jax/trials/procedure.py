@@ -1,6 +1,15 @@
-"""Procedure of a trial: tune the rates of each arm, then cross-validate all arms on the same folds."""
+"""Procedure of a trial: rounds of measurements, each followed by the outcomes so far.
+
+1. Methods that train nothing.
+2. Every other method at its default rates and a quarter of its epochs, on two thirds of the rows, tested on the others.
+3. Rates and epochs of each method on the same thirds, by successive halving (see `tuning`).
+4. Cross-validation, fold by fold, of the methods that are left. Its losses replace those of the thirds.
+
+After each fold, a method is out when it is worse than the best one by more than a margin.
+"""
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
@@ -8,25 +17,35 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from .tuning import Candidate, Rates, Tuned, tune
-
-TUNING_PARTS = 3  # rates are tuned on two parts and compared on the third one
-FEWEST_ROWS = 2  # of a part: one row has no spread
+from ..report import Sample
+from .tuning import Candidate, Rates, halving
 
 Role = Literal[
-    "base", "examples", "magnitudes", "pool", "control", "single", "lora", "other"
+    "base",
+    "examples",
+    "magnitudes",
+    "pool",
+    "control",
+    "single",
+    "warm",
+    "lora",
+    "other",
 ]
+MARGIN = 0.05  # nats per answer token: methods that differ by less are as good
+TUNING_PARTS = 3  # rates are tuned on two parts and compared on the third one
+FEWEST_ROWS = 2  # of a fold: one row has no spread
+_LEVEL = 0.05  # that any method is out by chance
 
 
 class Training(NamedTuple):
     """One training and its test.
 
     Attributes:
-      arm: name of the arm.
+      arm: name of the method.
       draw: number of the random draw of a control.
-      rates: name and value of each learning rate, none for arms without rates.
+      rates: name and value of each learning rate, none for methods without rates.
       share: share of the recipe's epochs.
-      train: numbers of the training rows, none for arms that do not learn.
+      train: numbers of the training rows, none for methods that do not learn.
       test: numbers of the rows to score.
       answers: answers are generated and scored, in addition to the losses.
     """
@@ -46,35 +65,40 @@ class Scores(NamedTuple):
     Attributes:
       loss: minus the log-likelihood of each answer, in nats, divided by the mean number of answer tokens of all rows of
         the task, so that the mean over rows is nats per answer token.
-      correct: answers that match exactly; None if the rows are not answered.
+      correct: 1 for answers that match exactly; None if the rows are not answered.
       option_correct: answers that are more likely than the task's other options, if it has options.
+      seconds: time that training and test took.
     """
 
     loss: Float[np.ndarray, " test"]
-    correct: Bool[np.ndarray, " test"] | None = None
-    option_correct: Bool[np.ndarray, " test"] | None = None
+    correct: Float[np.ndarray, " test"] | None = None
+    option_correct: Float[np.ndarray, " test"] | None = None
+    seconds: float = 0.0
 
 
-_UNTUNED = Tuned((), 1.0)  # of an arm without rates
+class TimeIsOver(Exception):
+    """A trial is to end with what it has measured."""
+
+
 Measure = Callable[[Sequence[Training]], Iterable[Scores]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrialArm:
-    """An arm of a trial.
+    """A method of a trial.
 
     Attributes:
       name: name in tables.
-      rates: learning rates of its recipe; an arm without rates is not tuned.
-      draws: numbers of the random draws, of a control.
+      rates: learning rates of its recipe; a method without rates is not tuned.
+      draw: number of the random draw, of a control.
       learns: True if it uses training rows; without it, one evaluation of all rows is enough.
       role: role in the sentence of the verdict.
-      parameters: trained parameters, 0 for none: the cheaper one of two arms that are as good is preferred.
+      parameters: trained parameters, 0 for none: the cheaper one of two methods that are as good is preferred.
     """
 
     name: str
     rates: dict[str, float] = dataclasses.field(default_factory=dict)
-    draws: tuple[int, ...] = (0,)
+    draw: int = 0
     learns: bool = True
     role: Role = "other"
     parameters: int = 0
@@ -82,27 +106,52 @@ class TrialArm:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcomes:
-    """Outcomes of a task.
+    """Outcomes of a task so far.
 
     Attributes:
-      arms: the arms, in order.
+      arms: the methods that were measured, in order.
       groups: [rows], number of each row's input.
       fold: [rows], fold that tests each row.
-      loss: [draws, rows] of each arm, NaN for rows of folds that were not tested.
-      correct: [draws, rows] of each arm, 1, 0 or NaN.
-      option_correct: the same for options, without arms that have no scores of options.
-      tuned: rates and share of the epochs of each tuned arm, for a training on all rows.
-      spent: trained steps of each arm, in trainings on all rows.
+      loss: [rows] of each method, NaN for rows that did not test it.
+      correct: [rows] of each method, 1, 0 or NaN.
+      option_correct: the same for options, without methods that have no scores of options.
+      tuned: best rates and share of the epochs of each method with rates.
+      out: methods that are out.
+      seconds: time of each method's trainings and tests.
     """
 
     arms: tuple[TrialArm, ...]
     groups: Int[np.ndarray, " rows"]
     fold: Int[np.ndarray, " rows"]
-    loss: dict[str, Float[np.ndarray, "_draws rows"]]
-    correct: dict[str, Float[np.ndarray, "_draws rows"]]
-    option_correct: dict[str, Float[np.ndarray, "_draws rows"]]
-    tuned: dict[str, Tuned]
-    spent: dict[str, float]
+    loss: dict[str, Float[np.ndarray, " rows"]]
+    correct: dict[str, Float[np.ndarray, " rows"]]
+    option_correct: dict[str, Float[np.ndarray, " rows"]]
+    tuned: dict[str, Candidate]
+    out: frozenset[str]
+    seconds: dict[str, float]
+
+    def common_rows(self, *names: str) -> Bool[np.ndarray, " rows"]:
+        """Return [rows], whether a row tested all of these methods."""
+        losses = np.stack([self.loss[name] for name in names])
+        return np.all(~np.isnan(losses), axis=0)
+
+    def sample(self, rows: Bool[np.ndarray, " rows"]) -> Sample:
+        """Return the sampling of rows, for intervals of differences.
+
+        Folds share most training rows, so their losses are not independent: the variance of the mean over m of k folds
+        is multiplied by 1 + m / (k - 1), the correction of Nadeau and Bengio (2003), on rows instead of folds.
+        """
+        folds = len(np.unique(self.fold))
+        measured = len(np.unique(self.fold[rows]))
+        return Sample(self.groups[rows], 1 + measured / (folds - 1))
+
+    def is_worse(self, name: str, other: str, level: float) -> bool:
+        """Return whether a method's loss is more than the margin above another one's, as far as the rows show."""
+        rows = self.common_rows(name, other)
+        difference = self.loss[name][rows] - self.loss[other][rows]
+        sample = self.sample(rows)
+        bound = difference.mean() - sample.reach(level) * sample.error(difference)
+        return bool(bound > MARGIN or not np.isfinite(difference).all())
 
 
 def procedure(
@@ -111,184 +160,233 @@ def procedure(
     measure: Measure,
     *,
     folds: int = 5,
-    nested: bool = False,
     seed: int = 0,
-    stop: Callable[[], bool] | None = None,
-) -> Outcomes:
-    """Tune each arm, cross-validate all arms, and return the outcomes.
-
-    Rates are tuned once, on an inner split of all rows, of a control on its first draw.
+) -> Iterator[Outcomes]:
+    """Yield the outcomes after each round of measurements.
 
     Args:
-      arms: the arms, whose names differ.
+      arms: the methods, whose names differ.
       groups: input of each row.
-      measure: function that trains and tests, and returns scores in the order of the trainings.
+      measure: function that trains and tests, and returns scores in the order of the trainings. It raises `TimeIsOver`
+        to end the procedure after what was measured.
       folds: number of folds.
-      nested: tune the rates also inside each fold, for its test.
       seed: seed of the folds.
-      stop: function that is called after each fold, and returns whether to leave out the others. With it folds are
-        tested one after the other, else arms are.
 
     Raises:
-      ValueError: before anything is measured: names of arms are equal, or the rows are too few for the folds.
+      ValueError: before anything is measured: names are equal, or the rows are too few for the folds.
     """
-    if len({arm.name for arm in arms}) < len(arms):
+    names = [arm.name for arm in arms]
+    if len({*names}) < len(names):
         raise ValueError(
-            f"arms have the same name: {', '.join(arm.name for arm in arms)}: give each its own"
+            f"methods have the same name: {', '.join(names)}: give each its own"
         )
-    groups = list(groups)
-    fold = divide(groups, folds, (seed,))
-    every = tuple(range(len(groups)))
-    training_rows = [
-        tuple(row for row in every if fold[row] != number) for number in range(folds)
-    ]
-    tuning_rows = [every, *(training_rows if nested else ())]
-    splits = [
-        _split(rows, groups, (seed, number)) for number, rows in enumerate(tuning_rows)
-    ]
-    spent = {arm.name: 0.0 for arm in arms}
-
-    def counted(trainings: Sequence[Training]) -> Iterator[Scores]:
-        for training, scores in zip(trainings, measure(trainings), strict=True):
-            spent[training.arm] += training.share * len(training.train) / len(every)
-            yield scores
-
-    tuned = _tuned(arms, splits, counted)
-
-    def trainings(numbers: Sequence[int]) -> Iterator[Training]:
-        """Yield the trainings that folds test; those of an arm and a draw are neighbours."""
-        for arm, draw in (
-            (arm_to_draw, draw) for arm_to_draw in arms for draw in arm_to_draw.draws
-        ):
-            for number in numbers:
-                best = tuned[arm.name][(1 + number) % len(splits)]
-                if arm.learns:
-                    train = training_rows[number]
-                    test = tuple(row for row in every if fold[row] == number)
-                    yield Training(arm.name, draw, *best[:2], train, test)
-                elif number == 0:
-                    yield Training(arm.name, draw, *best[:2], (), every)
-
-    def empty() -> dict[str, Float[np.ndarray, "_draws rows"]]:
-        return {arm.name: np.full((len(arm.draws), len(every)), np.nan) for arm in arms}
-
-    loss = empty()
-    correct = empty()
-    option_correct = empty()
-    draws = {arm.name: arm.draws for arm in arms}
-    at_once = [[number] for number in range(folds)] if stop else [[*range(folds)]]
-    for numbers in at_once:
-        tested = [*trainings(numbers)]
-        for training, scores in zip(tested, counted(tested), strict=True):
-            place = draws[training.arm].index(training.draw), list(training.test)
-            loss[training.arm][place] = scores.loss
-            correct[training.arm][place] = scores.correct
-            if scores.option_correct is not None:
-                option_correct[training.arm][place] = scores.option_correct
-        if stop is not None and stop():
-            break
-    number_of = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-    return Outcomes(
-        arms=tuple(arms),
-        groups=np.array([number_of[group] for group in groups]),
-        fold=fold,
-        loss=loss,
-        correct=correct,
-        option_correct={
-            name: values
-            for name, values in option_correct.items()
-            if not np.isnan(values).all()
-        },
-        tuned={arm.name: tuned[arm.name][0] for arm in arms if arm.rates},
-        spent=spent,
-    )
+    return _Rounds(tuple(arms), list(groups), measure, folds, seed).run()
 
 
-def _tuned(
-    arms: Sequence[TrialArm],
-    splits: list[tuple[tuple[int, ...], ...]],
-    measure: Measure,
-) -> dict[str, list[Tuned]]:
-    """Return the best rates of each arm on each split into rows to train on and to compare on."""
-    problems = [(arm, split) for arm in arms if arm.rates for split in splits]
+class _Rounds:
+    """Rounds of one task; attributes are those of `Outcomes`, and of `procedure`."""
 
-    def losses(candidates: list[Candidate]) -> list[float]:
-        trainings = []
-        for candidate in candidates:
-            arm, (train, test) = problems[candidate.problem]
-            of_rates = (candidate.rates, candidate.share)
-            trainings.append(
-                Training(arm.name, arm.draws[0], *of_rates, train, test, answers=False)
-            )
-        return [float(np.mean(scores.loss)) for scores in measure(trainings)]
+    def __init__(
+        self,
+        arms: tuple[TrialArm, ...],
+        groups: list[Hashable],
+        measure: Measure,
+        folds: int,
+        seed: int,
+    ):
+        numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+        self.arms = arms
+        self.groups = np.array([numbers[group] for group in groups])
+        self.measure = measure
+        self.folds = divide(groups, folds, seed)
+        self.fold = divide(groups, TUNING_PARTS, seed)
+        self.tuned: dict[str, Candidate] = {}
+        self.out = frozenset[str]()
+        self.seconds = dict.fromkeys([arm.name for arm in arms], 0.0)
+        self._forget()
 
-    found = tune(
-        [tuple(arm.rates.items()) for arm, _ in problems],
-        [arm.name for arm, _ in problems],
-        losses,
-    )
-    losses_by_arm = {
-        arm.name: [] if arm.rates else [_UNTUNED] * len(splits) for arm in arms
-    }
-    for (arm, _), tuned in zip(problems, found, strict=True):
-        losses_by_arm[arm.name].append(tuned)
-    return losses_by_arm
+    def run(self) -> Iterator[Outcomes]:
+        """Yield the outcomes after each round, and after the last measurement when time is over."""
+        try:
+            for _ in self._measured():
+                yield self.outcomes()
+        except TimeIsOver:
+            yield self.outcomes()
+
+    def _measured(self) -> Iterator[None]:
+        self._test([arm for arm in self.arms if not arm.rates], 0)
+        yield
+        yield from self._tune([arm for arm in self.arms if arm.rates])
+        earlier = self.loss, self.correct, self.option_correct
+        self.fold = self.folds
+        self._forget()
+        for arm in self.arms:
+            if not arm.learns:
+                for table, before in zip(
+                    (self.loss, self.correct, self.option_correct), earlier, strict=True
+                ):
+                    table[arm.name] = before[arm.name]
+        left = self.arms
+        for number in range(max(self.folds) + 1):
+            self._test([arm for arm in left if arm.learns], number)
+            yield
+            left = self._left()
+
+    def _tune(self, arms: list[TrialArm]) -> Iterator[None]:
+        searches = {arm.name: halving(tuple(arm.rates.items())) for arm in arms}
+        stages = {name: next(search) for name, search in searches.items()}
+        best = dict.fromkeys(searches, math.inf)
+        while stages:
+            trainings = [
+                self._training(arm, 0, candidate, answers=False)
+                for arm in arms
+                for candidate in stages.get(arm.name, ())
+            ]
+            losses = {name: [] for name in stages}
+            for training, scores in self._scored(trainings):
+                loss = float(np.mean(scores.loss))
+                loss = loss if math.isfinite(loss) else math.inf
+                losses[training.arm].append(loss)
+                if loss < best[training.arm] or training.arm not in self.tuned:
+                    best[training.arm] = loss
+                    self.tuned[training.arm] = Candidate(training.rates, training.share)
+                    self._record(training, scores)
+            stages = _next_stages(searches, losses)
+            yield
+
+    def _forget(self) -> None:
+        self.loss = self._empty()
+        self.correct = self._empty()
+        self.option_correct = self._empty()
+
+    def outcomes(self) -> Outcomes:
+        """Return the outcomes so far."""
+        measured = [arm for arm in self.arms if not np.isnan(self.loss[arm.name]).all()]
+        return Outcomes(
+            arms=tuple(measured),
+            groups=self.groups,
+            fold=self.fold,
+            loss={arm.name: self.loss[arm.name].copy() for arm in measured},
+            correct={arm.name: self.correct[arm.name].copy() for arm in measured},
+            option_correct={
+                arm.name: self.option_correct[arm.name].copy()
+                for arm in measured
+                if not np.isnan(self.option_correct[arm.name]).all()
+            },
+            tuned=dict(self.tuned),
+            out=self.out,
+            seconds=dict(self.seconds),
+        )
+
+    def _empty(self) -> dict[str, Float[np.ndarray, " rows"]]:
+        return {arm.name: np.full(len(self.fold), np.nan) for arm in self.arms}
+
+    def _training(
+        self, arm: TrialArm, fold: int, candidate: Candidate, *, answers: bool = True
+    ) -> Training:
+        every = np.arange(len(self.fold))
+        train = every[self.fold != fold] if arm.learns else every[:0]
+        test = every[self.fold == fold] if arm.learns else every
+        return Training(
+            arm.name,
+            arm.draw,
+            *candidate,
+            tuple(train.tolist()),
+            tuple(test.tolist()),
+            answers,
+        )
+
+    def _test(self, arms: Sequence[TrialArm], fold: int) -> None:
+        """Test methods on a fold, at their best rates; those that do not learn on all rows."""
+        trainings = [
+            self._training(arm, fold, self.tuned.get(arm.name, Candidate((), 1.0)))
+            for arm in arms
+        ]
+        for training, scores in self._scored(trainings):
+            self._record(training, scores)
+
+    def _scored(
+        self, trainings: Sequence[Training]
+    ) -> Iterator[tuple[Training, Scores]]:
+        for training, scores in zip(trainings, self.measure(trainings), strict=True):
+            self.seconds[training.arm] += scores.seconds
+            yield training, scores
+
+    def _record(self, training: Training, scores: Scores) -> None:
+        rows = list(training.test)
+        # A loss that is not finite is that of a training that diverged, and no missing one.
+        self.loss[training.arm][rows] = np.nan_to_num(scores.loss, nan=np.inf)
+        if scores.correct is not None:
+            self.correct[training.arm][rows] = scores.correct
+        if scores.option_correct is not None:
+            self.option_correct[training.arm][rows] = scores.option_correct
+
+    def _left(self) -> list[TrialArm]:
+        """Take out what is worse than the best method by the margin, and return the others."""
+        outcomes = self.outcomes()
+        best = best_arm(outcomes)
+        left = [arm for arm in outcomes.arms if arm.name not in self.out]
+        rounds = int(max(self.folds)) + 1
+        level = _LEVEL / (max(len(self.arms) - 1, 1) * rounds)
+        self.out |= {
+            arm.name for arm in left if outcomes.is_worse(arm.name, best, level)
+        }
+        return [arm for arm in left if arm.name not in self.out]
 
 
-def _split(
-    rows: tuple[int, ...], groups: list[Hashable], key: tuple[int, ...]
-) -> tuple[tuple[int, ...], ...]:
-    """Return training and test rows for tuning."""
-    part = divide([groups[row] for row in rows], TUNING_PARTS, key)
-    pairs = list(zip(rows, part, strict=True))
-    return tuple(row for row, part in pairs if part > 0), tuple(
-        row for row, part in pairs if part == 0
-    )
+def _next_stages(
+    searches: dict, losses: dict[str, list[float]]
+) -> dict[str, list[Candidate]]:
+    stages = {}
+    for name, stage_losses in losses.items():
+        try:
+            stages[name] = searches[name].send(stage_losses)
+        except StopIteration:
+            continue
+    return stages
+
+
+def best_arm(outcomes: Outcomes) -> str:
+    """Return the method of least loss, other than a control, on the rows that tested all methods that are left."""
+    left = [arm for arm in outcomes.arms if arm.name not in outcomes.out]
+    rows = outcomes.common_rows(*(arm.name for arm in left))
+    candidates = [arm.name for arm in left if arm.role != "control"]
+    return min(candidates, key=lambda name: outcomes.loss[name][rows].mean())
 
 
 def divide(
-    groups: Sequence[Hashable], parts: int, key: Sequence[int]
+    groups: Sequence[Hashable], folds: int, seed: int
 ) -> Int[np.ndarray, " rows"]:
-    """Return the part of each row, from 0; rows with the same input are never divided between two parts.
-
-    Parts have about the same number of rows.
+    """Return the fold of each row, from 0. Folds have about the same number of rows, and no input is in two of them.
 
     Args:
       groups: input of each row.
-      parts: number of parts.
-      key: integers that the random order of the inputs depends on.
+      folds: number of folds.
+      seed: seed of the random order of the inputs.
 
     Raises:
       ValueError: there are too few inputs or rows.
     """
-    if parts < 2:
-        raise ValueError(
-            f"rows cannot be divided into {parts} parts: give at least 2 folds"
-        )
+    if folds < 2:
+        raise ValueError(f"--folds is {folds}: give at least 2")
     sizes = Counter(groups)
-    fewer = f", or lower --folds (it is {parts})" if parts > TUNING_PARTS else ""
-    if len(sizes) < parts:
-        folds = (
-            "all have the same input"
-            if len(sizes) == 1
-            else f"have {len(sizes)} different inputs"
-        )
+    fix = f"add rows, or lower --folds (it is {folds})"
+    if len(sizes) < folds:
         raise ValueError(
-            f"the {len(groups)} rows {folds}, expected at least {parts}, because rows with one input stay together: "
-            f"add rows with other inputs{fewer}"
+            f"the {len(groups)} rows have {len(sizes)} different inputs, expected at least {folds}, because rows with "
+            f"one input stay together: {fix}"
         )
     inputs = list(sizes)
-    order = np.random.default_rng([*key, parts]).permutation(len(inputs))
-    rows_in = [0] * parts
-    part_of = dict[Hashable, int]()
+    order = np.random.default_rng([seed, folds]).permutation(len(inputs))
+    rows_in = [0] * folds
+    fold_of = dict[Hashable, int]()
     for group in sorted(
         (inputs[place] for place in order), key=lambda group: -sizes[group]
     ):
-        part_of[group] = rows_in.index(min(rows_in))
-        rows_in[part_of[group]] += sizes[group]
+        fold_of[group] = rows_in.index(min(rows_in))
+        rows_in[fold_of[group]] += sizes[group]
     if min(rows_in) < FEWEST_ROWS:
         raise ValueError(
-            f"{len(groups)} rows give a fold of {min(rows_in)}, expected at least {FEWEST_ROWS} in each of {parts}: "
-            f"add rows{fewer}"
+            f"{len(groups)} rows give a fold of {min(rows_in)}, expected at least {FEWEST_ROWS}: {fix}"
         )
-    return np.array([part_of[group] for group in groups])
+    return np.array([fold_of[group] for group in groups])

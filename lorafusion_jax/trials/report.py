@@ -11,14 +11,14 @@ import numpy as np
 from ..estimates.estimate import Device
 from ..estimates.machines import PlanOptions, spent
 from ..estimates.plan import Row, plan_table, run_cost, run_pace
-from ..report import Column, Table, colour, literal, plot, write_report
+from ..report import Column, Interval, Table, colour, literal, plot, write_report
 from ..runs.options import FuseOptions, row_format
 from ..support.platform import for_cpu
 from ..tasks import load_task
 from .procedure import Outcomes, Training
 from .run import TaskTrial, TrialOptions, task_trials
 from .tuning import Rates
-from .verdict import Interval, Verdict, judge, judge_tasks
+from .verdict import Verdict, judge, judge_tasks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,71 +34,67 @@ _GIVEN = (
     "method",
     "control",
 )  # to `fuse`
-_LOSS = [
-    Column("loss", "nats"),
-    Column("minus LoRAFusion", "more nats"),
-    Column("95 % interval", "nats interval"),
-    Column("p (Holm)", "p"),
-]
-_POINTS = [Column("more points", "points"), Column("95 % of points", "interval")]
-_RATES = [
-    Column("learning rates", "text"),
-    Column("epochs", "count"),
-    Column("trained rows", "count"),
-]
 
 
 def arms_table(task_trial: TaskTrial, outcomes: Outcomes, verdict: Verdict) -> Table:
-    """Return a line for each arm of a task; of options instead of exact match, if the task has some."""
-    contrasts = {contrast.arm: contrast for contrast in verdict.contrasts}
+    """Return a line for each method of a task."""
     lines = []
     scores = outcomes.option_correct or outcomes.correct
     for arm in outcomes.arms:
-        contrast = contrasts.get(arm.name)
-        tuned = outcomes.tuned.get(arm.name)
-        rates = None
-        if tuned is not None:
-            rates = _rates_text(tuned.rates)
-            if tuned.in_grid is not None:
-                rates += (
-                    f" (before the grid was extended: {_rates_text(tuned.in_grid)})"
-                )
-        epochs = tuned and task_trial.epochs(arm.name, tuned)
-        points = contrast and (
-            contrast.option_correct if outcomes.option_correct else contrast.correct
+        measured = (
+            ~np.isnan(scores[arm.name]) if arm.name in scores else np.zeros(1, bool)
         )
         lines.append(
             [
                 arm.name,
                 arm.parameters,
-                *_cells(
-                    float(np.nanmean(outcomes.loss[arm.name])),
-                    contrast and contrast.loss,
-                ),
-                contrast and contrast.p,
-                100 * np.nanmean(scores[arm.name]),
-                points and points.mean,
-                points and (points.low, points.high),
-                rates,
-                epochs,
-                round(outcomes.spent[arm.name] * len(task_trial.rows)),
+                _loss_text(verdict.loss[arm.name], verdict.behind.get(arm.name)),
+                100 * scores[arm.name][measured].mean() if measured.any() else None,
+                outcomes.seconds[arm.name] / 60,
             ]
         )
-    scored = Column(
-        "right options, %" if outcomes.option_correct else "exact match, %", "percent"
-    )
-    columns = [
-        Column("arm", "text"),
-        Column("trained parameters", "count"),
-        *_LOSS,
-        scored,
-        *_POINTS,
-        *_RATES,
-    ]
+    scored = "right options, %" if outcomes.option_correct else "exact match, %"
     return Table(
-        f"{task_trial.task}: {len(task_trial.rows)} rows, loss in nats per answer token on rows of other folds",
-        columns,
+        f"{task_trial.task}: {len(task_trial.rows)} rows, each tested by models that were not trained on it",
+        [
+            Column("method", "text"),
+            Column("trained parameters", "count"),
+            Column("loss, nats (behind the best, 95 %)", "text"),
+            Column(scored, "percent"),
+            Column("minutes", "seconds"),
+        ],
         lines,
+    )
+
+
+def details_table(task_trial: TaskTrial, outcomes: Outcomes) -> Table:
+    """Return the rates, epochs and tested rows of each method."""
+    lines = []
+    for arm in outcomes.arms:
+        tuned = outcomes.tuned.get(arm.name)
+        lines.append(
+            [
+                arm.name,
+                _rates_text(tuned.rates) if tuned else None,
+                task_trial.epochs(arm.name, tuned) if tuned else None,
+                int(np.sum(~np.isnan(outcomes.loss[arm.name]))),
+                "yes" if arm.name in outcomes.out else "no",
+            ]
+        )
+    columns = [
+        Column("method", "text"),
+        Column("learning rates", "text"),
+        Column("epochs", "count"),
+        Column("tested rows", "count"),
+        Column("left out after a fold", "text"),
+    ]
+    return Table(f"{task_trial.task}: how each method was trained", columns, lines)
+
+
+def _loss_text(loss: float, behind: Interval | None) -> str:
+    text = f"{loss:.3f}"
+    return (
+        text if behind is None else f"{text} ({behind.low:+.3f} to {behind.high:+.3f})"
     )
 
 
@@ -107,32 +103,18 @@ def _rates_text(rates: Rates) -> str:
 
 
 def tasks_table(done: Sequence[tuple[TaskTrial, Outcomes]], verdict: Verdict) -> Table:
-    """Return a line for each arm: its loss on each task, and its difference from LoRAFusion over the tasks."""
-    contrasts = {contrast.arm: contrast for contrast in verdict.contrasts}
+    """Return a line for each method: its loss on each task, and over the tasks."""
+    verdicts = [judge(outcomes) for _, outcomes in done]
     lines = []
-    for arm in done[0][1].arms:
-        losses = [float(np.nanmean(outcomes.loss[arm.name])) for _, outcomes in done]
-        contrast = contrasts.get(arm.name)
-        loss_cells = _cells(float(np.mean(losses)), contrast and contrast.loss)
-        lines.append([arm.name, *losses, *loss_cells, contrast and contrast.p])
+    for name, loss in verdict.loss.items():
+        task_losses = [task_verdict.loss[name] for task_verdict in verdicts]
+        lines.append([name, *task_losses, _loss_text(loss, verdict.behind.get(name))])
     columns = [
-        Column("arm", "text"),
+        Column("method", "text"),
         *(Column(task_trial.task, "nats") for task_trial, _ in done),
-        *_LOSS,
+        Column("loss, nats (behind the best, 95 %)", "text"),
     ]
-    return Table(
-        f"{len(done)} tasks: loss in nats per answer token, and intervals over tasks",
-        columns,
-        lines,
-    )
-
-
-def _cells(loss: float, contrast: Interval | None) -> list[Any]:
-    return [
-        loss,
-        contrast and contrast.mean,
-        contrast and (contrast.low, contrast.high),
-    ]
+    return Table(f"{len(done)} tasks: loss in nats per token", columns, lines)
 
 
 def train_command(task_trial: TaskTrial, outcomes: Outcomes, winner: str) -> str:
@@ -188,29 +170,22 @@ def _flags(values: Mapping[str, Any]) -> str:
 
 
 def draw_arms(path: Path, task_trial: TaskTrial, verdict: Verdict) -> None:
-    """Draw each arm's difference from LoRAFusion with its interval; ValueError if matplotlib is not installed."""
+    """Draw how far each method is behind the best one; ValueError if matplotlib is not installed."""
 
     def draw(figure: "Figure") -> None:
         axes = figure.subplots()
         shade = colour(3)
         axes.axvline(0, color="#333333", linewidth=1)
-        for place, contrast in enumerate(verdict.contrasts):
-            axes.hlines(
-                place, contrast.loss.low, contrast.loss.high, color=shade, linewidth=2
-            )
-            axes.plot(contrast.loss.mean, place, "o", color=shade, markersize=6)
-        axes.set_yticks(
-            range(len(verdict.contrasts)),
-            [literal(contrast.arm) for contrast in verdict.contrasts],
-        )
-        axes.set_ylim(len(verdict.contrasts) - 0.4, -0.6)
+        for place, interval in enumerate(verdict.behind.values()):
+            axes.hlines(place, interval.low, interval.high, color=shade, linewidth=2)
+            axes.plot(interval.mean, place, "o", color=shade, markersize=6)
+        axes.set_yticks(range(len(verdict.behind)), [*map(literal, verdict.behind)])
+        axes.set_ylim(len(verdict.behind) - 0.4, -0.6)
         axes.grid(visible=True, axis="x")
-        axes.set_xlabel(
-            "loss minus that of LoRAFusion, nats per answer token, with 95 % interval"
-        )
+        axes.set_xlabel("loss minus the least one, nats per token, with 95 % interval")
         figure.suptitle(literal(task_trial.task), x=0.01, ha="left", size=12)
 
-    plot(path, (7.0, 0.3 * len(verdict.contrasts) + 1.2), draw)
+    plot(path, (7.0, 0.3 * len(verdict.behind) + 1.2), draw)
 
 
 def describe_trial(options: TrialOptions) -> str:
@@ -262,26 +237,30 @@ def _plan_of_arm(
 
 def write_trial(
     folder: Path, done: Sequence[tuple[TaskTrial, Outcomes]]
-) -> tuple[Table, Verdict] | None:
-    """Write tables, a figure for each task and report.html, and return table and verdict over several tasks."""
-    text = []
+) -> list[tuple[Table, str]]:
+    """Write tables, a figure for each task and report.html; return each table with its sentence and commands."""
+    answers = []
     tables = {}
     figures = {}
-    together = None
     for task_trial, outcomes in done:
+        task = task_trial.task
         verdict = judge(outcomes)
-        text.append(f"{task_trial.task}: {' '.join(verdict.lines)}")
-        tables[task_trial.task] = arms_table(task_trial, outcomes, verdict)
-        draw_arms(folder / f"{task_trial.task}.png", task_trial, verdict)
-        figures[f"{task_trial.task}.png"] = (
-            f"{task_trial.task}: differences of the arms from LoRAFusion"
-        )
+        table = arms_table(task_trial, outcomes, verdict)
+        command = train_command(task_trial, outcomes, verdict.arm)
+        answers.append((table, f"{verdict.sentence}\n\n{command}"))
+        tables[task] = table
+        tables[f"{task}_details"] = details_table(task_trial, outcomes)
+        if verdict.behind:
+            draw_arms(folder / f"{task}.png", task_trial, verdict)
+            figures[f"{task}.png"] = (
+                f"{task}: how far the methods are behind the best one"
+            )
     if len(done) > 1:
-        verdict_over_tasks = judge_tasks([outcomes for _, outcomes in done])
-        tables["all_tasks"] = tasks_table(done, verdict_over_tasks)
-        text.append(f"Over {len(done)} tasks: {' '.join(verdict_over_tasks.lines)}")
-        together = tables["all_tasks"], verdict_over_tasks
-    write_report(
-        folder, "Is the pool worth it?", tables, figures, text="\n\n".join(text)
-    )
-    return together
+        verdict = judge_tasks([outcomes for _, outcomes in done])
+        tables["all_tasks"] = tasks_table(done, verdict)
+        answers.append(
+            (tables["all_tasks"], f"Over {len(done)} tasks: {verdict.sentence}")
+        )
+    text = "\n\n".join(sentence for _, sentence in answers)
+    write_report(folder, "What to do with the adapters?", tables, figures, text=text)
+    return answers

@@ -4,12 +4,10 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import tyro
@@ -19,12 +17,12 @@ from ..estimates.machines import PlanFlagOptions
 from ..io.hf import Base, open_base
 from ..io.pool import AdapterFolders, ConvertedPool, open_pool
 from ..methods import METHODS, find
-from ..methods.lora import LoRARecipe
+from ..methods.lora import LoRARecipe, is_warm
 from ..methods.magnitudes import MagnitudesRecipe
 from ..methods.recipes import PoolRecipe, TargetedRecipe
 from ..methods.untrained import FewShotRecipe
-from ..runs.folder import note
 from ..runs.options import FuseOptions, options_to_json
+from ..support import interrupts
 from ..support.checks import at_least, check_uint32
 from ..support.options import (
     DtypeOptions,
@@ -38,10 +36,12 @@ from ..tasks import Example, load_task
 from ..training.recipe import Recipe
 from .engines import EngineOptions, OutOfMemory, run_items
 from .procedure import (
+    TUNING_PARTS,
     Measure,
     Outcomes,
     Role,
     Scores,
+    TimeIsOver,
     Training,
     TrialArm,
     divide,
@@ -49,12 +49,11 @@ from .procedure import (
 )
 from .rows import ResultRows, Row
 from .trainer import Trainer, shortened
-from .tuning import Tuned
+from .tuning import Candidate
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-_DRAWS = (1, 2, 3)  # of a control
 _COEFFICIENTS = (
     0.03  # rate of coefficients to start from, which fits few rows (see `tuning`)
 )
@@ -81,26 +80,26 @@ class TrialOptions(
     RowOptions,
     PoolOptions,
 ):
-    """Find out whether fusing a pool is worth it on a task: a tuned, cross-validated comparison and a sentence.
+    """Find out what to do with adapters for a task: methods that are tuned and cross-validated, and a sentence.
 
-    Without the pool: the base alone, examples in the prompt, magnitudes, a LoRA of the pool's rank. With it:
-    LoRAFusion, the same with rotated modules (a control), and the best single module. The rates of each are tuned with
-    the same number of steps. An interrupted trial continues when the same command is given again.
+    Without the pool: the base alone, examples in the prompt, magnitudes, a LoRA of the pool's rank. With it: the
+    nearest adapter (that of least training loss) as it is and trained further, LoRAFusion, and the same with random
+    adapters of the same size. The report has an answer after each round: all methods briefly, then tuned, then fold by
+    fold. When the time is over, or after Ctrl-C, the last answer stands, and the same command continues.
 
     Examples:
       lorafusion trial --base examples/small/base --pool examples/small/adapters --task examples/small/tasks/odd_dash \
 --train-rows 40
-      lorafusion trial --base base --pool pool --task rows.csv --input question --target answer --minutes 30
+      lorafusion trial --base base --pool pool --task rows.csv --input question --target answer --minutes none
       lorafusion trial --base base --pool pool --task rows.csv --arms DoRA=dora "shuffled modules=fusion:shuffled"
 
     Attributes:
       task: one or more tasks, as in `lorafusion fuse`; of one with a training and a test part, only the first is used.
       chat: put the input into the model's own chat template.
       train_rows: use at most so many rows; by default all.
-      arms: further arms, or others instead of those of the same names, as NAME=METHOD or NAME=METHOD:CONTROL.
+      arms: further methods, or others instead of those of the same names, as NAME=METHOD or NAME=METHOD:CONTROL.
       folds: parts of the rows; each is tested by models that were trained on the others.
-      nested: tune the rates again inside each fold, which takes several times as long.
-      minutes: stop after the fold in which so many minutes have passed.
+      minutes: time after which no further training begins, shared by the tasks; none for as long as all rounds take.
       out: folder of the report and of all measurements.
     """
 
@@ -109,8 +108,7 @@ class TrialOptions(
     train_rows: int | None = None
     arms: tuple[str, ...] = ()
     folds: int = 5
-    nested: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    minutes: float | None = None
+    minutes: float | Literal["none"] = 15.0
     out: Path = Path("runs/trial")
 
 
@@ -131,8 +129,7 @@ def contestants(
     """Return the arms of a trial on a task of so many rows, by name.
 
     Raises:
-      ValueError: an arm that is not NAME=METHOD or NAME=METHOD:CONTROL, has no loss, or cannot be used here; none or
-        several arms that fuse the pool.
+      ValueError: an arm that is not NAME=METHOD or NAME=METHOD:CONTROL, has no loss, or cannot be used here.
     """
     shots = min(5, rows - -(-rows // options.folds))
     lora = LoRARecipe(lora_rank=pool.largest_rank, lora_targets=pool.targets)
@@ -149,9 +146,14 @@ def contestants(
             MagnitudesRecipe(lora_targets=pool.targets),
         ),
         "LoRAFusion": ("fusion", "none", METHODS["fusion"].recipe()),
-        "rotated modules": ("fusion", "rotated", METHODS["fusion"].recipe()),
+        "random adapters": ("fusion", "rotated", METHODS["fusion"].recipe()),
         "LoRA": ("lora", "none", lora),
-        "best single module": ("single", "none", METHODS["single"].recipe()),
+        "nearest adapter": ("single", "none", METHODS["single"].recipe()),
+        "nearest adapter, trained further": (
+            "lora",
+            "none",
+            dataclasses.replace(lora, warm_start="single"),
+        ),
     }
     for text in options.arms:
         name, _, what = text.partition("=")
@@ -178,7 +180,7 @@ def contestants(
             )
         run = FuseOptions(
             base=options.base,
-            pool=options.pool if entry.pool else None,
+            pool=options.pool if entry.pool or is_warm(recipe) else None,
             task=task,
             **{name: getattr(options, name) for name in (*_FORMAT, "dtype")},
             method=method,
@@ -196,19 +198,19 @@ def contestants(
         arm = TrialArm(
             name=name,
             rates=_rates(run) if entry.learns == "trained" else {},
-            draws=(0,) if control == "none" else _DRAWS,
+            draw=0 if control == "none" else 1,
             learns=entry.learns != "untrained" or entry.answers == "examples",
-            role=_ROLES.get(method, "other") if control == "none" else "control",
+            role=_role(run),
             parameters=trained_numbers(base.config, method, fused),
         )
         chosen[name] = Contestant(arm, run)
-    pools = [name for name, (arm, _) in chosen.items() if arm.role == "pool"]
-    if len(pools) != 1:
-        raise ValueError(
-            f"{len(pools)} arms have the method fusion ({', '.join(pools) or 'none'}), expected one, which the others "
-            "are compared with: give --arms other names or methods"
-        )
     return chosen
+
+
+def _role(run: FuseOptions) -> Role:
+    if run.control != "none":
+        return "control"
+    return "warm" if is_warm(run.recipe) else _ROLES.get(run.method, "other")
 
 
 def _rates(run: FuseOptions) -> dict[str, float]:
@@ -256,7 +258,7 @@ class TaskTrial(NamedTuple):
     rows: tuple[Example, ...]
     arms: dict[str, Contestant]
 
-    def epochs(self, arm: str, tuned: Tuned) -> int:
+    def epochs(self, arm: str, tuned: Candidate) -> int:
         """Return the epochs that an arm trains for."""
         return shortened(self.arms[arm].options.recipe, tuned.share).epochs
 
@@ -264,75 +266,57 @@ class TaskTrial(NamedTuple):
         """Return the models of the arms, which are loaded when they are used."""
         return Trainer({name: run for name, (_, run) in self.arms.items()}, self.rows)
 
-    def outcomes(
-        self,
-        options: TrialOptions,
-        measure: Measure,
-        stop: Callable[[], bool] | None = None,
-    ) -> Outcomes:
-        """Return what `procedure` does with the arms."""
+    def outcomes(self, options: TrialOptions, measure: Measure) -> Iterator[Outcomes]:
+        """Return what `procedure` does with the methods."""
         return procedure(
             [arm for arm, _ in self.arms.values()],
             [row.input_sha256 for row in self.rows],
             measure,
             folds=options.folds,
-            nested=options.nested,
             seed=options.seed,
-            stop=stop,
         )
 
     def trainings(self, options: TrialOptions) -> list[Training]:
-        """Return what is trained and tested, with rates as if the recipe's were the best."""
+        """Return what is trained and tested if the default rates are the best, and no method is out."""
         planned: list[Training] = []
 
         def measure(trainings: Sequence[Training]) -> Iterator[Scores]:
             planned.extend(trainings)
             for training in trainings:
                 default = self.arms[training.arm].arm.rates
-                far = sum(
-                    abs(math.log(value / default[name]))
-                    for name, value in training.rates
-                )
+                is_default = dict(training.rates) == default
                 # The longest training counts as the best one, so that a plan is not too short.
-                far -= training.share
-                yield Scores(
-                    np.full(len(training.test), far), np.zeros(len(training.test), bool)
-                )
+                loss = np.full(len(training.test), 1.0 - is_default - training.share)
+                yield Scores(loss, np.zeros(len(loss)))
 
-        self.outcomes(options, measure)
+        for _ in self.outcomes(options, measure):
+            pass
         return planned
 
 
 def trial(options: TrialOptions) -> Iterator[tuple[TaskTrial, Outcomes]]:
-    """Yield each task with its outcomes; what OUT has already is not measured again.
+    """Yield each task with its outcomes, after each round; what OUT has already is not measured again.
 
     Raises:
-      ValueError: before anything is trained: options, rows or arms that cannot be used, or an OUT of another trial.
+      ValueError: before anything is trained: options, rows or methods that cannot be used, or an OUT of another trial.
     """
-    if options.minutes is not None and not options.minutes > 0:
-        raise ValueError(f"minutes is {options.minutes}: give a time above 0")
+    if options.minutes != "none" and not options.minutes > 0:
+        raise ValueError(f"minutes is {options.minutes}: give a time above 0, or none")
     check_uint32(seed=options.seed)
     all_tasks = task_trials(options)
-    for task_trial in all_tasks:
-        task_trial.trainings(options)  # raises for rows that are too few to tune on
     start_time = time.monotonic()
     for place, task_trial in enumerate(all_tasks, start=1):
-        stop = None
-        if options.minutes is not None:
-            end = start_time + 60 * options.minutes * place / len(all_tasks)
-            stop = functools.partial(_is_over, end)
+        deadline = float("inf")
+        if options.minutes != "none":
+            deadline = start_time + 60 * options.minutes * place / len(all_tasks)
         total = sum(
             _weight(task_trial, training) for training in task_trial.trainings(options)
         )
-        with progress(task_trial.task, total, unit="row") as bar:
-            yield (
-                task_trial,
-                task_trial.outcomes(options, _measure(options, task_trial, bar), stop),
-            )
-
-
-def _is_over(end: float) -> bool:
-    return time.monotonic() > end
+        with interrupts.released(), progress(task_trial.task, total, unit="row") as bar:
+            interrupts.hold("this training")
+            measure = _measure(options, task_trial, bar, deadline)
+            for outcomes in task_trial.outcomes(options, measure):
+                yield task_trial, outcomes
 
 
 def task_trials(options: TrialOptions) -> list[TaskTrial]:
@@ -342,9 +326,8 @@ def task_trials(options: TrialOptions) -> list[TaskTrial]:
     pool = open_pool(options.pool, base)
     for source in options.task:
         task, rows = rows_of(options, source)
-        divide(
-            [row.input_sha256 for row in rows], options.folds, (options.seed,)
-        )  # raises for too few rows
+        for parts in (TUNING_PARTS, options.folds):  # raises for too few rows
+            divide([row.input_sha256 for row in rows], parts, options.seed)
         all_tasks.append(
             TaskTrial(
                 task, source, rows, contestants(options, source, len(rows), base, pool)
@@ -364,7 +347,9 @@ def _weight(task_trial: TaskTrial, training: Training) -> int:
     return round(epochs * len(training.train)) + len(training.test)
 
 
-def _measure(options: TrialOptions, task_trial: TaskTrial, bar: "tqdm") -> Measure:
+def _measure(
+    options: TrialOptions, task_trial: TaskTrial, bar: "tqdm", deadline: float
+) -> Measure:
     """Return a function that reads scores from OUT, and measures those that are missing there."""
     trainer = task_trial.trainer()
     settings = {name: _settings(run) for name, (_, run) in task_trial.arms.items()}
@@ -374,48 +359,41 @@ def _measure(options: TrialOptions, task_trial: TaskTrial, bar: "tqdm") -> Measu
         options.out / task_trial.task / "measured.jsonl", _key_of, common
     )
 
+    measured = 0  # at least one, so that a trial with little time goes on
+
     def measure(trainings: Sequence[Training]) -> Iterator[Scores]:
-        keys = {each: (settings[each.arm], each) for each in trainings}
+        nonlocal measured
         rows = {_key_of(row): row for row in results.rows()}
-        missing = [each for each, key in keys.items() if key not in rows]
-        # An extended grid is not in the plan.
-        bar.total = max(
-            bar.total, bar.n + sum(_weight(task_trial, each) for each in keys)
-        )
-        bar.update(
-            sum(_weight(task_trial, each) for each in keys if each not in missing)
-        )
+        keys = [(settings[training.arm], training) for training in trainings]
+        missing = [key[1] for key in keys if key not in rows]
         work = trainer.scores
         if options.engine == "ray":
             work = functools.partial(
                 _scores_on_worker, options, task_trial.source, digests
             )
-        for training, scores in run_items(work, missing, options):
-            arm = training.arm
-            if isinstance(scores, OutOfMemory):
-                what = f"{task_trial.task}, {arm}: out of memory ({scores.error})"
-                raise ValueError(
-                    f"{what}: use --dtype bfloat16 or another machine; {results.file} keeps what it has"
-                )
-            row = common | _row(settings[arm], training, scores)
-            results.append(results.file, [row])
-            rows[keys[training]] = row
-            bar.update(_weight(task_trial, training))
-            arm_keys = [keys[each] for each in keys if each.arm == arm and each.answers]
-            if arm_keys and all(key in rows for key in arm_keys):
-                if sys.stderr.isatty():
-                    bar.clear()
-                note(_progress(arm, [rows[key] for key in arm_keys]))
-        yield from (_scores(rows[keys[each]]) for each in trainings)
+        items = iter(run_items(work, missing, options))
+        for training, key in zip(trainings, keys, strict=True):
+            bar.set_postfix_str(training.arm)
+            while key not in rows:
+                is_over = measured and time.monotonic() > deadline
+                if rows and (is_over or interrupts.asked()):
+                    raise TimeIsOver
+                finished, scores = next(items)
+                if isinstance(scores, OutOfMemory):
+                    raise ValueError(
+                        f"{task_trial.task}, {finished.arm}: out of memory ({scores.error}): use --dtype bfloat16 or "
+                        f"another machine; {results.file} keeps what it has"
+                    )
+                row = common | _row(settings[finished.arm], finished, scores)
+                results.append(results.file, [row])
+                rows[settings[finished.arm], finished] = row
+                measured += 1
+            weight = _weight(task_trial, training)
+            bar.total = max(bar.total, bar.n + weight)  # a longer search of rates
+            bar.update(weight)
+            yield _scores(rows[key])
 
     return measure
-
-
-def _progress(arm: str, rows: Sequence[Row]) -> str:
-    """Return a line about the tested rows of an arm."""
-    loss = np.mean(np.concatenate([row["loss"] for row in rows]))
-    correct = np.concatenate([row["correct"] for row in rows])
-    return f"{arm}: {len(correct)} answers, loss {loss:.3f} nats, exact match {100 * np.mean(correct):.1f} %"
 
 
 def _scores_on_worker(
@@ -467,7 +445,7 @@ def _digest(value: Any) -> str:
 
 def _row(settings: str, training: Training, scores: Scores) -> Row:
     marks = {
-        name: values if values is None else values.tolist()
+        name: values.tolist() if isinstance(values, np.ndarray) else values
         for name, values in scores._asdict().items()
     }
     return {"settings": settings, **training._asdict(), **marks}
@@ -482,8 +460,9 @@ def _key_of(row: Row) -> tuple[str, Training]:
 
 
 def _scores(row: Row) -> Scores:
-    """Return the scores of a row; a loss that JSON holds as null was not finite."""
-    values: Any = (
-        None if row[name] is None else np.array(row[name]) for name in Scores._fields
-    )
-    return Scores(*values)
+    """Return the scores of a row."""
+    tables = {
+        name: None if row[name] is None else np.array(row[name], float)
+        for name in ("loss", "correct", "option_correct")
+    }
+    return Scores(**tables, seconds=row["seconds"])  # pyright: ignore[reportArgumentType] (a loss is never None)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -11,6 +12,7 @@ from ..io.digests import Digests
 from ..loading.identity import digests
 from ..loading.model import LoadedModel, load_model
 from ..methods.entry import SearchJob
+from ..methods.lora import LoRA, is_warm
 from ..runs.evaluate import evaluate, evaluate_few_shot, row_losses
 from ..runs.options import FuseOptions
 from ..runs.setup import Setup
@@ -18,6 +20,7 @@ from ..tasks import Encoded, Example, Split, Task
 from ..training.compiled import make_room
 from ..training.fit import fit, start
 from ..training.method import Params
+from ..training.problem import Problem
 from ..training.recipe import Recipe
 from .procedure import Scores, Training
 
@@ -37,6 +40,11 @@ class Trainer:
     def scores(self, training: Training) -> Scores:
         """Train, and return the scores of the test rows."""
         make_room()
+        start_time = time.monotonic()
+        scores = self._scores(training)
+        return scores._replace(seconds=time.monotonic() - start_time)
+
+    def _scores(self, training: Training) -> Scores:
         arm = self.runs[training.arm]
         recipe = shortened(arm.recipe, training.share)
         options = dataclasses.replace(
@@ -50,20 +58,8 @@ class Trainer:
         if training.answers:
             # With the longest row behind them, the prompts of all folds have one shape.
             tested = (*tested, self._longest)
-        setup = Setup(
-            **vars(loaded),
-            task=Task(
-                "the rows",
-                tuple(self.rows[row] for row in training.train),
-                tuple(self.rows[row] for row in tested),
-                "",
-            ),
-            train=_take(self.tokens, training.train),
-            test=_take(self.tokens, tested),
-            split=_all_of(len(training.train)),
-            max_new_tokens=self._new_tokens,
-        )
-        params = _trained(setup, options)
+        setup = self._setup(loaded, training.train, tested)
+        params = self._trained(setup, options, training)
         count = len(training.test)
         answer_tokens = np.mean([len(labels) for labels in self.tokens.labels])
         if not training.answers:
@@ -80,9 +76,55 @@ class Trainer:
         chosen = scored.option_correct
         return Scores(
             scored.row_losses[0, :count] / answer_tokens,
-            scored.correct[0, :count],
-            None if chosen is None else chosen[0, :count],
+            scored.correct[0, :count].astype(float),
+            None if chosen is None else chosen[0, :count].astype(float),
         )
+
+    def _setup(
+        self, loaded: LoadedModel, train: tuple[int, ...], test: tuple[int, ...]
+    ) -> Setup:
+        return Setup(
+            **vars(loaded),
+            task=Task(
+                "the rows",
+                tuple(self.rows[row] for row in train),
+                tuple(self.rows[row] for row in test),
+                "",
+            ),
+            train=_take(self.tokens, train),
+            test=_take(self.tokens, test),
+            split=_all_of(len(train)),
+            max_new_tokens=self._new_tokens,
+        )
+
+    def _trained(
+        self, setup: Setup, options: FuseOptions, training: Training
+    ) -> Params:
+        """Return the trained, searched or given parameters, with an axis of one seed."""
+        entry = options.entry
+        if entry.learns == "untrained":
+            return {}
+        if entry.search is not None:
+            return _searched(setup, options)
+        begin = start(setup.problem, options.seeds)
+        if entry.learns == "given":
+            return begin.params
+        if is_warm(options.recipe):
+            method = setup.problem.method
+            assert isinstance(method, LoRA)
+            problem, nearest = self._nearest(training.arm, training.train)
+            params, _ = method.start_at(problem, nearest, begin.params)
+            begin = start(setup.problem, options.seeds, params)
+        return fit(
+            setup.problem, setup.rows, begin, options.recipe, options.seeds
+        ).params
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019 (as that of `_loaded`)
+    def _nearest(self, arm: str, train: tuple[int, ...]) -> tuple[Problem, Params]:
+        """Return the problem and the parameters of the module of least loss on the training rows."""
+        options = dataclasses.replace(self.runs[arm], method="single", recipe=Recipe())
+        setup = self._setup(self._loaded(options), train, ())
+        return setup.problem, _searched(setup, options)
 
     @functools.cached_property
     def digests(self) -> Digests:
@@ -130,30 +172,23 @@ class Trainer:
             )
         )
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019 (the models live as long as the trial)
+    @functools.lru_cache(maxsize=3)  # noqa: B019 (the models live as long as the trial)
     def _loaded(self, options: FuseOptions) -> LoadedModel:
         return load_model(options, like=self._base)
 
 
-def _trained(setup: Setup, options: FuseOptions) -> Params:
-    """Return the trained, searched or given parameters, with an axis of one seed."""
-    entry = options.entry
-    if entry.learns == "untrained":
-        return {}
-    if entry.search is not None:
-        job = SearchJob(
-            setup.problem,
-            setup.rows,
-            options.recipe,
-            options.seeds,
-            setup.modules,
-            record=lambda rows: None,
-        )
-        return entry.search(job)[0]
-    begin = start(setup.problem, options.seeds)
-    if entry.learns == "given":
-        return begin.params
-    return fit(setup.problem, setup.rows, begin, options.recipe, options.seeds).params
+def _searched(setup: Setup, options: FuseOptions) -> Params:
+    job = SearchJob(
+        setup.problem,
+        setup.rows,
+        options.recipe,
+        options.seeds,
+        setup.modules,
+        record=lambda rows: None,
+    )
+    search = options.entry.search
+    assert search is not None
+    return search(job)[0]
 
 
 def _take(tokens: Encoded, rows: Sequence[int]) -> Encoded:

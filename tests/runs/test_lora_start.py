@@ -11,6 +11,7 @@ import pytest
 import recipes
 
 from lorafusion_jax import fuse, load_run
+from lorafusion_jax.io import open_pool
 from lorafusion_jax.runs import RunFolder, run_path
 from lorafusion_jax.runs.merge import MergeOptions, merge
 from lorafusion_jax.runs.run import HardwareSetup, run
@@ -206,6 +207,20 @@ def test_one_command_trains_a_fusion_and_then_a_lora_from_it(small, tmp_path):
     )
 
 
+def test_a_warm_start_from_the_nearest_module_has_its_rank_and_its_model(
+    small, tmp_path
+):
+    shared = {"method": "lora", "warm_start": "single", "lora_targets": None}
+    options = recipes.small_run(small, tmp_path, name="warm", lr_lora=0.0, **shared)
+    warm = fuse(options)
+    nearest = RunFolder(tmp_path / "warm" / "single").results()
+    trained = load_run(tmp_path / "warm")[0].recipe
+    assert trained.lora_rank == open_pool(small[1]).largest_rank
+    for trained_seed, seed in zip(warm["seeds"], nearest["seeds"], strict=True):
+        assert max(trained_seed["left_out"].values()) < 1e-6
+        assert trained_seed["loss"] == pytest.approx(seed["loss"], rel=1e-4)
+
+
 def _stop_at_the_lora(setup, stage):
     return {"fusion": HardwareSetup(setup, lambda params: setup)}[stage.method]
 
@@ -215,11 +230,11 @@ def _stop_at_the_lora(setup, stage):
     [
         (
             {"pool": None},
-            "--warm-start fusion trains a fusion first: give its pool with --pool",
+            "--warm-start starts from a pool: give it with --pool",
         ),
         (
             {"start_from": Path()},
-            "--warm-start fusion makes the start: leave it out, or --from",
+            "--warm-start makes the start: leave it out, or --from",
         ),
         (
             {"epochs": 1},

@@ -1,53 +1,43 @@
-"""Folds, tuning and cross-validation of a trial. Oracles: definitions, and brute force over all rates."""
+"""Rounds, rates and folds of a trial. Oracles: definitions, and brute force over all rates that may be tried."""
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
-from lorafusion_jax.trials import Scores, Training, TrialArm, procedure
-from lorafusion_jax.trials.procedure import divide
-from lorafusion_jax.trials.tuning import tune
+from lorafusion_jax.trials import Scores, TrialArm, procedure
+from lorafusion_jax.trials.procedure import TimeIsOver, divide
+from lorafusion_jax.trials.tuning import STEP, halving
 
-_TUNING = 5.75  # full trainings that the tuning of an arm is worth
 _GROUPS = [f"question {number // 2}" for number in range(42)]
+_BOTH = {"rates": {"a": 0.1, "b": 0.01}}
 _ARMS = [
     TrialArm(name="base", learns=False, role="base"),
-    TrialArm(name="pool", rates={"a": 0.1, "b": 0.01}, role="pool"),
-    TrialArm(
-        name="rotated", rates={"a": 0.1, "b": 0.01}, draws=(1, 2, 3), role="control"
-    ),
+    TrialArm(name="examples", role="examples"),
+    TrialArm(name="pool", role="pool", **_BOTH),
+    TrialArm(name="random", role="control", draw=1, **_BOTH),
+    TrialArm(name="LoRA", role="lora", rates={"c": 0.02}),
 ]
 
 
 def test_folds_divide_no_input_and_have_equal_sizes():
-    fold = divide(_GROUPS, 5, (0,))
+    fold = divide(_GROUPS, 5, 0)
     assert max(len({*parts}) for parts in np.split(fold, 21)) == 1
     assert sorted(np.bincount(fold)) == [8, 8, 8, 8, 10]
-    assert (fold == divide(_GROUPS, 5, (0,))).all() and (
-        fold != divide(_GROUPS, 5, (1,))
-    ).any()
-    assert sorted(np.bincount(divide(["a"] * 20 + [*"bcdefghijk"], 3, (0,)))) == [
-        5,
-        5,
-        20,
-    ]
+    assert (fold == divide(_GROUPS, 5, 0)).all()
+    assert (fold != divide(_GROUPS, 5, 1)).any()
+    uneven = divide(["a"] * 20 + [*"bcdefghijk"], 3, 0)
+    assert sorted(np.bincount(uneven)) == [5, 5, 20]
 
 
 @pytest.mark.parametrize(
     ("arms", "groups", "folds", "message"),
     [
-        (
-            _ARMS,
-            "aaaaaaaaa",
-            5,
-            "the 9 rows all have the same input, expected at least 5",
-        ),
+        (_ARMS, "aaaaaaaaa", 5, "the 9 rows have 1 different inputs"),
         (_ARMS, "aabbc", 5, r"the 5 rows have 3 different inputs, .* lower --folds"),
-        (_ARMS, "abcdefghi", 5, "9 rows give a fold of 1, expected at least 2 in each"),
-        (_ARMS, "aabb", 2, "expected at least 3, .* add rows with other inputs$"),
-        (_ARMS, "abcdef", 1, "rows cannot be divided into 1 parts: give at least 2"),
+        (_ARMS, "abcdefghi", 5, "9 rows give a fold of 1, expected at least 2"),
+        (_ARMS, "aabb", 2, "expected at least 3"),
+        (_ARMS, "abcdef", 1, "--folds is 1: give at least 2"),
         (_ARMS[:1] * 2, _GROUPS, 5, "same name: base, base"),
     ],
 )
@@ -56,121 +46,112 @@ def test_what_cannot_be_tried_is_refused_before_training(arms, groups, folds, me
         procedure(arms, [*groups], pytest.fail, folds=folds)
 
 
-@pytest.mark.parametrize(
-    "best",
-    [
-        (0.0001, 0.01),
-        (0.001, 0.0003),
-        (0.1, 0.01),
-        (0.3, 0.01),
-        (0.03, 0.03),
-        (2.7, 0.27),
-        (9.0, 0.03),
-    ],
-)
-def test_halving_finds_the_best_rates_of_all_that_it_may_try(best):
-    losses = []
-
-    def loss(rates):
-        return sum(
-            math.log(value / wanted) ** 2
-            for (_, value), wanted in zip(rates, best, strict=True)
-        )
-
-    def evaluate(candidates):
-        losses.extend((loss(one.rates), one.share) for one in candidates)
-        return [
-            math.nan if one.rates[0][1] > 2.71 else loss(one.rates) - one.share / 1e6
-            for one in candidates
-        ]
-
-    (found,) = tune([(("a", 0.1), ("b", 0.01))], ["pool"], evaluate)
-    grid = [
-        (0.1 * 3.0**power, 0.01 * factor)
-        for power in range(-3, 4)
-        for factor in (1 / 3, 1, 3)
-    ]
-    # An end of the seven rates is extended by two further ones, at the best second rate.
-    if end := {0.0001: 0.1 / 27, 0.001: 0.1 / 27, 2.7: 2.7, 9.0: 2.7}.get(best[0]):
-        seconds = [b for a, b in grid if a == pytest.approx(end)]
-        second = min(seconds, key=lambda b: abs(math.log(b / best[1])))
-        further = (1 / 3, 1 / 9) if end < 0.1 else (3, 9)
-        grid += [(end * factor, second) for factor in further]
-    oracle = min(loss((("a", a), ("b", b))) for a, b in grid if a < 2.71)
-    assert sum(share for _, share in losses) == _TUNING + (2 if end else 0)
-    assert found.share == 1 and loss(found.rates) == pytest.approx(oracle)
-    assert found.edge == ("low" if best[0] == 0.0001 else None)
-    before = None if found.in_grid is None else found.in_grid[0][1]
-    assert before == (pytest.approx(end) if end else None)
+def _search(defaults, loss):
+    """Return the candidates that halving tries, with their losses."""
+    losses = {}
+    search = halving(defaults)
+    candidates = next(search)
+    while True:
+        losses |= {candidate: loss(candidate) for candidate in candidates}
+        try:
+            candidates = search.send([losses[candidate] for candidate in candidates])
+        except StopIteration:
+            return losses
 
 
-def test_one_rate_is_refined_by_half_steps_and_diverged_ends_are_not_chosen():
-    def evaluate(candidates, last):
-        return [
-            abs(math.log(one.rates[0][1])) if one.share < 1 else last
-            for one in candidates
-        ]
+@pytest.mark.parametrize("powers", [(0, 0), (1, -1), (-2, 1), (5, 0), (-5, 1), (9, 0)])
+def test_halving_finds_the_best_rates_of_all_that_it_may_try(powers):
+    best = (0.1 * STEP ** powers[0], 0.01 * STEP ** powers[1])
 
-    for last, share in ((0.0, 1.0), (1.0, 0.5), (math.inf, 0.5)):
-        (found,) = tune(
-            [(("a", 0.55),)],
-            ["LoRA"],
-            lambda candidates, last=last: evaluate(candidates, last),
-        )
-        assert found[:2] == ((("a", pytest.approx(0.55 * 3**0.5)),), share)
-    with pytest.raises(
-        ValueError,
-        match="LoRA: the loss is NaN or infinite at all rates within a factor of 27 of a",
-    ):
-        tune(
-            [(("a", 0.55),)], ["LoRA"], lambda candidates: [math.nan] * len(candidates)
-        )
+    def loss(candidate):
+        pairs = zip(candidate.rates, best, strict=True)
+        far = sum(math.log(value / wanted) ** 2 for (_, value), wanted in pairs)
+        return far - candidate.share / 1e6
+
+    losses = _search((("a", 0.1), ("b", 0.01)), loss)
+    found = min(losses, key=losses.__getitem__)
+    reached = 0.1 * STEP ** max(min(powers[0], 5), -5)
+    assert found.rates[0][1] == pytest.approx(reached)
+    assert found.rates[1][1] == pytest.approx(best[1])
+    assert found.share == 1
+    # Three rates, one for each further step of a search to an end, two second rates, two halves and a whole training.
+    steps = (
+        max(min(abs(powers[0]) - 1, 4) + (abs(powers[0]) < 5), 0) if powers[0] else 0
+    )
+    shares = sum(candidate.share for candidate in losses)
+    assert shares == (3 + steps + 2) / 4 + 2 / 2 + 1
 
 
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("stop_after", [None, 2, 5])
-def test_each_row_is_tested_by_a_training_without_its_input(nested, stop_after):
-    calls: list[Sequence[Training]] = []
+def test_one_rate_is_refined_by_half_steps_and_divergence_is_never_chosen():
+    def loss(candidate):
+        rate = candidate.rates[0][1]
+        return math.inf if rate > 0.6 or candidate.share == 1 else abs(math.log(rate))
 
-    def measure(trainings):
-        calls.append(trainings)
+    losses = _search((("a", 0.3),), loss)
+    found = min(losses, key=losses.__getitem__)
+    assert found.rates == (("a", pytest.approx(0.3 * STEP**0.5)),)
+    assert found.share < 1
+
+
+class _Measured:
+    """Made-up scores: the loss of a method is its own part, how far its rates are from the best, and a row's part."""
+
+    def __init__(self, parts, most=math.inf):
+        self.parts = parts
+        self.most = most
+        self.trainings = []
+
+    def __call__(self, trainings):
         for training in trainings:
+            if len(self.trainings) >= self.most:
+                raise TimeIsOver
+            self.trainings.append(training)
             trained = {_GROUPS[row] for row in training.train}
             assert not trained & {_GROUPS[row] for row in training.test}
-            # With the first rows, the best rates are others than with the last ones.
-            best = 0.3 if 0 in training.train else 0.03
-            far = sum(abs(math.log(value / best)) for _, value in training.rates[:1])
-            far -= len(training.rates) * training.share / 1e6
-            loss = far + training.draw + np.array(training.test) / 100
-            yield Scores(loss, loss > 1)
+            far = sum(abs(math.log(rate / 0.03)) for _, rate in training.rates[:1])
+            rng = np.random.default_rng(list(training.test))
+            noise = 0.01 * rng.normal(size=len(training.test))
+            loss = self.parts.get(training.arm, 1.0) + far / 10 + noise
+            correct = (loss < 0.9).astype(float) if training.answers else None
+            yield Scores(loss, correct, seconds=2.0)
 
-    def stop():
-        return len(calls) == 3 + stop_after
 
-    last = procedure(
-        _ARMS, _GROUPS, measure, nested=nested, stop=stop if stop_after else None
-    )
-    assert len(calls) == 3 + (stop_after or 1)
-    tested = np.isfinite(last.loss["pool"][0])
-    np.testing.assert_array_equal(tested, last.fold < (stop_after or 5))
-    if stop_after == 2:
-        return
-    np.testing.assert_allclose(last.loss["base"][0], np.arange(42) / 100)
-    drawn = last.loss["rotated"] - last.loss["pool"]
-    np.testing.assert_allclose(
-        drawn, np.broadcast_to([[1], [2], [3]], (3, 42)), atol=1e-9
-    )
-    tuned = _TUNING * 28 / 42
-    if nested:
-        sizes = np.bincount(last.fold)
-        tuned += _TUNING * sum(round((42 - n) * 2 / 3) for n in sizes) / 42
-    assert last.spent["base"] == 0
-    assert last.spent["pool"] == pytest.approx(4 + tuned, rel=0.04)
-    assert last.spent["rotated"] - last.spent["pool"] == pytest.approx(8)
-    rates = {
-        dict(training.rates)["a"]
-        for training in calls[-1]
-        if training.arm == "pool" and training.share == 1
-    }
-    assert len(rates) == 1 or nested
-    assert last.tuned["pool"] == last.tuned["rotated"] and last.option_correct == {}
+def test_rounds_train_nothing_first_then_tune_then_test_each_fold():
+    measure = _Measured({"pool": 0.5})
+    *earlier, last = procedure(_ARMS, _GROUPS, measure)
+    first = measure.trainings[:2]
+    assert [training.arm for training in first] == ["base", "examples"]
+    default = measure.trainings[2:5]
+    assert {training.share for training in default} == {1 / 4}
+    assert [dict(training.rates) for training in default] == [
+        arm.rates for arm in _ARMS[2:]
+    ]
+    assert not any(training.answers for training in default)
+    assert {arm.name for arm in earlier[0].arms} == {"base", "examples"}
+    assert {arm.name for arm in earlier[1].arms} == {arm.name for arm in _ARMS}
+    # Each row is tested once by each method that is left; only then, answers are generated.
+    for name in ("pool", "base"):
+        assert (
+            np.isfinite(last.loss[name]).all() and np.isfinite(last.correct[name]).all()
+        )
+    np.testing.assert_array_equal(last.fold, divide(_GROUPS, 5, 0))
+    assert dict(last.tuned["pool"].rates)["a"] == pytest.approx(0.1 / 3)
+    assert last.seconds["base"] == 2 and last.seconds["pool"] > 20
+
+
+def test_a_method_is_out_after_a_fold_that_shows_it_worse_by_the_margin():
+    *_, last = procedure(_ARMS, _GROUPS, _Measured({"pool": 0.5, "LoRA": 0.52}))
+    assert last.out == {"base", "examples", "random"}
+    tested = np.isfinite(last.loss["random"])
+    np.testing.assert_array_equal(tested, last.fold == 0)
+    assert np.isfinite(last.loss["LoRA"]).all()
+
+
+@pytest.mark.parametrize("most", range(1, 60, 7))
+def test_what_was_measured_stands_when_time_is_over(most):
+    measure = _Measured({"pool": 0.5}, most)
+    *_, last = procedure(_ARMS, _GROUPS, measure)
+    assert len(measure.trainings) <= most
+    measured = {training.arm for training in measure.trainings}
+    assert {arm.name for arm in last.arms} <= measured and last.arms
+    assert all(np.isfinite(values).any() for values in last.loss.values())
