@@ -29,7 +29,7 @@ from lab.smollm2 import SMOLLM2, base
 from restore import Arm as Correcting
 from restore import Setting, how
 
-from lorafusion_jax import LoadOptions, PrepareOptions, prepare, restore
+from lorafusion_jax import LoadOptions, restore
 from lorafusion_jax.crossbar import (
     Correction,
     CrossbarConfig,
@@ -47,9 +47,11 @@ from lorafusion_jax.crossbar import (
 )
 from lorafusion_jax.hardware import (
     Outputs,
+    PrepareOptions,
     digital_matrices,
     load_chips,
     logits_of_base,
+    prepare,
     program_on_arrays,
     windows,
 )

@@ -30,12 +30,14 @@ from lab.smollm2 import base
 from restore import Options as Fusing
 from restore import Setting, fused
 
-from lorafusion_jax import PrepareOptions, fuse, prepare
+from lorafusion_jax import fuse
 from lorafusion_jax.crossbar import Device, flax, load_config, save_config
 from lorafusion_jax.hardware import (
     EvaluateOnChipsOptions,
+    PrepareOptions,
     RestoreOptions,
     evaluate_on_chips,
+    prepare,
     restore_chips,
 )
 from lorafusion_jax.tasks import load_task

@@ -20,11 +20,9 @@ from .crossbar import CrossbarConfig as CrossbarConfig
 from .crossbar import program as program
 from .crossbar import program_tree as program_tree
 from .crossbar import with_read_key as with_read_key
+from .hardware.distil import Restoring as Restoring
+from .hardware.distil import restore as restore
 from .hardware.on_arrays import fuse as fuse
-from .hardware.prepare import PrepareOptions as PrepareOptions
-from .hardware.prepare import prepare as prepare
-from .hardware.restore import Restoring as Restoring
-from .hardware.restore import restore as restore
 from .io.export import merged_base as merged_base
 from .io.hf import base_tensor as base_tensor
 from .io.hf import load_base as load_base

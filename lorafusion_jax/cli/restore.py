@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..hardware.restored import RestoreOptions, restore_chips
+from ..hardware.restore import RestoreOptions, restore_chips
 from ..support.reading import show
 from ..support.text_tables import plain
 from .parsing import parse
@@ -13,7 +13,7 @@ GROUPS = {
     "data and base": ("base", "text", "tokens"),
     "corrections": ("method", "rank", "epochs", "rate", "rate_low_rank", "seed"),
     "hardware": ("crossbar", "chip", "age", "in_advance", "keep_digital", "chip_key"),
-    "run": ("mesh", "out"),
+    "run": ("out",),
 }
 
 

@@ -26,7 +26,7 @@ from ..models.weights import dense
 from ..support.checks import check_uint32
 from ..support.reading import FileError, error_context, read_json
 from ..support.version import __version__
-from .prepared import PREPARATIONS, Prepared, load_prepared
+from .prepare import PREPARATIONS, Prepared, load_prepared
 
 # Number from which the keys of training steps are made; all chips have smaller numbers.
 STEP_CHIPS = 2**32 - 1

@@ -7,8 +7,8 @@ Axis letters: C chips, S seeds.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from functools import partial
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeVar
 
 import jax
@@ -19,20 +19,29 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ..adapters.norms import PairTerms
-from ..crossbar import Rules, Structure, chips_in, split_config, with_chips
+from ..crossbar import (
+    Rules,
+    Structure,
+    calibrate_tree,
+    chips_in,
+    split_config,
+    with_chips,
+)
 from ..models.weights import reads
 from ..runs.setup import Setup
-from ..tasks import Split
+from ..tasks import Batch, Encoded, Split, eval_batches
 from ..training.frozen import Frozen
-from ..training.mesh import axis_size, on_mesh
-from ..training.method import Params
+from ..training.loss import batch_logits
+from ..training.mesh import axis_size, on_mesh, to_host
+from ..training.method import Method, Params
 from ..training.problem import Problem
 from ..training.seeds import over_seeds
-from .calibration import CALIBRATION_ROWS, calibrate
 from .program import Norms, Restored, program
 
 _Tree = TypeVar("_Tree")
 
+# Training rows that ADCs are calibrated on.
+CALIBRATION_ROWS = 64
 # A new chip at every step, or at every other one.
 Steps = Literal["every", "other"]
 # Ranges of ADC and DAC of every programmed weight, in the order of the tree; None without converter.
@@ -136,6 +145,46 @@ def redrawn(
     )
 
 
+def calibrate(setup: Setup, params: Params, frozen: Frozen, *, rows: int) -> Frozen:
+    """Return a chip whose ADC ranges cover the sums of some training rows, with the numbers of every seed."""
+    run = logits_of(setup.problem.graph, setup.problem.method)
+    return calibrate_tree(run, frozen, list(calibration_batches(setup, params, rows)))
+
+
+def calibration_batches(
+    setup: Setup, params: Mapping[str, Any], rows: int, *, batch_size: int = 64
+) -> Iterator[tuple[Params, Int[Array, " N"], Batch]]:
+    """Yield the training rows to calibrate on, with every seed's numbers."""
+    params, indices = to_host((dict(params), setup.problem.index))
+    some = Encoded(*(part[:rows] for part in (setup.train.inputs, setup.train.labels)))
+    for _, batch in eval_batches(
+        some, min(batch_size, len(some)), pad_id=setup.tokenizer.pad_token_id
+    ):
+        for seed, index in enumerate(indices):
+            yield (
+                jax.tree.map(lambda p, seed=seed: p[seed], params),
+                jnp.asarray(index),
+                batch,
+            )
+
+
+@functools.lru_cache  # the same function again: `crossbar.calibration` compiles once for each
+def logits_of(
+    graph: nnx.GraphDef, method: Method
+) -> Callable[[Frozen, tuple[Params, Int[Array, " N"], Batch]], Float[Array, "B T V"]]:
+    """Return the model as a function of frozen weights and of (params, index, batch) of one seed."""
+
+    def run(frozen: Frozen, inputs: tuple[Params, Array, Batch]) -> Array:
+        params, index, batch = inputs
+        return batch_logits(
+            params,
+            batch,
+            Problem(graph=graph, method=method, frozen=frozen, index=index),
+        )[0]
+
+    return run
+
+
 def on_every_chip(
     setup: Setup,
     params: Params,
@@ -187,15 +236,15 @@ def on_every_chip(
         )
     else:
         on_chips = None
-    weights = programmed(
-        problem,
-        rules,
-        keys[chip_numbers],
-        on_chips,
-        limits=limits,
-        modules=modules,
+    structure, values = split_config(tuple(rules.items()))
+    weights = _program_all(
+        on_mesh((keys[chip_numbers], on_chips), of_seeds=True),
+        (problem.frozen, values, limits, modules),
+        structure=structure,
+        graph=problem.graph,
         norm=norm,
     )
+    weights = on_mesh(weights, problem.config, of_seeds=True)
     frozen = ChipPerSeed(**_fields(weights), chip_of_seed=tuple(local_chip.tolist()))
     on_all = setup.with_problem(
         frozen=frozen, index=on_mesh(problem.index[seed], of_seeds=True)
@@ -203,30 +252,6 @@ def on_every_chip(
     return dataclasses.replace(
         on_all, split=setup.split and Split(*(rows[seed] for rows in setup.split))
     )
-
-
-def programmed(
-    problem: Problem,
-    rules: Rules,
-    keys: Array,
-    restored: Restored | None = None,
-    *,
-    limits: Limits | None = None,
-    modules: Int[Array, " P"] | None = None,
-    norm: Norms = "ideal",
-) -> Frozen:
-    """Return the weights on several chips, given their keys; leaves have an axis of chips, which a mesh splits."""
-    structure, values = split_config(tuple(rules.items()))
-    keys_and_corrections = on_mesh((keys, restored), of_seeds=True)
-    shared = (problem.frozen, values, limits, modules)
-    weights = _program_all(
-        keys_and_corrections,
-        shared,
-        structure=structure,
-        graph=problem.graph,
-        norm=norm,
-    )
-    return on_mesh(weights, problem.config, of_seeds=True)
 
 
 def for_every_chip(tree: _Tree, count: int) -> _Tree:
@@ -260,10 +285,10 @@ def _plain(frozen: Frozen) -> Frozen:
     return Frozen(**_fields(frozen))
 
 
-@partial(jax.jit, static_argnames=("structure", "graph", "norm"))
+@functools.partial(jax.jit, static_argnames=("structure", "graph", "norm"))
 def _program_all(
     chips: tuple[Array, Restored | None],
-    shared: tuple[Frozen, list[Any], Limits | None, Int[Array, " P"] | None],
+    shared: tuple[Frozen, list[Any], Limits, Int[Array, " P"] | None],
     *,
     structure: Structure,
     graph: nnx.GraphDef,
@@ -281,7 +306,7 @@ def _program_all(
             norm=norm,
             restored=restored,
         )
-        return weights if limits is None else _with_limits(weights, limits)
+        return _with_limits(weights, limits)
 
     return over_seeds(of_chip, "sequential")(chips, shared)
 

@@ -30,12 +30,11 @@ from ..support.progress import progress
 from ..support.writing import check_writable
 from ..training.mesh import make_mesh, on_mesh
 from ..training.method import Params
-from .calibration import CALIBRATION_ROWS
 from .chip_file import Chips, aged, load_chips
-from .chips import for_every_chip, on_every_chip
+from .chips import CALIBRATION_ROWS, for_every_chip, on_every_chip
 from .on_arrays import check, module_numbers, without_merged_pool
 from .program import Restored, check_no_split
-from .restored import load_restored
+from .restore import load_restored
 
 _LONGEST_NAME = 40  # characters of the chips' name in that of a file
 

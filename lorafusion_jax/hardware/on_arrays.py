@@ -19,11 +19,10 @@ from ..runs.setup import Setup
 from ..training.frozen import Frozen
 from ..training.mesh import on_mesh
 from ..training.method import Params
-from .calibration import CALIBRATION_ROWS, calibrate
 from .chip_file import STEP_CHIPS, Chips, Loaded, aged, load_chips
-from .chips import redrawn
+from .chips import CALIBRATION_ROWS, calibrate, redrawn
 from .program import Restored, program
-from .restored import load_restored
+from .restore import load_restored
 
 
 def fuse(options: FuseOptions) -> dict[str, Any]:

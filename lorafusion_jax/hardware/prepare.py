@@ -1,9 +1,16 @@
-"""`lorafusion crossbar prepare`: changes of a base model's matrices from text, so that any chip loses less."""
+"""`lorafusion crossbar prepare`: changes of a base's matrices from text, so that any chip loses less.
+
+FOLDER/config.yaml                         configuration of the crossbar
+FOLDER/preparations/manifest.json          digests of the base and the text, tokens, expected errors
+FOLDER/preparations/arrays.safetensors     SITE/factors, SITE/ranges
+"""
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +18,10 @@ import numpy as np
 from flax import nnx
 
 from .. import crossbar
+from ..crossbar.preparation.preparation import check_preparation
 from ..crossbar.preparation.transform import transform_matrices
+from ..io import store
+from ..io.folders import new_folder
 from ..loading.identity import digests
 from ..loading.model import LoadedModel, load_model
 from ..loading.spec import LoadOptions
@@ -26,11 +36,78 @@ from ..support.options import (
     SeedOptions,
 )
 from ..support.progress import progress
-from ..support.reading import error_context
-from ..tasks import Batch, tokenise
-from .prepared import OneSite, PreparedManifest, save_prepared
+from ..support.reading import FileError, error_context
+from ..tasks import Batch
 from .program import program
-from .texts import WINDOW, answered, logits_of_base, no_padding, read_texts, windows
+from .texts import (
+    WINDOW,
+    answered,
+    logits_of_base,
+    no_padding,
+    read_texts,
+    token_ids,
+    windows,
+)
+
+_CONFIG = "config.yaml"
+PREPARATIONS = "preparations"
+_PARTS = ("factors", "ranges")
+_KIND = "preparation"
+
+
+class OneSite(TypedDict):
+    """Preparation of a site; errors are the expected power over that of the outputs, a number for each layer.
+
+    Attributes:
+      transforms: inputs are transformed.
+      identity: digests of its arrays.
+      before: relative error power of the largest weights as ranges, without a preparation.
+      after: the same with the preparation.
+    """
+
+    transforms: bool
+    identity: str
+    before: list[float]
+    after: list[float]
+
+
+class PreparedManifest(TypedDict):
+    """Metadata of a folder of preparations; `digital` are patterns of weights that have none."""
+
+    base: str
+    base_sha256: str
+    config_sha256: str
+    text_sha256: str
+    tokens: int
+    seed: int
+    digital: list[str]
+    sites: dict[str, OneSite]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """Preparations of a base by the names of its matrices, and patterns of those that stay digital, from a folder."""
+
+    of_sites: dict[str, crossbar.Preparation]
+    base_sha256: str
+    folder: str
+    config: crossbar.CrossbarConfig
+    digital: tuple[str, ...]
+
+    def check(self, base_sha256: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise a ValueError for another base, or for arrays that do not fit its matrices, given their shapes."""
+        if base_sha256 != self.base_sha256:
+            raise ValueError(
+                f"{self.folder} prepares another base model (sha256 {self.base_sha256[:12]}, this one is "
+                f"{base_sha256[:12]}): run `lorafusion crossbar prepare` with this base"
+            )
+        for name, preparation in self.of_sites.items():
+            with error_context(f"{self.folder}: {name!r}"):
+                if name not in shapes:
+                    raise ValueError(
+                        f"no matrix of the base: expected some of {', '.join(shapes)}"
+                    )
+                check_preparation(preparation, shapes[name], self.config)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,8 +223,60 @@ def prepare(options: PrepareOptions) -> PreparedManifest:
         digital=list(digital),
         sites=sites,
     )
-    save_prepared(options.out, config, preparations, manifest)
+    tree = {
+        name: {
+            part: np.asarray(values)
+            for part in _PARTS
+            if (values := getattr(preparation, part)) is not None
+        }
+        for name, preparation in preparations.items()
+    }
+    with new_folder(options.out) as partial:
+        crossbar.save_config(config, partial / _CONFIG)
+        store.save(partial / PREPARATIONS, _KIND, tree, manifest)
     return manifest
+
+
+def load_prepared(folder: Path) -> Prepared:
+    """Return the preparations of a folder; raises a FileError if it is damaged, or has another configuration now."""
+    tree, manifest = store.load(folder / PREPARATIONS, _KIND, PreparedManifest)
+    again = "restore it, or run `lorafusion crossbar prepare` again with another --out"
+    config = crossbar.load_config(folder / _CONFIG)
+    if crossbar.config_hash(config) != manifest["config_sha256"]:
+        raise FileError(
+            folder / _CONFIG,
+            got="not the configuration that the base was prepared for",
+            fix=again,
+        )
+    preparations = {}
+    for name, entry in manifest["sites"].items():
+        site_arrays = {}
+        if isinstance(tree.get(name), dict):
+            site_arrays = {
+                part: jnp.asarray(values)
+                for part, values in tree[name].items()
+                if isinstance(values, np.ndarray)
+            }
+        preparation = crossbar.Preparation(
+            factors=site_arrays.get("factors"),
+            ranges=site_arrays.get("ranges"),
+            transforms=entry["transforms"],
+        ).identified()
+        if preparation.identity != entry["identity"]:
+            raise FileError(
+                folder / PREPARATIONS,
+                field=repr(name),
+                got="arrays with another identity",
+                fix=again,
+            )
+        preparations[name] = preparation
+    return Prepared(
+        preparations,
+        manifest["base_sha256"],
+        str(folder),
+        config,
+        tuple(manifest["digital"]),
+    )
 
 
 def _changing(config: crossbar.CrossbarConfig, name: str) -> crossbar.CrossbarConfig:
@@ -168,10 +297,7 @@ def _changing(config: crossbar.CrossbarConfig, name: str) -> crossbar.CrossbarCo
 def _batches(loaded: LoadedModel, content: str, options: PrepareOptions) -> list[Batch]:
     """Return batches of the text; its first tokens for a causal model."""
     if loaded.config.causal:
-        all_ids = tokenise(
-            loaded.tokenizer, content, add_special_tokens=False, verbose=False
-        )["input_ids"]
-        ids = all_ids[: options.tokens]
+        ids = token_ids(loaded, content)[: options.tokens]
         batches = windows(loaded, ids)
         amount = f"{len(ids)} tokens"
     else:

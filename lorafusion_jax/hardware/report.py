@@ -17,7 +17,7 @@ from ..runs.evaluate import evaluate_seeds, seed_rows
 from ..support.progress import progress
 from ..support.writing import check_writable
 from ..training.frozen import Frozen
-from .calibration import calibration_batches, logits_of
+from .chips import calibration_batches, logits_of
 from .evaluate import (
     EvaluateOnChipsOptions,
     asked,

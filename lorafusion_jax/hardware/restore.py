@@ -1,474 +1,477 @@
-"""Restoring a model on a chip: digital corrections from unlabelled inputs, without writing a cell.
+"""`lorafusion restore`: digital corrections of a base on simulated chips, computed from text, and on disk.
 
-Closed forms fit them matrix by matrix (`crossbar.fit_corrections`). Distillation then trains them to give the digital
-model's outputs on the chip, with gradients through the chip's reads.
+FOLDER/chip_N/manifest.json         digests of the base and the configuration, key, age, numbers, divergence
+FOLDER/chip_N/arrays.safetensors    SITE/scale and so on, and the converters' ranges that they belong to
 """
 
 import dataclasses
-import math
+import hashlib
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Array, Bool, Float
+from flax import nnx
+from jaxtyping import Array, Float
 
 from .. import crossbar
-from ..crossbar.calibration.restore import closed_forms, output_moments
-from ..support.checks import at_least, one_of
+from ..io import store
+from ..io.folders import locked
+from ..loading.identity import digests
+from ..loading.model import LoadedModel, load_model
+from ..loading.spec import LoadOptions
+from ..models.architecture import matrices as matrices_of
+from ..models.weights import dense
+from ..support.checks import at_least, check_uint32, flags_given
+from ..support.options import (
+    AgeOptions,
+    BaseOptions,
+    CrossbarOptions,
+    DrawnChipsOptions,
+    OutOptions,
+    SeedOptions,
+)
 from ..support.progress import progress
-from ..training.mesh import on_mesh
-from ..training.seeds import over_seeds
-from ..training.step import standard_promotion
+from ..support.reading import FileError
+from ..tasks import IGNORED, Batch
+from .chip_file import Chips, aged, load_chips
+from .distil import Method, Restoring, divergence_on, restore
+from .program import Restored, program
+from .texts import (
+    LINES,
+    WINDOW,
+    Outputs,
+    answered,
+    logits_of_base,
+    no_padding,
+    read_texts,
+    sampled,
+    token_ids,
+    windows,
+)
 
-# (weights, batch) -> logits. Use one function for all calls, because each function is compiled once.
-Run = Callable[[Any, Any], Float[Array, "*B V"]]
-Method = Literal["scales", "offsets", "low-rank", "lora"]
-# Inputs without labels, and the digital model's logits of each.
-LeftOut = tuple[Sequence[Any], Sequence[Array]]
+_KIND = "correction"
+_RANGES = ("limits", "input_limit")
+_PARTS = ("scale", "offset", "U", "V", *_RANGES)
+# One of so many windows or lines is left out of the training, to measure on: the last windows, but lines from the whole
+# text.
+_MEASURED = 8
+_SAMPLED = 3072  # tokens that a causal model samples by default
+_PREPARED_RATE = 1.5e-3  # 0.01 makes chips of a prepared base worse at first
+
+
+class Settings(TypedDict):
+    """Settings that the corrections of one chip were computed from; `text` is the files' digest, or `sampled`."""
+
+    base_sha256: str
+    config_sha256: str
+    key: list[int]
+    digital: list[str]
+    age: str | None
+    in_advance: bool
+    method: Method
+    rank: float
+    epochs: int
+    rate: float
+    rate_low_rank: float
+    text: str
+    tokens: int | None
+    seed: int
+
+
+class Manifest(TypedDict):
+    """Metadata of the corrections of one chip.
+
+    Attributes:
+      chip: number of the chip.
+      settings: base, chips, text and training that they were computed with.
+      numbers: digital parameters, and `share` the same as a share of the weights in arrays.
+      tokens: tokens that they were trained on.
+      divergence: from the digital model before and after, in nats per token of text that was left out.
+    """
+
+    chip: int
+    settings: Settings
+    numbers: int
+    share: float
+    tokens: int
+    divergence: list[float]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Restoring:
-    """Kind of the corrections, and their training.
+class RestoreOptions(
+    OutOptions,
+    DrawnChipsOptions,
+    AgeOptions,
+    SeedOptions,
+    CrossbarOptions,
+    BaseOptions,
+):
+    """Compute digital corrections of a base model on simulated chips, from unlabelled text.
+
+    No cell is written. `lorafusion fuse`, `evaluate`, `generate` and `lm-eval` use the corrections with --restore.
+    After an interruption, the same command continues with the next chip.
+
+    Examples:
+      lorafusion restore --base base --crossbar noisy_chips.json --chip 0 1 --text page.txt --out restored
+      lorafusion restore --base base --crossbar noisy.yaml --tokens 3072 --method low-rank --rank 3 --out restored
 
     Attributes:
-      method: a factor of each column (`scales`); an offset too (`offsets`); factors and matrices of low rank
-        (`low-rank`); or these matrices alone, which start as zeros (`lora`).
-      numbers: digital parameters that matrices of low rank may have in all.
-      ridge: ridge of the closed forms (see `crossbar.fit_corrections`).
-      epochs: passes of distillation over the inputs; 0 for the closed form alone.
-      rate: Adam's learning rate of factors and offsets.
-      rate_low_rank: that of the matrices; by default 0.001, and 0.003 for `lora`.
-      seed: seed of the order of the inputs, and of the start of `lora`.
+      crossbar: a file that `lorafusion crossbar program` wrote, a folder that `prepare` wrote, a preset, or a .yaml or
+        .json file.
+      seed: seed of the order of the text, and of sampled text.
+      out: folder to write. Chips that it has are not computed again.
+      chip: numbers of the chips.
+      text: text files; a causal model reads windows of 128 tokens, another one each line.
+      tokens: a causal model uses the first so many tokens of the text, by default all; without text it samples so
+        many itself, digitally, by default 3,072.
+      method: a factor of each column (`scales`), an offset too (`offsets`), factors and matrices of low rank
+        (`low-rank`), or these matrices alone (`lora`).
+      rank: mean rank of the matrices of `low-rank` and `lora`; by default 4.
+      epochs: passes of distillation over the text; 0 for the closed form alone.
+      rate: learning rate of factors and offsets; by default 0.01, and 0.0015 on chips of a prepared base.
+      rate_low_rank: learning rate of the matrices; by default 0.001, and 0.003 for `lora`.
+      in_advance: compute corrections for that age in advance, with other draws of the drift than the chips will have.
     """
 
+    chip: tuple[int, ...] = (0,)
+    text: tuple[Path, ...] = ()
+    tokens: int | None = None
     method: Method = "scales"
-    numbers: int = 0
-    ridge: float = 1e-2
-    epochs: int = 5
-    rate: float = 1e-2
+    rank: float | None = None
+    epochs: int = Restoring.epochs
+    rate: float | None = None
     rate_low_rank: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        one_of(get_args(Method), method=self.method)
-        at_least(0, epochs=self.epochs)
-        for name in ("ridge", "rate", "rate_low_rank"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(
-                    f"{name} is {value}: expected a finite number of at least 0"
-                )
-        if (self.method in ("low-rank", "lora")) != (self.numbers > 0):
-            raise ValueError(
-                f"the method {self.method} with {self.numbers} numbers of low rank: expected more than 0 for low-rank "
-                "and lora, and 0 for scales and offsets"
-            )
-        if self.method == "lora" and not self.epochs:
-            raise ValueError(
-                "lora starts as zeros and has no closed form: give 1 epoch or more, or choose low-rank"
-            )
-
-    @property
-    def rate_of_matrices(self) -> float:
-        """Adam's learning rate of the matrices, with its default."""
-        if self.rate_low_rank is not None:
-            return self.rate_low_rank
-        return 3e-3 if self.method == "lora" else 1e-3
+    in_advance: bool = False
 
 
-def restore(
-    run: Run,
-    weights: Any,
-    matrices: Sequence[Float[Array, "*N d_in d_out"]],
-    batches: Sequence[Any],
-    targets: Sequence[Float[Array, "*B V"]],
-    how: Restoring = Restoring(),
-    *,
-    left_out: LeftOut | None = None,
-    counted: Callable[[Any, str], Bool[Array, "*B"]] | None = None,
-) -> dict[str, crossbar.Correction]:
-    """Return corrections that bring a model on chips back to its digital outputs, by the names of the chips.
-
-    Put them on the chips by `crossbar.with_corrections(weights, corrections)`.
-
-    Args:
-      run: function from weights and a batch to logits.
-      weights: tree with calibrated chips, of any model.
-      matrices: digital matrices of the chips, in the order of `crossbar.chips_in`.
-      batches: inputs without labels, all of one shape.
-      targets: the digital model's logits of every batch; a sequence may compute them where they are read.
-      how: kind of the corrections, and their training.
-      left_out: inputs and targets that are not trained on. On these, training starts from factors of 1 if they are
-        better than the closed form, and the best epoch is kept.
-      counted: inputs that are no padding, as for `crossbar.moments`.
+def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
+    """Write the corrections of some chips to a folder, and return their metadata by the chips' numbers.
 
     Raises:
-      ValueError: there are no batches, targets are not finite, or what `crossbar.fit_corrections` refuses.
+      ValueError: before anything is programmed: the folder has corrections with other settings, or another process
+        writes it, the text is shorter than two windows, or a base, chips or a number cannot be used.
     """
-    corrections = restore_each(
-        run,
-        _stacked([weights]),
-        matrices,
-        batches,
-        targets,
-        how,
-        left_out=left_out,
-        counted=counted,
-    )
-    return corrections[0]
-
-
-def restore_each(
-    run: Run,
-    models: Any,
-    matrices: Sequence[Float[Array, "*N d_in d_out"]],
-    batches: Sequence[Any],
-    targets: Sequence[Float[Array, "*B V"]],
-    how: Restoring,
-    *,
-    left_out: LeftOut | None,
-    counted: Callable[[Any, str], Bool[Array, "*B"]] | None,
-) -> list[dict[str, crossbar.Correction]]:
-    """Return what `restore` does for each of several models on chips.
-
-    `models` are their weights: every leaf has a leading axis of models, which a mesh splits over its axis `seed`.
-    """
-    names = [chip.name for chip in crossbar.chips_in(models)]
-    count = len(jax.tree.leaves(models)[0])
-    key = jax.random.fold_in(jax.random.key(how.seed), 1)
-    if how.method == "lora":
-        corrections = [_zeros(names, matrices, how.numbers, key)] * count
-    else:
-        offsets = how.method == "offsets"
-        total = output_moments(
-            of_each(run),
-            models,
-            [_stacked([m] * count) for m in matrices],
-            batches,
-            counted,
-            offsets=offsets,
-            numbers=how.numbers,
-            ridge=how.ridge,
-        )
-        total = jax.device_get(total)
-        moments_of_models = (
-            jax.tree.map(lambda leaf, place=place: leaf[place], total)
-            for place in range(count)
-        )
-        corrections = [
-            closed_forms(
-                names,
-                matrices,
-                moments,
-                offsets=offsets,
-                numbers=how.numbers,
-                ridge=how.ridge,
-            )
-            for moments in moments_of_models
-        ]
-        if how.epochs and left_out is not None:
-            starts = (
-                corrections,
-                [_neutral(correction, key) for correction in corrections],
-            )
-            off = [
-                _diverged(run, models, stacked_corrections(start), left_out)
-                for start in starts
-            ]
-            corrections = [
-                correction if a <= b else neutral
-                for correction, neutral, a, b in zip(*starts, *off, strict=True)
-            ]
-    if how.epochs:
-        return _distil_each(run, models, corrections, batches, targets, how, left_out)
-    return corrections
-
-
-@lru_cache  # the same function again: it is compiled once for each
-def of_each(run: Run) -> Run:
-    """Return a function from the weights of several models (see `restore_each`) and a batch to the logits of each."""
-    return lambda models, batch: over_seeds(run, "sequential")(models, batch)
-
-
-def distil(
-    run: Run,
-    weights: Any,
-    corrections: crossbar.Corrections,
-    batches: Sequence[Any],
-    targets: Sequence[Float[Array, "*B V"]],
-    how: Restoring,
-    *,
-    left_out: LeftOut | None = None,
-) -> dict[str, crossbar.Correction]:
-    """Return corrections trained for the digital model's distribution of the next token; arguments as for `restore`.
-
-    Each step minimises KL(digital || chip) on one batch with Adam, whose rates fall to zero in a cosine. Every epoch
-    has a separate random order.
-    """
-    return _distil_each(
-        run, _stacked([weights]), [corrections], batches, targets, how, left_out
-    )[0]
-
-
-def _distil_each(
-    run: Run,
-    models: Any,
-    corrections: Sequence[crossbar.Corrections],
-    batches: Sequence[Any],
-    targets: Sequence[Float[Array, "*B V"]],
-    how: Restoring,
-    left_out: LeftOut | None,
-) -> list[dict[str, crossbar.Correction]]:
-    if len(batches) != len(targets) or not batches:
+    at_least(1, chips=len(options.chip), tokens=options.tokens)
+    check_uint32(seed=options.seed)
+    low_rank = options.method in ("low-rank", "lora")
+    rank = 4.0 if options.rank is None else options.rank
+    unused = () if low_rank else ("rank", "rate_low_rank")
+    if options.method == "lora":
+        unused = ("rate",)
+    if flags := flags_given(options, unused):
         raise ValueError(
-            f"{len(batches)} batches and {len(targets)} targets: expected as many, and at least 1"
+            f"{flags}: without effect on the method {options.method}: leave it out, or choose another one"
         )
-    steps = how.epochs * len(batches)
-    best = _stacked_parts(corrections)
-    params = jax.tree.map(jnp.copy, best)
-    optimiser = _optimiser(how.rate, how.rate_of_matrices, steps)
-    key = jax.random.fold_in(jax.random.key(how.seed), 0)
-    state = jax.vmap(optimiser.init)(params)
-    orders = [
-        jax.random.permutation(jax.random.fold_in(key, epoch), len(batches))
-        for epoch in range(how.epochs)
-    ]
-    if left_out is None:
-        least = np.array(math.inf)
-    else:
-        least = _diverged(run, models, _corrections(best), left_out)
-    with progress("steps", steps) as bar:
-        for step, number in enumerate(np.concatenate(orders), start=1):
-            read_models = crossbar.reads(models, step - 1)
-            target = targets[number]
-            _check_target(target, int(number))
-            params, state = _step(
-                params,
-                state,
-                read_models,
-                batches[number],
-                target,
+    if not 0 < rank < float("inf"):
+        raise ValueError(f"rank is {rank}: expected a finite number above 0")
+    chips = load_chips(
+        options.crossbar, key=options.chip_key, digital=options.keep_digital
+    )
+    rate = options.rate
+    if rate is None:
+        rate = Restoring.rate if chips.prepared is None else _PREPARED_RATE
+    how = Restoring(  # refuses what cannot work, before the model is loaded
+        method=options.method,
+        numbers=int(low_rank),
+        epochs=options.epochs,
+        rate=rate,
+        rate_low_rank=options.rate_low_rank,
+        seed=options.seed,
+    )
+    config = aged(chips.config, options.age)
+    keys = {number: chips.chip_key(number) for number in options.chip}
+    if options.in_advance:
+        config = drifting_otherwise(config)
+    out = options.out
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: give a folder with --out")
+    content = read_texts(options.text)
+    loaded = load_model(LoadOptions(base=options.base, method="zero-shot"))
+    loaded = chips.checked(loaded).with_layers(unroll=False)
+    settings = Settings(
+        **_identity(chips, digests(loaded)["base"]),
+        age=options.age,
+        in_advance=options.in_advance,
+        method=options.method,
+        rank=rank if low_rank else 0.0,
+        epochs=options.epochs,
+        rate=rate,
+        rate_low_rank=how.rate_of_matrices,
+        text=hashlib.sha256(content.encode()).hexdigest()
+        if options.text
+        else "sampled",
+        tokens=options.tokens or (None if options.text else _SAMPLED),
+        seed=options.seed,
+    )
+    made = _all_kept(out, settings)
+    if keys.keys() <= made.keys():
+        return {number: made[number] for number in keys}
+    train, left_out = _read_text(loaded, options, content)
+    graph = loaded.problem.graph
+    frozen = loaded.problem.frozen
+    run = logits_of_base(graph)
+    logits = jax.jit(run)
+    targets = Outputs(logits, frozen.base, train)
+    left_out_targets = Outputs(logits, frozen.base, left_out)
+    with locked(out, "another --out"):
+        made = _all_kept(out, settings)
+        missing = [number for number in keys if number not in made]
+        for number in progress("chips", missing):
+            weights = program(graph, frozen, chips.rules(config), keys[number]).base
+            weights = crossbar.calibrate_tree(run, weights, train)
+            matrices = digital_matrices(loaded, weights)
+            if low_rank:
+                how = dataclasses.replace(
+                    how, numbers=round(rank * crossbar.numbers_per_rank(matrices))
+                )
+            corrections = restore(
                 run,
-                optimiser.update,
+                weights,
+                matrices,
+                train,
+                targets,
+                how,
+                left_out=(left_out, left_out_targets),
+                counted=no_padding(loaded),
             )
-            bar.update()
-            if step % len(batches) == 0:
-                current = jax.tree.map(
-                    jnp.copy, params
-                )  # the step reuses the memory of params
-                better = np.ones(len(corrections), bool)
-                if left_out is not None:
-                    better = (
-                        diverged := _diverged(
-                            run, models, _corrections(current), left_out
-                        )
-                    ) < least
-                    least = np.where(better, diverged, least)
-                best = jax.tree.map(partial(_where, better), current, best)
-    best = jax.device_get(best)
-    return [
-        {site: _cut(best[site], place, like) for site, like in correction.items()}
-        for place, correction in enumerate(corrections)
-    ]
-
-
-@lru_cache  # the same function again: a step is compiled once for all chips
-def _optimiser(
-    rate: float, rate_low_rank: float, steps: int
-) -> optax.GradientTransformation:
-    def kinds(params: Any) -> Any:
-        return {
-            s: {name: "low rank" if name in ("U", "V") else "columns" for name in parts}
-            for s, parts in params.items()
-        }
-
-    rates = {"columns": rate, "low rank": rate_low_rank}
-    return optax.multi_transform(
-        {
-            kind: optax.adam(optax.cosine_decay_schedule(kind_rate, steps))
-            for kind, kind_rate in rates.items()
-        },
-        kinds,
-    )
-
-
-@partial(jax.jit, static_argnums=(5, 6), donate_argnums=(0, 1))
-def _step(
-    params: Any,
-    state: Any,
-    weights: Any,
-    batch: Any,
-    target: Array,
-    run: Run,
-    update: Any,
-) -> tuple[Any, Any]:
-    def of_model(model: Any, shared: Any) -> tuple[Any, Any]:
-        params, state, weights = model
-        batch, target = shared
-
-        def loss(params: Any) -> Array:
-            return divergence(
-                run(crossbar.with_corrections(weights, _corrections(params)), batch),
-                target,
-            )
-
-        gradient = jax.grad(loss)(params)
-        with standard_promotion():
-            updates, state = update(gradient, state)
-        return optax.apply_updates(params, updates), state
-
-    return over_seeds(of_model, "sequential")((params, state, weights), (batch, target))
-
-
-def _diverged(
-    run: Run, models: Any, corrections: crossbar.Corrections, left_out: LeftOut
-) -> Float[np.ndarray, " C"]:
-    """Return the mean divergence of each model with corrections from the targets."""
-    corrected = crossbar.with_corrections(models, corrections)
-    diverged = []
-    for number, (batch, target) in enumerate(zip(*left_out, strict=True)):
-        _check_target(target, number)
-        read_models = crossbar.reads(corrected, number)
-        diverged.append(divergences(read_models, batch, target, run))
-    return np.mean(diverged, axis=0, dtype=float)
-
-
-def _check_target(target: Array, number: int) -> None:
-    """Raise a ValueError for logits that are not finite."""
-    if not bool(jnp.all(jnp.isfinite(target))):
-        raise ValueError(
-            f"the targets of batch {number} are NaN or infinite: give the digital model's finite logits"
-        )
-
-
-@partial(jax.jit, static_argnums=3)
-def divergences(models: Any, batch: Any, target: Array, run: Run) -> Float[Array, " C"]:
-    """Return the divergence of each of several models from the targets of a batch."""
-    off = over_seeds(
-        lambda weights, shared: divergence(run(weights, shared[0]), shared[1]),
-        "sequential",
-    )
-    return off(models, (batch, target))
-
-
-def stacked_corrections(
-    corrections: Sequence[crossbar.Corrections],
-) -> dict[str, crossbar.Correction]:
-    """Return the corrections of several models with a leading axis, filled up to the highest rank with zeros."""
-    return _corrections(_stacked_parts(corrections))
-
-
-def _stacked_parts(
-    corrections: Sequence[crossbar.Corrections],
-) -> dict[str, dict[str, Array]]:
-    parts = [
-        {site: _parts(correction) for site, correction in model_corrections.items()}
-        for model_corrections in corrections
-    ]
-    of_one_rank(parts)
-    return _stacked(parts)
-
-
-def _parts(correction: crossbar.Correction) -> dict[str, Array]:
-    return {
-        name: values for name, values in vars(correction).items() if values is not None
-    }
-
-
-def of_one_rank(chip_parts: Sequence[dict[str, dict[str, Any]]]) -> None:
-    """Fill up matrices of low rank with zeros, so that those of all chips have one shape."""
-    for site in chip_parts[0]:
-        parts = [sites[site] for sites in chip_parts if "U" in sites[site]]
-        widest = max((part["V"].shape[-2] for part in parts), default=0)
-        for part in parts:
-            padding = (0, widest - part["V"].shape[-2])
-            lead = [(0, 0)] * (part["V"].ndim - 2)
-            part["U"], part["V"] = (
-                np.pad(part["U"], [*lead, (0, 0), padding]),
-                np.pad(part["V"], [*lead, padding, (0, 0)]),
-            )
-
-
-def _cut(
-    parts: dict[str, np.ndarray], place: int, like: crossbar.Correction
-) -> crossbar.Correction:
-    """Return one of stacked corrections in the shapes of another one."""
-    shapes = {
-        name: tuple(map(slice, values.shape)) for name, values in _parts(like).items()
-    }
-    return crossbar.Correction(
-        **{
-            name: jnp.asarray(parts[name][place][shape])
-            for name, shape in shapes.items()
-        }
-    )
-
-
-def _stacked(trees: Sequence[Any]) -> Any:
-    return on_mesh(
-        jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees), of_seeds=True
-    )
-
-
-def _where(better: np.ndarray, new: Array, old: Array) -> Array:
-    return jnp.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-
-
-def _neutral(
-    corrections: crossbar.Corrections, key: Array
-) -> dict[str, crossbar.Correction]:
-    """Return corrections of the same kind and shapes that change nothing yet: U is random, and V is zero."""
-
-    def of_part(name: str, values: Array, key: Array) -> Array:
-        if name == "U":
-            return jax.random.normal(key, values.shape) * values.shape[-2] ** -0.5
-        return jnp.ones_like(values) if name == "scale" else jnp.zeros_like(values)
-
-    neutral = {}
-    for number, (site, correction) in enumerate(corrections.items()):
-        key_here = jax.random.fold_in(key, number)
-        neutral[site] = crossbar.Correction(
-            **{
-                name: of_part(name, v, key_here)
-                for name, v in _parts(correction).items()
+            corrected = crossbar.with_corrections(weights, corrections)
+            divergence_sums = np.zeros(2)
+            for batch, target in zip(left_out, left_out_targets, strict=True):
+                before = divergence_on(weights, batch, target, run)
+                after = divergence_on(corrected, batch, target, run)
+                divergence_sums += np.array([before, after]) * batch.labels.size
+            numbers = sum(correction.numbers() for correction in corrections.values())
+            made[number] = {
+                "chip": number,
+                "settings": settings,
+                "numbers": numbers,
+                "share": numbers / sum(matrix.size for matrix in matrices),
+                "tokens": _tokens(train),
+                "divergence": (divergence_sums / _tokens(left_out)).tolist(),
             }
-        )
-    return neutral
+            tree = {}
+            for chip in crossbar.chips_in(corrected):
+                parts = vars(chip.correction) | {
+                    "limits": chip.limits,
+                    "input_limit": chip.input_limit,
+                }
+                tree[chip.name] = {
+                    part: np.asarray(values)
+                    for part, values in parts.items()
+                    if values is not None
+                }
+            store.save(out / f"chip_{number}", _KIND, tree, made[number])
+    return {number: made[number] for number in keys}
 
 
-def _corrections(params: dict[str, dict[str, Array]]) -> dict[str, crossbar.Correction]:
-    return {site: crossbar.Correction(**parts) for site, parts in params.items()}
+def load_restored(
+    name: str, chips: Chips, numbers: Sequence[int], base_sha256: str
+) -> list[Restored]:
+    """Return the corrections of some chips; matrices of low rank have the same rank on all of them.
 
+    Args:
+      name: folder that `lorafusion restore` wrote.
+      chips: the chips that they are for.
+      numbers: numbers of the chips.
+      base_sha256: digest of the base model.
 
-def divergence(
-    logits: Float[Array, "*B V"], target: Float[Array, "*B V"]
-) -> Float[Array, ""]:
-    """Return the mean of KL(softmax(target) || softmax(logits)), in nats."""
-    target_log_probs = jax.nn.log_softmax(target.astype(jnp.float32))
-    got = jax.nn.log_softmax(logits.astype(jnp.float32))
-    return jnp.mean(
-        jnp.sum(jnp.exp(target_log_probs) * (target_log_probs - got), axis=-1)
-    )
-
-
-def _zeros(
-    names: Sequence[str], matrices: Sequence[Array], numbers: int, key: Array
-) -> dict[str, crossbar.Correction]:
-    """Return corrections of low rank that change nothing yet: U is random and V is zero, as in LoRA."""
-    per_rank = crossbar.numbers_per_rank(matrices)
-    if not (rank := numbers // per_rank):
+    Raises:
+      ValueError: the corrections are of another base, of other chips, or of other numbers of these, they were computed
+        with different settings, or their arrays are not corrections.
+    """
+    folder = Path(name)
+    identity = _identity(chips, base_sha256)
+    titles = {
+        "base_sha256": "base model",
+        "config_sha256": "configuration or preparation",
+        "key": "key",
+        "digital": "digital weights",
+    }
+    if not (restored_numbers := _numbers(folder)):
         raise ValueError(
-            f"{numbers:,} numbers are less than one rank for each matrix: give at least {per_rank:,}"
+            f"{folder} has no corrections of a chip: give a folder that `lorafusion restore` wrote"
         )
-    empty = {}
-    for name, matrix in zip(names, matrices, strict=True):
-        *lead, d_in, d_out = matrix.shape
-        empty[name] = crossbar.Correction(
-            U=jnp.zeros((*lead, d_in, rank)), V=jnp.zeros((*lead, rank, d_out))
+    trees = []
+    first = None
+    for number in numbers:
+        if number not in restored_numbers:
+            list_of_chips = ", ".join(map(str, restored_numbers))
+            raise ValueError(
+                f"{folder} corrects {list_of_chips}, not chip {number}: run `lorafusion restore` on it too"
+            )
+        chip_folder = folder / f"chip_{number}"
+        tree, manifest = store.load(chip_folder, _KIND, Manifest)
+        _check_number(chip_folder, manifest, number)
+        _check_parts(chip_folder, tree)
+        first = first or (tree.keys(), manifest["settings"])
+        if first != (tree.keys(), manifest["settings"]):
+            raise FileError(
+                chip_folder,
+                got=f"computed with other settings than chip {numbers[0]}",
+                fix="run `lorafusion restore` on all of them with another --out",
+            )
+        for field, title in titles.items():
+            if manifest["settings"][field] != identity[field]:
+                raise ValueError(
+                    f"{folder} corrects chips with another {title} ({_short(manifest['settings'][field])}, these have "
+                    f"{_short(identity[field])}): run `lorafusion restore` on these chips"
+                )
+        trees.append(tree)
+    _give_one_rank(trees)
+    return [_restored(tree, str(folder)) for tree in trees]
+
+
+def _check_parts(folder: Path, tree: dict[str, Any]) -> None:
+    """Raise a FileError if the arrays of a chip are not the parts of corrections; their shapes are checked on it."""
+    for site, parts in tree.items():
+        sound = (
+            isinstance(parts, dict)
+            and parts.keys() <= {*_PARTS}
+            and all(
+                getattr(values, "dtype", None) == np.float32
+                and not np.isnan(values).any()
+                for values in parts.values()
+            )
         )
-    return _neutral(empty, key)
+        if sound and not parts.keys().isdisjoint({"U", "V"}):
+            u = np.shape(parts.get("U", 0))
+            v = np.shape(parts.get("V", 0))
+            sound = len(u) > 1 and len(v) > 1 and (*u[:-2], u[-1]) == v[:-1]
+        if not sound:
+            raise FileError(
+                folder,
+                field=repr(site),
+                got="other arrays",
+                expected=f"float32 without NaN in {', '.join(_PARTS)}, and U [d_in, r] with V [r, d_out]",
+                fix="run `lorafusion restore` again with another --out",
+            )
+
+
+def _give_one_rank(trees: Sequence[dict[str, dict[str, np.ndarray]]]) -> None:
+    """Fill up matrices of low rank with zeros, so that those of all chips have one shape."""
+    for site in trees[0]:
+        low_rank_parts = [tree[site] for tree in trees if "U" in tree[site]]
+        widest = max((parts["V"].shape[-2] for parts in low_rank_parts), default=0)
+        for parts in low_rank_parts:
+            padding = (0, widest - parts["V"].shape[-2])
+            lead = [(0, 0)] * (parts["V"].ndim - 2)
+            parts["U"] = np.pad(parts["U"], [*lead, (0, 0), padding])
+            parts["V"] = np.pad(parts["V"], [*lead, padding, (0, 0)])
+
+
+def drifting_otherwise(config: crossbar.CrossbarConfig) -> crossbar.CrossbarConfig:
+    """Return the configuration of the same chips with other draws of the drift.
+
+    Raises:
+      ValueError: the configuration has no drift, or no age.
+    """
+    device = config.device
+    if device.drift is None or device.time is None:
+        raise ValueError(
+            "corrections are made in advance for an age of chips that drift: give --age, and device.drift"
+        )
+    drift = jax.tree_util.Partial(_drifted_otherwise, device.drift)
+    return dataclasses.replace(config, device=dataclasses.replace(device, drift=drift))
+
+
+def _drifted_otherwise(
+    drift: Callable[..., Array], G: Array, key: Array, time: Any
+) -> Array:
+    return drift(G, jax.random.fold_in(key, 1), time)
+
+
+def digital_matrices(
+    loaded: LoadedModel, weights: Any
+) -> list[Float[Array, "*N d_in d_out"]]:
+    """Return the digital matrices of the chips in a tree of the base's weights."""
+    base = matrices_of(nnx.merge(loaded.problem.graph, loaded.problem.frozen.base))
+    return [dense(base[chip.name], jnp.float32) for chip in crossbar.chips_in(weights)]
+
+
+def _identity(chips: Chips, base_sha256: str) -> dict[str, Any]:
+    """Return what decides whether corrections belong to some chips: base, configuration, key and digital weights."""
+    return {
+        "base_sha256": base_sha256,
+        "config_sha256": chips.sha256,
+        "key": np.asarray(jax.random.key_data(chips.key)).tolist(),
+        "digital": list(chips.digital),
+    }
+
+
+def _numbers(folder: Path) -> list[int]:
+    names = (path.name.removeprefix("chip_") for path in folder.glob("chip_*"))
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def _all_kept(out: Path, settings: Settings) -> dict[int, Manifest]:
+    """Return the metadata of a folder's corrections by chip; ValueError if one was computed from other settings."""
+    made = {}
+    for number in _numbers(out):
+        folder = out / f"chip_{number}"
+        manifest = store.read_manifest(folder, _KIND, Manifest)["metadata"]
+        made[number] = manifest
+        _check_number(folder, manifest, number)
+        for name, value in settings.items():
+            if (then := manifest["settings"][name]) != value:
+                raise ValueError(
+                    f"{folder} has corrections with another {name} ({_short(then)}, now {_short(value)}): give another "
+                    "--out; corrections are never overwritten, and all in a folder have the same settings"
+                )
+    return made
+
+
+def _check_number(folder: Path, manifest: Manifest, number: int) -> None:
+    if (chip := manifest["chip"]) != number:
+        raise FileError(
+            folder,
+            field="chip",
+            got=str(chip),
+            expected=str(number),
+            fix=f"rename it to chip_{chip}",
+        )
+
+
+def _tokens(batches: Sequence[Batch]) -> int:
+    return sum(int(np.sum(np.asarray(batch.labels) != IGNORED)) for batch in batches)
+
+
+def _read_text(
+    loaded: LoadedModel, options: RestoreOptions, content: str
+) -> tuple[list[Batch], list[Batch]]:
+    """Return batches of the text, the content of its files or a sample: those to train on, and those left out."""
+    if not loaded.config.causal:
+        lines = [line for line in content.splitlines() if line.strip()]
+        if len(lines) <= LINES or options.tokens:
+            needed = f"more than {LINES} lines with --text, without --tokens"
+            raise ValueError(
+                f"{options.base} is not causal, and the text has {len(lines)} lines: give {needed}"
+            )
+        to_train = [line for place, line in enumerate(lines) if place % _MEASURED]
+        return answered(loaded, to_train), answered(loaded, lines[::_MEASURED])
+    if options.text:
+        ids = token_ids(loaded, content)[: options.tokens]
+    else:
+        ids = sampled(loaded, options.tokens or _SAMPLED, options.seed)
+    if len(batches := windows(loaded, ids)) < 2:
+        raise ValueError(
+            f"the text has {len(ids)} tokens: give at least two windows of {WINDOW}, better {_SAMPLED:,}"
+        )
+    measured = max(1, len(batches) // _MEASURED)
+    return batches[:-measured], batches[-measured:]
+
+
+def _restored(tree: dict[str, dict[str, np.ndarray]], folder: str) -> Restored:
+    corrections = {}
+    ranges = {}
+    for site, parts in tree.items():
+        values = {part: jnp.asarray(value) for part, value in parts.items()}
+        ranges[site] = {part: values.pop(part) for part in _RANGES if part in values}
+        corrections[site] = crossbar.Correction(**values)
+    return Restored(corrections, ranges, folder)
+
+
+def _short(value: Any) -> str:
+    return value[:12] if isinstance(value, str) else str(value)

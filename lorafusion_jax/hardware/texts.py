@@ -33,6 +33,13 @@ def read_texts(paths: Sequence[Path]) -> str:
     return "\n".join(texts)
 
 
+def token_ids(loaded: LoadedModel, text: str) -> list[int]:
+    """Return the tokens of a text, without special ones."""
+    return tokenise(loaded.tokenizer, text, add_special_tokens=False, verbose=False)[
+        "input_ids"
+    ]
+
+
 class Outputs(Sequence[Array]):
     """Outputs of a model on batches, computed where they are read: all logits together can be larger than the model."""
 

@@ -25,8 +25,7 @@ from lorafusion_jax.crossbar import (
     PowerLaw,
     save_config,
 )
-from lorafusion_jax.hardware.calibration import logits_of
-from lorafusion_jax.hardware.chips import Redrawn
+from lorafusion_jax.hardware.chips import Redrawn, logits_of
 from lorafusion_jax.hardware.on_arrays import on_arrays
 from lorafusion_jax.runs.evaluate import Evaluation
 

@@ -130,12 +130,6 @@ def test_what_chips_cannot_share_out_is_refused_before_anything_is_loaded(
                     run=tmp_path, crossbar="isaac", mesh=asked
                 )
             )
-        with pytest.raises(ValueError, match=message):
-            lf.hardware.restore_chips(
-                lf.hardware.RestoreOptions(
-                    base="nowhere", crossbar="isaac", mesh=asked, out=tmp_path / "out"
-                )
-            )
     with pytest.raises(ValueError, match="is of one process: leave out --distributed"):
         how = {"mesh": "seed=2", "distributed": True}
         fuse(

@@ -17,7 +17,7 @@ from lorafusion_jax.adapters.norms import PairTerms
 from lorafusion_jax.adapters.updates import Dense, InBasis, Outputs
 from lorafusion_jax.crossbar import PRESETS, Device, observe, site_errors
 from lorafusion_jax.hardware import program_on_arrays, redrawn
-from lorafusion_jax.hardware.calibration import logits_of
+from lorafusion_jax.hardware.chips import logits_of
 from lorafusion_jax.methods.entry import SearchJob
 from lorafusion_jax.methods.lorahub import LORAHUB, objective_of
 from lorafusion_jax.models import dense, matrices

@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -15,14 +14,12 @@ import numpy as np
 import one_block
 import pytest
 import small_llama
-import tiny
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
 from lorafusion_jax import cli, crossbar
 from lorafusion_jax.crossbar import Independent, save_config
-from lorafusion_jax.hardware import restore as restoring
 from lorafusion_jax.hardware.texts import answered
 from lorafusion_jax.io.folders import locked
 from lorafusion_jax.tasks import IGNORED, decode
@@ -400,62 +397,6 @@ def test_chips_that_are_finished_are_not_computed_again(home, tmp_path):
         )
 
 
-@pytest.mark.long
-def test_chips_over_devices_get_the_corrections_of_one_device(
-    home, tmp_path, monkeypatch
-):
-    programs = []
-    step = restoring._step
-
-    def compiled(*given):
-        if not programs:
-            programs.append(
-                tiny.compiled(lambda *trees: step(*trees, *given[5:]), *given[:5])[
-                    0
-                ].as_text()
-            )
-            parts_of_devices = [
-                leaf.addressable_shards[0].data.shape[0]
-                for leaf in jax.tree.leaves(given[2])
-            ]
-            assert {*parts_of_devices} == {1}
-        return step(*given)
-
-    monkeypatch.setattr(restoring, "_step", compiled)
-    lf.hardware.restore_chips(
-        _options(
-            home,
-            out=tmp_path / "spread",
-            mesh="seed=2",
-            chip=(0, 2, 1),  # the second device has no fourth chip
-            epochs=2,
-            method="low-rank",
-            rank=2.0,
-        )
-    )
-    assert not re.search(
-        r"all-(reduce|gather|to-all)|collective-permute|reduce-scatter", programs[0]
-    )
-    for number in (0, 2):
-        alone = load_file(home / "restored" / f"chip_{number}" / "arrays.safetensors")
-        spread = load_file(
-            tmp_path / "spread" / f"chip_{number}" / "arrays.safetensors"
-        )
-        assert alone.keys() == spread.keys()
-        for name, values in alone.items():
-            np.testing.assert_allclose(
-                spread[name], values, rtol=1e-3, atol=1e-3 * np.abs(values).max()
-            )
-        np.testing.assert_allclose(
-            *(
-                _made(f, number)["divergence"]
-                for f in (home / "restored", tmp_path / "spread")
-            ),
-            rtol=1e-3,
-        )
-    assert _made(tmp_path / "spread", 1)["numbers"]
-
-
 def test_two_processes_do_not_write_into_one_folder(home, tmp_path):
     with locked(out := tmp_path / "restored", "another --out"):
         with pytest.raises(
@@ -475,7 +416,7 @@ def _scale(arrays):
     [
         (
             lambda a: {"loose": a[_scale(a)]},
-            r"'loose/' is float32\[.*: expected float32 without NaN in scale, offset",
+            "'loose' is other arrays: expected float32 without NaN in scale, offset",
         ),
         (
             lambda a: a | {_scale(a): a[_scale(a)] * np.nan},
@@ -483,7 +424,7 @@ def _scale(arrays):
         ),
         (
             lambda a: a | {_scale(a): a[_scale(a)].astype(int)},
-            r"/scale' is int64\[.*expected float32",
+            "is other arrays: expected float32",
         ),
         (
             lambda a: a | {_scale(a) + "/deeper": a[_scale(a)]},

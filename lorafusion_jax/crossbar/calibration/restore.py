@@ -129,34 +129,6 @@ def fit_corrections(
       ValueError: there are no batches, they do not read one of the chips or bring NaN, chips share a name, a matrix
         has another shape than its chip, or `numbers` or `ridge` is out of its range.
     """
-    total = output_moments(
-        run,
-        weights,
-        matrices,
-        batches,
-        counted,
-        offsets=offsets,
-        numbers=numbers,
-        ridge=ridge,
-    )
-    names = [chip.name for chip in chips_in(weights)]
-    return closed_forms(
-        names, matrices, total, offsets=offsets, numbers=numbers, ridge=ridge
-    )
-
-
-def output_moments(
-    run: Run,
-    weights: Any,
-    matrices: Sequence[Float[Array, "*N d_in d_out"]],
-    batches: Iterable[Any],
-    counted: Counted | None,
-    *,
-    offsets: bool,
-    numbers: int,
-    ridge: float,
-) -> list[_Moments]:
-    """Return the moments of the outputs of every chip; arguments and errors are those of `fit_corrections`."""
     chips = chips_in(weights)
     by_name(chips)  # refuses a name of two chips
     if type(numbers) is not int or numbers < 0:
@@ -196,23 +168,10 @@ def output_moments(
                 f"outputs of {chip.name} are below 1e-15 or above 1e15: scale the inputs, or fit neither offsets nor "
                 "matrices of low rank"
             )
-    return total
-
-
-def closed_forms(
-    names: Sequence[str],
-    matrices: Sequence[Float[Array, "*N d_in d_out"]],
-    total: list[_Moments],
-    *,
-    offsets: bool,
-    numbers: int,
-    ridge: float,
-) -> dict[str, Correction]:
-    """Return the corrections of one model, given the names and the moments of its chips; see `fit_corrections`."""
     most = math.ceil(_MOST_RANKS * numbers / numbers_per_rank(matrices))
     corrections = {}
     directions = []
-    for name, matrix in zip(names, matrices, strict=True):
+    for chip, matrix in zip(chips, matrices, strict=True):
         seen = jax.tree.map(np.asarray, total.pop(0))  # freed one after the other
         scale = _blend(seen.yz, seen.zz, ridge)
         offset = None
@@ -228,7 +187,7 @@ def closed_forms(
             fewest = seen.count.min()
             if fewest < matrix.shape[-2]:
                 warnings.warn(
-                    f"{name} was read with {fewest:.0f} vectors, fewer than its {matrix.shape[-2]} inputs: "
+                    f"{chip.name} was read with {fewest:.0f} vectors, fewer than its {matrix.shape[-2]} inputs: "
                     f"the ridge of {ridge:g} decides what they leave open; give more text, or a larger ridge",
                     stacklevel=2,
                 )
@@ -246,16 +205,15 @@ def closed_forms(
                     )
                 except np.linalg.LinAlgError:
                     raise ValueError(
-                        f"the inputs of {name} do not determine its matrix of low rank: give more text, or a "
+                        f"the inputs of {chip.name} do not determine its matrix of low rank: give more text, or a "
                         f"larger ridge than {ridge:g}"
                     ) from None
-                directions.append((name, index, *direction))
-        corrections[name] = Correction(
+                directions.append((chip.name, index, *direction))
+        corrections[chip.name] = Correction(
             **jax.tree.map(jnp.asarray, {"scale": scale, "offset": offset})
         )
-    return _with_low_rank(
-        corrections, directions, dict(zip(names, matrices, strict=True)), numbers
-    )
+    shapes = {chip.name: chip.shape for chip in chips}
+    return _with_low_rank(corrections, directions, shapes, numbers)
 
 
 def _reshaped(chip: Chip, matrix: Array) -> str:
@@ -312,7 +270,7 @@ def _low_rank(
 def _with_low_rank(
     corrections: dict[str, Correction],
     directions: list[tuple[str, tuple[int, ...], np.ndarray, np.ndarray, np.ndarray]],
-    matrices: dict[str, Array],
+    shapes: dict[str, tuple[int, ...]],
     numbers: int,
 ) -> dict[str, Correction]:
     """Return the corrections with the directions that remove most for their numbers, as many as the numbers allow."""
@@ -329,7 +287,7 @@ def _with_low_rank(
             left_over = left_over - cost
     corrected = dict(corrections)
     for name in dict.fromkeys(name for name, *_ in directions):
-        *lead, d_in, d_out = matrices[name].shape
+        *lead, d_in, d_out = shapes[name]
         chosen = [
             (d, rank) for d, rank in zip(directions, ranks, strict=True) if d[0] == name
         ]
