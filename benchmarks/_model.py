@@ -245,7 +245,7 @@ def answers(
     }
     return generate_rows(
         params, lambda number: problem, Encoded(prompts, prompts), **how
-    ).tokens
+    )
 
 
 def arguments(

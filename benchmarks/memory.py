@@ -146,13 +146,14 @@ def _generation(shape: str, dtype: Dtype) -> dict[str, Any]:
     whole = jax.ShapeDtypeStruct((), jnp.int32)
     number = jax.ShapeDtypeStruct((1,), jnp.int32)
     limits = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    how: Any = {"max_new_tokens": new, "sampling": GREEDY}
     models: Any = SeedModels(state.params, problem, number)
-    beginning = begin_rows.lower(models, *of_rows, limits, None, **how)
+    beginning = begin_rows.lower(
+        models, *of_rows, limits, None, room=new, sampling=GREEDY
+    )
     generation = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), beginning.out_info
     )
-    advancing = advance_rows.lower(models, *generation, (whole, whole), sampling=GREEDY)
+    advancing = advance_rows.lower(models, *generation, whole, whole, sampling=GREEDY)
     given = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(generation))
     used = max(_used(beginning.compile()), given + _used(advancing.compile()))
     return _compared(

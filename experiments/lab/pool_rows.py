@@ -224,7 +224,7 @@ class Lab:
             )
             said = generate_rows(
                 params, lambda number: problem, Encoded(prompts, prompts), **how
-            ).tokens
+            )
             for row, of_seed in zip(found, said, strict=True):
                 texts = decode(self.tokenizer, of_seed, SEPARATE_TEXTS)
                 row["exact_match"] = _percent(

@@ -34,7 +34,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from ..io.hf import open_base
 from ..models.generate import GREEDY, Sampling
-from ..runs.rows import draw_keys, generate_rows
+from ..runs.generation import draw_keys, generate_rows
 from ..support.checks import at_least
 from ..support.progress import progress
 from ..tasks import IGNORED, Batch, Encoded, decode, eval_batches, render_chat, tokenise
@@ -358,7 +358,7 @@ class LorafusionLM(TemplateLM):
             between_stops=_BETWEEN_CHECKS,
             update=update,
         )
-        return decode(self.tokenizer, generated.tokens[0], text_format)
+        return decode(self.tokenizer, generated[0], text_format)
 
     def _batches(
         self, rows: Sequence[tuple[list[int], list[int]]], longest: int

@@ -209,23 +209,14 @@ class Model(Protocol):
     def decode_token(
         self,
         token: Int[Array, " B"],
-        position: Int[Array, " B"],
-        column: Int[Array, ""],
+        step: Int[Array, ""],
         cache: Any,
         input_mask: Mask,
         adapters: Adapters,
     ) -> tuple[Float[Array, "B V"], Any]:
         """Return the logits that follow `token`, and the new cache.
 
-        Rows have `position` new tokens so far: 0 only before the first call of a model that is not causal. The cache is
-        a ring, in which `token` gets the place `column`, taken modulo its size.
-        """
-        ...
-
-    def moved(self, cache: Any, by: Int[Array, ""], room: int = 0) -> Any:
-        """Return a cache whose columns lie `by` places further on in the ring, with room for `room` source tokens.
-
-        With room `by` has to move the column of the next token to 0, and the room's columns are put in front of it.
+        Rows have `step` new tokens so far: 0 only before the first call of a model that is not causal.
         """
         ...
 

@@ -1,12 +1,10 @@
-"""Generation: read the source once, then one token at a time until rows end, whose places others may take.
+"""Generation: read the source once, then one token at a time until the rows have ended.
 
 Axis letters: B batch, S source, V vocabulary.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -81,34 +79,30 @@ class Sampling:
     def choose(
         self,
         logits: Float[Array, "B V"],
-        position: Int[Array, " B"],
+        step: Int[Array, ""],
         row_keys: Key[Array, " B"] | None,
     ) -> Int[Array, " B"]:
-        """Return the next token of every row: a draw depends on the row's key and position alone."""
+        """Return the next token of every row: a draw depends on the row's key and the step alone."""
         if not self.temperature:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         if row_keys is None:
             raise ValueError("a draw needs a key for every row: give row_keys")
 
-        def draw(key: Array, position: Array, row: Array) -> Array:
-            return jax.random.categorical(jax.random.fold_in(key, position), row)
+        def draw(key: Array, row: Array) -> Array:
+            return jax.random.categorical(jax.random.fold_in(key, step), row)
 
-        return jax.vmap(draw)(row_keys, position, self.filtered(logits)).astype(
-            jnp.int32
-        )
+        return jax.vmap(draw)(row_keys, self.filtered(logits)).astype(jnp.int32)
 
 
 GREEDY = Sampling()
 
 
 class Generation(NamedTuple):
-    """State of a generation, whose rows may have begun their answers at different steps.
+    """State of a generation.
 
     Attributes:
-      column: the step's column in the caches, in the same place for all rows. Caches are rings: of C columns it is
-        `column % C`.
+      step: number of tokens of every row so far, with the padding behind its end.
       token: last token of each row.
-      position: number of tokens of each row so far.
       limit: most tokens of each row's answer.
       done: rows that ended, or reached their limit.
       tokens: all tokens, then padding.
@@ -117,28 +111,14 @@ class Generation(NamedTuple):
       cache: the model's cache; the second axis of every array is that of rows.
     """
 
-    column: Int[Array, ""]
+    step: Int[Array, ""]
     token: Int[Array, " B"]
-    position: Int[Array, " B"]
     limit: Int[Array, " B"]
     done: Bool[Array, " B"]
     tokens: Int[Array, "B max_new_tokens"]
     input_mask: Bool[Array, "B S"]
     row_keys: Key[Array, " B"] | None
     cache: Any
-
-    def rows(
-        self, combine: Callable[..., Array], *generations: "Generation"
-    ) -> "Generation":
-        """Return the state with `combine` (axis of rows, array [..., B, ...], others' arrays) for every array."""
-
-        def of_field(name: str) -> Any:
-            parts = (getattr(state, name) for state in (self, *generations))
-            return jax.tree.map(partial(combine, int(name == "cache")), *parts)
-
-        return self._replace(
-            **{name: of_field(name) for name in self._fields if name != "column"}
-        )
 
 
 def generate(
@@ -169,13 +149,15 @@ def generate(
     Raises:
       ValueError: `max_new_tokens` is below 1; a draw without keys.
     """
-    how: dict[str, Any] = {
-        "row_mask": row_mask,
-        "sampling": sampling,
-        "row_keys": row_keys,
-    }
     state = begin(
-        model, input_ids, input_mask, adapters, max_new_tokens=max_new_tokens, **how
+        model,
+        input_ids,
+        input_mask,
+        adapters,
+        max_new_tokens=max_new_tokens,
+        row_mask=row_mask,
+        sampling=sampling,
+        row_keys=row_keys,
     )
     return advance(model, state, adapters, sampling=sampling).tokens
 
@@ -201,27 +183,21 @@ def begin(
     first, cache = read_model.prompt(
         input_ids, input_mask, max_new_tokens, read_adapters
     )
-    batch, width = input_ids.shape
+    batch = input_ids.shape[0]
     pad_id = model.config.pad_id
-    causal = model.config.causal
-    done = jnp.zeros(batch, bool) if row_mask is None else ~jnp.asarray(row_mask)
-    tokens = jnp.full((batch, max_new_tokens), pad_id, jnp.int32)
-    none = jnp.zeros(batch, jnp.int32)
-    column = jnp.int32(width if causal else 0)
-    token = none + pad_id if causal else first
-    limit = none + max_new_tokens if row_limits is None else jnp.asarray(row_limits)
     state = Generation(
-        column,
-        token,
-        none,
-        limit,
-        done,
-        tokens,
-        jnp.asarray(input_mask),
-        row_keys,
-        cache,
+        step=jnp.int32(0),
+        token=jnp.full(batch, pad_id, jnp.int32) if model.config.causal else first,
+        limit=jnp.full(batch, max_new_tokens, jnp.int32)
+        if row_limits is None
+        else jnp.asarray(row_limits),
+        done=jnp.zeros(batch, bool) if row_mask is None else ~jnp.asarray(row_mask),
+        tokens=jnp.full((batch, max_new_tokens), pad_id, jnp.int32),
+        input_mask=jnp.asarray(input_mask),
+        row_keys=row_keys,
+        cache=cache,
     )
-    return _with_token(model, state, first, sampling) if causal else state
+    return _with_token(model, state, first, sampling) if model.config.causal else state
 
 
 def next_token(
@@ -231,16 +207,12 @@ def next_token(
     *,
     sampling: Sampling = GREEDY,
 ) -> Generation:
-    """Return the state with one more token in every row; the arguments are those of `generate`.
-
-    Read noise is that of the longest answer's position.
-    """
-    read_model, read_adapters = _read(model, adapters, jnp.max(state.position) + 1)
-    rows = (state.token, state.position, state.column, state.cache, state.input_mask)
-    logits, cache = read_model.decode_token(*rows, read_adapters)
-    return _with_token(
-        model, state._replace(column=state.column + 1, cache=cache), logits, sampling
+    """Return the state with one more token in every row; the arguments are those of `generate`."""
+    read_model, read_adapters = _read(model, adapters, state.step + 1)
+    logits, cache = read_model.decode_token(
+        state.token, state.step, state.cache, state.input_mask, read_adapters
     )
+    return _with_token(model, state._replace(cache=cache), logits, sampling)
 
 
 def advance(
@@ -256,18 +228,18 @@ def advance(
     """Return the state once `ended` rows have ended, over all members of a mapped axis; by default all rows.
 
     It takes at most `most_steps` steps; further arguments are those of `generate`. The members of the `axis` end
-    together: with a position for each, every token would rewrite all caches under `jax.vmap`.
+    together: with a step for each, every token would rewrite all caches under `jax.vmap`.
     """
     members = 1 if axis is None else jax.lax.psum(1, axis)
     enough_ended = state.done.size * members if ended is None else ended
     if axis is not None:  # equal for all, and known to be
-        state = state._replace(column=jax.lax.pmax(state.column, axis))
-    last = None if most_steps is None else state.column + most_steps
+        state = state._replace(step=jax.lax.pmax(state.step, axis))
+    last = None if most_steps is None else state.step + most_steps
 
     def running(state: Generation) -> Array:
         count = jnp.sum(state.done, dtype=jnp.int32)
         waits = (count if axis is None else jax.lax.psum(count, axis)) < enough_ended
-        return waits if last is None else waits & (state.column < last)
+        return waits if last is None else waits & (state.step < last)
 
     return jax.lax.while_loop(
         running,
@@ -276,66 +248,31 @@ def advance(
     )
 
 
-def refill(
-    model: Model,
-    state: Generation,
-    rows: Int[Array, " R"],
-    input_ids: Int[Array, "R S"],
-    input_mask: Bool[Array, "R S"],
-    adapters: Adapters | None = None,
-    **how: Any,
-) -> Generation:
-    """Return the state in which other sources, as wide as its own, have these rows; sources of rows from B on are lost.
-
-    Further arguments are those of `begin`.
-    """
-    new = begin(
-        model,
-        input_ids,
-        input_mask,
-        adapters,
-        max_new_tokens=state.tokens.shape[1],
-        **how,
-    )
-    new = new._replace(cache=model.moved(new.cache, state.column - new.column))
-
-    def put(axis: int, old: Array, new: Array) -> Array:
-        return old.at[(slice(None),) * axis + (rows,)].set(new, mode="drop")
-
-    return state.rows(put, new)
-
-
-def widened(model: Model, state: Generation, width: int) -> Generation:
-    """Return the state with room for sources of this width."""
-    room = width - state.input_mask.shape[1]
-    cache = model.moved(state.cache, -state.column, room)
-    mask = jnp.pad(state.input_mask, [(0, 0), (0, room)])
-    return state._replace(
-        column=jnp.zeros_like(state.column), input_mask=mask, cache=cache
-    )
-
-
 def of_rows(state: Generation, rows: Int[Array, " R"]) -> Generation:
     """Return the state of these rows alone."""
-    return state.rows(lambda axis, array: jnp.take(array, rows, axis=axis))
+
+    def take(leaves: Any, axis: int) -> Any:
+        return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=axis), leaves)
+
+    fields = take(state._replace(step=None, cache=None), 0)
+    return fields._replace(step=state.step, cache=take(state.cache, 1))
 
 
 def _with_token(
     model: Model, state: Generation, logits: Float[Array, "B V"], sampling: Sampling
 ) -> Generation:
-    token = jnp.where(
-        state.done,
-        model.config.pad_id,
-        sampling.choose(logits, state.position, state.row_keys),
-    )
-    at_column = (
-        jnp.arange(state.tokens.shape[1])[None] == state.position[:, None]
-    ) & ~state.done[:, None]
-    tokens = jnp.where(at_column, token[:, None], state.tokens)
-    position = state.position + (~state.done).astype(jnp.int32)
+    chosen = sampling.choose(logits, state.step, state.row_keys)
+    token = jnp.where(state.done, model.config.pad_id, chosen)
+    step = state.step + 1
     ends = jnp.isin(token, jnp.array(model.config.end_ids, jnp.int32))
-    done = state.done | ends | (position == state.limit)
-    return state._replace(token=token, position=position, done=done, tokens=tokens)
+    return state._replace(
+        step=step,
+        token=token,
+        done=state.done | ends | (step == state.limit),
+        tokens=jax.lax.dynamic_update_slice_in_dim(
+            state.tokens, token[:, None], state.step, axis=1
+        ),
+    )
 
 
 def _read(

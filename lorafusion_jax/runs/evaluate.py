@@ -29,8 +29,8 @@ from ..training.frozen import GENERATION, LOSS, OPTIONS
 from ..training.loss import seed_likelihoods
 from ..training.mesh import on_mesh, to_host
 from ..training.method import Params
+from .generation import generate_rows
 from .options import FuseOptions
-from .rows import generate_rows
 from .setup import Setup, encode_shown, shown_to_seeds, tasks_of_seeds
 
 
@@ -78,7 +78,7 @@ def evaluate(
     seeds = problem.index.shape[0]
     rows = len(setup.test)
     with progress("answers", seeds * rows) as bar:
-        tokens, _ = generate_rows(
+        tokens = generate_rows(
             params,
             partial(problem.read, GENERATION),
             setup.test,

@@ -32,7 +32,6 @@ from ..support.options import (
 from ..support.reading import decode as decode_json
 from ..support.reading import utf8
 from ..tasks import (
-    Batch,
     Encoded,
     Example,
     Task,
@@ -51,8 +50,8 @@ from ..training.method import Params
 from ..training.problem import Problem
 from .evaluate import evaluate_seeds, seed_rows
 from .folder import RunConfig, check_answers, load_run, load_seed, note
+from .generation import draw_keys, generate_rows, stream_row
 from .options import FuseOptions, row_format
-from .rows import SeedModels, advance_rows, begin_rows, draw_keys, generate_rows
 from .setup import Setup, load_setup, of_run, own_task
 from .weight_list import check_modules, coefficients_of, typed_weights
 
@@ -351,7 +350,7 @@ def generate_lines(
     )
     for place, answer in zip(
         places,
-        decode(texts.tokenizer, generated.tokens[0], texts.text_format),
+        decode(texts.tokenizer, generated[0], texts.text_format),
         strict=True,
     ):
         answers[place] = answer
@@ -373,38 +372,9 @@ def stream_lines(
     if "base" not in params:
         problem = problem.unstacked()
 
-    seeds = jax.tree.map(lambda p: p[None], params)
+    params = jax.tree.map(lambda p: p[None], params)
+    problem = problem.replace(index=problem.index[None])
     tokenizer = texts.tokenizer
-    models = SeedModels(seeds, problem.replace(index=problem.index[None]), np.arange(1))
-
-    def tokens(number: int, batch: Batch) -> Iterator[int]:
-        new_tokens = answering.new_tokens
-        keys = draw_keys(options.sampling, options.sampling_seed, np.array([number]))
-        rows = (
-            batch.input_ids,
-            batch.input_mask,
-            batch.row_mask,
-            np.full(1, new_tokens, np.int32),
-            keys,
-        )
-        state, adapters = begin_rows(
-            models, *rows, max_new_tokens=new_tokens, sampling=options.sampling
-        )
-        for position in range(new_tokens):
-            if (
-                state.position[0, 0] == position
-            ):  # else the first token is there already
-                state, _ = advance_rows(
-                    models,
-                    state,
-                    adapters,
-                    (np.int32(1), np.int32(1)),
-                    sampling=options.sampling,
-                )
-            yield int(state.token[0, 0])
-            if state.done[0, 0]:
-                return
-
     for number, line in enumerate(_lines(options)):
         if not line.strip():
             yield iter(())
@@ -412,7 +382,15 @@ def stream_lines(
         ((_, batch),) = eval_batches(
             answering.encode(texts, {number: line}), 1, pad_id=tokenizer.pad_token_id
         )
-        yield stream_text(tokenizer, tokens(number, batch), texts.text_format)
+        tokens = stream_row(
+            params,
+            problem,
+            batch,
+            draw_keys(options.sampling, options.sampling_seed, np.array([number])),
+            max_new_tokens=answering.new_tokens,
+            sampling=options.sampling,
+        )
+        yield stream_text(tokenizer, tokens, texts.text_format)
 
 
 def _lines(options: GenerateOptions) -> Iterator[str]:

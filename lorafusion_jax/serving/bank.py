@@ -16,7 +16,7 @@ V vocabulary.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from ..adapters import coefficients as coefficients_lib
 from ..adapters.basis import Pool, SharedBasis
@@ -36,13 +36,13 @@ from ..methods.fusion import Fusion
 from ..methods.magnitudes import Magnitudes, with_norms
 from ..models.architecture import kernels
 from ..models.generate import GREEDY, Sampling, generate
-from ..models.layers import Adapters
 from ..models.weights import Weight, is_in_arrays
 from ..support.checks import at_least
 from ..tasks import Batch
 from ..training.frozen import Frozen
-from ..training.loss import log_likelihood
-from ..training.method import Method, Params
+from ..training.loss import batch_logits, log_likelihood
+from ..training.method import Adapted, Index, Method, Params
+from ..training.problem import Problem
 from .rows import RowAdapter, RowCores, RowModules
 
 
@@ -58,6 +58,62 @@ class Tasks(NamedTuple):
     coefficients: Float[Array, "_C N ..."] | None
     mixes: Bool[Array, " _C"]
     scales: dict[str, Float[Array, "_C _L _d_out"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class RowTasks(Method):
+    """The adapters of rows that belong to different tasks of a bank, whose `Tasks` are precomputed.
+
+    Group `tasks`: [B], the number of each row's task; -1 for the plain base.
+
+    Attributes:
+      granularity: granularity of the stored coefficients.
+    """
+
+    granularity: Granularity
+
+    def init(self, frozen: Frozen, index: Index, key: PRNGKeyArray) -> Params:
+        return {"tasks": jnp.full(1, -1)}
+
+    def adapters(self, params: Params, frozen: Frozen, index: Index) -> Adapted:
+        tasks: Tasks = frozen.precomputed
+        pool = frozen.pool
+        row_tasks = jax.tree.map(lambda leaf: leaf[params["tasks"]], tasks)
+        scale = {
+            site: jnp.swapaxes(scales, 0, 1)
+            for site, scales in row_tasks.scales.items()
+        }
+        modules: dict[str, RowModules | RowCores] = {}
+        coefficients = {}
+        if pool is not None:
+            expand = partial(
+                coefficients_lib.expand, pool=pool, granularity=self.granularity
+            )
+            coefficients = jax.vmap(expand, out_axes=1)(row_tasks.coefficients)
+        if isinstance(pool, SharedBasis):
+            for site, c in coefficients.items():
+                core = jnp.einsum(
+                    "lbn,lnij->lbij", c[..., 0], pool.S[site], precision="highest"
+                )
+                modules[site] = RowCores(pool.U[site], pool.V[site], core)
+        elif pool is not None:
+            in_arrays = is_in_arrays((pool.A, pool.B))
+            for site, c in coefficients.items():
+                A = pool.A[site]
+                B = pool.B[site]
+                if in_arrays:  # ranks that a module lacks have no cells: padding must not add their noise
+                    real = jnp.arange(A.shape[-1])[None, None, None] < jnp.expand_dims(
+                        pool.rank[site], (1, 3)
+                    )
+                    c = jnp.where(real, c, jnp.zeros_like(c))
+                else:
+                    A, B = side_by_side(A, B)
+                mixes = jnp.broadcast_to(row_tasks.mixes, (c.shape[0], c.shape[1]))
+                modules[site] = RowModules(A, B, c, mixes, in_arrays)
+        return {
+            site: RowAdapter(modules.get(site), scale.get(site))
+            for site in {**modules, **scale}
+        }, {}
 
 
 @jax.tree_util.register_dataclass
@@ -255,53 +311,21 @@ class TaskBank:
             self, frozen=frozen, tasks=self.tasks._replace(coefficients=c[:, index])
         )
 
-    def adapters(self, numbers: Int[Array, " B"]) -> dict[str, RowAdapter]:
-        """Return the adapters of a batch, by site, from the number of each row's task (-1 for the plain base)."""
-        pool = self.frozen.pool
-        row_tasks = jax.tree.map(lambda numbers_of: numbers_of[numbers], self.tasks)
-        scale = {
-            site: jnp.swapaxes(scales, 0, 1)
-            for site, scales in row_tasks.scales.items()
-        }
-        modules: dict[str, RowModules | RowCores] = {}
-        coefficients = {}
-        if pool is not None:
-            expand = partial(
-                coefficients_lib.expand, pool=pool, granularity=self.granularity
-            )
-            coefficients = jax.vmap(expand, out_axes=1)(row_tasks.coefficients)
-        if isinstance(pool, SharedBasis):
-            for site, c in coefficients.items():
-                core = jnp.einsum(
-                    "lbn,lnij->lbij", c[..., 0], pool.S[site], precision="highest"
-                )
-                modules[site] = RowCores(pool.U[site], pool.V[site], core)
-        elif pool is not None:
-            in_arrays = is_in_arrays((pool.A, pool.B))
-            for site, c in coefficients.items():
-                A = pool.A[site]
-                B = pool.B[site]
-                if in_arrays:  # ranks that a module lacks have no cells: padding must not add their noise
-                    real = jnp.arange(A.shape[-1])[None, None, None] < jnp.expand_dims(
-                        pool.rank[site], (1, 3)
-                    )
-                    c = jnp.where(real, c, jnp.zeros_like(c))
-                else:
-                    A, B = side_by_side(A, B)
-                mixes = jnp.broadcast_to(row_tasks.mixes, (c.shape[0], c.shape[1]))
-                modules[site] = RowModules(A, B, c, mixes, in_arrays)
-        return {
-            site: RowAdapter(modules.get(site), scale.get(site))
-            for site in {**modules, **scale}
-        }
+    @property
+    def problem(self) -> Problem:
+        """Return the bank as a problem whose parameters are the group `tasks`, the numbers of the rows' tasks."""
+        return Problem(
+            graph=self.graph,
+            method=RowTasks(self.granularity),
+            frozen=dataclasses.replace(self.frozen, precomputed=self.tasks),
+            index=jnp.zeros(0, jnp.int32),
+            seed_mode="sequential",
+        )
 
     @jax.jit
     def logits(self, batch: Batch, numbers: Int[Array, " B"]) -> Float[Array, "B T V"]:
         """Return the logits that predict each label; the arguments are those of `generate`."""
-        model = nnx.merge(self.graph, self.frozen.base)
-        return model.label_logits(
-            batch.input_ids, batch.input_mask, batch.labels, self.adapters(numbers)
-        )
+        return batch_logits({"tasks": numbers}, batch, self.problem)[0]
 
     @jax.jit
     def log_likelihoods(
@@ -434,36 +458,6 @@ def _unnamed(pool: Pool | None) -> Pool | None:
     return pool and dataclasses.replace(pool, names=("",) * len(pool))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TaskModels:
-    """The model of a bank with the adapters of rows, as `runs.rows.Models` of one seed; `tasks` are the rows' tasks."""
-
-    bank: TaskBank
-    tasks: Int[Array, "1 B"] | Int[np.ndarray, "1 B"]
-    axis: None = dataclasses.field(default=None, metadata={"static": True})
-    # Other tasks take the places of rows.
-    keeps_adapters: bool = dataclasses.field(default=False, metadata={"static": True})
-
-    def each(
-        self,
-        fn: Callable[..., Any],
-        adapters: Adapters | None,
-        seed_arrays: tuple[Any, ...],
-        shared: Any = (),
-    ) -> Any:
-        """Return what `fn` does for the one seed (see `Models.each`)."""
-        model = nnx.merge(self.bank.graph, self.bank.frozen.base)
-        row_adapters = self.bank.adapters(self.tasks[0])
-        result = fn(
-            model,
-            row_adapters,
-            *jax.tree.map(lambda leaf: leaf[0], seed_arrays),
-            *shared,
-        )
-        return jax.tree.map(lambda leaf: leaf[None], result)
-
-
 @partial(jax.jit, static_argnames=("max_new_tokens", "sampling"))
 def _generate(
     bank: TaskBank,
@@ -474,11 +468,12 @@ def _generate(
     max_new_tokens: int,
     sampling: Sampling,
 ) -> Int[Array, "B _T"]:
+    model, adapters, _ = bank.problem.adapted_model({"tasks": numbers})
     return generate(
-        nnx.merge(bank.graph, bank.frozen.base),
+        model,
         batch.input_ids,
         batch.input_mask,
-        bank.adapters(numbers),
+        adapters,
         max_new_tokens=max_new_tokens,
         row_mask=batch.row_mask,
         sampling=sampling,

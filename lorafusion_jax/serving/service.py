@@ -21,7 +21,7 @@ from ..adapters.pool import LoraPool, joined
 from ..io.digests import Digests
 from ..io.pool import open_pool
 from ..loading.identity import check_digests, digests
-from ..loading.model import evaluation_worth, load_model
+from ..loading.model import load_model
 from ..loading.spec import LoadOptions
 from ..methods.entry import Built
 from ..methods.fusion import PLAIN_SUM, CoefficientsRecipe, Fusion
@@ -29,20 +29,19 @@ from ..methods.lora import LoRA, as_pool
 from ..methods.recipes import basis_of, recipe_of
 from ..models.architecture import Architecture, kernels
 from ..models.generate import GREEDY, Sampling
-from ..models.weights import read_at_random
 from ..runs.folder import load_run, note, seed_place
+from ..runs.generation import draw_keys, generate_rows
 from ..runs.options import FuseOptions
-from ..runs.rows import Rows, draw_keys, room_for
 from ..runs.setup import check_params
 from ..runs.weight_list import Weights, check_modules, coefficients_of
 from ..support.checks import at_least, check_uint32
 from ..support.options import LoadIn
 from ..support.text import some
-from ..tasks import Encoded, Example, as_input, decode, encode, eval_batches
+from ..tasks import Encoded, Example, as_input, decode, encode
 from ..training.frozen import Frozen
 from ..training.method import Method, Params
 from ..training.recipe import Recipe
-from .bank import TaskBank, TaskModels, nameless
+from .bank import TaskBank, nameless
 
 # What all runs of one bank have in common.
 _SHARED = ("base", "pool", "control", "control_draw", "dtype", "load_in")
@@ -547,13 +546,6 @@ class Service:
             [-1 if name is None else self.tasks[name].number for name in names],
             np.int32,
         )
-        worth = evaluation_worth(self._config)
-        batches = list(
-            eval_batches(
-                encoded, eval_batch, pad_id=self.tokenizer.pad_token_id, worth=worth
-            )
-        )
-        answers: list[list[int]] = [[]] * len(encoded)
         bank = self.bank.with_modules_of(numbers)
         if (
             bank is not self.bank
@@ -565,29 +557,25 @@ class Service:
                 f"note: the tasks of these texts use at most {room} of {pool_size} modules, and their first batch "
                 "compiles"
             )
-        bank = dataclasses.replace(bank, frozen=nameless(bank.frozen).unstacked())
-        most = [limits[name] for name in names]
-        longest = max(limits.values(), default=1)
-        keys = partial(draw_keys, sampling, sampling_seed)
-        how: dict[str, Any] = {
-            "room": room_for(longest, eval_batch, worth),
-            "sampling": sampling,
-        }
+        problem = dataclasses.replace(bank, frozen=nameless(bank.frozen)).problem
+        problem = problem.replace(index=problem.index[None])
 
-        def models(prompts: Int[np.ndarray, "1 B"]) -> TaskModels:
-            return TaskModels(
-                bank, np.where(prompts < 0, -1, numbers[prompts]).astype(np.int32)
-            )
+        def tasks_of(rows: Int[np.ndarray, " B"]) -> Params:
+            return {"tasks": np.where(rows < 0, -1, numbers[rows])[None]}
 
-        # The noise of a token depends on the rows next to it.
-        alone = read_at_random(bank.frozen)
-        for turn in (
-            [[batch] for batch in batches] if alone else filter(None, [batches])
-        ):
-            rows = Rows(models, 1, self._config, turn, np.array(most), keys, **how)
-            for _, row, tokens in rows.ended(False, None, longest):
-                answers[row] = tokens[: most[row]].tolist()
-        return decode(self.tokenizer, answers, self.text_format)
+        tokens = generate_rows(
+            {},
+            lambda number: problem,
+            encoded,
+            batch_size=eval_batch,
+            max_new_tokens=max(limits.values(), default=1),
+            pad_id=self.tokenizer.pad_token_id,
+            row_params=tasks_of,
+            limits=np.array([limits[name] for name in names]),
+            sampling=sampling,
+            keys=partial(draw_keys, sampling, sampling_seed),
+        )
+        return decode(self.tokenizer, tokens[0], self.text_format)
 
     def _number(self, name: str) -> int:
         """Return the number of a task, or a free one for a new task."""

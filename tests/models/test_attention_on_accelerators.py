@@ -45,10 +45,7 @@ def test_each_token_of_t5_attends_to_those_before_it():
         } == {4}
         step = jax.jit(lambda token, *at: model.decode_token(token, *at, _IDS > 0, {}))
         for position, token in enumerate(inputs.T):
-            # The ring of columns may begin anywhere.
-            logits, cache = step(
-                token, jnp.full(len(token), position), jnp.int32(position + 4), cache
-            )
+            logits, cache = step(token, jnp.int32(position), cache)
             _same(logits, wanted[:, position])
 
 

@@ -61,7 +61,7 @@ def test_tokens_are_drawn_as_often_as_their_probabilities_say():
         jnp.arange(draws)
     )
     drawn = jax.jit(sampling.choose)(
-        jnp.broadcast_to(row, (draws, 8)), jnp.full(draws, 5), keys
+        jnp.broadcast_to(row, (draws, 8)), jnp.int32(5), keys
     )
     wanted = draws * _oracle(row, sampling)
     counts = np.bincount(drawn, minlength=8)

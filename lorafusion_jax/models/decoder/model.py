@@ -348,27 +348,22 @@ class Decoder(nnx.Module):
     def decode_token(
         self,
         token: Int[Array, " B"],
-        position: Int[Array, " B"],
-        column: Int[Array, ""],
+        step: Int[Array, ""],
         cache: Cache,
         input_mask: Mask,
         adapters: Adapters,
     ) -> tuple[Float[Array, "B V"], Cache]:
-        size = cache.keys.shape[-1]
-        column = column % size
-        ages = (column - jnp.arange(size)) % size
-        positions = (jnp.sum(input_mask, axis=1, dtype=jnp.int32) - 1 + position)[
-            :, None
-        ]
-        seen = ages[None, :] <= positions
+        column = input_mask.shape[1] - 1 + step
+        columns = jnp.arange(cache.keys.shape[-1])[None]
+        sources = jnp.sum(input_mask, axis=1, keepdims=True, dtype=jnp.int32)
+        positions = sources - 1 + step
+        seen = (columns <= column) & (columns >= column - positions)
         # With longrope, keys of the cache have the frequencies of the prompt's length, and so has the whole answer.
         ropes = (self.structure.rope, self.structure.local_rope)
         longrope = any(rope and rope.scaling == "longrope" for rope in ropes)
-        lengths = (
-            jnp.sum(input_mask, axis=1, keepdims=True) if longrope else positions + 1
-        )
+        lengths = sources if longrope else positions + 1
         contexts = self._contexts(
-            positions, lengths, seen[:, None], jnp.zeros((1, 1), jnp.int32), -ages[None]
+            positions, lengths, seen[:, None], column[None, None], columns
         )
 
         def block(
@@ -401,12 +396,6 @@ class Decoder(nnx.Module):
         carry = self._embed(token[:, None]), cache._replace(states=None)
         (x, cache), states = self._scan(block, carry, adapters, numbers)
         return self._logits(x)[:, 0], cache._replace(states=states)
-
-    def moved(self, cache: Cache, by: Int[Array, ""], room: int = 0) -> Cache:
-        new = [(0, 0)] * 3 + [(room, 0)]
-        keys = jnp.pad(jnp.roll(cache.keys, by, axis=-1), [(0, 0), *new])
-        values = jnp.pad(jnp.roll(cache.values, by, axis=-2), [*new, (0, 0)])
-        return cache._replace(keys=keys, values=values)
 
     def _run(
         self,

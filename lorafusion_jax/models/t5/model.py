@@ -126,7 +126,7 @@ class Block(nnx.Module):
         x: Float[Array, "B 1 D"],
         into: Callable[[Array, Array], tuple[Array, Array]],
         cross: tuple[Array, Array],
-        mask: Bool[Array, "B 1 1 T"],
+        mask: Bool[Array, "1 1 1 T"],
         cross_mask: Bool[Array, "B 1 1 S"],
         bias: Float[Array, "1 H 1 T"],
         adapters: Adapters,
@@ -299,18 +299,15 @@ class T5(nnx.Module):
     def decode_token(
         self,
         token: Int[Array, " B"],
-        position: Int[Array, " B"],
-        column: Int[Array, ""],
+        step: Int[Array, ""],
         cache: Cache,
         input_mask: Mask,
         adapters: Adapters,
     ) -> tuple[Float[Array, "B V"], Cache]:
         axes = positions_of_cache()
-        size = cache.keys.shape[axes[0]]
-        column = column % size
-        ages = (column - jnp.arange(size)) % size
-        bias = self.decoder_bias(jnp.zeros(1, jnp.int32), -ages)
-        mask = (ages[None, :] <= position[:, None])[:, None, None, :]
+        positions = jnp.arange(cache.keys.shape[axes[0]])
+        bias = self.decoder_bias(step[None], positions)
+        mask = (positions <= step)[None, None, None]
         cross_mask = input_mask[:, None, None, :]
 
         def block(
@@ -323,7 +320,7 @@ class T5(nnx.Module):
 
             def put(cache: Array, new: Array, axis: int) -> Array:
                 start = [number, *[0] * new.ndim]
-                start[axis] = column
+                start[axis] = step
                 return jax.lax.dynamic_update_slice(cache, pack(new)[None], start)
 
             def into(key: Array, value: Array) -> tuple[Array, Array]:
@@ -348,21 +345,6 @@ class T5(nnx.Module):
         carry = (self._embed(token[:, None]), cache.keys, cache.values)
         (x, keys, values), _ = self._scan(block, self.decoder, carry, xs)
         return self._logits(x)[:, 0], cache._replace(keys=keys, values=values)
-
-    def moved(self, cache: Cache, by: Int[Array, ""], room: int = 0) -> Cache:
-        def with_room(cross_cache: Array, axis: int) -> Array:
-            width = [(0, 0)] * cross_cache.ndim
-            width[axis] = (0, room)
-            return jnp.pad(cross_cache, width)
-
-        axes = positions_of_cache()
-        self_caches = (
-            jnp.roll(a, by, axis=axis)
-            for a, axis in zip((cache.keys, cache.values), axes, strict=True)
-        )
-        return Cache(
-            *self_caches, *map(with_room, (cache.cross_keys, cache.cross_values), axes)
-        )
 
     def _embed(self, ids: Target) -> Hidden:
         return embed(self.embedding.get_value(), ids).astype(self.config.dtype)
