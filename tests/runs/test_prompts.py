@@ -216,7 +216,7 @@ def test_examples_in_the_prompt_end_an_answer_before_further_examples(
 
     def generate_rows(params, read, test, **_):
         prompts.extend(map(tokenizer.decode, test.inputs))
-        return np.array([[said + [small_llama.END] * (6 - len(said))] * len(test)]), 0
+        return np.array([[said + [small_llama.END] * (6 - len(said))] * len(test)])
 
     monkeypatch.setattr(evaluation, "generate_rows", generate_rows)
     results = lf.fuse(options)
