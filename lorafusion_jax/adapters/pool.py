@@ -5,7 +5,7 @@ Axis letters: L layer, N adapters, r rank.
 
 import dataclasses
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -81,59 +81,6 @@ class LoraPool:
                 for site, b in self.B.items()
             },
         )
-
-
-def joined(pools: Sequence[LoraPool], layers: Mapping[str, int]) -> LoraPool:
-    """Return the modules of several pools of one base, unquantised and without magnitudes, in one pool.
-
-    `layers` has the number of layers of each site, in the order of the computation.
-    """
-    if any(pool.magnitude is not None for pool in pools):
-        raise ValueError(
-            "a DoRA adapter's magnitudes cannot join other modules: serve its runs apart from LoRAs"
-        )
-    sites = [site for site in layers if any(site in pool.rank for pool in pools)]
-
-    def put_together(site: str) -> tuple[Array, Array, Array]:
-        adapting = [p for p in pools if site in p.rank]
-        dense_of = {
-            p.names: (
-                dense(p.A[site], jnp.float32),
-                dense(p.B[site], jnp.float32),
-                p.rank[site],
-            )
-            for p in adapting
-        }
-        A, B, _ = dense_of[adapting[0].names]
-        most = max(A.shape[3] for A, _, _ in dense_of.values())
-        factors_a = []
-        factors_b = []
-        ranks = []
-        for pool in pools:
-            size = layers[site], len(pool)
-            lacks = (
-                jnp.zeros((*size, A.shape[2], 0)),
-                jnp.zeros((*size, 0, B.shape[3])),
-                jnp.zeros(size, jnp.int32),
-            )
-            a, b, rank = dense_of.get(pool.names, lacks)
-            room = (0, most - a.shape[3])
-            factors_a.append(jnp.pad(a, [(0, 0)] * 3 + [room]))
-            factors_b.append(jnp.pad(b, [(0, 0)] * 2 + [room, (0, 0)]))
-            ranks.append(rank)
-        return (
-            jnp.concatenate(factors_a, axis=1),
-            jnp.concatenate(factors_b, axis=1),
-            jnp.concatenate(ranks, axis=1),
-        )
-
-    factors = {site: put_together(site) for site in sites}
-    return LoraPool(
-        A={site: A for site, (A, _, _) in factors.items()},
-        B={site: B for site, (_, B, _) in factors.items()},
-        rank={site: rank for site, (_, _, rank) in factors.items()},
-        names=tuple(name for pool in pools for name in pool.names),
-    )
 
 
 def positions(names: Sequence[str], chosen: Sequence[str | int]) -> list[int]:

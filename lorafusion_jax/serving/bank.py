@@ -233,6 +233,12 @@ class TaskBank:
                 f"the task has magnitudes at {', '.join(sorted(extra))}, and the bank rescales "
                 f"{', '.join(sorted(self.tasks.scales)) or 'no site'}: make the bank with these sites as `scaled`"
             )
+        for site, magnitudes in params.get("magnitudes", {}).items():
+            if jnp.shape(magnitudes) != self.tasks.scales[site].shape[1:]:
+                raise ValueError(
+                    f"magnitudes at {site} have the shape {jnp.shape(magnitudes)}: "
+                    f"expected {self.tasks.scales[site].shape[1:]}, of one seed"
+                )
         frozen = self.frozen
         if (
             isinstance(method, Magnitudes)
@@ -259,29 +265,6 @@ class TaskBank:
         self._check_number(number)
         return dataclasses.replace(
             self, tasks=_replaced(self.tasks, number, _plain(self.tasks))
-        )
-
-    def with_pool(self, pool: LoraPool) -> "TaskBank":
-        """Return the bank with a pool that has its modules, at the same places, and others behind them."""
-        old = self.frozen.pool
-        frozen = self.frozen
-        c = self.tasks.coefficients
-        assert old is not None and c is not None
-        if frozen.gram is not None:
-            terms = jax.jit(gram)(pool, kernels(nnx.merge(self.graph, frozen.base)))
-        else:
-            terms = None
-        refined = partial(
-            coefficients_lib.refined,
-            granularity=self.granularity,
-            to=self.granularity,
-            into=pool,
-        )
-        c = jax.vmap(partial(refined, pool=old))(c)
-        c = jnp.pad(c, [(0, 0), (0, len(pool) - len(old)), *[(0, 0)] * (c.ndim - 2)])
-        frozen = dataclasses.replace(frozen, pool=pool, gram=terms)
-        return dataclasses.replace(
-            self, frozen=frozen, tasks=self.tasks._replace(coefficients=c)
         )
 
     def with_modules_of(self, numbers: Int[np.ndarray, "..."]) -> "TaskBank":

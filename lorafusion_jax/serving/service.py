@@ -4,49 +4,41 @@ Axis letters: B rows of a batch.
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Int
 
 from ..adapters.basis import Pool, SharedBasis
 from ..adapters.coefficients import GRANULARITIES
-from ..adapters.pool import LoraPool, joined
+from ..adapters.pool import LoraPool
 from ..io.digests import Digests
 from ..io.pool import open_pool
 from ..loading.identity import check_digests, digests
 from ..loading.model import load_model
 from ..loading.spec import LoadOptions
 from ..methods.entry import Built
-from ..methods.fusion import PLAIN_SUM, CoefficientsRecipe, Fusion
-from ..methods.lora import LoRA, as_pool
+from ..methods.fusion import CoefficientsRecipe, Fusion
 from ..methods.recipes import basis_of, recipe_of
-from ..models.architecture import Architecture, kernels
+from ..models.architecture import Architecture
 from ..models.generate import GREEDY, Sampling
-from ..runs.folder import load_run, note, seed_place
+from ..runs.folder import load_run, seed_place
 from ..runs.generation import draw_keys, generate_rows
 from ..runs.options import FuseOptions
-from ..runs.setup import check_params
-from ..runs.weight_list import Weights, check_modules, coefficients_of
+from ..runs.weight_list import Weights, coefficients_of
 from ..support.checks import at_least, check_uint32
-from ..support.options import LoadIn
 from ..support.text import some
 from ..tasks import Encoded, Example, as_input, decode, encode
-from ..training.frozen import Frozen
 from ..training.method import Method, Params
-from ..training.recipe import Recipe
 from .bank import TaskBank, nameless
 
 # What all runs of one bank have in common.
 _SHARED = ("base", "pool", "control", "control_draw", "dtype", "load_in")
 _MIXTURE = Fusion(granularity="block", magnitudes=False)
-_FREE = "\0"  # name of a place without a module
 
 
 class FusedRun(NamedTuple):
@@ -74,98 +66,31 @@ class FusedRun(NamedTuple):
 
         Raises:
           ValueError: the folder is not a run whose training has ended, or its method has other numbers than
-            coefficients and magnitudes, or one LoRA.
+            coefficients and magnitudes.
         """
         options, params, config = load_run(folder)
         groups = {*options.entry.groups} or params.keys()
-        if not params or (
-            groups - {"coefficients", "magnitudes"} and groups != {"lora"}
-        ):
+        if not params or groups - {"coefficients", "magnitudes"}:
             raise ValueError(
                 f"{folder} is of the method {options.method}, which no bank holds: give runs of a fusion, with "
-                "magnitudes or without, of magnitudes alone, or of a LoRA"
+                "magnitudes or without, or of magnitudes alone. A LoRA can be exported, and converted into the pool"
             )
-        modules = tuple(map(tuple, config["modules"]))
-        run = cls(
+        return cls(
             Path(folder),
             options,
             params,
-            modules,
+            tuple(map(tuple, config["modules"])),
             config["max_new_tokens"],
             config["digests"],
         )
-        if not run.is_lora:
-            return run
-        return run._replace(
-            modules=tuple(
-                (f"{Path(folder).absolute()}, seed {seed}",) for seed in options.seeds
-            )
-        )
-
-    @property
-    def is_lora(self) -> bool:
-        """Whether the run trained one LoRA instead of fusing modules."""
-        return self.options.entry.groups == ("lora",)
-
-    def loras(self, config: Architecture) -> LoraPool:
-        """Return the LoRAs of a LoRA run's seeds as a pool."""
-        method = self.options.entry.build(Built(config, self.options.recipe, None, 0))
-        assert isinstance(method, LoRA)
-        return as_pool(method, self.params, [name for (name,) in self.modules])
-
-    def check_params(
-        self, graph: nnx.GraphDef, frozen: Frozen, sites: Collection[str]
-    ) -> None:
-        """Raise a FileError for parameters of other shapes or dtypes than the method's; `sites` are the modules'."""
-        params = jax.tree.map(lambda p: p[0], self.params)
-        names = self.modules[0]
-        run_pool = None
-        if (pool := frozen.pool) is not None and names:
-            if isinstance(pool, LoraPool):
-                rank = {site: rank for site, rank in pool.rank.items() if site in sites}
-                pool = dataclasses.replace(pool, A={}, B={}, rank=rank)
-            run_pool = pool.select(names)
-
-        def begin() -> Params:
-            model = nnx.merge(graph, frozen.base)
-            pool = run_pool
-            if isinstance(
-                pool, LoraPool
-            ):  # padding may be of another width in the bank
-                width = (jnp.shape(params.get("coefficients")) or (0,))[-1]
-                size = (len(names),)
-                shapes = {
-                    name: site
-                    for name, site in model.config.sites.items()
-                    if name in pool.rank
-                }
-                A = {
-                    name: jnp.zeros((s.layers, *size, s.d_in, width))
-                    for name, s in shapes.items()
-                }
-                B = {
-                    name: jnp.zeros((s.layers, *size, width, s.d_out))
-                    for name, s in shapes.items()
-                }
-                pool = dataclasses.replace(pool, A=A, B=B)
-            method = self.options.entry.build(
-                Built(model.config, self.options.recipe, pool, len(names))
-            )
-            ready = method.precompute(Frozen(frozen.base, pool), kernels(model))
-            return method.init(ready, jnp.arange(len(names)), jax.random.key(0))
-
-        check_params(self.folder, params, begin)
 
     def method(self, config: Architecture, pool: Pool | None) -> Method:
-        """Return the run's method on a pool that holds its modules; that of a LoRA run takes the LoRA as it is."""
-        if self.is_lora:
-            return PLAIN_SUM
+        """Return the run's method on a pool that holds its modules."""
         if pool is not None and self.modules[0]:
             if not isinstance(pool, SharedBasis):
                 pool = dataclasses.replace(pool, A={}, B={})
-            pool = pool.select(
-                self.modules[0]
-            )  # the ranks of other modules do not matter
+            # The ranks of other modules do not matter.
+            pool = pool.select(self.modules[0])
         return self.options.entry.build(
             Built(config, self.options.recipe, pool, len(self.modules[0]))
         )
@@ -214,9 +139,6 @@ class Service:
             raise ValueError(
                 "no runs: give at least one, whose base and pool are loaded, or use Service.open"
             )
-        self._rooms = set[
-            int
-        ]()  # numbers of modules, fewer than the bank's, of earlier batches
         self.prompt = prompt
         self.chat = options is not None and options.chat
         self._source = "the service"
@@ -227,22 +149,13 @@ class Service:
         self._options = options = dataclasses.replace(options, seeds=(0,))
         for run in runs:
             self._check_shares(run)
-        loras = [run for run in runs if run.is_lora]
-        if loras and (
-            basis_of(options.recipe) is not None or options.load_in != "full"
-        ):
-            raise ValueError(
-                f"{loras[0].folder} is of a LoRA, which joins whole modules in full precision: serve it apart from "
-                "runs in a basis or with --load-in"
-            )
         if options.entry.pool:
             assert options.pool is not None
-            fused_runs = [run for run in runs if not run.is_lora]
             used = {
                 *modules,
                 *(
                     name
-                    for run in fused_runs
+                    for run in runs
                     for seed_modules in run.modules
                     for name in seed_modules
                 ),
@@ -262,7 +175,6 @@ class Service:
                 options, method="coefficients", recipe=recipe, adapters=names
             )
         fused = load_model(options)
-        self._loaded = fused.with_problem(frozen=Frozen(fused.problem.frozen.base))
         self._digests = digests(fused)
         for run in runs:
             check_digests(run.folder, run.digests, self._digests, run.options)
@@ -277,13 +189,6 @@ class Service:
             frozen = dataclasses.replace(
                 frozen, pool=dataclasses.replace(frozen.pool, names=fused.modules[0])
             )
-        for run in loras:
-            run.check_params(fused.problem.graph, Frozen(frozen.base), ())
-        if loras:
-            pools = [run.loras(self._config) for run in loras]
-            pools += [frozen.pool] if isinstance(frozen.pool, LoraPool) else []
-            layers = {name: site.layers for name, site in self._config.sites.items()}
-            frozen = dataclasses.replace(frozen, gram=None, pool=joined(pools, layers))
         pool = frozen.pool
         methods = [run.method(self._config, pool) for run in runs]
         granularities = [
@@ -312,8 +217,6 @@ class Service:
         capacity: int = 8,
         prompt: str | None = None,
         chat: bool = False,
-        dtype: Literal["float32", "bfloat16"] = "float32",
-        load_in: LoadIn = "full",
     ) -> "Service":
         """Load a base and modules of a pool without any run.
 
@@ -324,20 +227,11 @@ class Service:
           capacity: number of tasks that there is room for.
           prompt: template of inputs, with {input} or other columns.
           chat: put inputs into the base model's chat template.
-          dtype: dtype of weights and activations.
-          load_in: hold base and pool in 4 or 8 bits.
 
         Raises:
           ValueError: the pool lacks a module, or the base has no chat template.
         """
-        options = LoadOptions(
-            base=base,
-            pool=pool,
-            method="coefficients",
-            chat=chat,
-            dtype=dtype,
-            load_in=load_in,
-        )
+        options = LoadOptions(base=base, pool=pool, method="coefficients", chat=chat)
         names = open_pool(pool).names if modules is None else modules
         return cls((), capacity=capacity, modules=names, options=options, prompt=prompt)
 
@@ -375,11 +269,6 @@ class Service:
                 for site, rank in pool.rank.items()
                 if np.any(np.asarray(rank)[:, run_modules])
             ]
-        if run.is_lora:
-            params = {"coefficients": np.ones(1, np.float32)}
-        else:
-            adapted_sites = params.get("magnitudes", ()) if sites is None else sites
-            run.check_params(self.bank.graph, self.bank.frozen, adapted_sites)
         self.bank = self.bank.with_task(
             number, run.method(self._config, pool), params, modules, sites=sites
         )
@@ -405,10 +294,10 @@ class Service:
             )
         if not weights:
             raise ValueError("an empty mixture: give the weight of at least one module")
-        loaded = [module for module in pool.names if module != _FREE]
-        if missing := sorted(weights.keys() - {*loaded}):
+        if missing := sorted(weights.keys() - {*pool.names}):
             raise ValueError(
-                f"the module {some(missing)} is not loaded: choose of {some(loaded)}, or load it"
+                f"the module {some(missing)} is not loaded: choose of {some(pool.names)}, or "
+                "give it when the service is made"
             )
         # Of all modules, so that other modules are the same program.
         coefficients = coefficients_of(weights, pool)
@@ -416,62 +305,6 @@ class Service:
         self.bank = self.bank.with_task(
             number, _MIXTURE, {"coefficients": coefficients}, range(len(pool))
         )
-        self.tasks[name] = Task(number, None)
-
-    def load_modules(self, names: Sequence[str]) -> None:
-        """Load further whole modules of the pool, for tasks that are added later.
-
-        Room for modules grows to powers of two. Only then does the next batch compile again, after a note on stderr.
-
-        Raises:
-          ValueError: the pool lacks a module, one is loaded already, or modules are in 4 or 8 bits or in a basis.
-        """
-        pool = self.bank.frozen.pool
-        source = self._options.pool
-        if (
-            not isinstance(pool, LoraPool)
-            or self._options.load_in != "full"
-            or source is None
-        ):
-            raise ValueError(
-                "only whole modules in full precision join a running service: open it with these modules"
-            )
-        check_modules(names, open_pool(source).names, source)
-        if loaded := sorted({*names} & {*pool.names}):
-            raise ValueError(f"{some(loaded)} is loaded already: leave it out")
-        options = dataclasses.replace(
-            self._options, method="coefficients", recipe=Recipe(), adapters=tuple(names)
-        )
-        new = load_model(options, like=self._loaded)
-        added = new.problem.frozen.pool
-        assert isinstance(added, LoraPool)
-        in_order = dataclasses.replace(
-            added.select(new.problem.index[0].tolist()), names=new.modules[0]
-        )
-        pools = [pool.select([name for name in pool.names if name != _FREE]), in_order]
-        count = len(pools[0]) + len(pools[1])
-        if count > len(pool):
-            pools.append(_nothing(2 ** (count - 1).bit_length() - count))
-            note(
-                f"note: the service has room for {sum(map(len, pools))} modules now, and compiles again"
-            )
-        else:
-            pools.append(_nothing(len(pool) - count))
-        layers = {site: shape.layers for site, shape in self._config.sites.items()}
-        self.bank = self.bank.with_pool(joined(pools, layers))
-        self._digests["modules"] |= digests(new)["modules"]
-
-    def add_module(self, name: str, module: str) -> None:
-        """Add one module of the pool alone, as it was trained: a mixture of it with the weight 1.
-
-        It replaces an earlier task of this name.
-
-        Raises:
-          ValueError: the bank is full, or the module was not loaded.
-        """
-        number = self._number(name)
-        coefficients = {"coefficients": np.ones(1, np.float32)}
-        self.bank = self.bank.with_task(number, PLAIN_SUM, coefficients, [module])
         self.tasks[name] = Task(number, None)
 
     def remove(self, name: str) -> None:
@@ -491,7 +324,7 @@ class Service:
     ) -> list[str]:
         """Return an answer to each text.
 
-        Tasks that use 1, 2, 4, ... of the modules have a program each, which compiles after a note on stderr.
+        Tasks that use 1, 2, 4, ... of the modules have a program each.
 
         Args:
           texts: inputs, which a run's or the service's prompt or chat template is put around, or rows with the columns
@@ -547,16 +380,6 @@ class Service:
             np.int32,
         )
         bank = self.bank.with_modules_of(numbers)
-        if (
-            bank is not self.bank
-            and (room := len(bank.frozen.pool or ())) not in self._rooms
-        ):
-            self._rooms.add(room)
-            pool_size = len(self.bank.frozen.pool or ())
-            note(
-                f"note: the tasks of these texts use at most {room} of {pool_size} modules, and their first batch "
-                "compiles"
-            )
         problem = dataclasses.replace(bank, frozen=nameless(bank.frozen)).problem
         problem = problem.replace(index=problem.index[None])
 
@@ -634,11 +457,6 @@ def run_input(
     """Return the model's input for a text or row of a run, or of none with a prompt (see `tasks.as_input`)."""
     prompt, input = (run.options.prompt, run.options.input) if run else (prompt, None)
     return as_input(row, where, prompt, input=input)
-
-
-def _nothing(modules: int) -> LoraPool:
-    """Return places for modules that are loaded later."""
-    return LoraPool(A={}, B={}, rank={}, names=(_FREE,) * modules)
 
 
 def _resolved(value: str | int | None) -> str | int | None:
