@@ -11,7 +11,7 @@ import json
 import math
 import os
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -34,14 +34,15 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from ..io.hf import open_base
 from ..models.generate import GREEDY, Sampling
+from ..runs.evaluate import score_rows
 from ..runs.generation import draw_keys, generate_rows
 from ..support.checks import at_least
 from ..support.progress import progress
-from ..tasks import IGNORED, Batch, Encoded, decode, eval_batches, render_chat, tokenise
+from ..tasks import Batch, Encoded, decode, eval_batches, render_chat, tokenise
 from ..training.frozen import GENERATION, OPTIONS
-from ..training.loss import batch_logits, log_likelihood
+from ..training.loss import batch_logits
 from ..training.method import Params
-from ..training.problem import Problem
+from ..training.problem import Problem, per_seed
 from .options import LmEvalOptions, load_measured
 
 _BATCH = 32  # rows
@@ -110,10 +111,12 @@ class LorafusionLM(TemplateLM):
             self.batch_size = int(batch_size)
         at_least(1, batch_size=self.batch_size)
         at_least(2, max_length=chosen.max_length)
-        loaded, self._params, base = load_measured(chosen)
+        loaded, params, base = load_measured(chosen)
+        # With an axis of seeds, as runs are scored and generate.
+        self._params = jax.tree.map(lambda p: p[None], params)
         # The harness would fork processes for the standard errors of perplexities, but JAX's threads may hold locks.
         os.environ.setdefault("DISABLE_MULTIPROC", "1")
-        self._problem = loaded.problem
+        self._problem = loaded.problem.replace(index=loaded.problem.index[None])
         self.tokenizer = loaded.tokenizer
         self._text_format = loaded.text_format
         config = loaded.config
@@ -234,10 +237,15 @@ class LorafusionLM(TemplateLM):
         with progress("log-likelihoods", len(rows)) as bar:
             groups = list(indices_by_context.values())
             first_rows = [rows[group[0]] for group in groups]
-            for numbers, batch in self._batches(first_rows, 1):
+            for numbers, batch in eval_batches(
+                _encoded(first_rows),
+                self._rows(1),
+                pad_id=self.tokenizer.pad_token_id,
+            ):
+                seed_batch = jax.tree.map(lambda a: a[None], batch)
                 log_probs = np.asarray(
-                    _next_log_probs(self._params, batch, self._read(OPTIONS))
-                )
+                    _next_log_probs(self._params, seed_batch, self._read(OPTIONS))
+                )[0]
                 most_likely = log_probs.argmax(axis=1)
                 for batch_row, number in enumerate(numbers):
                     if number < 0:  # padding
@@ -248,16 +256,16 @@ class LorafusionLM(TemplateLM):
                         greedy[index] = token == most_likely[batch_row]
                         bar.update()
             for longest, indices in indices_by_length.items():
-                long_rows = [rows[index] for index in indices]
-                for numbers, batch in self._batches(long_rows, longest):
-                    real = numbers >= 0
-                    scored = np.array(indices)[numbers[real]]
-                    likelihoods, is_greedy = _scores(
-                        self._params, batch, self._read(OPTIONS)
-                    )
-                    scores[scored] = np.asarray(likelihoods)[real]
-                    greedy[scored] = np.asarray(is_greedy)[real]
-                    bar.update(len(scored))
+                likelihoods, likeliest = score_rows(
+                    self._params,
+                    lambda _: self._read(OPTIONS),
+                    _encoded([rows[index] for index in indices]),
+                    batch_size=self._rows(longest),
+                    pad_id=self.tokenizer.pad_token_id,
+                    update=bar.update,
+                )
+                scores[indices] = likelihoods[0]
+                greedy[indices] = likeliest[0]
         answers = list(zip(scores.tolist(), greedy.tolist(), strict=True))
         for (texts, _, _), answer in zip(requests, answers, strict=True):
             if texts is not None:  # else a window of a text that is kept as a whole
@@ -324,11 +332,10 @@ class LorafusionLM(TemplateLM):
         self, prompts: Sequence[list[int]], plan: _Plan, update: Callable[[int], Any]
     ) -> list[str]:
         """Return the texts that follow prompts, with their stop texts and what follows those."""
-        problem = self._problem.replace(index=self._problem.index[None])
         # Special tokens are not in the texts, so those that end an answer are searched for by number.
         special = set(self.tokenizer.all_special_tokens) & set(plan.until)
         ends = (
-            *problem.config.end_ids,
+            *self._problem.config.end_ids,
             *self.tokenizer.convert_tokens_to_ids(sorted(special)),
         )
         text_format = dataclasses.replace(self._text_format, ends=ends)
@@ -341,13 +348,9 @@ class LorafusionLM(TemplateLM):
                 for row, text in zip(rows, texts, strict=True)
             ]
 
-        def read(number: int) -> Problem:
-            self._reads += 1
-            return problem.read(GENERATION, self._reads)
-
         generated = generate_rows(
-            jax.tree.map(lambda p: p[None], self._params),
-            read,
+            self._params,
+            lambda _: self._read(GENERATION),
             _encoded([(prompt, []) for prompt in prompts]),
             batch_size=self._rows(1),
             max_new_tokens=plan.new_tokens,
@@ -359,14 +362,6 @@ class LorafusionLM(TemplateLM):
             update=update,
         )
         return decode(self.tokenizer, generated[0], text_format)
-
-    def _batches(
-        self, rows: Sequence[tuple[list[int], list[int]]], longest: int
-    ) -> Iterator[tuple[Int[np.ndarray, " B"], Batch]]:
-        """Yield batches of contexts and continuations of at most `longest` tokens (see `eval_batches`)."""
-        return eval_batches(
-            _encoded(rows), self._rows(longest), pad_id=self.tokenizer.pad_token_id
-        )
 
     def _rows(self, longest: int) -> int:
         """Return how many rows a batch has at most, given the tokens whose logits are computed."""
@@ -401,24 +396,13 @@ def _encoded(rows: Sequence[tuple[list[int], list[int]]]) -> Encoded:
     return Encoded(inputs, labels)
 
 
-@jax.jit
+@per_seed
 def _next_log_probs(
     params: Params, batch: Batch, problem: Problem
 ) -> Float[Array, "B V"]:
     """Return the log-probabilities of the token that follows each context."""
     logits, _ = batch_logits(params, batch, problem)
     return jax.nn.log_softmax(logits[:, 0].astype(jnp.float32))
-
-
-@jax.jit
-def _scores(
-    params: Params, batch: Batch, problem: Problem
-) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
-    """Return the log-likelihood of each row's labels, and whether each label is the most likely token."""
-    logits, _ = batch_logits(params, batch, problem)
-    labels = jnp.asarray(batch.labels)
-    greedy = (jnp.argmax(logits, axis=-1) == labels) | (labels == IGNORED)
-    return log_likelihood(logits, labels), jnp.all(greedy, axis=1)
 
 
 register_model("lorafusion")(LorafusionLM)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,9 +26,10 @@ from ..tasks import (
     exact_match,
 )
 from ..training.frozen import GENERATION, LOSS, OPTIONS
-from ..training.loss import seed_likelihoods
+from ..training.loss import seed_scores
 from ..training.mesh import on_mesh, to_host
 from ..training.method import Params
+from ..training.problem import Problem
 from .generation import generate_rows
 from .options import FuseOptions
 from .setup import Setup, encode_shown, shown_to_seeds, tasks_of_seeds
@@ -236,24 +237,52 @@ def _likelihoods(
     setup: Setup, params: Params, rows: Encoded, batch_size: int, purpose: int
 ) -> Float[np.ndarray, "seeds rows"]:
     """Return the log-likelihood of each row's labels, in nats; `purpose` is that of the noise of reads."""
-    problem = setup.problem
+    with progress("losses", len(rows)) as bar:
+        likelihoods, _ = score_rows(
+            params,
+            partial(setup.problem.read, purpose),
+            rows,
+            batch_size=batch_size,
+            pad_id=setup.tokenizer.pad_token_id,
+            update=bar.update,
+        )
+    return likelihoods
+
+
+def score_rows(
+    params: Params,
+    read: Callable[[int], Problem],
+    rows: Encoded,
+    *,
+    batch_size: int,
+    pad_id: int,
+    update: Callable[[int], Any],
+) -> tuple[Float[np.ndarray, "seeds rows"], Bool[np.ndarray, "seeds rows"]]:
+    """Return the log-likelihood of each row's labels, in nats, and whether greedy generation would give them.
+
+    Args:
+      params: trained parameters, leaves with a leading axis of seeds.
+      read: function from the number of a batch to the problem of all seeds, with the batch's noise.
+      rows: inputs, and the labels that are scored.
+      batch_size: most rows that are computed at once.
+      pad_id: token that fills up rows.
+      update: function that is called with numbers of rows that are scored.
+    """
+    problem = read(0)
     seeds = problem.index.shape[0]
     likelihoods = np.zeros((seeds, len(rows)))
-    batches = eval_batches(
-        rows,
-        batch_size,
-        pad_id=setup.tokenizer.pad_token_id,
-        worth=evaluation_worth(setup.config),
-    )
-    with progress("losses", len(rows)) as bar:
-        for number, (numbers, batch) in enumerate(batches):
-            real = numbers >= 0
-            batch_likelihoods = seed_likelihoods(
-                params, _for_every_seed(batch, seeds), problem.read(purpose, number)
-            )
-            likelihoods[:, numbers[real]] = to_host(batch_likelihoods)[:, real]
-            bar.update(int(np.sum(real)))
-    return likelihoods
+    greedy = np.zeros((seeds, len(rows)), bool)
+    worth = evaluation_worth(problem.config)
+    batches = eval_batches(rows, batch_size, pad_id=pad_id, worth=worth)
+    for number, (numbers, batch) in enumerate(batches):
+        if number > 0:
+            problem = read(number)
+        real = numbers >= 0
+        scores = to_host(seed_scores(params, _for_every_seed(batch, seeds), problem))
+        likelihoods[:, numbers[real]] = scores[0][:, real]
+        greedy[:, numbers[real]] = scores[1][:, real]
+        update(int(np.sum(real)))
+    return likelihoods, greedy
 
 
 def with_options(

@@ -5,7 +5,7 @@ Axis letters: B batch, T target, V vocabulary.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ..models.layers import widened
 from ..tasks.batches import IGNORED, Batch
@@ -72,9 +72,11 @@ def seed_entropies(params: Params, batch: Batch, problem: Problem) -> Float[Arra
 
 
 @per_seed
-def seed_likelihoods(
+def seed_scores(
     params: Params, batch: Batch, problem: Problem
-) -> Float[Array, " B"]:
-    """Return the log-likelihood of every row of a batch, in nats."""
+) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
+    """Return the log-likelihood of every row's labels, in nats, and whether each label is the likeliest token."""
     logits, _ = batch_logits(params, batch, problem)
-    return log_likelihood(logits, jnp.asarray(batch.labels))
+    labels = jnp.asarray(batch.labels)
+    likeliest = (jnp.argmax(logits, axis=-1) == labels) | (labels == IGNORED)
+    return log_likelihood(logits, labels), jnp.all(likeliest, axis=1)

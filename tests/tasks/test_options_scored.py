@@ -158,8 +158,8 @@ def test_every_batch_is_read_with_noise_of_its_own(given, monkeypatch):
     monkeypatch.setattr(evaluation, "generate_rows", answer)
     monkeypatch.setattr(
         evaluation,
-        "seed_likelihoods",
-        lambda params, batch, problem: np.zeros((2, batch.row_mask.shape[-1])),
+        "seed_scores",
+        lambda params, batch, problem: np.zeros((2, 2, batch.row_mask.shape[-1])),
     )
     evaluate(setup, params, batch_size=4, options=closed)
     of_options = [(OPTIONS, number) for number in range(-(-sum(map(len, closed)) // 4))]
