@@ -274,7 +274,7 @@ class Checkpoint:
         return slots
 
 
-class Stored(NamedTuple):
+class GGUFTensor(NamedTuple):
     """A tensor of a GGUF file, and its differences from the one of Hugging Face that it was made from.
 
     Attributes:
@@ -320,7 +320,7 @@ class GGUFLayout:
 
     architectures: Mapping[str, str]
     config_json: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
-    stored: Callable[[Mapping[str, Any], Collection[str]], dict[str, Stored]]
+    stored: Callable[[Mapping[str, Any], Collection[str]], dict[str, GGUFTensor]]
     names: Callable[[Mapping[str, Any]], list[str]]
     metadata: Callable[[Any], tuple[dict[str, Any], dict[str, np.ndarray]]]
     lost: str = ""

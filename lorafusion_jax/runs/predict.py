@@ -319,7 +319,7 @@ def generate_lines(
     answers; `load` returns another problem of the same seed, which may have its weights on chips.
     """
     answering = _answering(options)
-    lines = list(_lines(options))
+    lines = list(read_lines(options.file))
     texts = load_texts(answering.base, chat=answering.fused.chat)
     filled = {place: line for place, line in enumerate(lines) if line.strip()}
     encoded = answering.encode(texts, filled)
@@ -375,7 +375,7 @@ def stream_lines(
     params = jax.tree.map(lambda p: p[None], params)
     problem = problem.replace(index=problem.index[None])
     tokenizer = texts.tokenizer
-    for number, line in enumerate(_lines(options)):
+    for number, line in enumerate(read_lines(options.file)):
         if not line.strip():
             yield iter(())
             continue
@@ -393,14 +393,17 @@ def stream_lines(
         yield stream_text(tokenizer, tokens, texts.text_format)
 
 
-def _lines(options: GenerateOptions) -> Iterator[str]:
-    """Yield the lines of the text, blank ones too, as they arrive."""
-    if options.file is None:
+def read_lines(file: Path | None) -> Iterator[str]:
+    """Yield the lines of a file, or of standard input, blank ones too, as they arrive.
+
+    Raises a ValueError for a file that is not UTF-8, and at the end of one that holds no text.
+    """
+    if file is None:
         source = contextlib.nullcontext(sys.stdin)
     else:
-        source = open(options.file, encoding="utf-8-sig")
+        source = open(file, encoding="utf-8-sig")
     empty = True
-    where = options.file or "standard input"
+    where = file or "standard input"
     with source as text, utf8(where):
         for line in text:  # U+2028 and its like end no line, as in files of rows
             line.encode()  # in some locales bytes that are not UTF-8 become half characters

@@ -1,17 +1,17 @@
 """Answers of several fused runs and typed mixtures at once: `lorafusion generate --runs`, or with `--pool`."""
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..io.pool import open_pool
 from ..models.generate import GREEDY, Sampling
+from ..runs.predict import read_lines
 from ..runs.weight_list import Weights, check_modules
 from ..support.checks import at_least
 from ..support.reading import decode as decode_json
-from ..support.reading import decode_as, error_context, utf8
+from ..support.reading import decode_as, error_context
 from .service import FusedRun, Service, run_input
 
 _EXAMPLE = '{"run": "a-run", "input": "some text"}'
@@ -54,20 +54,11 @@ def generate_rows(
         for spelling in (name, str(by_name[name].folder))
     }
     where = file or "standard input"
-    with utf8(where):
-        text = (
-            sys.stdin.read() if file is None else file.read_text(encoding="utf-8-sig")
-        )
-        # A text of JSON may hold U+2028 and its like, which end no line here.
-        lines = {
-            f"{where}:{i}": line.encode()
-            for i, line in enumerate(text.split("\n"), start=1)
-            if line.strip()
-        }
-    if not lines:
-        raise ValueError(
-            f"{where} holds no rows: give a line for each answer, such as {_EXAMPLE}"
-        )
+    lines = {
+        f"{where}:{number}": line.encode()
+        for number, line in enumerate(read_lines(file), start=1)
+        if line.strip()
+    }
     rows = [
         _row(line, number, names, by_name, prompt) for number, line in lines.items()
     ]

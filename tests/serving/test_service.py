@@ -581,7 +581,7 @@ def test_rows_files_and_options_that_cannot_be_used_are_refused(
         generate_rows((runs["mixed"],))
     (tmp_path / "empty").write_text("\n")
     with pytest.raises(
-        ValueError, match="empty holds no rows: give a line for each answer"
+        ValueError, match="empty holds no text: give a line for each answer"
     ):
         generate_rows((runs["mixed"],), file=tmp_path / "empty")
     monkeypatch.chdir(runs["mixed"])

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...models.architecture import Stored
+from ...models.architecture import GGUFTensor
 from ...models.registry import gguf_layout
 from ...support.reading import error_context
 from ...support.writing import write_text
@@ -54,7 +54,7 @@ class GGUFBase:
         places = self._layout.stored(self.config, self._tensors)
         return {hf.name: self._tensors[name].changed(hf) for name, hf in places.items()}
 
-    def stored(self) -> Iterator[tuple[str, Stored | None, StoredTensor]]:
+    def stored(self) -> Iterator[tuple[str, GGUFTensor | None, StoredTensor]]:
         """Yield each tensor's name, its place in Hugging Face's files (or None), and the tensor."""
         layout = self._layout.stored(self.config, self._tensors)
         for name, tensor in self._tensors.items():

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 from msgspec import Meta
 
-from ...models.architecture import Stored
+from ...models.architecture import GGUFTensor
 from ...support.reading import decode_as
 from ..source import map_file
 
@@ -97,7 +97,7 @@ class StoredTensor:
         self._blocks = np.ndarray((*shape[:-1], row_bytes), np.uint8, data, start)
         self._order: np.ndarray | None = None
         self._columns: np.ndarray | None = None
-        self._place = Stored("")
+        self._place = GGUFTensor("")
 
     @property
     def stored(self) -> int:
@@ -124,7 +124,7 @@ class StoredTensor:
             return self.kind == "Q8_0"
         return bool((np.diff(self._columns.reshape(-1, 32)) == 1).all())
 
-    def changed(self, place: Stored) -> "StoredTensor":
+    def changed(self, place: GGUFTensor) -> "StoredTensor":
         """Return the tensor as Hugging Face has it."""
         copy = StoredTensor.__new__(StoredTensor)
         copy.__dict__.update(self.__dict__, _place=place)

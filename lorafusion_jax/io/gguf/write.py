@@ -12,7 +12,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from ...models.architecture import GGUFLayout, Stored
+from ...models.architecture import GGUFLayout, GGUFTensor
 from ...models.registry import family_of_json, gguf_layout
 from ..hf_folder import FolderBase
 from .base import GGUFBase
@@ -62,7 +62,7 @@ def write_lora(
         # B has the rows of the matrix, A its columns.
         moved_factor = "lora_A" if stored.axis else "lora_B"
         order = stored.order if factor == moved_factor else None
-        array = Stored(name, order, stored.axis).in_file(array)
+        array = GGUFTensor(name, order, stored.axis).in_file(array)
         writer.add_tensor(f"{name}.{factor.lower()}", array)
     _finish(writer)
 
@@ -133,14 +133,14 @@ def write_merged(
 
 def _described(
     base: FolderBase, tensors: Mapping[str, np.ndarray]
-) -> tuple[dict[str, Any], list[tuple[str, Stored | None, np.ndarray]]]:
+) -> tuple[dict[str, Any], list[tuple[str, GGUFTensor | None, np.ndarray]]]:
     """Return the metadata and the tensors of a GGUF file of a base in a Hugging Face folder."""
     content = base.config
     layout = gguf_layout(content.get("model_type"), "model_type")
     config = family_of_json(content).read_config(content)
     places = _places(layout, content)
     keys, further = layout.metadata(config)
-    stored: list[tuple[str, Stored | None, np.ndarray]] = [
+    stored: list[tuple[str, GGUFTensor | None, np.ndarray]] = [
         (n, None, tensor) for n, tensor in further.items()
     ]
     stored += [(*places[name], tensor) for name, tensor in tensors.items()]
@@ -185,7 +185,7 @@ def _rounded(value: Any) -> Any:
 
 def _places(
     layout: GGUFLayout, content: Mapping[str, Any]
-) -> dict[str, tuple[str, Stored]]:
+) -> dict[str, tuple[str, GGUFTensor]]:
     """Return the place in a file of every tensor, by Hugging Face's name."""
     return {
         stored.name: (name, stored)

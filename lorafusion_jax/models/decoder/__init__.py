@@ -1,12 +1,13 @@
 """Decoder-only models: Llama, SmolLM, Mistral, Qwen 2 to 3, Gemma, Phi-3, Granite, OLMo, Hunyuan."""
 
+import re
+
 from ..architecture import Checkpoint, Family, Slot
 from .config import DecoderConfig, Rope
 from .families import FAMILIES, NAMES, WITH_IMAGES
 from .gguf import GGUF
 from .hf_config import read_config
 from .model import Decoder
-from .tunix import linear_maps
 
 __all__ = ["FAMILY", "Decoder", "DecoderConfig"]
 
@@ -18,6 +19,15 @@ _IMAGES = (
     "multi_modal_projector.*",
     "connector.*",
 )
+# Modules of tunix's decoders, where one kernel may hold several linear maps.
+_TUNIX_MODULE = re.compile(r"(?:model\.)?layers\.(\d+)\.(attn|mlp)\.(\w+)")
+_TUNIX_PARTS = {"attn": "self_attn", "mlp": "mlp"}
+_TUNIX_MAPS = {
+    "q_einsum": ("q_proj",),
+    "kv_einsum": ("k_proj", "v_proj"),
+    "qkv_einsum": ("q_proj", "k_proj", "v_proj"),
+    "attn_vec_einsum": ("o_proj",),
+}
 
 
 def _others(model: Decoder) -> list[Slot]:
@@ -82,6 +92,18 @@ def _checkpoint(config: DecoderConfig) -> Checkpoint:
     )
 
 
+def _paths_in_tunix(module: str) -> tuple[str, ...]:
+    """Return Hugging Face's paths of a module of tunix's, such as `layers.0.attn.kv_einsum`; none for other names."""
+    match = _TUNIX_MODULE.fullmatch(module)
+    if match is None:
+        return ()
+    layer, part, name = match.groups()
+    return tuple(
+        f"model.layers.{layer}.{_TUNIX_PARTS[part]}.{last}"
+        for last in _TUNIX_MAPS.get(name, (name,))
+    )
+
+
 _SMOLLM2 = DecoderConfig(
     model_type="llama",
     vocab_size=49_152,
@@ -109,7 +131,7 @@ FAMILY = Family(
     model=Decoder,
     checkpoint=_checkpoint,
     gguf=GGUF,
-    tunix=linear_maps,
+    tunix=_paths_in_tunix,
     task_type="CAUSAL_LM",
     shapes={"smollm2-135m": _SMOLLM2},
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..architecture import GGUFLayout, Stored
+from ..architecture import GGUFLayout, GGUFTensor
 from .config import DecoderConfig
 
 # general.architecture -> model_type and architecture of a config.json. Mistral's files are of llama's architecture.
@@ -402,7 +402,9 @@ def _modules(content: Mapping[str, Any]) -> Mapping[str, str]:
     return _MODULES_OF.get(content["model_type"], MODULES)
 
 
-def _stored(content: Mapping[str, Any], names: Collection[str]) -> dict[str, Stored]:
+def _stored(
+    content: Mapping[str, Any], names: Collection[str]
+) -> dict[str, GGUFTensor]:
     """Return Hugging Face's name of every tensor; what the model lacks keeps its own name."""
     kind = content["model_type"]
     modules = _modules(content)
@@ -426,7 +428,7 @@ def _stored(content: Mapping[str, Any], names: Collection[str]) -> dict[str, Sto
         if block and module in modules:
             title = f"model.layers.{block[1]}.{modules[module]}.{block[3]}"
         offset = 1.0 if kind.startswith("gemma") and module.endswith("_norm") else 0.0
-        places[name] = Stored(title, orders.get(module), offset=offset)
+        places[name] = GGUFTensor(title, orders.get(module), offset=offset)
     return places
 
 

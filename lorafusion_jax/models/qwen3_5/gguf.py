@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..architecture import GGUFLayout, Stored
+from ..architecture import GGUFLayout, GGUFTensor
 from ..decoder import gguf as plain
 from .config import MODEL_TYPES, Qwen35Config, read_config
 
@@ -70,7 +70,9 @@ def _fields(keys: plain.Keys, layers: int) -> dict[str, Any]:
     }
 
 
-def _stored(content: Mapping[str, Any], names: Collection[str]) -> dict[str, Stored]:
+def _stored(
+    content: Mapping[str, Any], names: Collection[str]
+) -> dict[str, GGUFTensor]:
     config = read_config(content)
     places = {}
     assert isinstance(config, Qwen35Config)
@@ -104,7 +106,7 @@ def _stored(content: Mapping[str, Any], names: Collection[str]) -> dict[str, Sto
             title = f"model.layers.{block[1]}.{_OF_BLOCK[block[2]]}"
         offset = 1.0 if module.endswith("_norm") and module != "ssm_norm" else 0.0
         change = _CHANGES.get(module, "")
-        places[name] = Stored(
+        places[name] = GGUFTensor(
             re.sub(r"^model\b", config.stem, title),
             orders.get(module),
             int(module == "ssm_out"),
