@@ -555,8 +555,9 @@ def test_runs_whose_modules_adapt_other_matrices_are_served_together(
 
 
 def test_rows_files_and_options_that_cannot_be_used_are_refused(
-    runs, tmp_path, capsys, monkeypatch
+    runs, alone, tmp_path, capsys, monkeypatch
 ):
+    """Two runs whose folders have the same last name differ by their paths, but a run cannot be given twice."""
     for row, message in (
         (
             {"run": "nobody", "input": "a"},
@@ -584,6 +585,11 @@ def test_rows_files_and_options_that_cannot_be_used_are_refused(
         ValueError, match="empty holds no text: give a line for each answer"
     ):
         generate_rows((runs["mixed"],), file=tmp_path / "empty")
+    shutil.copytree(runs["mixed"], tmp_path / "fused")
+    folders = (runs["fused"], tmp_path / "fused")
+    rows = [{"run": str(folder), "input": _LINES[0]} for folder in folders]
+    answers = generate_rows(folders, file=_file(tmp_path, rows))
+    assert answers == [alone["fused"][0], alone["mixed"][0]]
     monkeypatch.chdir(runs["mixed"])
     for other in (runs["mixed"], Path(), Path("final", "..")):
         with pytest.raises(ValueError, match="a run is given twice"):
@@ -611,15 +617,3 @@ def test_rows_files_and_options_that_cannot_be_used_are_refused(
         with pytest.raises(SystemExit):
             cli.main(arguments)
         assert message in capsys.readouterr().err
-
-
-def test_two_runs_with_the_same_last_name_differ_by_their_folders(
-    runs, alone, tmp_path
-):
-    shutil.copytree(runs["mixed"], tmp_path / "fused")
-    folders = (runs["fused"], tmp_path / "fused")
-    rows = _file(
-        tmp_path, [{"run": str(folder), "input": _LINES[0]} for folder in folders]
-    )
-    said = generate_rows(folders, file=rows)
-    assert said == [alone["fused"][0], alone["mixed"][0]]

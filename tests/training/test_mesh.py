@@ -141,8 +141,6 @@ def test_matrices_over_devices_are_the_same_numbers(alone):
         ("params/coefficients", 3, True, P("seed", None, None)),
         ("params/magnitudes/encoder.ff.wo", 3, True, P("seed", None, None)),
         ("norms/encoder.ff.wi", 2, False, P(None, "model")),
-        ("gram/pairs/encoder.self.q", 3, False, P(None, None, "model")),
-        ("gram/pairs/encoder.ff.wo", 3, False, P(None, None, None)),
     ],
 )
 def test_the_table(name, dimensions, of_seeds, spec):
