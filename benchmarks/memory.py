@@ -153,7 +153,7 @@ def _generation(shape: str, dtype: Dtype) -> dict[str, Any]:
     generation = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), beginning.out_info
     )
-    advancing = advance_rows.lower(models, *generation, whole, whole, sampling=GREEDY)
+    advancing = advance_rows.lower(models, *generation, number, whole, sampling=GREEDY)
     given = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(generation))
     used = max(_used(beginning.compile()), given + _used(advancing.compile()))
     return _compared(

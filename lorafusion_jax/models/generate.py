@@ -225,14 +225,16 @@ def advance(
     sampling: Sampling = GREEDY,
     axis: str | None = None,
 ) -> Generation:
-    """Return the state once `ended` rows have ended, over all members of a mapped axis; by default all rows.
+    """Return the state once `ended` rows have ended, by default all rows.
 
-    It takes at most `most_steps` steps; further arguments are those of `generate`. The members of the `axis` end
-    together: with a step for each, every token would rewrite all caches under `jax.vmap`.
+    It takes at most `most_steps` steps; further arguments are those of `generate`. The members of a mapped `axis` end
+    together, once as many rows have ended as their `ended` add up to: with a step for each, every token would rewrite
+    all caches under `jax.vmap`.
     """
-    members = 1 if axis is None else jax.lax.psum(1, axis)
-    enough_ended = state.done.size * members if ended is None else ended
-    if axis is not None:  # equal for all, and known to be
+    enough_ended = jnp.int32(state.done.size) if ended is None else ended
+    if axis is not None:
+        enough_ended = jax.lax.psum(enough_ended, axis)
+        # Equal for all, and known to be.
         state = state._replace(step=jax.lax.pmax(state.step, axis))
     last = None if most_steps is None else state.step + most_steps
 

@@ -191,10 +191,12 @@ def stream_row(
         room=max_new_tokens,
         sampling=sampling,
     )
-    one = np.int32(1)
+    one_row = np.ones(1, np.int32)
     for step in range(max_new_tokens):
         if state.step[0] == step:  # else the first token is there already
-            state = advance_rows(models, state, adapters, one, one, sampling=sampling)
+            state = advance_rows(
+                models, state, adapters, one_row, np.int32(1), sampling=sampling
+            )
         yield int(state.token[0, 0])
         if state.done[0, 0]:
             return
@@ -217,19 +219,19 @@ def _ended_rows(
         size = rows.shape[1]
         fewer = -(-size // 2)
         ended = np.sum(rows < 0, axis=1)
-        enough = rows.size
+        enough_ended = np.full(len(rows), size)
         if shrinks and fewer >= _FEWEST:
             if np.all(size - ended <= fewer):
                 left = np.argsort(rows < 0, axis=1, stable=True)[:, :fewer]
                 state = _of_rows(models, state, on_mesh(left, of_seeds=True))
                 rows = np.take_along_axis(rows, left, axis=1)
                 continue
-            enough = np.sum(np.maximum(ended, size - fewer))
+            enough_ended = np.maximum(ended, size - fewer)
         state = advance_rows(
             models,
             state,
             adapters,
-            np.int32(enough),
+            on_mesh(enough_ended.astype(np.int32), of_seeds=True),
             np.int32(most_steps),
             sampling=sampling,
         )
@@ -299,12 +301,15 @@ def advance_rows(
     models: SeedModels,
     state: Generation,
     adapters: Adapters,
-    ended: Int[Array, ""],
+    ended: Int[Array, " seeds"],
     most_steps: Int[Array, ""],
     *,
     sampling: Sampling,
 ) -> Generation:
-    """Return the state of every seed once so many rows have ended, or after most steps."""
+    """Return the state of every seed once so many of its rows have ended, or after most steps.
+
+    Seeds that are computed together wait for the sum of their numbers.
+    """
     axis = AXIS if models.problem.seed_mode == "batched" else None
 
     def of_seed(
@@ -325,7 +330,7 @@ def advance_rows(
             axis=axis,
         )
 
-    return models.each(of_seed, (adapters, state), (ended, most_steps))
+    return models.each(of_seed, (adapters, state, ended), (most_steps,))
 
 
 @jax.jit
