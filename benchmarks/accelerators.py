@@ -332,7 +332,8 @@ def _lowered(
 def _generate(params: Params, batch: Batch, problem: Problem, ended: Array) -> Array:
     """Return the ids of all seeds: what `runs.generation` computes for one batch in several calls, as one program.
 
-    It ends once `ended` rows of each seed have ended, whose number is an argument so that the loop's one constant is its steps.
+    It ends once `ended` rows of each seed have ended. Their number is an argument, so that the loop's one constant is
+    its steps.
     """
 
     def of_seed(one: Problem, params: Params, batch: Batch) -> Array:
