@@ -37,7 +37,7 @@ hardware: loading crossbar models adapters io tasks training methods runs
 estimates: loading crossbar models adapters io tasks training methods runs
 trials: io loading methods runs report tasks training estimates
 lm_eval: loading models io tasks training runs hardware
-cli: crossbar io report training methods runs serving hardware estimates lm_eval trials
+cli: crossbar io tasks report training methods runs serving hardware estimates lm_eval trials
 """
 _MAY_IMPORT = {
     line.partition(":")[0]: set(line.partition(":")[2].split())

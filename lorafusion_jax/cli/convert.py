@@ -17,7 +17,7 @@ from ..support.text_tables import plain
 from .parsing import parse
 
 
-def main(arguments: Sequence[str]) -> None:
+def convert_command(arguments: Sequence[str]) -> None:
     """Convert the adapters and print a line for each, and one for each site of a basis."""
     options = parse(ConvertOptions, arguments, "convert")
     manifest = convert(options)

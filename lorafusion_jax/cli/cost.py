@@ -1,4 +1,4 @@
-"""`lorafusion cost`: the energy, time and wear of one new task."""
+"""`lorafusion cost`: energy, time and wear of one new task; `lorafusion params`: the parameters that methods train."""
 
 import dataclasses
 import json
@@ -7,8 +7,11 @@ from pathlib import Path
 
 from ..crossbar import CONSTANTS, load_constants
 from ..estimates import CostOptions, energy_table, shape_config, task_costs
+from ..estimates.params import counts
 from ..hardware.chip_file import load_chips
+from ..support.options import ShapeOptions, SharedMatricesOptions
 from ..support.reading import show
+from ..support.text_tables import markdown
 from ..support.writing import write_text
 from .parsing import parse
 
@@ -37,18 +40,9 @@ class CostCommand(CostOptions):
             raise ValueError(f"json is {self.json}: expected a file ending in .json")
 
 
-GROUPS = {
-    "data and base": ("shape", "train_rows", "source", "target"),
-    "fusion": ("modules", "rank", "targets", "bases"),
-    "training": ("epochs", "batch_size"),
-    "hardware": ("crossbar", "constants"),
-    "run": ("json",),
-}
-
-
-def main(arguments: Sequence[str]) -> None:
+def cost_command(arguments: Sequence[str]) -> None:
     """Print the costs, and write the requested file; before that, raise ValueError for what cannot be used."""
-    options = parse(CostCommand, arguments, "cost", groups=GROUPS)
+    options = parse(CostCommand, arguments, "cost")
     config = shape_config(options.shape)
     crossbar = load_chips(options.crossbar).config
     constants = (
@@ -69,3 +63,33 @@ def main(arguments: Sequence[str]) -> None:
         f"{options.epochs} epochs.\nEvery range is low / typical / high. A token includes its share of the input.\n"
     )
     show(energy_table(costs))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParamsOptions(SharedMatricesOptions, ShapeOptions):
+    """Print how many numbers each method trains, exactly and without loading weights.
+
+    Example:
+      lorafusion params --shape flan-t5-large --modules 20 --rank 16
+
+    Attributes:
+      basis: number of directions of a shared basis (`lorafusion convert --basis`).
+    """
+
+    basis: int = 32
+
+
+def params_command(arguments: Sequence[str]) -> None:
+    """Print the counts as a Markdown table."""
+    options = parse(ParamsOptions, arguments, "params")
+    sizes = {name: value for name, value in vars(options).items() if name != "shape"}
+    method_counts = counts(shape_config(options.shape), **sizes)
+    full = method_counts["full fine-tuning"]
+    lines = [
+        [method, f"{count:,}", f"{100 * count / full:.4g} %"]
+        for method, count in method_counts.items()
+    ]
+    show(
+        markdown([["method", "trainable parameters", f"of {options.shape}"], *lines]),
+        end="",
+    )

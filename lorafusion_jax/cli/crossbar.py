@@ -1,4 +1,4 @@
-"""`lorafusion crossbar`: prepare a base for arrays, and program base and pool onto simulated chips."""
+"""`lorafusion crossbar`: prepare a base for arrays, and program chips; `lorafusion restore`: correct them digitally."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,24 +6,14 @@ from typing import Any
 import numpy as np
 
 from ..hardware.prepare import PrepareOptions, prepare
+from ..hardware.restore import RestoreOptions, restore_chips
 from ..hardware.write import ProgramOptions, write_chips
 from ..support.reading import show
 from ..support.text_tables import plain
 from .parsing import parse
 
-PROGRAM_GROUPS = {
-    "data and base": ("base", "pool"),
-    "hardware": ("crossbar", "chips", "keep_digital", "chip_key"),
-    "run": ("out",),
-}
-PREPARE_GROUPS = {
-    "data and base": ("base", "text", "tokens"),
-    "hardware": ("crossbar", "seed", "keep_digital"),
-    "run": ("out",),
-}
 
-
-def main(arguments: Sequence[str]) -> None:
+def crossbar_command(arguments: Sequence[str]) -> None:
     """Prepare a base, or program chips."""
     action, *rest = arguments or ("--help",)
     if action in ("-h", "--help"):
@@ -45,9 +35,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def _prepare(arguments: Sequence[str]) -> None:
     """Prepare a base, and print the errors of each site that are expected before and after."""
-    options = parse(
-        PrepareOptions, arguments, "crossbar prepare", groups=PREPARE_GROUPS
-    )
+    options = parse(PrepareOptions, arguments, "crossbar prepare")
     lines = [["site", "before", "after"]]
     for name, site in prepare(options)["sites"].items():
         lines.append(
@@ -67,9 +55,7 @@ def _prepare(arguments: Sequence[str]) -> None:
 
 def _program(arguments: Sequence[str]) -> None:
     """Program chips, and print the cost of each."""
-    options = parse(
-        ProgramOptions, arguments, "crossbar program", groups=PROGRAM_GROUPS
-    )
+    options = parse(ProgramOptions, arguments, "crossbar program")
     show(programmed_report(write_chips(options)))
     show(f"written to {options.out}")
 
@@ -98,3 +84,24 @@ def programmed_report(chips: Mapping[str, Any]) -> str:
             ]
         )
     return f"{chips['chips']} chips of {chips['crossbar']}, each:\n{plain(lines, left=(0, 1))}"
+
+
+def restore_command(arguments: Sequence[str]) -> None:
+    """Correct a base on chips, and print the divergence from the digital model before and after."""
+    options = parse(RestoreOptions, arguments, "restore")
+    made = restore_chips(options)
+    divergences = {str(chip): manifest["divergence"] for chip, manifest in made.items()}
+    divergences["mean"] = np.mean(list(divergences.values()), axis=0).tolist()
+    lines = [["chip", "before", "after"]]
+    lines += [
+        [chip, *(f"{value:.4f}" for value in values)]
+        for chip, values in divergences.items()
+    ]
+    first = next(iter(made.values()))
+    show(
+        f"{first['numbers']:,} digital parameters a chip, {first['share']:.2%} of the weights in arrays"
+    )
+    show(
+        f"KL from the digital model, nats per token of text left out:\n{plain(lines, left=(0,))}"
+    )
+    show(f"written to {options.out}")

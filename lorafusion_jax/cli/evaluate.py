@@ -10,17 +10,17 @@ import numpy as np
 
 from ..hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips, results_path
 from ..hardware.report import report_on_chips
+from ..runs.folder import load_run
 from ..runs.options import check_digital
 from ..runs.predict import (
     EvaluateOptions,
     evaluate_mixture,
     evaluate_run,
-    evaluate_runs,
 )
 from ..support.reading import show
 from ..support.text_tables import plain
+from ..tasks import task_name
 from .parsing import parse, part_of
-from .scores import loss, score_lines, score_table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,23 +58,11 @@ class EvaluateCommand(EvaluateOnChipsOptions):
     chat: bool = False
 
 
-GROUPS = {
-    "data and base": (
-        "run", "runs", "base", "pool", "weights", "weights_file", "prompt", "chat", "task", "train_rows", "test_rows",
-        "eval_batch",
-    ),
-    "hardware": (
-        "crossbar", "chips", "ages", "compensate", "report", "read_noise", "adc_bits", "keep_digital", "norm",
-        "lora_in", "chip_key", "calibration_rows", "restore", "mesh",
-    ),
-}  # fmt: skip
-
-
-def main(arguments: Sequence[str]) -> None:
+def evaluate_command(arguments: Sequence[str]) -> None:
     """Evaluate the runs, and print a line for each seed, for each age of the chips, or for each chip."""
-    command = parse(EvaluateCommand, arguments, "evaluate", groups=GROUPS)
+    command = parse(EvaluateCommand, arguments, "evaluate")
     if command.runs:
-        rows = evaluate_runs(**part_of(command, evaluate_runs, "--runs"))
+        rows = _evaluate_runs(command)
         show(plain(score_lines(rows, "run", "task", "seed"), left=(0, 1, 2, 4)))
         return
     if command.base is not None and command.run is None:
@@ -108,6 +96,20 @@ def main(arguments: Sequence[str]) -> None:
         show(
             f"{age_table(evaluate_on_chips(options))}\nwritten to {results_path(options)}"
         )
+
+
+def _evaluate_runs(command: EvaluateCommand) -> list[dict[str, Any]]:
+    """Return the scores of every seed of several runs, with the run's folder and the task's name."""
+    if command.run is not None:
+        raise ValueError("--run and --runs name runs: leave one of them out")
+    tasks = {run: command.task or load_run(run)[0].task for run in command.runs}
+    rows = []
+    for run, task in tasks.items():
+        one_run = dataclasses.replace(command, run=run, runs=())
+        options = EvaluateOptions(**part_of(one_run, EvaluateOptions, "--runs"))
+        labels = {"run": str(run), "task": task_name(task)}
+        rows += [labels | row for row in evaluate_run(options)]
+    return rows
 
 
 def age_table(results: Mapping[str, Any]) -> str:
@@ -181,3 +183,35 @@ def site_table(results: Mapping[str, Any]) -> str:
         )
     lines.append(["all", "", f"{results['arrays']:,}", *[""] * 6])
     return plain(lines, left=(0, head.index("path")))
+
+
+def score_lines(rows: Sequence[Mapping[str, Any]], *names: str) -> list[list[str]]:
+    """Return a heading, and a line for each row: its values of these names, and its scores."""
+    scored = [[percent(row["exact_match"]), loss(row["loss"])] for row in rows]
+    labels = [[str(row[name]) for name in names] for row in rows]
+    return [[*names, "exact match %", "loss"], *map(list.__add__, labels, scored)]
+
+
+def score_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return a line for each seed (see `seed_rows`), then mean and spread of several."""
+    lines = score_lines(rows, "seed")
+    scores = [row["exact_match"] for row in rows if row["exact_match"] is not None]
+    if len(scores) > 1:
+        lines.append(
+            [
+                "mean",
+                f"{statistics.fmean(scores):.1f}",
+                f"± {statistics.stdev(scores):.1f}",
+            ]
+        )
+    return plain(lines, left=(0, 2))
+
+
+def percent(value: float | None) -> str:
+    """Return a percentage as text, or a dash if there were no test rows."""
+    return "-" if value is None else f"{value:.1f}"
+
+
+def loss(value: float | None) -> str:
+    """Return a loss in nats per token as text, or a dash if no model was evaluated."""
+    return "-" if value is None else f"{value:.4f}"

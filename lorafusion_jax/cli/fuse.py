@@ -1,4 +1,4 @@
-"""`lorafusion fuse`: train a fusion, and evaluate it."""
+"""`lorafusion fuse`: train a fusion, and evaluate it; `lorafusion trial`: compare it with other methods."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -14,16 +14,20 @@ from ..methods import METHODS, fields_of, find, having, not_an_option
 from ..methods.entry import MethodEntry
 from ..methods.fusion import PRESETS
 from ..methods.recipes import recipe_of
+from ..report import Table, markdown
 from ..runs.folder import run_path
 from ..runs.options import FuseOptions, options_with, plain
 from ..runs.start import stages
 from ..runs.weight_list import with_listed_modules
-from ..support import processes
+from ..support import interrupts, processes
 from ..support.reading import show
 from ..support.text import one_line
 from ..training.recipe import Recipe
-from .parsing import given, parse, peek
-from .scores import score_table
+from ..trials.procedure import Outcomes
+from ..trials.report import describe_trial, write_trial
+from ..trials.run import TaskTrial, TrialOptions, trial
+from .evaluate import score_table
+from .parsing import GROUPS, given, parse, peek
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +63,7 @@ class _Asked(Preset):
     method: str = FuseOptions.method
 
 
-def main(arguments: Sequence[str]) -> None:
+def fuse_command(arguments: Sequence[str]) -> None:
     """Fuse, and print the results; with `--plan`, print only the estimated cost."""
     asked = peek(_Asked, arguments)
     entry = find(asked.method)
@@ -112,26 +116,15 @@ def _command(entry: MethodEntry) -> type[FuseCommand]:
 
 def groups_of(entry: MethodEntry) -> dict[str, Sequence[str]]:
     """Return the options by the title that the help text shows them under: those of a method have its name."""
-    common = [
-        field.name
-        for field in dataclasses.fields(Recipe)
-        if field.name != "max_new_tokens"
-    ]
-    own = [name for name in fields_of(entry) if name not in (*common, "max_new_tokens")]
-    return {
-        "data and base": (
-            "base", "pool", "task", "prompt", "input", "target", "chat", "train_rows", "test_rows", "dtype", "load_in",
-        ),
-        "method": ("method", "adapters", "control", "control_draw"),
-        f"method {entry.name}": own,
-        "training": (*common, "start_from"),
-        "hardware": ("crossbar", "train_chip", "chip", "chip_key", "keep_digital", "age", "norm", "restore"),
-        "plan": ("plan", "plan_for", "utilisation", "price", "devices"),
-        "run": (
-            "seeds", "out", "name", "resume", "overwrite", "eval_batch", "max_new_tokens", "save_seconds",
-            "seed_mode", "mesh", "distributed",
-        ),
-    }  # fmt: skip
+    common = [field.name for field in dataclasses.fields(Recipe)]
+    of_method = [name for name in fields_of(entry) if name not in common]
+    groups: dict[str, Sequence[str]] = {}
+    for title, names in GROUPS.items():
+        groups[title] = [name for name in names if name not in of_method]
+        if title == "method":
+            groups[f"method {entry.name}"] = of_method
+    others = [name for name in common if name != "max_new_tokens"]
+    return groups | {"training": (*others, "start_from")}
 
 
 def report(results: Mapping[str, Any], folder: Path) -> str:
@@ -141,3 +134,20 @@ def report(results: Mapping[str, Any], folder: Path) -> str:
         f"{results['test_rows']:,} test rows"
     )
     return f"{one_line(head)}\n{score_table(results['seeds'])}\nwritten to {one_line(str(folder))}"
+
+
+def trial_command(arguments: Sequence[str]) -> None:
+    """Print a table and a sentence for each task, and write the report."""
+    options = parse(TrialOptions, arguments, "trial")
+    if options.plan:
+        show(describe_trial(options))
+        return
+    done: dict[str, tuple[TaskTrial, Outcomes]] = {}
+    answers: list[tuple[Table, str]] = []
+    with interrupts.released():
+        for task_trial, outcomes in trial(options):
+            done[task_trial.task] = task_trial, outcomes
+            answers = write_trial(options.out, [*done.values()])
+        for table, sentence in answers:
+            show(f"{markdown(table)}\n{sentence}\n")
+        show(f"written to {options.out / 'report.html'}")

@@ -1,4 +1,4 @@
-"""`lorafusion generate`: print the answers of fused runs, of mixtures, or of a base model, to new text."""
+"""`lorafusion generate`: answers of runs, mixtures or a base to new text; `lorafusion lm-eval`: their benchmarks."""
 
 import dataclasses
 import json
@@ -11,6 +11,7 @@ from ..lm_eval.options import CalibratedChipOptions, LmEvalOptions, load_measure
 from ..runs.options import check_digital
 from ..runs.predict import GenerateOptions, generate_lines, stream_lines
 from ..serving.predict import generate_rows
+from ..support.checks import load_optional
 from ..support.options import AnyPoolOptions
 from ..support.text import one_line
 from ..training.problem import Problem
@@ -46,18 +47,9 @@ class GenerateCommand(GenerateOptions, AnyPoolOptions, CalibratedChipOptions):
     json: bool = False
 
 
-GROUPS = {
-    "data and base": ("run", "runs", "base", "pool", "prompt", "chat", "file", "seed"),
-    "generation": (
-        "max_new_tokens", "stream", "json", "temperature", "top_k", "top_p", "sampling_seed", "eval_batch",
-    ),
-    "hardware": ("crossbar", "chip", "chip_key", "keep_digital", "age", "norm", "restore", "calibration_task"),
-}  # fmt: skip
-
-
-def main(arguments: Sequence[str]) -> None:
+def generate_command(arguments: Sequence[str]) -> None:
     """Print an answer to each line of text."""
-    command = parse(GenerateCommand, arguments, "generate", groups=GROUPS)
+    command = parse(GenerateCommand, arguments, "generate")
     if command.runs or command.pool:
         options = dataclasses.replace(command, json=False)
         answers = generate_rows(
@@ -102,3 +94,33 @@ def _on_chip(command: GenerateCommand) -> Callable[[], Problem] | None:
         run=command.run, run_seed=command.seed, base=command.base, **chip
     )
     return lambda: load_measured(options).loaded.problem
+
+
+def lm_eval_command(arguments: Sequence[str]) -> None:
+    """Run the harness, which prints its own table; its own options are passed on to it."""
+    others: list[str] = []
+    options = parse(LmEvalOptions, arguments, "lm-eval", others=others)
+    program = load_optional(
+        "lm_eval.__main__", extra="lm-eval", needed_by="a benchmark"
+    )
+    from ..lm_eval import model  # noqa: F401  which registers it
+
+    arguments_given = {
+        f.name: value
+        for f in dataclasses.fields(options)
+        if (value := getattr(options, f.name)) != f.default
+    }
+    typed = sys.argv
+    sys.argv = [
+        "lm-eval",
+        "run",
+        "--model",
+        "lorafusion",
+        "--model_args",
+        json.dumps(arguments_given, default=str),
+    ]
+    sys.argv += ["--batch_size", "auto", *others]
+    try:
+        program.cli_evaluate()
+    finally:
+        sys.argv = typed

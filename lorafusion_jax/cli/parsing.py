@@ -14,7 +14,29 @@ from ..support.checks import flags_given
 Options = TypeVar("Options")
 
 # Titles of groups in the help text, and the names of their options, in the order in which they are shown.
-Groups = Mapping[str, Sequence[str]]
+GROUPS = {
+    "data and base": (
+        "base", "run", "runs", "run_seed", "pool", "adapter", "adapters", "adapters_file", "alpha", "weights",
+        "weights_file", "shape", "task", "prompt", "input", "target", "source", "chat", "text", "tokens", "file",
+        "train_rows", "test_rows", "max_length", "dtype", "load_in",
+    ),
+    "method": (
+        "method", "control", "control_draw", "basis", "modules", "rank", "vera_rank", "targets", "bases", "rate",
+        "rate_low_rank", "arms", "folds",
+    ),
+    "training": ("epochs", "batch_size"),
+    "generation": ("max_new_tokens", "stream", "temperature", "top_k", "top_p", "sampling_seed"),
+    "hardware": (
+        "crossbar", "train_chip", "chip", "chips", "chip_key", "keep_digital", "age", "ages", "compensate", "norm",
+        "restore", "in_advance", "read_noise", "adc_bits", "lora_in", "calibration_rows", "calibration_task",
+        "constants", "report",
+    ),
+    "plan": ("plan", "plan_for", "utilisation", "price", "devices"),
+    "run": (
+        "seed", "seeds", "out", "format", "name", "json", "plot", "reference", "dry_run", "skip_bad", "resume",
+        "overwrite", "eval_batch", "save_seconds", "seed_mode", "mesh", "distributed", "minutes", "engine", "address",
+    ),
+}  # fmt: skip
 
 
 def parse(
@@ -22,7 +44,7 @@ def parse(
     arguments: Sequence[str],
     name: str,
     *,
-    groups: Groups | None = None,
+    groups: Mapping[str, Sequence[str]] = GROUPS,
     defaults: Mapping[str, Any] | None = None,
     others: list[str] | None = None,
 ) -> Options:
@@ -37,7 +59,6 @@ def parse(
     """
     import tyro
 
-    groups = {title: names for title, names in (groups or {}).items() if names}
     shown = _shown(options, groups, defaults or {})
     text = inspect.cleandoc(options.__doc__ or "").partition("\nAttributes:")[0]
     description = "\n\n".join(map(_wrapped, text.strip().split("\n\n")))
@@ -54,7 +75,8 @@ def parse(
         others += unknown
     values = dict(vars(parsed))
     for title in groups:
-        values |= vars(values.pop(_attribute(title)))
+        if (attribute := _attribute(title)) in values:
+            values |= vars(values.pop(attribute))
     if not values.get("plan"):
         check_sources(values)
     return _built(options, values)
@@ -125,7 +147,9 @@ def flat_fields(options: type) -> Iterator[tuple[str, Any, dataclasses.Field]]:
             yield field.name, hints[field.name], field
 
 
-def _shown(options: type, groups: Groups, defaults: Mapping[str, Any]) -> type:
+def _shown(
+    options: type, groups: Mapping[str, Sequence[str]], defaults: Mapping[str, Any]
+) -> type:
     """Return a dataclass of the options without a group, with one more dataclass for each group."""
     import tyro
 
@@ -144,9 +168,12 @@ def _shown(options: type, groups: Groups, defaults: Mapping[str, Any]) -> type:
         if not any(name in names for names in groups.values())
     ]
     for title, names in groups.items():
+        members = [by_name[name] for name in names if name in by_name]
+        if not members:
+            continue
         group = dataclasses.make_dataclass(
             "Group",
-            [by_name[name] for name in names],
+            members,
             kw_only=True,
             namespace=documented,
         )
@@ -192,4 +219,5 @@ def _dataclass(hint: Any) -> type | None:
 
 
 def _attribute(title: str) -> str:
-    return re.sub(r"\W", "_", title)  # a method's name may have hyphens
+    """Return the attribute of a group: no option has such a name, and a method's name may have hyphens."""
+    return "group_" + re.sub(r"\W", "_", title)

@@ -9,6 +9,7 @@ import numpy as np
 from .. import tasks
 from ..methods.untrained import FewShotRecipe
 from ..models.architecture import Parts
+from ..tasks.packing import FEWEST_TOKENS
 from ..training.recipe import Recipe
 
 # Approximate characters per token of English with a vocabulary of 32,000; only used without a tokenizer.
@@ -112,18 +113,20 @@ def workload(
     longest = max(len(row) for row in train.labels)
     # Other methods need no examples in the prompt, so their length is no reason to refuse the plan.
     unlimited = dataclasses.replace(text_format, context=None)
-    how: Any = {"eval_batch": eval_batch}
+    compile_cost = FEWEST_TOKENS
     if packing is not None:
-        how["worth"] = packing.evaluation_worth()
+        compile_cost = packing.evaluation_compile_cost()
+
+    def asked(task: tasks.Task, text_format: tasks.TextFormat) -> EvaluationShapes:
+        return _asked(task, options, tokenizer, text_format, eval_batch, compile_cost)
+
     return Workload(
         steps=shapes["steps"],
         search=shapes["search"],
         validation=shapes["validation"][0],
         epochs=recipe.epochs,
-        test=_asked(task, options, tokenizer, text_format, **how),
-        few_shot=None
-        if prompted is None
-        else _asked(prompted, options, tokenizer, unlimited, **how),
+        test=asked(task, text_format),
+        few_shot=None if prompted is None else asked(prompted, unlimited),
         new_tokens=recipe.max_new_tokens or tasks.most_new_tokens(longest),
         lengths="estimated from characters" if tokenizer is None else "tokenised",
     )
@@ -134,14 +137,15 @@ def _asked(
     options: Sequence[Sequence[str]] | None,
     tokenizer: Any,
     text_format: tasks.TextFormat,
-    *,
     eval_batch: int,
-    **worth: float,
+    compile_cost: float,
 ) -> EvaluationShapes:
     def shapes(rows: tasks.Encoded) -> Shapes:
         return _shapes(
             batch
-            for _, batch in tasks.eval_batches(rows, eval_batch, pad_id=0, **worth)
+            for _, batch in tasks.eval_batches(
+                rows, eval_batch, pad_id=0, **compile_cost
+            )
         )
 
     evaluated = EvaluationShapes(shapes(_encode(task.test, tokenizer, text_format)))

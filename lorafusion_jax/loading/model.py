@@ -100,9 +100,9 @@ def packing_of(config: Architecture, *, on_cpu: bool) -> tasks.Packing:
     return packing if on_cpu else packing.on_accelerator()
 
 
-def evaluation_worth(config: Architecture) -> float:
+def evaluation_compile_cost(config: Architecture) -> float:
     """Return the number of tokens that one more shape of an evaluation must save on this platform."""
-    return packing_of(config, on_cpu=for_cpu()).evaluation_worth()
+    return packing_of(config, on_cpu=for_cpu()).evaluation_compile_cost()
 
 
 def load_texts(base: Base, *, chat: bool) -> Texts:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
-from ..loading.model import Texts, evaluation_worth
+from ..loading.model import Texts, evaluation_compile_cost
 from ..support.progress import progress
 from ..tasks import (
     BETWEEN_EXAMPLES,
@@ -272,8 +272,8 @@ def score_rows(
     seeds = problem.index.shape[0]
     likelihoods = np.zeros((seeds, len(rows)))
     greedy = np.zeros((seeds, len(rows)), bool)
-    worth = evaluation_worth(problem.config)
-    batches = eval_batches(rows, batch_size, pad_id=pad_id, worth=worth)
+    compile_cost = evaluation_compile_cost(problem.config)
+    batches = eval_batches(rows, batch_size, pad_id=pad_id, compile_cost=compile_cost)
     for number, (numbers, batch) in enumerate(batches):
         if number > 0:
             problem = read(number)

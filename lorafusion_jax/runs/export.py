@@ -1,6 +1,7 @@
 """`lorafusion export`: a fused run as a PEFT adapter or a merged base, one adapter of a pool, or a base as a folder."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,18 +9,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from ..adapters.coefficients import expand
 from ..adapters.pool import LoraPool
 from ..adapters.updates import LowRank, Rescaled, WeightDecomposed
+from ..io.digests import Digests, pool_digests
 from ..io.export import fused_adapter, lora_adapter, merged_base
 from ..io.folders import new_folder
 from ..io.gguf.write import write_lora, write_merged
 from ..io.hf import Base, hf_tensors, open_base, put_base, save_base
 from ..io.peft.adapter import put_adapter, resave
-from ..io.pool import ConvertedPool
+from ..io.pool import ConvertedPool, open_pool
 from ..io.source import is_hub_id, split_revision
 from ..loading.model import load_model
-from ..models.architecture import Model
+from ..methods.fusion import Fusion
+from ..models.architecture import Model, kernels
 from ..models.registry import gguf_layout
 from ..support.checks import flags_given
 from ..support.options import (
@@ -27,17 +32,20 @@ from ..support.options import (
     Dtype,
     Format,
     FormatOptions,
+    PoolOptions,
     RunSeedOptions,
 )
 from ..support.text import printable
 from ..support.text_tables import escaped
 from ..support.version import __version__
 from ..support.writing import write_text
+from ..training.frozen import Frozen
 from ..training.method import Params
 from ..training.problem import Problem
 from .folder import Results, RunFolder, load_seed
 from .options import FuseOptions
 from .setup import of_run
+from .weight_list import RECORD, Merged, check_modules, coefficients_of, typed_weights
 
 MERGED: tuple[Format, ...] = ("merged", "gguf-f16", "gguf-q8_0")
 
@@ -268,3 +276,61 @@ def _adapter(
             f"{method} makes updates of the kind {kind}, which PEFT lacks: export with --format merged"
         )
     return lora_adapter(config, adapters, base=base, magnitudes=magnitudes)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MergeOptions(FormatOptions, PoolOptions):
+    """Combine modules of a pool with your own weights: dW = sum of weight times B A. A DoRA adapter is combined alone.
+
+    Examples:
+      lorafusion merge --base base --pool pool --weights sort_dash=0.7 dropfirst_dash=-0.3 --out merged
+      lorafusion merge --base base --pool pool --weights-file weights.json --out model --format merged
+
+    Attributes:
+      weights: weights of modules, as name=number.
+      weights_file: JSON file of weights by module: a number, or numbers by block as in {"name": {"STACK.LAYER": 0.5}};
+        blocks that are left out get zero.
+    """
+
+    weights: tuple[str, ...] = ()
+    weights_file: Path | None = None
+
+
+def merge(options: MergeOptions) -> str:
+    """Write the combination, and return a description of it.
+
+    Raises:
+      ValueError: `out` exists, a weight is not a number of a module of the pool, or the result is not finite.
+    """
+    if options.out.exists():
+        raise ValueError(
+            f"{options.out} exists: give a new folder with --out, or remove it first"
+        )
+    base = open_base(options.base)
+    check_format(options.format, base, options.dtype)
+    weights = typed_weights(options.weights, options.weights_file)
+    stored = open_pool(options.pool, base)
+    check_modules(weights, stored.names, options.pool)
+    pool = stored.load(list(weights))
+    coefficients = coefficients_of(weights, pool)
+    index = jnp.arange(len(pool))
+    if options.format in MERGED:
+        model = base.load(hashed=True)
+        fusion = Fusion(magnitudes=False)
+        frozen = fusion.precompute(Frozen(nnx.state(model), pool), kernels(model))
+        adapters, _ = fusion.adapters({"coefficients": coefficients}, frozen, index)
+        result = merged_export(merged_base(model, adapters), base, options.dtype)
+    else:
+        spread = expand(coefficients, pool, "block")
+        adapter = fused_adapter(
+            base.config, pool, index, spread, "sum", base=options.base
+        )
+        result = adapter_export(*adapter, options.dtype)
+    with new_folder(options.out) as partial:
+        put_export(partial, options.format, base, result)
+        digests: Digests = {"base": base.digest, "modules": pool_digests(pool).modules}
+        write_text(
+            partial / RECORD,
+            json.dumps(Merged(weights=weights, digests=digests), indent=1) + "\n",
+        )
+    return f"{len(weights)} modules of {options.pool}"

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Int32, Key
 
 from ..adapters.updates import settled
-from ..loading.model import evaluation_worth
+from ..loading.model import evaluation_compile_cost
 from ..models.architecture import Model
 from ..models.generate import GREEDY, Generation, Sampling, advance, begin, of_rows
 from ..models.layers import Adapters
@@ -84,7 +84,7 @@ def generate_rows(
     keys: Keys = lambda numbers: None,
     stops: Stops | None = None,
     between_stops: int = 8,
-    worth: float | None = None,
+    compile_cost: float | None = None,
     update: Callable[[int], Any] = lambda ended: None,
 ) -> Int32[np.ndarray, "_seeds _rows _T"]:
     """Return the answers of every seed to every prompt, and padding behind their ends.
@@ -106,7 +106,7 @@ def generate_rows(
       keys: function from row numbers to keys of the rows' draws.
       stops: function from the tokens of answers so far to whether the answers end, though not with an end token.
       between_stops: tokens that are generated before `stops` is called again.
-      worth: tokens that one more program must save; by default so many as its compilation costs.
+      compile_cost: tokens that one more program must save; by default so many as its compilation costs.
       update: function that is called with numbers of answers that have ended.
     """
 
@@ -116,21 +116,27 @@ def generate_rows(
         return problem if "base" in params else problem.unstacked()
 
     problem = unstacked(0)
-    worth = evaluation_worth(problem.config) if worth is None else worth
-    batches = list(eval_batches(encoded, batch_size, pad_id=pad_id, worth=worth))
+    compile_cost = (
+        evaluation_compile_cost(problem.config)
+        if compile_cost is None
+        else compile_cost
+    )
+    batches = list(
+        eval_batches(encoded, batch_size, pad_id=pad_id, compile_cost=compile_cost)
+    )
     seeds = problem.index.shape[0]
     noisy = read_at_random(problem.frozen)
     # Seeds are computed in turn: in each turn one of every device, or, batched, all of them.
     turns = 1 if problem.seed_mode == "batched" else seeds // axis_size("seed")
     tokens = np.full((seeds, len(encoded), max_new_tokens), pad_id, np.int32)
     room = -(-max_new_tokens // _COMMON) * _COMMON
-    if (room - max_new_tokens) * batch_size >= worth:
+    if (room - max_new_tokens) * batch_size >= compile_cost:
         room = max_new_tokens
     shrinks = (
         row_params is None
         and not noisy
         and max_new_tokens >= _LONG
-        and max_new_tokens * batch_size > worth
+        and max_new_tokens * batch_size > compile_cost
     )
     if limits is None:
         limits = np.full(len(encoded), max_new_tokens)

@@ -175,36 +175,6 @@ def evaluate_run(options: EvaluateOptions) -> list[dict[str, Any]]:
     return seed_rows(*evaluate_seeds(*load_to_evaluate(options)))
 
 
-def evaluate_runs(
-    runs: Sequence[Path],
-    *,
-    task: str | None = None,
-    train_rows: int | None = None,
-    test_rows: int | None = None,
-    eval_batch: int = 64,
-) -> list[dict[str, Any]]:
-    """Return the scores of every seed of several runs, one after the other, with the run's folder and the task's name.
-
-    Other arguments are those of `EvaluateOptions`.
-    """
-    how: Any = {
-        "task": task,
-        "train_rows": train_rows,
-        "test_rows": test_rows,
-        "eval_batch": eval_batch,
-    }
-    for run in runs:  # raises ValueError before anything is evaluated
-        load_run(run)
-    rows = []
-    for run in runs:
-        setup, fused, params = load_to_evaluate(EvaluateOptions(run=run, **how))
-        labels = {"run": str(run), "task": setup.task.name}
-        rows += [
-            labels | row for row in seed_rows(*evaluate_seeds(setup, fused, params))
-        ]
-    return rows
-
-
 def evaluate_mixture(
     base: str,
     pool: str,

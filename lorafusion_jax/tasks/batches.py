@@ -214,11 +214,15 @@ def step_widths(
 
 
 def eval_batches(
-    encoded: Encoded, batch_size: int, *, pad_id: int, worth: float = FEWEST_TOKENS
+    encoded: Encoded,
+    batch_size: int,
+    *,
+    pad_id: int,
+    compile_cost: float = FEWEST_TOKENS,
 ) -> Iterator[tuple[Int32[np.ndarray, " B"], Batch]]:
     """Yield row numbers and batches, shortest rows first, in few groups of one shape; every row once.
 
-    One more shape must save `worth` tokens (see `Packing.evaluation_worth`).
+    One more shape must save `compile_cost` tokens (see `Packing.evaluation_compile_cost`).
 
     B of a group is the smallest that needs no more steps than `batch_size` does. Row number -1 marks a row that only
     fills up a group's last batch. Predictions return to the order of `encoded` by
@@ -233,7 +237,7 @@ def eval_batches(
         return steps * -(-count // steps) * (source + target)
 
     order = np.argsort(table.lengths[:-1, 0], kind="stable").astype(np.int32)
-    row_widths = few_widths(table.lengths[order], computed, worth=worth)
+    row_widths = few_widths(table.lengths[order], computed, compile_cost=compile_cost)
     for shape in np.unique(row_widths, axis=0).tolist():
         rows = order[(row_widths == shape).all(axis=1)]
         steps = -(-len(rows) // batch_size)

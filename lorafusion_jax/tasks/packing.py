@@ -57,7 +57,7 @@ class Packing(NamedTuple):
         """Return the rule for batches that are computed so many times."""
         return self._replace(operations=lambda *shape: times * self.operations(*shape))
 
-    def evaluation_worth(self) -> float:
+    def evaluation_compile_cost(self) -> float:
         """Return the number of tokens that one more shape of an evaluation must save."""
         # two tokens, of a step with a backward pass
         token_operations = self.operations(1, 1, [(1, 1, 1)]) / 4
@@ -91,7 +91,7 @@ class Packing(NamedTuple):
             return seeds_together * count * operations
 
         few = few_widths(
-            widths.reshape(-1, widths.shape[-1]), cost, worth=self.compiling
+            widths.reshape(-1, widths.shape[-1]), cost, compile_cost=self.compiling
         )
         further = max(len(np.unique(few, axis=0)) - len(np.unique(padded, axis=0)), 1)
         padding = seeds * np.sum(self.operations(*step_shape(rows, *padded.T)))
@@ -133,13 +133,13 @@ def bucket(length: int) -> int:
 
 
 def few_widths(
-    widths: Lengths, cost: Callable[..., Any], *, worth: float = 0.0
+    widths: Lengths, cost: Callable[..., Any], *, compile_cost: float = 0.0
 ) -> Lengths:
     """Return widths of the ladder for each given list of them, none smaller, at most MOST_SHAPES different lists.
 
     Lists whose first width has one rung share the widest. The list whose items cost least more with the next one's
-    widths is left out, while that is less than `worth`, or there are too many. `cost` is that of so many items (first
-    argument) of some widths.
+    widths is left out, while that is less than `compile_cost`, or there are too many. `cost` is that of so many items
+    (first argument) of some widths.
     """
     firsts = np.array([bucket(int(first)) for first in widths[:, 0]])
     rungs = np.unique(firsts)
@@ -160,7 +160,7 @@ def few_widths(
             for i in range(len(wider))
         ]
         too_many = len(rungs) > MOST_SHAPES
-        if not growths or not too_many and min(growths) >= worth:
+        if not growths or not too_many and min(growths) >= compile_cost:
             return lists[place]
         rungs = np.delete(rungs, int(np.argmin(growths)))
 

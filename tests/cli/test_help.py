@@ -69,14 +69,24 @@ def test_options_are_shown_in_groups_and_the_common_ones_first():
         "method",
         "method fusion",
         "training",
+        "generation",
         "hardware",
         "plan",
         "run",
     ]
     assert boxes[""] == ["help", "preset"]
     first = [options[0] for options in list(boxes.values())[1:]]
-    assert first == ["base", "method", "modules", "epochs", "crossbar", "plan", "seeds"]
-    assert list(_boxes("evaluate")) == ["", "data and base", "hardware"]
+    assert first == [
+        "base",
+        "method",
+        "modules",
+        "epochs",
+        "max-new-tokens",
+        "crossbar",
+        "plan",
+        "seeds",
+    ]
+    assert list(_boxes("evaluate")) == ["", "data and base", "hardware", "run"]
 
 
 @pytest.mark.parametrize("method", METHODS)

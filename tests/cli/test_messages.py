@@ -70,7 +70,7 @@ def main(arguments):
     import jax
     print(os.environ.get("TF_CPP_MIN_LOG_LEVEL"))
     raise jax.errors.JaxRuntimeError(sys.argv[1])
-sys.modules["lorafusion_jax.cli.params"] = types.SimpleNamespace(main=main)
+sys.modules["lorafusion_jax.cli.cost"] = types.SimpleNamespace(params_command=main)
 cli.main(["params", *sys.argv[2:]])
 """
 

@@ -42,7 +42,7 @@ from lorafusion_jax.io.gguf.tokenizer import build_tokenizer
 from lorafusion_jax.io.gguf.write import write_lora, write_merged
 from lorafusion_jax.models import dense
 from lorafusion_jax.runs import ExportOptions, export
-from lorafusion_jax.runs.merge import MergeOptions, merge
+from lorafusion_jax.runs.export import MergeOptions, merge
 
 
 @pytest.mark.parametrize("kind", gguf.GGML_QUANT_SIZES, ids=lambda kind: kind.name)

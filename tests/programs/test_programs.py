@@ -25,7 +25,7 @@ import tiny
 from flax import nnx
 
 import lorafusion_jax as lf
-from lorafusion_jax.runs.merge import MergeOptions, merge
+from lorafusion_jax.runs.export import MergeOptions, merge
 
 pytestmark = [pytest.mark.nightly, pytest.mark.programs]
 

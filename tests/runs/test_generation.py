@@ -15,7 +15,7 @@ from flax import nnx
 import lorafusion_jax as lf
 from lorafusion_jax.crossbar import PRESETS, Device, ReadNoise
 from lorafusion_jax.hardware import program_on_arrays
-from lorafusion_jax.loading.model import evaluation_worth
+from lorafusion_jax.loading.model import evaluation_compile_cost
 from lorafusion_jax.models import GREEDY, T5, Decoder
 from lorafusion_jax.models.decoder import FAMILY
 from lorafusion_jax.runs import generate_rows
@@ -165,7 +165,14 @@ def test_answers_are_those_of_generate(family, sampling):
     assert len({*_lengths(wanted)[0].tolist()}) > (1 if sampling is GREEDY else 3)
     ended = []
     found = _said(
-        problem, params, prompts, 40, 12, sampling, worth=1.0, update=ended.append
+        problem,
+        params,
+        prompts,
+        40,
+        12,
+        sampling,
+        compile_cost=1.0,
+        update=ended.append,
     )
     np.testing.assert_array_equal(found, wanted)
     assert sum(ended) == 23
@@ -188,7 +195,7 @@ def test_seeds_have_their_own_pace(seed_mode, mesh):
     wanted = _wanted(problem, params, prompts, 40, _DRAWN)
     assert len({*np.sum(_lengths(wanted), axis=1).tolist()}) == 4
     if mesh is None:
-        found = _said(problem, params, prompts, 40, 8, _DRAWN, worth=1.0)
+        found = _said(problem, params, prompts, 40, 8, _DRAWN, compile_cost=1.0)
     else:
         with jax.set_mesh(make_mesh(mesh, 4)):
             there = on_mesh(problem.index, of_seeds=True)
@@ -199,7 +206,7 @@ def test_seeds_have_their_own_pace(seed_mode, mesh):
                 40,
                 8,
                 _DRAWN,
-                worth=1.0,
+                compile_cost=1.0,
             )
     np.testing.assert_array_equal(found, wanted)
 
@@ -257,9 +264,9 @@ def test_chips_with_read_noise_answer_batch_after_batch():
 
         return problem.over_seeds(of_seed, (params,))
 
-    worth = evaluation_worth(problem.config)
+    compile_cost = evaluation_compile_cost(problem.config)
     for number, (rows, batch) in enumerate(
-        eval_batches(prompts, 4, pad_id=0, worth=worth)
+        eval_batches(prompts, 4, pad_id=0, compile_cost=compile_cost)
     ):
         said = answers(params, batch, problem.read(GENERATION, number))
         wanted[:, rows[rows >= 0]] = np.asarray(said)[:, rows >= 0]

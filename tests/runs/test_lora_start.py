@@ -13,7 +13,7 @@ import recipes
 from lorafusion_jax import fuse, load_run
 from lorafusion_jax.io import open_pool
 from lorafusion_jax.runs import RunFolder, run_path
-from lorafusion_jax.runs.merge import MergeOptions, merge
+from lorafusion_jax.runs.export import MergeOptions, merge
 from lorafusion_jax.runs.run import HardwareSetup, run
 
 _RANKS = 96  # as many as the base's width

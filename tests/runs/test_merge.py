@@ -21,7 +21,7 @@ from lorafusion_jax import (
 from lorafusion_jax.cli import main
 from lorafusion_jax.io import read_adapter, write_adapter
 from lorafusion_jax.runs import ExportOptions, export
-from lorafusion_jax.runs.merge import MergeOptions, merge
+from lorafusion_jax.runs.export import MergeOptions, merge
 
 _SMALL = Path(__file__).resolve().parents[2] / "examples" / "small"
 _BASE = str(_SMALL / "base")

@@ -51,11 +51,11 @@ def _signals(process: subprocess.Popen, *numbers: int) -> str:
 
 
 _COMMAND = """
-from lorafusion_jax.cli import {command}
-def main(arguments):
+from lorafusion_jax.cli import convert, fuse
+def command(arguments):
     ready()
     time.sleep(60)
-{command}.main = main
+convert.convert_command = fuse.fuse_command = fuse.trial_command = command
 cli.main(["{command}"])
 """
 _RESUMED = "stopped by Ctrl-C: the same command with --resume continues\n"
