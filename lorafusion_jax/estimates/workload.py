@@ -144,7 +144,7 @@ def _asked(
         return _shapes(
             batch
             for _, batch in tasks.eval_batches(
-                rows, eval_batch, pad_id=0, **compile_cost
+                rows, eval_batch, pad_id=0, compile_cost=compile_cost
             )
         )
 
