@@ -289,11 +289,11 @@ def _ours(folder: Path, base: Path, turn: int) -> dict[str, Any]:
     rows = RunFolder(run).predictions()
     assert results is not None
     found["stages"] |= {
-        "training": results["seconds"]["train"],
-        "evaluation": results["seconds"]["evaluate"],
+        "training": results.seconds["train"],
+        "evaluation": results.seconds["evaluate"],
     }
     return found | {
-        "loss": results["seeds"][0]["loss"],
+        "loss": results.seeds[0]["loss"],
         "answers": {row["input"]: row["prediction"] for row in rows},
     }
 

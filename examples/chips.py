@@ -28,7 +28,7 @@ POOL = str(SMALL / "adapters")
 RECIPE = lf.FusionRecipe(modules=5, epochs=5)
 
 
-def main(out: Path, digital: tuple[str, ...] = (), **changes: Any) -> dict[str, float]:
+def main(out: Path, digital: tuple[str, ...] = (), **changes: Any) -> dict[str, Any]:
     # Two independent draws of imperfect arrays, written once for every task. Matrices that a pattern of `digital` names
     # (as in "*.ff.*") stay digital.
     chips = out / "chips.json"
@@ -58,7 +58,7 @@ def main(out: Path, digital: tuple[str, ...] = (), **changes: Any) -> dict[str, 
         name="digital",
     )
     options = dataclasses.replace(options, **changes)
-    scores = {"digital": lf.fuse(options)["exact_match"]}
+    scores = {"digital": lf.fuse(options).exact_match}
 
     # The same numbers on both chips, and a month later, with the mean drift undone digitally.
     on_chips = EvaluateOnChipsOptions(
@@ -72,7 +72,7 @@ def main(out: Path, digital: tuple[str, ...] = (), **changes: Any) -> dict[str, 
     # Coefficients and magnitudes trained with chip 0 in the forward pass, and evaluated on it.
     arrays = OnArrays(crossbar=str(chips), train_chip="chip", chip=0)
     trained = lf.fuse(dataclasses.replace(options, arrays=arrays, name="chip"))
-    scores["trained on chip 0"] = trained["exact_match"]
+    scores["trained on chip 0"] = trained.exact_match
     for name, score in scores.items():
         print(f"{score:5.1f} %  {name}")
     return scores

@@ -24,15 +24,16 @@ def main(
             "base": str(SMALL / "base"),
             "task": str(SMALL / "tasks" / "pairswap_numvow"),
         } | options
-        found = lf.fuse(
+        results = lf.fuse(
             lf.FuseOptions(pool=pool, method=method, out=out, name=method, **shared)
         )
-        loss = sum(seed["loss"] for seed in found["seeds"]) / len(found["seeds"])
+        losses = [seed["loss"] for seed in results.seeds if seed["loss"] is not None]
+        loss = sum(losses) / len(losses)
         lines.append(
             [
                 method,
-                f"{found['trainable']:,}",
-                f"{found['exact_match']:.1f}",
+                f"{results.trainable:,}",
+                f"{results.exact_match:.1f}",
                 f"{loss:.2f}",
             ]
         )

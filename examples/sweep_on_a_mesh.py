@@ -18,7 +18,7 @@ SMALL = Path(__file__).parent / "small"
 
 def main(
     out: Path, recipe: lf.Recipe = lf.PRESETS["default"], test_rows: int | None = None
-) -> dict:
+) -> lf.runs.RunResults:
     options = lf.FuseOptions(
         base=str(SMALL / "base"),
         pool=str(SMALL / "adapters"),  # a folder of PEFT adapters, or a converted pool
@@ -31,11 +31,11 @@ def main(
         name="mesh",
     )
     results = lf.fuse(options)
-    for seed in results["seeds"]:
+    for seed in results.seeds:
         print(
             f"seed {seed['seed']}: {seed['exact_match']:.1f} %, loss {seed['loss']:.3f}"
         )
-    print(f"mean: {results['exact_match']:.1f} %")
+    print(f"mean: {results.exact_match:.1f} %")
 
     # A run can be read again, on any number of devices; trained parameters have an axis of seeds.
     _, params, config = lf.load_run(out / "mesh")

@@ -85,9 +85,9 @@ def main(out: Path, **changes: Any) -> dict[str, float]:
             base=str(SMALL / "base"), task=task, method=method, out=out, name=method
         )
         results = lf.fuse(dataclasses.replace(options, **changes))
-        scores[method] = results["exact_match"]
+        scores[method] = results.exact_match
         print(
-            f"{method:10} {results['trainable']:6,} numbers, {scores[method]:5.1f} % exact match"
+            f"{method:10} {results.trainable:6,} numbers, {scores[method]:5.1f} % exact match"
         )
     return scores
 

@@ -194,7 +194,7 @@ class Bench:
                     )
                 )
         results = json.loads((runs / task / "results.json").read_text())
-        digital = results["seeds"][0]
+        digital = results.seeds[0]
         (prompts := runs / "prompts.txt").write_text(text)
         prepared = runs / "prepared"
         scales = runs / "scales-prepared"

@@ -433,7 +433,7 @@ class Bench:
         run = self.fusions[job.task]
         folder = run.out / job.task
         results = json.loads((folder / "results.json").read_text())
-        (digital,) = results["seeds"]
+        (digital,) = results.seeds
         of_digital = {
             "digital_exact_match": digital["exact_match"],
             "digital_task_loss": digital["loss"],
@@ -445,7 +445,7 @@ class Bench:
                 dataclasses.replace(
                     run, arrays=arrays, name=f"{job.task}-chip-{job.chip}"
                 )
-            )["seeds"]
+            ).seeds
             return {
                 "task": job.task,
                 "exact_match": there["exact_match"],

@@ -140,7 +140,7 @@ def test_an_adapter_of_another_family_is_refused(family, tmp_path):
     ],
 )
 def test_every_method_runs(family, method, results):
-    (row,) = results(method)["seeds"]
+    (row,) = results(method).seeds
     assert 0 <= row["exact_match"] <= 100
     assert row["loss"] is None if method == "constant" else math.isfinite(row["loss"])
     entry = lf.METHODS[method]
@@ -154,7 +154,7 @@ def test_every_method_runs(family, method, results):
             targets=_TARGETS if entry.pool else None,
         )
         title = entry.title.format(lora_rank=2, vera_rank=3)
-        assert results(method)["trainable"] == trained[title]
+        assert results(method).trainable == trained[title]
 
 
 @pytest.mark.parametrize(
@@ -162,8 +162,8 @@ def test_every_method_runs(family, method, results):
 )
 def test_a_base_in_few_bits(family, load_in, method, rel, results):
     options = family.options(f"{load_in}-{method}", load_in=load_in, method=method)
-    (row,) = lf.fuse(options)["seeds"]
-    (exact,) = results(method)["seeds"]
+    (row,) = lf.fuse(options).seeds
+    (exact,) = results(method).seeds
     assert row["loss"] == pytest.approx(exact["loss"], rel=rel)
     assert row["loss"] != exact["loss"]
 

@@ -1,7 +1,7 @@
 """`lorafusion fuse`: train a fusion, and evaluate it; `lorafusion trial`: compare it with other methods."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,7 +15,7 @@ from ..methods.entry import MethodEntry
 from ..methods.fusion import PRESETS
 from ..methods.recipes import recipe_of
 from ..report import Table, markdown
-from ..runs.folder import run_path
+from ..runs.folder import RunResults, run_path
 from ..runs.options import FuseOptions, options_with, plain
 from ..runs.start import stages
 from ..runs.weight_list import with_listed_modules
@@ -127,13 +127,13 @@ def groups_of(entry: MethodEntry) -> dict[str, Sequence[str]]:
     return groups | {"training": (*others, "start_from")}
 
 
-def report(results: Mapping[str, Any], folder: Path) -> str:
+def report(results: RunResults, folder: Path) -> str:
     """Return the results of a run: a line for each seed, then mean and spread."""
     head = (
-        f"{results['task']}, {results['method']}, {results['trainable']:,} trainable parameters, "
-        f"{results['test_rows']:,} test rows"
+        f"{results.task}, {results.method}, {results.trainable:,} trainable parameters, "
+        f"{results.test_rows:,} test rows"
     )
-    return f"{one_line(head)}\n{score_table(results['seeds'])}\nwritten to {one_line(str(folder))}"
+    return f"{one_line(head)}\n{score_table(results.seeds)}\nwritten to {one_line(str(folder))}"
 
 
 def trial_command(arguments: Sequence[str]) -> None:

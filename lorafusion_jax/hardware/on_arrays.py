@@ -1,7 +1,6 @@
 """A run, digitally or on arrays: its chips for training and for evaluation."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from ..io.pool import open_pool
 from ..loading.identity import digests
 from ..loading.model import LoadedModel
 from ..methods.merge import Merge
+from ..runs.folder import RunResults
 from ..runs.options import FuseOptions, OnArrays
 from ..runs.run import HardwareSetup, run
 from ..runs.setup import Setup
@@ -25,8 +25,8 @@ from .program import Restored, program
 from .restore import load_restored
 
 
-def fuse(options: FuseOptions) -> dict[str, Any]:
-    """Do the run that the options describe, and return the results as they are in results.json.
+def fuse(options: FuseOptions) -> RunResults:
+    """Do the run that the options describe, and return its results.
 
     Raises:
       ValueError: before anything is written, on options or files that cannot be used.

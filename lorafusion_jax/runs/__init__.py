@@ -5,6 +5,7 @@ from .evaluate import seed_rows as seed_rows
 from .export import ExportOptions as ExportOptions
 from .export import export as export
 from .folder import RunFolder as RunFolder
+from .folder import RunResults as RunResults
 from .folder import run_path as run_path
 from .generation import SeedModels as SeedModels
 from .generation import advance_rows as advance_rows

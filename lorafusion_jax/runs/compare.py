@@ -19,7 +19,7 @@ from ..report import (
     spread_over_seeds,
     summary,
 )
-from .folder import Results, RunFolder
+from .folder import RunFolder, RunResults
 
 _MEANS = (
     Column("mean", "spread"),
@@ -60,18 +60,18 @@ class CompareOptions:
 class _Evaluated(NamedTuple):
     """A run's results, and marks of its answers: [seeds, rows], by seed in the order of the results."""
 
-    results: Results
+    results: RunResults
     targets: list[str]
     correct: Bool[np.ndarray, "seeds rows"]
     option_correct: Bool[np.ndarray, "seeds rows"] | None
 
     @property
     def seeds(self) -> list[int]:
-        return [seed["seed"] for seed in self.results["seeds"]]
+        return [seed["seed"] for seed in self.results.seeds]
 
     def loss(self, places: Sequence[int]) -> float | None:
         """Return the mean loss of some seeds, by their places; None if one has none."""
-        losses = [self.results["seeds"][place]["loss"] for place in places]
+        losses = [self.results.seeds[place]["loss"] for place in places]
         finite = [loss for loss in losses if loss is not None]
         return fmean(finite) if len(finite) == len(losses) else None
 
@@ -105,13 +105,13 @@ def compare(options: CompareOptions) -> list[Table]:
     runs = {folder: _read(folder) for folder in folders}
     first = runs[folders[0]]
     for folder, run in runs.items():
-        same_rows = run.results["test_sha256"] == first.results["test_sha256"]
+        same_rows = run.results.test_sha256 == first.results.test_sha256
         if not same_rows or run.targets != first.targets:
             raise ValueError(
                 f"{folder} was evaluated on other test rows than {folders[0]}: evaluate both on the same task, with "
                 "the same --train-rows, --test-rows and --target"
             )
-    task = first.results["task"]
+    task = first.results.task
     summaries = {names[folder]: summary([run.correct]) for folder, run in runs.items()}
     if options.plot is not None:
         plot_means(summaries, options.plot, title=task)
@@ -139,15 +139,15 @@ def _means(run: _Evaluated, exact_match: Summary) -> list[Any]:
     options = None
     if run.option_correct is not None:
         options = spread_over_seeds([run.option_correct])[0]
-    seeds = run.results["seeds"]
+    seeds = run.results.seeds
     return [
         (exact_match.mean, exact_match.std),
         (exact_match.low, exact_match.high),
         run.loss(range(len(seeds))),
         options,
-        run.results["trainable"],
+        run.results.trainable,
         fmean(seed.get("forward_rows", 0) for seed in seeds),
-        run.results["seconds"]["train"] / len(seeds),
+        run.results.seconds["train"] / len(seeds),
     ]
 
 
@@ -177,7 +177,7 @@ def _read(folder: Path) -> _Evaluated:
         if not run.exists():
             state = "is not the folder of a run: name one"
         raise ValueError(f"{folder} {state}")
-    if results["test_rows"] == 0:
+    if results.test_rows == 0:
         raise ValueError(
             f"{folder} has no test rows (--test-rows 0): train again with some, to compare it"
         )
@@ -185,12 +185,12 @@ def _read(folder: Path) -> _Evaluated:
     targets = list[str]()
     marks = list[list[bool]]()
     option_marks = list[list[bool | None]]()
-    for seed in results["seeds"]:
+    for seed in results.seeds:
         rows = [row for row in predictions if row["seed"] == seed["seed"]]
-        if [row["row"] for row in rows] != list(range(results["test_rows"])):
+        if [row["row"] for row in rows] != list(range(results.test_rows)):
             raise ValueError(
                 f"{folder / 'predictions.jsonl'} holds {len(rows)} rows of seed {seed['seed']}: expected each "
-                f"of the {results['test_rows']} test rows once; restore it from a copy"
+                f"of the {results.test_rows} test rows once; restore it from a copy"
             )
         targets = [row["target"] for row in rows]
         marks.append([row["correct"] for row in rows])

@@ -206,7 +206,7 @@ def evaluate_few_shot(
     )
 
 
-def seed_rows(seeds: tuple[int, ...], evaluation: Evaluation) -> list[dict[str, Any]]:
+def seed_rows(seeds: tuple[int, ...], evaluation: Evaluation) -> list[Any]:
     """Return {seed, exact_match, option_accuracy (percent or None), loss (nats per token or None)} of every seed."""
     columns = (evaluation.exact_match, evaluation.option_accuracy, evaluation.loss)
     numbers = [

@@ -42,7 +42,7 @@ from ..support.writing import write_text
 from ..training.frozen import Frozen
 from ..training.method import Params
 from ..training.problem import Problem
-from .folder import Results, RunFolder, load_seed
+from .folder import RunFolder, RunResults, load_seed
 from .options import FuseOptions
 from .setup import of_run
 from .weight_list import RECORD, Merged, check_modules, coefficients_of, typed_weights
@@ -131,7 +131,7 @@ def _export_run(options: ExportOptions, folder: Path) -> str:
 
 
 def _card(
-    options: ExportOptions, fused: FuseOptions, seed: int, results: Results | None
+    options: ExportOptions, fused: FuseOptions, seed: int, results: RunResults | None
 ) -> str:
     """Return a model card: names of files without their folders, which are private, and as text."""
     from huggingface_hub import ModelCard, ModelCardData
@@ -153,9 +153,9 @@ def _card(
         f"Made of {text(base)} by lorafusion-jax {__version__}, with the method `{fused.method}`{control} and the seed "
         f"{seed}, from at most {fused.train_rows:,} rows of {text(fused.task)}.",
     ]
-    for row in [] if results is None else results["seeds"]:
+    for row in [] if results is None else results.seeds:
         if row["seed"] == seed and results and row["exact_match"] is not None:
-            rows = f"{results['test_rows']:,} test rows"
+            rows = f"{results.test_rows:,} test rows"
             lines.append(f"Exact match on {rows}: {row['exact_match']:.1f} %.")
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(lines)))
 

@@ -93,8 +93,24 @@ class SeedResults(TypedDict):
     ]  # share of the squared norm of a start that a LoRA's rank lacks, by site
 
 
-class Results(TypedDict):
-    """Contents of `results.json`."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunResults:
+    """What a run achieved: the contents of `results.json`.
+
+    Attributes:
+      task: name of the task.
+      method: name of the method.
+      control: what replaces the pool, or "none".
+      trainable: number of trained parameters of a seed.
+      trainable_by_group: the same by group, such as coefficients and magnitudes.
+      exact_match: mean over seeds, in percent; None without test rows.
+      exact_match_std: standard deviation over seeds; None for one seed.
+      seeds: scores, steps and modules of each seed.
+      test_rows: number of test rows.
+      test_sha256: digest of the test rows with all columns.
+      seconds: time of training and of evaluation.
+      environment: versions, devices and settings.
+    """
 
     task: str
     method: str
@@ -105,7 +121,7 @@ class Results(TypedDict):
     exact_match_std: float | None
     seeds: list[SeedResults]
     test_rows: int
-    test_sha256: str  # of all columns of the test rows
+    test_sha256: str
     seconds: dict[str, float]
     environment: Environment
 
@@ -186,15 +202,15 @@ class RunFolder:
             )
         return config
 
-    def results(self) -> Results | None:
+    def results(self) -> RunResults | None:
         """Return the results of all seeds, or None if the run is not complete."""
         path = self.folder / _RESULTS
         if not path.is_file():
             return None
-        results: Results = read_json(
-            path, Results, "a complete run", allow_unknown=True
+        results: RunResults = read_json(
+            path, RunResults, "a complete run", allow_unknown=True
         )
-        seeds = [seed["seed"] for seed in results["seeds"]]
+        seeds = [seed["seed"] for seed in results.seeds]
         seeds_of_run = [*self.config()["options"].seeds]
         if seeds not in (
             seeds_of_run,
@@ -229,9 +245,10 @@ class RunFolder:
             json.dumps(msgspec.to_builtins(config, enc_hook=str), indent=1) + "\n",
         )
 
-    def write_results(self, results: Mapping[str, Any]) -> None:
+    def write_results(self, results: RunResults) -> None:
         """Write the results, which completes the run; a number that is not finite is null."""
-        _write(self.folder / _RESULTS, json.dumps(_finite(results), indent=1) + "\n")
+        fields = _finite(dataclasses.asdict(results))
+        _write(self.folder / _RESULTS, json.dumps(fields, indent=1) + "\n")
 
     def write_predictions(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write the model's answers to every row."""

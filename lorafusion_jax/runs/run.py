@@ -27,7 +27,15 @@ from ..training.fit import start
 from ..training.mesh import make_mesh
 from ..training.method import Params
 from .evaluate import Evaluation, evaluate_seeds, seed_rows
-from .folder import Environment, Folders, RunConfig, RunFolder, note, run_path
+from .folder import (
+    Environment,
+    Folders,
+    RunConfig,
+    RunFolder,
+    RunResults,
+    note,
+    run_path,
+)
 from .module_ranking import with_ranked_modules
 from .options import FuseOptions, options_to_json
 from .setup import Setup, load_setup, trainable_count, unrolls
@@ -56,8 +64,8 @@ class HardwareSetup(NamedTuple):
 SetUpHardware = Callable[[Setup, FuseOptions, Params], HardwareSetup]
 
 
-def run(options: FuseOptions, set_up: SetUpHardware | None = None) -> dict[str, Any]:
-    """Do a run, and return the results as they are in results.json.
+def run(options: FuseOptions, set_up: SetUpHardware | None = None) -> RunResults:
+    """Do a run, and return its results.
 
     `set_up` puts the run on the hardware of its options; without it the run is digital. Options or files that cannot be
     used are a ValueError before anything is written.
@@ -85,7 +93,7 @@ def _replace(
     options: FuseOptions,
     base: Base,
     set_up: SetUpHardware | None,
-) -> dict[str, Any]:
+) -> RunResults:
     """Do a run under a temporary name, and replace a previous run once it is complete."""
     previous.config()  # raises FileError for a folder that is not a run
     folder = previous.folder
@@ -106,9 +114,7 @@ def _replace(
     return results
 
 
-def _run(
-    options: FuseOptions, base: Base, set_up: SetUpHardware | None
-) -> dict[str, Any]:
+def _run(options: FuseOptions, base: Base, set_up: SetUpHardware | None) -> RunResults:
     options.entry.check()
     run = RunFolder(run_path(options))
     if not options.resume and processes.first():
@@ -116,7 +122,7 @@ def _run(
     recorded = _recorded(run, options) if options.resume and run.exists() else None
     if recorded is not None and (done := run.results()) is not None:
         note(f"{run.folder} is complete: nothing to resume")
-        return dict(done)
+        return done
     *before, last = stages(options)
     for stage in before:
         check_targets(last, base)
@@ -184,7 +190,7 @@ def _complete(
     config: RunConfig,
     begin: dict[str, Any] | None,
     left_out: Sequence[dict[str, Any]],
-) -> dict[str, Any]:
+) -> RunResults:
     setup = hardware.training
     params, steps, seconds = train(run, setup, options, begin)
     trained = time.perf_counter()
@@ -197,26 +203,26 @@ def _complete(
     spread = None
     if matches is not None and len(seeds) > 1:
         spread = float(np.std(matches, ddof=1))
-    results = {
-        "task": setup.task.name,
-        "method": options.method,
-        "control": options.control,
-        "trainable": sum(counts.values()),
-        "trainable_by_group": counts,
-        "exact_match": None if matches is None else float(np.mean(matches)),
-        "exact_match_std": spread,
-        "seeds": [
+    results = RunResults(
+        task=setup.task.name,
+        method=options.method,
+        control=options.control,
+        trainable=sum(counts.values()),
+        trainable_by_group=counts,
+        exact_match=None if matches is None else float(np.mean(matches)),
+        exact_match_std=spread,
+        seeds=[
             row
             | {"steps": steps[i], "modules": list(setup.modules[i])}
             | rows_passed(setup, options, steps[i])
             | left_out[i]
             for i, row in enumerate(seed_rows(seeds, evaluation))
         ],
-        "test_rows": len(setup.test),
-        "test_sha256": hashlib.sha256(tested.encode()).hexdigest(),
-        "seconds": {"train": seconds, "evaluate": evaluated - trained},
-        "environment": config["environment"],
-    }
+        test_rows=len(setup.test),
+        test_sha256=hashlib.sha256(tested.encode()).hexdigest(),
+        seconds={"train": seconds, "evaluate": evaluated - trained},
+        environment=config["environment"],
+    )
     run.write_results(results)
     return results
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypedDict
 from ..estimates.plan import PROCESS_BYTES, run_cost
 from ..io.hf import open_base
 from ..io.pool import open_pool
-from ..runs.folder import RunFolder, run_path
+from ..runs.folder import RunFolder, RunResults, run_path
 from ..runs.options import FuseOptions, options_to_json
 from ..runs.start import with_targets
 from ..support.reading import read_lines
@@ -66,7 +66,7 @@ class _Failed(TypedDict):
 def run_jobs(
     jobs: Iterable[Job],
     file: Path,
-    run: Callable[[FuseOptions], Mapping[str, Any]],
+    run: Callable[[FuseOptions], RunResults],
     *,
     root: Path | None = None,
     retry_failed: bool = False,
@@ -213,7 +213,7 @@ def _memory(job: Job) -> int:
 
 
 def _rows(
-    run: Callable[[FuseOptions], Mapping[str, Any]], root: Path | None, job: Job
+    run: Callable[[FuseOptions], RunResults], root: Path | None, job: Job
 ) -> list[dict[str, Any]]:
     """Run a job and return its rows."""
     results = run(job.options)
@@ -224,8 +224,8 @@ def _rows(
         "task": job.task,
         "method": job.method,
         "shots": job.shots,
-        "trainable": results["trainable"],
-        "seconds": results["seconds"]["train"] / len(results["seeds"]),
+        "trainable": results.trainable,
+        "seconds": results.seconds["train"] / len(results.seeds),
         "config": settings_of(job.options, root),
         "data_sha256": config["task_sha256"],
         **{
@@ -234,7 +234,7 @@ def _rows(
         },
     }
     rows = []
-    for seed in results["seeds"]:
+    for seed in results.seeds:
         seed_predictions = [row for row in predictions if row["seed"] == seed["seed"]]
         scored = all(row["option_correct"] is not None for row in seed_predictions)
         scores = {

@@ -88,7 +88,7 @@ def test_the_paper_is_run_from_adapters_to_exports(example, tmp_path):
 @pytest.mark.nightly
 def test_sweep_on_a_mesh_trains_every_seed(example, tmp_path):
     results = example("sweep_on_a_mesh").main(tmp_path, recipe=_RECIPE, test_rows=4)
-    assert [seed["seed"] for seed in results["seeds"]] == [1, 2, 3, 4]
+    assert [seed["seed"] for seed in results.seeds] == [1, 2, 3, 4]
 
 
 @pytest.mark.long

@@ -236,8 +236,8 @@ def test_runs_are_evaluated_and_trained_on_restored_chips(small, chips, fused):
     )
     fuse(trained := _fusing(small, chips, "restored", arrays=arrays))
     assert (
-        fuse(dataclasses.replace(trained, resume=True))["seeds"]
-        == lf.runs.RunFolder(lf.runs.run_path(trained)).results()["seeds"]
+        fuse(dataclasses.replace(trained, resume=True)).seeds
+        == lf.runs.RunFolder(lf.runs.run_path(trained)).results().seeds
     )
     fresh = dataclasses.replace(arrays, train_chip="fresh")
     with pytest.raises(
@@ -461,7 +461,7 @@ def test_what_a_run_trains_on(small, chips, fused):
 @pytest.mark.nightly
 def test_a_lora_in_cells_is_the_lora_where_cells_are_ideal(small, chips):
     options = _fusing(small, chips, "lora", method="lora", pool=None)
-    wanted = [row["loss"] for row in fuse(options)["seeds"]]
+    wanted = [row["loss"] for row in fuse(options).seeds]
     for lora_in in ("sram", "cells"):
         rows = _on_chips(
             options, crossbar="ideal", lora_in=lora_in, keep_digital=_NOT_WRITTEN

@@ -98,7 +98,7 @@ def test_runs_on_chips_have_the_results_of_one_device(small, tmp_path):
     arrays = lf.runs.OnArrays(crossbar=noisy, keep_digital=digital, train_chip="fresh")
     options = recipes.small_run(small, tmp_path, epochs=1, arrays=arrays)
     trained = [
-        fuse(dataclasses.replace(options, name=f"{mesh}", mesh=mesh))["seeds"]
+        fuse(dataclasses.replace(options, name=f"{mesh}", mesh=mesh)).seeds
         for mesh in (None, "seed=2")
     ]
     np.testing.assert_allclose(*map(_losses, trained), rtol=1e-5)

@@ -1,5 +1,6 @@
 """Every method as a run: what it reports, what it counts, that it is loaded, evaluated and exported as it was."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -102,8 +103,9 @@ def _strict(text: str):
 def test_a_run_reports_and_counts_and_is_evaluated_alike(method, runs):
     options, results = runs(method)
     seeds = _SEEDS[:1] if method == "zero-shot" else _SEEDS
-    assert [row["seed"] for row in results["seeds"]] == list(seeds)
-    assert _strict((lf.runs.run_path(options) / "results.json").read_text()) == results
+    assert [row["seed"] for row in results.seeds] == list(seeds)
+    written = (lf.runs.run_path(options) / "results.json").read_text()
+    assert _strict(written) == dataclasses.asdict(results)
     for line in lf.runs.RunFolder(lf.runs.run_path(options)).metrics():
         _strict(json.dumps(line))
     forward = 0
@@ -122,16 +124,14 @@ def test_a_run_reports_and_counts_and_is_evaluated_alike(method, runs):
         if method not in _TRAINED
         else table[_TRAINED[method]]
     )
-    assert (
-        results["trainable"] == sum(results["trainable_by_group"].values()) == trainable
-    )
+    assert results.trainable == sum(results.trainable_by_group.values()) == trainable
     # By hand: modules x blocks; sites x rank x both factors x width.
     assert trainable == {
         "coefficients": 2 * 2,
         "lora": 6 * 4 * 2 * 96,
         "zero-shot": 0,
     }.get(method, trainable)
-    for row in results["seeds"]:
+    for row in results.seeds:
         assert (row["forward_rows"], row["backward_rows"], row["steps"]) == (
             forward,
             backward,
@@ -152,7 +152,7 @@ def test_a_run_reports_and_counts_and_is_evaluated_alike(method, runs):
     rows = lf.runs.evaluate_run(lf.runs.EvaluateOptions(run=lf.runs.run_path(options)))
     assert rows == [
         {k: s[k] for k in ("seed", "exact_match", "option_accuracy", "loss")}
-        for s in results["seeds"]
+        for s in results.seeds
     ]
 
 
@@ -165,7 +165,7 @@ def test_methods_differ(methods, runs):
     """None of them is another one under a new name."""
     # The constant has no loss; four evaluations may leave LoraHub at its start, zeros.
     others = [method for method in methods if method not in ("constant", "lorahub")]
-    losses = {method: runs(method)[1]["seeds"][0]["loss"] for method in others}
+    losses = {method: runs(method)[1].seeds[0]["loss"] for method in others}
     if "cat" in losses:  # a mean is what PEFT calls a cat of equal weights
         assert losses.pop("cat") == pytest.approx(losses["mean"], rel=1e-5)
     assert len({round(loss, 4) for loss in losses.values()}) == len(losses)
@@ -176,7 +176,7 @@ def test_the_best_single_module_is_the_one_of_least_loss(runs):
     folder = lf.runs.run_path(options)
     _, params, _ = lf.load_run(folder)
     lines = lf.runs.RunFolder(folder).metrics()
-    for s, seed in enumerate(results["seeds"]):
+    for s, seed in enumerate(results.seeds):
         tried = [line for line in lines if line["seed"] == seed["seed"]]
         assert [line["module"] for line in tried] == seed["modules"]
         least = min(range(2), key=lambda n: tried[n]["score"])
@@ -208,7 +208,7 @@ def test_only_a_seeds_own_five_rows_count(method, small, tmp_path):
         options = _options(
             small, tmp_path, method, seeds=(1,), task=str(task), train_rows=5, name=name
         )
-        (row,) = lf.fuse(options)["seeds"]
+        (row,) = lf.fuse(options).seeds
         said[name] = row["loss"], recipes.answers(options, 1)
     assert said["others"] == said["as it is"] != said["own"]
     if method == "constant":
@@ -292,8 +292,8 @@ def test_an_exported_model_says_what_the_run_says(method, runs, small, tmp_path)
     options, results = runs(method)
     _exported(runs, method, "merged", tmp_path)
     zero = _options((tmp_path / "merged", small[1]), tmp_path, "zero-shot")
-    (row,) = lf.fuse(zero)["seeds"]
-    assert row["loss"] == pytest.approx(results["seeds"][1]["loss"], rel=1e-4)
+    (row,) = lf.fuse(zero).seeds
+    assert row["loss"] == pytest.approx(results.seeds[1]["loss"], rel=1e-4)
     assert recipes.answers(zero, 1) == recipes.answers(options, 2)
 
 
@@ -363,11 +363,9 @@ def test_arrays_hold_what_a_run_reads(runs):
             keep_digital=digital,
         )
         found = lf.hardware.report_on_chips(asked)
-        for digital, row in zip(found["digital"], results["seeds"], strict=True):
+        for digital, row in zip(found["digital"], results.seeds, strict=True):
             assert digital["loss"] == pytest.approx(row["loss"], rel=1e-5)
-        for on_chip, row in zip(
-            found["chips"][0]["seeds"], results["seeds"], strict=True
-        ):
+        for on_chip, row in zip(found["chips"][0]["seeds"], results.seeds, strict=True):
             assert on_chip["loss"] == pytest.approx(row["loss"], rel=1e-3)
         sites[method] = {site["site"] for site in found["sites"]}
     assert {site.partition(".")[0] for site in sites["cat"] - sites["merge"]} == {

@@ -55,7 +55,7 @@ def test_a_basis_on_disk_is_the_one_of_the_modules_and_reads_none_of_them(
 
 def test_a_run_in_a_basis_learns_and_is_evaluated_again(fused):
     options, results = fused
-    assert results["trainable_by_group"] == {
+    assert results.trainable_by_group == {
         "coefficients": 2 * 2,
         "magnitudes": 6 * 96,
     }
@@ -71,8 +71,8 @@ def test_a_run_in_a_basis_learns_and_is_evaluated_again(fused):
         lf.runs.EvaluateOptions(run=lf.runs.run_path(options))
     )
     assert (again["exact_match"], again["loss"]) == (
-        results["exact_match"],
-        results["seeds"][0]["loss"],
+        results.exact_match,
+        results.seeds[0]["loss"],
     )
     assert lf.fuse(dataclasses.replace(options, resume=True)) == results
 
@@ -125,9 +125,9 @@ def test_modules_are_ranked_in_whole_or_inside_the_basis(converted, tmp_path):
             epochs=1,
             method="coefficients",
         )
-        chosen[choose] = lf.fuse(options)["seeds"][0]["modules"]
+        chosen[choose] = lf.fuse(options).seeds[0]["modules"]
         assert (
-            lf.fuse(dataclasses.replace(options, resume=True))["seeds"][0]["modules"]
+            lf.fuse(dataclasses.replace(options, resume=True)).seeds[0]["modules"]
             == chosen[choose]
         )
     assert chosen["gradient"] == chosen["basis-gradient"]
@@ -153,7 +153,7 @@ def test_modules_are_ranked_in_whole_or_inside_the_basis(converted, tmp_path):
         epochs=1,
         basis=48,
     )
-    assert lf.fuse(options)["seeds"][0]["modules"] == chosen["gradient"]
+    assert lf.fuse(options).seeds[0]["modules"] == chosen["gradient"]
 
 
 def test_controls_project_the_modules_on_other_directions(converted, tmp_path):

@@ -37,7 +37,7 @@ def test_means_and_paired_differences_are_those_of_the_runs(runs, tmp_path, caps
         CompareOptions(runs=tuple(folders), plot=tmp_path / "new" / "means.png")
     )
     scores = {
-        name: [seed["exact_match"] for seed in results["seeds"]]
+        name: [seed["exact_match"] for seed in results.seeds]
         for name, (_, results) in runs.items()
     }
     assert [line[0] for line in means.lines] == ["mean", "base"]

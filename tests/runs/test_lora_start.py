@@ -38,7 +38,7 @@ def _lora(small, out, start, method="lora", rank=_RANKS, rate=0.0, **changes):
 
 
 def _losses(results):
-    return [seed["loss"] for seed in results["seeds"]]
+    return [seed["loss"] for seed in results.seeds]
 
 
 @pytest.mark.parametrize(
@@ -51,17 +51,17 @@ def test_a_lora_starts_at_the_loss_of_the_fusion(small, fused, tmp_path, method)
     assert _losses(results)[0] != pytest.approx(_losses(results)[1], rel=1e-3)
     assert all(
         0 <= share < 1e-5
-        for seed in results["seeds"]
+        for seed in results.seeds
         for share in seed["left_out"].values()
     )
 
 
 def test_what_a_small_rank_leaves_out_is_reported(small, fused, tmp_path, capsys):
     results = fuse(_lora(small, tmp_path, run_path(fused[0]), rank=4))
-    shares = [share for seed in results["seeds"] for share in seed["left_out"].values()]
+    shares = [share for seed in results.seeds for share in seed["left_out"].values()]
     assert (
         min(shares) > 0.01
-        and RunFolder(tmp_path / "run").results()["seeds"][0]["left_out"]
+        and RunFolder(tmp_path / "run").results().seeds[0]["left_out"]
     )
     assert (
         f"at rank 4, which leaves out {100 * min(shares):.1f} to {100 * max(shares):.1f} %"
@@ -117,8 +117,8 @@ def test_a_resumed_lora_equals_an_uninterrupted_one(small, fused, tmp_path):
     shutil.rmtree(max((tmp_path / "run" / "checkpoints").iterdir()))
     again = fuse(dataclasses.replace(options, resume=True))
     jax.tree.map(np.testing.assert_array_equal, load_run(tmp_path / "run")[1], whole)
-    assert [seed["left_out"] for seed in again["seeds"]] == [
-        seed["left_out"] for seed in results["seeds"]
+    assert [seed["left_out"] for seed in again.seeds] == [
+        seed["left_out"] for seed in results.seeds
     ]
 
 
@@ -198,7 +198,7 @@ def test_one_command_trains_a_fusion_and_then_a_lora_from_it(small, tmp_path):
         _lora(small, tmp_path, tmp_path / "first", rank=4, rate=0.01, epochs=2)
     )
     assert (
-        results["seeds"] == again["seeds"]
+        results.seeds == again.seeds
         and load_run(tmp_path / "both")[0].recipe.epochs == 4
     )
     jax.tree.map(
@@ -216,7 +216,7 @@ def test_a_warm_start_from_the_nearest_module_has_its_rank_and_its_model(
     nearest = RunFolder(tmp_path / "warm" / "single").results()
     trained = load_run(tmp_path / "warm")[0].recipe
     assert trained.lora_rank == open_pool(small[1]).largest_rank
-    for trained_seed, seed in zip(warm["seeds"], nearest["seeds"], strict=True):
+    for trained_seed, seed in zip(warm.seeds, nearest.seeds, strict=True):
         assert max(trained_seed["left_out"].values()) < 1e-6
         assert trained_seed["loss"] == pytest.approx(seed["loss"], rel=1e-4)
 

@@ -92,7 +92,7 @@ def test_evaluating_and_generating_agree_with_the_run_in_batches_of_any_size(
     folder = lf.runs.run_path(options)
     for row, recorded in zip(
         lf.runs.evaluate_run(lf.runs.EvaluateOptions(run=folder, eval_batch=2)),
-        results["seeds"],
+        results.seeds,
         strict=True,
     ):
         for score in ("exact_match", "option_accuracy"):
@@ -224,7 +224,7 @@ def test_examples_in_the_prompt_end_an_answer_before_further_examples(
         row["prediction"]
         for row in lf.runs.RunFolder(lf.runs.run_path(options)).predictions()
     ] == [answer] * 2
-    assert results["seeds"][0]["exact_match"] == (0 if chat else 50)
+    assert results.seeds[0]["exact_match"] == (0 if chat else 50)
     shown = r"((the )*\w+ (cold|short|old|the gold)\n\n){2}"
     around = (
         (r"<\|im_start\|>user\n", r"<\|im_end\|>\n<\|im_start\|>assistant\n")

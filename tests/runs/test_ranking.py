@@ -43,13 +43,13 @@ def test_a_run_fuses_the_modules_with_the_least_gradient_at_zero(ranked):
         setup.problem, options.seeds, list(setup.rows.once(95))
     )  # in one batch
     for seed, modules, descent in zip(
-        results["seeds"], setup.modules, -gradient.sum(axis=2), strict=True
+        results.seeds, setup.modules, -gradient.sum(axis=2), strict=True
     ):
         assert seed["modules"] == [modules[i] for i in np.argsort(-descent)[:3]]
         # 95 rows trained once and ranked once, 5 validated.
         assert (seed["forward_rows"], seed["backward_rows"]) == (195, 190)
     assert any(
-        "digit" in name for name in results["seeds"][0]["modules"]
+        "digit" in name for name in results.seeds[0]["modules"]
     )  # the task's own character op
 
 
@@ -84,13 +84,13 @@ def test_rows_count_alike_in_batches_of_any_size(ranked):
 def test_a_run_that_chose_is_resumed_and_evaluated_with_its_modules(ranked):
     options, results = ranked
     rows = evaluate_run(EvaluateOptions(run=run_path(options)))
-    for row, seed in zip(rows, results["seeds"], strict=True):
+    for row, seed in zip(rows, results.seeds, strict=True):
         assert row == {name: seed[name] for name in row}
     _, params, config = lf.load_run(run_path(options))
     (run_path(options) / "results.json").unlink()
     again = lf.fuse(dataclasses.replace(options, resume=True))
-    assert again["seeds"] == results["seeds"]
-    assert [seed["modules"] for seed in again["seeds"]] == config["modules"]
+    assert again.seeds == results.seeds
+    assert [seed["modules"] for seed in again.seeds] == config["modules"]
     assert params["coefficients"].shape == (2, 3, 2)
 
 

@@ -253,7 +253,7 @@ def test_trainings_equal_runs_of_fuse_on_the_same_rows(small, tmp_path):
             recipe=dataclasses.replace(recipe, **dict(rates)),
             out=tmp_path / "runs",
         )
-        (seed,) = lf.fuse(run)["seeds"]
+        (seed,) = lf.fuse(run).seeds
         np.testing.assert_allclose(scores.correct.mean() * 100, seed["exact_match"])
         loss = scores.loss.sum() * np.mean(tokens) / sum(tokens[i] for i in test)
         np.testing.assert_allclose(loss, seed["loss"], rtol=2e-5)
