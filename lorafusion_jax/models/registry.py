@@ -40,8 +40,7 @@ def family_of_json(raw: Mapping[str, Any]) -> Family:
             return family
     members = "; ".join(family.members for family in FAMILIES.values())
     raise ValueError(
-        f"model_type is {kind!r}: expected a {members}. Only T5 and dense decoders are supported, so mixtures of "
-        "experts and encoders alone are not"
+        f"model_type is {kind!r}, which is none of the families: {members}. Give a dense model of one of them"
     )
 
 

@@ -255,6 +255,24 @@ def test_copies_of_base_weights_are_ignored_but_kept(write, tmp_path, key, array
     np.testing.assert_array_equal(_resaved(adapter, tmp_path / "again")[key], array)
 
 
+@pytest.mark.parametrize(
+    "factors",
+    [
+        {"lm_head.lora_A.weight": (4, 6), "lm_head.lora_B.weight": (9, 4)},
+        {"shared.lora_embedding_A": (4, 9), "shared.lora_embedding_B": (6, 4)},
+    ],
+)
+def test_zero_lora_elsewhere_is_left_out_with_a_note(write, factors):
+    keys = [_PREFIX + key for key in factors]
+    arrays = [np.ones(shape, np.float32) for shape in factors.values()]
+    arrays[1][:] = 0
+    folder = write(_TENSORS | dict(zip(keys, arrays, strict=True)))
+    adapter = read_adapter(folder, shapes=_SHAPES)
+    assert set(adapter.kept) == {*keys} and set(adapter.factors) == {_Q, _V}
+    note = f"ignored: 2 tensors such as {keys[0]}, zero, so it changes nothing"
+    assert adapter.notes == (note,)
+
+
 def test_state_of_the_training_is_ignored(write):
     state = {f"{_PREFIX}{_Q}.lora_velora_embed": np.ones((2, 3), np.float32)}
     adapter = read_adapter(
@@ -659,7 +677,7 @@ def test_a_file_without_lora(write):
     tensors = {"shared.weight": _EMBEDDING}
     _refused(
         write(tensors),
-        "has no lora_A and lora_B: expected the weights",
+        r"has no lora_A and lora_B \(shared.weight is equal.*: expected a LoRA",
         base_tensor=_base_tensor,
     )
 

@@ -1,6 +1,7 @@
 """Text models inside models for images and text, in the spellings of several versions of transformers."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ import small_llama
 from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
-from lorafusion_jax.io import open_base, write_adapter
+from lorafusion_jax.io import open_base, read_adapter, write_adapter
+from lorafusion_jax.models import linear_shapes
 from lorafusion_jax.models.decoder import FAMILY
 
 _TEXT = small_llama.CONFIG | {
@@ -112,16 +114,24 @@ def test_an_adapter_in_every_spelling_is_read(around, tmp_path):
     [
         "model.visual.blocks.0.attn.proj",
         "vision_tower.transformer.layers.1.attention.q_proj",
+        "model.mm_projector.0",
     ],
 )
-def test_an_adapter_of_the_part_for_images_is_refused(path, tmp_path):
-    with pytest.raises(
-        ValueError,
-        match="is LoRA on the part that reads images: retrain on the language model alone",
-    ):
-        lf.read_pool(
-            [_adapter(tmp_path / "adapter", path)], FAMILY.read_config(_CONFIG)
-        )
+def test_the_part_for_images_is_left_out_with_a_note(path, tmp_path):
+    config = FAMILY.read_config(_CONFIG)
+    folder = Path(_adapter(tmp_path / "adapter", path))
+    message = "no lora_A and lora_B .*of a part that text never runs through"
+    with pytest.raises(ValueError, match=message):
+        lf.read_pool([str(folder)], config)
+    text = _adapter(tmp_path / "text", "model.layers.1.self_attn.q_proj")
+    file = "adapter_model.safetensors"
+    images = load_file(folder / file)
+    save_file(images | load_file(Path(text) / file), folder / file)
+    adapter = read_adapter(str(folder), shapes=linear_shapes(config))
+    assert set(adapter.kept) == set(images) and len(adapter.factors) == 1
+    assert adapter.notes == (
+        f"ignored: 2 tensors such as {next(iter(adapter.kept))}, of a part that text never runs through",
+    )
 
 
 @pytest.mark.parametrize(

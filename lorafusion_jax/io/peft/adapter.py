@@ -29,7 +29,7 @@ from .config import (
     read_config_file,
     scalings,
 )
-from .tensors import MAGNITUDE, collect
+from .tensors import MAGNITUDE, collect, path_in_file
 
 WEIGHTS = "adapter_model.safetensors"
 _BIN = "adapter_model.bin"
@@ -111,11 +111,17 @@ def read_adapter(
             parts, ignored = collect(
                 tensors, config, shapes=shapes, base_tensor=base_tensor
             )
-        notes += [f"ignored: {key}, {reason}" for key, reason in ignored.items()]
+        for reason in dict.fromkeys(ignored.values()):
+            keys = [key for key in ignored if ignored[key] == reason]
+            number = f"{len(keys)} tensors such as " if len(keys) > 1 else ""
+            notes.append(f"ignored: {number}{keys[0]}, {reason}")
 
-        ranks = {path: part["lora_A"][1].shape[0] for path, part in parts.items()}
+        # PEFT looks for the patterns in the modules' names of the version that wrote the file.
+        names = {path: path_in_file(part["lora_A"][0]) for path, part in parts.items()}
+        ranks = {names[path]: len(part["lora_A"][1]) for path, part in parts.items()}
         with error_context(folder / CONFIG):
-            scaling = scalings(config, ranks)
+            factors = scalings(config, ranks)
+            scaling = {path: factors[name] for path, name in names.items()}
             if base is not None:
                 notes += check_base(config, base)
 

@@ -15,7 +15,6 @@ from typing import Annotated, Any, NamedTuple, TypedDict
 import numpy as np
 from msgspec import Meta
 
-from ...models.architecture import unwrapped
 from ...models.registry import last_part, types_of_name
 from ...support.reading import decode, decode_as
 from ...support.text import some
@@ -229,7 +228,7 @@ def scalings(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, f
     """
     patterns = {
         field: [
-            (re.compile(rf"(.*\.)?({unwrapped(key)})$"), value)
+            (re.compile(rf"(.*\.)?({key})$"), value)
             for key, value in (config.get(field) or {}).items()
         ]
         for field in _PATTERNS
@@ -271,7 +270,7 @@ def _check_fields(config: Mapping[str, Any]) -> None:
                 re.compile(key)
             except re.error as error:
                 raise ValueError(
-                    f"{field} has the key {key!r} ({error}): expected names of modules"
+                    f"{field} has the key {key!r} ({error}): expected a regular expression for names of modules"
                 ) from None
 
 

@@ -27,10 +27,15 @@ _OTHER_TENSORS = {
     "lora_": "a tensor that plain LoRA does not have",
 }
 MAGNITUDE = "lora_magnitude_vector"
+_ZERO = "zero, so it changes nothing"
 _HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 _EMBEDDINGS = ("shared", "embed_tokens", "lm_head", "wte", "word_embeddings")
 
-_IMAGES = re.compile(r"(^|\.)(visual|vision_|multi_modal_|connector)")
+# Parts for images and sound, and their projectors, in files of several programs.
+_NO_TEXT = re.compile(
+    r"(^|\.)(visual|vision|image|audio|speech|multi_modal|mm_projector|connector|aligner"
+    r"|embed_vision|embed_audio)"
+)
 
 # The tensors of one module: {lora_A, lora_B or lora_magnitude_vector: (key, array)}.
 Part = dict[str, tuple[str, np.ndarray]]
@@ -49,15 +54,21 @@ def collect(
     """
     known = {unwrapped(path): path for path in shapes or ()}
     parts: dict[str, Part] = {}
-    ignored = {}
+    ignored: dict[str, str] = {}
     for key, array in tensors.items():
         if COMPILED in key:
             raise ValueError(
                 f"{key!r} is of a compiled model: save the adapter of the model in it (its _orig_mod)"
             )
+        if _NO_TEXT.search(_WRAPPERS.sub("", key)):
+            ignored[key] = "of a part that text never runs through"
+            continue
         match = _FACTOR.fullmatch(key)
         if match is None:
-            ignored[key] = _reason_to_ignore(key, array, config, base_tensor)
+            if "lora_embedding_" in key and _is_zero(tensors, key):
+                ignored[key] = _ZERO
+            else:
+                ignored[key] = _reason_to_ignore(key, array, config, base_tensor)
             continue
         if match["leaf"] == ".bias":
             raise ValueError(
@@ -70,11 +81,17 @@ def collect(
             )
         _check_array(key, array, ndim=1 if match["kind"] == MAGNITUDE else 2)
         part[match["kind"]] = key, array
+    dora = bool(config.get("use_dora"))
+    _check_pairs(parts, dora=dora)
+    if shapes is not None and not dora:
+        for path in parts.keys() - shapes.keys():
+            if _is_zero(tensors, parts[path]["lora_A"][0]):
+                ignored |= {key: _ZERO for key, _ in parts.pop(path).values()}
     if not parts:
+        left_out = [f" ({key} is {reason})" for key, reason in ignored.items()][:1]
         raise ValueError(
-            "it has no lora_A and lora_B: expected the weights of a LoRA adapter"
+            f"it has no lora_A and lora_B{''.join(left_out)}: expected a LoRA adapter of the language model"
         )
-    _check_pairs(parts, dora=bool(config.get("use_dora")))
     if shapes is not None:
         _check_shapes(parts, shapes, config)
     for part in parts.values():
@@ -84,6 +101,19 @@ def collect(
                     f"{key} holds NaN or infinity: its training diverged; retrain it"
                 )
     return parts, ignored
+
+
+def path_in_file(key: str) -> str:
+    """Return the path of a factor's module as the file spells it."""
+    match = _FACTOR.fullmatch(key)
+    assert match is not None
+    return match["path"]
+
+
+def _is_zero(tensors: Mapping[str, np.ndarray], key: str) -> bool:
+    """Return whether the factor at a key, or the other factor of its module, is zero."""
+    other = re.sub("_[AB]", lambda kind: {"_A": "_B", "_B": "_A"}[kind[0]], key)
+    return not (tensors[key].any() and tensors.get(other, tensors[key]).any())
 
 
 def _reason_to_ignore(
@@ -196,10 +226,6 @@ def _check_shapes(
     if path.rpartition(".")[2] == "lm_head":
         raise ValueError(
             f"{key_a} is LoRA on the head, and only modules of blocks can be mixed: retrain without it"
-        )
-    if _IMAGES.search(path):
-        raise ValueError(
-            f"{key_a} is LoRA on the part that reads images: retrain on the language model alone"
         )
     if path in shapes:
         d_in, d_out = shapes[path]
