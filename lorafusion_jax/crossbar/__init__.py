@@ -18,8 +18,11 @@ from .calibration.restore import fit_corrections
 from .calibration.whole_model import calibrate_tree, observe, site_errors
 from .chip.chip import (
     Chip,
+    Correction,
+    Corrections,
     chips_in,
     is_chip,
+    numbers_per_rank,
     programmed_weights,
     reads,
     with_chips,
@@ -27,7 +30,6 @@ from .chip.chip import (
     with_read_key,
     with_shared_factors,
 )
-from .chip.correction import Correction, Corrections, numbers_per_rank
 from .chip.files import load_chip, save_chip
 from .chip.plan import Plan
 from .chip.program import is_random, program
@@ -45,12 +47,14 @@ from .config.schema import (
     deterministic,
 )
 from .config.structure import Structure, split_config
-from .cost.constants import CONSTANTS, Constants, load_constants
 from .cost.energy import (
+    CONSTANTS,
+    Constants,
     Counts,
     ReadEnergy,
     WriteCost,
     counts,
+    load_constants,
     read_energy,
     read_latency,
     write_cost,

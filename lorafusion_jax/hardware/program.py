@@ -115,7 +115,7 @@ def program(
             for pattern, config in rules.items()
             if not pattern.startswith("pool.")
         }
-    numbers = None
+    indices = None
     # The arrays of a module are those of its number on the chip, in every layer.
     if modules is not None and isinstance(pool, LoraPool):
         layered = (
@@ -123,10 +123,10 @@ def program(
             for factor, sites in factors.items()
             for site, w in sites.items()
         )
-        numbers = {path: (jnp.arange(layers), modules) for path, layers in layered}
+        indices = {path: (jnp.arange(layers), modules) for path, layers in layered}
     preparations = _with_pool(frozen.preparations or {}, factors)
     write = functools.partial(
-        program_tree, rules=rules, key=key, numbers=numbers, preparations=preparations
+        program_tree, rules=rules, key=key, indices=indices, preparations=preparations
     )
     weights_to_write = base | ({"pool": factors} if factors else {})
 

@@ -23,7 +23,7 @@ from ..mapping import encoding
 from ..mapping.adc.quantiser import converter, stacked_units
 from ..read.definition import BUDGET, all_sums, input_bytes, with_mismatch, with_noise
 from ..read.matmul import check_inputs, full_scale, matmul, prepared_inputs
-from ..read.paths.registry import PATHS, choose, columns_of
+from ..read.paths import PATHS, choose, columns_of
 
 # Bins of |current|, from 2^-32 of the largest one on, and of |x|, from 2^-128 on; and their number for each power
 # of two, so that edges are 0.5 % and 1 % apart.

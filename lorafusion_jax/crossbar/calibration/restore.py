@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ..chip.chip import Chip, chips_in
-from ..chip.correction import Correction, by_name, numbers_per_rank
+from ..chip.chip import Chip, Correction, by_name, chips_in, numbers_per_rank
 from ..read.matmul import matmul
 from .one_chip import check_numbers
 from .whole_model import Counted, Run, summed

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from ...support.platform import is_traced
 from ..chip.chip import Chip, chips_in, reads, with_chips
-from ..read.paths.registry import PATHS
+from ..read.paths import PATHS
 from .one_chip import (
     BINS,
     INPUT_BINS,

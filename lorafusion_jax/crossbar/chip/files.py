@@ -19,9 +19,8 @@ from ..config.structure import split_config
 from ..mapping.bit_fields import BitFields, FieldWords
 from ..mapping.geometry import Geometry
 from ..preparation.preparation import Preparation, check_preparation
-from ..read.paths.registry import PATHS
-from .chip import Chip, reconfigured
-from .correction import Correction, check_correction
+from ..read.paths import PATHS
+from .chip import Chip, Correction, check_correction, reconfigured
 from .plan import Plan
 
 _META = "chip"

@@ -1,7 +1,8 @@
-"""The plan of a read, and the facts that decide its path. docs/concepts/reads.md lists the paths."""
+"""The plan of a read, what decides its path, and the columns of its arrays. docs/concepts/reads.md lists the paths."""
 
 import dataclasses
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,11 @@ from jaxtyping import Array, Bool, Float
 
 from ...support.platform import is_traced
 from ..config.schema import CrossbarConfig
+from ..mapping import decoding, encoding
 from ..mapping.adc.quantiser import Ties, are_power_steps, level_units
 from ..mapping.bit_fields import BitFields
-from ..mapping.geometry import Geometry
+from ..mapping.geometry import Cells, Columns, Gains, Geometry
+from ..read.conversion_noise import powers
 
 ON_REQUEST = "asked for"  # reason of a path that the caller requested
 
@@ -22,7 +25,7 @@ class Plan:
     """The path of a read, and the reason of its choice.
 
     Attributes:
-      path: its name in `read.paths.registry.PATHS`.
+      path: its name in `read.paths.PATHS`.
       integers: column sums, before read noise, are integers.
       bit_fields: fields of the weight slices in the words of `lookup` and `packed`; None without words.
       ties: method that keeps the codes of sums half-way between two codes exact.
@@ -38,7 +41,7 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Facts:
+class ReadRequirements:
     """Everything that decides the path of a read.
 
     Attributes:
@@ -64,8 +67,8 @@ class Facts:
         limits: Array | np.ndarray | None,
         *,
         perfect: bool,
-    ) -> "Facts":
-        """Return the facts of a read. Traced `limits` [_, K, 2] are unknown; `perfect` cells are at their targets."""
+    ) -> "ReadRequirements":
+        """Return the requirements of a read. Traced `limits` [_, K, 2] are unknown; `perfect` cells are at their targets."""
         known = (
             None
             if limits is None or is_traced((limits, level_units(geometry, config)))
@@ -187,3 +190,41 @@ def loses_nothing(
     return xp.all(
         whole & (xp.asarray(geometry.bounds, limits.dtype)[None] * step <= top)
     )
+
+
+class ColumnLayout(NamedTuple):
+    """Columns that multiply the inputs, in the form that the plan's path needs (see `Chip`)."""
+
+    plan: Plan
+    columns: Any = None
+    variance: Float[Array, "..."] | None = None
+    occupied: Bool[Array, "k R"] | None = None
+
+
+class ProgrammedCells(NamedTuple):
+    """A matrix in cells; without them in perfect pairs, whose signed digits are in `slices`."""
+
+    plan: Plan
+    cells: Cells | None
+    slices: Float[Array, "K d_in d_out"]
+    gain: Gains | None
+    geometry: Geometry
+    config: CrossbarConfig
+
+    def variance(self) -> Columns | None:
+        """Return the variances of the columns' read noise at sigma = 1, or None without noise."""
+        if self.cells is None or self.config.device.read_noise is None:
+            return None
+        cell_powers = powers(self.cells, self.geometry, self.config)
+        return decoding.column_variances(
+            cell_powers, self.geometry, self.config, self.gain
+        )
+
+    def columns(self) -> Columns:
+        """Return the columns."""
+        if self.cells is None:
+            return encoding.split(self.slices, self.geometry.rows, 1, front=True)
+        # The cells' values reach the gradient through the codes.
+        return decoding.columns(
+            jax.lax.stop_gradient(self.cells), self.geometry, self.config, self.gain
+        )

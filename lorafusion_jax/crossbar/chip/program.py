@@ -25,9 +25,9 @@ from ..mapping import decoding, encoding
 from ..mapping.adc.quantiser import fixed_limits, stacked_units
 from ..mapping.geometry import Cells, Gains, Geometry
 from ..preparation.preparation import Preparation, check_preparation
-from ..read.paths.registry import PATHS, choose
+from ..read.paths import PATHS, choose
 from .chip import Chip
-from .columns import Written
+from .plan import ProgrammedCells
 
 # purposes of a chip's key in addition to those of `device.realise`
 _GAIN = 16
@@ -114,7 +114,7 @@ def program(
             before = decoding.programmed_codes(fresh, flipped, geometry, mapped_config)
             scale = scale * drift_compensation(before * per_weight, codes * per_weight)
     gain, offset = _mismatch(cells, geometry, config, key)
-    laid = route.lay_out(Written(plan, cells, slices, gain, geometry, config))
+    laid = route.lay_out(ProgrammedCells(plan, cells, slices, gain, geometry, config))
     real = weights / encoding.per_weight(jax.lax.stop_gradient(scale), geometry)
     structure, values = split_config(config)
     return Chip(

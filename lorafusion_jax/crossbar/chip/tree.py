@@ -23,12 +23,12 @@ from ...support.reading import error_context
 from ..config.schema import CrossbarConfig
 from ..config.structure import Structure, split_config
 from ..preparation.preparation import Preparation, check_preparation
-from ..read.paths.registry import PATHS
+from ..read.paths import PATHS
 from .chip import Chip, one_by_one, stacked_keys, typed_key
 from .program import program
 
 Rules = Mapping[str, CrossbarConfig | None]
-Numbers = Mapping[str, Sequence[Int[Array, " _size"]]]
+Indices = Mapping[str, Sequence[Int[Array, " _size"]]]
 Preparations = Mapping[str, Preparation]
 
 # purposes of a weight's key
@@ -41,19 +41,19 @@ def program_tree(
     rules: Rules,
     key: Array,
     *,
-    numbers: Numbers | None = None,
+    indices: Indices | None = None,
     preparations: Preparations | None = None,
 ) -> Any:
     """Return a model's weights with `Chip` leaves.
 
-    A weight's arrays depend only on the key, its path and its numbers in a stack, not on other weights or the number of
+    A weight's arrays depend only on the key, its path and its indices in a stack, not on other weights or the number of
     devices. The function can be vmapped over keys; chips are then an axis.
 
     Args:
       weights: a tree of matrices [d_in, d_out], or stacks [L, d_in, d_out] and [L, N, d_in, d_out]. Rules match its
         paths, joined by dots. Vectors, such as biases, stay digital. (Give a stack of vectors a rule of None.)
       key: one PRNG key [].
-      numbers: path -> for each leading axis of that stack, the numbers of its entries on the chip, if the stack is part
+      indices: path -> for each leading axis of that stack, the indices of its entries on the chip, if the stack is part
         of a larger one. For other stacks they are 0, 1, ...
       preparations: path -> preparation of that weight, or of each matrix of that stack (see `prepare`).
 
@@ -69,7 +69,7 @@ def program_tree(
         for path, leaf in by_path
     }
     _check_patterns(rules, leaves)
-    numbers = numbers or {}
+    indices = indices or {}
     preparations = preparations or {}
     if unknown := [path for path in preparations if path not in leaves]:
         raise ValueError(
@@ -77,7 +77,7 @@ def program_tree(
         )
     return tree.unflatten(
         [
-            _place(path, leaf, rules, key, numbers.get(path), preparations.get(path))
+            _place(path, leaf, rules, key, indices.get(path), preparations.get(path))
             for path, leaf in leaves.items()
         ]
     )
@@ -88,7 +88,7 @@ def _place(
     weight: Float[Array, "..."],
     rules: Rules,
     key: Array,
-    numbers: Sequence[Int[Array, " _size"]] | None,
+    indices: Sequence[Int[Array, " _size"]] | None,
     preparation: Preparation | None,
 ) -> Any:
     """Return a weight programmed by its rules, or as it is."""
@@ -106,8 +106,8 @@ def _place(
         )
     with error_context(path or "the model"):
         check_preparation(preparation, weight.shape, config)
-    numbers = numbers or [jnp.arange(size) for size in weight.shape[:-2]]
-    chips, noise = _keys(key, np.uint32(zlib.crc32(path.encode())), numbers)
+    indices = indices or [jnp.arange(size) for size in weight.shape[:-2]]
+    chips, noise = _keys(key, np.uint32(zlib.crc32(path.encode())), indices)
     structure, values = split_config(config)
     # Without its identity, so that weights of one kind share a compiled function.
     bare = preparation and dataclasses.replace(preparation, identity="")
@@ -118,12 +118,12 @@ def _place(
 
 @jax.jit  # compiled, because the operations one by one take 13 ms for a weight
 def _keys(
-    key: Array, weight: Array, numbers: Sequence[Int[Array, " _size"]]
+    key: Array, weight: Array, indices: Sequence[Int[Array, " _size"]]
 ) -> list[Array]:
     """Return the keys of the chip and of the reads for every matrix of a stack."""
     weight_key = jax.random.fold_in(key, weight)
     return [
-        stacked_keys(jax.random.fold_in(weight_key, purpose), numbers)
+        stacked_keys(jax.random.fold_in(weight_key, purpose), indices)
         for purpose in (_CHIP, _READ)
     ]
 

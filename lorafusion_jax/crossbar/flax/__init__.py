@@ -28,8 +28,7 @@ from ..config.presets import PRESETS
 from ..preparation import prepare as preparing
 from ..preparation.moments import moments
 from ..preparation.preparation import Preparation, needs_preparation
-from .kernel import Kernel
-from .layers import InArrays, Model, converted, on_arrays
+from .layers import InArrays, Kernel, Model, converted, on_arrays
 
 __all__ = [
     "InArrays",

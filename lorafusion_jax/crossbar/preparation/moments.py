@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..calibration.whole_model import Counted, Run, summed
-from ..chip.chip import Chip, chips_in
-from ..chip.correction import by_name
+from ..chip.chip import Chip, by_name, chips_in
 from ..read.matmul import matmul, prepared_inputs
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from ...support.platform import for_cpu
 from ..chip.chip import Chip
-from ..chip.plan import Facts
+from ..chip.plan import ColumnLayout, Plan, ProgrammedCells, ReadRequirements
 from ..config.schema import CrossbarConfig
 from ..devices.normal_draws import normal
 from ..devices.physical import for_each_cell, like
@@ -24,7 +24,43 @@ from ..mapping.adc.quantiser import Converter
 from ..mapping.decoding import finish
 from ..mapping.geometry import Cells, Geometry
 from .conversion_noise import of_conversions
-from .paths.path import ReadPath
+
+
+class ReadPath:
+    """One way to compute a read; the fastest of those that are exact is chosen.
+
+    Attributes:
+      name: the path in plans, files and `program(path=...)`.
+      converts: column sums are converted; False where slices and tiles telescope.
+      single_cells: the chip keeps every cell.
+    """
+
+    name: str
+    converts = True
+    single_cells = False
+
+    def refusal(self, requirements: ReadRequirements) -> str | None:
+        """Return the reason why the path cannot compute a read exactly, or None."""
+        return None
+
+    def chosen(self, requirements: ReadRequirements) -> str | None:
+        """Return the reason why the path is the fastest, if no earlier one in the registry is; else None."""
+        return None
+
+    def in_models(self, plan: Plan) -> str:
+        """Return the path of whole models, which often read one vector; `lookup` reads their large batches."""
+        return self.name
+
+    def lay_out(self, programmed: ProgrammedCells) -> ColumnLayout:
+        """Return the columns in the form that the read needs."""
+        return ColumnLayout(programmed.plan)
+
+    def read(
+        self, n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip
+    ) -> Float[Array, "B d_out"]:
+        """Return weights times input codes."""
+        raise NotImplementedError
+
 
 BUDGET = 256 * 2**20  # bytes that the temporaries of one read may take
 # Copies of an array's cells in memory at once: of drawn or nonlinear ones, and while wires are solved for.
@@ -39,10 +75,10 @@ class DefinitionPath(ReadPath):
     name = "definition"
     single_cells = True
 
-    def chosen(self, facts: Facts) -> str | None:
-        if facts.unlike_products:
-            return f"every conversion separately: {facts.unlike_products}"
-        if not for_cpu() and not facts.config.draws_at_conversion:
+    def chosen(self, requirements: ReadRequirements) -> str | None:
+        if requirements.unlike_products:
+            return f"every conversion separately: {requirements.unlike_products}"
+        if not for_cpu() and not requirements.config.draws_at_conversion:
             return "every conversion separately, batched: fastest on an accelerator"
         return None
 

@@ -19,14 +19,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ...support.platform import is_traced
-from ..chip.chip import Chip
-from ..chip.correction import check_correction
+from ..chip.chip import Chip, check_correction
 from ..chip.plan import loses_nothing
 from ..config.schema import CrossbarConfig
 from ..devices.physical import is_moved
 from ..mapping import encoding
 from ..mapping.adc.quantiser import converter, level_units
-from .paths.registry import PATHS, read
+from .paths import PATHS, read
 
 # Powers of two within which factors are multiplied as they are: sums have up to 2^44 in addition.
 _USUAL = 32

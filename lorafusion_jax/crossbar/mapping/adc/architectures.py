@@ -11,7 +11,7 @@ from ...cost.ranges import Constant, Range
 
 @runtime_checkable
 class Table(Protocol):
-    """A table of constants in joules, seconds or as pure numbers (see `cost.constants`)."""
+    """A table of constants in joules, seconds or as pure numbers (see `cost.energy`)."""
 
     def __getitem__(self, name: str) -> Range: ...
 

@@ -21,17 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num, UInt8
 
-from ....support.platform import for_cpu
-from ...chip.chip import Chip
-from ...chip.columns import Laid, Written
-from ...chip.plan import Facts, Plan
-from ...devices.physical import varying_as
-from ...mapping.adc.quantiser import Converter
-from ...mapping.bit_fields import INT_BITS, BitFields, FieldWords, drive, unpack
-from ...mapping.encoding import digit
-from ...mapping.geometry import significance
-from ..conversion_noise import Noise, add_noise, alike
-from .kernel import KernelPath, PackedPath, certificate, fit_words, in_words
+from ...support.platform import for_cpu
+from ..chip.chip import Chip
+from ..chip.plan import ColumnLayout, Plan, ProgrammedCells, ReadRequirements
+from ..devices.physical import varying_as
+from ..mapping.adc.quantiser import Converter
+from ..mapping.bit_fields import INT_BITS, BitFields, FieldWords, drive, unpack
+from ..mapping.encoding import digit
+from ..mapping.geometry import significance
+from .conversion_noise import Noise, add_noise, alike
+from .sliced_products import KernelPath, PackedPath, certificate, fit_words, in_words
 
 # A block of columns whose table, and a chunk of the batch whose sums, stay in a core's second-level cache.
 _COLUMNS = 64
@@ -43,16 +42,16 @@ class LookupPath(KernelPath):
 
     name = "lookup"
 
-    def refusal(self, facts: Facts) -> str | None:
-        if facts.bits > 2:  # 4 levels at most, or 7 with a sign
+    def refusal(self, requirements: ReadRequirements) -> str | None:
+        if requirements.bits > 2:  # 4 levels at most, or 7 with a sign
             return "takes input slices of up to 2 bits: set dac.slice_bits"
-        return super().refusal(facts)
+        return super().refusal(requirements)
 
-    def chosen(self, facts: Facts) -> str | None:
+    def chosen(self, requirements: ReadRequirements) -> str | None:
         if (
             for_cpu()
-            and facts.bits == 1
-            and (facts.integers or not facts.config.signed_inputs)
+            and requirements.bits == 1
+            and (requirements.integers or not requirements.config.signed_inputs)
         ):
             return "input slices have one bit: sums of a few rows come from tables"
         return None
@@ -60,13 +59,15 @@ class LookupPath(KernelPath):
     def in_models(self, plan: Plan) -> str:
         return "loop" if plan.bit_fields is None else PackedPath.name
 
-    def form(self, laid: Laid, written: Written) -> Laid:
+    def form(self, layout: ColumnLayout, programmed: ProgrammedCells) -> ColumnLayout:
         bit_fields = (
-            certificate(laid, written, INT_BITS)[1]
-            if fit_words(laid, written)
+            certificate(layout, programmed, INT_BITS)[1]
+            if fit_words(layout, programmed)
             else None
         )
-        return laid if bit_fields is None else in_words(laid, written, bit_fields)
+        return (
+            layout if bit_fields is None else in_words(layout, programmed, bit_fields)
+        )
 
     def codes(
         self,

@@ -1,0 +1,425 @@
+"""Products of row tiles and input slices, with the ADC in their epilogue: the paths `loop` and `packed`.
+
+Real-valued cells take one product for each weight slice. Integers share words: two or three column sums come out
+of one float32 product; `mapping.bit_fields` has the certificate.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from ...support.platform import for_cpu, is_traced
+from ..chip.chip import Chip
+from ..chip.plan import ON_REQUEST, ColumnLayout, ProgrammedCells, ReadRequirements
+from ..devices.physical import varying_as
+from ..mapping import decoding, encoding
+from ..mapping.adc.quantiser import Converter
+from ..mapping.bit_fields import (
+    FLOAT_BITS,
+    BitFields,
+    FieldWords,
+    certify,
+    combine,
+    drive,
+    over_rows,
+    unpack,
+)
+from ..mapping.encoding import digit
+from ..mapping.geometry import Columns, significance
+from .conversion_noise import (
+    Noise,
+    add_noise,
+    alike,
+    deviations,
+    of_conversions,
+    stream,
+)
+from .definition import ReadPath
+
+
+def sliced_products(
+    n: Float[Array, "B R rows"],
+    cells: FieldWords | Float[Array, "K R rows cols"],
+    bit_fields: BitFields | None,
+    adc: Converter,
+    slices: tuple[int, ...] | None,
+    occupied: Bool[Array, "K R"] | None = None,
+    noise: Noise | None = None,
+) -> Float[Array, "K B cols"]:
+    """Return the codes of all conversions, shifted and added over input slices and row tiles.
+
+    Cells are in level units: real numbers, or integers in words of `bit_fields.FLOAT_BITS`. No `slices` mean an ideal
+    DAC. Planes that are not `occupied` are skipped. The variances of `noise` are not read where words hold them.
+    """
+    if isinstance(cells, FieldWords):
+        assert bit_fields is not None and slices is not None
+        n = drive(n, slices)
+        words = bit_fields.words
+        operands = (
+            [cells.words] if cells.variances is None else [cells.words, cells.variances]
+        )
+    else:
+        words = [slice(k, k + 1) for k in range(len(cells))]
+        operands = [cells] if noise is None else [cells, noise.variance]
+    worth = jnp.asarray((1.0,) if slices is None else significance(slices), n.dtype)
+
+    def tile(r: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
+        x = jax.lax.dynamic_index_in_dim(n, r, 1, keepdims=False)
+        least = (
+            jax.lax.dynamic_index_in_dim(cells.low, r, 1, keepdims=False)
+            if isinstance(cells, FieldWords)
+            else None
+        )
+
+        def plane(operand: Array, w: int) -> Float[Array, "rows _cols"]:
+            # In a single slice: `operand[w]` first would be copied in every step, for all row tiles.
+            word_plane = jax.lax.dynamic_slice(
+                operand, (w, r, 0, 0), (1, 1, *operand.shape[2:])
+            )
+            return jnp.squeeze(word_plane, (0, 1)).astype(n.dtype)
+
+        planes = [
+            [plane(operand, w) for w in range(len(words))] for operand in operands
+        ]
+
+        def step(j: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
+            u = x if slices is None else digit(x, slices, j).astype(n.dtype)
+
+            def read(
+                w: int, planes_of_word: slice, total: Float[Array, "k B cols"]
+            ) -> Float[Array, "k B cols"]:
+                factors = zip((u, u * u), planes, strict=False)
+                products = [
+                    jnp.dot(factor, word_planes[w], precision="highest")
+                    for factor, word_planes in factors
+                ]
+                if bit_fields is None or least is None:
+                    sums = products[0][None]
+                    variances = [variance[None] for variance in products[1:]]
+                else:
+                    word = functools.reduce(
+                        jnp.add,
+                        [word_product.astype(jnp.int32) for word_product in products],
+                    )
+                    sums = (
+                        unpack(word, bit_fields.fields[planes_of_word])
+                        + least[planes_of_word, None]
+                    ).astype(n.dtype)
+                    variances = (
+                        [
+                            unpack(word, bit_fields.variances[planes_of_word]).astype(
+                                n.dtype
+                            )
+                        ]
+                        if bit_fields.variances
+                        else []
+                    )
+                if noise is not None:
+                    if not variances:
+                        variances = [
+                            alike(
+                                u[:, : noise.variance.shape[2]],
+                                noise.variance[planes_of_word, r, :, 0],
+                            )
+                        ]
+                    sums = add_noise(
+                        sums,
+                        variances[0],
+                        noise,
+                        r * worth.size + j,
+                        (planes_of_word.start, 0, 0),
+                        sums.shape[2],
+                    )
+                return total + worth[j] * adc(
+                    sums, adc.scale[planes_of_word, None, None]
+                )
+
+            if occupied is None:
+                return tuple(
+                    read(w, *pair)
+                    for w, pair in enumerate(zip(words, totals, strict=True))
+                )
+            return tuple(
+                jax.lax.cond(
+                    occupied[k, r],
+                    lambda total, k=k: read(k, words[k], total),
+                    lambda total: total,
+                    total,
+                )
+                for k, total in enumerate(totals)
+            )
+
+        return jax.lax.fori_loop(0, worth.size, step, totals)
+
+    zeros = (
+        jnp.zeros(
+            (planes_of_word.stop - planes_of_word.start, len(n), operands[0].shape[3]),
+            n.dtype,
+        )
+        for planes_of_word in words
+    )
+    zero = tuple(
+        varying_as(word_zeros, n, cells, adc.scale, occupied, noise)
+        for word_zeros in zeros
+    )
+    return jnp.concatenate(jax.lax.fori_loop(0, n.shape[1], tile, zero))
+
+
+class KernelPath(ReadPath):
+    """A path of conversions that are products of slices."""
+
+    def refusal(self, requirements: ReadRequirements) -> str | None:
+        if requirements.unlike_products:
+            return f"cannot compute {requirements.unlike_products}"
+        return None
+
+    def form(self, layout: ColumnLayout, programmed: ProgrammedCells) -> ColumnLayout:
+        """Return the columns in the form that `codes` needs, given those of real numbers."""
+        return layout
+
+    def codes(
+        self,
+        tiles: Float[Array, "B R rows"],
+        columns: Any,
+        adc: Converter,
+        noise: Noise | None,
+        chip: Chip,
+    ) -> Float[Array, "k B _cols"]:
+        """Return the codes of all conversions, shifted and added over input slices and row tiles."""
+        bit_fields = chip.plan.bit_fields
+        slices = chip.geometry.converted_slices
+        columns = columns if bit_fields else columns.astype(tiles.dtype)
+        return sliced_products(
+            tiles, columns, bit_fields, adc, slices, chip.occupied, noise
+        )
+
+    def lay_out(self, programmed: ProgrammedCells) -> ColumnLayout:
+        return self.form(
+            ColumnLayout(programmed.plan, programmed.columns(), programmed.variance()),
+            programmed,
+        )
+
+    def read(
+        self, n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip
+    ) -> Float[Array, "B d_out"]:
+        assert quantise is not None
+        rows = chip.geometry.rows
+        tiles = encoding.split(n, rows, axis=1, front=True)
+        if chip.scale.shape[0] == 1 and quantise.scale.shape[0] == 1:
+            return self._of_tiles(tiles, 0, quantise, chip) * chip.scale
+
+        # Row tiles whose weights, or ADCs, have separate ranges are added up as outputs.
+        def along(
+            move: Callable[[Array], Array], parts: dict[str, Any]
+        ) -> dict[str, Any]:
+            return {name: jax.tree.map(move, part) for name, part in parts.items()}
+
+        def add(
+            y: Array, tile: tuple[Array, dict[str, Any], Array, Array, Array]
+        ) -> tuple[Array, None]:
+            x, parts, adc_scale, scale, number = tile
+            own = dataclasses.replace(
+                chip, **along(lambda a: jnp.expand_dims(a, 1), parts)
+            )
+            of_tile = self._of_tiles(
+                x[:, None], number, quantise._replace(scale=adc_scale[None]), own
+            )
+            return y + of_tile * scale[None], None
+
+        zero = varying_as(jnp.zeros((n.shape[0], chip.shape[1]), n.dtype), n, chip)
+        by_tile = {
+            "columns": chip.columns,
+            "variance": chip.variance,
+            "occupied": chip.occupied,
+        }
+        by_tile = along(lambda a: jnp.moveaxis(a, 1, 0), by_tile)
+        adc_scale = jnp.broadcast_to(
+            quantise.scale, (len(rows), quantise.scale.shape[1])
+        )
+        scale = jnp.broadcast_to(chip.scale, (len(rows), chip.scale.shape[1]))
+        return jax.lax.scan(
+            add,
+            zero,
+            (
+                jnp.moveaxis(tiles, 1, 0),
+                by_tile,
+                adc_scale,
+                scale,
+                jnp.arange(len(rows)),
+            ),
+        )[0]
+
+    def _of_tiles(
+        self,
+        tiles: Float[Array, "B R rows"],
+        number: Array | int,
+        quantise: Converter,
+        chip: Chip,
+    ) -> Float[Array, "B d_out"]:
+        """Return the product of row tiles of one scale, which begin with this number."""
+        geometry = chip.geometry
+        config = chip.config
+        d_out = chip.shape[1]
+        each = 2 if config.converts_each else 1
+        adc = quantise._replace(scale=jnp.tile(quantise.scale[0], each))
+        noise = _noise(2 * number, chip, tiles.dtype)
+        total = self.codes(tiles, chip.columns, adc, noise, chip)
+        if each == 2:
+            total = total[: len(total) // 2] - total[len(total) // 2 :]
+        whole = encoding.split(total[..., :d_out], geometry.cols, axis=2)
+        if config.encoding.unit_column:
+            whole = jnp.concatenate([whole, total[..., d_out:, None]], axis=3)
+        ones = jnp.sum(tiles, axis=(1, 2))[:, None, None]
+        return decoding.finish(whole, ones, quantise, None, geometry, config)
+
+
+def _noise(number: Array | int, chip: Chip, dtype: jnp.dtype) -> Noise | None:
+    """Return the noise of a read, whose stream has this number."""
+    geometry = chip.geometry
+    config = chip.config
+    variance = chip.variance
+    columns = cast(Any, chip.columns)
+    if not config.draws_at_conversion or chip.key is None:
+        return None
+    each = 2 if config.converts_each else 1
+    words = stream(jax.random.fold_in(chip.key, number))
+    scale = deviations(geometry, config, dtype)
+    of_adc = of_conversions(geometry, config, dtype)
+    if variance is None and not isinstance(columns, FieldWords):  # quiet cells
+        variance = jnp.zeros((*columns.shape[:3], 1), dtype)
+    elif variance is None and columns.variances is None:
+        row_tiles = columns.low.shape[1]
+        read = columns.words.shape[2] - 1
+        variance = jnp.zeros((len(columns.low), row_tiles, read, 1), dtype)
+    return Noise(
+        variance,
+        jnp.tile(scale, each),
+        words,
+        None if of_adc is None else jnp.tile(of_adc, each),
+    )
+
+
+class LoopPath(KernelPath):
+    """The fastest on a CPU where nothing is saved by tables or words; also elsewhere, if conversions draw noise."""
+
+    name = "loop"
+
+    def chosen(self, requirements: ReadRequirements) -> str | None:
+        if not for_cpu():
+            return "one draw of the noise for each conversion, where `definition` draws every cell's"
+        return "the ADC quantises each conversion: one product each, with the ADC in its epilogue"
+
+    def form(self, layout: ColumnLayout, programmed: ProgrammedCells) -> ColumnLayout:
+        """Return the path `packed` unless this one was requested or is equally fast."""
+        plan = layout.plan
+        config = programmed.config
+        count = len(layout.columns)
+        if fit_words(layout, programmed):
+            _, bit_fields = certificate(layout, programmed, FLOAT_BITS)
+            as_fast = (
+                bit_fields is None
+                or config.converts_sums
+                or len(bit_fields.words) == count
+            )
+            if bit_fields is not None and not as_fast and plan.reason != ON_REQUEST:
+                reason = f"{count} conversions come out of {len(bit_fields.words)} products of integers"
+                plan = dataclasses.replace(plan, path=PackedPath.name, reason=reason)
+                return in_words(layout._replace(plan=plan), programmed, bit_fields)
+        if plan.integers and not config.draws_at_conversion:
+            layout = layout._replace(occupied=jnp.any(layout.columns != 0, axis=(2, 3)))
+        return layout
+
+
+class PackedPath(KernelPath):
+    """Planned as `loop`, until the columns are known."""
+
+    name = "packed"
+
+    def refusal(self, requirements: ReadRequirements) -> str | None:
+        if not requirements.integers:
+            return (
+                "takes integer cells: perfect ones, whose Gmin does not reach the ADC"
+            )
+        return super().refusal(requirements)
+
+    def form(self, layout: ColumnLayout, programmed: ProgrammedCells) -> ColumnLayout:
+        if not fit_words(layout, programmed):
+            raise ValueError("path='packed' has no room for this noise: leave path out")
+        spans, bit_fields = certificate(layout, programmed, FLOAT_BITS)
+        if bit_fields is None:
+            raise ValueError(
+                f"path='packed': sums of up to {max(spans)} levels do not fit {FLOAT_BITS} bits: leave path out"
+            )
+        return in_words(layout, programmed, bit_fields)
+
+
+def fit_words(layout: ColumnLayout, programmed: ProgrammedCells) -> bool:
+    """Return whether columns and variances are integers, so that words can hold them."""
+    # Squares of halves, and of levels with Gmin, are not integers.
+    config = programmed.config
+    whole_squares = not config.encoding.two_sided and config.cell.on_off_ratio is None
+    return layout.plan.integers and (_squares(layout) is None or whole_squares)
+
+
+def certificate(
+    layout: ColumnLayout, programmed: ProgrammedCells, word_bits: int
+) -> tuple[list[int], BitFields | None]:
+    """Return the span of every slice's sums, and bit fields of them in such words, or None if they do not fit.
+
+    Bit fields are certified by the columns' own sums if these are known, else by the largest sums of any weights.
+    """
+    geometry = programmed.geometry
+    squares = _squares(layout)
+    count = len(layout.columns)
+    top = geometry.converted_top
+
+    def largest(cells: Array, power: int) -> list[int]:
+        if is_traced(cells):
+            levels = geometry.levels * (count // len(geometry.levels))
+            return [geometry.tallest * (top * level) ** power for level in levels]
+        return [
+            top**power * int(slice_level)
+            for slice_level in np.max(np.asarray(over_rows(cells)), axis=(1, 2))
+        ]
+
+    spans = [
+        (1 + programmed.config.signed_inputs) * most
+        for most in largest(jnp.abs(layout.columns), 1)
+    ]
+    return spans, certify(
+        spans, word_bits, () if squares is None else largest(squares, 2)
+    )
+
+
+def in_words(
+    layout: ColumnLayout, programmed: ProgrammedCells, bit_fields: BitFields
+) -> ColumnLayout:
+    """Return the columns in words, with their variances unless these are alike for all columns."""
+    squares = _squares(layout)
+    signed = programmed.config.signed_inputs
+    words = combine(
+        layout.columns,
+        bit_fields,
+        programmed.geometry.converted_top,
+        signed=signed,
+        variances=squares,
+    )
+    plan = dataclasses.replace(layout.plan, bit_fields=bit_fields)
+    return layout._replace(
+        plan=plan, columns=words, variance=layout.variance if squares is None else None
+    )
+
+
+def _squares(layout: ColumnLayout) -> Columns | None:
+    """Return the variances that differ from column to column, or None."""
+    return (
+        None
+        if layout.variance is None or layout.variance.shape[3] == 1
+        else layout.variance
+    )
