@@ -120,8 +120,8 @@ def test_every_matrix_is_programmed_with_a_key_of_its_own():
     # What else is programmed makes no difference, nor do the other layers of a stack.
     alone = program_tree({"b": same["b"]}, {"*": _NOISY}, _KEY)["b"]
     _equal(dense(alone, jnp.float32), programmed["b"])
-    numbers = {"b": [jnp.asarray([1]), jnp.arange(3)]}
-    layer = program_tree({"b": same["b"][1:]}, {"*": _NOISY}, _KEY, numbers=numbers)
+    indices = {"b": [jnp.asarray([1]), jnp.arange(3)]}
+    layer = program_tree({"b": same["b"][1:]}, {"*": _NOISY}, _KEY, indices=indices)
     _equal(dense(layer["b"], jnp.float32)[0], programmed["b"][1])
 
 

@@ -68,7 +68,7 @@ class ReadRequirements:
         *,
         perfect: bool,
     ) -> "ReadRequirements":
-        """Return the requirements of a read. Traced `limits` [_, K, 2] are unknown; `perfect` cells are at their targets."""
+        """Return them for traced, so unknown, or other `limits` [_, K, 2]; `perfect` cells are at their targets."""
         known = (
             None
             if limits is None or is_traced((limits, level_units(geometry, config)))
