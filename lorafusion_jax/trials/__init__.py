@@ -4,7 +4,7 @@
 
 from .engines import EngineOptions, OutOfMemory, run_items
 from .jobs import Job, run_jobs, settings_of
-from .procedure import Outcomes, Scores, Training, TrialArm, procedure
+from .procedure import Outcomes, Scores, Training, TrialArm, best_arm, procedure
 from .rows import (
     ResultRows,
     Row,
