@@ -305,9 +305,12 @@ def measured(number: int, rows: int) -> Row:
             test = list(training.test)
             yield Scores(losses[test] / tokens, right[test].astype(float))
 
-    rounds = []
-    for outcomes in procedure(ARMS, task.groups[:rows].tolist(), measure, seed=number):
-        rounds.append([round(cost, 2), best_arm(outcomes)])
+    groups = task.groups[:rows].tolist()
+    looks = [
+        (round(cost, 2), outcomes)
+        for outcomes in procedure(ARMS, groups, measure, seed=number)
+    ]
+    outcomes = looks[-1][1]
     verdict = judge(outcomes)
     minus_pool = {}
     for arm in outcomes.arms:
@@ -319,7 +322,7 @@ def measured(number: int, rows: int) -> Row:
         "task": number,
         "rows": rows,
         "named": verdict.arm if verdict.is_named else None,
-        "rounds": rounds,
+        "rounds": [[cost, best_arm(outcomes)] for cost, outcomes in looks],
         "minus_pool": jax.tree.map(lambda end: round(end, 4), minus_pool),
         "minus_best": jax.tree.map(lambda end: round(end, 4), verdict.behind),
         "truth": truth(task, rows, outcomes),
@@ -357,7 +360,11 @@ def _mean(values: Sequence[float]) -> str:
 def _column(rows: Sequence[Row], earlier: Mapping[int, Row]) -> dict[str, str]:
     """Return the figures of rows of one size."""
     # The first round has no training. The search of rates is over before the last folds, of which there are five.
-    answers = {"first answer": 1, "rates": -6, "all folds": -1}
+    answers = {
+        "first answer with all methods": 1,
+        "search of rates": -6,
+        "last fold": -1,
+    }
     figures = {}
     for name, place in answers.items():
         looks = [row["rounds"][place] for row in rows]

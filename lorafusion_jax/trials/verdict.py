@@ -2,7 +2,7 @@
 
 A method is named if it is not worse than each other one by the margin; because each bound must hold, none is corrected
 for the number of methods. Levels and the margin were chosen by simulations (experiments/trial_coverage.md);
-docs/results/trial.md has the shares of intervals and sentences that are right. Intervals hold for the folds and the
+docs/results/pools.md has the shares of intervals and sentences that are right. Intervals hold for the folds and the
 draw of a control that were measured.
 """
 

@@ -10,12 +10,14 @@ from typing import Any
 import basis_on_chips
 import crossbar_pictures
 import hardware
+import numpy as np
 import pool_value
 import pool_value_language
 import prepare
 import prepare_small
 import pytest
 import restore
+import trial_coverage
 import warm_starts
 import warm_starts_language
 from lab.common import write_tables
@@ -87,6 +89,7 @@ SCRIPTS: dict[str, tuple[str, Script]] = {
     "prepare, Gemma": ("prepare/gemma", _main(prepare, *_GEMMA)),
     "prepare_small": ("prepare", _main(prepare_small, "--parts")),
     "restore": ("restore", _main(restore)),
+    "trial_coverage": ("trial", _main(trial_coverage)),
     "restore, Gemma": ("restore/gemma", _main(restore, *_GEMMA)),
     "hardware": ("hardware", _hardware),
     "basis_on_chips": ("basis_on_chips", _basis_on_chips),
@@ -142,6 +145,7 @@ PAGES: list[tuple[str, str, Callable[[], list[list[str]]]]] = [
                                   ("pool_value/language_contrasts.csv", 3),
                                   ("warm_starts/language_contrasts.csv", 2))
               for line in _cells(name)]),
+    ("pools", "simulated trials", lambda: [line[1:] for line in _cells("trial/coverage_rounds.csv")]),
 ]  # fmt: skip
 
 
@@ -154,6 +158,19 @@ def test_a_page_shows_numbers_of_the_committed_tables(page, header, lines):
     for row in rows:
         _, *cells = [cell.strip("* ") for cell in row.strip("|").split("|")]
         assert cells in lines(), row
+
+
+def test_a_page_has_the_regret_of_the_real_trials():
+    regrets = []
+    for row in read_lines(_RESULTS / "trial" / "truth.jsonl"):
+        losses = {arm: interval[0] for arm, interval in row["contrasts"].items()}
+        losses |= {"LoRAFusion": 0.0, "rotated modules": np.inf}  # no control
+        truth = row["true_loss"] | {"rotated modules": np.inf}
+        choice = min(losses, key=losses.__getitem__)
+        regrets.append(truth[choice] - min(truth.values()))
+    text = (_RESULTS.parent / "docs" / "results" / "pools.md").read_text()
+    assert f"{len(regrets)} trials, the method of least" in text
+    assert f"is {np.mean(regrets):.3f} nats worse" in text
 
 
 def test_a_picture_of_a_crossbar_is_drawn_from_its_cells(capsys):
