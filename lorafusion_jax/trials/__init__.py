@@ -3,9 +3,8 @@
 # ruff: noqa: F401 (the imports are the public names)
 
 from .engines import EngineOptions, OutOfMemory, run_items
-from .jobs import Job, run_jobs, settings_of
-from .procedure import Outcomes, Scores, Training, TrialArm, best_arm, procedure
-from .rows import (
+from .jobs import (
+    Job,
     ResultRows,
     Row,
     Shots,
@@ -17,7 +16,10 @@ from .rows import (
     print_plan,
     read_lines,
     read_rows,
+    run_jobs,
+    settings_of,
 )
+from .procedure import Outcomes, Scores, Training, TrialArm, best_arm, procedure
 from .run import TaskTrial, TrialOptions, trial
 from .trainer import Trainer
 from .verdict import Verdict, judge, judge_tasks

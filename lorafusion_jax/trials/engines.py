@@ -1,17 +1,32 @@
-"""Engines: where the items of an experiment run. One that runs out of memory has a failure as its result."""
+"""Engines: where the items of an experiment run. One that runs out of memory has a failure as its result.
 
+Ray schedules items as tasks of a cluster, and runs them again when a worker or a node dies. Its memory monitor kills
+tasks of nodes that run out of memory, which Ray repeats without end: here once. A worker runs one task after the other,
+so it compiles each program once.
+"""
+
+import contextlib
 import dataclasses
+import functools
 import gc
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 
+from ..methods import METHODS
+from ..support import interrupts
+from ..support.checks import load_optional
 from ..support.text import printable
+from ..support.version import __version__
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 _LONGEST_ERROR = 500
+_VERSIONS = {"lorafusion_jax": __version__, "jax": jax.__version__}
 
 
 class OutOfMemory(NamedTuple):
@@ -68,9 +83,7 @@ def run_items(
       Exception: an error of the function, other than those of memory, or of `check`.
     """
     if options.engine == "ray":
-        from .ray_engine import run_on_ray
-
-        yield from run_on_ray(
+        yield from _run_on_ray(
             function, items, options.address, check=check, memory=memory
         )
     else:
@@ -93,3 +106,168 @@ def attempt(function: Callable[[Item], Result], item: Item) -> Result | OutOfMem
         )
     gc.collect()  # the error's traceback held the arrays of the run
     return failure
+
+
+def _run_on_ray(
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    address: str | None,
+    *,
+    check: Callable[[], Any] | None,
+    memory: Callable[[Item], int] | None,
+) -> Iterator[tuple[Item, Result | OutOfMemory]]:
+    """Yield items with their results; arguments and errors are those of `run_items`."""
+    os.environ.setdefault("RAY_task_oom_retries", "1")  # Ray reads it when it is loaded
+    ray: Any = load_optional("ray", extra="ray", needed_by="--engine ray")
+    with _connected(ray, address):
+        # Ray would start a process for each task with an accelerator (max_calls=1).
+        task = ray.remote(max_calls=0)(_on_worker())
+        nodes = _usable(ray)
+        accelerators = _accelerators(nodes)
+
+        def submit(call: Callable[[], Any], **options: Any) -> Any:
+            return task.options(**options).remote(
+                _VERSIONS, os.getcwd(), ray.cloudpickle.dumps((call, METHODS))
+            )
+
+        _check(ray, nodes, functools.partial(submit, check or int))
+        most = max(int(node["Resources"]["memory"]) for node in nodes)
+        running: dict[Any, Item] = {}
+        for item in items:
+            if interrupts.asked():
+                return
+            needed = (
+                min(memory(item), most)
+                if memory is not None and not accelerators
+                else None
+            )
+            running[
+                submit(
+                    functools.partial(attempt, function, item),
+                    memory=needed,
+                    **accelerators,
+                )
+            ] = item
+            yield from _finished(ray, running, timeout=0)
+        while running and not interrupts.asked():
+            yield from _finished(ray, running, timeout=1)
+
+
+def _finished(
+    ray: Any, running: dict[Any, Item], timeout: int
+) -> Iterator[tuple[Item, Any]]:
+    for ref in ray.wait([*running], timeout=timeout)[0]:
+        yield running.pop(ref), _result(ray, ref)
+
+
+def _result(ray: Any, ref: Any) -> Any:
+    """Return the result of a task, or raise its error, with the worker's traceback as a note."""
+    try:
+        return ray.get(ref)
+    except ray.exceptions.OutOfMemoryError as error:
+        return OutOfMemory(printable(str(error).partition("\n")[0]))
+    except ray.exceptions.RayTaskError as error:
+        error.cause.add_note(str(error))
+        raise error.cause from None
+
+
+def _on_worker() -> Callable[..., Any]:
+    """Return the function of all tasks. As a nested one it is sent as code, also to nodes of another version."""
+
+    def on_worker(versions: dict[str, str], folder: str, pickled: bytes) -> Any:
+        import importlib
+        import os
+        import pickle
+
+        import ray
+
+        for name, version in versions.items():
+            try:
+                there = importlib.import_module(name).__version__
+            except ImportError:
+                there = "not installed"
+            if there != version:
+                raise ValueError(
+                    f"{name} is {there}, and {version} where the command runs: install the same version"
+                )
+        # JAX stays on the accelerator on which it starts. Ray runs this task again, and starts another process.
+        devices = str(ray.get_runtime_context().get_accelerator_ids())
+        if os.environ.setdefault("LORAFUSION_ACCELERATORS", devices) != devices:
+            os._exit(1)
+        os.makedirs(folder, exist_ok=True)
+        os.chdir(folder)
+        call, methods = pickle.loads(pickled)
+        from lorafusion_jax.methods import METHODS
+
+        METHODS.update(
+            {name: entry for name, entry in methods.items() if name not in METHODS}
+        )
+        return call()
+
+    return on_worker
+
+
+def _usable(ray: Any) -> list[dict[str, Any]]:
+    """Return the nodes that tasks run on: those with accelerators if there are any, or with CPUs."""
+    nodes = [
+        node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")
+    ]
+    with_devices = [node for node in nodes if _accelerators([node])]
+    if not nodes:
+        raise ValueError(
+            "no node of the Ray cluster has CPUs for tasks: start Ray on another one"
+        )
+    return with_devices or nodes
+
+
+def _accelerators(nodes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the options of a task that holds an accelerator, if the nodes have any."""
+    resources = {name for node in nodes for name in node["Resources"]}
+    if "GPU" in resources:
+        return {"num_gpus": 1}
+    return {"resources": {"TPU": 1}} if "TPU" in resources else {}
+
+
+def _check(
+    ray: Any, nodes: Sequence[dict[str, Any]], submit: Callable[..., Any]
+) -> None:
+    """Submit a task to each node, and raise a ValueError that names the node where one fails."""
+    on = functools.partial(
+        ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy, soft=False
+    )
+    refs = [
+        submit(num_cpus=0, scheduling_strategy=on(node["NodeID"])) for node in nodes
+    ]
+    for node, ref in zip(nodes, refs, strict=True):
+        try:
+            _result(ray, ref)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"node {node['NodeManagerAddress']}: {error}") from error
+        except ray.exceptions.RayError:  # the node was lost meanwhile
+            continue
+
+
+@contextlib.contextmanager
+def _connected(ray: Any, address: str | None) -> Iterator[None]:
+    """Join a cluster, or start one on this machine; a program that has done so already stays connected."""
+    if ray.is_initialized():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    with interrupts.released():
+        interrupts.hold("Ray")  # whose processes would be left
+        try:
+            ray.init(address or "local", log_to_driver=False, logging_level="error")
+        except ConnectionError as error:
+            raise ValueError(
+                f"--address {address}: no Ray cluster can be joined there ({error}): start its head with `ray start "
+                "--head`, or leave out --address"
+            ) from error
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(
+                signal.SIGTERM, handler
+            )  # Ray's would end the process without its message
+        try:
+            yield
+        finally:
+            ray.shutdown()

@@ -15,9 +15,8 @@ from ..report import Column, Interval, Table, colour, literal, plot, write_repor
 from ..runs.options import FuseOptions, row_format
 from ..support.platform import for_cpu
 from ..tasks import load_task
-from .procedure import Outcomes, Training
+from .procedure import Outcomes, Rates, Training
 from .run import TaskTrial, TrialOptions, task_trials
-from .tuning import Rates
 from .verdict import Verdict, judge, judge_tasks
 
 if TYPE_CHECKING:

@@ -35,8 +35,10 @@ from ..support.progress import progress
 from ..tasks import Example, load_task
 from ..training.recipe import Recipe
 from .engines import EngineOptions, OutOfMemory, run_items
+from .jobs import ResultRows, Row
 from .procedure import (
     TUNING_PARTS,
+    Candidate,
     Measure,
     Outcomes,
     Role,
@@ -47,15 +49,13 @@ from .procedure import (
     divide,
     procedure,
 )
-from .rows import ResultRows, Row
 from .trainer import Trainer, shortened
-from .tuning import Candidate
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 _COEFFICIENTS = (
-    0.03  # rate of coefficients to start from, which fits few rows (see `tuning`)
+    0.03  # rate of coefficients to start from, which fits few rows (see `halving`)
 )
 _ROLES: dict[str, Role] = {  # by method
     "zero-shot": "base",

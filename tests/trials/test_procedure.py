@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from lorafusion_jax.trials import Scores, TrialArm, procedure
-from lorafusion_jax.trials.procedure import TimeIsOver, divide
-from lorafusion_jax.trials.tuning import STEP, halving
+from lorafusion_jax.trials.procedure import STEP, TimeIsOver, divide, halving
 
 _GROUPS = [f"question {number // 2}" for number in range(42)]
 _BOTH = {"rates": {"a": 0.1, "b": 0.01}}
