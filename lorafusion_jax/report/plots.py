@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..support.checks import load_optional
 from ..support.text import printable
 from ..support.writing import write
-from .statistics import Summary
+from .statistics import Interval, Summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,37 +71,40 @@ def plot(
 
 
 def plot_means(
-    summaries: Mapping[str, Summary], path: Path, *, title: str = ""
+    means: Mapping[str, Summary | Interval],
+    path: Path,
+    *,
+    title: str = "",
+    label: str = "exact match, %, with 95 % interval",
+    digits: int = 1,
 ) -> None:
-    """Draw the mean exact match of each method as a dot with its 95 % interval, the first method on top."""
-    if not summaries:
+    """Draw each mean as a dot with its interval, the first one on top, above the label of the axis."""
+    if not means:
         raise ValueError("there are no means to draw: give results of a method")
 
     def draw(figure: "Figure") -> None:
         axes = figure.subplots()
         shade = colour(3)
-        for position, summary in enumerate(summaries.values()):
-            axes.hlines(position, summary.low, summary.high, color=shade, linewidth=2)
-            axes.plot(summary.mean, position, "o", color=shade, markersize=6)
-            margin = axes.get_yaxis_transform()
+        margin = axes.get_yaxis_transform()
+        for position, mean in enumerate(means.values()):
+            axes.hlines(position, mean.low, mean.high, color=shade, linewidth=2)
+            axes.plot(mean.mean, position, "o", color=shade, markersize=6)
             axes.text(
                 1.01,
                 position,
-                f"{summary.mean:.1f}",
+                f"{mean.mean:.{digits}f}",
                 transform=margin,
                 va="center",
                 color="#333333",
                 size=10,
             )
-        axes.set_yticks(range(len(summaries)), [*map(literal, summaries)])
-        axes.set_ylim(len(summaries) - 0.4, -0.6)
-        axes.set_xlim(
-            0, 1.04 * max(summary.high for summary in summaries.values()) or 1
-        )
+        axes.set_yticks(range(len(means)), [*map(literal, means)])
+        axes.set_ylim(len(means) - 0.4, -0.6)
+        axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
         axes.grid(visible=True, axis="both")
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
-        axes.set_xlabel("exact match, %, with 95 % interval")
-        figure.suptitle(title, x=0.01, ha="left", size=12)
+        axes.set_xlabel(label)
+        figure.suptitle(literal(title), x=0.01, ha="left", size=12)
 
-    plot(path, (6.0, 0.3 * len(summaries) + 1.2), draw)
+    plot(path, (6.0, 0.3 * len(means) + 1.2), draw)

@@ -222,7 +222,8 @@ class _Rounds:
         self.tuned: dict[str, Candidate] = {}
         self.out = frozenset[str]()
         self.seconds = dict.fromkeys([arm.name for arm in arms], 0.0)
-        self._forget()
+        # Loss, exact match and match of options of each row that was tested.
+        self.scores = {arm.name: self._empty() for arm in arms}
 
     def run(self) -> Iterator[Outcomes]:
         """Yield the outcomes after each round, and after the last measurement when time is over."""
@@ -236,15 +237,10 @@ class _Rounds:
         self._test([arm for arm in self.arms if not arm.rates], 0)
         yield
         yield from self._tune([arm for arm in self.arms if arm.rates])
-        earlier = self.loss, self.correct, self.option_correct
         self.fold = self.folds
-        self._forget()
         for arm in self.arms:
-            if not arm.learns:
-                for table, before in zip(
-                    (self.loss, self.correct, self.option_correct), earlier, strict=True
-                ):
-                    table[arm.name] = before[arm.name]
+            if arm.learns:
+                self.scores[arm.name] = self._empty()
         left = self.arms
         for number in range(max(self.folds) + 1):
             self._test([arm for arm in left if arm.learns], number)
@@ -273,32 +269,30 @@ class _Rounds:
             stages = _next_stages(searches, losses)
             yield
 
-    def _forget(self) -> None:
-        self.loss = self._empty()
-        self.correct = self._empty()
-        self.option_correct = self._empty()
-
     def outcomes(self) -> Outcomes:
         """Return the outcomes so far."""
-        measured = [arm for arm in self.arms if not np.isnan(self.loss[arm.name]).all()]
+        measured = [
+            arm for arm in self.arms if not np.isnan(self.scores[arm.name][0]).all()
+        ]
+        scores = {arm.name: self.scores[arm.name].copy() for arm in measured}
         return Outcomes(
             arms=tuple(measured),
             groups=self.groups,
             fold=self.fold,
-            loss={arm.name: self.loss[arm.name].copy() for arm in measured},
-            correct={arm.name: self.correct[arm.name].copy() for arm in measured},
+            loss={name: table[0] for name, table in scores.items()},
+            correct={name: table[1] for name, table in scores.items()},
             option_correct={
-                arm.name: self.option_correct[arm.name].copy()
-                for arm in measured
-                if not np.isnan(self.option_correct[arm.name]).all()
+                name: table[2]
+                for name, table in scores.items()
+                if not np.isnan(table[2]).all()
             },
             tuned=dict(self.tuned),
             out=self.out,
             seconds=dict(self.seconds),
         )
 
-    def _empty(self) -> dict[str, Float[np.ndarray, " rows"]]:
-        return {arm.name: np.full(len(self.fold), np.nan) for arm in self.arms}
+    def _empty(self) -> Float[np.ndarray, "scores rows"]:
+        return np.full((3, len(self.groups)), np.nan)
 
     def _training(
         self, arm: TrialArm, fold: int, candidate: Candidate, *, answers: bool = True
@@ -333,12 +327,13 @@ class _Rounds:
 
     def _record(self, training: Training, scores: Scores) -> None:
         rows = list(training.test)
+        table = self.scores[training.arm]
         # A loss that is not finite is that of a training that diverged, and no missing one.
-        self.loss[training.arm][rows] = np.nan_to_num(scores.loss, nan=np.inf)
+        table[0, rows] = np.nan_to_num(scores.loss, nan=np.inf)
         if scores.correct is not None:
-            self.correct[training.arm][rows] = scores.correct
+            table[1, rows] = scores.correct
         if scores.option_correct is not None:
-            self.option_correct[training.arm][rows] = scores.option_correct
+            table[2, rows] = scores.option_correct
 
     def _left(self) -> list[TrialArm]:
         """Take out what is worse than the best method by the margin, and return the others."""

@@ -4,23 +4,21 @@ import dataclasses
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..estimates.estimate import Device
 from ..estimates.machines import PlanOptions, spent
 from ..estimates.plan import Row, plan_table, run_cost, run_pace
-from ..report import Column, Interval, Table, colour, literal, plot, write_report
+from ..methods.lora import LoRARecipe
+from ..report import Column, Interval, Table, plot_means, write_report
 from ..runs.options import FuseOptions, row_format
 from ..support.platform import for_cpu
 from ..tasks import load_task
 from .procedure import Outcomes, Rates, Training
 from .run import TaskTrial, TrialOptions, task_trials
 from .verdict import Verdict, judge, judge_tasks
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _GIVEN = (
     "base",
@@ -168,25 +166,6 @@ def _flags(values: Mapping[str, Any]) -> str:
     return " ".join(parts)
 
 
-def draw_arms(path: Path, task_trial: TaskTrial, verdict: Verdict) -> None:
-    """Draw how far each method is behind the best one; ValueError if matplotlib is not installed."""
-
-    def draw(figure: "Figure") -> None:
-        axes = figure.subplots()
-        shade = colour(3)
-        axes.axvline(0, color="#333333", linewidth=1)
-        for place, interval in enumerate(verdict.behind.values()):
-            axes.hlines(place, interval.low, interval.high, color=shade, linewidth=2)
-            axes.plot(interval.mean, place, "o", color=shade, markersize=6)
-        axes.set_yticks(range(len(verdict.behind)), [*map(literal, verdict.behind)])
-        axes.set_ylim(len(verdict.behind) - 0.4, -0.6)
-        axes.grid(visible=True, axis="x")
-        axes.set_xlabel("loss minus the least one, nats per token, with 95 % interval")
-        figure.suptitle(literal(task_trial.task), x=0.01, ha="left", size=12)
-
-    plot(path, (7.0, 0.3 * len(verdict.behind) + 1.2), draw)
-
-
 def describe_trial(options: TrialOptions) -> str:
     """Return the plans of the trainings of each task, a line for each arm, without training anything."""
     parts = []
@@ -216,6 +195,11 @@ def _plan_of_arm(
 ) -> Row:
     """Return the costs of an arm's trainings together, from the cost of one on most rows."""
     device: Device = "cpu" if for_cpu() else "accelerator"
+    if isinstance(run.recipe, LoRARecipe):
+        # A warm start costs as much, and is not traced again.
+        run = dataclasses.replace(
+            run, pool=None, recipe=dataclasses.replace(run.recipe, warm_start="none")
+        )
     most = max(len(training.train) for training in trainings) or rows
     tested = len(trainings[-1].test)
     cost = run_cost(dataclasses.replace(run, train_rows=most, test_rows=tested), device)
@@ -250,7 +234,13 @@ def write_trial(
         tables[task] = table
         tables[f"{task}_details"] = details_table(task_trial, outcomes)
         if verdict.behind:
-            draw_arms(folder / f"{task}.png", task_trial, verdict)
+            plot_means(
+                verdict.behind,
+                folder / f"{task}.png",
+                title=task,
+                label="loss minus the least one, nats per token, with 95 % interval",
+                digits=3,
+            )
             figures[f"{task}.png"] = (
                 f"{task}: how far the methods are behind the best one"
             )

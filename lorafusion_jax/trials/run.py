@@ -364,8 +364,12 @@ def _measure(
     def measure(trainings: Sequence[Training]) -> Iterator[Scores]:
         nonlocal measured
         rows = {_key_of(row): row for row in results.rows()}
-        keys = [(settings[training.arm], training) for training in trainings]
-        missing = [key[1] for key in keys if key not in rows]
+        keys = [_key(settings[training.arm], training) for training in trainings]
+        missing = [
+            training
+            for key, training in zip(keys, trainings, strict=True)
+            if key not in rows
+        ]
         work = trainer.scores
         if options.engine == "ray":
             work = functools.partial(
@@ -386,7 +390,7 @@ def _measure(
                     )
                 row = common | _row(settings[finished.arm], finished, scores)
                 results.append(results.file, [row])
-                rows[settings[finished.arm], finished] = row
+                rows[_key_of(row)] = row
                 measured += 1
             weight = _weight(task_trial, training)
             bar.total = max(bar.total, bar.n + weight)  # a longer search of rates
@@ -451,12 +455,12 @@ def _row(settings: str, training: Training, scores: Scores) -> Row:
     return {"settings": settings, **training._asdict(), **marks}
 
 
-def _key_of(row: Row) -> tuple[str, Training]:
-    rates = tuple((name, rate) for name, rate in row["rates"])
-    rows = tuple(row["train"]), tuple(row["test"])
-    return row["settings"], Training(
-        row["arm"], row["draw"], rates, row["share"], *rows, row["answers"]
-    )
+def _key(settings: str, training: Training) -> str:
+    return json.dumps([settings, *training])
+
+
+def _key_of(row: Row) -> str:
+    return json.dumps([row["settings"], *(row[name] for name in Training._fields)])
 
 
 def _scores(row: Row) -> Scores:

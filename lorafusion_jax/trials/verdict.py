@@ -139,13 +139,14 @@ def _judge(
     named = next(
         (arm for arm, bound in zip(left, worst, strict=True) if bound < MARGIN), None
     )
+    rows = None if named else _rows(difference, half, len(sample.groups), unit)
     parts = []
     if named is not None and len(loss) > 1:
         parts.append(_WINS[named.role].format(name=named.name))
     elif len(close) > 1:
         parts.append(
             f"{_list([arm.name for arm in close])} cannot be told apart with {len(sample.groups)} {unit}"
-            f"{_needed(difference, half, len(sample.groups), unit)}."
+            + (f"; about {rows} would do." if rows else ".")
         )
     if out and named is None:
         parts.append(f"Out: {_list(out)}.")
@@ -158,7 +159,7 @@ def _judge(
         arm=named.name if named else best,
         is_named=named is not None,
         sentence=" ".join([*parts, least]),
-        rows=None if named else _rows(difference, half, len(sample.groups), unit),
+        rows=rows,
         loss=loss,
         behind=behind,
     )
@@ -166,11 +167,6 @@ def _judge(
 
 def _list(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
-
-
-def _needed(difference: np.ndarray, half: np.ndarray, units: int, unit: str) -> str:
-    rows = _rows(difference, half, units, unit)
-    return f"; about {rows} would do" if rows else ""
 
 
 def _rows(

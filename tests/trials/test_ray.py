@@ -16,8 +16,9 @@ from lab.matrix import MatrixOptions, run_matrix
 from lab.methods import ARMS
 from safetensors.numpy import load_file, save_file
 
+from lorafusion_jax.cli import main
 from lorafusion_jax.support.checks import load_optional
-from lorafusion_jax.trials import key, read_rows
+from lorafusion_jax.trials import key, read_lines, read_rows
 
 # Ray forks this process, where JAX has threads, and starts another program at once.
 pytestmark = [
@@ -224,20 +225,58 @@ def test_nodes_are_checked_before_anything_runs(cluster, small, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def _trial(base, pool, out, *ray):
+    task = _OPTIONS["tasks"][0]
+    size = ("--train-rows", "12", "--folds", "2", "--epochs", "1")
+    return (
+        "trial",
+        "--base",
+        base,
+        "--pool",
+        pool,
+        "--task",
+        task,
+        *size,
+        *ray,
+        "--out",
+        out,
+    )
+
+
+def test_a_trial_has_the_table_of_one_process_after_a_node_is_killed(
+    cluster, small, tmp_path
+):
+    main([*map(str, _trial(*small, tmp_path / "local"))])
+    file = tmp_path / "out" / "double_digit" / "measured.jsonl"
+    ray = ("--engine", "ray", "--address", cluster.address)
+    command = _trial(*small, tmp_path / "out", *ray)
+    with _node(cluster) as node, _driver(_COMMAND, *command) as driver:
+        _wait_for_rows(file, 10)
+        cluster.remove_node(node, allow_graceful=False)
+        _error(driver, 0)
+    tables = []
+    for out in ("local", "out"):
+        text = (tmp_path / out / "double_digit.csv").read_text()
+        # Without the minutes, which are the last column.
+        tables.append([line.rpartition(",")[0] for line in text.splitlines()])
+    assert len(tables[0]) > 8 and tables[0] == tables[1]
+    rows = read_lines(file)
+    assert len(rows) == len(read_lines(tmp_path / "local" / "double_digit" / file.name))
+
+
 def test_a_trial_refuses_nodes_with_another_base(cluster, small, home, tmp_path):
     for folder in (home, tmp_path):
         shutil.copytree(small[0], folder / "base")
     (weights,) = (tmp_path / "base").glob("*.safetensors")
     changed = {name: 2 * tensor for name, tensor in load_file(weights).items()}
     save_file(changed, weights, metadata={"format": "pt"})
-    task = _OPTIONS["tasks"][0]
-    flags = ("--base", "~/base", "--pool", small[1], "--task", task)
-    size = ("--train-rows", "12", "--folds", "2", "--epochs", "1")
     out = tmp_path / "out"
     ray = ("--engine", "ray", "--address", cluster.address)
-    with _driver(
-        _COMMAND, "trial", *flags, *size, *ray, "--out", out, HOME=str(tmp_path)
-    ) as driver:
+    command = _trial("~/base", small[1], out, *ray)
+    with _driver(_COMMAND, *command, HOME=str(tmp_path)) as driver:
         error = _error(driver)
-    assert f"{task}: this node has another base or pool than the node" in error
+    assert (
+        f"{_OPTIONS['tasks'][0]}: this node has another base or pool than the node"
+        in error
+    )
     assert not [*out.glob("**/measured.jsonl")]
