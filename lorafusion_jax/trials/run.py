@@ -228,21 +228,6 @@ def _rates(run: FuseOptions) -> dict[str, float]:
     return rates
 
 
-def rows_of(options: TrialOptions, task: str) -> tuple[str, tuple[Example, ...]]:
-    """Return the name of a task and the rows to use; ValueError for a task that cannot be read."""
-    at_least(1, train_rows=options.train_rows)
-    loaded = load_task(
-        task,
-        **{name: getattr(options, name) for name in _FORMAT},
-        train_rows=0,
-        need=(),
-    )
-    rows = (loaded.train or loaded.test)[: options.train_rows]
-    if not rows:
-        raise ValueError(f"{task} has no rows: give it rows with inputs and answers")
-    return loaded.name, rows
-
-
 class TaskTrial(NamedTuple):
     """A trial on one task.
 
@@ -324,13 +309,23 @@ def task_trials(options: TrialOptions) -> list[TaskTrial]:
     base = open_base(options.base)
     all_tasks = []
     pool = open_pool(options.pool, base)
+    at_least(1, train_rows=options.train_rows)
+    row_format = {name: getattr(options, name) for name in _FORMAT}
     for source in options.task:
-        task, rows = rows_of(options, source)
+        loaded = load_task(source, **row_format, train_rows=0, need=())
+        rows = (loaded.train or loaded.test)[: options.train_rows]
+        if not rows:
+            raise ValueError(
+                f"{source} has no rows: give it rows with inputs and answers"
+            )
         for parts in (TUNING_PARTS, options.folds):  # raises for too few rows
             divide([row.input_sha256 for row in rows], parts, options.seed)
         all_tasks.append(
             TaskTrial(
-                task, source, rows, contestants(options, source, len(rows), base, pool)
+                loaded.name,
+                source,
+                rows,
+                contestants(options, source, len(rows), base, pool),
             )
         )
     if len({task_trial.task for task_trial in all_tasks}) < len(all_tasks):

@@ -83,8 +83,6 @@ def test_processes_that_append_at_once_wait_for_each_other(path):
         ({"seed": "1"}, "Expected `int`, got `str` - at `..seed`"),
         ({"task": " "}, "Expected `str` matching .* - at `..task`"),
         ({"shots": "100"}, "Invalid enum value '100' - at `..shots`"),
-        ({"correct": ""}, "Expected `str` matching .* - at `..correct`"),
-        ({"data_sha256": "abc"}, "Expected `str` matching .* - at `..data_sha256`"),
         ({"seconds": float("nan")}, "Expected `float` >= 0.0 - at `..seconds`"),
         (
             {"colour": "red"},

@@ -68,31 +68,6 @@ def measured(monkeypatch):
     return measured
 
 
-def test_a_second_trial_of_a_process_scores_the_rows_of_today(
-    options, tmp_path, monkeypatch
-):
-    def run_items(function, trainings, engine):
-        for training in trainings:
-            real = training.arm == "base alone"
-            yield training, function(training) if real else _made_up(training)
-
-    def base_loss(out):
-        *_, (_, outcomes) = trial(dataclasses.replace(of_rows, out=out))
-        return outcomes.loss["base alone"]
-
-    monkeypatch.setattr(run, "run_items", run_items)
-    rows = [{"input": f"{i} {i}", "target": f"{i}"} for i in range(12)]
-    file = tmp_path / "rows.json"
-    of_rows = dataclasses.replace(options, task=(str(file),))
-    file.write_text(json.dumps(rows))
-    first = base_loss(tmp_path / "out")
-    (tmp_path / "out").rename(tmp_path / "earlier")
-    file.write_text(json.dumps([row | {"target": "ab cd"} for row in rows]))
-    second = base_loss(tmp_path / "out")
-    assert not np.allclose(first, second)
-    np.testing.assert_array_equal(second, base_loss(tmp_path / "other"))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
