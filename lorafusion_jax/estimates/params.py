@@ -15,7 +15,7 @@ from flax import nnx
 from .. import crossbar
 from ..adapters.basis import Pool, SharedBasis, check_width
 from ..adapters.pool import LoraPool
-from ..io.hf import read_config
+from ..io.hf import Base, open_base
 from ..methods import METHODS
 from ..methods.entry import Built, MethodEntry, PlannedPool
 from ..methods.recipes import basis_of, modules_of, recipe_of
@@ -81,15 +81,15 @@ def counts(
     return counted
 
 
-def shape_config(shape: str) -> Architecture:
+def shape_config(shape: str | Base) -> Architecture:
     """Return the structure of a known shape, or of a base model as `read_config` does; ValueError if it is neither."""
-    if shape in known_shapes():
+    if isinstance(shape, str) and shape in known_shapes():
         return known_shapes()[shape]
-    if "/" not in shape and not Path(shape).exists():
+    if isinstance(shape, str) and "/" not in shape and not Path(shape).exists():
         raise ValueError(
             f"no shape {shape!r}: give a folder, hub id, GGUF file or one of {', '.join(known_shapes())}"
         )
-    config = read_config(shape)
+    config = open_base(shape).config
     return dataclasses.replace(config, tied=config.presumed_tied)
 
 

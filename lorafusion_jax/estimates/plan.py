@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..io.hf import open_base
+from ..io.hf import Base, open_base
 from ..io.pool import open_pool
 from ..loading.model import load_texts, named_modules, packing_of
 from ..methods.fusion import choice_of
@@ -187,10 +187,13 @@ def describe_run(options: FuseOptions, asked: PlanOptions | None = None) -> str:
     return f"{described}\n{spent(rows[0].jobs, at, asked)}"
 
 
-def run_cost(options: FuseOptions, device: Device) -> Cost:
-    """Return the cost of a run on one device of a kind; the base and the pool are as in `describe_run`."""
+def run_cost(options: FuseOptions, device: Device, base: Base | None = None) -> Cost:
+    """Return the cost of a run on one device of a kind; the base and the pool are as in `describe_run`.
+
+    The base may be opened already.
+    """
     where = Machine(device, "sequential" if device == "cpu" else "batched")
-    config, work, settings = _planned(options, where)
+    config, work, settings = _planned(options, where, base)
     return estimate(config, options.method, next(iter(work.values())), settings)
 
 
@@ -202,14 +205,18 @@ def run_pace(options: FuseOptions) -> Pace | None:
 
 
 def _planned(
-    options: FuseOptions, where: Machine
+    options: FuseOptions, where: Machine, base: Base | None = None
 ) -> tuple[Architecture, dict[str, Workload], Settings]:
     options.check()
     recipe = options.recipe
     k = (
         basis_of(recipe) if options.control == "none" else None
     )  # a control projects whole modules
-    base = None if options.base in known_shapes() else options.base
+    config = dataclasses.replace(
+        shape_config(base or options.base), dtype=options.dtype
+    )
+    if options.base not in known_shapes():
+        base = open_base(base or options.base)
     rank, size, targets = (
         PoolShape() if options.pool is None else pool_shape(Path(options.pool), k, base)
     )
@@ -229,17 +236,20 @@ def _planned(
         device=where.device,
         load_in=options.load_in,
     )
-    config = dataclasses.replace(shape_config(options.base), dtype=options.dtype)
-    work = workloads([options], recipe, config, where)
+    work = workloads([options], recipe, config, where, base)
     return config, work, settings
 
 
 def workloads(
-    runs: Iterable[FuseOptions], recipe: Recipe, config: Architecture, where: Machine
+    runs: Iterable[FuseOptions],
+    recipe: Recipe,
+    config: Architecture,
+    where: Machine,
+    base: Base | None = None,
 ) -> dict[str, Workload]:
     """Return the workloads of runs by the names of their tasks, with batches and prompts of one recipe.
 
-    The runs differ in their tasks. Their base may be the name of a shape.
+    The runs differ in their tasks. Their base may be the name of a shape, or be opened already.
     """
     works = {}
     texts = None
@@ -248,7 +258,7 @@ def workloads(
             texts = (
                 {}
                 if run.base in known_shapes()
-                else load_texts(open_base(run.base), chat=run.chat)._asdict()
+                else load_texts(open_base(base or run.base), chat=run.chat)._asdict()
             )
         task = read_task(run, need=("train", "test"))
         works[task.name] = workload(
@@ -264,7 +274,7 @@ def workloads(
 
 
 def pool_shape(
-    folder: Path, k: int | None = None, base: str | None = None
+    folder: Path, k: int | None = None, base: str | Base | None = None
 ) -> PoolShape:
     """Return the shape of a pool whose modules are fused whole or in k directions; LoraHub's without such a folder."""
     if not folder.is_dir():

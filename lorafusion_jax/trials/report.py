@@ -11,6 +11,7 @@ import numpy as np
 from ..estimates.estimate import Device
 from ..estimates.machines import PlanOptions, spent
 from ..estimates.plan import Row, plan_table, run_cost, run_pace
+from ..io.hf import Base, open_base
 from ..methods.lora import LoRARecipe
 from ..report import Column, Interval, Table, plot_means, write_report
 from ..runs.options import FuseOptions, row_format
@@ -168,6 +169,7 @@ def _flags(values: Mapping[str, Any]) -> str:
 
 def describe_trial(options: TrialOptions) -> str:
     """Return the plans of the trainings of each task, a line for each arm, without training anything."""
+    base = open_base(options.base)
     parts = []
     for task_trial in task_trials(options):
         trainings_by_arm: dict[str, list[Training]] = {
@@ -176,9 +178,7 @@ def describe_trial(options: TrialOptions) -> str:
         for training in task_trial.trainings(options):
             trainings_by_arm[training.arm].append(training)
         rows = [
-            _plan_of_arm(
-                task_trial.arms[name].options, name, trainings, len(task_trial.rows)
-            )
+            _plan_of_arm(task_trial, name, trainings, base)
             for name, trainings in trainings_by_arm.items()
         ]
         at = run_pace(task_trial.arms[rows[-1].method].options)
@@ -191,18 +191,21 @@ def describe_trial(options: TrialOptions) -> str:
 
 
 def _plan_of_arm(
-    run: FuseOptions, name: str, trainings: Sequence[Training], rows: int
+    task_trial: TaskTrial, name: str, trainings: Sequence[Training], base: Base
 ) -> Row:
     """Return the costs of an arm's trainings together, from the cost of one on most rows."""
     device: Device = "cpu" if for_cpu() else "accelerator"
+    run = task_trial.arms[name].options
     if isinstance(run.recipe, LoRARecipe):
         # A warm start costs as much, and is not traced again.
         run = dataclasses.replace(
             run, pool=None, recipe=dataclasses.replace(run.recipe, warm_start="none")
         )
-    most = max(len(training.train) for training in trainings) or rows
+    most = max(len(training.train) for training in trainings)
+    most = most or len(task_trial.rows)
     tested = len(trainings[-1].test)
-    cost = run_cost(dataclasses.replace(run, train_rows=most, test_rows=tested), device)
+    run = dataclasses.replace(run, train_rows=most, test_rows=tested)
+    cost = run_cost(run, device, base)
     training_flops = [
         cost.training_flops * training.share * len(training.train) / most
         for training in trainings
