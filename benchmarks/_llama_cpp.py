@@ -145,7 +145,7 @@ def _ours(
     model = load_base(file, **how)
     model.config = dataclasses.replace(model.config, eos_id=-1)
     graph, weights = nnx.split(model)
-    weights = Frozen(weights).unstacked().base
+    weights = Frozen(weights).per_layer().base
 
     @partial(jax.jit, static_argnames="new")
     def answer(weights: Any, adapters: Any, ids: jax.Array, new: int) -> jax.Array:

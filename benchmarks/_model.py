@@ -39,8 +39,8 @@ from lorafusion_jax.loading import LoadIn
 from lorafusion_jax.methods import FullFineTuning
 from lorafusion_jax.models import (
     DecoderConfig,
+    PerLayerWeights,
     T5Config,
-    Unstacked,
     abstract_model,
     dense,
     family_of,
@@ -216,12 +216,12 @@ def shapes_of(config: Architecture, dtype: Dtype, modules: int = MODULES) -> Fro
 
 
 def apart(weights: Frozen) -> Frozen:
-    """Return shapes with layers in separate arrays, as loops on a CPU read them (`Frozen.unstacked`)."""
+    """Return shapes with layers in separate arrays, as loops on a CPU read them (`Frozen.per_layer`)."""
 
     def of_leaf(leaf: Any) -> Any:
         if isinstance(leaf, qwix.QArray) or len(leaf.shape) != 3:
             return leaf
-        return Unstacked(
+        return PerLayerWeights(
             (jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype),) * leaf.shape[0]
         )
 
@@ -375,7 +375,7 @@ class Step:
             frozen=weights,
             index=jnp.tile(jnp.arange(MODULES), (seeds, 1)),
             seed_mode=default_seed_mode(),
-        ).unstacked()
+        ).per_layer()
         self.batches = jax.tree.map(
             lambda a: a[:, None], batch_of(config, seeds=seeds)
         )  # of one step
@@ -428,7 +428,7 @@ class Floor:
             width: jnp.zeros((BATCH, width, config.d_model), config.dtype)
             for width in widths
         }
-        self._leaves, tree = jax.tree.flatten((shifts, weights.unstacked().base, batch))
+        self._leaves, tree = jax.tree.flatten((shifts, weights.per_layer().base, batch))
         gradient = jax.value_and_grad(loss)
         self._program = (
             jax.jit(lambda leaves: gradient(*tree.unflatten(leaves)))

@@ -343,7 +343,7 @@ def _generate(params: Params, batch: Batch, problem: Problem, ended: Array) -> A
         limits: Any = {"ended": ended, "most_steps": jnp.int32(_NEW)}
         return advance(model, state, adapters, **limits, axis=AXIS).tokens
 
-    problem = problem.unstacked()
+    problem = problem.per_layer()
     return problem.over_seeds(of_seed, (params,), (batch,))
 
 

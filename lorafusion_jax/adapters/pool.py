@@ -95,17 +95,17 @@ def positions(names: Sequence[str], chosen: Sequence[str | int]) -> list[int]:
     if not chosen:
         raise ValueError("a pool needs at least one adapter: none was given")
     position = {name: i for i, name in enumerate(names)}
-    numbers = [position.get(c, -1) if isinstance(c, str) else c for c in chosen]
-    for choice, index in zip(chosen, numbers, strict=True):
+    indices = [position.get(c, -1) if isinstance(c, str) else c for c in chosen]
+    for choice, index in zip(chosen, indices, strict=True):
         if not 0 <= index < len(names):
             raise ValueError(
                 f"the pool lacks {choice!r}: choose one of {len(names)}, {names[0]!r} to {names[-1]!r}"
             )
-    if len(set(numbers)) < len(numbers):
+    if len(set(indices)) < len(indices):
         raise ValueError(
             f"an adapter is chosen twice in {list(chosen)}: name each one once"
         )
-    return numbers
+    return indices
 
 
 def in_pool(modules: int, index: Int[Array, "..."]) -> Float[Array, ""] | float:
@@ -117,13 +117,13 @@ def in_pool(modules: int, index: Int[Array, "..."]) -> Float[Array, ""] | float:
         return jnp.where(jnp.all((index >= 0) & (index < modules)), 1.0, jnp.nan)
     # No process has all values of an array that a mesh of several splits.
     if not isinstance(index, jax.Array) or index.is_fully_addressable:
-        numbers = np.asarray(index)
-        if np.any((numbers < 0) | (numbers >= modules)):
+        indices = np.asarray(index)
+        if np.any((indices < 0) | (indices >= modules)):
             raise ValueError(
-                f"expected index from 0 to {modules - 1}, for a pool of {modules}, got {numbers.tolist()}"
+                f"expected index from 0 to {modules - 1}, for a pool of {modules}, got {indices.tolist()}"
             )
-        if np.any(np.diff(np.sort(numbers)) == 0):
-            raise ValueError(f"expected each module once, got index {numbers.tolist()}")
+        if np.any(np.diff(np.sort(indices)) == 0):
+            raise ValueError(f"expected each module once, got index {indices.tolist()}")
     return 1.0
 
 

@@ -231,7 +231,7 @@ class InBasis:
         return _scaled(matmul(x, kernel) + update, self.scale)
 
 
-def settled(adapters: Mapping[str, Any], model: Model) -> dict[str, Any]:
+def precomputed(adapters: Mapping[str, Any], model: Model) -> dict[str, Any]:
     """Return adapters by site without what every call of them would compute again: mixed modules, norms of columns."""
 
     def of_site(update: Any, kernel: Weight) -> Any:

@@ -27,7 +27,7 @@ from ..models.architecture import (
     targeted,
 )
 from ..models.registry import abstract_model, known_shapes
-from ..models.weights import Unstacked, dense, quantise
+from ..models.weights import PerLayerWeights, dense, quantise
 from ..support.checks import at_least
 from ..support.options import LoadIn
 from ..training.frozen import Frozen
@@ -138,7 +138,7 @@ def abstract_problem(
     """Return the problem of some seeds with a base and a pool that are shapes; the recipe is of the entry's class.
 
     One seed has no axis of seeds. With `apart`, layers are in separate arrays, as loops on a CPU read them
-    (`Frozen.unstacked`). With `in_arrays`, the matrices of the base and the pool are in ideal arrays, whose read is one
+    (`Frozen.per_layer`). With `in_arrays`, the matrices of the base and the pool are in ideal arrays, whose read is one
     product.
 
     Raises:
@@ -198,7 +198,7 @@ def _separate(leaf: Any) -> Any:
     """Return a stack of plain matrices in separate arrays."""
     if _in_codes(leaf) or leaf.ndim != 3:
         return leaf
-    return Unstacked(tuple(leaf[layer] for layer in range(len(leaf))))
+    return PerLayerWeights(tuple(leaf[layer] for layer in range(len(leaf))))
 
 
 def _in_codes(leaf: Any) -> bool:

@@ -75,7 +75,7 @@ class Redrawn(Frozen):
             reads(self, number), key=jax.random.fold_in(self.key, number)
         )
 
-    def unstacked(self) -> Frozen:
+    def per_layer(self) -> Frozen:
         """Return the weights unchanged: steps choose between stacks of this chip and of another one."""
         return self
 
@@ -114,7 +114,7 @@ class ChipPerSeed(Frozen):
         chip = jnp.array(self.chip_of_seed, jnp.int32)[number]
         return reads(jax.tree.map(lambda leaf: leaf[chip], _plain(self)), number)
 
-    def unstacked(self) -> Frozen:
+    def per_layer(self) -> Frozen:
         """Return the weights unchanged: the first axis of a leaf is that of chips, not of layers."""
         return self
 

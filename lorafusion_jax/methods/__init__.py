@@ -43,7 +43,7 @@ def find(name: str) -> MethodEntry:
 
 
 def having(number: str) -> list[str]:
-    """Return the names of the methods whose recipe has a number of this name."""
+    """Return the names of the methods whose recipe has a field of this name."""
     return [name for name, entry in METHODS.items() if number in fields_of(entry)]
 
 
@@ -55,7 +55,7 @@ def not_an_option(number: str, method: str) -> str:
 
 
 def fields_of(entry: MethodEntry) -> list[str]:
-    """Return the names of all numbers of a method's recipe."""
+    """Return the names of all fields of a method's recipe."""
     return [field.name for field in dataclasses.fields(entry.recipe)]
 
 

@@ -95,9 +95,9 @@ class MethodEntry:
       name: name, as in `lorafusion fuse --method NAME`.
       help: one line about it.
       build: function that returns the trained method.
-      recipe: class of its recipe: the common numbers and its own, which are the options of `lorafusion fuse --method
+      recipe: class of its recipe: the common fields and its own, which are the options of `lorafusion fuse --method
         NAME` and the fields of `recipe` in config.json.
-      title: title in a table of counts, with numbers of its recipe such as {lora_rank}; None for no row.
+      title: title in a table of counts, with fields of its recipe such as {lora_rank}; None for no row.
       basis_title: title of its row in a shared basis of {basis} directions; None for no row.
       pool: it fuses a pool.
       learns: `trained` by gradient steps, `searched` without gradients, `given` by the pool alone, or `untrained`.
@@ -106,7 +106,7 @@ class MethodEntry:
         rows.
       seeded: seeds differ.
       check: raises ValueError, before anything is loaded, for a library that is not installed.
-      search: for a method that is searched: function that returns its numbers and the number of steps of each seed.
+      search: for a method that is searched: function that returns its parameters and the number of steps of each seed.
       evaluations: number of times that a search passes the training rows, from the recipe and a seed's number of
         modules.
       cost_layouts: its layouts in hardware by their titles, from its recipe and the rank of a pool's modules; empty for

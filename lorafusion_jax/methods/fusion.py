@@ -230,7 +230,7 @@ class Fusion(Method):
     def start_at(
         self, coefficients: Float[Array, "N ..."], frozen: Frozen, index: Index
     ) -> Params:
-        """Return the numbers that leave the model at W + dW: coefficients, and as magnitudes its column norms.
+        """Return the parameters that leave the model at W + dW: coefficients, and as magnitudes its column norms.
 
         The magnitudes of a DoRA pool stay as they are.
         """

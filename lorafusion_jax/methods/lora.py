@@ -110,19 +110,19 @@ class LoRA(Method):
     def start_at(
         self, source: Problem, source_params: Params, fresh: Params
     ) -> tuple[Params, list[dict[str, float]]]:
-        """Return the numbers whose model is that of another method at this rank, and what the rank leaves out.
+        """Return the parameters whose model is that of another method at this rank, and what the rank leaves out.
 
         Scales of columns are a part of A B, or of the magnitudes of a DoRA. Sites and ranks that the other method does
-        not use keep their fresh numbers.
+        not use keep their fresh parameters.
 
         Args:
-          source: problem of the other method, on the same base; the leaves of all numbers have an axis of its seeds.
-          of_source: its numbers.
-          fresh: numbers of this method, from `init`.
+          source: problem of the other method, on the same base; the leaves of all parameters have an axis of its seeds.
+          of_source: its parameters.
+          fresh: parameters of this method, from `init`.
 
         Returns:
-          The numbers, and for each seed and site the share of the squared norm of the difference of both matrices that
-          is left out.
+          The parameters, and for each seed and site the share of the squared norm of the difference of both matrices
+          that is left out.
 
         Raises:
           ValueError: the other method adapts no site, or one that this one does not.

@@ -1,4 +1,4 @@
-"""Parts of recipes that several methods share, and a recipe made of numbers that have another one's names."""
+"""Parts of recipes that several methods share, and a recipe made of the fields of another one."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -57,12 +57,12 @@ def basis_of(recipe: Recipe) -> int | None:
     return recipe.basis if isinstance(recipe, BasisRecipe) else None
 
 
-def recipe_of(kind: type[OneRecipe], numbers: Mapping[str, Any]) -> OneRecipe:
-    """Return a recipe of a class with its fields from numbers such as the `vars` of another recipe."""
+def recipe_of(kind: type[OneRecipe], values: Mapping[str, Any]) -> OneRecipe:
+    """Return a recipe of a class with its fields from values such as the `vars` of another recipe."""
     return kind(
         **{
-            field.name: numbers[field.name]
+            field.name: values[field.name]
             for field in dataclasses.fields(kind)
-            if field.name in numbers
+            if field.name in values
         }
     )

@@ -18,5 +18,5 @@ from .registry import known_shapes as known_shapes
 from .t5 import T5 as T5
 from .t5 import T5Config as T5Config
 from .t5.model import decoder_inputs as decoder_inputs
-from .weights import Unstacked as Unstacked
+from .weights import PerLayerWeights as PerLayerWeights
 from .weights import dense as dense

@@ -279,7 +279,7 @@ class GGUFTensor(NamedTuple):
 
     Attributes:
       name: name in Hugging Face's files; the file's own if the family has no such tensor.
-      order: function from the number of rows, or of columns with `axis` 1, to their numbers in the order of the file;
+      order: function from the number of rows, or of columns with `axis` 1, to their indices in the order of the file;
         None if they keep their places. Raises ValueError for a number that does not fit.
       offset: number that was added to the values.
       change: `decay`: the file has -exp(x) instead of x; `taps`: the file lacks the middle axis, and is float32.

@@ -11,8 +11,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from ..crossbar import with_shared_factors
 from ..support.platform import for_cpu
-from .narrow import from_bits, to_bits
-from .weights import PRODUCT, SUM, Unstacked, is_unstacked, looped, matmul, summed
+from .bit_cast import from_bits, to_bits
+from .weights import PRODUCT, SUM, PerLayerWeights, is_per_layer, looped, matmul, summed
 
 # One adapted site: called as adapter(x, kernel), it returns the adapted x @ kernel.
 Adapter = Callable[[Array, Array], Array]
@@ -113,8 +113,8 @@ def scan_blocks(
     `Architecture`.
     """
     graph, state = nnx.split(stacked)
-    leaves, tree = jax.tree.flatten(state, is_leaf=is_unstacked)
-    unstacked = [leaf for leaf in leaves if is_unstacked(leaf)]
+    leaves, tree = jax.tree.flatten(state, is_leaf=is_per_layer)
+    per_layer = [leaf for leaf in leaves if is_per_layer(leaf)]
 
     def of_layer(x: Any, weights: nnx.State, layer_inputs: Any) -> tuple[Any, Any]:
         with looped(not unroll):
@@ -122,7 +122,7 @@ def scan_blocks(
                 nnx.merge(graph, with_shared_factors(weights)), x, layer_inputs
             )
 
-    if unroll and unstacked:
+    if unroll and per_layer:
         # traced once for all layers
         of_layer = jax.jit(of_layer)
         outputs = []
@@ -133,18 +133,20 @@ def scan_blocks(
     # Stacks in separate arrays are not sliced: the loop passes numbers of layers instead.
     sliced = tree.unflatten(
         [
-            Unstacked((), jnp.arange(leaf.shape[0])) if is_unstacked(leaf) else leaf
+            PerLayerWeights((), jnp.arange(leaf.shape[0]))
+            if is_per_layer(leaf)
+            else leaf
             for leaf in leaves
         ]
     )
 
     def body(x: Any, layer: Any) -> tuple[Any, Any]:
         x, (weights, layer_inputs) = from_bits((x, layer))
-        following = iter(unstacked)
+        following = iter(per_layer)
         weights = jax.tree.map(
-            lambda leaf: next(following).at(leaf.layer) if is_unstacked(leaf) else leaf,
+            lambda leaf: next(following).at(leaf.layer) if is_per_layer(leaf) else leaf,
             weights,
-            is_leaf=is_unstacked,
+            is_leaf=is_per_layer,
         )
         return to_bits(of_layer(x, weights, layer_inputs))
 
@@ -159,14 +161,14 @@ def _layers(stacked: Any) -> list[Any]:
     """Return a tree for each layer. The gradient of a split array is one concatenation, that of slices many sums."""
 
     def split(leaf: Any) -> Sequence[Any]:
-        if is_unstacked(leaf):
+        if is_per_layer(leaf):
             in_codes = not isinstance(leaf.matrices, tuple)  # a stack in codes
             if in_codes:
                 return [leaf.at(jnp.int32(layer)) for layer in range(leaf.shape[0])]
             return leaf.matrices
         return [jnp.squeeze(part, 0) for part in jax.lax.split(leaf, [1] * len(leaf))]
 
-    leaves, tree = jax.tree.flatten(stacked, is_leaf=is_unstacked)
+    leaves, tree = jax.tree.flatten(stacked, is_leaf=is_per_layer)
     return [
         tree.unflatten(layer_leaves)
         for layer_leaves in zip(*map(split, leaves), strict=True)

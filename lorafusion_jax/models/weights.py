@@ -25,13 +25,13 @@ from ..crossbar import Chip, programmed_weights
 from ..crossbar import is_chip as is_chip
 from ..crossbar import reads as reads
 from ..support.platform import check_mesh, for_cpu, is_traced
-from .narrow import from_bits, kept, pack, to_bits
+from .bit_cast import from_bits, kept, pack, to_bits
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Unstacked:
-    """A stack of matrices that loops do not slice (see `unstacked`), frozen: products give plain ones no gradient.
+class PerLayerWeights:
+    """A stack of matrices that loops do not slice (see `per_layer`), frozen: products give plain ones no gradient.
 
     Attributes:
       matrices: one array for each layer, or the whole stack in codes of 8 bits.
@@ -51,11 +51,11 @@ class Unstacked:
             return stack.shape
         return (len(stack), *stack[0].shape)
 
-    def at(self, layer: Int[Array, ""]) -> "Unstacked":
+    def at(self, layer: Int[Array, ""]) -> "PerLayerWeights":
         return dataclasses.replace(self, layer=layer)
 
 
-Weight = Array | qwix.QArray | Chip | Unstacked
+Weight = Array | qwix.QArray | Chip | PerLayerWeights
 
 QUANTISED_TYPES = ("nf4", "int4", "int8")
 FEW = 16  # rows of a product that takes less time than forming the matrix, from codes or as a sum
@@ -72,7 +72,7 @@ def matmul(
     """Return `x @ weight` in the dtype of `x`; `weight` is [d_in, d_out]."""
     if isinstance(weight, Chip):
         return crossbar.matmul(x, weight)
-    if isinstance(weight, Unstacked):
+    if isinstance(weight, PerLayerWeights):
         assert weight.layer is not None
         if isinstance(weight.matrices, tuple):
             return kept(
@@ -380,7 +380,7 @@ def summed(y: Float[Array, "*batch d_out"]) -> Float[Array, "*batch d_out"]:
 
 def dense(weight: Weight, dtype: jax.typing.DTypeLike) -> Float[Array, "..."]:
     """Return the weight as a plain array of `dtype`: dequantised, or the values that were programmed."""
-    if isinstance(weight, Unstacked):
+    if isinstance(weight, PerLayerWeights):
         assert weight.layer is not None
         if isinstance(weight.matrices, tuple):
             return _choose(
@@ -421,8 +421,8 @@ def _dequantised(weight: qwix.QArray) -> Array:
     return (values[0].reshape(tiled) * scale.reshape(scales)).reshape(codes.shape)
 
 
-def unstacked(weights: Any) -> Any:
-    """Return a tree of weights with every stack of plain or 8-bit matrices as `Unstacked`, which shares its memory.
+def per_layer(weights: Any) -> Any:
+    """Return a tree of weights with every stack of plain or 8-bit matrices as `PerLayerWeights` that share its memory.
 
     On a CPU a loop over layers copies each matrix out of its stack, which costs as much as the product if only a few
     rows are multiplied, as in generation. Nothing changes except on a single CPU, or inside of compiled functions.
@@ -442,7 +442,7 @@ def unstacked(weights: Any) -> Any:
         ) > 1:
             return leaf
         if in_codes:  # narrower scales would be copied to float32 for every token
-            return Unstacked(leaf) if leaf.scale.dtype == jnp.float32 else leaf
+            return PerLayerWeights(leaf) if leaf.scale.dtype == jnp.float32 else leaf
         # `device_put` makes an array from a view of the stack's memory without copying it.
         where = numbers.sharding if numbers.committed else None
         views = list(np.asarray(numbers))
@@ -451,7 +451,7 @@ def unstacked(weights: Any) -> Any:
         else:
             bits = []
         matrices, bits = jax.device_put((tuple(views), tuple(bits)), where)
-        return Unstacked(matrices, bits=bits)
+        return PerLayerWeights(matrices, bits=bits)
 
     return jax.tree.map(
         of_leaf, weights, is_leaf=lambda leaf: isinstance(leaf, qwix.QArray | Chip)
@@ -460,14 +460,14 @@ def unstacked(weights: Any) -> Any:
 
 def at_layer(stack: Weight, layer: Int[Array, ""]) -> Weight:
     """Return the matrix of a layer."""
-    if isinstance(stack, Unstacked):
+    if isinstance(stack, PerLayerWeights):
         return stack.at(layer)
     return jax.tree.map(lambda a: a[layer], stack)
 
 
-def is_unstacked(leaf: Any) -> bool:
+def is_per_layer(leaf: Any) -> bool:
     """Return whether a leaf of a tree of weights is a stack that loops do not slice."""
-    return isinstance(leaf, Unstacked)
+    return isinstance(leaf, PerLayerWeights)
 
 
 def _choose(

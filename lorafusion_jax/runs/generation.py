@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Int32, Key
 
-from ..adapters.updates import settled
+from ..adapters.updates import precomputed
 from ..loading.model import evaluation_compile_cost
 from ..models.architecture import Model
 from ..models.generate import GREEDY, Generation, Sampling, advance, begin, of_rows
@@ -110,12 +110,12 @@ def generate_rows(
       update: function that is called with numbers of answers that have ended.
     """
 
-    def unstacked(number: int) -> Problem:
+    def per_layer(number: int) -> Problem:
         problem = read(number)
         # A seed's own base replaces the frozen one.
-        return problem if "base" in params else problem.unstacked()
+        return problem if "base" in params else problem.per_layer()
 
-    problem = unstacked(0)
+    problem = per_layer(0)
     compile_cost = (
         evaluation_compile_cost(problem.config)
         if compile_cost is None
@@ -142,7 +142,7 @@ def generate_rows(
         limits = np.full(len(encoded), max_new_tokens)
     for number, (rows, batch) in enumerate(batches):
         if noisy and number > 0:
-            problem = unstacked(number)
+            problem = per_layer(number)
         batch_params = params | (row_params(rows) if row_params else {})
         row_limits = np.where(rows < 0, 1, limits[rows]).astype(np.int32)
         for turn in range(turns):
@@ -296,7 +296,7 @@ def begin_rows(
             sampling=sampling,
             row_keys=keys,
         )
-        return state, settled(adapters, model)
+        return state, precomputed(adapters, model)
 
     rows = (input_ids, input_mask, row_mask, limits, keys)
     return models.each(of_seed, (), rows)

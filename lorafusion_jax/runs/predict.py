@@ -12,7 +12,7 @@ import numpy as np
 import tyro
 from flax import nnx
 
-from ..adapters.updates import settled
+from ..adapters.updates import precomputed
 from ..io.export import merged_base
 from ..io.hf import Base, open_base
 from ..io.pool import open_pool
@@ -150,7 +150,7 @@ class _Answering:
         model = nnx.merge(problem.graph, problem.frozen.base)
 
         def leaves() -> dict[str, list[jax.Array]]:
-            ready = settled(adapters_of(*parts)[0], model)
+            ready = precomputed(adapters_of(*parts)[0], model)
             return {name: jax.tree.leaves(adapter) for name, adapter in ready.items()}
 
         shapes = jax.eval_shape(leaves)
@@ -340,7 +340,7 @@ def stream_lines(
         (answering.params, load()) if load else answering.load(0, answering.new_tokens)
     )
     if "base" not in params:
-        problem = problem.unstacked()
+        problem = problem.per_layer()
 
     params = jax.tree.map(lambda p: p[None], params)
     problem = problem.replace(index=problem.index[None])

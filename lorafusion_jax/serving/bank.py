@@ -330,7 +330,7 @@ class TaskBank:
 
         The number of the plain base is -1. Rows draw with their keys.
         """
-        bank = dataclasses.replace(self, frozen=self.frozen.unstacked())
+        bank = dataclasses.replace(self, frozen=self.frozen.per_layer())
         return _generate(
             bank,
             batch,

@@ -28,7 +28,7 @@ from .recipe import Optimisation, Rates, Recipe
 from .seeds import over_seeds
 from .step import TrainState, end_epoch, fusion_step, init_state, prune
 
-_INIT = 0  # purpose of a seed's key: its initial numbers
+_INIT = 0  # purpose of a seed's key: its initial parameters
 
 
 class Epoch(NamedTuple):
@@ -124,7 +124,7 @@ def fit(
         rates or recipe_rates(problem.method, recipe, len(seeds)), of_seeds=True
     )
     if "base" not in state.params:  # otherwise those of a seed replace the frozen ones
-        problem = problem.unstacked()
+        problem = problem.per_layer()
     first_step = int(
         np.max(to_host(state.step))
     )  # a seed that has stopped counts no more steps

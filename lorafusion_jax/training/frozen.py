@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from ..adapters.basis import Pool
 from ..adapters.norms import Gram, PairTerms
-from ..models.weights import reads, unstacked
+from ..models.weights import per_layer, reads
 from .seeds import WHOLE
 
 # Purposes of reads of arrays other than training: the first of the numbers that determine the noise.
@@ -43,9 +43,9 @@ class Frozen:
     precomputed: Any = None
     preparations: Any = None
 
-    def unstacked(self) -> "Frozen":
-        """Return the weights with the base model's layers in separate arrays (`weights.unstacked`)."""
-        return dataclasses.replace(self, base=unstacked(self.base))
+    def per_layer(self) -> "Frozen":
+        """Return the weights with the base model's layers in separate arrays (`weights.per_layer`)."""
+        return dataclasses.replace(self, base=per_layer(self.base))
 
     def of_seed(self, number: Int[Array, ""]) -> "Frozen":
         """Return the weights of one seed of a program, by its position, with separate read noise."""

@@ -30,8 +30,8 @@ Fused = tuple[dict[str, Float[Array, "_L N _k"]], Composition]
 class Method(Protocol):
     """The map from trainable parameters to adapters.
 
-    A method is a frozen dataclass: hashable, a static part of a problem. Its numbers are a dictionary of groups, each
-    with its learning rate. A class that inherits from this one only has to add `init` and `adapters`.
+    A method is a frozen dataclass: hashable, a static part of a problem. Its parameters are a dictionary of groups,
+    each with its learning rate. A class that inherits from this one only has to add `init` and `adapters`.
     """
 
     def init(self, frozen: Frozen, index: Index, key: PRNGKeyArray) -> Params:
@@ -43,7 +43,7 @@ class Method(Protocol):
         ...
 
     def trainable(self, params: Params, frozen: Frozen, index: Index) -> Params:
-        """Return, in the shape of `params`, which numbers act on anything and are counted. By default all do."""
+        """Return, in the shape of `params`, which parameters act on anything and are counted. By default all do."""
         return jax.tree.map(lambda p: jnp.ones(p.shape, bool), params)
 
     def penalty(self, params: Params, frozen: Frozen, index: Index) -> Float[Array, ""]:
@@ -51,7 +51,7 @@ class Method(Protocol):
         return jnp.float32(0)
 
     def as_fusion(self, params: Params, frozen: Frozen, index: Index) -> Fused | None:
-        """Return coefficients by site and composition, if the numbers are a fusion of whole modules.
+        """Return coefficients by site and composition, if the parameters are a fusion of whole modules.
 
         An export then writes the modules' own matrices. By default None: it writes the adapters.
         """

@@ -65,9 +65,9 @@ class Problem:
         """Return the problem with other fields."""
         return dataclasses.replace(self, **changes)
 
-    def unstacked(self) -> "Problem":
+    def per_layer(self) -> "Problem":
         """Return the problem with frozen layers in separate arrays, which are not copied out of their stacks."""
-        return self.replace(frozen=self.frozen.unstacked())
+        return self.replace(frozen=self.frozen.per_layer())
 
     def read(self, purpose: int, number: int) -> "Problem":
         """Return the problem whose crossbar arrays are read with the noise of this purpose and number."""
@@ -78,7 +78,7 @@ class Problem:
         return self.method.init(self.frozen, self.index, key)
 
     def trainable(self, params: Params) -> Params:
-        """Return which numbers of one seed act on anything."""
+        """Return which parameters of one seed act on anything."""
         return self.method.trainable(params, self.frozen, self.index)
 
     def over_seeds(
@@ -86,11 +86,12 @@ class Problem:
         fn: Callable[..., Any],
         of_seeds: tuple[Any, ...],
         shared: Any = (),
-        numbers: Int[Array, " seeds"] | None = None,
+        seed_indices: Int[Array, " seeds"] | None = None,
     ) -> Any:
         """Return `fn(problem of one seed, *arrays of the seed, *shared)` for every seed.
 
-        The leaves of `of_seeds` have a leading axis of seeds. `numbers` are the seeds' positions if there are others.
+        The leaves of `of_seeds` have a leading axis of seeds. `seed_indices` are the seeds' positions if there are
+        others.
         """
 
         def one_seed(seed: tuple[Any, ...], everything: tuple[Frozen, Any]) -> Any:
@@ -102,8 +103,10 @@ class Problem:
                 *shared,
             )
 
-        numbers = jnp.arange(self.index.shape[0]) if numbers is None else numbers
-        seeds = (numbers, self.index, *of_seeds)
+        seed_indices = (
+            jnp.arange(self.index.shape[0]) if seed_indices is None else seed_indices
+        )
+        seeds = (seed_indices, self.index, *of_seeds)
         return over_seeds(one_seed, self.seed_mode, (self.frozen.split, WHOLE))(
             seeds, (self.frozen, shared)
         )

@@ -1,6 +1,6 @@
-"""A recipe, the numbers of a training, in three parts.
+"""A recipe, the settings of a training, in three parts.
 
-`Optimisation` is what a step is compiled for, `Rates` are arrays that can be swept, and `Recipe` has all numbers that
+`Optimisation` is what a step is compiled for, `Rates` are arrays that can be swept, and `Recipe` has all settings that
 methods share.
 """
 
@@ -55,7 +55,7 @@ Rates = dict[str, Array]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe(StepsOptions):
-    """Numbers of a training that all methods share. The recipe of a method is a subclass with the method's own numbers.
+    """Settings of a training that all methods share. The recipe of a method is a subclass with its own settings.
 
     Attributes:
       pack: compute the rows of a step behind each other, without most of the padding. The loss is the same, except
@@ -77,7 +77,7 @@ class Recipe(StepsOptions):
     max_new_tokens: int | None = None
 
     def check(self) -> None:
-        """Raise ValueError for numbers that training cannot use. Whole numbers, except `warmup`, are at least 1."""
+        """Raise ValueError for settings that training cannot use. Whole numbers, except `warmup`, are at least 1."""
         rates = {
             name: value for name, value in vars(self).items() if name.startswith("lr_")
         }

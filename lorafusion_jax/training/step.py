@@ -54,8 +54,8 @@ def init_state(
 ) -> TrainState:
     """Return the state that training of one seed starts from, given the key of the method's draws.
 
-    Arrays are copied, so the state's buffers can be donated. `params` are groups of numbers to start from, instead of
-    the method's; a ValueError is raised if the method lacks one of them, or its shapes differ.
+    Arrays are copied, so the state's buffers can be donated. `params` are groups of parameters to start from, instead
+    of the method's; a ValueError is raised if the method lacks one of them, or its shapes differ.
     """
     initial: Params = jax.tree.map(
         jnp.copy, problem.init(key)
@@ -96,7 +96,7 @@ def fusion_step(
       nonfinite_gradients, and the method's own.
 
     Raises:
-      ValueError: a group of numbers has no learning rate.
+      ValueError: a group of parameters has no learning rate.
     """
     if missing := state.params.keys() - rates.keys():
         raise ValueError(
@@ -225,7 +225,7 @@ def _prune_moments(adam: Any, unpruned: Any) -> Any:
 
 
 def _like(params: Params, initial: Params) -> Params:
-    """Return copies of given numbers in the types of a method's own."""
+    """Return copies of given parameters in the types of a method's own."""
     for group, values in params.items():
         if group not in initial:
             raise ValueError(
@@ -235,7 +235,7 @@ def _like(params: Params, initial: Params) -> Params:
         shapes = jax.tree.map(jnp.shape, initial[group])
         if start_shapes != shapes:
             raise ValueError(
-                f"numbers to start from: expected {group} of the shapes {shapes}, got {start_shapes}"
+                f"parameters to start from: expected {group} of the shapes {shapes}, got {start_shapes}"
             )
     return jax.tree.map(
         lambda new, old: jnp.array(new, old.dtype),

@@ -17,7 +17,7 @@ from lorafusion_jax.adapters.coefficients import initial, present, shape
 from lorafusion_jax.adapters.composition import compose_in_basis
 from lorafusion_jax.adapters.merges import merge
 from lorafusion_jax.adapters.norms import PairTerms, pair_terms, pairs_are_smaller
-from lorafusion_jax.adapters.updates import Dense, Outputs, settled
+from lorafusion_jax.adapters.updates import Dense, Outputs, precomputed
 from lorafusion_jax.models import dense, set_matrices
 from lorafusion_jax.models.weights import at_layer
 
@@ -242,8 +242,8 @@ def test_settled_updates_leave_generation_the_products_alone(kind):
     terms = lf.gram(pool, {site: lf.kernels(model)[site] for site in pool.A})
     m = {site: 1.3 * norms for site, norms in lf.column_norms(terms).items()}
     if kind == "dora":
-        unstacked = lf.Frozen(nnx.state(model)).unstacked().base
-        model = nnx.merge(nnx.graphdef(model), unstacked)
+        per_layer = lf.Frozen(nnx.state(model)).per_layer().base
+        model = nnx.merge(nnx.graphdef(model), per_layer)
         adapters = {
             site: lf.WeightDecomposed(pool.A[site][:, 1], pool.B[site][:, 1], m[site])
             for site in m
@@ -251,7 +251,7 @@ def test_settled_updates_leave_generation_the_products_alone(kind):
     else:
         c = tiny.coefficients(shape(pool, 3, "block"))
         adapters, _ = _fuse(c, pool, "block", "sum", gram=terms, magnitudes=m)
-    ready = jax.jit(lambda adapters: settled(adapters, model))(adapters)
+    ready = jax.jit(lambda adapters: precomputed(adapters, model))(adapters)
     x = jnp.linspace(-1, 1, 16)[None]
     for site in ("encoder.self.q", "decoder.self.v"):
         kernel = at_layer(lf.kernels(model)[site], jnp.int32(1))

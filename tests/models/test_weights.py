@@ -11,8 +11,8 @@ import tiny
 from flax import nnx
 
 import lorafusion_jax as lf
-from lorafusion_jax.models import Unstacked, dense, set_matrices
-from lorafusion_jax.models.weights import embed, heads_matmul, unembed, unstacked
+from lorafusion_jax.models import PerLayerWeights, dense, set_matrices
+from lorafusion_jax.models.weights import embed, heads_matmul, per_layer, unembed
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -105,12 +105,12 @@ def test_one_row_reads_codes_of_8_bits_without_a_matrix_in_float32(rows):
     def products(x, stack, table):
         return lf.matmul(x, stack.at(jnp.int32(1))), unembed(x, table)
 
-    program = jax.jit(products).lower(x[0], unstacked(stack), table).compile()
+    program = jax.jit(products).lower(x[0], per_layer(stack), table).compile()
     assert (program.memory_analysis().temp_size_in_bytes < 4 * 256 * 96) == (rows == 1)
-    mapped = jax.vmap(products, in_axes=(0, None, None))(x, unstacked(stack), table)
+    mapped = jax.vmap(products, in_axes=(0, None, None))(x, per_layer(stack), table)
     plain = dense(stack, jnp.float32)[1], dense(table, jnp.float32).T
     for y, of_both, matrix in zip(
-        program(x[0], unstacked(stack), table), mapped, plain, strict=True
+        program(x[0], per_layer(stack), table), mapped, plain, strict=True
     ):
         np.testing.assert_allclose(y, np.asarray(x[0]) @ matrix, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(
@@ -122,13 +122,13 @@ def test_one_row_reads_bfloat16_where_its_stack_lies():
     """Oracle: products of wider numbers, the stack's address, and the bytes that XLA allocates."""
     x = jax.random.normal(jax.random.key(0), (2, 1, 252), jnp.bfloat16)
     w = jax.random.normal(jax.random.key(1), (3, 252, 96), jnp.bfloat16)
-    stack = unstacked(w)
+    stack = per_layer(w)
     start = w.unsafe_buffer_pointer()
     offsets = [bits.unsafe_buffer_pointer() - start for bits in stack.bits]
     assert offsets == [0, 2 * 252 * 96, 4 * 252 * 96]
 
     def product(x, matrices, bits):
-        return lf.matmul(x, Unstacked(matrices, jnp.int32(1), bits))
+        return lf.matmul(x, PerLayerWeights(matrices, jnp.int32(1), bits))
 
     program = jax.jit(product).lower(x[0], stack.matrices, stack.bits).compile()
     assert program.memory_analysis().temp_size_in_bytes < 2 * 252 * 96
@@ -163,11 +163,11 @@ def test_a_model_whose_weights_are_separate_arrays(dtype):
             batch.input_ids, batch.input_mask, batch.labels, {}
         )
 
-    apart = unstacked(base)
+    apart = per_layer(base)
     taken = {
         name
         for name, kernel in lf.kernels(nnx.merge(graph, apart)).items()
-        if isinstance(kernel, Unstacked)
+        if isinstance(kernel, PerLayerWeights)
     }
     assert taken == tiny.CONFIG.sites.keys() - {site}
     np.testing.assert_allclose(

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import lorafusion_jax as lf
 from lorafusion_jax.models import dense
-from lorafusion_jax.models.narrow import to_bits
+from lorafusion_jax.models.bit_cast import to_bits
 from lorafusion_jax.support.platform import for_cpu
 from lorafusion_jax.training import AXES, default_seed_mode
 

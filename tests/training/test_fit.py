@@ -216,7 +216,7 @@ def test_gradients_with_layers_in_separate_arrays(dtype):
     params = stacked.init(jax.random.key(0))
     found = [
         jax.jit(jax.value_and_grad(tiny.loss))(params, of)
-        for of in (stacked, stacked.unstacked())
+        for of in (stacked, stacked.per_layer())
     ]
     assert set(found[0][1]) == {"coefficients", "magnitudes"}
     for ours, theirs in zip(*map(jax.tree.leaves, found), strict=True):

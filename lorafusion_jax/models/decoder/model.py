@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from ...support.platform import for_cpu
 from ..architecture import Architecture
+from ..bit_cast import pack, unpack
 from ..layers import (
     Adapters,
     Base,
@@ -40,7 +41,6 @@ from ..layers import (
     together,
     widened,
 )
-from ..narrow import pack, unpack
 from ..weights import SUM, embed, heads_matmul, matmul, unembed
 from .config import DecoderConfig
 from .rotary import Rotation, rotate, rotation

@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from ..architecture import Architecture
+from ..bit_cast import pack, unpack
 from ..layers import (
     Adapters,
     Base,
@@ -32,7 +33,6 @@ from ..layers import (
     scan_blocks,
     widened,
 )
-from ..narrow import pack, unpack
 from ..weights import SUM, embed, matmul, unembed
 from .attention import Attention, RelativeBias, positions_of_cache
 from .config import T5Config
@@ -336,11 +336,11 @@ class T5(nnx.Module):
             x = layer.decode_token(x, into, cross, mask, cross_mask, bias, adapters)
             return (x, keys, values), None
 
-        numbers = jnp.arange(cache.keys.shape[0])
+        layer_indices = jnp.arange(cache.keys.shape[0])
         xs = (
             of_stack(adapters, "decoder", self.config.sites),
             (cache.cross_keys, cache.cross_values),
-            numbers,
+            layer_indices,
         )
         carry = (self._embed(token[:, None]), cache.keys, cache.values)
         (x, keys, values), _ = self._scan(block, self.decoder, carry, xs)

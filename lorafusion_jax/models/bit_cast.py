@@ -22,13 +22,13 @@ _HALF_BYTES = (jnp.int4, jnp.uint4)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bits:
-    """An array of narrow numbers as integers.
+    """An array of bfloat16 or 4-bit numbers as integers.
 
-    A byte holds two 4-bit numbers. `numbers` is the array itself, for its type, shape and gradient.
+    A byte holds two 4-bit numbers. `array` is the array itself, for its type, shape and gradient.
     """
 
     bits: Array
-    numbers: Array
+    array: Array
 
 
 def to_bits(tree: Any) -> Any:
@@ -39,15 +39,15 @@ def to_bits(tree: Any) -> Any:
 def from_bits(tree: Any) -> Any:
     """Return the original of a tree from `to_bits`, or of one layer of it."""
     return jax.tree.map(
-        lambda a: _read(a.bits, a.numbers) if _is_bits(a) else a, tree, is_leaf=_is_bits
+        lambda a: _read(a.bits, a.array) if _is_bits(a) else a, tree, is_leaf=_is_bits
     )
 
 
-def pack(numbers: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
+def pack(array: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     """Return an array in the type in which a loop on a CPU can update it in place: bits instead of bfloat16."""
-    if numbers.dtype == jnp.bfloat16 and for_cpu():
-        return jax.lax.bitcast_convert_type(numbers, jnp.uint16)
-    return numbers
+    if array.dtype == jnp.bfloat16 and for_cpu():
+        return jax.lax.bitcast_convert_type(array, jnp.uint16)
+    return array
 
 
 def unpack(array: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
@@ -57,23 +57,23 @@ def unpack(array: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     return array
 
 
-def _to_bits(numbers: Array) -> Array | Bits:
-    if numbers.dtype == jnp.bfloat16:
-        return Bits(jax.lax.bitcast_convert_type(numbers, jnp.uint16), numbers)
-    if numbers.dtype in _HALF_BYTES and numbers.ndim > 1 and numbers.shape[-1] % 2 == 0:
-        pairs = numbers.reshape(*numbers.shape[:-1], -1, 2)
-        return Bits(jax.lax.bitcast_convert_type(pairs, jnp.uint8), numbers)
-    return numbers
+def _to_bits(array: Array) -> Array | Bits:
+    if array.dtype == jnp.bfloat16:
+        return Bits(jax.lax.bitcast_convert_type(array, jnp.uint16), array)
+    if array.dtype in _HALF_BYTES and array.ndim > 1 and array.shape[-1] % 2 == 0:
+        pairs = array.reshape(*array.shape[:-1], -1, 2)
+        return Bits(jax.lax.bitcast_convert_type(pairs, jnp.uint8), array)
+    return array
 
 
-def _numbers(bits: Array, like: Array) -> Array:
+def _original(bits: Array, like: Array) -> Array:
     return jax.lax.bitcast_convert_type(bits, like.dtype).reshape(like.shape)
 
 
-# Derivatives use the numbers, not the bits. The rules call plain functions, because a call of a `custom_jvp` would hide
-# its content from a policy of `jax.checkpoint`.
-_read = jax.custom_jvp(_numbers)
-_read.defjvp(lambda primals, tangents: (_numbers(*primals), tangents[1]))
+# Derivatives use the array itself, not the bits. The rules call plain functions, because a call of a `custom_jvp`
+# would hide its content from a policy of `jax.checkpoint`.
+_read = jax.custom_jvp(_original)
+_read.defjvp(lambda primals, tangents: (_original(*primals), tangents[1]))
 
 
 def _kept(x: Array, name: str) -> Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorafusion_jax.models.narrow import from_bits, to_bits
+from lorafusion_jax.models.bit_cast import from_bits, to_bits
 
 _LAYERS = 6
 _WIDTH = 64
