@@ -11,9 +11,8 @@ from ..estimates.machines import PlanOptions
 from ..estimates.plan import describe_run
 from ..hardware.on_arrays import fuse
 from ..methods import METHODS, fields_of, find, having, not_an_option
-from ..methods.entry import MethodEntry
+from ..methods.entry import MethodEntry, recipe_of
 from ..methods.fusion import PRESETS
-from ..methods.recipes import recipe_of
 from ..report import Table, markdown
 from ..runs.folder import RunResults, run_path
 from ..runs.options import FuseOptions, options_with, plain

@@ -24,8 +24,7 @@ from ..crossbar import (
 )
 from ..crossbar.cost.energy import preparing
 from ..methods import METHODS
-from ..methods.entry import CostLayout, Matrix, MethodEntry
-from ..methods.recipes import recipe_of
+from ..methods.entry import CostLayout, Matrix, MethodEntry, recipe_of
 from ..models.architecture import Architecture, Site, sharing_inputs, targeted
 from ..support import text_tables
 from ..support.checks import at_least

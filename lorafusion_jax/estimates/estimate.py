@@ -14,9 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from ..methods import find
-from ..methods.entry import MethodEntry, PlannedPool
+from ..methods.entry import MethodEntry, PlannedPool, basis_of, modules_of, recipe_of
 from ..methods.fusion import choice_of
-from ..methods.recipes import basis_of, modules_of, recipe_of
 from ..models.architecture import Architecture, rough_operations
 from ..models.generate import generate
 from ..support.checks import at_least
@@ -24,9 +23,9 @@ from ..support.options import LoadIn
 from ..tasks import Batch, Rows
 from ..training.fit import recipe_rates
 from ..training.loss import batch_logits, log_likelihood
+from ..training.mesh import SeedMode
 from ..training.problem import Problem
 from ..training.recipe import Recipe
-from ..training.seeds import SeedMode
 from ..training.step import TrainState, fusion_step, init_state
 from .params import AbstractProblem, abstract_problem, trainable_count
 from .program import Program, traced
@@ -50,7 +49,7 @@ class Settings:
         None  # number of modules in memory (those that any seed draws); None for those of one seed
     )
     seeds: int = 5  # number of seeds of every method that draws anything
-    seed_mode: SeedMode = "sequential"  # mode of the seeds (see `training.seeds`)
+    seed_mode: SeedMode = "sequential"  # mode of the seeds (see `training.mesh`)
     device: Device = "cpu"
     load_in: LoadIn = "full"  # precision of base and pool
     in_arrays: bool = False  # base and pool are read from ideal arrays

@@ -17,7 +17,7 @@ import tyro
 from ..models.architecture import Architecture
 from ..support.checks import at_least
 from ..support.platform import cores, for_cpu
-from ..training.seeds import SeedMode, default_seed_mode
+from ..training.mesh import SeedMode, default_seed_mode
 from .estimate import Device
 from .workload import Shape
 

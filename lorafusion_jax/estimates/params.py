@@ -17,8 +17,14 @@ from ..adapters.basis import Pool, SharedBasis, check_width
 from ..adapters.pool import LoraPool
 from ..io.hf import Base, open_base
 from ..methods import METHODS
-from ..methods.entry import Built, MethodEntry, PlannedPool
-from ..methods.recipes import basis_of, modules_of, recipe_of
+from ..methods.entry import (
+    Built,
+    MethodEntry,
+    PlannedPool,
+    basis_of,
+    modules_of,
+    recipe_of,
+)
 from ..models.architecture import (
     Architecture,
     kernels,
@@ -30,7 +36,7 @@ from ..models.registry import abstract_model, known_shapes
 from ..models.weights import PerLayerWeights, dense, quantise
 from ..support.checks import at_least
 from ..support.options import LoadIn
-from ..training.frozen import Frozen
+from ..training.method import Frozen
 from ..training.problem import Problem
 from ..training.recipe import Recipe
 

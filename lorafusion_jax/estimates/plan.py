@@ -8,8 +8,8 @@ from typing import NamedTuple
 from ..io.hf import Base, open_base
 from ..io.pool import open_pool
 from ..loading.model import load_texts, named_modules, packing_of
+from ..methods.entry import basis_of, modules_of, recipe_of
 from ..methods.fusion import choice_of
-from ..methods.recipes import basis_of, modules_of, recipe_of
 from ..models.architecture import Architecture
 from ..models.registry import known_shapes
 from ..runs.options import FuseOptions, read_task

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from .. import tasks
-from ..methods.untrained import FewShotRecipe
+from ..methods.base_alone import FewShotRecipe
 from ..models.architecture import Parts
 from ..tasks.packing import FEWEST_TOKENS
 from ..training.recipe import Recipe

@@ -30,12 +30,10 @@ from ..crossbar import (
 from ..models.weights import reads
 from ..runs.setup import Setup
 from ..tasks import Batch, Encoded, Split, eval_batches
-from ..training.frozen import Frozen
 from ..training.loss import batch_logits
-from ..training.mesh import axis_size, on_mesh, to_host
-from ..training.method import Method, Params
+from ..training.mesh import axis_size, on_mesh, over_seeds, to_host
+from ..training.method import Frozen, Method, Params
 from ..training.problem import Problem
-from ..training.seeds import over_seeds
 from .program import Norms, Restored, program
 
 _Tree = TypeVar("_Tree")

@@ -16,9 +16,8 @@ from ..runs.folder import RunResults
 from ..runs.options import FuseOptions, OnArrays
 from ..runs.run import HardwareSetup, run
 from ..runs.setup import Setup
-from ..training.frozen import Frozen
 from ..training.mesh import on_mesh
-from ..training.method import Params
+from ..training.method import Frozen, Params
 from .chip_file import STEP_CHIPS, Chips, Loaded, aged, load_chips
 from .chips import CALIBRATION_ROWS, calibrate, redrawn
 from .program import Restored, program

@@ -28,8 +28,8 @@ from ..crossbar import (
 from ..models.architecture import kernels, matrices, set_matrices
 from ..models.weights import dense
 from ..support.reading import error_context
-from ..training.frozen import Frozen
 from ..training.mesh import axis_size
+from ..training.method import Frozen
 
 # Weights that the magnitudes' norms are computed from: those on the chip, which have to be read back, or their targets.
 Norms = Literal["programmed", "ideal"]

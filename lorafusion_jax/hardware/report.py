@@ -16,7 +16,7 @@ from ..io.folders import write_json
 from ..runs.evaluate import evaluate_seeds, seed_rows
 from ..support.progress import progress
 from ..support.writing import check_writable
-from ..training.frozen import Frozen
+from ..training.method import Frozen
 from .chips import calibration_batches, logits_of
 from .evaluate import (
     EvaluateOnChipsOptions,

@@ -39,9 +39,8 @@ from ..runs.generation import draw_keys, generate_rows
 from ..support.checks import at_least
 from ..support.progress import progress
 from ..tasks import Batch, Encoded, decode, eval_batches, render_chat, tokenise
-from ..training.frozen import GENERATION, OPTIONS
 from ..training.loss import batch_logits
-from ..training.method import Params
+from ..training.method import GENERATION, OPTIONS, Params
 from ..training.problem import Problem, per_seed
 from .options import LmEvalOptions, load_measured
 

@@ -28,9 +28,8 @@ from ..adapters.pool import (
 from ..io.digests import PoolDigests, pool_digests
 from ..io.hf import Base, open_base
 from ..io.pool import AdapterFolders, ConvertedPool, open_pool
-from ..methods.entry import Built
+from ..methods.entry import Built, basis_of, modules_of
 from ..methods.fusion import choice_of
-from ..methods.recipes import basis_of, modules_of
 from ..models.architecture import (
     Architecture,
     Model,
@@ -41,11 +40,9 @@ from ..support.platform import for_cpu
 from ..tasks.batches import step_widths
 from ..tasks.packing import SHALLOW, step_shape, unrolling_pays
 from ..training import mesh as sharding
-from ..training.frozen import Frozen
-from ..training.mesh import on_mesh
-from ..training.method import Method
+from ..training.mesh import SeedMode, default_seed_mode, on_mesh
+from ..training.method import Frozen, Method
 from ..training.problem import Problem
-from ..training.seeds import SeedMode, default_seed_mode
 from .spec import LoadOptions
 
 AnyLoaded = TypeVar("AnyLoaded", bound="LoadedModel")

@@ -4,9 +4,8 @@ import dataclasses
 from typing import Literal, get_args
 
 from ..methods import METHODS, fields_of, find, not_an_option
-from ..methods.entry import MethodEntry
+from ..methods.entry import MethodEntry, recipe_of
 from ..methods.fusion import choice_of
-from ..methods.recipes import recipe_of
 from ..support.checks import check_uint32, one_of
 from ..support.options import BaseOptions, ChatOptions, ModulesOptions, PrecisionOptions
 from ..training.recipe import Recipe

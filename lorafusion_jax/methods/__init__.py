@@ -2,16 +2,15 @@
 
 import dataclasses
 
-from . import full, fusion, lora, lorahub, magnitudes, mean, merge, untrained, vera
+from . import base_alone, fusion, lora, lorahub, merge, vera
+from .base_alone import FullFineTuning as FullFineTuning
+from .base_alone import Magnitudes as Magnitudes
 from .entry import Built as Built
-from .entry import MethodEntry
-from .full import FullFineTuning as FullFineTuning
+from .entry import MethodEntry, PoolRecipe
+from .entry import basis_of as basis_of
+from .entry import modules_of as modules_of
+from .entry import recipe_of as recipe_of
 from .fusion import choice_of as choice_of
-from .magnitudes import Magnitudes as Magnitudes
-from .recipes import PoolRecipe
-from .recipes import basis_of as basis_of
-from .recipes import modules_of as modules_of
-from .recipes import recipe_of as recipe_of
 from .vera import VeRA as VeRA
 
 METHODS: dict[str, MethodEntry] = {}
@@ -61,12 +60,11 @@ def fields_of(entry: MethodEntry) -> list[str]:
 
 register(
     *fusion.ENTRIES,
-    *magnitudes.ENTRIES,
+    base_alone.MAGNITUDES,
     *lora.ENTRIES,
     *vera.ENTRIES,
     *lorahub.ENTRIES,
-    *full.ENTRIES,
-    *mean.ENTRIES,
+    base_alone.FULL,
     *merge.ENTRIES,
-    *untrained.ENTRIES,
+    *base_alone.UNTRAINED,
 )

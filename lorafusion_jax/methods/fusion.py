@@ -29,11 +29,9 @@ from ..adapters.updates import Composition
 from ..models.weights import Weight, is_in_arrays
 from ..support.checks import at_least, one_of
 from ..support.platform import for_cpu
-from ..training.frozen import Frozen
-from ..training.method import Adapted, Fused, Index, Method, Params
+from ..training.method import Adapted, Frozen, Fused, Index, Method, Params
 from ..training.recipe import Optimisation, Recipe
-from .entry import Built, CostLayout, MethodEntry, module
-from .recipes import BasisRecipe, RescalingRecipe
+from .entry import BasisRecipe, Built, CostLayout, MethodEntry, RescalingRecipe, module
 
 Choose = Literal["draw", "gradient", "basis-gradient"]
 

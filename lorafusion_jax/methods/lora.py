@@ -17,14 +17,19 @@ from ..adapters.updates import LowRank, WeightDecomposed
 from ..models.architecture import Site, kernels
 from ..models.weights import Weight
 from ..support.text import some
-from ..training.frozen import Frozen
 from ..training.mesh import to_host
-from ..training.method import Adapted, Index, Method, Params
+from ..training.method import Adapted, Frozen, Index, Method, Params
 from ..training.problem import Problem
 from ..training.recipe import Recipe
-from .entry import Built, CostLayout, MethodEntry, module
-from .magnitudes import with_norms
-from .recipes import RescalingRecipe, TargetedRecipe
+from .base_alone import with_norms
+from .entry import (
+    Built,
+    CostLayout,
+    MethodEntry,
+    RescalingRecipe,
+    TargetedRecipe,
+    module,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -27,14 +27,12 @@ from ..models.weights import reads
 from ..support.checks import load_optional
 from ..support.progress import progress
 from ..tasks import Batch
-from ..training.frozen import SEARCH
 from ..training.loss import seed_entropies
 from ..training.mesh import on_mesh, to_host
-from ..training.method import Params
+from ..training.method import SEARCH, Params
 from ..training.problem import Problem
-from .entry import Built, CostLayout, MethodEntry, SearchJob
+from .entry import Built, CostLayout, MethodEntry, PoolRecipe, SearchJob
 from .fusion import Fusion, separate_modules
-from .recipes import PoolRecipe
 
 BOUND = 1.5
 L1 = 0.05

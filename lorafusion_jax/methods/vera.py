@@ -13,10 +13,8 @@ from ..adapters.updates import LowRank
 from ..models.architecture import Site
 from ..models.weights import Weight
 from ..support.options import SharedMatricesOptions
-from ..training.frozen import Frozen
-from ..training.method import Adapted, Index, Method, Params
-from .entry import CostLayout, MethodEntry, module
-from .recipes import TargetedRecipe
+from ..training.method import Adapted, Frozen, Index, Method, Params
+from .entry import CostLayout, MethodEntry, TargetedRecipe, module
 
 _START = 0.1  # initial value of d, as in PEFT
 _PROJECTION_KEY = 0  # the matrices are the same in every run, as in PEFT

@@ -25,10 +25,9 @@ from ..tasks import (
     eval_batches,
     exact_match,
 )
-from ..training.frozen import GENERATION, LOSS, OPTIONS
 from ..training.loss import seed_scores
 from ..training.mesh import on_mesh, to_host
-from ..training.method import Params
+from ..training.method import GENERATION, LOSS, OPTIONS, Params
 from ..training.problem import Problem
 from .generation import generate_rows
 from .options import FuseOptions

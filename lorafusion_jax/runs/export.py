@@ -39,8 +39,7 @@ from ..support.text import printable
 from ..support.text_tables import escaped
 from ..support.version import __version__
 from ..support.writing import write_text
-from ..training.frozen import Frozen
-from ..training.method import Params
+from ..training.method import Frozen, Params
 from ..training.problem import Problem
 from .folder import RunFolder, RunResults, load_seed
 from .options import FuseOptions

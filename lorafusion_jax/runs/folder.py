@@ -30,10 +30,9 @@ from ..support import processes
 from ..support.reading import FileError, decode_as, read_json, read_lines, show
 from ..support.writing import check_no_link, write_text, writing
 from ..tasks import task_name
-from ..training.mesh import to_host
+from ..training.mesh import SeedMode, to_host
 from ..training.method import Params
 from ..training.recipe import Recipe
-from ..training.seeds import SeedMode
 from .options import FuseOptions, options_with, plain
 
 FINAL = "training result"

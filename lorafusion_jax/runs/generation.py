@@ -19,10 +19,9 @@ from ..models.generate import GREEDY, Generation, Sampling, advance, begin, of_r
 from ..models.layers import Adapters
 from ..models.weights import read_at_random
 from ..tasks import Batch, Encoded, eval_batches
-from ..training.mesh import axis_size, on_mesh, to_host
+from ..training.mesh import AXIS, axis_size, on_mesh, to_host
 from ..training.method import Params
 from ..training.problem import Problem
-from ..training.seeds import AXIS
 
 _FEWEST = 4  # rows of a program: fewer take about as long
 # Tokens of an answer from which on programs of fewer rows are worth compiling.

@@ -14,14 +14,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ..loading.model import with_modules, with_whole_modules
+from ..methods.entry import basis_of, modules_of
 from ..methods.fusion import choice_of
-from ..methods.recipes import basis_of, modules_of
 from ..tasks import IGNORED, Batch
 from ..training.fit import start
-from ..training.frozen import SEARCH
 from ..training.loss import objective
 from ..training.mesh import on_mesh, to_host
-from ..training.method import Params
+from ..training.method import SEARCH, Params
 from ..training.problem import Problem, per_seed
 from .folder import RunConfig
 from .options import FuseOptions

@@ -18,7 +18,7 @@ from ..io.hf import Base, open_base
 from ..io.pool import open_pool
 from ..loading.model import Texts, load_model, load_texts
 from ..loading.spec import LoadOptions
-from ..methods.untrained import ZeroShot
+from ..methods.base_alone import ZeroShot
 from ..models.architecture import kernels
 from ..models.generate import GREEDY, Sampling
 from ..support.checks import at_least, check_uint32
@@ -44,9 +44,8 @@ from ..tasks import (
     row_example,
     stream_text,
 )
-from ..training.frozen import Frozen
 from ..training.mesh import to_host
-from ..training.method import Params
+from ..training.method import Frozen, Params
 from ..training.problem import Problem
 from .evaluate import evaluate_seeds, seed_rows
 from .folder import RunConfig, check_answers, load_run, load_seed, note

@@ -19,10 +19,9 @@ from ..io.hf import Base, open_base
 from ..loading.identity import check_digests, digests
 from ..methods.fusion import choice_of
 from ..support import processes
-from ..support.platform import cores
+from ..support.platform import cores, make_room
 from ..support.version import __version__
 from ..tasks import Task
-from ..training.compiled import make_room
 from ..training.fit import start
 from ..training.mesh import make_mesh
 from ..training.method import Params

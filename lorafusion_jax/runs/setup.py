@@ -24,12 +24,12 @@ from ..loading.model import (
     with_modules,
 )
 from ..loading.spec import LoadOptions
-from ..methods.untrained import FewShotRecipe
+from ..methods.base_alone import FewShotRecipe
 from ..support.platform import for_cpu
 from ..training.fit import orders_of
+from ..training.mesh import SeedMode
 from ..training.method import Params
 from ..training.problem import Problem
-from ..training.seeds import SeedMode
 from .folder import RunConfig
 from .options import FuseOptions, read_task
 

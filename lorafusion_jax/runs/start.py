@@ -13,15 +13,14 @@ from ..io.pool import open_pool
 from ..loading.identity import check_digests
 from ..loading.model import load_model
 from ..methods import find
+from ..methods.entry import TargetedRecipe, recipe_of
 from ..methods.fusion import Fusion
 from ..methods.lora import LoRA, LoRARecipe, is_warm
-from ..methods.recipes import TargetedRecipe, recipe_of
 from ..models.architecture import kernels
 from ..support.text import some
 from ..training.fit import start
-from ..training.frozen import Frozen
 from ..training.mesh import on_mesh
-from ..training.method import Params
+from ..training.method import Frozen, Params
 from ..training.problem import Problem
 from ..training.recipe import Recipe
 from .folder import load_run, note, run_path

@@ -18,9 +18,9 @@ from ..adapters.coefficients import column_names, refined
 from ..io.digests import Digests
 from ..loading.identity import check_digests
 from ..loading.model import LoadedModel
+from ..methods.entry import basis_of
 from ..methods.fusion import CoefficientsRecipe, Fusion, choice_of
 from ..methods.lora import LoRARecipe
-from ..methods.recipes import basis_of
 from ..support.reading import read_json
 from ..support.text import some
 from .options import FuseOptions

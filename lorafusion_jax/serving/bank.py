@@ -32,16 +32,15 @@ from ..adapters.coefficients import GRANULARITIES, Granularity
 from ..adapters.norms import Gram, gram
 from ..adapters.pool import LoraPool
 from ..adapters.updates import side_by_side
+from ..methods.base_alone import Magnitudes, with_norms
 from ..methods.fusion import Fusion
-from ..methods.magnitudes import Magnitudes, with_norms
 from ..models.architecture import kernels
 from ..models.generate import GREEDY, Sampling, generate
 from ..models.weights import Weight, is_in_arrays
 from ..support.checks import at_least
 from ..tasks import Batch
-from ..training.frozen import Frozen
 from ..training.loss import batch_logits, log_likelihood
-from ..training.method import Adapted, Index, Method, Params
+from ..training.method import Adapted, Frozen, Index, Method, Params
 from ..training.problem import Problem
 from .rows import RowAdapter, RowCores, RowModules
 

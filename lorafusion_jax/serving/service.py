@@ -21,9 +21,8 @@ from ..io.pool import open_pool
 from ..loading.identity import check_digests, digests
 from ..loading.model import load_model
 from ..loading.spec import LoadOptions
-from ..methods.entry import Built
+from ..methods.entry import Built, basis_of, recipe_of
 from ..methods.fusion import CoefficientsRecipe, Fusion
-from ..methods.recipes import basis_of, recipe_of
 from ..models.architecture import Architecture
 from ..models.generate import GREEDY, Sampling
 from ..runs.folder import load_run, seed_place

@@ -1,11 +1,15 @@
 """The platform and mesh that functions are traced for, this machine's cores, and whether a value is traced."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.core
 from jax.sharding import AxisType
+
+_MAPPING_LIMIT = Path("/proc/sys/vm/max_map_count")
+_MAPPINGS = Path("/proc/self/maps")
 
 
 def for_cpu() -> bool:
@@ -49,3 +53,19 @@ def check_mesh(tree: Any) -> None:
                 f"expected a mesh whose axes are Auto, got {dict(zip(mesh.axis_names, mesh.axis_types, strict=True))}: "
                 "make it with jax.make_mesh(..., axis_types=(AxisType.Auto,) * number of axes)"
             )
+
+
+def make_room(limit: int | None = None) -> bool:
+    """Forget all compiled programs if the process has more than half of its mappings; return whether it did.
+
+    On a CPU every program takes several mappings of memory. At Linux's limit, by default 65,530 mappings, LLVM ends the
+    process or the next allocation fails.
+    """
+    if not (_MAPPING_LIMIT.is_file() and _MAPPINGS.is_file()):
+        return False
+    with _MAPPINGS.open("rb") as file:
+        taken = sum(1 for _ in file)
+    if 2 * taken <= (limit or int(_MAPPING_LIMIT.read_text())):
+        return False
+    jax.clear_caches()
+    return True

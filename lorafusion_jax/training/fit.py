@@ -19,13 +19,11 @@ from ..tasks import (
     train_batches,
     train_step_batches,
 )
-from .frozen import VALIDATION
 from .loss import seed_entropies
-from .mesh import on_mesh, to_host
-from .method import Method, Params
+from .mesh import on_mesh, over_seeds, to_host
+from .method import VALIDATION, Method, Params
 from .problem import Problem
 from .recipe import Optimisation, Rates, Recipe
-from .seeds import over_seeds
 from .step import TrainState, end_epoch, fusion_step, init_state, prune
 
 _INIT = 0  # purpose of a seed's key: its initial parameters

@@ -18,9 +18,8 @@ from ..adapters.pool import in_pool
 from ..models.architecture import Architecture, Model, kernels
 from ..models.weights import reads
 from ..support.platform import check_mesh
-from .frozen import Frozen
-from .method import Method, Metrics, Params
-from .seeds import WHOLE, SeedMode, over_seeds
+from .mesh import WHOLE, SeedMode, over_seeds
+from .method import Frozen, Method, Metrics, Params
 
 
 @jax.tree_util.register_dataclass

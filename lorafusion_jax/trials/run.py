@@ -17,10 +17,9 @@ from ..estimates.machines import PlanFlagOptions
 from ..io.hf import Base, open_base
 from ..io.pool import AdapterFolders, ConvertedPool, open_pool
 from ..methods import METHODS, find
+from ..methods.base_alone import FewShotRecipe, MagnitudesRecipe
+from ..methods.entry import PoolRecipe, TargetedRecipe
 from ..methods.lora import LoRARecipe, is_warm
-from ..methods.magnitudes import MagnitudesRecipe
-from ..methods.recipes import PoolRecipe, TargetedRecipe
-from ..methods.untrained import FewShotRecipe
 from ..runs.options import FuseOptions, options_to_json
 from ..support import interrupts
 from ..support.checks import at_least, check_uint32

@@ -16,8 +16,8 @@ from ..methods.lora import LoRA, is_warm
 from ..runs.evaluate import evaluate, evaluate_few_shot, row_losses
 from ..runs.options import FuseOptions
 from ..runs.setup import Setup
+from ..support.platform import make_room
 from ..tasks import Encoded, Example, Split, Task
-from ..training.compiled import make_room
 from ..training.fit import fit, start
 from ..training.method import Params
 from ..training.problem import Problem

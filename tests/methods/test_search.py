@@ -17,7 +17,7 @@ from flax import nnx
 import lorafusion_jax as lf
 from lorafusion_jax.methods import find, lorahub
 from lorafusion_jax.methods.entry import SearchJob
-from lorafusion_jax.methods.mean import single_losses
+from lorafusion_jax.methods.merge import single_losses
 from lorafusion_jax.models import T5, T5Config
 from lorafusion_jax.tasks import IGNORED
 

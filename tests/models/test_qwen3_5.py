@@ -10,7 +10,7 @@ import small_llama
 from flax import nnx
 
 import lorafusion_jax as lf
-from lorafusion_jax.models.qwen3_5.delta_rule import CHUNK, delta_rule
+from lorafusion_jax.models.qwen3_5.model import CHUNK, delta_rule
 from lorafusion_jax.models.registry import family_of_json
 from lorafusion_jax.training.mesh import make_mesh, on_mesh
 

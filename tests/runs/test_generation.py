@@ -22,7 +22,7 @@ from lorafusion_jax.runs import generate_rows
 from lorafusion_jax.runs.generation import draw_keys
 from lorafusion_jax.tasks import Encoded, eval_batches, pad
 from lorafusion_jax.training import make_mesh, on_mesh
-from lorafusion_jax.training.frozen import GENERATION
+from lorafusion_jax.training.method import GENERATION
 
 _ENDS = (1, 5, 9, 13)
 _TINY = small_llama.CONFIG | {

@@ -1,5 +1,6 @@
 """The platform that a program is traced for: asked for in one place, and not always that of the process."""
 
+import sys
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import lorafusion_jax as lf
 from lorafusion_jax.models import dense
 from lorafusion_jax.models.bit_cast import to_bits
-from lorafusion_jax.support.platform import for_cpu
+from lorafusion_jax.support.platform import for_cpu, make_room
 from lorafusion_jax.training import AXES, default_seed_mode
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -93,3 +94,12 @@ def test_a_mesh_with_explicit_axes_is_refused():
             ValueError, match=r"axes are Auto, got \{'data': Explicit\}: make it with"
         ):
             refused()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
+def test_programs_are_forgotten_when_mappings_run_out():
+    double = jax.jit(lambda x: 2 * x)
+    double(jnp.ones(2))
+    assert not make_room(10**9) and double._cache_size() == 1
+    assert make_room(2) and double._cache_size() == 0
+    assert double(jnp.ones(2)).tolist() == [2, 2]

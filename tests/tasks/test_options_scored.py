@@ -17,7 +17,7 @@ from lorafusion_jax.runs import evaluate, load_setup, seed_rows
 from lorafusion_jax.runs.evaluate import evaluate_seeds
 from lorafusion_jax.tasks import answer_options
 from lorafusion_jax.training import LOSS, start
-from lorafusion_jax.training.frozen import GENERATION, OPTIONS
+from lorafusion_jax.training.method import GENERATION, OPTIONS
 
 # The package's name of this module is that of its function.
 evaluation = importlib.import_module("lorafusion_jax.runs.evaluate")

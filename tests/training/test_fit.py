@@ -12,7 +12,7 @@ import tiny
 from lorafusion_jax import PRESETS, Fusion, Problem
 from lorafusion_jax.tasks import Encoded, Split, TrainingRows
 from lorafusion_jax.training import Epoch, fit, recipe_rates, start
-from lorafusion_jax.training.frozen import VALIDATION
+from lorafusion_jax.training.method import VALIDATION
 
 # The package's name of this module is that of its function.
 fit_lib = importlib.import_module("lorafusion_jax.training.fit")
