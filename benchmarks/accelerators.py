@@ -461,7 +461,8 @@ def _read(where: str, name: str, chip: _Chip) -> dict[str, Any]:
     adc = crossbar.ADC(bits=8, range="calibrated")
     cells, path = _READS[name]
     device = _devices(chip)[0]
-    config = crossbar.CrossbarConfig(dac=dac, adc=adc, device=cells)
+    slices = crossbar.Cell(bits=(2, 2, 2, 2))
+    config = crossbar.CrossbarConfig(cell=slices, dac=dac, adc=adc, device=cells)
     with _traced_for(device):
         w = jax.ShapeDtypeStruct((_SIZE, _SIZE), jnp.float32)
         x = jax.ShapeDtypeStruct((_INPUTS, _SIZE), jnp.float32)

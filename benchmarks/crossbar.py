@@ -40,7 +40,9 @@ _WIDTHS = (64, 576, 1024, 1536, 2816)
 _OUTPUTS = 576
 _CHIP = _measure.ROOT / "examples" / "smollm2" / "chip.yaml"
 _DAC = crossbar.DAC(signed=False, scaling="fixed", limit=1.0)
+_CELL = crossbar.Cell(bits=(2, 2, 2, 2))
 _CONFIG = crossbar.CrossbarConfig(
+    cell=_CELL,
     dac=_DAC, adc=crossbar.ADC(bits=8, range="calibrated")
 )
 _PATHS = ("lookup", "packed", "loop")
@@ -205,7 +207,7 @@ def _temporaries(w: jax.Array, x: jax.Array) -> list[dict[str, Any]]:
     cases = []
     for name, changes in by_cell.items():
         config = crossbar.CrossbarConfig(
-            adc=crossbar.ADC(bits=8, range="max"), **changes
+            cell=_CELL, adc=crossbar.ADC(bits=8, range="max"), **changes
         )
         read = jax.jit(
             lambda x, state, key, config=config: crossbar.matmul(
@@ -266,7 +268,9 @@ def _prepared(
     width: int, kind: str, adc: crossbar.ADC | None, bar: float | None
 ) -> dict[str, Any]:
     """Time reads with input factors and a transform against the same reads without."""
-    plain = crossbar.CrossbarConfig(mapping=crossbar.Mapping(scale="column"), adc=adc)
+    plain = crossbar.CrossbarConfig(
+        cell=_CELL, mapping=crossbar.Mapping(scale="column"), adc=adc
+    )
     changed = _with(
         plain,
         mapping=crossbar.Mapping(scale="column", factors=True, transform="hadamard"),

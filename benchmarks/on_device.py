@@ -64,6 +64,7 @@ _SHARE = (0.4, 0.6)
 _PEER = 1.5
 # Four slices of 2 bits, 8 unsigned input bits one by one, 8-bit ADCs: 32 products.
 _ARRAYS = crossbar.CrossbarConfig(
+    cell=crossbar.Cell(bits=(2, 2, 2, 2)),
     dac=crossbar.DAC(signed=False, scaling="fixed", limit=1.0),
     adc=crossbar.ADC(bits=8, range="max"),
 )

@@ -20,6 +20,7 @@ from jaxtyping import Array
 from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar import (
     ADC,
+    Cell,
     CrossbarConfig,
     Device,
     Independent,
@@ -36,9 +37,9 @@ ORANGE = "#D55E00"
 GREEN = "#009E73"
 GREY = "#777777"
 CHIPS = 8
-BASE = CrossbarConfig(
-    adc=ADC()
-)  # 8-bit weights in four 2-bit slices, 8-bit inputs, 8-bit ADC, calibrated
+CELL = Cell(bits=(2, 2, 2, 2))
+# 8-bit weights in four 2-bit slices, 8-bit inputs, 8-bit ADC, calibrated
+BASE = CrossbarConfig(cell=CELL, adc=ADC())
 
 
 def main(arguments: Sequence[str] = ()) -> None:
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] = ()) -> None:
 def tile(figure: Any) -> None:
     """One 12 x 10 matrix: its codes, its slices in the positive and the negative array, one input, its conversions."""
     weights = _normal(0, (12, 10))
-    config = CrossbarConfig(adc=ADC(bits=6, range="granular"))
+    config = CrossbarConfig(cell=CELL, adc=ADC(bits=6, range="granular"))
     state = crossbar.program(weights, config, path="definition")
     x = _normal(1, (1, 12))
     codes = input_codes(x, jnp.max(jnp.abs(x)), state.geometry, config)
@@ -236,7 +237,7 @@ def _wires(rows: int, ratios: Array) -> np.ndarray:
     @jax.jit
     def error(ratio: Array) -> Array:
         wire = crossbar.Wire(row_resistance=ratio, column_resistance=ratio)
-        config = CrossbarConfig(tile=crossbar.Tile(rows=rows, cols=rows, wire=wire))
+        config = CrossbarConfig(cell=CELL, tile=crossbar.Tile(rows=rows, cols=rows, wire=wire))
         y = crossbar.matmul(x, crossbar.program(weights, config))
         return jnp.linalg.norm(y - exact) / jnp.linalg.norm(exact)
 

@@ -28,6 +28,7 @@ from lab.smollm2 import EXAMPLES, base
 
 from lorafusion_jax import LoadOptions
 from lorafusion_jax.crossbar import (
+    Cell,
     CrossbarConfig,
     Independent,
     calibrate_tree,
@@ -224,6 +225,7 @@ def config_of(
     programming = Independent(number(setting.error)) if setting.error else None
     return dataclasses.replace(
         config,
+        cell=Cell(bits=(2, 2, 2, 2)),  # as in the rows
         adc=adc,
         device=dataclasses.replace(config.device, programming=programming),
     )

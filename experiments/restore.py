@@ -37,6 +37,7 @@ from language import link_tasks, unseen_tasks
 from lorafusion_jax import FuseOptions, LoadOptions, Restoring, fuse, restore
 from lorafusion_jax.crossbar import (
     PCM_DRIFT,
+    Cell,
     Correction,
     CrossbarConfig,
     Independent,
@@ -160,7 +161,10 @@ class Setting(NamedTuple):
             time=self.drift,
             compensate=self.compensate,
         )
-        return dataclasses.replace(config, dac=dac, adc=adc, device=device)
+        cell = Cell(bits=(2, 2, 2, 2))  # as in the rows
+        return dataclasses.replace(
+            config, cell=cell, dac=dac, adc=adc, device=device
+        )
 
     def __str__(self) -> str:
         found = []

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from .. import crossbar
+from ..crossbar.config.files import config_from
 from ..hardware.prepare import PrepareOptions, prepare
 from ..hardware.restore import RestoreOptions, restore_chips
 from ..hardware.write import ProgramOptions, write_chips
@@ -50,14 +52,22 @@ def _prepare(arguments: Sequence[str]) -> None:
     show(
         f"expected error power on any chip, as a share of the outputs':\n{plain(lines, left=(0,))}"
     )
+    _show_unused_levels(crossbar.load_config(options.crossbar))
     show(f"written to {options.out}: give it to other commands with --crossbar")
 
 
 def _program(arguments: Sequence[str]) -> None:
     """Program chips, and print the cost of each."""
     options = parse(ProgramOptions, arguments, "crossbar program")
-    show(programmed_report(write_chips(options)))
+    chips = write_chips(options)
+    show(programmed_report(chips))
+    _show_unused_levels(config_from(chips["config"]))
     show(f"written to {options.out}")
+
+
+def _show_unused_levels(config: crossbar.CrossbarConfig) -> None:
+    if sentence := crossbar.unused_levels(config):
+        show(f"warning: {sentence}")
 
 
 def programmed_report(chips: Mapping[str, Any]) -> str:

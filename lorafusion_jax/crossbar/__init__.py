@@ -86,7 +86,7 @@ from .devices.write_error import (
 from .mapping.adc.architectures import Architecture, register_adc
 from .mapping.encoding import input_codes, pulses
 from .mapping.geometry import Geometry
-from .preparation.code_errors import CodeErrors, code_errors
+from .preparation.code_errors import CodeErrors, code_errors, unused_levels
 from .preparation.moments import moments
 from .preparation.preparation import Preparation, needs_preparation
 from .preparation.prepare import expected_error, prepare

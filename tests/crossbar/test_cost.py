@@ -75,7 +75,7 @@ def test_counts_by_hand():
     assert pairs.additions == pairs.conversions == 7 * 4 * 2 * 5
     separate = dataclasses.replace(DIFFERENTIAL, adc=ADC(separate=True))
     assert counts((6, 5), separate).conversions == 2 * pairs.conversions
-    offset = dataclasses.replace(DIFFERENTIAL, encoding=Encoding(kind="offset"))
+    offset = CrossbarConfig(tile=SMALL, adc=ADC(), encoding=Encoding(kind="offset"))
     assert counts((6, 5), offset).additions == pairs.conversions + 6
 
 
@@ -301,7 +301,7 @@ def test_it_prints_what_it_knows():
     raella = str(explain(PRESETS["raella"], (1000, 600)))
     for words in (
         "1000 x 600 on arrays of 512 x 512",
-        "slices of 2, 2, 4 bits, least significant first, 2 polarities",
+        "slices of 2, 2, 4 bits, least significant first; top slice: 4 bits, 2 polarities",
         "24 = 2 x 2 tiles x 3 weight slices x 2 polarities",
         "57.2 % of their cells",
         f"{7 * 3 * 2 * 600:,} for one input vector",

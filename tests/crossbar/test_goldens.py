@@ -24,7 +24,9 @@ from lorafusion_jax.crossbar import (
 
 _OFFSET = Encoding(kind="offset")
 _UNIT = Encoding(kind="offset", unit_column=True)
-_FINITE = Cell(on_off_ratio=7.3)
+# CrossSim's slices have equal bits, of which 8-bit weights leave one unused.
+_EQUAL = Cell(bits=(2, 2, 2, 2))
+_FINITE = Cell(bits=(2, 2, 2, 2), on_off_ratio=7.3)
 _REAL = {"cell": Cell(bits=None), "mapping": Mapping(weight_bits=None)}
 _REAL_FINITE = _REAL | {"cell": Cell(bits=None, on_off_ratio=7.3)}
 _LEVELS = {"cell": Cell(bits=(5,)), "mapping": Mapping(weight_bits=5)}
@@ -51,16 +53,21 @@ def _config(tops, *, adc=None, dac=None, tile=None, **parts):
     )
     outputs = ADC(range="given", limits=limits, **converter)
     return CrossbarConfig(
-        dac=inputs, adc=outputs, tile=Tile(**{"cols": None} | (tile or {})), **parts
+        dac=inputs,
+        adc=outputs,
+        tile=Tile(**{"cols": None} | (tile or {})),
+        **{"cell": _EQUAL} | parts,
     )
 
 
 _8_BITS = {"adc": {"bits": 8}}
 # By CrossSim itself. Its range MAX is the height of an array; that of offset encoding rounds it to a power of two.
 NAMES = {
-    "c01_bal_w8s4_fpin_noadc": CrossbarConfig(tile=Tile(cols=None), dac=None),
+    "c01_bal_w8s4_fpin_noadc": CrossbarConfig(
+        cell=_EQUAL, tile=Tile(cols=None), dac=None
+    ),
     "c02_bal_w8s4_in8serial_noadc": CrossbarConfig(
-        tile=Tile(cols=None), dac=DAC(scaling="fixed")
+        cell=_EQUAL, tile=Tile(cols=None), dac=DAC(scaling="fixed")
     ),
     "c03_bal_w8s4_in8serial_adc8max": _config([100] * 4, **_8_BITS),
     "c04_bal_w8s4_in8serial_adc6clip": _config([11, 11, 11, 1.375], adc={"bits": 6}),
@@ -74,7 +81,7 @@ NAMES = {
         [100] * 2, cell=Cell(bits=(2, 2)), mapping=Mapping(weight_bits=4), **_8_BITS
     ),
     "c12_bal_w8s4_onoff10_adc8max": _config(
-        [100] * 4, cell=Cell(on_off_ratio=10.0), **_8_BITS
+        [100] * 4, cell=Cell(bits=(2, 2, 2, 2), on_off_ratio=10.0), **_8_BITS
     ),
     "c15_bal_singletile_adc8max": _config([300] * 4, tile={"rows": None}, **_8_BITS),
     "c16_bal_310_partmax_adc8max": _config(
@@ -240,6 +247,7 @@ def test_programming_errors_are_those_of_crosssim(goldens, name, model):
     _, quiet = _load(goldens / "crossbar", "c02_bal_w8s4_in8serial_noadc")
     sigma = case["changes"]["xbar.device.programming_error.magnitude"]
     config = CrossbarConfig(
+        cell=_EQUAL,
         tile=Tile(cols=None),
         dac=DAC(scaling="fixed"),
         device=crossbar.Device(programming=model(sigma)),

@@ -110,9 +110,11 @@ def test_the_hash_tells_configurations_apart():
     hashes = {config_hash(config) for config in (*SAVED.values(), mine, *ratios)}
     assert len(hashes) == len(SAVED) + 2
     # The SHA-256 of {"adc": {"bits": 6.0}}: fields at their default do not enter, nor what only warns.
+    # Bits of (2, 2, 2, 2) do not either: they were the default.
     expected = hashlib.sha256(b'{"adc": {"bits": 6.0}}').hexdigest()
+    cell = Cell(bits=(2, 2, 2, 2))
     for adc in (crossbar.ADC(bits=6), crossbar.ADC(bits=6, clip_share=0.5)):
-        assert config_hash(CrossbarConfig(adc=adc)) == expected
+        assert config_hash(CrossbarConfig(adc=adc, cell=cell)) == expected
 
 
 @pytest.mark.parametrize(

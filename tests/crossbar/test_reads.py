@@ -158,7 +158,7 @@ def test_values_before_an_adc_have_the_derivatives_of_finite_differences():
             read_noise=ReadNoise(values["noise"]),
         )
         config = CrossbarConfig(
-            cell=Cell(on_off_ratio=values["ratio"]),
+            cell=Cell(bits=(2, 2, 2, 2), on_off_ratio=values["ratio"]),
             dac=None,
             adc=adc,
             tile=Tile(rows=8, current_limit=values["current"]),

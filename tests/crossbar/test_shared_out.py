@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar import (
     ADC,
+    Cell,
     CrossbarConfig,
     Device,
     Encoding,
@@ -28,7 +29,7 @@ from lorafusion_jax.crossbar import flax as crossbar_flax
 
 _TILE = Tile(rows=16, cols=12)
 _ADC = ADC(bits=6, range="max")
-_PLAIN = CrossbarConfig(tile=_TILE, adc=_ADC)
+_PLAIN = CrossbarConfig(cell=Cell(bits=(2, 2, 2, 2)), tile=_TILE, adc=_ADC)
 _WIRED = dataclasses.replace(
     _PLAIN, tile=Tile(rows=16, cols=12, wire=Wire(row_resistance=1e-4))
 )

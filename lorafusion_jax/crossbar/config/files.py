@@ -3,7 +3,7 @@
 A file holds the fields of `CrossbarConfig` as nested tables; missing fields have their defaults. The key `model` names
 the class of a device model:
 
-    cell: {bits: [2, 2, 2, 2], on_off_ratio: 100.0}
+    cell: {bits: [2, 2, 2, 1], on_off_ratio: 100.0}     # least significant first
     device:
       programming: {model: Independent, sigma: 0.02}
       drift: PCM_DRIFT                                  # a published model, by its name
@@ -121,7 +121,8 @@ def read_table(path: Path, purpose: str) -> Any:
 def config_hash(config: CrossbarConfig) -> str:
     """Return the SHA-256 of a configuration, the same in every process, without settings that only warn (`clip_share`).
 
-    Fields at their default do not enter, so a field that is added later changes no digest.
+    Fields at their default do not enter, so a field that is added later changes no digest. Bits of (2, 2, 2, 2) do not
+    enter either: they were the default.
     """
     adc = config.adc and dataclasses.replace(config.adc, clip_share=ADC.clip_share)
     dac = config.dac and dataclasses.replace(config.dac, clip_share=DAC.clip_share)
@@ -132,6 +133,10 @@ def config_hash(config: CrossbarConfig) -> str:
         lambda function, _: f"{function.__module__}.{function.__qualname__}",
         defaults=False,
     )
+    if fields["cell"]["bits"] == [2, 2, 2, 2]:
+        cell = fields.pop("cell")
+        del cell["bits"]
+        fields |= {"cell": cell} if cell else {}
     same = json.loads(json.dumps(fields), parse_int=float)  # 1 and 1.0 are equal
     return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
 

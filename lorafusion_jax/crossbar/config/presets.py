@@ -47,7 +47,8 @@ _puma = CrossbarConfig(
 # ADC step of one level, beyond whose range sums saturate: [R].
 # 2 kOhm to 20 kOhm: CiMLoop's cell file, with the wire's resistance that it takes off [S]; the pair subtracts Gmin.
 # Not modelled: centres other than zero (RAELLA stores w - centre with a centre for each filter, to bring sums nearer
-# to zero: here differential encoding about zero), slices chosen layer by layer, speculation with wider input slices
+# to zero: here differential encoding about zero, whose 7 bits leave half of the top slice's levels unused; CiMLoop's
+# file has cells of 3 bits [S]), slices chosen layer by layer, speculation with wider input slices
 # (which saves conversions and falls back on these slices), and negative inputs in a separate cycle.
 _raella = CrossbarConfig(
     cell=Cell(bits=(2, 2, 4), on_off_ratio=10.0),

@@ -35,20 +35,24 @@ class Cell:
     """A ReRAM cell.
 
     Attributes:
-      bits: bits of each weight slice, least significant first, as in RAELLA's (2, 2, 4); None for one analogue cell.
+      bits: bits of each weight slice, least significant first, as in RAELLA's (2, 2, 4); None for one analogue cell;
+        `auto` for cells of 2 bits that use every level, (2, 2, 2, 1) for differential weights of 8 bits.
       on_off_ratio: Gmax / Gmin; None is infinite.
     """
 
-    bits: tuple[int, ...] | None = (2, 2, 2, 2)
+    bits: tuple[int, ...] | Literal["auto"] | None = "auto"
     on_off_ratio: Physical = None
 
     def __post_init__(self):
-        if self.bits is not None:
+        if self.bits is not None and self.bits != "auto":
             listed = (
                 isinstance(self.bits, tuple | list)
                 and 1 <= len(self.bits) <= _MOST_SLICES
             )
-            remedy = f"give 1 to 8 bits for each weight slice, of at most {_MOST_SLICES} slices, as in (2, 2, 2, 2)"
+            remedy = (
+                f"give 1 to 8 bits for each weight slice, least significant first, at most {_MOST_SLICES} slices, as "
+                "in (2, 2, 2, 1) for a mapping.weight_bits of 8, or (4,) for one of 5; or 'auto'"
+            )
             require(
                 self,
                 "bits",
@@ -320,9 +324,9 @@ class Mapping:
 
 @model(kw_only=True)
 class CrossbarConfig:
-    """Configuration of a crossbar; by default 128 x 128 arrays of four 2-bit differential cells, without ADC or noise.
+    """Configuration of a crossbar; by default 128 x 128 arrays, 8-bit weights in differential cells, no ADC or noise.
 
-    Raises a ValueError for parts that do not fit together.
+    It has the bits that `Cell(bits="auto")` stands for. Raises a ValueError for parts that do not fit together.
     """
 
     cell: Cell = Cell()
@@ -339,18 +343,22 @@ class CrossbarConfig:
         parts = (cell, self.encoding, mapping, self.tile, self.device)
         if not all(dataclasses.is_dataclass(part) for part in parts):
             return  # a pytree being rebuilt with placeholders
+        if cell.bits == "auto":
+            cell = dataclasses.replace(cell, bits=self._filled_bits())
+            object.__setattr__(self, "cell", cell)
         if (cell.bits is None) != (mapping.weight_bits is None):
             raise ValueError(
                 f"cell.bits = {cell.bits}, mapping.weight_bits = {mapping.weight_bits}: both or neither must be None"
             )
-        if cell.bits is not None and mapping.weight_bits is not None:
-            need = mapping.weight_bits - (self.encoding.kind == "differential")
-            if sum(cell.bits) < need:
-                raise ValueError(
-                    f"cell.bits = {cell.bits} hold {sum(cell.bits)} bits, but {mapping.weight_bits}-bit weights in "
-                    f"{self.encoding.kind} encoding need {need}: add a slice or bits to the cells"
-                )
-        elif self.encoding.flip:
+        stored = sum(self.weight_slices)
+        needed = self.stored_bits
+        if needed is not None and stored < needed:
+            remedy = f"mapping.weight_bits = {stored + mapping.weight_bits - needed}"
+            raise ValueError(
+                f"cell.bits = {cell.bits} hold {stored} bits, but {mapping.weight_bits}-bit weights in "
+                f"{self.encoding.kind} encoding need {needed}: give cell.bits = 'auto', more bits, or {remedy}"
+            )
+        if needed is None and self.encoding.flip:
             raise ValueError(
                 "encoding.flip inverts digits: give cell.bits and mapping.weight_bits"
             )
@@ -385,10 +393,28 @@ class CrossbarConfig:
                 )
             check_limits(adc.limits, len(self.weight_slices), signed=self.signed_sums)
 
+    def _filled_bits(self) -> tuple[int, ...] | None:
+        """Return slices of 2 bits, the top one with the bits that are left; None for real-valued weights."""
+        bits = self.stored_bits
+        if bits is None:
+            return None
+        return (2,) * (bits // 2) + (1,) * (bits % 2)
+
+    @property
+    def stored_bits(self) -> int | None:
+        """Bits of a weight in its cells: without the sign in differential encoding; None for real-valued weights."""
+        bits = self.mapping.weight_bits
+        if bits is None:
+            return None
+        return bits - 1 if self.encoding.kind == "differential" else bits
+
     @property
     def weight_slices(self) -> tuple[int, ...]:
         """Bits of every weight slice; one slice of 1 for an analogue cell."""
-        return self.cell.bits or (1,)
+        if self.cell.bits is None:
+            return (1,)
+        assert self.cell.bits != "auto"  # a configuration has bits instead
+        return self.cell.bits
 
     @property
     def input_slices(self) -> tuple[int, ...]:

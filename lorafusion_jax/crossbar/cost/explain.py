@@ -11,6 +11,7 @@ from ..chip.plan import Plan, sums_integers
 from ..chip.program import has_errors, program
 from ..config.schema import CrossbarConfig
 from ..mapping.geometry import Geometry
+from ..preparation.code_errors import unused_levels
 from ..preparation.preparation import Preparation
 from .energy import Counts, counts, geometry_of
 
@@ -30,6 +31,7 @@ class Explanation:
       lost_bits: for each weight slice, the bits that its ADC lacks to distinguish all column sums of perfect cells;
         None if sums are not integers.
       preparation: changes of the weights before they are written; () for none.
+      unused_levels: weight slices whose top level no weight reaches (see `unused_levels`); None for none.
     """
 
     shape: tuple[int, int]
@@ -45,6 +47,7 @@ class Explanation:
     conversions: int
     lost_bits: tuple[float, ...] | None
     preparation: tuple[str, ...]
+    unused_levels: str | None
 
     def __str__(self) -> str:
         count = max(1, len(self.weight_slices))
@@ -71,6 +74,7 @@ class Explanation:
             ),
             ("lost bits", _lost(self.lost_bits)),
             *([("prepared", ", ".join(self.preparation))] if self.preparation else []),
+            *([("unused", self.unused_levels)] if self.unused_levels else []),
         ]
         title = f"{self.shape[0]} x {self.shape[1]} on arrays of {self.array[0]} x {self.array[1]}"
         return "\n".join([title, *(f"  {name:<12} {text}" for name, text in lines)])
@@ -110,7 +114,7 @@ def explain(
         reason=plan.reason,
         tiles=tiles,
         array=array,
-        weight_slices=config.cell.bits or (),
+        weight_slices=() if config.cell.bits is None else config.weight_slices,
         input_slices=config.dac.slices if config.dac else (),
         polarities=geometry.polarities,
         arrays=taken.arrays,
@@ -120,6 +124,7 @@ def explain(
         preparation=_preparation(
             config, taken, what.preparation if isinstance(what, Chip) else None
         ),
+        unused_levels=unused_levels(config),
     )
 
 
@@ -161,7 +166,7 @@ def _lost_bits(geometry: Geometry, config: CrossbarConfig) -> tuple[float, ...] 
     if config.cell.bits is None or config.dac is None:
         return None
     if geometry.code_range is None:
-        return tuple(0.0 for _ in config.cell.bits)
+        return tuple(0.0 for _ in config.weight_slices)
     if not sums_integers(config):
         return None
     top = geometry.code_range[1]
@@ -172,8 +177,13 @@ def _bits(slices: tuple[int, ...], none: str) -> str:
     if not slices:
         return none
     if len(set(slices)) == 1:
-        return f"{len(slices)} slices of {slices[0]} bit{'s' if slices[0] > 1 else ''}"
-    return f"slices of {', '.join(map(str, slices))} bits, least significant first"
+        return f"{len(slices)} slices of {_bit_count(slices[0])}"
+    listed = ", ".join(map(str, slices))
+    return f"slices of {listed} bits, least significant first; top slice: {_bit_count(slices[-1])}"
+
+
+def _bit_count(bits: int) -> str:
+    return f"{bits} bit" if bits == 1 else f"{bits} bits"
 
 
 def _lost(bits: tuple[float, ...] | None) -> str:

@@ -153,7 +153,9 @@ def digits(
     offset = config.encoding.kind == "offset"
     if config.cell.bits is None:
         return ((codes + 1) / 2 if offset else codes)[None]
-    return _all_digits(codes + geometry.offset if offset else codes, config.cell.bits)
+    return _all_digits(
+        codes + geometry.offset if offset else codes, config.weight_slices
+    )
 
 
 def to_arrays(

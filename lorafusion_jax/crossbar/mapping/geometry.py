@@ -81,7 +81,7 @@ class Geometry:
             worth = (1.0 if encoding.kind == "differential" else 2.0,)
             middle = (0.5,)
         else:
-            worth = significance(config.cell.bits)
+            worth = significance(config.weight_slices)
             middle = tuple(
                 float(int(offset // weight) & top)
                 for weight, top in zip(worth, levels, strict=True)

@@ -9,8 +9,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ..chip.chip import programmed_weights
-from ..chip.program import program
+from ..chip.program import has_errors, program
 from ..config.schema import CrossbarConfig, Mapping, Tile
+from ..config.structure import split_config
 
 _CODES = 255  # at most
 _DRAWS = 1024
@@ -72,3 +73,44 @@ def code_errors(config: CrossbarConfig) -> CodeErrors:
         [np.roll(column, number) for number, column in enumerate(programmed.T)]
     )  # [draws, codes]
     return CodeErrors(rolled.mean(axis=0) - codes, rolled.var(axis=0, ddof=1))
+
+
+def unused_levels(config: CrossbarConfig) -> str | None:
+    """Return a sentence on weight slices whose top level no weight reaches, with the bits to use; None without any.
+
+    The factor in error power is that of the configuration's device, for weights with a standard deviation of a third
+    of their range.
+    """
+    bits = config.stored_bits
+    if bits is None:
+        return None
+    used = []
+    left = bits
+    for width in config.weight_slices:
+        used.append(min(width, left))
+        left -= used[-1]
+    if tuple(used) == config.weight_slices:
+        return None
+    full = tuple(width for width in used if width)
+    fitting = dataclasses.replace(
+        config, cell=dataclasses.replace(config.cell, bits=full)
+    )
+    gain = ""
+    if has_errors(config) and not split_config(config)[1]:  # no swept values
+        factor = _mean_power(fitting) / _mean_power(config)
+        gain = f", and multiply the error power of the cells by {factor:.2g}"
+    return (
+        f"cell.bits = {list(config.weight_slices)} (least significant first) hold more than the {bits} bits of a "
+        f"weight, so that top levels are never used: {list(full)} would use every level{gain}"
+    )
+
+
+def _mean_power(config: CrossbarConfig) -> float:
+    """Return the mean square of a code's error, over normal weights."""
+    errors = code_errors(config)
+    codes = np.linspace(-3, 3, len(errors.mean))
+    return float(
+        np.average(
+            np.square(errors.mean) + errors.variance, weights=np.exp(-np.square(codes) / 2)
+        )
+    )
