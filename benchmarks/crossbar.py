@@ -42,8 +42,7 @@ _CHIP = _measure.ROOT / "examples" / "smollm2" / "chip.yaml"
 _DAC = crossbar.DAC(signed=False, scaling="fixed", limit=1.0)
 _CELL = crossbar.Cell(bits=(2, 2, 2, 2))
 _CONFIG = crossbar.CrossbarConfig(
-    cell=_CELL,
-    dac=_DAC, adc=crossbar.ADC(bits=8, range="calibrated")
+    cell=_CELL, dac=_DAC, adc=crossbar.ADC(bits=8, range="calibrated")
 )
 _PATHS = ("lookup", "packed", "loop")
 _PROGRAMMING = crossbar.Device(programming=crossbar.Independent(0.04))

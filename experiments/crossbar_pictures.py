@@ -237,7 +237,9 @@ def _wires(rows: int, ratios: Array) -> np.ndarray:
     @jax.jit
     def error(ratio: Array) -> Array:
         wire = crossbar.Wire(row_resistance=ratio, column_resistance=ratio)
-        config = CrossbarConfig(cell=CELL, tile=crossbar.Tile(rows=rows, cols=rows, wire=wire))
+        config = CrossbarConfig(
+            cell=CELL, tile=crossbar.Tile(rows=rows, cols=rows, wire=wire)
+        )
         y = crossbar.matmul(x, crossbar.program(weights, config))
         return jnp.linalg.norm(y - exact) / jnp.linalg.norm(exact)
 

@@ -162,9 +162,7 @@ class Setting(NamedTuple):
             compensate=self.compensate,
         )
         cell = Cell(bits=(2, 2, 2, 2))  # as in the rows
-        return dataclasses.replace(
-            config, cell=cell, dac=dac, adc=adc, device=device
-        )
+        return dataclasses.replace(config, cell=cell, dac=dac, adc=adc, device=device)
 
     def __str__(self) -> str:
         found = []

@@ -353,7 +353,8 @@ class CrossbarConfig:
         stored = sum(self.weight_slices)
         needed = self.stored_bits
         if needed is not None and stored < needed:
-            remedy = f"mapping.weight_bits = {stored + mapping.weight_bits - needed}"
+            fitting = stored + (self.encoding.kind == "differential")
+            remedy = f"mapping.weight_bits = {fitting}"
             raise ValueError(
                 f"cell.bits = {cell.bits} hold {stored} bits, but {mapping.weight_bits}-bit weights in "
                 f"{self.encoding.kind} encoding need {needed}: give cell.bits = 'auto', more bits, or {remedy}"

@@ -111,6 +111,7 @@ def _mean_power(config: CrossbarConfig) -> float:
     codes = np.linspace(-3, 3, len(errors.mean))
     return float(
         np.average(
-            np.square(errors.mean) + errors.variance, weights=np.exp(-np.square(codes) / 2)
+            np.square(errors.mean) + errors.variance,
+            weights=np.exp(-np.square(codes) / 2),
         )
     )
