@@ -311,3 +311,25 @@ def test_it_prints_what_it_knows():
     ideal = str(explain(PRESETS["ideal"], (8, 8)))
     for words in ("one analogue cell", "all at once", "none, no ADC", "not defined"):
         assert words in ideal
+
+
+@pytest.mark.parametrize("kind", ["differential", "offset"])
+def test_default_cells_use_every_level(kind):
+    for weight_bits in range(2, 17):
+        mapping = crossbar.Mapping(weight_bits=weight_bits)
+        config = CrossbarConfig(mapping=mapping, encoding=Encoding(kind=kind))
+        assert max(config.cell.bits) <= 2
+        assert crossbar.unused_levels(config) is None
+
+
+@pytest.mark.parametrize(
+    ("model", "factor"), [(crossbar.Independent, 0.2), (crossbar.Proportional, 1.0)]
+)
+def test_unused_levels_are_named_with_what_they_cost(model, factor):
+    """Independent errors of the top cell count three times, and proportional ones as before."""
+    device = Device(programming=model(0.03))
+    config = CrossbarConfig(cell=Cell(bits=(2, 2, 2, 2)), device=device)
+    _, found = str(explain(config, (8, 8))).split(
+        "[2, 2, 2, 1] would use every level, and multiply the error power of the cells by "
+    )
+    assert float(found) == pytest.approx(factor, abs=0.03)

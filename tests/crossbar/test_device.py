@@ -271,7 +271,8 @@ def test_a_key_is_a_chip_and_effects_draw_independently():
 
 def test_gains_and_offsets_of_converters_have_their_spread():
     adc = crossbar.ADC(bits=8, range="max", gain_error=0.03, offset_error=0.2)
-    config = CrossbarConfig(tile=Tile(rows=2, cols=None), adc=adc)
+    cell = crossbar.Cell(bits=(2, 2, 2, 2))
+    config = CrossbarConfig(cell=cell, tile=Tile(rows=2, cols=None), adc=adc)
     chip = program(jnp.ones((8, 4000)), config, KEY)
     assert_normal(chip.gain.reshape(4, -1), 1, 0.03)
     assert_normal(chip.offset.reshape(4, -1), 0, 0.2 * 3)  # 2 bits are up to 3 levels
