@@ -327,7 +327,7 @@ def test_default_cells_use_every_level(kind):
 )
 def test_unused_levels_are_named_with_what_they_cost(model, factor):
     """Independent errors of the top cell count three times, and proportional ones as before."""
-    device = Device(programming=model(0.03))
+    device = crossbar.Device(programming=model(0.03))
     config = CrossbarConfig(cell=Cell(bits=(2, 2, 2, 2)), device=device)
     _, found = str(explain(config, (8, 8))).split(
         "[2, 2, 2, 1] would use every level, and multiply the error power of the cells by "
