@@ -15,7 +15,6 @@ from jaxtyping import Array, Int
 
 from ..adapters.norms import gram
 from ..crossbar import CrossbarConfig, ReadNoise, is_random
-from ..io.folders import write_json
 from ..loading.identity import digests
 from ..methods.fusion import PLAIN_SUM
 from ..methods.lora import LoRA, as_pool
@@ -27,7 +26,7 @@ from ..runs.setup import Setup
 from ..support.checks import at_least
 from ..support.options import MeshOptions
 from ..support.progress import progress
-from ..support.writing import check_writable
+from ..support.writing import check_writable, write_json
 from ..training.mesh import make_mesh, on_mesh
 from ..training.method import Params
 from .chip_file import Chips, aged, load_chips

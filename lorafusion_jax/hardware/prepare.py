@@ -21,7 +21,6 @@ from .. import crossbar
 from ..crossbar.preparation.preparation import check_preparation
 from ..crossbar.preparation.transform import transform_matrices
 from ..io import store
-from ..io.folders import new_folder
 from ..loading.identity import digests
 from ..loading.model import LoadedModel, load_model
 from ..loading.spec import LoadOptions
@@ -37,6 +36,7 @@ from ..support.options import (
 )
 from ..support.progress import progress
 from ..support.reading import FileError, error_context
+from ..support.writing import new_folder
 from ..tasks import Batch
 from .program import program
 from .texts import (

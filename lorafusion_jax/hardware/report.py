@@ -12,10 +12,9 @@ from ..crossbar import (
     observe,
     site_errors,
 )
-from ..io.folders import write_json
 from ..runs.evaluate import evaluate_seeds, seed_rows
 from ..support.progress import progress
-from ..support.writing import check_writable
+from ..support.writing import check_writable, write_json
 from ..training.method import Frozen
 from .chips import calibration_batches, logits_of
 from .evaluate import (

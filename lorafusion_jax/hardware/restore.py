@@ -18,7 +18,6 @@ from jaxtyping import Array, Float
 
 from .. import crossbar
 from ..io import store
-from ..io.folders import locked
 from ..loading.identity import digests
 from ..loading.model import LoadedModel, load_model
 from ..loading.spec import LoadOptions
@@ -35,6 +34,7 @@ from ..support.options import (
 )
 from ..support.progress import progress
 from ..support.reading import FileError
+from ..support.writing import locked
 from ..tasks import IGNORED, Batch
 from .chip_file import Chips, aged, load_chips
 from .distil import Method, Restoring, divergence_on, restore

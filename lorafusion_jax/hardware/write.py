@@ -8,7 +8,6 @@ import jax
 
 from .. import crossbar
 from ..crossbar.config.files import config_fields
-from ..io.folders import write_json
 from ..io.pool import open_pool
 from ..loading.identity import digests
 from ..loading.model import load_model
@@ -23,7 +22,7 @@ from ..support.options import (
     PresetOptions,
 )
 from ..support.version import __version__
-from ..support.writing import check_writable
+from ..support.writing import check_writable, write_json
 from .chip_file import ChipFile, OneChip, cells_sha256, load_chips
 from .program import program
 

@@ -1,11 +1,11 @@
 """Files: adapters of PEFT, models of Hugging Face, converted pools, trained arrays."""
 
+from ..support.writing import new_folder as new_folder
 from .convert import ConvertOptions as ConvertOptions
 from .convert import add_basis as add_basis
 from .convert import convert as convert
 from .export import fused_adapter as fused_adapter
 from .export import lora_adapter as lora_adapter
-from .folders import new_folder as new_folder
 from .hf import open_base as open_base
 from .peft.adapter import AdapterError as AdapterError
 from .peft.adapter import read_adapter as read_adapter

@@ -20,7 +20,7 @@ from ..support.options import (
 )
 from ..support.progress import progress
 from ..support.reading import check_name, utf8
-from .folders import new_folder
+from ..support.writing import new_folder
 from .hf import base_tensor, open_base
 from .peft.adapter import (
     AdapterError,
@@ -29,10 +29,8 @@ from .peft.adapter import (
     resave,
 )
 from .peft.tensors import MAGNITUDE
-from .pool.adapter_files import describe
-from .pool.basis import FOLDER, save_basis
-from .pool.folder import KIND, ConvertedPool
-from .pool.stack import check_finite, check_fits
+from .pool import KIND, ConvertedPool
+from .pool_arrays import check_finite, check_fits, describe
 from .store import seal
 
 _RUNTIME_FIELDS = ("dtype", "unroll")
@@ -113,18 +111,18 @@ def convert(options: ConvertOptions) -> dict[str, Any]:
 
 def add_basis(folder: Path, k: int) -> None:
     """Make the shared basis of a converted pool and write it next to the adapters; ValueError if the pool has one."""
-    if (folder / FOLDER).exists():
-        raise ValueError(
-            f"{folder / FOLDER} exists: move it away to make another basis"
-        )
     stored = ConvertedPool(folder)
+    if stored.basis_folder.exists():
+        raise ValueError(
+            f"{stored.basis_folder} exists: move it away to make another basis"
+        )
     pool = stored.load()
     check_size(pool, k)
     with progress(
         "basis", sum(len(rank) for rank in pool.rank.values()), unit="layer"
     ) as bar:
         basis = in_directions(pool, directions(pool, k, done=bar.update))
-    save_basis(folder, basis, made_of=stored.made_of, base=stored.manifest["base"])
+    stored.save_basis(basis)
 
 
 def _sources(options: ConvertOptions) -> list[str]:

@@ -15,12 +15,16 @@ import numpy as np
 
 from ..adapters.basis import Pool, SharedBasis
 from ..adapters.pool import LoraPool
-from .buffers import Tensor, release
 from .gguf.reader import StoredTensor
+from .source import release
 
 _ROWS = (
     1024  # hashed at a time: a tensor that was transposed is never in memory as a whole
 )
+
+
+# A view of a mapped file, or a tensor that is dequantised when its rows are read.
+Tensor = np.ndarray | StoredTensor
 
 
 class Digests(TypedDict):

@@ -200,6 +200,13 @@ def map_file(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
+def release(tensor: Any) -> None:
+    """Unmap the pages of a file whose tensor was read, which would count as memory of this process."""
+    owner = tensor.base.obj if isinstance(tensor.base, memoryview) else tensor.base
+    if isinstance(owner, mmap.mmap):
+        owner.madvise(mmap.MADV_DONTNEED)
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file, or of the digests of a folder's files, in hexadecimal digits."""
     if path.is_dir():

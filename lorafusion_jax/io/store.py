@@ -16,6 +16,8 @@ an earlier format too, with the version that wrote it. Other files, such as the 
 import contextlib
 import itertools
 import os
+import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypedDict
@@ -28,14 +30,15 @@ from ..support import processes
 from ..support.reading import FileError, T, decode_as, other_version, read_json
 from ..support.text import some
 from ..support.version import __version__
-from ..support.writing import writing
+from ..support.writing import new_folder, write_json, writing
 from . import safetensors
-from .folders import new_folder, write_json
 from .source import inside, sha256
 
 MANIFEST = "manifest.json"
 RESTORE = "restore it from a copy"
 _ARRAYS = "arrays.safetensors"
+_CHECKPOINT = "checkpoint"
+_STEP = re.compile(r"step_(\d+)")
 
 
 class Manifest(TypedDict, Generic[T]):
@@ -224,6 +227,56 @@ def read_tree(folder: Path) -> dict[str, Any]:
         raise FileError(
             folder / _ARRAYS, got=f"no tree of arrays ({error})", fix=RESTORE
         ) from error
+
+
+def load_newest(
+    folders: Sequence[Path],
+    state: Any,
+    *,
+    metadata: type[T] | Any = dict[str, Any],
+    note: Callable[[str], None],
+) -> tuple[Any, T] | None:
+    """Return the tree of the last sound folder, as NumPy arrays, and its metadata (see `newest_sound`).
+
+    `state` is a tree with the structure, shapes and dtypes that the result must have, or a FileError is raised.
+    """
+    sound = newest_sound(folders, _CHECKPOINT, metadata, note=note)
+    if sound is None:
+        return None
+    folder, manifest = sound
+    arrays = flatten_dict(read_tree(folder), sep="/")
+    check_signature(
+        folder,
+        signature(arrays),
+        signature(state),
+        fix="resume the run that saved it, or restore it from a copy",
+    )
+    leaves = [arrays[path] for path in signature(state)]
+    return jax.tree.unflatten(jax.tree.structure(state), leaves), manifest["metadata"]
+
+
+def save_step(
+    checkpoints: Path, step: int, state: Any, metadata: Mapping[str, Any], *, keep: int
+) -> None:
+    """Save `checkpoints / step_000123`, then remove all but the latest `keep` (>= 1).
+
+    `state` is a tree of arrays, without PRNG keys (save their `jax.random.key_data`) and types of 4 bits.
+    """
+    arrays = dict(zip(signature(state), jax.tree.leaves(state), strict=True))
+    save(checkpoints / f"step_{step:06d}", _CHECKPOINT, arrays, metadata)
+    with writing(checkpoints):
+        for old in steps(checkpoints)[:-keep]:
+            shutil.rmtree(old)
+
+
+def steps(checkpoints: Path) -> list[Path]:
+    """Return the folders of the saved steps, oldest first."""
+    steps = {
+        int(match[1]): path
+        for path in checkpoints.glob("*")
+        if (match := _STEP.fullmatch(path.name))
+    }
+    return [steps[step] for step in sorted(steps)]
 
 
 def _flush(path: Path) -> None:

@@ -16,7 +16,6 @@ from ..adapters.pool import LoraPool
 from ..adapters.updates import LowRank, Rescaled, WeightDecomposed
 from ..io.digests import Digests, pool_digests
 from ..io.export import fused_adapter, lora_adapter, merged_base
-from ..io.folders import new_folder
 from ..io.gguf.write import write_lora, write_merged
 from ..io.hf import Base, hf_tensors, open_base, put_base, save_base
 from ..io.peft.adapter import put_adapter, resave
@@ -38,7 +37,7 @@ from ..support.options import (
 from ..support.text import printable
 from ..support.text_tables import escaped
 from ..support.version import __version__
-from ..support.writing import write_text
+from ..support.writing import new_folder, write_text
 from ..training.method import Frozen, Params
 from ..training.problem import Problem
 from .folder import RunFolder, RunResults, load_seed

@@ -2,7 +2,7 @@
 
     runs/NAME/config.json         options, environment, modules by seed
     runs/NAME/metrics.jsonl       a line for each step and seed, and for each epoch and seed
-    runs/NAME/checkpoints/        step_000123: the whole state, to resume from; private (see `io.checkpoint`)
+    runs/NAME/checkpoints/        step_000123: the whole state, to resume from; private (see `io.store`)
     runs/NAME/final/              the trained parameters (see `io.store`)
     runs/NAME/predictions.jsonl   a line for each seed and test row
     runs/NAME/results.json        last of all, so a run that has it is complete
@@ -24,11 +24,16 @@ import msgspec
 
 from ..io import store
 from ..io.digests import Digests
-from ..io.folders import locked, remove_partial
 from ..methods import METHODS
 from ..support import processes
 from ..support.reading import FileError, decode_as, read_json, read_lines, show
-from ..support.writing import check_no_link, write_text, writing
+from ..support.writing import (
+    check_no_link,
+    locked,
+    remove_partial,
+    write_text,
+    writing,
+)
 from ..tasks import task_name
 from ..training.mesh import SeedMode, to_host
 from ..training.method import Params

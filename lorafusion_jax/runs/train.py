@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..io import checkpoint, store
+from ..io import store
 from ..methods.entry import SearchJob
 from ..support import interrupts, processes
 from ..support.reading import show
@@ -81,8 +81,8 @@ def _fit(
     start_time = time.monotonic()
     state = start(setup.problem, options.seeds, begin)
     reached = 0
-    steps = checkpoint.steps(run.checkpoints)
-    saved = checkpoint.load_newest(steps, state, metadata=_Reached, note=note)
+    steps = store.steps(run.checkpoints)
+    saved = store.load_newest(steps, state, metadata=_Reached, note=note)
     if saved is not None:
         state, metadata = saved
         state = on_mesh(jax.tree.map(jnp.asarray, state), setup.config, of_seeds=True)
@@ -118,7 +118,7 @@ def _fit(
         }
         state = to_host(state)
         if processes.first():
-            checkpoint.save_step(run.checkpoints, step, state, metadata, keep=2)
+            store.save_step(run.checkpoints, step, state, metadata, keep=2)
 
     def hold() -> None:
         when = "epoch" if by_epoch else "step"

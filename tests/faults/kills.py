@@ -159,7 +159,7 @@ def _of_pool(printed: str, out: Path) -> Any:
 
 
 def _of_run(printed: str, out: Path) -> Any:
-    from lorafusion_jax.io import checkpoint, store
+    from lorafusion_jax.io import store
 
     run = out / "run"
     results = json.loads((run / "results.json").read_text())
@@ -169,7 +169,7 @@ def _of_run(printed: str, out: Path) -> Any:
     ]
     states = [
         store.load(folder, "checkpoint")[0]
-        for folder in checkpoint.steps(run / "checkpoints")
+        for folder in store.steps(run / "checkpoints")
     ]
     return [
         results,

@@ -21,7 +21,7 @@ import lorafusion_jax as lf
 from lorafusion_jax import cli, crossbar
 from lorafusion_jax.crossbar import Independent, save_config
 from lorafusion_jax.hardware.texts import answered
-from lorafusion_jax.io.folders import locked
+from lorafusion_jax.support.writing import locked
 from lorafusion_jax.tasks import IGNORED, decode
 
 _TEXT = "the cold bold gold is old and the tall wall is small. " * 60

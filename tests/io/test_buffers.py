@@ -5,7 +5,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lorafusion_jax.io.buffers import aligned_zeros, copy_transposed
+from lorafusion_jax.io.hf import aligned_zeros, copy_transposed
 
 
 def test_jax_uses_zeros_in_place():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lorafusion_jax import crossbar
-from lorafusion_jax.io import checkpoint, new_folder, store
+from lorafusion_jax.io import new_folder, store
 from lorafusion_jax.report import write_text
 from lorafusion_jax.support.writing import WriteError, write
 from lorafusion_jax.trials import append_rows, read_rows
@@ -28,7 +28,7 @@ class _Case(NamedTuple):
 
 
 def _newest_checkpoint(folder: Path) -> Any:
-    (newest,) = checkpoint.steps(folder)
+    (newest,) = store.steps(folder)
     return store.load(newest, "checkpoint")[0]["x"].tolist()
 
 
@@ -47,7 +47,7 @@ _CASES = {
         lambda folder: read_rows(folder / "rows.jsonl")[:1],
     ),
     "checkpoint": _Case(
-        lambda folder, size: checkpoint.save_step(
+        lambda folder, size: store.save_step(
             folder, size, {"x": np.ones(99 * size)}, {}, keep=2
         ),
         _newest_checkpoint,

@@ -36,7 +36,7 @@ from safetensors.numpy import load_file, save_file
 import lorafusion_jax as lf
 from lorafusion_jax.estimates import shape_config
 from lorafusion_jax.io import ConvertOptions, convert, open_base, write_adapter
-from lorafusion_jax.io.gguf.base import GGUFBase
+from lorafusion_jax.io.base_files import GGUFBase
 from lorafusion_jax.io.gguf.reader import read_gguf
 from lorafusion_jax.io.gguf.tokenizer import build_tokenizer
 from lorafusion_jax.io.gguf.write import write_lora, write_merged

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import lorafusion_jax as lf
-from lorafusion_jax.io import checkpoint, store
+from lorafusion_jax.io import store
 
 _TREE = {
     "coefficients": {
@@ -57,13 +57,13 @@ def saved(tmp_path):
 def checkpoints(tmp_path) -> Path:
     folder = tmp_path / "steps"
     for step in (1, 2):
-        checkpoint.save_step(folder, step, _state(float(step)), {"step": step}, keep=2)
+        store.save_step(folder, step, _state(float(step)), {"step": step}, keep=2)
     return folder
 
 
 def _newest(folder, note, state=_state):
-    steps = checkpoint.steps(folder)
-    return checkpoint.load_newest(steps, state(), metadata=_Step, note=note)
+    steps = store.steps(folder)
+    return store.load_newest(steps, state(), metadata=_Step, note=note)
 
 
 def test_a_tree_and_its_metadata_come_back_exactly(saved):
@@ -186,13 +186,13 @@ def test_a_state_of_another_run_is_refused_and_kept(checkpoints, change, message
             pytest.fail,
             lambda: state._replace(params=state.params | change),
         )
-    assert len(checkpoint.steps(checkpoints)) == 2
+    assert len(store.steps(checkpoints)) == 2
 
 
 def test_the_last_steps_are_kept(checkpoints):
     for step in (20, 1_000_000):
-        checkpoint.save_step(checkpoints, step, _state(), {"step": step}, keep=2)
-    names = [path.name for path in checkpoint.steps(checkpoints)]
+        store.save_step(checkpoints, step, _state(), {"step": step}, keep=2)
+    names = [path.name for path in store.steps(checkpoints)]
     assert names == ["step_000020", "step_1000000"]
 
 
@@ -220,4 +220,4 @@ def test_a_step_of_a_newer_version_is_not_damaged(change, checkpoints):
     versions = rf"\(written by version '?9\.9'?, this is {lf.__version__}\)"
     with pytest.raises(ValueError, match=versions):
         _newest(checkpoints, pytest.fail)
-    assert len(checkpoint.steps(checkpoints)) == 2
+    assert len(store.steps(checkpoints)) == 2

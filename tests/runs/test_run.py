@@ -15,7 +15,7 @@ import recipes
 from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
-from lorafusion_jax.io import checkpoint, store
+from lorafusion_jax.io import store
 from lorafusion_jax.runs import run as run_lib
 from lorafusion_jax.support import interrupts
 
@@ -128,7 +128,7 @@ def test_training_without_a_finite_loss_stops_and_suggests_what_to_try(small, tm
         )
         < 30
     )
-    newest, _ = store.load(checkpoint.steps(folder / "checkpoints")[-1], "checkpoint")
+    newest, _ = store.load(store.steps(folder / "checkpoints")[-1], "checkpoint")
     assert all(np.isfinite(p).all() for p in jax.tree.leaves(newest["best"]))
 
 

@@ -14,7 +14,7 @@ _READY = """
 import sys, time
 from pathlib import Path
 from lorafusion_jax import cli
-from lorafusion_jax.io.folders import new_folder
+from lorafusion_jax.support.writing import new_folder
 from lorafusion_jax.support import interrupts
 interrupts.watch()
 folder = Path(sys.argv[1])

@@ -14,8 +14,7 @@ import numpy as np
 
 from ...models.architecture import GGUFLayout, GGUFTensor
 from ...models.registry import family_of_json, gguf_layout
-from ..hf_folder import FolderBase
-from .base import GGUFBase
+from ..base_files import FolderBase, GGUFBase
 from .tokenizer import tokenizer_metadata
 
 # Fields that a file may give another value: a Mistral without a window is a Llama, and ends of turns end answers too.

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from ...support.reading import check_name, error_context, expand_user
+from ...support.writing import new_folder
 from .. import safetensors as safetensors_map
 from .. import torch_pickle
-from ..folders import new_folder
 from ..hf import Base
 from ..source import resolve
 from . import mlx, qwix_tree

@@ -1,8 +1,11 @@
-"""From adapters of PEFT to the stacked arrays of a `LoraPool`: scaling is folded into B, smaller ranks are padded.
+"""From adapters of PEFT to entries of a pool's manifest, and to the stacked arrays of a `LoraPool`.
+
+Scaling is folded into B, and smaller ranks are padded.
 
 Axis letters: L layer, N adapters, r rank.
 """
 
+import dataclasses
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,20 +16,23 @@ import jax
 import msgspec
 import numpy as np
 
-from ...adapters.pool import LoraPool
-from ...models.architecture import Architecture, linear_shapes, places
-from ..buffers import aligned_zeros, release
-from ..hf import Base
-from ..peft.adapter import AdapterError, PeftAdapter, read_adapter
-from ..peft.tensors import MAGNITUDE
+from ..adapters.pool import LoraPool
+from ..models.architecture import Architecture, linear_shapes, places
+from ..support.reading import FileError
+from .hf import Base, aligned_zeros
+from .peft.adapter import CONFIG, WEIGHTS, AdapterError, PeftAdapter, read_adapter
+from .peft.tensors import MAGNITUDE
+from .source import inside, release, sha256
+from .store import check_files
 
 Dtype = Literal["float32", "bfloat16"]
+Rank = Annotated[int, msgspec.Meta(ge=0, le=1_000_000)]
 
 
 class SiteRanks(TypedDict):
     """Ranks and scalings of an adapter at a site, one for each layer, as the manifest holds them."""
 
-    rank: list[Annotated[int, msgspec.Meta(ge=0, le=1_000_000)]]
+    rank: list[Rank]
     scaling: list[float]
 
 
@@ -82,7 +88,6 @@ def stacked(
     B = {}
     ranks = {}
     scaling = {}
-    magnitude = None
     for name, site in config.sites.items():
         if not any(name in table for table in tables):
             continue
@@ -92,10 +97,10 @@ def stacked(
         scaling[name] = np.array([row["scaling"] for row in rows], np.float32).T
         A[name] = aligned_zeros((*rank.shape, site.d_in, int(rank.max())), dtype)
         B[name] = aligned_zeros((*rank.shape, int(rank.max()), site.d_out), dtype)
-    if adapters[0].magnitude is not None:
-        magnitude = {
-            site: np.zeros((len(b), b.shape[-1]), b.dtype) for site, b in B.items()
-        }
+    if adapters[0].magnitude is None:
+        magnitude = None
+    else:
+        magnitude = {site: np.zeros(b[:, 0, 0].shape, b.dtype) for site, b in B.items()}
 
     def fill(number: int) -> None:
         adapter = adapters[number]
@@ -117,16 +122,13 @@ def stacked(
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         list(threads.map(fill, range(len(adapters))))
 
-    def put(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        return {site: jax.device_put(array) for site, array in arrays.items()}
-
-    magnitudes = None if magnitude is None else put(magnitude)
+    put: Any = jax.device_put
     return LoraPool(
         A=put(A),
         B=put(B),
         rank=put(ranks),
         scaling=put(scaling),
-        magnitude=magnitudes,
+        magnitude=put(magnitude),
         names=names,
     )
 
@@ -185,3 +187,68 @@ def located(path: str, config: Architecture) -> tuple[str, int]:
             f"{path} cannot have an adapter: it is not a linear map of the base's blocks; leave it out"
         )
     return places(config)[path]
+
+
+class Entry(TypedDict):
+    """An adapter in the manifest of a pool."""
+
+    name: str
+    source: str
+    sha256: str  # of its weights at the source
+    dtype: str
+    parameters: int
+    dora: bool
+    sites: Annotated[Ranks, msgspec.Meta(min_length=1)]
+    kept: list[str]  # keys of tensors that are not applied
+    notes: list[str]
+    folder: str
+
+
+def describe(adapter: PeftAdapter, config: Architecture | None) -> dict[str, Any]:
+    """Return an adapter's entry in the manifest, except its folder; its numbers are checked.
+
+    Without the structure of the base, the entry has the paths of the modules instead of sites, and the base's name.
+    """
+    for path in adapter.factors:
+        for kind, array in pool_values(adapter, path).items():
+            check_finite(adapter, path, kind, array)
+    arrays = [array for pair in adapter.factors.values() for array in pair]
+    arrays += (adapter.magnitude or {}).values()
+    ranks = {
+        path: {"rank": [len(a)], "scaling": [adapter.scaling[path]]}
+        for path, (a, _) in adapter.factors.items()
+    }
+    entry = {
+        "name": adapter.name,
+        "source": adapter.source,
+        "sha256": sha256(adapter.weights),
+        "dtype": ", ".join(sorted({str(array.dtype) for array in arrays})),
+        "parameters": sum(array.size for array in arrays),
+        "dora": adapter.magnitude is not None,
+        "sites": rank_table(adapter, config) if config else ranks,
+        "kept": sorted(adapter.kept),
+        "notes": list(adapter.notes),
+    }
+    if config:
+        return entry
+    return entry | {"trained_on": adapter.config.get("base_model_name_or_path")}
+
+
+def load_adapter(
+    pool: Path, files: Mapping[str, str], entry: Entry, base: Architecture
+) -> PeftAdapter:
+    """Read an adapter of a pool by its entry; raises ValueError if its files, by digest, are missing or damaged."""
+    folder = inside(pool, entry["folder"])
+    names = [f"{entry['folder']}/{name}" for name in (CONFIG, WEIGHTS)]
+    if missing := sorted(set(names) - files.keys()):
+        got = f"the manifest lists no {' and no '.join(missing)}"
+        raise FileError(pool, got=got, fix="convert the adapters again")
+    check_files(pool, {name: files[name] for name in names})
+    adapter = read_adapter(
+        str(folder), shapes=linear_shapes(base), compared=entry["kept"]
+    )
+    # Its pages were read to check the numbers, and are not needed before the pool's arrays are filled.
+    release(next(iter(adapter.factors.values()))[0])
+    return dataclasses.replace(
+        adapter, name=entry["name"], source=entry["source"], notes=tuple(entry["notes"])
+    )

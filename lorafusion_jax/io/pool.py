@@ -1,32 +1,44 @@
-"""A pool on disk as one object, whose manifest is read and checked once."""
+"""Pools of adapters on disk: converted ones, and folders of PEFT adapter folders.
+
+    manifest.json                        adapters, their sources, a SHA-256 of each other file (see `store`)
+    adapters/0000/                       an adapter that PEFT can load:
+        adapter_config.json              its configuration, byte for byte
+        adapter_model.safetensors        its tensors, with the names of the original file
+    basis/                               a shared basis of the modules, if one was made:
+        manifest.json                    number of directions, the modules and what they were made of, the base, ranks
+        arrays.safetensors               U, V, S and energy by site (see `adapters.basis.SharedBasis`): `U/SITE`, ...
+
+In a `LoraPool` the scaling is in B, layers without an adapter are zeros of rank 0, and smaller ranks are padded.
+Loading a basis reads no adapter.
+"""
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
+import jax
+import jax.numpy as jnp
 import msgspec
+import numpy as np
 
-from ...adapters.basis import SharedBasis
-from ...adapters.pool import LoraPool, positions
-from ...models.architecture import Architecture, linear_shapes
-from ...models.registry import recorded_config
-from ...support.reading import (
-    FileError,
-    error_context,
-    expand_user,
-)
-from ..hf import Base, base_tensor, open_base
-from ..peft.adapter import PeftAdapter, read_adapter
-from ..store import MANIFEST, read_manifest
-from .adapter_files import Entry, load_adapter
-from .basis import describe_basis, read_basis
-from .stack import Dtype, read_pool, stacked
+from ..adapters.basis import SharedBasis
+from ..adapters.pool import LoraPool, positions
+from ..models.architecture import Architecture, linear_shapes
+from ..models.registry import recorded_config
+from ..support.reading import FileError, error_context, expand_user
+from . import store
+from .hf import Base, base_tensor, open_base
+from .peft.adapter import PeftAdapter, read_adapter
+from .pool_arrays import Dtype, Entry, Rank, load_adapter, read_pool, stacked
+from .store import MANIFEST, RESTORE
 
 KIND = "pool"
-_AGAIN = "restore it from a copy, or convert the adapters again"
+_AGAIN = f"{RESTORE}, or convert the adapters again"
+_BASIS = "shared basis"
+_FIELDS = ("U", "V", "S", "energy")
 
 
 class BaseRecord(TypedDict):
@@ -55,11 +67,21 @@ class Description(TypedDict):
     totals: dict[str, int]
 
 
+class BasisDescription(TypedDict):
+    """Metadata of a basis; `modules` has the SHA-256 of each adapter's weights."""
+
+    k: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+    modules: dict[str, str]
+    rank: dict[str, list[list[Rank]]]
+    base: dict[str, Any]
+
+
 class ConvertedPool:
-    """A converted pool; ValueError if the folder is none.
+    """A converted pool, whose manifest is read and checked once; ValueError if the folder is none.
 
     Attributes:
       folder: its folder.
+      basis_folder: folder of its shared basis, which need not exist.
       manifest: metadata of the pool.
       names: names of the adapters, in the pool's order.
       config: structure of the base model that it was converted for.
@@ -67,21 +89,17 @@ class ConvertedPool:
 
     def __init__(self, folder: str | Path):
         self.folder = expand_user(folder)
-        manifest = read_manifest(self.folder, KIND, Description)
+        self.basis_folder = self.folder / "basis"
+        manifest = store.read_manifest(self.folder, KIND, Description)
         self.manifest = manifest["metadata"]
         self._files = manifest["files"]
-        self.names = tuple(entry["name"] for entry in self.manifest["adapters"])
+        entries = self.manifest["adapters"]
+        self.names = tuple(entry["name"] for entry in entries)
         with error_context(self.folder / MANIFEST):
             self.config = recorded_config(self.manifest["base"])
-        for kind in ("name", "folder"):
-            if len({entry[kind] for entry in self.manifest["adapters"]}) < len(
-                self.names
-            ):
-                raise FileError(
-                    self.folder / MANIFEST,
-                    got=f"two adapters of one {kind}",
-                    fix=_AGAIN,
-                )
+            for kind in ("name", "folder"):
+                if len({entry[kind] for entry in entries}) < len(entries):
+                    raise FileError("", got=f"two adapters of one {kind}", fix=_AGAIN)
 
     @property
     def largest_rank(self) -> int:
@@ -98,11 +116,8 @@ class ConvertedPool:
         adapted = {
             site for entry in self.manifest["adapters"] for site in entry["sites"]
         }
-        return tuple(
-            dict.fromkeys(
-                site.rpartition(".")[2] for site in self.config.sites if site in adapted
-            )
-        )
+        sites = [site for site in self.config.sites if site in adapted]
+        return tuple(dict.fromkeys(site.rpartition(".")[2] for site in sites))
 
     def load(
         self, chosen: Sequence[str | int] | None = None, *, dtype: Dtype = "float32"
@@ -116,36 +131,15 @@ class ConvertedPool:
         if chosen is not None:
             entries = [entries[index] for index in positions(self.names, chosen)]
         with ThreadPoolExecutor(os.cpu_count()) as threads:
-            adapters = list(
-                threads.map(
-                    lambda entry: load_adapter(
-                        self.folder, self._files, entry, self.config
-                    ),
-                    entries,
-                )
-            )
+            adapters = list(threads.map(self._adapter, entries))
         return stacked(adapters, self.config, dtype)
-
-    def basis(self, k: int | None = None) -> SharedBasis:
-        """Load the first k directions of the pool's shared basis, as `load_basis` does."""
-        return read_basis(self.folder, k, made_of=self.made_of, config=self.config)
-
-    def check_basis(self, k: int) -> None:
-        """Raise a ValueError if the pool has no shared basis of k directions."""
-        describe_basis(self.folder, k)
-
-    @property
-    def made_of(self) -> dict[str, str]:
-        """Name of every adapter -> SHA-256 of its weights."""
-        return {entry["name"]: entry["sha256"] for entry in self.manifest["adapters"]}
 
     def adapter(self, name: str) -> PeftAdapter:
         """Read the original adapter, for `peft.resave`; raises ValueError if it is missing or damaged."""
-        if name not in self.names:
-            raise ValueError(
-                f"{self.folder} has no adapter {name!r}: it holds {', '.join(self.names)}; name one"
-            )
-        entry = self.manifest["adapters"][self.names.index(name)]
+        (index,) = positions(self.names, [name])
+        return self._adapter(self.manifest["adapters"][index])
+
+    def _adapter(self, entry: Entry) -> PeftAdapter:
         return load_adapter(self.folder, self._files, entry, self.config)
 
     def check_base(self, config: Architecture) -> None:
@@ -158,6 +152,97 @@ class ConvertedPool:
                     f"the pool was converted for {self.manifest['base']['source']}: {name} is {pool_site} there "
                     f"and {base_site} here; convert the adapters for this base"
                 )
+
+    def basis(self, k: int | None = None) -> SharedBasis:
+        """Load the first k directions of the pool's shared basis, as `load_basis` does."""
+        description = self._basis_description(k)
+        if description["modules"] != self._digests:
+            raise ValueError(
+                f"{self.basis_folder} is the basis of other adapters than those of {self.folder}. "
+                f"Move it away, and {self._make_basis(description['k'])}"
+            )
+        tree, _ = store.load(self.basis_folder, _BASIS, BasisDescription)
+        self._check_basis_shapes(tree, description)
+        fields: dict[str, Any] = {
+            field: jax.tree.map(jnp.asarray, tree[field]) for field in _FIELDS
+        }
+        ranks = description["rank"]
+        basis = SharedBasis(
+            **fields,
+            rank={site: jnp.asarray(rank, jnp.int32) for site, rank in ranks.items()},
+            names=tuple(description["modules"]),
+            sites=tuple(site for site in self.config.sites if site in ranks),
+        )
+        return basis if k is None else basis.first(k)
+
+    def check_basis(self, k: int) -> None:
+        """Raise a ValueError if the pool has no shared basis of k directions."""
+        self._basis_description(k)
+
+    def save_basis(self, basis: SharedBasis) -> None:
+        """Write a basis of the pool next to the adapters; raises ValueError if there is one."""
+        tree = {
+            field: {site: np.asarray(a) for site, a in getattr(basis, field).items()}
+            for field in _FIELDS
+        }
+        metadata = {
+            "k": basis.k,
+            "modules": {name: self._digests[name] for name in basis.names},
+            "rank": {site: np.asarray(r).tolist() for site, r in basis.rank.items()},
+            "base": self.manifest["base"],
+        }
+        store.save(self.basis_folder, _BASIS, tree, metadata)
+
+    @property
+    def _digests(self) -> dict[str, str]:
+        """SHA-256 of the weights of every adapter, by name."""
+        return {entry["name"]: entry["sha256"] for entry in self.manifest["adapters"]}
+
+    def _make_basis(self, k: int) -> str:
+        return f"make one with `lorafusion convert --basis {k} --out {self.folder}`"
+
+    def _basis_description(self, k: int | None) -> BasisDescription:
+        if not (self.basis_folder / MANIFEST).is_file():
+            raise ValueError(f"{self.folder} has no basis: {self._make_basis(k or 32)}")
+        manifest = store.read_manifest(self.basis_folder, _BASIS, BasisDescription)
+        description = manifest["metadata"]
+        if k is not None and k > description["k"]:
+            raise ValueError(
+                f"{self.folder} has a shared basis of {description['k']} directions, expected at least {k}: use fewer, "
+                f"or move {self.basis_folder} away and {self._make_basis(k)}"
+            )
+        return description
+
+    def _check_basis_shapes(
+        self, tree: Mapping[str, Any], description: BasisDescription
+    ) -> None:
+        """Raise a FileError if the arrays of the basis are not those of its description, or are of another base."""
+        k = description["k"]
+        modules = len(description["modules"])
+        expected = {}
+        for name, rank in description["rank"].items():
+            site = self.config.sites.get(name)
+            if site is None or [len(row) for row in rank] != [modules] * site.layers:
+                raise FileError(
+                    self.basis_folder,
+                    field=name,
+                    got=f"ranks of {len(rank)} layers",
+                    expected="those of each of its modules in every layer of its base",
+                    fix=RESTORE,
+                )
+            shapes = {
+                "U": (site.d_in, k),
+                "V": (k, site.d_out),
+                "S": (modules, k, k),
+                "energy": (modules,),
+            }
+            expected |= {
+                f"{field}/{name}": f"float32{[site.layers, *shape]}"
+                for field, shape in shapes.items()
+            }
+        store.check_signature(
+            self.basis_folder, store.signature(tree), expected, fix=RESTORE
+        )
 
 
 class AdapterFolders:
