@@ -1,60 +1,171 @@
-"""A killed command resumes to the same bits; and the harness that says so finds commands that do not."""
+"""Commands that are killed at random moments of their CPU time end in the same bits as an undisturbed one."""
 
+import hashlib
+import json
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import kills
+import jax
+import numpy as np
+import one_block
 import pytest
 
-# Work of a tenth of a second in small pieces. It ends without a line where it is told to stop, and whoever begins again
-# finds what was written.
-_UNSOUND = """
-import pathlib, sys, time
-file = pathlib.Path(sys.argv[1]) / "file"
-for number in range(20):
-    end = time.process_time() + 0.01
-    while time.process_time() < end: pass
-    file.open('a').write('x')
-"""
+from lorafusion_jax.io import ConvertedPool, store
+
+_ROOT = Path(__file__).resolve().parents[2]
+_TASK = one_block.SMALL / "tasks" / "double_digit"
+_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+_LINES = {
+    signal.SIGTERM: ("stopped by SIGTERM", "SIGTERM: saving after"),
+    signal.SIGINT: ("stopped by Ctrl-C", "Ctrl-C: saving after"),
+}
+_ALWAYS_PRINTED = re.compile(r"going on from step|nothing to resume|^\[\d+/\d+\]")
+_START = 1.0  # seconds of CPU time until a command handles signals
 
 
-def test_a_command_that_writes_in_place_or_ends_without_a_line_is_found(tmp_path):
-    """It is killed three times, by every signal once, in the middle of the work."""
+def _convert(inputs: Path, out: Path) -> list[str | Path]:
+    adapters = sorted((inputs / "pool").iterdir())
+    command = ["-m", "lorafusion_jax.cli", "convert", "--base", inputs / "base"]
+    return [*command, "--out", out / "pool", "--basis", "4", "--adapters", *adapters]
 
-    def outcome(printed: str, out: Path) -> str:
-        return (out / "file").read_text()
 
-    command = kills.Command(
-        lambda inputs, out: ["-c", _UNSOUND, str(out)], outcome, writes=False
+def _fuse(inputs: Path, out: Path) -> list[str | Path]:
+    options = (
+        "--name run --modules 2 --batch-size 48 --max-new-tokens 8 --test-rows 5 --seeds 1 2 --epochs 8 "
+        "--save-seconds 0 --resume"
     )
-    inputs = kills.Inputs(tmp_path, tmp_path, tmp_path)
-    tally = kills.kill(command, inputs, tmp_path / "made up", 3, seed=2041)
-    assert (
-        any("other bits" in fault for fault in tally.faults)
-        and tally.same < tally.compared
-    )
-    assert any("exit code -" in fault for fault in tally.faults)
+    command = ["-m", "lorafusion_jax.cli", "fuse", "--base", inputs / "base"]
+    paths = ["--pool", inputs / "pool", "--task", _TASK, "--out", out]
+    return [*command, *paths, *options.split()]
+
+
+def _matrix(inputs: Path, out: Path) -> list[str | Path]:
+    options = "--methods LoRAFusion zero-shot --modules 2 --test-rows 5 --seeds 1 2 --epochs 2"
+    script = _ROOT / "experiments" / "small_pool.py"
+    paths = ["--pool", inputs / "pool", "--tasks", _TASK, "--out", out]
+    return [script, "--base", inputs / "base", *paths, *options.split()]
+
+
+def _bits(tree: Any) -> list[str]:
+    return [
+        hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest()
+        for leaf in jax.tree.leaves(tree)
+    ]
+
+
+def _pool_outcome(out: Path) -> Any:
+    pool = ConvertedPool(out / "pool")
+    return pool.manifest["totals"], _bits((pool.load(), pool.basis()))
+
+
+def _run_outcome(out: Path) -> Any:
+    results = json.loads((out / "run/results.json").read_text()) | {"seconds": None}
+    names = ("metrics.jsonl", "predictions.jsonl")
+    texts = [(out / "run" / name).read_text() for name in names]
+    trained, _ = store.load(out / "run/final", "training result")
+    newest = store.steps(out / "run/checkpoints")[-1:]
+    states = [store.load(folder, "checkpoint")[0] for folder in newest]
+    return results, texts, _bits((trained, states))
+
+
+def _matrix_outcome(out: Path) -> Any:
+    lines = (out / "results.jsonl").read_text().splitlines()
+    return [json.loads(line) | {"seconds": None, "config": None} for line in lines]
+
+
+class _Command(NamedTuple):
+    """A command that is killed: its arguments by inputs and output folder, and what must be the same."""
+
+    arguments: Callable[[Path, Path], list[str | Path]]
+    outcome: Callable[[Path], Any]
+
+
+_COMMANDS = {
+    "convert": _Command(_convert, _pool_outcome),
+    "fuse": _Command(_fuse, _run_outcome),
+    "matrix": _Command(_matrix, _matrix_outcome),
+}
+
+
+def _start(arguments: list[str | Path]) -> subprocess.Popen:
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(_ROOT / ".cache" / "jax"))
+    environment = os.environ | {
+        "PYTHONPATH": str(_ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": cache,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True)
+
+
+def _finish(arguments: list[str | Path]) -> float:
+    """Run a command to its end, and return its CPU time."""
+    before = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    process = _start(arguments)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before
+
+
+def _cpu_seconds(process: subprocess.Popen) -> float:
+    """Return the CPU time that a child has taken."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
+def _kill(process: subprocess.Popen, number: signal.Signals, after: float) -> bool:
+    """Send a signal after some CPU time, and check how the process ends; False if it ended by itself before."""
+    while process.poll() is None and _cpu_seconds(process) < after:
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=300)
+    if process.returncode == 0:
+        return False
+    lines = [line for line in errors.splitlines() if not _ALWAYS_PRINTED.search(line)]
+    if number == signal.SIGKILL:
+        assert process.returncode == -number and not lines, errors
+    else:
+        assert process.returncode == 128 + number and len(lines) in (1, 2), errors
+        assert all(line.startswith(_LINES[number]) for line in lines), errors
+    return True
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> kills.Inputs:
-    return kills.make_inputs(tmp_path_factory.mktemp("inputs"))
+def inputs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    one_block.cut(folder)
+    return folder
 
 
-# A run compiles anew after each kill.
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(
-            name,
-            marks=pytest.mark.long
-            if name == "convert --basis"
-            else pytest.mark.nightly,
-        )
-        for name in kills.COMMANDS
+        pytest.param("convert", marks=pytest.mark.long),
+        pytest.param("fuse", marks=pytest.mark.nightly),
+        pytest.param("matrix", marks=pytest.mark.nightly),
     ],
 )
-def test_a_killed_command_resumes_to_the_same_bits(name, inputs, tmp_path):
-    count = {"convert": 5, "convert --basis": 5, "fuse": 3}.get(name, 2)
-    tally = kills.kill(kills.COMMANDS[name], inputs, tmp_path / name, count, seed=1)
-    assert tally.faults == []
-    assert tally.kills.total() == count and tally.same == tally.compared > 0
+def test_a_killed_command_ends_in_the_same_bits(name, inputs, tmp_path):
+    command = _COMMANDS[name]
+    _finish(command.arguments(inputs, tmp_path / "compiled"))
+    seconds = _finish(command.arguments(inputs, tmp_path / "undisturbed"))
+    killed = command.arguments(inputs, tmp_path / "killed")
+    draw = random.Random(name)
+    for number in _SIGNALS:
+        if not _kill(_start(killed), number, draw.uniform(_START, seconds)):
+            break
+    else:
+        _finish(killed)
+    expected = command.outcome(tmp_path / "undisturbed")
+    assert command.outcome(tmp_path / "killed") == expected
+    assert not list(tmp_path.glob("killed/**/.*.partial/"))

@@ -30,7 +30,6 @@ from lorafusion_jax.crossbar import (
     save_config,
 )
 from lorafusion_jax.crossbar.config.files import config_fields
-from lorafusion_jax.hardware import load_restored
 from lorafusion_jax.io import store
 from lorafusion_jax.runs.weight_list import coefficients_of, read_weights
 from lorafusion_jax.support.reading import error_context
@@ -75,7 +74,6 @@ def kinds(folder: Path) -> dict[str, Kind]:
         {"weight_map": _weight_map(base)},
     )
     _written(folder / "sharded" / "config.json", config)
-    unrotated = _written(folder / "unrotated" / "config.json", _SMOLLM3)
     os.link(base / "model.safetensors", folder / "sharded" / "one.safetensors")
     pickled = shutil.copytree(
         one_block.SMALL / "adapters" / "rotl_prev", folder / "pickled"
@@ -114,12 +112,6 @@ def kinds(folder: Path) -> dict[str, Kind]:
     saved = folder / "saved"
     table = datasets.Dataset.from_list(json.loads(task.read_text()))
     table.save_to_disk(saved)
-    said = [{"from": who, "value": "a"} for who in ("system", "human", "gpt")]
-    rows = [
-        {"conversations": [*said, {"from": "human", "value": f"{n}"}, said[-1]]}
-        for n in range(4)
-    ]
-    sharegpt = _written(folder / "sharegpt.json", rows)
     messages = folder / "messages.jsonl"
     said = [
         [{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": "a"}]
@@ -156,12 +148,6 @@ def kinds(folder: Path) -> dict[str, Kind]:
         _PIECES,
         kinds=lambda title: "Q8_0" if ".layers." in title else None,
     )
-    delta_file = gguf_models.written(
-        gguf_models.make(folder / "delta", "qwen3.5", lambda _, shape: np.ones(shape)),
-        folder / f"{'delta'}.gguf",
-        {},
-        kinds=lambda title: "Q8_0" if ".layers." in title else None,
-    )
 
     def base_weights() -> None:
         lf.load_base(base)
@@ -170,12 +156,6 @@ def kinds(folder: Path) -> dict[str, Kind]:
         assert not any(name.startswith("F8") for name in types), (
             "8-bit numbers without scales were read"
         )
-
-    def unrotated_config() -> None:
-        architecture = lf.read_config(unrotated.parent)
-        lf.models.abstract_model(architecture)
-        rope = architecture.local_rope
-        assert rope is None or rope.scale == 1, "unrotated layers are scaled"
 
     def whole_pool() -> None:
         loaded = lf.load_pool(pool)
@@ -200,23 +180,6 @@ def kinds(folder: Path) -> dict[str, Kind]:
         with error_context(weights_file):
             coefficients_of(found[0], lf.io.ConvertedPool(pool).load([*found[0]]))
         assert {} not in found[0].values(), "a module without weights was read"
-
-    prepared = _write_preparations(folder / "prepared")
-    shape = (8, 4)
-
-    def preparations() -> None:
-        found = lf.hardware.load_chips(str(prepared.parent)).prepared
-        assert found is not None
-        found.check("0", {"q": shape})
-
-    restored = folder / "restored" / "chip_0"
-    one_chip = lf.hardware.load_chips(str(chips))
-    _write_corrections(restored, one_chip)
-
-    def corrections() -> None:
-        (found,) = load_restored(str(restored.parent), one_chip, [0], "0")
-        with error_context(restored):
-            found.on({"q": load_chip(chip)})
 
     return {
         "pool manifest": Kind(pool / "manifest.json", whole_pool),
@@ -251,7 +214,6 @@ def kinds(folder: Path) -> dict[str, Kind]:
         ),
         "base index": Kind(index, lambda: lf.load_base(index.parent)),
         "base weights": Kind(base / "model.safetensors", base_weights),
-        "unrotated layers": Kind(unrotated, unrotated_config),
         "adapter config": Kind(
             Path(sources[0]) / "adapter_config.json",
             lambda: _read_adapter(sources[0]),
@@ -277,22 +239,13 @@ def kinds(folder: Path) -> dict[str, Kind]:
             lambda: lf.io.read_adapter(str(tree), alpha=1.0),
         ),
         "weights file": Kind(weights_file, weights),
-        "corrections manifest": Kind(restored / "manifest.json", corrections),
-        "corrections arrays": Kind(
-            restored / "arrays.safetensors", corrections, lambda: stored(restored)
-        ),
         "merged list": Kind(merged / "merge.json", lambda: read_weights(merged)),
         "GGUF, byte level": Kind(bytes_file, lambda: gguf_base(bytes_file)),
         "GGUF, pieces": Kind(pieces_file, lambda: gguf_base(pieces_file)),
-        "GGUF, delta nets": Kind(delta_file, lambda: gguf_base(delta_file)),
         "run config": Kind(run.folder / "config.json", lambda: lf.load_run(run.folder)),
         "run results": Kind(run.folder / "results.json", run.results),
         "run metrics": Kind(run.folder / "metrics.jsonl", run.metrics),
         "run predictions": Kind(run.folder / "predictions.jsonl", run.predictions),
-        "preparations manifest": Kind(prepared / "manifest.json", preparations),
-        "preparations arrays": Kind(
-            prepared / "arrays.safetensors", preparations, lambda: stored(prepared)
-        ),
         "chips": Kind(chips, lambda: lf.hardware.load_chips(str(chips)).chip_key(0)),
         "chip arrays": Kind(chip, lambda: load_chip(chip)),
         "crossbar config": Kind(
@@ -309,20 +262,11 @@ def kinds(folder: Path) -> dict[str, Kind]:
             folder / "task.jsonl",
             lambda: load_task(folder / "task.jsonl", train_rows=2),
         ),
-        "ShareGPT": Kind(
-            sharegpt, lambda: load_task(sharegpt, train_rows=2, chat=True)
-        ),
         "messages": Kind(
             messages, lambda: load_task(messages, train_rows=2, chat=True)
         ),
         "task CSV": Kind(csv_file, lambda: load_task(csv_file, train_rows=2)),
-        "task CSV without a test part": Kind(
-            csv_file, lambda: load_task(csv_file, train_rows=100)
-        ),
         "bbh task": Kind(bbh, lambda: load_task(bbh, train_rows=2)),
-        "data set state": Kind(
-            saved / "state.json", lambda: load_task(saved, train_rows=2)
-        ),
         "data set info": Kind(
             saved / "dataset_info.json", lambda: load_task(saved, train_rows=2)
         ),
@@ -489,75 +433,6 @@ def _write_qwix(folder: Path) -> Path:
     return folder / "1" / "model_params"
 
 
-def _write_preparations(folder: Path) -> Path:
-    """Write a folder of preparations of a made-up matrix, as `lorafusion crossbar prepare` does, and return theirs."""
-    mapping = lf.crossbar.Mapping(
-        scale="column", factors=True, transform="hadamard", clip="optimal"
-    )
-    config = lf.crossbar.CrossbarConfig(mapping=mapping)
-    save_config(config, folder / "config.yaml")
-    metadata = {
-        "base": "base",
-        "base_sha256": "0",
-        "config_sha256": lf.crossbar.config_hash(config),
-        "tokens": 3,
-    }
-    of_site = {"factors": np.ones(8, np.float32), "ranges": np.ones(4, np.float32)}
-    made = {part: jnp.asarray(values) for part, values in of_site.items()}
-    one = lf.crossbar.Preparation(
-        factors=made["factors"], ranges=made["ranges"], transforms=True
-    ).identified()
-    site = {
-        "transforms": True,
-        "identity": one.identity,
-        "before": [0.2],
-        "after": [0.1],
-    }
-    metadata |= {
-        "text_sha256": "0",
-        "seed": 0,
-        "digital": ["head"],
-        "sites": {"q": site},
-    }
-    store.save(folder / "preparations", "preparation", {"q": of_site}, metadata)
-    return folder / "preparations"
-
-
-def _write_corrections(folder: Path, chips: lf.hardware.Chips) -> None:
-    """Write corrections of a made-up chip, as `lorafusion restore` does."""
-    key = np.asarray(jax.random.key_data(chips.key)).tolist()
-    settings = {
-        "base_sha256": "0",
-        "config_sha256": lf.crossbar.config_hash(chips.config),
-        "key": key,
-        "digital": [],
-    }
-    settings |= {
-        "age": None,
-        "in_advance": False,
-        "method": "low-rank",
-        "rank": 1.0,
-        "epochs": 1,
-        "rate": 0.1,
-    }
-    settings |= {"rate_low_rank": 0.1, "text": "sampled", "tokens": 3, "seed": 0}
-    metadata = {
-        "chip": 0,
-        "settings": settings,
-        "numbers": 20,
-        "share": 0.6,
-        "tokens": 3,
-        "divergence": [1.0, 0.5],
-    }
-    shapes = {"scale": (4,), "offset": (4,), "U": (8, 1), "V": (1, 4)}
-    store.save(
-        folder,
-        "correction",
-        {"q": {part: np.ones(shape, np.float32) for part, shape in shapes.items()}},
-        metadata,
-    )
-
-
 _BYTE_LEVEL = {
     "tokenizer.ggml.tokens": ["<pad>", "<s>", "</s>", "a", "b", "ab"],
     "tokenizer.ggml.token_type": [3, 3, 3, 1, 1, 1],
@@ -591,13 +466,4 @@ _LLAMA = {
     "tie_word_embeddings": True,
     "hidden_act": "silu",
     "eos_token_id": [1, 2],
-}
-_SMOLLM3 = _LLAMA | {
-    "model_type": "smollm3",
-    "no_rope_layers": [1, 0],
-    "rope_scaling": {
-        "rope_type": "yarn",
-        "factor": 4.0,
-        "original_max_position_embeddings": 16,
-    },
 }
