@@ -19,7 +19,7 @@ from ..support.options import (
     StoredDtypeOptions,
 )
 from ..support.progress import progress
-from ..support.reading import check_name, utf8
+from ..support.reading import utf8
 from ..support.writing import new_folder
 from .hf import base_tensor, open_base
 from .peft.adapter import (
@@ -81,8 +81,6 @@ def convert(options: ConvertOptions) -> dict[str, Any]:
     if options.dry_run and options.basis is not None:
         raise ValueError("a dry run makes no basis: leave out --dry-run, or --basis")
     sources = _sources(options)
-    for source in (options.base or "", str(options.out or ""), *sources):
-        check_name(source)
     if options.out is None and not options.dry_run:
         raise ValueError(
             "the pool has no folder: give --out FOLDER, or --dry-run to write nothing"
@@ -95,9 +93,8 @@ def convert(options: ConvertOptions) -> dict[str, Any]:
                 f"{flags}: only for adapters that are converted: leave it out, or give --adapters"
             )
         assert options.basis is not None
-        pool = ConvertedPool(options.out)
         add_basis(options.out, options.basis)
-        return dict(pool.manifest)
+        return dict(ConvertedPool(options.out).manifest)
     with (
         contextlib.nullcontext()
         if options.dry_run or options.out is None

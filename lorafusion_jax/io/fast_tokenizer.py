@@ -121,10 +121,6 @@ class FastTokenizer:
         """Return the text of a token, as the vocabulary spells it."""
         return self.backend_tokenizer.id_to_token(number)
 
-    def get_vocab(self) -> dict[str, int]:
-        """Return the numbers of all tokens."""
-        return self.backend_tokenizer.get_vocab()
-
     def get_chat_template(self) -> str:
         """Return the chat template."""
         if self.chat_template is None:

@@ -123,10 +123,6 @@ class ConvertedPool:
         self, chosen: Sequence[str | int] | None = None, *, dtype: Dtype = "float32"
     ) -> LoraPool:
         """Load the pool, as `load_pool` does."""
-        if isinstance(chosen, str):
-            raise ValueError(
-                f"chosen is {chosen!r}, a single adapter: expected a list, chosen=[{chosen!r}]"
-            )
         entries = self.manifest["adapters"]
         if chosen is not None:
             entries = [entries[index] for index in positions(self.names, chosen)]

@@ -122,13 +122,16 @@ def stacked(
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         list(threads.map(fill, range(len(adapters))))
 
-    put: Any = jax.device_put
+    def put(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        # Not as one tree, whose sites JAX would sort.
+        return {site: jax.device_put(array) for site, array in arrays.items()}
+
     return LoraPool(
         A=put(A),
         B=put(B),
         rank=put(ranks),
         scaling=put(scaling),
-        magnitude=put(magnitude),
+        magnitude=None if magnitude is None else put(magnitude),
         names=names,
     )
 

@@ -13,12 +13,11 @@ an earlier format too, with the version that wrote it. Other files, such as the 
 `seal`. Of several processes, the first one saves.
 """
 
-import contextlib
 import itertools
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypedDict
 
@@ -55,8 +54,11 @@ def save(
 ) -> None:
     """Save nested dicts of arrays, whose names have no slashes, and their metadata in a new folder of a kind."""
     arrays: dict[str, Any] = flatten_dict(dict(tree), sep="/")
-    with sealed_folder(folder, kind, metadata) as partial:
+    with new_folder(folder) as partial:
         safetensors.save(partial / _ARRAYS, arrays)
+        seal(partial, kind, metadata)
+    with writing(folder.parent):
+        _flush(folder.parent)
 
 
 def load(
@@ -68,33 +70,14 @@ def load(
     """
     manifest = read_manifest(folder, kind, metadata)
     check_files(folder, manifest["files"])
-    return read_tree(folder), manifest["metadata"]
-
-
-def load_sound(
-    folder: Path,
-    kind: str,
-    metadata: type[T] | Any,
-    *,
-    note: Callable[[str], None],
-) -> tuple[dict[str, Any], T] | None:
-    """Return what `load` does, or None if the folder is missing or damaged (see `newest_sound`)."""
-    if not folder.exists():
-        return None
-    sound = newest_sound([folder], kind, metadata, note=note)
-    return None if sound is None else (read_tree(folder), sound[1]["metadata"])
-
-
-@contextlib.contextmanager
-def sealed_folder(
-    folder: Path, kind: str, metadata: Mapping[str, Any]
-) -> Iterator[Path]:
-    """Yield a `new_folder` that gets a manifest and its name once all files are on the disk."""
-    with new_folder(folder) as partial:
-        yield partial
-        seal(partial, kind, metadata)
-    with writing(folder.parent):
-        _flush(folder.parent)
+    arrays = safetensors.load(folder / _ARRAYS)
+    try:
+        tree = unflatten_dict(arrays, sep="/")
+    except (TypeError, ValueError, IndexError) as error:
+        raise FileError(
+            folder / _ARRAYS, got=f"no tree of arrays ({error})", fix=RESTORE
+        ) from error
+    return tree, manifest["metadata"]
 
 
 def seal(folder: Path, kind: str, metadata: Mapping[str, Any]) -> None:
@@ -163,8 +146,8 @@ def newest_sound(
     metadata: type[T] | Any,
     *,
     note: Callable[[str], None],
-) -> tuple[Path, Manifest[T]] | None:
-    """Return the last of some folders of a kind (oldest first) that is sound, or None if none is.
+) -> tuple[dict[str, Any], T] | None:
+    """Return what `load` does of the last of some folders (oldest first) that exists and is sound, or None.
 
     Damaged folders behind it are renamed to NAME.damaged, NAME.damaged-2 and so on, so that they can be written again,
     and `note` is called with a line for each.
@@ -173,10 +156,10 @@ def newest_sound(
       FileError: this version cannot read the newest folder, because another one wrote it.
     """
     for folder in reversed(folders):
+        if not folder.exists():
+            continue
         try:
-            manifest = read_manifest(folder, kind, metadata)
-            check_files(folder, manifest["files"])
-            return folder, manifest
+            return load(folder, kind, metadata)
         except FileError as error:
             if error.version:
                 raise
@@ -218,17 +201,6 @@ def check_signature(
             )
 
 
-def read_tree(folder: Path) -> dict[str, Any]:
-    """Return the tree of a folder whose files were checked."""
-    arrays = safetensors.load(folder / _ARRAYS)
-    try:
-        return unflatten_dict(arrays, sep="/")
-    except (TypeError, ValueError, IndexError) as error:
-        raise FileError(
-            folder / _ARRAYS, got=f"no tree of arrays ({error})", fix=RESTORE
-        ) from error
-
-
 def load_newest(
     folders: Sequence[Path],
     state: Any,
@@ -243,16 +215,17 @@ def load_newest(
     sound = newest_sound(folders, _CHECKPOINT, metadata, note=note)
     if sound is None:
         return None
-    folder, manifest = sound
-    arrays = flatten_dict(read_tree(folder), sep="/")
+    tree, step_metadata = sound
+    arrays = flatten_dict(tree, sep="/")
+    expected = signature(state)
     check_signature(
-        folder,
+        folders[-1].parent,
         signature(arrays),
-        signature(state),
-        fix="resume the run that saved it, or restore it from a copy",
+        expected,
+        fix=f"resume the run that saved it, or {RESTORE}",
     )
-    leaves = [arrays[path] for path in signature(state)]
-    return jax.tree.unflatten(jax.tree.structure(state), leaves), manifest["metadata"]
+    leaves = [arrays[path] for path in expected]
+    return jax.tree.unflatten(jax.tree.structure(state), leaves), step_metadata
 
 
 def save_step(

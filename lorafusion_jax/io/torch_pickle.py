@@ -7,7 +7,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes  # noqa: F401 (registers bfloat16 with NumPy)
 import numpy as np
@@ -57,13 +57,11 @@ def load(path: Path) -> dict[str, np.ndarray]:
         tensors = _TensorUnpickler(pickled, storages).load()
         if not isinstance(tensors, dict):
             raise ValueError(f"it holds a {type(tensors).__name__}")
-        arrays = {}
         for name, tensor in tensors.items():
-            if not isinstance(name, str) or not isinstance(tensor, _Tensor):
+            if not isinstance(name, str) or not isinstance(tensor, np.ndarray):
                 kind = type(tensor).__name__
                 raise ValueError(f"entry {name!r:.40} holds a {kind}")
-            arrays[name] = tensor.view()
-        return arrays
+        return dict(tensors)
     except Exception as error:  # damaged pickles and archives raise a dozen others
         raise ValueError(
             f"{path}: not a flat dict of tensors as torch.save writes it ({str(error)[:200]}): fetch the file again, "
@@ -71,28 +69,10 @@ def load(path: Path) -> dict[str, np.ndarray]:
         ) from error
 
 
-class _Tensor(NamedTuple):
-    """A tensor in a storage; offset and strides are in elements."""
-
-    storage: memoryview
-    dtype: str
-    offset: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    def view(self) -> np.ndarray:
-        """Return the tensor as a view of its storage; NumPy refuses one that leaves the storage."""
-        itemsize = np.dtype(self.dtype).itemsize
-        strides = [step * itemsize for step in self.stride]
-        offset = self.offset * itemsize
-        return np.ndarray(self.size, self.dtype, self.storage, offset, strides)
-
-
 class _TensorUnpickler(pickle.Unpickler):
-    """Describes tensors of `storages`, and finds no other names than those that tensors need.
+    """Makes views of `storages`, and finds no other names than those that tensors need.
 
-    Everything that it returns for a name is immutable or new, because a pickle may set attributes. For the same reason
-    arrays are made after the pickle has ended.
+    Everything that it returns for a name is immutable or new, because a pickle may set attributes.
     """
 
     def __init__(self, pickled: io.BytesIO, storages: Mapping[str, memoryview]):
@@ -128,13 +108,19 @@ def _rebuilt(
     _requires_grad: bool = False,
     _hooks: Any = None,
     metadata: Any = None,
-) -> _Tensor:
-    """Return a description of the tensor that PyTorch's function of these arguments rebuilds."""
+) -> np.ndarray:
+    """Return the view that PyTorch's function of these arguments rebuilds; NumPy refuses one that leaves its storage.
+
+    Offset and strides are in elements.
+    """
     if metadata:
         raise ValueError(
             "a tensor is negated or conjugated lazily: save it after resolve_neg() and resolve_conj()"
         )
-    return _Tensor(*storage, offset, size, stride)
+    content, dtype = storage
+    itemsize = np.dtype(dtype).itemsize
+    strides = [step * itemsize for step in stride]
+    return np.ndarray(size, dtype, content, offset * itemsize, strides)
 
 
 def _members(path: Path, data: memoryview) -> dict[str, memoryview]:

@@ -41,7 +41,7 @@ def train(
     start_time = time.monotonic()
     if method.learns == "untrained":
         return {}, [0] * len(options.seeds), 0.0
-    saved = store.load_sound(run.final, FINAL, FinalSteps, note=note)
+    saved = store.newest_sound([run.final], FINAL, FinalSteps, note=note)
     if saved is not None:
         params, metadata = saved
         params = on_mesh(jax.device_put(params), setup.config, of_seeds=True)

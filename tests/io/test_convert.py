@@ -189,7 +189,7 @@ def test_some_adapters_of_a_pool_in_a_given_order(base, adapter, tmp_path):
         load_pool(tmp_path / "pool", chosen=[])
     with pytest.raises(
         ValueError,
-        match=r"chosen is 'one', a single adapter: expected a list, chosen=\['one'\]",
+        match=r"'one' is one name: give a list of names or indices, as in \['one'\]",
     ):
         load_pool(tmp_path / "pool", chosen="one")
     # What was not chosen is not read either.
@@ -288,7 +288,7 @@ def test_dora_is_refused_next_to_others(base, adapter, tmp_path):
     assert [entry["name"] for entry in manifest["adapters"]] == ["plain"]
 
 
-def test_the_manifest(base, adapter, tmp_path, capsys):
+def test_the_manifest(base, adapter, tmp_path):
     folders = [
         adapter("one", alpha=4),
         adapter("wide", r=5, targets=("block.1.layer.0.SelfAttention.q",)),
@@ -309,16 +309,9 @@ def test_the_manifest(base, adapter, tmp_path, capsys):
         "rank": [0, 5, 0],
         "scaling": [0.0, 3 / 5, 0.0],
     }
-    # q and v of 3 + 2 + 2 layers, r 2, d_in 8, d_out 6; q of one layer of encoder and decoder, r 5.
-    assert (one["parameters"], wide["parameters"]) == (
-        14 * 2 * (8 + 6),
-        2 * 5 * (8 + 6),
-    )
     assert manifest["totals"] == {"adapters": 2, "skipped": 0, "parameters": 392 + 140}
-    assert manifest["base"]["source"] == str(base)
     config_hash = hashlib.sha256((base / "config.json").read_bytes()).hexdigest()
     assert manifest["base"]["config_sha256"] == config_hash
-    assert manifest["base"]["config"]["num_decoder_layers"] == 2
     files = json.loads((tmp_path / "pool" / "manifest.json").read_text())["files"]
     on_disk = {
         p.relative_to(tmp_path / "pool").as_posix()
@@ -326,14 +319,6 @@ def test_the_manifest(base, adapter, tmp_path, capsys):
         if p.is_file()
     }
     assert files.keys() | {"manifest.json"} == on_disk
-    assert capsys.readouterr() == ("", "")
-    out = _printed(capsys, base, folders, "--out", tmp_path / "printed")
-    table = [line.split() for line in out.splitlines()]
-    assert table[1] == ["one", "14", "2", "2", "float32", "392"]
-    assert table[2] == ["wide", "2", "5", "0.6", "float32", "140"]
-    assert out.endswith(
-        f"2 adapters, 532 parameters, written to {tmp_path / 'printed'}\n"
-    )
 
 
 def test_a_dry_run_reports_the_same_and_writes_nothing(base, adapter, tmp_path, capsys):
@@ -341,6 +326,10 @@ def test_a_dry_run_reports_the_same_and_writes_nothing(base, adapter, tmp_path, 
     written = _printed(
         capsys, base, folders, "--out", tmp_path / "pool", command=_run_script
     )
+    assert [line.split() for line in written.splitlines()][1:3] == [
+        ["one", "14", "2", "1.5", "float32", "392"],
+        ["wide", "14", "5", "0.6", "float32", "980"],
+    ]
     before = sorted(tmp_path.rglob("*"))
     dry = [
         _printed(capsys, base, folders, "--dry-run", *out)
@@ -444,18 +433,9 @@ def test_what_a_pool_would_hold_is_finite(
     base, adapter, tmp_path, kind, value, dtype, pool, message
 ):
     shape = (2, 8) if kind == "lora_A" else (6, 2)
-    paths = [
-        path
-        for path in lf.models.linear_shapes(read_config(base))
-        if path.endswith((".q", ".v"))
-    ]
     key = f"base_model.model.{_Q}.{kind}.weight"
-    extra = {
-        f"base_model.model.{path}.{kind}.weight": np.ones(shape, dtype)
-        for path in paths
-    }
     folder = adapter(
-        "large", alpha=4, extra=extra | {key: np.full(shape, value, dtype)}
+        "large", alpha=4, dtype=dtype, extra={key: np.full(shape, value, dtype)}
     )
     if message is None:
         _convert(base, [folder], out=tmp_path / "pool")
@@ -514,6 +494,10 @@ def _config(**fields):
             lambda m: m.update(files={}),
             "lists no adapters/0000/adapter_config.json and",
         ),
+        (
+            lambda m: m["files"].update({"adapters/0000/adapter_config.json": "0"}),
+            "/adapters/0000/adapter_config.json: damaged or altered",
+        ),
         (_adapter(folder="../../etc"), "'../../etc' is not a file inside this folder"),
         (
             lambda m: m["metadata"]["adapters"].append(_first(m) | {"name": "two"}),
@@ -548,35 +532,15 @@ def test_two_adapters_of_one_name(base, adapter, tmp_path):
         read_pool([first, str(again)], read_config(base))
 
 
-def _renamed(folder: str | Path) -> str:
-    """Rename a folder to a name that is not UTF-8."""
-    other = os.fsencode(folder) + b"\xff"
-    os.rename(folder, other)
-    return os.fsdecode(other)
-
-
-@pytest.mark.parametrize("skip_bad", [False, True])
-def test_names_that_are_not_utf8_are_refused_before_a_write(
-    base, adapter, tmp_path, skip_bad, monkeypatch, capsys
-):
-    message = r"\\udcff'?: a name that is not UTF-8 text: rename it"
-    folder = _renamed(adapter("one"))
-    other = adapter("two")
-    out = tmp_path / "pool"
-    _refused(message, base, [other, folder], out=out, skip_bad=skip_bad)
-    _refused(message, base, [other], out=Path(f"{out}\udcff"))
-    with pytest.raises(ValueError, match=message):
-        lf.io.open_pool(tmp_path, str(base)).load()
+def test_a_name_that_is_not_utf8_is_refused(base, adapter, tmp_path, capsys):
+    folder = adapter("one")
+    renamed = os.fsencode(folder) + b"\xff"
+    os.rename(folder, renamed)
     with pytest.raises(SystemExit):
-        main(["convert", "--base", str(base), "--adapters", folder, "--out", str(out)])
-    assert (
-        r"one\udcff': a name that is not UTF-8 text: rename it"
-        in capsys.readouterr().err
-    )
-    monkeypatch.chdir(folder)
-    _refused(message, base, ["."], out=out)
-    _refused(message, _renamed(base), [other], out=out)
-    assert not [path for path in tmp_path.iterdir() if "pool" in path.name]
+        _printed(capsys, base, [os.fsdecode(renamed)], "--out", tmp_path / "pool")
+    message = r"one\udcff': a name that is not UTF-8 text: rename it"
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "pool").exists()
 
 
 def test_options_of_adapters_without_adapters_are_refused(base, adapter, tmp_path):
@@ -823,18 +787,6 @@ def test_a_classifier_and_its_adapter_make_no_pool(base, adapter, tmp_path):
     message = r"config\.json: architectures is \['T5ForSequenceClassification'\], .*: give the language model"
     _refused(message, base, [folder], out=tmp_path / "pool")
     assert not (tmp_path / "pool").exists()
-
-
-def test_a_damaged_pool_is_refused_by_its_file(base, adapter, tmp_path):
-    folder = tmp_path / "pool"
-    _convert(base, [adapter("one"), adapter("two")], out=folder)
-    path = folder / "adapters/0001/adapter_config.json"
-    path.write_bytes(path.read_bytes() + b" ")
-    with pytest.raises(ValueError, match=f"{path}: damaged or altered"):
-        load_pool(folder)
-    assert load_pool(folder, chosen=["one"]).names == ("one",)
-    with pytest.raises(ValueError, match=r": not a pool: it has no manifest\.json"):
-        load_pool(tmp_path)
 
 
 def test_a_pool_of_another_base(base, adapter, tmp_path):

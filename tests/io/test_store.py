@@ -136,22 +136,6 @@ def test_damage_is_found_and_named(name, saved):
         store.load(saved, "thing")
 
 
-def test_a_damaged_folder_is_set_aside_so_that_it_can_be_made_again(saved):
-    notes: list[str] = []
-    load_sound = partial(
-        store.load_sound,
-        kind="thing",
-        metadata=dict[str, list[int]],
-        note=notes.append,
-    )
-    assert load_sound(saved.with_name("none")) is None
-    sound = load_sound(saved)
-    assert sound is not None and sound[1] == {"steps": [3, 4]} and not notes
-    (saved / "manifest.json").write_text("{")
-    assert load_sound(saved) is None
-    assert notes[0].endswith("It is kept as saved.damaged") and not saved.exists()
-
-
 @pytest.mark.parametrize(
     "state", [_state, lambda: jax.eval_shape(_state)], ids=["arrays", "shapes"]
 )
@@ -209,6 +193,10 @@ def test_the_newest_sound_step_is_loaded_and_a_damaged_one_is_kept_aside(checkpo
     shutil.rmtree(checkpoints / "step_000001")
     (checkpoints / "step_000001").write_text("")
     assert _newest(checkpoints, notes.append) is None and len(notes) == 2
+    assert (
+        store.newest_sound([checkpoints / "none"], "checkpoint", dict, note=pytest.fail)
+        is None
+    )
 
 
 @pytest.mark.parametrize(
