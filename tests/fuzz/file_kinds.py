@@ -450,17 +450,13 @@ _PIECES = {
 }
 _LLAMA = {
     "model_type": "llama",
-    **{
-        "vocab_size": 64,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-    },
-    **{
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-    },
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
     **{"rms_norm_eps": 1e-5, "rope_theta": 10000.0},
     "rope_scaling": {"rope_type": "linear", "factor": 2.0},
     "tie_word_embeddings": True,

@@ -15,21 +15,15 @@ def _of_peft(test):
 
 
 _OPTIONS = {
-    **{
-        "r": [1, 3, 20],
-        "lora_alpha": [1, 5.5],
-        "lora_dropout": [0.0, 0.1],
-        "use_rslora": [False, True],
-    },
+    "r": [1, 3, 20],
+    "lora_alpha": [1, 5.5],
+    "lora_dropout": [0.0, 0.1],
+    "use_rslora": [False, True],
     **{"use_dora": [False, True], "init_lora_weights": [True, False, "gaussian"]},
-    **{
-        "rank_pattern": [{}, {"k": 2}],
-        "alpha_pattern": [{}, {r"layers\.0\.q": 9, "o": 2}],
-    },
-    **{
-        "layers_to_transform": [None, None, [1]],
-        "exclude_modules": [None, ["layers.0.o"]],
-    },
+    "rank_pattern": [{}, {"k": 2}],
+    "alpha_pattern": [{}, {r"layers\.0\.q": 9, "o": 2}],
+    "layers_to_transform": [None, None, [1]],
+    "exclude_modules": [None, ["layers.0.o"]],
 }
 _CHANGE_BASE = ("pissa", "olora")
 # Kinds that PEFT converts to LoRA, and others that it merges.

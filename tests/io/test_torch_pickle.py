@@ -3,7 +3,6 @@
 import os
 import pickle
 import tarfile
-from collections import OrderedDict
 
 import ml_dtypes
 import numpy as np
@@ -45,44 +44,6 @@ def test_golden_equals_its_safetensors(goldens):
         assert got[key].dtype == array.dtype
         np.testing.assert_array_equal(got[key], array)
         assert not got[key].flags.writeable and not got[key].flags.owndata
-
-
-def test_views_of_a_zip_share_one_storage_of(path):
-    storage = storage_of("FloatStorage", "0", 24)
-    parameter = Global("torch._utils", "_rebuild_parameter")
-    content = OrderedDict(
-        whole=tensor_of(storage, 0, (4, 6), (6, 1)),
-        transposed=tensor_of(storage, 0, (6, 4), (1, 6)),
-        part=tensor_of(storage, 7, (2, 3), (6, 2), None),
-        scalar=tensor_of(storage, 5, (), ()),
-        expanded=tensor_of(storage, 3, (2, 2), (0, 1)),
-        empty=tensor_of(storage, 0, (0, 6), (6, 1)),
-        parameter=Call(
-            parameter, tensor_of(storage, 6, (6,), (1,)), True, OrderedDict()
-        ),
-    )
-    members = [
-        ("byteorder", b"little"),
-        (".format_version", b"1"),
-        ("unheard_of", b"?"),
-    ]
-    got = torch_pickle.load(
-        write_zip(path, content, {"0": _NUMBERS.tobytes()}, members=members)
-    )
-    whole = _NUMBERS.reshape(4, 6)
-    expected = {
-        "whole": whole,
-        "transposed": whole.T,
-        "part": whole[1:3, 1::2],
-        "scalar": np.float32(5),
-        "expanded": np.float32([[3, 4], [3, 4]]),
-        "empty": np.zeros((0, 6), np.float32),
-        "parameter": whole[1],
-    }
-    assert got.keys() == expected.keys()
-    for name, array in expected.items():
-        np.testing.assert_array_equal(got[name], array, strict=True)
-    assert np.shares_memory(got["whole"], got["transposed"])
 
 
 class _Attack:
@@ -130,8 +91,6 @@ _OLD = "truncated or corrupt, or older than PyTorch 1.6, .*as safetensors"
 _OTHER = "not a flat dict of tensors"
 _GLOBALS = (
     "builtins.eval",
-    "torch.load",
-    "torch._utils._rebuild_wrapper_subclass",
     "lorafusion_jax.io.torch_pickle.load",
 )
 _REFUSED = [
@@ -143,21 +102,14 @@ _REFUSED = [
         for name in _GLOBALS
     ),
     (_tar, _OLD),
-    (pickle.dumps(0x1950A86A20F9469CFC6C), _OLD),
     # Views that leave their storage.
     (_zip(_tensor((25,))), _OTHER),
     (_zip(_tensor((2, 2), (24, 1))), _OTHER),
-    (_zip(_tensor((2,), (-1,))), _OTHER),
     (_zip(_tensor((8,), (1,), -1)), _OTHER),
-    (_zip(_tensor((24,), numel=-3)), _OTHER),
-    (_zip(_tensor((1 << 40, 1 << 40), (0, 0))), _OTHER),
     # Content that is no dict of tensors.
-    (_zip((1, 2)), "it holds a tuple"),
     (_zip({"epoch": 3}), "entry 'epoch' holds a int"),
-    (_zip({"state": {"x": 1}}), "entry 'state' holds a dict"),
     (_zip({7: _tensor()["x"]}), "entry 7 holds"),
     (_zip(_tensor((1,), (1,), 0, {"neg": True})), "resolve_neg"),
-    (_zip(_tensor(key="2")), _OTHER),
     (_zip({"x": Persistent(("module", "torch.nn.Linear"))}), _OTHER),
     (_zip({}, members=[("byteorder", b"big")]), "big-endian machine"),
     (_zip({}, members=[("nested/data.pkl", b"")]), _OTHER),

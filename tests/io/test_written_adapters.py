@@ -16,82 +16,54 @@ _Q = "model.layers.0.self_attn.q_proj"
 _DOWN = "model.layers.11.mlp.down_proj"
 # As PEFT 0.19 writes it, and as unsloth does.
 _PEFT_19 = {
-    **{
-        "alora_invocation_tokens": None,
-        "alpha_pattern": {},
-        "arrow_config": None,
-        "auto_mapping": None,
-    },
-    **{
-        "bias": "none",
-        "corda_config": None,
-        "ensure_weight_tying": False,
-        "eva_config": None,
-        "exclude_modules": None,
-    },
-    **{
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "layer_replication": None,
-    },
-    **{
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "loftq_config": {},
-        "lora_alpha": 32,
-        "lora_bias": False,
-    },
-    **{
-        "lora_dropout": 0.05,
-        "megatron_config": None,
-        "megatron_core": "megatron.core",
-        "modules_to_save": None,
-    },
-    **{
-        "peft_version": "0.19.1",
-        "qalora_group_size": 16,
-        "r": 8,
-        "rank_pattern": {},
-        "revision": None,
-    },
-    **{
-        "target_modules": ["q_proj", "down_proj"],
-        "target_parameters": None,
-        "task_type": "CAUSAL_LM",
-    },
-    **{
-        "trainable_token_indices": None,
-        "use_bdlora": None,
-        "use_dora": False,
-        "use_qalora": False,
-    },
+    "alora_invocation_tokens": None,
+    "alpha_pattern": {},
+    "arrow_config": None,
+    "auto_mapping": None,
+    "bias": "none",
+    "corda_config": None,
+    "ensure_weight_tying": False,
+    "eva_config": None,
+    "exclude_modules": None,
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "layer_replication": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "loftq_config": {},
+    "lora_alpha": 32,
+    "lora_bias": False,
+    "lora_dropout": 0.05,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "modules_to_save": None,
+    "peft_version": "0.19.1",
+    "qalora_group_size": 16,
+    "r": 8,
+    "rank_pattern": {},
+    "revision": None,
+    "target_modules": ["q_proj", "down_proj"],
+    "target_parameters": None,
+    "task_type": "CAUSAL_LM",
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_dora": False,
+    "use_qalora": False,
 }
 _UNSLOTH = {
     "auto_mapping": {"base_model_class": "Qwen2ForCausalLM", "unsloth_fixed": True},
     "lora_dropout": 0,
-}
-_PEFT_02 = {
-    "enable_lora": None,
-    "merge_weights": False,
-    "lora_alpha": 16,
-    "r": 8,
-    "modules_to_save": None,
 }
 # Changes of the configuration -> the scalings of both modules. `_ranks` are those in the tensors, by default 8.
 _ACCEPTED = [
     ({}, (1.0, 1.0)),
     (_PEFT_19, (4.0, 4.0)),
     (_PEFT_19 | _UNSLOTH | {"lora_alpha": 16}, (2.0, 2.0)),
-    (_PEFT_02, (2.0, 2.0)),
-    ({"r": 64, "lora_alpha": 16, "_ranks": (64, 64)}, (0.25, 0.25)),
     ({"r": 1, "lora_alpha": 32, "_ranks": (1, 1)}, (32.0, 32.0)),
-    ({"lora_alpha": 12.5}, (1.5625, 1.5625)),
     ({"lora_alpha": -8}, (-1.0, -1.0)),
     ({"r": 16, "lora_alpha": 32, "use_rslora": True, "_ranks": (16, 16)}, (8.0, 8.0)),
-    ({"lora_alpha": 16, "use_rslora": None}, (2.0, 2.0)),
     ({"lora_alpha": 16, "alpha_pattern": {"q_proj": 4}}, (0.5, 2.0)),
-    ({"lora_alpha": 16, "alpha_pattern": {"proj": 4}}, (2.0, 2.0)),
     (
         {"lora_alpha": 16, "alpha_pattern": {"self_attn.q_proj": 4, "q_proj": 8}},
         (0.5, 2.0),
@@ -104,10 +76,6 @@ _ACCEPTED = [
         (1.0, 2.0),
     ),
     (
-        {"lora_alpha": 16, "alpha_pattern": {r"^layers\.0\.self_attn\.q_proj": 24}},
-        (2.0, 2.0),
-    ),
-    (
         {
             "lora_alpha": 16,
             "alpha_pattern": {r"^model\.layers\.0\.self_attn\.q_proj": 24},
@@ -118,8 +86,6 @@ _ACCEPTED = [
         {"lora_alpha": 16, "alpha_pattern": {r"layers\.\d+\.mlp\.down_proj": 24}},
         (2.0, 3.0),
     ),
-    ({"lora_alpha": 16, "alpha_pattern": None, "rank_pattern": None}, (2.0, 2.0)),
-    ({"lora_alpha": 16, "rank_pattern": {"q_proj": 4}, "_ranks": (4, 8)}, (4.0, 2.0)),
     ({"rank_pattern": {"q_proj": 4, "down_proj": 2}, "_ranks": (4, 2)}, (2.0, 4.0)),
     ({"lora_alpha": 16, "rank_pattern": {_DOWN: 32}, "_ranks": (8, 32)}, (2.0, 0.5)),
     (
@@ -192,14 +158,6 @@ _REFUSED = [
     (
         {"base_model_name_or_path": "meta-llama/Llama-3.1-8B"},
         "trained on 'meta-llama/Llama-3.1-8B'.*another family",
-    ),
-    (
-        {"base_model_name_or_path": "google/gemma-2-9b"},
-        "trained on 'google/gemma-2-9b'.*another family",
-    ),
-    (
-        {"base_model_name_or_path": "google/flan-t5-xl"},
-        "trained on 'google/flan-t5-xl'.*another family",
     ),
     (
         {"r": 16, "_ranks": (16, 8)},

@@ -1,6 +1,5 @@
 """A command that is stopped prints one line, ends with the signal's exit code, and leaves nothing half done."""
 
-import ast
 import os
 import signal
 import subprocess
@@ -96,33 +95,6 @@ def test_a_signal_ends_a_script_of_experiments_while_it_imports(tmp_path):
         _signals(process, signal.SIGINT) == "stopped by Ctrl-C\n"
         and process.returncode == 130
     )
-
-
-def test_every_script_of_experiments_handles_signals_before_it_imports_a_library():
-    scripts = [
-        path
-        for path in (_ROOT / "experiments").glob("*.py")
-        if not path.name.startswith("_")
-    ]
-    assert scripts
-    for path in scripts:
-        lines = [
-            node
-            for node in ast.parse(path.read_text()).body
-            if isinstance(node, ast.Import | ast.ImportFrom)
-        ]
-        names = [
-            node.module or ""
-            if isinstance(node, ast.ImportFrom)
-            else node.names[0].name
-            for node in lines
-        ]
-        others = [
-            name
-            for name in names
-            if name.partition(".")[0] not in sys.stdlib_module_names
-        ]
-        assert others[0] == "_script", path
 
 
 _HELD = """

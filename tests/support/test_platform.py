@@ -19,16 +19,6 @@ from lorafusion_jax.training import AXES, default_seed_mode
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_one_function_asks_for_it():
-    files = [
-        file
-        for part in ("lorafusion_jax", "benchmarks", "experiments")
-        for file in _ROOT.glob(f"{part}/**/*.py")
-    ]
-    asking = [file.name for file in files if "default_backend" in file.read_text()]
-    assert asking == ["platform.py"] and len(files) > 100
-
-
 def test_a_program_is_lowered_for_a_tpu_where_there_is_none():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(3, 16)), jnp.bfloat16)
