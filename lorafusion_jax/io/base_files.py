@@ -125,7 +125,7 @@ class FolderBase:
 
     def tokenizer_sha256(self) -> str:
         """Return the SHA-256 of the tokenizer's files, without chat templates and whatever the order of settings."""
-        folder = resolve(self._source, patterns=_TEXTS)
+        folder = self._texts()
         sha = hashlib.sha256()
         for name in _TOKENIZER_FILES:
             if (path := folder / name).is_file():
@@ -160,8 +160,6 @@ class FolderBase:
                 tokenizer = AutoTokenizer.from_pretrained(
                     str(folder), trust_remote_code=False
                 )
-            if not isinstance(longest := tokenizer.model_max_length, int | float):
-                raise ValueError(f"model_max_length is {longest!r}: expected a number")
             tokenizer.name_or_path = self._source  # for messages
             return tokenizer
         except FileError:

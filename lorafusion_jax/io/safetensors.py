@@ -39,22 +39,15 @@ def load(path: Path) -> dict[str, np.ndarray]:
             offset = 8 + int.from_bytes(data[:8], "little")
             for key in file.offset_keys():
                 header = file.get_slice(key)
-                dtype = _DTYPES.get(header.get_dtype())
-                if dtype is None:
-                    raise FileError(
-                        path,
-                        field=repr(key),
-                        got=f"{header.get_dtype()}, unknown to NumPy",
-                        fix=_AGAIN,
-                    )
                 shape = header.get_shape()
                 try:
+                    dtype = _DTYPES[header.get_dtype()]
                     array = np.ndarray(shape, dtype, data, offset)
-                except ValueError as error:
+                except (KeyError, ValueError) as error:
                     raise FileError(
                         path,
                         field=repr(key),
-                        got=f"of shape {shape} ({error})",
+                        got=f"{header.get_dtype()} {shape}, which NumPy lacks ({error})",
                         fix=_AGAIN,
                     ) from None
                 offset += array.nbytes
