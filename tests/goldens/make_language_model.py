@@ -12,11 +12,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import gemma
 import make_fusion
 import numpy as np
+import pretrained
 import seeded
-import smollm2
 import torch
 import transformers
 from gguf import GGUFReader
@@ -149,9 +148,9 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         file = (
-            smollm2.gguf_file()
+            pretrained.smollm2_file()
             if given.name == "smollm2"
-            else gemma.gguf_file(Path(folder))
+            else pretrained.gemma_file(Path(folder))
         )
         model = transformers.AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32

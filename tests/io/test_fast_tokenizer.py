@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import one_block
+import pretrained
 import pytest
 import small_llama
-import smollm2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,7 +32,9 @@ def _pair(base):
 
 @pytest.fixture(scope="module", params=["tokenizer.json", "GGUF"])
 def pair(request):
-    return _pair(_BASE if request.param == "tokenizer.json" else smollm2.gguf_file())
+    return _pair(
+        _BASE if request.param == "tokenizer.json" else pretrained.smollm2_file()
+    )
 
 
 @pytest.mark.parametrize(
@@ -127,7 +129,7 @@ def test_transformers_loads_tokenizers_of_causal_models_in_folders(tmp_path):
 
 @pytest.mark.parametrize("base", ["folder", "GGUF"])
 def test_config_and_tokenizer_load_no_transformers(base):
-    source = str(_BASE if base == "folder" else smollm2.gguf_file())
+    source = str(_BASE if base == "folder" else pretrained.smollm2_file())
     code = (
         "import sys; from lorafusion_jax.io.hf import open_base, read_config; "
         f"read_config({source!r}); open_base({source!r}).tokenizer('a'); print('transformers' in sys.modules)"

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval_tasks
+import pretrained
 import pytest
 import small_llama
-import smollm2
 
 pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
 
@@ -156,7 +156,7 @@ def test_contexts_are_as_long_as_those_of_the_hf_model(t5, tmp_path):
 @pytest.mark.parametrize("chat", [False, True])
 def test_smollm2_scores_and_answers_as_with_pytorch(chat, tmp_path):
     """Our model reads the GGUF file, PyTorch a folder of its dequantised weights."""
-    file = smollm2.gguf_file()
+    file = pretrained.smollm2_file()
     save_base(load_base(file), tmp_path / "base", file)
     _assert_equal(
         LorafusionLM(base=str(file), max_length=96),

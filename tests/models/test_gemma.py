@@ -5,9 +5,8 @@ Gemma's terms apply to the file: https://ai.google.dev/gemma/terms
 
 import json
 
-import gemma
-import language_model
 import numpy as np
+import pretrained
 import pytest
 
 pytestmark = [
@@ -19,11 +18,11 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    return gemma.gguf_file(tmp_path_factory.mktemp("gemma"))
+    return pretrained.gemma_file(tmp_path_factory.mktemp("gemma"))
 
 
 def test_ids_logits_and_answers_are_those_of_transformers(goldens, file):
-    language_model.check(file, goldens / "gemma3", 1e-3)
+    pretrained.check(file, goldens / "gemma3", 1e-3)
 
 
 def test_the_harness_scores_the_first_word_of_each_answer_as_transformers(

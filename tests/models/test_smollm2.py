@@ -4,10 +4,9 @@ import functools
 import hashlib
 import json
 
-import language_model
 import numpy as np
+import pretrained
 import pytest
-import smollm2
 
 import lorafusion_jax as lf
 from lorafusion_jax.io import open_base
@@ -16,7 +15,7 @@ from lorafusion_jax.io import open_base
 def test_every_tensor_is_bit_equal(goldens):
     """Names, layout and the order of q's and k's rows are Hugging Face's."""
     wanted = json.loads((goldens / "smollm2" / "base" / "tensors.json").read_text())
-    tensors = open_base(smollm2.gguf_file()).files.tensors()
+    tensors = open_base(pretrained.smollm2_file()).files.tensors()
     assert tensors.keys() == wanted.keys() and len(wanted) == 272
     for name, entry in wanted.items():
         tensor = np.asarray(tensors[name])
@@ -25,7 +24,7 @@ def test_every_tensor_is_bit_equal(goldens):
 
 
 def test_the_configuration_is_the_one_that_transformers_reads(goldens):
-    config = open_base(smollm2.gguf_file()).files.config
+    config = open_base(pretrained.smollm2_file()).files.config
     wanted = json.loads((goldens / "smollm2" / "base" / "config.json").read_text())
     assert config["rope_theta"] == wanted["rope_parameters"]["rope_theta"]
     same = config.keys() - {"architectures", "rope_theta"}
@@ -33,7 +32,7 @@ def test_the_configuration_is_the_one_that_transformers_reads(goldens):
 
 
 def test_the_tokenizer_is_the_model_s_own(goldens):
-    tokenizer = lf.load_tokenizer(smollm2.gguf_file())
+    tokenizer = lf.load_tokenizer(pretrained.smollm2_file())
     cases = json.loads((goldens / "smollm2" / "tokenizer_cases.json").read_text())
     for case in cases["strings"]:
         ids = tokenizer(case["text"])["input_ids"]
@@ -66,4 +65,4 @@ def test_the_tokenizer_is_the_model_s_own(goldens):
 @pytest.mark.usefixtures("optimised_by_llvm")
 def test_ids_logits_and_answers_are_those_of_transformers(goldens):
     """Logits reach 44."""
-    language_model.check(smollm2.gguf_file(), goldens / "smollm2", 5e-4)
+    pretrained.check(pretrained.smollm2_file(), goldens / "smollm2", 5e-4)

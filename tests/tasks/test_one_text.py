@@ -3,9 +3,9 @@
 import dataclasses
 import json
 
+import pretrained
 import pytest
 import small_llama
-import smollm2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_llama import BOS, END, EOS, START
@@ -215,7 +215,7 @@ def test_two_texts_are_tokenised_as_before(tokenizer):
 
 def test_chats_have_the_goldens_tokens(goldens):
     """Conversations as SmolLM2's own tokenizer reads them."""
-    texts = load_texts(open_base(smollm2.gguf_file()), chat=True)
+    texts = load_texts(open_base(pretrained.smollm2_file()), chat=True)
     asked = [
         chat
         for chat in json.loads(

