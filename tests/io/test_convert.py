@@ -251,7 +251,7 @@ def test_an_adapter_of_a_pool_is_its_source(base, adapter, tmp_path):
         load_pool(tmp_path / "pool"), read_pool(folders, read_config(base))
     )
     with pytest.raises(
-        ValueError, match="has no adapter 'other': it holds plain, half"
+        ValueError, match="the pool lacks 'other': choose one of 6, 'plain' to 'mixed'"
     ):
         lf.io.ConvertedPool(tmp_path / "pool").adapter("other")
 
