@@ -27,11 +27,6 @@ class _Case(NamedTuple):
     read: Callable[[Path], Any]
 
 
-def _newest_checkpoint(folder: Path) -> Any:
-    (newest,) = store.steps(folder)
-    return store.load(newest, "checkpoint")[0]["x"].tolist()
-
-
 def _save_chip(folder: Path, size: int) -> None:
     chip = crossbar.program(jnp.ones((size, size)), crossbar.CrossbarConfig())
     crossbar.save_chip(chip, folder / "chip.safetensors")
@@ -45,12 +40,6 @@ _CASES = {
     "rows": _Case(
         lambda folder, size: append_rows(folder / "rows.jsonl", _ROWS[:1] * size),
         lambda folder: read_rows(folder / "rows.jsonl")[:1],
-    ),
-    "checkpoint": _Case(
-        lambda folder, size: store.save_step(
-            folder, size, {"x": np.ones(99 * size)}, {}, keep=2
-        ),
-        _newest_checkpoint,
     ),
     "arrays": _Case(
         lambda folder, size: store.save(

@@ -140,20 +140,6 @@ def test_data_come_by_id_and_revision(data):
         load_task("org/data:other")
 
 
-def test_fetched_data_are_found_offline(data, monkeypatch):
-    from huggingface_hub import constants
-
-    task = load_task("org/data")
-    asked = len(data.requests)
-    for config in (datasets.config, constants):
-        monkeypatch.setattr(config, "HF_HUB_OFFLINE", True)
-    assert load_task("org/data").sha256 == task.sha256 and len(data.requests) == asked
-    with pytest.raises(
-        ValueError, match=r"org/others is not a local path.*HF_HUB_OFFLINE"
-    ):
-        load_task("org/others")
-
-
 def test_private_and_gated_data_need_the_token(data, monkeypatch):
     data.gated.add("org/data")
     with pytest.raises(
