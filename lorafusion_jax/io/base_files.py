@@ -15,12 +15,11 @@ from ..models.registry import family_of_json, gguf_layout
 from ..support.checks import panics
 from ..support.reading import FileError, decode_as, error_context, read_json
 from ..support.writing import write_text
-from . import safetensors as safetensors_map
-from . import torch_pickle
 from .fast_tokenizer import FastTokenizer
 from .gguf.reader import StoredTensor, read_gguf
 from .gguf.tokenizer import build_tokenizer
 from .source import inside, other_layout, resolve, sha256
+from .tensor_files import load_tensors
 
 if TYPE_CHECKING:
     import transformers
@@ -231,16 +230,16 @@ class FolderBase:
 
 def _open(folder: Path) -> dict[str, np.ndarray]:
     """Return all tensors by name as views of mapped files."""
-    for name, load in ((_SAFETENSORS, safetensors_map.load), (_BIN, torch_pickle.load)):
+    for name in (_SAFETENSORS, _BIN):
         if (folder / name).is_file():
-            return load(folder / name)
+            return load_tensors(folder / name)
         index = folder / f"{name}.index.json"
         if index.is_file():
             files = read_json(index, _Index, "a sharded model", allow_unknown=True)[
                 "weight_map"
             ]
             paths = {tensor: inside(folder, file) for tensor, file in files.items()}
-            shards = {path: load(path) for path in set(paths.values())}
+            shards = {path: load_tensors(path) for path in set(paths.values())}
             for tensor, path in paths.items():
                 if tensor not in shards[path]:
                     got = f"does not hold {tensor}, though {index.name} lists it"

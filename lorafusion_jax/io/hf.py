@@ -32,11 +32,11 @@ from ..models.registry import family_of_json
 from ..support.reading import error_context, expand_user, read_json
 from ..support.text import some
 from ..support.writing import new_folder, write_text
-from . import safetensors
 from .base_files import FolderBase, GGUFBase
 from .digests import Tensor, digest_of_all, digest_of_one, tensor_digest
 from .gguf.reader import StoredTensor
 from .source import COMPILED, release
+from .tensor_files import save_tensors
 
 if TYPE_CHECKING:
     import transformers
@@ -296,7 +296,7 @@ def put_base(
     changed = _with_older_rope(content) | dtypes
     if changed != content:
         write_text(path, f"{json.dumps(changed, indent=2)}\n")
-    safetensors.save(folder / "model.safetensors", tensors)
+    save_tensors(folder / "model.safetensors", tensors)
 
 
 def _with_older_rope(content: Mapping[str, Any]) -> dict[str, Any]:

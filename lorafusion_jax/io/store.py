@@ -30,8 +30,8 @@ from ..support.reading import FileError, T, decode_as, other_version, read_json
 from ..support.text import some
 from ..support.version import __version__
 from ..support.writing import new_folder, write_json, writing
-from . import safetensors
 from .source import inside, sha256
+from .tensor_files import load_tensors, save_tensors
 
 MANIFEST = "manifest.json"
 RESTORE = "restore it from a copy"
@@ -55,7 +55,7 @@ def save(
     """Save nested dicts of arrays, whose names have no slashes, and their metadata in a new folder of a kind."""
     arrays: dict[str, Any] = flatten_dict(dict(tree), sep="/")
     with new_folder(folder) as partial:
-        safetensors.save(partial / _ARRAYS, arrays)
+        save_tensors(partial / _ARRAYS, arrays)
         seal(partial, kind, metadata)
     with writing(folder.parent):
         _flush(folder.parent)
@@ -70,7 +70,7 @@ def load(
     """
     manifest = read_manifest(folder, kind, metadata)
     check_files(folder, manifest["files"])
-    arrays = safetensors.load(folder / _ARRAYS)
+    arrays = load_tensors(folder / _ARRAYS)
     try:
         tree = unflatten_dict(arrays, sep="/")
     except (TypeError, ValueError, IndexError) as error:

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 import lorafusion_jax as lf
 from examples.string_tasks import Task, draw, split
-from lorafusion_jax.io import torch_pickle
+from lorafusion_jax.io.tensor_files import load_tensors
 from lorafusion_jax.tasks import exact_match
 
 _SMALL = one_block.SMALL
@@ -141,7 +141,7 @@ def test_weights_are_half_precision_with_the_stated_numbers(base):
     assert {
         a.dtype for a in load_file(_SMALL / "base" / "model.safetensors").values()
     } == {np.dtype("float16")}
-    for task, load in ((_BIN, torch_pickle.load), (_SAFETENSORS, load_file)):
+    for task, load in ((_BIN, load_tensors), (_SAFETENSORS, load_file)):
         (weights,) = (_SMALL / "adapters" / task.name).glob("adapter_model.*")
         tensors = load(weights)
         assert {a.dtype for a in tensors.values()} == {np.dtype("float16")} and len(

@@ -7,7 +7,7 @@ from safetensors.numpy import save_file
 
 from lorafusion_jax import read_config
 from lorafusion_jax.io import read_adapter, source
-from lorafusion_jax.io import safetensors as safetensors_map
+from lorafusion_jax.io.tensor_files import load_tensors
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_local_folders_are_used_and_files_refused(tmp_path):
     with pytest.raises(ValueError, match="is a file: give the folder that holds it"):
         source.resolve(str(tmp_path / "x"), patterns=None)
     with pytest.raises(ValueError, match=r"x\.safetensors: no such file"):
-        safetensors_map.load(tmp_path / "x.safetensors")
+        load_tensors(tmp_path / "x.safetensors")
 
 
 def _example():
@@ -52,7 +52,7 @@ def _example():
 def test_safetensors_are_views_with_the_library_s_values(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file(_example(), path, metadata={"format": "pt"})
-    got = safetensors_map.load(path)
+    got = load_tensors(path)
     assert got.keys() == _example().keys()
     for key, array in _example().items():
         assert got[key].dtype == array.dtype and got[key].shape == array.shape

@@ -18,7 +18,7 @@ from torch_files import (
     write_zip,
 )
 
-from lorafusion_jax.io import torch_pickle
+from lorafusion_jax.io.tensor_files import load_tensors
 
 _NUMBERS = np.arange(24, dtype=np.float32)
 
@@ -30,14 +30,14 @@ def path(tmp_path):
 
 def _refused(path, message):
     with pytest.raises(ValueError, match=rf"^{path}: .*{message}") as caught:
-        torch_pickle.load(path)
+        load_tensors(path)
     assert len(str(caught.value)) < 500 + len(str(path))
 
 
 @pytest.mark.smoke
 def test_golden_equals_its_safetensors(goldens):
     folder = goldens / "fusion" / "t5a" / "adapters"
-    got = torch_pickle.load(folder / "lora_0_bin" / "adapter_model.bin")
+    got = load_tensors(folder / "lora_0_bin" / "adapter_model.bin")
     want = load_file(folder / "lora_0" / "adapter_model.safetensors")
     assert got.keys() == want.keys()
     for key, array in want.items():
@@ -91,7 +91,7 @@ _OLD = "truncated or corrupt, or older than PyTorch 1.6, .*as safetensors"
 _OTHER = "not a flat dict of tensors"
 _GLOBALS = (
     "builtins.eval",
-    "lorafusion_jax.io.torch_pickle.load",
+    "lorafusion_jax.io.tensor_files.load_tensors",
 )
 _REFUSED = [
     *(
@@ -135,7 +135,7 @@ def test_a_state_dict_loses_its_attributes(path):
         b"\x80\2ccollections\nOrderedDict\n)R" + _X + tensor + b"s}" + _X + b"Nsb."
     )
     write_zip(path, content, {"0": _NUMBERS.tobytes()})
-    np.testing.assert_array_equal(torch_pickle.load(path)["x"], _NUMBERS)
+    np.testing.assert_array_equal(load_tensors(path)["x"], _NUMBERS)
 
 
 @pytest.mark.peft
@@ -163,7 +163,7 @@ def test_files_that_torch_writes(tmp_path):
     }
     path = tmp_path / "x.bin"
     torch.save(tensors, path)
-    got = torch_pickle.load(path)
+    got = load_tensors(path)
     assert got.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert str(got[name].dtype) == str(tensor.dtype).removeprefix("torch."), name
@@ -181,7 +181,7 @@ def test_a_state_dict_of_a_module_is_read_and_the_module_is_refused(path):
     layer = torch.nn.Linear(3, 4)
     torch.save(layer.state_dict(), path)
     np.testing.assert_array_equal(
-        torch_pickle.load(path)["weight"], layer.weight.detach().numpy()
+        load_tensors(path)["weight"], layer.weight.detach().numpy()
     )
     torch.save(layer, path)
     _refused(path, r"names torch\.nn\.modules\.linear\.Linear")

@@ -16,7 +16,7 @@ from made_up_rows import made_up
 
 import lorafusion_jax as lf
 from lorafusion_jax import crossbar
-from lorafusion_jax.io import safetensors
+from lorafusion_jax.io.tensor_files import load_tensors
 from lorafusion_jax.report import write_text
 from lorafusion_jax.runs.folder import RunConfig
 from lorafusion_jax.support.reading import decode_as, read_json
@@ -136,7 +136,7 @@ def test_a_shape_that_numpy_refuses_is_a_fault_of_its_file(tmp_path):
     ).encode()
     (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(ValueError, match=f"^{tmp_path}/x.safetensors: "):
-        safetensors.load(tmp_path / "x.safetensors")
+        load_tensors(tmp_path / "x.safetensors")
 
 
 def test_two_processes_cannot_make_one_folder(tmp_path):

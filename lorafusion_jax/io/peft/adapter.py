@@ -15,10 +15,9 @@ import numpy as np
 
 from ...support.reading import check_name, error_context, expand_user
 from ...support.writing import new_folder
-from .. import safetensors as safetensors_map
-from .. import torch_pickle
 from ..hf import Base
 from ..source import resolve
+from ..tensor_files import load_tensors, save_tensors
 from . import mlx, qwix_tree
 from .config import (
     CONFIG,
@@ -196,7 +195,7 @@ def put_adapter(
     (folder / CONFIG).write_bytes(
         config if isinstance(config, bytes) else config_text(config)
     )
-    safetensors_map.save(folder / WEIGHTS, tensors)
+    save_tensors(folder / WEIGHTS, tensors)
 
 
 def _foreign(folder: Path) -> str:
@@ -205,7 +204,7 @@ def _foreign(folder: Path) -> str:
         if (folder / file).exists():
             return f"{file} of {tool}"
     for path in folder.glob("*.safetensors"):
-        if any(".lora_down." in key for key in safetensors_map.load(path)):
+        if any(".lora_down." in key for key in load_tensors(path)):
             return f"{path.name} in the format of Kohya's scripts"
     return ""
 
@@ -240,7 +239,4 @@ def _stored(folder: Path, alpha: float | None, *, compare_saved: bool) -> Stored
         )
     if len(weight_files) > 1:
         notes.append(f"ignored: {_BIN}, because {WEIGHTS} is next to it")
-    load = (
-        torch_pickle.load if weight_files[0].suffix == ".bin" else safetensors_map.load
-    )
-    return Stored(weight_files[0], text, config, load(weight_files[0]), notes)
+    return Stored(weight_files[0], text, config, load_tensors(weight_files[0]), notes)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Required, TypedDict
 
 from ...support.reading import decode_as, error_context
-from .. import safetensors
+from ..tensor_files import load_tensors
 from .config import CONFIG, Alpha, Stored, config_text, plain_config, read_config_file
 
 WEIGHTS = "adapters.safetensors"
@@ -64,7 +64,7 @@ def read(folder: Path) -> Stored:
     tensors = {}
     paths = set()
     rank = 1
-    for key, array in safetensors.load(weights).items():
+    for key, array in load_tensors(weights).items():
         match = _TENSOR.fullmatch(key)
         if match and array.ndim > 2:
             raise ValueError(

@@ -12,7 +12,7 @@ import numpy as np
 
 from ...models.registry import paths_in_tunix
 from ...support.reading import error_context
-from .. import safetensors
+from ..tensor_files import load_tensors
 from .config import Stored, config_text, plain_config
 
 _CHECKPOINT = "manifest.ocdbt"
@@ -37,7 +37,7 @@ def find(folder: Path) -> Path | None:
         (
             file
             for file in files
-            if any("_lora_" in name for name in safetensors.load(file))
+            if any("_lora_" in name for name in load_tensors(file))
         ),
         None,
     )
@@ -54,7 +54,7 @@ def read(source: Path, alpha: float | None) -> Stored:
                 "qwix saves no alpha: give the one that the LoRA was trained with, with --alpha"
             )
         for name, array in (
-            _checkpoint(source) if source.is_dir() else safetensors.load(source)
+            _checkpoint(source) if source.is_dir() else load_tensors(source)
         ).items():
             if "_lora_" not in name:
                 ignored += 1

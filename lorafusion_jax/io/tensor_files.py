@@ -1,4 +1,7 @@
-"""Read PyTorch's `.bin` files without PyTorch: an unpickler that can name nothing but storages and tensors."""
+"""Files of tensors, read as NumPy views of the mapped file: safetensors, and PyTorch's `.bin` files without PyTorch.
+
+The unpickler of `.bin` files can name nothing but storages and tensors.
+"""
 
 import io
 import pickle
@@ -9,12 +12,26 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401 (registers bfloat16 with NumPy)
+import ml_dtypes  # noqa: F401 (registers bfloat16 and float8 with NumPy)
 import numpy as np
+from jaxtyping import ArrayLike
 
+from ..support.reading import FileError
 from .source import map_file
 
+_AGAIN = "fetch the file again"
 _DTYPES = {
+    f"{kind[0].upper()}{bits}": f"{kind}{bits}"
+    for kind in ("uint", "int", "float")
+    for bits in (8, 16, 32, 64)
+}
+_DTYPES |= {
+    "BOOL": "bool",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+_TORCH_DTYPES = {
     "BoolStorage": "bool",
     "ByteStorage": "uint8",
     "CharStorage": "int8",
@@ -28,8 +45,69 @@ _DTYPES = {
 }
 
 
-def load(path: Path) -> dict[str, np.ndarray]:
-    """Return the tensors, of any shape, that `torch.save` wrote from a flat dict, as read-only views of the file.
+def load_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Return the tensors, of any shape, of a safetensors or `.bin` file as read-only views of the file.
+
+    Raises a ValueError if the file is missing or damaged, or is a `.bin` of anything but a flat dict of tensors.
+    """
+    return _load_pickle(path) if path.suffix == ".bin" else _load_safetensors(path)
+
+
+def _load_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """Return the tensors of a safetensors file.
+
+    The safetensors library checks that the tensors cover the file without gaps or overlaps. Sorted by offset, each
+    tensor therefore starts where the one before it ends.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    data = map_file(path)
+    tensors = {}
+    try:
+        with safe_open(path, framework="np") as file:
+            offset = 8 + int.from_bytes(data[:8], "little")
+            for key in file.offset_keys():
+                header = file.get_slice(key)
+                shape = header.get_shape()
+                try:
+                    dtype = _DTYPES[header.get_dtype()]
+                    array = np.ndarray(shape, dtype, data, offset)
+                except (KeyError, ValueError) as error:
+                    raise FileError(
+                        path,
+                        field=repr(key),
+                        got=f"{header.get_dtype()} {shape}, which NumPy lacks ({error})",
+                        fix=_AGAIN,
+                    ) from None
+                offset += array.nbytes
+                tensors[key] = array
+    except SafetensorError as error:
+        raise FileError(
+            path, got=f"truncated or corrupt ({error})", fix=_AGAIN
+        ) from error
+    return tensors
+
+
+def save_tensors(path: Path, arrays: Mapping[str, ArrayLike]) -> None:
+    """Write arrays of any shape and device to a safetensors file."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    path.touch()
+    mode = (
+        path.stat().st_mode
+    )  # the library replaces the file by one that only its owner can read
+    # It needs C order; PEFT and transformers reject a file without its format in the metadata.
+    tensors = {name: np.asarray(a, order="C") for name, a in arrays.items()}
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # such as a full disk
+        raise OSError(str(error)) from error
+    path.chmod(mode)
+
+
+def _load_pickle(path: Path) -> dict[str, np.ndarray]:
+    """Return the tensors that `torch.save` wrote from a flat dict.
 
     Strides, shared storages and offsets are kept; devices are ignored; dtypes are NumPy's and bfloat16. Members of
     the archive that no tensor uses are ignored, and so are CRC sums (as in `torch.load`).
@@ -80,8 +158,8 @@ class _TensorUnpickler(pickle.Unpickler):
         self.storages = storages
 
     def find_class(self, module: str, name: str) -> str | Callable[..., Any]:
-        if module in ("torch", "torch.cuda") and name in _DTYPES:
-            return _DTYPES[name]
+        if module in ("torch", "torch.cuda") and name in _TORCH_DTYPES:
+            return _TORCH_DTYPES[name]
         match f"{module}.{name}":
             case "torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2":
                 return lambda *arguments: _rebuilt(*arguments)
