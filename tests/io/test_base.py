@@ -19,8 +19,8 @@ def test_a_fusion_opens_its_base_once_and_reads_its_weights_once(
 ):
     opened = Counter()
     for name in ("_open", "read_json"):
-        counted = partial(_counted, opened, name, getattr(hf_folder, name))
-        monkeypatch.setattr(hf_folder, name, counted)
+        counted = partial(_counted, opened, name, getattr(base_files, name))
+        monkeypatch.setattr(base_files, name, counted)
     task = one_block.SMALL / "tasks" / "double_digit"
     recipe = lf.FusionRecipe(modules=2, epochs=1, batch_size=48, max_new_tokens=4)
     lf.fuse(
