@@ -6,7 +6,7 @@ from functools import partial
 import one_block
 
 import lorafusion_jax as lf
-from lorafusion_jax.io import open_base
+from lorafusion_jax.io import base_files, open_base
 
 
 def _counted(counts, name, function, *args, **how):
