@@ -6,11 +6,11 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from safetensors.numpy import load_file, save_file
+import tiny
+from safetensors.numpy import load_file
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lorafusion_jax.io.gguf.tokenizer import build_tokenizer
-from lorafusion_jax.models.registry import family_of_json
 
 
 def byte_letters():
@@ -199,17 +199,7 @@ def make(
     """Write a model's Hugging Face folder, with weights that `draw` makes of a tensor's name and shape."""
     config = TINY | MODELS[name]
     config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]]
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    family = family_of_json(config)
-    model = family.abstract(family.read_config(config))
-    slots = family.checkpoint(model.config).slots(model)
-    tensors = {
-        title: draw(title, slot.shape).astype(np.float32)
-        for slot in slots
-        for title in slot.names
-    }
-    save_file(tensors, folder / "model.safetensors")
+    tiny.write_base(folder, config, draw)
     tokens = SENTENCE_PIECE if name in ("mistral", "gemma3") else BYTE_LEVEL | IDS
     build_tokenizer(tokens | {"tokenizer.ggml.padding_token_id": 0}).save_pretrained(
         folder

@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from safetensors.numpy import save_file
 
 import lorafusion_jax as lf
 from lorafusion_jax.models import T5, T5Config, linear_shapes
+from lorafusion_jax.models.registry import family_of_json
 from lorafusion_jax.training import Params
 
 CONFIG = T5Config(
@@ -37,6 +41,25 @@ def somewhere(n: int, site: str, layer: int) -> int:
         or (n == 2 and site.startswith("encoder") and layer == 2)
         else 4
     )
+
+
+def write_base(
+    folder: Path,
+    config: dict[str, Any],
+    draw: Callable[[str, tuple[int, ...]], np.ndarray],
+) -> Path:
+    """Write a base without a tokenizer: weights are what `draw` makes of a tensor's name and shape."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    family = family_of_json(config)
+    model = family.abstract(family.read_config(config))
+    tensors = {
+        name: draw(name, slot.shape).astype(np.float32)
+        for slot in family.checkpoint(model.config).slots(model)
+        for name in slot.names
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def for_tpu() -> contextlib.AbstractContextManager[None]:

@@ -1,6 +1,5 @@
 """Base models in and out: goldens, every layout of files, what is refused, and transformers itself."""
 
-import itertools
 import json
 import shutil
 from pathlib import Path
@@ -18,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
 from lorafusion_jax.io import open_base
-from lorafusion_jax.models import T5Config, dense, linear_shapes
+from lorafusion_jax.models import T5Config, dense
 from lorafusion_jax.models.registry import family_of
 from lorafusion_jax.models.weights import QUANTISED_TYPES
 
@@ -48,26 +47,10 @@ def _write_config(folder, **fields):
 @pytest.fixture
 def base(tmp_path):
     """A folder with a small untied T5 1.1, random weights."""
-    folder = _write_config(tmp_path / "base")
-    config = lf.read_config(folder)
     rng = np.random.default_rng(0)
-    shapes = {
-        f"{path}.weight": (d_out, d_in)
-        for path, (d_in, d_out) in linear_shapes(config).items()
-    }
-    for stack, layers, sublayers in (("encoder", 3, 2), ("decoder", 2, 3)):
-        shapes[
-            f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-        ] = (32, 2)
-        shapes[f"{stack}.final_layer_norm.weight"] = (8,)
-        for layer, sublayer in itertools.product(range(layers), range(sublayers)):
-            shapes[f"{stack}.block.{layer}.layer.{sublayer}.layer_norm.weight"] = (8,)
-    shapes |= dict.fromkeys(("shared.weight", "lm_head.weight"), (20, 8))
-    tensors = {
-        name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()
-    }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+    return tiny.write_base(
+        tmp_path / "base", _JSON, lambda name, shape: rng.standard_normal(shape)
+    )
 
 
 def _change(folder, change):
@@ -104,17 +87,6 @@ def _lay_out(source, folder, layout):
         json.dumps({"metadata": {}, "weight_map": files})
     )
     return folder
-
-
-def _run(model, input_ids, mask, decoder_ids):
-    graph, state = nnx.split(model)
-    arguments = (
-        jnp.asarray(x)
-        for x in (input_ids.astype(np.int32), mask > 0, decoder_ids.astype(np.int32))
-    )
-    return np.asarray(
-        jax.jit(lambda state, *x: nnx.merge(graph, state)(*x))(state, *arguments)
-    )
 
 
 @pytest.mark.smoke
