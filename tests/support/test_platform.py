@@ -1,7 +1,6 @@
 """The platform that a program is traced for: asked for in one place, and not always that of the process."""
 
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +14,6 @@ from lorafusion_jax.models import dense
 from lorafusion_jax.models.bit_cast import to_bits
 from lorafusion_jax.support.platform import for_cpu, make_room
 from lorafusion_jax.training import AXES, default_seed_mode
-
-_ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_program_is_lowered_for_a_tpu_where_there_is_none():
