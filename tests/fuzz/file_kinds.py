@@ -363,21 +363,21 @@ def _write_run(run: lf.runs.RunFolder, base: Path, pool: Path) -> None:
         }
         row |= {"option_correct": None}
         run.write_predictions([row, row])
-        results = {
-            "task": "task",
-            "method": "fusion",
-            "trainable": 3,
-            "trainable_by_group": {"coefficients": 3},
-        }
-        results |= {
-            "exact_match": 50.0,
-            "exact_match_std": None,
-            "seeds": [seed],
-            "test_rows": 2,
-        }
-        results |= {"control": "none", "test_sha256": "0"}
         run.write_results(
-            results | {"seconds": {"train": 1.0}, "environment": config["environment"]}
+            lf.runs.folder.RunResults(
+                task="task",
+                method="fusion",
+                control="none",
+                trainable=3,
+                trainable_by_group={"coefficients": 3},
+                exact_match=50.0,
+                exact_match_std=None,
+                seeds=[seed],
+                test_rows=2,
+                test_sha256="0",
+                seconds={"train": 1.0},
+                environment=config["environment"],
+            )
         )
     (run.folder / ".lock").unlink()
     store.save(
