@@ -7,7 +7,7 @@ from ..support.text_tables import markdown as as_markdown
 from ..support.writing import write_text
 from .formats import Column, Table, counts, markdown, spread
 from .page import write_report
-from .plots import colour, literal, load_matplotlib, plot, plot_means
+from .plots import colour, literal, plot, plot_means
 from .statistics import (
     Interval,
     Paired,

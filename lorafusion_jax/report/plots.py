@@ -4,7 +4,6 @@ They raise ValueError without results, or if matplotlib is not installed.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,16 +49,11 @@ def literal(name: str) -> str:
     return printable(name).replace("$", r"\$")
 
 
-load_matplotlib = partial(
-    load_optional, "matplotlib", extra="plots", needed_by="a plot"
-)
-
-
 def plot(
     path: Path, size: tuple[float, float], draw: Callable[["Figure"], None]
 ) -> None:
     """Write a figure, of a size in inches, as PNG; raise ValueError if matplotlib is not installed."""
-    matplotlib = load_matplotlib()
+    matplotlib = load_optional("matplotlib", extra="plots", needed_by="a plot")
     from matplotlib.figure import Figure
 
     # Not pyplot: a separate figure leaves no state behind.
