@@ -117,8 +117,7 @@ def _run_on_ray(
     memory: Callable[[Item], int] | None,
 ) -> Iterator[tuple[Item, Result | OutOfMemory]]:
     """Yield items with their results; arguments and errors are those of `run_items`."""
-    os.environ.setdefault("RAY_task_oom_retries", "1")  # Ray reads it when it is loaded
-    ray: Any = load_optional("ray", extra="ray", needed_by="--engine ray")
+    ray = _load_ray()
     with _connected(ray, address):
         # Ray would start a process for each task with an accelerator (max_calls=1).
         task = ray.remote(max_calls=0)(_on_worker())
@@ -245,6 +244,21 @@ def _check(
             raise ValueError(f"node {node['NodeManagerAddress']}: {error}") from error
         except ray.exceptions.RayError:  # the node was lost meanwhile
             continue
+
+
+def _load_ray() -> Any:
+    os.environ.setdefault("RAY_task_oom_retries", "1")  # Ray reads it when it is loaded
+    return load_optional("ray", extra="ray", needed_by="--engine ray")
+
+
+@contextlib.contextmanager
+def connected(options: EngineOptions) -> Iterator[None]:
+    """Stay connected to a Ray cluster, whose workers keep compiled programs between calls of `run_items`."""
+    if options.engine == "local":
+        yield
+    else:
+        with _connected(_load_ray(), options.address):
+            yield
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ from ..support.options import (
 from ..support.progress import progress
 from ..tasks import Example, load_task
 from ..training.recipe import Recipe
-from .engines import EngineOptions, OutOfMemory, run_items
+from .engines import EngineOptions, OutOfMemory, connected, run_items
 from .jobs import ResultRows, Row
 from .procedure import (
     TUNING_PARTS,
@@ -296,7 +296,11 @@ def trial(options: TrialOptions) -> Iterator[tuple[TaskTrial, Outcomes]]:
         total = sum(
             _weight(task_trial, training) for training in task_trial.trainings(options)
         )
-        with interrupts.released(), progress(task_trial.task, total, unit="row") as bar:
+        with (
+            connected(options),
+            interrupts.released(),
+            progress(task_trial.task, total, unit="row") as bar,
+        ):
             interrupts.hold("this training")
             measure = _measure(options, task_trial, bar, deadline)
             for outcomes in task_trial.outcomes(options, measure):
