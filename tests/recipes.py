@@ -5,7 +5,7 @@ from typing import Any
 
 import one_block
 
-from lorafusion_jax import FuseOptions, Recipe
+from lorafusion_jax import FuseOptions, Recipe, runs
 from lorafusion_jax.methods import METHODS, fields_of, recipe_of
 from lorafusion_jax.runs import RunFolder, options_to_json, run_path
 
@@ -79,3 +79,18 @@ def answers(run: FuseOptions, seed: int) -> list[str]:
         for row in RunFolder(run_path(run)).predictions()
         if row["seed"] == seed
     ]
+
+
+def evaluate(**options: Any) -> list[dict[str, Any]]:
+    """The scores of a run's seeds; arguments are those of `EvaluateOptions`."""
+    return runs.evaluate_run(runs.EvaluateOptions(**options))
+
+
+def generate(**options: Any) -> list[str]:
+    """Answers; arguments are those of `GenerateOptions`."""
+    return runs.generate_lines(runs.GenerateOptions(**options))
+
+
+def export(**options: Any) -> str:
+    """Write an export; arguments are those of `ExportOptions`."""
+    return runs.export(runs.ExportOptions(**options))

@@ -19,8 +19,7 @@ from jaxtyping import Array, Key
 
 from .. import crossbar
 from ..crossbar.config.files import config_from
-from ..loading.identity import digests
-from ..loading.model import LoadedModel
+from ..loading.model import LoadedModel, digests
 from ..models.architecture import matrices
 from ..models.weights import dense
 from ..support.checks import check_uint32
@@ -55,7 +54,7 @@ class OneChip(TypedDict):
 
 
 class ChipFile(TypedDict):
-    """Contents of a file of chips. Digests of weights are those of runs (`loading.identity`).
+    """Contents of a file of chips. Digests of weights are those of runs (`loading.model`).
 
     Attributes:
       modules: digest of each module of the pool, by its name.

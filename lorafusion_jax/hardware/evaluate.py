@@ -15,7 +15,7 @@ from jaxtyping import Array, Int
 
 from ..adapters.norms import gram
 from ..crossbar import CrossbarConfig, ReadNoise, is_random
-from ..loading.identity import digests
+from ..loading.model import digests
 from ..methods.fusion import PLAIN_SUM
 from ..methods.lora import LoRA, as_pool
 from ..models.architecture import kernels

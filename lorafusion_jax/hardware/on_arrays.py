@@ -9,8 +9,7 @@ from jaxtyping import Array, Int
 from ..adapters.pool import LoraPool
 from ..crossbar import CrossbarConfig, deterministic, is_random
 from ..io.pool import open_pool
-from ..loading.identity import digests
-from ..loading.model import LoadedModel
+from ..loading.model import LoadedModel, digests
 from ..methods.merge import Merge
 from ..runs.folder import RunResults
 from ..runs.options import FuseOptions, OnArrays

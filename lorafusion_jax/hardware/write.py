@@ -9,8 +9,7 @@ import jax
 from .. import crossbar
 from ..crossbar.config.files import config_fields
 from ..io.pool import open_pool
-from ..loading.identity import digests
-from ..loading.model import load_model
+from ..loading.model import digests, load_model
 from ..loading.spec import LoadOptions
 from ..methods.fusion import FusionRecipe
 from ..support.checks import at_least, check_uint32

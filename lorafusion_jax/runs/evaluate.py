@@ -14,10 +14,7 @@ from ..loading.model import Texts, evaluation_compile_cost
 from ..support.progress import progress
 from ..tasks import (
     BETWEEN_EXAMPLES,
-    Batch,
     Encoded,
-    Task,
-    TextFormat,
     answer_options,
     constant_answer,
     decode,
@@ -124,12 +121,18 @@ def evaluate_seeds(
         nothing = [list[str]() for _ in options.seeds]
         no_rows = np.zeros((len(options.seeds), 0), bool)
         return options.seeds, Evaluation(nothing, no_rows, None, None)
+    closed = answer_options(setup.task)
     if method.answers == "nothing":
-        return options.seeds, _constant(setup, tasks_of_seeds(setup.task, options))
+        targets = [example.target for example in setup.task.test[: len(setup.test)]]
+        predictions = [
+            [constant_answer(task)] * len(targets)
+            for task in tasks_of_seeds(setup.task, options)
+        ]
+        correct = exact_match(predictions, targets)
+        option_correct = correct if closed else None
+        return options.seeds, Evaluation(predictions, correct, None, option_correct)
     if method.answers == "examples":
-        return options.seeds, evaluate_few_shot(
-            setup, options, closed=answer_options(setup.task)
-        )
+        return options.seeds, evaluate_few_shot(setup, options, closed=closed)
     seeds = options.seeds if method.seeded else options.seeds[:1]
     loaded = (
         setup if method.seeded else setup.with_problem(index=setup.problem.index[:1])
@@ -138,20 +141,7 @@ def evaluate_seeds(
         loaded,
         params,
         batch_size=options.eval_batch,
-        options=answer_options(setup.task),
-    )
-
-
-def _constant(setup: Setup, seed_tasks: list[Task]) -> Evaluation:
-    """Answer every row with the most common training target of each seed's task."""
-    targets = [example.target for example in setup.task.test[: len(setup.test)]]
-    predictions = [[constant_answer(task)] * len(targets) for task in seed_tasks]
-    correct = exact_match(predictions, targets)
-    return Evaluation(
-        predictions,
-        correct,
-        loss=None,
-        option_correct=correct if answer_options(setup.task) else None,
+        options=closed,
     )
 
 
@@ -183,41 +173,33 @@ def evaluate_few_shot(
                 stop=stop,
             )
         )
-    scored = [
-        evaluation.option_correct
-        for evaluation in evaluations
-        if evaluation.option_correct is not None
-    ]
-    losses = [
-        evaluation.loss for evaluation in evaluations if evaluation.loss is not None
-    ]
-    row_losses = [
-        evaluation.row_losses
-        for evaluation in evaluations
-        if evaluation.row_losses is not None
-    ]
     return Evaluation(
         predictions=[evaluation.predictions[0] for evaluation in evaluations],
         correct=np.concatenate([evaluation.correct for evaluation in evaluations]),
-        loss=np.concatenate(losses),
-        option_correct=np.concatenate(scored) if scored else None,
-        row_losses=np.concatenate(row_losses),
+        loss=_joined([evaluation.loss for evaluation in evaluations]),
+        option_correct=_joined([each.option_correct for each in evaluations]),
+        row_losses=_joined([evaluation.row_losses for evaluation in evaluations]),
     )
+
+
+def _joined(scores: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    present = [score for score in scores if score is not None]
+    return np.concatenate(present) if present else None
 
 
 def seed_rows(seeds: tuple[int, ...], evaluation: Evaluation) -> list[Any]:
     """Return {seed, exact_match, option_accuracy (percent or None), loss (nats per token or None)} of every seed."""
     columns = (evaluation.exact_match, evaluation.option_accuracy, evaluation.loss)
-    numbers = [
+    scores = [
         [None] * len(seeds) if column is None else column.tolist() for column in columns
     ]
     # JSON cannot hold a loss that is not finite.
-    numbers[2] = [
-        loss if loss is None or math.isfinite(loss) else None for loss in numbers[2]
+    scores[2] = [
+        loss if loss is None or math.isfinite(loss) else None for loss in scores[2]
     ]
     return [
         {"seed": seed, "exact_match": match, "option_accuracy": options, "loss": loss}
-        for seed, match, options, loss in zip(seeds, *numbers, strict=True)
+        for seed, match, options, loss in zip(seeds, *scores, strict=True)
     ]
 
 
@@ -225,11 +207,29 @@ def _option_correct(
     setup: Setup, params: Params, options: Sequence[Sequence[str]], batch_size: int
 ) -> Bool[np.ndarray, "seeds rows"]:
     """Return whether the option of the greatest log-likelihood is each row's target."""
-    optioned = with_options(
-        setup.tokenizer, setup.task, setup.test, options, setup.text_format
+    pairs = [
+        (row, option)
+        for row, row_options in enumerate(options)
+        for option in row_options
+    ]
+    examples = [
+        dataclasses.replace(setup.task.test[row], target=option)
+        for row, option in pairs
+    ]
+    labels = encode(setup.tokenizer, examples, setup.text_format).labels
+    inputs = tuple(setup.test.inputs[row] for row, _ in pairs)
+    likelihoods = _likelihoods(
+        setup, params, Encoded(inputs, labels), batch_size, OPTIONS
     )
-    likelihoods = _likelihoods(setup, params, optioned, batch_size, OPTIONS)
-    return likeliest_correct(likelihoods, options, setup.task)
+    ends = np.cumsum([len(row_options) for row_options in options])
+    parts = np.split(likelihoods, ends[:-1], axis=1)
+    likeliest = np.stack([np.argmax(part, axis=1) for part in parts], axis=1)
+    predictions = [
+        [row_options[best] for row_options, best in zip(options, seed, strict=True)]
+        for seed in likeliest
+    ]
+    targets = [example.target for example in setup.task.test[: len(options)]]
+    return exact_match(predictions, targets)
 
 
 def _likelihoods(
@@ -273,58 +273,16 @@ def score_rows(
     greedy = np.zeros((seeds, len(rows)), bool)
     compile_cost = evaluation_compile_cost(problem.config)
     batches = eval_batches(rows, batch_size, pad_id=pad_id, compile_cost=compile_cost)
-    for number, (numbers, batch) in enumerate(batches):
+    for number, (indices, batch) in enumerate(batches):
         if number > 0:
             problem = read(number)
-        real = numbers >= 0
-        scores = to_host(seed_scores(params, _for_every_seed(batch, seeds), problem))
-        likelihoods[:, numbers[real]] = scores[0][:, real]
-        greedy[:, numbers[real]] = scores[1][:, real]
+        real = indices >= 0
+        seed_batch = jax.tree.map(
+            lambda leaf: np.broadcast_to(leaf, (seeds, *leaf.shape)), batch
+        )
+        seed_batch = on_mesh(seed_batch, of_seeds=True)
+        scores = to_host(seed_scores(params, seed_batch, problem))
+        likelihoods[:, indices[real]] = scores[0][:, real]
+        greedy[:, indices[real]] = scores[1][:, real]
         update(int(np.sum(real)))
     return likelihoods, greedy
-
-
-def with_options(
-    tokenizer: Any,
-    task: Task,
-    test: Encoded,
-    options: Sequence[Sequence[str]],
-    text_format: TextFormat,
-) -> Encoded:
-    """Return every test row once for each of its options, which replaces its target."""
-    pairs = [
-        (row, option)
-        for row, row_options in enumerate(options)
-        for option in row_options
-    ]
-    examples = [
-        dataclasses.replace(task.test[row], target=option) for row, option in pairs
-    ]
-    labels = encode(tokenizer, examples, text_format).labels
-    return Encoded(tuple(test.inputs[row] for row, _ in pairs), labels)
-
-
-def likeliest_correct(
-    likelihoods: Float[np.ndarray, "seeds pairs"],
-    options: Sequence[Sequence[str]],
-    task: Task,
-) -> Bool[np.ndarray, "seeds rows"]:
-    """Return whether each test row's likeliest option is its target, given likelihoods of rows of `with_options`."""
-    ends = np.cumsum([len(row_options) for row_options in options])
-    chosen = [
-        np.argmax(part, axis=1) for part in np.split(likelihoods, ends[:-1], axis=1)
-    ]
-    targets = [example.target for example in task.test[: len(options)]]
-    best_options: list[list[int]] = np.stack(chosen, axis=1).tolist()
-    predictions = [
-        [row_options[i] for row_options, i in zip(options, best, strict=True)]
-        for best in best_options
-    ]
-    return exact_match(predictions, targets)
-
-
-def _for_every_seed(batch: Batch, seeds: int) -> Batch:
-    return on_mesh(
-        jax.tree.map(lambda a: np.broadcast_to(a, (seeds, *a.shape)), batch),
-        of_seeds=True,
-    )

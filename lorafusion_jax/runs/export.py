@@ -235,7 +235,7 @@ def _finite(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def _adapter(
     problem: Problem, params: Params, base: str
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return the configuration and the tensors of the PEFT adapter that equals one seed's numbers."""
+    """Return the configuration and the tensors of the PEFT adapter that equals one seed's parameters."""
     magnitudes = params.get("magnitudes")
     frozen = problem.frozen
     config = problem.config

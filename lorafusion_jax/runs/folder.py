@@ -313,7 +313,7 @@ def load_run(folder: str | Path) -> tuple[FuseOptions, dict[str, Any], RunConfig
 def load_seed(
     folder: Path, seed: int | None
 ) -> tuple[FuseOptions, Params, RunConfig, int]:
-    """Return the options of a run, the numbers of one seed (by default its first), the config, and the seed's place."""
+    """Return a run's options, the parameters of one seed (by default its first), its config, and the seed's place."""
     options, params, config = load_run(folder)
     place = seed_place(folder, options.seeds, seed)
     return (

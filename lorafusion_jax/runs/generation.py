@@ -61,12 +61,12 @@ class SeedModels(NamedTuple):
 
 
 def draw_keys(
-    sampling: Sampling, sampling_seed: int, numbers: Int[np.ndarray, " B"]
+    sampling: Sampling, sampling_seed: int, indices: Int[np.ndarray, " B"]
 ) -> Key[Array, " B"] | None:
     """Return a key for each row, by its number; None if nothing is drawn."""
     if not sampling.temperature:
         return None
-    return jax.vmap(partial(jax.random.fold_in, jax.random.key(sampling_seed)))(numbers)
+    return jax.vmap(partial(jax.random.fold_in, jax.random.key(sampling_seed)))(indices)
 
 
 def generate_rows(
@@ -80,7 +80,7 @@ def generate_rows(
     row_params: Callable[[Int[np.ndarray, " B"]], Params] | None = None,
     limits: Int[np.ndarray, " rows"] | None = None,
     sampling: Sampling = GREEDY,
-    keys: Keys = lambda numbers: None,
+    keys: Keys = lambda indices: None,
     stops: Stops | None = None,
     between_stops: int = 8,
     compile_cost: float | None = None,
@@ -99,10 +99,10 @@ def generate_rows(
       batch_size: most rows that are computed at once.
       max_new_tokens: most tokens of an answer.
       pad_id: token that fills up rows.
-      row_params: function from the numbers of a batch's rows (-1 for none) to further parameters.
+      row_params: function from the indices of a batch's rows (-1 for none) to further parameters.
       limits: most tokens of each row's answer, at most `max_new_tokens`, which is the default.
       sampling: choice of tokens.
-      keys: function from row numbers to keys of the rows' draws.
+      keys: function from row indices to keys of the rows' draws.
       stops: function from the tokens of answers so far to whether the answers end, though not with an end token.
       between_stops: tokens that are generated before `stops` is called again.
       compile_cost: tokens that one more program must save; by default so many as its compilation costs.

@@ -111,11 +111,11 @@ class _Answering:
 
     def encode(self, texts: Texts, lines: Mapping[int, str]) -> Encoded:
         """Tokenise lines, given by their places in the text."""
-        prompt, column = (
-            (self.fused.prompt, self.fused.input)
-            if isinstance(self.fused, FuseOptions)
-            else (None, None)
-        )
+        prompt = None
+        column = None
+        if isinstance(self.fused, FuseOptions):
+            prompt = self.fused.prompt
+            column = self.fused.input
         rows = {f"line {place + 1}": line for place, line in lines.items()}
         if columns(prompt) - {"input"}:
             fix = f"give a row such as {row_example(prompt)}"
@@ -133,11 +133,28 @@ class _Answering:
             texts.tokenizer, examples, texts.text_format, new_tokens=self.new_tokens
         )
 
-    def load(self, tokens: int, steps: int, rows: int = 1) -> tuple[Params, Problem]:
-        """Load the model, with an index of the seed alone, and its numbers.
+    def load(
+        self,
+        on_chip: Callable[[], Problem] | None,
+        tokens: int,
+        steps: int,
+        rows: int = 1,
+    ) -> tuple[Params, Problem]:
+        """Load the parameters and the model, by default digitally; leaves have an axis of this seed alone.
 
         Plain weights take the run in, if its adapters would take longer in `tokens` of prompts and `steps` of `rows`.
         """
+        if on_chip is None:
+            params, problem = self._digital(tokens, steps, rows)
+        else:
+            params = self.params
+            problem = on_chip()
+        params, index = jax.device_put(
+            jax.tree.map(lambda p: p[None], to_host((params, problem.index)))
+        )
+        return params, problem.replace(index=index)
+
+    def _digital(self, tokens: int, steps: int, rows: int) -> tuple[Params, Problem]:
         loaded = load_model(self.fused, base=self.base)
         if self.run is not None:
             loaded = of_run(loaded, self.fused, *self.run, self.params)
@@ -217,38 +234,34 @@ def load_to_evaluate(options: EvaluateOptions) -> tuple[Setup, FuseOptions, Para
     """Return the setup of a run, its options updated by those of the evaluation, and its trained parameters."""
     at_least(1, test_rows=options.test_rows)
     fused, params, config = load_run(options.run)
-    task = task_to_evaluate(
-        fused, options.run, config, options.task, options.train_rows
-    )
+    task = _task_to_evaluate(options, fused, config)
     recipe = dataclasses.replace(fused.recipe, max_new_tokens=config["max_new_tokens"])
     train_rows = fused.train_rows if options.train_rows is None else options.train_rows
     test_rows = options.test_rows or fused.test_rows or None
-    rows = {
-        "train_rows": train_rows,
-        "test_rows": test_rows,
-        "eval_batch": options.eval_batch,
-    }
-    fused = dataclasses.replace(fused, task=task.source, recipe=recipe, **rows)
+    fused = dataclasses.replace(
+        fused,
+        task=task.source,
+        recipe=recipe,
+        train_rows=train_rows,
+        test_rows=test_rows,
+        eval_batch=options.eval_batch,
+    )
     setup = load_setup(fused, to_train=False, task=task)
     first_seed = jax.eval_shape(lambda: jax.tree.map(lambda p: p[0], params))
     return of_run(setup, fused, options.run, config, first_seed), fused, params
 
 
-def task_to_evaluate(
-    fused: FuseOptions,
-    folder: Path,
-    config: RunConfig,
-    task: str | None,
-    train_rows: int | None,
+def _task_to_evaluate(
+    options: EvaluateOptions, fused: FuseOptions, config: RunConfig
 ) -> Task:
     """Return the task of a run, or another one without the rows that the run was trained on.
 
-    `task` and `train_rows` are the options of `lorafusion evaluate`. Raises a ValueError for a run's own task that has
-    changed, and for one without other rows.
+    Raises a ValueError for a run's own task that has changed, and for one without other rows.
     """
-    at_least(0, train_rows=train_rows)
-    if task is None:
-        if train_rows is not None:
+    folder = options.run
+    at_least(0, train_rows=options.train_rows)
+    if options.task is None:
+        if options.train_rows is not None:
             raise ValueError(
                 "--train-rows divides another task: name it with --task, or leave it out"
             )
@@ -258,25 +271,25 @@ def task_to_evaluate(
             )
         return own_task(fused, folder, config)
     needed = fused.entry.answers != "model"
+    train_rows = options.train_rows
     if train_rows is None:
         train_rows = fused.train_rows if needed else 0
     need = ("train", "test") if needed else ("test",)
-    rows = load_task(task, **row_format(fused), train_rows=train_rows, need=need)
-    trained = {*config["trained_sha256"]}
-    parts: dict[bool, list[Example]] = {True: [], False: []}
-    for row in rows.test:
-        parts[row.input_sha256 in trained].append(row)
-    if parts[True]:
-        note(
-            f"note: {len(parts[True])} rows of {task} are left out, because {folder} was trained on their inputs"
-        )
-    if not parts[False]:
-        raise ValueError(
-            f"{folder} was trained on the inputs of all rows of {task}: give others with --task"
-        )
-    return dataclasses.replace(
-        rows, train=(*rows.train, *parts[True]), test=tuple(parts[False])
+    task = load_task(
+        options.task, **row_format(fused), train_rows=train_rows, need=need
     )
+    trained = {*config["trained_sha256"]}
+    test = tuple(row for row in task.test if row.input_sha256 not in trained)
+    seen = tuple(row for row in task.test if row.input_sha256 in trained)
+    if not test:
+        raise ValueError(
+            f"{folder} was trained on the inputs of all rows of {options.task}: give others with --task"
+        )
+    if seen:
+        note(
+            f"note: {len(seen)} rows of {options.task} are left out, because {folder} was trained on their inputs"
+        )
+    return dataclasses.replace(task, train=task.train + seen, test=test)
 
 
 def generate_lines(
@@ -294,16 +307,9 @@ def generate_lines(
     encoded = answering.encode(texts, filled)
     places = np.array([*filled])
     rows = min(options.eval_batch, len(encoded))
-    work = (
-        sum(map(len, encoded.inputs)),
-        answering.new_tokens * -(-len(encoded) // max(rows, 1)),
-        rows,
-    )
-    params, problem = (answering.params, load()) if load else answering.load(*work)
-    params, index = jax.device_put(
-        jax.tree.map(lambda p: p[None], to_host((params, problem.index)))
-    )
-    problem = problem.replace(index=index)
+    steps = answering.new_tokens * -(-len(encoded) // max(rows, 1))
+    tokens = sum(map(len, encoded.inputs))
+    params, problem = answering.load(load, tokens, steps, rows)
     answers = [""] * len(lines)
     generated = generate_rows(
         params,
@@ -313,8 +319,8 @@ def generate_lines(
         max_new_tokens=answering.new_tokens,
         pad_id=texts.tokenizer.pad_token_id,
         sampling=options.sampling,
-        keys=lambda numbers: draw_keys(
-            options.sampling, options.sampling_seed, places[numbers]
+        keys=lambda indices: draw_keys(
+            options.sampling, options.sampling_seed, places[indices]
         ),
     )
     for place, answer in zip(
@@ -335,14 +341,9 @@ def stream_lines(
     """
     answering = _answering(options)
     texts = load_texts(answering.base, chat=answering.fused.chat)
-    params, problem = (
-        (answering.params, load()) if load else answering.load(0, answering.new_tokens)
-    )
+    params, problem = answering.load(load, 0, answering.new_tokens)
     if "base" not in params:
         problem = problem.per_layer()
-
-    params = jax.tree.map(lambda p: p[None], params)
-    problem = problem.replace(index=problem.index[None])
     tokenizer = texts.tokenizer
     for number, line in enumerate(read_lines(options.file)):
         if not line.strip():

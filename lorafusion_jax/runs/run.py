@@ -16,7 +16,7 @@ import numpy as np
 
 from ..io.digests import Digests
 from ..io.hf import Base, open_base
-from ..loading.identity import check_digests, digests
+from ..loading.model import check_digests, digests
 from ..methods.fusion import choice_of
 from ..support import processes
 from ..support.platform import cores, make_room
@@ -35,10 +35,15 @@ from .folder import (
     note,
     run_path,
 )
-from .module_ranking import with_ranked_modules
 from .options import FuseOptions, options_to_json
 from .setup import Setup, load_setup, trainable_count, unrolls
-from .start import check_targets, stages, start_params, with_targets
+from .start import (
+    check_targets,
+    stages,
+    start_params,
+    with_ranked_modules,
+    with_targets,
+)
 from .train import train
 from .weight_list import with_listed_modules
 
@@ -59,7 +64,7 @@ class HardwareSetup(NamedTuple):
     ]  # function from the trained parameters to the setup of the evaluation
 
 
-# Puts a run on hardware: (digital setup, options, numbers to start from).
+# Puts a run on hardware: (digital setup, options, parameters to start from).
 SetUpHardware = Callable[[Setup, FuseOptions, Params], HardwareSetup]
 
 

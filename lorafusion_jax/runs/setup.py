@@ -12,11 +12,12 @@ import numpy as np
 from .. import tasks
 from ..io.hf import Base, open_base
 from ..io.store import check_signature, signature
-from ..loading.identity import check_digests, digests
 from ..loading.model import (
     AnyLoaded,
     LoadedModel,
     Texts,
+    check_digests,
+    digests,
     load_model,
     load_texts,
     packing_of,
@@ -211,7 +212,7 @@ def of_run(
 ) -> AnyLoaded:
     """Return the loaded model with the modules of a run, whose trained parameters of one seed are given.
 
-    Raises a ValueError if base or pool are not those of the run, or the numbers have other shapes than its method's.
+    Raises a ValueError if base or pool are not those of the run, or the parameters have other shapes than its method's.
     """
     placed = with_modules(loaded, options, config["modules"])
     check_digests(folder, config["digests"], digests(placed), options)

@@ -1,29 +1,39 @@
-"""What a run starts from: an earlier stage, another run, weights of modules, or an adapter of PEFT."""
+"""What a run starts from: an earlier stage, another run, weights of modules, or an adapter of PEFT; and its modules.
+
+Modules are ranked by the gradient of the loss in their coefficients at zero, where a fusion is the base model. The
+gradient shows how much a little of each module would help, before anything is trained.
+
+Axis letters: N modules of a fusion.
+"""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float
 
 from ..io.digests import Digests, pool_digests
 from ..io.hf import Base, open_base
 from ..io.pool import open_pool
-from ..loading.identity import check_digests
-from ..loading.model import load_model
+from ..loading.model import check_digests, load_model, with_modules, with_whole_modules
 from ..methods import find
-from ..methods.entry import TargetedRecipe, recipe_of
-from ..methods.fusion import Fusion
+from ..methods.entry import TargetedRecipe, basis_of, modules_of, recipe_of
+from ..methods.fusion import Fusion, choice_of
 from ..methods.lora import LoRA, LoRARecipe, is_warm
 from ..models.architecture import kernels
 from ..support.text import some
+from ..tasks import IGNORED, Batch
 from ..training.fit import start
-from ..training.mesh import on_mesh
-from ..training.method import Frozen, Params
-from ..training.problem import Problem
+from ..training.loss import objective
+from ..training.mesh import on_mesh, to_host
+from ..training.method import SEARCH, Frozen, Params
+from ..training.problem import Problem, per_seed
 from ..training.recipe import Recipe
-from .folder import load_run, note, run_path
+from .folder import RunConfig, load_run, note, run_path
 from .options import FuseOptions
 from .setup import Setup, of_run
 from .weight_list import Weights, coefficients_of, listed_params, read_weights
@@ -83,10 +93,10 @@ def check_targets(options: FuseOptions, base: Base) -> None:
 def start_params(
     setup: Setup, options: FuseOptions, current_digests: Digests
 ) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-    """Return the numbers to start from, and for the results of each seed what a LoRA's rank leaves out of them.
+    """Return the parameters to start from, and for the results of each seed what a LoRA's rank leaves out of them.
 
     Raises:
-      ValueError: the numbers do not fit this run, whose digests are given.
+      ValueError: the parameters do not fit this run, whose digests are given.
     """
     nothing: list[dict[str, Any]] = [{}] * len(options.seeds)
     if options.start_from is None:
@@ -139,7 +149,7 @@ def _weighted_sum(
     weights: Weights,
     recorded: Digests | None,
 ) -> tuple[Problem, Params]:
-    """Return the problem of a weighted sum of modules on the base of a run, and its numbers, for all seeds."""
+    """Return the problem of a weighted sum of modules on the base of a run, and its parameters, for all seeds."""
     base = setup.problem.frozen.base
     pool = open_pool(folder, setup.base).load(list(weights))
     if recorded is not None:
@@ -170,7 +180,7 @@ def _weighted_sum(
 def _lora_start(
     setup: Setup, options: FuseOptions, source: Problem, params: Params
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the numbers of a LoRA whose model is the source's as far as its rank allows, and what that leaves out."""
+    """Return a LoRA's parameters that give the source's model as far as its rank allows, and what that leaves out."""
     method = setup.problem.method
     fresh = start(setup.problem, options.seeds).params
     assert isinstance(method, LoRA)
@@ -184,3 +194,60 @@ def _lora_start(
         f"{max(shares):.1f} % of the squared norm of a site's update"
     )
     return begin, [{"left_out": seed_shares} for seed_shares in left_out]
+
+
+def with_ranked_modules(
+    setup: Setup, options: FuseOptions, recorded: RunConfig | None
+) -> Setup:
+    """Return the setup with the modules of the resumed run, or with those that lower the loss fastest at c = 0."""
+    if recorded is not None:
+        return with_modules(setup, options, recorded["modules"])
+    recipe = options.recipe
+    ranked = setup
+    if basis_of(recipe) is not None and choice_of(recipe) == "gradient":
+        ranked = with_whole_modules(setup, options)
+    batches = list(ranked.rows.once(recipe.batch_size))
+    gradient = gradient_at_zero(ranked.problem, options.seeds, batches)
+    gradient = np.sum(gradient, axis=tuple(range(2, gradient.ndim)))  # over columns
+    first = np.argsort(gradient, axis=1, kind="stable")[:, : modules_of(recipe)]
+    seed_modules = [
+        [modules[i] for i in chosen]
+        for modules, chosen in zip(ranked.modules, first.tolist(), strict=True)
+    ]
+    return with_modules(setup, options, seed_modules)
+
+
+def gradient_at_zero(
+    problem: Problem, seeds: tuple[int, ...], batches: Sequence[Batch]
+) -> Float[np.ndarray, "seeds N *columns"]:
+    """Return the gradient of the loss on some rows, in nats per answer token, in the coefficients at c = 0.
+
+    Leaves of the batches have a leading axis of seeds. All tokens count alike, whatever batches their rows are in.
+    """
+    params = start(problem, seeds).params
+    params = params | {"coefficients": jnp.zeros_like(params["coefficients"])}
+    gradients = []
+    for number, batch in enumerate(batches):
+        read = problem.read(SEARCH, number)
+        gradients.append(
+            to_host(coefficient_gradients(params, on_mesh(batch, of_seeds=True), read))
+        )
+    tokens = np.stack(
+        [np.sum(np.asarray(batch.labels) != IGNORED, axis=(1, 2)) for batch in batches]
+    )
+    return np.einsum(
+        "bs,bs...->s...", tokens / np.sum(tokens, axis=0), np.stack(gradients)
+    )
+
+
+@per_seed
+def coefficient_gradients(
+    params: Params, batch: Batch, problem: Problem
+) -> Float[Array, "N *columns"]:
+    """Return the gradient of a batch's cross-entropy, in nats per token, in the coefficients."""
+
+    def loss(coefficients: Array) -> Array:
+        moved = params | {"coefficients": coefficients}
+        return objective(moved, batch, problem)[1]["cross_entropy"]
+
+    return jax.grad(loss)(params["coefficients"])

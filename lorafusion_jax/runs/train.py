@@ -67,10 +67,12 @@ def train(
             state, start_time = _fit(run, setup, options, begin)
             params = state.best if options.recipe.stop_early else state.params
             steps = to_host(state.step).tolist()
-        numbers = to_host(params)
+        host_params = to_host(params)
         seconds = time.monotonic() - start_time
         if processes.first():
-            store.save(run.final, FINAL, numbers, {"steps": steps, "seconds": seconds})
+            store.save(
+                run.final, FINAL, host_params, {"steps": steps, "seconds": seconds}
+            )
     return on_mesh(params, setup.config, of_seeds=True), steps, seconds
 
 

@@ -16,8 +16,7 @@ from jaxtyping import Array, Float
 from ..adapters.basis import Pool
 from ..adapters.coefficients import column_names, refined
 from ..io.digests import Digests
-from ..loading.identity import check_digests
-from ..loading.model import LoadedModel
+from ..loading.model import LoadedModel, check_digests
 from ..methods.entry import basis_of
 from ..methods.fusion import CoefficientsRecipe, Fusion, choice_of
 from ..methods.lora import LoRARecipe
@@ -186,7 +185,7 @@ def listed_params(
     weights: Weights,
     recorded: Digests | None,
 ) -> dict[str, Any]:
-    """Return the numbers of all seeds that give the model of a list of weights, from the digests of both sides."""
+    """Return the parameters of all seeds that give the model of a list of weights, from the digests of both sides."""
     problem = setup.problem
     source = options.start_from
     method = problem.method

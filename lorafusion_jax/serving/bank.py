@@ -18,7 +18,7 @@ V vocabulary.
 import dataclasses
 from collections.abc import Collection, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -154,15 +154,11 @@ class TaskBank:
           scaled: sites whose columns tasks may rescale; none for coefficients alone.
 
         Raises:
-          ValueError: there is no room for a task, or no such site.
+          ValueError: there is no room for a task.
         """
         at_least(1, capacity=capacity)
         model = nnx.merge(graph, frozen.base)
         sites = model.config.sites
-        if unknown := set(scaled) - sites.keys():
-            raise ValueError(
-                f"no site {', '.join(sorted(unknown))} to scale: the model has {', '.join(sites)}; choose of these"
-            )
         coefficients = None
         pool = frozen.pool
         if not scaled:
@@ -218,12 +214,6 @@ class TaskBank:
             )
         index = jnp.zeros(0, jnp.int32)
         task_pool = self.frozen.pool
-        needed = "coefficients" if isinstance(method, Fusion) else "magnitudes"
-        if needed not in params:
-            groups = ", ".join(sorted(params)) or "no numbers"
-            raise ValueError(
-                f"a task of {type(method).__name__} with {groups}: give its {needed}"
-            )
         if isinstance(method, Fusion):
             task_pool = self._own_pool(method, params, sites)
             index = self._index(method, params, modules, task_pool)
@@ -232,12 +222,6 @@ class TaskBank:
                 f"the task has magnitudes at {', '.join(sorted(extra))}, and the bank rescales "
                 f"{', '.join(sorted(self.tasks.scales)) or 'no site'}: make the bank with these sites as `scaled`"
             )
-        for site, magnitudes in params.get("magnitudes", {}).items():
-            if jnp.shape(magnitudes) != self.tasks.scales[site].shape[1:]:
-                raise ValueError(
-                    f"magnitudes at {site} have the shape {jnp.shape(magnitudes)}: "
-                    f"expected {self.tasks.scales[site].shape[1:]}, of one seed"
-                )
         frozen = self.frozen
         if (
             isinstance(method, Magnitudes)
@@ -248,14 +232,14 @@ class TaskBank:
                 kernels(nnx.merge(self.graph, frozen.base)),
                 params["magnitudes"],
             )
-        entry_options: Any = {"method": method, "granularity": self.granularity}
         entry = _entry(
             self.tasks,
             nameless(frozen),
             params,
             index,
             _unnamed(task_pool),
-            **entry_options,
+            method=method,
+            granularity=self.granularity,
         )
         return dataclasses.replace(self, tasks=_replaced(self.tasks, number, entry))
 

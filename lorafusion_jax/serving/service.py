@@ -18,8 +18,7 @@ from ..adapters.coefficients import GRANULARITIES
 from ..adapters.pool import LoraPool
 from ..io.digests import Digests
 from ..io.pool import open_pool
-from ..loading.identity import check_digests, digests
-from ..loading.model import load_model
+from ..loading.model import check_digests, digests, load_model
 from ..loading.spec import LoadOptions
 from ..methods.entry import Built, basis_of, recipe_of
 from ..methods.fusion import CoefficientsRecipe, Fusion
@@ -36,7 +35,8 @@ from ..training.method import Method, Params
 from .bank import TaskBank, nameless
 
 # What all runs of one bank have in common.
-_SHARED = ("base", "pool", "control", "control_draw", "dtype", "load_in")
+_SHARED_BASE = ("base", "dtype", "load_in")
+_SHARED = (*_SHARED_BASE, "pool", "basis", "control", "control_draw")
 _MIXTURE = Fusion(granularity="block", magnitudes=False)
 
 
@@ -421,32 +421,13 @@ class Service:
         return self.tasks[name]
 
     def _check_shares(self, run: FusedRun) -> None:
-        first = self._options
-        if run.options.entry.pool and basis_of(run.options.recipe) != basis_of(
-            first.recipe
-        ):
-            k = basis_of(run.options.recipe)
-            bank_basis = basis_of(first.recipe)
-            here = f"modules in a basis of {k} directions" if k else "whole modules"
-            if bank_basis:
-                there = f"modules in a basis of {bank_basis} directions"
-            else:
-                there = "whole modules"
-            raise ValueError(
-                f"{run.folder} fuses {here}, and {self._source} {there}: serve them apart, or fuse again"
-            )
-        for field in _SHARED:
-            if (
-                field in ("pool", "control", "control_draw")
-                and not run.options.entry.pool
-            ):
-                continue
-            here = _resolved(getattr(run.options, field))
-            there = _resolved(getattr(first, field))
-            if here != there:
+        for field in _SHARED if run.options.entry.pool else _SHARED_BASE:
+            run_value = _shared(run.options, field)
+            bank_value = _shared(self._options, field)
+            if run_value != bank_value:
                 raise ValueError(
-                    f"{run.folder} has the {field} {here}, and {self._source} has {there}: one bank has one {field}. "
-                    "Serve them apart, or fuse one of them again with the other's"
+                    f"{run.folder} has the {field} {run_value}, and {self._source} has {bank_value}: one bank has one "
+                    f"{field}. Serve them apart, or fuse one of them again with the other's"
                 )
 
 
@@ -458,8 +439,11 @@ def run_input(
     return as_input(row, where, prompt, input=input)
 
 
-def _resolved(value: str | int | None) -> str | int | None:
-    """Return a folder's absolute path; other values, such as hub ids, unchanged."""
+def _shared(options: LoadOptions, field: str) -> str | int | None:
+    """Return an option, with a folder's absolute path."""
+    if field == "basis":
+        return basis_of(options.recipe)
+    value = getattr(options, field)
     if isinstance(value, str) and Path(value).exists():
         return str(Path(value).resolve())
     return value

@@ -170,7 +170,7 @@ def train_step_batches(
 
     The width of a step holds the longest row that any seed has in it, or with `packing` all its rows; only packed
     batches of seeds that need not be `alike` differ in width. The widths to choose from depend on all of
-    `orders` (row numbers from `batch_orders`), so a resumed run, and every interval of a run, has the same shapes.
+    `orders` (row indices from `batch_orders`), so a resumed run, and every interval of a run, has the same shapes.
     Every interval but the first ends `length` steps after the one before it, or with the last step.
     """
     table = _table(encoded, pad_id)
@@ -220,7 +220,7 @@ def eval_batches(
     pad_id: int,
     compile_cost: float = FEWEST_TOKENS,
 ) -> Iterator[tuple[Int32[np.ndarray, " B"], Batch]]:
-    """Yield row numbers and batches, shortest rows first, in few groups of one shape; every row once.
+    """Yield row indices and batches, shortest rows first, in few groups of one shape; every row once.
 
     One more shape must save `compile_cost` tokens (see `Packing.evaluation_compile_cost`).
 
@@ -242,8 +242,8 @@ def eval_batches(
         rows = order[(row_widths == shape).all(axis=1)]
         steps = -(-len(rows) // batch_size)
         filling = np.full(-len(rows) % steps, -1, np.int32)
-        for numbers in np.concatenate([rows, filling]).reshape(steps, -1):
-            yield numbers, table.take(numbers, *shape)
+        for indices in np.concatenate([rows, filling]).reshape(steps, -1):
+            yield indices, table.take(indices, *shape)
 
 
 class TrainingRows(NamedTuple):
@@ -303,40 +303,33 @@ def _packed(
     labels = np.full((*leading, 1, target_width), IGNORED, np.int32)
     before = np.full((*leading, 1, target_width), -1, np.int32)
     lengths = np.maximum(_lengths(encoded) - np.array([causal, 0]), 0)[rows]
-    members = groups(lengths)
-    sources = tuple(
-        (
-            np.full((*leading, numbers.shape[-1], width), NOWHERE, np.int32)
-            for numbers, width in zip(members, row_widths[::2], strict=True)
-        )
-    )
-    targets = tuple(
-        (
-            np.full((*leading, numbers.shape[-1], width), NOWHERE, np.int32)
-            for numbers, width in zip(members, row_widths[1::2], strict=True)
-        )
-    )
+    ends = np.cumsum(lengths, axis=-2)
+    begins = ends - lengths
     for batch in np.ndindex(leading):
-        ends = np.cumsum(lengths[batch], axis=0)
-        places = np.stack([ends - lengths[batch], ends], axis=-1)
-        for row, row_places in zip(rows[batch], places, strict=True):
+        for row, begin, end in zip(
+            rows[batch], begins[batch], ends[batch], strict=True
+        ):
             if row < 0:
                 continue
             source = encoded.inputs[row]
             target = encoded.labels[row]
             first, source = (source[-1:], source[:-1]) if causal else ([-1], source)
-            at_source = (*batch, 0, slice(*row_places[0]))
-            at_target = (*batch, 0, slice(*row_places[1]))
-            ids[at_source] = source
-            labels[at_target] = target
-            before[at_target] = np.concatenate([first, target])[:-1]
-        for part, part_places in zip(
-            (sources, targets), places.swapaxes(0, 1), strict=True
-        ):
-            for group, numbers in zip(part, members, strict=True):
-                for line, (begin, end) in zip(
-                    group[batch], part_places[numbers[batch]], strict=True
-                ):
-                    line[: end - begin] = np.arange(begin, end)
+            ids[(*batch, 0, slice(begin[0], end[0]))] = source
+            labels[(*batch, 0, slice(begin[1], end[1]))] = target
+            in_front = np.concatenate([first, target])[:-1]
+            before[(*batch, 0, slice(begin[1], end[1]))] = in_front
+
+    def lines(part: int) -> tuple[np.ndarray, ...]:
+        part_begins = begins[..., part]
+        part_ends = ends[..., part]
+        group_lines = []
+        for indices, width in zip(groups(lengths), row_widths[part::2], strict=True):
+            begin = np.take_along_axis(part_begins, indices, axis=-1)[..., None]
+            end = np.take_along_axis(part_ends, indices, axis=-1)[..., None]
+            places = begin + np.arange(width)
+            filled = np.where(places < end, places, NOWHERE)
+            group_lines.append(filled.astype(np.int32))
+        return tuple(group_lines)
+
     real = np.arange(source_width) < lengths[..., 0].sum(axis=-1)[..., None, None]
-    return Batch(ids, real, labels, rows >= 0, Rows(sources, targets, before))
+    return Batch(ids, real, labels, rows >= 0, Rows(lines(0), lines(1), before))

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from ..support.reading import decode_as
 from ..support.text import some
 from .protocol import REFERENCE_SEED, shuffled
 from .readers import Row, read_rows, task_name
@@ -287,22 +288,20 @@ def _filled(row: Row, where: str, prompt: str | None, key: str, *, named: bool) 
     """Return the prompt around a row's column `key`; `named` if the user named it."""
     question = row.get(key)
     if not columns(prompt) - {"input"}:
-        if named:
-            parts = {key: question}
-        else:
-            parts = {"instruction": row.get("instruction"), key: question}
-        parts = {key: text for key, text in parts.items() if text is not None}
-        for key, text in parts.items():
-            if not _is_text(text, named=named):
-                raise ValueError(
-                    f"{where}: its {key} is {text!r}: give it a text, or take the row out"
-                )
-        question = "\n".join(str(text) for text in parts.values() if str(text).strip())
-        if not question:
-            got = (
-                ", and its ".join(f"{key} is {text!r}" for key, text in parts.items())
-                or f"{key} is None"
-            )
+        parts = {} if named else {"instruction": row.get("instruction")}
+        parts[key] = question
+        present = {name: text for name, text in parts.items() if text is not None}
+        wrong = {
+            name: text
+            for name, text in present.items()
+            if not _is_text(text, named=named)
+        }
+        question = "\n".join(
+            str(text) for text in present.values() if str(text).strip()
+        )
+        if wrong or not question:
+            texts = (wrong or present or {key: None}).items()
+            got = ", and its ".join(f"{name} is {text!r}" for name, text in texts)
             raise ValueError(f"{where}: its {got}: give it a text, or take the row out")
     return fill(prompt, row if question is None else {**row, "input": question}, where)
 
@@ -316,32 +315,22 @@ def _is_text(value: Any, *, named: bool) -> bool:
 
 
 def _conversation(messages: Row, where: str) -> list[tuple[str, str]]:
-    if isinstance(messages, list) and all(
-        isinstance(message, dict) and "from" in message for message in messages
-    ):
-        messages = [
-            {
-                "role": _SPEAKERS.get(who, who) if isinstance(who, str) else who,
-                "content": message.get("value"),
-            }
-            for message, who in ((message, message["from"]) for message in messages)
-        ]
-    if not isinstance(messages, list) or not all(
-        isinstance(message, dict) for message in messages
-    ):
-        raise ValueError(
-            f'{where}: its messages are not a list of {{"role": ..., "content": ...}}: fix the row'
-        )
+    # `datasets` fills up keys with None.
+    kind = list[dict[str, str | None]]
     turns = []
-    for number, message in enumerate(messages, start=1):
-        entry = {
-            key: value for key, value in message.items() if value is not None
-        }  # `datasets` fills up keys with None
-        if entry.keys() != {"role", "content"} or not all(
-            isinstance(value, str) for value in entry.values()
-        ):
+    for number, message in enumerate(
+        decode_as(messages, kind, where, fix="fix its messages"), start=1
+    ):
+        entry = {key: text for key, text in message.items() if text is not None}
+        if entry.keys() == {"from", "value"}:
+            speaker = entry["from"]
+            entry = {
+                "role": _SPEAKERS.get(speaker, speaker),
+                "content": entry["value"],
+            }
+        if entry.keys() != {"role", "content"}:
             raise ValueError(
-                f"{where}: message {number} has {some([*entry]) or 'nothing'}: expected role and content, both texts"
+                f"{where}: message {number} has {some([*entry]) or 'nothing'}: expected role and content"
             )
         turns.append((entry["role"], entry["content"]))
     if [role for role, _ in turns[-2:]] != ["user", "assistant"] or not all(

@@ -14,9 +14,6 @@ from .data import Example
 Tokenizer: TypeAlias = Any
 
 LONGEST = 2048  # tokens that a text is cut to, as in the paper's code
-LONGEST_ROW = (
-    1 << 20
-)  # characters of a row's texts, also rendered by a chat template; a token takes up to 300 bytes
 _SHOWN = 40  # characters of a text in a message
 _NO_TOKENS = "the tokenizer makes no tokens of {text!r}: take the row out"
 
@@ -82,10 +79,8 @@ def encode(
 
     Raises:
       ValueError: on a text that gives no tokens or one that the model lacks, a row that is longer than the model's
-        context or than `LONGEST_ROW`, and a chat template that fails or does not render the answer as a continuation
-        of the prompt.
+        context, and a chat template that fails or does not render the answer as a continuation of the prompt.
     """
-    _check_characters(examples)
     if text_format.ends:
         encoded = _continued(tokenizer, examples, text_format)
     else:
@@ -223,7 +218,7 @@ def render_chat(
     """Return the text of a conversation, as `tokenizer.apply_chat_template` renders it, in jinja2's sandbox.
 
     `how` are that method's `add_generation_prompt` and `continue_final_message`. Raises a ValueError for a template
-    that fails or renders more than `LONGEST_ROW` characters.
+    that fails.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -238,12 +233,7 @@ def render_chat(
         raise ValueError(
             f"the chat template rejects messages of {roles}: {error}: leave out --chat"
         ) from error
-    text: str = rendered[0][0]
-    if len(text) > LONGEST_ROW:
-        raise ValueError(
-            f"the chat template renders {len(text):,} characters: expected at most {LONGEST_ROW:,}"
-        )
-    return text
+    return rendered[0][0]
 
 
 def tokenise(tokenizer: Tokenizer, texts: str | list[str], **how: Any) -> Any:
@@ -281,21 +271,6 @@ def _open_ended(
             length -= 1
         rows.append(row[:length])
     return rows
-
-
-def _check_characters(examples: Sequence[Example]) -> None:
-    """Raise ValueError for the first row whose texts would take too much memory as tokens."""
-    for row, example in enumerate(examples, start=1):
-        texts = (
-            example.input,
-            example.target,
-            *(content for _, content in example.history),
-        )
-        if (length := sum(map(len, texts))) > LONGEST_ROW:
-            raise ValueError(
-                f"row {row}, {_beginning(example.input)}, has {length:,} characters: expected at most {LONGEST_ROW:,}: "
-                "shorten the row or take it out"
-            )
 
 
 def _check_rows(

@@ -9,8 +9,7 @@ import numpy as np
 
 from .. import tasks
 from ..io.digests import Digests
-from ..loading.identity import digests
-from ..loading.model import LoadedModel, load_model
+from ..loading.model import LoadedModel, digests, load_model
 from ..methods.entry import SearchJob
 from ..methods.lora import LoRA, is_warm
 from ..runs.evaluate import evaluate, evaluate_few_shot, row_losses

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from refusals import refused, told
 
 import lorafusion_jax as lf
 from lorafusion_jax.cli import fuse, main
@@ -31,10 +32,10 @@ def asked(monkeypatch):
         found.append(options)
         raise ValueError("stop here")
 
-    def ask(*arguments: str) -> lf.FuseOptions:
+    def ask(arguments: str = "") -> lf.FuseOptions:
         monkeypatch.setattr(fuse, "fuse", take)
         with pytest.raises(SystemExit, match="2"):
-            main(["fuse", "--base", "owner/b", "--task", "t", *arguments])
+            main(f"fuse --base owner/b --task t {arguments}".split())
         return found.pop()
 
     return ask
@@ -42,19 +43,7 @@ def asked(monkeypatch):
 
 def test_options_in_every_group_reach_the_run(asked):
     assert asked() == lf.FuseOptions(base="owner/b", task="t")
-    options = asked(
-        "--method",
-        "lora",
-        "--lr-lora",
-        "0.5",
-        "--age",
-        "1day",
-        "--from",
-        "..",
-        "--seeds",
-        "3",
-        "4",
-    )
+    options = asked("--method lora --lr-lora 0.5 --age 1day --from .. --seeds 3 4")
     assert (options.method, options.recipe.lr_lora, options.arrays.age) == (
         "lora",
         0.5,
@@ -65,16 +54,14 @@ def test_options_in_every_group_reach_the_run(asked):
 
 def test_a_preset_gives_the_numbers_that_the_other_options_do_not(asked):
     reference = lf.PRESETS["reference"]
-    assert asked("--preset", "reference").recipe == reference
+    assert asked("--preset reference").recipe == reference
     # An option that repeats the default recipe's number overrides the preset's all the same.
-    changed = asked(
-        "--composition", "sum", "--preset", "reference", "--lr-coefficients", "0.1"
-    )
+    changed = asked("--composition sum --preset reference --lr-coefficients 0.1")
     assert changed.recipe == dataclasses.replace(
         reference, composition="sum", lr_coefficients=0.1
     )
     # Another method has some of these numbers.
-    dora = asked("--preset", "reference", "--method", "dora", "--lora-rank", "4").recipe
+    dora = asked("--preset reference --method dora --lora-rank 4").recipe
     shared = {
         name: value for name, value in vars(reference).items() if hasattr(dora, name)
     }
@@ -90,81 +77,28 @@ def test_a_recipe_of_another_method_is_accepted_only_with_common_numbers():
         base="b", task="t", method="lora", recipe=lf.FusionRecipe(epochs=3)
     )
     assert options.recipe == lf.LoRARecipe(epochs=3)
-    with pytest.raises(
-        ValueError, match="modules is an option of the methods fusion, .* not of lora"
-    ):
+    with refused("modules is an option of the methods fusion, .* not of lora"):
         lf.FuseOptions(
             base="b", task="t", method="lora", recipe=lf.FusionRecipe(modules=3)
         )
 
 
 def test_a_plan_shows_what_a_run_needs_and_runs_nothing(capsys, tmp_path):
-    where = [
-        "--pool",
-        str(_SMALL / "adapters"),
-        "--task",
-        str(_SMALL / "tasks" / "double_digit"),
-    ]
-    main(
-        [
-            "fuse",
-            "--base",
-            str(_SMALL / "base"),
-            *where,
-            "--out",
-            str(tmp_path),
-            "--plan",
-        ]
-    )
+    task = f"--task {_SMALL / 'tasks' / 'double_digit'} --plan"
+    command = f"fuse --base {_SMALL / 'base'} --pool {_SMALL / 'adapters'} {task}"
+    main(f"{command} --out {tmp_path}".split())
     out = capsys.readouterr().out
-    assert (
-        "1 methods and 1 tasks, looped; 1 seeds" in out
-        and "double_digit: training in 200 batches" in out
-    )
+    assert "1 methods and 1 tasks, looped; 1 seeds" in out
+    assert "double_digit: training in 200 batches" in out
     assert "| fusion |" in out and "lengths tokenised" in out
-    main(
-        [
-            "fuse",
-            "--base",
-            "flan-t5-large",
-            "--pool",
-            "none",
-            *where[2:],
-            "--preset",
-            "reference",
-            "--plan",
-        ]
-    )
+    shape = f"fuse --base flan-t5-large --pool none --preset reference {task}"
+    main(shape.split())
     out = capsys.readouterr().out
     assert "148,416" in out and "lengths estimated from characters" in out
-    main(
-        [
-            "fuse",
-            "--base",
-            str(_SMALL / "base"),
-            *where,
-            "--crossbar",
-            "isaac",
-            "--plan",
-        ]
-    )
-    assert (
-        "counted digitally: simulated arrays (isaac) take more"
-        in capsys.readouterr().out
-    )
-    with pytest.raises(SystemExit, match="2"):
-        main(
-            [
-                "fuse",
-                "--base",
-                str(_SMALL / "base"),
-                *where,
-                "--adapters",
-                "nobody",
-                "--plan",
-            ]
-        )
-    assert "nobody" in capsys.readouterr().err
+    main(f"{command} --crossbar isaac".split())
+    counted = "counted digitally: simulated arrays (isaac) take more"
+    assert counted in capsys.readouterr().out
+    assert "nobody" in told(capsys, f"{command} --adapters nobody".split())
     assert not list(tmp_path.iterdir())
 
 

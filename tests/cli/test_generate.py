@@ -27,26 +27,10 @@ def test_streamed_text_is_the_printed_text_piece_by_piece(
     base, tmp_path, capsys, monkeypatch
 ):
     (tmp_path / "lines").write_text("hot\nthe tall one\n")
-    command = [
-        "generate",
-        "--base",
-        str(base),
-        "--chat",
-        "--file",
-        str(tmp_path / "lines"),
-        "--max-new-tokens",
-        "12",
-    ]
-    command += [
-        "--temperature",
-        "2",
-        "--top-k",
-        "300",
-        "--top-p",
-        "0.99",
-        "--sampling-seed",
-        "3",
-    ]
+    command = (
+        f"generate --base {base} --chat --file {tmp_path / 'lines'} --max-new-tokens 12"
+        " --temperature 2 --top-k 300 --top-p 0.99 --sampling-seed 3"
+    ).split()
     cli.main(command)
     printed = capsys.readouterr().out
     assert printed.endswith("\n") and len(printed) > 20

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import recipes
+from refusals import refused
 
 from lorafusion_jax import cli, fuse
 from lorafusion_jax.runs import run_path
@@ -70,39 +71,32 @@ def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path):
     mean = runs["mean"][0]
     base = runs["base"][0]
     fewer = runs["fewer"][0]
-    with pytest.raises(
-        ValueError, match="fewer was evaluated on other test rows than .*mean"
+    nothing = tmp_path / "nothing"
+    for folders, message in (
+        ((mean, fewer), "fewer was evaluated on other test rows than .*mean"),
+        ((mean, nothing), "nothing is not the folder of a run"),
+        ((), "expected two or more different runs"),
+        ((mean, mean), "expected two or more different runs"),
     ):
-        compare(CompareOptions(runs=(mean, fewer)))
+        with refused(message):
+            compare(CompareOptions(runs=folders))
+    with refused("is none of the runs"):
+        compare(CompareOptions(runs=(mean, base), reference=fewer))
+
+
+def test_damaged_runs_are_not_compared(runs, tmp_path):
+    mean = runs["mean"][0]
     damaged = Path(shutil.copytree(mean, tmp_path / "damaged"))
-    predictions = (mean / "predictions.jsonl").read_text().splitlines(keepends=True)
-    for rows, count in (
-        (predictions[1:], 11),
-        ([*predictions, predictions[0]], 13),
-        ([], 0),
-    ):
-        (damaged / "predictions.jsonl").write_text("".join(rows))
-        with pytest.raises(
-            ValueError,
-            match=rf"damaged/predictions.jsonl holds {count} rows of seed .*: expected each of",
-        ):
-            compare(CompareOptions(runs=(base, damaged)))
+    options = CompareOptions(runs=(runs["base"][0], damaged))
+    rows = (mean / "predictions.jsonl").read_text().splitlines(keepends=True)
+    for damaged_rows, count in ((rows[1:], 11), ([*rows, rows[0]], 13), ([], 0)):
+        (damaged / "predictions.jsonl").write_text("".join(damaged_rows))
+        with refused(rf"predictions.jsonl holds {count} rows of seed .*: expected"):
+            compare(options)
     (damaged / "predictions.jsonl").unlink()
-    with pytest.raises(
-        ValueError, match=r"damaged/predictions.jsonl: missing: restore it from a copy"
-    ):
-        compare(CompareOptions(runs=(base, damaged)))
+    with refused("damaged/predictions.jsonl: missing: restore it from a copy"):
+        compare(options)
     results = json.loads((mean / "results.json").read_text())
     (damaged / "results.json").write_text(json.dumps(results | {"seeds": []}))
-    with pytest.raises(
-        ValueError,
-        match=r"damaged/results.json: seeds is \[\]: expected .*, as in config.json",
-    ):
-        compare(CompareOptions(runs=(base, damaged)))
-    with pytest.raises(ValueError, match="nothing is not the folder of a run"):
-        compare(CompareOptions(runs=(mean, tmp_path / "nothing")))
-    for given in ((), (mean,), (mean, mean)):
-        with pytest.raises(ValueError, match="expected two or more different runs"):
-            compare(CompareOptions(runs=given))
-    with pytest.raises(ValueError, match="is none of the runs"):
-        compare(CompareOptions(runs=(mean, base), reference=fewer))
+    with refused(r"damaged/results.json: seeds is \[\]: expected .*, as in config"):
+        compare(options)

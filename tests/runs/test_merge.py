@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import recipes
+from refusals import refused
 from safetensors.numpy import load_file
 
 from lorafusion_jax import (
@@ -146,7 +147,7 @@ def test_weights_that_cannot_be_used_are_refused_before_anything_is_written(
     if file := options.pop("file", None):
         options["weights_file"] = tmp_path / "weights.json"
         options["weights_file"].write_text(json.dumps(file))
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         _merge(tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
@@ -266,10 +267,8 @@ def test_a_fusion_starts_at_the_model_that_is_merged(
     still = {"lr_coefficients": 0.0, "start_from": listed[number]}
     options = recipes.small_run(small, tmp_path, name="run", **still | changes)
     fuse(options)
-    export(
-        ExportOptions(
-            run=tmp_path / "run", seed=2, out=tmp_path / "model", format="merged"
-        )
+    recipes.export(
+        run=tmp_path / "run", seed=2, out=tmp_path / "model", format="merged"
     )
     found = base_tensor(tmp_path / "model")
     merged = base_tensor(listed[1])
@@ -304,7 +303,7 @@ def test_a_list_that_a_fusion_cannot_start_from_is_refused(
     if weights is not None:
         file = tmp_path / "weights.json"
         file.write_text(json.dumps(weights))
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         fuse(recipes.small_run(small, tmp_path, name="run", start_from=file, **changes))
     assert not (tmp_path / "run").exists()
 
@@ -329,9 +328,7 @@ def test_a_control_starts_from_the_same_weights(small, listed, tmp_path):
 
 def test_a_start_that_does_not_exist_is_refused_before_anything_is_loaded(tmp_path):
     nothing = tmp_path / "base", tmp_path / "pool"
-    with pytest.raises(
-        ValueError, match=r"--from .*gone\.json: no such file or folder: give a run"
-    ):
+    with refused(r"--from .*gone\.json: no such file or folder: give a run"):
         fuse(recipes.small_run(nothing, tmp_path, start_from=tmp_path / "gone.json"))
 
 
@@ -346,7 +343,5 @@ def test_a_merged_list_of_another_base_or_pool_is_refused(
     digests = record["digests"]
     digests[part] = "0" if part == "base" else dict.fromkeys(digests[part], "0")
     (tmp_path / "merge.json").write_text(json.dumps(record))
-    with pytest.raises(
-        ValueError, match=f"{tmp_path} was fused with other weights: .*{message}"
-    ):
+    with refused(f"{tmp_path} was fused with other weights: .*{message}"):
         fuse(recipes.small_run(small, tmp_path, name="run", start_from=tmp_path))

@@ -12,8 +12,8 @@ import recipes
 import tiny
 
 import lorafusion_jax as lf
-from lorafusion_jax.runs import EvaluateOptions, evaluate_run, load_setup, run_path
-from lorafusion_jax.runs.module_ranking import gradient_at_zero
+from lorafusion_jax.runs import load_setup, run_path
+from lorafusion_jax.runs.start import gradient_at_zero
 
 
 def _options(folder: Path, **changes) -> lf.FuseOptions:
@@ -83,7 +83,7 @@ def test_rows_count_alike_in_batches_of_any_size(ranked):
 
 def test_a_run_that_chose_is_resumed_and_evaluated_with_its_modules(ranked):
     options, results = ranked
-    rows = evaluate_run(EvaluateOptions(run=run_path(options)))
+    rows = recipes.evaluate(run=run_path(options))
     for row, seed in zip(rows, results.seeds, strict=True):
         assert row == {name: seed[name] for name in row}
     _, params, config = lf.load_run(run_path(options))
@@ -92,18 +92,3 @@ def test_a_run_that_chose_is_resumed_and_evaluated_with_its_modules(ranked):
     assert again.seeds == results.seeds
     assert [seed["modules"] for seed in again.seeds] == config["modules"]
     assert params["coefficients"].shape == (2, 3, 2)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"composition": "mix"}, "no gradient can choose modules of a mix"),
-        ({"adapters": ("double_next",)}, "--adapters names the modules already"),
-        ({"modules": 5}, "5 modules to be chosen from a pool of 4"),
-    ],
-)
-def test_choices_that_contradict_other_options_are_refused(tmp_path, changes, message):
-    one_block.cut(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        lf.fuse(_options(tmp_path, **changes))
-    assert not (tmp_path / "ranked").exists()

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import recipes
+from refusals import refused
 from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
@@ -112,9 +113,8 @@ def test_training_without_a_finite_loss_stops_and_suggests_what_to_try(small, tm
         lr_magnitudes=1e38,
     )
     for resume in (False, True):
-        with pytest.raises(
-            ValueError,
-            match=r"no seed has had a finite loss for 2\d steps, up to step 2\d: try lower",
+        with refused(
+            r"no seed has had a finite loss for 2\d steps, up to step 2\d: try lower"
         ):
             lf.fuse(dataclasses.replace(options, resume=resume))
     folder = tmp_path / "diverged"
@@ -241,14 +241,12 @@ def test_a_run_starts_from_the_numbers_of_another_one(fused, small, tmp_path):
     lf.fuse(more)
     first = lf.runs.RunFolder(lf.runs.run_path(more)).metrics()[0]["loss"]
     assert first < lf.runs.RunFolder(lf.runs.run_path(options)).metrics()[0]["loss"]
-    with pytest.raises(ValueError, match="other modules or seeds"):
+    with refused("other modules or seeds"):
         lf.fuse(dataclasses.replace(more, seeds=(5,), name="other"))
-    with pytest.raises(ValueError, match="trained with the method fusion"):
+    with refused("trained with the method fusion"):
         lf.fuse(dataclasses.replace(more, method="coefficients", name="other"))
     doubled = _with_base(small[0], tmp_path / "doubled", 2)
-    with pytest.raises(
-        ValueError, match="whole was fused with other weights: the base"
-    ):
+    with refused("whole was fused with other weights: the base"):
         lf.fuse(dataclasses.replace(more, base=str(doubled), name="other"))
 
 
@@ -256,17 +254,15 @@ def test_evaluate_and_generate_agree_with_the_run(fused, copied):
     options, results = fused
     _, folder = copied
     assert lf.load_run(str(folder))[2] == lf.runs.RunFolder(folder).config()
-    rows = lf.runs.evaluate_run(lf.runs.EvaluateOptions(run=folder))
+    rows = recipes.evaluate(run=folder)
     assert rows == [
         {k: s[k] for k in ("seed", "exact_match", "option_accuracy", "loss")}
         for s in results.seeds
     ]
-    with pytest.raises(
-        ValueError, match="--train-rows divides another task: name it with --task"
-    ):
-        lf.runs.evaluate_run(lf.runs.EvaluateOptions(run=folder, train_rows=0))
-    with pytest.raises(ValueError, match="test_rows is 0: "):
-        lf.runs.evaluate_run(lf.runs.EvaluateOptions(run=folder, test_rows=0))
+    with refused("--train-rows divides another task: name it with --task"):
+        recipes.evaluate(run=folder, train_rows=0)
+    with refused("test_rows is 0: "):
+        recipes.evaluate(run=folder, test_rows=0)
     _change_config(folder, task=str(folder / "gone.jsonl"))  # generating needs no task
     text = folder / "lines.txt"
     text.write_text(
@@ -276,16 +272,16 @@ def test_evaluate_and_generate_agree_with_the_run(fused, copied):
             if p["seed"] == 2
         )
     )
-    assert lf.runs.generate_lines(
-        lf.runs.GenerateOptions(run=folder, file=text, seed=2)
-    ) == recipes.answers(options, 2)
-    with pytest.raises(ValueError, match=r"gone.jsonl"):
-        lf.runs.evaluate_run(lf.runs.EvaluateOptions(run=folder))
-    with pytest.raises(ValueError, match="has no seed 7: it has 1, 2"):
-        lf.runs.generate_lines(lf.runs.GenerateOptions(run=folder, file=text, seed=7))
+    assert recipes.generate(run=folder, file=text, seed=2) == recipes.answers(
+        options, 2
+    )
+    with refused(r"gone.jsonl"):
+        recipes.evaluate(run=folder)
+    with refused("has no seed 7: it has 1, 2"):
+        recipes.generate(run=folder, file=text, seed=7)
     text.write_text(" \n")
-    with pytest.raises(ValueError, match="holds no text"):
-        lf.runs.generate_lines(lf.runs.GenerateOptions(run=folder, file=text))
+    with refused("holds no text"):
+        recipes.generate(run=folder, file=text)
 
 
 def _with_base(source: Path, folder: Path, number: float) -> Path:
@@ -315,13 +311,9 @@ def _uses(run: Path, options: lf.FuseOptions) -> dict:
         return lf.fuse(options)
 
     return {
-        "evaluate": lambda: lf.runs.evaluate_run(lf.runs.EvaluateOptions(run=run)),
-        "generate": lambda: lf.runs.generate_lines(
-            lf.runs.GenerateOptions(run=run, file=run.parent / "lines")
-        ),
-        "export": lambda: lf.runs.export(
-            lf.runs.ExportOptions(run=run, out=run.parent / "out")
-        ),
+        "evaluate": lambda: recipes.evaluate(run=run),
+        "generate": lambda: recipes.generate(run=run, file=run.parent / "lines"),
+        "export": lambda: recipes.export(run=run, out=run.parent / "out"),
         "serve": lambda: lf.Service([lf.FusedRun.read(run)], capacity=1),
         "resume": resumed,
     }
@@ -334,9 +326,8 @@ def test_a_run_is_not_used_with_other_weights_of_the_same_shapes(use, moved, sma
     base = Path(options.base)
     pool = Path(str(options.pool))
     _with_base(small[0], base, 1.5)
-    with pytest.raises(
-        ValueError,
-        match=rf"{run} was fused with other weights: the base {base} had the SHA-256 ",
+    with refused(
+        rf"{run} was fused with other weights: the base {base} had the SHA-256 "
     ):
         called()
     _with_base(small[0], base, 1)
@@ -344,9 +335,8 @@ def test_a_run_is_not_used_with_other_weights_of_the_same_shapes(use, moved, sma
     shutil.copyfile(
         first / "adapter_model.safetensors", last / "adapter_model.safetensors"
     )
-    with pytest.raises(
-        ValueError,
-        match=rf"other weights: {last.name} of the pool {pool} had the SHA-256 \w+ then",
+    with refused(
+        rf"other weights: {last.name} of the pool {pool} had the SHA-256 \w+ then"
     ):
         called()
     assert not (run.parent / "out").exists()
@@ -368,14 +358,7 @@ def test_a_run_of_the_same_weights_is_used_in_another_format_and_dtype(moved, ca
     shutil.move(run / "model.safetensors", Path(options.base) / "model.safetensors")
     for changes in ({"dtype": "bfloat16"}, {"dtype": "float32", "load_in": "nf4"}):
         _change_config(run, **changes)
-        assert (
-            len(
-                lf.runs.generate_lines(
-                    lf.runs.GenerateOptions(run=run, file=run.parent / "lines")
-                )
-            )
-            == 1
-        )
+        assert len(recipes.generate(run=run, file=run.parent / "lines")) == 1
     assert capsys.readouterr().err == ""
 
 
@@ -398,11 +381,11 @@ def test_a_base_with_a_relative_path_is_found_from_another_folder(
     run = there / "runs" / "whole"
     monkeypatch.chdir(elsewhere)
     assert lf.load_run(run)[0].base == str(there / "owner" / "name")
-    lf.runs.evaluate_run(lf.runs.EvaluateOptions(run=run))
+    recipes.evaluate(run=run)
     there.rename(tmp_path / "moved")  # the whole project
     monkeypatch.chdir(tmp_path / "moved")
     assert lf.load_run("runs/whole")[0].base == "owner/name"
-    lf.runs.evaluate_run(lf.runs.EvaluateOptions(run=Path("runs/whole")))
+    recipes.evaluate(run=Path("runs/whole"))
     monkeypatch.chdir(elsewhere)
     assert capsys.readouterr().err == ""
 
@@ -417,18 +400,20 @@ def test_two_processes_cannot_write_one_run(copied, tmp_path):
         if path.is_file() and path.name != ".lock"
     }
     with lf.runs.RunFolder(folder).locked():
-        with pytest.raises(
-            ValueError,
-            match=rf"whole is in use by process {os.getpid()}: wait for it, or give",
+        with refused(
+            rf"whole is in use by process {os.getpid()}: wait for it, or give"
         ):
             lf.fuse(options)
     assert before == {path: path.read_bytes() for path in before}
     new = dataclasses.replace(options, name="new", resume=False)
     with (
         lf.runs.RunFolder(lf.runs.run_path(new)).locked(),
-        pytest.raises(ValueError, match=f"in use by process {os.getpid()}"),
+        refused(f"in use by process {os.getpid()}"),
     ):
         lf.fuse(new)
+
+
+_WARM = {"method": "lora", "warm_start": "fusion"}
 
 
 @pytest.mark.parametrize(
@@ -462,11 +447,41 @@ def test_two_processes_cannot_write_one_run(copied, tmp_path):
         ({"epochs": 0}, "epochs is 0: "),
         ({"modules": 0}, "modules is 0: "),
         ({"prune": 1.5}, "prune is 1.5"),
+        ({"basis": 0}, "basis is 0: "),
+        ({"choose": "basis-gradient"}, "--choose basis-gradient needs a shared basis"),
+        (
+            {"choose": "gradient", "composition": "mix"},
+            "no gradient can choose modules of a mix",
+        ),
+        (
+            {"choose": "gradient", "adapters": ("double_next",)},
+            "--adapters names the modules already",
+        ),
+        (
+            {"choose": "gradient", "modules": 5},
+            "5 modules to be chosen from a pool of 4",
+        ),
+        (
+            _WARM | {"pool": None},
+            "--warm-start starts from a pool: give it with --pool",
+        ),
+        (
+            _WARM | {"start_from": Path()},
+            "--warm-start makes the start: leave it out, or --from",
+        ),
+        (
+            _WARM | {"epochs": 1},
+            "--warm-start fusion divides the epochs into two parts: give 2 or more",
+        ),
+        (
+            _WARM | {"lora_targets": ("q",)},
+            "pool adapts v, which --lora-targets leaves out: add them",
+        ),
     ],
 )
 def test_bad_options_stop_before_anything_is_written(changes, message, small, tmp_path):
     options = _options(small, tmp_path, **changes)
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         lf.fuse(options)
     assert not list(tmp_path.iterdir())
 
@@ -480,21 +495,18 @@ def test_folders_that_are_no_inputs_stop_a_run_and_other_options_its_resumption(
         ({"pool": str(tmp_path)}, "is not a pool"),
         ({"base": str(tmp_path)}, "config.json"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with refused(message):
             lf.fuse(dataclasses.replace(new, **changes))
     assert not lf.runs.run_path(new).exists()
-    with pytest.raises(
-        ValueError,
-        match="prune is an option of the method fusion, not of coefficients",
-    ):
+    with refused("prune is an option of the method fusion, not of coefficients"):
         dataclasses.replace(
             options,
             recipe=dataclasses.replace(options.recipe, prune=0.1),
             method="coefficients",
         )
-    with pytest.raises(ValueError, match="holds a run"):
+    with refused("holds a run"):
         lf.fuse(options)
-    with pytest.raises(ValueError, match="was begun with other options: seeds was"):
+    with refused("was begun with other options: seeds was"):
         lf.fuse(dataclasses.replace(options, seeds=(3,), resume=True))
 
 
@@ -510,7 +522,7 @@ def test_an_export_has_a_model_card_without_names_of_folders(form, fused, tmp_pa
     assert f": {fused[1].seeds[0]['exact_match']:.1f} %" in card
     # The hub would refuse a folder as the base.
     assert str(fused[0].out) not in card and "base_model" not in card
-    with pytest.raises(ValueError, match="has no seed 9"):
+    with refused("has no seed 9"):
         lf.runs.export(dataclasses.replace(options, seed=9, out=tmp_path / "other"))
 
 
@@ -528,9 +540,8 @@ def test_a_diverged_seed_is_not_exported(form, copied, tmp_path):
         metadata,
     )
     options = lf.runs.ExportOptions(run=run, seed=1, out=tmp_path / "out", format=form)
-    with pytest.raises(
-        ValueError,
-        match=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.v\..* has NaN or infinite numbers",
+    with refused(
+        r"decoder\.block\.0\.layer\.1\.EncDecAttention\.v\..* has NaN or infinite numbers"
     ):
         lf.runs.export(options)
     assert [path.name for path in tmp_path.iterdir()] == [run.name]

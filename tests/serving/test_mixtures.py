@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import recipes
 import small_llama
+from refusals import refused, told
 from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
@@ -38,19 +40,10 @@ def merged(small, blocks, tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("merged")
     (folder / "weights.json").write_text(json.dumps(blocks))
     (folder / "lines").write_text("\n".join(_LINES))
-    pool = ["--base", str(small[0]), "--pool", str(small[1])]
-    how = [
-        "--weights-file",
-        str(folder / "weights.json"),
-        "--format",
-        "merged",
-        "--out",
-        str(folder / "model"),
-    ]
-    cli.main(["merge", *pool, *how])
-    return lf.runs.generate_lines(
-        lf.runs.GenerateOptions(base=str(folder / "model"), file=folder / "lines")
-    )
+    weights = folder / "weights.json"
+    command = f"merge {_pool(small)} --weights-file {weights} --format merged"
+    cli.main(f"{command} --out {folder / 'model'}".split())
+    return recipes.generate(base=str(folder / "model"), file=folder / "lines")
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +52,10 @@ def service(small, names, blocks) -> lf.Service:
     service.add_mixture("blocks", blocks)
     service.add_mixture("zero", {names[0]: 0.0, names[1]: 0.0})
     return service
+
+
+def _pool(small: tuple[Path, Path]) -> str:
+    return f"--base {small[0]} --pool {small[1]}"
 
 
 def _rows(folder: Path, rows: list[dict]) -> Path:
@@ -115,9 +112,9 @@ def test_mixtures_have_the_prompt_or_the_chat_template_of_the_service(
     small, names, merged, blocks, tmp_path, capsys
 ):
     how, text = _LINES[0].split(" : ")
-    pool = ["--base", str(small[0]), "--pool", str(small[1])]
     rows = _rows(tmp_path, [{"mixture": blocks, "how": how, "text": text}])
-    cli.main(["generate", *pool, "--prompt", "{how} : {text}", "--file", str(rows)])
+    command = f"generate {_pool(small)} --file {rows}".split()
+    cli.main([*command, "--prompt", "{how} : {text}"])
     assert capsys.readouterr().out.rstrip("\n") == merged[0]
     base = small_llama.make(tmp_path / "base")
     (tmp_path / "lines").write_text("hot")
@@ -131,28 +128,16 @@ def test_mixtures_have_the_prompt_or_the_chat_template_of_the_service(
 
 
 def test_evaluate_scores_a_mixture_as_the_merged_model(small, names, tmp_path, capsys):
-    pool = ["--base", str(small[0]), "--pool", str(small[1])]
-    task = ["--test-rows", "4", "--task"]
-    task.append(str(Path(__file__).parents[2] / "examples/small/tasks/double_digit"))
-    weights = ["--weights", f"{names[1]}=3", f"{names[0]}=-1"]
-    cli.main(
-        [
-            "merge",
-            *pool,
-            *weights,
-            "--format",
-            "merged",
-            "--out",
-            str(tmp_path / "model"),
-        ]
-    )
+    mixture = f"{_pool(small)} --weights {names[1]}=3 {names[0]}=-1"
+    model = tmp_path / "model"
+    cli.main(f"merge {mixture} --format merged --out {model}".split())
     options = lf.FuseOptions(
-        base=str(tmp_path / "model"), method="zero-shot", task=task[-1], test_rows=4
+        base=str(model), method="zero-shot", task=str(recipes.TASK), test_rows=4
     )
     setup = lf.runs.load_setup(options, to_train=False)
     loss = float(lf.runs.evaluate(setup, {}, batch_size=4).loss[0])
     capsys.readouterr()
-    cli.main(["evaluate", *pool, *weights, *task])
+    cli.main(f"evaluate {mixture} --test-rows 4 --task {recipes.TASK}".split())
     assert capsys.readouterr().out.split()[-1] == f"{loss:.4f}"
 
 
@@ -173,12 +158,10 @@ def test_evaluate_scores_a_mixture_as_the_merged_model(small, names, tmp_path, c
             "Expected `float .*`, got `str`.*: give weights such as",
         ),
         ({"mixture": [1]}, "mixture: Expected `object`, got `array`"),
-        ({"mixture": {"NAME": 1e39}}, "is 1e.39: expected a finite number of float32"),
         (
             {"mixture": {"NAME": {"encoder.7": 1}}},
             "name a block 'encoder.7': expected one of encoder.0",
         ),
-        ({"mixture": {"NAME": 1}, "input": " "}, "its input is ' ': give it a text"),
     ],
 )
 def test_rows_that_cannot_be_answered_are_refused_with_their_line(
@@ -190,7 +173,7 @@ def test_rows_that_cannot_be_answered_are_refused_with_their_line(
         + json.dumps({"input": "a"} | row).replace("NAME", names[0])
     )
     (tmp_path / "rows.jsonl").write_text(text)
-    with pytest.raises(ValueError, match=f"rows.jsonl:2.*{message}"):
+    with refused(f"rows.jsonl:2.*{message}"):
         generate_rows(
             base=str(small[0]), pool=str(small[1]), file=tmp_path / "rows.jsonl"
         )
@@ -219,12 +202,10 @@ def dora(small, names, tmp_path) -> Path:
 def test_a_mixture_of_a_dora_adapter_has_its_magnitudes(small, dora, tmp_path):
     service = lf.Service.open(str(small[0]), str(dora), capacity=1)
     service.add_mixture("x", {"dora": 1.0})
-    options = ["--base", str(small[0]), "--pool", str(dora), "--weights", "dora=1"]
-    cli.main(["merge", *options, "--format", "merged", "--out", str(tmp_path / "out")])
+    mixture = f"{_pool((small[0], dora))} --weights dora=1"
+    cli.main(f"merge {mixture} --format merged --out {tmp_path / 'out'}".split())
     (tmp_path / "lines").write_text("\n".join(_LINES))
-    merged = lf.runs.generate_lines(
-        lf.runs.GenerateOptions(base=str(tmp_path / "out"), file=tmp_path / "lines")
-    )
+    merged = recipes.generate(base=str(tmp_path / "out"), file=tmp_path / "lines")
     assert service.generate(_LINES, ["x"] * len(_LINES)) == merged
     assert service.generate(_LINES, [None] * len(_LINES)) != merged
 
@@ -238,43 +219,22 @@ def test_mixtures_and_options_that_cannot_be_used_are_refused(
             lambda: service.add_mixture("x", {"nobody": 1.0}),
             "the module nobody is not loaded: choose of ",
         ),
-        (
-            lambda: service.add_mixture("x", {names[0]: float("nan")}),
-            "is nan: expected a finite number",
-        ),
     ):
-        with pytest.raises(ValueError, match=message):
+        with refused(message):
             wrong()
-    base = ["--base", str(small[0])]
-    pool = ["--pool", str(small[1])]
-    for arguments, message in [
-        (["generate", *pool], "mixtures need a base and a pool"),
+    base = f"--base {small[0]}"
+    pool = _pool(small)
+    for command, message in (
+        (f"generate --pool {small[1]}", "mixtures need a base and a pool"),
+        (f"generate {base} --prompt x", "--prompt is the template of a base with a"),
+        (f"generate {pool} --runs {small[0]}", "runs have their base, pool, prompt"),
+        (f"generate {pool} --stream", "--stream: not possible together with --pool"),
+        (f"evaluate {base} --task t", "a mixture needs a pool and a task"),
+        (f"evaluate {pool} --task t", "no weights: give some with --weights"),
+        (f"evaluate {pool} --task t --weights 0=1", "has no module 0: it has "),
         (
-            ["generate", *base, "--prompt", "{input}"],
-            "--prompt is the template of a base with a pool",
-        ),
-        (
-            ["generate", *base, *pool, "--runs", str(small[0])],
-            "runs have their base, pool, prompt and chat template",
-        ),
-        (
-            ["generate", *base, *pool, "--stream"],
-            "--stream: not possible together with --pool",
-        ),
-        (["evaluate", *base, "--task", "t"], "a mixture needs a pool and a task"),
-        (
-            ["evaluate", *base, *pool, "--task", "t"],
-            "no weights: give some with --weights",
-        ),
-        (
-            ["evaluate", *base, *pool, "--task", "t", "--weights", "0=1"],
-            "has no module 0: it has ",
-        ),
-        (
-            ["evaluate", *base, *pool, "--task", "t", "--crossbar", "isaac"],
+            f"evaluate {pool} --task t --crossbar isaac",
             "--crossbar: not possible together with",
         ),
-    ]:
-        with pytest.raises(SystemExit):
-            cli.main(arguments)
-        assert message in capsys.readouterr().err
+    ):
+        assert message in told(capsys, command.split())

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refused
 
 from lorafusion_jax import tasks
 
@@ -84,9 +85,7 @@ def test_pad(sequences, room):
     assert padded.tolist() == [
         sequence + [-7] * (width - len(sequence)) for sequence in sequences
     ]
-    with pytest.raises(
-        ValueError, match=f"sequence 0 has {width + 1} tokens: expected at most {width}"
-    ):
+    with refused(f"sequence 0 has {width + 1} tokens: expected at most {width}"):
         tasks.pad([np.arange(width + 1)], _PAD, width)
 
 

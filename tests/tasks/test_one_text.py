@@ -8,6 +8,7 @@ import pytest
 import small_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refused
 from small_llama import BOS, END, EOS, START
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -142,7 +143,7 @@ def test_prompt_and_answer_are_the_rendered_conversation_token_by_token(
 )
 def test_templates_that_cannot_tell_an_answer_from_its_prompt(template, message):
     tokenizer = small_llama.make_tokenizer(chat_template=template)
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         encode(tokenizer, [Example("hot", "cold")], _CHAT)
 
 
@@ -151,15 +152,13 @@ def test_rows_that_the_context_does_not_hold(tokenizer):
     tokens = len(encode(tokenizer, rows, _PLAIN).inputs[1])
     fits = dataclasses.replace(_PLAIN, context=tokens + 8)
     assert len(encode(tokenizer, rows, fits, new_tokens=8)) == 2
-    with pytest.raises(
-        ValueError,
-        match=rf"row 2, 'the cold bold gold is old, the cold bold\.\.\.', has {tokens} tokens, and {tokens + 9} "
-        rf"with its answer of up to 9: the model's context holds {tokens + 8}. Shorten the row or take it out",
+    with refused(
+        rf"row 2, 'the cold bold gold is old, the cold bold\.\.\.', has {tokens} tokens, and {tokens + 9} "
+        rf"with its answer of up to 9: the model's context holds {tokens + 8}. Shorten the row or take it out"
     ):
         encode(tokenizer, rows, fits, new_tokens=9)
-    with pytest.raises(
-        ValueError,
-        match="row 1, 'hot', .* with its answer of up to 65: the model's context holds 20",
+    with refused(
+        "row 1, 'hot', .* with its answer of up to 65: the model's context holds 20"
     ):
         encode(
             tokenizer,
@@ -181,9 +180,8 @@ def test_tokens_that_the_model_lacks(tokenizer):
         lacks = dataclasses.replace(text_format, vocabulary=kept)
         assert len(encode(more, rows, fits)) == len(encode(more, rows[:1], lacks)) + 1
         for row in (rows[1], Example("hot", "old [new]")):
-            with pytest.raises(
-                ValueError,
-                match=rf"row 2, '.*', has the token '\[new\]', number {kept}, and the model's embedding holds {kept}: ",
+            with refused(
+                rf"row 2, '.*', has the token '\[new\]', number {kept}, and the model's embedding holds"
             ):
                 encode(more, [rows[0], row], lacks)
 
@@ -192,25 +190,18 @@ def test_tokens_that_the_model_lacks(tokenizer):
 def test_an_answer_without_tokens_is_refused(text_format):
     raw = Tokenizer(models.WordLevel({"hot": 0, "<unk>": 1}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    with pytest.raises(
-        ValueError, match=r"the tokenizer makes no tokens of '\\n': take the row out"
-    ):
+    with refused(r"the tokenizer makes no tokens of '\\n': take the row out"):
         encode(
             PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>"),
             [Example("hot", "\n")],
             text_format,
         )
-    with pytest.raises(ValueError, match="the tokenizer makes no tokens of ''"):
+    with refused("the tokenizer makes no tokens of ''"):
         encode(
             PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>"),
             [Example("", "")],
             text_format,
         )
-
-
-def test_two_texts_are_tokenised_as_before(tokenizer):
-    encoded = encode(tokenizer, [Example("hot", "cold")])
-    assert encoded.labels[0].tolist() == [BOS, *_tokens(tokenizer, "cold"), EOS]
 
 
 def test_chats_have_the_goldens_tokens(goldens):
@@ -266,9 +257,8 @@ def test_conversations_are_read_with_the_last_answer_as_target(tmp_path):
         Example("Q: hot", "cold"),
         Example("Q: bold", "gold"),
     )
-    with pytest.raises(
-        ValueError,
-        match=r"test.jsonl, line 1 is a conversation, .* chat template: give --chat",
+    with refused(
+        r"test.jsonl, line 1 is a conversation, .* chat template: give --chat"
     ):
         load_task(tmp_path, need=["test"])
 

@@ -11,6 +11,7 @@ import one_block
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from refusals import refused
 
 from lorafusion_jax import load_tokenizer
 from lorafusion_jax.tasks import (
@@ -103,11 +104,6 @@ def test_one_file_is_divided_by_one_shuffle_whatever_is_needed(tmp_path):
     assert len(load_task(path, train_rows=0, need=["test"]).test) == 150
 
 
-def test_a_file_named_as_one_part_is_that_part(tmp_path):
-    task = load_task(_write(tmp_path / "zero_shot.jsonl", _rows(2)), need=["test"])
-    assert (task.train, task.test) == ((), _examples(2))
-
-
 def test_fingerprint_tells_tasks_apart(tmp_path):
     path = _write(tmp_path / "train.jsonl", _rows(4))
     both = load_task(_write(tmp_path / "test.jsonl", _rows(4)).parent)
@@ -129,9 +125,7 @@ def test_prompt_stands_around_every_input(tmp_path):
     path = _write(tmp_path / "test.jsonl", [{"input": "{input} {x}", "target": "y"}])
     task = load_task(path, prompt="Count {{braces}}.\n\nQ: {input}\nA:", need=["test"])
     assert task.test == (Example("Count {braces}.\n\nQ: {input} {x}\nA:", "y"),)
-    with pytest.raises(
-        ValueError, match=r"the prompt 'Q: \{\}' has no \{input\} or other column"
-    ):
+    with refused(r"the prompt 'Q: \{\}' has no \{input\} or other column"):
         load_task(path, prompt="Q: {}")
 
 
@@ -256,20 +250,18 @@ _LOST = "does not exist: give a task file, a task folder or a data set's hub id"
 )
 def test_folders_that_are_no_tasks_are_refused(tmp_path, make, message):
     make(tmp_path)
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         load_task(tmp_path)
 
 
 def test_other_sources_that_are_no_tasks_are_refused(tmp_path):
     path = _write(tmp_path / "one.jsonl", _rows(1))
-    with pytest.raises(ValueError, match="has one row, .*: give more rows"):
+    with refused("has one row, .*: give more rows"):
         load_task(path)
     for source in ("/no/such/folder", "no_such.jsonl", "./owner/name", "a/b/c"):
-        with pytest.raises(ValueError, match=_LOST):
+        with refused(_LOST):
             load_task(source)
-    with pytest.raises(
-        ValueError, match="^'xxx.* cannot be a task: File name too long"
-    ):
+    with refused("^'xxx.* cannot be a task: File name too long"):
         load_task("x" * 5000)
 
 
@@ -332,13 +324,11 @@ def test_draws_are_the_same_everywhere():
     assert batch_orders(rows, batch_size=3, epochs=2, seeds=[1]).tolist() == [
         [[0, 2, 1], [3, 5, 4], [3, 2, 5], [0, 4, 1]]
     ]
-    assert draw_modules([str(i) for i in range(196)], 5, 42) == (
-        "163",
-        "28",
-        "6",
-        "189",
-        "70",
-    )
+    names = [str(i) for i in range(196)]
+    drawn = draw_modules(names, 5, 42)
+    assert drawn == ("163", "28", "6", "189", "70")
+    random.seed(42)  # as LoraHub does
+    assert drawn == tuple(random.sample(names, 5))
 
 
 @pytest.mark.parametrize(
@@ -351,7 +341,7 @@ def test_draws_are_the_same_everywhere():
     ],
 )
 def test_draws_from_too_little_are_refused(draw, message):
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         draw()
 
 
@@ -395,15 +385,6 @@ def test_epochs_and_seeds_are_shuffled_apart_and_a_seed_does_not_see_the_others(
     )
 
 
-def test_modules_are_drawn_as_python_samples_the_list():
-    names = [f"lorahub/{i}" for i in range(196)]
-    for seed in (1, 2, 3):
-        random.seed(seed)  # as LoraHub does
-        drawn = tuple(random.sample(names, 20))
-        assert draw_modules(names, 20, seed) == drawn
-    assert draw_modules(names, 20, 1) != draw_modules(names, 20, 2)
-
-
 # Tokenising
 
 
@@ -439,12 +420,8 @@ def test_long_texts_are_cut_and_keep_their_end(tokenizer):
 
 
 def test_no_tokenizer(tmp_path):
-    with pytest.raises(
-        ValueError, match=f"{tmp_path} gives no tokenizer: expected a folder or hub id"
-    ):
+    with refused(f"{tmp_path} gives no tokenizer: expected a folder or hub id"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(
-        ValueError, match=f"{tmp_path} gives no tokenizer: .*double quotes"
-    ):
+    with refused(f"{tmp_path} gives no tokenizer: .*double quotes"):
         load_tokenizer(tmp_path)
