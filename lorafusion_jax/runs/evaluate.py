@@ -223,7 +223,9 @@ def _option_correct(
     )
     ends = np.cumsum([len(row_options) for row_options in options])
     parts = np.split(likelihoods, ends[:-1], axis=1)
-    likeliest = np.stack([np.argmax(part, axis=1) for part in parts], axis=1)
+    likeliest: list[list[int]] = np.stack(
+        [np.argmax(part, axis=1) for part in parts], axis=1
+    ).tolist()
     predictions = [
         [row_options[best] for row_options, best in zip(options, seed, strict=True)]
         for seed in likeliest

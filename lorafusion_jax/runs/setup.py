@@ -1,7 +1,6 @@
 """Setup of a run from its options: the base model, the pool, the task's tokens, and each seed's draws."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -216,24 +215,15 @@ def of_run(
     """
     placed = with_modules(loaded, options, config["modules"])
     check_digests(folder, config["digests"], digests(placed), options)
-    problem = placed.problem
-    check_params(
-        folder,
-        params,
-        lambda: problem.replace(index=problem.index[0]).init(jax.random.key(0)),
-    )
-    return placed
-
-
-def check_params(folder: Path, params: Params, begin: Callable[[], Params]) -> None:
-    """Raise a FileError for a run's parameters of one seed with other shapes or dtypes than `begin` returns."""
-    expected = signature(jax.eval_shape(begin))
+    first_seed = placed.problem.replace(index=placed.problem.index[0])
+    expected = jax.eval_shape(lambda: first_seed.init(jax.random.key(0)))
     check_signature(
         folder / "final",
         signature(params),
-        expected,
+        signature(expected),
         fix="restore it from a copy, or train again",
     )
+    return placed
 
 
 def own_task(options: FuseOptions, folder: Path, config: RunConfig) -> tasks.Task:

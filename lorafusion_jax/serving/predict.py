@@ -92,9 +92,13 @@ def generate_rows(
         with error_context(lines_of[name]):
             service.add_mixture(name, mixture)
     texts, requests, _ = zip(*rows, strict=True)
-    how = {"sampling": sampling, "sampling_seed": sampling_seed}
     return service.generate(
-        texts, requests, max_new_tokens=max_new_tokens, eval_batch=eval_batch, **how
+        texts,
+        requests,
+        max_new_tokens=max_new_tokens,
+        eval_batch=eval_batch,
+        sampling=sampling,
+        sampling_seed=sampling_seed,
     )
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from refusals import told
 
 from lorafusion_jax import cli
 
@@ -52,10 +53,8 @@ _WRONG_SOURCES = {
 
 @pytest.mark.parametrize("call", _WRONG_SOURCES)
 def test_all_sources_that_do_not_exist_are_named_at_once(call, capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(call.split())
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and message.count("\n") == 1
+    message = told(capsys, call.split())
+    assert message.count("\n") == 1
     for words in _WRONG_SOURCES[call]:
         assert words in message
 
@@ -109,9 +108,8 @@ def test_messages_of_xla_and_tracebacks_are_shown_only_with_verbose(
 def test_a_wrong_seed_is_told_by_its_option(small, labelled, capsys):
     for command, option in (("fuse", "seeds"), ("trial", "seed")):
         arguments = _fuse(small, labelled)[1:7]
-        with pytest.raises(SystemExit):
-            cli.main([command, *arguments, f"--{option}", "-1"])
-        assert f"error: {option} is -1: expected an integer" in capsys.readouterr().err
+        message = told(capsys, [command, *arguments, f"--{option}", "-1"])
+        assert f"error: {option} is -1: expected an integer" in message
 
 
 def test_a_run_is_replaced_only_with_overwrite_and_once_the_new_one_is_complete(
@@ -121,13 +119,10 @@ def test_a_run_is_replaced_only_with_overwrite_and_once_the_new_one_is_complete(
     cli.main(arguments)
     folder = labelled.parent / "runs" / "cell"
     first = (folder / "results.json").read_text()
-    with pytest.raises(SystemExit):
-        cli.main(arguments)
-    assert "or replace it with --overwrite" in capsys.readouterr().err
+    assert "or replace it with --overwrite" in told(capsys, arguments)
 
     changed = [*arguments, "--overwrite", "--seeds", "4"]
-    with pytest.raises(SystemExit):
-        cli.main([*changed, "--batch-size", "0"])
+    told(capsys, [*changed, "--batch-size", "0"])
     assert (folder / "results.json").read_text() == first
     cli.main(changed)
     results = json.loads((folder / "results.json").read_text())
@@ -137,9 +132,8 @@ def test_a_run_is_replaced_only_with_overwrite_and_once_the_new_one_is_complete(
     assert [path.name for path in folder.parent.iterdir()] == ["cell"]
 
     (folder / "config.json").write_text('{"model_type": "llama"}')  # another program's
-    with pytest.raises(SystemExit):
-        cli.main(changed)
-    assert folder.is_dir() and "config.json: " in capsys.readouterr().err
+    assert "config.json: " in told(capsys, changed)
+    assert folder.is_dir()
 
 
 def _fuse(small: tuple[Path, Path], task: Path, *options: str) -> list[str]:
@@ -162,6 +156,5 @@ def test_a_table_of_40_rows_trains_on_four_fifths_or_on_all(small, labelled, cap
     results = json.loads((folder / "results.json").read_text())
     assert results["exact_match"] is None and results["test_rows"] == 0
 
-    with pytest.raises(SystemExit):
-        cli.main(["evaluate", "--run", str(folder)])
-    assert "was trained on all rows of its task" in capsys.readouterr().err
+    message = told(capsys, ["evaluate", "--run", str(folder)])
+    assert "was trained on all rows of its task" in message

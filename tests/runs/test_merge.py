@@ -39,6 +39,18 @@ def _updates(folder):
     }
 
 
+def _write(folder, config, factors, magnitudes):
+    """Write an adapter in PEFT's format."""
+    tensors = {}
+    for path, (a, b) in factors.items():
+        name = f"base_model.model.{path}"
+        tensors[f"{name}.lora_A.weight"] = a.astype(np.float32)
+        tensors[f"{name}.lora_B.weight"] = b.astype(np.float32)
+        if path in magnitudes:
+            tensors[f"{name}.lora_magnitude_vector"] = magnitudes[path]
+    write_adapter(folder, config, tensors)
+
+
 def _merge(out, **options):
     merge(MergeOptions(**{"base": _BASE, "pool": _POOL, "out": out} | options))
     return out
@@ -156,17 +168,12 @@ def test_a_dora_adapter_alone_keeps_its_magnitudes(tmp_path):
     source = _SMALL / "adapters" / _NAMES[0]
     adapter = read_adapter(str(source))
     rng = np.random.default_rng(0)
-    tensors = {}
-    magnitudes = {}
-    for path, (a, b) in adapter.factors.items():
-        magnitudes[path] = rng.uniform(-2, 2, len(b)).astype(np.float32)
-        name = f"base_model.model.{path}"
-        tensors[f"{name}.lora_A.weight"] = a
-        tensors[f"{name}.lora_B.weight"] = b
-        tensors[f"{name}.lora_magnitude_vector"] = magnitudes[path]
-    write_adapter(
-        tmp_path / "pool" / "one", {**adapter.config, "use_dora": True}, tensors
-    )
+    magnitudes = {
+        path: rng.uniform(-2, 2, len(b)).astype(np.float32)
+        for path, (_, b) in adapter.factors.items()
+    }
+    config = {**adapter.config, "use_dora": True}
+    _write(tmp_path / "pool" / "one", config, adapter.factors, magnitudes)
     pool = str(tmp_path / "pool")
     for out, form in (("adapter", "adapter"), ("model", "merged")):
         _merge(tmp_path / out, pool=pool, weights=("one=1.0",), format=form)
@@ -211,11 +218,7 @@ def test_modules_of_other_matrices_and_ranks_take_no_more_room_together(tmp_path
             "lora_alpha": rank,
             "target_modules": [*factors],
         }
-        tensors = {}
-        for path, (a, b) in factors.items():
-            tensors[f"base_model.model.{path}.lora_A.weight"] = a.astype(np.float32)
-            tensors[f"base_model.model.{path}.lora_B.weight"] = b.astype(np.float32)
-        write_adapter(tmp_path / "pool" / name, config, tensors)
+        _write(tmp_path / "pool" / name, config, factors, {})
     stored = [_numbers(tmp_path / "pool" / name) for name in sources]
     wanted = {}
     for name, weight in (("few", 0.5), ("one", -1.0)):
