@@ -21,8 +21,7 @@ from .. import crossbar
 from ..crossbar.preparation.preparation import check_preparation
 from ..crossbar.preparation.transform import transform_matrices
 from ..io import store
-from ..loading.model import digests
-from ..loading.model import LoadedModel, load_model
+from ..loading.model import LoadedModel, digests, load_model
 from ..loading.spec import LoadOptions
 from ..models.architecture import matrices, sharing_inputs
 from ..models.weights import dense

@@ -18,8 +18,7 @@ from jaxtyping import Array, Float
 
 from .. import crossbar
 from ..io import store
-from ..loading.model import digests
-from ..loading.model import LoadedModel, load_model
+from ..loading.model import LoadedModel, digests, load_model
 from ..loading.spec import LoadOptions
 from ..models.architecture import matrices as matrices_of
 from ..models.weights import dense
