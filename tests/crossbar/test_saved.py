@@ -98,9 +98,7 @@ def test_a_chip_of_float64_is_not_read_as_float32(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"name": 3}, "its name is 3: program the weights again"),
-        ({"plan": {"path": "other"}}, "path of its plan is 'other', not one of .*"),
-        ({"plan": {"integers": ""}}, "integers of its plan is '', not one of"),
+        ({"plan": {"path": "other"}}, "its path is 'other', not one of product, "),
         ({"plan": None}, "an earlier version wrote it: program the weights again"),
         ({"fields": '{"cell": 0}'}, "cell is 0"),
         ({"shape": "}"}, "damaged .*JSON"),

@@ -56,27 +56,22 @@ def _moments(
     rows = x.reshape(-1, x.shape[-1]).astype(matrix.dtype)
     y = jnp.dot(rows, matrix, precision="highest")
     z = matmul(rows, dataclasses.replace(chip, correction=None))
-    # All sums but `one`, `y` and `z` are of vectors in units of a power of two, whose squares stay in range.
-    exponent = jnp.frexp(jnp.max(jnp.abs(y), axis=1, keepdims=True))[1]
-    unit_rows = jnp.ldexp(rows, -exponent)
-    unit_y = jnp.ldexp(y, -exponent)
-    unit_z = jnp.ldexp(z, -exponent)
-    power = jnp.mean(jnp.square(unit_y), axis=1, keepdims=True)
+    power = jnp.mean(jnp.square(y), axis=1, keepdims=True)
     weight = jnp.where(power > 0, 1 / jnp.where(power > 0, power, 1), 0)
-    weighted_y = weight * unit_y
-    weighted_z = weight * unit_z
+    weighted_y = weight * y
+    weighted_z = weight * z
     xx = None
     xe = None
     if low_rank:
-        xx = jnp.dot(unit_rows.T, weight * unit_rows, precision="highest")
-        xe = jnp.dot(unit_rows.T, weighted_y - weighted_z, precision="highest")
+        xx = jnp.dot(rows.T, weight * rows, precision="highest")
+        xe = jnp.dot(rows.T, weighted_y - weighted_z, precision="highest")
     moments = _Moments(
         count=jnp.asarray(len(rows), matrix.dtype),
-        one=jnp.sum(jnp.ldexp(weight, -2 * exponent)),
-        y=jnp.sum(jnp.ldexp(weighted_y, -exponent), axis=0),
-        z=jnp.sum(jnp.ldexp(weighted_z, -exponent), axis=0),
-        yz=jnp.sum(weighted_y * unit_z, axis=0),
-        zz=jnp.sum(weighted_z * unit_z, axis=0),
+        one=jnp.sum(weight),
+        y=jnp.sum(weighted_y, axis=0),
+        z=jnp.sum(weighted_z, axis=0),
+        yz=jnp.sum(weighted_y * z, axis=0),
+        zz=jnp.sum(weighted_z * z, axis=0),
         xx=xx,
         xe=xe,
     )
@@ -159,14 +154,6 @@ def fit_corrections(
                 f"{chip.name} was read by none of the batches: give batches that use all chips"
             )
         check_numbers(chip, seen.yz)
-        sum_of_weights = np.asarray(seen.one)
-        has_outputs = np.asarray(seen.zz).any(axis=-1)
-        in_range = (sum_of_weights > 1e-30) & (sum_of_weights < 1e30)
-        if (offsets or numbers) and (has_outputs & ~in_range).any():
-            raise ValueError(
-                f"outputs of {chip.name} are below 1e-15 or above 1e15: scale the inputs, or fit neither offsets nor "
-                "matrices of low rank"
-            )
     most = math.ceil(_MOST_RANKS * numbers / numbers_per_rank(matrices))
     corrections = {}
     directions = []

@@ -24,7 +24,7 @@ from .one_chip import (
     STEPS,
     Statistics,
     calibrated,
-    check_statistics,
+    check_numbers,
     probe,
 )
 
@@ -252,7 +252,7 @@ def _calibrated(leaf: Chip, seen: Statistics) -> Chip:
 
 def _rows(leaf: Chip, seen: Statistics) -> Iterator[dict[str, Any]]:
     """Yield a row for every matrix that was read."""
-    check_statistics(leaf, seen)
+    check_numbers(leaf, seen.signal)
     sqnr = np.asarray(seen.sqnr)
     signal = np.asarray(seen.signal)
     clipped = np.max(np.asarray(seen.clip_share), axis=-1)

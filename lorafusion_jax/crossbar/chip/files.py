@@ -146,52 +146,40 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
             f"it was programmed with another configuration ({meta['config'][:12]}, this one is "
             f"{config_hash(config)[:12]}): load it with its own, or program the weights again"
         )
-    words = {
-        name.partition(".")[2]: a
-        for name, a in stored.items()
-        if name.startswith("columns.")
-    }
+
+    def parts_of(name: str) -> dict[str, Any]:
+        prefix = f"{name}."
+        return {
+            key.removeprefix(prefix): array
+            for key, array in stored.items()
+            if key.startswith(prefix)
+        }
+
+    shape = stored["codes"].shape
     fields: dict[str, Any] = {name: stored.get(name) for name in _ARRAYS}
-    if words:
+    if words := parts_of("columns"):
         fields["columns"] = FieldWords(**words)
-    if parts := {
-        name.partition(".")[2]: a
-        for name, a in stored.items()
-        if name.startswith("correction.")
-    }:
+    if parts := parts_of("correction"):
         fields["correction"] = Correction(**parts)
-        check_correction(
-            fields["correction"], meta.get("name", ""), stored["codes"].shape
-        )
+        check_correction(fields["correction"], meta["name"], shape)
     if "preparation" in meta:
-        parts = {
-            name.partition(".")[2]: a
-            for name, a in stored.items()
-            if name.startswith("preparation.")
-        }
-        fields["preparation"] = Preparation(**parts, **meta["preparation"])
-    check_preparation(fields.get("preparation"), stored["codes"].shape, config)
-    geometry = Geometry.of(stored["codes"].shape[-2:], config)
-    plan = {field.name: meta["plan"][field.name] for field in dataclasses.fields(Plan)}
+        fields["preparation"] = Preparation(
+            **parts_of("preparation"), **meta["preparation"]
+        )
+    check_preparation(fields.get("preparation"), shape, config)
+    geometry = Geometry.of(shape[-2:], config)
+    plan = dict(meta["plan"])
     if plan["bit_fields"] is not None:
-        places = {
-            name: tuple(map(tuple, slices))
-            for name, slices in plan["bit_fields"].items()
-        }
-        plan["bit_fields"] = BitFields(**places)
-    choices_by_name = {
-        "path": tuple(PATHS),
-        "integers": (False, True),
-        "ties": ("shift", "divide", None),
-    }
-    for name, choices in choices_by_name.items():
-        if plan[name] not in choices:
-            raise ValueError(
-                f"{name} of its plan is {plan[name]!r}, not one of {choices}: program the weights again"
-            )
-    name = meta["name"]
-    if not isinstance(name, str):
-        raise ValueError(f"its name is {name!r:.40}: program the weights again")
+        plan["bit_fields"] = BitFields(
+            **{
+                name: tuple(map(tuple, slices))
+                for name, slices in plan["bit_fields"].items()
+            }
+        )
+    if plan["path"] not in PATHS:
+        raise ValueError(
+            f"its path is {plan['path']!r}, not one of {', '.join(PATHS)}: program the weights again"
+        )
     structure, values = split_config(config)
     chip = Chip(
         **fields,
@@ -199,10 +187,10 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
         structure=structure,
         geometry=geometry,
         plan=Plan(**plan),
-        name=name,
+        name=meta["name"],
     )
-    if device_values := [
-        stored[f"values.{i}"] for i in range(len(values)) if f"values.{i}" in stored
-    ]:
-        return dataclasses.replace(chip, values=device_values)
+    if device_values := parts_of("values"):
+        return dataclasses.replace(
+            chip, values=[device_values[str(i)] for i in range(len(values))]
+        )
     return reconfigured(chip, config)
