@@ -249,6 +249,23 @@ def test_weights_whose_code_would_underflow_have_fewer_codes():
     np.testing.assert_allclose(matmul(1e30 * x, chip)[:, 2], y, rtol=1e-4, atol=1e-13)
 
 
+@pytest.mark.parametrize(
+    ("mapping", "adc"),
+    [("matrix", None), ("tile", None), ("column", ADC(bits=8, range="max"))],
+)
+def test_only_results_out_of_range_are_lost(mapping, adc):
+    """Powers of two on weights and inputs change no bit of a result but its exponent."""
+    config = CrossbarConfig(mapping=Mapping(scale=mapping), adc=adc, tile=Tile(rows=16))
+    rng = np.random.default_rng(0)
+    W = jnp.asarray(rng.uniform(0.1, 1, (64, 9)), jnp.float32)
+    x = jnp.asarray(rng.uniform(0.1, 1, (4, 64)), jnp.float32)
+    read = jax.jit(lambda W, x: matmul(x, program(W, config)))
+    y = np.asarray(read(W, x), float)
+    for i, j in ((1, -120), (118, -40), (-90, 100)):
+        scaled = read(W * jnp.float32(2.0**i), x * jnp.float32(2.0**j))
+        np.testing.assert_array_equal(np.asarray(scaled, float), y * 2.0 ** (i + j))
+
+
 def test_wires_that_lose_too_much_are_nan_and_chebyshev_converges():
     ideal = crossbar.PRESETS["ideal"]
 

@@ -27,6 +27,8 @@ from ..mapping import encoding
 from ..mapping.adc.quantiser import converter, level_units
 from .paths import PATHS, read
 
+# Powers of two within which factors are multiplied as they are: sums have up to 2^44 in addition.
+_USUAL = 32
 # JAX's product and its code: qwix replaces one of them while its models run.
 _PRODUCT = jax.lax.dot_general, jax.lax.dot_general.__code__
 
@@ -146,12 +148,18 @@ def _multiply(
     config = chip.config
     n = encoding.input_codes(x, limit, geometry, config, chip.key)
     limit = jnp.where(jnp.isfinite(limit), limit, jnp.nan)
+    # The factors, one after the other, could leave the range of the dtype where their product is within it.
+    scale, limit, exponents = _within_range(chip.scale, limit)
+    chip = dataclasses.replace(chip, scale=scale)
     quantise = None
     if chip.limits is not None:
         quantise = converter(chip.limits, geometry, config, chip.plan.ties)._replace(
             rounds=rounds
         )
-    y = read(n, quantise, chip) * (limit / geometry.input_top)
+    y = read(n, quantise, chip)
+    y = y * (limit / geometry.input_top)
+    for power in exponents:
+        y = y * power
     # Codes are integers on most paths, and counted as such, which NaN cannot be. A full scale of NaN has made y NaN.
     if chip.input_limit is not None:
         y = jnp.where(jnp.all(~jnp.isnan(n), axis=1, keepdims=True), y, jnp.nan)
@@ -162,6 +170,29 @@ def _multiply(
     ):
         y = jnp.where(loses_nothing(chip.limits, geometry, config), y, jnp.nan)
     return y
+
+
+def _within_range(
+    scale: Array, limit: Array
+) -> tuple[Array, Array, tuple[Array, Array]]:
+    """Return both factors of a read without their powers of two beyond 2^+-_USUAL, and those powers in two halves."""
+
+    def beyond(top: Array) -> Array:
+        exponent = jnp.frexp(jax.lax.stop_gradient(top))[1]
+        return exponent - jnp.clip(exponent, -_USUAL, _USUAL)
+
+    def two_to(exponent: Array) -> Array:
+        return jnp.ldexp(jnp.ones(exponent.shape, scale.dtype), exponent)
+
+    scale_exponent = beyond(jnp.max(scale, axis=0, keepdims=True))
+    limit_exponent = beyond(limit)
+    both = scale_exponent + limit_exponent
+    half = both // 2
+    return (
+        scale * two_to(-scale_exponent),
+        limit * two_to(-limit_exponent),
+        (two_to(half), two_to(both - half)),
+    )
 
 
 @functools.partial(_read.defjvp, symbolic_zeros=True)
