@@ -467,20 +467,6 @@ def test_a_layer_is_calibrated_as_its_chip_is():
     assert row["site"] == "" and row["layer"] is None
 
 
-@pytest.mark.long
-def test_all_layers_of_a_model_are_calibrated_in_their_scan():
-    digital = convert(_language(), {}, _KEY)
-    on_arrays = convert(_language(), {"blocks.*": _CALIBRATED}, _KEY)
-    on_arrays = calibrate(on_arrays, [(_TOKENS,), (_TOKENS[::-1],)])
-    got = _compiled(on_arrays, _TOKENS)
-    wanted = _compiled(digital, _TOKENS)
-    assert 0 < jnp.linalg.norm(got - wanted) < 0.2 * jnp.linalg.norm(wanted)
-    chip = on_arrays.blocks.up.kernel[...].chip
-    assert (
-        chip.limits.shape == (2, 1, 1, 2) and chip.input_limit[0] != chip.input_limit[1]
-    )
-
-
 def test_calibration_of_another_chip_compiles_nothing(caplog):
     def chip(number):
         device = crossbar.Device(

@@ -79,7 +79,7 @@ def summed(
       read: function from x [..., d_in], a chip and its own arrays to x @ W [..., d_out], or what stands for it, and a
         tree of what was found. Use one for all calls, as for `run`.
       zeros: such a tree for every chip, without any read.
-      own: arrays [*N, ...] of every chip, with the axes of its stack, if `read` needs some.
+      arguments: arrays [*N, ...] of every chip, with the axes of its stack, if `read` needs some.
       counted: inputs that `read` meets; the others are zeros for it. By default all.
     """
     total = zeros
@@ -135,7 +135,7 @@ def site_errors(weights: Any, statistics: list[Statistics]) -> list[dict[str, An
         if clipping:
             worst = sorted(clipping, key=lambda row, column=column: -row[column])
             sites = "; ".join(
-                f"{_said(row)}: {row[column]:.1%}" for row in worst[:_NAMED]
+                f"{_site_text(row)}: {row[column]:.1%}" for row in worst[:_NAMED]
             )
             rest = f"; and {len(worst) - _NAMED} more" if len(worst) > _NAMED else ""
             warnings.warn(f"{problem}: {sites}{rest}", stacklevel=2)
@@ -207,7 +207,7 @@ def _tapped_forward(read_and_tree, x, statistics, arrays):
     return y, (jnp.zeros_like(x), tuple(jax.tree.leaves(statistics)), None)
 
 
-_tapped.defvjp(_tapped_forward, lambda how, gradients, cotangent: gradients)
+_tapped.defvjp(_tapped_forward, lambda read_and_tree, gradients, cotangent: gradients)
 
 
 def _of_stack(mask: Bool[Array, "*B"], chip: Chip) -> Bool[Array, "..."]:
@@ -243,7 +243,7 @@ def _calibrated(leaf: Chip, seen: Statistics) -> Chip:
             "model at a time, and stack the models: jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)"
         )
     if idle := np.argwhere(~np.asarray(seen.read)).tolist():
-        where = _said(_names(leaf, tuple(idle[0])))
+        where = _site_text(_names(leaf, tuple(idle[0])))
         raise ValueError(
             f"{where} was read by none of the batches: give batches, and modules, that use all arrays"
         )
@@ -271,7 +271,7 @@ def _names(leaf: Chip, place: tuple[int, ...]) -> dict[str, Any]:
     return {"site": leaf.name, "layer": layer, "module": module}
 
 
-def _said(names: dict[str, Any]) -> str:
+def _site_text(names: dict[str, Any]) -> str:
     numbers = [
         f"{axis} {names[axis]}"
         for axis in ("layer", "module")

@@ -224,11 +224,11 @@ class KernelPath(ReadPath):
             y: Array, tile: tuple[Array, dict[str, Any], Array, Array, Array]
         ) -> tuple[Array, None]:
             x, parts, adc_scale, scale, number = tile
-            own = dataclasses.replace(
+            tile_chip = dataclasses.replace(
                 chip, **along(lambda a: jnp.expand_dims(a, 1), parts)
             )
             of_tile = self._of_tiles(
-                x[:, None], number, quantise._replace(scale=adc_scale[None]), own
+                x[:, None], number, quantise._replace(scale=adc_scale[None]), tile_chip
             )
             return y + of_tile * scale[None], None
 
