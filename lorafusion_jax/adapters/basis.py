@@ -26,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from ..models.weights import Weight, dense, quantise
-from .pool import LoraPool, positions
+from ..models.weights import Weight
+from .pool import LoraPool, positions, quantised_sites
 
 
 @jax.tree_util.register_dataclass
@@ -114,14 +114,8 @@ class SharedBasis:
         """Return the basis with U and V in 4 or 8 bits, tiled along d_in and d_out (see `weights.quantise`)."""
         return dataclasses.replace(
             self,
-            U={
-                site: quantise(dense(u, jnp.float32), qtype, tiled_axis=1)
-                for site, u in self.U.items()
-            },
-            V={
-                site: quantise(dense(v, jnp.float32), qtype, tiled_axis=2)
-                for site, v in self.V.items()
-            },
+            U=quantised_sites(self.U, qtype, tiled_axis=1),
+            V=quantised_sites(self.V, qtype, tiled_axis=2),
         )
 
 

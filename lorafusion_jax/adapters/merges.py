@@ -30,6 +30,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..models.weights import Weight, dense
 from ..support.platform import is_traced
+from .coefficients import expand
 from .composition import compose
 from .norms import product
 from .pool import LoraPool, in_pool
@@ -83,15 +84,7 @@ def merge(
     """
     check_merge(pool, kind)
     if kind == "cat":
-        ones = {
-            site: jnp.ones((ranks.shape[0], 1, 1)) for site, ranks in pool.rank.items()
-        }
-        return compose(
-            pool,
-            index,
-            {s: vectors * weights[None, :, None] for s, vectors in ones.items()},
-            "sum",
-        )[0]
+        return compose(pool, index, expand(weights, pool, "global"), "sum")[0]
     if kind.startswith("dare") and key is None:
         raise ValueError(f"{kind} keeps random entries: give a key")
     factor = in_pool(len(pool), index)

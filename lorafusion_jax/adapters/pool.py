@@ -72,15 +72,19 @@ class LoraPool:
         """Return the pool in 4 or 8 bits: A tiled along d_in, B along d_out (see `weights.quantise`)."""
         return dataclasses.replace(
             self,
-            A={
-                site: quantise(dense(a, jnp.float32), qtype, tiled_axis=2)
-                for site, a in self.A.items()
-            },
-            B={
-                site: quantise(dense(b, jnp.float32), qtype, tiled_axis=3)
-                for site, b in self.B.items()
-            },
+            A=quantised_sites(self.A, qtype, tiled_axis=2),
+            B=quantised_sites(self.B, qtype, tiled_axis=3),
         )
+
+
+def quantised_sites(
+    weights: dict[str, Weight], qtype: str, *, tiled_axis: int
+) -> dict[str, Weight]:
+    """Return the weights of all sites in 4 or 8 bits (see `weights.quantise`)."""
+    return {
+        site: quantise(dense(weight, jnp.float32), qtype, tiled_axis=tiled_axis)
+        for site, weight in weights.items()
+    }
 
 
 def positions(names: Sequence[str], chosen: Sequence[str | int]) -> list[int]:

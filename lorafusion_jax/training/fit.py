@@ -127,13 +127,14 @@ def fit(
         np.max(to_host(state.step))
     )  # a seed that has stopped counts no more steps
     length = per_epoch if whole_epochs() else 1
-    evaluation_options: Any = {
-        "length": length,
-        "first_step": first_step,
-        "alike": problem.seed_mode == "batched",
-    }
     steps_of_seeds = train_step_batches(
-        rows.tokens, orders, pad_id=rows.pad_id, packing=packing, **evaluation_options
+        rows.tokens,
+        orders,
+        pad_id=rows.pad_id,
+        packing=packing,
+        length=length,
+        first_step=first_step,
+        alike=problem.seed_mode == "batched",
     )
     intervals = map(_placed, steps_of_seeds)
     following = next(intervals, None)

@@ -5,7 +5,7 @@ Axis letters: B batch, T target, S source, L layer, D model width, V vocabulary.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -217,7 +217,19 @@ class T5(nnx.Module):
         """Encode the source; return the start token and a cache for `length` target positions."""
         encoded = self.encode(input_ids, input_mask, adapters)
         start = jnp.full(input_ids.shape[0], self.start_id, jnp.int32)
-        return start, self.start_cache(encoded, length, adapters)
+
+        def block(
+            layer: Block, x: Array, layer_inputs: tuple[Adapters, None]
+        ) -> tuple[Array, tuple[Array, Array]]:
+            return x, layer.cross_attention.cached(x, layer_inputs[0])
+
+        def empty(cross_cache: Array, axis: int) -> Array:
+            shape = list(cross_cache.shape)
+            shape[axis] = length
+            return pack(jnp.zeros(shape, encoded.dtype))
+
+        _, cross = self._scan(block, "decoder", encoded, adapters)
+        return start, Cache(*map(empty, cross, positions_of_cache()), *cross)
 
     def encode(
         self,
@@ -231,15 +243,12 @@ class T5(nnx.Module):
         positions = jnp.arange(max(mask.shape[-1] for mask in masks))
         bias = self.encoder_bias(positions, positions)
 
-        def block(layer: Block, x: Array, adapters: Adapters) -> tuple[Array, None]:
-            return layer(x, masks, bias, adapters, line), None
+        def block(
+            layer: Block, x: Array, layer_inputs: tuple[Adapters, None]
+        ) -> tuple[Array, None]:
+            return layer(x, masks, bias, layer_inputs[0], line), None
 
-        x, _ = self._scan(
-            block,
-            self.encoder,
-            self._embed(input_ids),
-            of_stack(adapters, "encoder", self.config.sites),
-        )
+        x, _ = self._scan(block, "encoder", self._embed(input_ids), adapters)
         return self.encoder_norm(x)
 
     def decode(
@@ -262,39 +271,16 @@ class T5(nnx.Module):
         masks = [seen[..., :width, :width] for width in widths]
         cross_masks = _keys(input_mask, source_line)
 
-        def block(layer: Block, x: Array, adapters: Adapters) -> tuple[Array, None]:
+        def block(
+            layer: Block, x: Array, layer_inputs: tuple[Adapters, None]
+        ) -> tuple[Array, None]:
+            layer_adapters, _ = layer_inputs
             return layer(
-                x, masks, bias, adapters, line, encoded, cross_masks, source_line
+                x, masks, bias, layer_adapters, line, encoded, cross_masks, source_line
             ), None
 
-        x, _ = self._scan(
-            block,
-            self.decoder,
-            self._embed(decoder_ids),
-            of_stack(adapters, "decoder", self.config.sites),
-        )
+        x, _ = self._scan(block, "decoder", self._embed(decoder_ids), adapters)
         return self._logits(x)
-
-    def start_cache(self, encoded: Encoded, length: int, adapters: Adapters) -> Cache:
-        """Return a cache for `length` target positions, with the source's keys and values computed."""
-
-        def block(
-            layer: Block, x: Array, adapters: Adapters
-        ) -> tuple[Array, tuple[Array, Array]]:
-            return x, layer.cross_attention.cached(x, adapters)
-
-        def empty(cross_cache: Array, axis: int) -> Array:
-            shape = list(cross_cache.shape)
-            shape[axis] = length
-            return pack(jnp.zeros(shape, encoded.dtype))
-
-        _, cross = self._scan(
-            block,
-            self.decoder,
-            encoded,
-            of_stack(adapters, "decoder", self.config.sites),
-        )
-        return Cache(*map(empty, cross, positions_of_cache()), *cross)
 
     def decode_token(
         self,
@@ -313,10 +299,10 @@ class T5(nnx.Module):
         def block(
             layer: Block,
             carry: tuple[Array, Array, Array],
-            layer_inputs: tuple[Adapters, tuple[Array, Array], Array],
+            layer_inputs: tuple[Adapters, tuple[tuple[Array, Array], Array]],
         ) -> tuple[tuple[Array, Array, Array], None]:
             x, keys, values = carry
-            adapters, cross, number = layer_inputs
+            adapters, (cross, number) = layer_inputs
 
             def put(cache: Array, new: Array, axis: int) -> Array:
                 start = [number, *[0] * new.ndim]
@@ -337,13 +323,9 @@ class T5(nnx.Module):
             return (x, keys, values), None
 
         layer_indices = jnp.arange(cache.keys.shape[0])
-        xs = (
-            of_stack(adapters, "decoder", self.config.sites),
-            (cache.cross_keys, cache.cross_values),
-            layer_indices,
-        )
+        xs = ((cache.cross_keys, cache.cross_values), layer_indices)
         carry = (self._embed(token[:, None]), cache.keys, cache.values)
-        (x, keys, values), _ = self._scan(block, self.decoder, carry, xs)
+        (x, keys, values), _ = self._scan(block, "decoder", carry, adapters, xs)
         return self._logits(x)[:, 0], cache._replace(keys=keys, values=values)
 
     def _embed(self, ids: Target) -> Hidden:
@@ -360,11 +342,16 @@ class T5(nnx.Module):
     def _scan(
         self,
         block: Callable[..., tuple[Any, Any]],
-        stacked: nnx.Module,
+        stack: Literal["encoder", "decoder"],
         carry: Any,
-        xs: Any,
+        adapters: Adapters,
+        xs: Any = None,
     ) -> tuple[Any, Any]:
-        return scan_blocks(block, stacked, carry, xs, unroll=self.config.unroll)
+        layer_inputs = (of_stack(adapters, stack, self.config.sites), xs)
+        blocks = getattr(self, stack)
+        return scan_blocks(
+            block, blocks, carry, layer_inputs, unroll=self.config.unroll
+        )
 
 
 def _keys(input_mask: Mask, line: Line | None) -> list[Bool[Array, "_ 1 1 _"]]:
