@@ -25,7 +25,7 @@ _GOALS = {
     "evaluate": 8.0,
     "fuse": 4.0,
     "fuse --plan": 2.0,
-    "cost": 10.0,  # it traces three programs of every method
+    "cost": 3.0,
 }  # seconds
 _SMALL = ROOT / "examples" / "small"
 _TASK = _SMALL / "tasks" / "swapends_prev"  # of `make demo`

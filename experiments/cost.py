@@ -4,7 +4,7 @@
     python experiments/cost.py --shapes t5-base --crossbars raella
 
 Written to the folder: table.csv (one line for each quantity of a method, in joules, seconds and counts), and a plot for
-each shape. No weights are loaded; two minutes.
+each shape. No weights are loaded.
 """
 
 import dataclasses

@@ -1,14 +1,14 @@
 """Energy, writes and wear of one new task on arrays, a row for every method, from shapes alone.
 
-Forward, the base's matrices and a method's frozen ones are read from arrays. Arrays are not read transposed, so all
-other products are digital, as many as the traced programs of training and generation have. Embeddings, norms, softmax
-and scales of columns are left out.
+Forward, the base's matrices and a method's frozen ones are read from arrays. Arrays are not read transposed, so the
+gradient of each product is digital: one product as large for the inputs, and one for a trained matrix. Attention is
+what else the traced forward pass multiplies. Embeddings, softmax and scales of columns are left out.
 """
 
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ..crossbar import (
@@ -137,7 +137,6 @@ class _Method:
             targets=self.options.targets,
             seeds=1,
             device="accelerator",
-            in_arrays=not self.trains_base,
         )
 
     @property
@@ -161,23 +160,36 @@ class _Method:
         else:
             trained_rows = epochs * rows.train.shape[1]
             forward_rows = epochs * rows.validation.shape[1]
-        # The difference of two batches leaves out what is computed once for all rows, such as norms.
-        forward = (self.flops("loss", 2) - self.flops("loss", 1)) / 2
-        in_arrays = self.products(in_training=True)
-        macs = forward_rows * (forward - in_arrays)
+        # Multiply-adds of a row: of its products with the base, with adapters in arrays or not, and of attention.
+        base = self.products(_kernel, self.config.sites) + self.head
+        in_arrays = self.products(self.layout.matrices, self.adapted)
+        digital = self.products(self.layout.digital, self.adapted)
+        forward = self.macs("zero-shot", "loss")
+        attention = forward - base
+        on_base = base - self.head if self.config.tied else base
+        training_pass = attention + digital + base
+        if not self.trains_base:
+            training_pass -= on_base
+        if not self.layout.trains_in_arrays:
+            training_pass += in_arrays
+        trained_products = digital
+        if self.trains_base:
+            trained_products += base
+        elif self.layout.written != "never":
+            trained_products += in_arrays
+        gradients = base + in_arrays + digital + 2 * attention + trained_products
+        steps = epochs * -(-rows.train.shape[1] // self.options.batch_size)
+        macs = (trained_rows + forward_rows) * training_pass + trained_rows * gradients
         if trained_rows:
-            batch = self.options.batch_size
-            step = self.flops("step", batch) / 2 / batch
-            macs += trained_rows * (step - in_arrays)
+            macs += steps * self.macs(self.entry.name, "adapters")
         reads = self.reads(in_training=True) * (trained_rows + forward_rows)
         # The rows of a batch share operands.
         learned = read_energy(reads, self.crossbar, constants).total
         learned += (mac + constants["words_per_mac"] * word) * macs
-        steps = epochs * -(-rows.train.shape[1] // self.options.batch_size)
         written = self.written(constants, steps=steps)
 
         # Generation has the products of a forward pass.
-        macs = forward - self.products(in_training=False)
+        macs = forward - on_base + digital
         reads = self.reads(in_training=False)
         reading = read_energy(reads, self.crossbar, constants).total
         return TaskCost(
@@ -194,12 +206,10 @@ class _Method:
         options = self.options
         return Shape(1, options.source - self.config.causal, options.target)
 
-    def flops(self, kind: Kind, rows: int) -> float:
-        """Return the FLOPs of a batch of rows."""
-        batch = Shape(rows, self.options.source, self.options.target)
-        return program_of(
-            self.config, self.entry.name, self.settings, kind, batch
-        ).flops
+    def macs(self, method: str, kind: Kind) -> float:
+        """Return the multiply-adds of a traced program for one row."""
+        shape = Shape(1, self.options.source, self.options.target)
+        return program_of(self.config, method, self.settings, kind, shape).flops / 2
 
     def written(self, constants: Constants, *, steps: int) -> WriteCost:
         """Return the cost of the cells that a task writes."""
@@ -226,17 +236,20 @@ class _Method:
             ]
         return placed
 
-    def products(self, *, in_training: bool) -> int:
-        """Return the multiply-adds of arrays for a row."""
-        placed = self.placed(in_training=in_training)
-        total = sum(
+    @property
+    def head(self) -> int:
+        """Multiply-adds of the head for a row."""
+        return self.row.target * math.prod(self.config.head)
+
+    def products(
+        self, matrices: Callable[[Site], list[Matrix]], sites: Mapping[str, Site]
+    ) -> int:
+        """Return the multiply-adds for a row of matrices at each site."""
+        return sum(
             self.row.tokens(site.reads) * site.layers * d_in * d_out
-            for site, matrices in placed
-            for d_in, d_out in matrices
+            for site in sites.values()
+            for d_in, d_out in matrices(site)
         )
-        if placed and not self.config.tied:
-            total += self.row.target * math.prod(self.config.head)
-        return total
 
     def reads(self, *, in_training: bool) -> Counts:
         """Return the counts of reading arrays for a row."""

@@ -32,7 +32,7 @@ from .program import Program, traced
 from .workload import EvaluationShapes, Shape, Workload
 
 Device = Literal["cpu", "accelerator"]
-Kind = Literal["step", "loss", "answers"]
+Kind = Literal["step", "loss", "answers", "adapters"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,6 @@ class Settings:
     seed_mode: SeedMode = "sequential"  # mode of the seeds (see `training.mesh`)
     device: Device = "cpu"
     load_in: LoadIn = "full"  # precision of base and pool
-    in_arrays: bool = False  # base and pool are read from ideal arrays
 
     def fused(self, recipe: Recipe) -> PlannedPool:
         """Return the modules that a method with this recipe fuses."""
@@ -109,7 +108,6 @@ class Traced:
             self.settings.load_in,
             seeds=seeds,
             apart=apart,
-            in_arrays=self.settings.in_arrays,
         )
 
     @functools.cached_property
@@ -156,7 +154,16 @@ class Traced:
                 max_new_tokens=shape.target,
             )
 
-        functions = {"step": step, "loss": loss, "answers": answers}
+        def adapters(state: TrainState, batch: Batch, one: Problem) -> Any:
+            _, adapters, _ = one.adapted_model(state.params)
+            return jax.tree.leaves(adapters)
+
+        functions = {
+            "step": step,
+            "loss": loss,
+            "answers": answers,
+            "adapters": adapters,
+        }
         apart = (
             self.settings.device == "cpu"
             and kind != "loss"

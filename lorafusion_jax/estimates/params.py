@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import qwix
 from flax import nnx
 
-from .. import crossbar
 from ..adapters.basis import Pool, SharedBasis, check_width
 from ..adapters.pool import LoraPool
 from ..io.hf import Base, open_base
@@ -39,13 +38,6 @@ from ..support.options import LoadIn
 from ..training.method import Frozen
 from ..training.problem import Problem
 from ..training.recipe import Recipe
-
-_IDEAL = crossbar.CrossbarConfig(
-    cell=crossbar.Cell(bits=None),
-    mapping=crossbar.Mapping(weight_bits=None),
-    tile=crossbar.Tile(rows=None, cols=None),
-    dac=None,
-)
 
 
 def counts(
@@ -139,13 +131,11 @@ def abstract_problem(
     *,
     seeds: int = 1,
     apart: bool = False,
-    in_arrays: bool = False,
 ) -> AbstractProblem:
     """Return the problem of some seeds with a base and a pool that are shapes; the recipe is of the entry's class.
 
     One seed has no axis of seeds. With `apart`, layers are in separate arrays, as loops on a CPU read them
-    (`Frozen.per_layer`). With `in_arrays`, the matrices of the base and the pool are in ideal arrays, whose read is one
-    product.
+    (`Frozen.per_layer`).
 
     Raises:
       ValueError: more directions of a basis than a matrix has, or targets that the model lacks.
@@ -172,12 +162,6 @@ def abstract_problem(
             set_matrices(model, quantised)
             base = nnx.split(model)[1]
             pool = None if pool is None else pool.quantised(load_in)
-        if in_arrays:
-            model = nnx.merge(graph, base)
-            set_matrices(model, _on_arrays(matrices(model)))
-            base = nnx.split(model)[1]
-            if pool is not None:
-                pool = dataclasses.replace(pool, **_on_arrays(pool.factors))
         model = nnx.merge(graph, base)
         method = entry.build(
             Built(config=config, recipe=recipe, pool=pool, modules=count)
@@ -194,10 +178,6 @@ def abstract_problem(
 
     leaves = jax.eval_shape(build, base)
     return AbstractProblem(leaves, trees[0])
-
-
-def _on_arrays(weights: Any) -> Any:
-    return crossbar.program_tree(weights, {"*": _IDEAL}, jax.random.key(0))
 
 
 def _separate(leaf: Any) -> Any:

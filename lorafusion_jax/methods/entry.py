@@ -23,11 +23,13 @@ class CostLayout:
     Attributes:
       matrices: function from a site to the matrices of its adapter that answers read from arrays, A before B; for a
         method that trains the base, these are the base's.
-      written: writes of these matrices for a task.
+      digital: function from a site to the matrices of its adapter that are multiplied digitally.
+      written: writes of the matrices in arrays for a task, which trains them.
       trains_in_arrays: forward passes of training read them from arrays too.
     """
 
     matrices: Callable[[Site], list[Matrix]] = lambda site: []
+    digital: Callable[[Site], list[Matrix]] = lambda site: []
     written: Literal["never", "once", "every step"] = "never"
     trains_in_arrays: bool = False
 

@@ -387,7 +387,9 @@ def _cost_layouts(recipe: FusionRecipe, rank: int) -> dict[str, CostLayout]:
     The second layout can be read by a sum alone. A basis has one layout.
     """
     if (k := recipe.basis) is not None:
-        layout = CostLayout(matrices=module(k), trains_in_arrays=True)
+        layout = CostLayout(
+            matrices=module(k), digital=lambda site: [(k, k)], trains_in_arrays=True
+        )
         return {_BASIS_TITLE.format(basis=k): layout}
     separate = separate_modules(recipe.modules, rank)
     together = dataclasses.replace(separate, matrices=module(recipe.modules * rank))

@@ -219,7 +219,7 @@ def _lora_cost_layouts(recipe: LoRARecipe, rank: int) -> dict[str, CostLayout]:
         "LoRA in cells, every step": CostLayout(
             matrices=matrices, written="every step", trains_in_arrays=True
         ),
-        "LoRA in SRAM": CostLayout(),
+        "LoRA in SRAM": CostLayout(digital=matrices),
     }
 
 
