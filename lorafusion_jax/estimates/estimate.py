@@ -189,14 +189,14 @@ class Traced:
                     ),
                     arguments,
                 )
-            found = traced(
+            program = traced(
                 of_seeds,
                 *arguments,
                 shapes.leaves,
                 donated=kind == "step",
                 trips=shape.target,
             )
-        return Program(found.flops / self.seeds, found.bytes)
+        return Program(program.flops / self.seeds, program.bytes)
 
 
 # A plan of several tasks, and jobs of one method, trace the same programs.
@@ -284,7 +284,7 @@ def estimates(
     trainable = trained_numbers(config, method, settings)
     if entry.answers == "nothing":
         return [Cost() for _ in works]
-    asked = [_asked(entry, recipe, work) for work in works]
+    evaluated = [_evaluation_shapes(entry, recipe, work) for work in works]
     seeds = seeds_of(method, settings)
     run = _traced(config, method, settings)
     step = interpolated(run, "step", [shape for work in works for shape in work.steps])
@@ -293,7 +293,7 @@ def estimates(
         "loss",
         [
             shape
-            for work, rows in zip(works, asked, strict=True)
+            for work, rows in zip(works, evaluated, strict=True)
             for shape in (work.validation, *work.search, *rows.rows, *rows.options)
         ],
     )
@@ -302,7 +302,7 @@ def estimates(
         "answers",
         [
             shape._replace(target=work.new_tokens)
-            for work, rows in zip(works, asked, strict=True)
+            for work, rows in zip(works, evaluated, strict=True)
             for shape in rows.rows
         ],
     )
@@ -356,7 +356,7 @@ def estimates(
             peak_bytes=weights + pool + state + activations,
         )
 
-    return [cost(work, rows) for work, rows in zip(works, asked, strict=True)]
+    return [cost(work, rows) for work, rows in zip(works, evaluated, strict=True)]
 
 
 def seeds_of(method: str, settings: Settings) -> int:
@@ -377,7 +377,9 @@ def _of(method: str, settings: Settings) -> tuple[MethodEntry, Any]:
     return entry, recipe_of(entry.recipe, vars(settings.recipe))
 
 
-def _asked(entry: MethodEntry, recipe: Any, work: Workload) -> EvaluationShapes:
+def _evaluation_shapes(
+    entry: MethodEntry, recipe: Any, work: Workload
+) -> EvaluationShapes:
     """Return the batches of a method's evaluation; ValueError if the task has too few rows for its prompts."""
     evaluated = work.few_shot if entry.answers == "examples" else work.test
     if evaluated is None:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from ..methods.entry import (
 )
 from ..models.architecture import (
     Architecture,
+    Site,
     kernels,
     matrices,
     set_matrices,
@@ -63,20 +64,20 @@ def counts(
         "lora_targets": maps,
     }
     fused = PlannedPool(rank=rank, pool=modules, targets=maps)
-    counted = {}
+    totals = {}
+
+    def count(entry: MethodEntry, title: str, recipe: Recipe) -> None:
+        groups = trainable_count(entry, config, recipe, fused)
+        totals[title.format(**vars(recipe))] = sum(groups.values())
+
     for entry in METHODS.values():
         recipe = recipe_of(entry.recipe, numbers)
-        selected = (
-            {} if entry.title is None else {entry.title.format(**vars(recipe)): recipe}
-        )
+        if entry.title is not None:
+            count(entry, entry.title, recipe)
         if entry.basis_title is not None and basis is not None:
             in_basis = recipe_of(entry.recipe, vars(recipe) | {"basis": basis})
-            selected[entry.basis_title.format(basis=basis)] = in_basis
-        counted |= {
-            title: sum(trainable_count(entry, config, of, fused).values())
-            for title, of in selected.items()
-        }
-    return counted
+            count(entry, entry.basis_title, in_basis)
+    return totals
 
 
 def shape_config(shape: str | Base) -> Architecture:
@@ -203,42 +204,29 @@ def _pool(
     adapted = targeted(config, modules.targets)
     r = modules.rank
     names = tuple(map(str, range(count)))
-    shapes = {
-        name: (site.layers, site.d_in, site.d_out) for name, site in adapted.items()
-    }
+
+    def zeros(shape: Callable[[Site], tuple[int, ...]]) -> dict[str, Any]:
+        return {
+            name: jnp.zeros((site.layers, *shape(site)))
+            for name, site in adapted.items()
+        }
+
     rank = {
-        name: jnp.full((layers, count), r, jnp.int32)
-        for name, (layers, _, _) in shapes.items()
+        name: jnp.full((site.layers, count), r, jnp.int32)
+        for name, site in adapted.items()
     }
     if k is None:
         return LoraPool(
-            A={
-                name: jnp.zeros((layers, count, d_in, r))
-                for name, (layers, d_in, _) in shapes.items()
-            },
-            B={
-                name: jnp.zeros((layers, count, r, d_out))
-                for name, (layers, _, d_out) in shapes.items()
-            },
+            A=zeros(lambda site: (count, site.d_in, r)),
+            B=zeros(lambda site: (count, r, site.d_out)),
             rank=rank,
             names=names,
         )
     return SharedBasis(
-        U={
-            name: jnp.zeros((layers, d_in, k))
-            for name, (layers, d_in, _) in shapes.items()
-        },
-        V={
-            name: jnp.zeros((layers, k, d_out))
-            for name, (layers, _, d_out) in shapes.items()
-        },
-        S={
-            name: jnp.zeros((layers, count, k, k))
-            for name, (layers, _, _) in shapes.items()
-        },
-        energy={
-            name: jnp.zeros((layers, count)) for name, (layers, _, _) in shapes.items()
-        },
+        U=zeros(lambda site: (site.d_in, k)),
+        V=zeros(lambda site: (k, site.d_out)),
+        S=zeros(lambda site: (count, k, k)),
+        energy=zeros(lambda site: (count,)),
         rank=rank,
         names=names,
         sites=tuple(adapted),
