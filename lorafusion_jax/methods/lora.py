@@ -122,7 +122,7 @@ class LoRA(Method):
 
         Args:
           source: problem of the other method, on the same base; the leaves of all parameters have an axis of its seeds.
-          of_source: its parameters.
+          source_params: its parameters.
           fresh: parameters of this method, from `init`.
 
         Returns:
