@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import nnx
-from lab.common import ROOT, with_interval, write_tables
+from lab.common import ROOT, print_plan, with_interval, write_tables
 from lab.genres import GENRES, digest, fitted_text, measured_text
 from lab.smollm2 import SMOLLM2, base
 from restore import Arm as Correcting
@@ -61,7 +61,7 @@ from lorafusion_jax.report import colour, plot
 from lorafusion_jax.runs import environment
 from lorafusion_jax.tasks import Batch
 from lorafusion_jax.training import log_likelihood
-from lorafusion_jax.trials import ResultRows, Row, print_plan
+from lorafusion_jax.trials import ResultRows, Row
 
 WINDOWS = 8
 MEASURED_CHIPS = (0, 1, 2, 3, 4)

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 import tyro
-from lab.common import ROOT, with_interval, write_tables
+from lab.common import ROOT, print_plan, with_interval, write_tables
 from lab.language import EVALUATED_ROWS, PROMPT, TRAIN_ROWS, find, options_of
 from lab.language import MAIN as METHODS
 from lab.language import SOURCES as POOL
@@ -79,7 +79,7 @@ from lorafusion_jax.runs import (
 )
 from lorafusion_jax.tasks import Batch, load_task
 from lorafusion_jax.training import log_likelihood
-from lorafusion_jax.trials import ResultRows, Row, print_plan, read_lines
+from lorafusion_jax.trials import ResultRows, Row, read_lines
 
 WINDOW = 128
 HELD_OUT = 1024

@@ -6,7 +6,7 @@ import io
 import itertools
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -150,3 +150,20 @@ def options_of_small(
         train_rows=TRAIN_ROWS[shots],
         **shared | run,
     )
+
+
+def print_plan(costs: Iterable[tuple[str, float]], note: str = "") -> None:
+    """Print the number of missing results and their CPU time by label, and the time of all.
+
+    Args:
+      costs: label and CPU seconds of each result.
+      note: printed after the total.
+    """
+    by_label: dict[str, list[float]] = {}
+    for label, seconds in costs:
+        by_label.setdefault(label, []).append(seconds)
+    for label, seconds in by_label.items():
+        print(f"{label}: {len(seconds)} results, {sum(seconds) / 60:.1f} minutes")
+    count = sum(map(len, by_label.values()))
+    total = sum(map(sum, by_label.values()))
+    print(f"{count} results, {total / 60:.0f} CPU minutes{note}")

@@ -1,10 +1,11 @@
-"""Experiments: trials, jobs, rows that are measured once, and plans."""
+"""Experiments: trials, jobs, and rows that are measured once."""
 
 # ruff: noqa: F401 (the imports are the public names)
 
 from .engines import EngineOptions, OutOfMemory, run_items
-from .jobs import (
-    Job,
+from .jobs import Job, run_jobs, settings_of
+from .procedure import Outcomes, Scores, Training, TrialArm, best_arm, procedure
+from .rows import (
     ResultRows,
     Row,
     Shots,
@@ -13,13 +14,9 @@ from .jobs import (
     key,
     merge,
     name,
-    print_plan,
     read_lines,
     read_rows,
-    run_jobs,
-    settings_of,
 )
-from .procedure import Outcomes, Scores, Training, TrialArm, best_arm, procedure
 from .run import TaskTrial, TrialOptions, trial
 from .trainer import Trainer
 from .verdict import Verdict, judge, judge_tasks

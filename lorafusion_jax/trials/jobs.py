@@ -1,22 +1,14 @@
-"""Jobs, and rows of results: JSON lines of a file that only ever grows, so an interrupted command continues.
+"""Runs whose results are rows of one JSONL file; none is run twice.
 
-A process that is killed while it appends leaves a last line without its end. Readers ignore that line, and the next
-append removes it. Rows of jobs have a schema, and one for each task, method, number of shots and seed. A job that runs
-out of memory has no result. It is a line of `failed.jsonl` next to that file, and is not tried again.
+A job that runs out of memory has no result. It is a line of `failed.jsonl` next to that file, and is not tried again.
 """
 
-import dataclasses
-import fcntl
 import functools
 import json
-import math
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, NamedTuple, TypedDict, TypeVar
-
-import msgspec
+from typing import Any, NamedTuple, TypedDict
 
 from ..estimates.plan import PROCESS_BYTES, run_cost
 from ..io.hf import open_base
@@ -24,260 +16,14 @@ from ..io.pool import open_pool
 from ..runs.folder import RunFolder, RunResults, run_path
 from ..runs.options import FuseOptions, options_to_json
 from ..runs.start import with_targets
-from ..support.reading import FileError, decode_as, is_object, read_lines
-from ..support.writing import check_no_link, writing
+from ..support.reading import read_lines
 from .engines import LOCAL, EngineOptions, OutOfMemory, run_items
+from .rows import ResultKey, ResultRows, append_lines, append_rows, key, name, read_rows
 
 # Options of a run that do not affect its results.
 _BOOKKEEPING = (
     *("seeds", "name", "out", "resume", "overwrite", "start_from", "save_seconds"),
 )
-
-Row = dict[str, Any]
-# Rows to learn from: 95 and 5 for validation, or LoraHub's 5.
-Shots = Literal["95+5", "5"]
-ResultKey = tuple[str, str, str, int]
-Key = TypeVar("Key")
-
-_Name = Annotated[str, msgspec.Meta(pattern=r"\S", description="a name")]
-_Count = Annotated[int, msgspec.Meta(ge=0, description="a count")]
-_Marks = Annotated[
-    str,
-    msgspec.Meta(
-        pattern=r"^[01]+\Z", description="a 0 or 1 for each of at least one test row"
-    ),
-]
-_Digest = Annotated[
-    str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z", description="64 hexadecimal digits")
-]
-
-
-class Result(TypedDict):
-    """The result of one method on one task with one seed; `correct` has a character for every test row, in order."""
-
-    task: _Name
-    method: _Name
-    shots: Shots
-    seed: _Count
-    exact_match: float  # percent, of `correct`
-    option_accuracy: float | None  # percent, of `option_correct`
-    loss: float | None  # null also where it was not finite
-    correct: _Marks
-    option_correct: _Marks | None
-    trainable: _Count
-    steps: _Count
-    forward_rows: _Count  # rows passed forward while adapting
-    backward_rows: _Count
-    seconds: Annotated[float, msgspec.Meta(ge=0, description="seconds")]
-    config: dict[str, Any]
-    data_sha256: _Digest  # of the task's rows
-    versions: dict[str, str]
-    device: _Name
-    cores: _Count
-
-
-def key(row: Mapping[str, Any]) -> tuple[str, str, str, int]:
-    """Return task, method, shots and seed of a row, which identify it."""
-    return row["task"], row["method"], row["shots"], row["seed"]
-
-
-def name(row: Mapping[str, Any]) -> str:
-    """Return the same in words."""
-    return f"{row['task']}, {row['method']}, {row['shots']} shots, seed {row['seed']}"
-
-
-def append_lines(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add objects to a file of JSON lines, which is made if it does not exist, and return when they are on disk.
-
-    They replace a last line that was cut off. Processes that append at the same time wait for each other.
-
-    Raises:
-      ValueError: the file is a link.
-      WriteError: the disk is full, read-only or gone, or has no locks.
-    """
-    lines = [json.dumps(row).encode() + b"\n" for row in rows]
-    with writing(file.parent):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        check_no_link(file)
-        with open(file, "a+b") as opened:
-            fcntl.flock(opened, fcntl.LOCK_EX)
-            opened.seek(0)
-            last = opened.read().rpartition(b"\n")[
-                2
-            ]  # empty if the last line has its end
-            if is_object(last):
-                lines = [b"\n", *lines]
-            elif last:
-                opened.truncate(os.fstat(opened.fileno()).st_size - len(last))
-            opened.write(b"".join(lines))
-            opened.flush()
-            os.fsync(opened.fileno())
-
-
-@dataclasses.dataclass(frozen=True)
-class ResultRows(Generic[Key]):
-    """Measured results of an experiment, in a file.
-
-    Attributes:
-      file: JSON lines, one for each result, which only ever grow.
-      key_of: function that returns the key of a row.
-      common: settings that all rows of the file have.
-      read: function that returns the rows of the file.
-      append: function that adds rows to the file.
-    """
-
-    file: Path
-    key_of: Callable[[Row], Key]
-    common: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    read: Callable[[Path], list[Any]] = read_lines
-    append: Callable[[Path, Sequence[Mapping[str, Any]]], None] = append_lines
-
-    def rows(self) -> list[Row]:
-        """Return the rows of the file, none if it does not exist.
-
-        Raises:
-          ValueError: a line is not JSON, or a row has other settings.
-        """
-        rows = self.read(self.file) if self.file.exists() else []
-        for row in rows:
-            others = {
-                name: value
-                for name, value in self.common.items()
-                if row.get(name) != value
-            }
-            if other := [
-                f"{name} was {row.get(name)}, is {value}"
-                for name, value in others.items()
-            ]:
-                raise ValueError(
-                    f"{self.file} holds other rows ({'; '.join(other)}): give another --out"
-                )
-        return rows
-
-    def missing(self, keys: Iterable[Key]) -> list[Key]:
-        """Return the keys without a row, each once, in their order."""
-        have = {self.key_of(row) for row in self.rows()}
-        return [key for key in dict.fromkeys(keys) if key not in have]
-
-    def fill(
-        self,
-        keys: Iterable[Key],
-        measure: Callable[[list[Key]], Iterable[Mapping[str, Any]]],
-        show: Callable[[Row], str],
-        after: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Measure the missing results, and append their rows one by one.
-
-        Args:
-          keys: keys of the results, in the order in which to measure them.
-          measure: function that yields the rows of the missing results, which it may group.
-          show: function that returns a row as a line of the progress.
-          after: function that is called after each row.
-        """
-        if not (missing := self.missing(keys)):
-            return
-        for number, row in enumerate(measure(missing), start=1):
-            row = {**self.common, **row}
-            self.append(self.file, [row])
-            print(f"[{number}/{len(missing)}] {show(row)}", file=sys.stderr, flush=True)
-            after()
-
-
-def read_rows(path: Path) -> list[Result]:
-    """Return the rows of a file, without a last line that was cut off; ValueError for a line that is not a row."""
-    if not path.exists():
-        raise FileError(path, got="missing", fix="restore it from a copy")
-    return [
-        _checked(row, f"{path}, line {n}")
-        for n, row in enumerate(read_lines(path), start=1)
-    ]
-
-
-def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add rows to a file, which is made if it does not exist, and return when they are on disk.
-
-    Processes that append at the same time wait for each other. Only a last line that was cut off is removed. A loss
-    that is not finite is written as null.
-
-    Raises:
-      ValueError: a row lacks a key or has a wrong value, or the file is a link; nothing is written.
-      WriteError: the disk is full, read-only or gone, or has no locks.
-    """
-    append_lines(
-        path,
-        [
-            _whole(row, f"row {n} of {len(rows)} to append")
-            for n, row in enumerate(rows, start=1)
-        ],
-    )
-
-
-def merge(files: Sequence[Path]) -> list[Result]:
-    """Return the rows of several files; a row that occurs again, identical, counts once.
-
-    Rows of one task with different data, or two different results of one key, are a ValueError.
-    """
-    merged: dict[ResultKey, tuple[Result, Path]] = {}
-    hashes: dict[str, tuple[str, Path]] = {}
-    for path in files:
-        for row in read_rows(path):
-            first, origin = hashes.setdefault(row["task"], (row["data_sha256"], path))
-            if first != row["data_sha256"]:
-                raise ValueError(
-                    f"{row['task']} has different data in {origin} (sha256 {first}) and {path} (sha256 "
-                    f"{row['data_sha256']}): their results cannot be compared; leave one out or run it again"
-                )
-            kept, origin = merged.setdefault(key(row), (row, path))
-            if kept != row:
-                differing = ", ".join(
-                    field
-                    for field in Result.__annotations__
-                    if kept[field] != row[field]
-                )
-                raise ValueError(
-                    f"{name(row)} has two results, in {origin} and {path}, which differ in {differing}: remove one"
-                )
-    return [row for row, _ in merged.values()]
-
-
-def _whole(row: Mapping[str, Any], where: str) -> Result:
-    loss = row.get("loss")
-    if isinstance(loss, float) and not math.isfinite(loss):
-        row = {**row, "loss": None}
-    checked = _checked(dict(row), where)
-    try:
-        json.dumps(checked, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{where}, {name(row)}: JSON cannot hold it: {error}"
-        ) from error
-    return checked
-
-
-def _checked(row: Any, where: str) -> Result:
-    return decode_as(
-        row,
-        Result,
-        where,
-        fix="fix the row; what describes the run belongs into config",
-    )
-
-
-def print_plan(costs: Iterable[tuple[str, float]], note: str = "") -> None:
-    """Print the number of missing results and their CPU time by label, and the time of all.
-
-    Args:
-      costs: label and CPU seconds of each result.
-      note: printed after the total.
-    """
-    by_label: dict[str, list[float]] = {}
-    for label, seconds in costs:
-        by_label.setdefault(label, []).append(seconds)
-    for label, seconds in by_label.items():
-        print(f"{label}: {len(seconds)} cells, {sum(seconds) / 60:.1f} minutes")
-    count = sum(map(len, by_label.values()))
-    total = sum(map(sum, by_label.values()))
-    print(f"{count} cells, {total / 60:.0f} CPU minutes{note}")
 
 
 class Job(NamedTuple):

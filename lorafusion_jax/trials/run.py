@@ -34,7 +34,6 @@ from ..support.progress import progress
 from ..tasks import Example, load_task
 from ..training.recipe import Recipe
 from .engines import EngineOptions, OutOfMemory, connected, run_items
-from .jobs import ResultRows, Row
 from .procedure import (
     TUNING_PARTS,
     Candidate,
@@ -48,6 +47,7 @@ from .procedure import (
     divide,
     procedure,
 )
+from .rows import ResultRows, Row
 from .trainer import Trainer, shortened
 
 if TYPE_CHECKING:
