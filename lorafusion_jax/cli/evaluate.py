@@ -21,6 +21,7 @@ from ..support.reading import show
 from ..support.text_tables import plain
 from ..tasks import task_name
 from .parsing import parse, part_of
+from .scores import loss, score_lines, score_table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,35 +184,3 @@ def site_table(results: Mapping[str, Any]) -> str:
         )
     lines.append(["all", "", f"{results['arrays']:,}", *[""] * 6])
     return plain(lines, left=(0, head.index("path")))
-
-
-def score_lines(rows: Sequence[Mapping[str, Any]], *names: str) -> list[list[str]]:
-    """Return a heading, and a line for each row: its values of these names, and its scores."""
-    scored = [[percent(row["exact_match"]), loss(row["loss"])] for row in rows]
-    labels = [[str(row[name]) for name in names] for row in rows]
-    return [[*names, "exact match %", "loss"], *map(list.__add__, labels, scored)]
-
-
-def score_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return a line for each seed (see `seed_rows`), then mean and spread of several."""
-    lines = score_lines(rows, "seed")
-    scores = [row["exact_match"] for row in rows if row["exact_match"] is not None]
-    if len(scores) > 1:
-        lines.append(
-            [
-                "mean",
-                f"{statistics.fmean(scores):.1f}",
-                f"± {statistics.stdev(scores):.1f}",
-            ]
-        )
-    return plain(lines, left=(0, 2))
-
-
-def percent(value: float | None) -> str:
-    """Return a percentage as text, or a dash if there were no test rows."""
-    return "-" if value is None else f"{value:.1f}"
-
-
-def loss(value: float | None) -> str:
-    """Return a loss in nats per token as text, or a dash if no model was evaluated."""
-    return "-" if value is None else f"{value:.4f}"

@@ -1,4 +1,4 @@
-"""`lorafusion fuse`: train a fusion, and evaluate it; `lorafusion trial`: compare it with other methods."""
+"""`lorafusion fuse`: train a fusion, and evaluate it."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,20 +13,16 @@ from ..hardware.on_arrays import fuse
 from ..methods import METHODS, fields_of, find, having, not_an_option
 from ..methods.entry import MethodEntry, recipe_of
 from ..methods.fusion import PRESETS
-from ..report import Table, markdown
 from ..runs.folder import RunResults, run_path
 from ..runs.options import FuseOptions, options_with, plain
 from ..runs.start import stages
 from ..runs.weight_list import with_listed_modules
-from ..support import interrupts, processes
+from ..support import processes
 from ..support.reading import show
 from ..support.text import one_line
 from ..training.recipe import Recipe
-from ..trials.procedure import Outcomes
-from ..trials.report import describe_trial, write_trial
-from ..trials.run import TaskTrial, TrialOptions, trial
-from .evaluate import score_table
 from .parsing import GROUPS, given, parse, peek
+from .scores import score_table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,20 +129,3 @@ def report(results: RunResults, folder: Path) -> str:
         f"{results.test_rows:,} test rows"
     )
     return f"{one_line(head)}\n{score_table(results.seeds)}\nwritten to {one_line(str(folder))}"
-
-
-def trial_command(arguments: Sequence[str]) -> None:
-    """Print a table and a sentence for each task, and write the report."""
-    options = parse(TrialOptions, arguments, "trial")
-    if options.plan:
-        show(describe_trial(options))
-        return
-    done: dict[str, tuple[TaskTrial, Outcomes]] = {}
-    answers: list[tuple[Table, str]] = []
-    with interrupts.released():
-        for task_trial, outcomes in trial(options):
-            done[task_trial.task] = task_trial, outcomes
-            answers = write_trial(options.out, [*done.values()])
-        for table, sentence in answers:
-            show(f"{markdown(table)}\n{sentence}\n")
-        show(f"written to {options.out / 'report.html'}")

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from lorafusion_jax.cli import keep_compiled
+from lorafusion_jax.cli.compile_cache import keep_compiled
 
 _PROGRAM = """
 import json, sys
-from lorafusion_jax.cli import keep_compiled
+from lorafusion_jax.cli.compile_cache import keep_compiled
 keep_compiled()
 import jax
 events = []

@@ -50,11 +50,11 @@ def _signals(process: subprocess.Popen, *numbers: int) -> str:
 
 
 _COMMAND = """
-from lorafusion_jax.cli import convert, fuse
+from lorafusion_jax.cli import convert, fuse, trial
 def command(arguments):
     ready()
     time.sleep(60)
-convert.convert_command = fuse.fuse_command = fuse.trial_command = command
+convert.convert_command = fuse.fuse_command = trial.trial_command = command
 cli.main(["{command}"])
 """
 _RESUMED = "stopped by Ctrl-C: the same command with --resume continues\n"
