@@ -1,11 +1,11 @@
 """A base model with the embedded one's architecture, random weights and a tokenizer of bytes: it can read any text."""
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
 from flax import nnx
+from json_files import read_json, write_json
 
 from lorafusion_jax import read_config, save_base
 from lorafusion_jax.models import T5
@@ -20,10 +20,8 @@ def make(folder: Path, like: Path = _SMALL) -> Path:
 
     source = folder.with_name(f"{folder.name}-source")
     source.mkdir(parents=True)
-    config = json.loads((like / "config.json").read_text()) | {
-        "vocab_size": _VOCABULARY
-    }
-    (source / "config.json").write_text(json.dumps(config))
+    config = read_json(like / "config.json") | {"vocab_size": _VOCABULARY}
+    write_json(source / "config.json", config)
     ByT5Tokenizer().save_pretrained(source)
     model = T5(dataclasses.replace(read_config(source), tied=False), rngs=nnx.Rngs(0))
     save_base(model, folder, source)

@@ -1,12 +1,12 @@
 """Small models of every family of GGUF files, as Hugging Face folders and as files of llama.cpp's converter."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import gguf
 import numpy as np
 import tiny
+from json_files import read_json
 from safetensors.numpy import load_file
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -248,7 +248,7 @@ def of_delta_net(title, tensor, config):
 
 def writer_of(folder, file, changes=None, kinds=lambda name: None):
     """A GGUF file of a Hugging Face folder, not yet written; `changes` replace values or remove them, or tensors."""
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     tensors = load_file(folder / "model.safetensors")
     kind = config["model_type"]
     name = _ARCHITECTURES.get(kind, kind)

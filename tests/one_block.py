@@ -1,9 +1,9 @@
 """The embedded base and pool cut to the first block of either stack: the same files, and half as much to compile."""
 
-import json
 import shutil
 from pathlib import Path
 
+from json_files import read_json, write_json
 from safetensors.numpy import load_file, save_file
 
 SMALL = Path(__file__).resolve().parent.parent / "examples" / "small"
@@ -29,9 +29,9 @@ def cut(out: Path, *, adapters: int | None = 4) -> tuple[Path, Path]:
             if "block.1." not in name
         }
         save_file(kept, weights, metadata={"format": "pt"})
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(
-        json.dumps(config | {"num_layers": 1, "num_decoder_layers": 1})
+    config = read_json(base / "config.json")
+    write_json(
+        base / "config.json", config | {"num_layers": 1, "num_decoder_layers": 1}
     )
     return base, pool
 

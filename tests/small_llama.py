@@ -1,11 +1,11 @@
 """A small Llama with random weights and a byte-level BPE tokenizer that adds a first token and has a chat template."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from flax import nnx
+from json_files import write_json
 
 from lorafusion_jax import read_config, save_base
 from lorafusion_jax.models.registry import family_of
@@ -90,9 +90,7 @@ def make(folder: Path, *, chat_template: str | None = CHATML, **config: Any) -> 
     source = folder.with_name(f"{folder.name}-source")
     source.mkdir(parents=True)
     tokenizer = make_tokenizer(chat_template=chat_template)
-    (source / "config.json").write_text(
-        json.dumps(CONFIG | {"vocab_size": len(tokenizer)} | config)
-    )
+    write_json(source / "config.json", CONFIG | {"vocab_size": len(tokenizer)} | config)
     tokenizer.save_pretrained(source)
     structure = read_config(source)
     save_base(family_of(structure).model(structure, rngs=nnx.Rngs(0)), folder, source)

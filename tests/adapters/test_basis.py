@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
+from numpy.testing import assert_allclose
 
 import lorafusion_jax as lf
 from lorafusion_jax.adapters import expand
@@ -19,7 +20,7 @@ from lorafusion_jax.adapters.updates import InBasis
 _MODEL = tiny.t5()
 _KERNELS = lf.kernels(_MODEL)
 _INDEX = [3, 0, 2]  # of a pool of four
-_close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+_close = functools.partial(assert_allclose, rtol=1e-5, atol=1e-5)
 
 
 def _deltas(pool, site, layer):
@@ -146,7 +147,7 @@ def test_a_basis_of_the_pools_whole_rank_is_the_fusion_of_whole_modules():
         return sum(jnp.sum(jnp.sin(matrix)) for matrix in matrices.values())
 
     jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4),
+        functools.partial(assert_allclose, rtol=1e-3, atol=1e-4),
         loss(params, in_basis),
         loss(params, of_modules),
     )

@@ -1,11 +1,12 @@
 """Pools that replace a pool's content: random, rotated and shuffled modules. Oracles in NumPy."""
 
-import dataclasses
 import re
+from dataclasses import replace
 
 import jax
 import numpy as np
 import tiny
+from numpy.testing import assert_array_equal
 
 import lorafusion_jax as lf
 
@@ -29,15 +30,15 @@ def test_random_modules_keep_norms_sites_and_ranks():
     for field in ("A", "B"):
         for site, weight in getattr(_POOL, field).items():
             random = np.asarray(getattr(control, field)[site])
-            np.testing.assert_array_equal(random == 0, np.asarray(weight) == 0)
+            assert_array_equal(random == 0, np.asarray(weight) == 0)
             norms = np.linalg.norm(weight, axis=(2, 3))
             _close(np.linalg.norm(random, axis=(2, 3)), norms)
             assert np.abs(random - weight).max() > 0.1
     # Zeros within a module's rank are replaced too.
     pruned = {site: a.at[:, :, 0].set(0.0) for site, a in _POOL.A.items()}
-    of_pruned = lf.random_pool(dataclasses.replace(_POOL, A=pruned), _KEY)
+    of_pruned = lf.random_pool(replace(_POOL, A=pruned), _KEY)
     for site, a in of_pruned.A.items():
-        np.testing.assert_array_equal(a != 0, control.A[site] != 0)
+        assert_array_equal(a != 0, control.A[site] != 0)
 
 
 def test_a_random_module_depends_on_matrix_site_layer_and_key_alone():
@@ -47,11 +48,11 @@ def test_a_random_module_depends_on_matrix_site_layer_and_key_alone():
     alone = _POOL.select([2])
     A = {site: a[..., :2] for site, a in alone.A.items()}
     B = {site: b[:, :, :2] for site, b in alone.B.items()}
-    drawn = lf.random_pool(dataclasses.replace(alone, A=A, B=B), _KEY)
+    drawn = lf.random_pool(replace(alone, A=A, B=B), _KEY)
     for site in _POOL.A:
         assert np.abs(other.A[site] - control.A[site]).max() > 0.1
-        np.testing.assert_array_equal(control.A[site][:, [2], :, :2], drawn.A[site])
-        np.testing.assert_array_equal(control.B[site][:, [2], :2], drawn.B[site])
+        assert_array_equal(control.A[site][:, [2], :, :2], drawn.A[site])
+        assert_array_equal(control.B[site][:, [2], :2], drawn.B[site])
     even = jax.jit(lf.random_pool)(tiny.pool(2, names="v"), _KEY)
     first = [
         factors[site][layer, 0].ravel()[:40]
@@ -92,7 +93,7 @@ def test_shuffled_modules_have_the_layers_of_others():
     """Each module and stack moves all of its layers, in one of the cycles, at all sites alike."""
     pool = tiny.pool(6, names="qv")
     scaling = {site: rank.astype(float) for site, rank in pool.rank.items()}
-    pool = dataclasses.replace(pool, scaling=scaling)
+    pool = replace(pool, scaling=scaling)
     shuffled = jax.jit(lf.shuffled_pool)(pool, _KEY)
     alone = jax.jit(lf.shuffled_pool)(pool.select([2]), _KEY)
     assert shuffled.names[2] == alone.names[0] == "shuffled module_2"
@@ -106,10 +107,8 @@ def test_shuffled_modules_have_the_layers_of_others():
             orders.setdefault((site.partition(".")[0], n), set()).add(tuple(order))
             for field in ("B", "rank", "scaling"):
                 kept = np.asarray(getattr(pool, field)[site])[:, n]
-                np.testing.assert_array_equal(
-                    getattr(shuffled, field)[site][:, n], kept[order]
-                )
-        np.testing.assert_array_equal(shuffled.A[site][:, [2]], alone.A[site])
+                assert_array_equal(getattr(shuffled, field)[site][:, n], kept[order])
+        assert_array_equal(shuffled.A[site][:, [2]], alone.A[site])
     assert all(len(of_sites) == 1 for of_sites in orders.values())
     # Three layers have two cycles, and the modules do not all share one.
     assert len(set.union(*(orders["encoder", n] for n in range(6)))) == 2

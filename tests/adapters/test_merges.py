@@ -1,6 +1,6 @@
 """Merges without data against NumPy in float64, written from PEFT's source."""
 
-import dataclasses
+from dataclasses import replace
 from functools import partial
 from typing import get_args
 
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
+from numpy.testing import assert_array_equal
 
 import lorafusion_jax as lf
 from lorafusion_jax.adapters import MergeKind
@@ -31,7 +32,7 @@ def _pool():
     pool = tiny.pool(4, ranks)
     rank = pool.rank[_SITE]
     scaling = jnp.where(rank > 0, jnp.array([[2.0, 0.5, 1.0, 3.0]]), 0.0)
-    return dataclasses.replace(
+    return replace(
         pool,
         A={_SITE: pool.A[_SITE]},
         B={_SITE: pool.B[_SITE]},
@@ -109,13 +110,13 @@ def test_merges_are_what_peft_defines(kind):
 @pytest.mark.parametrize("kind", ["linear", "ties"])
 def test_unknown_scalings_count_as_equal(kind):
     equal = {_SITE: jnp.full((3, 4), 2.5)}
-    wanted = _update(dataclasses.replace(_POOL, scaling=equal), kind=kind)
-    _close(_update(dataclasses.replace(_POOL, scaling=None), kind=kind), wanted)
+    wanted = _update(replace(_POOL, scaling=equal), kind=kind)
+    _close(_update(replace(_POOL, scaling=None), kind=kind), wanted)
     assert np.abs(wanted - _update(kind=kind)).max() > 0.01
 
 
 def test_of_equal_entries_the_first_are_kept():
-    signs = dataclasses.replace(_POOL, A=jax.tree.map(jnp.sign, _POOL.A))
+    signs = replace(_POOL, A=jax.tree.map(jnp.sign, _POOL.A))
     index = jnp.array([1, 3])
     lora = merge(signs, index, jnp.ones(2), "magnitude_prune", density=0.25)[_SITE]
     A = np.asarray(lora.A)
@@ -125,14 +126,14 @@ def test_of_equal_entries_the_first_are_kept():
 def test_entries_that_cancel_count_as_positive():
     pool = _POOL.select([1, 3])
     A = pool.A[_SITE][:, 0]
-    opposite = dataclasses.replace(pool, A={_SITE: jnp.stack([A, -A], axis=1)})
+    opposite = replace(pool, A={_SITE: jnp.stack([A, -A], axis=1)})
     lora = merge(opposite, jnp.arange(2), jnp.ones(2), "ties", density=1.0)[_SITE]
-    np.testing.assert_array_equal(np.sign(lora.A), A != 0)
+    assert_array_equal(np.sign(lora.A), A != 0)
 
 
 def test_a_dare_depends_on_key_name_site_and_layer_alone():
     first = _update(kind="dare_linear")
-    np.testing.assert_array_equal(first, _update(kind="dare_linear"))
+    assert_array_equal(first, _update(kind="dare_linear"))
     other = _update(kind="dare_linear", key=jax.random.key(6))
     assert np.abs(other - first).max() > 0.01
     alone = _POOL.select([_POOL.names[i] for i in _INDEX])

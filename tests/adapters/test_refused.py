@@ -1,12 +1,12 @@
 """Pools, fusions, bases and merges that cannot be are refused before anything is computed."""
 
-import dataclasses
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-import pytest
 import tiny
 from flax import nnx
+from refusals import refusals
 
 import lorafusion_jax as lf
 from lorafusion_jax.adapters import expand
@@ -21,7 +21,7 @@ _KERNELS = lf.kernels(_MODEL)
 _KEY = jax.random.key(0)
 _POOL = tiny.pool(4)
 _MIXED = tiny.pool(4, lambda n, site, layer: 2 + n % 2)
-_DORA = dataclasses.replace(_POOL, magnitude={})
+_DORA = replace(_POOL, magnitude={})
 _BASIS = lf.shared_basis(_POOL, 3)
 _ALL = jnp.arange(4)
 _EVEN = jnp.array([0, 2])  # of one rank
@@ -47,7 +47,7 @@ def _first_layers(pool):
         field: {site: w[:1] for site, w in getattr(pool, field).items()}
         for field in ("A", "B", "rank")
     }
-    return dataclasses.replace(pool, **fields)
+    return replace(pool, **fields)
 
 
 _RANKS = "different ranks.*use the composition sum"
@@ -160,10 +160,7 @@ _REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("call", "message"), _REFUSED)
-def test_what_cannot_be_is_refused(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
+test_what_cannot_be_is_refused = refusals(_REFUSED)
 
 
 def test_several_ranks_are_taken_where_no_matrices_are_added():

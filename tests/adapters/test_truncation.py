@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from numpy.testing import assert_allclose
+from refusals import refused
 
 from lorafusion_jax.adapters.truncation import factors_of, truncated
 from lorafusion_jax.adapters.updates import Dense, LowRank, Modules, Outputs, Rescaled
@@ -49,12 +51,10 @@ def test_it_is_the_nearest_matrix_of_its_rank(update, rank):
     error = np.sum(np.square(difference - found.A @ found.B))
     assert least - 1e-6 * total <= error <= 1.01 * least + 1e-6 * total
     assert found.left_out == pytest.approx(error / total, abs=1e-5)
-    np.testing.assert_allclose(found.norms, np.linalg.norm(matrices, axis=1), rtol=1e-4)
+    assert_allclose(found.norms, np.linalg.norm(matrices, axis=1), rtol=1e-4)
     # The roots of the singular values are in both factors.
     lengths = np.sum(found.B**2, axis=2)
-    np.testing.assert_allclose(
-        np.sum(found.A**2, axis=1), lengths, rtol=1e-3, atol=1e-6
-    )
+    assert_allclose(np.sum(found.A**2, axis=1), lengths, rtol=1e-3, atol=1e-6)
 
 
 def test_ranks_that_an_update_lacks_are_zero():
@@ -69,12 +69,12 @@ def test_scales_can_be_left_to_the_magnitudes():
     """The factors are those of the update alone, and the norms contain the scales."""
     found = _truncated(_UPDATES["a sum with magnitudes"], 6, rescaled=False)
     plain = _truncated(_UPDATES["a sum"], 6)
-    np.testing.assert_allclose(found.A @ found.B, plain.A @ plain.B, atol=1e-6)
-    np.testing.assert_allclose(found.norms, plain.norms * _SCALE, rtol=1e-5)
+    assert_allclose(found.A @ found.B, plain.A @ plain.B, atol=1e-6)
+    assert_allclose(found.norms, plain.norms * _SCALE, rtol=1e-5)
 
 
 def test_updates_without_a_start_are_refused():
-    with pytest.raises(ValueError, match="numbers that are not finite"):
+    with refused("numbers that are not finite"):
         _truncated(LowRank(_A[:, 0] * jnp.nan, _B[:, 0]), 4)
-    with pytest.raises(ValueError, match="of the kind Outputs has no factors"):
+    with refused("of the kind Outputs has no factors"):
         _truncated(Outputs(_A, _B, _INDEX, _WEIGHTS, "sum"), 4)

@@ -1,8 +1,7 @@
 """The cost model and `explain` against sums by hand and the arrays that programming really makes."""
 
-import dataclasses
-import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from crossbar_strategies import single_slices
+from json_files import write_json
 
 from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar import (
@@ -73,7 +73,7 @@ def test_counts_by_hand():
         6 * 2 * 8,
     )
     assert pairs.additions == pairs.conversions == 7 * 4 * 2 * 5
-    separate = dataclasses.replace(DIFFERENTIAL, adc=ADC(separate=True))
+    separate = replace(DIFFERENTIAL, adc=ADC(separate=True))
     assert counts((6, 5), separate).conversions == 2 * pairs.conversions
     offset = CrossbarConfig(tile=SMALL, adc=ADC(), encoding=Encoding(kind="offset"))
     assert counts((6, 5), offset).additions == pairs.conversions + 6
@@ -87,10 +87,10 @@ def test_counts_by_hand():
 def test_preparing_by_hand(d_in, additions, products):
     plain = CrossbarConfig(adc=ADC())
     mapping = crossbar.Mapping(factors=True, transform="hadamard")
-    prepared = dataclasses.replace(plain, mapping=mapping)
+    prepared = replace(plain, mapping=mapping)
     total = counts((d_in, 8), prepared)
     without = counts((d_in, 8), plain)
-    assert total == dataclasses.replace(without, transforms=additions, factors=products)
+    assert total == replace(without, transforms=additions, factors=products)
     assert counts((d_in, 8), prepared, prepares=False) == without
     digital = [read_energy(each, plain).digital.typical for each in (total, without)]
     more = 0.1e-12 * additions + 4.6e-12 * products
@@ -119,7 +119,7 @@ def test_writing_by_hand():
 def test_an_array_alone_is_written_row_by_row():
     isaac = counts((128, 128), PRESETS["isaac"])
     assert (isaac.arrays, isaac.rows, isaac.tallest) == (8, 8 * 128, 128)
-    one = write_cost(dataclasses.replace(isaac, arrays=1, rows=128)).time
+    one = write_cost(replace(isaac, arrays=1, rows=128)).time
     assert ends(one) == exactly(128 * 0.04e-6, 128 * 2.74e-6, 128 * 8.52e-6)
     # Ten of the matrix have 80 arrays: ten turns of eight, or all at once.
     ten = write_cost(isaac * 10).time
@@ -140,7 +140,7 @@ def test_reading_by_hand():
     assert energy.digital.typical == exactly(digital)
     assert energy.total.typical == exactly(sum(part.typical for part in energy))
     # Two bits a slice: three slices of 2 and one of 1, which drive with 3, 3, 3 and 1 units.
-    wide = dataclasses.replace(UNIT, dac=DAC(bits=8, slice_bits=2))
+    wide = replace(UNIT, dac=DAC(bits=8, slice_bits=2))
     dac = read_energy(counts((6, 5), wide), wide, TYPICAL).dac
     assert dac.typical == exactly(48 * 10 * 0.39e-12)
 
@@ -159,7 +159,7 @@ def test_conversions_grow_with_bits():
 
 def test_latency_by_hand():
     # 128 conversions of 0.78 ns fit into one read of 100 ns; of 10 ns they do not.
-    puma = dataclasses.replace(PRESETS["puma"], adc=ADC(bits=8))
+    puma = replace(PRESETS["puma"], adc=ADC(bits=8))
     latency = read_latency((1024, 1024), puma)
     assert ends(latency) == exactly(15 * 14.6e-9, 15 * 100e-9, 15 * 1280e-9)
     assert read_latency((1024, 16), puma).high == exactly(15 * 700e-9)
@@ -179,7 +179,7 @@ def test_latency_by_hand():
 
 def test_an_array_of_puma_takes_what_its_simulator_says():
     """puma-simulator: 274 pJ for one read of 128 x 128 cells with its periphery, 30 of them for the array."""
-    config = dataclasses.replace(
+    config = replace(
         PRESETS["puma"],
         cell=Cell(bits=(8,)),
         mapping=crossbar.Mapping(weight_bits=8),
@@ -201,7 +201,7 @@ def test_constants_have_sources_and_are_pinned_or_replaced_by_those_of_a_file(tm
     defaults = Path(crossbar.__file__).parent / "cost" / "constants.yaml"
     table = yaml.safe_load(defaults.read_text())
     mine = tmp_path / "mine.json"
-    mine.write_text(json.dumps({"endurance": table["endurance"] | {"high": 1e11}}))
+    write_json(mine, {"endurance": table["endurance"] | {"high": 1e11}})
     loaded = crossbar.load_constants(mine)
     assert loaded["endurance"].high == 1e11
     assert loaded["adc_energy"] == CONSTANTS["adc_energy"]

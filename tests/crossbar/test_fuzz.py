@@ -7,11 +7,11 @@ same shape, which count as one. Here the draws are the same in every run; `make 
 
 import collections
 import contextlib
-import dataclasses
 import functools
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import crossbar_oracle as oracle
@@ -23,6 +23,7 @@ import tiny
 from crossbar_strategies import build, dtype, inputs, reads, simplest, weights
 from hypothesis import Phase, given, note, settings
 from hypothesis import strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
 
 from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar import (
@@ -176,7 +177,7 @@ def drawn_codes(case: Case) -> oracle.Drawn | None:
         cell=crossbar.Cell(bits=None),
         mapping=crossbar.Mapping(weight_bits=None),
         tile=crossbar.Tile(rows=None, cols=None),
-        dac=dataclasses.replace(dac, scaling="fixed", limit=1.0),
+        dac=replace(dac, scaling="fixed", limit=1.0),
     )
     key = jax.random.fold_in(case.key, 1)
     read = jit(
@@ -324,15 +325,13 @@ def assert_paths(paths: list[str | None], c: dict[str, Any]) -> None:
             what = f"{path or 'chosen ' + state.plan.path}, draw {number}"
             own = limits_of(state)
             if oracle.integer_sums(config) and limits is not None:
-                np.testing.assert_allclose(
-                    own, limits, rtol=1e-6, err_msg=f"ADC limits of {what}"
-                )
+                assert_allclose(own, limits, rtol=1e-6, err_msg=f"ADC limits of {what}")
             wanted = oracle.read(
                 chip, case.x, config, own, input_limit=state.input_limit, drawn=drawn
             )
             assert_within(found, wanted, case, what)
             if exact:
-                np.testing.assert_array_equal(found, y, what)
+                assert_array_equal(found, y, what)
             assert_clipped(statistics, wanted, what)
             assert_not_finite(run, case, found, state.input_limit, what)
 
@@ -446,16 +445,16 @@ def assert_same_cells(
     found: oracle.Chip, wanted: oracle.Chip, config: CrossbarConfig
 ) -> None:
     exact = config.cell.bits is not None
-    np.testing.assert_allclose(
+    assert_allclose(
         found.cells,
         wanted.cells,
         rtol=0,
         atol=1e-12 if exact else 1e-6,
         err_msg="cells",
     )
-    np.testing.assert_allclose(found.scale, wanted.scale, rtol=1e-6, err_msg="scale")
+    assert_allclose(found.scale, wanted.scale, rtol=1e-6, err_msg="scale")
     if wanted.flipped is not None:
-        np.testing.assert_array_equal(found.flipped, wanted.flipped, "flipped columns")
+        assert_array_equal(found.flipped, wanted.flipped, "flipped columns")
 
 
 def assert_clipped(statistics: Any, wanted: oracle.Read, what: str) -> None:
@@ -514,7 +513,7 @@ def assert_range(
         f"{covered} is more than twice {reach}"
     )
     powers = np.log2(covered / covered.max())
-    np.testing.assert_allclose(
+    assert_allclose(
         powers, np.rint(powers), atol=1e-3, err_msg="ranges are powers of two apart"
     )
 
@@ -532,13 +531,11 @@ def assert_not_finite(
 
     for value in (np.nan, np.inf):
         found = replaced(value)
-        np.testing.assert_array_equal(
+        assert_array_equal(
             found[1:], np.asarray(y)[1:], f"{what}: rows beside one with {value}"
         )
         if np.isinf(value) and config.dac is not None and config.dac.scaling != "row":
-            np.testing.assert_array_equal(
-                found, replaced(float(input_limit)), f"{what}: {value}"
-            )
+            assert_array_equal(found, replaced(float(input_limit)), f"{what}: {value}")
         else:
             assert not np.isfinite(found[0]).any(), (
                 f"{what}: {value} at the input gives {found[0]}"
@@ -644,9 +641,7 @@ def test_stochastic_rounding_of_inputs_is_right_on_average(case: Case):
     codes = np.clip(x / full, low, 1) * top
     share = codes - np.floor(codes)
     by = full / top
-    nearest = dataclasses.replace(
-        config, dac=dataclasses.replace(config.dac, rounding="nearest")
-    )
+    nearest = replace(config, dac=replace(config.dac, rounding="nearest"))
     plain = oracle.read(chip, x, nearest, input_limit=input_limit)
     wanted = plain._replace(
         y=codes @ real * by, variance=(share * (1 - share)) @ real**2 * by**2
@@ -740,7 +735,7 @@ def test_gradients_are_those_of_the_programmed_weights(case: Case, negative: boo
         ),
         ("dW", d_W, clipped.T @ C),
     ):
-        np.testing.assert_allclose(
+        assert_allclose(
             found,
             wanted,
             rtol=0,
@@ -836,24 +831,20 @@ def test_adc_limits_are_read_and_learned_wherever_they_are_given(
     # Where it can be, the range before is one that loses nothing, whose plan is one product.
     lossless = in_state and case.path is None and oracle.integer_sums(new)
     bits = 14 if lossless else max(new.adc.bits, 4 + case.c["seed"] % 10)
-    before = dataclasses.replace(
+    before = replace(
         new.adc, range="granular" if lossless else "max", limits=None, bits=bits
     )
-    old = dataclasses.replace(new, adc=before)
-    new = dataclasses.replace(new, adc=dataclasses.replace(new.adc, bits=bits))
+    old = replace(new, adc=before)
+    new = replace(new, adc=replace(new.adc, bits=bits))
     case, C = case._replace(config=new), directions(case)
     limits = np.asarray(new.adc.limits)
 
     def read(limits: Any, W: Any, x: Any) -> Any:
         if in_state:
             state = program(W, old, case.key, path=case.path)
-            state = dataclasses.replace(
-                state, limits=limits if limits.ndim == 3 else limits[None]
-            )
+            state = replace(state, limits=limits if limits.ndim == 3 else limits[None])
         else:
-            config = dataclasses.replace(
-                new, adc=dataclasses.replace(new.adc, limits=limits)
-            )
+            config = replace(new, adc=replace(new.adc, limits=limits))
             state = program(W, config, case.key, path=case.path)
         return matmul(x, state)
 
@@ -872,9 +863,7 @@ def test_adc_limits_are_read_and_learned_wherever_they_are_given(
 
     def smooth(tops: np.ndarray) -> float:
         moved = np.stack([limits[..., 0], tops], -1).tolist()
-        config = dataclasses.replace(
-            new, adc=dataclasses.replace(new.adc, limits=moved)
-        )
+        config = replace(new, adc=replace(new.adc, limits=moved))
         return float(np.sum(C * oracle.read(chip, case.x, config, rounds=False).y))
 
     wanted = np.zeros(limits.shape[:-1])
@@ -885,9 +874,7 @@ def test_adc_limits_are_read_and_learned_wherever_they_are_given(
         move[at] = step
         wanted[at] = (smooth(tops + move) - smooth(tops - move)) / (2 * step)
     found = np.asarray(gradient).sum(-1)
-    np.testing.assert_allclose(
-        found, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max() + 1e-8
-    )
+    assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max() + 1e-8)
 
 
 def _wire(v: Any) -> crossbar.Wire:
@@ -945,9 +932,7 @@ def test_a_sweep_is_a_loop(case: Case, leaf: str):
     values, name, fields = SWEPT[leaf]
 
     def changed(value: Any) -> CrossbarConfig:
-        return dataclasses.replace(
-            case.config, **{name: dataclasses.replace(part, **fields(value, part))}
-        )
+        return replace(case.config, **{name: replace(part, **fields(value, part))})
 
     def read(value: Any, W: Any, x: Any) -> Any:
         return matmul(x, program(W, changed(value), case.key, path=case.path))
@@ -984,7 +969,7 @@ _DEVICES: dict[str, tuple[float, Callable[[Any], dict[str, Any]]]] = {
     "scale": (
         1.0,
         lambda v: {
-            "programming": dataclasses.replace(crossbar.RERAM_WAN_2022, scale=v),
+            "programming": replace(crossbar.RERAM_WAN_2022, scale=v),
             "time": 30.0,
         },
     ),
@@ -1037,15 +1022,11 @@ def test_gradients_of_physical_values_are_slopes(case: Case, leaf: str):
     C = directions(case)
 
     def loss(value: Any, W: Any, x: Any) -> Any:
-        config = dataclasses.replace(base, device=crossbar.Device(**device(value)))
+        config = replace(base, device=crossbar.Device(**device(value)))
         if leaf == "ratio":
-            config = dataclasses.replace(
-                config, cell=dataclasses.replace(config.cell, on_off_ratio=value)
-            )
+            config = replace(config, cell=replace(config.cell, on_off_ratio=value))
         if leaf == "limit":
-            config = dataclasses.replace(
-                config, dac=dataclasses.replace(config.dac, limit=value)
-            )
+            config = replace(config, dac=replace(config.dac, limit=value))
         state = program(W, config, key, path=case.path)
         return jnp.sum(C * matmul(x, with_read_key(state, jax.random.fold_in(key, 1))))
 
@@ -1063,4 +1044,4 @@ def test_gradients_of_physical_values_are_slopes(case: Case, leaf: str):
         ]
         wanted = (ends[1] - ends[0]) / (2e-6 * at)
     size = abs(float(y) / at) + np.abs(C).sum() * np.abs(W).max()
-    np.testing.assert_allclose(slope, wanted, rtol=1e-4, atol=1e-6 * size, err_msg=leaf)
+    assert_allclose(slope, wanted, rtol=1e-4, atol=1e-6 * size, err_msg=leaf)

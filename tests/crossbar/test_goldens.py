@@ -1,12 +1,13 @@
 """Outputs of CrossSim, of its loop in NumPy for further configurations, and of aihwkit."""
 
-import dataclasses
-import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from json_files import read_json
+from numpy.testing import assert_allclose
 
 from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar import (
@@ -94,7 +95,7 @@ NAMES = {
 
 def _load(folder, name):
     """Return what is told of a case of CrossSim, and its arrays with the weights and inputs."""
-    case = json.loads((folder / "configurations.json").read_text())["cases"][name]
+    case = read_json(folder / "configurations.json")["cases"][name]
     width = case["width"]
     bits = case["changes"].get("core.weight_bits", 8)
     with (
@@ -129,10 +130,10 @@ def test_products_and_arrays_are_those_of_crosssim(goldens, name):
         chip, y = programmed_and_read(
             jnp.asarray(z["W"].T, float), jnp.asarray(z["x"].T, float)
         )
-    np.testing.assert_allclose(y.T, z["y"], rtol=0, atol=1e-9 * np.abs(z["y"]).max())
+    assert_allclose(y.T, z["y"], rtol=0, atol=1e-9 * np.abs(z["y"]).max())
     assert list(chip.geometry.rows) == case["tile_input_sizes"]
     # What was stored in float32.
-    np.testing.assert_allclose(
+    assert_allclose(
         chip.codes * chip.scale, z["W_eff"].T, rtol=0, atol=1e-7 * np.abs(z["W"]).max()
     )
     g_min = float(config.g_min)
@@ -142,7 +143,7 @@ def test_products_and_arrays_are_those_of_crosssim(goldens, name):
         theirs = [z[f"G_s{i}_{kind}"].T for kind in "pno" if f"G_s{i}_{kind}" in z]
         if config.encoding.unit_column:  # CrossSim's comes first
             theirs = [np.roll(each, -1, axis=1) for each in theirs]
-        np.testing.assert_allclose(G, theirs, rtol=0, atol=1e-7)
+        assert_allclose(G, theirs, rtol=0, atol=1e-7)
 
 
 # By a loop in NumPy that agrees with CrossSim.
@@ -229,7 +230,7 @@ def test_products_of_further_configurations_are_those_of_crosssim(goldens, name)
         ours = product(CASES[name], W, x, np.float64, "definition") * _GAINS.get(
             name, 1
         )
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9 * np.abs(theirs).max())
+    assert_allclose(ours, theirs, rtol=0, atol=1e-9 * np.abs(theirs).max())
 
 
 @pytest.mark.parametrize(
@@ -265,14 +266,14 @@ def test_programming_errors_are_those_of_crosssim(goldens, name, model):
     )
     rms = np.sqrt(np.mean(error**2))
     theirs = np.sqrt(np.mean(z["err_mean"] ** 2 + z["err_std"] ** 2))
-    np.testing.assert_allclose(rms / theirs, 1, atol=0.03)
+    assert_allclose(rms / theirs, 1, atol=0.03)
     score = (error.mean(0) - z["err_mean"]) / np.sqrt(
         (error.var(0) + z["err_std"] ** 2) / draws
     )
     # Of 1024 normal scores the largest is above 4.9 once in a thousand seeds; outputs of one chip add correlation.
     assert np.abs(score).max() < 4.9
     assert abs(np.sqrt(np.mean(score**2)) - 1) < 0.15
-    np.testing.assert_allclose(np.mean(error.std(0) / z["err_std"]), 1, atol=0.02)
+    assert_allclose(np.mean(error.std(0) / z["err_std"]), 1, atol=0.02)
 
 
 _PAIRS = {
@@ -299,7 +300,7 @@ _TECHNOLOGIES = {
 @pytest.mark.parametrize("name", _TECHNOLOGIES)
 def test_drift_and_its_compensation_are_those_of_aihwkit(goldens, name):
     """Factor of the compensation, and error of the weights without and with it, at three ages."""
-    theirs = json.loads((goldens / "aihwkit" / "drift.json").read_text())[name]
+    theirs = read_json(goldens / "aihwkit" / "drift.json")[name]
     with np.load(goldens / "aihwkit" / "torch_inference_8b.npz") as z:
         W = jnp.asarray(z["W"].T)
     ratio, effects = _TECHNOLOGIES[name]
@@ -327,13 +328,9 @@ def test_drift_and_its_compensation_are_those_of_aihwkit(goldens, name):
     factors, plain, compensated = (
         np.asarray(found).reshape(3, len(ages), chips).mean(axis=2)
     )
-    np.testing.assert_allclose(
-        factors, [row["factor"] for row in theirs.values()], rtol=0.004
-    )
-    np.testing.assert_allclose(
-        plain, [row["error"] for row in theirs.values()], rtol=0.02
-    )
-    np.testing.assert_allclose(
+    assert_allclose(factors, [row["factor"] for row in theirs.values()], rtol=0.004)
+    assert_allclose(plain, [row["error"] for row in theirs.values()], rtol=0.02)
+    assert_allclose(
         compensated, [row["compensated"] for row in theirs.values()], rtol=0.02
     )
 
@@ -346,9 +343,9 @@ def test_the_preset_aihwkit_is_its_default_configuration(goldens):
     with np.load(goldens / "aihwkit" / "default.npz") as z:
         y = z["y"]
         spread = z["spread"]
-    noisy = dataclasses.replace(crossbar.PRESETS["aihwkit"], device=crossbar.Device())
-    quiet = dataclasses.replace(noisy, adc=dataclasses.replace(noisy.adc, noise=None))
-    np.testing.assert_allclose(
+    noisy = replace(crossbar.PRESETS["aihwkit"], device=crossbar.Device())
+    quiet = replace(noisy, adc=replace(noisy.adc, noise=None))
+    assert_allclose(
         product(quiet, W.T, x.T, np.float32, None).T, y, atol=1e-5 * np.abs(y).max()
     )
     chip = program(jnp.asarray(W), noisy)
@@ -358,7 +355,7 @@ def test_the_preset_aihwkit_is_its_default_configuration(goldens):
         )
     )
     ours = np.asarray(read(jax.random.split(jax.random.key(0), 200))) - y[0]
-    np.testing.assert_allclose(ours.std(axis=0).mean(), spread.mean(), rtol=0.03)
+    assert_allclose(ours.std(axis=0).mean(), spread.mean(), rtol=0.03)
 
 
 def test_a_tile_is_that_of_aihwkit(goldens):
@@ -376,9 +373,7 @@ def test_a_tile_is_that_of_aihwkit(goldens):
         for path in (None, "definition"):
             state = program(jnp.asarray(z["W"].T, float), config, path=path)
             y = np.asarray(matmul(jnp.asarray(z["x"], float), state))
-            np.testing.assert_allclose(
+            assert_allclose(
                 state.scale, np.broadcast_to(z["scale"][:, None], (3, 64)), rtol=1e-6
             )
-            np.testing.assert_allclose(
-                y, z["y"], rtol=0, atol=1e-5 * np.abs(z["y"]).max()
-            )
+            assert_allclose(y, z["y"], rtol=0, atol=1e-5 * np.abs(z["y"]).max())

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from crossbar_strategies import single_slices
+from numpy.testing import assert_array_equal
 
 from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar import (
@@ -96,8 +97,8 @@ def test_names_defaults_and_arrays_of_files(tmp_path):
     adc = crossbar.ADC(range="given", limits=limits)
     save_config(CrossbarConfig(adc=adc, device=Device(programming=swept)), path)
     loaded = load_config(path)
-    np.testing.assert_array_equal(loaded.device.programming.sigma, swept.sigma)
-    np.testing.assert_array_equal(loaded.adc.limits, limits)
+    assert_array_equal(loaded.device.programming.sigma, swept.sigma)
+    assert_array_equal(loaded.adc.limits, limits)
 
 
 def my_cells(G, key, time):
@@ -135,6 +136,6 @@ def test_presets_read_weights_and_inputs_of_sixteen_bits(name, dtype):
     narrow = settled(weights, x)
     for ours, theirs in zip(*map(jax.tree.leaves, (narrow, wide)), strict=True):
         assert ours.dtype == theirs.dtype
-        np.testing.assert_array_equal(ours, theirs)
+        assert_array_equal(ours, theirs)
     y = matmul(x.astype(jnp.float32), wide).astype(dtype)
-    np.testing.assert_array_equal(matmul(x, narrow), y)
+    assert_array_equal(matmul(x, narrow), y)

@@ -1,7 +1,7 @@
 """Reads besides their numbers, which `test_fuzz.py` compares with loops in NumPy: one body for chips of every kind."""
 
-import dataclasses
 import math
+from dataclasses import replace
 
 import crossbar_oracle
 import jax
@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import tiny
 from crossbar_strategies import ENCODINGS, problem, single_slices
+from numpy.testing import assert_allclose, assert_array_equal
+from refusals import refused
 from scipy.special import erfinv
 
 from lorafusion_jax import crossbar
@@ -80,13 +82,13 @@ def test_a_chip_is_read_alone_stacked_saved_and_differentiated(name, tmp_path):
     W, x = problem()
     make = jax.jit(lambda W, key: program(W, config, key, path=path))
     read = jax.jit(matmul)
-    chip = dataclasses.replace(make(W, KEY), name="blocks.0")
+    chip = replace(make(W, KEY), name="blocks.0")
     defined = program(W, config, KEY, path="definition")
     y = read(x, chip)
 
     def same(got, wanted, tolerance=1e-5):
         most = np.abs(wanted).max(initial=0)
-        np.testing.assert_allclose(got, wanted, rtol=0, atol=tolerance * most)
+        assert_allclose(got, wanted, rtol=0, atol=tolerance * most)
 
     if config.distorts:
         wanted = truncated(chip)
@@ -103,7 +105,7 @@ def test_a_chip_is_read_alone_stacked_saved_and_differentiated(name, tmp_path):
     loaded = crossbar.load_chip(tmp_path / "chip.safetensors")
     assert loaded.config == config
     assert jax.tree.structure(loaded) == jax.tree.structure(chip)
-    np.testing.assert_array_equal(read(x, loaded), y)
+    assert_array_equal(read(x, loaded), y)
     # Any leading axes are a batch: none, two, and an empty one.
     for shape in ((), (2, 2), (3, 0)):
         vectors = x[: math.prod(shape)].reshape(*shape, x.shape[1])
@@ -114,7 +116,7 @@ def test_a_chip_is_read_alone_stacked_saved_and_differentiated(name, tmp_path):
     same(stacked[1], read(x, make(-2 * W, keys[1])))
     narrow = x.astype(jnp.bfloat16)
     wide = read(narrow.astype(x.dtype), chip).astype(jnp.bfloat16)
-    np.testing.assert_array_equal(read(narrow, chip), wide)
+    assert_array_equal(read(narrow, chip), wide)
     # Derivatives pass straight through the converters, forwards and backwards, and through programming.
     weights = np.asarray(crossbar.programmed_weights(chip))
     forwards = jax.jit(lambda dx: jax.jvp(lambda x: matmul(x, chip), (x,), (dx,))[1])
@@ -150,9 +152,7 @@ def test_values_before_an_adc_have_the_derivatives_of_finite_differences():
     @jax.jit
     @jax.value_and_grad
     def both(values):
-        adc = dataclasses.replace(
-            wide, offset_error=values["offset"], gain_error=values["gain"]
-        )
+        adc = replace(wide, offset_error=values["offset"], gain_error=values["gain"])
         device = Device(
             iv=crossbar.Sinh(values["voltage"], values["scale"]),
             read_noise=ReadNoise(values["noise"]),
@@ -180,7 +180,7 @@ def test_values_before_an_adc_have_the_derivatives_of_finite_differences():
                 both(at | {name: value + step})[0] - both(at | {name: value - step})[0]
             )
             assert abs(rise) > 1e-3 * step
-            np.testing.assert_allclose(
+            assert_allclose(
                 gradient[name], rise / (2 * step), rtol=0.05, atol=1e-8, err_msg=name
             )
 
@@ -198,7 +198,7 @@ def test_compensation_cancels_a_drift_that_is_the_same_in_all_cells():
     both = jax.jit(jax.value_and_grad(loss), static_argnums=1)
     young, slope = both(jnp.float32(0.05), True)
     old, _ = both(jnp.float32(0.1), True)
-    np.testing.assert_allclose(young, old, rtol=1e-5)
+    assert_allclose(young, old, rtol=1e-5)
     assert abs(slope) < 1e-4 * abs(both(jnp.float32(0.05), False)[1])
 
 
@@ -228,13 +228,13 @@ def test_measured_conductances_are_read_like_those_that_are_modelled(name):
     tops = np.asarray(perfect.geometry.levels).reshape(-1, 1, 1, 1, 1, 1)
     G = jnp.asarray(1 / 8 + np.asarray(perfect.cells) / tops * (7 / 8), jnp.float32)
     again = program(W, config, conductances=G)
-    np.testing.assert_allclose(again.codes, perfect.codes, rtol=0, atol=1e-3)
+    assert_allclose(again.codes, perfect.codes, rtol=0, atol=1e-3)
     noise = np.random.default_rng(0).normal(scale=0.02, size=G.shape)
     measured = jnp.maximum(G + jnp.asarray(noise, jnp.float32), 0)
     for path in ("product", "definition"):
         chip = program(W, config, conductances=measured, path=path)
         y = np.asarray(x) @ np.asarray(crossbar.programmed_weights(chip))
-        np.testing.assert_allclose(matmul(x, chip), y, rtol=0, atol=1e-3)
+        assert_allclose(matmul(x, chip), y, rtol=0, atol=1e-3)
         assert np.abs(y - x @ W).max() > 0.01
 
 
@@ -244,9 +244,9 @@ def test_weights_whose_code_would_underflow_have_fewer_codes():
     W = W.at[:, 2].set(1e-37 * jnp.linspace(-1, 1, 30))
     chip = program(W, CrossbarConfig(dac=None, mapping=Mapping(scale="column")))
     weights = crossbar.programmed_weights(chip)[:, 2]
-    np.testing.assert_allclose(weights, W[:, 2], rtol=0, atol=1.2e-38)
+    assert_allclose(weights, W[:, 2], rtol=0, atol=1.2e-38)
     y = 1e30 * np.asarray(x, float) @ np.asarray(weights, float)
-    np.testing.assert_allclose(matmul(1e30 * x, chip)[:, 2], y, rtol=1e-4, atol=1e-13)
+    assert_allclose(matmul(1e30 * x, chip)[:, 2], y, rtol=1e-4, atol=1e-13)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_only_results_out_of_range_are_lost(mapping, adc):
     y = np.asarray(read(W, x), float)
     for i, j in ((1, -120), (118, -40), (-90, 100)):
         scaled = read(W * jnp.float32(2.0**i), x * jnp.float32(2.0**j))
-        np.testing.assert_array_equal(np.asarray(scaled, float), y * 2.0 ** (i + j))
+        assert_array_equal(np.asarray(scaled, float), y * 2.0 ** (i + j))
 
 
 def test_wires_that_lose_too_much_are_nan_and_chebyshev_converges():
@@ -271,7 +271,7 @@ def test_wires_that_lose_too_much_are_nan_and_chebyshev_converges():
 
     def currents(**solver):
         wire = Wire(row_resistance=4e-2, column_resistance=4e-2, **solver)
-        config = dataclasses.replace(ideal, tile=Tile(rows=None, cols=None, wire=wire))
+        config = replace(ideal, tile=Tile(rows=None, cols=None, wire=wire))
         return matmul(jnp.ones((1, 32)), program(jnp.ones((32, 32)), config))
 
     assert jnp.isnan(currents(relaxation=1.0, iterations=100)).all()
@@ -299,10 +299,10 @@ def test_ranges_that_lose_bits_do_not_pass_for_lossless_ones():
     W, x = problem()
     chip = program(W, granular(9))
     assert chip.plan.path == "product"
-    narrow = dataclasses.replace(chip, limits=chip.limits / 16)
-    with pytest.raises(ValueError, match=r"chip.limits lose bits, .* path='loop'"):
+    narrow = replace(chip, limits=chip.limits / 16)
+    with refused(r"chip.limits lose bits, .* path='loop'"):
         matmul(x, narrow)
-    read = jax.jit(lambda limits: matmul(x, dataclasses.replace(chip, limits=limits)))
+    read = jax.jit(lambda limits: matmul(x, replace(chip, limits=limits)))
     assert jnp.isnan(read(narrow.limits)).all()
 
 
@@ -312,7 +312,7 @@ def test_a_calibrated_chip_that_became_one_product_is_calibrated_again():
     chip = crossbar.calibrated(chip, probe(x, chip)[1])
     assert chip.plan.path == "product"
     again = crossbar.calibrated(chip, probe(2 * x, chip)[1])
-    np.testing.assert_array_equal(matmul(x, again), matmul(x, chip))
+    assert_array_equal(matmul(x, again), matmul(x, chip))
 
 
 def test_a_transfer_curve_is_read_conversion_by_conversion():
@@ -322,25 +322,24 @@ def test_a_transfer_curve_is_read_conversion_by_conversion():
     assert "transfer curve" in program(W, wide).plan.reason
     chip = program(W, single_slices("truncating", range="calibrated"))
     chip = crossbar.calibrated(chip, probe(x, chip)[1])
-    np.testing.assert_allclose(matmul(x, chip), truncated(chip), rtol=0, atol=1e-5)
+    assert_allclose(matmul(x, chip), truncated(chip), rtol=0, atol=1e-5)
 
 
 # Noise.
 
 
-@pytest.mark.parametrize("kind", ["independent", "proportional"])
-def test_noise_is_the_same_on_every_path(kind):
-    """One variance for all columns, or one for each."""
+def test_noise_is_the_same_on_every_path():
     W, x = problem(80, 6)
     quiet = CrossbarConfig(tile=Tile(rows=40), adc=ADC(bits=6, range="max"))
-    noisy = dataclasses.replace(quiet, device=Device(read_noise=ReadNoise(0.1, kind)))
+    noise = ReadNoise(0.1, "proportional")
+    noisy = replace(quiet, device=Device(read_noise=noise))
     without = matmul(x, program(W, quiet, path="loop"))
     least = float(jnp.abs(without).max()) / 1000  # less than a code is worth
     paths = ("loop", "lookup", "packed")
     reads = [matmul(x, with_read_key(program(W, noisy, path=p), KEY)) for p in paths]
     assert np.mean(np.abs(reads[0] - without) > least) > 0.5
     for other in reads[1:]:
-        np.testing.assert_allclose(other, reads[0], rtol=0, atol=least)
+        assert_allclose(other, reads[0], rtol=0, atol=least)
 
 
 def threefry(words, low, rounds):
@@ -370,19 +369,19 @@ def test_draws_have_threefrys_bits_and_the_quantiles_of_the_normal_distribution(
     places = np.arange(21_000)
     # The oracle's own oracle: with 20 rounds these are the bits of `jax.random`.
     bits = jax.random.bits(KEY, (21_000,), jnp.uint32)
-    np.testing.assert_array_equal(threefry(words, places, 20), bits)
+    assert_array_equal(threefry(words, places, 20), bits)
     bits = threefry(words, places, 13) >> 9
     least = np.nextafter(np.float32(-1), np.float32(0))
     uniform = bits.astype(np.float32) * np.float32(2.0**-23) * (1 - least) + least
     quantiles = np.sqrt(2) * erfinv(np.maximum(uniform, least).astype(np.float64))
     draws = jax.jit(lambda key: normal(key, (21_000,)))(KEY)
-    np.testing.assert_allclose(draws, quantiles, rtol=1e-6, atol=1e-12)
+    assert_allclose(draws, quantiles, rtol=1e-6, atol=1e-12)
     # Those of other generators and dtypes are of `jax.random`.
     rbg = jax.random.key(0, impl="rbg")
-    np.testing.assert_array_equal(normal(rbg, (5,)), jax.random.normal(rbg, (5,)))
+    assert_array_equal(normal(rbg, (5,)), jax.random.normal(rbg, (5,)))
     with jax.enable_x64(True):
         wide = jax.random.normal(KEY, (5,), jnp.float64)
-        np.testing.assert_array_equal(normal(KEY, (5,), jnp.float64), wide)
+        assert_array_equal(normal(KEY, (5,), jnp.float64), wide)
 
 
 # Accelerators and memory.
@@ -420,7 +419,7 @@ def test_an_accelerator_multiplies_small_integers_in_bfloat16(slice_bits, is_nar
     y = read(x, leaves)
     with tiny.for_tpu():
         assert ("bf16" in read.lower(x, leaves).as_text()) == is_narrow
-        np.testing.assert_array_equal(read(x, leaves), y)
+        assert_array_equal(read(x, leaves), y)
 
 
 _RESISTIVE = Wire(row_resistance=1e-3, column_resistance=1e-3)
@@ -450,4 +449,4 @@ def test_a_read_in_parts_gives_the_read_at_once():
     config = CrossbarConfig(adc=ADC(range="max"), tile=Tile(rows=1))
     chip = program(W, config, path="definition")
     few = matmul(x[-3:], chip)
-    np.testing.assert_allclose(matmul(x, chip)[-3:], few, rtol=1e-6, atol=1e-5)
+    assert_allclose(matmul(x, chip)[-3:], few, rtol=1e-6, atol=1e-5)

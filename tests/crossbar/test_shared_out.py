@@ -1,7 +1,7 @@
 """Arrays over devices: reads, calibration and programming under `jax.shard_map`."""
 
-import dataclasses
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import tiny
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from numpy.testing import assert_allclose
 
 from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar import (
@@ -30,22 +31,20 @@ from lorafusion_jax.crossbar import flax as crossbar_flax
 _TILE = Tile(rows=16, cols=12)
 _ADC = ADC(bits=6, range="max")
 _PLAIN = CrossbarConfig(cell=Cell(bits=(2, 2, 2, 2)), tile=_TILE, adc=_ADC)
-_WIRED = dataclasses.replace(
-    _PLAIN, tile=Tile(rows=16, cols=12, wire=Wire(row_resistance=1e-4))
-)
+_WIRED = replace(_PLAIN, tile=Tile(rows=16, cols=12, wire=Wire(row_resistance=1e-4)))
 _CASES = {
     "definition": (_PLAIN, "definition"),
     "loop": (_PLAIN, "loop"),
     "packed": (_PLAIN, "packed"),
     "lookup": (_PLAIN, "lookup"),
     "row tiles": (
-        dataclasses.replace(
+        replace(
             _PLAIN, mapping=Mapping(scale="tile"), encoding=Encoding(kind="offset")
         ),
         "loop",
     ),
     "noise": (
-        dataclasses.replace(_PLAIN, device=Device(read_noise=ReadNoise(0.01))),
+        replace(_PLAIN, device=Device(read_noise=ReadNoise(0.01))),
         "loop",
     ),
     "wires": (_WIRED, None),
@@ -106,7 +105,7 @@ def test_chips_and_inputs_may_differ_between_devices(name, mesh):
         jnp.concatenate([crossbar.matmul(part, chip) for part in (x[:2], x[2:])])
         for chip in chips
     ]
-    np.testing.assert_allclose(
+    assert_allclose(
         found, wanted, rtol=1e-4, atol=1e-5 * float(jnp.abs(jnp.stack(wanted)).max())
     )
 
@@ -115,7 +114,7 @@ def test_devices_verify_the_cells_of_their_own_chips(mesh):
     device = Device(
         programming=Independent(0.05), write_verify=crossbar.WriteVerify(0.03)
     )
-    config = dataclasses.replace(_PLAIN, device=device)
+    config = replace(_PLAIN, device=device)
     keys = jax.random.split(jax.random.key(3), 2)
     weights = jax.random.normal(jax.random.key(4), (6, 5))
 
@@ -128,13 +127,13 @@ def test_devices_verify_the_cells_of_their_own_chips(mesh):
     )(keys)
     for i, key in enumerate(keys):
         chip = crossbar.program(weights, config, key)
-        np.testing.assert_allclose(codes[i], chip.codes, rtol=1e-5, atol=1e-5)
+        assert_allclose(codes[i], chip.codes, rtol=1e-5, atol=1e-5)
         assert pulses[i] == pytest.approx(chip.pulses)
 
 
 def test_chips_of_a_flax_model_are_read_where_they_are():
     """As docs/guides/flax.md shares them out."""
-    config = dataclasses.replace(_PLAIN, device=Device(programming=Independent(0.03)))
+    config = replace(_PLAIN, device=Device(programming=Independent(0.03)))
     model = nnx.Linear(40, 20, rngs=nnx.Rngs(0))
     x = _inputs()
     chips = [

@@ -1,8 +1,8 @@
 """Chips and seeds over the devices of a mesh: the numbers of one device, without collectives."""
 
 import contextlib
-import dataclasses
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import recipes
 import tiny
+from numpy.testing import assert_allclose
+from refusals import refused
 
 import lorafusion_jax as lf
-from lorafusion_jax import crossbar, fuse, tasks
+from lorafusion_jax import crossbar, fuse, hardware, tasks
 from lorafusion_jax.crossbar import (
     Device,
     Independent,
@@ -24,7 +26,7 @@ _COLLECTIVES = re.compile(
     r"\b(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)"
 )
 _NOISE = Device(programming=Independent(0.02), read_noise=ReadNoise(0.01))
-_NOISY = dataclasses.replace(crossbar.PRESETS["ideal"], device=_NOISE)
+_NOISY = replace(crossbar.PRESETS["ideal"], device=_NOISE)
 
 
 def _mesh(asked):
@@ -51,7 +53,7 @@ def test_a_device_has_its_chips_alone_and_waits_for_no_other(small, tmp_path):
         "seed=4",
     ):  # six seeds on chips, and with two that are padding eight
         with _mesh(asked):
-            problem = lf.hardware.on_every_chip(
+            problem = hardware.on_every_chip(
                 setup,
                 params,
                 {"encoder.self.v": _NOISY},
@@ -65,7 +67,7 @@ def test_a_device_has_its_chips_alone_and_waits_for_no_other(small, tmp_path):
                 lambda leaf, count=count: jnp.stack([leaf] * count), batch
             )
             given = (
-                lf.hardware.for_every_chip(params, 3),
+                hardware.for_every_chip(params, 3),
                 lf.training.on_mesh(batches, of_seeds=True),
                 problem,
             )
@@ -98,20 +100,18 @@ def test_runs_on_chips_have_the_results_of_one_device(small, tmp_path):
     arrays = lf.runs.OnArrays(crossbar=noisy, keep_digital=digital, train_chip="fresh")
     options = recipes.small_run(small, tmp_path, epochs=1, arrays=arrays)
     trained = [
-        fuse(dataclasses.replace(options, name=f"{mesh}", mesh=mesh)).seeds
+        fuse(replace(options, name=f"{mesh}", mesh=mesh)).seeds
         for mesh in (None, "seed=2")
     ]
-    np.testing.assert_allclose(*map(_losses, trained), rtol=1e-5)
-    three_chips = lf.hardware.EvaluateOnChipsOptions(
+    assert_allclose(*map(_losses, trained), rtol=1e-5)
+    three_chips = hardware.EvaluateOnChipsOptions(
         run=tmp_path / "None", crossbar=noisy, keep_digital=digital, chips=3
     )
     read = [
-        lf.hardware.evaluate_on_chips(dataclasses.replace(three_chips, mesh=mesh))[
-            "rows"
-        ]
+        hardware.evaluate_on_chips(replace(three_chips, mesh=mesh))["rows"]
         for mesh in (None, "seed=2")
     ]
-    np.testing.assert_allclose(*map(_losses, read), rtol=1e-5)
+    assert_allclose(*map(_losses, read), rtol=1e-5)
     assert [(row["chip"], row["seed"]) for row in read[1]] == [
         (chip, seed) for chip in range(3) for seed in (1, 2)
     ]
@@ -124,22 +124,22 @@ def test_what_chips_cannot_share_out_is_refused_before_anything_is_loaded(
         ("seed=8", "needs 8 devices, got 4"),
         ("model=2", "would split matrices over devices, but chips are whole"),
     ):
-        with pytest.raises(ValueError, match=message):
-            lf.hardware.evaluate_on_chips(
-                lf.hardware.EvaluateOnChipsOptions(
+        with refused(message):
+            hardware.evaluate_on_chips(
+                hardware.EvaluateOnChipsOptions(
                     run=tmp_path, crossbar="isaac", mesh=asked
                 )
             )
-    with pytest.raises(ValueError, match="is of one process: leave out --distributed"):
+    with refused("is of one process: leave out --distributed"):
         how = {"mesh": "seed=2", "distributed": True}
         fuse(
             recipes.small_run(
                 small, tmp_path, arrays=lf.runs.OnArrays(crossbar="isaac"), **how
             )
         )
-    with pytest.raises(ValueError, match="leave out --mesh, or --report"):
-        lf.hardware.report_on_chips(
-            lf.hardware.EvaluateOnChipsOptions(
+    with refused("leave out --mesh, or --report"):
+        hardware.report_on_chips(
+            hardware.EvaluateOnChipsOptions(
                 run=tmp_path, crossbar="isaac", mesh="seed=2"
             )
         )

@@ -1,7 +1,7 @@
 """Exported adapters and merged models against PEFT's own formulas, in NumPy."""
 
-import dataclasses
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import tiny
 from flax import nnx
 
 import lorafusion_jax as lf
+from lorafusion_jax import io
 from lorafusion_jax.adapters.coefficients import shape
 from lorafusion_jax.models.layers import Linear
 
@@ -92,7 +93,7 @@ def test_a_fusion_is_one_adapter(composition, granularity, magnitudes, ranks):
         s: jnp.asarray(rng.uniform(0.5, 2, (b.shape[0], b.shape[3])), jnp.float32)
         for s, b in pool.B.items()
     }
-    config, tensors = lf.io.fused_adapter(
+    config, tensors = io.fused_adapter(
         _MODEL.config,
         pool,
         jnp.array(_INDEX),
@@ -134,12 +135,12 @@ def test_a_quantised_pool_exports_what_it_computes(composition):
         for f in ("A", "B")
     }
     spread = lf.adapters.expand(tiny.coefficients((3, 5)), pool, "block")
-    exported = lf.io.fused_adapter(
+    exported = io.fused_adapter(
         _MODEL.config, pool, jnp.array(_INDEX), spread, composition, base="b"
     )
-    wanted = lf.io.fused_adapter(
+    wanted = io.fused_adapter(
         _MODEL.config,
-        dataclasses.replace(pool, **plain),
+        replace(pool, **plain),
         jnp.array(_INDEX),
         spread,
         composition,
@@ -160,7 +161,7 @@ def test_a_lora_is_a_plain_adapter():
         for site, s in _MODEL.config.sites.items()
         if site.endswith((".o", "wi_1"))
     }
-    config, tensors = lf.io.lora_adapter(_MODEL.config, adapters, base="b")
+    config, tensors = io.lora_adapter(_MODEL.config, adapters, base="b")
     assert (config["r"], config["lora_alpha"], config["use_dora"]) == (3, 3, False)
     found = _in_peft(config, tensors)
     assert found.keys() == {
@@ -188,7 +189,7 @@ def test_magnitudes_of_either_sign_and_zero_start_the_next_fusion(tmp_path, magn
         for s, m in params["magnitudes"].items()
     }
     spread = lf.adapters.expand(params["coefficients"], pool, "block")
-    written = lf.io.fused_adapter(
+    written = io.fused_adapter(
         _MODEL.config,
         pool,
         index,
@@ -197,7 +198,7 @@ def test_magnitudes_of_either_sign_and_zero_start_the_next_fusion(tmp_path, magn
         base="b",
         magnitudes=params["magnitudes"],
     )
-    lf.io.write_adapter(tmp_path / "fused", *written)
+    io.write_adapter(tmp_path / "fused", *written)
     again = lf.read_pool([str(tmp_path / "fused")], _MODEL.config)
     frozen_again = lf.Frozen(
         base,
@@ -248,7 +249,7 @@ def test_quantised_and_bf16_models_merge_in_float32():
     merged = lf.merged_base(model, adapters)
     _close(_logits(merged), _logits(model, adapters), 1e-4)
     assert all(isinstance(lf.kernels(merged)[site], jax.Array) for site in adapters)
-    in_bf16 = tiny.t5(dataclasses.replace(tiny.CONFIG, dtype="bfloat16"))
+    in_bf16 = tiny.t5(replace(tiny.CONFIG, dtype="bfloat16"))
     for site, expected in lf.kernels(lf.merged_base(tiny.t5(), adapters)).items():
         np.testing.assert_array_equal(
             lf.kernels(lf.merged_base(in_bf16, adapters))[site], expected

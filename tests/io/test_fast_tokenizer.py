@@ -1,6 +1,5 @@
 """Tokenizers without transformers: the same tokens and texts as transformers', which other methods load."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import pytest
 import small_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from json_files import read_json, write_json
 
 import lorafusion_jax as lf
 from lorafusion_jax.io import open_base
@@ -103,8 +103,8 @@ def test_another_token_for_padding_holds_for_further_methods():
 )
 def test_transformers_loads_what_its_settings_change(tmp_path, changes):
     folder = shutil.copytree(_BASE, tmp_path / "base")
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | changes))
+    settings = read_json(folder / "tokenizer_config.json")
+    write_json(folder / "tokenizer_config.json", settings | changes)
     assert type(open_base(folder).tokenizer) is type(lf.load_tokenizer(folder))
 
 

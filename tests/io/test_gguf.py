@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import re
 import string
 
@@ -30,6 +29,9 @@ from gguf_models import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from json_files import read_json, write_json
+from numpy.testing import assert_allclose, assert_array_equal
+from refusals import refused
 from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
@@ -54,9 +56,8 @@ def test_every_type_that_the_gguf_package_dequantises_is_read(tmp_path, kind):
     try:
         expected = gguf.dequantize(data, kind)
     except NotImplementedError:
-        with pytest.raises(
-            ValueError,
-            match=f"a is stored as {kind.name}, which the gguf package cannot dequantise",
+        with refused(
+            f"a is stored as {kind.name}, which the gguf package cannot dequantise"
         ):
             read_gguf(file)
     else:
@@ -65,8 +66,8 @@ def test_every_type_that_the_gguf_package_dequantises_is_read(tmp_path, kind):
             expected.shape,
             kind.name,
         ) and expected.shape == (2, 3 * numbers)
-        np.testing.assert_array_equal(tensor, expected)
-        np.testing.assert_array_equal(tensor[1:2], expected[1:2])
+        assert_array_equal(tensor, expected)
+        assert_array_equal(tensor[1:2], expected[1:2])
 
 
 @pytest.fixture(scope="module")
@@ -195,11 +196,9 @@ def test_q8_0_keeps_its_codes(tmp_path, folders, dtype):
         got = np.asarray(dense(weight, dtype)[layer])
         if tensors[f"{path}.weight"].kind == "Q8_0":
             codes, scales = tensors[f"{path}.weight"].codes()
-            np.testing.assert_array_equal(weight.qvalue[layer], codes.T)
-            np.testing.assert_array_equal(
-                weight.scale[layer], scales.T.astype(np.float32)
-            )
-            np.testing.assert_array_equal(got, wanted)
+            assert_array_equal(weight.qvalue[layer], codes.T)
+            assert_array_equal(weight.scale[layer], scales.T.astype(np.float32))
+            assert_array_equal(got, wanted)
         else:
             tiles = np.abs(wanted.astype(np.float32)).reshape(
                 -1, weight.scale_tile_shape[1], wanted.shape[1]
@@ -229,12 +228,10 @@ def test_an_embedding_that_is_the_head_keeps_its_codes(tmp_path, folders):
     codes = models[0].embedding.get_value()
     plain = models[1].embedding.get_value()
     assert isinstance(codes, qwix.QArray)
-    np.testing.assert_array_equal(dense(codes, "float32"), plain)
+    assert_array_equal(dense(codes, "float32"), plain)
     ids = jnp.arange(1, 7)[None]
-    np.testing.assert_allclose(
-        *(model(ids, ids > 0) for model in models), rtol=1e-4, atol=1e-4
-    )
-    np.testing.assert_array_equal(
+    assert_allclose(*(model(ids, ids > 0) for model in models), rtol=1e-4, atol=1e-4)
+    assert_array_equal(
         *(lf.generate(model, ids, ids > 0, max_new_tokens=4) for model in models)
     )
 
@@ -301,7 +298,7 @@ def test_byte_level_tokens_special_tokens_and_flags():
     )
     # Llama 3's tokenizers begin with BOS unless told otherwise, and keep a word that no merges make.
     merges = {"tokenizer.ggml.merges": ["h e"], "tokenizer.ggml.pre": "llama-bpe"}
-    with pytest.raises(ValueError, match="its merges give no tokenizer"):
+    with refused("its merges give no tokenizer"):
         build_tokenizer(BYTE_LEVEL | IDS | merges)
     merges["tokenizer.ggml.merges"] = ["t h"]
     assert build_tokenizer(BYTE_LEVEL | IDS | merges)("the")["input_ids"] == _ids(
@@ -415,7 +412,7 @@ def test_a_merged_model_is_read_back_with_its_weights_and_metadata(
     tolerance = 0 if kind == "F16" else 8 / 127 / 2 + 2**-8
 
     def negative(ours, theirs, err_msg):
-        np.testing.assert_allclose(ours, -theirs, 0, tolerance, err_msg=err_msg)
+        assert_allclose(ours, -theirs, 0, tolerance, err_msg=err_msg)
 
     tiny.assert_same_model(lf.load_base(merged.place), lf.load_base(file), negative)
     reader = gguf.GGUFReader(tmp_path / "merged.gguf")
@@ -451,7 +448,7 @@ def test_the_text_model_of_a_qwen_3_5_with_images_and_its_blocks_for_several_tok
     tmp_path, folders
 ):
     folder = folders["qwen3.5"]
-    text = json.loads((folder / "config.json").read_text())
+    text = read_json(folder / "config.json")
     tensors = load_file(folder / "model.safetensors")
     build_tokenizer(BYTE_LEVEL | IDS).save_pretrained(tmp_path)
     config = {
@@ -459,7 +456,7 @@ def test_the_text_model_of_a_qwen_3_5_with_images_and_its_blocks_for_several_tok
         for key in ("tie_word_embeddings", "eos_token_id", "pad_token_id")
     }
     config |= {"model_type": "qwen3_5", "text_config": text}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_json(tmp_path / "config.json", config)
     inside = {
         re.sub("^model", "model.language_model", name): tensor
         for name, tensor in tensors.items()
@@ -507,7 +504,7 @@ def test_transformers_reads_a_written_model_as_its_folder(tmp_path, folders, nam
         ).eval()
         with torch.no_grad():
             logits.append(model(input_ids=ids).logits.numpy())
-    np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-4)
+    assert_allclose(*logits, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama 3", "gemma3", "qwen3.5"])
@@ -543,7 +540,7 @@ def test_peft_adapts_the_exported_folder_of_a_file(tmp_path, folders, name):
     fused = peft_models.fused(model, [tmp_path / "adapter"], fusion, 1.0)
     logits = model(jnp.asarray(ids), jnp.asarray(ids > 0), fused.adapters)
     tolerance = 1e-4 * np.abs(wanted).max()
-    np.testing.assert_allclose(logits, wanted, rtol=0, atol=tolerance)
+    assert_allclose(logits, wanted, rtol=0, atol=tolerance)
 
 
 _LLAMA_CPP = "convert the folder with llama.cpp's"
@@ -584,10 +581,10 @@ def test_a_folder_that_no_file_describes_is_refused_with_the_remedy(
             tokenizer_object=tokenizers.Tokenizer(words)
         )
     tokenizer.save_pretrained(tmp_path)
-    config = json.loads((folders[name] / "config.json").read_text()) | changes
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    config = read_json(folders[name] / "config.json") | changes
+    write_json(tmp_path / "config.json", config)
     tensors = load_file(folders[name] / "model.safetensors")
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         write_merged(tmp_path / "model.gguf", open_base(tmp_path).files, tensors, "F16")
     assert not (tmp_path / "model.gguf").exists()
 
@@ -625,7 +622,7 @@ def test_a_lora_has_the_names_and_the_order_of_rows_of_its_base(
             "lora_A" if last == "out_proj" else "lora_B"
         ):
             array = of_delta_net(path, array, content)
-        np.testing.assert_array_equal(
+        assert_array_equal(
             found[f"{names.get_name(path)}.weight.{factor.lower()}"], array
         )
 
@@ -679,18 +676,17 @@ def test_weighted_modules_are_written_as_files(tmp_path, folders):
         a = found[f"{name}.weight.lora_a"]
         b = found[f"{name}.weight.lora_b"]
         # llama.cpp's scaling: alpha by the rank of the matrix
-        np.testing.assert_allclose(alpha / len(a) * b @ a, wanted, atol=1e-5)
+        assert_allclose(alpha / len(a) * b @ a, wanted, atol=1e-5)
     options = dataclasses.replace(options, out=tmp_path / "merged", format="gguf-f16")
     merge(options)
     merged = lf.base_tensor(tmp_path / "merged" / "model.gguf")(f"{path}.weight")
     base = lf.base_tensor(file)(f"{path}.weight")
-    np.testing.assert_allclose(merged, base + update, atol=2**-8)
+    assert_allclose(merged, base + update, atol=2**-8)
 
 
 def test_a_family_without_gguf_files_is_refused(tmp_path):
-    with pytest.raises(
-        ValueError,
-        match="model_type is 't5': expected one of llama, .* for GGUF, or --format adapter",
+    with refused(
+        "model_type is 't5': expected one of llama, .* for GGUF, or --format adapter"
     ):
         write_lora(tmp_path / "lora.gguf", {"model_type": "t5"}, {}, alpha=1.0)
     assert not list(tmp_path.iterdir())
@@ -748,11 +744,6 @@ _FILES = [
         r"llama\.rope\.dimension_count is 8: \w+ the width of a head, 16",
     ),
     (
-        {"general.alignment": 0},
-        r"Expected `int` >= 1 - at `\$\.general\.alignment`",
-    ),
-    ({"split.count": "3"}, r"Expected `int`, got `str` - at `\$\.split\.count`"),
-    (
         {"split.count": 3},
         r"is one of 3 parts: merge them by `llama-gguf-split --merge`",
     ),
@@ -789,14 +780,6 @@ _TOKENIZERS = [
     ),
     ({"tokens": None}, "tokenizer.ggml.tokens holds 0 tokens"),
     (
-        {"tokens": "ab"},
-        r"Expected `array`, got `str` - at `\$\.tokenizer\.ggml\.tokens`",
-    ),
-    (
-        {"bos_token_id": "1"},
-        r"Expected `int`, got `str` - at `\$\.tokenizer\.ggml\.bos_token_id`",
-    ),
-    (
         {"unknown_token_id": 4000},
         r"the unknown token is 4000, and tokenizer\.ggml\.tokens holds 262",
     ),
@@ -815,7 +798,7 @@ _TOKENIZERS = [
 def test_files_that_are_refused(tmp_path, folders, read, prefix, changes, message):
     changes = {f"{prefix}{key}": value for key, value in changes.items()}
     file = written(folders["llama"], tmp_path / "model.gguf", changes)
-    with pytest.raises(ValueError, match=f"^{file}.*{message}") as caught:
+    with refused(f"^{file}.*{message}") as caught:
         read(file)
     assert len(str(caught.value)) < 1_000
 
@@ -825,9 +808,8 @@ def test_shapes_that_no_file_holds_are_refused(tmp_path, shape):
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
     writer.add_tensor("x", np.zeros(32, np.float32))
     writer.tensors[0]["x"].shape = shape
-    with pytest.raises(
-        ValueError,
-        match=r"model\.gguf: (x has .* blocks of|truncated or damaged, x ends).* fetch",
+    with refused(
+        r"model\.gguf: (x has .* blocks of|truncated or damaged, x ends).* fetch"
     ):
         read_gguf(close(writer))
 
@@ -844,15 +826,14 @@ def test_stretched_frequencies_that_are_not_llama3_s_are_refused(
     held.shape = held.tensor.shape
     held.nbytes = held.tensor.nbytes
     message = r"rope_freqs\.weight (has shape \[31\]: \w+ \[32\]|are not those of a rope scaling llama3)"
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         lf.read_config(close(writer))
 
 
 def test_half_of_longrope_is_refused(tmp_path, folders):
     writer = writer_of(folders["phi3"], tmp_path / "model.gguf")
     writer.add_tensor("rope_factors_long.weight", np.ones(4, np.float32))
-    with pytest.raises(
-        ValueError,
-        match="the rope scaling is longrope: expected rope_factors_short.weight and rope_",
+    with refused(
+        "the rope scaling is longrope: expected rope_factors_short.weight and rope_"
     ):
         lf.read_config(close(writer))

@@ -1,6 +1,5 @@
 """Base models in and out: goldens, every layout of files, what is refused, and transformers itself."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -13,6 +12,9 @@ import small_llama
 import tiny
 import torch_files
 from flax import nnx
+from json_files import change_json, read_json, write_json
+from numpy.testing import assert_array_equal
+from refusals import refused
 from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
@@ -40,7 +42,7 @@ _V = "decoder.block.1.layer.1.EncDecAttention.v.weight"
 def _write_config(folder, **fields):
     folder.mkdir(exist_ok=True)
     config = {key: value for key, value in (_JSON | fields).items() if value is not ...}
-    (folder / "config.json").write_text(json.dumps(config))
+    write_json(folder / "config.json", config)
     return folder
 
 
@@ -83,9 +85,7 @@ def _lay_out(source, folder, layout):
             folder / file,
             {key: array for key, array in tensors.items() if files[key] == file},
         )
-    (folder / f"{name}.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": files})
-    )
+    write_json(folder / f"{name}.index.json", {"metadata": {}, "weight_map": files})
     return folder
 
 
@@ -171,7 +171,7 @@ def test_no_token_for_padding_is_never_a_token(tmp_path, none):
 )
 def test_end_tokens_are_those_of_both_configurations(tmp_path, own, generation, ends):
     folder = _write_config(tmp_path / "base", model_type="llama", eos_token_id=own)
-    (folder / "generation_config.json").write_text(json.dumps(generation))
+    write_json(folder / "generation_config.json", generation)
     assert lf.read_config(folder).end_ids == ends
 
 
@@ -179,7 +179,7 @@ def test_the_weights_determine_whether_the_head_is_tied(base):
     _write_config(base, tie_word_embeddings=True, scale_decoder_outputs=False)
     model = lf.load_base(base)
     assert not model.config.tied and not model.config.scale_logits
-    np.testing.assert_array_equal(
+    assert_array_equal(
         model.head[...].T, load_file(base / "model.safetensors")["lm_head.weight"]
     )
     _change(
@@ -205,9 +205,7 @@ def test_copies_of_the_embedding_and_the_unused_table_are_let_pass(base):
     _change(base, add)
     tiny.assert_same_model(lf.load_base(base), before)
     _change(base, lambda tensors: tensors["decoder.embed_tokens.weight"].__iadd__(1))
-    with pytest.raises(
-        ValueError, match=r"decoder\.embed_tokens\.weight differs from shared\.weight"
-    ):
+    with refused(r"decoder\.embed_tokens\.weight differs from shared\.weight"):
         lf.load_base(base)
 
 
@@ -226,9 +224,7 @@ def test_dtypes(base, stored, dtype):
         jnp.dtype(dtype)
     }
     expected = load_file(base / "model.safetensors")[_V].T.astype(dtype)
-    np.testing.assert_array_equal(
-        np.asarray(lf.kernels(model)["decoder.cross.v"][1]), expected
-    )
+    assert_array_equal(np.asarray(lf.kernels(model)["decoder.cross.v"][1]), expected)
 
 
 @pytest.mark.parametrize("qtype", QUANTISED_TYPES)
@@ -247,11 +243,9 @@ def test_a_model_is_quantised_as_it_loads(base, qtype):
         ).all()
         at_once = lf.quantise(lf.kernels(plain)[site], qtype, tiled_axis=-2)
         assert jax.tree.structure(kernel) == jax.tree.structure(at_once)
-        np.testing.assert_array_equal(
-            dense(kernel, "float32"), dense(at_once, "float32")
-        )
+        assert_array_equal(dense(kernel, "float32"), dense(at_once, "float32"))
     assert quantised.head.get_value().qtype == qtype
-    np.testing.assert_array_equal(quantised.embedding[...], plain.embedding[...])
+    assert_array_equal(quantised.embedding[...], plain.embedding[...])
 
 
 def test_a_saved_model_is_the_same_and_keeps_its_files(base, tmp_path):
@@ -271,7 +265,7 @@ def test_a_saved_model_is_the_same_and_keeps_its_files(base, tmp_path):
         load_file(tmp_path / "again/model.safetensors").keys()
         == load_file(base / "model.safetensors").keys()
     )
-    with pytest.raises(ValueError, match="exists: give a new folder"):
+    with refused("exists: give a new folder"):
         lf.save_base(lf.load_base(base), tmp_path / "again", base)
 
 
@@ -283,7 +277,7 @@ def test_saving_dequantises_and_keeps_the_dtype(base, tmp_path):
         np.dtype(ml_dtypes.bfloat16)
     }
     expected = dense(lf.kernels(model)["decoder.cross.v"], "bfloat16")[1].T
-    np.testing.assert_array_equal(tensors[_V], np.asarray(expected))
+    assert_array_equal(tensors[_V], np.asarray(expected))
 
 
 @pytest.mark.parametrize(
@@ -291,12 +285,10 @@ def test_saving_dequantises_and_keeps_the_dtype(base, tmp_path):
 )
 def test_a_saved_model_states_the_dtype_of_its_file(base, tmp_path, stated, dtype):
     """transformers 5 loads weights in the dtype that the configuration states."""
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {stated: "float16"}))
+    config = read_json(base / "config.json")
+    write_json(base / "config.json", config | {stated: "float16"})
     lf.save_base(lf.load_base(base, dtype=dtype), tmp_path / "again", base)
-    assert json.loads((tmp_path / "again/config.json").read_text()) == config | {
-        stated: dtype
-    }
+    assert read_json(tmp_path / "again/config.json") == config | {stated: dtype}
 
 
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
@@ -353,30 +345,26 @@ def test_rotary_positions_are_also_saved_where_older_readers_look(
     source = tmp_path / "source"
     source.mkdir()
     save_file({"vision_tower.weight": np.ones(2)}, source / "model.safetensors")
-    (source / "config.json").write_text(json.dumps(text))
+    write_json(source / "config.json", text)
     config = lf.read_config(source)
     model = family_of(config).model(config, rngs=nnx.Rngs(0))
     lf.save_base(model, tmp_path / "saved", source)
-    assert json.loads((tmp_path / "saved" / "config.json").read_text()) == wanted
+    assert read_json(tmp_path / "saved" / "config.json") == wanted
     assert lf.read_config(tmp_path / "saved") == config
 
 
 def test_a_tensor_of_the_base_by_name(base, tmp_path):
     tensor = lf.base_tensor(base)
     tensors = load_file(base / "model.safetensors")
-    np.testing.assert_array_equal(tensor(_V), tensors[_V])
-    np.testing.assert_array_equal(tensor("lm_head.weight"), tensors["lm_head.weight"])
-    np.testing.assert_array_equal(
-        tensor("encoder.embed_tokens.weight"), tensors["shared.weight"]
-    )
+    assert_array_equal(tensor(_V), tensors[_V])
+    assert_array_equal(tensor("lm_head.weight"), tensors["lm_head.weight"])
+    assert_array_equal(tensor("encoder.embed_tokens.weight"), tensors["shared.weight"])
     with pytest.raises(KeyError, match="score"):
         tensor("score.weight")
     _change(base, lambda tensors: tensors.pop("lm_head.weight"))
-    np.testing.assert_array_equal(
-        lf.base_tensor(base)("lm_head.weight"), tensors["shared.weight"]
-    )
+    assert_array_equal(lf.base_tensor(base)("lm_head.weight"), tensors["shared.weight"])
     lazy = lf.base_tensor(_write_config(tmp_path / "no_weights"))
-    with pytest.raises(ValueError, match="has no weights"):
+    with refused("has no weights"):
         lazy(_V)
 
 
@@ -399,8 +387,6 @@ def test_a_tensor_of_the_base_by_name(base, tmp_path):
             {"feed_forward_proj": "gated-silu"},
             r"Invalid enum value 'gated-silu' - at `\$\.feed_forward_proj`",
         ),
-        ({"d_kv": ...}, r"Object missing required field `d_kv`"),
-        ({"d_ff": -1}, r"Expected `int` >= 1 - at `\$\.d_ff`"),
         (
             {"num_layers": 10**9},
             r"Expected `int` <= 10000 - at `\$\.num_layers`",
@@ -410,26 +396,13 @@ def test_a_tensor_of_the_base_by_name(base, tmp_path):
             r"Expected `int \| array \| null`, got `object` - at `\$\.eos_token_id`",
         ),
         (
-            {"layer_norm_epsilon": "small"},
-            r"Expected `float`, got `str` - at `\$\.layer_norm_epsilon`",
-        ),
-        (
-            {"model_type": "llama", "num_attention_heads": 0},
-            r"Expected `int` >= 1 - at `\$\.num_attention_heads`",
-        ),
-        (
-            {"model_type": "llama", "hidden_act": ["silu"]},
-            r"Expected `str`, got `array` - at `\$\.hidden_act`",
-        ),
-        (
             {"model_type": "llama", "rope_scaling": 3},
             r"Expected `object \| null`, got `int` - at `\$\.rope_scaling`",
         ),
-        ({"vocab_size": 10**400}, r"Expected `int` <= 10000000 - at `\$\.vocab_size`"),
     ],
 )
 def test_configurations_that_are_refused(tmp_path, fields, message):
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         lf.read_config(_write_config(tmp_path / "base", **fields))
 
 
@@ -466,7 +439,7 @@ def _forget(*names):
 )
 def test_weights_that_do_not_fit(base, change, message):
     _change(base, change)
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         lf.load_base(base)
 
 
@@ -503,7 +476,7 @@ def test_weights_that_are_not_finite_floats_are_refused_by_name(
             {name: np.ascontiguousarray(change(tensors[name]))}
         ),
     )
-    with pytest.raises(ValueError, match=f"^{base}: {name} (holds )?{message}"):
+    with refused(f"^{base}: {name} (holds )?{message}"):
         lf.load_base(base)
 
 
@@ -515,7 +488,7 @@ def test_shards_outside_the_folder_are_refused_unread(base, tmp_path, name):
     folder = _lay_out(base, tmp_path / "shards", "sharded safetensors")
     shutil.copyfile(base / "model.safetensors", tmp_path / "other.safetensors")
     index = folder / "model.safetensors.index.json"
-    files = json.loads(index.read_text())["weight_map"]
+    files = read_json(index)["weight_map"]
     for weight_map, message in (
         (files | {_V: name}, " is not a file inside this folder: correct the name"),
         (
@@ -527,11 +500,11 @@ def test_shards_outside_the_folder_are_refused_unread(base, tmp_path, name):
             r"-00009-of-00003\.safetensors: no such file",
         ),
     ):
-        index.write_text(json.dumps({"weight_map": weight_map}))
-        with pytest.raises(ValueError, match=f"^{folder}.*{message}"):
+        write_json(index, {"weight_map": weight_map})
+        with refused(f"^{folder}.*{message}"):
             lf.load_base(folder)
     index.write_text("{}")
-    with pytest.raises(ValueError, match="Object missing required field `weight_map`"):
+    with refused("Object missing required field `weight_map`"):
         lf.load_base(folder)
 
 
@@ -549,9 +522,9 @@ def test_other_layouts_are_refused_with_the_remedy(tmp_path, file, message):
     if "checkpoint" in file:
         (tmp_path / "checkpoint-100").mkdir()
     (tmp_path / file).write_text("{}")
-    with pytest.raises(ValueError, match=rf"has no config\.json: it {message}"):
+    with refused(rf"has no config\.json: it {message}"):
         lf.read_config(tmp_path)
-    with pytest.raises(ValueError, match=rf"has no weights: .*; it {message}"):
+    with refused(rf"has no weights: .*; it {message}"):
         lf.load_base(tmp_path)
 
 
@@ -568,12 +541,12 @@ def test_code_that_a_repository_brings_is_not_run(tmp_path, monkeypatch):
             "AutoModelForSeq2SeqLM": "theirs.Theirs",
         }
     }
-    path.write_text(json.dumps(json.loads(path.read_text()) | auto_map))
+    change_json(path, auto_map)
     config = {
         "tokenizer_class": "Theirs",
         "auto_map": {"AutoTokenizer": ["theirs.Theirs", None]},
     }
-    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    write_json(base / "tokenizer_config.json", config)
     code = f"""import pathlib
 pathlib.Path({str(tmp_path / "ran")!r}).touch()
 from transformers import PreTrainedTokenizerFast
@@ -605,8 +578,6 @@ def test_texts_that_are_links_out_of_a_base_are_not_copied(tmp_path, snapshot):
         out / "config.json"
     ).is_symlink()
     (folder / "chat_template.jinja").symlink_to(tmp_path / "key")
-    with pytest.raises(
-        ValueError, match=f"{folder}/chat_template.jinja: a link out of its folder"
-    ):
+    with refused(f"{folder}/chat_template.jinja: a link out of its folder"):
         base.save_texts(out)
     assert not (out / "chat_template.jinja").exists()

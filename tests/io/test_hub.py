@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hub_server import TOKEN
+from refusals import refused
 
 from lorafusion_jax import LowRank, load_tokenizer, read_config
 from lorafusion_jax.io import lora_adapter, read_adapter
@@ -18,7 +19,7 @@ def test_bases_tokenizers_and_adapters_come_by_id_and_revision(hub, small, revis
     source = f"org/base{revision}"
     assert read_config(source) == read_config(small[0])
     assert load_tokenizer(source).get_vocab() == load_tokenizer(small[0]).get_vocab()
-    with pytest.raises(ValueError, match="org/base@v9 gives no tokenizer"):
+    with refused("org/base@v9 gives no tokenizer"):
         load_tokenizer("org/base@v9")
     fetched = read_adapter(f"org/adapter{revision}")
     local = read_adapter(str(sorted(small[1].iterdir())[0]))
@@ -61,17 +62,14 @@ def test_fetched_files_are_found_offline(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert resolve("org/adapter", patterns=None) == folder
     assert len(hub.requests) == asked
-    with pytest.raises(
-        ValueError, match=r"'org/other' is not a folder here.*HF_HUB_OFFLINE"
-    ):
+    with refused(r"'org/other' is not a folder here.*HF_HUB_OFFLINE"):
         resolve("org/other", patterns=None)
 
 
 def test_a_private_repository_needs_the_token(hub, monkeypatch):
     hub.private.add("org/adapter")
-    with pytest.raises(
-        ValueError,
-        match=r"'org/adapter' .*it is private: check the spelling, or run `hf auth login`",
+    with refused(
+        r"'org/adapter' .*it is private: check the spelling, or run `hf auth login`"
     ):
         read_adapter("org/adapter")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -80,23 +78,17 @@ def test_a_private_repository_needs_the_token(hub, monkeypatch):
 
 def test_refusals_of_the_hub_are_explained(hub):
     hub.gated.add("org/adapter")
-    with pytest.raises(
-        ValueError,
-        match=r"'org/adapter' .*access is restricted: request it on the repository's page",
+    with refused(
+        r"'org/adapter' .*access is restricted: request it on the repository's page"
     ):
         resolve("org/adapter", patterns=None)
-    with pytest.raises(
-        ValueError,
-        match=r"'org/base@v9' .*no such revision: check the text after the @",
-    ):
+    with refused(r"'org/base@v9' .*no such revision: check the text after the @"):
         resolve("org/base@v9", patterns=None)
-    with pytest.raises(
-        ValueError, match=r"'org/nothing' .*no such repository, or it is private"
-    ):
+    with refused(r"'org/nothing' .*no such repository, or it is private"):
         resolve("org/nothing", patterns=None)
     hub.gated.clear()
     hub.busy = 1
-    with pytest.raises(ValueError, match=r"'org/adapter' .* 429 Too Many Requests"):
+    with refused(r"'org/adapter' .* 429 Too Many Requests"):
         resolve("org/adapter", patterns=None)
     assert (resolve("org/adapter", patterns=None) / "adapter_config.json").is_file()
 
@@ -130,28 +122,19 @@ def test_data_come_by_id_and_revision(data):
     assert f"/datasets/org/data/resolve/{hub_server.COMMIT}/test.jsonl" in [
         path for _, path in data.requests
     ]
-    with pytest.raises(
-        ValueError, match=r"org/data@v9 is not a local path.*evision.*v9"
-    ):
+    with refused(r"org/data@v9 is not a local path.*evision.*v9"):
         load_task("org/data@v9")
-    with pytest.raises(
-        ValueError, match=r"org/data:other is not a local path.*'other' not found"
-    ):
+    with refused(r"org/data:other is not a local path.*'other' not found"):
         load_task("org/data:other")
 
 
 def test_private_and_gated_data_need_the_token(data, monkeypatch):
     data.gated.add("org/data")
-    with pytest.raises(
-        ValueError, match="org/data is not a local path.*terms to accept"
-    ):
+    with refused("org/data is not a local path.*terms to accept"):
         load_task("org/data")
     data.gated.clear()
     data.private.add("org/data")
-    with pytest.raises(
-        ValueError,
-        match="org/data is not a local path.*need `hf auth login` or HF_TOKEN",
-    ):
+    with refused("org/data is not a local path.*need `hf auth login` or HF_TOKEN"):
         load_task("org/data")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert len(load_task("org/data").test) == 2

@@ -6,6 +6,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from json_files import read_json, write_json
+from numpy.testing import assert_array_equal
+from refusals import refused
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -42,7 +45,7 @@ def write(tmp_path):
     def write(tensors=_TENSORS, **fields):
         folder = tmp_path / "adapter"
         folder.mkdir(exist_ok=True)
-        (folder / "adapter_config.json").write_text(json.dumps(_CONFIG | fields))
+        write_json(folder / "adapter_config.json", _CONFIG | fields)
         arrays = {key: np.asarray(array, order="C") for key, array in tensors.items()}
         save_file(arrays, folder / "adapter_model.safetensors")
         return str(folder)
@@ -61,7 +64,7 @@ def _assert_same(got, want):
     assert got.keys() == want.keys()
     for key, array in want.items():
         assert got[key].dtype == array.dtype
-        np.testing.assert_array_equal(got[key], array)
+        assert_array_equal(got[key], array)
 
 
 def _refused(folder, message, **kwargs):
@@ -92,8 +95,8 @@ def test_golden_adapters_are_read_and_saved_again_exactly(goldens, tmp_path):
         if (folder / "adapter_model.safetensors").is_file():
             _assert_same(again, load_file(folder / "adapter_model.safetensors"))
         for path, (a, b) in adapter.factors.items():
-            np.testing.assert_array_equal(a, again[f"{_PREFIX}{path}.lora_A.weight"])
-            np.testing.assert_array_equal(b, again[f"{_PREFIX}{path}.lora_B.weight"])
+            assert_array_equal(a, again[f"{_PREFIX}{path}.lora_A.weight"])
+            assert_array_equal(b, again[f"{_PREFIX}{path}.lora_B.weight"])
         assert (tmp_path / str(number) / "adapter_config.json").read_bytes() == text
         with safe_open(
             tmp_path / str(number) / "adapter_model.safetensors", "np"
@@ -132,8 +135,8 @@ def test_every_spelling_of_the_keys_is_read_and_kept(write, tmp_path, spell):
     adapter = read_adapter(write(tensors), shapes=_SHAPES)
     assert set(adapter.factors) == {_Q, _V}
     for path, (a, b) in adapter.factors.items():
-        np.testing.assert_array_equal(a, _TENSORS[f"{_PREFIX}{path}.lora_A.weight"])
-        np.testing.assert_array_equal(b, _TENSORS[f"{_PREFIX}{path}.lora_B.weight"])
+        assert_array_equal(a, _TENSORS[f"{_PREFIX}{path}.lora_A.weight"])
+        assert_array_equal(b, _TENSORS[f"{_PREFIX}{path}.lora_B.weight"])
     _assert_same(_resaved(adapter, tmp_path / "again"), tensors)
 
 
@@ -210,14 +213,9 @@ _DEFAULTS |= {
 def test_fields_without_effect_are_noted_and_kept(write, tmp_path, fields, notes):
     adapter = read_adapter(write(**fields), shapes=_SHAPES)
     assert adapter.notes == notes and adapter.scaling == {_Q: 2.0, _V: 2.0}
-    np.testing.assert_array_equal(
-        adapter.factors[_Q][0], _TENSORS[f"{_PREFIX}{_Q}.lora_A.weight"]
-    )
+    assert_array_equal(adapter.factors[_Q][0], _TENSORS[f"{_PREFIX}{_Q}.lora_A.weight"])
     resave(adapter, tmp_path / "again")
-    assert (
-        json.loads((tmp_path / "again" / "adapter_config.json").read_text())
-        == _CONFIG | fields
-    )
+    assert read_json(tmp_path / "again" / "adapter_config.json") == _CONFIG | fields
 
 
 def test_safetensors_come_before_bin(write):
@@ -252,7 +250,7 @@ def test_copies_of_base_weights_are_ignored_but_kept(write, tmp_path, key, array
     adapter = read_adapter(folder, shapes=_SHAPES, base_tensor=_base_tensor)
     assert f"ignored: {key}, equal to the base's" in adapter.notes
     assert set(adapter.factors) == {_Q, _V} and set(adapter.kept) == {key}
-    np.testing.assert_array_equal(_resaved(adapter, tmp_path / "again")[key], array)
+    assert_array_equal(_resaved(adapter, tmp_path / "again")[key], array)
 
 
 @pytest.mark.parametrize(
@@ -352,29 +350,8 @@ def test_state_of_the_training_is_ignored(write):
             "init_lora_weights is 'new', which is unknown.*expected true, false, or",
         ),
         (
-            {"init_lora_weights": [[[[[[1]]]]]]},
-            r"Expected `bool \| str \| null`, got `array` - at `\$\.init_lora_weights`",
-        ),
-        ({"r": 0}, r"Expected `int` >= 1 - at `\$\.r`"),
-        (
-            {"rank_pattern": {"q": 2.5}},
-            r"Expected `int`, got `float` - at `\$\.rank_pattern\[\.\.\.\]`",
-        ),
-        (
-            {"lora_alpha": None},
-            r"Expected `float`, got `null` - at `\$\.lora_alpha`",
-        ),
-        (
             {"lora_alpha": float("inf")},
             r"Expected `float` <= 3\.4028234663852886e\+38 - at `\$\.lora_alpha`",
-        ),
-        (
-            {"lora_alpha": 10**400},
-            r"Number out of range - at `\$\.lora_alpha`",
-        ),
-        (
-            {"alpha_pattern": [1]},
-            r"Expected `object \| null`, got `array` - at `\$\.alpha_pattern`",
         ),
         ({"alpha_pattern": {"(q": 1}}, "alpha_pattern has the key .*unterminated"),
         (
@@ -692,9 +669,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
     transposed = {"x.lora_A.weight": np.arange(6, dtype=np.float32).reshape(2, 3).T}
     write_adapter(tmp_path / "deep" / "new", _CONFIG, transposed)
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["new"]
-    with pytest.raises(
-        ValueError, match="new exists: give a new folder, or remove it first"
-    ):
+    with refused("new exists: give a new folder, or remove it first"):
         write_adapter(tmp_path / "deep" / "new", _CONFIG, _TENSORS)
     _assert_same(
         load_file(tmp_path / "deep" / "new" / "adapter_model.safetensors"), transposed

@@ -7,20 +7,21 @@ Rows of mlx-lm have the linear maps that its version adapts by default: all sinc
 Each adapter is made with its real modules, kind and ranks, for a base of the same family with small matrices.
 """
 
-import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import small_llama
+from json_files import read_json, write_json
+from refusals import refused
 from safetensors.numpy import save_file
 
 import lorafusion_jax as lf
 from lorafusion_jax.io import open_base, read_adapter
 from lorafusion_jax.models import linear_shapes
 
-_ROWS = json.loads(Path(__file__).with_name("real_adapters.json").read_text())
+_ROWS = read_json(Path(__file__).with_name("real_adapters.json"))
 _LAYERS = 6
 _TEXT = small_llama.CONFIG | {"vocab_size": 40, "num_hidden_layers": _LAYERS}
 _T5 = {
@@ -68,7 +69,7 @@ def _write_base(row, folder):
         fields = _T5 if kind == "t5" else _TEXT
     base = folder / row["base"].rpartition("/")[2]
     base.mkdir()
-    (base / "config.json").write_text(json.dumps(fields | {"model_type": kind}))
+    write_json(base / "config.json", fields | {"model_type": kind})
     save_file({}, base / "model.safetensors")
     return open_base(str(base))
 
@@ -120,7 +121,7 @@ def _write_adapter(row, folder, shapes):
             for factor, shape in (("a", (d_in, rank)), ("b", (rank, d_out)))
         }
         save_file(tensors, folder / "adapters.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    write_json(folder / "adapter_config.json", fields)
     return str(folder)
 
 
@@ -143,7 +144,7 @@ def _read(row, folder):
 @pytest.mark.parametrize("row", _ROWS, ids=lambda row: row["source"])
 def test_a_real_configuration_is_accepted_or_refused_by_name(row, tmp_path):
     if row["refused"] is not None:
-        with pytest.raises(ValueError, match=row["refused"]):
+        with refused(row["refused"]):
             _read(row, tmp_path)
         return
     adapter, adapted = _read(row, tmp_path)

@@ -3,6 +3,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
+from refusals import refused
 from safetensors.numpy import save_file
 
 from lorafusion_jax import read_config
@@ -19,19 +20,16 @@ def test_neither_folder_nor_hub_id(name):
         read_config,
         read_adapter,
     ):
-        with pytest.raises(
-            ValueError,
-            match="neither a folder here nor a hub id: give a path, owner/name",
-        ):
+        with refused("neither a folder here nor a hub id: give a path, owner/name"):
             read(name)
 
 
 def test_local_folders_are_used_and_files_refused(tmp_path):
     (tmp_path / "x").write_text("x")
     assert source.resolve(str(tmp_path), patterns=None) == tmp_path
-    with pytest.raises(ValueError, match="is a file: give the folder that holds it"):
+    with refused("is a file: give the folder that holds it"):
         source.resolve(str(tmp_path / "x"), patterns=None)
-    with pytest.raises(ValueError, match=r"x\.safetensors: no such file"):
+    with refused(r"x\.safetensors: no such file"):
         load_tensors(tmp_path / "x.safetensors")
 
 

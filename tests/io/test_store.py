@@ -1,6 +1,5 @@
 """The store of arrays, and states of runs in it: exact, readable by safetensors, and every damage noticed by name."""
 
-import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from json_files import change_json, read_json, write_json
+from numpy.testing import assert_array_equal
+from refusals import refused
 from safetensors.numpy import load_file
 
 import lorafusion_jax as lf
@@ -71,7 +73,7 @@ def test_a_tree_and_its_metadata_come_back_exactly(saved):
     assert metadata == {"steps": [3, 4]}
     assert tree.keys() == _TREE.keys() and tree["half"].dtype == ml_dtypes.bfloat16
     jax.tree.map(
-        partial(np.testing.assert_array_equal, strict=True),
+        partial(assert_array_equal, strict=True),
         tree,
         jax.tree.map(np.asarray, _TREE),
     )
@@ -79,14 +81,14 @@ def test_a_tree_and_its_metadata_come_back_exactly(saved):
     assert load_file(saved / "arrays.safetensors").keys() == names
     # The library alone makes a file that only its owner can read.
     assert len({path.stat().st_mode for path in saved.iterdir()}) == 1
-    with pytest.raises(ValueError, match="exists: give a new folder, or remove it"):
+    with refused("exists: give a new folder, or remove it"):
         store.save(saved, "thing", {}, {})
 
 
 def _manifest(**changes):
     def damage(folder: Path) -> None:
         path = folder / "manifest.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        change_json(path, changes)
 
     return damage
 
@@ -99,9 +101,9 @@ def _flip(folder: Path) -> None:
 
 def _earlier_format(folder: Path) -> None:
     path = folder / "manifest.json"
-    manifest = json.loads(path.read_text())
+    manifest = read_json(path)
     del manifest["kind"]
-    path.write_text(json.dumps(manifest))
+    write_json(path, manifest)
 
 
 _DAMAGES = {
@@ -144,7 +146,7 @@ def test_a_state_comes_back_exactly(state, checkpoints):
     assert newest is not None and newest[1] == {"step": 2}
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(newest[0]))
     jax.tree.map(
-        partial(np.testing.assert_array_equal, strict=True),
+        partial(assert_array_equal, strict=True),
         newest[0],
         jax.tree.map(np.asarray, _state(2.0)),
     )
@@ -164,7 +166,7 @@ def test_a_state_comes_back_exactly(state, checkpoints):
 )
 def test_a_state_of_another_run_is_refused_and_kept(checkpoints, change, message):
     state = _state()
-    with pytest.raises(ValueError, match=f"{message}; resume the run that saved it"):
+    with refused(f"{message}; resume the run that saved it"):
         _newest(
             checkpoints,
             pytest.fail,
@@ -206,6 +208,6 @@ def test_the_newest_sound_step_is_loaded_and_a_damaged_one_is_kept_aside(checkpo
 def test_a_step_of_a_newer_version_is_not_damaged(change, checkpoints):
     _manifest(versions={"lorafusion-jax": "9.9"}, **change)(checkpoints / "step_000002")
     versions = rf"\(written by version '?9\.9'?, this is {lf.__version__}\)"
-    with pytest.raises(ValueError, match=versions):
+    with refused(versions):
         _newest(checkpoints, pytest.fail)
     assert len(store.steps(checkpoints)) == 2

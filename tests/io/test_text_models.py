@@ -1,11 +1,12 @@
 """Text models inside models for images and text, in the spellings of several versions of transformers."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import small_llama
+from json_files import write_json
+from refusals import refused
 from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
@@ -44,7 +45,7 @@ def _spelled(name, around):
 def base(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     rng = np.random.default_rng(0)
-    (folder / "config.json").write_text(json.dumps(_CONFIG))
+    write_json(folder / "config.json", _CONFIG)
     small_llama.make_tokenizer().save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text("{}")
     model = FAMILY.abstract(FAMILY.read_config(_CONFIG))
@@ -121,7 +122,7 @@ def test_the_part_for_images_is_left_out_with_a_note(path, tmp_path):
     config = FAMILY.read_config(_CONFIG)
     folder = Path(_adapter(tmp_path / "adapter", path))
     message = "no lora_A and lora_B .*of a part that text never runs through"
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         lf.read_pool([str(folder)], config)
     text = _adapter(tmp_path / "text", "model.layers.1.self_attn.q_proj")
     file = "adapter_model.safetensors"
@@ -141,16 +142,8 @@ def test_the_part_for_images_is_left_out_with_a_note(path, tmp_path):
             {"text_config": _TEXT | {"model_type": "gpt2"}},
             "the text model of this mistral3 is 'gpt2': expected one of",
         ),
-        (
-            {"text_config": _CONFIG["text_config"] | {"hidden_size": "wide"}},
-            r"Expected `int`, got `str` - at `\$\.hidden_size`",
-        ),
-        (
-            {"text_config": 3},
-            r"Expected `object \| null`, got `int` - at `\$\.text_config`",
-        ),
     ],
 )
 def test_a_text_model_that_cannot_be_read_is_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         FAMILY.read_config(_CONFIG | changes)

@@ -1,17 +1,20 @@
 """Runs in a shared basis: convert, fuse, resume, evaluate, export, and what is refused."""
 
-import dataclasses
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import recipes
+from json_files import read_json
+from numpy.testing import assert_allclose
 from refusals import refused
 
 import lorafusion_jax as lf
+from lorafusion_jax import io, runs
 from lorafusion_jax.loading.model import with_whole_modules
 
 
@@ -21,9 +24,7 @@ def converted(small, tmp_path_factory) -> tuple[Path, Path]:
     base, adapters = small
     out = tmp_path_factory.mktemp("converted") / "pool"
     sources = tuple(str(path) for path in sorted(adapters.iterdir()))[:3]
-    lf.io.convert(
-        lf.io.ConvertOptions(base=str(base), adapters=sources, out=out, basis=24)
-    )
+    io.convert(io.ConvertOptions(base=str(base), adapters=sources, out=out, basis=24))
     return base, out
 
 
@@ -48,7 +49,7 @@ def test_a_basis_on_disk_is_the_one_of_the_modules_and_reads_none_of_them(
     for got, of_pool in zip(
         jax.tree.leaves(basis), jax.tree.leaves(wanted), strict=True
     ):
-        np.testing.assert_allclose(got, of_pool, atol=1e-4)
+        assert_allclose(got, of_pool, atol=1e-4)
     alone = tmp_path / "alone"
     shutil.copytree(converted[1], alone, ignore=shutil.ignore_patterns("adapters"))
     assert lf.load_basis(alone, 16).names == basis.names
@@ -62,18 +63,16 @@ def test_a_run_in_a_basis_learns_and_is_evaluated_again(fused):
     }
     metrics = [
         json.loads(line)
-        for line in (lf.runs.run_path(options) / "metrics.jsonl")
-        .read_text()
-        .splitlines()
+        for line in (runs.run_path(options) / "metrics.jsonl").read_text().splitlines()
     ]
     losses = [row["loss"] for row in metrics if "loss" in row]
     assert losses[-1] < losses[0]
-    (again,) = recipes.evaluate(run=lf.runs.run_path(options))
+    (again,) = recipes.evaluate(run=runs.run_path(options))
     assert (again["exact_match"], again["loss"]) == (
         results.exact_match,
         results.seeds[0]["loss"],
     )
-    assert lf.fuse(dataclasses.replace(options, resume=True)) == results
+    assert lf.fuse(replace(options, resume=True)) == results
 
 
 def test_an_exported_adapter_and_a_merged_base_are_the_fusion(
@@ -81,11 +80,9 @@ def test_an_exported_adapter_and_a_merged_base_are_the_fusion(
 ):
     """A rank-16 DoRA adapter whose W + dW, rescaled, is the merged base's kernel."""
     options, _ = fused
-    recipes.export(run=lf.runs.run_path(options), out=tmp_path / "adapter")
-    recipes.export(
-        run=lf.runs.run_path(options), out=tmp_path / "merged", format="merged"
-    )
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    recipes.export(run=runs.run_path(options), out=tmp_path / "adapter")
+    recipes.export(run=runs.run_path(options), out=tmp_path / "merged", format="merged")
+    config = read_json(tmp_path / "adapter" / "adapter_config.json")
     assert (config["r"], config["use_dora"]) == (16, True)
     base = lf.load_base(converted[0])
     merged = lf.load_base(tmp_path / "merged")
@@ -99,7 +96,7 @@ def test_an_exported_adapter_and_a_merged_base_are_the_fusion(
             * adapted
             / np.linalg.norm(adapted, axis=0)
         )
-        np.testing.assert_allclose(lf.kernels(merged)[site][0], wanted, atol=1e-4)
+        assert_allclose(lf.kernels(merged)[site][0], wanted, atol=1e-4)
 
 
 @pytest.mark.nightly
@@ -108,7 +105,7 @@ def test_modules_are_ranked_in_whole_or_inside_the_basis(converted, tmp_path):
     whole = tmp_path / "pool"
     shutil.copytree(converted[1], whole)
     shutil.rmtree(whole / "basis")
-    lf.io.convert(lf.io.ConvertOptions(out=whole, basis=48))
+    io.convert(io.ConvertOptions(out=whole, basis=48))
     chosen = {}
     for choose in ("gradient", "basis-gradient"):
         options = _options(
@@ -122,8 +119,7 @@ def test_modules_are_ranked_in_whole_or_inside_the_basis(converted, tmp_path):
         )
         chosen[choose] = lf.fuse(options).seeds[0]["modules"]
         assert (
-            lf.fuse(dataclasses.replace(options, resume=True)).seeds[0]["modules"]
-            == chosen[choose]
+            lf.fuse(replace(options, resume=True)).seeds[0]["modules"] == chosen[choose]
         )
     assert chosen["gradient"] == chosen["basis-gradient"]
     control = _options(
@@ -195,12 +191,12 @@ def test_a_pool_without_a_basis_names_the_command_that_makes_one(
     with refused(r"has no basis: .* convert --basis 16 --out"):
         lf.loading.load_model(_options((base, bare), tmp_path))
     with refused("rank of at most 48"):
-        lf.io.convert(lf.io.ConvertOptions(out=bare, basis=49))
+        io.convert(io.ConvertOptions(out=bare, basis=49))
     assert not (bare / "basis").exists()
     with refused("basis exists: move it away"):
-        lf.io.convert(lf.io.ConvertOptions(out=converted[1], basis=8))
-    lf.io.convert(
-        lf.io.ConvertOptions(
+        io.convert(io.ConvertOptions(out=converted[1], basis=8))
+    io.convert(
+        io.ConvertOptions(
             base=str(base), adapters=(str(sorted(adapters.iterdir())[3]),), out=other
         )
     )

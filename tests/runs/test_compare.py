@@ -1,6 +1,5 @@
 """Runs compared with each other: the same test rows, paired seeds, and what is refused."""
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import recipes
+from json_files import read_json, write_json
 from refusals import refused
 
 from lorafusion_jax import cli, fuse
@@ -96,7 +96,7 @@ def test_damaged_runs_are_not_compared(runs, tmp_path):
     (damaged / "predictions.jsonl").unlink()
     with refused("damaged/predictions.jsonl: missing: restore it from a copy"):
         compare(options)
-    results = json.loads((mean / "results.json").read_text())
-    (damaged / "results.json").write_text(json.dumps(results | {"seeds": []}))
+    results = read_json(mean / "results.json")
+    write_json(damaged / "results.json", results | {"seeds": []})
     with refused(r"damaged/results.json: seeds is \[\]: expected .*, as in config"):
         compare(options)

@@ -1,6 +1,6 @@
 """Answers of runs in batches of few rows: those that `generate` gives for all rows at once."""
 
-import dataclasses
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 import small_llama
 import tiny
 from flax import nnx
+from numpy.testing import assert_array_equal
 
 import lorafusion_jax as lf
 from lorafusion_jax.crossbar import PRESETS, Device, ReadNoise
@@ -48,9 +49,9 @@ _DRAWN = lf.Sampling(temperature=1.5, top_k=20)
 
 def _model(family: str) -> Any:
     if family in ("t5", "fused"):
-        return T5(dataclasses.replace(tiny.CONFIG, eos_id=_ENDS), rngs=nnx.Rngs(0))
+        return T5(replace(tiny.CONFIG, eos_id=_ENDS), rngs=nnx.Rngs(0))
     config = FAMILY.read_config({"llama": _TINY, "windows": _WINDOWS}[family])
-    return Decoder(dataclasses.replace(config, dtype="float32"), rngs=nnx.Rngs(3))
+    return Decoder(replace(config, dtype="float32"), rngs=nnx.Rngs(3))
 
 
 def _problem(
@@ -174,7 +175,7 @@ def test_answers_are_those_of_generate(family, sampling):
         compile_cost=1.0,
         update=ended.append,
     )
-    np.testing.assert_array_equal(found, wanted)
+    assert_array_equal(found, wanted)
     assert sum(ended) == 23
 
 
@@ -184,7 +185,7 @@ def test_one_row_or_one_token_at_most(tokens, size):
         problem, params = _problem(family, 1)
         prompts = _prompts(4)
         found = _said(problem, params, prompts, tokens, size)
-        np.testing.assert_array_equal(found, _wanted(problem, params, prompts, tokens))
+        assert_array_equal(found, _wanted(problem, params, prompts, tokens))
 
 
 @pytest.mark.parametrize("seed_mode", ["sequential", "batched"])
@@ -208,7 +209,7 @@ def test_seeds_have_their_own_pace(seed_mode, mesh):
                 _DRAWN,
                 compile_cost=1.0,
             )
-    np.testing.assert_array_equal(found, wanted)
+    assert_array_equal(found, wanted)
 
 
 def test_rows_end_with_what_stops_them():
@@ -228,20 +229,18 @@ def test_rows_end_with_what_stops_them():
     )[0]
     stopped = np.any(wanted == 20, axis=1)
     assert 0 < stopped.sum() < 23
-    np.testing.assert_array_equal(found[~stopped], wanted[~stopped])
+    assert_array_equal(found[~stopped], wanted[~stopped])
     for row, whole in zip(found[stopped], wanted[stopped], strict=True):
         length = _lengths(row)
         assert 20 in row[:length]
-        np.testing.assert_array_equal(row[:length], whole[:length])
+        assert_array_equal(row[:length], whole[:length])
     assert _lengths(found).sum() < _lengths(wanted).sum()
 
 
 def test_chips_with_read_noise_answer_batch_after_batch():
     """As `generate` answers each batch, each with its own noise."""
     problem, params = _problem("t5", 2)
-    noisy = dataclasses.replace(
-        PRESETS["ideal"], device=Device(read_noise=ReadNoise(0.1))
-    )
+    noisy = replace(PRESETS["ideal"], device=Device(read_noise=ReadNoise(0.1)))
     chip = program_on_arrays(
         problem.graph, problem.frozen, {"decoder.self.v": noisy}, jax.random.key(3)
     )
@@ -278,6 +277,6 @@ def test_chips_with_read_noise_answer_batch_after_batch():
         max_new_tokens=6,
         pad_id=0,
     )
-    np.testing.assert_array_equal(found, wanted)
+    assert_array_equal(found, wanted)
     digital = _wanted(_problem("t5", 2)[0], params, prompts, 6)
     assert not np.array_equal(found, digital)

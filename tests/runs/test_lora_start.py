@@ -1,13 +1,14 @@
 """LoRAs that start from other models: the same losses where the rank suffices, seeds, resumption, and refusals."""
 
-import dataclasses
-import json
 import shutil
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 import recipes
+from json_files import read_json, write_json
+from numpy.testing import assert_array_equal
 from refusals import refused
 
 from lorafusion_jax import fuse, load_run
@@ -76,7 +77,7 @@ def test_a_lora_starts_at_the_weighted_modules(small, tmp_path, kind):
     first = sorted(small[1].iterdir())[0]
     start = first
     file = tmp_path / "weights.json"
-    file.write_text(json.dumps({first.name: 1}))
+    write_json(file, {first.name: 1})
     if kind != "adapter":
         start = file
     if kind == "merged":
@@ -91,7 +92,7 @@ def test_a_lora_starts_at_the_weighted_modules(small, tmp_path, kind):
         lr_coefficients=0.0,
         epochs=1,
     )
-    expected = fuse(dataclasses.replace(single, start_from=file))
+    expected = fuse(replace(single, start_from=file))
     assert _losses(RunFolder(tmp_path / "run").results()) == pytest.approx(
         _losses(expected), rel=1e-4
     )
@@ -115,8 +116,8 @@ def test_a_resumed_lora_equals_an_uninterrupted_one(small, fused, tmp_path):
     shutil.rmtree(tmp_path / "run" / "final")
     (tmp_path / "run" / "results.json").unlink()
     shutil.rmtree(max((tmp_path / "run" / "checkpoints").iterdir()))
-    again = fuse(dataclasses.replace(options, resume=True))
-    jax.tree.map(np.testing.assert_array_equal, load_run(tmp_path / "run")[1], whole)
+    again = fuse(replace(options, resume=True))
+    jax.tree.map(assert_array_equal, load_run(tmp_path / "run")[1], whole)
     assert [seed["left_out"] for seed in again.seeds] == [
         seed["left_out"] for seed in results.seeds
     ]
@@ -156,7 +157,7 @@ def test_a_start_that_a_lora_cannot_have_is_refused(
         start = run_path(start)
     elif start == "list":
         start = tmp_path / "weights.json"
-        start.write_text(json.dumps({sorted(small[1].iterdir())[0].name: 1}))
+        write_json(start, {sorted(small[1].iterdir())[0].name: 1})
     with refused(message):
         fuse(_lora(small, tmp_path, start or run_path(fused[0]), rank=4, **changes))
     assert not (tmp_path / "run").exists()
@@ -165,9 +166,9 @@ def test_a_start_that_a_lora_cannot_have_is_refused(
 def test_a_fusion_of_another_pool_is_refused(small, fused, tmp_path):
     folder = tmp_path / "fused"
     shutil.copytree(run_path(fused[0]), folder)
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     config["digests"]["modules"] = dict.fromkeys(config["digests"]["modules"], "0")
-    (folder / "config.json").write_text(json.dumps(config))
+    write_json(folder / "config.json", config)
     with refused("fused was fused with other weights: .* of the pool"):
         fuse(_lora(small, tmp_path, folder, rank=4))
 
@@ -190,7 +191,7 @@ def test_one_command_trains_a_fusion_and_then_a_lora_from_it(small, tmp_path):
         RunFolder(tmp_path / "both" / "fusion").results()
         and not RunFolder(tmp_path / "both").exists()
     )
-    results = fuse(dataclasses.replace(options, resume=True))
+    results = fuse(replace(options, resume=True))
     fuse(recipes.small_run(small, tmp_path, name="first", modules=20))
     again = fuse(
         _lora(small, tmp_path, tmp_path / "first", rank=4, rate=0.01, epochs=2)
@@ -200,7 +201,7 @@ def test_one_command_trains_a_fusion_and_then_a_lora_from_it(small, tmp_path):
         and load_run(tmp_path / "both")[0].recipe.epochs == 4
     )
     jax.tree.map(
-        np.testing.assert_array_equal,
+        assert_array_equal,
         *(load_run(tmp_path / name)[1] for name in ("both", "run")),
     )
 

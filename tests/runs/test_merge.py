@@ -1,12 +1,13 @@
 """Combinations with given weights: the sum by definition, by block, formats, a start of a fusion, and refusals."""
 
-import json
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import recipes
+from json_files import read_json, write_json
+from numpy.testing import assert_allclose, assert_array_equal
 from refusals import refused
 from safetensors.numpy import load_file
 
@@ -58,7 +59,7 @@ def _merge(out, **options):
 
 def test_an_adapter_is_the_weighted_sum_of_the_updates(tmp_path, capsys):
     weights = [f"{_NAMES[0]}=0.7", f"{_NAMES[1]}=-0.3"]
-    command = ["merge", "--base", _BASE, "--pool", _POOL, "--weights", *weights]
+    command = [*f"merge --base {_BASE} --pool {_POOL} --weights".split(), *weights]
     main([*command, "--out", str(tmp_path / "out")])
     assert "2 modules of" in capsys.readouterr().out
     first = _updates(_SMALL / "adapters" / _NAMES[0])
@@ -66,16 +67,12 @@ def test_an_adapter_is_the_weighted_sum_of_the_updates(tmp_path, capsys):
     found = _updates(tmp_path / "out")
     assert found.keys() == first.keys()
     for path, update in found.items():
-        np.testing.assert_allclose(
-            update, 0.7 * first[path] - 0.3 * second[path], atol=1e-6
-        )
+        assert_allclose(update, 0.7 * first[path] - 0.3 * second[path], atol=1e-6)
 
 
 def test_a_file_gives_weights_by_block_and_a_merged_model_has_them(tmp_path):
     file = tmp_path / "weights.json"
-    file.write_text(
-        json.dumps({_NAMES[0]: {"encoder.0": 0.5, "decoder.1": 2}, _NAMES[1]: 1})
-    )
+    write_json(file, {_NAMES[0]: {"encoder.0": 0.5, "decoder.1": 2}, _NAMES[1]: 1})
     _merge(tmp_path / "adapter", weights_file=file)
     first = _updates(_SMALL / "adapters" / _NAMES[0])
     second = _updates(_SMALL / "adapters" / _NAMES[1])
@@ -85,14 +82,12 @@ def test_a_file_gives_weights_by_block_and_a_merged_model_has_them(tmp_path):
         weight = next(
             (weight for start, weight in weights.items() if path.startswith(start)), 0
         )
-        np.testing.assert_allclose(
-            update, weight * first[path] + second[path], atol=1e-6
-        )
+        assert_allclose(update, weight * first[path] + second[path], atol=1e-6)
     _merge(tmp_path / "model", format="merged", weights_file=file)
     merged = base_tensor(tmp_path / "model")
     base = base_tensor(_BASE)
     for path, update in found.items():
-        np.testing.assert_allclose(
+        assert_allclose(
             merged(f"{path}.weight"), base(f"{path}.weight") + update, atol=1e-5
         )
     assert kernels(load_base(tmp_path / "model"))["encoder.self.q"].dtype == jnp.float32
@@ -158,7 +153,7 @@ def test_weights_that_cannot_be_used_are_refused_before_anything_is_written(
 ):
     if file := options.pop("file", None):
         options["weights_file"] = tmp_path / "weights.json"
-        options["weights_file"].write_text(json.dumps(file))
+        write_json(options["weights_file"], file)
     with refused(message):
         _merge(tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
@@ -183,13 +178,11 @@ def test_a_dora_adapter_alone_keeps_its_magnitudes(tmp_path):
     updates = _updates(source)
     assert again.config["use_dora"] and again.factors.keys() == updates.keys()
     for path, update in _updates(tmp_path / "adapter").items():
-        np.testing.assert_allclose(update, updates[path], atol=1e-6)
-        np.testing.assert_array_equal(again.magnitude[path], magnitudes[path])
+        assert_allclose(update, updates[path], atol=1e-6)
+        assert_array_equal(again.magnitude[path], magnitudes[path])
         W = base(f"{path}.weight").astype(np.float64) + updates[path]
         scale = magnitudes[path] / np.linalg.norm(W, axis=1)
-        np.testing.assert_allclose(
-            merged(f"{path}.weight"), W * scale[:, None], atol=1e-4
-        )
+        assert_allclose(merged(f"{path}.weight"), W * scale[:, None], atol=1e-4)
     file = tmp_path / "weights.json"
     file.write_text('{"one": 1.0}')
     small = Path(_BASE), tmp_path / "pool"
@@ -199,7 +192,7 @@ def test_a_dora_adapter_alone_keeps_its_magnitudes(tmp_path):
     export(started)
     started = read_adapter(str(tmp_path / "start"))
     for path, magnitude in magnitudes.items():
-        np.testing.assert_array_equal(started.magnitude[path], magnitude)
+        assert_array_equal(started.magnitude[path], magnitude)
 
 
 def test_modules_of_other_matrices_and_ranks_take_no_more_room_together(tmp_path):
@@ -234,7 +227,7 @@ def test_modules_of_other_matrices_and_ranks_take_no_more_room_together(tmp_path
         assert found.keys() == wanted.keys()
         for path, update in found.items():
             largest = np.abs(wanted[path]).max()
-            np.testing.assert_allclose(update, wanted[path], atol=tolerance * largest)
+            assert_allclose(update, wanted[path], atol=tolerance * largest)
 
 
 def _numbers(folder) -> int:
@@ -248,9 +241,7 @@ def listed(small, tmp_path_factory) -> tuple[Path, Path]:
     base, pool = map(str, small)
     first, second = sorted(path.name for path in small[1].iterdir())[:2]
     file = folder / "weights.json"
-    file.write_text(
-        json.dumps({second: 0.7, first: {"encoder.0": -0.3, "decoder.0": 2}})
-    )
+    write_json(file, {second: 0.7, first: {"encoder.0": -0.3, "decoder.0": 2}})
     merged = folder / "merged"
     _merge(merged, base=base, pool=pool, weights_file=file, format="merged")
     return file, folder / "merged"
@@ -276,9 +267,7 @@ def test_a_fusion_starts_at_the_model_that_is_merged(
     found = base_tensor(tmp_path / "model")
     merged = base_tensor(listed[1])
     for path in places(read_config(small[0])):
-        np.testing.assert_allclose(
-            found(f"{path}.weight"), merged(f"{path}.weight"), atol=1e-6
-        )
+        assert_allclose(found(f"{path}.weight"), merged(f"{path}.weight"), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -305,7 +294,7 @@ def test_a_list_that_a_fusion_cannot_start_from_is_refused(
     file = listed[0]
     if weights is not None:
         file = tmp_path / "weights.json"
-        file.write_text(json.dumps(weights))
+        write_json(file, weights)
     with refused(message):
         fuse(recipes.small_run(small, tmp_path, name="run", start_from=file, **changes))
     assert not (tmp_path / "run").exists()
@@ -325,7 +314,7 @@ def test_a_control_starts_from_the_same_weights(small, listed, tmp_path):
         )
         fuse(options)
         found.append(load_run(tmp_path / control)[1]["coefficients"])
-    np.testing.assert_array_equal(*found)
+    assert_array_equal(*found)
     assert np.any(found[0])
 
 
@@ -342,9 +331,9 @@ def test_a_start_that_does_not_exist_is_refused_before_anything_is_loaded(tmp_pa
 def test_a_merged_list_of_another_base_or_pool_is_refused(
     small, listed, tmp_path, part, message
 ):
-    record = json.loads((listed[1] / "merge.json").read_text())
+    record = read_json(listed[1] / "merge.json")
     digests = record["digests"]
     digests[part] = "0" if part == "base" else dict.fromkeys(digests[part], "0")
-    (tmp_path / "merge.json").write_text(json.dumps(record))
+    write_json(tmp_path / "merge.json", record)
     with refused(f"{tmp_path} was fused with other weights: .*{message}"):
         fuse(recipes.small_run(small, tmp_path, name="run", start_from=tmp_path))

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import recipes
 import small_llama
+from json_files import read_json, write_json, write_rows
 from refusals import refused
 
 import lorafusion_jax as lf
+from lorafusion_jax import runs
 
 # The package's name of this module is that of its function.
 evaluation = importlib.import_module("lorafusion_jax.runs.evaluate")
@@ -36,7 +38,7 @@ def task(tmp_path_factory) -> Path:
             {"input": f"{'the ' * (i % (longest + 1))}{w}", "target": _ANSWERS[w]}
             for i, w in enumerate(words)
         ]
-        (folder / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows[:count])))
+        write_rows(folder / f"{part}.jsonl", rows[:count])
     return folder
 
 
@@ -74,13 +76,11 @@ def chat(base, task, tmp_path_factory) -> tuple[lf.FuseOptions, dict]:
 
 def test_a_run_with_a_chat_template_is_asked_as_it_was_trained(chat):
     options, _ = chat
-    folder = lf.runs.run_path(options)
-    assert json.loads((folder / "config.json").read_text())["options"]["chat"] is True
-    losses = [
-        row["loss"] for row in lf.runs.RunFolder(folder).metrics() if "loss" in row
-    ]
+    folder = runs.run_path(options)
+    assert read_json(folder / "config.json")["options"]["chat"] is True
+    losses = [row["loss"] for row in runs.RunFolder(folder).metrics() if "loss" in row]
     assert losses[-1] < losses[0]
-    setup, _, _ = lf.runs.load_to_evaluate(lf.runs.EvaluateOptions(run=folder))
+    setup, _, _ = runs.load_to_evaluate(runs.EvaluateOptions(run=folder))
     asked = setup.tokenizer.decode(setup.test.inputs[1])
     assert asked == "<|im_start|>user\nsay the tall<|im_end|>\n<|im_start|>assistant\n"
     assert setup.tokenizer.decode(setup.test.labels[1]) == "short<|im_end|>"
@@ -90,7 +90,7 @@ def test_evaluating_and_generating_agree_with_the_run_in_batches_of_any_size(
     chat, tmp_path
 ):
     options, results = chat
-    folder = lf.runs.run_path(options)
+    folder = runs.run_path(options)
     for row, recorded in zip(
         recipes.evaluate(run=folder, eval_batch=2),
         results.seeds,
@@ -99,15 +99,15 @@ def test_evaluating_and_generating_agree_with_the_run_in_batches_of_any_size(
         for score in ("exact_match", "option_accuracy"):
             assert row[score] == recorded[score]
         assert row["loss"] == pytest.approx(recorded["loss"], rel=1e-5)
-    said = [row for row in lf.runs.RunFolder(folder).predictions() if row["seed"] == 2]
+    said = [row for row in runs.RunFolder(folder).predictions() if row["seed"] == 2]
     (tmp_path / "lines").write_text(
         "\n".join(row["input"].removeprefix("say ") for row in said)
     )
-    asked = lf.runs.GenerateOptions(
+    asked = runs.GenerateOptions(
         run=folder, file=tmp_path / "lines", seed=2, eval_batch=3
     )
-    assert lf.runs.generate_lines(asked) == [row["prediction"] for row in said]
-    assert ["".join(answer) for answer in lf.runs.stream_lines(asked)] == [
+    assert runs.generate_lines(asked) == [row["prediction"] for row in said]
+    assert ["".join(answer) for answer in runs.stream_lines(asked)] == [
         row["prediction"] for row in said
     ]
 
@@ -117,20 +117,18 @@ def test_a_run_is_not_used_with_another_configuration_tokenizer_or_chat_template
 ):
     run = tmp_path / "run"
     other = tmp_path / "base"
-    shutil.copytree(lf.runs.run_path(chat[0]), run)
+    shutil.copytree(runs.run_path(chat[0]), run)
     shutil.copytree(base, other)
     (tmp_path / "lines").write_text("hot")
 
     def ask(**changes):
-        config = json.loads((run / "config.json").read_text())
+        config = read_json(run / "config.json")
         config["options"] |= {"base": str(other)} | changes
-        (run / "config.json").write_text(json.dumps(config))
+        write_json(run / "config.json", config)
         return recipes.generate(run=run, file=tmp_path / "lines", max_new_tokens=1)
 
-    settings = json.loads((other / "tokenizer_config.json").read_text())
-    (other / "tokenizer_config.json").write_text(
-        json.dumps(dict(reversed(settings.items())))
-    )
+    settings = read_json(other / "tokenizer_config.json")
+    write_json(other / "tokenizer_config.json", dict(reversed(settings.items())))
     assert len(ask()) == 1
     (other / "chat_template.jinja").write_text(small_llama.CHATML + " ")
     with refused(
@@ -138,25 +136,24 @@ def test_a_run_is_not_used_with_another_configuration_tokenizer_or_chat_template
     ):
         ask()
     assert len(ask(chat=False)) == 1  # the template is not used
-    (other / "tokenizer_config.json").write_text(
-        json.dumps(settings | {"add_bos_token": True, "bos_token": "the"})
+    write_json(
+        other / "tokenizer_config.json",
+        settings | {"add_bos_token": True, "bos_token": "the"},
     )
     with refused(
         "run was fused with other texts: the tokenizer of .*base had the SHA-256 "
     ):
         ask()
-    (other / "tokenizer_config.json").write_text(json.dumps(settings))
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(
-        json.dumps(config | {"transformers_version": "0"})
-    )
+    write_json(other / "tokenizer_config.json", settings)
+    config = read_json(other / "config.json")
+    write_json(other / "config.json", config | {"transformers_version": "0"})
     assert len(ask()) == 1
     for file, change in (
         ("config.json", {"rms_norm_eps": 0.1}),
         ("generation_config.json", {"eos_token_id": 4}),
     ):
-        (other / "config.json").write_text(json.dumps(config))
-        (other / file).write_text(json.dumps(config | change))
+        write_json(other / "config.json", config)
+        write_json(other / file, config | change)
         with refused(
             "fused with other settings: the configuration of .*base had the SHA-256"
         ):
@@ -176,25 +173,25 @@ def test_a_changed_task_is_refused_and_rows_that_trained_are_left_out_of_another
     file.write_text("\n".join(rows))
     options = _options(base, file, tmp_path, train_rows=8)
     lf.fuse(options)
-    folder = lf.runs.run_path(options)
-    tested = {row["input"] for row in lf.runs.RunFolder(folder).predictions()}
+    folder = runs.run_path(options)
+    tested = {row["input"] for row in runs.RunFolder(folder).predictions()}
     own = recipes.evaluate(run=folder)
     file.write_text("\n".join(sorted(rows)))
     with refused(
         "all.jsonl has other rows than .* was fused on: restore them, .* --task"
     ):
         recipes.evaluate(run=folder)
-    other = lf.runs.EvaluateOptions(run=folder, task=str(file))
+    other = runs.EvaluateOptions(run=folder, task=str(file))
     assert {
-        row.input for row in lf.runs.load_to_evaluate(other)[0].task.test
+        row.input for row in runs.load_to_evaluate(other)[0].task.test
     } == tested and len(tested) == 8
-    for row, of_own in zip(lf.runs.evaluate_run(other), own, strict=True):
+    for row, of_own in zip(runs.evaluate_run(other), own, strict=True):
         assert row == of_own | {"loss": pytest.approx(of_own["loss"], rel=1e-5)}
     file.write_text(
         "\n".join(row for row in rows if json.loads(row)["input"] not in tested)
     )
     with refused("was trained on the inputs of all rows of .*all.jsonl: give others"):
-        lf.runs.evaluate_run(other)
+        runs.evaluate_run(other)
 
 
 @pytest.mark.parametrize(("chat", "answer"), [(False, " cold"), (True, " cold\n\nQ")])
@@ -214,7 +211,7 @@ def test_examples_in_the_prompt_end_an_answer_before_further_examples(
     results = lf.fuse(options)
     assert [
         row["prediction"]
-        for row in lf.runs.RunFolder(lf.runs.run_path(options)).predictions()
+        for row in runs.RunFolder(runs.run_path(options)).predictions()
     ] == [answer] * 2
     assert results.seeds[0]["exact_match"] == (0 if chat else 50)
     shown = r"((the )*\w+ (cold|short|old|the gold)\n\n){2}"
@@ -255,7 +252,7 @@ def test_a_row_longer_than_the_context_stops_before_the_weights_are_read(
     options = _options(no_weights, task, tmp_path, **changes)
     with refused(message):
         lf.fuse(options)
-    assert not lf.runs.run_path(options).exists()
+    assert not runs.run_path(options).exists()
     with refused("has no weights"):
         lf.fuse(_options(no_weights, task, tmp_path))
 
@@ -265,7 +262,7 @@ def test_chat_needs_a_template(task, tmp_path):
     with refused(
         "plain has no chat template: leave out --chat, and describe the task with"
     ):
-        lf.runs.load_setup(_options(plain, task, tmp_path, chat=True))
+        runs.load_setup(_options(plain, task, tmp_path, chat=True))
     conversation = [
         {"role": "user", "content": "hot"},
         {"role": "assistant", "content": "cold"},
@@ -273,7 +270,7 @@ def test_chat_needs_a_template(task, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join([json.dumps({"messages": conversation})] * 3))
     with refused("rows.jsonl, line 1 is a conversation, .*: give --chat"):
-        lf.runs.load_setup(_options(plain, rows, tmp_path, train_rows=1))
+        runs.load_setup(_options(plain, rows, tmp_path, train_rows=1))
 
 
 # A base model as it is.
@@ -281,11 +278,11 @@ def test_chat_needs_a_template(task, tmp_path):
 
 def _ask(base: Path, monkeypatch, text: str, **changes) -> list[str]:
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
-    options = lf.runs.GenerateOptions(base=str(base), max_new_tokens=8, **changes)
+    options = runs.GenerateOptions(base=str(base), max_new_tokens=8, **changes)
     return (
-        ["".join(answer) for answer in lf.runs.stream_lines(options)]
+        ["".join(answer) for answer in runs.stream_lines(options)]
         if options.stream
-        else lf.runs.generate_lines(options)
+        else runs.generate_lines(options)
     )
 
 
@@ -363,9 +360,9 @@ def test_draws_depend_on_the_seed_and_the_line_alone(base, monkeypatch):
 def test_options_without_an_answer_are_refused(changes, message, base, tmp_path):
     (tmp_path / "lines").write_text("hot\n")
     options = dataclasses.replace(
-        lf.runs.GenerateOptions(base=str(base), file=tmp_path / "lines"), **changes
+        runs.GenerateOptions(base=str(base), file=tmp_path / "lines"), **changes
     )
     with refused(message):
-        lf.runs.generate_lines(options)
+        runs.generate_lines(options)
     with refused(message):
-        next(lf.runs.stream_lines(options))
+        next(runs.stream_lines(options))

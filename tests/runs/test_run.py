@@ -2,20 +2,22 @@
 
 import dataclasses
 import importlib
-import json
 import math
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import recipes
+from json_files import read_json, write_json
 from refusals import refused
 from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
+from lorafusion_jax import runs
 from lorafusion_jax.io import store
 from lorafusion_jax.runs import run as run_lib
 from lorafusion_jax.support import interrupts
@@ -37,14 +39,14 @@ def fused(small, tmp_path_factory) -> tuple[lf.FuseOptions, dict]:
 @pytest.fixture
 def copied(fused, tmp_path) -> tuple[lf.FuseOptions, Path]:
     """A copy of the run that can be changed: its options, and its folder."""
-    options = dataclasses.replace(fused[0], out=tmp_path, resume=True)
-    shutil.copytree(lf.runs.run_path(fused[0]), lf.runs.run_path(options))
-    return options, lf.runs.run_path(options)
+    options = replace(fused[0], out=tmp_path, resume=True)
+    shutil.copytree(runs.run_path(fused[0]), runs.run_path(options))
+    return options, runs.run_path(options)
 
 
 def _change_config(folder: Path, **changes) -> None:
     """Change options in a run's config.json, or remove fields that are None."""
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     config["options"] |= {
         name: value for name, value in changes.items() if value is not None
     }
@@ -53,7 +55,7 @@ def _change_config(folder: Path, **changes) -> None:
         for name, value in config.items()
         if changes.get(name, "") is not None
     }
-    (folder / "config.json").write_text(json.dumps(config))
+    write_json(folder / "config.json", config)
 
 
 def _assert_resumes(
@@ -61,36 +63,34 @@ def _assert_resumes(
 ) -> None:
     """Resume a run, and check that it gets the bits of the run without interruptions."""
     whole, results = fused
-    resumed = lf.fuse(dataclasses.replace(options, resume=True))
-    assert dataclasses.replace(resumed, seconds={}) == dataclasses.replace(
-        results, seconds={}
-    )
+    resumed = lf.fuse(replace(options, resume=True))
+    assert replace(resumed, seconds={}) == replace(results, seconds={})
     for name in ("metrics.jsonl", "predictions.jsonl"):
-        assert (lf.runs.run_path(options) / name).read_bytes() == (
-            lf.runs.run_path(whole) / name
+        assert (runs.run_path(options) / name).read_bytes() == (
+            runs.run_path(whole) / name
         ).read_bytes()
     jax.tree.map(
         np.testing.assert_array_equal,
-        *(lf.load_run(lf.runs.run_path(of))[1] for of in (options, whole)),
+        *(lf.load_run(runs.run_path(of))[1] for of in (options, whole)),
     )
 
 
 @pytest.mark.accelerator
 def test_a_run_writes_results_that_agree_with_its_rows(fused):
     options, results = fused
-    folder = lf.runs.run_path(options)
+    folder = runs.run_path(options)
     assert (
-        json.loads((folder / "results.json").read_text()) == dataclasses.asdict(results)
+        read_json(folder / "results.json") == dataclasses.asdict(results)
         and (folder / "final").is_dir()
     )
-    rows = lf.runs.RunFolder(folder).predictions()
+    rows = runs.RunFolder(folder).predictions()
     assert len(rows) == 2 * 5
     shares = [
         100 * np.mean([r["correct"] for r in rows if r["seed"] == seed])
         for seed in options.seeds
     ]
     assert shares == [s["exact_match"] for s in results.seeds]
-    steps = [m for m in lf.runs.RunFolder(folder).metrics() if "loss" in m]
+    steps = [m for m in runs.RunFolder(folder).metrics() if "loss" in m]
     assert len(steps) == 2 * 3 * 2  # seeds, epochs, steps of 95 rows by 48
     for seed in options.seeds:
         losses = [m["loss"] for m in steps if m["seed"] == seed]
@@ -116,13 +116,13 @@ def test_training_without_a_finite_loss_stops_and_suggests_what_to_try(small, tm
         with refused(
             r"no seed has had a finite loss for 2\d steps, up to step 2\d: try lower"
         ):
-            lf.fuse(dataclasses.replace(options, resume=resume))
+            lf.fuse(replace(options, resume=resume))
     folder = tmp_path / "diverged"
     assert (
         len(
             [
                 row
-                for row in lf.runs.RunFolder(folder).metrics()
+                for row in runs.RunFolder(folder).metrics()
                 if "loss" in row and row["seed"] == 1
             ]
         )
@@ -174,8 +174,8 @@ def test_a_killed_run_resumes_bit_for_bit(killed_after, fused, copied, capsys):
         if reached is None
         else folder / "checkpoints" / f"step_00000{reached}"
     )
-    before = json.loads((newest / "manifest.json").read_text())["metadata"]["seconds"]
-    seconds = json.loads((folder / "results.json").read_text())["seconds"]["train"]
+    before = read_json(newest / "manifest.json")["metadata"]["seconds"]
+    seconds = read_json(folder / "results.json")["seconds"]["train"]
     assert (
         seconds == before == fused[1].seconds["train"]
         if reached is None
@@ -191,11 +191,11 @@ def test_a_resumed_run_compiles_its_layers_as_it_began(
 ):
     """Runs before 0.1.0 record nothing, and unroll the four layers of this model."""
     options, folder = copied
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     found = []
     assert config["environment"].pop("unroll") is fused[1].environment["unroll"] is True
     config["environment"] |= {} if recorded is None else {"unroll": recorded}
-    (folder / "config.json").write_text(json.dumps(config))
+    write_json(folder / "config.json", config)
     (folder / "results.json").unlink()
 
     def train(run, setup, *_):
@@ -211,7 +211,7 @@ def test_a_resumed_run_compiles_its_layers_as_it_began(
 def test_a_run_that_is_resumed_may_be_evaluated_in_smaller_batches(fused, copied):
     options, folder = copied
     (folder / "results.json").unlink()
-    found = lf.fuse(dataclasses.replace(options, eval_batch=2, resume=True))
+    found = lf.fuse(replace(options, eval_batch=2, resume=True))
     for seed, before in zip(found.seeds, fused[1].seeds, strict=True):
         assert seed["loss"] == pytest.approx(before["loss"], rel=1e-4)
 
@@ -224,7 +224,7 @@ def test_a_signal_after_the_last_epoch_waits_until_the_numbers_are_saved(
 
     monkeypatch.setattr(interrupts, "release", end)
     with pytest.raises(SystemExit):
-        lf.fuse(dataclasses.replace(fused[0], out=tmp_path, save_seconds=1e9))
+        lf.fuse(replace(fused[0], out=tmp_path, save_seconds=1e9))
     assert (tmp_path / "whole" / "final").is_dir() and not (
         tmp_path / "whole" / "checkpoints"
     ).exists()
@@ -235,25 +235,23 @@ def test_a_signal_after_the_last_epoch_waits_until_the_numbers_are_saved(
 
 def test_a_run_starts_from_the_numbers_of_another_one(fused, small, tmp_path):
     options, _ = fused
-    more = dataclasses.replace(
-        options, start_from=lf.runs.run_path(options), out=tmp_path
-    )
+    more = replace(options, start_from=runs.run_path(options), out=tmp_path)
     lf.fuse(more)
-    first = lf.runs.RunFolder(lf.runs.run_path(more)).metrics()[0]["loss"]
-    assert first < lf.runs.RunFolder(lf.runs.run_path(options)).metrics()[0]["loss"]
+    first = runs.RunFolder(runs.run_path(more)).metrics()[0]["loss"]
+    assert first < runs.RunFolder(runs.run_path(options)).metrics()[0]["loss"]
     with refused("other modules or seeds"):
-        lf.fuse(dataclasses.replace(more, seeds=(5,), name="other"))
+        lf.fuse(replace(more, seeds=(5,), name="other"))
     with refused("trained with the method fusion"):
-        lf.fuse(dataclasses.replace(more, method="coefficients", name="other"))
+        lf.fuse(replace(more, method="coefficients", name="other"))
     doubled = _with_base(small[0], tmp_path / "doubled", 2)
     with refused("whole was fused with other weights: the base"):
-        lf.fuse(dataclasses.replace(more, base=str(doubled), name="other"))
+        lf.fuse(replace(more, base=str(doubled), name="other"))
 
 
 def test_evaluate_and_generate_agree_with_the_run(fused, copied):
     options, results = fused
     _, folder = copied
-    assert lf.load_run(str(folder))[2] == lf.runs.RunFolder(folder).config()
+    assert lf.load_run(str(folder))[2] == runs.RunFolder(folder).config()
     rows = recipes.evaluate(run=folder)
     assert rows == [
         {k: s[k] for k in ("seed", "exact_match", "option_accuracy", "loss")}
@@ -267,9 +265,7 @@ def test_evaluate_and_generate_agree_with_the_run(fused, copied):
     text = folder / "lines.txt"
     text.write_text(
         "\n".join(
-            p["input"]
-            for p in lf.runs.RunFolder(folder).predictions()
-            if p["seed"] == 2
+            p["input"] for p in runs.RunFolder(folder).predictions() if p["seed"] == 2
         )
     )
     assert recipes.generate(run=folder, file=text, seed=2) == recipes.answers(
@@ -302,7 +298,7 @@ def moved(copied, small, tmp_path):
     shutil.copytree(small[1], pool)
     _change_config(run, base=str(base), pool=str(pool))
     (tmp_path / "lines").write_text("a b")
-    return run, dataclasses.replace(options, base=str(base), pool=str(pool))
+    return run, replace(options, base=str(base), pool=str(pool))
 
 
 def _uses(run: Path, options: lf.FuseOptions) -> dict:
@@ -344,7 +340,7 @@ def test_a_run_is_not_used_with_other_weights_of_the_same_shapes(use, moved, sma
 
 def test_a_run_of_the_same_weights_is_used_in_another_format_and_dtype(moved, capsys):
     run, options = moved
-    config = lf.runs.RunFolder(run).config()
+    config = runs.RunFolder(run).config()
     assert set(config["digests"]) == {"base", "modules", "basis", "tokenizer", "config"}
     assert set(config["digests"]["modules"]) == {
         name for names in config["modules"] for name in names
@@ -377,7 +373,7 @@ def test_a_base_with_a_relative_path_is_found_from_another_folder(
         "pool": None,
         "out": Path("runs"),
     }
-    lf.fuse(dataclasses.replace(options, **asked, recipe=lf.Recipe(max_new_tokens=8)))
+    lf.fuse(replace(options, **asked, recipe=lf.Recipe(max_new_tokens=8)))
     run = there / "runs" / "whole"
     monkeypatch.chdir(elsewhere)
     assert lf.load_run(run)[0].base == str(there / "owner" / "name")
@@ -399,15 +395,15 @@ def test_two_processes_cannot_write_one_run(copied, tmp_path):
         for path in tmp_path.rglob("*")
         if path.is_file() and path.name != ".lock"
     }
-    with lf.runs.RunFolder(folder).locked():
+    with runs.RunFolder(folder).locked():
         with refused(
             rf"whole is in use by process {os.getpid()}: wait for it, or give"
         ):
             lf.fuse(options)
     assert before == {path: path.read_bytes() for path in before}
-    new = dataclasses.replace(options, name="new", resume=False)
+    new = replace(options, name="new", resume=False)
     with (
-        lf.runs.RunFolder(lf.runs.run_path(new)).locked(),
+        runs.RunFolder(runs.run_path(new)).locked(),
         refused(f"in use by process {os.getpid()}"),
     ):
         lf.fuse(new)
@@ -490,24 +486,24 @@ def test_folders_that_are_no_inputs_stop_a_run_and_other_options_its_resumption(
     fused, tmp_path
 ):
     options, _ = fused
-    new = dataclasses.replace(options, out=tmp_path, name="new")
+    new = replace(options, out=tmp_path, name="new")
     for changes, message in (
         ({"pool": str(tmp_path)}, "is not a pool"),
         ({"base": str(tmp_path)}, "config.json"),
     ):
         with refused(message):
-            lf.fuse(dataclasses.replace(new, **changes))
-    assert not lf.runs.run_path(new).exists()
+            lf.fuse(replace(new, **changes))
+    assert not runs.run_path(new).exists()
     with refused("prune is an option of the method fusion, not of coefficients"):
-        dataclasses.replace(
+        replace(
             options,
-            recipe=dataclasses.replace(options.recipe, prune=0.1),
+            recipe=replace(options.recipe, prune=0.1),
             method="coefficients",
         )
     with refused("holds a run"):
         lf.fuse(options)
     with refused("was begun with other options: seeds was"):
-        lf.fuse(dataclasses.replace(options, seeds=(3,), resume=True))
+        lf.fuse(replace(options, seeds=(3,), resume=True))
 
 
 # Exports.
@@ -515,15 +511,15 @@ def test_folders_that_are_no_inputs_stop_a_run_and_other_options_its_resumption(
 
 @pytest.mark.parametrize("form", ["adapter", "merged"])
 def test_an_export_has_a_model_card_without_names_of_folders(form, fused, tmp_path):
-    run = lf.runs.run_path(fused[0])
-    options = lf.runs.ExportOptions(run=run, out=tmp_path / "out", format=form)
-    lf.runs.export(options)
+    run = runs.run_path(fused[0])
+    options = runs.ExportOptions(run=run, out=tmp_path / "out", format=form)
+    runs.export(options)
     card = (tmp_path / "out" / "README.md").read_text()
     assert f": {fused[1].seeds[0]['exact_match']:.1f} %" in card
     # The hub would refuse a folder as the base.
     assert str(fused[0].out) not in card and "base_model" not in card
     with refused("has no seed 9"):
-        lf.runs.export(dataclasses.replace(options, seed=9, out=tmp_path / "other"))
+        runs.export(replace(options, seed=9, out=tmp_path / "other"))
 
 
 @pytest.mark.parametrize("form", ["adapter", "merged"])
@@ -539,13 +535,13 @@ def test_a_diverged_seed_is_not_exported(form, copied, tmp_path):
         params | {"magnitudes": magnitudes},
         metadata,
     )
-    options = lf.runs.ExportOptions(run=run, seed=1, out=tmp_path / "out", format=form)
+    options = runs.ExportOptions(run=run, seed=1, out=tmp_path / "out", format=form)
     with refused(
         r"decoder\.block\.0\.layer\.1\.EncDecAttention\.v\..* has NaN or infinite numbers"
     ):
-        lf.runs.export(options)
+        runs.export(options)
     assert [path.name for path in tmp_path.iterdir()] == [run.name]
-    lf.runs.export(dataclasses.replace(options, seed=2))
+    runs.export(replace(options, seed=2))
 
 
 @pytest.mark.parametrize(
@@ -568,7 +564,7 @@ def test_a_diverged_seed_is_not_exported(form, copied, tmp_path):
 )
 def test_a_run_is_named_after_its_task_method_and_control(task, changes, name):
     assert (
-        lf.runs.run_path(lf.FuseOptions(base="base", pool="pool", task=task, **changes))
+        runs.run_path(lf.FuseOptions(base="base", pool="pool", task=task, **changes))
         == Path("runs") / name
     )
 
@@ -580,6 +576,6 @@ def test_a_run_of_a_task_folder_is_named_after_the_whole_folder(
     folder = tmp_path / "some.task" / "v1.5"
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder if task == "." else tmp_path)
-    assert lf.runs.run_path(
-        lf.FuseOptions(base="base", pool="pool", task=task)
-    ) == Path("runs/v1.5-fusion")
+    assert runs.run_path(lf.FuseOptions(base="base", pool="pool", task=task)) == Path(
+        "runs/v1.5-fusion"
+    )
