@@ -1,12 +1,12 @@
 """The commands as they are typed, on the embedded pool and on its first adapters cut to one block."""
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from json_files import read_json
 from refusals import told
 
 from lorafusion_jax import cli
@@ -45,7 +45,7 @@ def run(small, pool, tmp_path_factory) -> Path:
 @pytest.mark.smoke
 def test_convert_writes_all_adapters_of_the_embedded_pool(tmp_path):
     _convert(_SMALL / "base", _SMALL / "adapters", tmp_path / "pool")
-    manifest = json.loads((tmp_path / "pool" / "manifest.json").read_text())
+    manifest = read_json(tmp_path / "pool" / "manifest.json")
     assert len(manifest["metadata"]["adapters"]) == 28
 
 
@@ -60,7 +60,7 @@ def test_evaluate_scores_all_rows_of_a_file_that_the_run_has_not_seen(
     (only_test / "test.jsonl").write_text("\n".join(rows))
     printed = []
     for task in (tmp_path / "new.jsonl", only_test):
-        cli.main(["evaluate", "--run", str(run), "--task", str(task)])
+        cli.main(f"evaluate --run {run} --task {task}".split())
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1]
     assert [line.split()[0] for line in printed[0].splitlines()] == [

@@ -106,16 +106,7 @@ def test_a_plan_shows_what_a_run_needs_and_runs_nothing(capsys, tmp_path):
 def test_a_run_of_two_seeds_has_at_most_twelve_programs(small, tmp_path):
     """Single operations outside of compiled functions would be programs of their own."""
     base, pool = map(str, small)
-    where = [
-        "--base",
-        base,
-        "--pool",
-        pool,
-        "--task",
-        str(_SMALL / "tasks" / "double_digit"),
-        "--out",
-        str(tmp_path),
-    ]
+    where = f"--base {base} --pool {pool} --task {_SMALL / 'tasks' / 'double_digit'} --out {tmp_path}".split()
     command = [
         sys.executable,
         "-c",

@@ -71,7 +71,7 @@ def test_a_standard_stream_that_is_closed_is_an_empty_one(
 ):
     (tmp_path / "lines").write_text("hot\n")
     monkeypatch.setattr(sys, stream, None)  # as Python has it then
-    command = ["generate", "--base", str(base), "--max-new-tokens", "2"]
+    command = f"generate --base {base} --max-new-tokens 2".split()
     if stream == "stdin":
         with pytest.raises(SystemExit, match="2"):  # there is no line to answer
             cli.main(command)

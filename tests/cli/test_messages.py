@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from json_files import read_json
 from refusals import told
 
 from lorafusion_jax import cli
@@ -125,9 +126,9 @@ def test_a_run_is_replaced_only_with_overwrite_and_once_the_new_one_is_complete(
     told(capsys, [*changed, "--batch-size", "0"])
     assert (folder / "results.json").read_text() == first
     cli.main(changed)
-    results = json.loads((folder / "results.json").read_text())
+    results = read_json(folder / "results.json")
     assert [seed["seed"] for seed in results["seeds"]] == [4]
-    options = json.loads((folder / "config.json").read_text())["options"]
+    options = read_json(folder / "config.json")["options"]
     assert options["name"] == "cell"
     assert [path.name for path in folder.parent.iterdir()] == ["cell"]
 
@@ -138,7 +139,7 @@ def test_a_run_is_replaced_only_with_overwrite_and_once_the_new_one_is_complete(
 
 def _fuse(small: tuple[Path, Path], task: Path, *options: str) -> list[str]:
     base, pool = map(str, small)
-    data = ["--base", base, "--pool", pool, "--task", str(task)]
+    data = f"--base {base} --pool {pool} --task {task}".split()
     return ["fuse", *data, "--out", str(task.parent / "runs"), *_QUICK, *options]
 
 
@@ -153,7 +154,7 @@ def test_a_table_of_40_rows_trains_on_four_fifths_or_on_all(small, labelled, cap
     printed = capsys.readouterr()
     assert "40 of its 40 rows are used for training, 0 for testing" in printed.err
     folder = labelled.parent / "runs" / "all"
-    results = json.loads((folder / "results.json").read_text())
+    results = read_json(folder / "results.json")
     assert results["exact_match"] is None and results["test_rows"] == 0
 
     message = told(capsys, ["evaluate", "--run", str(folder)])

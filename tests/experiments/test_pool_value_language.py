@@ -1,7 +1,6 @@
 """The pool's value on language: its draw, its rows and tables, and all arms on a small Llama."""
 
 import csv
-import json
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -9,8 +8,9 @@ import numpy as np
 import pool_value_language as experiment
 import pytest
 import small_llama
+from json_files import write_json
 from lab.language import MOST_SHARED, SOURCES, TUNING, load
-from lab.tuning import best_point, rates_at
+from refusals import refused
 
 from lorafusion_jax import LowRank, read_config
 from lorafusion_jax.io import lora_adapter, write_adapter
@@ -76,7 +76,7 @@ def task(tmp_path_factory):
         for n in range(95)
         for colour in ("red", "blue")
     ]
-    path.write_text(json.dumps(rows))
+    write_json(path, rows)
     return path
 
 
@@ -128,34 +128,11 @@ def test_seeds_have_rows_that_no_other_seed_has(llama, pool, task):
 
 def test_a_pool_that_lacks_adapters_is_refused(llama, pool, tmp_path):
     (tmp_path / "past").mkdir()
-    with pytest.raises(
-        ValueError,
-        match="lacks the adapters plural, comparative, .*--own-seeds trains them",
-    ):
+    with refused("lacks the adapters plural, comparative, .*--own-seeds trains them"):
         experiment.Lab(llama, tmp_path)
     (tmp_path / "unknown").mkdir()
-    with pytest.raises(
-        ValueError,
-        match="has other adapters, unknown: expected only those of the design",
-    ):
+    with refused("has other adapters, unknown: expected only those of the design"):
         experiment.Lab(llama, tmp_path)
-
-
-@pytest.mark.parametrize("least", [(0, 0), (2, -1), (-3, 3)])
-def test_rates_are_searched_until_no_neighbour_is_better(least):
-    tried = set()
-
-    def losses(points):
-        tried.update(points)
-        return [
-            sum((a - b) ** 2 for a, b in zip(point, least, strict=True))
-            for point in points
-        ]
-
-    moves = [(1, 0), (-1, 0), (0, 1), (0, -1)]
-    assert best_point(moves, losses) == least
-    assert {(least[0] + a, least[1] + b) for a, b in moves} <= tried
-    assert rates_at({"a": 0.01, "b": 0.1}, (2, -1)) == {"a": 0.09, "b": 0.0333}
 
 
 class _Recorded:

@@ -2,11 +2,9 @@
 
 import json
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import make_small_pool as script
 import numpy as np
 import one_block
 import pytest
@@ -174,29 +172,3 @@ def test_the_base_and_two_adapters_score_as_in_the_readme(answer, readme):
         assert adapted == pytest.approx(
             readme[task.name], abs=1.01
         ) and adapted > score(rows), task.name
-
-
-def test_what_the_script_writes_reads_back(tmp_path):
-    with pytest.raises(SystemExit, match="exists: give --out a new folder"):
-        script.main(tmp_path)
-    state = nnx.state(script.T5(script.CONFIG, rngs=nnx.Rngs(3)))
-    script.write_base(tmp_path / "base", script.make_tokenizer(), state)
-    read = nnx.state(lf.load_base(tmp_path / "base"))
-    for written, leaf in zip(
-        jax.tree.leaves(state), jax.tree.leaves(read), strict=True
-    ):
-        np.testing.assert_array_equal(
-            np.asarray(written).astype(np.float16), np.asarray(leaf)
-        )
-
-    start = script.initial_loras(2, jax.random.key(0))
-    loras = jax.tree.map(lambda a: np.asarray(a + 0.25)[:, 1], start)
-    script.write_lora(tmp_path / "adapter", loras, base=Path("base"), as_bin=False)
-    pool = lf.read_pool([str(tmp_path / "adapter")], script.CONFIG)
-    for site, (A, B) in loras.items():
-        np.testing.assert_array_equal(
-            A.astype(np.float16), np.asarray(pool.A[site][:, 0])
-        )
-        np.testing.assert_array_equal(
-            2 * B.astype(np.float16), np.asarray(pool.B[site][:, 0])
-        )

@@ -151,28 +151,6 @@ def test_a_quantised_pool_exports_what_it_computes(composition):
         _close(tensor, wanted[1][key], 1e-6)
 
 
-def test_a_lora_is_a_plain_adapter():
-    rng = np.random.default_rng(0)
-    adapters = {
-        site: lf.LowRank(
-            jnp.asarray(rng.normal(size=(s.layers, s.d_in, 3)), jnp.float32),
-            jnp.asarray(rng.normal(size=(s.layers, 3, s.d_out)), jnp.float32),
-        )
-        for site, s in _MODEL.config.sites.items()
-        if site.endswith((".o", "wi_1"))
-    }
-    config, tensors = io.lora_adapter(_MODEL.config, adapters, base="b")
-    assert (config["r"], config["lora_alpha"], config["use_dora"]) == (3, 3, False)
-    found = _in_peft(config, tensors)
-    assert found.keys() == {
-        (s, layer) for s, lora in adapters.items() for layer in range(lora.A.shape[0])
-    }
-    for (site, layer), W in found.items():
-        A = np.asarray(adapters[site].A[layer], np.float64)
-        B = np.asarray(adapters[site].B[layer], np.float64)
-        _close(W, _kernel(site, layer) + A @ B)
-
-
 @pytest.mark.parametrize("magnitudes", [True, False], ids=["trained", "frozen"])
 def test_magnitudes_of_either_sign_and_zero_start_the_next_fusion(tmp_path, magnitudes):
     """The oracle is the run that was exported: pruned and negative magnitudes are read back as they were."""

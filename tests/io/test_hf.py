@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
 from lorafusion_jax.io import open_base
+from lorafusion_jax.io.hf import aligned_zeros
 from lorafusion_jax.models import T5Config, dense
 from lorafusion_jax.models.registry import family_of
 from lorafusion_jax.models.weights import QUANTISED_TYPES
@@ -207,6 +208,16 @@ def test_copies_of_the_embedding_and_the_unused_table_are_let_pass(base):
     _change(base, lambda tensors: tensors["decoder.embed_tokens.weight"].__iadd__(1))
     with refused(r"decoder\.embed_tokens\.weight differs from shared\.weight"):
         lf.load_base(base)
+
+
+def test_weights_are_read_in_place_and_hashed_while_they_are_loaded(small):
+    array = aligned_zeros((100, 1000), np.float32)
+    assert jax.device_put(array).unsafe_buffer_pointer() == array.ctypes.data
+    assert not array.any()
+    base = open_base(small[0])
+    assert open_base(base) is base
+    base.load(hashed=True)
+    assert vars(base)["digest"] == open_base(small[0]).digest
 
 
 @pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16, np.float32])

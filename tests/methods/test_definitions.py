@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
+from numpy.testing import assert_allclose
 
 import lorafusion_jax as lf
 from lorafusion_jax.io import load_arrays, save_arrays
@@ -109,7 +111,7 @@ def _of_gains(params, site, W):
 _MEMBERS = {
     "own": _Member(_Gains(), _of_gains),
     "lora": _Member(_LORA, _of_lora),
-    "dora": _Member(dataclasses.replace(_LORA, dora=True), _of_lora),
+    "dora": _Member(replace(_LORA, dora=True), _of_lora),
     "vera": _Member(_VERA, _of_vera),
     "magnitudes": _Member(Magnitudes(tuple(name for name, _ in _SITES)), _scaled),
     "fusion": _Member(lf.Fusion(differentiate_norm=True), _fused([2, 0]), (2, 0)),
@@ -166,7 +168,7 @@ def test_adapters_are_the_definition(name, tmp_path):
                 if params is start and not member.index
                 else member.matrix(exact, site, W)
             )
-            np.testing.assert_allclose(merged[site], wanted, rtol=1e-5, atol=1e-5)
+            assert_allclose(merged[site], wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", _SOME_LONG)
@@ -201,16 +203,16 @@ def test_seeds_of_one_program_are_those_of_two(name):
         jax.jit(lambda key: tiny.loss(_moved(problem.init(key)), problem))(key)
         for key in keys
     ]
-    np.testing.assert_allclose(together, alone, rtol=1e-5)
+    assert_allclose(together, alone, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", _SOME_LONG)
 def test_a_base_in_bfloat16_trains_the_same_numbers(name):
     """Parameters and gradients stay in float32."""
     exact = _problem(name)
-    config = dataclasses.replace(tiny.CONFIG, dtype="bfloat16")
+    config = replace(tiny.CONFIG, dtype="bfloat16")
     base = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), exact.frozen.base)
-    frozen = dataclasses.replace(exact.frozen, base=base)
+    frozen = replace(exact.frozen, base=base)
     narrow = exact.replace(graph=nnx.split(tiny.t5(config))[0], frozen=frozen)
     params = exact.init(_KEY)
     value_and_grad = jax.jit(jax.value_and_grad(tiny.loss))
@@ -221,7 +223,7 @@ def test_a_base_in_bfloat16_trains_the_same_numbers(name):
         jax.tree.leaves(slope), jax.tree.leaves(exact_slope), strict=True
     ):
         assert got.dtype == jnp.float32
-        np.testing.assert_allclose(
+        assert_allclose(
             got, of_exact, atol=0.2 * float(jnp.max(jnp.abs(of_exact))) + 1e-6
         )
 
@@ -254,7 +256,7 @@ def test_the_norm_of_a_dora_update_counts_as_constant():
         np.sum(x @ adapted * direction / norm, axis=0),
     )
     for got, of_matrix in zip(found, wanted, strict=True):
-        np.testing.assert_allclose(got, of_matrix, rtol=1e-4, atol=1e-5)
+        assert_allclose(got, of_matrix, rtol=1e-4, atol=1e-5)
 
 
 def test_full_fine_tuning_replaces_the_frozen_weights():
@@ -279,7 +281,7 @@ def test_random_starts_are_drawn_as_in_peft():
             <= site.d_in**-0.5
         )
     assert (drawn["decoder.self.q"] != drawn["decoder.cross.q"]).all()
-    vera = dataclasses.replace(_VERA, rank=500)
+    vera = replace(_VERA, rank=500)
     start = vera.init(_FROZEN, jnp.arange(0), _KEY)["vera"]
     assert all((d == np.float32(0.1)).all() for d in start["d"].values())
     widest_in = max((site.d_in for _, site in _SITES))

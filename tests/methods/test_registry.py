@@ -4,6 +4,7 @@ import dataclasses
 import re
 import runpy
 import types
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import recipes
 import tiny
 from recipes import recipe
+from refusals import refused
 
 import lorafusion_jax as lf
 from lorafusion_jax.cli import main
@@ -43,20 +45,9 @@ def gains():
 
 @pytest.mark.usefixtures("gains")
 def test_a_new_method_is_run_with_its_own_options(small, tmp_path, capsys):
-    quick = [
-        "--epochs",
-        "2",
-        "--batch-size",
-        "48",
-        "--max-new-tokens",
-        "8",
-        "--test-rows",
-        "5",
-        "--out",
-        str(tmp_path),
-    ]
-    own = ["--method", "gains", "--first-gain", "0.5", "--lr-gains", "0"]
-    main(["fuse", "--base", str(small[0]), "--task", str(recipes.TASK), *own, *quick])
+    quick = f"--epochs 2 --batch-size 48 --max-new-tokens 8 --test-rows 5 --out {tmp_path}".split()
+    own = "--method gains --first-gain 0.5 --lr-gains 0".split()
+    main([*f"fuse --base {small[0]} --task {recipes.TASK}".split(), *own, *quick])
     # q and v of one encoder layer and, twice, of a decoder layer.
     assert "gains, 6 trainable parameters" in capsys.readouterr().out
     options, params, _ = lf.load_run(tmp_path / "double_digit-gains")
@@ -82,7 +73,7 @@ def test_a_new_method_is_in_the_help_text_with_its_own_options(gains, capsys):
         out = " ".join(capsys.readouterr().out.replace("│", " ").split())
         assert all(text in out for text in shown) and hidden not in out
     with pytest.raises(SystemExit, match="2"):
-        main(["fuse", "--base", "owner/b", "--task", "t", "--first-gain", "2"])
+        main("fuse --base owner/b --task t --first-gain 2".split())
     assert (
         "--first-gain is an option of the method gains, not of fusion"
         in capsys.readouterr().err
@@ -95,18 +86,7 @@ def test_a_new_method_is_counted_planned_and_priced(capsys):
     main(["params", "--shape", "t5-small"])
     assert re.search(rf"\| gains from 1 +\| +{matrices} \|", capsys.readouterr().out)
     assert counts(_SMALL)["gains from 1"] == matrices
-    main(
-        [
-            "fuse",
-            "--base",
-            "t5-small",
-            "--task",
-            str(recipes.TASK),
-            "--method",
-            "gains",
-            "--plan",
-        ]
-    )
+    main(f"fuse --base t5-small --task {recipes.TASK} --method gains --plan".split())
     assert re.search(rf"\| gains +\| +1 \| +{matrices} \|", capsys.readouterr().out)
     work = {"task": workload(load_task(recipes.TASK), lf.Recipe())}
     row = plan(_SMALL, ["gains"], work, Settings())[0]
@@ -119,15 +99,10 @@ def test_a_new_method_is_counted_planned_and_priced(capsys):
 
 
 def test_an_entry_that_cannot_be_used_is_refused(gains, capsys):
-    with pytest.raises(
-        ValueError,
-        match="there is a method 'gains' already: give this one another name",
-    ):
+    with refused("there is a method 'gains' already: give this one another name"):
         lf.register(gains.GAINS)
-    with pytest.raises(
-        ValueError, match="fuses a pool: let GainsRecipe inherit from PoolRecipe"
-    ):
-        lf.register(dataclasses.replace(gains.GAINS, name="pooled", pool=True))
+    with refused("fuses a pool: let GainsRecipe inherit from PoolRecipe"):
+        lf.register(replace(gains.GAINS, name="pooled", pool=True))
     wrong = dataclasses.make_dataclass(
         "WrongRecipe",
         [("seeds", int, 1)],
@@ -135,9 +110,9 @@ def test_an_entry_that_cannot_be_used_is_refused(gains, capsys):
         frozen=True,
         kw_only=True,
     )
-    lf.METHODS["gains"] = dataclasses.replace(gains.GAINS, recipe=wrong)
+    lf.METHODS["gains"] = replace(gains.GAINS, recipe=wrong)
     with pytest.raises(SystemExit, match="2"):
-        main(["fuse", "--base", "owner/b", "--task", "t", "--method", "gains"])
+        main("fuse --base owner/b --task t --method gains".split())
     assert (
         "WrongRecipe has a field seeds, which is an option of every run"
         in capsys.readouterr().err
@@ -145,11 +120,9 @@ def test_an_entry_that_cannot_be_used_is_refused(gains, capsys):
 
 
 def test_an_unknown_method_is_answered_with_those_there_are():
-    with pytest.raises(
-        ValueError, match="no method 'gains': choose one of fusion, coefficients"
-    ):
+    with refused("no method 'gains': choose one of fusion, coefficients"):
         find("gains")
-    with pytest.raises(ValueError, match="no method 'gains'"):
+    with refused("no method 'gains'"):
         lf.fuse(lf.FuseOptions(base="b", task="t", method="gains"))
 
 
@@ -201,7 +174,7 @@ def test_a_method_is_built_with_the_numbers_of_the_recipe():
         composition="mix", granularity="site", start="twice", differentiate_norm=True
     )
     assert built("fusion") == fusion
-    assert built("coefficients") == dataclasses.replace(fusion, magnitudes=False)
+    assert built("coefficients") == replace(fusion, magnitudes=False)
     in_basis = built("fusion", lf.shared_basis(_POOL, 4), basis=3)
     assert in_basis == lf.Fusion(basis=3)
     assert built("merge") == lf.Merge(kind="ties", density=0.3)

@@ -4,9 +4,10 @@ import struct
 import sys
 
 import numpy as np
-import pytest
 from lab.scores import scores
 from made_up_rows import made_up, row
+from numpy.testing import assert_allclose
+from refusals import refused
 
 from lorafusion_jax.report import plot_means
 
@@ -36,17 +37,14 @@ def test_dots_and_intervals_are_the_numbers_of_the_rows(tmp_path, figures):
     ]
     summaries = results.summaries.values()
     dots = [line.get_xydata()[0] for line in means.lines]
-    np.testing.assert_allclose(dots, [(s.mean, i) for i, s in enumerate(summaries)])
+    assert_allclose(dots, [(s.mean, i) for i, s in enumerate(summaries)])
     ends = [line.get_segments()[0][:, 0] for line in means.collections]
-    np.testing.assert_allclose(ends, [(s.low, s.high) for s in summaries])
+    assert_allclose(ends, [(s.low, s.high) for s in summaries])
     assert means.get_ylim()[0] > means.get_ylim()[1]
 
 
 def test_plots_without_matplotlib_are_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(
-        ValueError,
-        match=r'a plot needs matplotlib, .* pip install "lorafusion-jax\[plots\]"',
-    ):
+    with refused(r'a plot needs matplotlib, .* pip install "lorafusion-jax\[plots\]"'):
         plot_means(scores(made_up())[0].summaries, tmp_path / "plot.png")
     assert not list(tmp_path.iterdir())

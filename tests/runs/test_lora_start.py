@@ -101,28 +101,6 @@ def test_a_lora_starts_at_the_weighted_modules(small, tmp_path, kind):
     assert not any(np.any(np.asarray(B)[:, :, 16:]) for B in lora["B"].values())
 
 
-def test_a_resumed_lora_equals_an_uninterrupted_one(small, fused, tmp_path):
-    options = _lora(
-        small,
-        tmp_path,
-        run_path(fused[0]),
-        rank=4,
-        rate=0.01,
-        epochs=2,
-        save_seconds=0.0,
-    )
-    results = fuse(options)
-    whole = load_run(tmp_path / "run")[1]
-    shutil.rmtree(tmp_path / "run" / "final")
-    (tmp_path / "run" / "results.json").unlink()
-    shutil.rmtree(max((tmp_path / "run" / "checkpoints").iterdir()))
-    again = fuse(replace(options, resume=True))
-    jax.tree.map(assert_array_equal, load_run(tmp_path / "run")[1], whole)
-    assert [seed["left_out"] for seed in again.seeds] == [
-        seed["left_out"] for seed in results.seeds
-    ]
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

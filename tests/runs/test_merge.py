@@ -20,7 +20,6 @@ from lorafusion_jax import (
     places,
     read_config,
 )
-from lorafusion_jax.cli import main
 from lorafusion_jax.io import read_adapter, write_adapter
 from lorafusion_jax.runs import ExportOptions, export
 from lorafusion_jax.runs.export import MergeOptions, merge
@@ -55,19 +54,6 @@ def _write(folder, config, factors, magnitudes):
 def _merge(out, **options):
     merge(MergeOptions(**{"base": _BASE, "pool": _POOL, "out": out} | options))
     return out
-
-
-def test_an_adapter_is_the_weighted_sum_of_the_updates(tmp_path, capsys):
-    weights = [f"{_NAMES[0]}=0.7", f"{_NAMES[1]}=-0.3"]
-    command = [*f"merge --base {_BASE} --pool {_POOL} --weights".split(), *weights]
-    main([*command, "--out", str(tmp_path / "out")])
-    assert "2 modules of" in capsys.readouterr().out
-    first = _updates(_SMALL / "adapters" / _NAMES[0])
-    second = _updates(_SMALL / "adapters" / _NAMES[1])
-    found = _updates(tmp_path / "out")
-    assert found.keys() == first.keys()
-    for path, update in found.items():
-        assert_allclose(update, 0.7 * first[path] - 0.3 * second[path], atol=1e-6)
 
 
 def test_a_file_gives_weights_by_block_and_a_merged_model_has_them(tmp_path):

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import recipes
 import small_llama
+from json_files import change_json, write_json, write_rows
+from numpy.testing import assert_array_equal
 from refusals import refused, told
 from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
-from lorafusion_jax import cli
+from lorafusion_jax import cli, runs
 from lorafusion_jax.serving.predict import generate_rows
 
 _LINES = [
@@ -38,7 +40,7 @@ def blocks(names):
 def merged(small, blocks, tmp_path_factory) -> list[str]:
     """The answers of the model that `merge` writes for a mixture."""
     folder = tmp_path_factory.mktemp("merged")
-    (folder / "weights.json").write_text(json.dumps(blocks))
+    write_json(folder / "weights.json", blocks)
     (folder / "lines").write_text("\n".join(_LINES))
     weights = folder / "weights.json"
     command = f"merge {_pool(small)} --weights-file {weights} --format merged"
@@ -59,7 +61,7 @@ def _pool(small: tuple[Path, Path]) -> str:
 
 
 def _rows(folder: Path, rows: list[dict]) -> Path:
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_rows(folder / "rows.jsonl", rows)
     return folder / "rows.jsonl"
 
 
@@ -88,12 +90,10 @@ def test_mixtures_answer_as_the_merged_model_and_zeros_as_the_base(
     }
     of_zero = service.bank.logits(batch, numbers["zero"])
     whole = map(jnp.asarray, (ids, batch.input_mask, ids))
-    np.testing.assert_array_equal(
+    assert_array_equal(
         of_zero, jax.jit(lf.load_base(small[0]).label_logits)(*whole, {})
     )
-    np.testing.assert_array_equal(
-        of_zero, service.bank.logits(batch, np.full(2, -1, np.int32))
-    )
+    assert_array_equal(of_zero, service.bank.logits(batch, np.full(2, -1, np.int32)))
 
 
 def test_other_weights_and_modules_compile_nothing(service, names, caplog):
@@ -118,10 +118,10 @@ def test_mixtures_have_the_prompt_or_the_chat_template_of_the_service(
     assert capsys.readouterr().out.rstrip("\n") == merged[0]
     base = small_llama.make(tmp_path / "base")
     (tmp_path / "lines").write_text("hot")
-    options = lf.runs.GenerateOptions(
+    options = runs.GenerateOptions(
         base=str(base), file=tmp_path / "lines", chat=True, max_new_tokens=8
     )
-    alone = lf.runs.generate_lines(options)
+    alone = runs.generate_lines(options)
     options = lf.LoadOptions(base=str(base), method="zero-shot", chat=True)
     chat = lf.Service((), capacity=1, options=options)
     assert chat.generate(["hot"], [None], max_new_tokens=8) == alone
@@ -134,8 +134,8 @@ def test_evaluate_scores_a_mixture_as_the_merged_model(small, names, tmp_path, c
     options = lf.FuseOptions(
         base=str(model), method="zero-shot", task=str(recipes.TASK), test_rows=4
     )
-    setup = lf.runs.load_setup(options, to_train=False)
-    loss = float(lf.runs.evaluate(setup, {}, batch_size=4).loss[0])
+    setup = runs.load_setup(options, to_train=False)
+    loss = float(runs.evaluate(setup, {}, batch_size=4).loss[0])
     capsys.readouterr()
     cli.main(f"evaluate {mixture} --test-rows 4 --task {recipes.TASK}".split())
     assert capsys.readouterr().out.split()[-1] == f"{loss:.4f}"
@@ -186,7 +186,7 @@ def dora(small, names, tmp_path) -> Path:
     shutil.copytree(small[1] / names[0], dora / "dora")
     config = dora / "dora" / "adapter_config.json"
     (weights,) = (dora / "dora").glob("*.safetensors")
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True}))
+    change_json(config, {"use_dora": True})
     kept = load_file(weights)
     sizes = {name: len(b) for name, b in kept.items() if "lora_B" in name}
     kept |= {

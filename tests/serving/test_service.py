@@ -1,11 +1,11 @@
 """Whole runs in one service: answers and scores are those of each run alone."""
 
-import dataclasses
 import functools
 import io
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 import recipes
 import small_llama
 import tiny
+from json_files import write_rows
 from refusals import refused, told
 from safetensors.numpy import load_file, save_file
 
@@ -104,7 +105,7 @@ def runs(small, write, tmp_path_factory) -> dict[str, Path]:
         for i, x in enumerate("uvwxyz")
     ]
     closed = tmp_path_factory.mktemp("tasks") / "closed.jsonl"
-    closed.write_text("\n".join(map(json.dumps, asked)))
+    write_rows(closed, asked)
     rng = np.random.default_rng(0)
     norms = {
         site: np.linalg.norm(kernel, axis=1)
@@ -203,7 +204,7 @@ def test_every_row_is_answered_as_by_its_run_alone(
         ],
     )
     file.write_text(file.read_text(), encoding="utf-8-sig")
-    cli.main(["generate", "--runs", *folders, "--file", str(file), "--eval-batch", "4"])
+    cli.main(["generate", "--runs", *folders, *f"--file {file} --eval-batch 4".split()])
     printed = capsys.readouterr().out.split("\n")
     assert (
         printed[: len(asked)] == [alone[name][i] for name, i in asked]
@@ -273,14 +274,12 @@ def test_a_run_is_merged_into_plain_weights_for_long_answers_to_the_same_tokens(
     options = lf.runs.GenerateOptions(run=runs["fused"], file=tmp_path / "lines")
     assert lf.runs.generate_lines(options) == service.generate(lines, ["fused"] * 100)
     assert len(merged) == 1
-    first = "".join(
-        next(lf.runs.stream_lines(dataclasses.replace(options, max_new_tokens=60)))
-    )
+    first = "".join(next(lf.runs.stream_lines(replace(options, max_new_tokens=60))))
     assert (
         len(merged) == 2
         and first == service.generate(lines[:1], ["fused"], max_new_tokens=60)[0]
     )
-    short = dataclasses.replace(options, file=tmp_path / "short", max_new_tokens=1)
+    short = replace(options, file=tmp_path / "short", max_new_tokens=1)
     lf.runs.generate_lines(short)
     assert len(merged) == 2
 
@@ -470,7 +469,7 @@ def test_runs_of_one_bank_share_base_pool_and_precision(runs, small, write, tmp_
     # Magnitudes alone come from no pool.
     lf.Service(
         [
-            scaled._replace(options=dataclasses.replace(scaled.options, pool=None)),
+            scaled._replace(options=replace(scaled.options, pool=None)),
             mixed,
         ],
         capacity=2,

@@ -1,6 +1,6 @@
 """Tables in text."""
 
-import pytest
+from refusals import refused
 
 from lorafusion_jax.report import as_markdown as markdown
 from lorafusion_jax.support.checks import at_least
@@ -40,5 +40,5 @@ def test_a_markdown_table_is_ruled_by_the_alignment_of_its_columns():
 
 def test_a_count_below_the_least_is_named():
     at_least(1, chips=1, rows=None)
-    with pytest.raises(ValueError, match="^rows is 0: expected at least 1$"):
+    with refused("^rows is 0: expected at least 1$"):
         at_least(1, chips=2, rows=0)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.testing import assert_array_equal
 from refusals import refused
 
 from lorafusion_jax import tasks
@@ -32,21 +33,19 @@ def _check(encoded, rows, batch):
     """Every row of the batch holds exactly its tokens, and a row of number -1 nothing."""
     assert batch.input_ids.dtype == batch.labels.dtype == np.int32
     assert batch.input_mask.dtype == batch.row_mask.dtype == np.bool_
-    np.testing.assert_array_equal(batch.row_mask, rows >= 0)
-    np.testing.assert_array_equal(batch.input_ids[~batch.input_mask], _PAD)
+    assert_array_equal(batch.row_mask, rows >= 0)
+    assert_array_equal(batch.input_ids[~batch.input_mask], _PAD)
     for index in np.ndindex(rows.shape):
         row = rows[index]
         inputs, labels = (
             (encoded.inputs[row], encoded.labels[row]) if row >= 0 else ([], [])
         )
-        np.testing.assert_array_equal(
+        assert_array_equal(
             batch.input_mask[index], np.arange(batch.input_ids.shape[-1]) < len(inputs)
         )
-        np.testing.assert_array_equal(
-            batch.input_ids[index][batch.input_mask[index]], inputs
-        )
-        np.testing.assert_array_equal(batch.labels[index][: len(labels)], labels)
-        np.testing.assert_array_equal(batch.labels[index][len(labels) :], tasks.IGNORED)
+        assert_array_equal(batch.input_ids[index][batch.input_mask[index]], inputs)
+        assert_array_equal(batch.labels[index][: len(labels)], labels)
+        assert_array_equal(batch.labels[index][len(labels) :], tasks.IGNORED)
 
 
 def _shapes(batches):
@@ -167,7 +166,7 @@ def test_intervals_hold_the_batches_of_their_steps_from_any_step_on(
         for i in range(batches.row_mask.shape[1])
     ]
     for ours, theirs in zip(cut, batches[first_step:], strict=True):
-        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+        jax.tree.map(assert_array_equal, ours, theirs)
 
 
 def _epochs(pairs, batch_size, reference):

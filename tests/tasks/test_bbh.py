@@ -5,6 +5,7 @@ import json
 
 import bbh_rows
 import pytest
+from json_files import write_json
 from refusals import refused
 
 from lorafusion_jax.tasks import load_task, write_lorahub_split
@@ -137,7 +138,7 @@ def test_the_package_has_lorahubs_index(tmp_path):
         {"input": f"not ( True ) and {i} is", "target": "False"} for i in range(250)
     ]
     for name in ("boolean_expressions", "snarks"):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"examples": rows[:200]}))
+        write_json(tmp_path / f"{name}.json", {"examples": rows[:200]})
     with refused(
         r"boolean_expressions, example: the index lists row 2\d\d of .*rows 0 to 199"
     ):

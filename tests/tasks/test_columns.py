@@ -1,10 +1,9 @@
 """Rows of other layouts: named columns, templates, CSV, Parquet, and conversations of ShareGPT."""
 
-import json
-
 import pyarrow
 import pyarrow.parquet
 import pytest
+from json_files import write_json, write_rows
 from refusals import refused
 
 from lorafusion_jax.tasks import load_task
@@ -20,9 +19,9 @@ _TYPES = ["json", "jsonl", "csv", "parquet"]
 def _file(tmp_path, suffix, rows=_ROWS):
     file = tmp_path / f"sums.{suffix}"
     if suffix == "json":
-        file.write_text(json.dumps(rows))
+        write_json(file, rows)
     elif suffix == "jsonl":
-        file.write_text("\n".join(map(json.dumps, rows)))
+        write_rows(file, rows)
     elif suffix == "csv":
         cells = [[*rows[0]], *([f'"{cell}"' for cell in row.values()] for row in rows)]
         file.write_text("\n".join(map(",".join, cells)))

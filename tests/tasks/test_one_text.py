@@ -1,13 +1,13 @@
 """Prompts and answers as one text: their tokens, chat templates, conversations, and text that comes token by token."""
 
-import dataclasses
-import json
+from dataclasses import replace
 
 import pretrained
 import pytest
 import small_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from json_files import read_json, write_rows
 from refusals import refused
 from small_llama import BOS, END, EOS, START
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
@@ -27,7 +27,7 @@ from lorafusion_jax.tasks import (
 )
 
 _PLAIN = TextFormat(ends=(END, EOS))
-_CHAT = dataclasses.replace(_PLAIN, chat=True)
+_CHAT = replace(_PLAIN, chat=True)
 # Begins every conversation with the system's message, strips what is said, and adds to the assistant's answer.
 _OTHER = (
     "{{ bos_token }}{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe brief.<|im_end|>\n{% endif %}"
@@ -150,7 +150,7 @@ def test_templates_that_cannot_tell_an_answer_from_its_prompt(template, message)
 def test_rows_that_the_context_does_not_hold(tokenizer):
     rows = [Example("hot", "cold"), Example("the cold bold gold is old, " * 20, "cold")]
     tokens = len(encode(tokenizer, rows, _PLAIN).inputs[1])
-    fits = dataclasses.replace(_PLAIN, context=tokens + 8)
+    fits = replace(_PLAIN, context=tokens + 8)
     assert len(encode(tokenizer, rows, fits, new_tokens=8)) == 2
     with refused(
         rf"row 2, 'the cold bold gold is old, the cold bold\.\.\.', has {tokens} tokens, and {tokens + 9} "
@@ -163,7 +163,7 @@ def test_rows_that_the_context_does_not_hold(tokenizer):
         encode(
             tokenizer,
             [Example("hot", "é" * 64)],
-            dataclasses.replace(_PLAIN, context=20),
+            replace(_PLAIN, context=20),
         )
 
 
@@ -176,8 +176,8 @@ def test_tokens_that_the_model_lacks(tokenizer):
     )
     assert more.convert_tokens_to_ids("[new]") == kept
     for text_format in (_PLAIN, SEPARATE_TEXTS):
-        fits = dataclasses.replace(text_format, vocabulary=kept + 1)
-        lacks = dataclasses.replace(text_format, vocabulary=kept)
+        fits = replace(text_format, vocabulary=kept + 1)
+        lacks = replace(text_format, vocabulary=kept)
         assert len(encode(more, rows, fits)) == len(encode(more, rows[:1], lacks)) + 1
         for row in (rows[1], Example("hot", "old [new]")):
             with refused(
@@ -209,9 +209,7 @@ def test_chats_have_the_goldens_tokens(goldens):
     texts = load_texts(open_base(pretrained.smollm2_file()), chat=True)
     asked = [
         chat
-        for chat in json.loads(
-            (goldens / "smollm2" / "tokenizer_cases.json").read_text()
-        )["chats"]
+        for chat in read_json(goldens / "smollm2" / "tokenizer_cases.json")["chats"]
         if chat["add_generation_prompt"] and chat["messages"][-1]["role"] == "user"
     ]
     assert len(asked) == 6
@@ -246,7 +244,7 @@ _TALK = (
 
 def test_conversations_are_read_with_the_last_answer_as_target(tmp_path):
     rows = [_row(*_TALK), _row(*_TALK[3:]), {"input": "bold", "target": "gold"}]
-    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_rows(tmp_path / "test.jsonl", rows)
     task = load_task(tmp_path, chat=True, prompt="Q: {input}", need=["test"])
     assert task.test == (
         Example(
@@ -268,9 +266,9 @@ def test_what_was_said_before_counts_as_part_of_a_row(tmp_path):
         ("train", [_row(*_TALK)]),
         ("test", [_row(*_TALK), _row(*_TALK[3:])]),
     ):
-        (tmp_path / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        write_rows(tmp_path / f"{part}.jsonl", rows)
     task = load_task(tmp_path, chat=True)
-    alone = dataclasses.replace(task, test=(Example("hot", "cold"),) * 2)
+    alone = replace(task, test=(Example("hot", "cold"),) * 2)
     assert alone.sha256 != task.sha256
     shown = few_shot(task, 1, 0)
     assert [example.input for example in shown.test] == ["hot cold\n\nhot"] * 2

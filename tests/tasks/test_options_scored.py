@@ -1,9 +1,9 @@
 """Scoring options against a loop over rows and options that reads the model's own log-probabilities."""
 
-import dataclasses
 import functools
 import importlib
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ def given(tmp_path_factory):
         seeds=_SEEDS,
         out=out,
         eval_batch=7,
-        recipe=dataclasses.replace(lf.PRESETS["default"], modules=2, max_new_tokens=4),
+        recipe=replace(lf.PRESETS["default"], modules=2, max_new_tokens=4),
     )
     setup = load_setup(options)
     params = start(setup.problem, _SEEDS).params
@@ -126,7 +126,7 @@ def chosen(given):
 def test_options_are_scored_for_the_rows_that_are_evaluated(given, chosen):
     """Batches of another size, fewer rows, and the mode from the options of a run."""
     setup, options, params = given
-    fewer = dataclasses.replace(
+    fewer = replace(
         setup, test=type(setup.test)(*(part[:5] for part in vars(setup.test).values()))
     )
     seeds, found = evaluate_seeds(fewer, options, params)

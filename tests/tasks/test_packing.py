@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.testing import assert_array_equal
 
 from lorafusion_jax.tasks import (
     IGNORED,
@@ -57,7 +58,7 @@ def _orders(pairs, batch_size):
 def _check(encoded, rows, batch, causal):
     """Rows lie behind each other in their order. Those of a group are in its lines, longer ones in earlier groups."""
     sources, targets, before = batch.rows
-    np.testing.assert_array_equal(batch.row_mask, rows >= 0)
+    assert_array_equal(batch.row_mask, rows >= 0)
     real = [row for row in rows if row >= 0]
     prompts = [
         encoded.inputs[row][:-1] if causal else encoded.inputs[row] for row in real
@@ -74,9 +75,9 @@ def _check(encoded, rows, batch, causal):
     ):
         text = np.concatenate([*parts, []])
         assert len(line) == 1
-        np.testing.assert_array_equal(line[0, : len(text)], text)
+        assert_array_equal(line[0, : len(text)], text)
         assert (line[0, len(text) :] == fill).all()
-    np.testing.assert_array_equal(
+    assert_array_equal(
         batch.input_mask[0],
         np.arange(len(batch.input_mask[0])) < sum(map(len, prompts)),
     )

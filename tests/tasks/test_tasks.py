@@ -1,8 +1,8 @@
 """Reading tasks, splitting them, drawing modules, tokenising: what arrives, and what bad input is told."""
 
-import dataclasses
 import json
 import random
+from dataclasses import replace
 
 import bbh_rows
 import datasets
@@ -11,7 +11,8 @@ import one_block
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from refusals import refused
+from numpy.testing import assert_array_equal
+from refusals import refusals, refused
 
 from lorafusion_jax import load_tokenizer
 from lorafusion_jax.tasks import (
@@ -112,12 +113,10 @@ def test_fingerprint_tells_tasks_apart(tmp_path):
     _write(path, _rows(4)[::-1])
     others.append(load_task(tmp_path))
     others.append(
-        dataclasses.replace(
-            both, train=both.train[:-1], test=(both.train[-1], *both.test)
-        )
+        replace(both, train=both.train[:-1], test=(both.train[-1], *both.test))
     )
-    told = dataclasses.replace(both.test[0], history=(("system", "Be brief."),))
-    others.append(dataclasses.replace(both, test=(told, *both.test[1:])))
+    told = replace(both.test[0], history=(("system", "Be brief."),))
+    others.append(replace(both, test=(told, *both.test[1:])))
     assert len({both.sha256, *(task.sha256 for task in others)}) == 6
 
 
@@ -308,7 +307,7 @@ def test_fewer_than_twenty_rows_are_used_for_training_and_validation(
     count, limit, protocol
 ):
     train, validation = split(count, [7, 8], protocol=protocol, limit=limit)
-    np.testing.assert_array_equal(train, validation)
+    assert_array_equal(train, validation)
     for seed, rows in zip((7, 8), train.tolist(), strict=True):
         order = list(range(count))
         random.Random(42 if protocol == "reference" else f"split, seed {seed}").shuffle(
@@ -331,18 +330,14 @@ def test_draws_are_the_same_everywhere():
     assert drawn == tuple(random.sample(names, 5))
 
 
-@pytest.mark.parametrize(
-    ("draw", "message"),
+test_draws_from_too_little_are_refused = refusals(
     [
         (lambda: split(0, [0], limit=100), "0 of 0 rows to split: give at least one"),
         (lambda: split(50, [0], limit=0), "0 of 50 rows to split: give at least one"),
         (lambda: draw_modules("abc", 0, 0), "0 modules to be drawn from a pool of 3"),
         (lambda: draw_modules("abc", 4, 0), "4 .* from a pool of 3: draw 1 to 3"),
-    ],
+    ]
 )
-def test_draws_from_too_little_are_refused(draw, message):
-    with refused(message):
-        draw()
 
 
 @given(
@@ -370,17 +365,17 @@ def test_every_row_once_an_epoch(count, batch_size, epochs, seeds, reshuffle):
         rows, orders.reshape(len(seeds), epochs, -1), strict=True
     ):
         for epoch in order:
-            np.testing.assert_array_equal(epoch[count:], -1)
-            np.testing.assert_array_equal(np.sort(epoch[:count]), np.sort(its_rows))
+            assert_array_equal(epoch[count:], -1)
+            assert_array_equal(np.sort(epoch[:count]), np.sort(its_rows))
             if not reshuffle:
-                np.testing.assert_array_equal(epoch[:count], its_rows)
+                assert_array_equal(epoch[:count], its_rows)
 
 
 def test_epochs_and_seeds_are_shuffled_apart_and_a_seed_does_not_see_the_others():
     rows = np.tile(np.arange(30, dtype=np.int32), (2, 1))
     orders = batch_orders(rows, batch_size=30, epochs=3, seeds=[4, 5])
     assert len({tuple(epoch) for epoch in orders.reshape(6, 30).tolist()}) == 6
-    np.testing.assert_array_equal(
+    assert_array_equal(
         batch_orders(rows[:1], batch_size=30, epochs=3, seeds=[5])[0], orders[1]
     )
 

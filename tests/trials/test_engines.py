@@ -6,6 +6,7 @@ from types import ModuleType
 import jax
 import pytest
 from lab.matrix import MatrixOptions
+from refusals import refused
 
 from lorafusion_jax.trials import EngineOptions, OutOfMemory, run_items
 
@@ -33,15 +34,15 @@ def _no_cluster(*_, **__):
 
 def test_options_that_no_engine_has_are_refused(monkeypatch):
     message = "--address auto is that of a Ray cluster: add --engine ray"
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         MatrixOptions(base="", pool="", tasks=(), address="auto")
     options = EngineOptions(engine="ray", address="auto")
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ValueError, match="--engine ray needs ray, .* pip install"):
+    with refused("--engine ray needs ray, .* pip install"):
         list(run_items(_run, [1], options))
     ray = ModuleType("ray")
     vars(ray).update(is_initialized=lambda: False, init=_no_cluster)
     monkeypatch.setitem(sys.modules, "ray", ray)
     message = r"--address auto: no Ray cluster can be joined there \(none\): start"
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         list(run_items(_run, [1], options))

@@ -1,21 +1,20 @@
 """A matrix of runs: its rows, that no result is computed twice, and bad input that it refuses."""
 
-import dataclasses
 import json
 import sys
+from dataclasses import replace
 
 import jax
 import one_block
 import pytest
 from lab import matrix
 from lab.methods import ARMS
+from refusals import refused
 
 from lorafusion_jax.trials import key, read_rows
 
 _ENTRIES = {
-    name: dataclasses.replace(
-        ARMS[name], recipe={"batch_size": 48, "max_new_tokens": 8}
-    )
+    name: replace(ARMS[name], recipe={"batch_size": 48, "max_new_tokens": 8})
     for name in ("zero-shot", "constant answer", "coefficients only")
 }
 
@@ -110,23 +109,21 @@ def test_missing_rows_alone_are_computed_and_those_of_other_settings_refused(
         ({"prompt": "do {input}"}, r"\(prompt was None, is do \{input\}\)"),
         ({"chat": True}, "chat was False, is True"),
     ]:
-        with pytest.raises(ValueError, match=message):
-            matrix.run_matrix(dataclasses.replace(options, **changes), _ENTRIES)
+        with refused(message):
+            matrix.run_matrix(replace(options, **changes), _ENTRIES)
     assert not ran and file.read_bytes() == before
 
 
 def test_five_shots_have_five_rows_and_more_epochs(options):
-    parts = dataclasses.replace(
-        options, shots=("95+5", "5"), methods=("coefficients only",)
-    )
-    jobs = [*matrix.jobs(dataclasses.replace(parts, epochs=None), _ENTRIES)]
+    parts = replace(options, shots=("95+5", "5"), methods=("coefficients only",))
+    jobs = [*matrix.jobs(replace(parts, epochs=None), _ENTRIES)]
     plenty = jobs[0].options
     few = jobs[1].options
     assert (plenty.train_rows, few.train_rows) == (100, 5)
     assert (plenty.recipe.epochs, few.recipe.epochs) == (20, 40)
     assert plenty.name != few.name
     (none,) = matrix.jobs(
-        dataclasses.replace(options, epochs=0, methods=("coefficients only",)), _ENTRIES
+        replace(options, epochs=0, methods=("coefficients only",)), _ENTRIES
     )
     assert none.options.recipe.epochs == 0  # not the default
 
@@ -150,14 +147,12 @@ def test_a_job_that_runs_out_of_memory_fails_alone_and_is_repeated_on_request(
         return fuse(options)
 
     monkeypatch.setattr(matrix, "fuse", run)
-    few = dataclasses.replace(
-        options, methods=("constant answer", "zero-shot"), out=tmp_path
-    )
+    few = replace(options, methods=("constant answer", "zero-shot"), out=tmp_path)
     for retry, cause in (
         (False, "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."),
         (True, "MemoryError"),
     ):
-        file = matrix.run_matrix(dataclasses.replace(few, retry_failed=retry), _ENTRIES)
+        file = matrix.run_matrix(replace(few, retry_failed=retry), _ENTRIES)
         assert {row["method"] for row in read_rows(file)} == {"zero-shot"}
         printed = capsys.readouterr().err
         assert f"double_digit, constant answer, 95+5: out of memory ({cause}" in printed
@@ -170,7 +165,7 @@ def test_a_job_that_runs_out_of_memory_fails_alone_and_is_repeated_on_request(
         )
         matrix.run_matrix(few, _ENTRIES)
         assert "1 of 2 jobs ran out of memory" in capsys.readouterr().err
-    matrix.run_matrix(dataclasses.replace(few, retry_failed=True), _ENTRIES)
+    matrix.run_matrix(replace(few, retry_failed=True), _ENTRIES)
     assert ran == ["constant", "zero-shot", "constant", "constant"]
     assert {
         row["seed"] for row in read_rows(file) if row["method"] == "constant answer"
@@ -200,11 +195,11 @@ def test_bad_input_is_refused_before_anything_runs(options, tmp_path, monkeypatc
             r'LoraHub.* needs nevergrad, .* pip install "lorafusion-jax\[lorahub\]"',
         ),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with refused(message):
             matrix.run_matrix(
-                dataclasses.replace(options, out=tmp_path / "new", **changes), entries
+                replace(options, out=tmp_path / "new", **changes), entries
             )
     assert not (tmp_path / "new").exists()
     # Methods without a pool need none.
-    poolless = dataclasses.replace(options, pool=str(tmp_path), methods=("zero-shot",))
+    poolless = replace(options, pool=str(tmp_path), methods=("zero-shot",))
     assert [job.options.pool for job in matrix.jobs(poolless, _ENTRIES)] == [None]

@@ -5,7 +5,9 @@ import multiprocessing
 
 import numpy as np
 import pytest
+from json_files import write_json
 from made_up_rows import made_up, row
+from refusals import refused
 
 from lorafusion_jax.trials import append_rows, key, merge, read_rows
 
@@ -53,7 +55,7 @@ def test_every_cut_of_the_last_line_is_dropped_and_appending_mends_it(path):
     assert read_rows(path)[1:] == _ROWS[2:3]
     assert path.read_bytes().startswith(whole[:first])
     # A last line that lacks only its newline is kept.
-    path.write_text(json.dumps(_ROWS[0]))
+    write_json(path, _ROWS[0])
     assert read_rows(path) == _ROWS[:1]
     append_rows(path, _ROWS[1:2])
     assert read_rows(path) == _ROWS[:2]
@@ -92,7 +94,7 @@ def test_processes_that_append_at_once_wait_for_each_other(path):
     ],
 )
 def test_rows_that_are_refused_are_named_and_not_written(changes, message, path):
-    with pytest.raises(ValueError, match=f"row 2 of 2 to append.*{message}"):
+    with refused(f"row 2 of 2 to append.*{message}"):
         append_rows(path, [_ROWS[1], _changed(**changes)])
     assert not path.exists()
 
@@ -111,7 +113,7 @@ def test_rows_that_are_refused_are_named_and_not_written(changes, message, path)
 def test_lines_that_are_no_rows_are_named(line, message, tmp_path):
     file = tmp_path / "results.jsonl"
     file.write_text(f"{json.dumps(_ROWS[0])}\n{line}\n")
-    with pytest.raises(ValueError, match=f"line 2: {message}"):
+    with refused(f"line 2: {message}"):
         read_rows(file)
 
 
@@ -124,11 +126,9 @@ def test_files_are_merged_and_equal_rows_count_once(tmp_path):
     message = (
         r"easy, zero-shot, 95\+5 shots, seed 1 has two results, .* differ in seconds"
     )
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         merge(files)
     files[2].unlink()
     append_rows(files[2], [_changed(method="LoRA", shots="5", data_sha256="0" * 64)])
-    with pytest.raises(
-        ValueError, match=r"easy has different data in .*one.jsonl \(sha"
-    ):
+    with refused(r"easy has different data in .*one.jsonl \(sha"):
         merge(files)

@@ -1,11 +1,13 @@
 """A trial: what it refuses, that nothing is measured twice, its report and its plan; and its models against `fuse`."""
 
-import dataclasses
-import json
+from dataclasses import replace
 
 import numpy as np
 import one_block
 import pytest
+from json_files import write_rows
+from numpy.testing import assert_allclose
+from refusals import refused
 
 import lorafusion_jax as lf
 from lorafusion_jax.cli import main
@@ -94,8 +96,8 @@ def test_what_cannot_be_tried_is_refused_before_anything_is_loaded(
     options, changes, message, monkeypatch
 ):
     monkeypatch.setattr(trainer, "load_model", pytest.fail)
-    with pytest.raises(ValueError, match=message):
-        next(trial(dataclasses.replace(options, **changes)))
+    with refused(message):
+        next(trial(replace(options, **changes)))
     assert not options.out.exists()
 
 
@@ -120,7 +122,7 @@ def test_a_finished_trial_is_read_and_its_command_trains_the_method(
 
 def test_roles_are_those_of_the_methods(options, measured):
     arms = ("LoRA=single", "nearest adapter=lora", "x=fusion:shuffled")
-    *_, (_, outcomes) = trial(dataclasses.replace(options, arms=arms))
+    *_, (_, outcomes) = trial(replace(options, arms=arms))
     roles = {arm.name: arm.role for arm in outcomes.arms}
     assert roles["nearest adapter"] == "lora" and roles["x"] == "control"
     assert roles["nearest adapter, trained further"] == "warm"
@@ -130,20 +132,18 @@ def test_roles_are_those_of_the_methods(options, measured):
 
 def test_several_tasks_have_a_verdict_together(options, measured, capsys):
     tasks = (str(TASK), str(TASK.parent / "odd_dash"))
-    main(_command(dataclasses.replace(options, task=tasks)))
+    main(_command(replace(options, task=tasks)))
     said = capsys.readouterr().out
     assert said.count("Train a LoRA.") == 3 and "2 tasks: loss" in said
     lines = (options.out / "all_tasks.csv").read_text().splitlines()
     (losses,) = (line.split(",")[1:3] for line in lines if line.startswith("LoRA,"))
-    np.testing.assert_allclose(
-        [float(loss) for loss in losses], 0.2 - 0.1 + 0.055, atol=1e-3
-    )
+    assert_allclose([float(loss) for loss in losses], 0.2 - 0.1 + 0.055, atol=1e-3)
 
 
 def test_a_stop_in_any_round_gives_an_answer_and_the_command_continues(
     options, measured, monkeypatch, tmp_path
 ):
-    first = dataclasses.replace(options, minutes=1e-9)
+    first = replace(options, minutes=1e-9)
     answers = []
     for count in range(1, 40):  # each call measures one training
         answers = [*trial(first)]
@@ -151,15 +151,14 @@ def test_a_stop_in_any_round_gives_an_answer_and_the_command_continues(
         assert judge(answers[-1][1]).arm
     continued = [*trial(options)][-1][1]
     assert len({*measured}) == len(measured)
-    other = dataclasses.replace(options, out=tmp_path / "other", minutes="none")
+    other = replace(options, out=tmp_path / "other", minutes="none")
     at_once = [*trial(other)][-1][1]
     for name, values in at_once.loss.items():
         np.testing.assert_array_equal(values, continued.loss[name])
     assert at_once.out == continued.out and at_once.tuned == continued.tuned
     monkeypatch.setattr(Trainer, "digests", {"base": "1"})
-    with pytest.raises(
-        ValueError,
-        match="holds other rows .base_and_pool was [0-9a-f]{16}, is .*: give another --out",
+    with refused(
+        "holds other rows .base_and_pool was [0-9a-f]{16}, is .*: give another --out"
     ):
         [*trial(options)]
 
@@ -194,7 +193,7 @@ def test_the_nearest_adapter_starts_further_training_where_it_is(options):
 
     nearest = loss("nearest adapter")
     further = "nearest adapter, trained further"
-    np.testing.assert_allclose(loss(further, (("lr_lora", 0.0),)), nearest, rtol=1e-3)
+    assert_allclose(loss(further, (("lr_lora", 0.0),)), nearest, rtol=1e-3)
     assert not np.allclose(loss(further, (("lr_lora", 0.01),)), nearest, rtol=1e-3)
 
 
@@ -219,16 +218,14 @@ def test_trainings_equal_runs_of_fuse_on_the_same_rows(small, tmp_path):
             texts = [
                 {"input": rows[i].input, "target": rows[i].target} for i in numbers
             ]
-            (folder / f"{part}.jsonl").write_text(
-                "".join(json.dumps(text) + "\n" for text in texts)
-            )
-        run = dataclasses.replace(
+            write_rows(folder / f"{part}.jsonl", texts)
+        run = replace(
             options,
             task=str(folder),
-            recipe=dataclasses.replace(recipe, **dict(rates)),
+            recipe=replace(recipe, **dict(rates)),
             out=tmp_path / "runs",
         )
         (seed,) = lf.fuse(run).seeds
-        np.testing.assert_allclose(scores.correct.mean() * 100, seed["exact_match"])
+        assert_allclose(scores.correct.mean() * 100, seed["exact_match"])
         loss = scores.loss.sum() * np.mean(tokens) / sum(tokens[i] for i in test)
-        np.testing.assert_allclose(loss, seed["loss"], rtol=2e-5)
+        assert_allclose(loss, seed["loss"], rtol=2e-5)
