@@ -92,7 +92,7 @@ def fit(
     after_interval: AfterInterval = lambda epoch, state, metrics: None,
     after_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> TrainState:
-    """Train all seeds, and return their last state; the result is in `state.best`.
+    """Train all seeds, and return their last state; the result is in `state.best`, without validation rows in `params`.
 
     Args:
       problem: problem of all seeds.
@@ -111,13 +111,15 @@ def fit(
     optimisation = recipe.optimisation(0)
     # All validation rows in one batch: its loss is then their mean per token.
     validating = rows.split.validation
-    order = batch_orders(validating, batch_size=validating.shape[1])
     packing = rows.packing if recipe.pack else None
-    all_epochs = None if packing is None else packing.repeated(recipe.epochs)
-    held_out = next(
-        train_batches(rows.tokens, order, pad_id=rows.pad_id, packing=all_epochs)
-    )
-    held_out = on_mesh(held_out, of_seeds=True)
+    held_out = None
+    if validating.size:
+        order = batch_orders(validating, batch_size=validating.shape[1])
+        all_epochs = None if packing is None else packing.repeated(recipe.epochs)
+        held_out = next(
+            train_batches(rows.tokens, order, pad_id=rows.pad_id, packing=all_epochs)
+        )
+        held_out = on_mesh(held_out, of_seeds=True)
     rates = on_mesh(
         rates or recipe_rates(problem.method, recipe, len(seeds)), of_seeds=True
     )
@@ -165,9 +167,11 @@ def fit(
                 bar.update(steps)
                 if left:
                     after_interval(number, state, metrics)
-            validation_loss = seed_entropies(
-                state.params, held_out, problem.read(VALIDATION, number)
-            )
+            validation_loss = np.zeros(len(seeds), np.float32)
+            if held_out is not None:
+                validation_loss = seed_entropies(
+                    state.params, held_out, problem.read(VALIDATION, number)
+                )
             state = _after_epoch(
                 state,
                 validation_loss,

@@ -49,7 +49,9 @@ class Trainer:
         options = dataclasses.replace(
             arm,
             control_draw=training.draw,
-            recipe=dataclasses.replace(recipe, **dict(training.rates)),
+            recipe=dataclasses.replace(
+                recipe, stop_early=False, **dict(training.rates)
+            ),
             train_rows=len(training.train),
         )
         loaded = self._loaded(dataclasses.replace(arm, control_draw=training.draw))
@@ -196,9 +198,9 @@ def _take(tokens: Encoded, rows: Sequence[int]) -> Encoded:
 
 
 def _all_of(count: int) -> Split:
-    """Return a split that trains on all rows, and validates on one, because nothing depends on validation."""
+    """Return a split that trains on all rows, and validates on none, because nothing depends on validation."""
     rows = np.arange(count, dtype=np.int32)[None]
-    return Split(rows, rows[:, :1])
+    return Split(rows, rows[:, :0])
 
 
 def shortened(recipe: Recipe, share: float) -> Recipe:
