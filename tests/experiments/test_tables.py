@@ -127,31 +127,31 @@ def _prepared(name: str, score: str) -> list[str]:
     return [before[3], before[4], after[4], after[7]]
 
 
-_CONTRAST = "20 rows: loss minus that of LoRAFusion | tasks | nats | interval"
+_CONTRAST = "20 rows: loss minus that of LoRAFusion | nats | interval"
 _BACK = "score | digital | not prepared | prepared | of the lost, back, %"
 _CORRECTIONS = "corrections | parameters | % of the weights | excess loss | over chips"
 # A page, the start of a table's header, and the lines whose cells may follow a row's name.
 PAGES: list[tuple[str, str, Callable[[], list[list[str]]]]] = [
-    ("prepare", "change | excess loss | interval | worst chip",
+    ("results/prepare", "change | excess loss | interval | worst chip",
      lambda: [[line[3], *line[5:7]] for line in _cells("prepare/main.csv")]),
-    ("prepare", _BACK,
+    ("results/prepare", _BACK,
      lambda: [_prepared("language.csv", "exact_match"), _prepared("fusions.csv", "loss"),
               _prepared("digits.csv", "accuracy")]),
-    ("restore", _CORRECTIONS,
+    ("results/restore", _CORRECTIONS,
      lambda: [[*line[1:3], *line[4:]] for line in _cells("restore/main.csv")]),
-    ("pools", _CONTRAST,
-     lambda: [line[start : start + 3]
-              for name, start in (("pool_value/contrasts.csv", 3),
-                                  ("pool_value/language_contrasts.csv", 3),
-                                  ("warm_starts/language_contrasts.csv", 2))
+    ("results/pools", _CONTRAST,
+     lambda: [line[start : start + 2]
+              for name, start in (("pool_value/contrasts.csv", 4),
+                                  ("pool_value/language_contrasts.csv", 4),
+                                  ("warm_starts/language_contrasts.csv", 3))
               for line in _cells(name)]),
-    ("pools", "simulated trials", lambda: [line[1:] for line in _cells("trial/coverage_rounds.csv")]),
+    ("guides/trial", "simulated trials", lambda: [line[1:] for line in _cells("trial/coverage_rounds.csv")]),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("page", "header", "lines"), PAGES)
 def test_a_page_shows_numbers_of_the_committed_tables(page, header, lines):
-    text = (_RESULTS.parent / "docs" / "results" / f"{page}.md").read_text()
+    text = (_RESULTS.parent / "docs" / f"{page}.md").read_text()
     _, _, below = text.partition(f"| {header}")
     rows = below.partition("\n\n")[0].splitlines()[2:]
     assert rows
@@ -168,7 +168,7 @@ def test_a_page_has_the_regret_of_the_real_trials():
         truth = row["true_loss"] | {"rotated modules": np.inf}
         choice = min(losses, key=losses.__getitem__)
         regrets.append(truth[choice] - min(truth.values()))
-    text = (_RESULTS.parent / "docs" / "results" / "pools.md").read_text()
+    text = (_RESULTS.parent / "docs" / "guides" / "trial.md").read_text()
     assert f"{len(regrets)} trials, the method of least" in text
     assert f"is {np.mean(regrets):.3f} nats worse" in text
 
