@@ -3,11 +3,11 @@
 import contextlib
 import functools
 import io
-import json
 import re
 from pathlib import Path
 
 import pytest
+from json_files import read_json
 
 from lorafusion_jax import cli
 
@@ -34,7 +34,7 @@ def _text(page: Path) -> str:
     """Return the text of a page, or the Markdown of a notebook."""
     if page.suffix == ".md":
         return page.read_text()
-    cells = json.loads(page.read_text())["cells"]
+    cells = read_json(page)["cells"]
     texts = ("".join(cell["source"]) for cell in cells if cell["cell_type"] != "code")
     return "\n\n".join(texts)
 

@@ -15,8 +15,11 @@ import pytest
 import recipes
 import small_llama
 import tiny
+from json_files import read_json
+from refusals import refused
 
 import lorafusion_jax as lf
+from lorafusion_jax import hardware, runs
 from lorafusion_jax.crossbar import PRESETS as ARRAYS
 from lorafusion_jax.estimates.params import counts
 from lorafusion_jax.models.decoder import FAMILY
@@ -127,7 +130,7 @@ def test_an_adapter_of_another_family_is_refused(family, tmp_path):
         (one_block.SMALL / "base", family.adapters[0], r"model\.layers\.0"),
     ):
         message = rf"wrong base\?.* no linear module {path}"
-        with pytest.raises(ValueError, match=message):
+        with refused(message):
             _convert(base, [adapter], tmp_path / "pool")
 
 
@@ -191,8 +194,8 @@ def test_a_mesh_splits_matrices_as_the_sites_say(model_type, name, spec):
 def test_chips_hold_every_matrix_that_is_not_digital(family, run, tmp_path):
     digital = ("*.[kvo]_proj", "*.mlp.*")
     chips = tmp_path / "chips.json"
-    written = lf.hardware.write_chips(
-        lf.hardware.ProgramOptions(
+    written = hardware.write_chips(
+        hardware.ProgramOptions(
             base=str(family.base),
             pool=str(family.pool),
             out=chips,
@@ -206,10 +209,10 @@ def test_chips_hold_every_matrix_that_is_not_digital(family, run, tmp_path):
         for name in [*family.config.sites, *factors]
         if not any(fnmatch(name, rule) for rule in digital)
     }
-    options = lf.hardware.EvaluateOnChipsOptions(
+    options = hardware.EvaluateOnChipsOptions(
         run=run, crossbar=str(chips), norm="programmed", calibration_rows=4, test_rows=4
     )
-    report = lf.hardware.report_on_chips(options)
+    report = hardware.report_on_chips(options)
     on_chips = report["chips"][0]["seeds"]
     for exact, on_chip in zip(report["digital"], on_chips, strict=True):
         assert on_chip["loss"] == pytest.approx(exact["loss"], rel=1e-2)
@@ -217,16 +220,16 @@ def test_chips_hold_every_matrix_that_is_not_digital(family, run, tmp_path):
 
 def test_an_exported_fusion_is_read_as_an_adapter_and_merged(family, run, tmp_path):
     adapter = tmp_path / "adapter"
-    lf.runs.export(lf.runs.ExportOptions(out=adapter, run=run, seed=2))
-    fields = json.loads((adapter / "adapter_config.json").read_text())
+    runs.export(runs.ExportOptions(out=adapter, run=run, seed=2))
+    fields = read_json(adapter / "adapter_config.json")
     assert fields["task_type"] == "CAUSAL_LM" and fields["use_dora"]
     again = lf.read_pool([str(adapter)], family.config)
     assert again.magnitude is not None and again.sites == _ADAPTED
 
     merged = tmp_path / "merged"
-    lf.runs.export(lf.runs.ExportOptions(out=merged, run=run, seed=2, format="merged"))
+    runs.export(runs.ExportOptions(out=merged, run=run, seed=2, format="merged"))
     options, params, _ = lf.load_run(run)
-    setup = lf.runs.load_setup(options)
+    setup = runs.load_setup(options)
     problem = setup.problem.replace(index=setup.problem.index[1])
     model, adapters, _ = problem.adapted_model(jax.tree.map(lambda p: p[1], params))
     ids = jnp.array([[5, 6, 7]])

@@ -82,21 +82,14 @@ def task(tmp_path_factory):
 
 def test_every_kind_of_arm_is_measured(llama, pool, task):
     lab = experiment.Lab(llama, pool)
-    numbers = {
-        "LoRAFusion": 48,
-        "rotated": 48,
-        "magnitudes only": 24,
-        "zero-shot": 0,
-        "20 examples in the prompt": 0,
-    }
+    numbers = {"LoRAFusion": 48, "zero-shot": 0, "LoRA, rank 8": None}
     found = {}
-    for name in (*numbers, "LoRA, rank 8", "5 examples and LoRAFusion"):
+    for name in (*numbers, "5 examples and LoRAFusion"):
         rates = dict.fromkeys(experiment.ARMS[name].rates, 0.01)
         found[name] = lab.measure(name, task, 20, 2, rates)
-        assert found[name]["test_rows"] == 90 and found[name]["steps"] == (
-            40 if rates else 0
-        )
-        assert found[name]["numbers"] == numbers.get(name, found[name]["numbers"])
+        assert found[name]["test_rows"] == 90
+        assert found[name]["steps"] == (40 if rates else 0)
+        assert numbers.get(name) in (None, found[name]["numbers"])
     losses = {name: row["test_loss"] for name, row in found.items()}
     assert len({f"{loss:.3f}" for loss in losses.values()}) == len(losses)
     assert losses["LoRA, rank 8"] < losses["LoRAFusion"] < losses["zero-shot"]

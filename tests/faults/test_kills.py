@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import one_block
 import pytest
+from json_files import read_json
 
 from lorafusion_jax.io import ConvertedPool, store
 
@@ -34,8 +35,8 @@ _ALWAYS_PRINTED = re.compile(r"going on from step|nothing to resume|^\[\d+/\d+\]
 
 def _convert(inputs: Path, out: Path) -> list[str | Path]:
     adapters = sorted((inputs / "pool").iterdir())
-    command = ["-m", "lorafusion_jax.cli", "convert", "--base", inputs / "base"]
-    return [*command, "--out", out / "pool", "--basis", "4", "--adapters", *adapters]
+    command = f"-m lorafusion_jax.cli convert --base {inputs / 'base'}".split()
+    return [*command, *f"--out {out / 'pool'} --basis 4 --adapters".split(), *adapters]
 
 
 def _fuse(inputs: Path, out: Path) -> list[str | Path]:
@@ -43,15 +44,15 @@ def _fuse(inputs: Path, out: Path) -> list[str | Path]:
         "--name run --modules 2 --batch-size 48 --max-new-tokens 8 --test-rows 5 --seeds 1 2 --epochs 8 "
         "--save-seconds 0 --resume"
     )
-    command = ["-m", "lorafusion_jax.cli", "fuse", "--base", inputs / "base"]
-    paths = ["--pool", inputs / "pool", "--task", _TASK, "--out", out]
+    command = f"-m lorafusion_jax.cli fuse --base {inputs / 'base'}".split()
+    paths = f"--pool {inputs / 'pool'} --task {_TASK} --out {out}".split()
     return [*command, *paths, *options.split()]
 
 
 def _matrix(inputs: Path, out: Path) -> list[str | Path]:
     options = "--methods LoRAFusion zero-shot --modules 2 --test-rows 5 --seeds 1 2 --epochs 2"
     script = _ROOT / "experiments" / "small_pool.py"
-    paths = ["--pool", inputs / "pool", "--tasks", _TASK, "--out", out]
+    paths = f"--pool {inputs / 'pool'} --tasks {_TASK} --out {out}".split()
     return [script, "--base", inputs / "base", *paths, *options.split()]
 
 
@@ -68,7 +69,7 @@ def _pool_outcome(out: Path) -> Any:
 
 
 def _run_outcome(out: Path) -> Any:
-    results = json.loads((out / "run/results.json").read_text()) | {"seconds": None}
+    results = read_json(out / "run/results.json") | {"seconds": None}
     names = ("metrics.jsonl", "predictions.jsonl")
     texts = [(out / "run" / name).read_text() for name in names]
     trained, _ = store.load(out / "run/final", "training result")

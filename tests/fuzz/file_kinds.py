@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import os
 import random
 import shutil
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import one_block
 import recipes
+from json_files import read_json, write_json, write_rows
 from made_up_rows import made_up
 from safetensors import safe_open
 
@@ -67,7 +67,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
     )
     entry = lf.io.ConvertedPool(pool).manifest["adapters"][0]
     first = pool / entry["folder"]
-    config = json.loads((base / "config.json").read_text())
+    config = read_json(base / "config.json")
     decoder = _written(folder / "decoder" / "config.json", _LLAMA)
     index = _written(
         folder / "sharded" / "model.safetensors.index.json",
@@ -98,10 +98,8 @@ def kinds(folder: Path) -> dict[str, Kind]:
     task = _written(
         folder / "task.json", [{"input": f"say {n}", "output": "x"} for n in range(4)]
     )
-    (folder / "task.jsonl").write_text(
-        "".join(
-            json.dumps({"input": f"say {n}", "target": "x"}) + "\n" for n in range(4)
-        )
+    write_rows(
+        folder / "task.jsonl", [{"input": f"say {n}", "target": "x"} for n in range(4)]
     )
 
     (folder / "bbh").mkdir()
@@ -110,24 +108,24 @@ def kinds(folder: Path) -> dict[str, Kind]:
         {"examples": [{"input": f"say {n}", "target": "x"} for n in range(4)]},
     )
     saved = folder / "saved"
-    table = datasets.Dataset.from_list(json.loads(task.read_text()))
+    table = datasets.Dataset.from_list(read_json(task))
     table.save_to_disk(saved)
     messages = folder / "messages.jsonl"
     said = [
         [{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": "a"}]
         for n in range(4)
     ]
-    messages.write_text("".join(json.dumps({"messages": each}) + "\n" for each in said))
+    write_rows(messages, [{"messages": each} for each in said])
     csv_file = folder / "task.csv"
     table.to_csv(csv_file)
 
     def stored(at: Path) -> None:
-        manifest = json.loads((at / "manifest.json").read_text())
+        manifest = read_json(at / "manifest.json")
         for name in manifest["files"]:
             manifest["files"][name] = hashlib.sha256(
                 (at / name).read_bytes()
             ).hexdigest()
-        (at / "manifest.json").write_text(json.dumps(manifest))
+        write_json(at / "manifest.json", manifest)
 
     def gguf_base(file: Path) -> None:
         lf.load_base(file)
@@ -321,7 +319,7 @@ def _files(root: Path) -> set[Path]:
 
 def _written(path: Path, content: Any) -> Path:
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content))
+    write_json(path, content)
     return path
 
 

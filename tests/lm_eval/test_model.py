@@ -1,6 +1,5 @@
 """Benchmarks of lm-evaluation-harness on bases, modules, fused runs and chips, without PyTorch."""
 
-import json
 import re
 from pathlib import Path
 
@@ -12,6 +11,8 @@ import pytest
 import recipes
 import small_llama
 from flax import nnx
+from json_files import read_json
+from numpy.testing import assert_allclose
 from refusals import refused
 
 from lorafusion_jax import cli, fuse, kernels, load_base, save_base
@@ -152,7 +153,7 @@ def test_the_command_runs_the_harness_with_its_own_options(
     printed = capsys.readouterr().out
     assert all(re.search(rf"\|{task} *\|", printed) for task in _TASKS)
     (results,) = tmp_path.rglob("results_*.json")
-    found = json.loads(results.read_text())
+    found = read_json(results)
     assert found["n-samples"]["local_choices"]["effective"] == 2
     assert 0 <= found["results"]["local_choices"]["acc,none"] <= 1
     assert found["results"]["local_cloze"]["perplexity,none"] > 1
@@ -182,7 +183,7 @@ def test_a_run_is_measured_with_its_numbers_as_its_merged_export_is(
 ):
     recipes.export(run=run, seed=2, out=tmp_path / "merged", format="merged")
     merged = _scores(base=str(tmp_path / "merged"))
-    np.testing.assert_allclose(_scores(run=str(run), run_seed=2), merged, atol=1e-4)
+    assert_allclose(_scores(run=str(run), run_seed=2), merged, atol=1e-4)
     assert np.max(np.abs(np.subtract(_scores(base=str(small[0])), merged))) > 0.01
 
 
@@ -208,7 +209,7 @@ def test_one_module_of_a_pool_is_measured_as_it_is_and_several_as_their_mean(
         }
         set_matrices(model, merged)
         save_base(model, tmp_path / f"merged-{number}", base)
-        np.testing.assert_allclose(
+        assert_allclose(
             found[number], _scores(base=str(tmp_path / f"merged-{number}")), atol=1e-4
         )
     assert np.min(np.abs(np.subtract(found[0], found[1]))) > 1e-3
@@ -226,7 +227,7 @@ _DIGITAL = (
 
 def test_ideal_arrays_change_nothing(small):
     base = str(small[0])
-    np.testing.assert_allclose(
+    assert_allclose(
         _scores(
             base=base,
             crossbar="ideal",

@@ -3,11 +3,10 @@
 Gemma's terms apply to the file: https://ai.google.dev/gemma/terms
 """
 
-import json
-
 import numpy as np
 import pretrained
 import pytest
+from json_files import read_json
 
 pytestmark = [
     pytest.mark.gemma,
@@ -33,7 +32,7 @@ def test_the_harness_scores_the_first_word_of_each_answer_as_transformers(
 
     from lorafusion_jax.lm_eval.model import LorafusionLM
 
-    texts = json.loads((goldens / "gemma3" / "texts.json").read_text())
+    texts = read_json(goldens / "gemma3" / "texts.json")
     golden = np.load(goldens / "gemma3" / "logits.npz")
     model = LorafusionLM(base=str(file), max_length=64)
     pairs = []

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import small_llama
 from flax import nnx
+from numpy.testing import assert_allclose
+from refusals import refused
 
 import lorafusion_jax as lf
 from lorafusion_jax.models.qwen3_5.model import CHUNK, delta_rule
@@ -55,7 +57,7 @@ def test_the_delta_rule(length):
         "lapack" not in rule.as_text()
     )  # two of its calls in one program wait for each other's threads for ever
     for got, wanted in zip(rule(*ours), _by_definition(*given), strict=True):
-        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+        assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,7 @@ def test_the_delta_rule(length):
 )
 def test_a_config_that_cannot_be_run_is_refused_by_field(changes, message):
     raw = small_llama.CONFIG | {"vocab_size": 40} | small_llama.QWEN3_5 | changes
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         family_of_json(raw).read_config(raw)
 
 
@@ -124,9 +126,7 @@ def test_lora_on_the_convolution_is_refused_by_name(tmp_path):
         for name, shape in shapes.items()
     }
     lf.io.write_adapter(tmp_path / "lora", fields, tensors)
-    with pytest.raises(
-        ValueError, match=r"layers\.0\.linear_attn\.conv1d.*LoRA on a convolution"
-    ):
+    with refused(r"layers\.0\.linear_attn\.conv1d.*LoRA on a convolution"):
         lf.io.convert(
             lf.io.ConvertOptions(
                 base=str(base),
@@ -177,6 +177,4 @@ def test_a_mesh_that_splits_matrices_has_the_loss_and_gradients_of_one_device():
             assert tuple(kernel.sharding.spec) == (None, None, "model")
             split = jax.jit(value_and_grad)(there)
     assert not jax.tree.all(jax.tree.map(np.array_equal, alone, split))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(b, a, rtol=0, atol=1e-12), alone, split
-    )
+    jax.tree.map(lambda a, b: assert_allclose(b, a, rtol=0, atol=1e-12), alone, split)

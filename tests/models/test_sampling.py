@@ -10,6 +10,8 @@ import tiny
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.testing import assert_array_equal
+from refusals import refused
 
 from lorafusion_jax import Sampling, generate
 from lorafusion_jax.models import GREEDY, begin
@@ -65,7 +67,7 @@ def test_tokens_are_drawn_as_often_as_their_probabilities_say():
     )
     wanted = draws * _oracle(row, sampling)
     counts = np.bincount(drawn, minlength=8)
-    np.testing.assert_array_equal(counts > 0, wanted > 0)
+    assert_array_equal(counts > 0, wanted > 0)
     real = wanted > 0
     assert real.sum() == 4
     # Chi-squared with 3 degrees of freedom: above 16.3 once in a thousand seeds.
@@ -120,16 +122,16 @@ def said():
 
 def test_a_row_s_draws_depend_on_no_other_row(said):
     graph, weights, ids, keys, sampling, together = said
-    np.testing.assert_array_equal(_say(graph, weights, ids, keys, sampling), together)
+    assert_array_equal(_say(graph, weights, ids, keys, sampling), together)
     turned = jnp.array([2, 0, 1])
-    np.testing.assert_array_equal(
+    assert_array_equal(
         _say(graph, weights, ids[turned], keys[turned], sampling), together[turned]
     )
     # The same source with another key, and another source with the same key, give something else.
     mixed = _say(
         graph, weights, ids.at[2].set(ids[0]), keys.at[1].set(keys[0]), sampling
     )
-    np.testing.assert_array_equal(mixed[0], together[0])
+    assert_array_equal(mixed[0], together[0])
     assert not np.array_equal(mixed[1], together[1]) and not np.array_equal(
         mixed[2], together[0]
     )
@@ -145,7 +147,7 @@ def test_token_after_token_gives_what_the_loop_gives(said, drawn):
     state = _begin(graph, weights, ids, keys)
     for _ in range(_TOKENS):
         state = _next(graph, weights, state, sampling)
-    np.testing.assert_array_equal(state.tokens, together)
+    assert_array_equal(state.tokens, together)
 
 
 @pytest.mark.parametrize(
@@ -160,13 +162,13 @@ def test_token_after_token_gives_what_the_loop_gives(said, drawn):
     ],
 )
 def test_numbers_that_describe_no_draw(numbers, message):
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         Sampling(**numbers)
 
 
 def test_a_generation_needs_a_length_and_a_draw_needs_keys(said):
     graph, weights, ids, _, sampling, _ = said
-    with pytest.raises(ValueError, match="max_new_tokens is 0: expected at least 1"):
+    with refused("max_new_tokens is 0: expected at least 1"):
         generate(nnx.merge(graph, weights), ids, ids > 0, max_new_tokens=0)
-    with pytest.raises(ValueError, match="a draw needs a key for every row"):
+    with refused("a draw needs a key for every row"):
         _say(graph, weights, ids, None, sampling)

@@ -2,11 +2,11 @@
 
 import functools
 import hashlib
-import json
 
 import numpy as np
 import pretrained
 import pytest
+from json_files import read_json
 
 import lorafusion_jax as lf
 from lorafusion_jax.io import open_base
@@ -14,7 +14,7 @@ from lorafusion_jax.io import open_base
 
 def test_every_tensor_is_bit_equal(goldens):
     """Names, layout and the order of q's and k's rows are Hugging Face's."""
-    wanted = json.loads((goldens / "smollm2" / "base" / "tensors.json").read_text())
+    wanted = read_json(goldens / "smollm2" / "base" / "tensors.json")
     tensors = open_base(pretrained.smollm2_file()).files.tensors()
     assert tensors.keys() == wanted.keys() and len(wanted) == 272
     for name, entry in wanted.items():
@@ -25,7 +25,7 @@ def test_every_tensor_is_bit_equal(goldens):
 
 def test_the_configuration_is_the_one_that_transformers_reads(goldens):
     config = open_base(pretrained.smollm2_file()).files.config
-    wanted = json.loads((goldens / "smollm2" / "base" / "config.json").read_text())
+    wanted = read_json(goldens / "smollm2" / "base" / "config.json")
     assert config["rope_theta"] == wanted["rope_parameters"]["rope_theta"]
     same = config.keys() - {"architectures", "rope_theta"}
     assert {key: config[key] for key in same} == {key: wanted[key] for key in same}
@@ -33,7 +33,7 @@ def test_the_configuration_is_the_one_that_transformers_reads(goldens):
 
 def test_the_tokenizer_is_the_model_s_own(goldens):
     tokenizer = lf.load_tokenizer(pretrained.smollm2_file())
-    cases = json.loads((goldens / "smollm2" / "tokenizer_cases.json").read_text())
+    cases = read_json(goldens / "smollm2" / "tokenizer_cases.json")
     for case in cases["strings"]:
         ids = tokenizer(case["text"])["input_ids"]
         assert ids == case["ids"], case["text"]

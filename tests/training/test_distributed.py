@@ -40,33 +40,13 @@ def _command(small: tuple[Path, Path], out: Path, *more: str) -> list[str]:
         "--pool",
         str(pool),
     ]
-    command += [
-        "--task",
-        str(recipes.TASK),
-        "--method",
-        "coefficients",
-        "--modules",
-        "2",
-        "--epochs",
-        str(_EPOCHS),
-    ]
-    command += [
-        "--batch-size",
-        "95",
-        "--max-new-tokens",
-        "2",
-        "--test-rows",
-        "2",
-        "--save-seconds",
-        "1e9",
-    ]
+    command += f"--task {recipes.TASK} --method coefficients --modules 2 --epochs {_EPOCHS}".split()
+    command += (
+        "--batch-size 95 --max-new-tokens 2 --test-rows 2 --save-seconds 1e9".split()
+    )
     return [
         *command,
-        "--out",
-        str(out),
-        "--name",
-        "run",
-        "--seeds",
+        *f"--out {out} --name run --seeds".split(),
         *map(str, _SEEDS),
         *more,
     ]

@@ -1,13 +1,14 @@
 """Steps of an epoch in one call, as on accelerators, against a call for each, as on a CPU."""
 
-import dataclasses
 import importlib
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from numpy.testing import assert_array_equal
 
 from lorafusion_jax import PRESETS, Fusion, Problem
 from lorafusion_jax.tasks import Encoded, Split, TrainingRows
@@ -17,11 +18,9 @@ from lorafusion_jax.training.method import VALIDATION
 # The package's name of this module is that of its function.
 fit_lib = importlib.import_module("lorafusion_jax.training.fit")
 
-_CONFIG = dataclasses.replace(
-    tiny.CONFIG, num_layers=1, num_decoder_layers=1, unroll=True
-)
+_CONFIG = replace(tiny.CONFIG, num_layers=1, num_decoder_layers=1, unroll=True)
 _SEEDS = (1, 2)
-_RECIPE = dataclasses.replace(PRESETS["default"], epochs=3, batch_size=2)
+_RECIPE = replace(PRESETS["default"], epochs=3, batch_size=2)
 _STEPS = 3  # of an epoch
 _LENGTHS = (
     3,
@@ -86,7 +85,7 @@ def by_step(problem):
 
 
 def _assert_same(ours, theirs):
-    jax.tree.map(np.testing.assert_array_equal, *map(jax.tree.leaves, (ours, theirs)))
+    jax.tree.map(assert_array_equal, *map(jax.tree.leaves, (ours, theirs)))
 
 
 def _found(epochs: list[Epoch]):
@@ -144,7 +143,7 @@ def test_the_loop_prunes_at_half_time_and_ends_when_every_seed_has_stopped(
 
     _without_programs(monkeypatch)
     monkeypatch.setattr(fit_lib, "_after_epoch", end)
-    recipe = dataclasses.replace(_RECIPE, epochs=epochs, prune=0.5)
+    recipe = replace(_RECIPE, epochs=epochs, prune=0.5)
     fit(
         problem,
         _rows(),
@@ -164,7 +163,7 @@ def test_rows_are_shuffled_by_seed_and_epoch_but_not_in_the_papers_protocol(
     problem, monkeypatch, protocol
 ):
     trained, validated, read = _without_programs(monkeypatch)
-    recipe = dataclasses.replace(_RECIPE, protocol=protocol)
+    recipe = replace(_RECIPE, protocol=protocol)
     fit(problem, _rows(), start(problem, _SEEDS), recipe, _SEEDS)
     orders = (
         np.array(trained).reshape(3, _STEPS, 2, 2).swapaxes(1, 2).reshape(6, 6)
@@ -207,11 +206,9 @@ def _without_programs(patch):
     "dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)]
 )
 def test_gradients_with_layers_in_separate_arrays(dtype):
-    config = dataclasses.replace(tiny.CONFIG, dtype=dtype)
+    config = replace(tiny.CONFIG, dtype=dtype)
     frozen = tiny.frozen(tiny.t5(config), tiny.pool(3, config=config))
-    frozen = dataclasses.replace(
-        frozen, base=jax.tree.map(lambda a: a.astype(dtype), frozen.base)
-    )
+    frozen = replace(frozen, base=jax.tree.map(lambda a: a.astype(dtype), frozen.base))
     stacked = tiny.problem(Fusion(), frozen, config=config)
     params = stacked.init(jax.random.key(0))
     found = [
@@ -235,5 +232,5 @@ def test_each_seed_learns_at_the_rates_that_are_given_for_it(problem, by_step):
     for got, own, first in zip(
         *map(jax.tree.leaves, (last, trained, begin)), strict=True
     ):
-        np.testing.assert_array_equal(got[0], own[0])
-        np.testing.assert_array_equal(got[1], first[1])
+        assert_array_equal(got[0], own[0])
+        assert_array_equal(got[1], first[1])

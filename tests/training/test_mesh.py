@@ -1,8 +1,8 @@
 """A run on a mesh of devices: the numbers of one device, seeds without collectives, matrices split by the table."""
 
 import contextlib
-import dataclasses
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import one_block
 import pytest
 import tiny
 from jax.sharding import PartitionSpec as P
+from refusals import refused
 
 from lorafusion_jax import PRESETS, FuseOptions, Fusion, fuse, init_state
 from lorafusion_jax.training import make_mesh, on_mesh, recipe_rates, train_seeds
@@ -18,7 +19,7 @@ from lorafusion_jax.training.mesh import partition, rules, to_host
 
 # As models of few layers run. A loop over layers is compiled otherwise for several devices: its last bits may differ.
 _DEPTHS = {"num_layers": 1, "num_decoder_layers": 1, "unroll": True}
-_CONFIG = dataclasses.replace(tiny.CONFIG, num_heads=2, d_kv=8, **_DEPTHS)
+_CONFIG = replace(tiny.CONFIG, num_heads=2, d_kv=8, **_DEPTHS)
 _COLLECTIVES = re.compile(
     r"\b(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)"
 )
@@ -36,7 +37,7 @@ def _trained(layout: str | None) -> tuple[list, str, dict]:
         field: {site: getattr(pool, field)[site] for site in _SITES}
         for field in ("A", "B", "rank")
     }
-    frozen = tiny.frozen(tiny.t5(_CONFIG), dataclasses.replace(pool, **fields))
+    frozen = tiny.frozen(tiny.t5(_CONFIG), replace(pool, **fields))
     index = jnp.stack([jnp.roll(jnp.arange(8), seed) for seed in range(_SEEDS)])
     keys = jax.random.split(jax.random.key(0), _SEEDS)
     problem = tiny.problem(Fusion(), frozen, index, _CONFIG, seed_mode="sequential")
@@ -118,9 +119,7 @@ def test_matrices_over_devices_are_the_same_numbers(alone):
     ("name", "dimensions", "of_seeds", "spec"),
     [
         ("base/embedding", 2, False, P("model", None)),
-        ("base/head", 2, False, P(None, "model")),
         ("base/decoder_bias/table", 2, False, P(None, "model")),
-        ("base/encoder/self_norm/scale", 2, False, P(None, None)),
         ("base/encoder/ff/wi_0/kernel/scale", 3, False, P(None, None, "model")),
         (
             "base/decoder/cross_attention/o/kernel/qvalue",
@@ -135,17 +134,14 @@ def test_matrices_over_devices_are_the_same_numbers(alone):
             P("seed", None, "model", None),
         ),
         ("params/lora/B/encoder.self.k", 4, True, P("seed", None, None, "model")),
-        ("params/lora/B/encoder.self.o", 4, True, P("seed", None, None, None)),
         ("pool/A/encoder.self.q", 4, False, P(None, None, None, None)),
-        ("pool/rank/encoder.self.q", 2, False, P(None, None)),
         ("params/coefficients", 3, True, P("seed", None, None)),
-        ("params/magnitudes/encoder.ff.wo", 3, True, P("seed", None, None)),
         ("norms/encoder.ff.wi", 2, False, P(None, "model")),
     ],
 )
 def test_the_table(name, dimensions, of_seeds, spec):
     gated = rules(tiny.CONFIG)
-    plain = rules(dataclasses.replace(tiny.CONFIG, gated=False))
+    plain = rules(replace(tiny.CONFIG, gated=False))
     assert partition(name, dimensions, gated + plain, of_seeds=of_seeds) == spec
 
 
@@ -168,8 +164,8 @@ def test_what_a_mesh_cannot_do_is_refused_before_anything_is_written(tmp_path):
         ("model=4", "--mesh model=4 does not divide vocab_size, which is 66"),
         ("model=3", "--mesh model=3 does not divide num_heads, which is 4"),
     ):
-        with pytest.raises(ValueError, match=re.escape(message)):
-            fuse(dataclasses.replace(options, mesh=layout))
-    with pytest.raises(ValueError, match="zero-shot trains no seeds to share out"):
-        fuse(dataclasses.replace(options, mesh="seed=2", method="zero-shot"))
+        with refused(re.escape(message)):
+            fuse(replace(options, mesh=layout))
+    with refused("zero-shot trains no seeds to share out"):
+        fuse(replace(options, mesh="seed=2", method="zero-shot"))
     assert not list(tmp_path.iterdir())

@@ -2,8 +2,8 @@
 
 import contextlib
 import copy
-import dataclasses
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +12,16 @@ import pytest
 import small_llama
 import tiny
 from flax import nnx
+from numpy.testing import assert_allclose
 
 import lorafusion_jax as lf
+from lorafusion_jax import training
 from lorafusion_jax.crossbar import PRESETS as ARRAYS
 from lorafusion_jax.models import qwen3_5
 from lorafusion_jax.models.decoder import FAMILY
 from lorafusion_jax.tasks import Encoded, Packing, Split, TrainingRows, train_batches
 
-_CONFIG = dataclasses.replace(
-    tiny.CONFIG, num_layers=1, num_decoder_layers=1, unroll=True
-)
+_CONFIG = replace(tiny.CONFIG, num_layers=1, num_decoder_layers=1, unroll=True)
 _LLAMA = small_llama.CONFIG | {
     "vocab_size": 48,
     "num_attention_heads": 4,
@@ -93,7 +93,7 @@ def _compare(value_and_grad, batches, loss, gradients):
     largest = max(float(jnp.max(jnp.abs(leaf))) for leaf in leaves)
     assert largest > 0
     for a, b in zip(leaves, jax.tree.leaves(packed_slope), strict=True):
-        np.testing.assert_allclose(b, a, rtol=0, atol=gradients * largest)
+        assert_allclose(b, a, rtol=0, atol=gradients * largest)
 
 
 @pytest.mark.parametrize("name", _MODELS)
@@ -114,7 +114,7 @@ def test_models_have_the_loss_and_gradients_of_padded_rows(name):
             def loss(base):
                 tokens = batch.input_ids, batch.input_mask, batch.labels
                 logits = nnx.merge(graph, base).label_logits(*tokens, {}, batch.rows)
-                return lf.training.cross_entropy(logits, batch.labels)
+                return training.cross_entropy(logits, batch.labels)
 
             return jax.value_and_grad(loss)(base)
 
@@ -188,22 +188,18 @@ def _losses(seed_mode, *, pack, mesh=None):
     rows = TrainingRows(
         _rows(_CONFIG), Split(train, train[:, :3]), 0, _packing(_CONFIG)
     )
-    recipe = dataclasses.replace(
-        lf.PRESETS["default"], epochs=5, batch_size=4, pack=pack
-    )
+    recipe = replace(lf.PRESETS["default"], epochs=5, batch_size=4, pack=pack)
     epochs = []
     with (
         contextlib.nullcontext()
         if mesh is None
-        else jax.set_mesh(lf.training.make_mesh(mesh, len(seeds)))
+        else jax.set_mesh(training.make_mesh(mesh, len(seeds)))
     ):
-        problem = problem.replace(
-            index=lf.training.on_mesh(problem.index, of_seeds=True)
-        )
-        lf.training.fit(
+        problem = problem.replace(index=training.on_mesh(problem.index, of_seeds=True))
+        training.fit(
             problem,
             rows,
-            lf.training.start(problem, seeds),
+            training.start(problem, seeds),
             recipe,
             seeds,
             after_epoch=epochs.append,
@@ -230,7 +226,7 @@ def test_steps_have_the_losses_of_padded_steps(seed_mode, mesh, padded):
     """The seeds' batches differ in width, so in turn each seed has its own shape."""
     packed = _losses(seed_mode, pack=True, mesh=mesh)
     assert not np.array_equal(packed, padded)
-    np.testing.assert_allclose(packed, padded, rtol=1e-4)
+    assert_allclose(packed, padded, rtol=1e-4)
 
 
 @pytest.mark.long
