@@ -50,6 +50,7 @@ _SETTINGS = (
     crossbar.Device,
     crossbar.ReadNoise,
     crossbar.StuckAt,
+    crossbar.Readback,
     crossbar.Sinh,
     crossbar.WriteVerify,
     crossbar.Independent,

@@ -61,7 +61,7 @@ from .cost.energy import (
 )
 from .cost.explain import Explanation, explain
 from .cost.ranges import Constant, Range
-from .devices.device import Device, ReadNoise, Sinh, StuckAt
+from .devices.device import Device, Readback, ReadNoise, Sinh, StuckAt
 from .devices.drift import (
     PCM_DRIFT,
     RERAM_CMO_DRIFT,

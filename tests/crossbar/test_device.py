@@ -278,3 +278,15 @@ def test_gains_and_offsets_of_converters_have_their_spread():
     chip = program(jnp.ones((8, 4000)), config, KEY)
     assert_normal(chip.gain.reshape(4, -1), 1, 0.03)
     assert_normal(chip.offset.reshape(4, -1), 0, 0.2 * 3)  # 2 bits are up to 3 levels
+
+
+def test_a_table_has_the_mean_and_the_deviation_of_measured_cells():
+    targets = [10.0, 10.0, 40.0, 40.0, 40.0]
+    hour = [9.0, 13.0, 38.0, 42.0, np.nan]
+    table = crossbar.Table.from_measurements(
+        targets, [[11.0, 11.0, 40.0, 42.0, 44.0], hour], 40.0, seconds=(1.0, 3600.0)
+    )
+    assert table.targets == (0.25, 1.0) and table.seconds == (1.0, 3600.0)
+    np.testing.assert_allclose(table.shift, [[1 / 40, 2 / 40], [1 / 40, 0]], atol=1e-9)
+    spread = np.array([[0, 2], [math.sqrt(8), math.sqrt(8)]]) / 40
+    np.testing.assert_allclose(table.deviation, spread, atol=1e-9)

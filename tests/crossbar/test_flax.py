@@ -21,6 +21,7 @@ from lorafusion_jax.crossbar.flax import (
     calibrate,
     convert,
     count_reads,
+    evaluate,
     prepare,
     site_errors,
     with_read_key,
@@ -542,3 +543,18 @@ def test_training_leaves_arrays_alone():
     paths = [path for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
     assert paths == [("layers", 0, "bias"), ("layers", 2, "bias")]
     assert not np.array_equal(before[1], model.layers[0].bias[...])
+
+
+def test_a_metric_is_evaluated_on_a_chip_for_each_key():
+    """Each is the metric of a model that is converted, calibrated and keyed by hand."""
+    noisy = replace(_CALIBRATED, device=_NOISY.device)
+    digital = nnx.Linear(6, 5, rngs=nnx.Rngs(0))
+    keys = jax.random.split(_KEY, 3)
+    values = evaluate(
+        digital, {"*": noisy}, keys, lambda model: model(_X[0, 0]), batches=[_X]
+    )
+    model = calibrate(convert(digital, {"*": noisy}, keys[1]), [_X])
+    model = with_read_key(model, jax.random.fold_in(keys[1], 1))
+    assert values.shape == (3, 5, 5)
+    assert_array_equal(values[1], model(_X[0, 0]))
+    assert np.all(values[0] != values[1])

@@ -50,6 +50,13 @@ SAVED = {
     "a table": CrossbarConfig(
         cell=Cell(on_off_ratio=4.0), device=Device(programming=TABLE, time=3600.0)
     ),
+    "residual writing": CrossbarConfig(
+        cell=Cell(residual=True),
+        device=Device(
+            programming=crossbar.Independent(0.02),
+            readback=crossbar.Readback(0.01, 0.002, 0.01, repeats=4, after=2.0),
+        ),
+    ),
     "an ADC from outside": single_slices("truncating"),
 }
 

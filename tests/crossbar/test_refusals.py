@@ -96,6 +96,11 @@ def calls(field, wrong):
     )
 
 
+def auto_significance():
+    pair = Cell(bits=None, residual=True)
+    return CrossbarConfig(cell=pair, mapping=Mapping(weight_bits=None))
+
+
 def slope(place, **parts):
     """Differentiate a read with respect to one value of its configuration."""
 
@@ -187,6 +192,24 @@ PARTS = [
     (part(crossbar.StuckAt, low=1.5), "give a number at least 0 and at most 1"),
     (part(crossbar.StuckAt, low=0.7, high=0.7), r"low \+ high = 1.4: expected a sum of at"),
     (part(crossbar.WriteVerify, tolerance=0.0), "WriteVerify.tolerance = 0.0: give a number above 0"),
+    (part(crossbar.Readback, repeats=0), "give the readings of a cell, 1 or more"),
+    (
+        part(Device, readback=crossbar.Readback(after=60.0), time=1.0),
+        "after = 60 is later than device.time = 1: give an earlier reading",
+    ),
+    (part(Cell, significance=0.2), r"give a share of the first pair in \(0, 1\], with residual"),
+    (
+        lambda: crossbar.Table.from_measurements([1, 1, 8, 8], [1, 2, 7, 8], 10.0),
+        "largest target is 8 and g_max = 10: measure cells at g_max, or give g_max = 8",
+    ),
+    (
+        lambda: crossbar.Table.from_measurements([1, 1, 8], [1, 2, 7], 8.0),
+        "1 readings at target 8 and 1 seconds: give two or more",
+    ),
+    (
+        lambda: crossbar.Table.from_measurements([1, 8], [[1, 8]] * 2, 8.0),
+        r"measured of shape \(2, 2\) .* expected \(1, 2\)",
+    ),
     (part(Wire, relaxation=2.5), "give a number above 0 and at most 2"),
     (part(crossbar.LogLinear, low=0.2, high=0.1), "low = 0.2 is above high = 0.1"),
     (part(Device, time=-1.0), AT_LEAST_0),
@@ -211,6 +234,10 @@ CONFIGS = [
         config(device=Device(programming=crossbar.Table((0.1, 1.0), ((0.1, 0.2),)))),
         "measured from 0.1 of Gmax on, .* Gmin is 0: .* give cell.on_off_ratio = 10",
     ),
+    (config(encoding=OFFSET, cell=Cell(residual=True)), "cell.residual .* 'differential'"),
+    (config(cell=Cell(bits=(7,), residual=True)), "slice after slice, .* two slices or more"),
+    (config(device=Device(readback=crossbar.Readback())), "needs cell.residual or device.write_"),
+    (lambda: jax.eval_shape(auto_significance), "outside of jax.jit: give a number"),
     (config(encoding=OFFSET, device=Device(compensate=True)), "compensate .* needs kind"),
     (config(encoding=OFFSET, adc=ADC(separate=True)), "adc.separate .* needs kind"),
     (config(dac=None, adc=ADC(range="granular")), "'granular' .* give dac and cell.bits"),

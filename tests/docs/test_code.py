@@ -39,7 +39,7 @@ _NIGHTLY = (
     "decoders.md",
     "serving.md",
 )
-_LONG = ("cost.md", "crossbar.md", "crossbar_devices.md")
+_LONG = ("cost.md", "crossbar.md", "crossbar_devices.md", "reads.md")
 
 
 def _tier(page: Path) -> tuple[pytest.MarkDecorator, ...]:

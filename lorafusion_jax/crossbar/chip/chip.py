@@ -131,6 +131,7 @@ class Chip:
         without an ADC or before calibration.
       input_limit: full scale of the DAC; None where each input vector has its own, or before calibration.
       pulses: mean write-verify pulses per cell, or None.
+      clipped: share of weights whose remainder was more than the slices below could store, or None (`cell.residual`).
       values: the arrays among the configuration's values, each with the leading axes of the stack.
       structure: the configuration without `values`: plain numbers, bits, sizes.
       geometry: tiles, levels and bounds of one matrix, which follow from its shape and the structure.
@@ -158,6 +159,7 @@ class Chip:
     structure: Structure = dataclasses.field(metadata={"static": True})
     geometry: Geometry = dataclasses.field(metadata={"static": True})
     plan: Plan = dataclasses.field(metadata={"static": True})
+    clipped: Float[Array, "*N"] | None = None
     key: Any = None
     tap: Any = None
     correction: Correction | None = None

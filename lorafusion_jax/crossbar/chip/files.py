@@ -26,7 +26,7 @@ from .plan import Plan
 _META = "chip"
 _ARRAYS = (
     *("codes", "scale", "cells", "columns", "variance", "occupied", "flipped"),
-    *("gain", "offset", "limits", "input_limit", "pulses"),
+    *("gain", "offset", "limits", "input_limit", "pulses", "clipped"),
 )
 # What the library, JSON of another layout and impossible numbers raise.
 _DAMAGED = (

@@ -7,7 +7,7 @@ that the path needs.
 import dataclasses
 import math
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from ..devices.normal_draws import normal
 from ..devices.physical import NUMBER, like
 from ..mapping import decoding, encoding
 from ..mapping.adc.quantiser import fixed_limits, stacked_units
-from ..mapping.geometry import Cells, Gains, Geometry
+from ..mapping.geometry import Cells, Codes, Gains, Geometry
 from ..preparation.preparation import Preparation, check_preparation
 from ..read.paths import PATHS, choose
 from .chip import Chip
@@ -32,6 +32,7 @@ from .plan import ProgrammedCells
 # purposes of a chip's key in addition to those of `device.realise`
 _GAIN = 16
 _OFFSET = 17
+_SLICE = 32  # of residual writing, and the numbers of further slices
 _MOST = 1.5  # largest measured conductance that is accepted, as a fraction of Gmax: programming can overshoot
 
 
@@ -94,11 +95,16 @@ def program(
     cells = None
     flipped = None
     pulses = None
+    clipped = None
     if not paired and (not perfect or noisy or route.converts):
         cells, flipped = encoding.to_arrays(slices, geometry, config)
     if not perfect:
         assert cells is not None
-        cells, fresh, pulses = _write(cells, geometry, config, key, conductances)
+        if config.cell.residual and conductances is None:
+            written = _write_residual(codes, geometry, config, key)
+        else:
+            written = _write(cells, geometry, config, key, conductances)
+        cells, fresh, pulses, clipped = written
         ratio = config.cell.on_off_ratio
         mapped_config = config
         if route.converts and is_traced(
@@ -129,6 +135,7 @@ def program(
         if config.dac and config.dac.scaling == "fixed"
         else None,
         pulses=pulses,
+        clipped=clipped,
         preparation=preparation,
         values=values,
         structure=structure,
@@ -137,45 +144,99 @@ def program(
     )
 
 
+class _Cells(NamedTuple):
+    """Cells at the time of the read, fresh ones to compensate drift, mean pulses, and the share that residuals clip."""
+
+    cells: Cells
+    fresh: Cells | None = None
+    pulses: Array | None = None
+    clipped: Array | None = None
+
+
+def _write_residual(
+    codes: Codes, geometry: Geometry, config: CrossbarConfig, key: Array | None
+) -> _Cells:
+    """Return cells whose slices, from the most significant one on, store what is left of the codes.
+
+    Song et al., Science 383, 903 (2024). Digits are the nearest ones to what remains after each slice was read back.
+    """
+    remaining = encoding.in_tiles(codes, geometry)
+    used = geometry.cells_in_use
+    beyond = jnp.zeros(remaining.shape, bool)
+    slices = []
+    room = sum(
+        worth * top
+        for worth, top in zip(geometry.significance, geometry.levels, strict=True)
+    )
+    step = geometry.significance[0] if config.cell.bits is not None else 0.0
+    for number in reversed(range(len(geometry.levels))):
+        worth = geometry.significance[number]
+        top = jnp.asarray(geometry.levels[number], codes.dtype)
+        beyond = beyond | (jnp.abs(remaining) > room + step / 2)
+        room = room - worth * geometry.levels[number]
+        digits = remaining / worth
+        if config.cell.bits is not None:
+            digits = jnp.round(digits)
+        targets = encoding.polarities(jnp.clip(digits, -top, top)[None], top, config)
+        slice_key = None if key is None else jax.random.fold_in(key, _SLICE + number)
+        cells, read = _realised(targets, top, geometry, config, slice_key)
+        remaining = remaining - worth * (read[0, 0] - read[0, 1])
+        slices.insert(0, cells)
+    together = jax.tree.map(lambda *parts: jnp.concatenate(parts), *slices)
+    pulses = together.pulses
+    return together._replace(
+        pulses=None if pulses is None else jnp.mean(pulses),
+        clipped=jnp.mean(beyond, where=used, dtype=codes.dtype),
+    )
+
+
+def _realised(
+    targets: Cells, top: Array, geometry: Geometry, config: CrossbarConfig, key: Any
+) -> tuple[_Cells, Cells]:
+    """Return the cells of targets in level units, with mean pulses [1], and what reading them back returns."""
+    device = config.device
+    g_min = like(config.g_min, targets)
+
+    def levels(conductances: Array) -> Array:
+        return (conductances - g_min) / (1 - g_min) * top
+
+    conductance_targets = g_min + targets / top * (1 - g_min)
+    written = realise(conductance_targets, device, key, g_min=g_min)
+    pulses = None
+    used = geometry.cells_in_use
+    if written.pulses is not None:
+        counts = written.pulses[..., : used.shape[-1]]
+        pulses = jnp.mean(counts, where=used, dtype=targets.dtype)[None]
+    fresh = None
+    if device.compensate and device.time is not None:
+        young = dataclasses.replace(device, time=None)
+        fresh = levels(
+            realise(conductance_targets, young, key, g_min=g_min).conductances
+        )
+    return _Cells(levels(written.conductances), fresh, pulses), levels(written.read)
+
+
 def _write(
     targets: Cells,
     geometry: Geometry,
     config: CrossbarConfig,
     key: Array | None,
     conductances: Array | None,
-) -> tuple[Cells, Cells | None, Array | None]:
-    """Return cells at the time of the read, modelled or measured, fresh ones to compensate drift, and mean pulses."""
-    fresh = None
-    pulses = None
-    device = config.device
+) -> _Cells:
+    """Return cells, modelled or measured."""
     g_min = like(config.g_min, targets)
     top = jnp.asarray(geometry.levels, targets.dtype)[:, None, None, None, None, None]
     if conductances is None:
-        conductance_targets = g_min + targets / top * (1 - g_min)
-        conductances, counts = realise(conductance_targets, device, key, g_min=g_min)
-        used = geometry.cells_in_use
-        if counts is not None:
-            pulses = jnp.mean(
-                counts[..., : used.shape[-1]], where=used, dtype=targets.dtype
-            )
-        if device.compensate and device.time is not None:
-            fresh, _ = realise(
-                conductance_targets,
-                dataclasses.replace(device, time=None),
-                key,
-                g_min=g_min,
-            )
-            fresh = (fresh - g_min) / (1 - g_min) * top
-    elif conductances.shape != targets.shape:
+        cells, _ = _realised(targets, top, geometry, config, key)
+        if cells.pulses is None:
+            return cells
+        return cells._replace(pulses=cells.pulses[0])
+    if conductances.shape != targets.shape:
         raise ValueError(
             f"conductances of shape {conductances.shape}: expected {targets.shape} "
             "[weight slices, polarities, row tiles, column tiles, rows, columns]"
         )
-    return (
-        (conductances.astype(targets.dtype) - g_min) / (1 - g_min) * top,
-        fresh,
-        pulses,
-    )
+    return _Cells((conductances.astype(targets.dtype) - g_min) / (1 - g_min) * top)
 
 
 def _mismatch(

@@ -12,10 +12,11 @@ import dataclasses
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ...support.platform import is_traced
-from ..devices.device import Device
+from ..devices.device import Device, best_significance
 from ..devices.physical import NUMBER, Physical, model, require
 from ..devices.wires import Wire
 from ..devices.write_error import Table
@@ -30,7 +31,7 @@ def _is_whole(value: Any, least: int, most: float | int = float("inf")) -> bool:
     return isinstance(value, int) and least <= value <= most
 
 
-@model("bits", kw_only=True)
+@model("bits", "residual", "significance", kw_only=True)
 class Cell:
     """A ReRAM cell.
 
@@ -38,10 +39,15 @@ class Cell:
       bits: bits of each weight slice, least significant first, as in RAELLA's (2, 2, 4); None for one analogue cell;
         `auto` for cells of 2 bits that use every level, (2, 2, 2, 1) for differential weights of 8 bits.
       on_off_ratio: Gmax / Gmin; None is infinite.
+      residual: slices are written from the most significant one on, and each also stores what those above missed, as
+        `device.readback` reads it; a second pair of analogue cells where `bits` is None.
+      significance: full scale of that second pair, of the first's; `auto` for the best for normal weights.
     """
 
     bits: tuple[int, ...] | Literal["auto"] | None = "auto"
     on_off_ratio: Physical = None
+    residual: bool = False
+    significance: float | Literal["auto"] = "auto"
 
     def __post_init__(self):
         if self.bits is not None and self.bits != "auto":
@@ -60,6 +66,11 @@ class Cell:
                 remedy,
             )
             object.__setattr__(self, "bits", tuple(self.bits))
+        if self.significance != "auto":
+            paired = self.residual and self.bits is None
+            remedy = "give a share of the first pair in (0, 1], with residual=True and bits=None, or 'auto'"
+            valid = isinstance(self.significance, NUMBER) and 0 < self.significance <= 1
+            require(self, "significance", paired and valid, remedy)
         valid = not isinstance(self.on_off_ratio, NUMBER) or self.on_off_ratio > 1
         require(
             self,
@@ -350,6 +361,7 @@ class CrossbarConfig:
             raise ValueError(
                 f"cell.bits = {cell.bits}, mapping.weight_bits = {mapping.weight_bits}: both or neither must be None"
             )
+        self._check_writing()
         stored = sum(self.weight_slices)
         needed = self.stored_bits
         if needed is not None and stored < needed:
@@ -394,6 +406,37 @@ class CrossbarConfig:
                 )
             check_limits(adc.limits, len(self.weight_slices), signed=self.signed_sums)
 
+    def _check_writing(self) -> None:
+        """Raise a ValueError for residual writing or a readback without a use, and set `auto` significance."""
+        cell = self.cell
+        if cell.residual and self.encoding.kind != "differential":
+            raise ValueError(
+                "cell.residual stores remainders of both signs: it needs encoding.kind = 'differential'"
+            )
+        if cell.residual and len(self.weight_slices) < 2:
+            raise ValueError(
+                f"cell.residual writes slice after slice, but cell.bits = {cell.bits}: give two slices or more"
+            )
+        if (
+            self.device.readback is not None
+            and not cell.residual
+            and self.device.write_verify is None
+        ):
+            raise ValueError(
+                "device.readback reads cells while they are written: it needs cell.residual or device.write_verify"
+            )
+        if not cell.residual or cell.bits is not None or cell.significance != "auto":
+            return
+        leaves = jax.tree.leaves((self.device, cell.on_off_ratio))
+        in_jit = is_traced(jnp.zeros(()))
+        if in_jit or not all(isinstance(leaf, NUMBER) for leaf in leaves):
+            raise ValueError(
+                "cell.significance = 'auto' needs plain numbers in device and cell.on_off_ratio, outside of jax.jit: "
+                "give a number"
+            )
+        best = best_significance(self.device, self.g_min)
+        object.__setattr__(self, "cell", dataclasses.replace(cell, significance=best))
+
     def _filled_bits(self) -> tuple[int, ...] | None:
         """Return slices of 2 bits, the top one with the bits that are left; None for real-valued weights."""
         bits = self.stored_bits
@@ -411,9 +454,9 @@ class CrossbarConfig:
 
     @property
     def weight_slices(self) -> tuple[int, ...]:
-        """Bits of every weight slice; one slice of 1 for an analogue cell."""
+        """Bits of every weight slice; 1 for an analogue cell, of which residual writing has two."""
         if self.cell.bits is None:
-            return (1,)
+            return (1, 1) if self.cell.residual else (1,)
         assert self.cell.bits != "auto"  # a configuration has bits instead
         return self.cell.bits
 

@@ -15,6 +15,7 @@ import numpy as np
 from ...support.reading import decode_as
 from ..config.files import read_table
 from ..config.schema import ADC, DAC, CrossbarConfig
+from ..devices.device import Readback
 from ..mapping.adc.architectures import ARCHITECTURES
 from ..mapping.geometry import Geometry
 from ..preparation.transform import transform_operations
@@ -141,6 +142,9 @@ class Counts:
       outputs: numbers that go out, each scaled by one multiplication.
       transforms: additions of the transform of one input vector.
       factors: multiplications of one input vector before the DACs.
+      readbacks: readings of single cells between the slices of residual writing; those of write-verify are in the
+        constants of a pulse.
+      wait: seconds between writing and reading them, for all matrices together.
     """
 
     arrays: int = 0
@@ -154,17 +158,20 @@ class Counts:
     outputs: int = 0
     transforms: int = 0
     factors: int = 0
+    readbacks: int = 0
+    wait: float = 0.0
 
     def __add__(self, other: "Counts") -> "Counts":
         sums = {
             name: count + getattr(other, name) for name, count in vars(self).items()
         }
-        return Counts(**sums | {"tallest": max(self.tallest, other.tallest)})
+        tallest = max(self.tallest, other.tallest)
+        return Counts(**sums | {"tallest": tallest, "wait": max(self.wait, other.wait)})
 
     def __mul__(self, times: int) -> "Counts":
         return Counts(
             **{name: count * times for name, count in vars(self).items()}
-            | {"tallest": self.tallest}
+            | {"tallest": self.tallest, "wait": self.wait}
         )
 
 
@@ -191,10 +198,20 @@ def counts(
         additions = conversions + (reads * d_out if config.encoding.unit_column else 0)
     if config.encoding.kind == "offset" and not config.encoding.unit_column:
         additions += d_in  # the sum of the inputs, which the digital offset multiplies
+    cells = d_in * columns * arrays_per_tile
+    readbacks = 0
+    wait = 0.0
+    if config.cell.residual:
+        readback = config.device.readback or Readback()
+        readbacks = cells // slices * (slices - 1) * readback.repeats
+        if config.device.readback and config.device.time is not None:
+            wait = (slices - 1) * float(np.max(np.asarray(readback.after)))
     preparing_counts = preparing(d_in, config) if prepares else Counts()
     return preparing_counts + Counts(
         arrays=len(rows) * len(cols) * arrays_per_tile,
-        cells=d_in * columns * arrays_per_tile,
+        cells=cells,
+        readbacks=readbacks,
+        wait=wait,
         rows=d_in * len(cols) * arrays_per_tile,
         tallest=geometry.tallest,
         conversions=conversions,
@@ -229,6 +246,7 @@ class WriteCost(NamedTuple):
     time: Range
     cycles: Range
     until_worn: Range | None
+    readbacks: int = 0
 
 
 class ReadEnergy(NamedTuple):
@@ -258,11 +276,21 @@ def write_cost(
             Range.of(cells_written.tallest),
         ]
     )
+    readbacks = cells_written.readbacks * passes
+    reading = constants["cell_read_energy"] + constants["adc_energy"]
+    row_time = constants["row_write_time"]
+    if readbacks:
+        row_read_time = (
+            constants["array_read_time"]
+            + constants["adc_time"] * constants["columns_per_adc"]
+        )
+        row_time = row_time + row_read_time * (readbacks / cells)
     return WriteCost(
         cells=cells,
+        readbacks=readbacks,
         pulses=constants["write_pulses"] * cells,
-        energy=constants["cell_write_energy"] * cells,
-        time=constants["row_write_time"] * in_turn * passes,
+        energy=constants["cell_write_energy"] * cells + reading * readbacks,
+        time=row_time * in_turn * passes + Range.of(cells_written.wait * passes),
         cycles=cycles,
         until_worn=constants["endurance"] / cycles if cells else None,
     )

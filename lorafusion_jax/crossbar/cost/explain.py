@@ -23,6 +23,7 @@ class Explanation:
     Attributes:
       tiles: row tiles and column tiles.
       array: rows and columns of one array, a unit column not counted.
+      slices: weight slices, also those of analogue cells.
       weight_slices: bits of each weight slice; () for an analogue cell.
       input_slices: bits of each input slice; () for an ideal DAC.
       arrays: arrays of one matrix: tiles x weight slices x polarities.
@@ -39,6 +40,7 @@ class Explanation:
     reason: str
     tiles: tuple[int, int]
     array: tuple[int, int]
+    slices: int
     weight_slices: tuple[int, ...]
     input_slices: tuple[int, ...]
     polarities: int
@@ -50,14 +52,19 @@ class Explanation:
     unused_levels: str | None
 
     def __str__(self) -> str:
-        count = max(1, len(self.weight_slices))
+        count = self.slices
         slices = f"{count} weight slice{'s' if count > 1 else ''}"
         signs = f" x {self.polarities} polarities" if self.polarities > 1 else ""
         lines = [
             ("path", f"{self.path}: {self.reason}"),
             (
                 "weights",
-                _bits(self.weight_slices, "one analogue cell")
+                _bits(
+                    self.weight_slices,
+                    "one analogue cell"
+                    if count == 1
+                    else "two analogue cells, the second for what the first missed",
+                )
                 + signs.replace(" x", ","),
             ),
             ("inputs", _bits(self.input_slices, "real-valued, all at once")),
@@ -114,6 +121,7 @@ def explain(
         reason=plan.reason,
         tiles=tiles,
         array=array,
+        slices=len(config.weight_slices),
         weight_slices=() if config.cell.bits is None else config.weight_slices,
         input_slices=config.dac.slices if config.dac else (),
         polarities=geometry.polarities,

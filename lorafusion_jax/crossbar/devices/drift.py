@@ -128,9 +128,25 @@ class Relaxation:
         self, G: Float[Array, "..."], key: Array, time: Physical
     ) -> Float[Array, "..."]:
         """Return the conductances at `time`."""
-        log_t = jnp.log(jnp.maximum(like(time, G), 1))
-        deviation = like(self.spread, G) + like(self.growth, G) * log_t
-        return G + like(self.shift, G) * log_t + deviation * noise(key, G)
+        deviation = self._deviation(G, time)
+        return G + like(self.shift, G) * _log_time(G, time) + deviation * noise(key, G)
+
+    def change(
+        self, G: Float[Array, "..."], key: Array, start: Physical, time: Physical
+    ) -> Float[Array, "..."]:
+        """Return the change between two ages, if it does not depend on what happened before."""
+        before = self._deviation(G, start)
+        grown = jnp.square(self._deviation(G, time)) - jnp.square(before)
+        moved = _log_time(G, time) - _log_time(G, start)
+        spread = jnp.sqrt(jnp.maximum(grown, 0))
+        return like(self.shift, G) * moved + spread * noise(key, G)
+
+    def _deviation(self, G: Array, time: Physical) -> Array:
+        return like(self.spread, G) + like(self.growth, G) * _log_time(G, time)
+
+
+def _log_time(G: Array, time: Physical) -> Array:
+    return jnp.log(jnp.maximum(like(time, G), 1))
 
 
 PCM_DRIFT = PowerLaw(

@@ -6,6 +6,7 @@ whose target is zero.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,12 +87,24 @@ class Measured:
         self, G: Float[Array, "..."], key: Array, time: Physical = None
     ) -> Float[Array, "..."]:
         """Return the conductances at `time`; NaN beyond the last of `seconds`, unless `extrapolate` is set."""
-        error = jnp.maximum(
-            self._of_cells(self._row(self.deviation, G, time), G), 0
-        ) * noise(key, G)
+        error = self._spread(G, time) * noise(key, G)
         if self.shift is not None:
             error = error + self._of_cells(self._row(self.shift, G, time), G)
         return G + like(self.scale, G) * error
+
+    def change(
+        self, G: Float[Array, "..."], key: Array, start: Physical, time: Physical
+    ) -> Float[Array, "..."]:
+        """Return the change of cells of target `G` between two ages, if it does not depend on their error before."""
+        grown = jnp.square(self._spread(G, time)) - jnp.square(self._spread(G, start))
+        change = jnp.sqrt(jnp.maximum(grown, 0)) * noise(key, G)
+        if self.shift is not None:
+            later = self._row(self.shift, G, time) - self._row(self.shift, G, start)
+            change = change + self._of_cells(later, G)
+        return like(self.scale, G) * change
+
+    def _spread(self, G: Array, time: Physical) -> Array:
+        return jnp.maximum(self._of_cells(self._row(self.deviation, G, time), G), 0)
 
     def _of_cells(self, row: Float[Array, " n"], G: Array) -> Array:
         """Return the values of a row's polynomial or table at every cell."""
@@ -186,6 +199,58 @@ class Table(Measured):
                     f"Table: {row} at {len(self.targets)} targets: give one number for each target"
                 )
 
+    @classmethod
+    def from_measurements(
+        cls,
+        targets: Any,
+        measured: Any,
+        g_max: float,
+        *,
+        seconds: tuple[float, ...] = (1.0,),
+        extrapolate: bool = False,
+    ) -> "Table":
+        """Return the table of measured cells: mean and standard deviation of the error at each target and time.
+
+        Args:
+          targets: [n] target of each cell, in the unit of `g_max`; each target occurs for two cells or more.
+          measured: [n] conductances of the cells, or [T, n] at `seconds`; NaN where a reading is missing.
+          g_max: conductance of full scale, which is the largest target.
+
+        Raises:
+          ValueError: shapes do not fit, the largest target is not `g_max`, or a target has fewer than two readings.
+        """
+        cells = np.asarray(targets, float) / g_max
+        readings = np.atleast_2d(np.asarray(measured, float)) / g_max
+        if readings.shape != (expected := (len(seconds), *cells.shape)):
+            raise ValueError(
+                f"measured of shape {np.shape(measured)} for {cells.size} targets and {len(seconds)} seconds: expected "
+                f"{expected}"
+            )
+        levels = np.unique(cells)
+        if abs(levels[-1] - 1) > 1e-6:
+            largest = levels[-1] * g_max
+            raise ValueError(
+                f"the largest target is {largest:g} and g_max = {g_max:g}: measure cells at g_max, or give g_max = "
+                f"{largest:g}, so that weights use conductances up to it"
+            )
+        rows = []
+        for time, row in zip(seconds, readings - cells, strict=True):
+            for level in levels:
+                errors = row[(cells == level) & ~np.isnan(row)]
+                if len(errors) < 2:
+                    raise ValueError(
+                        f"{len(errors)} readings at target {level * g_max:g} and {time:g} seconds: give two or more"
+                    )
+                rows.append((errors.mean(), errors.std(ddof=1)))
+        by_time = np.reshape(rows, (len(seconds), len(levels), 2)).tolist()
+        return cls(
+            targets=(*levels[:-1].tolist(), 1.0),
+            deviation=tuple(tuple(spread for _, spread in row) for row in by_time),
+            shift=tuple(tuple(mean for mean, _ in row) for row in by_time),
+            seconds=seconds,
+            extrapolate=extrapolate,
+        )
+
     def _of_cells(self, row: Float[Array, " n"], G: Array) -> Array:
         return jnp.interp(G, like(self.targets, G), row)
 
@@ -247,33 +312,39 @@ class WriteVerify:
     def __call__(
         self,
         write: Callable[[Array, Array], Array],
+        read: Callable[[Array, Array | int], Array],
         target: Float[Array, "..."],
         key: Array,
     ) -> tuple[Float[Array, "..."], Int[Array, "..."]]:
-        """Return the conductances and pulses of each cell; `write` is (target, key) -> G, one pulse on every cell."""
+        """Return the conductances and pulses of each cell.
+
+        `write` is (target, key) -> G, one pulse on every cell; `read` is (G, number of the reading) -> G as it is read.
+        """
         message = "has no gradient: a pulse is accepted or is not. Leave it out, or take differences"
         tolerance = without_gradient(
             like(self.tolerance, target), f"WriteVerify.tolerance {message}"
         )
 
-        def outside(G: Array) -> Array:
-            return jnp.abs(G - target) > tolerance
+        def outside(G: Array, pulse: Array | int) -> Array:
+            return jnp.abs(read(G, pulse) - target) > tolerance
 
-        def more(state: tuple[Array, Array, Array]) -> Array:
-            G, _, pulse = state
-            return (pulse < self.pulses) & jnp.any(outside(G))
+        def more(state: tuple[Array, Array, Array, Array]) -> Array:
+            _, again, _, pulse = state
+            return (pulse < self.pulses) & jnp.any(again)
 
-        def rewrite(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            G, count, pulse = state
-            again = outside(G)
-            conductances = jnp.where(
-                again, write(target, jax.random.fold_in(key, pulse)), G
-            )
-            return conductances, count + again.astype(count.dtype), pulse + 1
+        def rewrite(
+            state: tuple[Array, Array, Array, Array],
+        ) -> tuple[Array, Array, Array, Array]:
+            G, again, count, pulse = state
+            G = jnp.where(again, write(target, jax.random.fold_in(key, pulse)), G)
+            count = count + again.astype(count.dtype)
+            return G, again & outside(G, pulse + 1), count, pulse + 1
 
         first = varying_as(write(target, jax.random.fold_in(key, 0)), tolerance)
         once = varying_as(jnp.ones(target.shape, jnp.int32), first)
-        G, count, _ = jax.lax.while_loop(more, rewrite, (first, once, jnp.int32(1)))
+        G, _, count, _ = jax.lax.while_loop(
+            more, rewrite, (first, outside(first, 1), once, jnp.int32(1))
+        )
         return without_gradient(
             G, f"what is programmed through write-verify {message}"
         ), count

@@ -36,6 +36,7 @@ __all__ = [
     "calibrate",
     "convert",
     "count_reads",
+    "evaluate",
     "prepare",
     "site_errors",
     "with_read_key",
@@ -178,6 +179,38 @@ def calibrate(model: Model, batches: Sequence[Any], **options: Any) -> Model:
             done, [dataclasses.replace(new, key=old.key) for new, old in both]
         )
     )
+
+
+def evaluate(
+    model: nnx.Module,
+    rules: Rules,
+    keys: Iterable[Array],
+    metric: Callable[[Any], Any],
+    *,
+    batches: Sequence[Any] | None = None,
+    preparations: Preparations | None = None,
+) -> np.ndarray:
+    """Return a metric of a model on several chips, [chips, ...].
+
+    Args:
+      rules: as for `convert`.
+      keys: a key [] for each chip, such as jax.random.split(jax.random.key(0), 10); noise of reads follows from it.
+      metric: function from the model on one chip to a number or an array, such as the accuracy on test data.
+      batches: inputs of the model, from which converters get their ranges and weights their preparations.
+      preparations: those of `prepare`; None to make them where a configuration needs some.
+    """
+    needed = [config for config in rules.values() if config is not None]
+    if preparations is None and any(map(needs_preparation, needed)):
+        preparations = prepare(model, rules, batches)
+    values = []
+    for key in keys:
+        chip = convert(model, rules, key, preparations)
+        if batches is not None:
+            chip = calibrate(chip, batches)
+        values.append(
+            np.asarray(metric(with_read_key(chip, jax.random.fold_in(key, 1))))
+        )
+    return np.stack(values)
 
 
 def site_errors(

@@ -151,6 +151,8 @@ def digits(
 ) -> Float[Array, "K rows d_out"]:
     """Return the digits of every weight slice: signed for differential encoding, 0 .. 2^p - 1 for offset."""
     offset = config.encoding.kind == "offset"
+    if config.cell.bits is None and config.cell.residual:
+        return jnp.stack([jnp.zeros_like(codes), codes])
     if config.cell.bits is None:
         return ((codes + 1) / 2 if offset else codes)[None]
     return _all_digits(
@@ -158,25 +160,36 @@ def digits(
     )
 
 
+def polarities(
+    digits: Float[Array, "K *S"], top: Array, config: CrossbarConfig
+) -> Float[Array, "K P *S"]:
+    """Return the levels of the positive and the negative cell of signed digits."""
+    if config.encoding.two_sided:
+        return jnp.stack([top / 2 + digits / 2, top / 2 - digits / 2], axis=1)
+    return jnp.stack([jnp.maximum(digits, 0), jnp.maximum(-digits, 0)], axis=1)
+
+
+def in_tiles(
+    values: Float[Array, "*S d_in d_out"], geometry: Geometry
+) -> Float[Array, "*S R C rows cols"]:
+    """Return a matrix, cut into tiles."""
+    tiles = split(
+        split(values, geometry.cols, axis=-1), geometry.rows, axis=-3, front=True
+    )  # [..., R, rows, C, cols]
+    return jnp.moveaxis(tiles, -2, -3)
+
+
 def to_arrays(
     slices: Float[Array, "K d_in d_out"], geometry: Geometry, config: CrossbarConfig
 ) -> tuple[Cells, Flipped | None]:
     """Return the target level of every cell of the arrays, a unit column last, and which columns are flipped."""
     rows = geometry.rows
-    cols = geometry.cols
     top = jnp.asarray(geometry.levels, slices.dtype)
     if config.encoding.kind == "differential":
-        if config.encoding.two_sided:
-            half = top[:, None, None] / 2
-            both = jnp.stack([half + slices / 2, half - slices / 2], axis=1)
-        else:
-            both = jnp.stack([jnp.maximum(slices, 0), jnp.maximum(-slices, 0)], axis=1)
+        both = polarities(slices, top[:, None, None], config)
     else:
         both = slices[:, None]
-    arrays = split(
-        split(both, cols, axis=3), rows, axis=2, front=True
-    )  # [K, P, R, rows, C, cols]
-    arrays = jnp.moveaxis(arrays, 4, 3)
+    arrays = in_tiles(both, geometry)
     flipped = None
     if config.encoding.flip:
         full = (

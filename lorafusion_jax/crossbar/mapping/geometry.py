@@ -79,6 +79,11 @@ class Geometry:
         levels = tuple(2**bits - 1 for bits in config.weight_slices)
         if config.cell.bits is None:
             worth = (1.0 if encoding.kind == "differential" else 2.0,)
+            if config.cell.residual:
+                assert (
+                    config.cell.significance != "auto"
+                )  # a configuration has a number
+                worth = (float(config.cell.significance), *worth)
             middle = (0.5,)
         else:
             worth = significance(config.weight_slices)

@@ -93,7 +93,10 @@ def unused_levels(config: CrossbarConfig) -> str | None:
         return None
     full = tuple(width for width in used if width)
     fitting = dataclasses.replace(
-        config, cell=dataclasses.replace(config.cell, bits=full)
+        config,
+        cell=dataclasses.replace(
+            config.cell, bits=full, residual=config.cell.residual and len(full) > 1
+        ),
     )
     gain = ""
     if has_errors(config) and not split_config(config)[1]:  # no swept values
