@@ -14,6 +14,7 @@ from lab import language
 from refusals import refused
 
 from lorafusion_jax.io import read_adapter
+from lorafusion_jax.trials import read_lines
 
 _UNSEEN = [name for tasks in language.UNSEEN.values() for name in tasks]
 
@@ -192,42 +193,19 @@ def trained(tmp_path, monkeypatch) -> list[str]:
 def test_the_table_and_its_tuning_run_on_a_small_model(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "TUNING", ("tune",))
     monkeypatch.setattr(experiment, "SOURCES", {"colours": ("one", "two")})
-    of = [*trained, "--adapters", str(tmp_path / "out" / "adapters")]
-    tune.main([*of, "--methods", "coefficients only"])
-    trials = [
-        json.loads(line)
-        for line in (tmp_path / "out" / "tune.jsonl").read_text().splitlines()
-    ]
+    command = f"{' '.join(trained)} --adapters {tmp_path / 'out' / 'adapters'}"
+    tune.main([*command.split(), "--methods", "coefficients only"])
+    trials = read_lines(tmp_path / "out" / "tune.jsonl")
     assert len({trial["loss"] for trial in trials}) == len(trials) == 9
     assert (tmp_path / "out" / "table_tune.csv").read_text().count("←") == 1
-
     for name in ("LoRAFusion", "uniform mean"):
         entry = language.MAIN[name]
-        monkeypatch.setitem(
-            experiment.MAIN, name, language._entry(entry, entry.rates, modules=2)
-        )
-    main = [
-        *of,
-        "--groups",
-        "main",
-        "--unseen",
-        "new",
-        "--seeds",
-        "1",
-        "2",
-        "--methods",
-        "LoRAFusion",
-        "uniform mean",
-    ]
-    experiment.main(main)
-    rows = [
-        json.loads(line)
-        for line in (tmp_path / "out" / "main.jsonl").read_text().splitlines()
-    ]
-    assert [(row["method"], row["seed"]) for row in rows] == [
-        ("uniform mean", 1),
-        ("LoRAFusion", 1),
-        ("LoRAFusion", 2),
-    ]
+        few = language._entry(entry, entry.rates, modules=2)
+        monkeypatch.setitem(experiment.MAIN, name, few)
+    main = f"{command} --groups main --unseen new --seeds 1 2 --methods LoRAFusion"
+    experiment.main([*main.split(), "uniform mean"])
+    rows = read_lines(tmp_path / "out" / "main.jsonl")
+    found = [(row["method"], row["seed"]) for row in rows]
+    assert found == [("uniform mean", 1), ("LoRAFusion", 1), ("LoRAFusion", 2)]
     assert rows[1]["loss"] < rows[0]["loss"]
     assert (tmp_path / "out" / "main" / "table.csv").exists()
