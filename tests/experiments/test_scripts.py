@@ -5,13 +5,12 @@ import json
 
 import ablations
 import demo
-import made_up_rows
 import one_block
 import tune
 from lab import common, matrix, methods
 from refusals import refused
 
-from lorafusion_jax import FuseOptions, trials
+from lorafusion_jax import FuseOptions
 from lorafusion_jax.methods import find
 from lorafusion_jax.runs import RunFolder
 
@@ -93,36 +92,6 @@ def test_every_ablation_can_run_and_is_next_to_what_it_varies():
         ):
             first = next(iter(entries.values()))
             assert matrix.recipe_of(first) == plain and first.control == "none"
-
-
-def test_trials_are_runs_at_their_rates_and_the_best_is_marked(tmp_path, monkeypatch):
-    tried = [{"lr_magnitudes": rate} for rate in (0.02, 0.1)]
-    asked = []
-    monkeypatch.setattr(tune, "TRIALS", {"magnitudes only": tried})
-
-    def rows_of(jobs, file, run, **how):
-        asked.extend(jobs)
-        scores = {job.keys[0]: place for place, job in enumerate(jobs)}
-        of_key = made_up_rows.row
-        rows = [
-            of_key(*k[:2], k[3], [True] * n + [False] * (9 - n), shots=k[2])
-            for k, n in scores.items()
-        ]
-        trials.append_rows(file, rows)
-
-    monkeypatch.setattr(tune, "run_jobs", rows_of)
-    tune.main(["--shots", "5", "--out", str(tmp_path)])
-    assert [job.options.recipe.lr_magnitudes for job in asked] == [0.0067, 0.033] * len(
-        tune.TASKS
-    )
-    assert {job.options.train_rows for job in asked} == {5} and len(
-        {job.options.name for job in asked}
-    ) == len(asked)
-    first, second = (tmp_path / "table_tune.csv").read_text().splitlines()[1:]
-    assert first.startswith(
-        "magnitudes only,lr_magnitudes 0.0067,0.0,"
-    ) and not first.endswith("←")
-    assert second.endswith("←")
 
 
 def test_a_plan_has_every_row_of_a_matrix_with_its_numbers(capsys):

@@ -17,6 +17,7 @@ import prepare
 import prepare_small
 import pytest
 import restore
+import results_page
 import trial_coverage
 import warm_starts
 import warm_starts_language
@@ -61,6 +62,11 @@ def _basis_on_chips(folder: Path) -> None:
     write_tables(folder, {"table": basis_on_chips.table(rows)})
 
 
+def _results_page(folder: Path) -> None:
+    where = f"{folder / 'results.jsonl'} --out {folder}"
+    results_page.main(f"{where} --reference LoRAFusion".split())
+
+
 def _numbers(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a CSV file with numbers, and None where a cell is empty."""
     values = {"": None, "True": True, "False": False}
@@ -91,6 +97,8 @@ SCRIPTS: dict[str, tuple[str, Script]] = {
     "restore": ("restore", _main(restore)),
     "trial_coverage": ("trial", _main(trial_coverage)),
     "restore, Gemma": ("restore/gemma", _main(restore, *_GEMMA)),
+    "results_page": ("small_pool_5", _results_page),
+    "results_page, controls": ("ablations/controls", _results_page),
     "hardware": ("hardware", _hardware),
     "basis_on_chips": ("basis_on_chips", _basis_on_chips),
 }
