@@ -1,9 +1,12 @@
 """The embedded base and pool cut to the first block of either stack: the same files, and half as much to compile."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from json_files import read_json, write_json
+import numpy as np
+from json_files import change_json
 from safetensors.numpy import load_file, save_file
 
 SMALL = Path(__file__).resolve().parent.parent / "examples" / "small"
@@ -22,18 +25,38 @@ def cut(out: Path, *, adapters: int | None = 4) -> tuple[Path, Path]:
         *((source, pool / source.name) for source in sources),
     ]:
         shutil.copytree(source, target)
-        (weights,) = target.glob("*.safetensors")
-        kept = {
-            name: tensor
-            for name, tensor in load_file(weights).items()
-            if "block.1." not in name
-        }
-        save_file(kept, weights, metadata={"format": "pt"})
-    config = read_json(base / "config.json")
-    write_json(
-        base / "config.json", config | {"num_layers": 1, "num_decoder_layers": 1}
-    )
+        change_tensors(target, _first_blocks)
+    change_json(base / "config.json", {"num_layers": 1, "num_decoder_layers": 1})
     return base, pool
+
+
+def _first_blocks(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in tensors.items() if "block.1." not in name}
+
+
+def change_tensors(
+    folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    """Replace the tensors of the one file in a folder by what a function makes of them."""
+    (file,) = folder.glob("*.safetensors")
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def copy_as_dora(adapter: Path, folder: Path) -> None:
+    """Copy an adapter, and give it magnitudes."""
+
+    def with_magnitudes(tensors: dict[str, Any]) -> dict[str, Any]:
+        sizes = {name: len(b) for name, b in tensors.items() if "lora_B" in name}
+        return tensors | {
+            name.replace("lora_B.weight", "lora_magnitude_vector"): np.linspace(
+                0.1, 2, size, dtype=np.float32
+            )
+            for name, size in sizes.items()
+        }
+
+    shutil.copytree(adapter, folder)
+    change_json(folder / "adapter_config.json", {"use_dora": True})
+    change_tensors(folder, with_magnitudes)
 
 
 def examples(folder: Path) -> Path:

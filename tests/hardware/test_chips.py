@@ -1,6 +1,6 @@
 """Chips: written once, drawn by key, evaluated at ages, trained on, several in one program."""
 
-import json
+import shutil
 from dataclasses import replace
 
 import jax
@@ -14,7 +14,6 @@ from flax import nnx
 from json_files import read_json, write_json
 from numpy.testing import assert_allclose, assert_array_equal
 from refusals import refused
-from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
 from lorafusion_jax import (
@@ -40,6 +39,7 @@ from lorafusion_jax.crossbar import (
 from lorafusion_jax.hardware.chips import Redrawn, logits_of
 from lorafusion_jax.hardware.on_arrays import on_arrays
 from lorafusion_jax.runs.evaluate import Evaluation
+from lorafusion_jax.trials import read_lines
 
 _DEVICE = Device(programming=Independent(0.02), drift=PowerLaw(0.05, 0.02), time=1.0)
 _NOISY = replace(ARRAYS["ideal"], device=_DEVICE)
@@ -77,31 +77,26 @@ def test_configurations_that_differ_in_their_device_model_alone_are_different_pr
     "steps", [pytest.param("every", marks=pytest.mark.nightly), "other"]
 )
 def test_steps_draw_chips_of_their_own_from_the_key(steps):
-    here = hardware.program_on_arrays(
-        _GRAPH, _DIGITAL, {_WRITTEN: _NOISY}, _KEYS[0], norm="ideal"
-    )
+    rules = {_WRITTEN: _NOISY}
+
+    def chip(key):
+        return hardware.program_on_arrays(_GRAPH, _DIGITAL, rules, key, norm="ideal")
+
+    first = chip(_KEYS[0])
     drawing = hardware.redrawn(
-        here, _DIGITAL, {_WRITTEN: _NOISY}, _KEYS[1], steps=steps, norm="ideal"
+        first, _DIGITAL, rules, _KEYS[1], steps=steps, norm="ideal"
     )
     losses = [float(_loss(drawing, step)) for step in range(4)]
     assert losses == [float(_loss(drawing, step)) for step in range(4)]
-    stays = float(_loss(here))
+    first_loss = float(_loss(first))
     if steps == "every":
-        assert len({*losses, stays}) == 5
+        assert len({*losses, first_loss}) == 5
     else:
-        assert (
-            losses[1] == losses[3] == pytest.approx(stays, rel=1e-6)
-            and len({*losses}) == 3
-        )
+        assert losses[1] == losses[3] == pytest.approx(first_loss, rel=1e-6)
+        assert len({*losses}) == 3
     # The chip of a step is the one of its key.
-    chip = hardware.program_on_arrays(
-        _GRAPH,
-        _DIGITAL,
-        {_WRITTEN: _NOISY},
-        jax.random.fold_in(_KEYS[1], 2),
-        norm="ideal",
-    )
-    assert losses[2] == pytest.approx(float(_loss(chip)), rel=1e-5)
+    drawn = chip(jax.random.fold_in(_KEYS[1], 2))
+    assert losses[2] == pytest.approx(float(_loss(drawn)), rel=1e-5)
 
 
 def test_ages_in_seconds_need_a_unit_and_a_drift_model():
@@ -192,57 +187,39 @@ def fused(small, chips):
 def test_runs_are_evaluated_and_trained_on_restored_chips(small, chips, fused):
     folder = str(chips / "two.json")
     lines = chips / "lines.txt"
-    lines.write_text(
-        "".join(
-            f"{json.loads(row)['context']}\n"
-            for row in _TRAIN.read_text().splitlines()[:24]
-        )
+    lines.write_text("\n".join(row["context"] for row in read_lines(_TRAIN)[:24]))
+    restore = hardware.RestoreOptions(
+        base=str(small[0]),
+        crossbar=folder,
+        chip=(0, 1),
+        text=(lines,),
+        method="low-rank",
+        rank=1.0,
+        epochs=1,
+        out=chips / "restored",
     )
-    hardware.restore_chips(
-        hardware.RestoreOptions(
-            base=str(small[0]),
-            crossbar=folder,
-            chip=(0, 1),
-            text=(lines,),
-            method="low-rank",
-            rank=1.0,
-            epochs=1,
-            out=chips / "restored",
-        )
-    )
+    hardware.restore_chips(restore)
     corrections = str(chips / "restored")
-    plain = _on_chips(fused, crossbar=folder, chips=2, restore=None)
-    restored = _on_chips(fused, crossbar=folder, chips=2, restore=corrections)
+    two = {"crossbar": folder, "chips": 2}
+    plain = _on_chips(fused, **two)
+    restored = _on_chips(fused, **two, restore=corrections)
     assert (plain["restore"], restored["restore"]) == (None, corrections)
     losses = [[row["loss"] for row in results["rows"]] for results in (plain, restored)]
     assert np.abs(np.subtract(*losses)).min() > 1e-5
     with refused("corrects chips with another configuration"):
-        _on_chips(
-            fused,
-            crossbar=folder,
-            chips=2,
-            restore=corrections,
-            read_noise=0.01,
-        )
+        _on_chips(fused, **two, restore=corrections, read_noise=0.01)
     # One chip after the other: each has the corrections of its own number.
+    run = runs.run_path(fused)
     report = hardware.report_on_chips(
-        hardware.EvaluateOnChipsOptions(
-            run=runs.run_path(fused),
-            crossbar=folder,
-            chips=2,
-            restore=corrections,
-        )
+        hardware.EvaluateOnChipsOptions(run=run, **two, restore=corrections)
     )
     alone = [seed["loss"] for chip in report["chips"] for seed in chip["seeds"]]
     assert_allclose(alone, losses[1], rtol=1e-4)
     arrays = runs.OnArrays(
         crossbar=folder, train_chip="chip", chip=1, restore=corrections
     )
-    fuse(trained := _fusing(small, chips, "restored", arrays=arrays))
-    assert (
-        fuse(replace(trained, resume=True)).seeds
-        == runs.RunFolder(runs.run_path(trained)).results().seeds
-    )
+    trained = _fusing(small, chips, "restored", arrays=arrays)
+    assert fuse(trained).seeds == fuse(replace(trained, resume=True)).seeds
     fresh = replace(arrays, train_chip="fresh")
     with refused("corrects chip 1 alone: train with --train-chip chip"):
         fuse(_fusing(small, chips, "fresh", arrays=fresh))
@@ -327,34 +304,21 @@ def test_a_run_on_chips_at_several_ages(chips, fused):
 def test_a_run_of_other_weights_is_not_evaluated_on_these_chips(
     small, chips, fused, tmp_path
 ):
-    one_block.cut(tmp_path)
-    for path in sorted((tmp_path / "pool").iterdir())[:1]:
-        weights = next(path.glob("*.safetensors"))
-        save_file(
-            {k: v + 1 for k, v in load_file(weights).items()},
-            weights,
-            metadata={"format": "pt"},
-        )
-    module = sorted(p.name for p in small[1].iterdir())[0]
-    other = _fusing(
-        small,
-        chips,
-        "other",
-        pool=str(tmp_path / "pool"),
-        adapters=(module,),
-        seeds=(1,),
+    pool = tmp_path / "pool"
+    module = sorted(path.name for path in small[1].iterdir())[0]
+    shutil.copytree(small[1], pool)
+    one_block.change_tensors(
+        pool / module, lambda tensors: {name: t + 1 for name, t in tensors.items()}
     )
+    changes = {"pool": str(pool), "adapters": (module,), "seeds": (1,)}
+    other = _fusing(small, chips, "other", **changes)
     fuse(other)
+    file = str(chips / "two.json")
     with refused(f"fuses the module {module} .* programmed with another pool"):
-        _on_chips(other, crossbar=str(chips / "two.json"))
+        _on_chips(other, crossbar=file)
+    arrays = runs.OnArrays(crossbar=file)
     with refused("programmed with another pool"):
-        fuse(
-            replace(
-                other,
-                name="refused",
-                arrays=runs.OnArrays(crossbar=str(chips / "two.json")),
-            )
-        )
+        fuse(replace(other, name="refused", arrays=arrays))
     assert not (chips / "runs" / "refused").exists()
 
 

@@ -7,11 +7,12 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import one_block
 import pytest
 import recipes
-from json_files import change_json, read_json, write_rows
+from json_files import read_json, write_rows
 from refusals import refused
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 import lorafusion_jax as lf
 from lorafusion_jax.estimates.params import counts
@@ -301,23 +302,8 @@ def test_an_exported_model_says_what_the_run_says(method, runs, small, tmp_path)
 def test_a_dora_adapter_is_refused_where_its_magnitudes_have_no_place(
     method, small, tmp_path
 ):
-    dora = shutil.copytree(
-        sorted(small[1].glob("*/*.safetensors"))[0].parent, tmp_path / "pool" / "dora"
-    )
-    config = dora / "adapter_config.json"
-    weights = dora / "adapter_model.safetensors"
-    change_json(config, {"use_dora": True})
-    tensors = load_file(weights)
-    factors = {
-        key.removesuffix("lora_B.weight"): b
-        for key, b in tensors.items()
-        if key.endswith("lora_B.weight")
-    }
-    save_file(
-        tensors
-        | {f"{key}lora_magnitude_vector": b[:, 0].copy() for key, b in factors.items()},
-        weights,
-    )
+    adapter = sorted(small[1].iterdir())[0]
+    one_block.copy_as_dora(adapter, tmp_path / "pool" / "dora")
     options = _options(small, tmp_path, method, pool=str(tmp_path / "pool"))
     with refused(r"DoRA adapter.* magnitudes"):
         lf.fuse(options)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import one_block
 import pytest
 import recipes
 from json_files import read_json, write_json
@@ -282,10 +283,13 @@ def test_evaluate_and_generate_agree_with_the_run(fused, copied):
 
 def _with_base(source: Path, folder: Path, number: float) -> Path:
     """Write a copy of a base whose embeddings are multiplied by a number."""
+
+    def change(tensors):
+        shared = tensors["shared.weight"]
+        return tensors | {"shared.weight": (shared * number).astype(shared.dtype)}
+
     shutil.copytree(source, folder, dirs_exist_ok=True)
-    tensors = load_file(source / "model.safetensors")
-    changed = (tensors["shared.weight"] * number).astype(tensors["shared.weight"].dtype)
-    save_file(tensors | {"shared.weight": changed}, folder / "model.safetensors")
+    one_block.change_tensors(folder, change)
     return folder
 
 

@@ -1,19 +1,18 @@
 """Mixtures of modules with typed weights, without any run: `Service.open`, `generate` and `evaluate` with a pool."""
 
 import json
-import shutil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import one_block
 import pytest
 import recipes
 import small_llama
-from json_files import change_json, write_json, write_rows
+from json_files import write_json, write_rows
 from numpy.testing import assert_array_equal
 from refusals import refused, told
-from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
 from lorafusion_jax import cli, runs
@@ -182,21 +181,8 @@ def test_rows_that_cannot_be_answered_are_refused_with_their_line(
 @pytest.fixture
 def dora(small, names, tmp_path) -> Path:
     """A pool of one DoRA adapter."""
-    dora = tmp_path / "pool"
-    shutil.copytree(small[1] / names[0], dora / "dora")
-    config = dora / "dora" / "adapter_config.json"
-    (weights,) = (dora / "dora").glob("*.safetensors")
-    change_json(config, {"use_dora": True})
-    kept = load_file(weights)
-    sizes = {name: len(b) for name, b in kept.items() if "lora_B" in name}
-    kept |= {
-        name.replace("lora_B.weight", "lora_magnitude_vector"): np.linspace(
-            0.1, 2, n, dtype="f4"
-        )
-        for name, n in sizes.items()
-    }
-    save_file(kept, weights, metadata={"format": "pt"})
-    return dora
+    one_block.copy_as_dora(small[1] / names[0], tmp_path / "pool" / "dora")
+    return tmp_path / "pool"
 
 
 def test_a_mixture_of_a_dora_adapter_has_its_magnitudes(small, dora, tmp_path):
