@@ -1,5 +1,6 @@
 """Chips: written once, drawn by key, evaluated at ages, trained on, several in one program."""
 
+import functools
 import shutil
 from dataclasses import replace
 
@@ -200,18 +201,20 @@ def test_runs_are_evaluated_and_trained_on_restored_chips(small, chips, fused):
     )
     hardware.restore_chips(restore)
     corrections = str(chips / "restored")
-    two = {"crossbar": folder, "chips": 2}
-    plain = _on_chips(fused, **two)
-    restored = _on_chips(fused, **two, restore=corrections)
+    evaluate = functools.partial(_on_chips, fused, crossbar=folder, chips=2)
+    plain = evaluate()
+    restored = evaluate(restore=corrections)
     assert (plain["restore"], restored["restore"]) == (None, corrections)
     losses = [[row["loss"] for row in results["rows"]] for results in (plain, restored)]
     assert np.abs(np.subtract(*losses)).min() > 1e-5
     with refused("corrects chips with another configuration"):
-        _on_chips(fused, **two, restore=corrections, read_noise=0.01)
+        evaluate(restore=corrections, read_noise=0.01)
     # One chip after the other: each has the corrections of its own number.
     run = runs.run_path(fused)
     report = hardware.report_on_chips(
-        hardware.EvaluateOnChipsOptions(run=run, **two, restore=corrections)
+        hardware.EvaluateOnChipsOptions(
+            run=run, crossbar=folder, chips=2, restore=corrections
+        )
     )
     alone = [seed["loss"] for chip in report["chips"] for seed in chip["seeds"]]
     assert_allclose(alone, losses[1], rtol=1e-4)
@@ -291,10 +294,13 @@ def test_a_run_on_chips_at_several_ages(chips, fused):
     assert len(losses) == 2 * 2 * 2
     assert losses["1s", 0, 1] != losses["1s", 1, 1]
     # A chip of the same key from the configuration is the same chip, with modules in other places or alone.
-    configured = {"chip_key": 7, "keep_digital": _NOT_WRITTEN}
-    noisy = str(chips / "noisy.yaml")
     alone = _on_chips(
-        fused, crossbar=noisy, ages=("1s",), compensate="off", **configured
+        fused,
+        crossbar=str(chips / "noisy.yaml"),
+        ages=("1s",),
+        compensate="off",
+        chip_key=7,
+        keep_digital=_NOT_WRITTEN,
     )
     for row in alone["rows"]:
         assert row["loss"] == pytest.approx(losses["1s", 0, row["seed"]], rel=1e-4)
@@ -310,8 +316,9 @@ def test_a_run_of_other_weights_is_not_evaluated_on_these_chips(
     one_block.change_tensors(
         pool / module, lambda tensors: {name: t + 1 for name, t in tensors.items()}
     )
-    changes = {"pool": str(pool), "adapters": (module,), "seeds": (1,)}
-    other = _fusing(small, chips, "other", **changes)
+    other = _fusing(
+        small, chips, "other", pool=str(pool), adapters=(module,), seeds=(1,)
+    )
     fuse(other)
     file = str(chips / "two.json")
     with refused(f"fuses the module {module} .* programmed with another pool"):
