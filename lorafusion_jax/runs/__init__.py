@@ -1,6 +1,7 @@
 """A run: its options, folder, set-up, evaluation and export."""
 
 from .evaluate import evaluate as evaluate
+from .evaluate import score_rows as score_rows
 from .evaluate import seed_rows as seed_rows
 from .export import ExportOptions as ExportOptions
 from .export import export as export

@@ -1,0 +1,418 @@
+"""Does a language model of 358 million parameters learn tasks of BIG-Bench Hard? The pilot of larger_model.md.
+
+    python experiments/larger_model.py --part pilot                             # the tables of the rows in OUT
+    python experiments/larger_model.py --part pilot --base FILE --bbh FOLDER    # measures what is missing
+
+FOLDER holds BIG-Bench Hard's JSON files. Each result is a line of OUT/PART.jsonl; interrupted, the same command
+continues with the next one.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import math
+import time
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Literal, NamedTuple
+
+import _script
+import numpy as np
+import tyro
+from lab.common import ROOT, write_tables
+from lab.tasks import prompt_overlap
+
+from lorafusion_jax import LoadOptions, LoRARecipe
+from lorafusion_jax.loading import LoadedModel, Texts, load_model, packing_of
+from lorafusion_jax.runs import encode_shown, environment, score_rows
+from lorafusion_jax.tasks import (
+    Encoded,
+    Task,
+    TrainingRows,
+    answer_options,
+    constant_answer,
+    encode,
+    few_shot,
+    load_task,
+    split,
+    write_lorahub_split,
+)
+from lorafusion_jax.training import LOSS, Epoch, Params, fit, make_room, start
+from lorafusion_jax.trials import ResultRows, Row, read_lines
+
+TUNING = ("boolean_expressions", "object_counting", "hyperbaton")
+# Of equal importance, the shortest first.
+TASKS = (
+    *TUNING,
+    "sports_understanding",
+    "word_sorting",
+    "dyck_languages",
+    "navigate",
+    "tracking_shuffled_objects_three_objects",
+    "logical_deduction_three_objects",
+)
+RATES = (0.0003, 0.001)
+SHOTS = 3
+EVALUATED = 25  # rows in a batch of the test
+ANSWERS = "answers of the training rows"
+EXAMPLES = f"{SHOTS} examples in the prompt"
+LORA = "LoRA"
+SHUFFLED = "LoRA, shuffled labels"
+# Three seeds of ten steps, tested on the first rows.
+PRECISION_SEEDS = (1, 2, 3)
+PRECISION_ROWS = 50
+# Linear maps of Qwen's and Llama's blocks.
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SMALLER = {
+    "SmolLM2-135M-Instruct": ROOT / "results" / "bbh_leave_one_out",
+    "Gemma-3-270M": ROOT / "results" / "bbh_leave_one_out" / "gemma",
+}
+SMALLER_RATE = 0.001
+
+
+class Cell(NamedTuple):
+    """What a row is of; a control that is not trained has the rate 0."""
+
+    task: str
+    arm: str
+    rate: float
+    seed: int
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of the measurement.
+
+    Attributes:
+      part: part of the design.
+      base: the model, to measure what is missing.
+      bbh: folder of BIG-Bench Hard's JSON files.
+      dtype: dtype of weights and activations of the pilot.
+      out: folder of results; rows that it has are not measured again.
+    """
+
+    part: Literal["precision", "pilot"]
+    base: Path | None = None
+    bbh: Path | None = None
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    out: Path = ROOT / "results" / "larger_model"
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    """Measure what is missing if there is a base, and write the tables."""
+    options = tyro.cli(Options, args=list(arguments), description=__doc__)
+    file = options.out / f"{options.part}.jsonl"
+    if options.base is not None:
+        if options.bbh is None:
+            raise ValueError("give the folder of BIG-Bench Hard's JSON files: --bbh")
+        lab = Lab(options.base, load_tasks(options.bbh))
+        results = ResultRows(file, cell_of, lab.settings)
+        if options.part == "precision":
+            lab.fill(results, precision_cells())
+        else:
+            lab.fill(results, tuning_cells(options.dtype))
+            rate = best_rate(results.rows())
+            lab.fill(results, pilot_cells(options.dtype, rate))
+    rows = read_lines(file)
+    if options.part == "precision":
+        write_tables(options.out, {"precision": precision_table(rows)})
+    else:
+        write_tables(options.out, {"pilot": table(rows), "learned": both_rules(rows)})
+
+
+def load_tasks(bbh: Path) -> dict[str, Task]:
+    """Return LoraHub's split of the tasks, without test rows whose prompts are also training rows."""
+    tasks = {}
+    for folder in write_lorahub_split(bbh, ROOT / "runs" / "data_bbh", TASKS):
+        task = load_task(folder)
+        dropped = prompt_overlap(task)
+        test = [row for number, row in enumerate(task.test) if number not in dropped]
+        tasks[task.name] = dataclasses.replace(task, test=tuple(test))
+    return tasks
+
+
+def precision_cells() -> list[Cell]:
+    return [
+        Cell(TUNING[0], LORA, RATES[-1], seed, dtype)
+        for dtype in ("float32", "bfloat16")
+        for seed in PRECISION_SEEDS
+    ]
+
+
+def tuning_cells(dtype: str) -> list[Cell]:
+    """Return the controls without a model, and the trainings at all rates."""
+    answers = [_cell(task, ANSWERS, 0.0, dtype) for task in TASKS]
+    trained = [_cell(task, LORA, rate, dtype) for task in TUNING for rate in RATES]
+    return answers + trained
+
+
+def pilot_cells(dtype: str, rate: float) -> list[Cell]:
+    """Return the cells after the choice of the rate, in the order of the design."""
+    cells = []
+    for task in TASKS:
+        cells.append(_cell(task, LORA, rate, dtype))
+        cells.append(_cell(task, EXAMPLES, 0.0, dtype))
+    return cells + [_cell(task, SHUFFLED, rate, dtype) for task in TASKS]
+
+
+def _cell(task: str, arm: str, rate: float, dtype: str) -> Cell:
+    return Cell(task, arm, rate, zlib.crc32(task.encode()), dtype)
+
+
+def cell_of(row: Row) -> Cell:
+    return Cell(*(row[name] for name in Cell._fields))
+
+
+class Lab:
+    """The base model and the tasks."""
+
+    def __init__(self, base: Path, tasks: dict[str, Task]):
+        self.base = base
+        self.tasks = tasks
+        digests = "".join(tasks[name].sha256 for name in TASKS)
+        with base.open("rb") as file:
+            base_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        self.settings = {
+            "base": base.name,
+            "base_sha256": base_sha256,
+            "rows_sha256": hashlib.sha256(digests.encode()).hexdigest(),
+        }
+
+    def fill(self, results: ResultRows[Cell], cells: Sequence[Cell]) -> None:
+        """Measure the missing cells, and append each row when it is complete."""
+        short = results.file.stem == "precision"
+        results.fill(
+            cells,
+            lambda missing: (self.row(cell, short=short) for cell in missing),
+            lambda row: (
+                f"{row['task']}, {row['arm']}, {row['rate']:g}: {row['cpu_seconds']} CPU s"
+            ),
+        )
+
+    def row(self, cell: Cell, *, short: bool) -> Row:
+        """Return the row of a cell; a short one takes one epoch and fewer test rows."""
+        make_room()
+        began = time.process_time()
+        task = self.tasks[cell.task]
+        if short:
+            task = dataclasses.replace(task, test=task.test[:PRECISION_ROWS])
+        rows = split(len(task.train), (cell.seed,))
+        train = tuple(task.train[number] for number in rows.train[0])
+        shown = dataclasses.replace(task, train=train)
+        if cell.arm == ANSWERS:
+            row = answer_row(shown)
+        else:
+            model = self.model(cell.dtype)
+            recipe = LoRARecipe(
+                epochs=1 if short else 6,
+                lora_rank=8,
+                lora_targets=TARGETS,
+                lr_lora=cell.rate,
+            )
+            texts = Texts(model.tokenizer, model.text_format)
+            state = start(model.problem, (cell.seed,))  # that of the base
+            epochs: list[Epoch] = []
+            if cell.arm == EXAMPLES:
+                shown = few_shot(shown, SHOTS, cell.seed)
+            else:
+                examples = task.train
+                if cell.arm == SHUFFLED:
+                    order = np.random.default_rng(cell.seed).permutation(len(examples))
+                    examples = [
+                        dataclasses.replace(example, target=examples[other].target)
+                        for example, other in zip(examples, order, strict=True)
+                    ]
+                training = TrainingRows(
+                    encode(texts.tokenizer, examples, texts.text_format),
+                    rows,
+                    texts.tokenizer.pad_token_id,
+                    packing_of(model.config, on_cpu=True),
+                )
+                state = fit(
+                    model.problem,
+                    training,
+                    state,
+                    recipe,
+                    (cell.seed,),
+                    after_epoch=epochs.append,
+                )
+            tokens = encode_shown(texts, shown, len(shown.test), 0)
+            row = {
+                "steps": int(state.step[0]),
+                "validation_loss": [
+                    round(float(epoch.validation_loss[0]), 5) for epoch in epochs
+                ],
+                **scores(model, state.params, tokens),
+            }
+        seconds = round(time.process_time() - began, 1)
+        return cell._asdict() | row | {"cpu_seconds": seconds, **environment()}
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019 (the model lives as long as the lab)
+    def model(self, dtype: Literal["float32", "bfloat16"]) -> LoadedModel:
+        recipe = LoRARecipe(lora_rank=8, lora_targets=TARGETS)
+        return load_model(
+            LoadOptions(base=str(self.base), method="lora", recipe=recipe, dtype=dtype)
+        )
+
+
+def scores(model: LoadedModel, params: Params, tokens: Encoded) -> Row:
+    """Return the nats of each test answer, whether its tokens are the likeliest, and their number.
+
+    The end of text does not count: a base that is shown examples continues with another one instead.
+    """
+    answers = Encoded(tokens.inputs, tuple(labels[:-1] for labels in tokens.labels))
+    likelihoods, greedy = score_rows(
+        params,
+        functools.partial(model.problem.read, LOSS),
+        answers,
+        batch_size=EVALUATED,
+        pad_id=model.tokenizer.pad_token_id,
+        update=lambda rows: None,
+    )
+    return {
+        "nats": np.round(-likelihoods[0], 4).tolist(),
+        "correct": greedy[0].astype(int).tolist(),
+        "answer_tokens": [len(labels) for labels in answers.labels],
+    }
+
+
+def answer_row(task: Task) -> Row:
+    """Return the controls of answers alone, from the training rows of a task.
+
+    * `nats`: by an answer's frequency, with add-one smoothing and one class for all answers that training lacks.
+    * `named`: a member of that class also takes the logarithm of the number of its names: the row's options that
+      training lacks or, where a task has no options, as many as there are different training answers.
+    * `correct`: whether it is the most frequent answer.
+    """
+    counts = Counter(example.target for example in task.train)
+    smoothed = len(task.train) + len(counts) + 1
+    options = answer_options(task) or [()] * len(task.test)
+    nats = []
+    named = []
+    for example, row_options in zip(task.test, options, strict=True):
+        nats.append(math.log(smoothed / (counts[example.target] + 1)))
+        names = 1
+        if example.target not in counts:
+            unseen = [option for option in row_options if option not in counts]
+            names = len(unseen) or len(counts)
+        named.append(nats[-1] + math.log(names))
+    most_frequent = constant_answer(task)
+    return {
+        "nats": np.round(nats, 4).tolist(),
+        "named": np.round(named, 4).tolist(),
+        "correct": [int(example.target == most_frequent) for example in task.test],
+    }
+
+
+def best_rate(rows: Sequence[Row]) -> float:
+    """Return the rate of the least mean validation loss on the tuning tasks."""
+
+    def loss(rate: float) -> float:
+        return fmean(
+            row["validation_loss"][-1]
+            for row in rows
+            if row["arm"] == LORA and row["task"] in TUNING and row["rate"] == rate
+        )
+
+    return min(RATES, key=loss)
+
+
+def learned(lora: Row, *controls: Sequence[float]) -> bool:
+    """Return whether the loss per token is below all controls by more than two standard errors over rows."""
+    for control in controls:
+        gain = np.subtract(control, lora["nats"]) / lora["answer_tokens"]
+        if gain.mean() <= 2 * gain.std(ddof=1) / math.sqrt(len(gain)):
+            return False
+    return True
+
+
+def _complete(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
+    """Return the rows of each task by arm at the best rate, of tasks with all rows that the rules need."""
+    rate = best_rate(rows)
+    by_task: dict[str, dict[str, Row]] = {task: {} for task in TASKS}
+    for row in rows:
+        if row["rate"] in (0, rate):
+            by_task[row["task"]][row["arm"]] = row
+    return {
+        task: arms
+        for task, arms in by_task.items()
+        if {ANSWERS, EXAMPLES, LORA} <= arms.keys()
+    }
+
+
+def table(rows: Sequence[Row]) -> list[list[str]]:
+    """Return the loss per answer token and the share of exact answers of each task."""
+    lines = [
+        [
+            "task",
+            "frequencies, nats",
+            "named frequencies",
+            EXAMPLES,
+            SHUFFLED,
+            LORA,
+            "most frequent answer, %",
+            EXAMPLES,
+            SHUFFLED,
+            LORA,
+        ]
+    ]
+    for task, arms in _complete(rows).items():
+        tokens = arms[LORA]["answer_tokens"]
+        nats = [arms[ANSWERS]["nats"], arms[ANSWERS]["named"]]
+        trained = [arms.get(arm) for arm in (EXAMPLES, SHUFFLED, LORA)]
+        nats += [row and row["nats"] for row in trained]
+        correct = [row and row["correct"] for row in (arms[ANSWERS], *trained)]
+        line = [task]
+        line += [f"{np.divide(n, tokens).mean():.3f}" if n else "-" for n in nats]
+        line += [f"{100 * fmean(c):.1f}" if c else "-" for c in correct]
+        lines.append(line)
+    return lines
+
+
+def both_rules(rows: Sequence[Row]) -> list[list[str]]:
+    """Return which tasks each model learns by the committed rule, and by that with named answers."""
+    complete = _complete(rows)
+    models = {"Qwen2.5-Coder-0.5B-Instruct": {}}
+    for task, arms in complete.items():
+        models["Qwen2.5-Coder-0.5B-Instruct"][task] = arms[LORA], arms[EXAMPLES]["nats"]
+    for name, folder in SMALLER.items():
+        models[name] = {
+            row["task"]: (row | {"nats": row["adapter"]}, row["examples"])
+            for row in read_lines(folder / "adapters.jsonl")
+            if row["rate"] == SMALLER_RATE
+        }
+    lines = [["model", "rule", *complete, "tasks"]]
+    for name, by_task in models.items():
+        for rule, control in (("committed", "nats"), ("named answers", "named")):
+            answers = [
+                learned(*by_task[task], complete[task][ANSWERS][control])
+                for task in complete
+            ]
+            cells = ["yes" if answer else "no" for answer in answers]
+            lines.append([name, rule, *cells, f"{sum(answers)} of {len(answers)}"])
+    return lines
+
+
+def precision_table(rows: Sequence[Row]) -> list[list[str]]:
+    """Return the test loss of each seed in both precisions, in nats per answer token."""
+    lines = [["seed", "float32", "bfloat16", "difference"]]
+    differences = []
+    for seed in PRECISION_SEEDS:
+        losses = {
+            row["dtype"]: np.divide(row["nats"], row["answer_tokens"]).mean()
+            for row in rows
+            if row["seed"] == seed
+        }
+        differences.append(losses["bfloat16"] - losses["float32"])
+        values = [losses["float32"], losses["bfloat16"], differences[-1]]
+        lines.append([str(seed), *(f"{value:.4f}" for value in values)])
+    lines.append(["mean", "", "", f"{fmean(differences):.4f}"])
+    return lines
+
+
+if __name__ == "__main__":
+    _script.run(main)
