@@ -44,7 +44,7 @@ from lorafusion_jax.training import LOSS, Epoch, Params, fit, make_room, start
 from lorafusion_jax.trials import ResultRows, Row, read_lines
 
 TUNING = ("boolean_expressions", "object_counting", "hyperbaton")
-# Of equal importance, the shortest first.
+# In the order in which they are measured, mostly the shortest rows first.
 TASKS = (
     *TUNING,
     "sports_understanding",
@@ -61,7 +61,7 @@ ANSWERS = "answers of the training rows"
 EXAMPLES = f"{SHOTS} examples in the prompt"
 LORA = "LoRA"
 SHUFFLED = "LoRA, shuffled labels"
-# Three seeds of ten steps, tested on the first rows.
+# The precision's trainings take ten steps, and are tested on the first rows.
 PRECISION_SEEDS = (1, 2, 3)
 PRECISION_ROWS = 50
 # Linear maps of Qwen's and Llama's blocks.
@@ -98,7 +98,7 @@ class Options:
     part: Literal["precision", "pilot"]
     base: Path | None = None
     bbh: Path | None = None
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     out: Path = ROOT / "results" / "larger_model"
 
 
