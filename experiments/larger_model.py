@@ -116,6 +116,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         else:
             lab.fill(results, tuning_cells(options.dtype))
             rate = best_rate(results.rows())
+            assert rate is not None
             lab.fill(results, pilot_cells(options.dtype, rate))
     rows = read_lines(file)
     if options.part == "precision":
@@ -308,17 +309,15 @@ def answer_row(task: Task) -> Row:
     }
 
 
-def best_rate(rows: Sequence[Row]) -> float:
-    """Return the rate of the least mean validation loss on the tuning tasks."""
-
-    def loss(rate: float) -> float:
-        return fmean(
-            row["validation_loss"][-1]
-            for row in rows
-            if row["arm"] == LORA and row["task"] in TUNING and row["rate"] == rate
-        )
-
-    return min(RATES, key=loss)
+def best_rate(rows: Sequence[Row]) -> float | None:
+    """Return the rate of the least mean validation loss, or None until all tuning tasks have both rates."""
+    losses: dict[float, list[float]] = {rate: [] for rate in RATES}
+    for row in rows:
+        if row["arm"] == LORA and row["task"] in TUNING:
+            losses[row["rate"]].append(row["validation_loss"][-1])
+    if any(len(of_rate) < len(TUNING) for of_rate in losses.values()):
+        return None
+    return min(RATES, key=lambda rate: fmean(losses[rate]))
 
 
 def learned(lora: Row, *controls: Sequence[float]) -> bool:
@@ -330,18 +329,14 @@ def learned(lora: Row, *controls: Sequence[float]) -> bool:
     return True
 
 
-def _complete(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
-    """Return the rows of each task by arm at the best rate, of tasks with all rows that the rules need."""
+def _by_task(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
+    """Return the rows of each task by arm, those of a LoRA only at the best rate."""
     rate = best_rate(rows)
     by_task: dict[str, dict[str, Row]] = {task: {} for task in TASKS}
     for row in rows:
         if row["rate"] in (0, rate):
             by_task[row["task"]][row["arm"]] = row
-    return {
-        task: arms
-        for task, arms in by_task.items()
-        if {ANSWERS, EXAMPLES, LORA} <= arms.keys()
-    }
+    return by_task
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
@@ -360,12 +355,14 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
             LORA,
         ]
     ]
-    for task, arms in _complete(rows).items():
+    for task, arms in _by_task(rows).items():
+        if LORA not in arms:
+            continue
         tokens = arms[LORA]["answer_tokens"]
         nats = [arms[ANSWERS]["nats"], arms[ANSWERS]["named"]]
-        trained = [arms.get(arm) for arm in (EXAMPLES, SHUFFLED, LORA)]
-        nats += [row and row["nats"] for row in trained]
-        correct = [row and row["correct"] for row in (arms[ANSWERS], *trained)]
+        others = [arms.get(arm) for arm in (EXAMPLES, SHUFFLED, LORA)]
+        nats += [row and row["nats"] for row in others]
+        correct = [row and row["correct"] for row in (arms[ANSWERS], *others)]
         line = [task]
         line += [f"{np.divide(n, tokens).mean():.3f}" if n else "-" for n in nats]
         line += [f"{100 * fmean(c):.1f}" if c else "-" for c in correct]
@@ -375,25 +372,31 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
 
 def both_rules(rows: Sequence[Row]) -> list[list[str]]:
     """Return which tasks each model learns by the committed rule, and by that with named answers."""
-    complete = _complete(rows)
-    models = {"Qwen2.5-Coder-0.5B-Instruct": {}}
-    for task, arms in complete.items():
-        models["Qwen2.5-Coder-0.5B-Instruct"][task] = arms[LORA], arms[EXAMPLES]["nats"]
+    by_task = _by_task(rows)
+    models = {
+        "Qwen2.5-Coder-0.5B-Instruct": {
+            task: (arms[LORA], arms[EXAMPLES]["nats"])
+            for task, arms in by_task.items()
+            if {LORA, EXAMPLES} <= arms.keys()
+        }
+    }
     for name, folder in SMALLER.items():
         models[name] = {
             row["task"]: (row | {"nats": row["adapter"]}, row["examples"])
             for row in read_lines(folder / "adapters.jsonl")
             if row["rate"] == SMALLER_RATE
         }
-    lines = [["model", "rule", *complete, "tasks"]]
-    for name, by_task in models.items():
+    lines = [["model", "rule", *TASKS, "learned"]]
+    for name, measured in models.items():
         for rule, control in (("committed", "nats"), ("named answers", "named")):
-            answers = [
-                learned(*by_task[task], complete[task][ANSWERS][control])
-                for task in complete
-            ]
-            cells = ["yes" if answer else "no" for answer in answers]
-            lines.append([name, rule, *cells, f"{sum(answers)} of {len(answers)}"])
+            answers = {
+                task: learned(*pair, by_task[task][ANSWERS][control])
+                for task, pair in measured.items()
+            }
+            words = {task: "yes" if answers[task] else "no" for task in answers}
+            cells = [words.get(task, "-") for task in TASKS]
+            count = f"{sum(answers.values())} of {len(answers)}"
+            lines.append([name, rule, *cells, count])
     return lines
 
 

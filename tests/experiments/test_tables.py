@@ -10,6 +10,7 @@ from typing import Any
 import basis_on_chips
 import crossbar_pictures
 import hardware
+import larger_model
 import numpy as np
 import pool_value
 import pool_value_language
@@ -90,6 +91,11 @@ SCRIPTS: dict[str, tuple[str, Script]] = {
     ),
     "warm_starts": ("warm_starts", _main(warm_starts)),
     "warm_starts_language": ("warm_starts", _warm_starts_language),
+    "larger_model, precision": (
+        "larger_model",
+        _main(larger_model, "--part", "precision"),
+    ),
+    "larger_model": ("larger_model", _main(larger_model, "--part", "pilot")),
     "prepare": ("prepare", _main(prepare)),
     "prepare, more": ("prepare/more", _main(prepare)),
     "prepare, Gemma": ("prepare/gemma", _main(prepare, *_GEMMA)),
