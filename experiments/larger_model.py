@@ -61,6 +61,7 @@ ANSWERS = "answers of the training rows"
 EXAMPLES = f"{SHOTS} examples in the prompt"
 LORA = "LoRA"
 SHUFFLED = "LoRA, shuffled labels"
+_MODELS = (EXAMPLES, SHUFFLED, LORA)
 # The precision's trainings take ten steps, and are tested on the first rows.
 PRECISION_SEEDS = (1, 2, 3)
 PRECISION_ROWS = 50
@@ -346,13 +347,9 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
             "task",
             "frequencies, nats",
             "named frequencies",
-            EXAMPLES,
-            SHUFFLED,
-            LORA,
+            *_MODELS,
             "most frequent answer, %",
-            EXAMPLES,
-            SHUFFLED,
-            LORA,
+            *_MODELS,
         ]
     ]
     for task, arms in _by_task(rows).items():
@@ -360,9 +357,10 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
             continue
         tokens = arms[LORA]["answer_tokens"]
         nats = [arms[ANSWERS]["nats"], arms[ANSWERS]["named"]]
-        others = [arms.get(arm) for arm in (EXAMPLES, SHUFFLED, LORA)]
-        nats += [row and row["nats"] for row in others]
-        correct = [row and row["correct"] for row in (arms[ANSWERS], *others)]
+        nats += [arms[arm]["nats"] if arm in arms else None for arm in _MODELS]
+        correct = [
+            arms[arm]["correct"] if arm in arms else None for arm in (ANSWERS, *_MODELS)
+        ]
         line = [task]
         line += [f"{np.divide(n, tokens).mean():.3f}" if n else "-" for n in nats]
         line += [f"{100 * fmean(c):.1f}" if c else "-" for c in correct]
