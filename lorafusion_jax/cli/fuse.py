@@ -1,6 +1,7 @@
 """`lorafusion fuse`: train a fusion, and evaluate it."""
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +19,7 @@ from ..runs.options import FuseOptions, options_with, plain
 from ..runs.start import stages
 from ..runs.weight_list import with_listed_modules
 from ..support import processes
+from ..support.platform import bfloat16_note
 from ..support.reading import show
 from ..support.text import one_line
 from ..training.recipe import Recipe
@@ -81,6 +83,8 @@ def fuse_command(arguments: Sequence[str]) -> None:
     )
     command.check_plan()
     options = with_listed_modules(plain(command))
+    if note := bfloat16_note(options.dtype):
+        print(note, file=sys.stderr)
     if command.plan:
         for stage in stages(options):
             show(describe_run(stage, command))

@@ -10,6 +10,7 @@ from jax.sharding import AxisType
 
 _MAPPING_LIMIT = Path("/proc/sys/vm/max_map_count")
 _MAPPINGS = Path("/proc/self/maps")
+_PROCESSOR = Path("/proc/cpuinfo")
 
 
 def for_cpu() -> bool:
@@ -31,6 +32,18 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def bfloat16_note(dtype: str) -> str | None:
+    """Return a line that suggests bfloat16 where a CPU has tiles for it (AMX), for a run in another type.
+
+    The time is that of a step of FLAN-T5-small (0.53) and of SmolLM2-135M (0.45 to 0.54) on one core of a Xeon.
+    """
+    if dtype == "bfloat16" or not for_cpu() or not _PROCESSOR.is_file():
+        return None
+    if "amx_bf16" not in _PROCESSOR.read_text():
+        return None
+    return "this processor has tiles for bfloat16: with --dtype bfloat16 a step takes about half of the time"
 
 
 def is_traced(tree: Any) -> bool:

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import lorafusion_jax as lf
 from lorafusion_jax.models import dense
 from lorafusion_jax.models.bit_cast import to_bits
+from lorafusion_jax.support import platform
 from lorafusion_jax.support.platform import for_cpu, make_room
 from lorafusion_jax.training import AXES, default_seed_mode
 
@@ -90,3 +91,20 @@ def test_programs_are_forgotten_when_mappings_run_out():
     assert not make_room(10**9) and double._cache_size() == 1
     assert make_room(2) and double._cache_size() == 0
     assert double(jnp.ones(2)).tolist() == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype", "suggested"),
+    [
+        ("avx2 amx_bf16", "float32", True),
+        ("avx2 amx_bf16", "bfloat16", False),
+        ("avx2", "float32", False),
+    ],
+)
+def test_bfloat16_is_suggested_where_a_processor_has_tiles(
+    flags, dtype, suggested, monkeypatch, tmp_path
+):
+    information = tmp_path / "cpuinfo"
+    information.write_text(f"flags\t: {flags}\n")
+    monkeypatch.setattr(platform, "_PROCESSOR", information)
+    assert bool(platform.bfloat16_note(dtype)) == suggested
