@@ -104,6 +104,18 @@ def _writer(base):
     return write
 
 
+@pytest.fixture
+def convert(base, tmp_path):
+    """A function that converts adapters, into `tmp_path`/pool unless it is told otherwise."""
+
+    def convert(adapters, **options):
+        if not options.get("dry_run"):
+            options = {"out": tmp_path / "pool"} | options
+        return _convert(base, adapters, **options)
+
+    return convert
+
+
 def _convert(base, adapters, **options):
     return io.convert(
         io.ConvertOptions(base=str(base), adapters=tuple(adapters), **options)
@@ -123,9 +135,9 @@ def _run_script(arguments) -> None:
         runpy.run_path(str(_ROOT / "convert_peft_weights.py"), run_name="__main__")
 
 
-def _refused(message, *arguments, **options):
+def _refused(message, convert, adapters, **options):
     with refused(message):
-        _convert(*arguments, **options)
+        convert(adapters, **options)
 
 
 def _assert_same_pool(got, want):
@@ -160,14 +172,14 @@ def _assert_holds(pool, config, folders, scalings):
 
 
 @pytest.mark.smoke
-def test_a_pool_holds_what_the_files_hold(base, adapter, tmp_path):
+def test_a_pool_holds_what_the_files_hold(convert, base, adapter, tmp_path):
     folders = [
         adapter("one"),
         adapter("wide", r=5, targets=("q", "wo"), use_rslora=True),
         adapter("third"),
     ]
     config = read_config(base)
-    _convert(base, folders, out=tmp_path / "pool")
+    convert(folders)
     pool = load_pool(tmp_path / "pool")
     assert pool.names == ("one", "wide", "third") and pool.magnitude is None
     assert list(pool.A) == [s for s in config.sites if s.endswith((".q", ".v", ".wo"))]
@@ -178,9 +190,9 @@ def test_a_pool_holds_what_the_files_hold(base, adapter, tmp_path):
     _assert_same_pool(read_pool(folders, config), pool)
 
 
-def test_some_adapters_of_a_pool_in_a_given_order(base, adapter, tmp_path):
+def test_some_adapters_of_a_pool_in_a_given_order(convert, base, adapter, tmp_path):
     folders = [adapter("one"), adapter("two", r=4), adapter("third")]
-    _convert(base, folders, out=tmp_path / "pool")
+    convert(folders)
     config = read_config(base)
     chosen = load_pool(tmp_path / "pool", chosen=["third", 0])
     _assert_same_pool(chosen, read_pool([folders[2], folders[0]], config))
@@ -199,9 +211,9 @@ def test_some_adapters_of_a_pool_in_a_given_order(base, adapter, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_dtypes_of_a_pool(base, adapter, tmp_path, dtype):
+def test_dtypes_of_a_pool(convert, base, adapter, tmp_path, dtype):
     folder = adapter("one", dtype=ml_dtypes.bfloat16)
-    _convert(base, [folder], out=tmp_path / "pool")
+    convert([folder])
     pool = load_pool(tmp_path / "pool", dtype=dtype)
     _assert_same_pool(read_pool([folder], read_config(base), dtype=dtype), pool)
     read = io.read_adapter(folder)
@@ -228,7 +240,7 @@ def _assert_same_adapter(got, want):
         )
 
 
-def test_an_adapter_of_a_pool_is_its_source(base, adapter, tmp_path):
+def test_an_adapter_of_a_pool_is_its_source(convert, base, adapter, tmp_path):
     factor = {f"base_model.model.{_Q}.lora_A.weight": np.ones((2, 8), np.float16)}
     folders = [
         adapter("plain"),
@@ -238,7 +250,7 @@ def test_an_adapter_of_a_pool_is_its_source(base, adapter, tmp_path):
         adapter("state", extra={"base_model.model.lora_velora_x": np.arange(5.0)}),
         adapter("mixed", extra=factor),
     ]
-    entries = _convert(base, folders, out=tmp_path / "pool")["adapters"]
+    entries = convert(folders)["adapters"]
     kinds = ["float32", "float16", "bfloat16", "float32", "float32", "float16, float32"]
     assert [entry["dtype"] for entry in entries] == kinds
     for entry, folder in zip(entries, map(Path, folders), strict=True):
@@ -255,11 +267,11 @@ def test_an_adapter_of_a_pool_is_its_source(base, adapter, tmp_path):
         io.ConvertedPool(tmp_path / "pool").adapter("other")
 
 
-def test_a_dora_adapter_alone(base, adapter, tmp_path):
+def test_a_dora_adapter_alone(convert, base, adapter, tmp_path):
     folder = adapter(
         "dora", use_dora=True, targets=("block.1.layer.0.SelfAttention.q", "wo")
     )
-    _convert(base, [folder], out=tmp_path / "pool")
+    convert([folder])
     pool = load_pool(tmp_path / "pool")
     _assert_same_pool(read_pool([folder], read_config(base)), pool)
     tensors = load_file(Path(folder) / "adapter_model.safetensors")
@@ -269,26 +281,24 @@ def test_a_dora_adapter_alone(base, adapter, tmp_path):
     assert not q[0].any() and not q[2].any()
 
 
-def test_dora_is_refused_next_to_others(base, adapter, tmp_path):
+def test_dora_is_refused_next_to_others(convert, base, adapter):
     plain = adapter("plain")
     dora = adapter("dora", use_dora=True)
     second = adapter("second", use_dora=True)
     for folders in ([plain, dora], [dora, plain], [dora, second]):
         with refused("(dora|second): magnitudes cannot be mixed"):
             read_pool(folders, read_config(base))
-        _refused("magnitudes cannot be mixed", base, folders, out=tmp_path / "pool")
-    manifest = _convert(
-        base, [dora, plain, second], out=tmp_path / "pool", skip_bad=True
-    )
+        _refused("magnitudes cannot be mixed", convert, folders)
+    manifest = convert([dora, plain, second], skip_bad=True)
     assert [entry["name"] for entry in manifest["adapters"]] == ["plain"]
 
 
-def test_the_manifest(base, adapter, tmp_path):
+def test_the_manifest(convert, base, adapter, tmp_path):
     folders = [
         adapter("one", alpha=4),
         adapter("wide", r=5, targets=("block.1.layer.0.SelfAttention.q",)),
     ]
-    returned = _convert(base, folders, out=tmp_path / "pool")
+    returned = convert(folders)
     manifest = io.ConvertedPool(tmp_path / "pool").manifest
     assert manifest == returned
     one, wide = manifest["adapters"]
@@ -337,7 +347,9 @@ def test_a_dry_run_reports_the_same_and_writes_nothing(base, adapter, tmp_path, 
     assert dry == [would, would]
 
 
-def test_a_dry_run_without_a_base_checks_the_files_alone(base, adapter, capsys):
+def test_a_dry_run_without_a_base_checks_the_files_alone(
+    convert, base, adapter, capsys
+):
     """Its report is that of a run with the base, except for the sites, which it cannot know."""
     good = adapter("one", base_model_name_or_path="google/flan-t5-small")
     bad = adapter("bad", bias="all")
@@ -352,7 +364,7 @@ def test_a_dry_run_without_a_base_checks_the_files_alone(base, adapter, capsys):
     )
     main([*command, bad, "--json", "--skip-bad"])
     alone = json.loads(capsys.readouterr().out)
-    whole = _convert(base, [good], dry_run=True)
+    whole = convert([good], dry_run=True)
     assert (
         alone["base"] is None
         and alone["totals"]["parameters"] == whole["totals"]["parameters"]
@@ -368,7 +380,7 @@ def test_a_dry_run_without_a_base_checks_the_files_alone(base, adapter, capsys):
 
 
 def test_one_bad_adapter_stops_everything_or_is_left_out_and_listed(
-    base, adapter, tmp_path, capsys
+    convert, base, adapter, tmp_path, capsys
 ):
     nan = {f"base_model.model.{_Q}.lora_A.weight": np.full((2, 8), np.nan, np.float32)}
     good = adapter("good")
@@ -377,11 +389,10 @@ def test_one_bad_adapter_stops_everything_or_is_left_out_and_listed(
     message = f"{bad}/adapter_model.safetensors: .*{_Q}.lora_A.weight holds NaN"
     _refused(
         f"^{message}.*Nothing was written; --skip-bad",
-        base,
+        convert,
         [good, bad],
-        out=tmp_path / "pool",
     )
-    _refused(f"^{message}", base, [bad, good], dry_run=True)
+    _refused(f"^{message}", convert, [bad, good], dry_run=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "bad",
         "base",
@@ -390,12 +401,12 @@ def test_one_bad_adapter_stops_everything_or_is_left_out_and_listed(
     ]
     _refused(
         f"none of 1 adapters can be used; the first: {message}",
-        base,
+        convert,
         [bad],
         out=tmp_path / "p",
         skip_bad=True,
     )
-    manifest = _convert(base, [good, bad, last], out=tmp_path / "pool", skip_bad=True)
+    manifest = convert([good, bad, last], skip_bad=True)
     assert [entry["folder"] for entry in manifest["adapters"]] == [
         "adapters/0000",
         "adapters/0001",
@@ -425,7 +436,7 @@ def test_one_bad_adapter_stops_everything_or_is_left_out_and_listed(
     ],
 )
 def test_what_a_pool_would_hold_is_finite(
-    base, adapter, tmp_path, kind, value, dtype, pool, message
+    convert, base, adapter, tmp_path, kind, value, dtype, pool, message
 ):
     shape = (2, 8) if kind == "lora_A" else (6, 2)
     key = f"base_model.model.{_Q}.{kind}.weight"
@@ -433,7 +444,7 @@ def test_what_a_pool_would_hold_is_finite(
         "large", alpha=4, dtype=dtype, extra={key: np.full(shape, value, dtype)}
     )
     if message is None:
-        _convert(base, [folder], out=tmp_path / "pool")
+        convert([folder])
         site, layer = places(read_config(base))[_Q]
         assert_allclose(
             load_pool(tmp_path / "pool").B[site][layer, 0], 2 * value, rtol=1e-6
@@ -442,10 +453,10 @@ def test_what_a_pool_would_hold_is_finite(
     with pytest.raises(io.AdapterError, match=f"^{folder}: {_Q}.{message}"):
         read_pool([folder], read_config(base), dtype=pool)
     if pool == "float32":
-        _refused(f"^{folder}: {_Q}.{message}", base, [folder], out=tmp_path / "pool")
+        _refused(f"^{folder}: {_Q}.{message}", convert, [folder])
         assert not (tmp_path / "pool").exists()
         return
-    _convert(base, [folder], out=tmp_path / "pool")  # which holds float32
+    convert([folder])  # which holds float32
     with pytest.raises(io.AdapterError, match=f"{_Q}.{message}"):
         load_pool(tmp_path / "pool", dtype="bfloat16")
 
@@ -511,11 +522,11 @@ def test_a_manifest_that_was_edited_is_refused(one_pool, tmp_path, change, messa
             read(folder)
 
 
-def test_two_adapters_of_one_name(base, adapter, tmp_path):
+def test_two_adapters_of_one_name(convert, base, adapter, tmp_path):
     first = adapter("one")
     again = shutil.copytree(first, tmp_path / "elsewhere/one")
     message = f"^{again}: another adapter is named 'one' already: rename one folder"
-    _refused(message, base, [first, str(again)], out=tmp_path / "pool")
+    _refused(message, convert, [first, str(again)])
     with refused(message):
         read_pool([first, str(again)], read_config(base))
 
@@ -531,9 +542,9 @@ def test_a_name_that_is_not_utf8_is_refused(base, adapter, tmp_path, capsys):
     assert not (tmp_path / "pool").exists()
 
 
-def test_options_of_adapters_without_adapters_are_refused(base, adapter, tmp_path):
+def test_options_of_adapters_without_adapters_are_refused(convert, adapter, tmp_path):
     pool = tmp_path / "pool"
-    _convert(base, [adapter("one"), adapter("two")], out=pool)
+    convert([adapter("one"), adapter("two")], out=pool)
     for options in ({"base": "x"}, {"dtype": "float16"}, {"skip_bad": True}):
         (flag,) = options
         with refused(
@@ -546,27 +557,23 @@ def test_options_of_adapters_without_adapters_are_refused(base, adapter, tmp_pat
 def test_an_out_that_exists_is_refused_before_anything_is_read(tmp_path):
     (tmp_path / "pool").mkdir()
     (tmp_path / "pool/precious").write_text("kept")
-    _refused(
-        "pool exists: give a new folder",
-        tmp_path / "no_base",
-        ["no_adapter"],
-        out=tmp_path / "pool",
-    )
+    with refused("pool exists: give a new folder"):
+        _convert(tmp_path / "no_base", ["no_adapter"], out=tmp_path / "pool")
     assert (tmp_path / "pool/precious").read_text() == "kept"
 
 
-def test_the_list_of_adapters(base, adapter, tmp_path):
+def test_the_list_of_adapters(convert, base, adapter, tmp_path):
     one = adapter("one")
     two = adapter("two")
     listed = tmp_path / "list.txt"
     listed.write_text(
         f"# mine\n\n  {two}  # the second\n", encoding="utf-8-sig"
     )  # as Windows saves it
-    manifest = _convert(base, [one], adapters_file=listed, dry_run=True)
+    manifest = convert([one], adapters_file=listed, dry_run=True)
     assert [entry["source"] for entry in manifest["adapters"]] == [one, two]
     _refused(
         r"no\.txt: no such file",
-        base,
+        convert,
         [one],
         adapters_file=tmp_path / "no.txt",
         dry_run=True,
@@ -574,35 +581,35 @@ def test_the_list_of_adapters(base, adapter, tmp_path):
     listed.write_bytes(b"\xff\xfe")
     _refused(
         r"list\.txt: not UTF-8 text .* save it as UTF-8",
-        base,
+        convert,
         [one],
         adapters_file=listed,
         dry_run=True,
     )
     listed.write_text("# nothing\n")
     _refused(
-        "no adapters given: --adapters", base, [], adapters_file=listed, dry_run=True
+        "no adapters given: --adapters", convert, [], adapters_file=listed, dry_run=True
     )
-    _refused("the pool has no folder: give --out FOLDER, or --dry-run", base, [one])
+    _refused("the pool has no folder: give --out FOLDER", convert, [one], out=None)
     with refused(rf"'{one}', one adapter: .* a list, read_pool\(\['{one}'\]\)"):
         read_pool(one, read_config(base))
 
 
 def test_the_list_of_lorahubs_adapters_comes_with_the_package(
-    base, monkeypatch, tmp_path
+    convert, monkeypatch, tmp_path
 ):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     _refused(
         r"lorahub/flan_t5_large-qasc_qa_with_separated_facts_3",
-        base,
+        convert,
         [],
         adapters_file=Path("lorahub"),
         dry_run=True,
     )
     _refused(
         "none of 196 adapters can be used; .*_separated_facts_3",
-        base,
+        convert,
         [],
         skip_bad=True,
         adapters_file=Path("lorahub"),
@@ -611,16 +618,16 @@ def test_the_list_of_lorahubs_adapters_comes_with_the_package(
     (tmp_path / "lorahub").write_text("mine\n")
     _refused(
         "'mine' is neither a folder here nor a hub id",
-        base,
+        convert,
         [],
         adapters_file=Path("lorahub"),
         dry_run=True,
     )
 
 
-def test_casting(base, adapter, tmp_path):
+def test_casting(convert, adapter, tmp_path):
     folder = adapter("one")
-    _convert(base, [folder], out=tmp_path / "pool", dtype="bfloat16")
+    convert([folder], dtype="bfloat16")
     manifest = io.ConvertedPool(tmp_path / "pool").manifest
     assert (
         manifest["cast_to"] == "bfloat16"
@@ -640,15 +647,15 @@ def test_casting(base, adapter, tmp_path):
     message = (
         f"large: {_Q}.lora_A is infinite in float16 .*choose a dtype of wider range"
     )
-    _refused(message, base, [large], dry_run=True, dtype="float16")
+    _refused(message, convert, [large], dry_run=True, dtype="float16")
 
 
-def test_weights_of_the_base_inside_an_adapter(base, adapter, tmp_path):
+def test_weights_of_the_base_inside_an_adapter(convert, base, adapter, tmp_path):
     shared = np.random.default_rng(0).standard_normal((20, 8), np.float32)
     same = adapter("same", extra={"base_model.model.shared.weight": shared})
-    _refused("has no weights", base, [same], dry_run=True)
+    _refused("has no weights", convert, [same], dry_run=True)
     save_file({"shared.weight": shared}, base / "model.safetensors")
-    manifest = _convert(base, [same], out=tmp_path / "pool")
+    manifest = convert([same])
     assert any(
         "shared.weight, equal to the base's" in note
         for note in manifest["adapters"][0]["notes"]
@@ -656,7 +663,7 @@ def test_weights_of_the_base_inside_an_adapter(base, adapter, tmp_path):
     again = io.ConvertedPool(tmp_path / "pool").adapter("same")
     assert_array_equal(again.kept["base_model.model.shared.weight"], shared)
     other = adapter("other", extra={"base_model.model.shared.weight": shared + 1})
-    _refused("unlike the base's shared.weight", base, [other], dry_run=True)
+    _refused("unlike the base's shared.weight", convert, [other], dry_run=True)
     pool = read_pool([same], read_config(base), base_tensor=base_tensor(base))
     _assert_same_pool(load_pool(tmp_path / "pool"), pool)
 
@@ -726,7 +733,7 @@ _GEMMA2 = small_llama.CONFIG | {
     ],
 )
 def test_names_of_bases_show_whether_an_adapter_belongs_to_this_one(
-    base, adapter, config, outcome, names
+    convert, base, adapter, config, outcome, names
 ):
     write_json(base / "config.json", config)
     for theirs in names:
@@ -736,9 +743,9 @@ def test_names_of_bases_show_whether_an_adapter_belongs_to_this_one(
                 rf"_config\.json: it was trained on '{theirs}', and the base is '{base}', "
                 "a model of another family"
             )
-            _refused(message, base, [folder], dry_run=True)
+            _refused(message, convert, [folder], dry_run=True)
         else:
-            (entry,) = _convert(base, [folder], dry_run=True)["adapters"]
+            (entry,) = convert([folder], dry_run=True)["adapters"]
             notes = [note for note in entry["notes"] if "trained on" in note]
             assert len(notes) == (outcome == "noted")
             assert all(
@@ -747,7 +754,7 @@ def test_names_of_bases_show_whether_an_adapter_belongs_to_this_one(
         shutil.rmtree(folder)
 
 
-def test_a_classifier_and_its_adapter_make_no_pool(base, adapter, tmp_path):
+def test_a_classifier_and_its_adapter_make_no_pool(convert, base, adapter, tmp_path):
     head = np.random.default_rng(0).standard_normal((2, 8), np.float32)
     save_file({"classification_head.out_proj.weight": head}, base / "model.safetensors")
     extra = {"base_model.model.classification_head.out_proj.weight": head}
@@ -756,21 +763,20 @@ def test_a_classifier_and_its_adapter_make_no_pool(base, adapter, tmp_path):
     )
     _refused(
         r"task_type SEQ_CLS .*: retrain it as a language model",
-        base,
+        convert,
         [folder],
-        out=tmp_path / "pool",
     )
     write_json(
         base / "config.json",
         _SIZES | {"architectures": ["T5ForSequenceClassification"]},
     )
     message = r"config\.json: architectures is \['T5ForSequenceClassification'\], .*: give the language model"
-    _refused(message, base, [folder], out=tmp_path / "pool")
+    _refused(message, convert, [folder])
     assert not (tmp_path / "pool").exists()
 
 
-def test_a_pool_of_another_base(base, adapter, tmp_path):
-    _convert(base, [adapter("one")], out=tmp_path / "pool")
+def test_a_pool_of_another_base(convert, base, adapter, tmp_path):
+    convert([adapter("one")])
     io.open_pool(tmp_path / "pool", str(base))
     write_json(base / "config.json", _SIZES | {"d_kv": 4})
     message = r"converted for .*base: encoder\.self\.q is Site\(layers=3, d_in=8, d_out=6\) there and .*d_out=8"
@@ -781,10 +787,12 @@ def test_a_pool_of_another_base(base, adapter, tmp_path):
         io.open_pool(tmp_path / "pool", str(base))
 
 
-def test_a_folder_of_peft_adapters_opens_like_a_converted_pool(base, adapter, tmp_path):
+def test_a_folder_of_peft_adapters_opens_like_a_converted_pool(
+    convert, base, adapter, tmp_path
+):
     folders = [adapter("one"), adapter("wide", r=5)]
     folder = Path(folders[0]).parent
-    _convert(base, folders, out=tmp_path / "pool")
+    convert(folders)
     converted = io.open_pool(tmp_path / "pool", str(base))
     plain = io.open_pool(folder, str(base))
     for pool in (converted, plain):
