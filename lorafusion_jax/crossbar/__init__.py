@@ -53,6 +53,7 @@ from .cost.energy import (
     Counts,
     ReadEnergy,
     WriteCost,
+    conversion_energy,
     counts,
     load_constants,
     read_energy,

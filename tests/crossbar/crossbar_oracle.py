@@ -360,8 +360,13 @@ def full_current(config: CrossbarConfig) -> np.ndarray:
     return np.asarray([converted * t / (1 - g_min(config)) for t in tops(config)])
 
 
-def code_range(config: CrossbarConfig) -> tuple[int, int]:
+def full_bits(config: CrossbarConfig) -> int:
     bits = config.adc.bits
+    return bits if isinstance(bits, int) else max(8, np.max(bits))
+
+
+def code_range(config: CrossbarConfig) -> tuple[int, int]:
+    bits = full_bits(config)
     signed = config.dac is None or config.dac.signed or subtracts(config)
     return (-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
@@ -439,10 +444,21 @@ def _once(
             seen[k].append(total[0][..., used].reshape(-1))
             if lsb is not None:
                 total, beyond = convert(
-                    scaled(total, 1 / lsb[r, k]), eps, config, rounds=rounds
+                    scaled(total, 1 / lsb[r, k]), eps, config, k, rounds=rounds
                 )
                 clipped[k] += beyond[..., used].sum((1, 2, 3, 4))
                 total = scaled(total, lsb[r, k])
+            if adc is not None and isinstance(adc.bits, tuple):
+                dropped = np.equal(adc.bits[k], 0)
+                total[:, :, dropped] = 0
+                if config.encoding.kind == "offset":
+                    levels = np.full(total.shape[-1], tops(config)[k] / 2)
+                    if config.encoding.unit_column:
+                        levels[-1] = 1 if config.encoding.flip else zeros(config)[k]
+                    levels += g_min(config) / (1 - g_min(config)) * tops(config)[k]
+                    mean = u[dropped].sum(2)[:, :, None] * levels
+                    total[0][:, dropped] = mean
+                    total[3][:, dropped] = np.abs(mean)
             total = scaled(total, weight).sum(2)
             flipped = None if chip.flipped is None else chip.flipped[k, r, c]
             value = _recombine(
@@ -546,14 +562,22 @@ def nodal(v: np.ndarray, G: np.ndarray, config: CrossbarConfig) -> np.ndarray:
 
 
 def convert(
-    four: np.ndarray, eps: float, config: CrossbarConfig, *, rounds: bool
+    four: np.ndarray, eps: float, config: CrossbarConfig, k: int, *, rounds: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the codes of sums in units of a code, [4, ...], and [2, ...] which sums are clipped.
+    """Return the codes of sums of slice k in units of a code, [4, P, J, ...], and [2, ...] which sums are clipped.
 
     `eps` is how far rounding errors may have moved a sum, relative to its magnitude.
     """
     t, _, V, magnitude = four
     low, high = code_range(config)
+    merged = np.ones(1)
+    if isinstance(config.adc.bits, tuple):  # only the upper bits of a code are known
+        merged = 2.0 ** (full_bits(config) - np.asarray(config.adc.bits[k]))
+
+    def stopped(code: np.ndarray) -> np.ndarray:
+        steps = merged[:, None, None]
+        return np.floor(code / steps) * steps + (steps - 1) / 2
+
     eps = eps * magnitude
     clipped = [(t + e > high + 0.5) | (t - e < low - 0.5) for e in (-eps, eps)]
     beyond = np.stack(clipped).astype(float)
@@ -566,7 +590,7 @@ def convert(
     if exact_ties(config):
         t = np.where(np.abs(t - nearest) < 1e-9 * np.maximum(1, np.abs(t)), nearest, t)
         eps = 0.0
-    codes = np.stack([np.clip(np.rint(t + e), low, high) for e in (-eps, eps)])
+    codes = np.stack([stopped(np.clip(np.rint(t + e), low, high)) for e in (-eps, eps)])
     code = codes.mean(0)
     slack = np.abs(codes[1] - codes[0]) / 2
     variance = np.zeros_like(t)

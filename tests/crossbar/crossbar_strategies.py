@@ -70,6 +70,7 @@ OPTIONS: dict[str, Sequence[Any]] = {
     "rounding": ["nearest"],
     "adc": ["max", "granular", "given", "calibrated", "max", "given by row", None],
     "adc_bits": [5, 3, 4, 6, 8, 12],
+    "table": [False, False, True],  # of bits, whose most is `adc_bits`
     "convert": ["slice", "slice", "sum"],
     "separate": [False, False, True],
     "gain": [None, None, None, 0.05],
@@ -233,9 +234,21 @@ def _adc(c: dict[str, Any], config: CrossbarConfig) -> ADC | None:
     if kind == "granular" and (config.dac is None or config.cell.bits is None):
         kind = "max"
     separate = c["separate"] and config.encoding.kind == "differential"
+    signed = (
+        config.dac is None
+        or config.dac.signed
+        or (config.encoding.kind == "differential" and not separate)
+    )
+    bits = c["adc_bits"]
+    rng = np.random.default_rng(c["seed"])
+    if c["table"] and c["convert"] == "slice":
+        pairs = (len(config.weight_slices), len(config.input_slices))
+        table = rng.choice([0, *range(1 + signed, c["adc_bits"] + 1)], pairs)
+        table[-1, -1] = c["adc_bits"]
+        bits = tuple(map(tuple, table.tolist()))
     adc = functools.partial(
         ADC,
-        bits=c["adc_bits"],
+        bits=bits,
         convert=c["convert"],
         separate=separate,
         gain_error=c["gain"],
@@ -244,12 +257,6 @@ def _adc(c: dict[str, Any], config: CrossbarConfig) -> ADC | None:
     )
     if not kind.startswith("given"):
         return adc(range=kind)
-    signed = (
-        config.dac is None
-        or config.dac.signed
-        or (config.encoding.kind == "differential" and not separate)
-    )
-    rng = np.random.default_rng(c["seed"])
     height = min(c["rows"] or c["d_in"], c["d_in"])
     slices = len(config.weight_slices)
     tiles = row_tiles(c, config)

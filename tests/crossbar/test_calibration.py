@@ -127,6 +127,41 @@ def test_ranges_of_a_prepared_chip_have_the_least_error_of_its_outputs():
     assert np.argmin([error(octave) for octave in range(-3, 4)]) == 3
 
 
+def test_chosen_bits_have_less_error_than_equal_ones_of_their_energy():
+    weights = normal(200, 16)
+    x = normal(64, 200)
+    config = CrossbarConfig(
+        mapping=crossbar.Mapping(scale="column"), adc=ADC(bits=8), device=REAL
+    )
+    fives = replace(config, adc=ADC(bits=((5,) * 7,) * 4))
+    on_arrays = crossbar.program_tree({"w": weights}, {"w": config}, KEY)
+    on_fives = crossbar.program_tree({"w": weights}, {"w": fives}, KEY)
+
+    def run(tree, x):
+        return matmul(x, tree["w"])
+
+    def error_and_energy(chip):
+        wrong = matmul(x, chip) - x @ crossbar.programmed_weights(chip)
+        energy = crossbar.conversion_energy(chip.config.adc)
+        conversions = crossbar.counts(chip.shape, chip.config).conversions
+        return float(jnp.sum(wrong**2)), conversions * energy.typical
+
+    def calibrated_at(tradeoff, sensitivity=1.0):
+        return crossbar.calibrate_tree(
+            run, on_arrays, [x], tradeoff=tradeoff, sensitivities={"w": sensitivity}
+        )["w"]
+
+    chip = calibrated_at(1e6)
+    table = chip.config.adc.bits
+    assert table[0][0] == 0 and table[3][6] == 2 * table[3][0] == 8
+    error, energy = error_and_energy(chip)
+    five = replace(on_fives["w"], limits=chip.limits)
+    error_of_five, energy_of_five = error_and_energy(five)
+    assert energy < energy_of_five and error < 0.1 * error_of_five
+    assert calibrated_at(1e5, sensitivity=10.0).config == chip.config
+    assert error_and_energy(calibrated_at(1e5))[1] < energy
+
+
 def test_calibrated_ranges_cover_flipped_columns_whose_cells_exceed_their_targets():
     """All cells at Gmax where half of it is the target of a flipped column: the range is what the sums reach."""
     config = CrossbarConfig(

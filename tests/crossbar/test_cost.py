@@ -157,6 +157,28 @@ def test_conversions_grow_with_bits():
     assert ends(one(5, "truncating")) == exactly(5e-12, 10e-12, 15e-12)
 
 
+def test_conversions_are_stopped_or_left_out_by_hand():
+    """Two weight slices and three input slices: two of 8 bits, 6, 4 and 2 bits, and one without a conversion."""
+    table = ((0, 2, 4), (6, 8, 8))
+    config = CrossbarConfig(
+        cell=Cell(bits=(2, 2)),
+        mapping=crossbar.Mapping(weight_bits=5),
+        dac=DAC(bits=4),
+        adc=ADC(bits=table),
+    )
+    one = 1.56e-12
+    stopped = [0.2 + 0.8 * bits / 8 for bits in (2, 4, 6, 8, 8)]
+    energy = read_energy(counts((6, 5), config), config, TYPICAL).adc
+    assert energy.typical == exactly(5 * sum(stopped) * one)
+    designed = [2.0**-4, 2.0**-4, 1, 1, 1]
+    both = [0.6 / 16, 1 / 16, 0.8, 1, 1]
+    shares = explain(config, (6, 5)).adc_energy
+    assert list(shares.values()) == exactly(
+        *(sum(energies) / 6 for energies in (stopped, designed, both))
+    )
+    assert "0.63 of full conversions" in str(explain(config, (6, 5)))
+
+
 def test_latency_by_hand():
     # 128 conversions of 0.78 ns fit into one read of 100 ns; of 10 ns they do not.
     puma = replace(PRESETS["puma"], adc=ADC(bits=8))

@@ -264,6 +264,10 @@ def same_bits(case: Case) -> bool:
     d_in, d_out = case.W.shape
     if not oracle.integer_sums(config) or config.mapping.scale == "tile":
         return False
+    if config.encoding.kind == "offset" and isinstance(
+        getattr(config.adc, "bits", 8), tuple
+    ):
+        return False  # means of sums that are left out
     if config.encoding.kind == "offset" and (
         config.encoding.flip or not config.encoding.unit_column
     ):
@@ -349,7 +353,8 @@ _WIRED = {**_TILED, "nonlinear": "wire", "signed": True, "rows": 5}
 _NONLINEAR = {"nonlinear": "iv and wire", "slice_bits": None, "signed": True}
 _RANDOM = {**_TILED, "rounding": "stochastic", "scaling": "calibrated"}
 _UNIT_GAINS = {**_TILED, "encoding": "unit column", "ratio": 10.0, "gain": 0.05}
-_GMIN = {**_TILED, "encoding": "offset", "ratio": 2.5}
+_TABLE = {"table": True, "adc_bits": 6, "bits": 4, "cells": (2, 1)}
+_GMIN = {**_TILED, **_TABLE, "encoding": "offset", "ratio": 2.5}
 _FLOAT64 = {**_TILED, "float64": True, "inputs": "beyond", "scaling": "fixed"}
 _REAL = {"cells": None, "bits": None, "encoding": "unit column", "adc": None}
 _SPARSE = {"weights": "sparse", "weight_quantile": 0.5, "scale": "column", "adc": None}
@@ -361,6 +366,7 @@ CORNERS: dict[str, tuple[list[str | None], dict[str, Any]]] = {
     "ties of calibrated steps": ([None], {**_TIES, "adc": "calibrated"}),
     "ranges by row": (_CONVERTING, {**_BY_ROW, "cells": (2, 2), "partition": "full"}),
     "Gmin and a digital offset": (["loop"], _GMIN),
+    "bits of pairs of slices": (["lookup", "packed"], {**_TILED, **_TABLE}),
     "two-sided pairs": (["loop"], {**_TILED, "encoding": "two-sided", "signed": True}),
     "gains and offsets": ([], {**_TILED, "gain": 0.05, "offset": 0.1, "signed": True}),
     "flipped columns": ([None], _FLIPPED),
@@ -386,7 +392,7 @@ LONG: dict[str, tuple[list[str | None], dict[str, Any]]] = {
     "Gmin, a unit column, gains": (["lookup"], _UNIT_GAINS),
     "flipped columns, Gmin, calibrated": (
         [None],
-        {**_FLIPPED, "ratio": 10.0, "adc": "calibrated"},
+        {**_FLIPPED, **_TABLE, "ratio": 10.0, "adc": "calibrated"},
     ),
     "nonlinear cells and wires": ([], _NONLINEAR),
 }
@@ -452,7 +458,8 @@ def assert_same_cells(
         atol=1e-12 if exact else 1e-6,
         err_msg="cells",
     )
-    assert_allclose(found.scale, wanted.scale, rtol=1e-6, err_msg="scale")
+    # A quantile is interpolated in float32.
+    assert_allclose(found.scale, wanted.scale, rtol=2e-6, err_msg="scale")
     if wanted.flipped is not None:
         assert_array_equal(found.flipped, wanted.flipped, "flipped columns")
 
@@ -545,6 +552,7 @@ def assert_not_finite(
 NOISE: dict[str, Any] = {
     "noise": st.sampled_from(["proportional", "independent"]),
     "adc_bits": st.sampled_from([7, 4, 5, 8]),
+    "table": st.just(False),
     "nonlinear": st.none(),
     "ratio": st.sampled_from([10.0, None, 2.5]),
     "batch": st.sampled_from([2, 1]),
@@ -745,6 +753,7 @@ def test_gradients_are_those_of_the_programmed_weights(case: Case, negative: boo
 
 
 GIVEN = {
+    "table": st.just(False),
     "adc": st.sampled_from(["given", "given by row"]),
     "nonlinear": st.none(),
     "float64": st.just(True),

@@ -57,6 +57,10 @@ SAVED = {
             readback=crossbar.Readback(0.01, 0.002, 0.01, repeats=4, after=2.0),
         ),
     ),
+    "a table of bits": CrossbarConfig(
+        dac=crossbar.DAC(bits=3),
+        adc=crossbar.ADC(bits=((0, 2), (2, 5), (5, 6), (6, 8))),
+    ),
     "an ADC from outside": single_slices("truncating"),
 }
 

@@ -18,6 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ...support.platform import is_traced
 from ..chip.chip import Chip, over_stack, programmed_weights, reconfigured
+from ..config.schema import tuples
+from ..cost.energy import CONSTANTS, counts
 from ..devices.physical import varying_as
 from ..mapping import encoding
 from ..mapping.adc.quantiser import converter, stacked_units
@@ -223,6 +225,60 @@ def calibrated(chip: Chip, statistics: Statistics) -> Chip:
     ):
         return dataclasses.replace(chip, plan=plans[0], columns=None, cells=None)
     return chip
+
+
+def with_chosen_bits(
+    chip: Chip, statistics: Statistics, tradeoff: float, *, sensitivity: float = 1.0
+) -> Chip:
+    """Return a calibrated chip with a table of ADC bits, one for all matrices of a stack.
+
+    It has the least sum of the energy of the conversions for one input vector, in full conversions of one converter
+    that is stopped early, and of `tradeoff` times `sensitivity` times their error power, over that of all sums.
+
+    A conversion of a step D has an error power of 4^(shift of its slices) D^2 / 12, and one that is left out that of
+    its sum.
+
+    Raises:
+      ValueError: the ADC has fewer than 8 bits, or converts sums of input slices.
+    """
+    geometry = chip.geometry
+    config = chip.config
+    adc = config.adc
+    if adc is None or chip.limits is None or not PATHS[chip.plan.path].converts:
+        return chip
+    full = adc.full_bits
+    assert geometry.code_range is not None
+    if full < 8:
+        raise ValueError(
+            f"adc.bits = {full}: bits are chosen for a converter of 8 bits or more"
+        )
+    dtype = chip.codes.dtype
+    bound = np.asarray(_extent(chip, dtype))[:, None]
+    squares = (bound * 2 ** ((np.arange(BINS) + 0.5) / _OF_SUMS - _LEAST_SUM)) ** 2
+    squares[:, 0] = 0
+    histogram = np.asarray(statistics.histogram).reshape(-1, *squares.shape).sum(axis=0)
+    powers = np.average(squares, axis=1, weights=histogram)[:, None]
+    tops = np.asarray(chip.limits)[..., 1].reshape(-1, len(powers)).max(axis=0)
+    units = np.asarray(stacked_units(geometry, config, dtype))
+    steps = (tops * units / geometry.code_range[1])[:, None]
+    shifts = np.outer(geometry.significance, geometry.input_significance)
+    shares = shifts**2 / np.sum(shifts**2 * powers)
+    fixed = CONSTANTS["adc_fixed_share"].typical
+    conversions = counts(geometry.shape, config).conversions / shifts.size
+    choices = np.array([0, *range(1 + config.signed_sums, full + 1)])
+    costs = []
+    for bits in choices:
+        energy = 0.0
+        errors = powers
+        if bits:
+            energy = fixed + (1 - fixed) * bits / full
+            errors = (steps * 2.0 ** (full - bits)) ** 2 / 12
+        power = tradeoff * sensitivity * shares * errors
+        costs.append(conversions * energy + power)
+    best = choices[np.argmin(costs, axis=0)]
+    table = tuples(best.tolist())
+    config = dataclasses.replace(config, adc=dataclasses.replace(adc, bits=table))
+    return reconfigured(chip, config, occupied=None)
 
 
 def check_numbers(chip: Chip, sums: Array | np.ndarray) -> None:

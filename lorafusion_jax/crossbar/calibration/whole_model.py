@@ -7,7 +7,7 @@ Differentiating the model with respect to these returns the sum over all reads, 
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from .one_chip import (
     calibrated,
     check_numbers,
     probe,
+    with_chosen_bits,
 )
 
 Run = Callable[
@@ -37,12 +38,28 @@ Counted = Callable[
 _NAMED = 5  # sites that a warning names
 
 
-def calibrate_tree(run: Run, weights: Any, batches: Sequence[Any]) -> Any:
+def calibrate_tree(
+    run: Run,
+    weights: Any,
+    batches: Sequence[Any],
+    *,
+    tradeoff: float | None = None,
+    sensitivities: Mapping[str, float] | None = None,
+) -> Any:
     """Return the weights with converter ranges set from the inputs and sums of the batches.
 
     Use one function `run` for all calls, because each function is compiled once. Raises a ValueError if there are no
     batches, or if they do not read a weight.
+
+    Args:
+      run: function from weights and a batch to an array that depends on every product, such as logits.
+      weights: tree with chips.
+      batches: inputs, without labels.
+      tradeoff: full conversions that an error power as large as that of the sums is worth: tables of ADC bits are
+        chosen for it (see `with_chosen_bits`); None to keep the bits.
+      sensitivities: factors of the error power by the names of chips; 1 for others.
     """
+    statistics: list[Statistics] = []
     for _ in range(2 if any(map(_awaits_inputs, chips_in(weights))) else 1):
         statistics = observe(run, weights, batches)
         leaves = chips_in(weights)
@@ -53,7 +70,14 @@ def calibrate_tree(run: Run, weights: Any, batches: Sequence[Any]) -> Any:
                 for leaf, seen in zip(leaves, statistics, strict=True)
             ],
         )
-    return weights
+    if tradeoff is None:
+        return weights
+    factors = sensitivities or {}
+    chosen = [
+        with_chosen_bits(chip, seen, tradeoff, sensitivity=factors.get(chip.name, 1.0))
+        for chip, seen in zip(chips_in(weights), statistics, strict=True)
+    ]
+    return with_chips(weights, chosen)
 
 
 def observe(run: Run, weights: Any, batches: Iterable[Any]) -> list[Statistics]:

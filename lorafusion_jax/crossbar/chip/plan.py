@@ -164,6 +164,7 @@ def _is_lossless(
     if (
         adc is None
         or geometry.code_range is None
+        or isinstance(adc.bits, tuple)
         or config.distorts
         or config.draws_at_conversion
     ):

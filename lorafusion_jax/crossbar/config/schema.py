@@ -201,7 +201,9 @@ class ADC:
     """Conversion of column currents to numbers.
 
     Attributes:
-      bits: bits of one conversion; signed sums use 2^bits - 1 levels about zero.
+      bits: bits of one conversion; signed sums use 2^bits - 1 levels about zero. A table has a row for each weight
+        slice and a column for each input slice, least significant first: bits after which a converter of 8 bits, or of
+        the most in the table, is stopped, and 0 for no conversion.
       range: `calibrated` from data, `max` (everything the array could produce: wasteful), `granular` (a step is one
         level of one cell at the smallest input), or `given` in `limits`.
       convert: after every input slice (`slice`), or once after an analogue shift-and-add (`sum`).
@@ -216,7 +218,7 @@ class ADC:
       architecture: kind of ADC (see `register_adc`): `sar` and `ramp` differ in energy and latency.
     """
 
-    bits: int = 8
+    bits: int | tuple[tuple[int, ...], ...] = 8
     range: Literal["calibrated", "max", "granular", "given"] = "calibrated"
     convert: Literal["slice", "sum"] = "slice"
     separate: bool = False
@@ -229,12 +231,20 @@ class ADC:
     architecture: str = "sar"
 
     def __post_init__(self):
-        require(
-            self,
-            "bits",
-            _is_whole(self.bits, 2, 16),
-            "give 2 to 16 bits, or adc=None for an ideal ADC",
-        )
+        object.__setattr__(self, "bits", tuples(self.bits))
+        if isinstance(self.bits, tuple):
+            rows = self.bits
+            valid = all(
+                isinstance(row, tuple) and all(_is_whole(bits, 0, 16) for bits in row)
+                for row in rows
+            )
+            remedy = (
+                "give 0 to 16 bits for each pair of a weight slice and an input slice"
+            )
+            require(self, "bits", valid, remedy)
+        else:
+            remedy = "give 2 to 16 bits, or adc=None for an ideal ADC"
+            require(self, "bits", _is_whole(self.bits, 2, 16), remedy)
         if (self.range == "given") != (self.limits is not None):
             raise ValueError(
                 "adc.limits go with adc.range='given', and only with it: give both or neither"
@@ -264,6 +274,13 @@ class ADC:
                 bool(valid),
                 "give a standard deviation of at least 0, or None",
             )
+
+    @property
+    def full_bits(self) -> int:
+        """Bits of a conversion that is not stopped."""
+        if isinstance(self.bits, int):
+            return self.bits
+        return max(8, *(bits for row in self.bits for bits in row))
 
 
 @model("rows", "cols", "partition", kw_only=True)
@@ -405,6 +422,30 @@ class CrossbarConfig:
                     "adc.range='granular' is one level at one input step: give dac and cell.bits"
                 )
             check_limits(adc.limits, len(self.weight_slices), signed=self.signed_sums)
+            if isinstance(adc.bits, tuple):
+                self._check_table(adc, adc.bits)
+
+    def _check_table(self, adc: ADC, table: tuple[tuple[int, ...], ...]) -> None:
+        """Raise a ValueError for a table of ADC bits that does not fit the slices."""
+        slices = (len(self.weight_slices), len(self.input_slices))
+        if len(table) != slices[0] or {len(row) for row in table} != {slices[1]}:
+            raise ValueError(
+                f"adc.bits = {table}: give {slices[0]} rows, one for each weight slice, of {slices[1]} numbers, one "
+                "for each input slice"
+            )
+        if adc.convert == "sum":
+            raise ValueError(
+                "adc.convert = 'sum' has one conversion for all input slices: give adc.bits as one number"
+            )
+        kept = {bits for row in table for bits in row if bits}
+        if not kept:
+            raise ValueError(
+                "adc.bits are all 0: give some conversion bits, or adc=None for an ideal ADC"
+            )
+        if 1 in kept and self.signed_sums:
+            raise ValueError(
+                "adc.bits has a 1, but these sums are signed: give 2 bits or more, or 0 for no conversion"
+            )
 
     def _check_writing(self) -> None:
         """Raise a ValueError for residual writing or a readback without a use, and set `auto` significance."""

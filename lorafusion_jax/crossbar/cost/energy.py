@@ -192,7 +192,10 @@ def counts(
     conversions = additions = 0
     if config.adc is not None:
         times = 1 if config.converts_sums else len(config.input_slices)
-        reads = times * slices * len(rows)
+        pairs = times * slices
+        if isinstance(config.adc.bits, tuple):
+            pairs = int(np.count_nonzero(config.adc.bits))
+        reads = pairs * len(rows)
         conversions = reads * columns * (2 if config.converts_each else 1)
         # Every code is shifted and added; a unit column's code is subtracted from those of its array.
         additions = conversions + (reads * d_out if config.encoding.unit_column else 0)
@@ -305,7 +308,7 @@ def read_energy(
     """
     dac, adc = _converters(config)
     drive = sum(2**bits - 1 for bits in dac.slices)
-    conversion = ARCHITECTURES[adc.architecture].energy(adc.bits, constants)
+    conversion = conversion_energy(adc, constants)
     return ReadEnergy(
         array=constants["cell_read_energy"] * (reads.cells * len(dac.slices)),
         dac=constants["dac_energy"] * (reads.rows * drive),
@@ -317,18 +320,40 @@ def read_energy(
     )
 
 
+# One converter, stopped early; one of the most bits of each weight slice; and that one, stopped early.
+ADCModel = Literal["stopped", "designed", "both"]
+
+
+def conversion_energy(
+    adc: ADC, constants: Constants = CONSTANTS, model: ADCModel = "stopped"
+) -> Range:
+    """Return the mean joules of a conversion; those that a table of bits leaves out do not count."""
+    energy = ARCHITECTURES[adc.architecture].energy
+    if isinstance(adc.bits, int):
+        return energy(adc.bits, constants)
+    energies = []
+    for row in adc.bits:
+        most = adc.full_bits if model == "stopped" else max(row)
+        for bits in filter(None, row):
+            share = 1.0 if model == "designed" else bits / most
+            working = constants["adc_fixed_share"] * (1 - share) + Range.of(share)
+            energies.append(energy(most, constants) * working)
+    return total(energies) / len(energies)
+
+
 def read_latency(
     shape: tuple[int, ...], config: CrossbarConfig, constants: Constants = CONSTANTS
 ) -> Range:
     """Return the seconds of one matrix-vector product; all arrays work at once, each with its own ADCs.
 
     While the sums of an input slice are converted, the next slice is read; `adc.convert="sum"` waits for the last one.
+    Conversions that are stopped or left out take the time of others.
     """
     dac, adc = _converters(config)
     columns = max(geometry_of(shape, config).cols) + config.encoding.unit_column
-    conversion = ARCHITECTURES[adc.architecture].time(adc.bits, columns, constants) * (
-        2 if config.converts_each else 1
-    )
+    conversion = ARCHITECTURES[adc.architecture].time(
+        adc.full_bits, columns, constants
+    ) * (2 if config.converts_each else 1)
     read = constants["array_read_time"]
     slices = len(dac.slices)
     if adc.convert == "sum":

@@ -2,9 +2,11 @@
 
 import dataclasses
 import math
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..chip.chip import Chip
 from ..chip.plan import Plan, sums_integers
@@ -13,7 +15,7 @@ from ..config.schema import CrossbarConfig
 from ..mapping.geometry import Geometry
 from ..preparation.code_errors import unused_levels
 from ..preparation.preparation import Preparation
-from .energy import Counts, counts, geometry_of
+from .energy import ADCModel, Counts, conversion_energy, counts, geometry_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,8 @@ class Explanation:
       arrays: arrays of one matrix: tiles x weight slices x polarities.
       utilisation: share of their cells that hold a weight.
       conversions: conversions of the ADCs for one input vector; 0 without ADC.
+      adc_energy: energy of a matrix's conversions, of that of full ones, by the models of `conversion_energy`; None
+        unless `adc.bits` is a table.
       lost_bits: for each weight slice, the bits that its ADC lacks to distinguish all column sums of perfect cells;
         None if sums are not integers.
       preparation: changes of the weights before they are written; () for none.
@@ -47,6 +51,7 @@ class Explanation:
     arrays: int
     utilisation: float
     conversions: int
+    adc_energy: dict[str, float] | None
     lost_bits: tuple[float, ...] | None
     preparation: tuple[str, ...]
     unused_levels: str | None
@@ -79,6 +84,7 @@ class Explanation:
                 if self.conversions
                 else "none, no ADC",
             ),
+            *([("ADC energy", _shares(self.adc_energy))] if self.adc_energy else []),
             ("lost bits", _lost(self.lost_bits)),
             *([("prepared", ", ".join(self.preparation))] if self.preparation else []),
             *([("unused", self.unused_levels)] if self.unused_levels else []),
@@ -128,6 +134,7 @@ def explain(
         arrays=taken.arrays,
         utilisation=d_in * d_out / (math.prod(tiles) * math.prod(array)),
         conversions=taken.conversions,
+        adc_energy=_adc_energy(config),
         lost_bits=_lost_bits(geometry, config),
         preparation=_preparation(
             config, taken, what.preparation if isinstance(what, Chip) else None
@@ -170,6 +177,25 @@ def _preparation(
     )
 
 
+def _adc_energy(config: CrossbarConfig) -> dict[str, float] | None:
+    adc = config.adc
+    if adc is None or isinstance(adc.bits, int):
+        return None
+    full = conversion_energy(dataclasses.replace(adc, bits=adc.full_bits)).typical
+    left = float(np.count_nonzero(adc.bits) / np.size(adc.bits))
+    return {
+        model: left * conversion_energy(adc, model=model).typical / full
+        for model in get_args(ADCModel)
+    }
+
+
+def _shares(energies: dict[str, float]) -> str:
+    return (
+        "{stopped:.2f} of full conversions in one converter that is stopped early, {designed:.2f} in a converter "
+        "designed for each weight slice, {both:.2f} in one that is also stopped"
+    ).format(**energies)
+
+
 def _lost_bits(geometry: Geometry, config: CrossbarConfig) -> tuple[float, ...] | None:
     if config.cell.bits is None or config.dac is None:
         return None
@@ -178,7 +204,15 @@ def _lost_bits(geometry: Geometry, config: CrossbarConfig) -> tuple[float, ...] 
     if not sums_integers(config):
         return None
     top = geometry.code_range[1]
-    return tuple(max(0.0, math.log2(bound / top)) for bound in geometry.bounds)
+    adc = config.adc
+    stopped = [0] * len(geometry.bounds)
+    if adc is not None and isinstance(adc.bits, tuple):
+        least = [min(filter(None, row), default=0) for row in adc.bits]
+        stopped = [adc.full_bits - bits for bits in least]
+    return tuple(
+        max(0.0, math.log2(bound / top) + bits)
+        for bound, bits in zip(geometry.bounds, stopped, strict=True)
+    )
 
 
 def _bits(slices: tuple[int, ...], none: str) -> str:

@@ -159,11 +159,19 @@ def _check(model: Any, rules: Any) -> None:
         )
 
 
-def calibrate(model: Model, batches: Sequence[Any], **options: Any) -> Model:
+def calibrate(
+    model: Model,
+    batches: Sequence[Any],
+    *,
+    tradeoff: float | None = None,
+    sensitivities: Mapping[str, float] | None = None,
+    **options: Any,
+) -> Model:
     """Return a model from `convert` with the ranges of its converters set from data.
 
     Args:
       batches: inputs of the model, one call each: an array, or a tuple of arguments.
+      tradeoff: choose tables of ADC bits, as `calibrate_tree` does with `sensitivities` of layers.
 
     Raises:
       ValueError: there are no batches, none of them reads some of the arrays, or `jax.jit` or `jax.vmap` hides values.
@@ -171,7 +179,11 @@ def calibrate(model: Model, batches: Sequence[Any], **options: Any) -> Model:
     _check_batches(batches)
     tree, rebuilt = _taken_apart(model)
     done = whole_model.calibrate_tree(
-        _run(model, options), _keyed(tree, jax.random.key(0)), batches
+        _run(model, options),
+        _keyed(tree, jax.random.key(0)),
+        batches,
+        tradeoff=tradeoff,
+        sensitivities=sensitivities,
     )
     both = zip(chips.chips_in(done), chips.chips_in(tree), strict=True)
     return rebuilt(

@@ -121,6 +121,31 @@ def _side_by_side(
     return jnp.concatenate([values, converted[..., -1].swapaxes(2, 3)], axis=3)
 
 
+def with_left_out(
+    total: Float[Array, "K A C cols"],
+    n: Float[Array, "A R rows"],
+    quantise: Converter,
+    geometry: Geometry,
+    config: CrossbarConfig,
+) -> Float[Array, "K A C cols"]:
+    """Return the codes with the mean of the conversions that are left out, as if all levels were equally frequent.
+
+    The mean is zero in differential encoding. `n` are the input codes of each sum's row tiles.
+    """
+    if quantise.merged is None or config.encoding.kind == "differential":
+        return total
+    inputs = jnp.sum(encoding.pulses(n, geometry), axis=(2, 3))
+    worth = jnp.asarray(geometry.input_significance, n.dtype)
+    left_out = jnp.where(quantise.merged == 0, worth, 0) @ inputs  # [K, A]
+    levels = jnp.asarray(geometry.levels, n.dtype)[:, None] / 2
+    means = jnp.broadcast_to(levels, (len(levels), total.shape[3]))
+    if config.encoding.unit_column:
+        means = means.at[:, -1].set(jnp.asarray(geometry.unit_levels, n.dtype))
+    means = means + kappa(geometry, config, n.dtype)[:, None]
+    lsb = quantise.lsb.T[:, :, None, None]
+    return total + left_out[:, :, None, None] * means[:, None, None] / lsb
+
+
 def finish(
     total: Float[Array, "K A C cols"],
     ones: Float[Array, "#A 1 1"],

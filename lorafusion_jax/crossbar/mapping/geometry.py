@@ -102,7 +102,7 @@ class Geometry:
         driven = max(rows) * converted_top
         code_range = None
         if adc is not None:
-            top = 2 ** (adc.bits - config.signed_sums) - 1
+            top = 2 ** (adc.full_bits - config.signed_sums) - 1
             code_range = (-top if config.signed_sums else 0, top)
         converted_slices = None
         if dac is not None:

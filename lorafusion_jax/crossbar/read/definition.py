@@ -21,7 +21,7 @@ from ..devices.physical import for_each_cell, like
 from ..devices.wires import currents
 from ..mapping import encoding
 from ..mapping.adc.quantiser import Converter
-from ..mapping.decoding import finish
+from ..mapping.decoding import finish, with_left_out
 from ..mapping.geometry import Cells, Geometry
 from .conversion_noise import of_conversions
 
@@ -243,9 +243,11 @@ def definition(
             scale = jnp.broadcast_to(
                 quantise.scale.T[:, :, None, None, None], sums.shape
             )
-            return quantise(
-                with_noise(with_mismatch(sums, chip), geometry, config, key), scale
-            )
+            merged = None
+            if quantise.merged is not None:
+                merged = quantise.merged.T[:, :, None, None, None, None]
+            noisy = with_noise(with_mismatch(sums, chip), geometry, config, key)
+            return quantise(noisy, scale, merged)
 
         sums = all_sums(
             codes, cells, key, geometry, config, integers=chip.plan.integers
@@ -262,6 +264,9 @@ def definition(
         else:
             total = total[..., 0, :]
         ones = jnp.sum(codes, axis=1)[:, None, None]
+        if quantise is not None:
+            rows = codes[:, None]
+            total = with_left_out(total, rows, quantise, geometry, config)
         one_range = quantise is None or quantise.scale.shape[0] == 1
         if chip.flipped is None and chip.scale.shape[0] == 1 and one_range:
             total = jnp.sum(total, axis=1, keepdims=True)

@@ -200,7 +200,7 @@ def lookup(
                         (own.start, chunk * size, first),
                         cols,
                     )
-                return total + worth[j] * adc(sums, adc.scale[own, None, None])
+                return total + worth[j] * adc.of_slices(sums, own, j)
 
             def step(
                 j: Array, carry: tuple[Array, list[Array]]

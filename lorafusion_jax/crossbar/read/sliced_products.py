@@ -136,9 +136,7 @@ def sliced_products(
                         (planes_of_word.start, 0, 0),
                         sums.shape[2],
                     )
-                return total + worth[j] * adc(
-                    sums, adc.scale[planes_of_word, None, None]
-                )
+                return total + worth[j] * adc.of_slices(sums, planes_of_word, j)
 
             if occupied is None:
                 return tuple(
@@ -268,6 +266,8 @@ class KernelPath(ReadPath):
         d_out = chip.shape[1]
         each = 2 if config.converts_each else 1
         adc = quantise._replace(scale=jnp.tile(quantise.scale[0], each))
+        if adc.merged is not None:
+            adc = adc._replace(merged=jnp.tile(adc.merged, (each, 1)))
         noise = _noise(2 * number, chip, tiles.dtype)
         total = self.codes(tiles, chip.columns, adc, noise, chip)
         if each == 2:
@@ -276,6 +276,7 @@ class KernelPath(ReadPath):
         if config.encoding.unit_column:
             whole = jnp.concatenate([whole, total[..., d_out:, None]], axis=3)
         ones = jnp.sum(tiles, axis=(1, 2))[:, None, None]
+        whole = decoding.with_left_out(whole, tiles, quantise, geometry, config)
         return decoding.finish(whole, ones, quantise, None, geometry, config)
 
 
@@ -331,7 +332,8 @@ class LoopPath(KernelPath):
                 reason = f"{count} conversions come out of {len(bit_fields.words)} products of integers"
                 plan = dataclasses.replace(plan, path=PackedPath.name, reason=reason)
                 return in_words(layout._replace(plan=plan), programmed, bit_fields)
-        if plan.integers and not config.draws_at_conversion:
+        stopped = config.adc is not None and isinstance(config.adc.bits, tuple)
+        if plan.integers and not config.draws_at_conversion and not stopped:
             layout = layout._replace(occupied=jnp.any(layout.columns != 0, axis=(2, 3)))
         return layout
 

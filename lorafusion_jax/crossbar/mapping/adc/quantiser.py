@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from ....support.platform import is_traced
 from ...config.schema import CrossbarConfig
@@ -34,6 +34,8 @@ class Converter(NamedTuple):
       divides: if true, `scale` is a divisor.
       rounds: False for the smooth surrogate, which only clips.
       transfer: transfer curve of the architecture, or None (see `Architecture`).
+      merged: [K, J], codes that a conversion stopped early cannot tell apart, and 0 for one that is left out; None
+        where all conversions have all bits.
     """
 
     scale: Float[Array, "*_R K"]
@@ -42,6 +44,7 @@ class Converter(NamedTuple):
     divides: bool = False
     rounds: bool = True
     transfer: Callable[..., Any] | None = None
+    merged: Float[Array, "K J"] | None = None
 
     @property
     def lsb(self) -> Float[Array, "*_R K"]:
@@ -49,15 +52,33 @@ class Converter(NamedTuple):
         return self.scale / self.qmax if self.divides else 1 / self.scale
 
     def __call__(
-        self, sums: Float[Array, "..."], scale: Float[Array, "..."]
+        self,
+        sums: Float[Array, "..."],
+        scale: Float[Array, "..."],
+        merged: Float[Array, "..."] | None = None,
     ) -> Float[Array, "..."]:
-        """Return the codes of sums, given the part of `scale` that applies to them."""
+        """Return the codes of sums, given the parts of `scale` and `merged` that apply to them."""
         scaled = self.scaled(sums, scale)
         if self.rounds:
             scaled = jnp.round(scaled)
             if self.divides:
                 scaled = self._half_to_even(scaled, sums, scale)
-        return jnp.clip(scaled, self.qmin, self.qmax)
+        codes = jnp.clip(scaled, self.qmin, self.qmax)
+        if merged is None:
+            return codes
+        if self.rounds:  # a stopped conversion knows the codes' upper bits: their mean
+            steps = jnp.maximum(merged, 1)
+            codes = jnp.floor(codes / steps) * steps + (steps - 1) / 2
+        return jnp.where(merged > 0, codes, 0)
+
+    def of_slices(
+        self, sums: Float[Array, "k B C"], weight_slices: slice, j: Int[Array, ""] | int
+    ) -> Float[Array, "k B C"]:
+        """Return the codes of some weight slices' sums of input slice j."""
+        merged = None
+        if self.merged is not None:
+            merged = self.merged[weight_slices, j, None, None]
+        return self(sums, self.scale[weight_slices, None, None], merged)
 
     def clips(self, scaled: Float[Array, "..."]) -> Bool[Array, "..."]:
         """Return which sums, in units of a code, are beyond the range."""
@@ -151,23 +172,26 @@ def converter(
     ties: Ties,
 ) -> Converter:
     """Return the quantiser that covers `limits`."""
-    assert geometry.code_range is not None
+    adc = config.adc
+    assert adc is not None and geometry.code_range is not None
     qmin, qmax = geometry.code_range
     span = limits[..., 1] * stacked_units(geometry, config, limits.dtype)[None]
+    merged = None
+    if isinstance(adc.bits, tuple):
+        bits = np.asarray(adc.bits)
+        codes = np.where(bits > 0, 2.0 ** (adc.full_bits - bits), 0)
+        merged = jnp.asarray(codes, limits.dtype)
     if ties is None:
-        if config.adc is None:
-            transfer = None
-        else:
-            transfer = ARCHITECTURES[config.adc.architecture].transfer
-        return Converter(qmax / span, qmin, qmax, transfer=transfer)
+        transfer = ARCHITECTURES[adc.architecture].transfer
+        return Converter(qmax / span, qmin, qmax, transfer=transfer, merged=merged)
     if ties == "divide":
-        return Converter(span, qmin, qmax, divides=True)
+        return Converter(span, qmin, qmax, divides=True, merged=merged)
     step = span / qmax
     fixed = jax.lax.stop_gradient(step)
     # The power of two next to it. Not by `exp2`, which is not exact.
     power = jnp.ldexp(jnp.ones_like(fixed), jnp.frexp(fixed * 1.5)[1] - 1)
     rounding = jnp.where(jnp.abs(power - fixed) < 1e-5 * fixed, power - fixed, 0)
-    return Converter(1 / (step + rounding), qmin, qmax)
+    return Converter(1 / (step + rounding), qmin, qmax, merged=merged)
 
 
 def are_power_steps(
