@@ -63,14 +63,22 @@ class Fused(NamedTuple):
 
 
 def fused(
-    model: Model, folders: list[Path], method: lf.Fusion, coefficients: Any = None
+    model: Model,
+    folders: list[Path],
+    method: lf.Fusion,
+    coefficients: Any = None,
+    base: Path | None = None,
 ) -> Fused:
-    """Fuse adapters, at given coefficients or at some of either sign."""
-    pool = lf.read_pool([str(folder) for folder in folders], model.config)
+    """Fuse adapters, at given coefficients or at some of either sign; `base` is needed for copies of its weights."""
+    pool = lf.read_pool(
+        [str(folder) for folder in folders],
+        model.config,
+        base_tensor=None if base is None else lf.base_tensor(base),
+    )
     frozen = lf.Frozen(
         nnx.state(model),
         pool,
-        _gram(pool, {site: lf.kernels(model)[site] for site in pool.A}),
+        _gram(pool, {site: lf.kernels(model, pool.sites)[site] for site in pool.A}),
     )
     index = jnp.arange(len(folders))
     params = method.init(frozen, index, jax.random.key(0))

@@ -17,6 +17,7 @@ import small_llama
 import tiny
 from json_files import read_json
 from refusals import refused
+from safetensors.numpy import load_file
 
 import lorafusion_jax as lf
 from lorafusion_jax import hardware, runs
@@ -227,18 +228,49 @@ def test_an_exported_fusion_is_read_as_an_adapter_and_merged(family, run, tmp_pa
     assert again.magnitude is not None and again.sites == _ADAPTED
 
     merged = tmp_path / "merged"
-    runs.export(runs.ExportOptions(out=merged, run=run, seed=2, format="merged"))
-    options, params, _ = lf.load_run(run)
-    setup = runs.load_setup(options)
-    problem = setup.problem.replace(index=setup.problem.index[1])
-    model, adapters, _ = problem.adapted_model(jax.tree.map(lambda p: p[1], params))
+    setup = _check_merged(run, merged, seeds=(1, 2))
+    template = lf.load_tokenizer(str(merged)).chat_template
+    assert template == setup.tokenizer.chat_template
+
+
+def _check_merged(run: Path, merged: Path, seeds: tuple[int, ...]):
+    """Export the last seed, merged, compare its logits with the fusion's, and return the run's setup."""
+    options = runs.ExportOptions(out=merged, run=run, seed=seeds[-1], format="merged")
+    runs.export(options)
+    run_options, params, _ = lf.load_run(run)
+    setup = runs.load_setup(run_options)
+    place = len(seeds) - 1
+    problem = setup.problem.replace(index=setup.problem.index[place])
+    model, adapters, _ = problem.adapted_model(jax.tree.map(lambda p: p[place], params))
     ids = jnp.array([[5, 6, 7]])
     labels = jnp.array([[8, 9, 1]])
     fused = model.label_logits(ids, ids > 0, labels, adapters)
     logits = lf.load_base(merged).label_logits(ids, ids > 0, labels, {})
     np.testing.assert_allclose(logits, fused, atol=1e-4)
-    template = lf.load_tokenizer(str(merged)).chat_template
-    assert template == setup.tokenizer.chat_template
+    return setup
+
+
+def test_a_pool_that_changes_the_head(family, tmp_path):
+    """The base's head is tied, and the merged one is not."""
+    rng = np.random.default_rng(1)
+    config = family.config
+    fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    shapes = {
+        "base_model.model.lm_head.lora_A.weight": (2, config.d_model),
+        "base_model.model.lm_head.lora_B.weight": (config.vocab_size, 2),
+    }
+    folders = []
+    for adapter in family.adapters[:2]:
+        tensors = load_file(adapter / "adapter_model.safetensors")
+        for name, shape in shapes.items():
+            tensors[name] = rng.standard_normal(shape, np.float32)
+        folders.append(tmp_path / adapter.name)
+        lf.io.write_adapter(folders[-1], fields, tensors)
+    _convert(family.base, folders, tmp_path / "pool")
+    options = family.options("head", pool=str(tmp_path / "pool"))
+    lf.fuse(options)
+    _check_merged(options.out / "head", tmp_path / "merged", seeds=(1,))
+    assert config.tied and not lf.load_base(tmp_path / "merged").config.tied
 
 
 def test_a_plan_and_the_costs_of_methods(family):

@@ -251,9 +251,8 @@ def precomputed(adapters: Mapping[str, Any], model: Model) -> dict[str, Any]:
             return update.low_rank()
         return Dense(update.delta, update.scale, apart=True)
 
-    return {
-        site: of_site(update, kernels(model)[site]) for site, update in adapters.items()
-    }
+    weights = kernels(model, adapters)
+    return {site: of_site(update, weights[site]) for site, update in adapters.items()}
 
 
 def _scaled(y: Array, scale: Array | None) -> Array:

@@ -148,7 +148,7 @@ def program(
     if frozen.norms is not None and norm == "programmed":
         adapted = {
             site: kernel
-            for site, kernel in kernels(model).items()
+            for site, kernel in kernels(model, frozen.norms).items()
             if site in frozen.norms
         }
         programmed = dataclasses.replace(programmed, norms=jax.jit(norms)(adapted))
@@ -159,12 +159,14 @@ def program(
     if norm == "ideal":
         terms = frozen.gram
         if isinstance(terms, PairTerms):
-            terms = jax.jit(gram)(pool, kernels(nnx.merge(graph, frozen.base)))
+            terms = jax.jit(gram)(
+                pool, kernels(nnx.merge(graph, frozen.base), pool.sites)
+            )
         return dataclasses.replace(
             programmed, gram=terms and dataclasses.replace(terms, modules=pool)
         )
     return dataclasses.replace(
-        programmed, gram=jax.jit(gram)(in_arrays, kernels(model))
+        programmed, gram=jax.jit(gram)(in_arrays, kernels(model, pool.sites))
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..adapters.basis import check_size, directions, in_directions
-from ..models.architecture import linear_shapes
+from ..models.architecture import adaptable_shapes
 from ..support.checks import flags_given
 from ..support.options import (
     AnyBaseOptions,
@@ -154,7 +154,7 @@ def _convert(
         )
     opened = None if options.base is None else open_base(options.base)
     config = opened and opened.config
-    shapes = None if opened is None else linear_shapes(opened.config)
+    shapes = None if opened is None else adaptable_shapes(opened.config)
     tensor_of_base = None if opened is None else base_tensor(opened)
     adapters: dict[str, dict[str, Any]] = {}
     skipped = []

@@ -7,6 +7,7 @@ DoRA.
 Axis letters: L layer, N adapters of a fusion, r rank.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,8 +20,8 @@ from jaxtyping import Array, Float, Int
 from ..adapters.composition import check_mix
 from ..adapters.pool import LoraPool
 from ..adapters.updates import Composition, LowRank, WeightDecomposed
-from ..models.architecture import Architecture, Model, kernels, set_matrices
-from ..models.layers import Adapter, check_sites
+from ..models.architecture import HEAD, Architecture, Model, kernels, set_matrices
+from ..models.layers import Adapter, Base, check_sites
 from ..models.registry import family_of
 from ..models.weights import Weight, dense
 from .peft.config import plain_config
@@ -90,7 +91,7 @@ def lora_adapter(
     `adapters` holds by site A [L, d_in, r] and B [L, r, d_out] with the scaling folded in; the other arguments are
     those of `fused_adapter`. Raises a ValueError for arrays of other layers than the site has.
     """
-    check_sites(adapters, config.sites)
+    check_sites(adapters, config.adaptable)
     factors = {
         (site, layer): (A.T, B)
         for site, lora in adapters.items()
@@ -107,15 +108,24 @@ def lora_adapter(
 def merged_base(model: Model, adapters: Mapping[str, Adapter]) -> Model:
     """Return a copy of a model with adapters merged into its kernels, W' = (W + dW) * scale, in float32.
 
+    A tied head that they change becomes a matrix of its own.
+
     Raises a ValueError for an adapter at a site that the model lacks.
     """
-    check_sites(adapters, model.config.sites)
+    check_sites(adapters, model.config.adaptable)
     merged = nnx.clone(model)
     adapted = {
         site: _merge(adapters[site], kernel)
-        for site, kernel in kernels(model).items()
+        for site, kernel in kernels(model, adapters).items()
         if site in adapters
     }
+    if HEAD in adapted:
+        head = adapted.pop(HEAD)[0]
+        if model.config.tied:
+            merged.config = dataclasses.replace(model.config, tied=False)
+            setattr(merged, "head", Base(head))
+        else:
+            adapted["head"] = head
     set_matrices(merged, adapted)
     return merged
 
@@ -145,7 +155,7 @@ def _adapter(
     tensors = {}
     ranks = {}
     for (site, layer), (A, B) in factors.items():
-        path = config.sites[site].path_of(layer)
+        path = config.adaptable[site].path_of(layer)
         module = f"base_model.model.{path}"
         ranks[path] = max(1, len(A))
         # PEFT has no rank of zero.

@@ -294,6 +294,9 @@ def put_base(
         if content.get(name) is not None
     }
     changed = _with_older_rope(content) | dtypes
+    # A T5's field says whether logits are scaled; its readers compare the weights.
+    if base.config.causal and base.checkpoint.head in tensors:
+        changed |= {"tie_word_embeddings": False}
     if changed != content:
         write_text(path, f"{json.dumps(changed, indent=2)}\n")
     save_tensors(folder / "model.safetensors", tensors)

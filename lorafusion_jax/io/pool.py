@@ -26,7 +26,7 @@ import numpy as np
 
 from ..adapters.basis import SharedBasis
 from ..adapters.pool import LoraPool, positions
-from ..models.architecture import Architecture, linear_shapes
+from ..models.architecture import Architecture, adaptable_shapes
 from ..models.registry import recorded_config
 from ..support.reading import FileError, error_context, expand_user
 from . import store
@@ -116,7 +116,7 @@ class ConvertedPool:
         adapted = {
             site for entry in self.manifest["adapters"] for site in entry["sites"]
         }
-        sites = [site for site in self.config.sites if site in adapted]
+        sites = [site for site in self.config.adaptable if site in adapted]
         return tuple(dict.fromkeys(site.rpartition(".")[2] for site in sites))
 
     def load(
@@ -140,9 +140,9 @@ class ConvertedPool:
 
     def check_base(self, config: Architecture) -> None:
         """Raise a ValueError if the pool was converted for a base model with other shapes."""
-        for name in {**self.config.sites, **config.sites}:
-            pool_site = self.config.sites.get(name)
-            base_site = config.sites.get(name)
+        for name in {**self.config.adaptable, **config.adaptable}:
+            pool_site = self.config.adaptable.get(name)
+            base_site = config.adaptable.get(name)
             if pool_site != base_site:
                 raise ValueError(
                     f"the pool was converted for {self.manifest['base']['source']}: {name} is {pool_site} there "
@@ -167,7 +167,7 @@ class ConvertedPool:
             **fields,
             rank={site: jnp.asarray(rank, jnp.int32) for site, rank in ranks.items()},
             names=tuple(description["modules"]),
-            sites=tuple(site for site in self.config.sites if site in ranks),
+            sites=tuple(site for site in self.config.adaptable if site in ranks),
         )
         return basis if k is None else basis.first(k)
 
@@ -217,7 +217,7 @@ class ConvertedPool:
         modules = len(description["modules"])
         expected = {}
         for name, rank in description["rank"].items():
-            site = self.config.sites.get(name)
+            site = self.config.adaptable.get(name)
             if site is None or [len(row) for row in rank] != [modules] * site.layers:
                 raise FileError(
                     self.basis_folder,
@@ -316,7 +316,7 @@ class AdapterFolders:
     @functools.cached_property
     def _adapters(self) -> list[PeftAdapter]:
         # Copies of base weights need the base.
-        shapes = linear_shapes(self.config) if self.base else None
+        shapes = adaptable_shapes(self.config) if self.base else None
         tensor = base_tensor(self._base) if self.base else None
         return [
             read_adapter(str(self.folder / name), shapes=shapes, base_tensor=tensor)

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from ..adapters.pool import LoraPool
-from ..models.architecture import Architecture, linear_shapes, places
+from ..models.architecture import Architecture, adaptable_shapes, places
 from ..support.reading import FileError
 from .hf import Base, aligned_zeros
 from .peft.adapter import CONFIG, WEIGHTS, AdapterError, PeftAdapter, read_adapter
@@ -63,7 +63,7 @@ def read_pool(
         raise ValueError(
             f"sources is {str(sources)!r}, one adapter: expected a list, read_pool([{str(sources)!r}])"
         )
-    shapes = linear_shapes(config)
+    shapes = adaptable_shapes(config)
     adapters = [
         read_adapter(source, shapes=shapes, base_tensor=base_tensor, base=base)
         for source in sources
@@ -88,7 +88,7 @@ def stacked(
     B = {}
     ranks = {}
     scaling = {}
-    for name, site in config.sites.items():
+    for name, site in config.adaptable.items():
         if not any(name in table for table in tables):
             continue
         lacks: SiteRanks = {"rank": [0] * site.layers, "scaling": [0.0] * site.layers}
@@ -176,11 +176,11 @@ def rank_table(adapter: PeftAdapter, config: Architecture) -> Ranks:
     table: Ranks = {}
     for path, (a, _) in adapter.factors.items():
         site, layer = located(path, config)
-        layers = config.sites[site].layers
+        layers = config.adaptable[site].layers
         row = table.setdefault(site, {"rank": [0] * layers, "scaling": [0.0] * layers})
         row["rank"][layer] = a.shape[0]
         row["scaling"][layer] = adapter.scaling[path]
-    return {site: table[site] for site in config.sites if site in table}
+    return {site: table[site] for site in config.adaptable if site in table}
 
 
 def located(path: str, config: Architecture) -> tuple[str, int]:
@@ -248,7 +248,7 @@ def load_adapter(
         raise FileError(pool, got=got, fix="convert the adapters again")
     check_files(pool, {name: files[name] for name in names})
     adapter = read_adapter(
-        str(folder), shapes=linear_shapes(base), compared=entry["kept"]
+        str(folder), shapes=adaptable_shapes(base), compared=entry["kept"]
     )
     # Its pages were read to check the numbers, and are not needed before the pool's arrays are filled.
     release(next(iter(adapter.factors.values()))[0])

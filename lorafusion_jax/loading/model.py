@@ -223,7 +223,12 @@ def _frozen(
     method = options.entry.build(built)
     return (
         method,
-        on_mesh(method.precompute(Frozen(base, pool), kernels(model)), model.config),
+        on_mesh(
+            method.precompute(
+                Frozen(base, pool), kernels(model, pool.sites if pool else ())
+            ),
+            model.config,
+        ),
         digests,
     )
 

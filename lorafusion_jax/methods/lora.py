@@ -133,7 +133,9 @@ class LoRA(Method):
           ValueError: the other method adapts no site, or one that this one does not.
         """
         starts = []
-        base = kernels(nnx.merge(source.graph, source.frozen.base))
+        pool = source.frozen.pool
+        model = nnx.merge(source.graph, source.frozen.base)
+        base = kernels(model, pool.sites if pool else ())
         for place, index in enumerate(source.index):
             seed_params = jax.tree.map(lambda p, at=place: p[at], source_params)
             seed_fresh = jax.tree.map(lambda p, at=place: p[at], fresh)

@@ -22,13 +22,15 @@ from typing import (
     runtime_checkable,
 )
 
+import jax
+import jax.numpy as jnp
 import msgspec
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from .layers import Adapters, Base, Logits, Mask, Rows, Source, Target
-from .weights import Weight
+from .layers import Adapters, Base, Hidden, Logits, Mask, Rows, Source, Target
+from .weights import Weight, dense
 
 # The tokens of a row: the input (source) and the model's answer (target).
 Part = Literal["source", "target"]
@@ -40,6 +42,8 @@ Size = Annotated[int, msgspec.Meta(ge=1, le=10_000_000)]
 Layers = Annotated[int, msgspec.Meta(ge=1, le=10_000)]
 # Time of an operation on scores, with softmax and masks, over that of one in a product with a matrix: measured.
 _SCORES = 4.0
+# Name of the head among the matrices that an adapter may change.
+HEAD = "head.lm_head"
 # Versions of transformers have a text model at `language_model.model`, `model`, `model.language_model` and so on.
 _WRAPPERS = re.compile(r"^(?:(?:model|language_model|text_model)\.)+")
 
@@ -144,6 +148,11 @@ class Architecture:
         """Every site by name, in the order of the computation, stack by stack."""
         raise NotImplementedError
 
+    @functools.cached_property
+    def adaptable(self) -> Mapping[str, Site]:
+        """Every site and the head, which only a pool's adapters change."""
+        return {**self.sites, HEAD: Site(1, *self.head, path="lm_head", stage="head")}
+
     @property
     def longest_row(self) -> int | None:
         """Most tokens of a row, prompt and answer together; None where positions have no limit."""
@@ -174,6 +183,7 @@ class Model(Protocol):
     """A model: an NNX module that holds the frozen base weights. Adapters are an argument of its methods."""
 
     config: Architecture
+    embedding: Base
 
     def variables(self) -> dict[str, Base]:
         """Return the variables that multiply activations.
@@ -371,15 +381,34 @@ def _abstract(
     return nnx.split(nnx.eval_shape(lambda: model(config, rngs=nnx.Rngs(0))))
 
 
-def kernels(model: Model) -> dict[str, Weight]:
-    """Return the kernel of every site, [L, d_in, d_out], in the order of `Architecture.sites`."""
+def kernels(model: Model, adapted: Collection[str] = ()) -> dict[str, Weight]:
+    """Return the kernel of every site, [L, d_in, d_out], in the order of `Architecture.sites`.
+
+    The head's, [1, D, V], is among them only if it is `adapted`.
+    """
     weights = matrices(model)
-    return {name: weights[name] for name in model.config.sites}
+    of_sites = {name: weights[name] for name in model.config.sites}
+    if HEAD in adapted:
+        of_sites[HEAD] = jax.tree.map(lambda a: a[None], head_kernel(model))
+    return of_sites
+
+
+def head_kernel(model: Model) -> Weight:
+    """Return the head [D, V], of a tied one the embedding, transposed."""
+    if model.config.tied:
+        return dense(model.embedding.get_value(), jnp.float32).T
+    return matrices(model)["head"]
 
 
 def matrices(model: Model) -> dict[str, Weight]:
     """Return every weight that multiplies activations: the kernels, and `head` [D, V] unless it is tied."""
     return {name: variable.get_value() for name, variable in model.variables().items()}
+
+
+def adapted_head(model: Model, x: Hidden, adapters: Adapters) -> Logits:
+    """Return the logits of a head with an adapter, which is stacked for one layer."""
+    adapter = jax.tree.map(lambda a: a[0], adapters[HEAD])
+    return adapter(x, head_kernel(model))
 
 
 def set_matrices(model: Model, weights: Mapping[str, Weight]) -> None:
@@ -416,15 +445,22 @@ def places(config: Architecture) -> Mapping[str, tuple[str, int]]:
     """Return (site, layer) of every matrix that an adapter may sit on, by its Hugging Face module path."""
     return {
         site.path_of(layer): (name, layer)
-        for name, site in config.sites.items()
+        for name, site in config.adaptable.items()
         for layer in range(site.layers)
     }
 
 
 def linear_shapes(config: Architecture) -> dict[str, tuple[int, int]]:
-    """Return (d_in, d_out) of every adaptable matrix by its Hugging Face module path."""
+    """Return (d_in, d_out) of every linear map of the blocks by its Hugging Face module path."""
+    shapes = adaptable_shapes(config)
+    del shapes[config.adaptable[HEAD].path]
+    return shapes
+
+
+def adaptable_shapes(config: Architecture) -> dict[str, tuple[int, int]]:
+    """Return (d_in, d_out) of every matrix that a pool's adapters may change, as `linear_shapes` does."""
     return {
-        path: (config.sites[name].d_in, config.sites[name].d_out)
+        path: (config.adaptable[name].d_in, config.adaptable[name].d_out)
         for path, (name, _) in places(config).items()
     }
 

@@ -213,6 +213,10 @@ def put_export(folder: Path, format: Format, base: Base, export: Export) -> None
             raise ValueError(
                 "a GGUF LoRA has no magnitudes: use --format gguf-f16 or gguf-q8_0, which merge them"
             )
+        if base.config.tied and any(".lm_head." in name for name in tensors):
+            raise ValueError(
+                "a GGUF LoRA cannot change a tied head: use --format gguf-f16 or gguf-q8_0, which give it a matrix"
+            )
         alpha = fields["lora_alpha"]
         # llama.cpp multiplies B A by alpha / r with each matrix's own r; PEFT's alpha_pattern makes that 1.
         scaled = {
@@ -254,7 +258,7 @@ def _adapter(
         isinstance(update, Rescaled) for update in adapters.values()
     ):
         adapted = {
-            name: site for name, site in config.sites.items() if name in magnitudes
+            name: site for name, site in config.adaptable.items() if name in magnitudes
         }
         adapters = {  # PEFT has magnitudes only next to an update: here one of rank 1 that is zero
             name: LowRank(
@@ -315,7 +319,9 @@ def merge(options: MergeOptions) -> str:
     if options.format in MERGED:
         model = base.load(hashed=True)
         fusion = Fusion(magnitudes=False)
-        frozen = fusion.precompute(Frozen(nnx.state(model), pool), kernels(model))
+        frozen = fusion.precompute(
+            Frozen(nnx.state(model), pool), kernels(model, pool.sites)
+        )
         adapters, _ = fusion.adapters({"coefficients": coefficients}, frozen, index)
         result = merged_export(merged_base(model, adapters), base, options.dtype)
     else:

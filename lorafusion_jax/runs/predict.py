@@ -19,7 +19,7 @@ from ..io.pool import open_pool
 from ..loading.model import Texts, load_model, load_texts
 from ..loading.spec import LoadOptions
 from ..methods.base_alone import ZeroShot
-from ..models.architecture import kernels
+from ..models.architecture import HEAD, kernels
 from ..models.generate import GREEDY, Sampling
 from ..support.checks import at_least, check_uint32
 from ..support.options import (
@@ -172,11 +172,15 @@ class _Answering:
         shapes = jax.eval_shape(leaves)
         plain = all(isinstance(kernel, jax.Array) for kernel in kernels(model).values())
         size = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-        sites = [problem.config.sites[name] for name in shapes]
+        sites = [problem.config.adaptable[name] for name in shapes]
         merging = sum(
             site.layers * site.d_in**2 * site.d_out for site in sites
         )  # products of `merged_base`
-        if not plain or merging >= size * (tokens + steps * max(rows, _READING)):
+        if (
+            HEAD in shapes
+            or not plain
+            or merging >= size * (tokens + steps * max(rows, _READING))
+        ):
             return self.params, problem
         adapters, _ = adapters_of(*parts)
         merged = nnx.state(merged_base(model, adapters))

@@ -165,7 +165,7 @@ def _weighted_sum(
     pool = on_mesh(pool, setup.config)
     fusion = Fusion(magnitudes=False)
     model = nnx.merge(setup.problem.graph, base)
-    frozen = fusion.precompute(Frozen(base, pool), kernels(model))
+    frozen = fusion.precompute(Frozen(base, pool), kernels(model, pool.sites))
     seeds = len(options.seeds)
     problem = setup.problem.replace(
         method=fusion,

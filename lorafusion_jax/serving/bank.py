@@ -158,14 +158,14 @@ class TaskBank:
         """
         at_least(1, capacity=capacity)
         model = nnx.merge(graph, frozen.base)
-        sites = model.config.sites
+        sites = model.config.adaptable
         coefficients = None
         pool = frozen.pool
         if not scaled:
             frozen = dataclasses.replace(frozen, gram=None, norms=None)
         elif pool is not None and not isinstance(frozen.gram, Gram):
             frozen = dataclasses.replace(
-                frozen, gram=jax.jit(gram)(pool, kernels(model))
+                frozen, gram=jax.jit(gram)(pool, kernels(model, pool.sites))
             )
         if pool is not None:
             shape = coefficients_lib.shape(pool, len(pool), granularity)
@@ -229,7 +229,7 @@ class TaskBank:
         ):
             frozen = with_norms(
                 frozen,
-                kernels(nnx.merge(self.graph, frozen.base)),
+                kernels(nnx.merge(self.graph, frozen.base), params["magnitudes"]),
                 params["magnitudes"],
             )
         entry = _entry(
@@ -348,7 +348,7 @@ class TaskBank:
         config = nnx.merge(self.graph, self.frozen.base).config
         layers = {
             name: site.layers
-            for name, site in config.sites.items()
+            for name, site in config.adaptable.items()
             if name in adapted_sites
         }
         width = shape[2] if padded else 0

@@ -127,16 +127,19 @@ def rules(config: Architecture) -> Rules:
         if id(node) in variables
     }
     names_by_split = {
-        split: [name for name, site in config.sites.items() if site.split == split]
+        split: [name for name, site in config.adaptable.items() if site.split == split]
         for split in get_args(Split)
     }
     split_paths: list[tuple[str, tuple[str | None, ...]]] = [
-        (rf"\b{name}\b", _SPLIT[split]) for name, split in config.splits.items()
+        (rf"\b{name}\b(?!\.)", _SPLIT[split]) for name, split in config.splits.items()
     ]
     for split, names in names_by_split.items():
         if names:
             split_paths.append(
-                (rf"\b({'|'.join(paths[name] for name in names)})\b", _SPLIT[split])
+                (
+                    rf"\b({'|'.join(paths[name] for name in names if name in paths)})\b",
+                    _SPLIT[split],
+                )
             )
             sites = rf"({'|'.join(map(re.escape, names))})(?![\w.])"
             if split == "rows":

@@ -155,6 +155,8 @@ def problem(model: Model, pool: Pool | None, method: Method) -> Problem:
       method: trained method.
     """
     graph, base = nnx.split(model)
-    frozen = method.precompute(Frozen(base, pool), kernels(model))
+    frozen = method.precompute(
+        Frozen(base, pool), kernels(model, pool.sites if pool else ())
+    )
     index = jnp.arange(0 if pool is None else len(pool))
     return Problem(graph=graph, method=method, frozen=frozen, index=index)

@@ -124,6 +124,13 @@ def test_every_spelling_of_the_keys_is_read_and_kept(write, tmp_path, spell):
     _assert_same(_resaved(adapter, tmp_path / "again"), tensors)
 
 
+def test_the_head_has_another_name_in_files_of_tinker(write, tmp_path):
+    tensors = _TENSORS | _factors(path="model.unembed_tokens")
+    adapter = read_adapter(write(tensors), shapes=_SHAPES | {"lm_head": (6, 10)})
+    assert set(adapter.factors) == {_Q, _V, "lm_head"}
+    _assert_same(_resaved(adapter, tmp_path / "again"), tensors)
+
+
 @pytest.mark.parametrize("suffix", ["", ".weight", ".default", ".default.weight"])
 def test_dora_magnitudes_with_and_without_weight(write, tmp_path, suffix):
     magnitudes = {_Q: np.arange(10, dtype=np.float32), _V: np.ones(10, np.float32)}
@@ -577,7 +584,7 @@ def test_a_path_that_the_base_lacks_and_a_wrong_base(write):
     )
     _refused(
         write(_TENSORS | _factors(path="lm_head")),
-        "lm_head.* LoRA on the head, and only modules of blocks",
+        "lm_head.*: the base has no linear module lm_head",
     )
     _refused(write(_TENSORS), "wrong base.* 2 of 2", shapes={_Q: (8, 8), _V: (8, 8)})
     classifier = _factors(path="transformer.encoder.block.0.layer.0.SelfAttention.q")

@@ -707,6 +707,47 @@ def test_gradients(base, model, fusion, composition):
         )
 
 
+@pytest.mark.filterwarnings("ignore")  # PEFT warns of tied heads
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen3_5_text", "t5"])
+def test_lora_on_the_head(tmp_path, kind):
+    """The heads of a Gemma 2 and of this T5 are tied, and PEFT saves copies of heads and embeddings."""
+    import peft
+
+    base = _made(tmp_path / "base", kind, _FAMILIES[kind])
+    model = lf.load_base(base)
+    folders = [tmp_path / name for name in _FUSED["mix"]]
+    for folder in folders:
+        config = peft.LoraConfig(
+            target_modules=["q_proj", "q", "lm_head"], **_ADAPTERS[folder.name]
+        )
+        adapted = peft.get_peft_model(_read(base), config)
+        peft_models.randomise(adapted, std=0.2).save_pretrained(
+            folder, save_embedding_layers=True
+        )
+    read = functools.partial(fused, model, base=base)
+    one = read(folders[:1], lf.Fusion(magnitudes=False), 1.0)
+    _check(_theirs(_read_adapted(base, folders[0])), model, one.adapters)
+
+    both = read(folders, lf.Fusion())
+    pool = both.frozen.pool
+    assert pool.sites[-1] == "head.lm_head"
+    adapter = fused_adapter(
+        model.config,
+        pool,
+        jnp.arange(2),
+        expand(both.params["coefficients"], pool, "block"),
+        "sum",
+        base=str(base),
+        magnitudes=both.params["magnitudes"],
+    )
+    write_adapter(tmp_path / "fused", *adapter)
+    _check(_theirs(_read_adapted(base, tmp_path / "fused")), model, both.adapters)
+    lf.save_base(lf.merged_base(model, both.adapters), tmp_path / "merged", base)
+    merged = _read(tmp_path / "merged")
+    _check(_theirs(merged), model, both.adapters)
+    _check_said(merged, model, both.adapters)
+
+
 @pytest.mark.parametrize("kind", _VARIANTS)
 def test_rope_scalings_tied_heads_and_further_families(tmp_path, kind):
     changes = {"model_type": "llama"} | _VARIANTS[kind]

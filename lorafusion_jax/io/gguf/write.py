@@ -103,6 +103,15 @@ def write_merged(
                     key, field.contents(), field.types[0], sub_type=sub
                 )
         stored = [*base.stored()]
+        in_file = {place.name for _, place, _ in stored if place is not None}
+        layout = gguf_layout(base.config["model_type"], "model_type")
+        places = _places(layout, base.config)
+        # The head, if it was tied in the base.
+        stored += [
+            (*places[name], tensor)
+            for name, tensor in tensors.items()
+            if name not in in_file
+        ]
     else:
         metadata, stored = _described(base, tensors)
         writer = GGUFWriter(file, metadata.pop("general.architecture"))

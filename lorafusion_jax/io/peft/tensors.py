@@ -53,6 +53,7 @@ def collect(
     Keys may have any spelling that PEFT or its users have written. Without shapes these are not compared.
     """
     known = {unwrapped(path): path for path in shapes or ()}
+    known["unembed_tokens"] = "lm_head"  # in files of Tinker
     parts: dict[str, Part] = {}
     ignored: dict[str, str] = {}
     for key, array in tensors.items():
@@ -223,10 +224,6 @@ def _check_shapes(
     path = misfits[0]
     key_a, a = parts[path]["lora_A"]
     key_b, b = parts[path]["lora_B"]
-    if path.rpartition(".")[2] == "lm_head":
-        raise ValueError(
-            f"{key_a} is LoRA on the head, and only modules of blocks can be mixed: retrain without it"
-        )
     if path in shapes:
         d_in, d_out = shapes[path]
         got = f"{key_a} {list(a.shape)} and {key_b} {list(b.shape)}: expected [r, {d_in}] and [{d_out}, r]"

@@ -4,7 +4,7 @@ import re
 
 from ..architecture import Checkpoint, Family, Slot
 from .config import DecoderConfig, Rope
-from .families import FAMILIES, NAMES, WITH_IMAGES
+from .families import ALIASES, FAMILIES, NAMES, WITH_IMAGES
 from .gguf import GGUF
 from .hf_config import read_config
 from .model import Decoder
@@ -17,6 +17,7 @@ _IMAGES = (
     "vision_tower.*",
     "vision_model.*",
     "multi_modal_projector.*",
+    "mm_projector.*",
     "connector.*",
 )
 # Modules of tunix's decoders, where one kernel may hold several linear maps.
@@ -86,7 +87,7 @@ def _checkpoint(config: DecoderConfig) -> Checkpoint:
         # Early Llama checkpoints hold the frequencies of the rotary positions.
         unused=("model.layers.*.self_attn.rotary_emb.inv_freq",),
         unread=()
-        if stem == "model"
+        if stem == "model" and config.model_type not in ALIASES
         else (*_IMAGES, *(f"model.{name}" for name in _IMAGES)),
         others=_others,
     )
@@ -124,7 +125,7 @@ FAMILY = Family(
     name="decoder",
     members="Llama, Mistral, Ministral 3, Qwen2, Qwen3, Gemma 1 to 3 (text), Phi-3, Granite, SmolLM3, OLMo 2 or 3, "
     "Hunyuan, or a model for images with such a text model",
-    model_types=(*FAMILIES, *WITH_IMAGES),
+    model_types=(*FAMILIES, *WITH_IMAGES, *ALIASES),
     names=NAMES,
     config=DecoderConfig,
     read_config=read_config,

@@ -178,6 +178,8 @@ def _hunyuan(hf: Any) -> Fields:
     return {"qk_norm": True, "late_qk_norm": True, "rope": rope}
 
 
+# Models with the weights of another family next to parts that are left out, and that family.
+ALIASES = {"llava_llama": "llama", "llava_mistral": "mistral"}
 # Models for images and text, which are read for text alone, and the module that is their text model, one of `FAMILIES`.
 WITH_IMAGES = dict.fromkeys(
     ("gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mistral3", "llava"),

@@ -15,7 +15,7 @@ import msgspec
 from ...support.reading import decode_as
 from ..architecture import Layers, Size
 from .config import DecoderConfig
-from .families import FAMILIES, WITH_IMAGES, Fields, biased, head_width
+from .families import ALIASES, FAMILIES, WITH_IMAGES, Fields, biased, head_width
 from .hf_rope import rope_of
 
 _ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {
@@ -118,7 +118,7 @@ def read_config(
                 "--load-in nf4 loads it in 4 bits"
             )
         raise ValueError(f"the weights are quantised by {method}: {fix}")
-    full_config = _filled(kind, raw)
+    full_config = _filled(ALIASES.get(kind) or kind, raw)
     # A model for images and text has the config of a text model inside.
     if isinstance(full_config, types.SimpleNamespace):
         hf = full_config

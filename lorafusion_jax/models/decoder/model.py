@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from ...support.platform import for_cpu
-from ..architecture import Architecture
+from ..architecture import HEAD, Architecture, adapted_head
 from ..bit_cast import pack, unpack
 from ..layers import (
     Adapters,
@@ -272,7 +272,9 @@ class Decoder(nnx.Module):
         self, ids: Target, mask: Bool[Array, "B T"], adapters: Adapters | None = None
     ) -> Logits:
         """Return the logits that follow every token, padded on either side; those of padding have no meaning."""
-        return self._logits(self._run(ids, [self._of_rows(mask)], adapters or {})[0])
+        return self._logits(
+            self._run(ids, [self._of_rows(mask)], adapters or {})[0], adapters or {}
+        )
 
     @property
     def structure(self) -> DecoderConfig:
@@ -316,7 +318,7 @@ class Decoder(nnx.Module):
                 for mask in line.masks()
             ]
             x, _ = self._run(folded(ids), contexts, adapters, line)
-            return self._logits(x.reshape(*ids.shape, -1)[:, width:])
+            return self._logits(x.reshape(*ids.shape, -1)[:, width:], adapters)
         ids = jnp.concatenate(
             [to_the_right(input_ids, input_mask), jnp.maximum(labels[:, :-1], 0)],
             axis=1,
@@ -329,7 +331,7 @@ class Decoder(nnx.Module):
             labels >= 0, axis=1, keepdims=True
         )
         x, _ = self._run(ids, [self._of_rows(mask, lengths)], adapters)
-        return self._logits(x[:, width - 1 :])
+        return self._logits(x[:, width - 1 :], adapters)
 
     def prompt(
         self, input_ids: Source, input_mask: Mask, length: int, adapters: Adapters
@@ -341,7 +343,7 @@ class Decoder(nnx.Module):
         room = [(0, 0)] * 4 + [(0, length - 1)]
         keys = jnp.pad(cache.keys, room)
         values = jnp.pad(cache.values, [*room[:3], room[4], (0, 0)])
-        return self._logits(x[:, -1:])[:, 0], cache._replace(
+        return self._logits(x[:, -1:], adapters)[:, 0], cache._replace(
             keys=pack(keys), values=pack(values)
         )
 
@@ -395,7 +397,7 @@ class Decoder(nnx.Module):
         numbers = jnp.arange(len(cache.keys)), cache.states
         carry = self._embed(token[:, None]), cache._replace(states=None)
         (x, cache), states = self._scan(block, carry, adapters, numbers)
-        return self._logits(x)[:, 0], cache._replace(states=states)
+        return self._logits(x, adapters)[:, 0], cache._replace(states=states)
 
     def _run(
         self,
@@ -461,10 +463,12 @@ class Decoder(nnx.Module):
         # Hugging Face rounds the factor to the dtype of the activations, which matters in bfloat16.
         return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
 
-    def _logits(self, x: Hidden) -> Logits:
+    def _logits(self, x: Hidden, adapters: Adapters) -> Logits:
         x = self.norm(x)
         cap = self.structure.logit_cap
-        if self.config.tied:
+        if HEAD in adapters:
+            logits = adapted_head(self, x, adapters)
+        elif self.config.tied:
             logits = unembed(x, self.embedding.get_value())
         else:
             logits = matmul(x, self.head.get_value())
@@ -480,7 +484,7 @@ class Decoder(nnx.Module):
     ) -> tuple[Any, Any]:
         sliding = self.structure.sliding
         local = jnp.array(sliding) if any(sliding) and not all(sliding) else None
-        xs = (of_stack(adapters, "decoder", self.config.sites), local, numbers)
+        xs = (of_stack(adapters, "decoder", self.config.adaptable), local, numbers)
         return scan_blocks(block, self.decoder, carry, xs, unroll=self.config.unroll)
 
 

@@ -228,7 +228,7 @@ class Qwen35(Decoder):
         adapters: Adapters,
         numbers: Any,
     ) -> tuple[Any, Any]:
-        sites = self.config.sites
+        sites = self.config.adaptable
         stack_adapters = {
             stack: of_stack(adapters, stack, sites) for stack in self.config.stacks
         }

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from ..architecture import Architecture
+from ..architecture import HEAD, Architecture, adapted_head
 from ..bit_cast import pack, unpack
 from ..layers import (
     Adapters,
@@ -280,7 +280,7 @@ class T5(nnx.Module):
             ), None
 
         x, _ = self._scan(block, "decoder", self._embed(decoder_ids), adapters)
-        return self._logits(x)
+        return self._logits(x, adapters)
 
     def decode_token(
         self,
@@ -326,15 +326,17 @@ class T5(nnx.Module):
         xs = ((cache.cross_keys, cache.cross_values), layer_indices)
         carry = (self._embed(token[:, None]), cache.keys, cache.values)
         (x, keys, values), _ = self._scan(block, "decoder", carry, adapters, xs)
-        return self._logits(x)[:, 0], cache._replace(keys=keys, values=values)
+        return self._logits(x, adapters)[:, 0], cache._replace(keys=keys, values=values)
 
     def _embed(self, ids: Target) -> Hidden:
         return embed(self.embedding.get_value(), ids).astype(self.config.dtype)
 
-    def _logits(self, x: Hidden) -> Logits:
+    def _logits(self, x: Hidden, adapters: Adapters) -> Logits:
         x = self.decoder_norm(x)
         if self.scale_logits:
             x = x * self.config.d_model**-0.5
+        if HEAD in adapters:
+            return adapted_head(self, x, adapters)
         if self.config.tied:
             return unembed(x, self.embedding.get_value())
         return matmul(x, self.head.get_value())
@@ -347,7 +349,7 @@ class T5(nnx.Module):
         adapters: Adapters,
         xs: Any = None,
     ) -> tuple[Any, Any]:
-        layer_inputs = (of_stack(adapters, stack, self.config.sites), xs)
+        layer_inputs = (of_stack(adapters, stack, self.config.adaptable), xs)
         blocks = getattr(self, stack)
         return scan_blocks(
             block, blocks, carry, layer_inputs, unroll=self.config.unroll
