@@ -113,7 +113,7 @@ def merged_base(model: Model, adapters: Mapping[str, Adapter]) -> Model:
     Raises a ValueError for an adapter at a site that the model lacks.
     """
     check_sites(adapters, model.config.adaptable)
-    merged = nnx.clone(model)
+    merged: Any = nnx.clone(model)
     adapted = {
         site: _merge(adapters[site], kernel)
         for site, kernel in kernels(model, adapters).items()
@@ -123,7 +123,7 @@ def merged_base(model: Model, adapters: Mapping[str, Adapter]) -> Model:
         head = adapted.pop(HEAD)[0]
         if model.config.tied:
             merged.config = dataclasses.replace(model.config, tied=False)
-            setattr(merged, "head", Base(head))
+            merged.head = Base(head)
         else:
             adapted["head"] = head
     set_matrices(merged, adapted)
