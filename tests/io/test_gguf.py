@@ -1,9 +1,9 @@
 """GGUF files as base models: the numbers, the families' layouts, the tokenizers, 8 bits kept, and what is refused."""
 
-import dataclasses
 import itertools
 import re
 import string
+from dataclasses import replace
 
 import gguf
 import gguf_models
@@ -632,10 +632,14 @@ def test_weighted_modules_are_written_as_files(tmp_path, folders):
     path = "model.layers.1.self_attn.k_proj"
     other = "model.layers.0.self_attn.v_proj"
     draw = np.random.default_rng(0)
-    factors = {
-        "A": draw.normal(size=(2, 64)).astype("f4"),
-        "B": draw.normal(size=(32, 2)).astype("f4"),
-    }
+    tensors = {}
+    updates = {}
+    for name, rank in ((path, 2), (other, 5)):
+        A = draw.normal(size=(rank, 64)).astype("f4")
+        B = draw.normal(size=(32, rank)).astype("f4")
+        tensors[f"base_model.model.{name}.lora_A.weight"] = A
+        tensors[f"base_model.model.{name}.lora_B.weight"] = B
+        updates[name] = 0.5 * B @ A
     config = {
         "peft_type": "LORA",
         "r": 2,
@@ -643,18 +647,6 @@ def test_weighted_modules_are_written_as_files(tmp_path, folders):
         "rank_pattern": {other: 5},
         "alpha_pattern": {other: 5},
         "target_modules": [path, other],
-    }
-    tensors = {
-        f"base_model.model.{path}.lora_{name}.weight": array
-        for name, array in factors.items()
-    }
-    values = {
-        "A": draw.normal(size=(5, 64)).astype("f4"),
-        "B": draw.normal(size=(32, 5)).astype("f4"),
-    }
-    tensors |= {
-        f"base_model.model.{other}.lora_{name}.weight": array
-        for name, array in values.items()
     }
     write_adapter(tmp_path / "adapters" / "one", config, tensors)
     options = MergeOptions(
@@ -664,24 +656,22 @@ def test_weighted_modules_are_written_as_files(tmp_path, folders):
         out=tmp_path / "lora",
         format="gguf",
     )
-    update = 0.5 * factors["B"] @ factors["A"]
     merge(options)
     reader = gguf.GGUFReader(tmp_path / "lora" / "adapter.gguf")
     alpha = reader.fields["adapter.lora.alpha"].contents()
     found = {tensor.name: tensor.data for tensor in reader.tensors}
     for name, wanted in (
-        ("blk.1.attn_k", interleaved(update, 2)),
-        ("blk.0.attn_v", 0.5 * values["B"] @ values["A"]),
+        ("blk.1.attn_k", interleaved(updates[path], 2)),
+        ("blk.0.attn_v", updates[other]),
     ):
         a = found[f"{name}.weight.lora_a"]
         b = found[f"{name}.weight.lora_b"]
         # llama.cpp's scaling: alpha by the rank of the matrix
         assert_allclose(alpha / len(a) * b @ a, wanted, atol=1e-5)
-    options = dataclasses.replace(options, out=tmp_path / "merged", format="gguf-f16")
-    merge(options)
+    merge(replace(options, out=tmp_path / "merged", format="gguf-f16"))
     merged = lf.base_tensor(tmp_path / "merged" / "model.gguf")(f"{path}.weight")
     base = lf.base_tensor(file)(f"{path}.weight")
-    assert_allclose(merged, base + update, atol=2**-8)
+    assert_allclose(merged, base + updates[path], atol=2**-8)
 
 
 def test_a_family_without_gguf_files_is_refused(tmp_path):

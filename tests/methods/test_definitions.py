@@ -230,31 +230,23 @@ def test_a_base_in_bfloat16_trains_the_same_numbers(name):
 
 def test_the_norm_of_a_dora_update_counts_as_constant():
     rng = np.random.default_rng(0)
-    W = jnp.asarray(rng.normal(size=(7, 5)), jnp.float32)
-    A = jnp.asarray(rng.normal(size=(7, 2)), jnp.float32)
-    B = jnp.asarray(rng.normal(size=(2, 5)), jnp.float32)
-    m = jnp.asarray(rng.normal(size=5), jnp.float32)
-    x = jnp.asarray(rng.normal(size=(3, 7)), jnp.float32)
-    direction = jnp.asarray(rng.normal(size=(3, 5)), jnp.float32)
+    A = rng.normal(size=(7, 2))
+    B = rng.normal(size=(2, 5))
+    m = rng.normal(size=5)
+    W = rng.normal(size=(7, 5))
+    x = rng.normal(size=(3, 7))
+    direction = rng.normal(size=(3, 5))
 
-    def value(A, B, m):
+    def value(A, B, m, x, W, direction):
         return jnp.sum(direction * lf.WeightDecomposed(A, B, m)(x, W))
 
-    found = jax.jit(jax.grad(value, argnums=(0, 1, 2)))(A, B, m)
-    W = np.asarray(W, np.float64)
-    A = np.asarray(A, np.float64)
-    B = np.asarray(B, np.float64)
-    m = np.asarray(m, np.float64)
-    x = np.asarray(x, np.float64)
-    direction = np.asarray(direction, np.float64)
+    arrays = [jnp.asarray(a, jnp.float32) for a in (A, B, m, x, W, direction)]
+    found = jax.jit(jax.grad(value, argnums=(0, 1, 2)))(*arrays)
     adapted = W + A @ B
     norm = np.linalg.norm(adapted, axis=0)
     of_update = x.T @ (direction * m / norm)
-    wanted = (
-        of_update @ B.T,
-        A.T @ of_update,
-        np.sum(x @ adapted * direction / norm, axis=0),
-    )
+    of_magnitudes = np.sum(x @ adapted * direction / norm, axis=0)
+    wanted = (of_update @ B.T, A.T @ of_update, of_magnitudes)
     for got, of_matrix in zip(found, wanted, strict=True):
         assert_allclose(got, of_matrix, rtol=1e-4, atol=1e-5)
 
