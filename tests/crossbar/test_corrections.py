@@ -10,14 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from crossbar_strategies import product
-from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 from refusals import refusals
 
 import lorafusion_jax as lf
 from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar import ADC, Correction, CrossbarConfig, Device, Independent
-from lorafusion_jax.crossbar import flax as crossbar_flax
 
 _PERFECT = crossbar.PRESETS["ideal"]
 _NOISY = replace(_PERFECT, device=Device(programming=Independent(0.05)))
@@ -186,28 +184,19 @@ def test_a_calibrated_and_corrected_chip_keeps_its_ranges():
         assert_array_equal(before.limits, after.limits)
 
 
-def test_a_converted_flax_model_is_restored():
-    digital = nnx.Sequential(
-        nnx.Linear(8, 16, rngs=nnx.Rngs(0)),
-        jnp.tanh,
-        nnx.Linear(16, 5, rngs=nnx.Rngs(1)),
-    )
-    on_arrays = crossbar_flax.convert(digital, {"*": _NOISY}, jax.random.key(3))
-    graph, weights = nnx.split(on_arrays)
-
-    def run(weights, x):
-        return nnx.merge(graph, weights)(x)
-
+def test_trained_scales_bring_outputs_closer():
+    chips = _chips()
+    matrices = [_WEIGHTS["head"], _WEIGHTS["layers"]]
     inputs = [jax.random.normal(jax.random.key(n), (20, 8)) for n in range(6)]
-    kernels = {chip.name: chip for chip in crossbar.chips_in(weights)}
-    matrices = [digital.layers[int(name.split(".")[1])].kernel[...] for name in kernels]
-    targets = [digital(x) for x in inputs]
-    found = lf.restore(run, weights, matrices, inputs[:-1], targets[:-1])
-    restored = crossbar.with_corrections(weights, found)
-    before = float(jnp.mean(jnp.square(run(weights, inputs[-1]) - targets[-1])))
-    after = float(jnp.mean(jnp.square(run(restored, inputs[-1]) - targets[-1])))
-    assert after < 0.8 * before
-    assert sum(correction.numbers() for correction in found.values()) == 16 + 5
+    digital = [_outputs(_WEIGHTS, x) for x in inputs]
+    found = lf.restore(_run, chips, matrices, inputs[:-1], digital[:-1])
+    restored = crossbar.with_corrections(chips, found)
+    errors = [
+        float(jnp.mean(jnp.square(_outputs(tree, inputs[-1]) - digital[-1])))
+        for tree in (chips, restored)
+    ]
+    assert errors[1] < 0.8 * errors[0]
+    assert sum(correction.numbers() for correction in found.values()) == 3 * 8 + 5
 
 
 @pytest.mark.parametrize("method", ["scales", "low-rank"])

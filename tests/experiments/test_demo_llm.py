@@ -74,23 +74,15 @@ def test_the_demo_compares_the_base_with_the_fusion(tmp_path, monkeypatch, capsy
     def run_jobs(jobs, file, run):
         for task, method, *_, options, _ in jobs:
             asked.append(options)
-            share, answer = (
-                (75.0, " replying") if options.method == "fusion" else (0.0, "\nreply")
-            )
-            row = {
-                "seed": 1,
-                "row": 0,
-                "input": "Q: reply\nA:",
-                "target": "replying",
-                "prediction": answer,
-            }
-            (options.out / options.name).mkdir(parents=True)
-            predictions = [row | {"correct": share > 0, "option_correct": None}]
-            RunFolder(options.out / options.name).write_predictions(predictions)
-            rows.append(
-                {"task": task, "method": method, "seed": 1, "exact_match": share}
-            )
-            rows[-1] |= {"trainable": 7, "seconds": 1.0}
+            fuses = options.method == "fusion"
+            row = {"seed": 1, "row": 0, "input": "Q: reply\nA:", "target": "replying"}
+            row["prediction"] = " replying" if fuses else "\nreply"
+            folder = options.out / options.name
+            folder.mkdir(parents=True)
+            predictions = [row | {"correct": fuses, "option_correct": None}]
+            RunFolder(folder).write_predictions(predictions)
+            scores = {"exact_match": 75.0 * fuses, "trainable": 7, "seconds": 1.0}
+            rows.append({"task": task, "method": method, "seed": 1} | scores)
 
     monkeypatch.setattr(demo_llm, "FOLDER", tmp_path / "demo")
     monkeypatch.setattr(demo_llm, "base", lambda: Path("base.gguf"))
@@ -99,19 +91,12 @@ def test_the_demo_compares_the_base_with_the_fusion(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(demo_llm, "convert", lambda *given: None)
     demo_llm.main()
     printed = capsys.readouterr().out
-    assert [options.method for options in asked] == [
-        "zero-shot",
-        "few-shot",
-        "mean",
-        "fusion",
-    ]
+    methods = [options.method for options in asked]
+    assert methods == ["zero-shot", "few-shot", "mean", "fusion"]
     assert {options.prompt for options in asked} == {"Q: {input}\nA:"}
     assert {options.recipe.modules for options in asked if options.pool} == {24}
     assert all(f"\n{method} " in printed for method in demo_llm.METHODS)
-    assert (
-        "reply         reply                           replying" in printed
-        and "75.0" in printed
-    )
-    assert {"table.md", "accuracy.png"} <= {
-        path.name for path in (tmp_path / "demo").iterdir()
-    }
+    assert "reply         reply                           replying" in printed
+    assert "75.0" in printed
+    written = {path.name for path in (tmp_path / "demo").iterdir()}
+    assert {"table.md", "accuracy.png"} <= written

@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import json
 from dataclasses import replace
 
 import jax
@@ -11,6 +10,7 @@ import numpy as np
 import one_block
 import pytest
 from flax import nnx
+from json_files import write_rows
 
 import lorafusion_jax as lf
 from lorafusion_jax.runs import evaluate, load_setup, seed_rows
@@ -45,8 +45,8 @@ def given(tmp_path_factory):
     rng = np.random.default_rng(0)
     (out / "task").mkdir()
     for part, count in (("train", 6), ("test", 11)):
-        lines = [json.dumps(_row(number, rng)) + "\n" for number in range(count)]
-        (out / "task" / f"{part}.jsonl").write_text("".join(lines))
+        rows = [_row(number, rng) for number in range(count)]
+        write_rows(out / "task" / f"{part}.jsonl", rows)
     options = lf.FuseOptions(
         base=str(base),
         pool=str(pool),
@@ -96,7 +96,7 @@ def _likelihood(model, tokenizer, prompt: str, option: str) -> float:
 
 @pytest.fixture(scope="module")
 def chosen(given):
-    """[seeds][rows]: the likeliest option, and by how much, of the model with each seed's fusion merged in."""
+    """[seeds][rows]: the likeliest option of the model with each seed's fusion merged in."""
     setup, _, params = given
     problem = setup.problem
     found = []
@@ -108,17 +108,12 @@ def chosen(given):
         model = lf.merged_base(nnx.merge(problem.graph, problem.frozen.base), adapters)
         rows = []
         for example in setup.task.test:
-            options = [
-                line[2:] for line in example.input.splitlines() if line.startswith("- ")
-            ]
-            scores = [
-                _likelihood(model, setup.tokenizer, example.input, option)
-                for option in options
-            ]
-            best = int(np.argmax(scores))
-            rows.append(
-                (options[best], scores[best] - max(scores[:best] + scores[best + 1 :]))
+            lines = example.input.splitlines()
+            options = [line[2:] for line in lines if line.startswith("- ")]
+            score = functools.partial(
+                _likelihood, model, setup.tokenizer, example.input
             )
+            rows.append(max(options, key=score))
         found.append(rows)
     return found
 
@@ -132,7 +127,7 @@ def test_options_are_scored_for_the_rows_that_are_evaluated(given, chosen):
     seeds, found = evaluate_seeds(fewer, options, params)
     assert seeds == _SEEDS and found.option_correct is not None
     wanted = [
-        [s == row.target for (s, _), row in zip(rows, setup.task.test, strict=True)][:5]
+        [s == row.target for s, row in zip(rows, setup.task.test, strict=True)][:5]
         for rows in chosen
     ]
     np.testing.assert_array_equal(found.option_correct, wanted)
