@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import basis_on_chips
+import chips_of_language_models
 import crossbar_pictures
 import hardware
 import larger_model
 import numpy as np
 import pool_value
 import pool_value_language
-import prepare
 import prepare_small
 import pytest
 import restore
@@ -96,9 +96,10 @@ SCRIPTS: dict[str, tuple[str, Script]] = {
         _main(larger_model, "--part", "precision"),
     ),
     "larger_model": ("larger_model", _main(larger_model, "--part", "pilot")),
-    "prepare": ("prepare", _main(prepare)),
-    "prepare, more": ("prepare/more", _main(prepare)),
-    "prepare, Gemma": ("prepare/gemma", _main(prepare, *_GEMMA)),
+    "chips_of_language_models": (
+        "chips_of_language_models",
+        _main(chips_of_language_models),
+    ),
     "prepare_small": ("prepare", _main(prepare_small, "--parts")),
     "restore": ("restore", _main(restore)),
     "trial_coverage": ("trial", _main(trial_coverage)),
