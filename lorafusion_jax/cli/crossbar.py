@@ -7,9 +7,9 @@ import numpy as np
 
 from .. import crossbar
 from ..crossbar.config.files import config_from
+from ..hardware.chip_file import ProgramOptions, write_chips
 from ..hardware.prepare import PrepareOptions, prepare
 from ..hardware.restore import RestoreOptions, restore_chips
-from ..hardware.write import ProgramOptions, write_chips
 from ..support.reading import show
 from ..support.text_tables import plain
 from .parsing import parse

@@ -8,8 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from ..hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips, results_path
-from ..hardware.report import report_on_chips
+from ..hardware.evaluate import (
+    EvaluateOnChipsOptions,
+    evaluate_on_chips,
+    report_on_chips,
+    results_path,
+)
 from ..runs.folder import load_run
 from ..runs.options import check_digital
 from ..runs.predict import (

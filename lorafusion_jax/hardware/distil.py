@@ -124,8 +124,10 @@ def restore(
         )
         if how.epochs and left_out is not None:
             neutral = _neutral(corrections, key)
-            closed_form_loss = _diverged(run, weights, corrections, left_out)
-            if not closed_form_loss <= _diverged(run, weights, neutral, left_out):
+            closed_form_loss = _mean_divergence(run, weights, corrections, left_out)
+            if not closed_form_loss <= _mean_divergence(
+                run, weights, neutral, left_out
+            ):
                 corrections = neutral
     if how.epochs:
         return distil(
@@ -154,7 +156,7 @@ def distil(
             f"{len(batches)} batches and {len(targets)} targets: expected as many, and at least 1"
         )
     steps = how.epochs * len(batches)
-    best = {site: _parts(correction) for site, correction in corrections.items()}
+    best = dict(corrections)
     params = jax.tree.map(jnp.copy, best)
     optimiser = _optimiser(how.rate, how.rate_of_matrices, steps)
     state = optimiser.init(params)
@@ -166,7 +168,7 @@ def distil(
     if left_out is None:
         best_loss = math.inf
     else:
-        best_loss = _diverged(run, weights, corrections, left_out)
+        best_loss = _mean_divergence(run, weights, corrections, left_out)
     with progress("steps", steps) as bar:
         for step, number in enumerate(np.concatenate(orders), start=1):
             target = targets[number]
@@ -182,24 +184,22 @@ def distil(
             )
             bar.update()
             if left_out is not None and step % len(batches) == 0:
-                loss = _diverged(run, weights, _corrections(params), left_out)
+                loss = _mean_divergence(run, weights, params, left_out)
                 if loss < best_loss:
                     best_loss = loss
                     best = jax.tree.map(jnp.copy, params)  # a step reuses their memory
-    if left_out is None:
-        best = params
-    return _corrections(best)
+    return params if left_out is None else best
 
 
 @lru_cache  # the same function again: a step is compiled once for all chips
 def _optimiser(
     rate: float, rate_low_rank: float, steps: int
 ) -> optax.GradientTransformation:
-    def kinds(params: Any) -> Any:
-        return {
-            s: {name: "low rank" if name in ("U", "V") else "columns" for name in parts}
-            for s, parts in params.items()
-        }
+    def kinds(corrections: Any) -> Any:
+        return jax.tree.map_with_path(
+            lambda path, _: "low rank" if path[-1].name in ("U", "V") else "columns",
+            corrections,
+        )
 
     rates = {"columns": rate, "low rank": rate_low_rank}
     return optax.multi_transform(
@@ -222,7 +222,7 @@ def _step(
     update: Any,
 ) -> tuple[Any, Any]:
     def loss(params: Any) -> Array:
-        corrected = crossbar.with_corrections(weights, _corrections(params))
+        corrected = crossbar.with_corrections(weights, params)
         return divergence(run(corrected, batch), target)
 
     gradient = jax.grad(loss)(params)
@@ -231,17 +231,17 @@ def _step(
     return optax.apply_updates(params, updates), state
 
 
-def _diverged(
+def _mean_divergence(
     run: Run, weights: Any, corrections: crossbar.Corrections, left_out: LeftOut
 ) -> float:
     """Return the mean divergence of a model with corrections from the targets."""
     corrected = crossbar.with_corrections(weights, corrections)
-    diverged = []
+    divergences = []
     for number, (batch, target) in enumerate(zip(*left_out, strict=True)):
         _check_target(target, number)
         read_weights = crossbar.reads(corrected, number)
-        diverged.append(divergence_on(read_weights, batch, target, run))
-    return float(np.mean(diverged, dtype=float))
+        divergences.append(divergence_on(read_weights, batch, target, run))
+    return float(np.mean(divergences, dtype=float))
 
 
 def _check_target(target: Array, number: int) -> None:
@@ -271,35 +271,19 @@ def divergence(
     )
 
 
-def _parts(correction: crossbar.Correction) -> dict[str, Array]:
-    return {
-        name: values for name, values in vars(correction).items() if values is not None
-    }
-
-
-def _corrections(params: dict[str, dict[str, Array]]) -> dict[str, crossbar.Correction]:
-    return {site: crossbar.Correction(**parts) for site, parts in params.items()}
-
-
 def _neutral(
     corrections: crossbar.Corrections, key: Array
 ) -> dict[str, crossbar.Correction]:
     """Return corrections of the same kind and shapes that change nothing yet: U is random, and V is zero."""
-
-    def of_part(name: str, values: Array, key: Array) -> Array:
-        if name == "U":
-            return jax.random.normal(key, values.shape) * values.shape[-2] ** -0.5
-        return jnp.ones_like(values) if name == "scale" else jnp.zeros_like(values)
-
     neutral = {}
     for number, (site, correction) in enumerate(corrections.items()):
-        site_key = jax.random.fold_in(key, number)
-        neutral[site] = crossbar.Correction(
-            **{
-                name: of_part(name, v, site_key)
-                for name, v in _parts(correction).items()
-            }
-        )
+        zeros = jax.tree.map(jnp.zeros_like, correction)
+        ones = jax.tree.map(jnp.ones_like, correction.scale)
+        U = zeros.U
+        if U is not None:
+            normal = jax.random.normal(jax.random.fold_in(key, number), U.shape)
+            U = normal * U.shape[-2] ** -0.5
+        neutral[site] = dataclasses.replace(zeros, scale=ones, U=U)
     return neutral
 
 

@@ -1,10 +1,12 @@
-"""A run on several chips, at several ages, in one program."""
+"""A run on several chips, at several ages, in one program; and a report of one chip after another."""
 
 import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +16,22 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from ..adapters.norms import gram
-from ..crossbar import CrossbarConfig, ReadNoise, is_random
+from ..crossbar import (
+    CrossbarConfig,
+    ReadNoise,
+    calibrate_tree,
+    chips_in,
+    config_hash,
+    explain,
+    is_random,
+    observe,
+    site_errors,
+)
 from ..loading.model import digests
 from ..methods.fusion import PLAIN_SUM
 from ..methods.lora import LoRA, as_pool
 from ..models.architecture import kernels
-from ..runs.evaluate import evaluate, seed_rows
+from ..runs.evaluate import evaluate, evaluate_seeds, seed_rows
 from ..runs.options import ChipsOptions, FuseOptions
 from ..runs.predict import EvaluateOptions, load_to_evaluate
 from ..runs.setup import Setup
@@ -28,11 +40,17 @@ from ..support.options import MeshOptions
 from ..support.progress import progress
 from ..support.writing import check_writable, write_json
 from ..training.mesh import make_mesh, on_mesh
-from ..training.method import Params
+from ..training.method import Frozen, Params
 from .chip_file import Chips, aged, load_chips
-from .chips import CALIBRATION_ROWS, for_every_chip, on_every_chip
+from .chips import (
+    CALIBRATION_ROWS,
+    calibration_batches,
+    for_every_chip,
+    logits_of,
+    on_every_chip,
+)
 from .on_arrays import check, module_numbers, without_merged_pool
-from .program import Restored, check_no_split
+from .program import Restored, check_no_split, program
 from .restore import load_restored
 
 _LONGEST_NAME = 40  # characters of the chips' name in that of a file
@@ -82,7 +100,7 @@ class EvaluationRequest:
     configs: dict[str | None, CrossbarConfig]
 
 
-def asked(options: EvaluateOnChipsOptions) -> EvaluationRequest:
+def _load_request(options: EvaluateOnChipsOptions) -> EvaluationRequest:
     """Load the run and the chips that the options name.
 
     Raises:
@@ -94,7 +112,7 @@ def asked(options: EvaluateOnChipsOptions) -> EvaluationRequest:
         options.crossbar, key=options.chip_key, digital=options.keep_digital
     )
     config = _overridden(chips.config, options)
-    compensate = compensation(options)
+    compensate = _compensation(options)
     configs = {
         age: aged(config, age, compensate=compensate) for age in options.ages or (None,)
     }
@@ -136,12 +154,12 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
     """Return and write the scores of a run on every chip, at every age.
 
     Raises:
-      ValueError: a run with examples in its prompts; and as `asked` does.
+      ValueError: a run with examples in its prompts; and as `load_request` does.
     """
     mesh = None if options.mesh is None else make_mesh(options.mesh)
     if mesh is not None:
         check_no_split(mesh.shape["model"])
-    on = asked(options)
+    on = _load_request(options)
     check_writable(results_path(options))
     if on.fused.entry.answers == "examples":
         raise ValueError(
@@ -178,7 +196,7 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
             rows += [
                 {
                     "age": age,
-                    "compensate": compensation(options),
+                    "compensate": _compensation(options),
                     "chip": number // len(seeds),
                 }
                 | {name: row[name] for name in ("seed", "exact_match", "loss")}
@@ -186,12 +204,91 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
             ]
             bar.update(count)
     labels = {"task": setup.task.name, "crossbar": options.crossbar, "chips": count}
-    results = {**labels, **settings(on.fused.method, options), "rows": rows}
+    results = {**labels, **_settings(on.fused.method, options), "rows": rows}
     write_json(results_path(options), results)
     return results
 
 
-def settings(method: str, options: EvaluateOnChipsOptions) -> dict[str, Any]:
+def report_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
+    """Return and write the scores of a run digitally and on every chip, its arrays, and their errors by site.
+
+    Raises:
+      ValueError: more than one age, or a mesh; and as `load_request` does.
+    """
+    if len(options.ages) > 1:
+        raise ValueError("a report is of one age: give one of --ages")
+    if options.mesh is not None:
+        raise ValueError(
+            "a report evaluates one chip after another: leave out --mesh, or --report"
+        )
+    on = _load_request(options)
+    check_writable(path := results_path(options, "crossbar"))
+    ((age, config),) = on.configs.items()
+    params = on.params
+    chips = on.chips
+    digital = seed_rows(*evaluate_seeds(on.setup, on.fused, params))
+    setup = on.setup.with_layers(unroll=False)
+    problem = setup.problem
+    run = logits_of(problem.graph, problem.method)
+    batches = list(
+        calibration_batches(
+            setup, params, options.calibration_rows, batch_size=options.eval_batch
+        )
+    )
+    chip_rows = []
+    sites = []
+    with progress("chips", on.count) as bar:
+        for chip in range(on.count):
+            started = time.perf_counter()
+            restored = on.restored[chip] if on.restored else None
+            frozen = program(
+                problem.graph,
+                problem.frozen,
+                chips.rules(config),
+                chips.chip_key(chip),
+                modules=on.modules,
+                norm=options.norm,
+                restored=restored,
+            )
+            frozen = calibrate_tree(run, frozen, batches)
+            rows = site_errors(frozen, observe(run, frozen, batches))
+            calibrated = time.perf_counter()
+            seeds, scores = evaluate_seeds(
+                setup.with_problem(frozen=frozen), on.fused, params
+            )
+            seconds = {
+                "program": calibrated - started,
+                "evaluate": time.perf_counter() - calibrated,
+            }
+            chip_rows.append(
+                {
+                    "chip": chip,
+                    "seeds": seed_rows(seeds, scores),
+                    "seconds": seconds,
+                    "matrices": rows,
+                }
+            )
+            sites = _sites(frozen)
+            bar.update()
+    results = {
+        "task": setup.task.name,
+        "config": options.crossbar,
+        "config_sha256": config_hash(config),
+        "digital_weights": list(chips.digital),
+        "age": age,
+        "compensate": _compensation(options),
+        **_settings(on.fused.method, options),
+        "chip_key": options.chip_key if chips.file is None else chips.file["key"],
+        "digital": digital,
+        "chips": chip_rows,
+        "sites": sites,
+        "arrays": sum(site["arrays"] for site in sites),
+    }
+    write_json(path, results)
+    return results
+
+
+def _settings(method: str, options: EvaluateOnChipsOptions) -> dict[str, Any]:
     """Return the settings of an evaluation that results record."""
     return {
         "method": method,
@@ -261,7 +358,7 @@ def lora_in_cells(setup: Setup, params: Params) -> tuple[Setup, Params]:
     }
 
 
-def compensation(options: EvaluateOnChipsOptions) -> bool | None:
+def _compensation(options: EvaluateOnChipsOptions) -> bool | None:
     """Return whether mean drift is undone; None for the configuration's own choice."""
     return None if options.compensate is None else options.compensate == "on"
 
@@ -284,3 +381,23 @@ def _overridden(
             config, adc=dataclasses.replace(config.adc, bits=options.adc_bits)
         )
     return config
+
+
+def _sites(frozen: Frozen) -> list[dict[str, Any]]:
+    """Return the counts of every programmed weight, with each matrix in separate arrays."""
+    sites = []
+    for leaf in chips_in(frozen):
+        matrices = math.prod(leaf.shape[:-2])
+        explanation = explain(leaf)
+        sites.append(
+            {
+                "site": leaf.name,
+                "matrices": matrices,
+                "shape": list(leaf.matrix_shape),
+                "arrays": matrices * explanation.arrays,
+                "utilisation": explanation.utilisation,
+                "conversions": explanation.conversions,
+                "path": explanation.path,
+            }
+        )
+    return sites

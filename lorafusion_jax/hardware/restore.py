@@ -172,7 +172,7 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
     rate = options.rate
     if rate is None:
         rate = Restoring.rate if chips.prepared is None else _PREPARED_RATE
-    how = Restoring(  # refuses what cannot work, before the model is loaded
+    restoring = Restoring(  # refuses what cannot work, before the model is loaded
         method=options.method,
         numbers=int(low_rank),
         epochs=options.epochs,
@@ -198,7 +198,7 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
         rank=rank if low_rank else 0.0,
         epochs=options.epochs,
         rate=rate,
-        rate_low_rank=how.rate_of_matrices,
+        rate_low_rank=restoring.rate_of_matrices,
         text=hashlib.sha256(content.encode()).hexdigest()
         if options.text
         else "sampled",
@@ -223,8 +223,8 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
             weights = crossbar.calibrate_tree(run, weights, train)
             matrices = digital_matrices(loaded, weights)
             if low_rank:
-                how = dataclasses.replace(
-                    how, numbers=round(rank * crossbar.numbers_per_rank(matrices))
+                restoring = dataclasses.replace(
+                    restoring, numbers=round(rank * crossbar.numbers_per_rank(matrices))
                 )
             corrections = restore(
                 run,
@@ -232,7 +232,7 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
                 matrices,
                 train,
                 targets,
-                how,
+                restoring,
                 left_out=(left_out, left_out_targets),
                 counted=no_padding(loaded),
             )
