@@ -244,9 +244,22 @@ class Fusion(Method):
         return params
 
     def adapters(self, params: Params, frozen: Frozen, index: Index) -> Adapted:
-        pool, terms = _pool_of(frozen)
-        spread = coefficients_lib.expand(params["coefficients"], pool, self.granularity)
+        pool, _ = _pool_of(frozen)
+        coefficients = coefficients_lib.expand(
+            params["coefficients"], pool, self.granularity
+        )
         magnitudes = params.get("magnitudes", pool.magnitude)
+        return self.composed(coefficients, magnitudes, frozen, index)
+
+    def composed(
+        self,
+        coefficients: dict[str, Float[Array, "_L N _k"]],
+        magnitudes: dict[str, Array] | None,
+        frozen: Frozen,
+        index: Index,
+    ) -> Adapted:
+        """Return the adapters of coefficients and magnitudes by site (see `compose`), and metrics about them."""
+        pool, terms = _pool_of(frozen)
         if magnitudes is not None:
             magnitudes = _magnitudes(magnitudes, frozen, index)
         if isinstance(pool, SharedBasis):
@@ -254,7 +267,7 @@ class Fusion(Method):
             adapters, floored = compose_in_basis(
                 pool,
                 index,
-                spread,
+                coefficients,
                 gram=terms,
                 magnitudes=magnitudes,
                 differentiate_norm=self.differentiate_norm,
@@ -263,7 +276,7 @@ class Fusion(Method):
             adapters, floored = compose(
                 pool,
                 index,
-                spread,
+                coefficients,
                 self.composition,
                 gram=terms,
                 magnitudes=magnitudes,
