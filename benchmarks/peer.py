@@ -51,8 +51,7 @@ from padding import encoded, tasks_of
 from lorafusion_jax import PRESETS, Architecture, Frozen
 from lorafusion_jax.loading import packing_of, pays_unrolled
 from lorafusion_jax.models import rough_operations
-from lorafusion_jax.report import as_markdown as markdown
-from lorafusion_jax.report import write_text
+from lorafusion_jax.report import as_markdown as markdown, write_text
 from lorafusion_jax.tasks import Batch, Encoded, batch_orders, split, train_step_batches
 from lorafusion_jax.training import start
 

@@ -23,8 +23,7 @@ from typing import Any
 
 from _measure import MALLOC, PRODUCT, ROOT, features, has_peft, met, processor
 
-from lorafusion_jax.report import as_markdown as markdown
-from lorafusion_jax.report import write_text
+from lorafusion_jax.report import as_markdown as markdown, write_text
 
 _SMALL = "fusion_step.py --shape flan-t5-small"
 _LARGE = "fusion_step.py --shape flan-t5-large --rounds 2"

@@ -41,8 +41,7 @@ from lorafusion_jax import LowRank, generate, save_base
 from lorafusion_jax.io import new_folder, write_adapter
 from lorafusion_jax.models import T5, T5Config, decoder_inputs
 from lorafusion_jax.tasks import IGNORED
-from lorafusion_jax.training import cross_entropy as of_logits
-from lorafusion_jax.training import standard_promotion
+from lorafusion_jax.training import cross_entropy as of_logits, standard_promotion
 
 WORDS = [
     "<pad>",

@@ -45,8 +45,7 @@ from lab.tuning import rates_at, tried_line, tune
 
 from lorafusion_jax import FuseOptions, Problem
 from lorafusion_jax.loading import LoadedModel, Texts, load_model
-from lorafusion_jax.methods import find as find_method
-from lorafusion_jax.methods import recipe_of
+from lorafusion_jax.methods import find as find_method, recipe_of
 from lorafusion_jax.runs import (
     Setup,
     encode_shown,

@@ -27,8 +27,7 @@ from lab.common import ROOT, SMALL, options_of_small, with_interval, write_table
 from lab.genres import fitted_text
 from lab.methods import ARMS
 from lab.smollm2 import base
-from restore import Options as Fusing
-from restore import Setting, fused
+from restore import Options as Fusing, Setting, fused
 
 from lorafusion_jax import fuse
 from lorafusion_jax.crossbar import Device, flax, load_config, save_config

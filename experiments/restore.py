@@ -28,9 +28,15 @@ import numpy as np
 import scipy.stats
 import tyro
 from lab.common import ROOT, print_plan, with_interval, write_tables
-from lab.language import EVALUATED_ROWS, PROMPT, TRAIN_ROWS, find, options_of
-from lab.language import MAIN as METHODS
-from lab.language import SOURCES as POOL
+from lab.language import (
+    EVALUATED_ROWS,
+    MAIN as METHODS,
+    PROMPT,
+    SOURCES as POOL,
+    TRAIN_ROWS,
+    find,
+    options_of,
+)
 from lab.smollm2 import EXAMPLES, SMOLLM2, base
 from language import link_tasks, unseen_tasks
 

@@ -15,8 +15,7 @@ import numpy as np
 
 from lorafusion_jax import FuseOptions
 from lorafusion_jax.methods import find
-from lorafusion_jax.report import as_markdown as markdown
-from lorafusion_jax.report import over_tasks, write_text
+from lorafusion_jax.report import as_markdown as markdown, over_tasks, write_text
 from lorafusion_jax.runs import RunFolder
 from lorafusion_jax.trials import Shots
 

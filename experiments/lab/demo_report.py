@@ -7,8 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafusion_jax.report import EMPTY, colour, counts, escaped, literal, plot, spread
-from lorafusion_jax.report import as_markdown as markdown
+from lorafusion_jax.report import (
+    EMPTY,
+    as_markdown as markdown,
+    colour,
+    counts,
+    escaped,
+    literal,
+    plot,
+    spread,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -25,8 +25,13 @@ from lorafusion_jax.estimates import (
 )
 from lorafusion_jax.io import open_pool
 from lorafusion_jax.loading import LoadIn
-from lorafusion_jax.methods import basis_of, choice_of, find, modules_of
-from lorafusion_jax.methods import recipe_of as recipe_with
+from lorafusion_jax.methods import (
+    basis_of,
+    choice_of,
+    find,
+    modules_of,
+    recipe_of as recipe_with,
+)
 from lorafusion_jax.trials import EngineOptions, Job, Shots, run_jobs
 
 # Rows that a seed uses, and passes over them.

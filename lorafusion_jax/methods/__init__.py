@@ -3,13 +3,15 @@
 import dataclasses
 
 from . import base_alone, fusion, lora, lorahub, merge, vera
-from .base_alone import FullFineTuning as FullFineTuning
-from .base_alone import Magnitudes as Magnitudes
-from .entry import Built as Built
-from .entry import MethodEntry, PoolRecipe
-from .entry import basis_of as basis_of
-from .entry import modules_of as modules_of
-from .entry import recipe_of as recipe_of
+from .base_alone import FullFineTuning as FullFineTuning, Magnitudes as Magnitudes
+from .entry import (
+    Built as Built,
+    MethodEntry,
+    PoolRecipe,
+    basis_of as basis_of,
+    modules_of as modules_of,
+    recipe_of as recipe_of,
+)
 from .fusion import choice_of as choice_of
 from .vera import VeRA as VeRA
 

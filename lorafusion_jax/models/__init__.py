@@ -1,22 +1,21 @@
 """Model families, their matrices, and generation."""
 
-from .architecture import Model as Model
-from .architecture import linear_shapes as linear_shapes
-from .architecture import matrices as matrices
-from .architecture import rough_operations as rough_operations
-from .architecture import set_matrices as set_matrices
-from .architecture import stack_of as stack_of
-from .architecture import targeted as targeted
-from .decoder import Decoder as Decoder
-from .decoder import DecoderConfig as DecoderConfig
-from .generate import GREEDY as GREEDY
-from .generate import advance as advance
-from .generate import begin as begin
-from .registry import abstract_model as abstract_model
-from .registry import family_of as family_of
-from .registry import known_shapes as known_shapes
-from .t5 import T5 as T5
-from .t5 import T5Config as T5Config
+from .architecture import (
+    Model as Model,
+    linear_shapes as linear_shapes,
+    matrices as matrices,
+    rough_operations as rough_operations,
+    set_matrices as set_matrices,
+    stack_of as stack_of,
+    targeted as targeted,
+)
+from .decoder import Decoder as Decoder, DecoderConfig as DecoderConfig
+from .generate import GREEDY as GREEDY, advance as advance, begin as begin
+from .registry import (
+    abstract_model as abstract_model,
+    family_of as family_of,
+    known_shapes as known_shapes,
+)
+from .t5 import T5 as T5, T5Config as T5Config
 from .t5.model import decoder_inputs as decoder_inputs
-from .weights import PerLayerWeights as PerLayerWeights
-from .weights import dense as dense
+from .weights import PerLayerWeights as PerLayerWeights, dense as dense

@@ -21,9 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, UInt
 
 from .. import crossbar
-from ..crossbar import Chip, programmed_weights
-from ..crossbar import is_chip as is_chip
-from ..crossbar import reads as reads
+from ..crossbar import Chip, is_chip as is_chip, programmed_weights, reads as reads
 from ..support.platform import check_mesh, for_cpu, is_traced
 from .bit_cast import from_bits, kept, pack, to_bits
 

@@ -2,8 +2,7 @@
 
 # ruff: noqa: F401 (the imports are the public names)
 
-from ..support.text_tables import EMPTY, escaped
-from ..support.text_tables import markdown as as_markdown
+from ..support.text_tables import EMPTY, escaped, markdown as as_markdown
 from ..support.writing import write_text
 from .formats import Column, Table, counts, markdown, spread
 from .page import write_report
@@ -16,6 +15,6 @@ from .statistics import (
     holm,
     over_tasks,
     paired,
+    spread as spread_over_seeds,
     summary,
 )
-from .statistics import spread as spread_over_seeds

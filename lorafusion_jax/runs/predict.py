@@ -29,8 +29,7 @@ from ..support.options import (
     EvaluatedRowsOptions,
     RunSeedOptions,
 )
-from ..support.reading import decode as decode_json
-from ..support.reading import utf8
+from ..support.reading import decode as decode_json, utf8
 from ..tasks import (
     Encoded,
     Example,

@@ -10,8 +10,7 @@ from ..models.generate import GREEDY, Sampling
 from ..runs.predict import read_lines
 from ..runs.weight_list import Weights, check_modules
 from ..support.checks import at_least
-from ..support.reading import decode as decode_json
-from ..support.reading import decode_as, error_context
+from ..support.reading import decode as decode_json, decode_as, error_context
 from .service import FusedRun, Service, run_input
 
 _EXAMPLE = '{"run": "a-run", "input": "some text"}'

@@ -21,8 +21,7 @@ import numpy as np
 import pytest
 import tiny
 from crossbar_strategies import build, dtype, inputs, reads, simplest, weights
-from hypothesis import Phase, given, note, settings
-from hypothesis import strategies as st
+from hypothesis import Phase, given, note, settings, strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from lorafusion_jax import crossbar

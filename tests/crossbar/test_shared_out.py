@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from numpy.testing import assert_allclose
 
 from lorafusion_jax import crossbar
@@ -25,8 +24,8 @@ from lorafusion_jax.crossbar import (
     ReadNoise,
     Tile,
     Wire,
+    flax as crossbar_flax,
 )
-from lorafusion_jax.crossbar import flax as crossbar_flax
 
 _TILE = Tile(rows=16, cols=12)
 _ADC = ADC(bits=6, range="max")

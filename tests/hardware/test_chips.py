@@ -30,8 +30,8 @@ from lorafusion_jax import (
 from lorafusion_jax.cli import main
 from lorafusion_jax.cli.crossbar import programmed_report
 from lorafusion_jax.cli.evaluate import age_table
-from lorafusion_jax.crossbar import PRESETS as ARRAYS
 from lorafusion_jax.crossbar import (
+    PRESETS as ARRAYS,
     Device,
     Independent,
     PowerLaw,

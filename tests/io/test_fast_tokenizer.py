@@ -8,8 +8,7 @@ import one_block
 import pretrained
 import pytest
 import small_llama
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from json_files import read_json, write_json
 
 import lorafusion_jax as lf

@@ -27,8 +27,7 @@ from gguf_models import (
     writer_of,
     written,
 )
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from json_files import read_json, write_json
 from numpy.testing import assert_allclose, assert_array_equal
 from refusals import refused

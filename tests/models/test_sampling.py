@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from numpy.testing import assert_array_equal
 from refusals import refused
 

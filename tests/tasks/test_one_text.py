@@ -5,8 +5,7 @@ from dataclasses import replace
 import pretrained
 import pytest
 import small_llama
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from json_files import read_json, write_rows
 from refusals import refused
 from small_llama import BOS, END, EOS, START

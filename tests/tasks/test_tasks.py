@@ -9,8 +9,7 @@ import datasets
 import numpy as np
 import one_block
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from numpy.testing import assert_array_equal
 from refusals import refusals, refused
 

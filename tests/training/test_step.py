@@ -13,8 +13,7 @@ from refusals import refused
 import lorafusion_jax as lf
 from lorafusion_jax.adapters.coefficients import present
 from lorafusion_jax.methods import FullFineTuning, Magnitudes
-from lorafusion_jax.training import cross_entropy
-from lorafusion_jax.training import step as step_lib
+from lorafusion_jax.training import cross_entropy, step as step_lib
 from lorafusion_jax.training.step import end_epoch, prune
 
 _MODEL = tiny.t5()
