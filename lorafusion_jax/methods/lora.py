@@ -225,11 +225,6 @@ def _lora_cost_layouts(recipe: LoRARecipe, rank: int) -> dict[str, CostLayout]:
     }
 
 
-def _dora_cost_layouts(recipe: LoRARecipe, rank: int) -> dict[str, CostLayout]:
-    layout = CostLayout(matrices=module(recipe.lora_rank), written="once")
-    return {"DoRA in cells": layout}
-
-
 ENTRIES = (
     MethodEntry(
         name="lora",
@@ -247,6 +242,10 @@ ENTRIES = (
         build=partial(_build, dora=True),
         recipe=DoRARecipe,
         groups=("lora", "magnitudes"),
-        cost_layouts=_dora_cost_layouts,
+        cost_layouts=lambda recipe, rank: {
+            "DoRA in cells": CostLayout(
+                matrices=module(recipe.lora_rank), written="once"
+            )
+        },
     ),
 )

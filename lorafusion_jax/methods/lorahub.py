@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,14 +31,14 @@ from ..training.loss import seed_entropies
 from ..training.mesh import on_mesh, to_host
 from ..training.method import SEARCH, Params
 from ..training.problem import Problem
-from .entry import Built, CostLayout, MethodEntry, PoolRecipe, SearchJob
+from .entry import Built, MethodEntry, PoolRecipe, SearchJob
 from .fusion import Fusion, separate_modules
 
 BOUND = 1.5
 L1 = 0.05
 
 LORAHUB = Fusion(composition="mix", granularity="global", magnitudes=False)
-# The scores of weights [seeds, N], from the number of the evaluation, which determines the noise of reads.
+# The scores of weights [seeds, N], from the number of the evaluation, from 1, which determines the noise of reads.
 Objective = Callable[[int, np.ndarray], np.ndarray]
 
 _MOST_EVALUATIONS = 50  # per module; beyond, NGOpt turns from COBYLA to metamodels, which NumPy 2.4 breaks
@@ -55,31 +55,15 @@ class LoraHubRecipe(PoolRecipe):
     evaluations: int = 40
 
 
-class Search(NamedTuple):
-    """The recommended weights, all proposals in order, and their values of the objective."""
-
-    weights: Float[np.ndarray, "seeds N"]
-    tried: Float[np.ndarray, "evaluations seeds N"]
-    scores: Float[np.ndarray, "evaluations seeds"]
-
-
 def search(
     objective: Objective,
     seeds: Sequence[int],
     modules: int,
     *,
     evaluations: int,
-    after_evaluation: Callable[
-        [int, Float[np.ndarray, " seeds"]], None
-    ] = lambda number, scores: None,
-) -> Search:
-    """Search the weights of all seeds in parallel.
-
-    `after_evaluation` is called with the number of the evaluation, from 1, and the score of every seed.
-    """
+) -> Float[np.ndarray, "seeds N"]:
+    """Return the recommended weights of all seeds, which are searched in parallel."""
     nevergrad = load_nevergrad()
-    tried = []
-    scores = []
     optimisers = []
     try:
         with warnings.catch_warnings():
@@ -90,18 +74,15 @@ def search(
             ]
             for number in range(1, evaluations + 1):
                 candidates = [optimiser.ask() for optimiser in optimisers]
-                tried.append(np.stack([candidate.value for candidate in candidates]))
-                scores.append(objective(number, tried[-1]))
-                _tell(optimisers, candidates, scores[-1])
-                after_evaluation(number, scores[-1])
-            weights = np.stack(
+                weights = np.stack([candidate.value for candidate in candidates])
+                _tell(optimisers, candidates, objective(number, weights))
+            return np.stack(
                 [optimiser.provide_recommendation().value for optimiser in optimisers]
             )
     finally:
         # Their threads end with the optimisers; alive, they would keep an interrupted Python from exiting. So the frame
         # of this function, which a traceback keeps, must not have another name for one of them.
         optimisers.clear()
-    return Search(weights, np.stack(tried), np.stack(scores))
 
 
 def _optimiser(nevergrad: ModuleType, modules: int, evaluations: int, seed: int) -> Any:
@@ -169,28 +150,21 @@ def _build(built: Built) -> Fusion:
 
 def _search(job: SearchJob) -> tuple[Params, int]:
     count = job.recipe.evaluations
-    modules = job.problem.index.shape[1]
+    objective = objective_of(job)
     with progress("search", count) as bar:
 
-        def record(number: int, scores: np.ndarray) -> None:
-            pairs = zip(job.seeds, scores.tolist(), strict=True)
+        def recorded(number: int, weights: np.ndarray) -> np.ndarray:
+            scores = objective(number, weights)
             job.record(
-                {"step": number, "seed": seed, "score": score} for seed, score in pairs
+                {"step": number, "seed": seed, "score": score}
+                for seed, score in zip(job.seeds, scores.tolist(), strict=True)
             )
             bar.update()
+            return scores
 
-        best = search(
-            objective_of(job),
-            job.seeds,
-            modules,
-            evaluations=count,
-            after_evaluation=record,
-        )
-    return {"coefficients": jnp.asarray(best.weights, jnp.float32)}, count
-
-
-def _cost_layouts(recipe: LoraHubRecipe, rank: int) -> dict[str, CostLayout]:
-    return {"LoraHub": separate_modules(recipe.modules, rank)}
+        modules = job.problem.index.shape[1]
+        best = search(recorded, job.seeds, modules, evaluations=count)
+    return {"coefficients": jnp.asarray(best, jnp.float32)}, count
 
 
 ENTRIES = (
@@ -206,6 +180,8 @@ ENTRIES = (
         check=load_nevergrad,
         search=_search,
         evaluations=lambda recipe, modules: recipe.evaluations,
-        cost_layouts=_cost_layouts,
+        cost_layouts=lambda recipe, rank: {
+            "LoraHub": separate_modules(recipe.modules, rank)
+        },
     ),
 )

@@ -100,11 +100,6 @@ class VeRA(Method):
         }, {}
 
 
-def _cost_layouts(recipe: VeRARecipe, rank: int) -> dict[str, CostLayout]:
-    layout = CostLayout(matrices=module(recipe.vera_rank), trains_in_arrays=True)
-    return {"VeRA": layout}
-
-
 ENTRIES = (
     MethodEntry(
         name="vera",
@@ -113,6 +108,8 @@ ENTRIES = (
         build=lambda built: VeRA(sites=built.sites, rank=built.recipe.vera_rank),
         recipe=VeRARecipe,
         groups=("vera",),
-        cost_layouts=_cost_layouts,
+        cost_layouts=lambda recipe, rank: {
+            "VeRA": CostLayout(matrices=module(recipe.vera_rank), trains_in_arrays=True)
+        },
     ),
 )

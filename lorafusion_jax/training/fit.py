@@ -39,7 +39,6 @@ class Epoch(NamedTuple):
       metrics: name -> [steps, seeds], metrics of the steps.
       validation_loss: loss of each seed on its validation rows, nats per token.
       first_step: number of steps before the epoch.
-      last: training ends with this epoch.
     """
 
     number: int
@@ -48,7 +47,6 @@ class Epoch(NamedTuple):
     metrics: dict[str, np.ndarray]
     validation_loss: np.ndarray
     first_step: int
-    last: bool
 
 
 # Called with the number of an epoch, the state, and the metrics of the epoch's intervals so far, each [steps, seeds].
@@ -190,7 +188,6 @@ def fit(
                     metrics=joined(metrics),
                     validation_loss=validation_loss,
                     first_step=first_step,
-                    last=bool(np.all(stopped)) or number == recipe.epochs,
                 )
             )
             if np.all(stopped):

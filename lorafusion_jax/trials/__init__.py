@@ -10,7 +10,6 @@ from .rows import (
     Row,
     Shots,
     append_lines,
-    append_rows,
     key,
     merge,
     name,

@@ -18,7 +18,7 @@ from ..runs.options import FuseOptions, options_to_json
 from ..runs.start import with_targets
 from ..support.reading import read_lines
 from .engines import LOCAL, EngineOptions, OutOfMemory, run_items
-from .rows import ResultKey, ResultRows, append_lines, append_rows, key, name, read_rows
+from .rows import Result, ResultKey, ResultRows, append_lines, key, name
 
 # Options of a run that do not affect its results.
 _BOOKKEEPING = (
@@ -93,9 +93,7 @@ def run_jobs(
     todo = list(jobs)
     for job in todo:
         job.options.entry.check()
-    results = ResultRows(
-        file, key, read=read_rows, append=append_rows
-    )  # whose rows are checked
+    results = ResultRows(file, key, kind=Result)
     job_by_name = {job[:3]: job for job in todo}
     job_by_key = {(*job[:3], seed): job for job in todo for seed in job.options.seeds}
     for row in results.rows():

@@ -7,7 +7,6 @@ append removes it. Rows of jobs have a schema, and one for each task, method, nu
 import dataclasses
 import fcntl
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Annotated, Any, Generic, Literal, TypedDict, TypeVar
 
 import msgspec
 
-from ..support.reading import FileError, decode_as, is_object, read_lines
+from ..support.reading import FileError, is_object, read_lines
 from ..support.writing import check_no_link, writing
 
 Row = dict[str, Any]
@@ -108,15 +107,13 @@ class ResultRows(Generic[Key]):
       file: JSON lines, one for each result, which only ever grow.
       key_of: function that returns the key of a row.
       common: settings that all rows of the file have.
-      read: function that returns the rows of the file.
-      append: function that adds rows to the file.
+      kind: type of the rows, as for `read_lines`.
     """
 
     file: Path
     key_of: Callable[[Row], Key]
     common: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    read: Callable[[Path], list[Any]] = read_lines
-    append: Callable[[Path, Sequence[Mapping[str, Any]]], None] = append_lines
+    kind: Any = Row
 
     def rows(self) -> list[Row]:
         """Return the rows of the file, none if it does not exist.
@@ -124,7 +121,7 @@ class ResultRows(Generic[Key]):
         Raises:
           ValueError: a line is not JSON, or a row has other settings.
         """
-        rows = self.read(self.file) if self.file.exists() else []
+        rows: list[Row] = read_lines(self.file, self.kind)
         for row in rows:
             others = {
                 name: value
@@ -164,7 +161,7 @@ class ResultRows(Generic[Key]):
             return
         for number, row in enumerate(measure(missing), start=1):
             row = {**self.common, **row}
-            self.append(self.file, [row])
+            append_lines(self.file, [row])
             print(f"[{number}/{len(missing)}] {show(row)}", file=sys.stderr, flush=True)
             after()
 
@@ -173,29 +170,7 @@ def read_rows(path: Path) -> list[Result]:
     """Return the rows of a file, without a last line that was cut off; ValueError for a line that is not a row."""
     if not path.exists():
         raise FileError(path, got="missing", fix="restore it from a copy")
-    return [
-        _checked(row, f"{path}, line {n}")
-        for n, row in enumerate(read_lines(path), start=1)
-    ]
-
-
-def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add rows to a file, which is made if it does not exist, and return when they are on disk.
-
-    Processes that append at the same time wait for each other. Only a last line that was cut off is removed. A loss
-    that is not finite is written as null.
-
-    Raises:
-      ValueError: a row lacks a key or has a wrong value, or the file is a link; nothing is written.
-      WriteError: the disk is full, read-only or gone, or has no locks.
-    """
-    append_lines(
-        path,
-        [
-            _whole(row, f"row {n} of {len(rows)} to append")
-            for n, row in enumerate(rows, start=1)
-        ],
-    )
+    return read_lines(path, Result)
 
 
 def merge(files: Sequence[Path]) -> list[Result]:
@@ -224,26 +199,3 @@ def merge(files: Sequence[Path]) -> list[Result]:
                     f"{name(row)} has two results, in {origin} and {path}, which differ in {differing}: remove one"
                 )
     return [row for row, _ in merged.values()]
-
-
-def _whole(row: Mapping[str, Any], where: str) -> Result:
-    loss = row.get("loss")
-    if isinstance(loss, float) and not math.isfinite(loss):
-        row = {**row, "loss": None}
-    checked = _checked(dict(row), where)
-    try:
-        json.dumps(checked, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{where}, {name(row)}: JSON cannot hold it: {error}"
-        ) from error
-    return checked
-
-
-def _checked(row: Any, where: str) -> Result:
-    return decode_as(
-        row,
-        Result,
-        where,
-        fix="fix the row; what describes the run belongs into config",
-    )

@@ -47,7 +47,7 @@ from .procedure import (
     divide,
     procedure,
 )
-from .rows import ResultRows, Row
+from .rows import ResultRows, Row, append_lines
 from .trainer import Trainer, shortened
 
 if TYPE_CHECKING:
@@ -387,7 +387,7 @@ def _measure(
                         f"another machine; {results.file} keeps what it has"
                     )
                 row = common | _row(settings[finished.arm], finished, scores)
-                results.append(results.file, [row])
+                append_lines(results.file, [row])
                 rows[_key_of(row)] = row
                 measured += 1
             weight = _weight(task_trial, training)

@@ -34,7 +34,7 @@ from lorafusion_jax.io import store
 from lorafusion_jax.runs.weight_list import coefficients_of, read_weights
 from lorafusion_jax.support.reading import error_context
 from lorafusion_jax.tasks import load_task
-from lorafusion_jax.trials import append_rows, read_rows
+from lorafusion_jax.trials import append_lines, read_rows
 
 
 class Kind(NamedTuple):
@@ -88,7 +88,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
     chips = folder / "chips.json"
     _write_chips(chips, chip)
     save_config(load_config("isaac"), folder / "isaac.yaml")
-    append_rows(
+    append_lines(
         folder / "rows.jsonl",
         made_up(methods=("LoRA",), tasks=("easy",), seeds=(1, 2), items=8),
     )

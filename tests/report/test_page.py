@@ -11,7 +11,7 @@ from made_up_rows import made_up, row
 from refusals import refused
 
 from lorafusion_jax.report import Column, Table, markdown, plot_means, write_report
-from lorafusion_jax.trials import append_rows
+from lorafusion_jax.trials import append_lines
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_the_page_is_whole_and_needs_no_other_file(folder):
 
 def test_the_script_compares_with_a_method_that_has_rows(tmp_path):
     file = tmp_path / "results.jsonl"
-    append_rows(file, made_up(methods=("zero-shot", "LoRA"), items=20))
+    append_lines(file, made_up(methods=("zero-shot", "LoRA"), items=20))
     results_page.main(f"{file} --out {tmp_path / 'out'} --reference zero-shot".split())
     assert (
         "zero-shot minus each other method"

@@ -24,7 +24,7 @@ from lorafusion_jax.runs.folder import RunConfig
 from lorafusion_jax.support.reading import decode_as, read_json
 from lorafusion_jax.support.text import printable
 from lorafusion_jax.tasks import Example, encode
-from lorafusion_jax.trials import append_rows
+from lorafusion_jax.trials import append_lines
 
 _CONFIG = recipes.run_config(lf.FuseOptions(base="base", task="task"))
 
@@ -242,7 +242,7 @@ def test_rows_are_not_added_to_a_link_or_a_pipe(tmp_path):
     os.mkfifo(pipe := tmp_path / "pipe.jsonl")
     for path in (link, pipe):
         with pytest.raises(lf.FileError, match=f"{path}: a link, .* or a special file"):
-            append_rows(
+            append_lines(
                 path, made_up(methods=("LoRA",), tasks=("easy",), seeds=(1,), items=2)
             )
     assert outside.read_text() == ""

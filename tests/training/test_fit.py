@@ -95,7 +95,6 @@ def _found(epochs: list[Epoch]):
             epoch.validation_loss,
             epoch.stopped,
             epoch.first_step,
-            epoch.last,
         )
         for epoch in epochs
     ]
@@ -153,9 +152,6 @@ def test_the_loop_prunes_at_half_time_and_ends_when_every_seed_has_stopped(
         after_epoch=found.append,
     )
     assert ended == [(number, number == pruned) for number in range(1, last + 1)]
-    assert [epoch.last for epoch in found] == [
-        number == last for number in range(1, last + 1)
-    ]
 
 
 @pytest.mark.parametrize("protocol", ["default", "reference"])
