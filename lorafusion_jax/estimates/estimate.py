@@ -135,17 +135,17 @@ class Traced:
         """Return the FLOPs of one seed's step, loss or answers (of T tokens), and the bytes of all seeds together."""
         optimisation = self.recipe.optimisation(100)
 
-        def step(state: TrainState, batch: Batch, one: Problem) -> Any:
-            rates = recipe_rates(one.method, self.recipe, 1)
-            rates = jax.tree.map(lambda rate: rate[0], rates)
-            return fusion_step(state, batch, one, rates, optimisation=optimisation)
-
-        def loss(state: TrainState, batch: Batch, one: Problem) -> Any:
-            logits, _ = batch_logits(state.params, batch, one)
-            return log_likelihood(logits, jnp.asarray(batch.labels))
-
-        def answers(state: TrainState, batch: Batch, one: Problem) -> Any:
+        def computed(one: Problem, state: TrainState, batch: Batch) -> Any:
+            if kind == "step":
+                rates = recipe_rates(one.method, self.recipe, 1)
+                rates = jax.tree.map(lambda rate: rate[0], rates)
+                return fusion_step(state, batch, one, rates, optimisation=optimisation)
+            if kind == "loss":
+                logits, _ = batch_logits(state.params, batch, one)
+                return log_likelihood(logits, jnp.asarray(batch.labels))
             model, adapters, _ = one.adapted_model(state.params)
+            if kind == "adapters":
+                return jax.tree.leaves(adapters)
             return generate(
                 model,
                 batch.input_ids,
@@ -154,16 +154,6 @@ class Traced:
                 max_new_tokens=shape.target,
             )
 
-        def adapters(state: TrainState, batch: Batch, one: Problem) -> Any:
-            _, adapters, _ = one.adapted_model(state.params)
-            return jax.tree.leaves(adapters)
-
-        functions = {
-            "step": step,
-            "loss": loss,
-            "answers": answers,
-            "adapters": adapters,
-        }
         apart = (
             self.settings.device == "cpu"
             and kind != "loss"
@@ -175,11 +165,8 @@ class Traced:
             def of_seeds(state: TrainState, batch: Batch, leaves: list[Any]) -> Any:
                 problem = shapes.problem(leaves)
                 if self.seeds == 1:
-                    return functions[kind](state, batch, problem)
-                return problem.over_seeds(
-                    lambda one, state, batch: functions[kind](state, batch, one),
-                    (state, batch),
-                )
+                    return computed(problem, state, batch)
+                return problem.over_seeds(computed, (state, batch))
 
             arguments = (self.state, _batch(shape))
             if self.seeds > 1:

@@ -61,18 +61,18 @@ def generate_rows(
     rows = [
         _row(line, number, names, by_name, prompt) for number, line in lines.items()
     ]
-    mixtures = {name: mixture for _, name, mixture in rows if name and mixture}
-    lines_of = {
-        name: line for (_, name, _), line in reversed([*zip(rows, lines, strict=True)])
-    }
+    mixtures: dict[str, tuple[str, Weights]] = {}
+    for where, (_, name, mixture) in zip(lines, rows, strict=True):
+        if name and mixture:
+            mixtures.setdefault(name, (where, mixture))
     source = pool or next(
         (run.options.pool for run in by_name.values() if run.options.entry.pool), None
     )
     pool_names = open_pool(source).names if mixtures and source else ()
-    for name, mixture in mixtures.items():
-        with error_context(lines_of[name]):
+    for where, mixture in mixtures.values():
+        with error_context(where):
             check_modules(mixture, pool_names, source)
-    modules = sorted({module for mixture in mixtures.values() for module in mixture})
+    modules = sorted({module for _, mixture in mixtures.values() for module in mixture})
     capacity = max(1, len(by_name) + len(mixtures))
     if base is not None and pool is not None:
         service = Service.open(
@@ -87,8 +87,8 @@ def generate_rows(
         service = Service([*by_name.values()], modules=modules, capacity=capacity)
     for name, run in by_name.items():
         service.add(name, run, seed)
-    for name, mixture in mixtures.items():
-        with error_context(lines_of[name]):
+    for name, (where, mixture) in mixtures.items():
+        with error_context(where):
             service.add_mixture(name, mixture)
     texts, requests, _ = zip(*rows, strict=True)
     return service.generate(
