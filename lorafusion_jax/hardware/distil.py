@@ -156,7 +156,7 @@ def distil(
             f"{len(batches)} batches and {len(targets)} targets: expected as many, and at least 1"
         )
     steps = how.epochs * len(batches)
-    best = dict(corrections)
+    best = {site: _parts(correction) for site, correction in corrections.items()}
     params = jax.tree.map(jnp.copy, best)
     optimiser = _optimiser(how.rate, how.rate_of_matrices, steps)
     state = optimiser.init(params)
@@ -184,22 +184,26 @@ def distil(
             )
             bar.update()
             if left_out is not None and step % len(batches) == 0:
-                loss = _mean_divergence(run, weights, params, left_out)
+                loss = _mean_divergence(run, weights, _corrections(params), left_out)
                 if loss < best_loss:
                     best_loss = loss
                     best = jax.tree.map(jnp.copy, params)  # a step reuses their memory
-    return params if left_out is None else best
+    if left_out is None:
+        best = params
+    return _corrections(best)
 
 
 @lru_cache  # the same function again: a step is compiled once for all chips
 def _optimiser(
     rate: float, rate_low_rank: float, steps: int
 ) -> optax.GradientTransformation:
-    def kinds(corrections: Any) -> Any:
-        return jax.tree.map_with_path(
-            lambda path, _: "low rank" if path[-1].name in ("U", "V") else "columns",
-            corrections,
-        )
+    def kinds(params: Any) -> Any:
+        return {
+            site: {
+                name: "low rank" if name in ("U", "V") else "columns" for name in parts
+            }
+            for site, parts in params.items()
+        }
 
     rates = {"columns": rate, "low rank": rate_low_rank}
     return optax.multi_transform(
@@ -222,7 +226,7 @@ def _step(
     update: Any,
 ) -> tuple[Any, Any]:
     def loss(params: Any) -> Array:
-        corrected = crossbar.with_corrections(weights, params)
+        corrected = crossbar.with_corrections(weights, _corrections(params))
         return divergence(run(corrected, batch), target)
 
     gradient = jax.grad(loss)(params)
@@ -271,19 +275,30 @@ def divergence(
     )
 
 
+def _parts(correction: crossbar.Correction) -> dict[str, Array]:
+    return {
+        name: values for name, values in vars(correction).items() if values is not None
+    }
+
+
+def _corrections(params: dict[str, dict[str, Array]]) -> dict[str, crossbar.Correction]:
+    return {site: crossbar.Correction(**parts) for site, parts in params.items()}
+
+
 def _neutral(
     corrections: crossbar.Corrections, key: Array
 ) -> dict[str, crossbar.Correction]:
     """Return corrections of the same kind and shapes that change nothing yet: U is random, and V is zero."""
     neutral = {}
     for number, (site, correction) in enumerate(corrections.items()):
-        zeros = jax.tree.map(jnp.zeros_like, correction)
-        ones = jax.tree.map(jnp.ones_like, correction.scale)
-        U = zeros.U
-        if U is not None:
-            normal = jax.random.normal(jax.random.fold_in(key, number), U.shape)
-            U = normal * U.shape[-2] ** -0.5
-        neutral[site] = dataclasses.replace(zeros, scale=ones, U=U)
+        parts = jax.tree.map(jnp.zeros_like, _parts(correction))
+        if correction.scale is not None:
+            parts["scale"] = jnp.ones_like(correction.scale)
+        if correction.U is not None:
+            shape = correction.U.shape
+            normal = jax.random.normal(jax.random.fold_in(key, number), shape)
+            parts["U"] = normal * shape[-2] ** -0.5
+        neutral[site] = crossbar.Correction(**parts)
     return neutral
 
 
