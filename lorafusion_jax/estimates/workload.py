@@ -117,47 +117,32 @@ def workload(
     if packing is not None:
         compile_cost = packing.evaluation_compile_cost()
 
-    def asked(task: tasks.Task, text_format: tasks.TextFormat) -> EvaluationShapes:
-        return _asked(task, options, tokenizer, text_format, eval_batch, compile_cost)
+    def evaluation(task: tasks.Task, text_format: tasks.TextFormat) -> EvaluationShapes:
+        def shapes_of(examples: Sequence[tasks.Example]) -> Shapes:
+            rows = _encode(examples, tokenizer, text_format)
+            batches = tasks.eval_batches(
+                rows, eval_batch, pad_id=0, compile_cost=compile_cost
+            )
+            return _shapes(batch for _, batch in batches)
+
+        pairs = zip(task.test, options or (), strict=options is not None)
+        answered = [
+            dataclasses.replace(example, target=option)
+            for example, row_options in pairs
+            for option in row_options
+        ]
+        return EvaluationShapes(shapes_of(task.test), shapes_of(answered))
 
     return Workload(
         steps=shapes["steps"],
         search=shapes["search"],
         validation=shapes["validation"][0],
         epochs=recipe.epochs,
-        test=asked(task, text_format),
-        few_shot=None if prompted is None else asked(prompted, unlimited),
+        test=evaluation(task, text_format),
+        few_shot=None if prompted is None else evaluation(prompted, unlimited),
         new_tokens=recipe.max_new_tokens or tasks.most_new_tokens(longest),
         lengths="estimated from characters" if tokenizer is None else "tokenised",
     )
-
-
-def _asked(
-    task: tasks.Task,
-    options: Sequence[Sequence[str]] | None,
-    tokenizer: Any,
-    text_format: tasks.TextFormat,
-    eval_batch: int,
-    compile_cost: float,
-) -> EvaluationShapes:
-    def shapes(rows: tasks.Encoded) -> Shapes:
-        return _shapes(
-            batch
-            for _, batch in tasks.eval_batches(
-                rows, eval_batch, pad_id=0, compile_cost=compile_cost
-            )
-        )
-
-    evaluated = EvaluationShapes(shapes(_encode(task.test, tokenizer, text_format)))
-    if options is None:
-        return evaluated
-    pairs = zip(task.test, options, strict=True)
-    answered = [
-        dataclasses.replace(example, target=option)
-        for example, row_options in pairs
-        for option in row_options
-    ]
-    return evaluated._replace(options=shapes(_encode(answered, tokenizer, text_format)))
 
 
 def _shapes(batches: Iterable[tasks.Batch]) -> Shapes:

@@ -189,13 +189,9 @@ def _with_pool(
             if factor in ("A", "U") and site in preparations:
                 site_preparation = preparations[site]
                 shape = (weights.shape[0], *[1] * (weights.ndim - 3), weights.shape[-2])
-                if site_preparation.factors is None:
-                    wide = None
-                else:
-                    wide = site_preparation.factors.reshape(shape)
-                wide = (
-                    None if wide is None else jnp.broadcast_to(wide, weights.shape[:-1])
-                )
+                wide = site_preparation.factors
+                if wide is not None:
+                    wide = jnp.broadcast_to(wide.reshape(shape), weights.shape[:-1])
                 preparation = dataclasses.replace(
                     site_preparation, factors=wide, ranges=None
                 )

@@ -133,48 +133,37 @@ class LoRA(Method):
           ValueError: the other method adapts no site, or one that this one does not.
         """
         starts = []
+        left_out = []
         pool = source.frozen.pool
         model = nnx.merge(source.graph, source.frozen.base)
         base = kernels(model, pool.sites if pool else ())
         for place, index in enumerate(source.index):
             seed_params = jax.tree.map(lambda p, at=place: p[at], source_params)
-            seed_fresh = jax.tree.map(lambda p, at=place: p[at], fresh)
-            starts.append(
-                self._start_of_seed(
-                    to_host(_factors(seed_params, source.replace(index=index))),
-                    base,
-                    seed_fresh,
+            start = jax.tree.map(lambda p, at=place: p[at], fresh)
+            factors = to_host(_factors(seed_params, source.replace(index=index)))
+            if not factors:
+                raise ValueError("it adapts no matrices")
+            if outside := [name for name in factors if name not in dict(self.sites)]:
+                raise ValueError(
+                    f"it adapts {some(outside)}, which --lora-targets leaves out: add them"
                 )
-            )
-        return jax.tree.map(
-            lambda *p: jnp.stack(p), *(params for params, _ in starts)
-        ), [share for _, share in starts]
-
-    def _start_of_seed(
-        self, factors: dict[str, Factors], base: dict[str, Weight], fresh: Params
-    ) -> tuple[Params, dict[str, float]]:
-        if not factors:
-            raise ValueError("it adapts no matrices")
-        if outside := [name for name in factors if name not in dict(self.sites)]:
-            raise ValueError(
-                f"it adapts {some(outside)}, which --lora-targets leaves out: add them"
-            )
-        A = {**fresh["lora"]["A"]}
-        B = {**fresh["lora"]["B"]}
-        magnitudes = {**fresh.get("magnitudes", {})}
-        left_out = {}
-        for site, site_factors in factors.items():
-            kernel = jax.tree.map(
-                jnp.asarray, to_host(base[site])
-            )  # whole in every process
-            start = truncated(site_factors, kernel, self.rank, rescaled=not self.dora)
-            used = np.any(start.B != 0, axis=2)[:, None]
-            A[site] = jnp.where(used, start.A, A[site])
-            B[site] = jnp.asarray(start.B * (self.rank / self.alpha))
-            magnitudes[site] = jnp.asarray(start.norms)
-            left_out[site] = start.left_out
-        params: Params = {"lora": {"A": A, "B": B}}
-        return params | ({"magnitudes": magnitudes} if self.dora else {}), left_out
+            shares = {}
+            for site, site_factors in factors.items():
+                # whole in every process
+                kernel = jax.tree.map(jnp.asarray, to_host(base[site]))
+                update = truncated(
+                    site_factors, kernel, self.rank, rescaled=not self.dora
+                )
+                used = np.any(update.B != 0, axis=2)[:, None]
+                lora = start["lora"]
+                lora["A"][site] = jnp.where(used, update.A, lora["A"][site])
+                lora["B"][site] = jnp.asarray(update.B * (self.rank / self.alpha))
+                if self.dora:
+                    start["magnitudes"][site] = jnp.asarray(update.norms)
+                shares[site] = update.left_out
+            starts.append(start)
+            left_out.append(shares)
+        return jax.tree.map(lambda *p: jnp.stack(p), *starts), left_out
 
     def adapters(self, params: Params, frozen: Frozen, index: Index) -> Adapted:
         A = params["lora"]["A"]
