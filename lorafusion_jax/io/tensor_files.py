@@ -183,15 +183,13 @@ def _rebuilt(
     offset: int,
     size: tuple[int, ...],
     stride: tuple[int, ...],
-    _requires_grad: bool = False,
-    _hooks: Any = None,
-    metadata: Any = None,
+    *others: Any,
 ) -> np.ndarray:
     """Return the view that PyTorch's function of these arguments rebuilds; NumPy refuses one that leaves its storage.
 
-    Offset and strides are in elements.
+    Offset and strides are in elements; behind the requirement of a gradient and hooks, the last argument marks views.
     """
-    if metadata:
+    if any(others[2:]):
         raise ValueError(
             "a tensor is negated or conjugated lazily: save it after resolve_neg() and resolve_conj()"
         )

@@ -378,19 +378,13 @@ def _digest(value: Any) -> str:
 
 def _changed_fields(config: Any) -> dict[str, Any]:
     """Return the fields of a dataclass that are not the defaults, so that later versions may add fields."""
-    values = {
-        field.name: getattr(config, field.name) for field in dataclasses.fields(config)
-    }
-    differing = {
-        field.name
-        for field in dataclasses.fields(config)
-        if values[field.name] != field.default
-    }
-    return {
-        n: _changed_fields(v) if dataclasses.is_dataclass(v) else v
-        for n, v in values.items()
-        if n in differing
-    }
+    changed = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value != field.default:
+            is_nested = dataclasses.is_dataclass(value)
+            changed[field.name] = _changed_fields(value) if is_nested else value
+    return changed
 
 
 def check_digests(

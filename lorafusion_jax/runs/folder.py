@@ -195,13 +195,11 @@ class RunFolder:
         config: RunConfig = decode_as(raw, _typed_dict("RunConfig", fields), path)
         config["options"] = plain(config["options"])
         if len(config["modules"]) != len(config["options"].seeds):
-            got = f"of {len(config['modules'])} seeds"
-            expected = f"of {len(config['options'].seeds)}, as in the options"
             raise FileError(
                 path,
                 field="modules",
-                got=got,
-                expected=expected,
+                got=f"of {len(config['modules'])} seeds",
+                expected=f"of {len(config['options'].seeds)}, as in the options",
                 fix="restore it from a copy",
             )
         return config
@@ -220,10 +218,12 @@ class RunFolder:
             seeds_of_run,
             seeds_of_run[:1],
         ):  # one for all that answer alike
-            expected = f"{seeds_of_run}, as in {_CONFIG}"
-            fix = "restore it from a copy"
             raise FileError(
-                path, field="seeds", got=str(seeds), expected=expected, fix=fix
+                path,
+                field="seeds",
+                got=str(seeds),
+                expected=f"{seeds_of_run}, as in {_CONFIG}",
+                fix="restore it from a copy",
             )
         return results
 
@@ -299,13 +299,11 @@ def load_run(folder: str | Path) -> tuple[FuseOptions, dict[str, Any], RunConfig
     if wrong := [
         p.shape for p in jax.tree.leaves(params) if p.shape[:1] != (len(options.seeds),)
     ]:
-        expected = f"an axis of {len(options.seeds)} seeds"
-        fix = "restore it from a copy, or train again"
         raise FileError(
             run.final,
             got=f"has an array of shape {wrong[0]}",
-            expected=expected,
-            fix=fix,
+            expected=f"an axis of {len(options.seeds)} seeds",
+            fix="restore it from a copy, or train again",
         )
     return options, jax.device_put(params), config
 
@@ -358,14 +356,12 @@ def _options_class(raw: Any, where: Path) -> type[FuseOptions]:
     """Return the class of the options in JSON, by their method."""
     method = raw.get("method", FuseOptions.method) if isinstance(raw, dict) else None
     if isinstance(method, str) and method not in METHODS:
-        fix = "register it first, or restore the file from a copy"
-        expected = f"one of {', '.join(METHODS)}"
         raise FileError(
             where,
             field="options.method",
             got=repr(method),
-            expected=expected,
-            fix=fix,
+            expected=f"one of {', '.join(METHODS)}",
+            fix="register it first, or restore the file from a copy",
         )
     return options_with(METHODS[method].recipe if isinstance(method, str) else Recipe)
 

@@ -122,14 +122,10 @@ def start_params(
         loaded = load_model(source_options, like=setup)
         loaded = of_run(loaded, source_options, source, config, first)
         return _lora_start(setup, options, loaded.problem, params)
-    run_fields = {
-        "seeds": list(options.seeds),
-        "modules": [list(m) for m in setup.modules],
-    }
-    got = {"seeds": list(source_options.seeds), "modules": config["modules"]}
-    if run_fields != got:
+    modules = [list(seed_modules) for seed_modules in setup.modules]
+    if source_options.seeds != options.seeds or config["modules"] != modules:
         raise ValueError(
-            f"{source} fused other modules or seeds (seeds {got['seeds']}, here {run_fields['seeds']}): "
+            f"{source} fused other modules or seeds (seeds {list(source_options.seeds)}, here {list(options.seeds)}): "
             "give the same --seeds, --pool, --modules"
         )
     check_digests(source, config["digests"], current_digests, options)

@@ -8,6 +8,7 @@
 After each fold, a method is out when it is worse than the best one by more than a margin.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections import Counter
@@ -266,7 +267,10 @@ class _Rounds:
                     best[training.arm] = loss
                     self.tuned[training.arm] = Candidate(training.rates, training.share)
                     self._record(training, scores)
-            stages = _next_stages(searches, losses)
+            stages = {}
+            for name, stage_losses in losses.items():
+                with contextlib.suppress(StopIteration):
+                    stages[name] = searches[name].send(stage_losses)
             yield
 
     def outcomes(self) -> Outcomes:
@@ -346,18 +350,6 @@ class _Rounds:
             arm.name for arm in left if outcomes.is_worse(arm.name, best, level)
         }
         return [arm for arm in left if arm.name not in self.out]
-
-
-def _next_stages(
-    searches: dict, losses: dict[str, list[float]]
-) -> dict[str, list[Candidate]]:
-    stages = {}
-    for name, stage_losses in losses.items():
-        try:
-            stages[name] = searches[name].send(stage_losses)
-        except StopIteration:
-            continue
-    return stages
 
 
 def halving(
