@@ -77,7 +77,8 @@ def machine(name: str | None) -> Machine:
     if name is None and not for_cpu():
         return Machine("accelerator", default_seed_mode())
     if name is None or name == "cpu":
-        return Machine("cpu", "sequential", _memory_of_this_machine(), measured=True)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return Machine("cpu", "sequential", memory, measured=True)
     if name in _ACCELERATORS:
         return _ACCELERATORS[name]
     if mac := _MAC.fullmatch(name):
@@ -87,11 +88,6 @@ def machine(name: str | None) -> Machine:
     raise ValueError(
         f"no machine {name!r}: choose of {names}, or a Mac by its unified memory, such as mac-64gb"
     )
-
-
-def _memory_of_this_machine() -> int:
-    """Return the bytes of this machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -314,29 +314,16 @@ def results_path(
 
 def _given(options: EvaluateOnChipsOptions) -> dict[str, Any]:
     """Return the options of an evaluation that are not at their defaults, with absolute paths of files."""
-    names = [
-        name
-        for name in vars(options)
-        if name not in ("run", "eval_batch", "report", "mesh")
-    ]
-    values = {
-        name: value
-        for name in names
-        if (value := getattr(options, name)) != getattr(EvaluateOnChipsOptions, name)
-    }
-    paths = {
-        name: values[name]
-        for name in ("crossbar", "task", "restore")
-        if os.path.exists(values.get(name) or "")
-    }
-    lists = {
-        name: list(value) for name, value in values.items() if isinstance(value, tuple)
-    }
-    return (
-        values
-        | lists
-        | {name: str(Path(path).resolve()) for name, path in paths.items()}
-    )
+    given = {}
+    for name, value in vars(options).items():
+        if name in ("run", "eval_batch", "report", "mesh"):
+            continue
+        if value == getattr(EvaluateOnChipsOptions, name):
+            continue
+        if name in ("crossbar", "task", "restore") and os.path.exists(value):
+            value = str(Path(value).resolve())
+        given[name] = list(value) if isinstance(value, tuple) else value
+    return given
 
 
 def lora_in_cells(setup: Setup, params: Params) -> tuple[Setup, Params]:

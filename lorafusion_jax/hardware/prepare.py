@@ -191,25 +191,19 @@ def prepare(options: PrepareOptions) -> PreparedManifest:
             )
             for name in names:
                 preparation = preparations[name]
-                before = np.atleast_1d(
-                    crossbar.expected_error(
-                        weights[name],
-                        squares,
-                        config,
-                        crossbar.Preparation(),
-                        errors=errors,
-                    )
-                ).tolist()
-                after = np.atleast_1d(
-                    crossbar.expected_error(
-                        weights[name], squares, config, preparation, errors=errors
-                    )
-                ).tolist()
+                error_powers = [
+                    np.atleast_1d(
+                        crossbar.expected_error(
+                            weights[name], squares, config, prepared, errors=errors
+                        )
+                    ).tolist()
+                    for prepared in (crossbar.Preparation(), preparation)
+                ]
                 sites[name] = OneSite(
                     transforms=preparation.transforms,
                     identity=preparation.identity,
-                    before=before,
-                    after=after,
+                    before=error_powers[0],
+                    after=error_powers[1],
                 )
                 bar.update()
     manifest = PreparedManifest(

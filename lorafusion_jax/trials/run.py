@@ -350,7 +350,10 @@ def _measure(
 ) -> Measure:
     """Return a function that reads scores from OUT, and measures those that are missing there."""
     trainer = task_trial.trainer()
-    settings = {name: _settings(run) for name, (_, run) in task_trial.arms.items()}
+    settings = {}
+    for name, (_, run) in task_trial.arms.items():
+        values = options_to_json(run)
+        settings[name] = _digest([values[field] for field in _SETTINGS])
     digests = _digests(trainer)
     common = {"base_and_pool": digests[0], "rows": digests[1], "seed": options.seed}
     results = ResultRows(
@@ -359,10 +362,13 @@ def _measure(
 
     measured = 0  # at least one, so that a trial with little time goes on
 
+    def described(training: Training) -> Row:
+        return {"settings": settings[training.arm], **training._asdict()}
+
     def measure(trainings: Sequence[Training]) -> Iterator[Scores]:
         nonlocal measured
         rows = {_key_of(row): row for row in results.rows()}
-        keys = [_key(settings[training.arm], training) for training in trainings]
+        keys = [_key_of(described(training)) for training in trainings]
         missing = [
             training
             for key, training in zip(keys, trainings, strict=True)
@@ -386,7 +392,10 @@ def _measure(
                         f"{task_trial.task}, {finished.arm}: out of memory ({scores.error}): use --dtype bfloat16 or "
                         f"another machine; {results.file} keeps what it has"
                     )
-                row = common | _row(settings[finished.arm], finished, scores)
+                row = common | described(finished)
+                for name, values in scores._asdict().items():
+                    is_array = isinstance(values, np.ndarray)
+                    row[name] = values.tolist() if is_array else values
                 append_lines(results.file, [row])
                 rows[_key_of(row)] = row
                 measured += 1
@@ -435,26 +444,8 @@ def _digests(trainer: Trainer) -> tuple[str, str]:
     return _digest(trainer.digests), _digest([row.row for row in trainer.rows])
 
 
-def _settings(run: FuseOptions) -> str:
-    """Return a digest of the settings of an arm, other than its rates."""
-    values = options_to_json(run)
-    return _digest([values[name] for name in _SETTINGS])
-
-
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _row(settings: str, training: Training, scores: Scores) -> Row:
-    marks = {
-        name: values.tolist() if isinstance(values, np.ndarray) else values
-        for name, values in scores._asdict().items()
-    }
-    return {"settings": settings, **training._asdict(), **marks}
-
-
-def _key(settings: str, training: Training) -> str:
-    return json.dumps([settings, *training])
 
 
 def _key_of(row: Row) -> str:
