@@ -90,17 +90,13 @@ def basis_report(folder: Path) -> str:
     rows = [("site", "d_in x d_out", "kept")]
     for site in basis.sites:
         shape = f"{basis.U[site].shape[1]} x {basis.V[site].shape[2]}"
-        rows.append(
-            (site, shape, _percent(inside[site].sum(), module_energies[site].sum()))
-        )
+        total = module_energies[site].sum()
+        share = f"{100 * inside[site].sum() / total:.1f} %" if total else "-"
+        rows.append((site, shape, share))
     summary = (
         f"a basis of {basis.k} directions for {len(basis)} modules, written to {folder}"
     )
     return f"{plain(rows)}\n{summary}"
-
-
-def _percent(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else "-"
 
 
 def _range(values: Sequence[int | float]) -> str:

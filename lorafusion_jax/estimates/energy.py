@@ -8,7 +8,7 @@ what else the traced forward pass multiplies. Embeddings, softmax and scales of 
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ..crossbar import (
@@ -216,10 +216,13 @@ class _Method:
         passes = {"never": 0, "once": 1, "every step": steps}[self.layout.written]
         sites = self.config.sites if self.trains_base else self.adapted
         matrices = _kernel if self.trains_base else self.layout.matrices
-        cells = _sum(
-            counts(matrix, self.crossbar, prepares=False) * site.layers
-            for site in sites.values()
-            for matrix in matrices(site)
+        cells = sum(
+            (
+                counts(matrix, self.crossbar, prepares=False) * site.layers
+                for site in sites.values()
+                for matrix in matrices(site)
+            ),
+            start=Counts(),
         )
         if self.trains_base and not self.config.tied:
             cells += counts(self.config.head, self.crossbar)
@@ -256,11 +259,14 @@ class _Method:
         placed = self.placed(in_training=in_training)
         if not placed:
             return Counts()
-        total = _sum(
-            counts(matrix, self.crossbar, prepares=False)
-            * (times * self.row.tokens(site.reads) * site.layers)
-            for site, matrices in placed
-            for matrix, times in Counter(matrices).items()
+        total = sum(
+            (
+                counts(matrix, self.crossbar, prepares=False)
+                * (times * self.row.tokens(site.reads) * site.layers)
+                for site, matrices in placed
+                for matrix, times in Counter(matrices).items()
+            ),
+            start=Counts(),
         )
         # Inputs are prepared once for all matrices that share them.
         sites = self.config.sites
@@ -276,10 +282,6 @@ class _Method:
 
 def _kernel(site: Site) -> list[Matrix]:
     return [(site.d_in, site.d_out)]
-
-
-def _sum(of_matrices: Iterable[Counts]) -> Counts:
-    return sum(of_matrices, start=Counts())
 
 
 def energy_table(costs: Mapping[str, TaskCost]) -> str:

@@ -194,22 +194,21 @@ def contestants(
             targets=pool.targets,
             pool=len(pool.names),
         )
+        role = _ROLES.get(method, "other")
+        if control != "none":
+            role = "control"
+        elif is_warm(run.recipe):
+            role = "warm"
         arm = TrialArm(
             name=name,
             rates=_rates(run) if entry.learns == "trained" else {},
             draw=0 if control == "none" else 1,
             learns=entry.learns != "untrained" or entry.answers == "examples",
-            role=_role(run),
+            role=role,
             parameters=trained_numbers(base.config, method, fused),
         )
         chosen[name] = Contestant(arm, run)
     return chosen
-
-
-def _role(run: FuseOptions) -> Role:
-    if run.control != "none":
-        return "control"
-    return "warm" if is_warm(run.recipe) else _ROLES.get(run.method, "other")
 
 
 def _rates(run: FuseOptions) -> dict[str, float]:
