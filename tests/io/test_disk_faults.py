@@ -15,7 +15,7 @@ from lorafusion_jax import crossbar
 from lorafusion_jax.io import new_folder, store
 from lorafusion_jax.report import write_text
 from lorafusion_jax.support.writing import WriteError, write
-from lorafusion_jax.trials import append_rows, read_rows
+from lorafusion_jax.trials import append_lines, read_rows
 
 _ROWS = made_up_rows.made_up(items=5)
 
@@ -38,7 +38,7 @@ _CASES = {
         lambda folder: (folder / "file").read_text(),
     ),
     "rows": _Case(
-        lambda folder, size: append_rows(folder / "rows.jsonl", _ROWS[:1] * size),
+        lambda folder, size: append_lines(folder / "rows.jsonl", _ROWS[:1] * size),
         lambda folder: read_rows(folder / "rows.jsonl")[:1],
     ),
     "arrays": _Case(
