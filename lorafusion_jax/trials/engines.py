@@ -82,50 +82,19 @@ def run_items(
         package or of JAX.
       Exception: an error of the function, other than those of memory, or of `check`.
     """
-    if options.engine == "ray":
-        yield from _run_on_ray(
-            function, items, options.address, check=check, memory=memory
-        )
-    else:
+    if options.engine == "local":
         for item in items:
             yield item, attempt(function, item)
-
-
-def attempt(function: Callable[[Item], Result], item: Item) -> Result | OutOfMemory:
-    """Return the function's result, or that it ran out of memory."""
-    try:
-        return function(item)
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(
-            error
-        ):
-            raise
-        failure = OutOfMemory(
-            printable(str(error).partition("\n")[0][:_LONGEST_ERROR])
-            or type(error).__name__
-        )
-    gc.collect()  # the error's traceback held the arrays of the run
-    return failure
-
-
-def _run_on_ray(
-    function: Callable[[Item], Result],
-    items: Sequence[Item],
-    address: str | None,
-    *,
-    check: Callable[[], Any] | None,
-    memory: Callable[[Item], int] | None,
-) -> Iterator[tuple[Item, Result | OutOfMemory]]:
-    """Yield items with their results; arguments and errors are those of `run_items`."""
+        return
     ray = _load_ray()
-    with _connected(ray, address):
+    with connected(options):
         # Ray would start a process for each task with an accelerator (max_calls=1).
         task = ray.remote(max_calls=0)(_on_worker())
         nodes = _usable(ray)
         accelerators = _accelerators(nodes)
 
-        def submit(call: Callable[[], Any], **options: Any) -> Any:
-            return task.options(**options).remote(
+        def submit(call: Callable[[], Any], **settings: Any) -> Any:
+            return task.options(**settings).remote(
                 _VERSIONS, os.getcwd(), ray.cloudpickle.dumps((call, METHODS))
             )
 
@@ -150,6 +119,23 @@ def _run_on_ray(
             yield from _finished(ray, running, timeout=0)
         while running and not interrupts.asked():
             yield from _finished(ray, running, timeout=1)
+
+
+def attempt(function: Callable[[Item], Result], item: Item) -> Result | OutOfMemory:
+    """Return the function's result, or that it ran out of memory."""
+    try:
+        return function(item)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(
+            error
+        ):
+            raise
+        failure = OutOfMemory(
+            printable(str(error).partition("\n")[0][:_LONGEST_ERROR])
+            or type(error).__name__
+        )
+    gc.collect()  # the error's traceback held the arrays of the run
+    return failure
 
 
 def _finished(
@@ -253,17 +239,14 @@ def _load_ray() -> Any:
 
 @contextlib.contextmanager
 def connected(options: EngineOptions) -> Iterator[None]:
-    """Stay connected to a Ray cluster, whose workers keep compiled programs between calls of `run_items`."""
+    """Stay connected to a Ray cluster, whose workers keep compiled programs between calls of `run_items`.
+
+    The block joins a cluster, or starts one on this machine; a program that has done so already stays connected.
+    """
     if options.engine == "local":
         yield
-    else:
-        with _connected(_load_ray(), options.address):
-            yield
-
-
-@contextlib.contextmanager
-def _connected(ray: Any, address: str | None) -> Iterator[None]:
-    """Join a cluster, or start one on this machine; a program that has done so already stays connected."""
+        return
+    ray = _load_ray()
     if ray.is_initialized():
         yield
         return
@@ -271,11 +254,13 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
     with interrupts.released():
         interrupts.hold("Ray")  # whose processes would be left
         try:
-            ray.init(address or "local", log_to_driver=False, logging_level="error")
+            ray.init(
+                options.address or "local", log_to_driver=False, logging_level="error"
+            )
         except ConnectionError as error:
             raise ValueError(
-                f"--address {address}: no Ray cluster can be joined there ({error}): start its head with `ray start "
-                "--head`, or leave out --address"
+                f"--address {options.address}: no Ray cluster can be joined there ({error}): start its head with "
+                "`ray start --head`, or leave out --address"
             ) from error
         if threading.current_thread() is threading.main_thread():
             signal.signal(
