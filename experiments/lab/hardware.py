@@ -22,7 +22,6 @@ from lorafusion_jax.hardware import (
     Chips,
     for_every_chip,
     load_chips,
-    lora_in_cells,
     module_numbers,
     on_every_chip,
 )
@@ -174,8 +173,6 @@ class Subject:
         name: str,
         config: CrossbarConfig | None,
         params: Params,
-        *,
-        in_cells: bool = False,
         **of: Any,
     ) -> Iterator[Row]:
         """Yield a row for every seed on every chip, or read digitally without a configuration, computed only once.
@@ -184,28 +181,17 @@ class Subject:
           name: under which rows are kept.
           config: of the arrays.
           params: of every seed [S], or of every seed on every chip [C * S].
-          in_cells: a LoRA is written into cells.
           of: more columns, the first ones.
         """
-        rows = self.store.rows(
-            slug(name), lambda: self._scores(config, params, in_cells)
-        )
+        rows = self.store.rows(slug(name), lambda: self._scores(config, params))
         yield from ({**of, **row} for row in rows)
 
-    def _scores(
-        self, config: CrossbarConfig | None, params: Params, in_cells: bool
-    ) -> list[Row]:
+    def _scores(self, config: CrossbarConfig | None, params: Params) -> list[Row]:
         setup = self.setup
         chips = 1
         if config is not None:
             chips = len(self.keys)
-            if in_cells:
-                setup, params = lora_in_cells(setup, params)
-            setup = (
-                self._placed(setup, config, params)
-                if in_cells
-                else self.on_chips(config, params)
-            )
+            setup = self.on_chips(config, params)
             if len(jax.tree.leaves(params)[0]) < len(setup.problem.index):
                 params = for_every_chip(params, chips)
         found = evaluate(setup, params, batch_size=self.options.eval_batch)

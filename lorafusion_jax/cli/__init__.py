@@ -34,7 +34,7 @@ COMMANDS = {
     "merge": "modules with your own weights -> a PEFT adapter or a merged base model",
     "lm-eval": "fused runs, bases and adapters on benchmarks of lm-evaluation-harness",
     "export": "a fused run -> a PEFT adapter or a merged base model",
-    "crossbar": "prepare a base for arrays, and program base and pool onto simulated chips",
+    "crossbar": "prepare a base for arrays, program chips, find the cheapest arrays for a loss",
     "restore": "unlabelled text -> digital corrections of a base model on simulated chips",
     "params": "exact trainable counts of every method, without weights",
     "cost": "writes, energy, time and wear of a new task with every method",

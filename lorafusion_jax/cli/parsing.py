@@ -27,7 +27,8 @@ GROUPS = {
     "training": ("epochs", "batch_size"),
     "generation": ("max_new_tokens", "stream", "temperature", "top_k", "top_p", "sampling_seed"),
     "hardware": (
-        "crossbar", "train_chip", "chip", "chips", "chip_key", "keep_digital", "age", "ages", "compensate", "norm",
+        "crossbar", "device", "vary", "loss", "train_chip", "chip", "chips", "chip_key", "keep_digital", "age", "ages",
+        "compensate", "norm",
         "restore", "in_advance", "read_noise", "adc_bits", "lora_in", "calibration_rows", "calibration_task",
         "constants", "report",
     ),

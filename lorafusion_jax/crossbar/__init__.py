@@ -84,6 +84,17 @@ from .devices.write_error import (
     Table,
     WriteVerify,
 )
+from .exploration import (
+    Choice,
+    Cost,
+    Exploration,
+    Interval,
+    Subject,
+    grid,
+    interval,
+    parse_vary,
+    usual_variations,
+)
 from .mapping.adc.architectures import Architecture, register_adc
 from .mapping.encoding import input_codes, pulses
 from .mapping.geometry import Geometry

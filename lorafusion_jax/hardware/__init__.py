@@ -20,6 +20,11 @@ from .evaluate import (
     report_on_chips as report_on_chips,
     results_path as results_path,
 )
+from .explore import (
+    ExploreOptions as ExploreOptions,
+    explore as explore,
+    save_best as save_best,
+)
 from .on_arrays import (
     module_numbers as module_numbers,
     without_merged_pool as without_merged_pool,

@@ -7,11 +7,11 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .reading import FileError
+from .reading import FileError, is_object
 
 
 class WriteError(OSError):
@@ -183,3 +183,31 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         lambda match: f"[{' '.join(match[1].split())}]", json.dumps(content, indent=1)
     )
     write_text(path, f"{text}\n")
+
+
+def append_lines(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add objects to a file of JSON lines, which is made if it does not exist, and return when they are on disk.
+
+    They replace a last line that was cut off. Processes that append at the same time wait for each other.
+
+    Raises:
+      ValueError: the file is a link.
+      WriteError: the disk is full, read-only or gone, or has no locks.
+    """
+    lines = [json.dumps(row).encode() + b"\n" for row in rows]
+    with writing(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        check_no_link(file)
+        with open(file, "a+b") as opened:
+            fcntl.flock(opened, fcntl.LOCK_EX)
+            opened.seek(0)
+            last = opened.read().rpartition(b"\n")[
+                2
+            ]  # empty if the last line has its end
+            if is_object(last):
+                lines = [b"\n", *lines]
+            elif last:
+                opened.truncate(os.fstat(opened.fileno()).st_size - len(last))
+            opened.write(b"".join(lines))
+            opened.flush()
+            os.fsync(opened.fileno())

@@ -5,9 +5,6 @@ append removes it. Rows of jobs have a schema, and one for each task, method, nu
 """
 
 import dataclasses
-import fcntl
-import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,8 +12,8 @@ from typing import Annotated, Any, Generic, Literal, TypedDict, TypeVar
 
 import msgspec
 
-from ..support.reading import FileError, is_object, read_lines
-from ..support.writing import check_no_link, writing
+from ..support.reading import FileError, read_lines
+from ..support.writing import append_lines
 
 Row = dict[str, Any]
 # Rows to learn from: 95 and 5 for validation, or LoraHub's 5.
@@ -69,34 +66,6 @@ def key(row: Mapping[str, Any]) -> tuple[str, str, str, int]:
 def name(row: Mapping[str, Any]) -> str:
     """Return the same in words."""
     return f"{row['task']}, {row['method']}, {row['shots']} shots, seed {row['seed']}"
-
-
-def append_lines(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add objects to a file of JSON lines, which is made if it does not exist, and return when they are on disk.
-
-    They replace a last line that was cut off. Processes that append at the same time wait for each other.
-
-    Raises:
-      ValueError: the file is a link.
-      WriteError: the disk is full, read-only or gone, or has no locks.
-    """
-    lines = [json.dumps(row).encode() + b"\n" for row in rows]
-    with writing(file.parent):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        check_no_link(file)
-        with open(file, "a+b") as opened:
-            fcntl.flock(opened, fcntl.LOCK_EX)
-            opened.seek(0)
-            last = opened.read().rpartition(b"\n")[
-                2
-            ]  # empty if the last line has its end
-            if is_object(last):
-                lines = [b"\n", *lines]
-            elif last:
-                opened.truncate(os.fstat(opened.fileno()).st_size - len(last))
-            opened.write(b"".join(lines))
-            opened.flush()
-            os.fsync(opened.fileno())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -112,7 +112,7 @@ def test_fuse_shows_the_options_of_the_chosen_method(method):
         ),
         (
             "crossbar --run run",
-            "`lorafusion crossbar` has the actions prepare and program",
+            "`lorafusion crossbar` has the actions prepare, program and explore",
         ),
     ],
 )

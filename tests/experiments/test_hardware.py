@@ -1,6 +1,4 @@
-"""The experiments on chips: what is computed once, the points of sweeps, and the tables of the committed rows."""
-
-from pathlib import Path
+"""The experiments on chips: what is computed once, and options that are refused."""
 
 import basis_on_chips
 import hardware
@@ -8,11 +6,6 @@ import jax.numpy as jnp
 import pytest
 from lab.hardware import Store
 from refusals import refused
-
-from lorafusion_jax.crossbar import load_config
-
-_ROOT = Path(__file__).resolve().parents[2]
-_CHIP = load_config(_ROOT / "examples" / "chip.yaml")
 
 
 def test_results_are_computed_once_and_settings_are_kept_apart(tmp_path):
@@ -32,25 +25,6 @@ def test_results_are_computed_once_and_settings_are_kept_apart(tmp_path):
         Store(store.folder, {"chips": 4, "seeds": (1, 2)})
 
 
-def test_a_point_changes_only_what_it_names():
-    def values(config):
-        return {
-            "noise": config.device.programming.sigma,
-            "adc": config.adc.bits,
-            "cell": config.cell.bits,
-            "age": config.device.time,
-        }
-
-    for sweep, point, value in (
-        ("noise", 0.1, 0.1),
-        ("adc", 6, 6),
-        ("cell", 2, (2, 2, 2)),
-        ("age", "1day", 86_400),
-    ):
-        expected = values(_CHIP) | {sweep: pytest.approx(value)}
-        assert values(hardware.at(_CHIP, sweep, point)) == expected, sweep
-
-
 @pytest.mark.parametrize(
     ("scripts", "arguments", "message"),
     [
@@ -66,12 +40,6 @@ def test_a_point_changes_only_what_it_names():
             ["--crossbar", "raella"],
             "an age of 1month, but these cells have no drift model",
         ),
-        (
-            (hardware,),
-            ["--crossbar", "isaac", "--sweeps", "noise"],
-            "no programming error of one sigma",
-        ),
-        ((hardware,), ["--crossbar", "ideal", "--sweeps", "adc"], "no ADC to sweep"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_trained(

@@ -53,9 +53,6 @@ def _warm_starts_language(folder: Path) -> None:
 
 def _hardware(folder: Path) -> None:
     write_tables(folder, hardware.tables(_numbers(folder / "rows.csv")))
-    for sweep in hardware.POINTS:
-        table = hardware.table(_numbers(folder / f"{sweep}.csv"))
-        write_tables(folder, {f"{sweep}_table": table})
 
 
 def _basis_on_chips(folder: Path) -> None:

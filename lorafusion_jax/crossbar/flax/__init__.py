@@ -13,6 +13,7 @@ import functools
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,6 +26,8 @@ from ..calibration import whole_model
 from ..chip import chip as chips
 from ..chip.tree import Preparations, Rules, check_rules, first_match, one_key
 from ..config.presets import PRESETS
+from ..config.schema import CrossbarConfig
+from ..exploration import Exploration, Subject
 from ..preparation import prepare as preparing
 from ..preparation.moments import moments
 from ..preparation.preparation import Preparation, needs_preparation
@@ -37,6 +40,7 @@ __all__ = [
     "convert",
     "count_reads",
     "evaluate",
+    "explore",
     "prepare",
     "site_errors",
     "with_read_key",
@@ -223,6 +227,71 @@ def evaluate(
             np.asarray(metric(with_read_key(chip, jax.random.fold_in(key, 1))))
         )
     return np.stack(values)
+
+
+def explore(
+    model: nnx.Module,
+    batches: Sequence[Any],
+    metric: Callable[[Any, Any], Array],
+    grid: Mapping[str, CrossbarConfig],
+    *,
+    digital: Sequence[str] = (),
+    together: Sequence[Sequence[str]] = (),
+    file: Path | None = None,
+    minutes: float | None = None,
+) -> Exploration:
+    """Return a comparison of configurations for a model: `choose(bound)` simulates and names the cheapest.
+
+    Args:
+      model: the digital model.
+      batches: at least six; a third of them to measure, one to choose on, and one to confirm on.
+      metric: differentiable function from a model and a batch to its losses, such as those of a batch's images. Costs
+        are those of one of them.
+      grid: configurations by label, such as those of `crossbar.grid`.
+      digital: patterns of layers that stay digital.
+      together: as for `prepare`.
+      file: JSON lines of results, which the same call continues; None to keep them in memory.
+      minutes: time after which nothing more is measured, a ValueError; None for no limit.
+
+    Raises:
+      ValueError: there are too few batches, the file holds results of another model or other batches, a converter has
+        no energy, or what `convert` refuses.
+    """
+    ideal = dict.fromkeys(digital) | {"*": PRESETS["ideal"]}
+    _check(model, ideal)
+    _check_batches(batches)
+    weights = on_arrays(model, ideal)
+    grouped = {path for group in together for path in group}
+    alone = [[path] for path in weights if path not in grouped]
+
+    def place(rules: Rules, key: Array, preparations: Preparations) -> tuple[Any, Any]:
+        chips = converted(model, rules, key, preparations)
+        tree = _keyed(_taken_apart(chips)[0], key)
+        return _Losses(nnx.graphdef(chips), metric), tree
+
+    run, tree = place(ideal, jax.random.key(0), {})
+    zeros = [jnp.zeros(leaf.shape[:-2]) for leaf in chips.chips_in(tree)]
+    sums = whole_model.summed(run, tree, batches[:1], _counted, zeros)
+    losses = jax.eval_shape(run, tree, batches[0]).size
+    products = {
+        leaf.name: round(float(jnp.sum(number)) / losses)
+        for leaf, number in zip(chips.chips_in(tree), sums, strict=True)
+    }
+    subject = Subject(
+        weights=weights, together=[*together, *alone], products=products, place=place
+    )
+    return Exploration(subject, batches, grid, file=file, minutes=minutes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Losses:
+    """The losses of a model as a function of its tree and a batch."""
+
+    graph: Any
+    metric: Callable[[Any, Any], Array]
+
+    def __call__(self, tree: Any, batch: Any) -> Array:
+        return self.metric(nnx.merge(self.graph, tree), batch)
 
 
 def site_errors(

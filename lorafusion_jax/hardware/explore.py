@@ -1,0 +1,206 @@
+"""`lorafusion crossbar explore`: comparison of configurations of arrays for a base model, on text.
+
+OUT/rows.jsonl    measured values, which the same command does not measure again
+OUT/best.yaml     the configuration that is named
+OUT/prepared      the base prepared for it, where it needs that
+"""
+
+import dataclasses
+import functools
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from .. import crossbar
+from ..loading.model import LoadedModel, load_model
+from ..loading.spec import LoadOptions
+from ..models.architecture import matrices, sharing_inputs
+from ..models.weights import dense
+from ..support.options import BaseOptions, DigitalOptions, OutOptions
+from ..tasks import IGNORED, Batch
+from ..training.loss import log_likelihood
+from .prepare import PrepareOptions, prepare
+from .program import program
+from .texts import (
+    WINDOW,
+    answered,
+    logits_of_base,
+    no_padding,
+    read_texts,
+    token_ids,
+    windows,
+)
+
+_LEAST = 6  # windows, or batches of lines
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExploreOptions(DigitalOptions, OutOptions, BaseOptions):
+    """Find the cheapest arrays on which a base model loses at most so much.
+
+    Loss and cost of all combinations of some fields of a configuration are predicted, and the cheapest are simulated on
+    other text. The same command continues where it was interrupted. Exit status 1: none of them loses so little.
+
+    Examples:
+      lorafusion crossbar explore --base base --text page.txt --device mine.yaml --loss 0.05 --out explored
+      lorafusion crossbar explore --base base --text page.txt --vary cell.bits=2221,322,7 adc.bits=4,5,6 --out explored
+
+    Attributes:
+      text: text files; a causal model reads windows of 128 tokens, another one answers each line.
+      tokens: tokens of the text that a causal model reads; a third each to measure, to choose and to confirm.
+      device: a preset, or a .yaml or .json file with all fields that are not varied; by default the cells of the preset
+        neurram. Bases are prepared unless its `mapping` has some of clip, factors and transform.
+      vary: fields and their values, as in adc.bits=4,5,6; bits of cells are listed least significant first.
+      loss: nats above the digital base, for each token.
+      minutes: time after which nothing more is measured.
+      out: folder of results.
+    """
+
+    text: tuple[Path, ...]
+    tokens: int = 6144
+    device: str | None = None
+    vary: tuple[str, ...] = ()
+    loss: float = 0.05
+    minutes: float | None = None
+
+
+def explore(options: ExploreOptions, macs: float = 0.0) -> crossbar.Exploration:
+    """Return the comparison that options describe, with so many digital multiply-adds for each token.
+
+    Raises:
+      ValueError: before anything is written: a field does not exist, a value is not valid, a converter has no energy,
+        or the text is too short.
+    """
+    if not options.loss > 0:
+        raise ValueError(f"loss is {options.loss}: give nats above 0")
+    base = _base_configuration(options.device)
+    vary = crossbar.parse_vary(options.vary) or crossbar.usual_variations(base)
+    grid = crossbar.grid(base, vary)
+    content = read_texts(options.text)
+    loaded = load_model(LoadOptions(base=options.base, method="zero-shot")).with_layers(
+        unroll=False
+    )
+    batches = _batches(loaded, content, options.tokens)
+    exploration = crossbar.Exploration(
+        _subject(loaded, batches, options, macs),
+        batches,
+        grid,
+        file=options.out / "rows.jsonl",
+        minutes=options.minutes,
+    )
+    return exploration
+
+
+def save_best(options: ExploreOptions, config: crossbar.CrossbarConfig) -> Path:
+    """Write the configuration, and the base that is prepared for it; return what `--crossbar` takes."""
+    best = options.out / "best.yaml"
+    crossbar.save_config(config, best)
+    if not crossbar.needs_preparation(config):
+        return best
+    folder = options.out / f"prepared-{crossbar.config_hash(config)[:12]}"
+    if not folder.exists():
+        prepare(
+            PrepareOptions(
+                base=options.base,
+                crossbar=str(best),
+                text=options.text,
+                keep_digital=options.keep_digital,
+                out=folder,
+            )
+        )
+    return folder
+
+
+def _base_configuration(device: str | None) -> crossbar.CrossbarConfig:
+    if device is None:
+        neurram = crossbar.PRESETS["neurram"]
+        config = crossbar.CrossbarConfig(
+            cell=crossbar.Cell(on_off_ratio=neurram.cell.on_off_ratio),
+            device=neurram.device,
+        )
+    else:
+        config = crossbar.load_config(device)
+    if crossbar.needs_preparation(config):
+        return config
+    mapping = dataclasses.replace(
+        config.mapping,
+        scale="column",
+        factors=True,
+        transform="hadamard",
+        clip="optimal",
+    )
+    return dataclasses.replace(config, mapping=mapping)
+
+
+def _batches(loaded: LoadedModel, content: str, tokens: int) -> list[Batch]:
+    if loaded.config.causal:
+        batches = windows(loaded, token_ids(loaded, content)[:tokens])
+        unit = f"windows of {WINDOW} tokens"
+    else:
+        lines = [line for line in content.splitlines() if line.strip()]
+        batches = answered(loaded, lines)
+        unit = "batches of 16 lines"
+    if len(batches) < _LEAST:
+        raise ValueError(
+            f"the text has {len(batches)} {unit}: give at least {_LEAST}, better 48: a third each to measure, to "
+            "choose and to confirm"
+        )
+    return batches
+
+
+def _subject(
+    loaded: LoadedModel, batches: list[Batch], options: ExploreOptions, macs: float
+) -> crossbar.Subject:
+    graph = loaded.problem.graph
+    frozen = loaded.problem.frozen
+    sites = loaded.config.sites
+    weights = {
+        name: dense(weight, jnp.float32)
+        for name, weight in matrices(nnx.merge(graph, frozen.base)).items()
+        if not any(fnmatchcase(name, pattern) for pattern in options.keep_digital)
+    }
+    if not weights:
+        raise ValueError(
+            f"the digital weights {', '.join(options.keep_digital)} leave none for arrays: name fewer"
+        )
+    # A generated token reads matrices of its own tokens once, and has its share of the reads of a source.
+    source = sum(int(jnp.sum(batch.input_mask)) for batch in batches)
+    target = sum(int(jnp.sum(batch.labels != IGNORED)) for batch in batches)
+    products = {}
+    for name in weights:
+        times = 1
+        if name in sites and "target" not in sites[name].reads:
+            times = max(1, round(source / target))
+        products[name] = times * (sites[name].layers if name in sites else 1)
+
+    def place(
+        rules: crossbar.Rules, key: Array, preparations: Any
+    ) -> tuple[Any, nnx.State]:
+        prepared = dataclasses.replace(frozen, preparations=preparations or None)
+        return _losses_of_base(graph), program(graph, prepared, rules, key).base
+
+    return crossbar.Subject(
+        weights=weights,
+        together=sharing_inputs(sites, weights),
+        products=products,
+        place=place,
+        counted=no_padding(loaded),
+        macs=macs,
+    )
+
+
+@functools.lru_cache  # the same function again: it is compiled once for each
+def _losses_of_base(graph: nnx.GraphDef) -> Any:
+    """Return the base's mean loss over the labels of a batch, as a function of its weights and the batch."""
+    logits_of = logits_of_base(graph)
+
+    def run(base: nnx.State, batch: Batch) -> Float[Array, ""]:
+        likelihood = log_likelihood(logits_of(base, batch), batch.labels)
+        tokens = jnp.sum(batch.labels != IGNORED).astype(likelihood.dtype)
+        return -jnp.sum(likelihood) / tokens
+
+    return run
