@@ -22,7 +22,7 @@ _NOTEBOOKS = sorted(_ROOT.glob("examples/notebooks/*.ipynb"))
 _FENCE = re.compile(r"^( *)(```+|~~~+).*?^\1\2 *$", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(r"(`+)(?!`).*?(?<!`)\1(?!`)")
 _COMMAND = re.compile(
-    r"\blorafusion (crossbar (?:program|prepare)|[a-z-]+)\b([^`#\n]*)"
+    r"\blorafusion (crossbar (?:program|prepare|explore)|[a-z-]+)\b([^`#\n]*)"
 )
 
 
