@@ -1,6 +1,7 @@
 """Decoder-only models: Llama, SmolLM, Mistral, Qwen 2 to 3, Gemma, Phi-3, Granite, OLMo, Hunyuan."""
 
 import re
+from operator import attrgetter
 
 from ..architecture import Checkpoint, Family, Slot
 from .config import DecoderConfig, Rope
@@ -35,47 +36,35 @@ def _others(model: Decoder) -> list[Slot]:
     block = model.decoder
     config = model.structure
     stem = config.stem
-    names = {}
-    if config.pre_norms:
-        if config.post_norms:
-            mlp_norm = "pre_feedforward_layernorm"
-        else:
-            mlp_norm = "post_attention_layernorm"
-        names |= {"input_layernorm": block.input_norm, mlp_norm: block.mlp_norm}
-    if config.post_norms:
-        names["post_attention_layernorm"] = block.attention_post_norm
-        names["post_feedforward_layernorm"] = block.mlp_post_norm
-    if config.qk_norm:
-        if config.late_qk_norm:
-            titles = ("query_layernorm", "key_layernorm")
-        else:
-            titles = ("q_norm", "k_norm")
-        head_norms = (block.self_attn.q_norm, block.self_attn.k_norm)
-        names |= {
-            f"self_attn.{title}": norm
-            for title, norm in zip(titles, head_norms, strict=True)
-        }
-    stacked = {
-        f"{stem}.layers.{{}}.{name}.weight": norm.scale for name, norm in names.items()
+    renamed = dict(config.renamed)
+    norms = (
+        block.input_norm,
+        block.attention_post_norm,
+        block.mlp_norm,
+        block.mlp_post_norm,
+    )
+    modules = {
+        name: norm for name, norm in zip(config.norms, norms, strict=True) if name
     }
-    for name in config.sites:
-        _, module, last = name.split(".")
-        if last in config.biased:
-            stacked[f"{stem}.layers.{{}}.{module}.{last}.bias"] = getattr(
-                getattr(block, module), last
-            ).bias
+    if config.qk_norm:
+        modules["self_attn.q_norm"] = block.self_attn.q_norm
+        modules["self_attn.k_norm"] = block.self_attn.k_norm
+    variables = {
+        f"{renamed.get(name, name)}.weight": norm.scale
+        for name, norm in modules.items()
+    }
+    for site in config.sites:
+        name = site.partition(".")[2]
+        if site.rpartition(".")[2] in config.biased:
+            bias = attrgetter(name)(block).bias
+            variables[f"{renamed.get(name, name)}.bias"] = bias
     slots = [
         Slot(model.embedding, [f"{stem}.embed_tokens.weight"]),
         Slot(model.norm.scale, [f"{stem}.norm.weight"]),
     ]
-    for name, variable in stacked.items():
-        slots.append(
-            Slot(
-                variable,
-                [name.format(layer) for layer in range(config.num_layers)],
-                stacked=True,
-            )
-        )
+    for name, variable in variables.items():
+        names = [f"{stem}.layers.{layer}.{name}" for layer in range(config.num_layers)]
+        slots.append(Slot(variable, names, stacked=True))
     return slots
 
 

@@ -8,11 +8,6 @@ from typing import ClassVar, Literal
 from ..architecture import Architecture, Attention, Layers, Parts, Site, Size, Stack
 
 _ALL: Parts = ("source", "target")
-# Module paths of Granite 4.
-_SHARED_MLP = {
-    "mlp.gate_up_proj": "shared_mlp.input_linear",
-    "mlp.down_proj": "shared_mlp.output_linear",
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,15 +59,13 @@ class DecoderConfig(Architecture):
       window: number of tokens, itself included, that a token of a sliding layer attends to; 0 for all.
       sliding: for every layer, whether it has the window and `local_rope`; empty if none has.
       activation: activation function of the gate.
-      fused: queries, keys and values come from one matrix, and so do gate and up (Phi-3).
-      shared_mlp: gate and up come from one matrix, and these maps have other module paths (Granite 4).
+      fused: matrices that stand for several: `qkv_proj`, `gate_up_proj`.
       biased: last names of the sites that have a bias.
-      qk_norm: queries and keys are normalised (Qwen 3, Gemma 3, OLMo).
-      whole_qk_norm: all heads are normalised together (OLMo), not each alone.
-      late_qk_norm: queries and keys are normalised behind the rotation (Hunyuan).
+      renamed: pairs of a module's path within a block and the path of it in files, where that is another one.
+      norms: names of the norms before and behind the attention, and before and behind the feed-forward; empty for none.
+      qk_norm: what is normalised of queries and keys: each `head`, `all` heads together, or each head when it is
+        `rotated`.
       attention_gate: every head of q_proj has a gate for its output behind the query (Qwen 3.5).
-      pre_norms: the inputs of attention and feed-forward are normalised.
-      post_norms: the outputs of attention and feed-forward are normalised (Gemma 2 and 3, OLMo).
       norm_offset: added to the scales of norms; Gemma's scales are 1 + w.
       query_scale: factor of the attention's products.
       embedding_scale: factor of the embeddings.
@@ -99,15 +92,17 @@ class DecoderConfig(Architecture):
     window: int = 0
     sliding: tuple[bool, ...] = ()
     activation: Literal["silu", "gelu_tanh"] = "silu"
-    fused: bool = False
-    shared_mlp: bool = False
+    fused: tuple[str, ...] = ()
     biased: tuple[str, ...] = ()
-    qk_norm: bool = False
-    whole_qk_norm: bool = False
-    late_qk_norm: bool = False
-    pre_norms: bool = True
+    renamed: tuple[tuple[str, str], ...] = ()
+    norms: tuple[str, str, str, str] = (
+        "input_layernorm",
+        "",
+        "post_attention_layernorm",
+        "",
+    )
+    qk_norm: Literal["", "head", "all", "rotated"] = ""
     attention_gate: bool = False
-    post_norms: bool = False
     norm_offset: float = 0.0
     query_scale: float
     embedding_scale: float = 1.0
@@ -118,7 +113,8 @@ class DecoderConfig(Architecture):
 
     @property
     def targets(self) -> tuple[str, ...]:
-        return ("qkv_proj",) if self.fused else ("q_proj", "v_proj")  # as in PEFT
+        # As in PEFT.
+        return ("qkv_proj",) if "qkv_proj" in self.fused else ("q_proj", "v_proj")
 
     @property
     def longest_row(self) -> int:
@@ -135,30 +131,29 @@ class DecoderConfig(Architecture):
         d = self.d_model
         inner = self.num_heads * self.d_head
         kv = self.num_kv_heads * self.d_head
-        if self.fused:
+        if "qkv_proj" in self.fused:
             attention = {"qkv_proj": (d, inner + 2 * kv)}
         else:
             queries = (d, (2 if self.attention_gate else 1) * inner)
             attention = {"q_proj": queries, "k_proj": (d, kv), "v_proj": (d, kv)}
         gate = dict.fromkeys(("gate_proj", "up_proj"), (d, self.d_ff))
-        if self.fused or self.shared_mlp:
+        if "gate_up_proj" in self.fused:
             gate = {"gate_up_proj": (d, 2 * self.d_ff)}
         modules = {
             "self_attn": attention | {"o_proj": (inner, d)},
             "mlp": gate | {"down_proj": (self.d_ff, d)},
         }
+        renamed = dict(self.renamed)
         sites = {}
         for module, shapes in modules.items():
             for name, (d_in, d_out) in shapes.items():
                 last = name in ("o_proj", "down_proj")
                 place = f"{module}.{name}"
-                if self.shared_mlp:
-                    place = _SHARED_MLP.get(place, place)
                 sites[f"decoder.{module}.{name}"] = Site(
                     self.num_layers,
                     d_in,
                     d_out,
-                    path=f"{self.stem}.layers.{{layer}}.{place}",
+                    path=f"{self.stem}.layers.{{layer}}.{renamed.get(place, place)}",
                     reads=_ALL,
                     split="rows" if last else "columns",
                     stage=f"{module} out" if last else f"{module} in",

@@ -30,6 +30,27 @@ NAMES = {
 }
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
+_FOUR_NORMS = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
+_OLMO: Fields = {"norms": ("", _FOUR_NORMS[1], "", _FOUR_NORMS[3]), "qk_norm": "all"}
+_SHARED_MLP: Fields = {
+    "fused": ("gate_up_proj",),
+    "renamed": (
+        ("mlp.gate_up_proj", "shared_mlp.input_linear"),
+        ("mlp.down_proj", "shared_mlp.output_linear"),
+    ),
+}
+_ROTATED_NORMS: Fields = {
+    "qk_norm": "rotated",
+    "renamed": (
+        ("self_attn.q_norm", "self_attn.query_layernorm"),
+        ("self_attn.k_norm", "self_attn.key_layernorm"),
+    ),
+}
 
 
 def biased(hf: Any) -> tuple[str, ...]:
@@ -46,11 +67,6 @@ def head_width(hf: Any) -> int:
 def _unrotated(hf: Any) -> Rope:
     """Return the positions of layers without rotation, to which no scaling for long contexts applies."""
     return Rope(width=head_width(hf), scaling="none")
-
-
-def _llama(hf: Any) -> Fields:
-    # It ignores a window, such as that of a Mistral whose weights it has.
-    return {}
 
 
 def _windows(hf: Any) -> Fields:
@@ -71,7 +87,7 @@ def _qwen2(hf: Any) -> Fields:
 
 
 def _qwen3(hf: Any) -> Fields:
-    return _windows(hf) | {"qk_norm": True}
+    return _windows(hf) | {"qk_norm": "head"}
 
 
 def _gemma(hf: Any) -> Fields:
@@ -82,7 +98,7 @@ def _gemma2(hf: Any) -> Fields:
     both = (
         _gemma(hf)
         | _windows(hf)
-        | {"activation": hf.hidden_activation, "post_norms": True}
+        | {"activation": hf.hidden_activation, "norms": _FOUR_NORMS}
     )
     caps = {
         "attention_cap": hf.attn_logit_softcapping or 0.0,
@@ -96,7 +112,7 @@ def _gemma3(hf: Any) -> Fields:
         raise ValueError(
             f"attn_logit_softcapping is {hf.attn_logit_softcapping} in a Gemma 3: expected none"
         )
-    return _gemma2(hf) | {"qk_norm": True}
+    return _gemma2(hf) | {"qk_norm": "head"}
 
 
 def _phi3(hf: Any) -> Fields:
@@ -107,7 +123,7 @@ def _phi3(hf: Any) -> Fields:
         }
     else:
         windows = {}
-    return windows | {"fused": True, "partial_rope": True}
+    return windows | {"fused": ("qkv_proj", "gate_up_proj"), "partial_rope": True}
 
 
 def _granite(hf: Any) -> Fields:
@@ -128,7 +144,7 @@ def _granite4(hf: Any) -> Fields:
         raise ValueError(
             "layer_types has Mamba layers, which are not implemented: give a Granite of attention alone"
         )
-    fields = _granite(hf) | {"shared_mlp": True, "d_ff": hf.shared_intermediate_size}
+    fields = _granite(hf) | _SHARED_MLP | {"d_ff": hf.shared_intermediate_size}
     if hf.position_embedding_type == "rope":
         return fields
     return fields | {"rope": _unrotated(hf)}
@@ -155,19 +171,6 @@ def _smollm3(hf: Any) -> Fields:
     return {"window": window, "sliding": sliding, "local_rope": _unrotated(hf)}
 
 
-def _olmo2(hf: Any) -> Fields:
-    return {
-        "pre_norms": False,
-        "post_norms": True,
-        "qk_norm": True,
-        "whole_qk_norm": True,
-    }
-
-
-def _olmo3(hf: Any) -> Fields:
-    return _olmo2(hf) | _windows(hf)
-
-
 def _hunyuan(hf: Any) -> Fields:
     width = head_width(hf)
     rope = rope_of(hf.rope_parameters, width, hf.max_position_embeddings)
@@ -175,7 +178,7 @@ def _hunyuan(hf: Any) -> Fields:
         # Not dynamic in spite of its name: one stretch for every length.
         theta = rope.theta * alpha ** (width / max(width - 2, 1))
         rope = dataclasses.replace(rope, theta=theta, scaling="default")
-    return {"qk_norm": True, "late_qk_norm": True, "rope": rope}
+    return _ROTATED_NORMS | {"rope": rope}
 
 
 # Models with the weights of another family next to parts that are left out, and that family.
@@ -187,7 +190,8 @@ WITH_IMAGES = dict.fromkeys(
 )
 WITH_IMAGES |= dict.fromkeys(("idefics3", "smolvlm"), "text_model")
 FAMILIES: dict[str, Callable[[Any], Fields]] = {
-    "llama": _llama,
+    # It ignores a window, such as that of a Mistral whose weights it has.
+    "llama": lambda hf: {},
     "mistral": _windows,
     "qwen2": _qwen2,
     "qwen2_vl_text": _qwen2,
@@ -203,7 +207,7 @@ FAMILIES: dict[str, Callable[[Any], Fields]] = {
     "ministral": _windows,
     "ministral3": _ministral3,
     "smollm3": _smollm3,
-    "olmo2": _olmo2,
-    "olmo3": _olmo3,
+    "olmo2": lambda hf: _OLMO,
+    "olmo3": lambda hf: _OLMO | _windows(hf),
     "hunyuan_v1_dense": _hunyuan,
 }

@@ -79,7 +79,8 @@ class SelfAttention(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
         linear = partial(_linear, config, "self_attn", rngs=rngs)
-        if config.fused:
+        self.fused = "qkv_proj" in config.fused
+        if self.fused:
             self.qkv_proj = linear("qkv_proj")
         else:
             self.q_proj, self.k_proj, self.v_proj = map(
@@ -87,8 +88,8 @@ class SelfAttention(nnx.Module):
             )
         self.o_proj = linear("o_proj")
         if config.qk_norm:
-            q_heads = config.num_heads if config.whole_qk_norm else 1
-            k_heads = config.num_kv_heads if config.whole_qk_norm else 1
+            q_heads = config.num_heads if config.qk_norm == "all" else 1
+            k_heads = config.num_kv_heads if config.qk_norm == "all" else 1
             self.q_norm = _norm(config, q_heads * config.d_head)
             self.k_norm = _norm(config, k_heads * config.d_head)
 
@@ -105,7 +106,7 @@ class SelfAttention(nnx.Module):
         `into` puts new keys and values among those to attend to.
         """
         c = self.config
-        if c.fused:
+        if self.fused:
             inner = c.num_heads * c.d_head
             kv = c.num_kv_heads * c.d_head
             parts = jnp.split(self.qkv_proj(x, adapters), [inner, inner + kv], axis=-1)
@@ -119,7 +120,7 @@ class SelfAttention(nnx.Module):
             heads = parts[0].reshape(*x.shape[:2], -1, 2, c.d_head)
             parts[0] = heads[:, :, :, 0].reshape(*x.shape[:2], -1)
             gate = heads[:, :, :, 1].reshape(*x.shape[:2], -1)
-        if c.whole_qk_norm:
+        if c.qk_norm == "all":
             parts[:2] = self.q_norm(parts[0]), self.k_norm(parts[1])
         mixed = []
         cache = None
@@ -129,12 +130,12 @@ class SelfAttention(nnx.Module):
             queries = queries.reshape(*queries.shape[:2], -1, c.d_head)
             keys = keys.reshape(*keys.shape[:2], -1, c.d_head)
             values = values.reshape(*values.shape[:2], -1, c.d_head)
-            if c.qk_norm and not (c.whole_qk_norm or c.late_qk_norm):
+            if c.qk_norm == "head":
                 queries = self.q_norm(queries)
                 keys = self.k_norm(keys)
             queries = rotate(queries, context.rotation)
             keys = rotate(keys, context.rotation)
-            if c.late_qk_norm:
+            if c.qk_norm == "rotated":
                 queries = self.q_norm(queries)
                 keys = self.k_norm(keys)
             if context.rotation.queries is not None:
@@ -196,7 +197,7 @@ class MLP(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
         linear = partial(_linear, config, "mlp", rngs=rngs)
-        self.fused = config.fused or config.shared_mlp
+        self.fused = "gate_up_proj" in config.fused
         if self.fused:
             self.gate_up_proj = linear("gate_up_proj")
         else:
@@ -214,16 +215,18 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and feed-forward, weights stacked over layers. Names of norms are Hugging Face's for Llama."""
+    """Attention and feed-forward, weights stacked over layers."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
-        if config.pre_norms:
-            self.input_norm = _norm(config, config.d_model)
-            self.mlp_norm = _norm(config, config.d_model)
-        if config.post_norms:
-            self.attention_post_norm = _norm(config, config.d_model)
-            self.mlp_post_norm = _norm(config, config.d_model)
+
+        def norm(place: int) -> RMSNorm | None:
+            return _norm(config, config.d_model) if config.norms[place] else None
+
+        self.input_norm = norm(0)
+        self.attention_post_norm = norm(1)
+        self.mlp_norm = norm(2)
+        self.mlp_post_norm = norm(3)
         self.self_attn = SelfAttention(config, rngs=rngs)
         self.mlp = MLP(config, rngs=rngs)
 
@@ -236,15 +239,14 @@ class Block(nnx.Module):
         into: Callable[[Cache], Cache] = lambda new: new,
     ) -> tuple[Hidden, Cache]:
         """Run one layer; see `SelfAttention`."""
-        c = self.config
+        scale = self.config.residual_scale
         heard, cache = self.self_attn(
-            self.input_norm(x) if c.pre_norms else x, contexts, adapters, line, into
+            _normed(x, self.input_norm), contexts, adapters, line, into
         )
-        heard = self.attention_post_norm(heard) if c.post_norms else heard
-        x = checkpoint_name(x + _scaled(heard, c.residual_scale), SUM)
-        made = self.mlp(self.mlp_norm(x) if c.pre_norms else x, adapters)
-        made = self.mlp_post_norm(made) if c.post_norms else made
-        return x + _scaled(made, c.residual_scale), cache
+        heard = _normed(heard, self.attention_post_norm)
+        x = checkpoint_name(x + _scaled(heard, scale), SUM)
+        made = self.mlp(_normed(x, self.mlp_norm), adapters)
+        return x + _scaled(_normed(made, self.mlp_post_norm), scale), cache
 
 
 class Decoder(nnx.Module):
@@ -494,6 +496,10 @@ def to_the_right(
     """Move what `mask` keeps of every row to the row's right end, in its order."""
     order = jnp.argsort(mask, axis=1, stable=True)
     return jnp.take_along_axis(a, order, axis=1)
+
+
+def _normed(x: Hidden, norm: RMSNorm | None) -> Hidden:
+    return x if norm is None else norm(x)
 
 
 def _scaled(x: Float[Array, "*B"], by: float) -> Float[Array, "*B"]:
