@@ -167,13 +167,15 @@ def _adapter(
                 magnitudes[site][layer], np.float32
             )
     rank = max(ranks.values())
+    family = family_of(config)
     fields = plain_config(
         base,
         ranks,
         rank=rank,
         alpha=rank,
-        task_type=family_of(config).task_type,
+        task_type=family.task_type,
         dora=magnitudes is not None,
+        flipped=bool(family.checkpoint(config).flipped),
     )
     # By full path, which all versions of PEFT match alike; rank_pattern alone would change the scaling.
     other_ranks = {path: r for path, r in ranks.items() if r != rank}

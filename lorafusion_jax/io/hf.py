@@ -114,10 +114,14 @@ class Base:
         return self._known.get(unwrapped(stored), stored)
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """Return the stored tensors by the model's names."""
-        return {
+        """Return the stored tensors by the model's names, matrices [d_out, d_in]."""
+        stored = {
             self.model_name(name): tensor
             for name, tensor in self.files.tensors().items()
+        }
+        return {
+            name: tensor.T if self.checkpoint.is_flipped(name) else tensor
+            for name, tensor in stored.items()
         }
 
     @functools.cached_property
@@ -273,6 +277,10 @@ def put_base(
     """Write the files of `save_base` into an existing folder, from the tensors that `hf_tensors` returns."""
     base = open_base(source)
     dtype = next(iter(tensors.values())).dtype.name
+    tensors = {
+        name: tensor.T if base.checkpoint.is_flipped(name) else tensor
+        for name, tensor in tensors.items()
+    }
     if patterns := base.checkpoint.unread:
         # Named as in the base's files, so that whatever reads them reads the new ones.
         stored = base.files.tensors()

@@ -8,6 +8,7 @@ Axis letters: B batch, S source, T target, V vocabulary, D model width, L layer.
 """
 
 import dataclasses
+import fnmatch
 import functools
 import math
 import re
@@ -45,7 +46,10 @@ _SCORES = 4.0
 # Name of the head among the matrices that an adapter may change.
 HEAD = "head.lm_head"
 # Versions of transformers have a text model at `language_model.model`, `model`, `model.language_model` and so on.
-_WRAPPERS = re.compile(r"^(?:(?:model|language_model|text_model)\.)+")
+# Early files of a GPT-2 lack its `transformer`.
+_WRAPPERS = re.compile(
+    r"^(?:(?:model|language_model|text_model)\.)+|^transformer\.(?=h\.|w[pt]e\.|ln_f\.)"
+)
 
 
 class Attention(NamedTuple):
@@ -262,6 +266,7 @@ class Checkpoint:
       copies: other names under which files repeat the embedding.
       unused: tensors that no layer reads, as patterns of `fnmatch`.
       unread: tensors of parts that are not implemented, in the same way; merged models keep them.
+      flipped: matrices that files hold as [d_in, d_out], in the same way.
       others: function from a model to the slots of its embedding, norms and so on.
     """
 
@@ -270,7 +275,11 @@ class Checkpoint:
     copies: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
+    flipped: tuple[str, ...] = ()
     others: Callable[[Any], list[Slot]]
+
+    def is_flipped(self, name: str) -> bool:
+        return any(fnmatch.fnmatch(name, pattern) for pattern in self.flipped)
 
     def slots(self, model: Model) -> list[Slot]:
         """Return every variable of the model with the tensors that fill it."""

@@ -99,6 +99,20 @@ class RMSNorm(nnx.Module):
         return normed.astype(x.dtype) * scale.astype(x.dtype)
 
 
+class LayerNorm(RMSNorm):
+    """Layer norm: an RMS norm of the deviations from the mean, with a bias."""
+
+    def __init__(self, shape: tuple[int, ...], eps: float):
+        super().__init__(shape, eps)
+        self.bias = Base(jnp.zeros(shape))
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        exact = widened(x)
+        normed = super().__call__(exact - jnp.mean(exact, axis=-1, keepdims=True))
+        bias = jnp.expand_dims(self.bias[...].astype(exact.dtype), range(x.ndim - 1))
+        return (normed + bias).astype(x.dtype)
+
+
 def scan_blocks(
     block: Callable[..., tuple[Any, Any]],
     stacked: nnx.Module,

@@ -109,9 +109,9 @@ def _write_adapter(row, folder, shapes):
                 ("B", (d_out, fields["r"])),
             )
         }
-        for head in fields.get("modules_to_save", ())[-1:]:
-            name = f"base_model.model.{head}.weight"
-            tensors[name] = np.ones((2, 16), np.float32)
+        # PEFT saves the new head of a classifier, whether or not the configuration lists it.
+        if fields.get("task_type") in ("SEQ_CLS", "TOKEN_CLS"):
+            tensors["base_model.model.score.weight"] = np.ones((2, 16), np.float32)
         save_file(tensors, folder / "adapter_model.safetensors")
     else:
         fields = fields | {"model": row["base"]}

@@ -128,6 +128,7 @@ _FURTHER = {
         "sliding_window": _WINDOW,
     },
     "olmo2": {},
+    "gpt2": {"num_key_value_heads": 4, "n_inner": 40},
     "hunyuan_v1_dense": {
         "head_dim": 12,
         "rope_parameters": {
@@ -568,7 +569,9 @@ def _in_torch(base: Path, config: lf.Architecture, composition: str, params: Par
                         x * s * B @ A
                         for x, s, (A, B) in zip(c, scales, pairs, strict=True)
                     )
-                weight = model.get_parameter(f"{path}.weight").detach() + update
+                weight = model.get_parameter(f"{path}.weight").detach()
+                flipped = model.config.model_type == "gpt2"
+                weight = (weight.T if flipped else weight) + update
                 if "magnitudes" in leaves:
                     # PEFT's DoRA: the norm is a constant.
                     weight = (
@@ -578,7 +581,7 @@ def _in_torch(base: Path, config: lf.Architecture, composition: str, params: Par
                             / weight.norm(dim=1).detach()
                         )[:, None]
                     )
-                found[f"{path}.weight"] = weight
+                found[f"{path}.weight"] = weight.T if flipped else weight
         return found
 
     def run(row: list[int]) -> torch.Tensor:

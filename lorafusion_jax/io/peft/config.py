@@ -119,13 +119,17 @@ def plain_config(
     alpha: int | float,
     task_type: str,
     dora: bool = False,
+    flipped: bool = False,
 ) -> dict[str, Any]:
-    """Return the configuration of a LoRA, or DoRA, on the modules at these paths of the base model."""
+    """Return the configuration of a LoRA, or DoRA, on the modules at these paths of the base model.
+
+    The base's own matrices are [d_in, d_out] if they are `flipped`.
+    """
     name, revision = split_revision(base) if base else (None, None)
     return {
         "base_model_name_or_path": name,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": flipped,
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": alpha,

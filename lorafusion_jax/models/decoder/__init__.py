@@ -1,9 +1,10 @@
-"""Decoder-only models: Llama, SmolLM, Mistral, Qwen 2 to 3, Gemma, Phi-3, Granite, OLMo, Hunyuan."""
+"""Decoder-only models: Llama, SmolLM, Mistral, Qwen 2 to 3, Gemma, Phi-3, Granite, OLMo, Hunyuan, GPT-2."""
 
 import re
 from operator import attrgetter
 
 from ..architecture import Checkpoint, Family, Slot
+from ..layers import Base, LayerNorm, RMSNorm
 from .config import DecoderConfig, Rope
 from .families import ALIASES, FAMILIES, NAMES, WITH_IMAGES
 from .gguf import GGUF
@@ -49,35 +50,54 @@ def _others(model: Decoder) -> list[Slot]:
     if config.qk_norm:
         modules["self_attn.q_norm"] = block.self_attn.q_norm
         modules["self_attn.k_norm"] = block.self_attn.k_norm
-    variables = {
-        f"{renamed.get(name, name)}.weight": norm.scale
-        for name, norm in modules.items()
-    }
+    variables = {}
+    for name, norm in modules.items():
+        variables |= _of_norm(renamed.get(name, name), norm)
     for site in config.sites:
         name = site.partition(".")[2]
         if site.rpartition(".")[2] in config.biased:
             bias = attrgetter(name)(block).bias
             variables[f"{renamed.get(name, name)}.bias"] = bias
-    slots = [
-        Slot(model.embedding, [f"{stem}.embed_tokens.weight"]),
-        Slot(model.norm.scale, [f"{stem}.norm.weight"]),
-    ]
+    slots = [Slot(model.embedding, [_embedding(config)])]
+    if config.learned_positions:
+        slots.append(Slot(model.positions, [f"{stem}.wpe.weight"]))
+    last_norm = _of_norm(f"{stem}.{renamed.get('norm', 'norm')}", model.norm)
+    slots += [Slot(variable, [name]) for name, variable in last_norm.items()]
+    blocks = f"{stem}.{renamed.get('layers', 'layers')}"
     for name, variable in variables.items():
-        names = [f"{stem}.layers.{layer}.{name}" for layer in range(config.num_layers)]
+        names = [f"{blocks}.{layer}.{name}" for layer in range(config.num_layers)]
         slots.append(Slot(variable, names, stacked=True))
     return slots
+
+
+def _of_norm(name: str, norm: RMSNorm) -> dict[str, Base]:
+    """Return the variables of a norm by their tensors' names."""
+    variables = {f"{name}.weight": norm.scale}
+    if isinstance(norm, LayerNorm):
+        variables[f"{name}.bias"] = norm.bias
+    return variables
+
+
+def _embedding(config: DecoderConfig) -> str:
+    name = dict(config.renamed).get("embed_tokens", "embed_tokens")
+    return f"{config.stem}.{name}.weight"
 
 
 def _checkpoint(config: DecoderConfig) -> Checkpoint:
     stem = config.stem
     return Checkpoint(
-        embedding=f"{stem}.embed_tokens.weight",
+        embedding=_embedding(config),
         head="lm_head.weight",
-        # Early Llama checkpoints hold the frequencies of the rotary positions.
-        unused=("model.layers.*.self_attn.rotary_emb.inv_freq",),
-        unread=()
-        if stem == "model" and config.model_type not in ALIASES
-        else (*_IMAGES, *(f"model.{name}" for name in _IMAGES)),
+        # Early Llama checkpoints hold the frequencies of the rotary positions, those of GPT-2 the causal mask.
+        unused=(
+            "model.layers.*.self_attn.rotary_emb.inv_freq",
+            "*h.*.attn.bias",
+            "*h.*.attn.masked_bias",
+        ),
+        flipped=("*.h.*.c_*.weight",) if config.conv1d else (),
+        unread=(*_IMAGES, *(f"model.{name}" for name in _IMAGES))
+        if config.model_type in (*WITH_IMAGES, *ALIASES)
+        else (),
         others=_others,
     )
 
@@ -113,7 +133,7 @@ _SMOLLM2 = DecoderConfig(
 FAMILY = Family(
     name="decoder",
     members="Llama, Mistral, Ministral 3, Qwen2, Qwen3, Gemma 1 to 3 (text), Phi-3, Granite, SmolLM3, OLMo 2 or 3, "
-    "Hunyuan, or a model for images with such a text model",
+    "Hunyuan, GPT-2, or a model for images with such a text model",
     model_types=(*FAMILIES, *WITH_IMAGES, *ALIASES),
     names=NAMES,
     config=DecoderConfig,

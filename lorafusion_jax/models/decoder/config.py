@@ -60,9 +60,13 @@ class DecoderConfig(Architecture):
       sliding: for every layer, whether it has the window and `local_rope`; empty if none has.
       activation: activation function of the gate.
       fused: matrices that stand for several: `qkv_proj`, `gate_up_proj`.
+      gated: the feed-forward has a gate.
       biased: last names of the sites that have a bias.
-      renamed: pairs of a module's path within a block and the path of it in files, where that is another one.
-      norms: names of the norms before and behind the attention, and before and behind the feed-forward; empty for none.
+      renamed: pairs of a module's path in a Llama's block, or under the stem, and its path in files, where they differ.
+      conv1d: files hold the matrices of blocks as [d_in, d_out] (GPT-2).
+      learned_positions: every position has an embedding, which is added to the token's.
+      norm: kind of the norms.
+      norms: names of those before and behind the attention, and before and behind the feed-forward; empty for none.
       qk_norm: what is normalised of queries and keys: each `head`, `all` heads together, or each head when it is
         `rotated`.
       attention_gate: every head of q_proj has a gate for its output behind the query (Qwen 3.5).
@@ -93,8 +97,12 @@ class DecoderConfig(Architecture):
     sliding: tuple[bool, ...] = ()
     activation: Literal["silu", "gelu_tanh"] = "silu"
     fused: tuple[str, ...] = ()
+    gated: bool = True
     biased: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
+    conv1d: bool = False
+    learned_positions: bool = False
+    norm: Literal["rms", "layer"] = "rms"
     norms: tuple[str, str, str, str] = (
         "input_layernorm",
         "",
@@ -136,14 +144,18 @@ class DecoderConfig(Architecture):
         else:
             queries = (d, (2 if self.attention_gate else 1) * inner)
             attention = {"q_proj": queries, "k_proj": (d, kv), "v_proj": (d, kv)}
-        gate = dict.fromkeys(("gate_proj", "up_proj"), (d, self.d_ff))
         if "gate_up_proj" in self.fused:
             gate = {"gate_up_proj": (d, 2 * self.d_ff)}
+        elif self.gated:
+            gate = dict.fromkeys(("gate_proj", "up_proj"), (d, self.d_ff))
+        else:
+            gate = {"up_proj": (d, self.d_ff)}
         modules = {
             "self_attn": attention | {"o_proj": (inner, d)},
             "mlp": gate | {"down_proj": (self.d_ff, d)},
         }
         renamed = dict(self.renamed)
+        layers = renamed.get("layers", "layers")
         sites = {}
         for module, shapes in modules.items():
             for name, (d_in, d_out) in shapes.items():
@@ -153,7 +165,7 @@ class DecoderConfig(Architecture):
                     self.num_layers,
                     d_in,
                     d_out,
-                    path=f"{self.stem}.layers.{{layer}}.{renamed.get(place, place)}",
+                    path=f"{self.stem}.{layers}.{{layer}}.{renamed.get(place, place)}",
                     reads=_ALL,
                     split="rows" if last else "columns",
                     stage=f"{module} out" if last else f"{module} in",

@@ -27,6 +27,7 @@ NAMES = {
     "granite": ("granite", "granitemoehybrid"),
     "olmo": ("olmo2", "olmo3"),
     "hunyuan|^hy-mt": ("hunyuan_v1_dense",),
+    "gpt-?2": ("gpt2",),
 }
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -43,6 +44,25 @@ _SHARED_MLP: Fields = {
         ("mlp.gate_up_proj", "shared_mlp.input_linear"),
         ("mlp.down_proj", "shared_mlp.output_linear"),
     ),
+}
+_GPT2: Fields = {
+    "stem": "transformer",
+    "fused": ("qkv_proj",),
+    "gated": False,
+    "biased": ("qkv_proj", "o_proj", "up_proj", "down_proj"),
+    "renamed": (
+        ("embed_tokens", "wte"),
+        ("layers", "h"),
+        ("norm", "ln_f"),
+        ("self_attn.qkv_proj", "attn.c_attn"),
+        ("self_attn.o_proj", "attn.c_proj"),
+        ("mlp.up_proj", "mlp.c_fc"),
+        ("mlp.down_proj", "mlp.c_proj"),
+    ),
+    "conv1d": True,
+    "learned_positions": True,
+    "norm": "layer",
+    "norms": ("ln_1", "", "ln_2", ""),
 }
 _ROTATED_NORMS: Fields = {
     "qk_norm": "rotated",
@@ -181,6 +201,24 @@ def _hunyuan(hf: Any) -> Fields:
     return _ROTATED_NORMS | {"rope": rope}
 
 
+def _gpt2(hf: Any) -> Fields:
+    usual = {
+        "add_cross_attention": False,
+        "scale_attn_by_inverse_layer_idx": False,
+        "scale_attn_weights": True,
+    }
+    for name, value in usual.items():
+        if getattr(hf, name) != value:
+            raise ValueError(f"{name} is {getattr(hf, name)}: expected {value}")
+    return _GPT2 | {
+        "d_ff": hf.n_inner or 4 * hf.hidden_size,
+        "num_kv_heads": hf.num_attention_heads,
+        "eps": hf.layer_norm_epsilon,
+        "activation": hf.activation_function,
+        "rope": _unrotated(hf),
+    }
+
+
 # Models with the weights of another family next to parts that are left out, and that family.
 ALIASES = {"llava_llama": "llama", "llava_mistral": "mistral"}
 # Models for images and text, which are read for text alone, and the module that is their text model, one of `FAMILIES`.
@@ -210,4 +248,5 @@ FAMILIES: dict[str, Callable[[Any], Fields]] = {
     "olmo2": lambda hf: _OLMO,
     "olmo3": lambda hf: _OLMO | _windows(hf),
     "hunyuan_v1_dense": _hunyuan,
+    "gpt2": _gpt2,
 }

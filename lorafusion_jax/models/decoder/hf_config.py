@@ -21,6 +21,7 @@ from .hf_rope import rope_of
 _ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {
     "silu": "silu",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
 }
 # Fields whose values only describe how a file was made, that need PyTorch to be read, or that are of parts which are
 # left out.
@@ -46,6 +47,11 @@ class _Json(TypedDict, total=False):
     num_attention_heads: Size
     num_key_value_heads: Size | None
     head_dim: Size | None
+    n_embd: Size
+    n_head: Size
+    n_inner: Size | None
+    n_layer: Layers
+    n_positions: Size
     sliding_window: int | None
     layer_types: list[str] | None
     hidden_act: str
@@ -135,17 +141,17 @@ def read_config(
         raise ValueError(
             f"hidden_size is {hf.hidden_size}: expected at least {hf.num_attention_heads}, one for each head"
         )
-    if hf.num_attention_heads % hf.num_key_value_heads:
-        heads = hf.num_attention_heads
-        multiple = hf.num_key_value_heads
+    # A GPT-2's function gives what its config lacks.
+    heads = hf.num_attention_heads
+    kv_heads = getattr(hf, "num_key_value_heads", heads)
+    if heads % kv_heads:
         raise ValueError(
-            f"num_attention_heads is {heads}: expected a multiple of num_key_value_heads, {multiple}"
+            f"num_attention_heads is {heads}: expected a multiple of num_key_value_heads, {kv_heads}"
         )
+    ropes = getattr(hf, "rope_parameters", None) or {"rope_theta": 10_000.0}
     # Some versions of transformers keep the fields of all layers next to those of each kind.
-    if "full_attention" in hf.rope_parameters:
-        ropes = hf.rope_parameters
-    else:
-        ropes = {"full_attention": hf.rope_parameters}
+    if "full_attention" not in ropes:
+        ropes = {"full_attention": ropes}
     end = raw.get("eos_token_id", getattr(hf, "eos_token_id", None))
     pad = raw.get("pad_token_id", getattr(hf, "pad_token_id", None))
     ends = tuple(end) if isinstance(end, list | tuple) else (end,)
@@ -154,7 +160,7 @@ def read_config(
             "eos_token_id is missing: expected the token, or tokens, that end an answer"
         )
     local = ropes.get("sliding_attention")
-    fields = families[hf.model_type](hf)
+    fields = dict(families[hf.model_type](hf))
     context = hf.max_position_embeddings
     activation = fields.pop("activation", getattr(hf, "hidden_act", None))
     if activation not in _ACTIVATIONS:
@@ -171,11 +177,11 @@ def read_config(
         d_model=hf.hidden_size,
         context=context,
         d_head=d_head,
-        d_ff=hf.intermediate_size,
-        num_heads=hf.num_attention_heads,
-        num_kv_heads=hf.num_key_value_heads,
+        d_ff=getattr(hf, "intermediate_size", 0),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
         num_layers=hf.num_hidden_layers,
-        eps=hf.rms_norm_eps,
+        eps=getattr(hf, "rms_norm_eps", 0.0),
         rope=rope_of(ropes["full_attention"], d_head, context, partial=partial),
         local_rope=rope_of(local, d_head, context, partial=partial)
         if local is not None

@@ -25,6 +25,7 @@ from ..layers import (
     Adapters,
     Base,
     Hidden,
+    LayerNorm,
     Line,
     Linear,
     Logits,
@@ -63,7 +64,7 @@ class Cache(NamedTuple):
 
 
 class Context(NamedTuple):
-    """Values that all layers of one kind share: the rotation of each token, and the columns that it may attend to.
+    """Values that all layers of one kind share: each token's rotation, and the columns that it may attend to.
 
     `real` are the tokens that are no padding, for layers that need it.
     """
@@ -71,6 +72,13 @@ class Context(NamedTuple):
     rotation: Rotation
     mask: Bool[Array, "B T C"]
     real: Bool[Array, "B T"] | None = None
+
+
+class Contexts(NamedTuple):
+    """The position of each token, and a function from whether a layer has a sliding window to the layer's context."""
+
+    positions: Int[Array, "B T"]
+    of_layer: Callable[[Bool[Array, ""] | None], Context]
 
 
 class SelfAttention(nnx.Module):
@@ -90,8 +98,9 @@ class SelfAttention(nnx.Module):
         if config.qk_norm:
             q_heads = config.num_heads if config.qk_norm == "all" else 1
             k_heads = config.num_kv_heads if config.qk_norm == "all" else 1
-            self.q_norm = _norm(config, q_heads * config.d_head)
-            self.k_norm = _norm(config, k_heads * config.d_head)
+            layers = config.num_layers
+            self.q_norm = _norm(config, layers, q_heads * config.d_head)
+            self.k_norm = _norm(config, layers, k_heads * config.d_head)
 
     def __call__(
         self,
@@ -192,7 +201,7 @@ class SelfAttention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """The gated feed-forward layer: `down(act(gate x) * up x)`."""
+    """The feed-forward layer: `down(act(gate x) * up x)`, or without a gate `down(act(up x))`."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -201,17 +210,21 @@ class MLP(nnx.Module):
         if self.fused:
             self.gate_up_proj = linear("gate_up_proj")
         else:
-            self.gate_proj, self.up_proj = map(linear, ("gate_proj", "up_proj"))
+            self.up_proj = linear("up_proj")
+            if config.gated:
+                self.gate_proj = linear("gate_proj")
         self.down_proj = linear("down_proj")
 
     def __call__(self, x: Hidden, adapters: Adapters) -> Hidden:
         if self.fused:
             gate, up = jnp.split(self.gate_up_proj(x, adapters), 2, axis=-1)
         else:
-            gate = self.gate_proj(x, adapters)
             up = self.up_proj(x, adapters)
+            gate = self.gate_proj(x, adapters) if self.config.gated else up
         activated = _ACTIVATIONS[self.config.activation](widened(gate)).astype(x.dtype)
-        return self.down_proj(activated * up, adapters)
+        return self.down_proj(
+            activated * up if self.config.gated else activated, adapters
+        )
 
 
 class Block(nnx.Module):
@@ -221,7 +234,8 @@ class Block(nnx.Module):
         self.config = config
 
         def norm(place: int) -> RMSNorm | None:
-            return _norm(config, config.d_model) if config.norms[place] else None
+            shape = config.num_layers, config.d_model
+            return _norm(config, *shape) if config.norms[place] else None
 
         self.input_norm = norm(0)
         self.attention_post_norm = norm(1)
@@ -263,7 +277,11 @@ class Decoder(nnx.Module):
             0.02 * rngs.params.normal((config.vocab_size, config.d_model))
         )
         self.decoder: Any = self.blocks(config, rngs=rngs)
-        self.norm = RMSNorm((config.d_model,), config.eps, offset=config.norm_offset)
+        if config.learned_positions:
+            self.positions = Base(
+                0.02 * rngs.params.normal((config.context, config.d_model))
+            )
+        self.norm = _norm(config, config.d_model)
         if not config.tied:
             self.head = Base(
                 config.d_model**-0.5
@@ -393,18 +411,18 @@ class Decoder(nnx.Module):
                 )
                 return Cache(*map(unpack, layer_cache))
 
-            x, new = layer(x, [contexts(local)], adapters, into=into)
+            x, new = layer(x, [contexts.of_layer(local)], adapters, into=into)
             return (x, cache), new.states
 
         numbers = jnp.arange(len(cache.keys)), cache.states
-        carry = self._embed(token[:, None]), cache._replace(states=None)
+        carry = self._embed(token[:, None], [contexts]), cache._replace(states=None)
         (x, cache), states = self._scan(block, carry, adapters, numbers)
         return self._logits(x, adapters)[:, 0], cache._replace(states=states)
 
     def _run(
         self,
         ids: Target,
-        contexts: Sequence[Callable[[Bool[Array, ""] | None], Context]],
+        contexts: Sequence[Contexts],
         adapters: Adapters,
         line: Line | None = None,
     ) -> tuple[Hidden, Cache]:
@@ -414,13 +432,14 @@ class Decoder(nnx.Module):
             layer: Any, x: Array, layer_inputs: tuple[Any, Array | None, None]
         ) -> tuple[Array, Cache]:
             adapters, local, _ = layer_inputs
-            return layer(x, [context(local) for context in contexts], adapters, line)
+            of_groups = [context.of_layer(local) for context in contexts]
+            return layer(x, of_groups, adapters, line)
 
-        return self._scan(block, self._embed(ids), adapters, None)
+        return self._scan(block, self._embed(ids, contexts, line), adapters, None)
 
     def _of_rows(
         self, mask: Bool[Array, "B T"], lengths: Int[Array, "B 1"] | None = None
-    ) -> Callable[[Bool[Array, ""] | None], Context]:
+    ) -> Contexts:
         """Return the contexts of one row in each line, padded on either side; `lengths` may count a token more."""
         columns = jnp.arange(mask.shape[1])[None]
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
@@ -435,8 +454,8 @@ class Decoder(nnx.Module):
         seen: Bool[Array, "B T C"],
         places: Int[Array, "#B T"],
         columns: Int[Array, "#B C"],
-    ) -> Callable[[Bool[Array, ""] | None], Context]:
-        """Return a function from whether a layer has a sliding window to its context.
+    ) -> Contexts:
+        """Return the contexts of rows.
 
         Rows have `lengths` tokens in all, for the frequencies of some scalings. The window is counted from the
         `places` of queries to the `columns` of keys.
@@ -444,23 +463,29 @@ class Decoder(nnx.Module):
         c = self.structure
         everywhere = Context(rotation(c.rope, positions, lengths), seen)
         if not any(c.sliding):
-            return lambda local: everywhere
+            return Contexts(positions, lambda local: everywhere)
         if c.window:
             near = seen & (columns[:, None, :] > places[:, :, None] - c.window)
         else:
             near = seen
         nearby = Context(rotation(c.local_rope or c.rope, positions, lengths), near)
         if all(c.sliding):
-            return lambda local: nearby
+            return Contexts(positions, lambda local: nearby)
 
         def of_layer(local: Bool[Array, ""] | None) -> Context:
             assert local is not None
             return jax.tree.map(lambda a, b: jnp.where(local, a, b), nearby, everywhere)
 
-        return of_layer
+        return Contexts(positions, of_layer)
 
-    def _embed(self, ids: Target) -> Hidden:
+    def _embed(
+        self, ids: Target, contexts: Sequence[Contexts], line: Line | None = None
+    ) -> Hidden:
         x = embed(self.embedding.get_value(), ids).astype(self.config.dtype)
+        if self.structure.learned_positions:
+            table = self.positions.get_value()
+            placed = [embed(table, group.positions) for group in contexts]
+            x = x + together(placed, line, ids.shape).astype(x.dtype)
         scale = self.structure.embedding_scale
         # Hugging Face rounds the factor to the dtype of the activations, which matters in bfloat16.
         return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
@@ -521,5 +546,7 @@ def _linear(config: DecoderConfig, module: str, name: str, *, rngs: nnx.Rngs) ->
     )
 
 
-def _norm(config: DecoderConfig, width: int) -> RMSNorm:
-    return RMSNorm((config.num_layers, width), config.eps, offset=config.norm_offset)
+def _norm(config: DecoderConfig, *shape: int) -> RMSNorm:
+    if config.norm == "layer":
+        return LayerNorm(shape, config.eps)
+    return RMSNorm(shape, config.eps, offset=config.norm_offset)

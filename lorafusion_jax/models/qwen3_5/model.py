@@ -21,7 +21,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from ..decoder.model import MLP, Block, Cache, Context, Decoder
+from ..decoder.model import MLP, Block, Cache, Context, Contexts, Decoder
 from ..layers import (
     Adapters,
     Base,
@@ -214,12 +214,12 @@ class Qwen35(Decoder):
         seen: Bool[Array, "B T C"],
         places: Int[Array, "#B T"],
         columns: Int[Array, "#B C"],
-    ) -> Callable[[Bool[Array, ""] | None], Context]:
-        context = super()._contexts(positions, lengths, seen, places, columns)(None)
+    ) -> Contexts:
+        plain = super()._contexts(positions, lengths, seen, places, columns)
         # A real token attends to itself.
         real = jnp.any(seen & (columns[:, None, :] == places[:, :, None]), axis=-1)
-        context = context._replace(real=real)
-        return lambda local: context
+        context = plain.of_layer(None)._replace(real=real)
+        return plain._replace(of_layer=lambda local: context)
 
     def _scan(
         self,
