@@ -120,7 +120,7 @@ class Base:
             for name, tensor in self.files.tensors().items()
         }
         return {
-            name: tensor.T if self.checkpoint.is_flipped(name) else tensor
+            name: np.asarray(tensor).T if self.checkpoint.is_flipped(name) else tensor
             for name, tensor in stored.items()
         }
 

@@ -488,6 +488,7 @@ def base(request, tmp_path_factory) -> Path:
             else "all-linear"
         )
         config = peft.LoraConfig(task_type=task, target_modules=linear, **fields)
+        config.fan_in_fan_out = request.param == "gpt2"
         if name == "small":
             # One module has another rank and the same scaling.
             path = next(iter(linear_shapes(lf.read_config(folder / "base"))))

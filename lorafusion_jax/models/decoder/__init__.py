@@ -84,7 +84,6 @@ def _embedding(config: DecoderConfig) -> str:
 
 
 def _checkpoint(config: DecoderConfig) -> Checkpoint:
-    stem = config.stem
     return Checkpoint(
         embedding=_embedding(config),
         head="lm_head.weight",

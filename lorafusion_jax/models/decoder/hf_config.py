@@ -148,7 +148,7 @@ def read_config(
         raise ValueError(
             f"num_attention_heads is {heads}: expected a multiple of num_key_value_heads, {kv_heads}"
         )
-    ropes = getattr(hf, "rope_parameters", None) or {"rope_theta": 10_000.0}
+    ropes: dict[str, Any] = getattr(hf, "rope_parameters", {"rope_theta": 10_000.0})
     # Some versions of transformers keep the fields of all layers next to those of each kind.
     if "full_attention" not in ropes:
         ropes = {"full_attention": ropes}
