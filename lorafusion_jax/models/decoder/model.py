@@ -210,9 +210,9 @@ class MLP(nnx.Module):
         if self.fused:
             self.gate_up_proj = linear("gate_up_proj")
         else:
-            self.up_proj = linear("up_proj")
             if config.gated:
                 self.gate_proj = linear("gate_proj")
+            self.up_proj = linear("up_proj")
         self.down_proj = linear("down_proj")
 
     def __call__(self, x: Hidden, adapters: Adapters) -> Hidden:
