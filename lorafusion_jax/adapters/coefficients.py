@@ -72,17 +72,29 @@ def refined(
     pool: Pool,
     granularity: Granularity,
     to: Granularity,
+    into: Pool | None = None,
 ) -> Float[Array, "..."]:
-    """Return the coefficients of a pool in another granularity `to`, as fine or finer (see `GRANULARITIES`)."""
-    if granularity == to:
+    """Return the coefficients of a pool in another granularity `to`, as fine or finer (see `GRANULARITIES`).
+
+    `into` is the pool that gives the result its shape, by default the same. Sites that it lacks are left out, and those
+    that only it has get zeros.
+    """
+    into = pool if into is None else into
+    if granularity == to and (into is pool or to == "global"):
         return coefficients
-    finer = jnp.zeros(shape(pool, coefficients.shape[0], to), coefficients.dtype)
-    columns = _columns(pool, to)
+    finer = jnp.zeros(shape(into, coefficients.shape[0], to), coefficients.dtype)
+    columns = _columns(into, to)
     for site, spread in expand(coefficients, pool, granularity).items():
+        if site not in columns:
+            continue
         by_column = jnp.swapaxes(spread, 0, 1)
-        finer = finer.at[:, columns[site]].set(
-            by_column if to == "rank" else by_column[:, :, 0]
-        )
+        if granularity == "rank":  # padding may be of another width
+            ranks = min(by_column.shape[2], finer.shape[2])
+            finer = finer.at[:, columns[site], :ranks].set(by_column[:, :, :ranks])
+        else:
+            finer = finer.at[:, columns[site]].set(
+                by_column if to == "rank" else by_column[:, :, 0]
+            )
     return finer
 
 

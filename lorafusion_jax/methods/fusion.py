@@ -244,22 +244,9 @@ class Fusion(Method):
         return params
 
     def adapters(self, params: Params, frozen: Frozen, index: Index) -> Adapted:
-        pool, _ = _pool_of(frozen)
-        coefficients = coefficients_lib.expand(
-            params["coefficients"], pool, self.granularity
-        )
-        magnitudes = params.get("magnitudes", pool.magnitude)
-        return self.composed(coefficients, magnitudes, frozen, index)
-
-    def composed(
-        self,
-        coefficients: dict[str, Float[Array, "_L N _k"]],
-        magnitudes: dict[str, Array] | None,
-        frozen: Frozen,
-        index: Index,
-    ) -> Adapted:
-        """Return the adapters of coefficients and magnitudes by site (see `compose`), and metrics about them."""
         pool, terms = _pool_of(frozen)
+        spread = coefficients_lib.expand(params["coefficients"], pool, self.granularity)
+        magnitudes = params.get("magnitudes", pool.magnitude)
         if magnitudes is not None:
             magnitudes = _magnitudes(magnitudes, frozen, index)
         if isinstance(pool, SharedBasis):
@@ -267,7 +254,7 @@ class Fusion(Method):
             adapters, floored = compose_in_basis(
                 pool,
                 index,
-                coefficients,
+                spread,
                 gram=terms,
                 magnitudes=magnitudes,
                 differentiate_norm=self.differentiate_norm,
@@ -276,7 +263,7 @@ class Fusion(Method):
             adapters, floored = compose(
                 pool,
                 index,
-                coefficients,
+                spread,
                 self.composition,
                 gram=terms,
                 magnitudes=magnitudes,

@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from ..adapters import coefficients as coefficients_lib
 from ..adapters.basis import Pool, SharedBasis
+from ..adapters.coefficients import GRANULARITIES, Granularity
 from ..adapters.norms import Gram, gram
 from ..adapters.pool import LoraPool
 from ..adapters.updates import side_by_side
@@ -48,12 +49,12 @@ class Tasks(NamedTuple):
     """Numbers of all tasks. The last entry is the plain base, and so is that of a number without a task.
 
     Attributes:
-      coefficients: site -> [C + 1, L, N, k], k = 1 or r; empty without a pool.
+      coefficients: [C + 1, N, ...] in the bank's granularity; None without a pool.
       mixes: [C + 1], whether the composition is `mix`.
       scales: site -> [C + 1, L, d_out], of the sites whose columns any task rescales.
     """
 
-    coefficients: dict[str, Float[Array, "_C _L N _k"]]
+    coefficients: Float[Array, "_C N ..."] | None
     mixes: Bool[Array, " _C"]
     scales: dict[str, Float[Array, "_C _L _d_out"]]
 
@@ -63,7 +64,12 @@ class RowTasks(Method):
     """The adapters of rows that belong to different tasks of a bank, whose `Tasks` are precomputed.
 
     Group `tasks`: [B], the number of each row's task; -1 for the plain base.
+
+    Attributes:
+      granularity: granularity of the stored coefficients.
     """
+
+    granularity: Granularity
 
     def init(self, frozen: Frozen, index: Index, key: PRNGKeyArray) -> Params:
         return {"tasks": jnp.full(1, -1)}
@@ -72,11 +78,17 @@ class RowTasks(Method):
         tasks: Tasks = frozen.precomputed
         pool = frozen.pool
         row_tasks = jax.tree.map(lambda leaf: leaf[params["tasks"]], tasks)
-        coefficients, scale = jax.tree.map(
-            lambda leaf: jnp.swapaxes(leaf, 0, 1),
-            (row_tasks.coefficients, row_tasks.scales),
-        )
+        scale = {
+            site: jnp.swapaxes(scales, 0, 1)
+            for site, scales in row_tasks.scales.items()
+        }
         modules: dict[str, RowModules | RowCores] = {}
+        coefficients = {}
+        if pool is not None:
+            expand = partial(
+                coefficients_lib.expand, pool=pool, granularity=self.granularity
+            )
+            coefficients = jax.vmap(expand, out_axes=1)(row_tasks.coefficients)
         if isinstance(pool, SharedBasis):
             for site, c in coefficients.items():
                 core = jnp.einsum(
@@ -114,13 +126,13 @@ class TaskBank:
       graph: structure of the model, of `nnx.split(model)`.
       frozen: base and pool with the modules of all tasks; either may be quantised or on a chip.
       tasks: numbers of the tasks.
-      by_rank: coefficients are stored by rank. Coarser ones of a task are repeated.
+      granularity: granularity of the stored coefficients. Coarser ones of a task are repeated.
     """
 
     graph: nnx.GraphDef = dataclasses.field(metadata={"static": True})
     frozen: Frozen
     tasks: Tasks
-    by_rank: bool = dataclasses.field(metadata={"static": True})
+    granularity: Granularity = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def empty(
@@ -129,7 +141,7 @@ class TaskBank:
         frozen: Frozen,
         capacity: int,
         *,
-        by_rank: bool = False,
+        granularity: Granularity = "block",
         scaled: Collection[str] = (),
     ) -> "TaskBank":
         """Return a bank without tasks.
@@ -138,7 +150,7 @@ class TaskBank:
           graph: structure of the model.
           frozen: base and pool; missing Gram terms of the pool are computed if any columns are scaled.
           capacity: number of tasks that there is room for.
-          by_rank: tasks may have coefficients of the granularity `rank`.
+          granularity: the finest that a task's coefficients may have.
           scaled: sites whose columns tasks may rescale; none for coefficients alone.
 
         Raises:
@@ -147,7 +159,7 @@ class TaskBank:
         at_least(1, capacity=capacity)
         model = nnx.merge(graph, frozen.base)
         sites = model.config.adaptable
-        coefficients = {}
+        coefficients = None
         pool = frozen.pool
         if not scaled:
             frozen = dataclasses.replace(frozen, gram=None, norms=None)
@@ -156,18 +168,14 @@ class TaskBank:
                 frozen, gram=jax.jit(gram)(pool, kernels(model, pool.sites))
             )
         if pool is not None:
-            granularity = "rank" if by_rank else "global"
             shape = coefficients_lib.shape(pool, len(pool), granularity)
-            coefficients = jax.tree.map(
-                lambda c: jnp.zeros((capacity + 1, *c.shape)),
-                coefficients_lib.expand(jnp.zeros(shape), pool, granularity),
-            )
+            coefficients = jnp.zeros((capacity + 1, *shape), jnp.float32)
         scales = {
             site: jnp.ones((capacity + 1, sites[site].layers, sites[site].d_out))
             for site in scaled
         }
         tasks = Tasks(coefficients, jnp.zeros(capacity + 1, bool), scales)
-        return cls(graph=graph, frozen=frozen, tasks=tasks, by_rank=by_rank)
+        return cls(graph=graph, frozen=frozen, tasks=tasks, granularity=granularity)
 
     @property
     def capacity(self) -> int:
@@ -231,6 +239,7 @@ class TaskBank:
             index,
             _unnamed(task_pool),
             method=method,
+            granularity=self.granularity,
         )
         return dataclasses.replace(self, tasks=_replaced(self.tasks, number, entry))
 
@@ -247,17 +256,14 @@ class TaskBank:
         A shared basis, and modules in arrays, stay whole.
         """
         pool = self.frozen.pool
-        if not isinstance(pool, LoraPool) or is_in_arrays((pool.A, pool.B)):
+        c = self.tasks.coefficients
+        if (
+            not isinstance(pool, LoraPool)
+            or c is None
+            or is_in_arrays((pool.A, pool.B))
+        ):
             return self
-        coefficients = self.tasks.coefficients
-        present = np.unique(numbers)
-        used = np.any(
-            [
-                np.any(np.asarray(c)[present] != 0, axis=(0, 1, 3))
-                for c in coefficients.values()
-            ],
-            axis=0,
-        )
+        used = np.any(np.asarray(c)[numbers] != 0, axis=(0, *range(2, c.ndim)))
         room = 1 << max(int(np.sum(used)) - 1, 0).bit_length()
         if room >= len(pool):
             return self
@@ -267,16 +273,16 @@ class TaskBank:
         frozen = dataclasses.replace(
             self.frozen, pool=_unnamed(pool.select(index.tolist())), gram=None
         )
-        coefficients = jax.tree.map(lambda c: c[:, :, index], coefficients)
-        tasks = self.tasks._replace(coefficients=coefficients)
-        return dataclasses.replace(self, frozen=frozen, tasks=tasks)
+        return dataclasses.replace(
+            self, frozen=frozen, tasks=self.tasks._replace(coefficients=c[:, index])
+        )
 
     @property
     def problem(self) -> Problem:
         """Return the bank as a problem whose parameters are the group `tasks`, the numbers of the rows' tasks."""
         return Problem(
             graph=self.graph,
-            method=RowTasks(),
+            method=RowTasks(self.granularity),
             frozen=dataclasses.replace(self.frozen, precomputed=self.tasks),
             index=jnp.zeros(0, jnp.int32),
             seed_mode="sequential",
@@ -368,9 +374,12 @@ class TaskBank:
                 "the bank has no pool, so it holds magnitudes alone: make it from a Frozen with a pool"
             )
         index = jnp.array(pool.indices(modules), jnp.int32)
-        if method.granularity == "rank" and not self.by_rank:
+        if GRANULARITIES.index(method.granularity) > GRANULARITIES.index(
+            self.granularity
+        ):
             raise ValueError(
-                "the bank has no coefficients by rank, as the fusion has: make the bank with by_rank=True"
+                f"coefficients of the granularity {method.granularity} do not fit into a bank of the granularity "
+                f"{self.granularity}: make the bank with granularity={method.granularity!r}"
             )
         # Modules of other tasks may differ from these in rank.
         if isinstance(pool, SharedBasis):
@@ -438,7 +447,7 @@ def _generate(
     )
 
 
-@partial(jax.jit, static_argnames="method")
+@partial(jax.jit, static_argnames=("method", "granularity"))
 def _entry(
     tasks: Tasks,
     frozen: Frozen,
@@ -447,41 +456,64 @@ def _entry(
     task_pool: Pool | None,
     *,
     method: Fusion | Magnitudes,
+    granularity: Granularity,
 ) -> Tasks:
     """Return a task's numbers as a bank stores them; its coefficients have the shape that `task_pool` gives."""
     entry = _plain(tasks)
     pool = frozen.pool
-    adapters = {}
-    if isinstance(method, Magnitudes):
-        adapters, _ = method.adapters(params, frozen, index)
-    else:
-        assert pool is not None and task_pool is not None
-        coefficients = {}
-        for site, c in coefficients_lib.expand(
-            params["coefficients"], task_pool, method.granularity
-        ).items():
-            if site not in entry.coefficients:
-                continue
-            if method.granularity == "rank":  # padding may be of another width
-                width = entry.coefficients[site].shape[2]
-                room = max(width - c.shape[2], 0)
-                c = jnp.pad(c, [(0, 0), (0, 0), (0, room)])[:, :, :width]
-            coefficients[site] = c
-        magnitudes = params.get("magnitudes", pool.magnitude)
-        if magnitudes is not None:
-            # Elsewhere no module of the task acts, and they are the base's own norms.
-            magnitudes = {site: magnitudes[site] for site in coefficients}
-            adapters, _ = method.composed(coefficients, magnitudes, frozen, index)
-        stored = {
-            site: entry.coefficients[site].at[:, index].set(c)
-            for site, c in coefficients.items()
-        }
+    if isinstance(method, Fusion):
+        assert (
+            pool is not None
+            and task_pool is not None
+            and entry.coefficients is not None
+        )
+        both = pool
+        if isinstance(pool, LoraPool) and task_pool.rank.keys() != pool.rank.keys():
+            both, params = _at_sites(pool, task_pool, params)
+            frozen = dataclasses.replace(frozen, pool=both)
+        c = coefficients_lib.refined(
+            params["coefficients"],
+            task_pool,
+            method.granularity,
+            method.granularity,
+            both,
+        )
+        params = params | {"coefficients": c}
+        c = coefficients_lib.refined(c, both, method.granularity, granularity, pool)
         entry = entry._replace(
-            coefficients=entry.coefficients | stored,
+            coefficients=entry.coefficients.at[index].set(c),
             mixes=jnp.array(method.composition == "mix"),
         )
-    scales = {site: adapter.scale for site, adapter in adapters.items()}
-    return entry._replace(scales=entry.scales | scales)
+    if "magnitudes" in params or (
+        isinstance(method, Fusion) and pool is not None and pool.magnitude is not None
+    ):
+        adapters, _ = method.adapters(params, frozen, index)
+        entry = entry._replace(
+            scales=entry.scales
+            | {site: adapter.scale for site, adapter in adapters.items()}
+        )
+    return entry
+
+
+def _at_sites(
+    pool: LoraPool, task_pool: Pool, params: Params
+) -> tuple[LoraPool, Params]:
+    """Return a bank's pool, and a task's numbers, at the sites that this pool and the task's own both have."""
+    both = tuple(
+        site for site in pool.sites if site in pool.rank and site in task_pool.rank
+    )
+    A = {site: pool.A[site] for site in both}
+    B = {site: pool.B[site] for site in both}
+    rank = {site: pool.rank[site] for site in both}
+    if (
+        "magnitudes" in params
+    ):  # elsewhere no module of the task acts, and they are the base's own norms
+        params = params | {
+            "magnitudes": {site: params["magnitudes"][site] for site in both}
+        }
+    return dataclasses.replace(
+        pool, A=A, B=B, rank=rank, scaling=None, sites=both
+    ), params
 
 
 def _plain(tasks: Tasks) -> Tasks:

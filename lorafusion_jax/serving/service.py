@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Int
 
 from ..adapters.basis import Pool, SharedBasis
+from ..adapters.coefficients import GRANULARITIES
 from ..adapters.pool import LoraPool
 from ..io.digests import Digests
 from ..io.pool import open_pool
@@ -123,7 +124,7 @@ class Service:
         """Load the base, and the modules of some runs, without adding the runs.
 
         Args:
-          runs: the bank has all their modules and sites with magnitudes, and coefficients by rank if any has them.
+          runs: the bank has all their modules and sites with magnitudes, and their finest granularity from `block` on.
           capacity: number of tasks that there is room for.
           modules: names of further modules of the pool, for mixtures, and for runs that are added later.
           options: base, pool and chat template without runs; by default those of a run, and texts as they are.
@@ -189,10 +190,9 @@ class Service:
             )
         pool = frozen.pool
         methods = [run.method(self._config, pool) for run in runs]
-        by_rank = any(
-            isinstance(method, Fusion) and method.granularity == "rank"
-            for method in methods
-        )
+        granularities = [
+            GRANULARITIES.index(m.granularity) for m in methods if isinstance(m, Fusion)
+        ]
         scaled = {site for run in runs for site in run.params.get("magnitudes", {})}
         if pool is not None and pool.magnitude is not None:
             scaled |= pool.magnitude.keys()
@@ -200,7 +200,9 @@ class Service:
             fused.problem.graph,
             frozen,
             capacity,
-            by_rank=by_rank,
+            granularity=GRANULARITIES[
+                max([*granularities, GRANULARITIES.index("block")])
+            ],
             scaled=sorted(scaled),
         )
 

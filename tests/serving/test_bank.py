@@ -75,7 +75,7 @@ _TASKS.append((Magnitudes(), _params(Magnitudes(), len(_TASKS))))
 
 
 def _filled(frozen, tasks=_TASKS, **changes):
-    values = {"by_rank": True, "scaled": tuple(_POOL.A)} | changes
+    values = {"granularity": "rank", "scaled": tuple(_POOL.A)} | changes
     bank = lf.TaskBank.empty(_GRAPH, frozen, len(tasks) + 1, **values)
     for number, (method, params) in enumerate(tasks):
         bank = bank.with_task(
@@ -307,7 +307,7 @@ def test_tasks_in_a_shared_basis_have_the_logits_of_the_run_alone(arrays):
         if arrays
         else frozen
     )
-    bank = _filled(weights, tasks, by_rank=False)
+    bank = _filled(weights, tasks, granularity="site")
     got = np.asarray(bank.logits(batch, _numbers(2, 0, 1, -1, -1)))
     for row, (method, params) in ((0, tasks[2]), (1, tasks[0]), (2, tasks[1])):
         problem = lf.Problem(
@@ -369,7 +369,7 @@ def test_a_task_may_have_other_sites_and_ranks_than_the_bank(
         lf.Problem(graph=_GRAPH, method=method, frozen=frozen, index=jnp.arange(2)),
     )
     bank = lf.TaskBank.empty(
-        _GRAPH, lf.Frozen(_BASE, of_bank), 2, by_rank=True, scaled=tuple(pool.A)
+        _GRAPH, lf.Frozen(_BASE, of_bank), 2, granularity="rank", scaled=tuple(pool.A)
     )
     bank = bank.with_task(
         0, method, params, own.names, sites=None if magnitudes else of_run.sites
@@ -396,7 +396,7 @@ def test_base_and_pool_in_4_bits():
     )
     base = nnx.split(model)[1]
     pool = _POOL.quantised("nf4")
-    bank = _filled(lf.Frozen(base, pool), _FEW, by_rank=False)
+    bank = _filled(lf.Frozen(base, pool), _FEW, granularity="site")
     batch = _rows(4)
     got = bank.logits(batch, _numbers(1, 0, -1, -1))
     alone = [_merged(*task, base, pool) for task in _FEW[::-1]]
@@ -445,7 +445,7 @@ def test_modules_on_a_chip_are_read_one_by_one_as_by_a_run_alone(number):
         norm="ideal",
     )
     method, params = _FEW[number]
-    bank = _filled(frozen, _FEW, by_rank=False)
+    bank = _filled(frozen, _FEW, granularity="site")
     problem = lf.Problem(
         graph=_GRAPH, method=method, frozen=frozen, index=jnp.array(_MODULES)
     )
@@ -510,8 +510,8 @@ def test_tasks_and_banks_that_do_not_fit_are_refused():
         ((-1, _BLOCK, _PARAMS, _MODULES), "no task -1 in a bank"),
         ((0, lf.LoRA(sites=(), rank=4), {}, ()), "not LoRA"),
         (
-            (0, _RANKS, _params(_RANKS, 0), _MODULES),
-            "no coefficients by rank, as the fusion has: .*by_rank=True",
+            (0, _SITE, _params(_SITE, 0), _MODULES),
+            "granularity site do not fit into .* block.*granularity='site'",
         ),
         (
             (0, fused, of_fused, _MODULES),
