@@ -83,7 +83,9 @@ def fuse_command(arguments: Sequence[str]) -> None:
     )
     command.check_plan()
     options = with_listed_modules(plain(command))
-    if note := bfloat16_note(options.dtype):
+    # The note asks JAX for its platform, which has to wait until processes have joined.
+    note = None if options.distributed else bfloat16_note(options.dtype)
+    if note is not None:
         print(note, file=sys.stderr)
     if command.plan:
         for stage in stages(options):
