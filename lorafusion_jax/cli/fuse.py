@@ -1,7 +1,6 @@
 """`lorafusion fuse`: train a fusion, and evaluate it."""
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,7 +18,7 @@ from ..runs.options import FuseOptions, options_with, plain
 from ..runs.start import stages
 from ..runs.weight_list import with_listed_modules
 from ..support import processes
-from ..support.platform import bfloat16_note
+from ..support.platform import suggest_bfloat16
 from ..support.reading import show
 from ..support.text import one_line
 from ..training.recipe import Recipe
@@ -83,10 +82,9 @@ def fuse_command(arguments: Sequence[str]) -> None:
     )
     command.check_plan()
     options = with_listed_modules(plain(command))
-    # The note asks JAX for its platform, which has to wait until processes have joined.
-    note = None if options.distributed else bfloat16_note(options.dtype)
-    if note is not None:
-        print(note, file=sys.stderr)
+    # The note is on this machine, and asks JAX for its platform, for which processes have to have joined.
+    if command.plan_for is None and not options.distributed:
+        suggest_bfloat16(options.dtype)
     if command.plan:
         for stage in stages(options):
             show(describe_run(stage, command))

@@ -1,11 +1,10 @@
 """`lorafusion trial`: find out whether a pool is worth it on a task."""
 
-import sys
 from collections.abc import Sequence
 
 from ..report import Table, markdown
 from ..support import interrupts
-from ..support.platform import bfloat16_note
+from ..support.platform import suggest_bfloat16
 from ..support.reading import show
 from ..trials.procedure import Outcomes
 from ..trials.report import describe_trial, write_trial
@@ -16,8 +15,7 @@ from .parsing import parse
 def trial_command(arguments: Sequence[str]) -> None:
     """Print a table and a sentence for each task, and write the report."""
     options = parse(TrialOptions, arguments, "trial")
-    if note := bfloat16_note(options.dtype):
-        print(note, file=sys.stderr)
+    suggest_bfloat16(options.dtype)
     if options.plan:
         show(describe_trial(options))
         return

@@ -1,6 +1,7 @@
 """The platform and mesh that functions are traced for, this machine's cores, and whether a value is traced."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,18 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def bfloat16_note(dtype: str) -> str | None:
-    """Return a line that suggests bfloat16 where a CPU has tiles for it (AMX), for a run in another type.
+def suggest_bfloat16(dtype: str) -> None:
+    """Print a line where a CPU has tiles for bfloat16 (AMX), for a run in another type.
 
     The time is that of a step of FLAN-T5-small (0.53) and of SmolLM2-135M (0.45 to 0.54) on one core of a Xeon.
     """
     if dtype == "bfloat16" or not for_cpu() or not _PROCESSOR.is_file():
-        return None
-    if "amx_bf16" not in _PROCESSOR.read_text():
-        return None
-    return "this processor has tiles for bfloat16: with --dtype bfloat16 a step takes about half of the time"
+        return
+    if "amx_bf16" in _PROCESSOR.read_text():
+        print(
+            "this processor has tiles for bfloat16: with --dtype bfloat16 a step takes about half of the time",
+            file=sys.stderr,
+        )
 
 
 def is_traced(tree: Any) -> bool:

@@ -102,9 +102,10 @@ def test_programs_are_forgotten_when_mappings_run_out():
     ],
 )
 def test_bfloat16_is_suggested_where_a_processor_has_tiles(
-    flags, dtype, suggested, monkeypatch, tmp_path
+    flags, dtype, suggested, monkeypatch, tmp_path, capsys
 ):
     information = tmp_path / "cpuinfo"
     information.write_text(f"flags\t: {flags}\n")
     monkeypatch.setattr(platform, "_PROCESSOR", information)
-    assert bool(platform.bfloat16_note(dtype)) == suggested
+    platform.suggest_bfloat16(dtype)
+    assert ("--dtype bfloat16" in capsys.readouterr().err) == suggested
