@@ -161,7 +161,8 @@ methods/test_methods runs/test_run crossbar/test_reads estimates/test_plan docs/
 hardware/test_model_on_arrays test_families crossbar/test_flax models/test_parity
 models/test_goldens serving/test_bank adapters/test_composition estimates/test_energy cli/test_cli
 hardware/test_chips adapters/test_peft_merge crossbar/test_tree
-faults/test_kills
+faults/test_kills hardware/test_restored runs/test_generation runs/test_lora_start trials/test_trial
+training/test_packed
 """.split()
 
 
