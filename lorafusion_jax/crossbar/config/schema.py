@@ -379,6 +379,7 @@ class CrossbarConfig:
                 f"cell.bits = {cell.bits}, mapping.weight_bits = {mapping.weight_bits}: both or neither must be None"
             )
         self._check_writing()
+        self._resolve_significance()
         stored = sum(self.weight_slices)
         needed = self.stored_bits
         if needed is not None and stored < needed:
@@ -448,7 +449,7 @@ class CrossbarConfig:
             )
 
     def _check_writing(self) -> None:
-        """Raise a ValueError for residual writing or a readback without a use, and set `auto` significance."""
+        """Raise a ValueError for residual writing or a readback without a use."""
         cell = self.cell
         if cell.residual and self.encoding.kind != "differential":
             raise ValueError(
@@ -466,6 +467,10 @@ class CrossbarConfig:
             raise ValueError(
                 "device.readback reads cells while they are written: it needs cell.residual or device.write_verify"
             )
+
+    def _resolve_significance(self) -> None:
+        """Replace `auto` in a second pair of analogue cells by its number, which a saved configuration states."""
+        cell = self.cell
         if not cell.residual or cell.bits is not None or cell.significance != "auto":
             return
         leaves = jax.tree.leaves((self.device, cell.on_off_ratio))
