@@ -9,7 +9,7 @@ import numpy as np
 
 from .. import crossbar
 from ..crossbar.config.files import config_from
-from ..estimates import Settings, Shape, program_of, quantity, shape_config
+from ..estimates import digital_macs, quantity
 from ..hardware.chip_file import ProgramOptions, write_chips
 from ..hardware.explore import ExploreOptions, explore, save_best
 from ..hardware.prepare import PrepareOptions, prepare
@@ -76,13 +76,7 @@ def _program(arguments: Sequence[str]) -> None:
 def _explore(arguments: Sequence[str]) -> None:
     """Compare configurations, print and draw them, and exit with 1 if none is below the bound."""
     options = parse(ExploreOptions, arguments, "crossbar explore")
-    shape = Shape(1, 1, 127)
-    architecture = shape_config(options.base)
-    macs = 0.5 * program_of(architecture, "zero-shot", Settings(), "loss", shape).flops
-    macs -= 127 * sum(
-        site.layers * site.d_in * site.d_out for site in architecture.sites.values()
-    )
-    exploration = explore(options, macs=max(macs, 0) / 127)
+    exploration = explore(options, macs=digital_macs(options.base))
     sensitivities = [["kind", "cells", "converters"]]
     for kind, values in exploration.sensitivities.items():
         sensitivities.append([kind, *(f"{value:.3g}" for value in values)])

@@ -68,7 +68,7 @@ _CHIPS = 3
 _LOOKS = 4  # interim analyses, at most
 _CONFIRMING_CHIPS = 10
 _RISK = 0.05  # of an interval that misses the mean, in all analyses of a configuration
-_LEAST_BATCHES = 6
+LEAST_BATCHES = 6
 _CALIBRATING = 4  # batches that set ranges of converters
 _MARGIN = 2  # configurations with a predicted loss of more than this times the bound are not simulated
 
@@ -271,6 +271,7 @@ class Exploration:
       subject: the model.
       grid: configurations by their labels.
       costs: cost of each.
+      simulated: simulated loss above the digital model's, of the configurations that were simulated.
     """
 
     def __init__(
@@ -282,9 +283,9 @@ class Exploration:
         file: Path | None = None,
         minutes: float | None = None,
     ):
-        if len(batches) < _LEAST_BATCHES:
+        if len(batches) < LEAST_BATCHES:
             raise ValueError(
-                f"{len(batches)} batches: give at least {_LEAST_BATCHES}, a third of them to measure, one to choose "
+                f"{len(batches)} batches: give at least {LEAST_BATCHES}, a third of them to measure, one to choose "
                 "and one to confirm"
             )
         self.subject = subject
@@ -303,7 +304,7 @@ class Exploration:
         self._results = Results(file, digest.hexdigest(), minutes)
         self._errors: dict[str, CodeErrors] = {}
         self._preparations: dict[str, Preparations] = {}
-        self._simulated: dict[str, Interval] = {}
+        self.simulated: dict[str, Interval] = {}
 
     @functools.cached_property
     def sensitivities(self) -> dict[str, tuple[float, float]]:
@@ -311,7 +312,7 @@ class Exploration:
         names = self._kinds
         unit = self._powers(self._noisy(_SIGMA, _SIGMA))
         digital = self._digital(self.measuring)
-        found = {}
+        sensitivities = {}
         with progress("sensitivities", 2 * len(names)) as bar:
             for kind in names:
                 values = []
@@ -335,8 +336,8 @@ class Exploration:
                         means.append(np.mean(losses - digital))
                     values.append(max(float(np.mean(means)), 0.0) / _POWER)
                     bar.update()
-                found[kind] = (values[0], values[1])
-        return found
+                sensitivities[kind] = (values[0], values[1])
+        return sensitivities
 
     @functools.cached_property
     def predicted(self) -> dict[str, float]:
@@ -366,11 +367,6 @@ class Exploration:
                 front.append(label)
         return front
 
-    @property
-    def simulated(self) -> dict[str, Interval]:
-        """Simulated loss above the digital model's, of the configurations that were simulated."""
-        return self._simulated
-
     def choose(self, bound: float) -> Choice:
         """Simulate the front until a configuration's loss is below a bound, and confirm the one that is named."""
         candidates = [
@@ -383,7 +379,7 @@ class Exploration:
             if meets:
                 break
         if not meets:
-            label = min(self._simulated, key=lambda label: self._simulated[label].mean)
+            label = min(self.simulated, key=lambda label: self.simulated[label].mean)
         config = self.grid[label]
         chips = range(_CHIPS, _CHIPS + _CONFIRMING_CHIPS)
         excess = self.excess(label, chips, self.confirming)
@@ -419,10 +415,10 @@ class Exploration:
             {-(-number * (look + 1) // _LOOKS) for look in range(_LOOKS)}
         ):
             excess = self.excess(label, range(_CHIPS), self.choosing[:look])
-            self._simulated[label] = interval(excess, _RISK / _LOOKS)
-            if self._simulated[label].high <= bound:
+            self.simulated[label] = interval(excess, _RISK / _LOOKS)
+            if self.simulated[label].high <= bound:
                 return True
-            if self._simulated[label].low > bound:
+            if self.simulated[label].low > bound:
                 return False
         return False
 

@@ -3,6 +3,7 @@
 from .energy import (
     CostOptions as CostOptions,
     TaskCost as TaskCost,
+    digital_macs as digital_macs,
     energy_table as energy_table,
     number as number,
     quantity as quantity,

@@ -36,6 +36,7 @@ from ..support.options import (
 )
 from ..tasks import split
 from .estimate import Kind, Settings, program_of, trained_numbers
+from .params import shape_config
 from .workload import Shape
 
 _PREFIXES = {
@@ -116,6 +117,25 @@ def task_costs(
                 method = _Method(config, crossbar, options, entry, recipe, layout)
                 by_title[title] = method.cost(constants)
     return by_title
+
+
+def digital_macs(base: str) -> float:
+    """Return the multiply-adds of a target token that stay digital if all matrices of a base are in arrays.
+
+    They are those of attention and of a tied head. The base is a folder, a file, a hub id or a known shape.
+    """
+    config = shape_config(base)
+    shape = Shape(1, 1, 127)
+    macs = program_of(config, "zero-shot", Settings(), "loss", shape).flops / 2
+    # The last token of a causal model predicts nothing.
+    row = shape._replace(source=shape.source - config.causal)
+    in_arrays = sum(
+        row.tokens(site.reads) * site.layers * site.d_in * site.d_out
+        for site in config.sites.values()
+    )
+    if not config.tied:
+        in_arrays += row.target * math.prod(config.head)
+    return (macs - in_arrays) / row.target
 
 
 @dataclasses.dataclass(frozen=True)

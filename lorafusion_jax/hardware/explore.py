@@ -2,11 +2,12 @@
 
 OUT/rows.jsonl    measured values, which the same command does not measure again
 OUT/best.yaml     the configuration that is named
-OUT/prepared      the base prepared for it, where it needs that
+OUT/prepared-...  the base prepared for it, where it needs that
 """
 
 import dataclasses
 import functools
+import math
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from .. import crossbar
+from ..crossbar.exploration import LEAST_BATCHES
 from ..loading.model import LoadedModel, load_model
 from ..loading.spec import LoadOptions
 from ..models.architecture import matrices, sharing_inputs
@@ -34,8 +36,6 @@ from .texts import (
     token_ids,
     windows,
 )
-
-_LEAST = 6  # windows, or batches of lines
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class ExploreOptions(DigitalOptions, OutOptions, BaseOptions):
 
 
 def explore(options: ExploreOptions, macs: float = 0.0) -> crossbar.Exploration:
-    """Return the comparison that options describe, with so many digital multiply-adds for each token.
+    """Return the comparison that options describe; `macs` are a token's multiply-adds that are always digital.
 
     Raises:
       ValueError: before anything is written: a field does not exist, a value is not valid, a converter has no energy,
@@ -85,14 +85,13 @@ def explore(options: ExploreOptions, macs: float = 0.0) -> crossbar.Exploration:
         unroll=False
     )
     batches = _batches(loaded, content, options.tokens)
-    exploration = crossbar.Exploration(
+    return crossbar.Exploration(
         _subject(loaded, batches, options, macs),
         batches,
         grid,
         file=options.out / "rows.jsonl",
         minutes=options.minutes,
     )
-    return exploration
 
 
 def save_best(options: ExploreOptions, config: crossbar.CrossbarConfig) -> Path:
@@ -144,10 +143,10 @@ def _batches(loaded: LoadedModel, content: str, tokens: int) -> list[Batch]:
         lines = [line for line in content.splitlines() if line.strip()]
         batches = answered(loaded, lines)
         unit = "batches of 16 lines"
-    if len(batches) < _LEAST:
+    if len(batches) < LEAST_BATCHES:
         raise ValueError(
-            f"the text has {len(batches)} {unit}: give at least {_LEAST}, better 48: a third each to measure, to "
-            "choose and to confirm"
+            f"the text has {len(batches)} {unit}: give at least {LEAST_BATCHES}, better 48: a third each to "
+            "measure, to choose and to confirm"
         )
     return batches
 
@@ -158,10 +157,16 @@ def _subject(
     graph = loaded.problem.graph
     frozen = loaded.problem.frozen
     sites = loaded.config.sites
+    of_base = matrices(nnx.merge(graph, frozen.base))
+    stay_digital = {
+        name
+        for name in of_base
+        if any(fnmatchcase(name, pattern) for pattern in options.keep_digital)
+    }
     weights = {
         name: dense(weight, jnp.float32)
-        for name, weight in matrices(nnx.merge(graph, frozen.base)).items()
-        if not any(fnmatchcase(name, pattern) for pattern in options.keep_digital)
+        for name, weight in of_base.items()
+        if name not in stay_digital
     }
     if not weights:
         raise ValueError(
@@ -171,11 +176,15 @@ def _subject(
     source = sum(int(jnp.sum(batch.input_mask)) for batch in batches)
     target = sum(int(jnp.sum(batch.labels != IGNORED)) for batch in batches)
     products = {}
-    for name in weights:
+    for name, weight in of_base.items():
         times = 1
         if name in sites and "target" not in sites[name].reads:
             times = max(1, round(source / target))
-        products[name] = times * (sites[name].layers if name in sites else 1)
+        vectors = times * (sites[name].layers if name in sites else 1)
+        if name in stay_digital:
+            macs += vectors * math.prod(weight.shape[-2:])
+        else:
+            products[name] = vectors
 
     def place(
         rules: crossbar.Rules, key: Array, preparations: Any

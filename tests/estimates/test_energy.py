@@ -1,6 +1,7 @@
 """The energy table: counts by hand and as programming makes them, the command, its experiment and refusals."""
 
 import csv
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import cost
 import jax
 import numpy as np
 import pytest
+import small_llama
 import tiny
 from json_files import read_json
 from refusals import refused
@@ -107,6 +109,16 @@ def test_the_digital_work_of_a_token_by_hand(costs):
         digital = costs[method].token.typical - costs[method].reads.typical
         wanted = each * (attention + met * macs) / 2
         assert digital == pytest.approx(wanted, rel=1e-6), method
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_attention_and_a_tied_head_stay_digital(tied, tmp_path):
+    base = small_llama.make(tmp_path / "base", tie_word_embeddings=tied)
+    config = lf.read_config(str(base))
+    # Queries times keys, and weights times values, of 127 columns.
+    attention = config.num_layers * 2 * 127 * config.num_heads * config.d_head
+    head = math.prod(config.head) if tied else 0
+    assert estimates.digital_macs(str(base)) == pytest.approx(attention + head)
 
 
 def test_training_reads_arrays_forward_and_computes_the_rest(costs):
