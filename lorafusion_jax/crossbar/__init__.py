@@ -35,6 +35,7 @@ from .chip.plan import Plan
 from .chip.program import is_random, program
 from .chip.tree import Rules, program_tree
 from .config.files import config_hash, load_config, save_config
+from .config.grid import grid, parse_vary, usual_variations
 from .config.presets import PRESETS
 from .config.schema import (
     ADC,
@@ -90,10 +91,7 @@ from .exploration import (
     Exploration,
     Interval,
     Subject,
-    grid,
     interval,
-    parse_vary,
-    usual_variations,
 )
 from .mapping.adc.architectures import Architecture, register_adc
 from .mapping.encoding import input_codes, pulses

@@ -12,8 +12,6 @@
 import dataclasses
 import functools
 import hashlib
-import itertools
-import json
 import math
 import re
 import time
@@ -24,7 +22,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import yaml
 from jaxtyping import Array, Float
 
 from ..support.progress import progress
@@ -34,7 +31,7 @@ from .calibration.whole_model import Counted, Run, calibrate_tree, observe, summ
 from .chip.chip import Chip, chips_in, over_stack, reads
 from .chip.program import is_random
 from .chip.tree import Preparations, Rules, program_tree
-from .config.files import config_fields, config_from, config_hash
+from .config.files import config_hash
 from .config.presets import PRESETS
 from .config.schema import CrossbarConfig, Tile, deterministic
 from .cost.energy import (
@@ -71,70 +68,6 @@ _RISK = 0.05  # of an interval that misses the mean, in all analyses of a config
 LEAST_BATCHES = 6
 _CALIBRATING = 4  # batches that set ranges of converters
 _MARGIN = 2  # configurations with a predicted loss of more than this times the bound are not simulated
-
-
-def grid(
-    base: CrossbarConfig, vary: Mapping[str, Sequence[Any]]
-) -> dict[str, CrossbarConfig]:
-    """Return all combinations of some fields' values in a configuration, by texts such as `adc.bits=5 tile.rows=64`.
-
-    Args:
-      base: configuration with all other fields; a part that is None gets its defaults if one of its fields is varied.
-      vary: values by the path of a field, as a file of a configuration has them. An integer for `cell.bits` lists the
-        bits of its slices, least significant first: 2221.
-
-    Raises:
-      ValueError: a field does not exist, or a value or a combination is not valid.
-    """
-    configs = {}
-    for values in itertools.product(*vary.values()):
-        fields = config_fields(base)
-        for name, value in zip(vary, values, strict=True):
-            *parts, last = name.split(".")
-            table: Any = fields
-            for part in parts:
-                table[part] = table.get(part) or {}
-                table = table[part]
-                if not isinstance(table, dict):
-                    raise ValueError(f"{name} is unknown: {part} has no fields")
-            digits = name == "cell.bits" and isinstance(value, int)
-            table[last] = [*map(int, str(value))] if digits else value
-        label = " ".join(
-            f"{name}={value if isinstance(value, int | str) else json.dumps(value)}"
-            for name, value in zip(vary, values, strict=True)
-        )
-        with error_context(label or "the configuration"):
-            configs[label] = config_from(fields)
-    return configs
-
-
-def parse_vary(arguments: Sequence[str]) -> dict[str, list[Any]]:
-    """Return the values by field of texts such as `adc.bits=4,5,6`; raises a ValueError for other texts."""
-    vary = {}
-    for argument in arguments:
-        name, _, values = argument.partition("=")
-        try:
-            vary[name] = yaml.safe_load(f"[{values}]")
-        except yaml.YAMLError:
-            vary[name] = None
-        if not vary[name]:
-            raise ValueError(
-                f"{argument!r}: give a field and its values, as in adc.bits=4,5,6"
-            )
-    return vary
-
-
-def usual_variations(base: CrossbarConfig) -> dict[str, list[Any]]:
-    """Return the fields and values that are explored by default: cells of 1, 2 and 4 bits, ADCs, rows of arrays."""
-    vary: dict[str, list[Any]] = {"adc.bits": [5, 6, 8], "tile.rows": [64, 128, 256]}
-    stored = base.stored_bits
-    if stored is None:
-        return vary
-    cells = []
-    for width in (1, 2, 4):
-        rest = [stored % width] if stored % width else []
-        cells.append([*[width] * (stored // width), *rest])
-    return {"cell.bits": cells} | vary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
