@@ -14,7 +14,7 @@ import math
 import time
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Literal, NamedTuple
@@ -25,11 +25,13 @@ import tyro
 from lab.common import ROOT, write_tables
 from lab.tasks import prompt_overlap
 
-from lorafusion_jax import LoadOptions, LoRARecipe
+from lorafusion_jax import LoadOptions, LoRARecipe, TrainState
 from lorafusion_jax.loading import LoadedModel, Texts, load_model, packing_of
 from lorafusion_jax.runs import encode_shown, environment, score_rows
 from lorafusion_jax.tasks import (
     Encoded,
+    Example,
+    Split,
     Task,
     TrainingRows,
     answer_options,
@@ -40,7 +42,14 @@ from lorafusion_jax.tasks import (
     split,
     write_lorahub_split,
 )
-from lorafusion_jax.training import LOSS, Epoch, Params, fit, make_room, start
+from lorafusion_jax.training import (
+    LOSS,
+    Epoch,
+    Params,
+    fit,
+    make_room,
+    start,
+)
 from lorafusion_jax.trials import ResultRows, Row, read_lines
 
 TUNING = ("boolean_expressions", "object_counting", "hyperbaton")
@@ -209,45 +218,26 @@ class Lab:
             row = answer_row(shown)
         else:
             model = self.model(cell.dtype)
-            recipe = LoRARecipe(
-                epochs=1 if short else 6,
-                lora_rank=8,
-                lora_targets=TARGETS,
-                lr_lora=cell.rate,
-            )
             texts = Texts(model.tokenizer, model.text_format)
-            state = start(model.problem, (cell.seed,))  # that of the base
-            epochs: list[Epoch] = []
+            validation_losses: list[float] = []
             if cell.arm == EXAMPLES:
                 shown = few_shot(shown, SHOTS, cell.seed)
+                state = start(model.problem, (cell.seed,))  # that of the base
             else:
-                examples = task.train
-                if cell.arm == SHUFFLED:
-                    order = np.random.default_rng(cell.seed).permutation(len(examples))
-                    examples = [
-                        dataclasses.replace(example, target=examples[other].target)
-                        for example, other in zip(examples, order, strict=True)
-                    ]
-                training = TrainingRows(
-                    encode(texts.tokenizer, examples, texts.text_format),
+                state = trained(
+                    model,
+                    cell,
+                    task.train,
                     rows,
-                    texts.tokenizer.pad_token_id,
-                    packing_of(model.config, on_cpu=True),
-                )
-                state = fit(
-                    model.problem,
-                    training,
-                    state,
-                    recipe,
-                    (cell.seed,),
-                    after_epoch=epochs.append,
+                    epochs=1 if short else 6,
+                    after_epoch=lambda epoch: validation_losses.append(
+                        round(float(epoch.validation_loss[0]), 5)
+                    ),
                 )
             tokens = encode_shown(texts, shown, len(shown.test), 0)
             row = {
                 "steps": int(state.step[0]),
-                "validation_loss": [
-                    round(float(epoch.validation_loss[0]), 5) for epoch in epochs
-                ],
+                "validation_loss": validation_losses,
                 **scores(model, state.params, tokens),
             }
         seconds = round(time.process_time() - began, 1)
@@ -259,6 +249,42 @@ class Lab:
         return load_model(
             LoadOptions(base=str(self.base), method="lora", recipe=recipe, dtype=dtype)
         )
+
+
+def trained(
+    model: LoadedModel,
+    cell: Cell,
+    examples: Sequence[Example],
+    rows: Split,
+    *,
+    epochs: int,
+    after_epoch: Callable[[Epoch], None],
+) -> TrainState:
+    """Return the state after training a LoRA on the examples, or on their shuffled labels."""
+    if cell.arm == SHUFFLED:
+        order = np.random.default_rng(cell.seed).permutation(len(examples))
+        examples = [
+            dataclasses.replace(example, target=examples[other].target)
+            for example, other in zip(examples, order, strict=True)
+        ]
+    training = TrainingRows(
+        encode(model.tokenizer, examples, model.text_format),
+        rows,
+        model.tokenizer.pad_token_id,
+        packing_of(model.config, on_cpu=True),
+    )
+    recipe = LoRARecipe(
+        epochs=epochs, lora_rank=8, lora_targets=TARGETS, lr_lora=cell.rate
+    )
+    seeds = (cell.seed,)
+    return fit(
+        model.problem,
+        training,
+        start(model.problem, seeds),
+        recipe,
+        seeds,
+        after_epoch=after_epoch,
+    )
 
 
 def scores(model: LoadedModel, params: Params, tokens: Encoded) -> Row:

@@ -154,7 +154,7 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
     """Return and write the scores of a run on every chip, at every age.
 
     Raises:
-      ValueError: a run with examples in its prompts; and as `load_request` does.
+      ValueError: a run with examples in its prompts; and as `_load_request` does.
     """
     mesh = None if options.mesh is None else make_mesh(options.mesh)
     if mesh is not None:
@@ -213,7 +213,7 @@ def report_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
     """Return and write the scores of a run digitally and on every chip, its arrays, and their errors by site.
 
     Raises:
-      ValueError: more than one age, or a mesh; and as `load_request` does.
+      ValueError: more than one age, or a mesh; and as `_load_request` does.
     """
     if len(options.ages) > 1:
         raise ValueError("a report is of one age: give one of --ages")
