@@ -27,6 +27,10 @@ _LLAMA = small_llama.CONFIG | {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+_QWEN = small_llama.QWEN3_5 | {
+    "num_hidden_layers": 2,
+    "layer_types": ["linear_attention", "full_attention"],
+}
 _DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0}
 _MODELS = {
     "t5": lambda: lf.models.T5(tiny.CONFIG, rngs=nnx.Rngs(0)),
@@ -51,7 +55,7 @@ _MODELS = {
     ),
     # A convolution and a memory that begin anew in every row.
     "qwen3.5": lambda: qwen3_5.Qwen35(
-        qwen3_5.FAMILY.read_config(_LLAMA | small_llama.QWEN3_5), rngs=nnx.Rngs(0)
+        qwen3_5.FAMILY.read_config(_LLAMA | _QWEN), rngs=nnx.Rngs(0)
     ),
 }
 _LENGTHS = [(5, 2), (9, 1), (3, 4), (7, 5), (12, 3), (1, 3), (6, 2), (4, 1)]

@@ -1,7 +1,8 @@
 """Rows of a results file: rows that are read and refused, and that nothing that was written is ever lost."""
 
+import fcntl
 import json
-import multiprocessing
+import threading
 
 import numpy as np
 import pytest
@@ -63,22 +64,20 @@ def test_every_cut_of_the_last_line_is_dropped_and_appending_mends_it(path):
     assert read_rows(path) == _ROWS[:2]
 
 
-def _append_fifty(path, seed):
-    for task in range(50):
-        append_lines(path, [row(f"task{task}", "LoRA", seed, np.ones(300, bool))])
-
-
-def test_processes_that_append_at_once_wait_for_each_other(path):
-    context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=_append_fifty, args=(path, seed)) for seed in (1, 2)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    assert len({key(row) for row in read_rows(path)}) == 100
+def test_a_writer_waits_for_another_one(path):
+    """A lock belongs to an open file, so a thread can play another process."""
+    append_lines(path, [row("task0", "LoRA", 1, np.ones(3, bool))])
+    before = path.read_bytes()
+    writer = threading.Thread(
+        target=append_lines, args=(path, [row("task1", "LoRA", 1, np.ones(3, bool))])
+    )
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        writer.start()
+        writer.join(0.3)
+        assert path.read_bytes() == before
+    writer.join(60)
+    assert len(read_rows(path)) == 2
 
 
 @pytest.mark.parametrize(
