@@ -114,6 +114,14 @@ def test_a_model_has_the_number_of_parameters_that_its_page_shows():
     assert sizes == {"smollm2-135m": 134_515_008}
 
 
+def test_an_internlm_is_a_llama_with_biases():
+    """Its frequencies are stretched in rows beyond its context."""
+    rope = {"rope_parameters": _DYNAMIC | {"factor": 1.0}}
+    llama = FAMILY.read_config(_SMALL | rope | {"attention_bias": True})
+    config = FAMILY.read_config(_SMALL | {"model_type": "internlm", "bias": True})
+    assert dataclasses.replace(config, model_type="llama") == llama
+
+
 @pytest.mark.parametrize("model_type", ["llama", "phi3"])
 def test_minus_one_is_no_token_for_padding(model_type):
     fields = _SMALL | {
@@ -195,6 +203,7 @@ _LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.0], "long_factor":
             {"num_attention_heads": 64},
             "hidden_size is 16: expected at least 64, one for each",
         ),
+        ("falcon", {"alibi": True}, "alibi is True: expected False"),
         (
             "granite",
             {"logits_scaling": 0.0},

@@ -129,6 +129,10 @@ _FURTHER = {
     },
     "olmo2": {},
     "gpt2": {"num_key_value_heads": 4, "n_inner": 40},
+    "gpt_neox": {"num_key_value_heads": 4},
+    "falcon": {},
+    "phi": {},
+    "stablelm": {},
     "hunyuan_v1_dense": {
         "head_dim": 12,
         "rope_parameters": {
@@ -282,6 +286,28 @@ _VARIANTS = {
         | {"truncate": False, "beta_fast": 3.0, "beta_slow": 0.2}
     },
     "mt5": {"model_type": "mt5", "vocab_size": _VOCABULARY},
+    "GPT-NeoX in turn": {
+        "model_type": "gpt_neox",
+        "num_key_value_heads": 4,
+        "use_parallel_residual": False,
+        "attention_bias": False,
+    },
+    "new Falcon": {
+        "model_type": "falcon",
+        "new_decoder_architecture": True,
+        "num_kv_heads": 2,
+        "bias": True,
+    },
+    "Falcon in turn": {
+        "model_type": "falcon",
+        "parallel_attn": False,
+        "multi_query": False,
+    },
+    "parallel StableLM": {
+        "model_type": "stablelm",
+        "use_parallel_residual": True,
+        "use_qkv_bias": True,
+    },
     "no rope": {"model_type": "smollm3", "no_rope_layers": [1, 0, 1]},
     "rope in a Granite 4": _GRANITE_4
     | {"model_type": "granitemoehybrid", "position_embedding_type": "rope"},

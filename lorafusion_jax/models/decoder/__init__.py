@@ -1,4 +1,4 @@
-"""Decoder-only models: Llama, SmolLM, Mistral, Qwen 2 to 3, Gemma, Phi-3, Granite, OLMo, Hunyuan, GPT-2."""
+"""Decoder-only models: Llama, SmolLM, Mistral, Qwen 2 to 3, Gemma, Phi, Granite, OLMo, GPT-2 and others."""
 
 import re
 from operator import attrgetter
@@ -59,6 +59,8 @@ def _others(model: Decoder) -> list[Slot]:
             bias = attrgetter(name)(block).bias
             variables[f"{renamed.get(name, name)}.bias"] = bias
     slots = [Slot(model.embedding, [_embedding(config)])]
+    if "lm_head" in config.biased:
+        slots.append(Slot(model.head_bias, ["lm_head.bias"]))
     if config.learned_positions:
         slots.append(Slot(model.positions, [f"{stem}.wpe.weight"]))
     last_norm = _of_norm(f"{stem}.{renamed.get('norm', 'norm')}", model.norm)
@@ -86,12 +88,13 @@ def _embedding(config: DecoderConfig) -> str:
 def _checkpoint(config: DecoderConfig) -> Checkpoint:
     return Checkpoint(
         embedding=_embedding(config),
-        head="lm_head.weight",
-        # Early Llama checkpoints hold the frequencies of the rotary positions, those of GPT-2 the causal mask.
+        head=f"{dict(config.renamed).get('lm_head', 'lm_head')}.weight",
+        # Early checkpoints hold the frequencies of the rotary positions, or the causal mask.
         unused=(
-            "model.layers.*.self_attn.rotary_emb.inv_freq",
-            "*h.*.attn.bias",
-            "*h.*.attn.masked_bias",
+            "*.rotary_emb.inv_freq",
+            "*.attn.bias",
+            "*.attention.bias",
+            "*.masked_bias",
         ),
         flipped=("*.h.*.c_*.weight",) if config.conv1d else (),
         unread=(*_IMAGES, *(f"model.{name}" for name in _IMAGES))
@@ -132,7 +135,7 @@ _SMOLLM2 = DecoderConfig(
 FAMILY = Family(
     name="decoder",
     members="Llama, Mistral, Ministral 3, Qwen2, Qwen3, Gemma 1 to 3 (text), Phi-3, Granite, SmolLM3, OLMo 2 or 3, "
-    "Hunyuan, GPT-2, or a model for images with such a text model",
+    "Hunyuan, GPT-2, GPT-NeoX, Falcon, Phi 1 to 2, StableLM, InternLM, or a model for images with such a text model",
     model_types=(*FAMILIES, *WITH_IMAGES, *ALIASES),
     names=NAMES,
     config=DecoderConfig,

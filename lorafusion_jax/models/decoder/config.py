@@ -60,8 +60,12 @@ class DecoderConfig(Architecture):
       sliding: for every layer, whether it has the window and `local_rope`; empty if none has.
       activation: activation function of the gate.
       fused: matrices that stand for several: `qkv_proj`, `gate_up_proj`.
+      fused_by_head: `qkv_proj` has the queries of each head of keys before these keys and their values, not before all
+        keys (GPT-NeoX).
       gated: the feed-forward has a gate.
-      biased: last names of the sites that have a bias.
+      parallel: the feed-forward reads what the attention reads, and both are added at once; without a norm of its own
+        it reads the attention's.
+      biased: last names of the sites that have a bias, also `lm_head`.
       renamed: pairs of a module's path in a Llama's block, or under the stem, and its path in files, where they differ.
       conv1d: files hold the matrices of blocks as [d_in, d_out] (GPT-2).
       learned_positions: every position has an embedding, which is added to the token's.
@@ -95,9 +99,11 @@ class DecoderConfig(Architecture):
     local_rope: Rope | None = None
     window: int = 0
     sliding: tuple[bool, ...] = ()
-    activation: Literal["silu", "gelu_tanh"] = "silu"
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
     fused: tuple[str, ...] = ()
+    fused_by_head: bool = False
     gated: bool = True
+    parallel: bool = False
     biased: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
     conv1d: bool = False

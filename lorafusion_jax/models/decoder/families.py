@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from .config import Rope
+from .config import DecoderConfig, Rope
 from .hf_rope import rope_of
 
 Fields = dict[str, Any]
@@ -28,6 +28,10 @@ NAMES = {
     "olmo": ("olmo2", "olmo3"),
     "hunyuan|^hy-mt": ("hunyuan_v1_dense",),
     "gpt-?2": ("gpt2",),
+    "pythia|gpt-?neox": ("gpt_neox",),
+    "falcon(?!.?(h1|mamba|3))": ("falcon",),
+    r"phi-?[12](?!\d)": ("phi",),
+    "stablelm": ("stablelm", "gpt_neox"),
 }
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -64,6 +68,55 @@ _GPT2: Fields = {
     "norm": "layer",
     "norms": ("ln_1", "", "ln_2", ""),
 }
+_DENSE_MLP = (
+    ("mlp.up_proj", "mlp.dense_h_to_4h"),
+    ("mlp.down_proj", "mlp.dense_4h_to_h"),
+)
+_GPT_NEOX: Fields = {
+    "stem": "gpt_neox",
+    "fused": ("qkv_proj",),
+    "fused_by_head": True,
+    "gated": False,
+    "renamed": (
+        ("embed_tokens", "embed_in"),
+        ("norm", "final_layer_norm"),
+        ("lm_head", "embed_out"),
+        ("self_attn.qkv_proj", "attention.query_key_value"),
+        ("self_attn.o_proj", "attention.dense"),
+        *_DENSE_MLP,
+    ),
+    "norm": "layer",
+    "partial_rope": True,
+}
+_FALCON: Fields = {
+    "stem": "transformer",
+    "fused": ("qkv_proj",),
+    "fused_by_head": True,
+    "gated": False,
+    "renamed": (
+        ("embed_tokens", "word_embeddings"),
+        ("layers", "h"),
+        ("norm", "ln_f"),
+        ("self_attn.qkv_proj", "self_attention.query_key_value"),
+        ("self_attn.o_proj", "self_attention.dense"),
+        *_DENSE_MLP,
+    ),
+    "norm": "layer",
+}
+_PHI: Fields = {
+    "gated": False,
+    "parallel": True,
+    "biased": (*_ATTENTION, *_MLP, "lm_head"),
+    "renamed": (
+        ("norm", "final_layernorm"),
+        ("self_attn.o_proj", "self_attn.dense"),
+        ("mlp.up_proj", "mlp.fc1"),
+        ("mlp.down_proj", "mlp.fc2"),
+    ),
+    "norm": "layer",
+    "norms": ("input_layernorm", "", "", ""),
+    "partial_rope": True,
+}
 _ROTATED_NORMS: Fields = {
     "qk_norm": "rotated",
     "renamed": (
@@ -87,6 +140,13 @@ def head_width(hf: Any) -> int:
 def _unrotated(hf: Any) -> Rope:
     """Return the positions of layers without rotation, to which no scaling for long contexts applies."""
     return Rope(width=head_width(hf), scaling="none")
+
+
+def _check(hf: Any, **expected: Any) -> None:
+    """Raise a ValueError for a field with another value than the only one that is implemented."""
+    for name, value in expected.items():
+        if getattr(hf, name) != value:
+            raise ValueError(f"{name} is {getattr(hf, name)}: expected {value}")
 
 
 def _windows(hf: Any) -> Fields:
@@ -128,10 +188,7 @@ def _gemma2(hf: Any) -> Fields:
 
 
 def _gemma3(hf: Any) -> Fields:
-    if hf.attn_logit_softcapping:
-        raise ValueError(
-            f"attn_logit_softcapping is {hf.attn_logit_softcapping} in a Gemma 3: expected none"
-        )
+    _check(hf, attn_logit_softcapping=None)
     return _gemma2(hf) | {"qk_norm": "head"}
 
 
@@ -202,25 +259,74 @@ def _hunyuan(hf: Any) -> Fields:
 
 
 def _gpt2(hf: Any) -> Fields:
-    usual = {
-        "add_cross_attention": False,
-        "scale_attn_by_inverse_layer_idx": False,
-        "scale_attn_weights": True,
-    }
-    for name, value in usual.items():
-        if getattr(hf, name) != value:
-            raise ValueError(f"{name} is {getattr(hf, name)}: expected {value}")
+    _check(
+        hf,
+        add_cross_attention=False,
+        scale_attn_by_inverse_layer_idx=False,
+        scale_attn_weights=True,
+    )
     return _GPT2 | {
         "d_ff": hf.n_inner or 4 * hf.hidden_size,
         "num_kv_heads": hf.num_attention_heads,
-        "eps": hf.layer_norm_epsilon,
-        "activation": hf.activation_function,
         "rope": _unrotated(hf),
     }
 
 
-# Models with the weights of another family next to parts that are left out, and that family.
-ALIASES = {"llava_llama": "llama", "llava_mistral": "mistral"}
+def _gpt_neox(hf: Any) -> Fields:
+    attention = ("qkv_proj", "o_proj") if hf.attention_bias else ()
+    return _GPT_NEOX | {
+        "num_kv_heads": hf.num_attention_heads,
+        "parallel": hf.use_parallel_residual,
+        "biased": (*attention, "up_proj", "down_proj"),
+    }
+
+
+def _falcon(hf: Any) -> Fields:
+    _check(hf, alibi=False)
+    parallel = hf.new_decoder_architecture or hf.parallel_attn
+    norms = ("input_layernorm", "", "" if parallel else "post_attention_layernorm", "")
+    if hf.new_decoder_architecture:
+        kv_heads = hf.num_kv_heads
+        if hf.num_ln_in_parallel_attn != 1:
+            norms = ("ln_attn", "", "ln_mlp", "")
+    else:
+        kv_heads = 1 if hf.multi_query else hf.num_attention_heads
+    return _FALCON | {
+        "d_ff": hf.ffn_hidden_size,
+        "num_kv_heads": kv_heads,
+        "parallel": parallel,
+        "biased": ("qkv_proj", "o_proj", "up_proj", "down_proj") if hf.bias else (),
+        "norms": norms,
+    }
+
+
+def _phi(hf: Any) -> Fields:
+    _check(hf, qk_layernorm=False)
+    return _PHI
+
+
+def _stablelm(hf: Any) -> Fields:
+    _check(hf, qk_layernorm=False)
+    parallel = hf.use_parallel_residual
+    return {
+        "norm": "layer",
+        "parallel": parallel,
+        "norms": _PHI["norms"] if parallel else DecoderConfig.norms,
+        "biased": _ATTENTION[:3] if hf.use_qkv_bias else (),
+        "partial_rope": True,
+    }
+
+
+def _internlm(hf: Any) -> Fields:
+    context = hf.max_position_embeddings
+    return {
+        "biased": _ATTENTION if getattr(hf, "bias", True) else (),
+        "rope": Rope(width=head_width(hf), scaling="dynamic", context=context),
+    }
+
+
+# Models whose config is that of another family, some with parts that are left out.
+ALIASES = {"llava_llama": "llama", "llava_mistral": "mistral", "internlm": "llama"}
 # Models for images and text, which are read for text alone, and the module that is their text model, one of `FAMILIES`.
 WITH_IMAGES = dict.fromkeys(
     ("gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mistral3", "llava"),
@@ -249,4 +355,9 @@ FAMILIES: dict[str, Callable[[Any], Fields]] = {
     "olmo3": lambda hf: _OLMO | _windows(hf),
     "hunyuan_v1_dense": _hunyuan,
     "gpt2": _gpt2,
+    "gpt_neox": _gpt_neox,
+    "falcon": _falcon,
+    "phi": _phi,
+    "stablelm": _stablelm,
+    "internlm": _internlm,
 }

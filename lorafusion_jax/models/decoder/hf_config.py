@@ -7,7 +7,7 @@ import contextlib
 import copy
 import dataclasses
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Required, TypedDict
 
 import msgspec
@@ -18,11 +18,15 @@ from .config import DecoderConfig
 from .families import ALIASES, FAMILIES, WITH_IMAGES, Fields, biased, head_width
 from .hf_rope import rope_of
 
-_ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {
+_ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh"]] = {
     "silu": "silu",
+    "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
+# Names of one field in different families.
+_ACTIVATION_FIELDS = ("hidden_act", "activation_function", "activation")
+_EPS_FIELDS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
 # Fields whose values only describe how a file was made, that need PyTorch to be read, or that are of parts which are
 # left out.
 _IGNORED = (
@@ -160,9 +164,9 @@ def read_config(
             "eos_token_id is missing: expected the token, or tokens, that end an answer"
         )
     local = ropes.get("sliding_attention")
-    fields = dict(families[hf.model_type](hf))
+    fields = dict(families[kind if kind in families else hf.model_type](hf))
     context = hf.max_position_embeddings
-    activation = fields.pop("activation", getattr(hf, "hidden_act", None))
+    activation = fields.pop("activation", _first(hf, _ACTIVATION_FIELDS))
     if activation not in _ACTIVATIONS:
         raise ValueError(
             f"the activation is {activation!r}: expected {' or '.join(_ACTIVATIONS)}"
@@ -181,7 +185,7 @@ def read_config(
         num_heads=heads,
         num_kv_heads=kv_heads,
         num_layers=hf.num_hidden_layers,
-        eps=getattr(hf, "rms_norm_eps", 0.0),
+        eps=_first(hf, _EPS_FIELDS),
         rope=rope_of(ropes["full_attention"], d_head, context, partial=partial),
         local_rope=rope_of(local, d_head, context, partial=partial)
         if local is not None
@@ -197,6 +201,11 @@ def read_config(
     return decode_as(
         dataclasses.asdict(structure(**vars(config) | fields)), structure, ""
     )
+
+
+def _first(hf: Any, names: Sequence[str]) -> Any:
+    """Return the first of these fields that the config has, or None."""
+    return next((getattr(hf, name) for name in names if hasattr(hf, name)), None)
 
 
 def _filled(kind: str, raw: Mapping[str, Any]) -> Any:

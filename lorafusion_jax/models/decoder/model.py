@@ -48,7 +48,8 @@ from .rotary import Rotation, rotate, rotation
 
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
 }
 
 
@@ -116,9 +117,7 @@ class SelfAttention(nnx.Module):
         """
         c = self.config
         if self.fused:
-            inner = c.num_heads * c.d_head
-            kv = c.num_kv_heads * c.d_head
-            parts = jnp.split(self.qkv_proj(x, adapters), [inner, inner + kv], axis=-1)
+            parts = self._split(self.qkv_proj(x, adapters))
         else:
             parts = [
                 linear(x, adapters)
@@ -160,6 +159,16 @@ class SelfAttention(nnx.Module):
         return self.o_proj(
             heard if gate is None else heard * jax.nn.sigmoid(gate), adapters
         ), cache
+
+    def _split(self, fused: Float[Array, "B T _"]) -> list[Float[Array, "B T _"]]:
+        """Return the queries, keys and values that one matrix makes."""
+        c = self.config
+        groups = c.num_kv_heads if c.fused_by_head else 1
+        queries = c.num_heads // groups
+        keys = c.num_kv_heads // groups
+        heads = fused.reshape(*fused.shape[:2], groups, -1, c.d_head)
+        parts = jnp.split(heads, [queries, queries + keys], axis=3)
+        return [part.reshape(*fused.shape[:2], -1) for part in parts]
 
     def _mix(
         self,
@@ -254,13 +263,16 @@ class Block(nnx.Module):
     ) -> tuple[Hidden, Cache]:
         """Run one layer; see `SelfAttention`."""
         scale = self.config.residual_scale
-        heard, cache = self.self_attn(
-            _normed(x, self.input_norm), contexts, adapters, line, into
-        )
+        normed = _normed(x, self.input_norm)
+        heard, cache = self.self_attn(normed, contexts, adapters, line, into)
         heard = _normed(heard, self.attention_post_norm)
-        x = checkpoint_name(x + _scaled(heard, scale), SUM)
-        made = self.mlp(_normed(x, self.mlp_norm), adapters)
-        return x + _scaled(_normed(made, self.mlp_post_norm), scale), cache
+        summed = checkpoint_name(x + _scaled(heard, scale), SUM)
+        if not self.config.parallel:
+            normed = _normed(summed, self.mlp_norm)
+        elif self.mlp_norm is not None:
+            normed = self.mlp_norm(x)
+        made = self.mlp(normed, adapters)
+        return summed + _scaled(_normed(made, self.mlp_post_norm), scale), cache
 
 
 class Decoder(nnx.Module):
@@ -287,6 +299,8 @@ class Decoder(nnx.Module):
                 config.d_model**-0.5
                 * rngs.params.normal((config.d_model, config.vocab_size))
             )
+        if "lm_head" in config.biased:
+            self.head_bias = Base(jnp.zeros(config.vocab_size))
 
     def __call__(
         self, ids: Target, mask: Bool[Array, "B T"], adapters: Adapters | None = None
@@ -499,6 +513,8 @@ class Decoder(nnx.Module):
             logits = unembed(x, self.embedding.get_value())
         else:
             logits = matmul(x, self.head.get_value())
+        if "lm_head" in self.structure.biased:
+            logits = logits + self.head_bias[...][None, None].astype(logits.dtype)
         logits = _scaled(logits, self.structure.logit_scale)
         return cap * jnp.tanh(logits / cap) if cap else logits
 
