@@ -269,6 +269,35 @@ class TrainingRows(NamedTuple):
             pad_id=self.pad_id,
         )
 
+    def followed_by(self, others: Sequence["TrainingRows"]) -> "TrainingRows":
+        """Return the rows of several tasks, with the seeds of one after those of another; -1 fills up fewer rows."""
+        parts = (self, *others)
+        sizes = [len(part.tokens) for part in parts]
+        offsets = np.cumsum([0, *sizes[:-1]])
+
+        def filled(lines: Sequence[Int32[np.ndarray, "_ _"]]) -> np.ndarray:
+            most = max(line.shape[1] for line in lines)
+            return np.concatenate(
+                [
+                    np.pad(
+                        line + offset,
+                        ((0, 0), (0, most - line.shape[1])),
+                        constant_values=-1,
+                    )
+                    for line, offset in zip(lines, offsets, strict=True)
+                ]
+            ).astype(np.int32)
+
+        tokens = Encoded(
+            sum((part.tokens.inputs for part in parts), ()),
+            sum((part.tokens.labels for part in parts), ()),
+        )
+        split = Split(
+            filled([part.split.train for part in parts]),
+            filled([part.split.validation for part in parts]),
+        )
+        return self._replace(tokens=tokens, split=split)
+
 
 def _table(encoded: Encoded, pad_id: int) -> _Table:
     lengths = _lengths(encoded)

@@ -67,21 +67,22 @@ def batch_orders(
 
     B is `batch_size`, or the number of rows if that is smaller. An epoch has ceil(rows / B) steps, the last one filled
     up with -1. Every epoch is reshuffled by the seeds; None keeps the order of `rows` (the reference protocol, and
-    validation).
+    validation). Seeds with fewer rows than others, which -1 fills up, begin each epoch with steps without rows.
     """
-    runs, count = rows.shape
-    size = min(batch_size, count)
-    filling = np.full((runs, -count % size), -1, np.int32)
-    pieces = []
-    for epoch in range(epochs):
-        order = rows
-        if seeds is not None:
-            keys = [f"order, epoch {epoch}, seed {seed}" for seed in seeds]
-            order = np.take_along_axis(
-                rows, np.array([shuffled(count, key) for key in keys]), axis=1
-            )
-        pieces += [order, filling]
-    return np.concatenate(pieces, axis=1).reshape(runs, -1, size)
+    size = min(batch_size, rows.shape[1])
+    steps = -(-rows.shape[1] // size)
+    orders = np.full((len(rows), epochs, steps * size), -1, np.int32)
+    for run, filled in enumerate(rows):
+        of_run = filled[filled >= 0]
+        count = len(of_run)
+        begin = (steps - -(-count // size)) * size
+        for epoch in range(epochs):
+            order = of_run
+            if seeds is not None:
+                key = f"order, epoch {epoch}, seed {seeds[run]}"
+                order = of_run[shuffled(count, key)]
+            orders[run, epoch, begin : begin + count] = order
+    return orders.reshape(len(rows), -1, size)
 
 
 def draw_modules(names: Sequence[str], count: int, seed: int) -> tuple[str, ...]:

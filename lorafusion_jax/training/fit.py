@@ -105,7 +105,10 @@ def fit(
     """
     orders = orders_of(rows, recipe, seeds)
     per_epoch = orders.shape[1] // recipe.epochs
+    # Steps of each seed so far: with the rows of another task, it may have fewer than other seeds.
+    counts = np.cumsum(np.any(orders >= 0, axis=2), axis=1)
     # The number of steps is an argument of the program, so that trainings of other lengths share it.
+    schedule_steps = on_mesh(counts[:, -1].astype(np.float32), of_seeds=True)
     optimisation = recipe.optimisation(0)
     # All validation rows in one batch: its loss is then their mean per token.
     validating = rows.split.validation
@@ -123,9 +126,11 @@ def fit(
     )
     if "base" not in state.params:  # otherwise those of a seed replace the frozen ones
         problem = problem.per_layer()
-    first_step = int(
-        np.max(to_host(state.step))
-    )  # a seed that has stopped counts no more steps
+    # A seed that has stopped counts no more steps.
+    first_step = max(
+        int(np.searchsorted(count, step)) + (1 if step else 0)
+        for count, step in zip(counts, to_host(state.step).tolist(), strict=True)
+    )
     length = per_epoch if whole_epochs() else 1
     steps_of_seeds = train_step_batches(
         rows.tokens,
@@ -150,7 +155,7 @@ def fit(
                     problem,
                     rates,
                     shape_of,
-                    np.float32(orders.shape[1]),
+                    schedule_steps,
                     optimisation=optimisation,
                     shapes=shapes,
                 )
@@ -218,7 +223,7 @@ def train_seeds(
     problem: Problem,
     rates: Rates,
     shape_of: Int[Array, "*seeds steps"] | None = None,
-    schedule_steps: Float[Array, ""] | None = None,
+    schedule_steps: Float[Array, " seeds"] | None = None,
     *,
     optimisation: Optimisation,
     shapes: tuple[tuple[int, ...], ...] = (),
@@ -242,6 +247,7 @@ def train_seeds(
         state: TrainState,
         batch: Batch,
         rates: Rates,
+        steps: Array | None,
         number: Array | None,
     ) -> tuple[TrainState, dict[str, Array]]:
         return in_shape(
@@ -251,7 +257,7 @@ def train_seeds(
                 batch,
                 problem_of_seed,
                 rates,
-                schedule_steps,
+                steps,
                 optimisation=optimisation,
             ),
             batch,
@@ -267,7 +273,7 @@ def train_seeds(
         return in_shape(
             shared,
             lambda batch: problem.over_seeds(
-                train_seed, (state, batch, rates, batch_numbers)
+                train_seed, (state, batch, rates, schedule_steps, batch_numbers)
             ),
             batch,
         )

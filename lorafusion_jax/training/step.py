@@ -86,7 +86,7 @@ def fusion_step(
     """Take one step of one seed, with the weights that its problem has for this step.
 
     Non-finite gradients are set to zero and counted, then clipped; Adam; pruned magnitudes stay zero; a stopped seed
-    does not change.
+    does not change, and neither does one whose batch has no rows.
 
     `optimisation` is structure: `jax.jit(fusion_step, static_argnames="optimisation")`. `steps` is the length of its
     schedule as an array, so that trainings of other lengths share a program.
@@ -136,7 +136,7 @@ def fusion_step(
         )
         adam = _prune_moments(adam, state.kept)
     new = state._replace(params=params, adam=adam, step=state.step + 1)
-    return _select(state.stopped, state, new), metrics
+    return _select(state.stopped | ~jnp.any(batch.row_mask), state, new), metrics
 
 
 def prune(state: TrainState, share: float) -> TrainState:

@@ -217,16 +217,57 @@ def test_gradients_with_layers_in_separate_arrays(dtype):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_each_seed_learns_at_the_rates_that_are_given_for_it(problem, by_step):
-    rates = recipe_rates(Fusion(), _RECIPE, 2)
-    rates = {group: rate.at[1].set(0) for group, rate in rates.items()}
-    begin = start(problem, _SEEDS).params
-    trained = by_step[0].params
-    last = fit(
-        problem, _rows(), start(problem, _SEEDS), _RECIPE, _SEEDS, rates=rates
-    ).params
-    for got, own, first in zip(
-        *map(jax.tree.leaves, (last, trained, begin)), strict=True
-    ):
-        assert_array_equal(got[0], own[0])
-        assert_array_equal(got[1], first[1])
+@pytest.mark.parametrize("seed_mode", ["sequential", "batched"])
+def test_tasks_in_one_program_are_trained_as_alone(problem, monkeypatch, seed_mode):
+    monkeypatch.setattr(fit_lib, "for_cpu", lambda: True)
+    whole = _rows()
+    counts = (6, 2)  # so the second task has one step of an epoch, the first has three
+    rates = recipe_rates(Fusion(), _RECIPE, 1)
+    rates = [{group: rate * (1 + k) for group, rate in rates.items()} for k in (0, 1)]
+    tasks = []
+    for number, count in enumerate(counts):
+        short = whole.tokens.inputs[number : number + 1] * count  # all of one width
+        tokens = Encoded(short, whole.tokens.labels[:count])
+        rows = np.arange(count, dtype=np.int32)[None]
+        tasks.append(TrainingRows(tokens, Split(rows, rows[:, : 2 - number]), pad_id=0))
+
+    def trained(rows, lanes, seeds, rates, state=None, **calls):
+        of_lanes = problem.replace(index=problem.index[lanes], seed_mode=seed_mode)
+        state = start(of_lanes, seeds) if state is None else state
+        epochs = []
+        last = fit(
+            of_lanes,
+            rows,
+            state,
+            replace(_RECIPE, stop_early=True),
+            seeds,
+            rates=rates,
+            after_epoch=epochs.append,
+            **calls,
+        )
+        return last, [epoch.validation_loss for epoch in epochs]
+
+    kept = []
+
+    def keep(number, state, metrics):
+        kept.append(jax.tree.map(jnp.copy, state))
+
+    both = jax.tree.map(lambda *rate: jnp.concatenate(rate), *rates)
+    rows = tasks[0].followed_by(tasks[1:])
+    together, losses = trained(rows, slice(0, 2), _SEEDS, both, after_interval=keep)
+    for lane, seed in enumerate(_SEEDS):
+        alone, own_losses = trained(
+            tasks[lane], slice(lane, lane + 1), (seed,), rates[lane]
+        )
+        assert alone.step == counts[lane] // 2 * _RECIPE.epochs
+        for ours, theirs in zip(
+            *map(jax.tree.leaves, ((together, losses), (alone, own_losses))),
+            strict=True,
+        ):
+            if seed_mode == "sequential":
+                assert_array_equal(ours[lane], theirs[0])
+            else:
+                np.testing.assert_allclose(ours[lane], theirs[0], atol=1e-5)
+    # From a step of the second epoch, in which the second task has had no rows yet.
+    resumed, _ = trained(rows, slice(0, 2), _SEEDS, both, kept[2])
+    _assert_same(resumed, together)
