@@ -5,16 +5,15 @@ The rows were written for these tests. Every task has its training rows first.
 
 import hashlib
 import json
-from pathlib import Path
 
 TRAIN_ROWS = 4
 
 
-def _yes_no(question: str) -> str:
+def _yes_no(question):
     return f"{question}\nOptions:\n- Yes\n- No"
 
 
-def _name(name: str, *edits: str) -> str:
+def _name(name, *edits):
     question = f"Which of the following is a humorous edit of this artist or movie name: '{name}'?"
     return "\n".join(
         [
@@ -30,7 +29,7 @@ _TWICE = _yes_no(
 )
 
 # Name to the description in front of the prompts and to (input, target).
-TASKS: dict[str, tuple[str, list[tuple[str, str]]]] = {
+TASKS = {
     # Labels that no prompt states.
     "boolean_expressions": (
         "Evaluate the result of a random Boolean expression.\n\n",
@@ -100,7 +99,7 @@ TASKS: dict[str, tuple[str, list[tuple[str, str]]]] = {
 }
 
 
-def lines(name: str, numbers: range | list[int]) -> list[str]:
+def lines(name, numbers):
     """Return the lines of a file of LoraHub's folder, for some rows of a task."""
     prefix, rows = TASKS[name]
     prompts = [
@@ -112,12 +111,12 @@ def lines(name: str, numbers: range | list[int]) -> list[str]:
     ]
 
 
-def separator(name: str) -> str:
+def separator(name):
     """Return what stands between a question and its cue: LoraHub's folder lacks a line break in one task."""
     return "" if name == "ruin_names" else "\n"
 
 
-def index() -> dict[str, dict]:
+def index():
     """Return the index of a split: rows by task, and the digests of the files that they make."""
     found = {}
     for name, (prefix, rows) in TASKS.items():
@@ -135,7 +134,7 @@ def index() -> dict[str, dict]:
     return found
 
 
-def write(folder: Path) -> tuple[Path, Path]:
+def write(folder):
     """Write the tasks and the index. Return the folder of tasks and the index's file."""
     (folder / "bbh").mkdir(parents=True)
     for name, (_, rows) in TASKS.items():

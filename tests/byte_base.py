@@ -14,7 +14,7 @@ _SMALL = Path(__file__).resolve().parent.parent / "examples" / "small" / "base"
 _VOCABULARY = 384  # 3 special tokens, 256 bytes, 125 that stand for spans
 
 
-def make(folder: Path, like: Path = _SMALL) -> Path:
+def make(folder, like=_SMALL):
     """Write the base, which must not be there yet, and return its folder. The adapters of the base `like` fit it."""
     from transformers import ByT5Tokenizer
 

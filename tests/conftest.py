@@ -11,9 +11,7 @@ import random
 import threading
 import types
 import zlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -68,7 +66,7 @@ _typechecker = beartype.beartype(
 )
 
 
-def _checked(item: Any) -> Any:
+def _checked(item):
     """Check a function's types, or a data class's, as jaxtyping does, which binds the arguments and checks them twice.
 
     Binding them twice took half of the CPU time of tests with many small calls.
@@ -91,17 +89,17 @@ def _checked(item: Any) -> Any:
         return checked
 
     @functools.wraps(item)
-    def in_scope_of_axes(*args: Any, **kwargs: Any) -> Any:
+    def in_scope_of_axes(*args, **kwargs):
         with _jaxtyped("context"):
             return checked(*args, **kwargs)
 
     return in_scope_of_axes
 
 
-_wrappers: dict[types.CodeType, Any] = {}  # of functions within others, by their code
+_wrappers = {}  # of functions within others, by their code
 
 
-def _nested(item: Any) -> Any:
+def _nested(item):
     """Check a function within another one. Its checks are compiled once, and not whenever the outer one is called."""
     wrapper = _wrappers.get(item.__code__) or _typechecker(item)
     if wrapper is item:  # without annotations
@@ -121,7 +119,7 @@ jaxtyping.install_import_hook("lorafusion_jax", "beartype.beartype")
 _of_thread = threading.local()
 
 
-def _context_of_thread(make: Callable[[], Any] = mlir.make_ir_context) -> Any:
+def _context_of_thread(make=mlir.make_ir_context):
     if not hasattr(_of_thread, "context"):
         _of_thread.context = make()
     return _of_thread.context
@@ -148,7 +146,7 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("deterministic")
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish():
     """Never look for garbage in what imports made."""
     gc.collect()
     gc.freeze()
@@ -166,7 +164,7 @@ training/test_packed
 """.split()
 
 
-def _place_in_order(item: pytest.Item) -> int:
+def _place_in_order(item):
     inside = item.path.is_relative_to(_ROOT / "tests")
     name = (
         item.path.relative_to(_ROOT / "tests").with_suffix("").as_posix()
@@ -176,7 +174,7 @@ def _place_in_order(item: pytest.Item) -> int:
     return _FIRST.index(name) if name in _FIRST else len(_FIRST)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items):
     items.sort(key=_place_in_order)
     if all(importlib.util.find_spec(name) for name in ("torch", "peft")):
         return
@@ -187,7 +185,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _same_items_checked() -> None:
+def _same_items_checked():
     """beartype checks one item of a list, drawn from Python's global generator: the same one in every run."""
     random.seed(0)
 
@@ -198,7 +196,7 @@ _MOST_MAPPINGS = 8_000
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _room_for_programs() -> Iterator[None]:
+def _room_for_programs():
     """Files share compiled programs, which are forgotten where they take much memory."""
     yield
     vars(_of_thread).clear()  # a context keeps the constants of its programs
@@ -211,13 +209,11 @@ def _room_for_programs() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _compiled_with(**flags: Any) -> Iterator[None]:
+def _compiled_with(**flags):
     """Compile all programs of a block with other flags than XLA_FLAGS of tests."""
     options = compiler.get_compile_options
 
-    def with_flags(
-        *args: Any, env_options_overrides: dict[str, Any] | None = None, **kwargs: Any
-    ) -> Any:
+    def with_flags(*args, env_options_overrides=None, **kwargs):
         return options(
             *args, env_options_overrides=flags | (env_options_overrides or {}), **kwargs
         )
@@ -230,7 +226,7 @@ def _compiled_with(**flags: Any) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def fusion_emitters() -> Iterator[None]:
+def fusion_emitters():
     """Compile a file's programs as without XLA_FLAGS of tests: products of one seed and of several round alike."""
     with (
         _compiled_with(xla_cpu_use_fusion_emitters=True)
@@ -241,7 +237,7 @@ def fusion_emitters() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def optimised_by_llvm() -> Iterator[None]:
+def optimised_by_llvm():
     """Where programs run for longer than LLVM takes: those of a real language model need two thirds of the CPU time."""
     with (
         _compiled_with(xla_backend_optimization_level=2)
@@ -252,13 +248,13 @@ def optimised_by_llvm() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def small(tmp_path_factory):
     """The folders of a base of one block in either stack, and of four adapters for it, which no test changes."""
     return one_block.cut(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(tmp_path_factory):
     """The folder of a small Llama, which no test changes."""
     import small_llama
 
@@ -266,15 +262,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def goldens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def goldens(tmp_path_factory):
     """The folder of goldens, with the weights that are made from a seed."""
     return seeded.unfold(tmp_path_factory.mktemp("goldens"))
 
 
 @pytest.fixture
-def hub(
-    small: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Iterator[hub_server.Hub]:
+def hub(small, monkeypatch, tmp_path):
     """A hub with a base and an adapter, in place of the real one; its library caches deep in a folder of its own."""
     with hub_server.in_place(monkeypatch, tmp_path / "a" / "b" / "c") as found:
         found.add("org/base", small[0])

@@ -1,6 +1,5 @@
 """Small models of every family of GGUF files, as Hugging Face folders and as files of llama.cpp's converter."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -193,9 +192,7 @@ _ARCHITECTURES = {
 INTERLEAVED = ("llama", "granite", "smollm3")
 
 
-def make(
-    folder: Path, name: str, draw: Callable[[str, tuple[int, ...]], np.ndarray]
-) -> Path:
+def make(folder, name, draw):
     """Write a model's Hugging Face folder, with weights that `draw` makes of a tensor's name and shape."""
     config = TINY | MODELS[name]
     config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]]

@@ -5,10 +5,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_secret"
@@ -27,15 +24,15 @@ class Hub:
       requests: method and path of every request.
     """
 
-    def __init__(self) -> None:
-        self.repositories: dict[str, dict[str, bytes]] = {}
-        self.private: set[str] = set()
-        self.gated: set[str] = set()
+    def __init__(self):
+        self.repositories = {}
+        self.private = set()
+        self.gated = set()
         self.busy = 0
-        self.answers: dict[str, bytes] = {}
-        self.requests: list[tuple[str, str]] = []
+        self.answers = {}
+        self.requests = []
 
-    def add(self, name: str, folder: Path) -> None:
+    def add(self, name, folder):
         """Put a folder's files into a repository."""
         files = (path for path in sorted(folder.rglob("*")) if path.is_file())
         self.repositories[name] = {
@@ -44,7 +41,7 @@ class Hub:
 
 
 @contextlib.contextmanager
-def serving(hub: Hub) -> Iterator[str]:
+def serving(hub):
     """Serve a hub, and yield its address."""
     handler = type("Handler", (_Handler,), {"hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -61,7 +58,7 @@ def serving(hub: Hub) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def in_place(monkeypatch: Any, folder: Path) -> Iterator[Hub]:
+def in_place(monkeypatch, folder):
     """Serve an empty hub in place of the real one, for this process; `folder` takes what its library caches."""
     from huggingface_hub import constants
 
@@ -81,7 +78,7 @@ def in_place(monkeypatch: Any, folder: Path) -> Iterator[Hub]:
         yield hub
 
 
-def _etag(content: bytes) -> str:
+def _etag(content):
     return f'"{hashlib.sha256(content).hexdigest()}"'
 
 
@@ -89,10 +86,10 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: Hub
 
-    def log_message(self, format: str, *args: object) -> None:
+    def log_message(self, format, *args):
         pass
 
-    def _answer(self) -> None:
+    def _answer(self):
         hub = self.hub
         path = unquote(urlsplit(self.path).path)
         hub.requests.append((self.command, path))
@@ -124,7 +121,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET = _answer
 
-    def _allowed(self, name: str, *, revision: str | None = None) -> bool:
+    def _allowed(self, name, *, revision=None):
         known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
         if name not in self.hub.repositories or (
             name in self.hub.private and not known
@@ -155,7 +152,7 @@ class _Handler(BaseHTTPRequestHandler):
             return True
         return False
 
-    def _info(self, name: str) -> None:
+    def _info(self, name):
         siblings = [{"rfilename": path} for path in self.hub.repositories[name]]
         self._json(
             {
@@ -168,7 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
             }
         )
 
-    def _tree(self, name: str) -> None:
+    def _tree(self, name):
         files = {
             path: (len(of), hashlib.sha1(of).hexdigest())
             for path, of in self.hub.repositories[name].items()
@@ -180,7 +177,7 @@ class _Handler(BaseHTTPRequestHandler):
             ]
         )
 
-    def _resolve(self, name: str, path: str) -> None:
+    def _resolve(self, name, path):
         content = self.hub.repositories[name].get(path)
         headers = {"X-Repo-Commit": COMMIT}
         if content is None:
@@ -191,22 +188,20 @@ class _Handler(BaseHTTPRequestHandler):
         headers["Location"] = self._url(f"stored/{name}/{path}")
         return self._send(302, headers=headers)
 
-    def _file(self, name: str, path: str) -> None:
+    def _file(self, name, path):
         content = self.hub.repositories[name][path]
         headers = {"ETag": _etag(content), "X-Repo-Commit": COMMIT}
         self._send(200, content, headers)
 
-    def _url(self, path: str) -> str:
+    def _url(self, path):
         return f"http://{self.headers['Host']}/{path}"
 
-    def _json(self, found: object, status: int = 200) -> None:
+    def _json(self, found, status=200):
         self._send(
             status, json.dumps(found).encode(), {"Content-Type": "application/json"}
         )
 
-    def _send(
-        self, status: int, content: bytes = b"", headers: dict[str, str] | None = None
-    ) -> None:
+    def _send(self, status, content=b"", headers=None):
         self.send_response(status)
         for key, value in (
             {"Content-Length": str(len(content))} | (headers or {})

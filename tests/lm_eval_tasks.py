@@ -1,16 +1,11 @@
 """Local tasks in lm-evaluation-harness's own format: a YAML file and a file of rows each, read offline."""
 
 import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import yaml
 
 
-def write_task(
-    folder: Path, name: str, rows: Sequence[Mapping[str, Any]], **config: Any
-) -> None:
+def write_task(folder, name, rows, **config):
     """Write a task of the rows into a folder that the harness takes with `--include_path`.
 
     Args:
@@ -33,7 +28,7 @@ def write_task(
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(data | config, sort_keys=False))
 
 
-def multiple_choice(folder: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+def multiple_choice(folder, name, rows):
     """Write a task whose rows have a `question`, `choices` and the number of the right one, `answer`."""
     metrics = [
         {"metric": metric, "aggregation": "mean", "higher_is_better": True}
@@ -51,7 +46,7 @@ def multiple_choice(folder: Path, name: str, rows: Sequence[Mapping[str, Any]]) 
     )
 
 
-def perplexity(folder: Path, name: str, texts: Sequence[str]) -> None:
+def perplexity(folder, name, texts):
     """Write a task that measures the perplexity of whole texts."""
     metrics = ("word_perplexity", "byte_perplexity", "bits_per_byte")
     write_task(
@@ -65,7 +60,7 @@ def perplexity(folder: Path, name: str, texts: Sequence[str]) -> None:
     )
 
 
-def cloze(folder: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+def cloze(folder, name, rows):
     """Write a task that measures how likely the `target` is behind a `prompt`, and whether it is the greedy answer."""
     write_task(
         folder,

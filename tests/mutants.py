@@ -33,7 +33,7 @@ class Mutant(NamedTuple):
     tests: list[Path]
 
 
-def read_mutants() -> list[Mutant]:
+def read_mutants():
     """Read the list.
 
     Raises:
@@ -64,7 +64,7 @@ def read_mutants() -> list[Mutant]:
     return mutants
 
 
-def killer(copy: Path, mutant: Mutant) -> str:
+def killer(copy, mutant):
     """Return the first test that fails with a mutant, or an empty text. The file is as before afterwards."""
     file = copy / mutant.file
     before = file.read_text()
@@ -87,7 +87,7 @@ def killer(copy: Path, mutant: Mutant) -> str:
     )
 
 
-def main(word: str = "") -> None:
+def main(word=""):
     mutants = read_mutants()
     if word == "--check":
         return

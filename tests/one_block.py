@@ -1,9 +1,7 @@
 """The embedded base and pool cut to the first block of either stack: the same files, and half as much to compile."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from json_files import change_json
@@ -12,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 SMALL = Path(__file__).resolve().parent.parent / "examples" / "small"
 
 
-def cut(out: Path, *, adapters: int | None = 4) -> tuple[Path, Path]:
+def cut(out, *, adapters=4):
     """Write `out`/base and `out`/pool, the first adapters of the embedded ones (all for None), and return both."""
     base = out / "base"
     pool = out / "pool"
@@ -30,22 +28,20 @@ def cut(out: Path, *, adapters: int | None = 4) -> tuple[Path, Path]:
     return base, pool
 
 
-def _first_blocks(tensors: dict[str, Any]) -> dict[str, Any]:
+def _first_blocks(tensors):
     return {name: value for name, value in tensors.items() if "block.1." not in name}
 
 
-def change_tensors(
-    folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]
-) -> None:
+def change_tensors(folder, change):
     """Replace the tensors of the one file in a folder by what a function makes of them."""
     (file,) = folder.glob("*.safetensors")
     save_file(change(load_file(file)), file, metadata={"format": "pt"})
 
 
-def copy_as_dora(adapter: Path, folder: Path) -> None:
+def copy_as_dora(adapter, folder):
     """Copy an adapter, and give it magnitudes."""
 
-    def with_magnitudes(tensors: dict[str, Any]) -> dict[str, Any]:
+    def with_magnitudes(tensors):
         sizes = {name: len(b) for name, b in tensors.items() if "lora_B" in name}
         return tensors | {
             name.replace("lora_B.weight", "lora_magnitude_vector"): np.linspace(
@@ -59,7 +55,7 @@ def copy_as_dora(adapter: Path, folder: Path) -> None:
     change_tensors(folder, with_magnitudes)
 
 
-def examples(folder: Path) -> Path:
+def examples(folder):
     """Write `folder`/examples, where all is as in examples/ but the base and the adapters, which are cut.
 
     The two adapters that are pickles are left out.

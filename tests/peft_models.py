@@ -1,7 +1,6 @@
 """Models and adapters as transformers and PEFT make them, which are imported where a test calls, and fusions."""
 
 import functools
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -11,11 +10,10 @@ import tiny
 from flax import nnx
 
 import lorafusion_jax as lf
-from lorafusion_jax.models import Model
 from lorafusion_jax.training import Params
 
 
-def t5(kind: str = "T5", **changes: Any) -> Any:
+def t5(kind="T5", **changes):
     """A random T5, or MT5, of the sizes of `tiny.CONFIG`."""
     import torch
     import transformers
@@ -40,7 +38,7 @@ def t5(kind: str = "T5", **changes: Any) -> Any:
     return getattr(transformers, f"{kind}ForConditionalGeneration")(config)
 
 
-def randomise(model: Any, std: float = 0.3) -> Any:
+def randomise(model, std=0.3):
     """Move adapters from where they start: random factors B, and magnitudes up to 30 % larger."""
     import torch
 
@@ -62,13 +60,7 @@ class Fused(NamedTuple):
     adapters: dict[str, Any]
 
 
-def fused(
-    model: Model,
-    folders: list[Path],
-    method: lf.Fusion,
-    coefficients: Any = None,
-    base: Path | None = None,
-) -> Fused:
+def fused(model, folders, method, coefficients=None, base=None):
     """Fuse adapters, at given coefficients or at some of either sign; `base` is needed for copies of its weights."""
     pool = lf.read_pool(
         [str(folder) for folder in folders],

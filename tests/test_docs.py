@@ -26,11 +26,11 @@ _COMMAND = re.compile(
 )
 
 
-def _name(page: Path) -> str:
+def _name(page):
     return page.relative_to(_ROOT).as_posix()
 
 
-def _text(page: Path) -> str:
+def _text(page):
     """Return the text of a page, or the Markdown of a notebook."""
     if page.suffix == ".md":
         return page.read_text()
@@ -40,7 +40,7 @@ def _text(page: Path) -> str:
 
 
 @functools.cache
-def _anchors(page: Path) -> set[str]:
+def _anchors(page):
     """Return the anchors of headings by GitHub's rule: lower case, punctuation dropped, spaces to hyphens."""
     titles = re.findall(r"^#+ +(.+?) *#*$", _FENCE.sub("", _text(page)), re.MULTILINE)
     plain = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title).lower() for title in titles]
@@ -58,7 +58,7 @@ def test_relative_links_and_anchors_lead_somewhere(page):
 
 
 @functools.cache
-def _help(command: str) -> str:
+def _help(command):
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         cli.main([*command.split(), "--help"])

@@ -56,7 +56,7 @@ class _Family(NamedTuple):
     pool: Path
     task: Path
 
-    def options(self, name: str, **changes) -> lf.FuseOptions:
+    def options(self, name, **changes):
         """Return the options of a short run."""
         values = {
             "base": str(self.base),
@@ -72,7 +72,7 @@ class _Family(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def family(tmp_path_factory) -> _Family:
+def family(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     base = small_llama.make(
         folder / "base", num_attention_heads=4, num_key_value_heads=2, vocab_size=320
@@ -103,13 +103,13 @@ def family(tmp_path_factory) -> _Family:
     return _Family(folder, base, config, adapters, folder / "pool", folder / "task")
 
 
-def _convert(base: Path, adapters: list[Path], out: Path) -> None:
+def _convert(base, adapters, out):
     paths = tuple(map(str, adapters))
     lf.io.convert(lf.io.ConvertOptions(base=str(base), adapters=paths, out=out))
 
 
 @pytest.fixture(scope="module")
-def run(family) -> Path:
+def run(family):
     """Two seeds of a fusion."""
     options = family.options("fusion", seeds=(1, 2))
     lf.fuse(options)
@@ -233,7 +233,7 @@ def test_an_exported_fusion_is_read_as_an_adapter_and_merged(family, run, tmp_pa
     assert template == setup.tokenizer.chat_template
 
 
-def _check_merged(run: Path, merged: Path, seeds: tuple[int, ...]):
+def _check_merged(run, merged, seeds):
     """Export the last seed, merged, compare its logits with the fusion's, and return the run's setup."""
     options = runs.ExportOptions(out=merged, run=run, seed=seeds[-1], format="merged")
     runs.export(options)

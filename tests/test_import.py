@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -55,7 +54,7 @@ print(json.dumps([xla_bridge.backends_are_initialized(), [name.partition(".")[0]
 """
 
 
-def _modules() -> dict[str, Path]:
+def _modules():
     """Return the file of every module of the package, by its dotted name."""
     modules = {}
     for path in sorted((_ROOT / _PACKAGE).rglob("*.py")):
@@ -65,11 +64,11 @@ def _modules() -> dict[str, Path]:
 
 
 @functools.cache
-def _imports(name: str, path: Path, *, on_load: bool = False) -> tuple[str, ...]:
+def _imports(name, path, *, on_load=False):
     """Return the names that a module imports, `from a import b` as `a.b`; on_load: only when it is loaded."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
 
-    def visit(node: ast.AST) -> Iterator[str]:
+    def visit(node):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -87,7 +86,7 @@ def _imports(name: str, path: Path, *, on_load: bool = False) -> tuple[str, ...]
     return tuple(visit(ast.parse(path.read_text(), str(path))))
 
 
-def _within(targets: tuple[str, ...], modules: dict[str, Path]) -> Iterator[str]:
+def _within(targets, modules):
     """Yield the modules of the package among imported names."""
     for target in targets:
         if target.partition(".")[0] == _PACKAGE:
@@ -159,7 +158,7 @@ def test_imports_run_downwards():
 
 def test_imports_form_no_cycle():
     modules = _modules()
-    graph: dict[str, set[str]] = {name: set() for name in modules}
+    graph = {name: set() for name in modules}
     for name, path in modules.items():
         for target in _within(_imports(name, path, on_load=True), modules):
             # Importing a.b.c runs a and a.b first, unless the importing module lies inside them.

@@ -1,11 +1,7 @@
 """A small T5 of unequal depths, pools for it, and what tests of models without pretrained weights share."""
 
-import contextlib
 import functools
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +13,6 @@ from safetensors.numpy import save_file
 import lorafusion_jax as lf
 from lorafusion_jax.models import T5, T5Config, linear_shapes
 from lorafusion_jax.models.registry import family_of_json
-from lorafusion_jax.training import Params
 
 CONFIG = T5Config(
     vocab_size=48,
@@ -29,12 +24,12 @@ CONFIG = T5Config(
     num_decoder_layers=2,
 )
 
-# The rank of adapter n at a site in a layer; 0 where it has none.
-Ranks = Callable[[int, str, int], int]
 
+def somewhere(n, site, layer):
+    """The rank of adapter n at a site in a layer, 4 or 0 where it has none.
 
-def somewhere(n: int, site: str, layer: int) -> int:
-    """Rank 4, but module 0 has nothing in the decoder and module 2 nothing in the encoder's last layer."""
+    Module 0 has nothing in the decoder and module 2 nothing in the encoder's last layer.
+    """
     return (
         0
         if (n == 0 and "decoder" in site)
@@ -43,11 +38,7 @@ def somewhere(n: int, site: str, layer: int) -> int:
     )
 
 
-def write_base(
-    folder: Path,
-    config: dict[str, Any],
-    draw: Callable[[str, tuple[int, ...]], np.ndarray],
-) -> Path:
+def write_base(folder, config, draw):
     """Write a base without a tokenizer: weights are what `draw` makes of a tensor's name and shape."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
@@ -62,13 +53,13 @@ def write_base(
     return folder
 
 
-def for_tpu() -> contextlib.AbstractContextManager[None]:
+def for_tpu():
     """Trace programs for a TPU that is not there."""
     device = AbstractDevice("TPU v5 lite", 1, "tpu")
     return use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
 
 
-def emitters(on: bool) -> dict[str, Any]:
+def emitters(on):
     """Options of a compiler that has two kinds of fusions on a CPU. After 0.10 one kind is left, and no option."""
     return (
         {"xla_cpu_use_fusion_emitters": on}
@@ -77,9 +68,7 @@ def emitters(on: bool) -> dict[str, Any]:
     )
 
 
-def assert_same_model(
-    got: Any, wanted: Any, compare: Callable[..., None] = np.testing.assert_array_equal
-) -> None:
+def assert_same_model(got, wanted, compare=np.testing.assert_array_equal):
     """Compare two models' configurations, and their weights by path."""
     assert got.config == wanted.config
     ours = dict(nnx.to_flat_state(nnx.state(got)))
@@ -89,11 +78,7 @@ def assert_same_model(
         compare(ours[path].get_value(), weight.get_value(), err_msg=str(path))
 
 
-def lora_tensors(
-    config: lf.Architecture,
-    draw: Callable[[tuple[int, int]], np.ndarray],
-    rank: int = 2,
-) -> dict[str, np.ndarray]:
+def lora_tensors(config, draw, rank=2):
     """Return the factors of a PEFT adapter of all linear maps."""
     found = {}
     for path, (d_in, d_out) in linear_shapes(config).items():
@@ -104,12 +89,7 @@ def lora_tensors(
     return found
 
 
-def compiled(
-    function: Callable[..., Any],
-    *trees: Any,
-    out_shardings: Any = None,
-    options: dict[str, Any] | None = None,
-) -> tuple[jax.stages.Compiled, list[jax.Array]]:
+def compiled(function, *trees, out_shardings=None, options=None):
     """Return the compiled program of `function(*trees)`, which takes a list of the trees' leaves, and the leaves.
 
     Types are checked of trees that hold arrays, and a compiled program's description is no array.
@@ -122,22 +102,22 @@ def compiled(
 
 
 @functools.cache
-def _drawn(config: T5Config, seed: int) -> tuple[nnx.GraphDef[T5], nnx.State]:
+def _drawn(config, seed):
     return nnx.split(T5(config, rngs=nnx.Rngs(seed)))
 
 
-def t5(config: T5Config = CONFIG, seed: int = 0) -> T5:
+def t5(config=CONFIG, seed=0):
     return nnx.merge(*_drawn(config, seed), copy=True)
 
 
 def pool(
-    modules: int,
-    ranks: Ranks = lambda n, site, layer: 4,
+    modules,
+    ranks=lambda n, site, layer: 4,
     *,
-    names: str = "qv",
-    config: T5Config = CONFIG,
-    seed: int = 0,
-) -> lf.LoraPool:
+    names="qv",
+    config=CONFIG,
+    seed=0,
+):
     """Random modules at the sites whose last name is one of `names`, about as large as the base's kernels."""
     rng = np.random.default_rng(seed)
     A = {}
@@ -167,7 +147,7 @@ def pool(
     )
 
 
-def frozen(model: T5, modules: lf.LoraPool | None = None) -> lf.Frozen:
+def frozen(model, modules=None):
     """The model with a pool: by default three modules of rank 4, of which the first has nothing in the decoder."""
     modules = modules or pool(
         3, lambda n, site, layer: 0 if n == 0 and "decoder" in site else 4
@@ -179,12 +159,12 @@ def frozen(model: T5, modules: lf.LoraPool | None = None) -> lf.Frozen:
 
 
 def problem(
-    method: lf.Method,
-    weights: lf.Frozen,
-    index: Any = (2, 0),
-    config: T5Config = CONFIG,
-    **more: Any,
-) -> lf.Problem:
+    method,
+    weights,
+    index=(2, 0),
+    config=CONFIG,
+    **more,
+):
     """A problem of the small T5; by default of a seed that fuses two of three modules."""
     graph, _ = _drawn(config, 0)
     return lf.Problem(
@@ -196,19 +176,12 @@ def problem(
     )
 
 
-def loss(params: Params, of: lf.Problem) -> jax.Array:
+def loss(params, of):
     """The training loss on a batch."""
     return lf.objective(params, batch(), of)[0]
 
 
-def batch(
-    config: T5Config = CONFIG,
-    seed: int = 0,
-    *,
-    rows: int = 3,
-    source: int = 7,
-    target: int = 5,
-) -> lf.Batch:
+def batch(config=CONFIG, seed=0, *, rows=3, source=7, target=5):
     """Random tokens, of which the last row's are partly padding."""
     rng = np.random.default_rng(seed)
     input_ids = rng.integers(2, config.vocab_size, (rows, source))
@@ -224,7 +197,7 @@ def batch(
 
 
 @jax.jit
-def matrices(adapters: dict[str, Any], kernels: dict[str, Any]) -> dict[str, Any]:
+def matrices(adapters, kernels):
     """Return what each adapted linear map multiplies by, (W + dW) times the scale, by site [L, d_in, d_out]."""
 
     def of_layer(adapter, kernel):
@@ -236,16 +209,14 @@ def matrices(adapters: dict[str, Any], kernels: dict[str, Any]) -> dict[str, Any
     }
 
 
-def coefficients(shape: tuple[int, ...], seed: int = 0) -> jax.Array:
+def coefficients(shape, seed=0):
     """Coefficients whose sign alternates, none small."""
     size = np.random.default_rng(seed).uniform(0.3, 1.0, shape)
     sign = 1 - 2 * (np.indices(shape).sum(axis=0) % 2)
     return jnp.asarray((size * sign).astype(np.float32))
 
 
-def coefficient_of(
-    array: jax.Array, pool: lf.LoraPool, granularity: str, config: T5Config = CONFIG
-) -> Callable[[int, str, int], np.ndarray]:
+def coefficient_of(array, pool, granularity, config=CONFIG):
     """Return which of the coefficients acts on module n at a site in a layer: a number, or one for each rank.
 
     Columns of blocks are encoder, then decoder; columns of sites go block by block, in the order of computation.
@@ -262,7 +233,7 @@ def coefficient_of(
         if site in pool.A and site.startswith(stack)
     ]
 
-    def look_up(n: int, site: str, layer: int) -> np.ndarray:
+    def look_up(n, site, layer):
         if granularity == "global":
             return array[n]
         if granularity == "block":
@@ -272,12 +243,7 @@ def coefficient_of(
     return look_up
 
 
-def updates(
-    pool: lf.LoraPool,
-    index: list[int],
-    coefficient: Callable[[int, str, int], np.ndarray],
-    composition: str,
-) -> dict[tuple[str, int], np.ndarray]:
+def updates(pool, index, coefficient, composition):
     """Return dW [d_in, d_out] by site and layer, by the definition, in float64."""
     found = {}
     for site in pool.A:

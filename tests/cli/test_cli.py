@@ -20,25 +20,25 @@ _QUICK = (
 )
 
 
-def _convert(base: Path, adapters: Path, out: Path) -> Path:
+def _convert(base, adapters, out):
     folders = " ".join(map(str, sorted(adapters.iterdir())))
     cli.main(f"convert --base {base} --adapters {folders} --out {out}".split())
     return out
 
 
 @pytest.fixture(scope="module")
-def pool(small, tmp_path_factory) -> Path:
+def pool(small, tmp_path_factory):
     return _convert(*small, tmp_path_factory.mktemp("pool") / "pool")
 
 
-def _fuse(base: Path, pool: Path, out: Path) -> Path:
+def _fuse(base, pool, out):
     where = f"--base {base} --pool {pool} --seeds 1 2 --out {out} --name r"
     cli.main([*_FUSE, *_QUICK, *where.split()])
     return out / "r"
 
 
 @pytest.fixture(scope="module")
-def run(small, pool, tmp_path_factory) -> Path:
+def run(small, pool, tmp_path_factory):
     return _fuse(small[0], pool, tmp_path_factory.mktemp("runs"))
 
 

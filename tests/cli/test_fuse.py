@@ -32,7 +32,7 @@ def asked(monkeypatch):
         found.append(options)
         raise ValueError("stop here")
 
-    def ask(arguments: str = "") -> lf.FuseOptions:
+    def ask(arguments=""):
         monkeypatch.setattr(fuse, "fuse", take)
         with pytest.raises(SystemExit, match="2"):
             main(f"fuse --base owner/b --task t {arguments}".split())

@@ -19,7 +19,7 @@ class _Out(io.StringIO):
         super().__init__()
         self.flushed = []
 
-    def flush(self) -> None:
+    def flush(self):
         self.flushed.append(self.getvalue())
 
 

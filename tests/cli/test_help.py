@@ -16,7 +16,7 @@ _SUBCOMMANDS = [*(name for name in COMMANDS if name != "crossbar"), "crossbar pr
 
 
 @functools.cache
-def _help(subcommand: str) -> str:
+def _help(subcommand):
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as stop:
         main([*subcommand.split(), "--help"])
@@ -24,9 +24,9 @@ def _help(subcommand: str) -> str:
     return printed.getvalue()
 
 
-def _boxes(subcommand: str) -> dict[str, list[str]]:
+def _boxes(subcommand):
     """Title -> options of every box of a help text."""
-    found: dict[str, list[str]] = {}
+    found = {}
     for line in _help(subcommand).splitlines():
         # Boxes are drawn only where the output is UTF-8.
         if title := re.match(r"(?:╭─| ) ?((?:[\w-]+ )*)options\b(?: ─.*|\s*)$", line):

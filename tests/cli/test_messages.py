@@ -21,7 +21,7 @@ _QUICK = [
 
 
 @pytest.fixture
-def labelled(tmp_path) -> Path:
+def labelled(tmp_path):
     """A table of 40 labelled rows, as a user has it."""
     rows = (_SMALL / "tasks" / "double_digit" / "train.jsonl").read_text().splitlines()
     lines = ["input,target"]
@@ -137,7 +137,7 @@ def test_a_run_is_replaced_only_with_overwrite_and_once_the_new_one_is_complete(
     assert folder.is_dir()
 
 
-def _fuse(small: tuple[Path, Path], task: Path, *options: str) -> list[str]:
+def _fuse(small, task, *options):
     base, pool = map(str, small)
     data = f"--base {base} --pool {pool} --task {task}".split()
     return ["fuse", *data, "--out", str(task.parent / "runs"), *_QUICK, *options]

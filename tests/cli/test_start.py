@@ -30,7 +30,7 @@ _OWN = {
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch) -> Path:
+def home(tmp_path, monkeypatch):
     """The user's folder of caches."""
     for name in _OWN:
         monkeypatch.delenv(name, raising=False)
@@ -38,19 +38,19 @@ def home(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def _kept() -> str | None:
+def _kept():
     """Do as a command does, and return the folder that JAX would keep compiled functions in."""
     keep_compiled()
     return os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 
 
-def _folder() -> Path:
+def _folder():
     folder = _kept()
     assert folder is not None
     return Path(folder)
 
 
-def _counts() -> list[int]:
+def _counts():
     """Compiled functions that a new process found and did not find; it has no messages."""
     command = [sys.executable, "-c", _PROGRAM]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

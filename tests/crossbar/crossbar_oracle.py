@@ -12,8 +12,7 @@ Quantities with an error are stacked: [4, ...] of mean, slack (how far it may be
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy.special import ndtr
@@ -63,11 +62,7 @@ class Read(NamedTuple):
     lsb: np.ndarray | None
 
 
-# Codes that voltages, as shares of full scale, become when they are rounded at random.
-Drawn = Callable[[np.ndarray], np.ndarray]
-
-
-def scaled(four: np.ndarray, factor: Any) -> np.ndarray:
+def scaled(four, factor):
     """Return a quantity with an error times a factor."""
     return np.stack(
         [
@@ -82,7 +77,7 @@ def scaled(four: np.ndarray, factor: Any) -> np.ndarray:
 # Structure
 
 
-def parts(size: int, limit: int | None, how: str) -> list[int]:
+def parts(size, limit, how):
     if limit is None or size <= limit:
         return [size]
     n = -(-size // limit)
@@ -92,49 +87,49 @@ def parts(size: int, limit: int | None, how: str) -> list[int]:
     return [each] * (n - 1) + [size - (n - 1) * each]
 
 
-def grid(shape: tuple[int, int], config: CrossbarConfig) -> tuple[list[int], list[int]]:
+def grid(shape, config):
     tile = config.tile
     return parts(shape[0], tile.rows, tile.partition), parts(
         shape[1], tile.cols, tile.partition
     )
 
 
-def starts(sizes: Any) -> list[int]:
+def starts(sizes):
     return [sum(sizes[:i]) for i in range(len(sizes))]
 
 
-def spans(sizes: list[int]) -> list[slice]:
+def spans(sizes):
     return [
         slice(start, start + size)
         for start, size in zip(starts(sizes), sizes, strict=True)
     ]
 
 
-def tiles(rows: list[int], cols: list[int]) -> Iterator[tuple[int, int, slice, slice]]:
+def tiles(rows, cols):
     """Yield the place of every tile in the grid, and its rows and columns of the matrix."""
     for r, of_rows in enumerate(spans(rows)):
         for c, of_cols in enumerate(spans(cols)):
             yield r, c, of_rows, of_cols
 
 
-def g_min(config: CrossbarConfig) -> float:
+def g_min(config):
     return (
         0.0 if config.cell.on_off_ratio is None else 1 / float(config.cell.on_off_ratio)
     )
 
 
-def tops(config: CrossbarConfig) -> list[int]:
+def tops(config):
     return [1] if config.cell.bits is None else [2**b - 1 for b in config.cell.bits]
 
 
-def worths(config: CrossbarConfig) -> list[float]:
+def worths(config):
     """Weight codes that one level of each weight slice stands for."""
     if config.cell.bits is None:
         return [1.0 if config.encoding.kind == "differential" else 2.0]
     return [2.0**s for s in starts(config.cell.bits)]
 
 
-def zeros(config: CrossbarConfig) -> list[float]:
+def zeros(config):
     """Level of a weight of zero in offset encoding."""
     if config.cell.bits is None:
         return [0.5]
@@ -145,7 +140,7 @@ def zeros(config: CrossbarConfig) -> list[float]:
     ]
 
 
-def input_slices(config: CrossbarConfig) -> list[int]:
+def input_slices(config):
     """Bits of every input slice."""
     if config.dac is None:
         return [1]
@@ -154,22 +149,22 @@ def input_slices(config: CrossbarConfig) -> list[int]:
     return [min(size, bits - s) for s in range(0, bits, size)]
 
 
-def input_top(config: CrossbarConfig) -> int:
+def input_top(config):
     return 1 if config.dac is None else 2 ** (config.dac.bits - config.dac.signed) - 1
 
 
-def pulse_top(config: CrossbarConfig) -> int:
+def pulse_top(config):
     return 1 if config.dac is None else 2 ** input_slices(config)[0] - 1
 
 
-def subtracts(config: CrossbarConfig) -> bool:
+def subtracts(config):
     """Whether the polarities are subtracted before they are converted."""
     return config.encoding.kind == "differential" and not (
         config.adc is not None and config.adc.separate
     )
 
 
-def integer_sums(config: CrossbarConfig) -> bool:
+def integer_sums(config):
     """Whether every sum that a perfect chip brings to its ADC is an integer in level units."""
     device = config.device
     adc = config.adc
@@ -194,7 +189,7 @@ def integer_sums(config: CrossbarConfig) -> bool:
 # Programming
 
 
-def program(W: np.ndarray, config: CrossbarConfig) -> Chip:
+def program(W, config):
     """Return a chip of perfect cells. Weights are divided and rounded in their own dtype, as the package does."""
     rows, cols = grid(W.shape, config)
     d_in, d_out = W.shape
@@ -243,7 +238,7 @@ def program(W: np.ndarray, config: CrossbarConfig) -> Chip:
     return Chip(cells, flipped, scale[starts(rows)].astype(float))
 
 
-def _levels(codes: np.ndarray, k: int, config: CrossbarConfig) -> list[np.ndarray]:
+def _levels(codes, k, config):
     """Return the levels of each polarity's cells in slice k."""
     offset = config.encoding.kind == "offset"
     if config.cell.bits is None:
@@ -265,7 +260,7 @@ def _levels(codes: np.ndarray, k: int, config: CrossbarConfig) -> list[np.ndarra
     return [np.maximum(digit, 0), np.maximum(-digit, 0)]
 
 
-def weights(chip: Chip, d_in: int, config: CrossbarConfig) -> np.ndarray:
+def weights(chip, d_in, config):
     """Return the weights as programmed: the outputs of unit inputs where reads and converters are ideal."""
     device = dataclasses.replace(config.device, iv=None, read_noise=None)
     tile = dataclasses.replace(config.tile, wire=None, current_limit=None)
@@ -278,9 +273,7 @@ def weights(chip: Chip, d_in: int, config: CrossbarConfig) -> np.ndarray:
 # Reading
 
 
-def full_scale(
-    x: np.ndarray, config: CrossbarConfig, input_limit: float | None
-) -> np.ndarray:
+def full_scale(x, config, input_limit):
     """Return the input [B, 1] that the highest code stands for, in the dtype of `x`."""
     if config.dac is not None and config.dac.scaling != "row":
         limit = config.dac.limit if config.dac.scaling == "fixed" else input_limit
@@ -291,10 +284,11 @@ def full_scale(
     return np.where(limit > 0, limit, x.dtype.type(1))
 
 
-def input_codes(
-    x: np.ndarray, full: np.ndarray, config: CrossbarConfig, drawn: Drawn | None
-) -> np.ndarray:
-    """Return the input codes; divided and rounded in the dtype of `x`."""
+def input_codes(x, full, config, drawn):
+    """Return the input codes; divided and rounded in the dtype of `x`.
+
+    `drawn` returns the codes that voltages, as shares of full scale, become when they are rounded at random.
+    """
     if config.dac is None:
         return (x / full).astype(float)
     top = input_top(config)
@@ -305,7 +299,7 @@ def input_codes(
     return np.clip(n, -top if config.dac.signed else 0, top)
 
 
-def pulses(n: np.ndarray, config: CrossbarConfig) -> np.ndarray:
+def pulses(n, config):
     """Return the input slices [J, B, d_in]."""
     if config.dac is None:
         return n[None]
@@ -319,9 +313,7 @@ def pulses(n: np.ndarray, config: CrossbarConfig) -> np.ndarray:
     )
 
 
-def lsbs(
-    config: CrossbarConfig, rows: list[int], limits: np.ndarray | None
-) -> np.ndarray | None:
+def lsbs(config, rows, limits):
     """Return the level units of a code, [R, K], exactly where they follow from the configuration.
 
     `limits` [1 or R, K, 2] are those of the state, for a calibrated range, and for `max` with flipped columns.
@@ -350,7 +342,7 @@ def lsbs(
     return steps
 
 
-def full_current(config: CrossbarConfig) -> np.ndarray:
+def full_current(config):
     """Return the level units [K] of one cell at Gmax under the largest input that is converted."""
     converted = (
         input_top(config)
@@ -360,27 +352,18 @@ def full_current(config: CrossbarConfig) -> np.ndarray:
     return np.asarray([converted * t / (1 - g_min(config)) for t in tops(config)])
 
 
-def full_bits(config: CrossbarConfig) -> int:
+def full_bits(config):
     bits = config.adc.bits
     return bits if isinstance(bits, int) else max(8, np.max(bits))
 
 
-def code_range(config: CrossbarConfig) -> tuple[int, int]:
+def code_range(config):
     bits = full_bits(config)
     signed = config.dac is None or config.dac.signed or subtracts(config)
     return (-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
-def read(
-    chip: Chip,
-    x: np.ndarray,
-    config: CrossbarConfig,
-    limits: np.ndarray | None = None,
-    *,
-    input_limit: float | None = None,
-    drawn: Drawn | None = None,
-    rounds: bool = True,
-) -> Read:
+def read(chip, x, config, limits=None, *, input_limit=None, drawn=None, rounds=True):
     """Return what the chip makes of `x`. `input_limit` is that of a calibrated DAC.
 
     Without `rounds` the ADC only clips: the function whose gradient its limits get.
@@ -400,15 +383,7 @@ def read(
     )
 
 
-def _once(
-    chip: Chip,
-    n: np.ndarray,
-    dtype: np.dtype,
-    config: CrossbarConfig,
-    limits: np.ndarray | None,
-    *,
-    rounds: bool,
-) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], np.ndarray | None]:
+def _once(chip, n, dtype, config, limits, *, rounds):
     """Return the product of input codes with its error, clipped conversions [K, 2], sums and steps."""
     rows, cols = grid((n.shape[1], chip.scale.shape[1]), config)
     lsb = lsbs(config, rows, limits)
@@ -420,7 +395,7 @@ def _once(
         eps = max(eps, 20 * float(config.tile.wire.tolerance))
     out = np.zeros((4, len(n), chip.scale.shape[1]))
     K = len(tops(config))
-    seen: list[list[np.ndarray]] = [[] for _ in range(K)]
+    seen = [[] for _ in range(K)]
     clipped = np.zeros((K, 2))
     for r, c, of_rows, of_cols in tiles(rows, cols):
         u = np.zeros((len(sizes), len(n), max(rows)))
@@ -470,9 +445,7 @@ def _once(
     return out, clipped, [np.concatenate(s) for s in seen], lsb
 
 
-def column_sums(
-    u: np.ndarray, cells: np.ndarray, k: int, config: CrossbarConfig
-) -> np.ndarray:
+def column_sums(u, cells, k, config):
     """Return the sums [4, P, J, B, cols] of one array of each polarity."""
     low = g_min(config)
     top = tops(config)[k]
@@ -504,14 +477,12 @@ def column_sums(
     return (four[:, 0] + scaled(four[:, 1], -1))[:, None] if subtracts(config) else four
 
 
-def _sinh(iv: Any, v: np.ndarray) -> np.ndarray:
+def _sinh(iv, v):
     a = float(iv.read_voltage) / float(iv.scale)
     return np.sinh(a * v) / np.sinh(a)
 
 
-def _rectified(
-    mean: np.ndarray, deviation: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _rectified(mean, deviation):
     """Return mean and deviation of max(N(mean, deviation), 0)."""
     safe = np.where(deviation > 0, deviation, 1)
     z = mean / safe
@@ -524,7 +495,7 @@ def _rectified(
     )
 
 
-def nodal(v: np.ndarray, G: np.ndarray, config: CrossbarConfig) -> np.ndarray:
+def nodal(v, G, config):
     """Return the column currents [..., cols] of one array with resistive wires, by Newton's method on its cells.
 
     Every word line is a ladder from its driver at the left, every bit line one to its amplifier at the bottom:
@@ -561,9 +532,7 @@ def nodal(v: np.ndarray, G: np.ndarray, config: CrossbarConfig) -> np.ndarray:
     return out
 
 
-def convert(
-    four: np.ndarray, eps: float, config: CrossbarConfig, k: int, *, rounds: bool
-) -> tuple[np.ndarray, np.ndarray]:
+def convert(four, eps, config, k, *, rounds):
     """Return the codes of sums of slice k in units of a code, [4, P, J, ...], and [2, ...] which sums are clipped.
 
     `eps` is how far rounding errors may have moved a sum, relative to its magnitude.
@@ -574,7 +543,7 @@ def convert(
     if isinstance(config.adc.bits, tuple):  # only the upper bits of a code are known
         merged = 2.0 ** (full_bits(config) - np.asarray(config.adc.bits[k]))
 
-    def stopped(code: np.ndarray) -> np.ndarray:
+    def stopped(code):
         steps = merged[:, None, None]
         return np.floor(code / steps) * steps + (steps - 1) / 2
 
@@ -606,7 +575,7 @@ def convert(
     return np.stack([code, slack, variance, np.abs(code)]), beyond
 
 
-def exact_ties(config: CrossbarConfig) -> bool:
+def exact_ties(config):
     """Whether a tie has one answer: integer sums, and steps that are exact in the arithmetic of the package."""
     adc = config.adc
     if not integer_sums(config):
@@ -623,13 +592,7 @@ def exact_ties(config: CrossbarConfig) -> bool:
     )
 
 
-def _recombine(
-    total: np.ndarray,
-    ones: np.ndarray,
-    k: int,
-    flipped: np.ndarray | None,
-    config: CrossbarConfig,
-) -> np.ndarray:
+def _recombine(total, ones, k, flipped, config):
     """Return what the columns [4, P, B, cols] stand for, offsets taken off."""
     if total.shape[1] == 2:
         return total[:, 0] + scaled(total[:, 1], -1)

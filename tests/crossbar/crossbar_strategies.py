@@ -6,10 +6,7 @@ all that a case costs.
 """
 
 import functools
-from collections.abc import Sequence
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
@@ -51,7 +48,7 @@ CELLS = [
 
 
 # By name: all choices, the simplest first; repeated where they are wanted more often.
-OPTIONS: dict[str, Sequence[Any]] = {
+OPTIONS = {
     "encoding": tuple(ENCODINGS),
     "cells": CELLS,
     "spare": [0, 0, 1],  # weight bits less than the cells hold
@@ -100,7 +97,7 @@ OPTIONS: dict[str, Sequence[Any]] = {
 }
 
 
-def choices(**fixed: Any) -> st.SearchStrategy[dict[str, Any]]:
+def choices(**fixed):
     """Return choices of a crossbar and of a matrix for it; `fixed` replaces single ones, by values or strategies."""
     named = {name: st.sampled_from(values) for name, values in OPTIONS.items()}
     assert fixed.keys() <= named.keys(), fixed
@@ -109,7 +106,7 @@ def choices(**fixed: Any) -> st.SearchStrategy[dict[str, Any]]:
     return st.fixed_dictionaries(named)
 
 
-def simplest(**changes: Any) -> dict[str, Any]:
+def simplest(**changes):
     """Return the simplest choices, some of them changed."""
     assert changes.keys() <= OPTIONS.keys(), changes
     return {name: values[0] for name, values in OPTIONS.items()} | changes
@@ -133,7 +130,7 @@ _INTEGERS = {
     "gain": st.none(),
     "ratio": st.none(),
 }
-SUITED: dict[str | None, dict[str, Any]] = {
+SUITED = {
     None: {},
     "definition": {},
     "product": {
@@ -146,16 +143,14 @@ SUITED: dict[str | None, dict[str, Any]] = {
 }
 
 
-def reads(
-    *paths: str | None, **fixed: Any
-) -> st.SearchStrategy[tuple[str | None, dict[str, Any]]]:
+def reads(*paths, **fixed):
     """Return one of some paths and choices that suit it; None is the path that programming chooses."""
     return st.sampled_from(paths).flatmap(
         lambda path: st.tuples(st.just(path), choices(**{**SUITED[path], **fixed}))
     )
 
 
-def build(c: dict[str, Any]) -> CrossbarConfig:
+def build(c):
     """Return the crossbar of some choices; those that do not go together give way to simpler ones."""
     encoding = ENCODINGS[c["encoding"]]
     cells = c["cells"]
@@ -204,8 +199,8 @@ def build(c: dict[str, Any]) -> CrossbarConfig:
     return CrossbarConfig(**{**vars(config), "adc": _adc(c, config)})
 
 
-def _device(c: dict[str, Any]) -> Device:
-    parts: dict[str, Any] = {
+def _device(c):
+    parts = {
         None: {},
         "independent": {"programming": crossbar.Independent(0.1)},
         "proportional": {"programming": crossbar.Proportional(0.2)},
@@ -227,7 +222,7 @@ def _device(c: dict[str, Any]) -> Device:
     return Device(**parts, iv=iv, read_noise=noise)
 
 
-def _adc(c: dict[str, Any], config: CrossbarConfig) -> ADC | None:
+def _adc(c, config):
     kind = c["adc"]
     if kind is None:
         return None
@@ -268,11 +263,11 @@ def _adc(c: dict[str, Any], config: CrossbarConfig) -> ADC | None:
     return adc(range="given", limits=limits if kind == "given by row" else limits[0])
 
 
-def row_tiles(c: dict[str, Any], config: CrossbarConfig) -> int:
+def row_tiles(c, config):
     return 1 if config.tile.rows is None else -(-c["d_in"] // config.tile.rows)
 
 
-def weights(c: dict[str, Any], number: int = 0) -> np.ndarray:
+def weights(c, number=0):
     """Return the matrix of some choices; `number` tells several of one kind apart."""
     rng = np.random.default_rng((c["seed"], number))
     shape = (c["d_in"], c["d_out"])
@@ -290,7 +285,7 @@ def weights(c: dict[str, Any], number: int = 0) -> np.ndarray:
     return W.astype(dtype(c))
 
 
-def inputs(c: dict[str, Any], number: int = 0) -> np.ndarray:
+def inputs(c, number=0):
     """Return a batch of inputs, none of them negative where the DAC is unsigned."""
     rng = np.random.default_rng((c["seed"], number, 1))
     shape = (c["batch"], c["d_in"])
@@ -305,13 +300,11 @@ def inputs(c: dict[str, Any], number: int = 0) -> np.ndarray:
     return (np.abs(x) if unsigned else x).astype(dtype(c))
 
 
-def dtype(c: dict[str, Any]) -> type:
+def dtype(c):
     return np.float64 if c["float64"] else np.float32
 
 
-def problem(
-    d_in: int = 30, d_out: int = 9, batch: int = 4, *, seed: int = 0
-) -> tuple[jax.Array, jax.Array]:
+def problem(d_in=30, d_out=9, batch=4, *, seed=0):
     """Return normal weights, and inputs that are spread evenly from -1 to 1."""
     rng = np.random.default_rng(seed)
     W = rng.normal(size=(d_in, d_out))
@@ -319,7 +312,7 @@ def problem(
     return jnp.asarray(W, jnp.float32), jnp.asarray(x, jnp.float32)
 
 
-def product(x: jax.Array, weight: Any) -> jax.Array:
+def product(x, weight):
     """Return a digital product, or the read of a chip."""
     return (
         crossbar.matmul(x, weight) if isinstance(weight, crossbar.Chip) else x @ weight
@@ -337,7 +330,7 @@ _TRUNCATING = crossbar.Architecture(
 crossbar.register_adc("truncating", _TRUNCATING)
 
 
-def single_slices(architecture: str, **adc: Any) -> CrossbarConfig:
+def single_slices(architecture, **adc):
     """Return a crossbar whose sums are small integers: one slice of weights and one of inputs."""
     return CrossbarConfig(
         cell=Cell(bits=(3,)),

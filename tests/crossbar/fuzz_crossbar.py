@@ -29,7 +29,7 @@ engine.MAX_SHRINKING_SECONDS = 30
 ROUND = 10
 
 
-def main() -> int:
+def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--seconds", type=float, default=3600.0, help="how long to begin new rounds"

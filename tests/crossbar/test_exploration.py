@@ -24,7 +24,7 @@ _NOISY = crossbar.CrossbarConfig(
 class _Images(nnx.Module):
     """A convolution and a dense layer, trained for a few steps on noisy patterns."""
 
-    def __init__(self, rngs: nnx.Rngs):
+    def __init__(self, rngs):
         self.taps = nnx.Conv(1, 4, (3, 3), strides=2, rngs=rngs)
         self.head = nnx.Linear(64, 6, rngs=rngs)
 

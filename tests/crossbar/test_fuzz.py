@@ -10,7 +10,6 @@ import contextlib
 import functools
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -43,11 +42,9 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 # How often each outcome was met: (property, path, outcome) -> cases.
-TALLY: collections.Counter[tuple[str, str, str]] = collections.Counter()
+TALLY = collections.Counter()
 # What `fuzz_crossbar.py` runs: the functions and what they draw.
-PROPERTIES: dict[
-    str, tuple[Callable[..., None], dict[str, st.SearchStrategy[Any]]]
-] = {}
+PROPERTIES = {}
 # Matrices and batches that each program runs on.
 DRAWS = 2
 
@@ -55,7 +52,7 @@ DRAWS = 2
 COMPILER = tiny.emitters(False)
 
 
-def jit(fn: Callable[..., Any]) -> Callable[..., Any]:
+def jit(fn):
     return jax.jit(fn, compiler_options=COMPILER)
 
 
@@ -74,20 +71,18 @@ class Case(NamedTuple):
     seen: np.ndarray
 
 
-def case_of(path: str | None, c: dict[str, Any], number: int = 0) -> Case:
+def case_of(path, c, number=0):
     arrays = weights(c, number), inputs(c, number), inputs(c, number + DRAWS)
     return Case(path, c, build(c), jax.random.key(c["seed"]), *arrays)
 
 
-def cases(
-    count: int, **drawn: st.SearchStrategy[Any]
-) -> Callable[[Callable[..., Any]], Callable[..., None]]:
+def cases(count, **drawn):
     """Make a property a test of two draws and a nightly one of `count`, the same in every run; and one to be fuzzed."""
 
-    def decorate(check: Callable[..., Any]) -> Callable[..., None]:
+    def decorate(check):
         name = check.__name__.removeprefix("test_")
 
-        def one(case: tuple[str | None, dict[str, Any]], **more: Any) -> None:
+        def one(case, **more):
             path, c = case
             note(repr(build(c)))
             with jax.enable_x64(c["float64"]), refusals() as refused:
@@ -101,7 +96,7 @@ def cases(
         @pytest.mark.parametrize(
             "examples", [2, pytest.param(count, marks=pytest.mark.nightly)]
         )
-        def test(examples: int) -> None:
+        def test(examples):
             TALLY.clear()
             settings(max_examples=examples, phases=[Phase.generate])(
                 given(**drawn)(one)
@@ -123,9 +118,9 @@ def cases(
 
 
 @contextlib.contextmanager
-def refusals() -> Iterator[list[ValueError]]:
+def refusals():
     """Yield a list that gets the ValueError of a block if the package itself raised it, with words of its own."""
-    refused: list[ValueError] = []
+    refused = []
     try:
         yield refused
     except ValueError as error:
@@ -135,17 +130,17 @@ def refusals() -> Iterator[list[ValueError]]:
         refused.append(error)
 
 
-def arrays_of(*arrays: np.ndarray) -> list[jax.Array]:
+def arrays_of(*arrays):
     return [jnp.asarray(array) for array in arrays]
 
 
-def compiled(case: Case) -> Callable[..., Any]:
+def compiled(case):
     """Return (W, x, seen) -> y, statistics of x, state, with ranges calibrated on `seen` where they come from data."""
     config = case.config
     of_read = jax.random.fold_in(case.key, 1) if config.reads_at_random else None
 
     @jit
-    def run(W: Any, x: Any, seen: Any) -> Any:
+    def run(W, x, seen):
         state = settled(program(W, config, case.key, path=case.path), seen, of_read)
         keyed = with_read_key(state, of_read)
         return *(probe(x, keyed) if ranges(config) else (matmul(x, keyed), None)), state
@@ -153,20 +148,20 @@ def compiled(case: Case) -> Callable[..., Any]:
     return run
 
 
-def ranges(config: CrossbarConfig) -> int:
+def ranges(config):
     """Return how many ranges come from data: first that of the inputs, then that of the sums."""
     of_inputs = config.dac is not None and config.dac.scaling == "calibrated"
     return of_inputs + (config.adc is not None and config.adc.range == "calibrated")
 
 
-def settled(state: Any, seen: Any, key: Any) -> Any:
+def settled(state, seen, key):
     """Return the state with its ranges from data."""
     for _ in range(ranges(state.config)):
         state = calibrated(state, probe(seen, with_read_key(state, key))[1])
     return state
 
 
-def drawn_codes(case: Case) -> oracle.Drawn | None:
+def drawn_codes(case):
     """Return what random rounding makes of voltages: an identity matrix, read with the same key, shows the codes."""
     dac = case.config.dac
     if dac is None or dac.rounding == "nearest":
@@ -185,7 +180,7 @@ def drawn_codes(case: Case) -> oracle.Drawn | None:
         )
     )
 
-    def drawn(voltages: np.ndarray) -> np.ndarray:
+    def drawn(voltages):
         codes = np.rint(top * np.asarray(read(jnp.asarray(voltages)), float))
         exact = np.clip(voltages.astype(float), -1 if dac.signed else 0, 1) * top
         assert (np.abs(codes - exact) < 1 + 1e-5).all(), (
@@ -196,7 +191,7 @@ def drawn_codes(case: Case) -> oracle.Drawn | None:
     return drawn
 
 
-def assert_within(found: Any, wanted: oracle.Read, case: Case, what: str) -> None:
+def assert_within(found, wanted, case, what):
     eps = 3e-6 if dtype(case.c) == np.float32 else 1e-12
     if case.config.tile.wire is not None:
         eps = max(eps, 20 * case.config.tile.wire.tolerance)
@@ -216,10 +211,10 @@ def assert_within(found: Any, wanted: oracle.Read, case: Case, what: str) -> Non
         )
 
 
-def chip_of(state: Any) -> oracle.Chip:
+def chip_of(state):
     """Return what is random about a chip as it was programmed, from a state of the path `definition`."""
 
-    def array(leaf: Any) -> np.ndarray | None:
+    def array(leaf):
         return None if leaf is None else np.asarray(leaf, float)
 
     scale = np.broadcast_to(
@@ -235,7 +230,7 @@ def chip_of(state: Any) -> oracle.Chip:
     )
 
 
-def programmed_chip(case: Case) -> oracle.Chip:
+def programmed_chip(case):
     """Return the chip of a case: read back where it is random."""
     config = case.config
     adc = case.config.adc
@@ -250,14 +245,14 @@ def programmed_chip(case: Case) -> oracle.Chip:
     )
 
 
-def is_perfect(config: CrossbarConfig) -> bool:
+def is_perfect(config):
     device = config.device
     return not (
         device.programming or device.stuck or (device.drift and device.time is not None)
     )
 
 
-def same_bits(case: Case) -> bool:
+def same_bits(case):
     """Whether every path must give the same bits: all sums are integers, shifted by powers of two and scaled once."""
     config = case.config
     d_in, d_out = case.W.shape
@@ -285,12 +280,12 @@ def same_bits(case: Case) -> bool:
     )
 
 
-def limits_of(state: Any) -> np.ndarray | None:
+def limits_of(state):
     return None if state.limits is None else np.asarray(state.limits, float)
 
 
 # What a converter may do at every read, besides noise.
-AT_READ: dict[str, Any] = {
+AT_READ = {
     "scaling": st.sampled_from(["row", "fixed", "row", "fixed", "calibrated"]),
     "rounding": st.sampled_from(["nearest", "nearest", "nearest", "stochastic"]),
 }
@@ -300,12 +295,12 @@ AT_READ: dict[str, Any] = {
     34,
     case=reads(None, "product", "loop", "lookup", "packed", **AT_READ),
 )
-def test_every_path_reads_what_the_loops_say(case: Case):
+def test_every_path_reads_what_the_loops_say(case):
     """Cells, ranges and products of `definition` and of one more path; NaN and infinite inputs on the way."""
     assert_paths([case.path], case.c)
 
 
-def assert_paths(paths: list[str | None], c: dict[str, Any]) -> None:
+def assert_paths(paths, c):
     """Hold the definition and some paths against the loops.
 
     Raises:
@@ -360,7 +355,7 @@ _SPARSE = {"weights": "sparse", "weight_quantile": 0.5, "scale": "column", "adc"
 _WORDS = {**_TALL, "d_in": 600, "rows": 300}
 _CONVERTING = ["loop", "lookup", "packed"]
 # Paths and choices of crossbars that few draws have. The first run in every test, the others take long to compile.
-CORNERS: dict[str, tuple[list[str | None], dict[str, Any]]] = {
+CORNERS = {
     "ties at MAX": (_CONVERTING, _TIES),
     "ties of calibrated steps": ([None], {**_TIES, "adc": "calibrated"}),
     "ranges by row": (_CONVERTING, {**_BY_ROW, "cells": (2, 2), "partition": "full"}),
@@ -381,7 +376,7 @@ CORNERS: dict[str, tuple[list[str | None], dict[str, Any]]] = {
     "real cells and inputs": (["product"], _REAL),
     "float64": (["lookup"], _FLOAT64),
 }
-LONG: dict[str, tuple[list[str | None], dict[str, Any]]] = {
+LONG = {
     "tall arrays": (["lookup"], {**_TALL, "d_in": 80, "rows": 40, "whole": True}),
     "more inputs and columns than a block": (
         ["lookup"],
@@ -400,15 +395,13 @@ LONG: dict[str, tuple[list[str | None], dict[str, Any]]] = {
 @pytest.mark.parametrize(
     "name", [*CORNERS, *(pytest.param(name, marks=pytest.mark.long) for name in LONG)]
 )
-def test_corners_are_read_as_the_loops_say(name: str):
+def test_corners_are_read_as_the_loops_say(name):
     paths, changes = {**CORNERS, **LONG}[name]
     with jax.enable_x64("float64" in changes):
         assert_paths(paths, simplest(**changes))
 
 
-def assert_defined(
-    case: Case, run: Callable[..., Any], drawn: oracle.Drawn | None
-) -> tuple[oracle.Chip, Any, np.ndarray | None]:
+def assert_defined(case, run, drawn):
     """Hold the definition against the loops; return its chip, its product and its ADC's limits."""
     config = case.config
     what = "definition"
@@ -436,7 +429,7 @@ def assert_defined(
     return chip, y, limits
 
 
-def reach_of(values: np.ndarray, quantile: float) -> float:
+def reach_of(values, quantile):
     """Return the quantile of the sizes of the values that are not zero, which have no part in ranges; 0 without any."""
     sizes = np.abs(values[values != 0])
     return (
@@ -446,9 +439,7 @@ def reach_of(values: np.ndarray, quantile: float) -> float:
     )
 
 
-def assert_same_cells(
-    found: oracle.Chip, wanted: oracle.Chip, config: CrossbarConfig
-) -> None:
+def assert_same_cells(found, wanted, config):
     exact = config.cell.bits is not None
     assert_allclose(
         found.cells,
@@ -463,7 +454,7 @@ def assert_same_cells(
         assert_array_equal(found.flipped, wanted.flipped, "flipped columns")
 
 
-def assert_clipped(statistics: Any, wanted: oracle.Read, what: str) -> None:
+def assert_clipped(statistics, wanted, what):
     if statistics is None:
         return
     low, high = wanted.clipped.T
@@ -474,9 +465,7 @@ def assert_clipped(statistics: Any, wanted: oracle.Read, what: str) -> None:
     assert statistics.clipped_inputs == wanted.clipped_inputs, what
 
 
-def assert_range(
-    seen: oracle.Read, config: CrossbarConfig, shape: tuple[int, int]
-) -> None:
+def assert_range(seen, config, shape):
     """`max` clips no sum of perfect cells; calibrated steps are those with the least error, or cover the quantile."""
     adc = config.adc
     if adc is None or seen.lsb is None:
@@ -524,13 +513,11 @@ def assert_range(
     )
 
 
-def assert_not_finite(
-    run: Callable[..., Any], case: Case, y: Any, input_limit: Any, what: str
-) -> None:
+def assert_not_finite(run, case, y, input_limit, what):
     """NaN makes the outputs of its row NaN and no others; a DAC with one range clips infinity, else it is like NaN."""
     config = case.config
 
-    def replaced(value: float) -> np.ndarray:
+    def replaced(value):
         changed = case.x.copy()
         changed[0, case.x.shape[1] // 2] = value
         return np.asarray(run(*arrays_of(case.W, changed, case.seen))[0])
@@ -548,7 +535,7 @@ def assert_not_finite(
             )
 
 
-NOISE: dict[str, Any] = {
+NOISE = {
     "noise": st.sampled_from(["proportional", "independent"]),
     "adc_bits": st.sampled_from([7, 4, 5, 8]),
     "table": st.just(False),
@@ -559,7 +546,7 @@ NOISE: dict[str, Any] = {
     "adc": st.sampled_from(["max", "granular", "given"]),
 }
 # Noise of the conversions, alone or with that of the cells.
-OF_ADC: dict[str, Any] = {
+OF_ADC = {
     **NOISE,
     "noise": st.sampled_from([None, None, "proportional"]),
     "adc_noise": st.sampled_from([0.1, 0.5]),
@@ -567,7 +554,7 @@ OF_ADC: dict[str, Any] = {
     "scaling": AT_READ["scaling"],
 }
 # Integer cells, whose variances are not where Gmin counts.
-PAIRS: dict[str, Any] = {
+PAIRS = {
     "encoding": st.just("differential"),
     "device": st.none(),
     "gain": st.none(),
@@ -595,7 +582,7 @@ PAIRS: dict[str, Any] = {
     | reads("definition", **{**NOISE, "nonlinear": st.sampled_from([None, "iv"])})
     | reads("definition", **{**NOISE, "noise": "clipped", "adc": None}),
 )
-def test_noise_has_the_mean_and_variance_of_its_conversions(case: Case):
+def test_noise_has_the_mean_and_variance_of_its_conversions(case):
     """Those of normal sums after rounding and clipping, exactly, over 5,000 reads with keys of their own.
 
     The noise is that of cells, that of ADCs, or both.
@@ -607,11 +594,11 @@ def test_noise_has_the_mean_and_variance_of_its_conversions(case: Case):
     assert_moments(y, wanted, case)
 
 
-def many_reads(case: Case) -> tuple[np.ndarray, Any, Any]:
+def many_reads(case):
     """Return 5,000 reads of one chip [n, B, d_out] with keys of their own, its ADCs' limits and its DAC's."""
 
     @jit
-    def run(W: Any, x: Any, seen: Any) -> Any:
+    def run(W, x, seen):
         state = settled(
             program(W, case.config, case.key, path=case.path), seen, case.key
         )
@@ -624,7 +611,7 @@ def many_reads(case: Case) -> tuple[np.ndarray, Any, Any]:
     return np.asarray(y, float), limits, input_limit
 
 
-ROUNDING: dict[str, Any] = {
+ROUNDING = {
     "rounding": "stochastic",
     "scaling": AT_READ["scaling"],
     "bits": st.sampled_from([3, 2, 4, 5]),
@@ -635,7 +622,7 @@ ROUNDING: dict[str, Any] = {
 
 
 @cases(6, case=reads("product", "definition", **ROUNDING))
-def test_stochastic_rounding_of_inputs_is_right_on_average(case: Case):
+def test_stochastic_rounding_of_inputs_is_right_on_average(case):
     """Without an ADC, over 5,000 reads: the mean loses nothing to rounding, and each input has variance f (1 - f)."""
     y, _, input_limit = many_reads(case)
     chip = programmed_chip(case)
@@ -656,7 +643,7 @@ def test_stochastic_rounding_of_inputs_is_right_on_average(case: Case):
     assert_moments(y, wanted, case)
 
 
-def assert_moments(y: np.ndarray, wanted: oracle.Read, case: Case) -> None:
+def assert_moments(y, wanted, case):
     """Compare draws [n, B, d_out] with means and variances, within 5.5 and 6 standard errors."""
     n = len(y)
     error = y - wanted.y
@@ -689,7 +676,7 @@ def assert_moments(y: np.ndarray, wanted: oracle.Read, case: Case) -> None:
 # What transformations and replaced values make of a read
 
 
-def directions(case: Case) -> np.ndarray:
+def directions(case):
     """Return the weights of the outputs in the sum whose gradient is taken."""
     return np.random.default_rng(case.c["seed"]).normal(
         size=(len(case.x), case.W.shape[1])
@@ -708,13 +695,13 @@ def directions(case: Case) -> np.ndarray:
     | reads("product", float64=True),
     negative=st.booleans(),
 )
-def test_gradients_are_those_of_the_programmed_weights(case: Case, negative: bool):
+def test_gradients_are_those_of_the_programmed_weights(case, negative):
     """dx = dy W', dW = x' dy, with W' as programmed and x' as the DAC clips it, which also stops dx."""
     config = case.config
     C = directions(case)
     case = case._replace(x=inputs({**case.c, "signed": case.c["signed"] or negative}))
 
-    def loss(W: Any, x: Any) -> Any:
+    def loss(W, x):
         y = matmul(x, program(W, config, case.key, path=case.path))
         return jnp.sum(C * y), y
 
@@ -771,7 +758,7 @@ GIVEN = {
     | reads("product"),
     parts=st.sets(st.sampled_from(["scale", "offset", "low rank"]), min_size=1),
 )
-def test_a_corrected_chip_reads_what_numpy_corrects(case: Case, parts: set[str]):
+def test_a_corrected_chip_reads_what_numpy_corrects(case, parts):
     """y = s * read(x) + o + x U V of the loops' read, from a chip that was saved and loaded."""
     d_in, d_out = case.W.shape
     rng = np.random.default_rng(case.c["seed"])
@@ -828,9 +815,7 @@ def test_a_corrected_chip_reads_what_numpy_corrects(case: Case, parts: set[str])
     ),
     in_state=st.booleans(),
 )
-def test_adc_limits_are_read_and_learned_wherever_they_are_given(
-    case: Case, in_state: bool
-):
+def test_adc_limits_are_read_and_learned_wherever_they_are_given(case, in_state):
     """Other limits than those programmed with, in the state or the configuration.
 
     The read is that of the new limits; its gradient is that of clipping in the loops.
@@ -847,7 +832,7 @@ def test_adc_limits_are_read_and_learned_wherever_they_are_given(
     case, C = case._replace(config=new), directions(case)
     limits = np.asarray(new.adc.limits)
 
-    def read(limits: Any, W: Any, x: Any) -> Any:
+    def read(limits, W, x):
         if in_state:
             state = program(W, old, case.key, path=case.path)
             state = replace(state, limits=limits if limits.ndim == 3 else limits[None])
@@ -856,7 +841,7 @@ def test_adc_limits_are_read_and_learned_wherever_they_are_given(
             state = program(W, config, case.key, path=case.path)
         return matmul(x, state)
 
-    def loss(limits: Any, W: Any, x: Any) -> tuple[Any, Any]:
+    def loss(limits, W, x):
         y = read(limits, W, x)
         return jnp.sum(C * y), y
 
@@ -869,7 +854,7 @@ def test_adc_limits_are_read_and_learned_wherever_they_are_given(
     chip = programmed_chip(case)
     assert_within(y, oracle.read(chip, case.x, new), case, "other limits")
 
-    def smooth(tops: np.ndarray) -> float:
+    def smooth(tops):
         moved = np.stack([limits[..., 0], tops], -1).tolist()
         config = replace(new, adc=replace(new.adc, limits=moved))
         return float(np.sum(C * oracle.read(chip, case.x, config, rounds=False).y))
@@ -885,11 +870,11 @@ def test_adc_limits_are_read_and_learned_wherever_they_are_given(
     assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max() + 1e-8)
 
 
-def _wire(v: Any) -> crossbar.Wire:
+def _wire(v):
     return crossbar.Wire(row_resistance=v, column_resistance=v, tolerance=1e-6)
 
 
-def _limits(v: Any, of: Any) -> Any:
+def _limits(v, of):
     return (
         np.asarray(of.limits) * v
         if isinstance(v, float)
@@ -898,7 +883,7 @@ def _limits(v: Any, of: Any) -> Any:
 
 
 # By name: values that are swept, the part of the configuration that holds them, and its fields of a value and the part.
-SWEPT: dict[str, tuple[list[float], str, Callable[[Any, Any], dict[str, Any]]]] = {
+SWEPT = {
     "ratio": ([2.5, 8.0, 50.0], "cell", lambda v, of: {"on_off_ratio": v}),
     "programming": (
         [0.05, 0.1, 0.3],
@@ -931,7 +916,7 @@ SWEPT: dict[str, tuple[list[float], str, Callable[[Any, Any], dict[str, Any]]]] 
     ),
     leaf=st.sampled_from([*SWEPT]),
 )
-def test_a_sweep_is_a_loop(case: Case, leaf: str):
+def test_a_sweep_is_a_loop(case, leaf):
     """vmap over one value of the configuration, jitted, against the loops at the first and the last value."""
     part = getattr(case.config, SWEPT[leaf][1])
     if part is None or leaf == "limits" and part.limits is None:
@@ -939,10 +924,10 @@ def test_a_sweep_is_a_loop(case: Case, leaf: str):
         part = case.config.cell
     values, name, fields = SWEPT[leaf]
 
-    def changed(value: Any) -> CrossbarConfig:
+    def changed(value):
         return replace(case.config, **{name: replace(part, **fields(value, part))})
 
-    def read(value: Any, W: Any, x: Any) -> Any:
+    def read(value, W, x):
         return matmul(x, program(W, changed(value), case.key, path=case.path))
 
     y = jit(jax.vmap(read, (0, None, None)))(
@@ -967,12 +952,12 @@ def test_a_sweep_is_a_loop(case: Case, leaf: str):
         assert_within(y[at], wanted, one, f"{leaf} = {values[at]}")
 
 
-def _drifts(*values: Any) -> dict[str, Any]:
+def _drifts(*values):
     return {"drift": crossbar.PowerLaw(*values), "time": 30.0}
 
 
 # By name: where the slope is taken, and the device with that value.
-_DEVICES: dict[str, tuple[float, Callable[[Any], dict[str, Any]]]] = {
+_DEVICES = {
     "sigma": (0.1, lambda v: {"programming": crossbar.Independent(v)}),
     "scale": (
         1.0,
@@ -1015,7 +1000,7 @@ _DEVICES: dict[str, tuple[float, Callable[[Any], dict[str, Any]]]] = {
     ),
     leaf=st.sampled_from([*_DEVICES]),
 )
-def test_gradients_of_physical_values_are_slopes(case: Case, leaf: str):
+def test_gradients_of_physical_values_are_slopes(case, leaf):
     """Finite differences of the reparameterised draws; a DAC's limit has LSQ's, by the loops' weights; or refused.
 
     What moves the cells passes straight through rounded inputs, as the weights do: theirs are not rounded here.
@@ -1029,7 +1014,7 @@ def test_gradients_of_physical_values_are_slopes(case: Case, leaf: str):
     at, device = _DEVICES[leaf]
     C = directions(case)
 
-    def loss(value: Any, W: Any, x: Any) -> Any:
+    def loss(value, W, x):
         config = replace(base, device=crossbar.Device(**device(value)))
         if leaf == "ratio":
             config = replace(config, cell=replace(config.cell, on_off_ratio=value))

@@ -19,7 +19,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import one_block
@@ -42,7 +41,7 @@ _NIGHTLY = (
 _LONG = ("cost.md", "crossbar.md", "crossbar_devices.md", "reads.md")
 
 
-def _tier(page: Path) -> tuple[pytest.MarkDecorator, ...]:
+def _tier(page):
     if page.name in _NIGHTLY:
         return (pytest.mark.nightly,)
     needs_run = f"<!-- test: {_AFTER_README} -->" in page.read_text()
@@ -79,7 +78,7 @@ class _Block:
     skipped: str | None = None
 
 
-def _blocks(page: str) -> Iterator[_Block]:
+def _blocks(page):
     """Yield the blocks of a page's text; a directive of Sphinx, as {toctree}, is not code."""
     for found in _BLOCK.finditer(page):
         settings, _, language, text = found.groups()
@@ -102,7 +101,7 @@ def _blocks(page: str) -> Iterator[_Block]:
             yield _Block(language, text, page[: found.start(4)].count("\n"), skipped)
 
 
-def _run_shell(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def _run_shell(text, monkeypatch):
     """Run each line: `lorafusion ...`, `echo TEXT | lorafusion ...`, or `python SCRIPT ...`, all in this process."""
     for line in _BETWEEN_LINES.split(text.replace("\\\n", " ")):
         words = shlex.split(line, comments=True)
@@ -129,8 +128,8 @@ def _run_shell(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
             )
 
 
-def _run_page(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    namespace: dict[str, object] = {"__name__": "page"}
+def _run_page(page, monkeypatch):
+    namespace = {"__name__": "page"}
     for block in _blocks(page.read_text()):
         if block.skipped:
             continue
@@ -142,12 +141,12 @@ def _run_page(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def examples(tmp_path_factory) -> Path:
+def examples(tmp_path_factory):
     return one_block.examples(tmp_path_factory.mktemp("cut"))
 
 
 @pytest.fixture(scope="module")
-def after_readme(examples, tmp_path_factory) -> Path:
+def after_readme(examples, tmp_path_factory):
     """Return the folder that the README's blocks have run in."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "examples").symlink_to(examples)

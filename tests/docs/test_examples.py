@@ -1,8 +1,6 @@
 """The scripts of examples/ run, with settings that make them small."""
 
 import importlib.util
-from collections.abc import Callable
-from types import ModuleType
 
 import bbh_rows
 import byte_base
@@ -26,11 +24,11 @@ _RECIPE = lf.FusionRecipe(modules=3, epochs=1, batch_size=50, max_new_tokens=8)
 
 
 @pytest.fixture(scope="module")
-def example(tmp_path_factory) -> Callable[[str], ModuleType]:
+def example(tmp_path_factory):
     """Return a function from the name of a script to its module; its base and adapters are cut to one block."""
     folder = one_block.examples(tmp_path_factory.mktemp("cut"))
 
-    def load(name: str) -> ModuleType:
+    def load(name):
         spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)

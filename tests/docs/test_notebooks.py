@@ -21,12 +21,7 @@ _QUICK = {
 }
 
 
-def _run(
-    notebook: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    parameters: str | None = None,
-) -> None:
+def _run(notebook, tmp_path, monkeypatch, parameters=None):
     """Run a notebook in a folder next to the examples, whose programs are those of this environment."""
     folder = tmp_path / "notebooks"
     folder.mkdir()

@@ -163,7 +163,7 @@ def test_a_step_takes_what_xla_counts(method, config, changes):
         assert_allclose(needed, allocated, rtol=0.25)
 
 
-def _batch(shape: estimates.Shape) -> Batch:
+def _batch(shape):
     source = (shape.rows, shape.source)
     target = (shape.rows, shape.target)
     return Batch(
@@ -191,7 +191,7 @@ def test_flops_by_hand():
     base = 8 * (7 * 3 + 9 * 1 + 2 * 3) + 2 * 2 * 5
     attention = 2 * 2 * 2 * (3 * 3 + 1 * 1 + 1 * 3)
 
-    def flops(method: str) -> float:
+    def flops(method):
         return estimates.program_of(config, method, settings, "loss", shape).flops
 
     assert flops("zero-shot") == base + attention
@@ -211,7 +211,7 @@ def test_a_packed_step_has_the_scores_of_each_row_alone():
 def test_every_token_of_an_answer_is_counted():
     settings = replace(_SETTINGS, seeds=1)
 
-    def flops(new_tokens: int) -> float:
+    def flops(new_tokens):
         shape = estimates.Shape(4, 32, new_tokens)
         return estimates.program_of(_SMALL, "fusion", settings, "answers", shape).flops
 
@@ -335,7 +335,7 @@ def test_ranking_is_one_pass_over_all_modules_in_memory():
     work = _work()
     recipe = replace(_RECIPE, basis=12)
 
-    def settings(**changes) -> estimates.Settings:
+    def settings(**changes):
         chosen = replace(recipe, **changes)
         return replace(_SETTINGS, pool=60, recipe=chosen)
 
@@ -379,7 +379,7 @@ def test_a_plan_names_what_its_machine_cannot_hold(monkeypatch):
         base="flan-t5-large", task=_TASK, seeds=(1, 2), method="full"
     )
 
-    def planned(name: str | None, **changes) -> str:
+    def planned(name, **changes):
         asked = estimates.PlanOptions(plan=True, plan_for=name)
         return estimates.describe_run(replace(options, **changes), asked)
 
@@ -498,7 +498,7 @@ def test_named_modules_are_those_of_every_seed():
         options, adapters=tuple(sorted(path.name for path in adapters.iterdir()))[:3]
     )
 
-    def pool(options: lf.FuseOptions, *seeds: int) -> str:
+    def pool(options, *seeds):
         described = estimates.describe_run(replace(options, seeds=seeds))
         (line,) = re.findall(r"^\| coefficients.*", described, re.MULTILINE)
         return line.split("|")[8].strip()

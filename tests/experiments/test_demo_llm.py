@@ -34,7 +34,7 @@ _FORMS = {
 }
 
 
-def _rows(task: str, part: str) -> dict[str, str]:
+def _rows(task, part):
     lines = (_SMOLLM2 / "tasks" / task / f"{part}.jsonl").read_text().splitlines()
     return {row["input"]: row["target"] for row in map(json.loads, lines)}
 

@@ -2,7 +2,6 @@
 
 import json
 import random
-from pathlib import Path
 
 import language as experiment
 import language_pool
@@ -24,13 +23,13 @@ def _folder(monkeypatch, tmp_path):
     monkeypatch.setattr(experiment, "FOLDER", tmp_path / "smollm2")
 
 
-def _words(path: Path, pairs: list[tuple[str, str]]) -> Path:
+def _words(path, pairs):
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, [{"input": word, "output": answer} for word, answer in pairs])
     return path
 
 
-def _colours(path: Path, rows: int, first: int = 0) -> Path:
+def _colours(path, rows, first=0):
     """Write a task whose answer is the colour that its input names, after a number that counts from `first`."""
     colours = [("red", "blue")[i % 2] for i in range(rows)]
     pairs = [(f"{first + i} {colour}", colour) for i, colour in enumerate(colours)]
@@ -158,7 +157,7 @@ def test_the_pool_is_trained_task_by_task(tmp_path, monkeypatch):
 def test_a_dose_has_a_number_of_modules_of_the_family_and_all_smaller_doses():
     for family in experiment.RELEVANCE.values():
         own = set(language.SOURCES[family])
-        before: set[str] = set()
+        before = set()
         for dose in experiment.DOSES:
             modules = experiment.dosed(family, dose, seed=2)
             relevant = own & set(modules)
@@ -174,7 +173,7 @@ def test_a_dose_has_a_number_of_modules_of_the_family_and_all_smaller_doses():
 
 
 @pytest.fixture
-def trained(tmp_path, monkeypatch) -> list[str]:
+def trained(tmp_path, monkeypatch):
     """Train a pool of two tasks next to two others, on a small model and few rows; return where tasks and rows lie."""
     llama = small_llama.make(tmp_path / "llama")
     for module in (experiment, language_pool):

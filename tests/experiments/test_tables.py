@@ -3,9 +3,7 @@
 import csv
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import basis_on_chips
 import chips_of_language_models
@@ -28,16 +26,15 @@ from lorafusion_jax.trials import read_lines
 
 _RESULTS = Path(__file__).resolve().parents[2] / "results"
 _GEMMA = ("--base", "gemma-3-270m-q4_k_m.gguf")
-Script = Callable[[Path], None]
 
 
-def _main(script: Any, *options: str) -> Script:
+def _main(script, *options):
     """Return a function that runs a script in a folder with its rows."""
     return lambda folder: script.main([*options, "--out", str(folder)])
 
 
-def _language(targets: int) -> Script:
-    def write(folder: Path) -> None:
+def _language(targets):
+    def write(folder):
         rows = read_lines(folder / "language.jsonl")
         tuning = read_lines(folder / "language_tune.jsonl")
         tables = pool_value_language.tables(rows, tuning, targets)
@@ -46,26 +43,26 @@ def _language(targets: int) -> Script:
     return write
 
 
-def _warm_starts_language(folder: Path) -> None:
+def _warm_starts_language(folder):
     tables = warm_starts_language.tables(read_lines(folder / "language.jsonl"))
     write_tables(folder, tables, "language_")
 
 
-def _hardware(folder: Path) -> None:
+def _hardware(folder):
     write_tables(folder, hardware.tables(_numbers(folder / "rows.csv")))
 
 
-def _basis_on_chips(folder: Path) -> None:
+def _basis_on_chips(folder):
     rows = _numbers(folder / "rows.csv")
     write_tables(folder, {"table": basis_on_chips.table(rows)})
 
 
-def _results_page(folder: Path) -> None:
+def _results_page(folder):
     where = f"{folder / 'results.jsonl'} --out {folder}"
     results_page.main(f"{where} --reference LoRAFusion".split())
 
 
-def _numbers(path: Path) -> list[dict[str, Any]]:
+def _numbers(path):
     """Return the rows of a CSV file with numbers, and None where a cell is empty."""
     values = {"": None, "True": True, "False": False}
     with path.open() as file:
@@ -79,7 +76,7 @@ def _numbers(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-SCRIPTS: dict[str, tuple[str, Script]] = {
+SCRIPTS = {
     "pool_value": ("pool_value", _main(pool_value)),
     "pool_value_language": ("pool_value", _language(pool_value_language.TARGETS)),
     "pool_value_language, Gemma": (
@@ -128,13 +125,13 @@ def test_a_script_writes_the_committed_tables(script, tmp_path):
         assert path.stat().st_mtime_ns == before[path], "a row was measured"
 
 
-def _cells(name: str) -> list[list[str]]:
+def _cells(name):
     """Return the lines of a committed table."""
     text = (_RESULTS / name).read_text()
     return [list(line) for line in csv.reader(text.splitlines())]
 
 
-def _prepared(name: str, score: str) -> list[str]:
+def _prepared(name, score):
     before, after = [line for line in _cells(f"prepare/{name}") if line[1] == score][:2]
     return [before[3], before[4], after[4], after[7]]
 
@@ -143,7 +140,7 @@ _CONTRAST = "20 rows: loss minus that of LoRAFusion | nats | interval"
 _BACK = "score | digital | not prepared | prepared | of the lost, back, %"
 _CORRECTIONS = "corrections | parameters | % of the weights | excess loss | over chips"
 # A page, the start of a table's header, and the lines whose cells may follow a row's name.
-PAGES: list[tuple[str, str, Callable[[], list[list[str]]]]] = [
+PAGES = [
     ("results/prepare", "change | excess loss | interval | worst chip",
      lambda: [[line[3], *line[5:7]] for line in _cells("prepare/main.csv")]),
     ("results/prepare", _BACK,

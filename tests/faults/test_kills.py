@@ -33,13 +33,13 @@ _LINES = {
 _ALWAYS_PRINTED = re.compile(r"going on from step|nothing to resume|^\[\d+/\d+\]")
 
 
-def _convert(inputs: Path, out: Path) -> list[str | Path]:
+def _convert(inputs, out):
     adapters = sorted((inputs / "pool").iterdir())
     command = f"-m lorafusion_jax.cli convert --base {inputs / 'base'}".split()
     return [*command, *f"--out {out / 'pool'} --basis 4 --adapters".split(), *adapters]
 
 
-def _fuse(inputs: Path, out: Path) -> list[str | Path]:
+def _fuse(inputs, out):
     options = (
         "--name run --modules 2 --batch-size 48 --max-new-tokens 8 --test-rows 5 --seeds 1 2 --epochs 8 "
         "--save-seconds 0 --resume"
@@ -49,26 +49,26 @@ def _fuse(inputs: Path, out: Path) -> list[str | Path]:
     return [*command, *paths, *options.split()]
 
 
-def _matrix(inputs: Path, out: Path) -> list[str | Path]:
+def _matrix(inputs, out):
     options = "--methods LoRAFusion zero-shot --modules 2 --test-rows 5 --seeds 1 2 --epochs 2"
     script = _ROOT / "experiments" / "small_pool.py"
     paths = f"--pool {inputs / 'pool'} --tasks {_TASK} --out {out}".split()
     return [script, "--base", inputs / "base", *paths, *options.split()]
 
 
-def _bits(tree: Any) -> list[str]:
+def _bits(tree):
     return [
         hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest()
         for leaf in jax.tree.leaves(tree)
     ]
 
 
-def _pool_outcome(out: Path) -> Any:
+def _pool_outcome(out):
     pool = ConvertedPool(out / "pool")
     return pool.manifest["totals"], _bits((pool.load(), pool.basis()))
 
 
-def _run_outcome(out: Path) -> Any:
+def _run_outcome(out):
     results = read_json(out / "run/results.json") | {"seconds": None}
     names = ("metrics.jsonl", "predictions.jsonl")
     texts = [(out / "run" / name).read_text() for name in names]
@@ -78,7 +78,7 @@ def _run_outcome(out: Path) -> Any:
     return results, texts, _bits((trained, states))
 
 
-def _matrix_outcome(out: Path) -> Any:
+def _matrix_outcome(out):
     lines = (out / "results.jsonl").read_text().splitlines()
     return [json.loads(line) | {"seconds": None, "config": None} for line in lines]
 
@@ -97,7 +97,7 @@ _COMMANDS = {
 }
 
 
-def _start(arguments: list[str | Path]) -> subprocess.Popen:
+def _start(arguments):
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(_ROOT / ".cache" / "jax"))
     environment = os.environ | {
         "PYTHONPATH": str(_ROOT),
@@ -109,7 +109,7 @@ def _start(arguments: list[str | Path]) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True)
 
 
-def _finish(arguments: list[str | Path]) -> float:
+def _finish(arguments):
     """Run a command to its end, and return its CPU time."""
     before = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     process = _start(arguments)
@@ -118,13 +118,13 @@ def _finish(arguments: list[str | Path]) -> float:
     return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before
 
 
-def _cpu_seconds(process: subprocess.Popen) -> float:
+def _cpu_seconds(process):
     """Return the CPU time that a child has taken."""
     fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
     return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
-def _kill(process: subprocess.Popen, number: signal.Signals, after: float) -> bool:
+def _kill(process, number, after):
     """Send a signal after some CPU time, and check how the process ends; False if it ended by itself before."""
     while process.poll() is None and _cpu_seconds(process) < after:
         time.sleep(0.005)
@@ -142,7 +142,7 @@ def _kill(process: subprocess.Popen, number: signal.Signals, after: float) -> bo
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
+def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     one_block.cut(folder)
     return folder

@@ -2,9 +2,6 @@
 
 import copy
 import json
-import random
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -14,14 +11,14 @@ import yaml
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
-_FLOATS: dict[str, Any] = {
+_FLOATS = {
     "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
 }
 
-_HOSTILE: tuple[Any, ...] = (
+_HOSTILE = (
     *(
         None,
         True,
@@ -57,7 +54,7 @@ _HOSTILE: tuple[Any, ...] = (
 )
 
 
-def damaged(content: bytes, suffix: str, draw: random.Random) -> bytes:
+def damaged(content, suffix, draw):
     """Return the content of a file with one to three faults; nine of ten keep its format."""
     for _ in range(draw.choice((1, 1, 1, 2, 3))):
         structured = _STRUCTURED.get(suffix)
@@ -72,7 +69,7 @@ def damaged(content: bytes, suffix: str, draw: random.Random) -> bytes:
     return content
 
 
-def _bytes(content: bytes, draw: random.Random) -> bytes:
+def _bytes(content, draw):
     at, other = sorted(draw.randrange(len(content) + 1) for _ in range(2))
     start = content[:at]
     changed = (
@@ -89,7 +86,7 @@ def _bytes(content: bytes, draw: random.Random) -> bytes:
     return draw.choice((*changed, b"[" * 3000, b"\xff\xfe" + content, pointer))
 
 
-def value(content: Any, draw: random.Random) -> Any:
+def value(content, draw):
     """Return a value of JSON in which one place holds something else."""
     root = [copy.deepcopy(content)]
     holder, key = draw.choice([*_places(root)])
@@ -116,8 +113,8 @@ def value(content: Any, draw: random.Random) -> Any:
     return root[0] if root else None
 
 
-def _places(content: Any) -> Iterator[tuple[Any, Any]]:
-    keys: Any = [*content] if isinstance(content, dict) else ()
+def _places(content):
+    keys = [*content] if isinstance(content, dict) else ()
     if isinstance(content, list):
         keys = range(len(content))
     for key in keys:
@@ -125,18 +122,18 @@ def _places(content: Any) -> Iterator[tuple[Any, Any]]:
         yield from _places(content[key])
 
 
-def _json(content: bytes, draw: random.Random) -> bytes:
+def _json(content, draw):
     return json.dumps(value(json.loads(content), draw)).encode()
 
 
-def _lines(content: bytes, draw: random.Random) -> bytes:
+def _lines(content, draw):
     lines = content.splitlines(keepends=True)
     n = draw.randrange(len(lines))
     lines[n] = _json(lines[n], draw) + draw.choice((b"\n", b"\n", b"", b"\r\n"))
     return b"".join(lines)
 
 
-def _yaml(content: bytes, draw: random.Random) -> bytes:
+def _yaml(content, draw):
     if draw.random() < 0.1:
         tags = (
             "!!int ''",
@@ -150,7 +147,7 @@ def _yaml(content: bytes, draw: random.Random) -> bytes:
     return yaml.dump(value(yaml.load(content, _LOADER), draw), Dumper=_DUMPER).encode()
 
 
-def _safetensors(content: bytes, draw: random.Random) -> bytes:
+def _safetensors(content, draw):
     size = int.from_bytes(content[:8], "little")
     header = content[8 : 8 + size]
     numbers = content[8 + size :]
@@ -161,9 +158,7 @@ def _safetensors(content: bytes, draw: random.Random) -> bytes:
     return len(header).to_bytes(8, "little") + header + numbers
 
 
-def _tensor(
-    header: dict[str, Any], numbers: bytes, draw: random.Random
-) -> tuple[bytes, bytes]:
+def _tensor(header, numbers, draw):
     """Give a tensor a number that is not finite, or replace its numbers by 8-bit ones without scales."""
     name = draw.choice(
         [name for name in header if header[name].get("dtype") in _FLOATS]
@@ -186,7 +181,7 @@ def _tensor(
     ]
 
 
-def _gguf(content: bytes, draw: random.Random) -> bytes:
+def _gguf(content, draw):
     """Overwrite a number of the header: a count, a type, the length of a text or a list, a size or a place."""
     end = max(
         at
@@ -204,7 +199,7 @@ def _gguf(content: bytes, draw: random.Random) -> bytes:
     return content[:at] + number.to_bytes(size, "little") + content[at + size :]
 
 
-_STRUCTURED: dict[str, Callable[[bytes, random.Random], bytes]] = {
+_STRUCTURED = {
     ".json": _json,
     ".jsonl": _lines,
     ".yaml": _yaml,

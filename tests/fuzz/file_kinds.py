@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import os
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +54,7 @@ class Fault(Exception):
     """A file was read as none may be."""
 
 
-def kinds(folder: Path) -> dict[str, Kind]:
+def kinds(folder):
     """Write a sound file of every kind below a folder."""
     base, adapters = one_block.cut(folder, adapters=2)
     pool = folder / "converted"
@@ -119,7 +118,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
     csv_file = folder / "task.csv"
     table.to_csv(csv_file)
 
-    def stored(at: Path) -> None:
+    def stored(at):
         manifest = read_json(at / "manifest.json")
         for name in manifest["files"]:
             manifest["files"][name] = hashlib.sha256(
@@ -127,7 +126,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
             ).hexdigest()
         write_json(at / "manifest.json", manifest)
 
-    def gguf_base(file: Path) -> None:
+    def gguf_base(file):
         lf.load_base(file)
         lf.load_tokenizer(file)("ab")
 
@@ -147,7 +146,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
         kinds=lambda title: "Q8_0" if ".layers." in title else None,
     )
 
-    def base_weights() -> None:
+    def base_weights():
         lf.load_base(base)
         with safe_open(base / "model.safetensors", "np") as file:
             types = [file.get_slice(name).get_dtype() for name in file.keys()]
@@ -155,7 +154,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
             "8-bit numbers without scales were read"
         )
 
-    def whole_pool() -> None:
+    def whole_pool():
         loaded = lf.load_pool(pool)
         assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(loaded)), (
             "numbers that are not finite were read"
@@ -172,7 +171,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
         folder / "weights.json", {entry["name"]: {"encoder.0": 2.5, "decoder.0": 1}}
     )
 
-    def weights() -> None:
+    def weights():
         found = read_weights(weights_file)
         assert found is not None
         with error_context(weights_file):
@@ -274,7 +273,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
     }
 
 
-def outcome(kind: Kind, root: Path, draw: random.Random) -> str:
+def outcome(kind, root, draw):
     """Damage the file of a kind, read it, and return `read` or `refused`.
 
     Raises:
@@ -313,17 +312,17 @@ def outcome(kind: Kind, root: Path, draw: random.Random) -> str:
     return said
 
 
-def _files(root: Path) -> set[Path]:
+def _files(root):
     return set(root.rglob("*")) | set(root.parent.glob("*"))
 
 
-def _written(path: Path, content: Any) -> Path:
+def _written(path, content):
     path.parent.mkdir(exist_ok=True)
     write_json(path, content)
     return path
 
 
-def _read_adapter(source: str) -> None:
+def _read_adapter(source):
     adapter = lf.io.read_adapter(source)
     for factors in adapter.factors.values():
         assert all(np.isfinite(factor).all() for factor in factors), (
@@ -331,12 +330,12 @@ def _read_adapter(source: str) -> None:
         )
 
 
-def _weight_map(base: Path) -> dict[str, str]:
+def _weight_map(base):
     with safe_open(base / "model.safetensors", "np") as file:
         return dict.fromkeys(file.keys(), "one.safetensors")
 
 
-def _write_run(run: lf.runs.RunFolder, base: Path, pool: Path) -> None:
+def _write_run(run, base, pool):
     options = lf.FuseOptions(
         base=str(base), pool=str(pool), task="task.jsonl", seeds=(1, 2)
     )
@@ -386,7 +385,7 @@ def _write_run(run: lf.runs.RunFolder, base: Path, pool: Path) -> None:
     )
 
 
-def _write_chips(file: Path, chip_file: Path) -> None:
+def _write_chips(file, chip_file):
     """Write a chip, and a file of chips."""
     config = load_config("isaac")
     weights = jax.random.normal(jax.random.key(0), (8, 4), jnp.float32)
@@ -416,7 +415,7 @@ def _write_chips(file: Path, chip_file: Path) -> None:
     )
 
 
-def _write_qwix(folder: Path) -> Path:
+def _write_qwix(folder):
     """Write a LoRA as tunix does, and return its checkpoint."""
     from orbax.checkpoint import v1 as ocp
 

@@ -20,7 +20,7 @@ import datasets
 import file_kinds
 
 
-def main() -> int:
+def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--seconds", type=float, default=3600.0, help="how long to draw"
@@ -41,7 +41,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     datasets.disable_progress_bars()
     print(f"seed {options.seed}", flush=True)
-    found: Counter[tuple[str, str]] = Counter()
+    found = Counter()
     number = options.first
     with tempfile.TemporaryDirectory() as sandbox:
         root = Path(sandbox) / "root"

@@ -12,7 +12,6 @@ import numpy as np
 import seeded
 import torch
 from aihwkit.inference import (
-    BaseNoiseModel,
     GlobalDriftCompensation,
     PCMLikeNoiseModel,
     ReRamCMONoiseModel,
@@ -34,7 +33,7 @@ DRAWS = 40  # chips of every technology and age
 READS = 200  # of one input by the default configuration
 
 
-def config() -> TorchInferenceRPUConfig:
+def config():
     """Return tiles of at most 128 inputs, converters of 8 bits (254 steps from -1 to 1, -10 to 10), and no noise."""
     found = TorchInferenceRPUConfig()
     found.pre_post.input_range.enable = False
@@ -49,16 +48,14 @@ def config() -> TorchInferenceRPUConfig:
     return found
 
 
-def layer_of(
-    W: np.ndarray, kind: type, config: TorchInferenceRPUConfig
-) -> torch.nn.Module:
+def layer_of(W, kind, config):
     """Return a layer that holds the weights, for inference."""
     layer = kind(W.shape[1], W.shape[0], bias=False, rpu_config=config).eval()
     layer.set_weights(torch.from_numpy(W))
     return layer
 
 
-def technologies() -> dict[str, tuple[BaseNoiseModel, tuple[float, ...]]]:
+def technologies():
     """Return noise models in pairs of cells, and their ages.
 
     ReRAM of CMO is by default one cell for each weight; its read noise, which this package's model lacks, is left out.
@@ -74,7 +71,7 @@ def technologies() -> dict[str, tuple[BaseNoiseModel, tuple[float, ...]]]:
     }
 
 
-def drifted(W: np.ndarray) -> dict[str, dict[str, dict[str, float]]]:
+def drifted(W):
     """Return the factor of global drift compensation, and relative errors of the weights without and with it.
 
     Means over chips, and the standard deviation of the factor. Both cells of a pair drift; `drift_analog_weights` takes
@@ -82,7 +79,7 @@ def drifted(W: np.ndarray) -> dict[str, dict[str, dict[str, float]]]:
     """
     weights = torch.from_numpy(W)
     readout = GlobalDriftCompensation().readout
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    found = {}
     for name, (noise, ages) in technologies().items():
         rows = {age: [] for age in ages}
         for seed in range(DRAWS):
@@ -114,7 +111,7 @@ def drifted(W: np.ndarray) -> dict[str, dict[str, dict[str, float]]]:
     return found
 
 
-def by_default(W: np.ndarray, x: np.ndarray) -> dict[str, np.ndarray]:
+def by_default(W, x):
     """Return products of `InferenceRPUConfig()` without its output noise, and the noise of many reads of one input.
 
     Its converters have absolute bounds: the weights are divided by their largest.
@@ -131,7 +128,7 @@ def by_default(W: np.ndarray, x: np.ndarray) -> dict[str, np.ndarray]:
     return {"y": y, "spread": np.std(noisy - y[:1], axis=0)}
 
 
-def main() -> None:
+def main():
     """Write the products, the scales of the tiles, and what drift compensation does."""
     out = seeded.target(seeded.HERE / "aihwkit")
     with np.load(seeded.HERE / "aihwkit" / NAME) as arrays:

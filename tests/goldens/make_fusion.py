@@ -10,7 +10,7 @@ one adapter with all coefficients 1 is checked against PEFT.
 import json
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import peft
@@ -61,7 +61,7 @@ class Factors(NamedTuple):
     magnitude: torch.Tensor | None
 
 
-def load(folder: Path) -> torch.nn.Module:
+def load(folder):
     """Return the base model in float32 and without dropout."""
     config = json.loads((folder / "base" / "config.json").read_text())
     t5 = config["model_type"] == "t5"
@@ -71,7 +71,7 @@ def load(folder: Path) -> torch.nn.Module:
     return family.from_pretrained(folder / "base", dtype=torch.float32).eval()
 
 
-def inputs(kind: str, vocabulary: int = 256) -> dict[str, np.ndarray]:
+def inputs(kind, vocabulary=256):
     """Return two batches, of four and three rows of falling lengths."""
     decoder_only = kind == "llama"
     arrays = {}
@@ -100,7 +100,7 @@ def inputs(kind: str, vocabulary: int = 256) -> dict[str, np.ndarray]:
 class Texts:
     """The batches on a model: logits, losses and greedily generated tokens."""
 
-    def __init__(self, model: torch.nn.Module, arrays: dict[str, np.ndarray]):
+    def __init__(self, model, arrays):
         self.model = model
         self.decoder_only = not model.config.is_encoder_decoder
         self.batches = [
@@ -113,13 +113,13 @@ class Texts:
             for k in (0, 1)
         ]
 
-    def run(self, k: int, weights: dict[str, torch.Tensor] | None = None) -> Any:
+    def run(self, k, weights=None):
         """Return the output of a batch, with the mean cross-entropy and the logits, with some weights replaced."""
         return torch.func.functional_call(
             self.model, weights or {}, kwargs=self.batches[k]
         )
 
-    def greedy(self, weights: dict[str, torch.Tensor] | None = None) -> np.ndarray:
+    def greedy(self, weights=None):
         """Generate from batch 0."""
         prompt = {
             name: self.batches[0][name] for name in ("input_ids", "attention_mask")
@@ -129,12 +129,7 @@ class Texts:
         return greedy(self.model, prompt, NEW_TOKENS, weights)
 
 
-def greedy(
-    model: torch.nn.Module,
-    prompt: dict[str, torch.Tensor],
-    tokens: int,
-    weights: dict[str, torch.Tensor] | None = None,
-) -> np.ndarray:
+def greedy(model, prompt, tokens, weights=None):
     """Generate with some weights replaced.
 
     Raises:
@@ -167,7 +162,7 @@ def greedy(
     return found.sequences.numpy()
 
 
-def _factors(layer: torch.nn.Module, name: str) -> Factors | None:
+def _factors(layer, name):
     if name not in layer.lora_A:
         return None
     magnitude = None
@@ -181,9 +176,7 @@ def _factors(layer: torch.nn.Module, name: str) -> Factors | None:
     )
 
 
-def read_pool(
-    base: torch.nn.Module, folder: Path, names: tuple[str, ...]
-) -> dict[str, list[Factors | None]]:
+def read_pool(base, folder, names):
     """Return the factors of every adapted matrix as PEFT reads them, by path, in the order of the base's modules."""
     order = [name for name, _ in base.named_modules()]
     model = peft.PeftModel.from_pretrained(
@@ -201,20 +194,13 @@ def read_pool(
     return pool
 
 
-def column(path: str, config: Any) -> int:
+def column(path, config):
     """Return the block of a matrix: a T5's encoder first, then its decoder."""
     number = int(path.split(".")[2])
     return number + (config.num_layers if path.startswith("decoder") else 0)
 
 
-def fused(
-    model: torch.nn.Module,
-    pool: dict[str, list[Factors | None]],
-    coefficients: torch.Tensor,
-    magnitudes: list[torch.Tensor] | None,
-    *,
-    mix: bool,
-) -> dict[str, torch.Tensor]:
+def fused(model, pool, coefficients, magnitudes, *, mix):
     """Return the weights of a fusion by its definition."""
     own = dict(model.named_parameters())
     weights = {}
@@ -239,9 +225,7 @@ def fused(
     return weights
 
 
-def start_magnitudes(
-    model: torch.nn.Module, pool: dict[str, list[Factors | None]]
-) -> list[torch.Tensor]:
+def start_magnitudes(model, pool):
     """Return a DoRA adapter's own magnitudes, else the norms of the base's rows."""
     own = dict(model.named_parameters())
     return [
@@ -252,29 +236,20 @@ def start_magnitudes(
     ]
 
 
-def fusion(
-    texts: Texts,
-    pool: dict[str, list[Factors | None]],
-    start: np.ndarray,
-    *,
-    mix: bool,
-    magnitudes: bool,
-) -> dict:
+def fusion(texts, pool, start, *, mix, magnitudes):
     """Return logits, loss and gradients at the start, Adam's steps, and logits at the end, all positions of each."""
     model = texts.model
     c = torch.tensor(start, dtype=torch.float32, requires_grad=True)
     m = None
-    groups: list[dict[str, Any]] = [
-        {"params": [c], "lr": LR_COEFFICIENTS, "weight_decay": L2}
-    ]
+    groups = [{"params": [c], "lr": LR_COEFFICIENTS, "weight_decay": L2}]
     if magnitudes:
         m = [row.requires_grad_() for row in start_magnitudes(model, pool)]
         groups.append({"params": m, "lr": LR_MAGNITUDES})
 
-    def weights() -> dict[str, torch.Tensor]:
+    def weights():
         return fused(model, pool, c, m, mix=mix)
 
-    def loss_of(batch: int) -> torch.Tensor:
+    def loss_of(batch):
         output = texts.run(batch, weights())
         return output.loss / len(output.logits)
 
@@ -317,7 +292,7 @@ def fusion(
     }
 
 
-def single(folder: Path, name: str, arrays: dict[str, np.ndarray]) -> dict:
+def single(folder, name, arrays):
     """Return what PEFT computes for one adapter, and after merging it."""
     adapter = folder / "adapters" / name
     model = peft.PeftModel.from_pretrained(load(folder), adapter).eval()
@@ -333,7 +308,7 @@ def single(folder: Path, name: str, arrays: dict[str, np.ndarray]) -> dict:
     return found | {"logits_merged": merged.run(0).logits}
 
 
-def make(kind: str, folder: Path, target: Path) -> None:
+def make(kind, folder, target):
     """Write the arrays of one model."""
     arrays = inputs(kind)
     model = load(folder)
@@ -387,12 +362,7 @@ def make(kind: str, folder: Path, target: Path) -> None:
             )
 
 
-def write(
-    path: Path,
-    found: dict,
-    positions: tuple[int, ...],
-    more: dict[str, np.ndarray] | None = None,
-) -> None:
+def write(path, found, positions, more=None):
     """Write arrays in a file, logits at some positions only."""
     arrays = {
         name: x.detach().numpy() if isinstance(x, torch.Tensor) else x
@@ -405,7 +375,7 @@ def write(
     np.savez_compressed(path, **arrays, **(more or {}))
 
 
-def write_bin() -> None:
+def write_bin():
     """Write lora_0's tensors as PyTorch pickles them."""
     folder = seeded.HERE / "fusion" / "t5a"
     config = json.loads((folder / "adapters/lora_0/adapter_config.json").read_text())
@@ -415,7 +385,7 @@ def write_bin() -> None:
     torch.save(tensors, folder / "adapters" / "lora_0_bin" / "adapter_model.bin")
 
 
-def main() -> None:
+def main():
     """Write the arrays of all models in `fusion/`."""
     out = seeded.target(seeded.HERE / "fusion")
     torch.set_num_threads(1)

@@ -10,7 +10,6 @@ import hashlib
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import make_fusion
 import numpy as np
@@ -24,7 +23,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 NEW_TOKENS = {"smollm2": 24, "gemma3": 16}
 
 
-def tokenizer_of_smollm2(path: Path) -> transformers.PreTrainedTokenizerFast:
+def tokenizer_of_smollm2(path):
     """Return the tokenizer that the file describes: SmolLM's, which splits digits first (AutoTokenizer does not)."""
     fields = GGUFReader(path).fields
     tokens = fields[f"tokenizer.{'ggml.tokens'}"].contents()
@@ -63,7 +62,7 @@ def tokenizer_of_smollm2(path: Path) -> transformers.PreTrainedTokenizerFast:
     )
 
 
-def write_tokens(encoder: Any, target: Path) -> None:
+def write_tokens(encoder, target):
     """Write the ids of the strings and conversations of `tokenizer_cases.json`."""
     cases = json.loads((seeded.HERE / "smollm2" / "tokenizer_cases.json").read_text())
     for case in cases["strings"]:
@@ -88,7 +87,7 @@ def write_tokens(encoder: Any, target: Path) -> None:
     (target / "tokenizer_cases.json").write_text(text)
 
 
-def write_tensors(model: torch.nn.Module, target: Path) -> None:
+def write_tensors(model, target):
     """Write shape and sha256 of every tensor."""
     tensors = {}
     for name, tensor in model.state_dict().items():
@@ -102,7 +101,7 @@ def write_tensors(model: torch.nn.Module, target: Path) -> None:
     (target / "base" / "tensors.json").write_text(json.dumps(tensors, indent=0) + "\n")
 
 
-def write_texts(model: torch.nn.Module, encoder: Any, name: str, target: Path) -> None:
+def write_texts(model, encoder, name, target):
     """Write prompts with their ids, logits at some positions, and greedily generated ids."""
     prompts = json.loads((seeded.HERE / name / "texts.json").read_text())["prompts"]
     probes = seeded.integers(
@@ -135,7 +134,7 @@ def write_texts(model: torch.nn.Module, encoder: Any, name: str, target: Path) -
     (target / "texts.json").write_text(f"{{\n{lines}\n}}\n")
 
 
-def main() -> None:
+def main():
     """Write the folder of one of the models."""
     parser = argparse.ArgumentParser(
         description="Make the goldens of a language model again."

@@ -9,7 +9,6 @@ and nevergrad's NGOpt minimises it within +-1.5, from zeros.
 
 import tempfile
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import make_fusion
@@ -25,9 +24,7 @@ L1 = 0.05
 SEED = 42
 
 
-def objective(
-    folder: Path, names: tuple[str, ...], arrays: dict[str, np.ndarray]
-) -> Callable[[np.ndarray], float]:
+def objective(folder, names, arrays):
     """Return the function that LoraHub minimises."""
     model = peft.PeftModel.from_pretrained(
         make_fusion.load(folder), folder / "adapters" / names[0]
@@ -39,7 +36,7 @@ def objective(
     texts = make_fusion.Texts(model, arrays)
     rows = sum(len(batch["labels"]) for batch in texts.batches)
 
-    def score(weights: np.ndarray) -> float:
+    def score(weights):
         mixed = {
             key: sum(
                 float(w) * state[key] for w, state in zip(weights, states, strict=True)
@@ -54,14 +51,12 @@ def objective(
     return score
 
 
-def search(
-    score: Callable[[np.ndarray], float], adapters: int, seed: int = SEED
-) -> dict[str, np.ndarray]:
+def search(score, adapters, seed=SEED):
     """Return every weight that was tried with its score, and the recommendation."""
     tried = []
     scores = []
 
-    def recorded(weights: np.ndarray) -> float:
+    def recorded(weights):
         tried.append(np.array(weights))
         scores.append(score(weights))
         return scores[-1]
@@ -80,7 +75,7 @@ def search(
     }
 
 
-def main() -> None:
+def main():
     """Write the search over the pool of the first small T5."""
     out = seeded.target(seeded.HERE / "fusion" / "t5a")
     torch.set_num_threads(1)

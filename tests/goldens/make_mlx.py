@@ -32,7 +32,7 @@ ADAPTERS = {
 ROWS = [[2, 17, 90, 255, 31, 4, 8, 1]]
 
 
-def main(out: Path) -> None:
+def main(out):
     """Write an adapter of each kind, and the logits of the base with it."""
     logits = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -11,7 +11,6 @@ import re
 import shutil
 import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -22,7 +21,7 @@ SEEDS = {"fusion/t5a": 1, "fusion/t5b": 0, "fusion/llama": 0}
 _PREFIX = "base_model.model."
 
 
-def target(folder: Path) -> Path:
+def target(folder):
     """Return the folder that a script writes in: `folder`, or that of its option --out."""
     parser = argparse.ArgumentParser(
         description=f"Make the goldens of {folder.name} again."
@@ -33,13 +32,11 @@ def target(folder: Path) -> Path:
     return out
 
 
-def _words(name: str, count: int) -> np.ndarray:
+def _words(name, count):
     return np.random.Philox(key=zlib.crc32(name.encode())).random_raw(count)
 
 
-def normal(
-    name: str, shape: tuple[int, ...], std: float, mean: float = 0.0
-) -> np.ndarray:
+def normal(name, shape, std, mean=0.0):
     """Return a float32 tensor that the name determines: sums of four uniform numbers, close to normal ones."""
     words = _words(name, int(np.prod(shape)))
     total = sum(
@@ -53,13 +50,13 @@ def normal(
     )
 
 
-def integers(name: str, shape: tuple[int, ...], low: int, high: int) -> np.ndarray:
+def integers(name, shape, low, high):
     """Return integers from low to high - 1 that the name determines."""
     words = _words(name, int(np.prod(shape)))
     return (low + (words % np.uint64(high - low)).astype(np.int64)).reshape(shape)
 
 
-def matrices(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
+def matrices(config):
     """Return [out, in] of every linear map of the blocks of a T5 or a Llama, by Hugging Face's path."""
     if config["model_type"] != "t5":
         d = config["hidden_size"]
@@ -103,7 +100,7 @@ def matrices(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
     }
 
 
-def base(kind: str, config: dict[str, Any]) -> dict[str, np.ndarray]:
+def base(kind, config):
     """Return the tensors of one of the small models by Hugging Face's names."""
     # Small queries, since T5 does not scale its scores; logits spread over about 10.
     shapes = {f"{path}.weight": shape for path, shape in matrices(config).items()}
@@ -150,9 +147,7 @@ def base(kind: str, config: dict[str, Any]) -> dict[str, np.ndarray]:
 _LLAMA_NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
-def adapter(
-    name: str, config: dict[str, Any], shapes: dict[str, tuple[int, int]]
-) -> dict[str, np.ndarray]:
+def adapter(name, config, shapes):
     """Return the tensors of a PEFT adapter of the base's matrices."""
     tensors = {}
     for path, (d_out, d_in) in shapes.items():
@@ -177,7 +172,7 @@ def adapter(
     return tensors
 
 
-def unfold(folder: Path) -> Path:
+def unfold(folder):
     """Copy the goldens into a folder, and write there the weights that are not stored. Return the folder."""
     shutil.copytree(
         HERE,
@@ -202,5 +197,5 @@ def unfold(folder: Path) -> Path:
     return folder
 
 
-def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
+def _save(tensors, path):
     save_file(tensors, path, metadata={"format": "pt"})

@@ -122,14 +122,14 @@ def _convert(base, adapters, **options):
     )
 
 
-def _printed(capsys, base, adapters, *arguments, command=main) -> str:
+def _printed(capsys, base, adapters, *arguments, command=main):
     command(
         [*f"convert --base {base} --adapters".split(), *adapters, *map(str, arguments)]
     )
     return capsys.readouterr().out
 
 
-def _run_script(arguments) -> None:
+def _run_script(arguments):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["convert_peft_weights.py", *arguments[1:]])
         runpy.run_path(str(_ROOT / "convert_peft_weights.py"), run_name="__main__")

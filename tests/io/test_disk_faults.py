@@ -2,9 +2,9 @@
 
 import contextlib
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import made_up_rows
@@ -27,7 +27,7 @@ class _Case(NamedTuple):
     read: Callable[[Path], Any]
 
 
-def _save_chip(folder: Path, size: int) -> None:
+def _save_chip(folder, size):
     chip = crossbar.program(jnp.ones((size, size)), crossbar.CrossbarConfig())
     crossbar.save_chip(chip, folder / "chip.safetensors")
 
@@ -55,7 +55,7 @@ _CASES = {
 
 
 @contextlib.contextmanager
-def _full_disk() -> Iterator[None]:
+def _full_disk():
     """Let the kernel refuse files of over 100 kB, also to libraries that do not use Python's own functions."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
@@ -88,7 +88,7 @@ def test_what_is_read_meanwhile_is_not_blamed_on_the_folder(tmp_path):
 def test_two_writers_of_one_file_do_not_meet(tmp_path):
     """The second writes the whole file while the first is at it."""
 
-    def first(file: BinaryIO) -> None:
+    def first(file):
         file.write(b"first")
         write_text(tmp_path / "file", "second")
 

@@ -2,7 +2,6 @@
 
 import shutil
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple, TypedDict
 
 import jax
@@ -56,7 +55,7 @@ def saved(tmp_path):
 
 
 @pytest.fixture
-def checkpoints(tmp_path) -> Path:
+def checkpoints(tmp_path):
     folder = tmp_path / "steps"
     for step in (1, 2):
         store.save_step(folder, step, _state(float(step)), {"step": step}, keep=2)
@@ -86,20 +85,20 @@ def test_a_tree_and_its_metadata_come_back_exactly(saved):
 
 
 def _manifest(**changes):
-    def damage(folder: Path) -> None:
+    def damage(folder):
         path = folder / "manifest.json"
         change_json(path, changes)
 
     return damage
 
 
-def _flip(folder: Path) -> None:
+def _flip(folder):
     path = folder / "arrays.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
 
-def _earlier_format(folder: Path) -> None:
+def _earlier_format(folder):
     path = folder / "manifest.json"
     manifest = read_json(path)
     del manifest["kind"]
@@ -186,7 +185,7 @@ def test_the_newest_sound_step_is_loaded_and_a_damaged_one_is_kept_aside(checkpo
     for earlier in ("step_000002.damaged", "step_000002.damaged-2"):
         (checkpoints / earlier).mkdir()
     _flip(checkpoints / "step_000002")
-    notes: list[str] = []
+    notes = []
     newest = _newest(checkpoints, notes.append)
     assert newest is not None and newest[1] == {"step": 1}
     (note,) = notes

@@ -1,8 +1,6 @@
 """The harness's own `hf` model, which computes with PyTorch, is the oracle of scores and answers on local tasks."""
 
 import shutil
-from pathlib import Path
-from typing import Any
 
 import lm_eval_tasks
 import pretrained
@@ -28,7 +26,7 @@ _TEXTS = (
 _NEW_TOKENS = 12
 
 
-def _tasks(folder: Path, **generation: Any) -> TaskManager:
+def _tasks(folder, **generation):
     folder.mkdir()
     questions = [f"The capital of {country} is" for country in _CAPITALS]
     questions[0] = " ".join(questions) + " Paris. " + questions[0]
@@ -54,7 +52,7 @@ def _tasks(folder: Path, **generation: Any) -> TaskManager:
     return TaskManager(include_path=str(folder), include_defaults=False)
 
 
-def _samples(model: Any, manager: TaskManager, **how: Any) -> dict[str, list[Any]]:
+def _samples(model, manager, **how):
     """The answers to all requests of each task, in their order."""
     found = simple_evaluate(
         model=model,
@@ -75,7 +73,7 @@ def _samples(model: Any, manager: TaskManager, **how: Any) -> dict[str, list[Any
     }
 
 
-def _assert_equal(ours: LorafusionLM, base: Path, folder: Path, **how: Any) -> None:
+def _assert_equal(ours, base, folder, **how):
     from lm_eval.models.huggingface import HFLM
 
     theirs = HFLM(
@@ -107,7 +105,7 @@ def _assert_equal(ours: LorafusionLM, base: Path, folder: Path, **how: Any) -> N
 
 
 @pytest.fixture(scope="module")
-def t5(tmp_path_factory) -> Path:
+def t5(tmp_path_factory):
     """A small T5 of random weights, as transformers saves it, with a tokenizer of bytes."""
     import torch
     import transformers

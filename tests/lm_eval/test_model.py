@@ -28,7 +28,7 @@ from lm_eval.api.instance import Instance
 from lorafusion_jax.lm_eval.model import LorafusionLM
 
 
-def _requests(*arguments: tuple) -> list[Instance]:
+def _requests(*arguments):
     return [
         Instance(request_type="loglikelihood", doc={}, arguments=each, idx=0)
         for each in arguments
@@ -36,7 +36,7 @@ def _requests(*arguments: tuple) -> list[Instance]:
 
 
 @pytest.fixture(scope="module")
-def llama(base) -> LorafusionLM:
+def llama(base):
     return LorafusionLM(base=str(base), batch_size=4, max_length=24)
 
 
@@ -51,9 +51,7 @@ def log_probs(base):
             nnx.merge(graph, weights)(ids, jnp.ones(ids.shape, bool))[0]
         )
 
-    def padded(
-        tokens: list[int],
-    ) -> np.ndarray:  # nothing looks ahead, so what is behind the row has no effect
+    def padded(tokens):  # nothing looks ahead, so what is behind the row has no effect
         return np.asarray(
             of_row(weights, np.array([tokens + [0] * (32 - len(tokens))], np.int32))
         )
@@ -62,7 +60,7 @@ def log_probs(base):
 
 
 def test_answers_are_greedy_and_end_before_their_stop_text(llama, log_probs):
-    def greedy(prompt: str, count: int) -> str:
+    def greedy(prompt, count):
         row = llama.tok_encode(prompt)[-(24 - count) :]
         start = len(row)
         while len(row) < start + count and not {small_llama.EOS, small_llama.END} & {
@@ -113,7 +111,7 @@ def test_chat_templates_are_rendered_by_the_base(llama):
 
 
 @pytest.fixture(scope="module")
-def tasks(tmp_path_factory) -> Path:
+def tasks(tmp_path_factory):
     """A folder of four local tasks."""
     folder = tmp_path_factory.mktemp("tasks")
     words = {"hot": "cold", "tall": "short", "bold": "old"}
@@ -160,7 +158,7 @@ def test_the_command_runs_the_harness_with_its_own_options(
 
 
 @pytest.fixture(scope="module")
-def run(small, tmp_path_factory) -> Path:
+def run(small, tmp_path_factory):
     options = recipes.small_run(small, tmp_path_factory.mktemp("runs"))
     fuse(options)
     return run_path(options)
@@ -173,7 +171,7 @@ _SMALL_PAIRS = (
 )
 
 
-def _scores(**options) -> list[float]:
+def _scores(**options):
     found = LorafusionLM(**options).loglikelihood(_requests(*_SMALL_PAIRS))
     return [score for score, _ in found]
 

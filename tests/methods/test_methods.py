@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import one_block
@@ -63,9 +62,7 @@ def _cases(methods):
     ]
 
 
-def _options(
-    small: tuple[Path, Path], out: Path, method: str, **changes
-) -> lf.FuseOptions:
+def _options(small, out, method, **changes):
     """`cat` is the method merge with that rule."""
     values = {
         "evaluations": 4,
@@ -95,7 +92,7 @@ def runs(small, tmp_path_factory):
     return run
 
 
-def _strict(text: str):
+def _strict(text):
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
 
@@ -216,7 +213,7 @@ def test_only_a_seeds_own_five_rows_count(method, small, tmp_path):
         assert set(said["own"][1]) == {"z"}
 
 
-def _exported(runs, method, form, tmp_path) -> dict[str, np.ndarray]:
+def _exported(runs, method, form, tmp_path):
     options, _ = runs(method)
     lf.runs.export(
         lf.runs.ExportOptions(
@@ -227,9 +224,7 @@ def _exported(runs, method, form, tmp_path) -> dict[str, np.ndarray]:
     return load_file(file)
 
 
-def _in_peft(
-    adapter: dict[str, np.ndarray], config: dict, base: dict[str, np.ndarray]
-) -> dict[str, np.ndarray]:
+def _in_peft(adapter, config, base):
     """Return the base's weights [d_out, d_in] with what PEFT makes of those that an adapter names, in float64."""
     weights = {name: tensor.astype(np.float64) for name, tensor in base.items()}
     for path in config["target_modules"]:

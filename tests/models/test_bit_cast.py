@@ -13,7 +13,7 @@ _LAYERS = 6
 _WIDTH = 64
 
 
-def _stack(dtype) -> jax.Array:
+def _stack(dtype):
     numbers = jax.random.normal(jax.random.key(0), (_LAYERS, _WIDTH, _WIDTH))
     return (
         jnp.abs(4 * numbers) if jnp.issubdtype(dtype, jnp.integer) else 0.1 * numbers
@@ -31,7 +31,7 @@ def _plain(x, stack):
     return jax.lax.scan(_body, x, stack)
 
 
-def _by_bits(x, stack, *, save: str | None = None):
+def _by_bits(x, stack, *, save=None):
     def body(carry, layer):
         return to_bits(_body(*from_bits((carry, layer))))
 
@@ -81,7 +81,7 @@ def test_a_loop_holds_no_wider_copy_of_its_stack(dtype, bits):
     stack = jax.ShapeDtypeStruct((layers, _WIDTH, _WIDTH), dtype)
     x = jax.ShapeDtypeStruct((1, _WIDTH), jnp.bfloat16)
 
-    def temporaries(of) -> float:
+    def temporaries(of):
         """Return the bits for each number of the stack."""
         found = (
             jax.jit(lambda *given: of(*given)[0])

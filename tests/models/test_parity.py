@@ -5,9 +5,6 @@ the left. What a fusion should give is computed in PyTorch from the adapters' fi
 """
 
 import functools
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +12,13 @@ import numpy as np
 import peft_models
 import pytest
 from flax import nnx
-from peft_models import Fused, fused
+from peft_models import fused
 
 import lorafusion_jax as lf
 from lorafusion_jax.adapters import expand
 from lorafusion_jax.io import fused_adapter, lora_adapter, write_adapter
-from lorafusion_jax.models import Model, linear_shapes
-from lorafusion_jax.training import Params, cross_entropy
+from lorafusion_jax.models import linear_shapes
+from lorafusion_jax.training import cross_entropy
 
 pytestmark = pytest.mark.peft
 
@@ -237,7 +234,7 @@ _LONGROPE = {
 _TWO_ROPES = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
-def _in_layers_of_one_kind(scaling: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _in_layers_of_one_kind(scaling):
     """Return models in which only some layers have this scaling of rotary positions."""
     unscaled = {"rope_type": "default", "rope_theta": 50.0}
     two_kinds = {"layer_types": _TWO_ROPES, "sliding_window": _WINDOW}
@@ -344,7 +341,7 @@ _WIDTH = 14
 _ANSWER = [0, 8, 5, 13, 21]  # what the decoder of an encoder-decoder has read
 
 
-def _made(folder: Path, model_type: str, changes: dict[str, Any]) -> Path:
+def _made(folder, model_type, changes):
     """Save a random model; norms and biases are random too."""
     import torch
     import transformers
@@ -370,7 +367,7 @@ def _made(folder: Path, model_type: str, changes: dict[str, Any]) -> Path:
     return folder
 
 
-def _read(folder: Path):
+def _read(folder):
     import transformers
 
     if (config := lf.read_config(folder)).causal:
@@ -380,13 +377,13 @@ def _read(folder: Path):
     return transformers.AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
 
 
-def _read_adapted(folder: Path, adapter: Path):
+def _read_adapted(folder, adapter):
     import peft
 
     return peft.PeftModel.from_pretrained(_read(folder), adapter).eval()
 
 
-def _inputs(model, row: list[int]) -> dict[str, Any]:
+def _inputs(model, row):
     import torch
 
     both = (
@@ -397,7 +394,7 @@ def _inputs(model, row: list[int]) -> dict[str, Any]:
     return {"input_ids": torch.tensor([row])} | both
 
 
-def _forget(model) -> None:
+def _forget(model):
     """Read a short row: until then transformers keeps the dynamic frequencies of the longest row that it has read."""
     import torch
 
@@ -405,7 +402,7 @@ def _forget(model) -> None:
         model(**_inputs(model, [3]))
 
 
-def _theirs(model) -> list[np.ndarray]:
+def _theirs(model):
     import torch
 
     found = []
@@ -416,7 +413,7 @@ def _theirs(model) -> list[np.ndarray]:
     return found
 
 
-def _padded() -> tuple[jax.Array, jax.Array]:
+def _padded():
     """Every row, padded on the right, and again, padded on the left."""
     ids = np.full((2 * len(_ROWS), _WIDTH), 7, np.int32)
     mask = np.zeros(ids.shape, bool)
@@ -449,9 +446,7 @@ def _say(graph, weights, adapters):
     )
 
 
-def _check(
-    theirs: list[np.ndarray], model: Model, adapters: dict[str, Any] | None = None
-) -> None:
+def _check(theirs, model, adapters=None):
     """Check the logits of every real token, to 1e-4 of the largest."""
     graph, weights = nnx.split(model)
     ours = np.asarray(_run(graph, weights, adapters or {}))
@@ -462,7 +457,7 @@ def _check(
         np.testing.assert_allclose(got[real], wanted, rtol=0, atol=tolerance)
 
 
-def _check_said(theirs, model: Model, adapters: dict[str, Any] | None = None) -> None:
+def _check_said(theirs, model, adapters=None):
     """Check the ids of greedy generation."""
     import torch
 
@@ -484,7 +479,7 @@ def _check_said(theirs, model: Model, adapters: dict[str, Any] | None = None) ->
             assert (got[len(wanted) :] == 0).all()
 
 
-def _differ(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
+def _differ(a, b):
     return all(
         np.abs(x - y).max() > 1e-2 * np.abs(y).max() for x, y in zip(a, b, strict=True)
     )
@@ -500,7 +495,7 @@ def _differ(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
         ),
     ],
 )
-def base(request, tmp_path_factory) -> Path:
+def base(request, tmp_path_factory):
     """A base model of a family, with adapters on all its linear maps as PEFT saves them."""
     import peft
 
@@ -526,30 +521,30 @@ def base(request, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(base) -> Model:
+def model(base):
     return lf.load_base(base)
 
 
 @pytest.fixture(scope="module")
-def plain(base) -> list[np.ndarray]:
+def plain(base):
     """transformers' logits of the base model."""
     return _theirs(_read(base))
 
 
 @pytest.fixture(scope="module")
-def fusion(base, model) -> Callable[[str, bool], Fused]:
+def fusion(base, model):
     """Function that returns a fusion from its composition and whether it has magnitudes."""
     return functools.cache(functools.partial(_fusion, base, model))
 
 
-def _fusion(base: Path, model: Model, composition: str, magnitudes: bool) -> Fused:
+def _fusion(base, model, composition, magnitudes):
     folders = [base.parent / name for name in _FUSED[composition]]
     return fused(
         model, folders, lf.Fusion(composition=composition, magnitudes=magnitudes)
     )
 
 
-def _in_torch(base: Path, config: lf.Architecture, composition: str, params: Params):
+def _in_torch(base, config, composition, params):
     """Return a function that runs the model with the fusion in its weights, and the fusion's numbers as leaves."""
     import torch
     from safetensors.torch import load_file
@@ -573,7 +568,7 @@ def _in_torch(base: Path, config: lf.Architecture, composition: str, params: Par
         for layer in range(of.layers)
     ]
 
-    def weights() -> dict[str, torch.Tensor]:
+    def weights():
         found = {}
         for name, site in config.sites.items():
             for layer in range(site.layers):
@@ -611,7 +606,7 @@ def _in_torch(base: Path, config: lf.Architecture, composition: str, params: Par
                 found[f"{path}.weight"] = weight.T if flipped else weight
         return found
 
-    def run(row: list[int]) -> torch.Tensor:
+    def run(row):
         return torch.func.functional_call(
             model, weights(), (), _inputs(model, row)
         ).logits[0]

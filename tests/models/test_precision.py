@@ -7,7 +7,6 @@ Everything is lowered for a TPU, which needs none.
 
 import re
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,6 @@ import tiny
 from flax import nnx
 
 import lorafusion_jax as lf
-from lorafusion_jax.adapters.basis import Pool
 from lorafusion_jax.adapters.norms import pair_terms
 
 _DOT = re.compile(
@@ -27,7 +25,7 @@ _ROWS = 7  # of a batch; no weight has an axis of a multiple of it
 _MODEL = tiny.t5()
 
 
-def _products(function, *args) -> list[tuple[bool, bool]]:
+def _products(function, *args):
     """Of every product in a lowered program: whether both factors are of weights, and whether it asks for float32."""
     leaves, tree = jax.tree.flatten(args)
     # Lowering makes the arguments' trees anew from what the checks of types do not take for arrays.
@@ -46,12 +44,12 @@ def _products(function, *args) -> list[tuple[bool, bool]]:
     ]
 
 
-def _check(products, *, of_weights: bool = True):
+def _check(products, *, of_weights=True):
     assert any(weights for weights, _ in products) == of_weights
     assert all(highest == weights for weights, highest in products)
 
 
-def _frozen(pool: Pool, terms: Any = lf.gram) -> lf.Frozen:
+def _frozen(pool, terms=lf.gram):
     return lf.Frozen(
         nnx.state(_MODEL),
         pool,
@@ -59,9 +57,7 @@ def _frozen(pool: Pool, terms: Any = lf.gram) -> lf.Frozen:
     )
 
 
-def _step(
-    method: lf.Fusion, pool: Pool, terms: Any = lf.gram
-) -> list[tuple[bool, bool]]:
+def _step(method, pool, terms=lf.gram):
     problem = lf.Problem(
         graph=nnx.split(_MODEL)[0],
         method=method,

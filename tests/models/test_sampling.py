@@ -24,7 +24,7 @@ def _probabilities(logits, sampling):
     return jax.nn.softmax(sampling.filtered(logits), axis=-1)
 
 
-def _oracle(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+def _oracle(logits, sampling):
     """Probabilities of one row: a token stays if few enough, and unlikely enough, tokens are likelier than it."""
     scaled = (logits - logits.max()) / np.float32(sampling.temperature)
     kept = [

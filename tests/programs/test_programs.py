@@ -12,7 +12,7 @@ import subprocess
 import venv
 import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import gguf
 import gguf_models
@@ -58,7 +58,7 @@ _NOT_MLX = ("gemma", "gemma2", "granite", "phi3 with longrope", "qwen3.5")
 _GELU = tuple(name for name in _GGUF if name.startswith("gemma"))
 
 
-def _python(program: str) -> Path:
+def _python(program):
     """The interpreter of a program's environment, which is made once for these versions."""
     requirements = _REQUIREMENTS[program]
     folder = (
@@ -110,11 +110,11 @@ def export(tmp_path_factory):
     return functools.cache(lambda name: _export(tmp_path_factory.mktemp("model"), name))
 
 
-def _export(folder: Path, name: str) -> _Export:
+def _export(folder, name):
     """Write a random model, two adapters on all of its linear maps, and what `lorafusion merge` makes of them."""
     rng = np.random.default_rng(0)
 
-    def draw(title: str, shape: tuple[int, ...]) -> np.ndarray:
+    def draw(title, shape):
         if len(shape) > 1:
             # Gemma multiplies embeddings by the root of their width: larger ones would be repeated.
             small = 0.25 if "embed" in title and name.startswith("gemma") else 1.0
@@ -174,7 +174,7 @@ def _export(folder: Path, name: str) -> _Export:
     )
 
 
-def _answers(model: Any, prompts: list[list[int]], adapters: Any) -> list[list[int]]:
+def _answers(model, prompts, adapters):
     width = max(map(len, prompts))
     ids = jnp.array([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
     mask = jnp.arange(width)[None] < jnp.array([*map(len, prompts)])[:, None]
@@ -192,7 +192,7 @@ def _answers(model: Any, prompts: list[list[int]], adapters: Any) -> list[list[i
     ]
 
 
-def _ended(answer: list[int], ends: tuple[int, ...]) -> list[int]:
+def _ended(answer, ends):
     """The answer up to its first end token."""
     place = next((i for i, token in enumerate(answer) if token in ends), len(answer))
     return answer[: place + 1]
@@ -203,9 +203,7 @@ def read(export, tmp_path_factory):
     """A function that returns what a program made of one kind of file of some families: answers and logits."""
 
     @functools.cache
-    def read_by(
-        program: str, kind: str, names: tuple[str, ...]
-    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    def read_by(program, kind, names):
         python = _python(program)
         job = tmp_path_factory.mktemp(program) / "job.json"
         cases = {}
@@ -242,9 +240,7 @@ def read(export, tmp_path_factory):
 def compare(read, export, capsys):
     """A function that prints how many of 100 answers are ours, and the largest difference from PEFT's logits."""
 
-    def compare_with_peft(
-        program: str, kind: str, names: tuple[str, ...]
-    ) -> tuple[float, float]:
+    def compare_with_peft(program, kind, names):
         answers, logits = read(program, kind, names)
         same = []
         apart = [0.0]

@@ -3,7 +3,6 @@
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,7 +18,7 @@ from lorafusion_jax.loading.model import with_whole_modules
 
 
 @pytest.fixture(scope="module")
-def converted(small, tmp_path_factory) -> tuple[Path, Path]:
+def converted(small, tmp_path_factory):
     """Base, and a converted pool of three modules with a basis of 24 directions."""
     base, adapters = small
     out = tmp_path_factory.mktemp("converted") / "pool"
@@ -28,14 +27,14 @@ def converted(small, tmp_path_factory) -> tuple[Path, Path]:
     return base, out
 
 
-def _options(converted: tuple[Path, Path], out: Path, **changes) -> lf.FuseOptions:
+def _options(converted, out, **changes):
     return recipes.small_run(
         converted, out, **{"batch_size": 32, "basis": 16, "seeds": (1,)} | changes
     )
 
 
 @pytest.fixture(scope="module")
-def fused(converted, tmp_path_factory) -> tuple[lf.FuseOptions, dict]:
+def fused(converted, tmp_path_factory):
     options = _options(converted, tmp_path_factory.mktemp("runs"), name="in_basis")
     return options, lf.fuse(options)
 

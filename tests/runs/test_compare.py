@@ -16,7 +16,7 @@ from lorafusion_jax.runs.compare import CompareOptions, compare
 
 
 @pytest.fixture(scope="module")
-def runs(small, tmp_path_factory) -> dict[str, tuple[Path, dict]]:
+def runs(small, tmp_path_factory):
     """Folders and results: a method of two seeds with an own prompt, one of a single seed, and fewer test rows."""
     out = tmp_path_factory.mktemp("runs")
     found = {}

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,16 +46,14 @@ _WINDOWS = (
 _DRAWN = lf.Sampling(temperature=1.5, top_k=20)
 
 
-def _model(family: str) -> Any:
+def _model(family):
     if family in ("t5", "fused"):
         return T5(replace(tiny.CONFIG, eos_id=_ENDS), rngs=nnx.Rngs(0))
     config = FAMILY.read_config({"llama": _TINY, "windows": _WINDOWS}[family])
     return Decoder(replace(config, dtype="float32"), rngs=nnx.Rngs(3))
 
 
-def _problem(
-    family: str, seeds: int, seed_mode: Any = "sequential"
-) -> tuple[lf.Problem, Any]:
+def _problem(family, seeds, seed_mode="sequential"):
     """A problem of seeds with random modules, and their numbers."""
     graph, weights = nnx.split(_model(family))
     model = nnx.merge(graph, weights)
@@ -83,7 +80,7 @@ def _problem(
     return problem, params
 
 
-def _prompts(count: int, longest: int = 8) -> Encoded:
+def _prompts(count, longest=8):
     rng = np.random.default_rng(1)
     rows = tuple(
         rng.integers(14, 48, length).astype(np.int32)
@@ -92,13 +89,7 @@ def _prompts(count: int, longest: int = 8) -> Encoded:
     return Encoded(rows, tuple(np.zeros(0, np.int32) for _ in rows))
 
 
-def _wanted(
-    problem: lf.Problem,
-    params: Any,
-    prompts: Encoded,
-    tokens: int,
-    sampling: lf.Sampling = GREEDY,
-) -> np.ndarray:
+def _wanted(problem, params, prompts, tokens, sampling=GREEDY):
     """Every seed's answers, all rows of one batch, each as long as the longest."""
     ids = jnp.asarray(pad(prompts.inputs, 0, 8))
     mask = jnp.asarray(
@@ -128,15 +119,7 @@ def _wanted(
     )
 
 
-def _said(
-    problem: lf.Problem,
-    params: Any,
-    prompts: Encoded,
-    tokens: int,
-    size: int,
-    sampling=GREEDY,
-    **more: Any,
-):
+def _said(problem, params, prompts, tokens, size, sampling=GREEDY, **more):
     how = {
         "pad_id": 0,
         "sampling": sampling,
@@ -152,7 +135,7 @@ def _said(
     )
 
 
-def _lengths(tokens: np.ndarray) -> np.ndarray:
+def _lengths(tokens):
     return np.sum(tokens != 0, axis=-1)
 
 

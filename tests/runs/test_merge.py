@@ -216,12 +216,12 @@ def test_modules_of_other_matrices_and_ranks_take_no_more_room_together(tmp_path
             assert_allclose(update, wanted[path], atol=tolerance * largest)
 
 
-def _numbers(folder) -> int:
+def _numbers(folder):
     return sum(tensor.size for tensor in load_file(folder / _WEIGHTS).values())
 
 
 @pytest.fixture(scope="module")
-def listed(small, tmp_path_factory) -> tuple[Path, Path]:
+def listed(small, tmp_path_factory):
     """A list of weights, one module's by block, and the folder of the model that is merged from it."""
     folder = tmp_path_factory.mktemp("listed")
     base, pool = map(str, small)

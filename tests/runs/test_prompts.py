@@ -26,7 +26,7 @@ _ANSWERS = {"hot": "cold", "tall": "short", "bold": "old", "gold": "the gold"}
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory) -> Path:
+def task(tmp_path_factory):
     """Prompts of different lengths, whose answers recur and so are options."""
     folder = tmp_path_factory.mktemp("task")
     words = [*_ANSWERS] * 3
@@ -42,7 +42,7 @@ def task(tmp_path_factory) -> Path:
     return folder
 
 
-def _options(base: Path, task: Path, out: Path, **changes) -> lf.FuseOptions:
+def _options(base, task, out, **changes):
     recipe = {
         "epochs": 2,
         "batch_size": 6,
@@ -62,7 +62,7 @@ def _options(base: Path, task: Path, out: Path, **changes) -> lf.FuseOptions:
 
 
 @pytest.fixture(scope="module")
-def chat(base, task, tmp_path_factory) -> tuple[lf.FuseOptions, dict]:
+def chat(base, task, tmp_path_factory):
     options = _options(
         base,
         task,
@@ -276,7 +276,7 @@ def test_chat_needs_a_template(task, tmp_path):
 # A base model as it is.
 
 
-def _ask(base: Path, monkeypatch, text: str, **changes) -> list[str]:
+def _ask(base, monkeypatch, text, **changes):
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
     options = runs.GenerateOptions(base=str(base), max_new_tokens=8, **changes)
     return (

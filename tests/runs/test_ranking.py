@@ -1,7 +1,6 @@
 """Runs whose modules are chosen by one backward pass."""
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from lorafusion_jax.runs import load_setup, run_path
 from lorafusion_jax.runs.start import gradient_at_zero
 
 
-def _options(folder: Path, **changes) -> lf.FuseOptions:
+def _options(folder, **changes):
     values = {
         "choose": "gradient",
         "modules": 3,

@@ -27,25 +27,25 @@ from lorafusion_jax.support import interrupts
 fit_lib = importlib.import_module("lorafusion_jax.training.fit")
 
 
-def _options(small: tuple[Path, Path], out: Path, **changes) -> lf.FuseOptions:
+def _options(small, out, **changes):
     return recipes.small_run(small, out, **{"epochs": 3, "save_seconds": 0.0} | changes)
 
 
 @pytest.fixture(scope="module")
-def fused(small, tmp_path_factory) -> tuple[lf.FuseOptions, dict]:
+def fused(small, tmp_path_factory):
     options = _options(small, tmp_path_factory.mktemp("runs"), name="whole")
     return options, lf.fuse(options)
 
 
 @pytest.fixture
-def copied(fused, tmp_path) -> tuple[lf.FuseOptions, Path]:
+def copied(fused, tmp_path):
     """A copy of the run that can be changed: its options, and its folder."""
     options = replace(fused[0], out=tmp_path, resume=True)
     shutil.copytree(runs.run_path(fused[0]), runs.run_path(options))
     return options, runs.run_path(options)
 
 
-def _change_config(folder: Path, **changes) -> None:
+def _change_config(folder, **changes):
     """Change options in a run's config.json, or remove fields that are None."""
     config = read_json(folder / "config.json")
     config["options"] |= {
@@ -59,9 +59,7 @@ def _change_config(folder: Path, **changes) -> None:
     write_json(folder / "config.json", config)
 
 
-def _assert_resumes(
-    options: lf.FuseOptions, fused: tuple[lf.FuseOptions, dict]
-) -> None:
+def _assert_resumes(options, fused):
     """Resume a run, and check that it gets the bits of the run without interruptions."""
     whole, results = fused
     resumed = lf.fuse(replace(options, resume=True))
@@ -220,7 +218,7 @@ def test_a_run_that_is_resumed_may_be_evaluated_in_smaller_batches(fused, copied
 def test_a_signal_after_the_last_epoch_waits_until_the_numbers_are_saved(
     fused, tmp_path, monkeypatch
 ):
-    def end() -> None:
+    def end():
         raise SystemExit(130)
 
     monkeypatch.setattr(interrupts, "release", end)
@@ -281,7 +279,7 @@ def test_evaluate_and_generate_agree_with_the_run(fused, copied):
         recipes.generate(run=folder, file=text)
 
 
-def _with_base(source: Path, folder: Path, number: float) -> Path:
+def _with_base(source, folder, number):
     """Write a copy of a base whose embeddings are multiplied by a number."""
 
     def change(tensors):
@@ -305,7 +303,7 @@ def moved(copied, small, tmp_path):
     return run, replace(options, base=str(base), pool=str(pool))
 
 
-def _uses(run: Path, options: lf.FuseOptions) -> dict:
+def _uses(run, options):
     def resumed():
         (run / "results.json").unlink(missing_ok=True)
         return lf.fuse(options)

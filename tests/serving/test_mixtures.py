@@ -1,7 +1,6 @@
 """Mixtures of modules with typed weights, without any run: `Service.open`, `generate` and `evaluate` with a pool."""
 
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +25,7 @@ _LINES = [
 
 
 @pytest.fixture(scope="module")
-def names(small) -> list[str]:
+def names(small):
     return sorted(folder.name for folder in small[1].iterdir())
 
 
@@ -36,7 +35,7 @@ def blocks(names):
 
 
 @pytest.fixture(scope="module")
-def merged(small, blocks, tmp_path_factory) -> list[str]:
+def merged(small, blocks, tmp_path_factory):
     """The answers of the model that `merge` writes for a mixture."""
     folder = tmp_path_factory.mktemp("merged")
     write_json(folder / "weights.json", blocks)
@@ -48,18 +47,18 @@ def merged(small, blocks, tmp_path_factory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def service(small, names, blocks) -> lf.Service:
+def service(small, names, blocks):
     service = lf.Service.open(*map(str, small), modules=names[:2], capacity=3)
     service.add_mixture("blocks", blocks)
     service.add_mixture("zero", {names[0]: 0.0, names[1]: 0.0})
     return service
 
 
-def _pool(small: tuple[Path, Path]) -> str:
+def _pool(small):
     return f"--base {small[0]} --pool {small[1]}"
 
 
-def _rows(folder: Path, rows: list[dict]) -> Path:
+def _rows(folder, rows):
     write_rows(folder / "rows.jsonl", rows)
     return folder / "rows.jsonl"
 
@@ -179,7 +178,7 @@ def test_rows_that_cannot_be_answered_are_refused_with_their_line(
 
 
 @pytest.fixture
-def dora(small, names, tmp_path) -> Path:
+def dora(small, names, tmp_path):
     """A pool of one DoRA adapter."""
     one_block.copy_as_dora(small[1] / names[0], tmp_path / "pool" / "dora")
     return tmp_path / "pool"

@@ -7,7 +7,6 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -59,9 +58,7 @@ def write(small, tmp_path_factory):
     """Write a run with made-up numbers, as `fuse` writes one."""
     names = sorted(folder.name for folder in small[1].iterdir())
 
-    def write_run(
-        name: str, params: dict[str, Any], seeds: tuple[int, ...], **changes
-    ) -> Path:
+    def write_run(name, params, seeds, **changes):
         values = {
             "base": str(small[0]),
             "pool": str(small[1]),
@@ -97,7 +94,7 @@ def write(small, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(small, write, tmp_path_factory) -> dict[str, Path]:
+def runs(small, write, tmp_path_factory):
     """A fusion with two seeds, a mix, and magnitudes alone: other modules, granularities, tasks and prompts."""
     asked = [
         {"input": f"Say {x}.\nOptions:\n- a\n- b", "target": "ab"[i % 2]}
@@ -150,7 +147,7 @@ def runs(small, write, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def service(runs) -> lf.Service:
+def service(runs):
     found = [lf.FusedRun.read(folder) for folder in runs.values()]
     service = lf.Service(found, capacity=3)
     for name, run in zip(runs, found, strict=True):
@@ -167,12 +164,12 @@ def answers(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(runs, answers) -> dict[str, list[str]]:
+def alone(runs, answers):
     """The answers of each run on its own."""
     return {name: answers(folder) for name, folder in runs.items()}
 
 
-def _file(folder: Path, rows: list[dict[str, Any]]) -> Path:
+def _file(folder, rows):
     (folder / "rows.jsonl").write_text(
         "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n"
     )

@@ -22,19 +22,19 @@ def ready():
 """
 
 
-def _start(code: str, folder: Path) -> subprocess.Popen:
+def _start(code, folder):
     command = [sys.executable, "-c", _READY + code, str(folder)]
     return _ready(subprocess.Popen(command, cwd=_ROOT, stdout=-1, stderr=-1, text=True))
 
 
-def _ready(process: subprocess.Popen) -> subprocess.Popen:
+def _ready(process):
     assert process.stdout is not None and process.stdout.readline() == "ready\n", (
         process.communicate()[1]
     )
     return process
 
 
-def _signals(process: subprocess.Popen, *numbers: int) -> str:
+def _signals(process, *numbers):
     """Send signals, each after the line about the one before it; return what was printed."""
     printed = []
     with process:

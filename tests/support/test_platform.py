@@ -32,7 +32,7 @@ def test_a_program_is_lowered_for_a_tpu_where_there_is_none():
         )
     )
 
-    def operations() -> set[str]:
+    def operations():
         text = program.lower(x, w, nf4).as_text()
         return {
             name

@@ -41,7 +41,7 @@ def tokenizer():
     return small_llama.make_tokenizer()
 
 
-def _tokens(tokenizer, text: str) -> list[int]:
+def _tokens(tokenizer, text):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 

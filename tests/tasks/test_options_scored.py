@@ -26,7 +26,7 @@ _WORDS = ["a", "c", "d", "g", "h", "h i", "* j", "a b c"]
 _SEEDS = (1, 2)
 
 
-def _row(number: int, rng: np.random.Generator) -> dict[str, str]:
+def _row(number, rng):
     """Options of 2 to 4 answers of different lengths at the end of the prompt, one of which is right."""
     options = [_WORDS[i] for i in rng.permutation(len(_WORDS))[: 2 + number % 3]]
     text = " ".join("abcdefghij"[i] for i in rng.integers(0, 10, 2 + number % 5))
@@ -77,7 +77,7 @@ def _log_probs(graph, weights, ids, mask, start):
     return jax.nn.log_softmax(nnx.merge(graph, weights)(ids, mask, start)[0])
 
 
-def _likelihood(model, tokenizer, prompt: str, option: str) -> float:
+def _likelihood(model, tokenizer, prompt, option):
     """Return the log-probability that the model says an option and then ends, token after token."""
     asked = tokenizer(prompt)["input_ids"]
     wanted = tokenizer(option)["input_ids"]

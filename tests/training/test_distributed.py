@@ -8,8 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import recipes
@@ -21,14 +19,14 @@ _EPOCHS = 12
 
 
 @pytest.fixture(scope="module")
-def alone(small, tmp_path_factory) -> Path:
+def alone(small, tmp_path_factory):
     """The run of one process."""
     out = tmp_path_factory.mktemp("alone")
     main(_command(small, out)[3:])
     return out
 
 
-def _command(small: tuple[Path, Path], out: Path, *more: str) -> list[str]:
+def _command(small, out, *more):
     base, pool = small
     command = [
         sys.executable,
@@ -52,7 +50,7 @@ def _command(small: tuple[Path, Path], out: Path, *more: str) -> list[str]:
     ]
 
 
-def _environment(devices: int, process: int, port: int) -> dict[str, str]:
+def _environment(devices, process, port):
     """Return an environment with so many devices, and what Slurm would say to a process of two."""
     slurm = {
         "JOB_ID": 1,
@@ -75,13 +73,13 @@ def _environment(devices: int, process: int, port: int) -> dict[str, str]:
     return os.environ | xla | cluster
 
 
-def _free_port() -> int:
+def _free_port():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return free.getsockname()[1]
 
 
-def _start_two(command: list[str]) -> list[subprocess.Popen]:
+def _start_two(command):
     port = _free_port()
     return [
         subprocess.Popen(
@@ -91,7 +89,7 @@ def _start_two(command: list[str]) -> list[subprocess.Popen]:
     ]
 
 
-def _saved(out: Path) -> int:
+def _saved(out):
     steps = [
         int(path.name.removeprefix("step_"))
         for path in out.glob("run/checkpoints/step_*")
@@ -99,7 +97,7 @@ def _saved(out: Path) -> int:
     return max(steps, default=0)
 
 
-def _wait_until(reached: Callable[[], bool], processes: list[subprocess.Popen]) -> None:
+def _wait_until(reached, processes):
     deadline = time.monotonic() + 240
     while (
         not reached()
@@ -109,12 +107,12 @@ def _wait_until(reached: Callable[[], bool], processes: list[subprocess.Popen]) 
         time.sleep(0.05)
 
 
-def _assert_same_files(out: Path, alone: Path) -> None:
+def _assert_same_files(out, alone):
     for name in ("metrics.jsonl", "predictions.jsonl"):
         assert (out / "run" / name).read_bytes() == (alone / "run" / name).read_bytes()
 
 
-def _metrics(out: Path) -> list[dict]:
+def _metrics(out):
     return [
         json.loads(line)
         for line in (out / "run" / "metrics.jsonl").read_text().splitlines()

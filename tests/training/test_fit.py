@@ -12,7 +12,7 @@ from numpy.testing import assert_array_equal
 
 from lorafusion_jax import PRESETS, Fusion, Problem
 from lorafusion_jax.tasks import Encoded, Split, TrainingRows
-from lorafusion_jax.training import Epoch, fit, recipe_rates, start
+from lorafusion_jax.training import fit, recipe_rates, start
 from lorafusion_jax.training.method import VALIDATION
 
 # The package's name of this module is that of its function.
@@ -88,7 +88,7 @@ def _assert_same(ours, theirs):
     jax.tree.map(assert_array_equal, *map(jax.tree.leaves, (ours, theirs)))
 
 
-def _found(epochs: list[Epoch]):
+def _found(epochs):
     return [
         (
             epoch.metrics,

@@ -30,7 +30,7 @@ _SEEDS = 4
 _SITES = ("encoder.self.q", "decoder.cross.v", "encoder.ff.wo")
 
 
-def _trained(layout: str | None) -> tuple[list, str, dict]:
+def _trained(layout):
     """Return state and metrics of two steps of four seeds, the program, and how its arguments are split, by path."""
     pool = tiny.pool(8, names="q v wo", config=_CONFIG)
     fields = {

@@ -36,7 +36,7 @@ def options(small, tmp_path_factory):
 
 
 @pytest.fixture
-def ran(monkeypatch) -> list[tuple[str, str]]:
+def ran(monkeypatch):
     """The list to which every run adds its method and folder."""
     ran = []
     fuse = matrix.fuse
