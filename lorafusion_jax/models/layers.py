@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from ..crossbar import with_shared_factors
+from ..crossbar.calibration.whole_model import FOUND
 from ..support.platform import for_cpu
 from .bit_cast import from_bits, to_bits
 from .weights import PRODUCT, SUM, PerLayerWeights, is_per_layer, looped, matmul, summed
@@ -31,10 +32,11 @@ _POLICIES = jax.checkpoint_policies
 # Keeps the products with weights and recomputes everything else, which is cheap: half the memory of saving everything,
 # at the same speed. The attention products have batch dimensions and are recomputed.
 _PRODUCTS = _POLICIES.save_from_both_policies(
-    _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names(PRODUCT)
+    _POLICIES.dots_with_no_batch_dims_saveable,
+    _POLICIES.save_only_these_names(PRODUCT, FOUND),
 )
 # On accelerators one value replaces a map's product and its adapter's, the adapter's reads and the residual stream.
-_SUMS = _POLICIES.save_only_these_names(SUM)
+_SUMS = _POLICIES.save_only_these_names(SUM, FOUND)
 
 
 class Base(nnx.Variable):

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from ...support.platform import is_traced
@@ -35,6 +36,7 @@ Run = Callable[
 Counted = Callable[
     [Any, str], Bool[Array, "*B"]
 ]  # (batch, name of a chip) -> inputs [*B, d_in] that are no padding
+FOUND = "found"  # by taps; a model whose `jax.checkpoint` saves this name computes them once
 _NAMED = 5  # sites that a warning names
 
 
@@ -228,7 +230,8 @@ def _tapped(
 def _tapped_forward(read_and_tree, x, statistics, arrays):
     read, tree = read_and_tree
     y, statistics = read(x, *jax.tree.unflatten(tree, arrays))
-    return y, (jnp.zeros_like(x), tuple(jax.tree.leaves(statistics)), None)
+    leaves = tuple(checkpoint_name(leaf, FOUND) for leaf in jax.tree.leaves(statistics))
+    return y, (jnp.zeros_like(x), leaves, None)
 
 
 _tapped.defvjp(_tapped_forward, lambda read_and_tree, gradients, cotangent: gradients)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from ..chip.chip import programmed_weights
 from ..chip.program import has_errors, program
@@ -27,21 +27,6 @@ class CodeErrors(NamedTuple):
 
     mean: Float[np.ndarray, " codes"]
     variance: Float[np.ndarray, " codes"]
-
-    def at(
-        self, codes: Float[Array, "*S"]
-    ) -> tuple[Float[Array, "*S"], Float[Array, "*S"]]:
-        """Return mean and variance at codes in units of the range, interpolated."""
-        place = (codes + 1) / 2 * (len(self.mean) - 1)
-        below = jnp.clip(jnp.floor(place), 0, len(self.mean) - 2)
-        low = below.astype(jnp.int32)
-        share = place - below
-
-        def between(values: Float[np.ndarray, " codes"]) -> Float[Array, "*S"]:
-            table = jnp.asarray(values, codes.dtype)
-            return table[low] * (1 - share) + table[low + 1] * share
-
-        return between(self.mean), between(self.variance)
 
 
 def code_errors(config: CrossbarConfig) -> CodeErrors:

@@ -30,9 +30,9 @@ from .code_errors import CodeErrors, code_errors
 from .preparation import Preparation
 from .transform import transform_matrices
 
-_CLIPS = np.linspace(
-    1, 0.3, 36
-)  # ranges that are tried, as shares of a column's largest weight
+# ranges that are tried, as shares of a column's largest weight, and bins of its weights
+_CLIPS = np.linspace(1, 0.3, 71)
+_BINS = 4096
 _POWERS = np.linspace(0, 1, 21)  # exponents of the factors without a transform
 # smallest mean square of an input, and square of a row, as shares of the median
 _LEAST_INPUT = 0.1
@@ -72,7 +72,7 @@ def prepare(
             "prepare reads weights and the device's values: call it outside of jax.jit and jax.vmap"
         )
     mapping = config.mapping
-    transforms = config.mapping.transform == "hadamard"
+    transforms = mapping.transform == "hadamard"
     weights = {name: jnp.asarray(w, jnp.float32) for name, w in matrices.items()}
     if moments is None:
         squares = jnp.ones(shape)
@@ -80,12 +80,11 @@ def prepare(
         squares = _floored(jnp.asarray(moments, jnp.float32))
     factors = jnp.ones(shape)
     if mapping.factors:
-        factors_of_matrix = (
-            _spreading_factors if transforms else _largest_weight_factors
-        )
-        factors = jax.jit(one_by_one(factors_of_matrix, shape[:-1]))(
-            jnp.concatenate(list(weights.values()), axis=-1), squares
-        )
+        columns = jnp.concatenate(list(weights.values()), axis=-1)
+        if transforms:
+            factors = _spreading_factors(columns, squares)
+        else:
+            factors = _largest_weight_factors(columns, squares)
     if transforms:
         with error_context(", ".join(weights)):
             transform_matrices(shape[-1])  # refuses a width that has none
@@ -103,11 +102,9 @@ def prepare(
         squares = _floored(jnp.asarray(transformed, jnp.float32))
     prepared = dict.fromkeys(weights, bare)
     if mapping.clip == "optimal" and has_errors(config):
-        choose = functools.partial(
-            _ranges, errors=errors or code_errors(config), top=_top(config)
-        )
+        errors = errors or code_errors(config)
         for name, matrix in weights.items():
-            ranges = jax.jit(one_by_one(choose, shape[:-1]))(matrix, squares, bare)
+            ranges = _ranges(matrix, squares, bare, errors, _top(config))
             prepared[name] = dataclasses.replace(bare, ranges=ranges)
     return {name: preparation.identified() for name, preparation in prepared.items()}
 
@@ -129,9 +126,20 @@ def expected_error(
       preparation: their preparation; an empty one stands for none.
       errors: errors of the device (`code_errors`), if they are known.
     """
+    unnamed = dataclasses.replace(preparation, identity="", white=False)
     errors = errors or code_errors(config)
-    top = _top(config)
+    squares = jnp.asarray(moments, jnp.float32)
+    return _expected_error(weights, squares, unnamed, errors, _top(config))
 
+
+@functools.partial(jax.jit, static_argnames="top")
+def _expected_error(
+    weights: Float[Array, "*N d_in d_out"],
+    squares: Float[Array, "*N d_in"],
+    preparation: Preparation,
+    errors: CodeErrors,
+    top: int | None,
+) -> Float[Array, "*N"]:
     def of_one(weights: Array, squares: Array, preparation: Preparation) -> Array:
         power = squares @ jnp.square(weights)
         prepared = preparation.weights(weights)
@@ -139,63 +147,61 @@ def expected_error(
         ranges = (
             _largest(prepared) if preparation.ranges is None else preparation.ranges
         )
-        intended_power, along, programmed_power = _powers(
-            prepared, ranges, squares, errors, top
-        )
-        intended_power = jnp.where(intended_power > 0, intended_power, 1)
+        programmed, variance = _programmed(prepared / ranges[None], errors, top)
+        mean_error = ranges[None] * programmed - prepared
+        square_error = jnp.square(mean_error) + jnp.square(ranges)[None] * variance
         # The part of the errors that is along the weights meets their outputs, whose power a transform keeps.
+        intended_power = squares @ jnp.square(prepared)
+        along = squares @ (prepared * mean_error)
+        along = along / jnp.where(intended_power > 0, intended_power, 1)
         return jnp.sum(
-            jnp.square(along / intended_power - 1) * power
-            + programmed_power
-            - jnp.square(along) / intended_power
+            squares @ square_error + jnp.square(along) * (power - intended_power)
         ) / jnp.sum(power)
 
-    return jax.jit(one_by_one(of_one, weights.shape[:-2]))(
-        weights, jnp.asarray(moments, jnp.float32), preparation
-    )
+    return one_by_one(of_one, weights.shape[:-2])(weights, squares, preparation)
 
 
+@functools.partial(jax.jit, static_argnames="top")
 def _ranges(
-    weights: Float[Array, "d_in d_out"],
-    squares: Float[Array, " d_in"],
+    weights: Float[Array, "*N d_in d_out"],
+    squares: Float[Array, "*N d_in"],
     preparation: Preparation,
     errors: CodeErrors,
     top: int | None,
-) -> Float[Array, " d_out"]:
-    """Return the ranges of least error power among those that are tried."""
-    prepared = preparation.weights(weights)
-    shares = jnp.asarray(_CLIPS, weights.dtype)
-    largest = _largest(prepared)
+) -> Float[Array, "*N d_out"]:
+    """Return the ranges of least error power among those that are tried, from histograms of the columns' weights."""
+    shares = jnp.asarray(_CLIPS, jnp.float32)
+    centres = jnp.linspace(-1, 1, _BINS)
+    shares = shares[:, None]
+    programmed, variance = _programmed(centres[None] / shares, errors, top)
+    powers = jnp.square(shares * programmed - centres[None])
+    powers = powers + jnp.square(shares) * variance  # [shares, bins]
 
-    def power(share: Array) -> Array:
-        intended_power, along, programmed_power = _powers(
-            prepared, share * largest, squares, errors, top
+    def of_one(weights: Array, squares: Array, preparation: Preparation) -> Array:
+        columns = preparation.weights(weights).T
+        largest = _largest(columns.T)
+        places = (columns / largest[:, None] + 1) / 2 * (_BINS - 1)
+        column = jnp.arange(len(columns))[:, None]
+        histograms = jnp.zeros((len(columns), _BINS))
+        histograms = histograms.at[column, jnp.round(places).astype(jnp.int32)].add(
+            squares[None]
         )
-        return intended_power - 2 * along + programmed_power
+        return largest * shares[jnp.argmin(histograms @ powers.T, axis=1), 0]
 
-    return largest * shares[jnp.argmin(jax.lax.map(power, shares), axis=0)]
+    return one_by_one(of_one, weights.shape[:-2])(weights, squares, preparation)
 
 
-def _powers(
-    weights: Float[Array, "d_in d_out"],
-    ranges: Float[Array, " d_out"],
-    squares: Float[Array, " d_in"],
-    errors: CodeErrors,
-    top: int | None,
-) -> tuple[Float[Array, " d_out"], Float[Array, " d_out"], Float[Array, " d_out"]]:
-    """Return the mean of y^2, of y z and of z^2 of each column, with y the digital output and z that of the cells."""
-    ranges = ranges[None]
-    codes = jnp.clip(weights / ranges, -1, 1)
+def _programmed(
+    scaled: Float[Array, "*S"], errors: CodeErrors, top: int | None
+) -> tuple[Float[Array, "*S"], Float[Array, "*S"]]:
+    """Return mean and variance of programmed weights over chips, in units of their range as those to be written."""
+    codes = jnp.clip(scaled, -1, 1)
     if top is not None:
         codes = jnp.round(codes * top) / top
-    mean, variance = errors.at(codes)
-    programmed = ranges * (codes + mean)
-    noise_power = squares @ (jnp.square(ranges) * variance)
-    return (
-        squares @ jnp.square(weights),
-        squares @ (weights * programmed),
-        squares @ jnp.square(programmed) + noise_power,
-    )
+    last = len(errors.mean) - 1
+    nearest = jnp.round((codes + 1) / 2 * last).astype(jnp.int32)
+    mean = jnp.asarray(errors.mean, codes.dtype)[nearest]
+    return codes + mean, jnp.asarray(errors.variance, codes.dtype)[nearest]
 
 
 def _largest(weights: Float[Array, "d_in d_out"]) -> Float[Array, " d_out"]:
@@ -211,32 +217,30 @@ def _top(config: CrossbarConfig) -> int | None:
 
 
 def _spreading_factors(
-    weights: Float[Array, "d_in d_out"], squares: Float[Array, " d_in"]
-) -> Float[Array, " d_in"]:
+    weights: Float[Array, "*N d_in d_out"], squares: Float[Array, "*N d_in"]
+) -> Float[Array, "*N d_in"]:
     """Return a_i^2 = sqrt(s_i / sum_j w_ij^2), which minimise sum_ij a_i^2 w_ij^2 * sum_i s_i / a_i^2."""
-    return _centred(
-        jnp.sqrt(
-            jnp.sqrt(
-                squares / _floored(jnp.sum(jnp.square(weights), axis=1), _LEAST_ROW)
-            )
-        )
-    )
+    rows = jnp.einsum("...ij,...ij->...i", weights, weights)
+    return _centred((squares / _floored(rows, _LEAST_ROW)) ** 0.25)
 
 
+@jax.jit
 def _largest_weight_factors(
-    weights: Float[Array, "d_in d_out"], squares: Float[Array, " d_in"]
-) -> Float[Array, " d_in"]:
+    weights: Float[Array, "*N d_in d_out"], squares: Float[Array, "*N d_in"]
+) -> Float[Array, "*N d_in"]:
     """Return a_i = s_i^(p / 2) of the p that minimises sum_j max_i (a_i |w_ij|)^2 * sum_i s_i / a_i^2."""
+    exponents = jnp.asarray(_POWERS, jnp.float32)
 
-    def power(exponent: Array) -> Array:
-        a = squares ** (exponent / 2)
-        top = jnp.max(a[:, None] * jnp.abs(weights), axis=0)
-        return jnp.sum(jnp.square(top)) * jnp.sum(squares / jnp.square(a))
+    def of_one(weights: Array, squares: Array) -> Array:
+        def power(exponent: Array) -> Array:
+            a = squares ** (exponent / 2)
+            top = jnp.max(a[:, None] * jnp.abs(weights), axis=0)
+            return jnp.sum(jnp.square(top)) * jnp.sum(squares / jnp.square(a))
 
-    exponents = jnp.asarray(_POWERS, weights.dtype)
-    return _centred(
-        squares ** (exponents[jnp.argmin(jax.lax.map(power, exponents))] / 2)
-    )
+        best = exponents[jnp.argmin(jax.lax.map(power, exponents))]
+        return _centred(squares ** (best / 2))
+
+    return one_by_one(of_one, squares.shape[:-1])(weights, squares)
 
 
 def _floored(
@@ -255,8 +259,8 @@ def _floored(
     return jnp.where(squares > 0, jnp.maximum(squares, least * median), median)
 
 
-def _centred(factors: Float[Array, " d"]) -> Float[Array, " d"]:
-    return factors / jnp.exp(jnp.mean(jnp.log(factors)))
+def _centred(factors: Float[Array, "*N d"]) -> Float[Array, "*N d"]:
+    return factors / jnp.exp(jnp.mean(jnp.log(factors), axis=-1, keepdims=True))
 
 
 def _shared_shape(
