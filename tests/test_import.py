@@ -5,6 +5,7 @@ import functools
 import graphlib
 import importlib.metadata
 import json
+import os
 import re
 import subprocess
 import sys
@@ -106,13 +107,44 @@ def test_no_module_starts_a_backend_or_loads_heavy_libraries():
     assert not backend_is_started and not _HEAVY & set(loaded)
 
 
-def test_a_command_handles_signals_before_it_loads_anything_heavy():
-    code = "import sys; import lorafusion_jax.cli, lorafusion_jax.support.interrupts; print(*sys.modules)"
-    command = [sys.executable, "-c", code]
+_WITHOUT_JAX = {"jax", "numpy", "scipy", "yaml", *_HEAVY}
+_SMALL = _ROOT / "examples" / "small"
+# What commands do not load: heavy libraries before a signal is handled, JAX for a help text or a wrong path.
+_NOT_LOADED = {
+    "": {"tyro", *_WITHOUT_JAX},
+    "trial --help": _WITHOUT_JAX,
+    "fuse --base nowhere --task nowhere": _WITHOUT_JAX,
+    # The programs are those of the README's first example.
+    f"fuse --base {_SMALL}/base --pool {_SMALL}/adapters --task {_SMALL}/tasks/pairswap_numvow --modules 4 --epochs 1 "
+    "--train-rows 20 --test-rows 4": {
+        *_HEAVY - {"tqdm"},
+        "gguf",
+        "pandas",
+        "pyarrow",
+        "scipy",
+    },
+}
+
+
+@pytest.mark.parametrize("call", _NOT_LOADED)
+def test_commands_load_only_what_they_need(call, tmp_path):
+    code = """
+import contextlib, io, sys
+from lorafusion_jax import cli
+with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+    if sys.argv[1:]:
+        cli.main()
+print(*sys.modules)
+"""
     printed = subprocess.run(
-        command, cwd=_ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, *call.split()],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(_ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
-    assert not {"jax", "numpy", "scipy", "yaml", "tyro", *_HEAVY} & set(printed.split())
+    assert not _NOT_LOADED[call] & set(printed.split())
 
 
 def test_every_library_that_the_package_imports_is_declared():

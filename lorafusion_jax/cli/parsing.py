@@ -2,14 +2,16 @@
 
 import dataclasses
 import inspect
+import os
 import re
 import textwrap
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
-from ..io.source import check_sources
 from ..support.checks import flags_given
+from ..support.reading import expand_user
+from ..support.text import DATASET_ID, HUB_ID, is_file_name
 
 Options = TypeVar("Options")
 
@@ -38,6 +40,20 @@ GROUPS = {
         "overwrite", "eval_batch", "save_seconds", "seed_mode", "mesh", "distributed", "minutes", "engine", "address",
     ),
 }  # fmt: skip
+
+
+# Options that name files or folders, and those that may also name a model or a data set of the hub.
+_SOURCES = {
+    "run",
+    "runs",
+    "reference",
+    "pool",
+    "start_from",
+    "weights_file",
+    "file",
+    "text",
+}
+_HUB_SOURCES = {"base": HUB_ID, "task": DATASET_ID, "calibration_task": DATASET_ID}
 
 
 def parse(
@@ -119,6 +135,44 @@ def given(arguments: Sequence[str]) -> list[str]:
         if argument.startswith("--")
     ]
     return [name.replace("-", "_") for name in names]
+
+
+def check_given(arguments: Sequence[str]) -> None:
+    """Raise the error of `check_sources` for the options among arguments, which takes no other library."""
+    if {"-h", "--help", "--plan"} & {*arguments}:
+        return
+    values: dict[str, tuple[str, ...]] = {}
+    name = ""
+    for argument in arguments:
+        value = argument
+        if argument.startswith("--"):
+            flag, _, value = argument[2:].partition("=")
+            name = "start_from" if flag == "from" else flag.replace("-", "_")
+        if value:
+            values[name] = (*values.get(name, ()), value)
+    check_sources(values)
+
+
+def check_sources(options: Mapping[str, Any]) -> None:
+    """Raise a ValueError that names all sources in some options, by name, that neither exist nor can be on the hub."""
+    missing = []
+    for name, value in options.items():
+        sources = value if isinstance(value, tuple) else (value,)
+        for source in sources:
+            if source is None or name not in _SOURCES | _HUB_SOURCES.keys():
+                continue
+            on_hub = (
+                name in _HUB_SOURCES
+                and _HUB_SOURCES[name].fullmatch(str(source)) is not None
+                and not is_file_name(str(source))
+            )
+            if not on_hub and not os.path.exists(expand_user(source)):
+                flag = name.removeprefix("start_").replace("_", "-")
+                missing.append(f"--{flag} {source} does not exist")
+    if missing:
+        raise ValueError(
+            f"{'; '.join(missing)}: give existing paths (a model of the hub is owner/name)"
+        )
 
 
 def part_of(command: Any, use: Callable[..., Any], flag: str) -> dict[str, Any]:

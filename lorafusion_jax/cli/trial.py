@@ -2,19 +2,22 @@
 
 from collections.abc import Sequence
 
-from ..report import Table, markdown
 from ..support import interrupts
-from ..support.platform import suggest_bfloat16
+from ..support.options import TrialOptions
 from ..support.reading import show
-from ..trials.procedure import Outcomes
-from ..trials.report import describe_trial, write_trial
-from ..trials.run import TaskTrial, TrialOptions, trial
 from .parsing import parse
 
 
 def trial_command(arguments: Sequence[str]) -> None:
     """Print a table and a sentence for each task, and write the report."""
     options = parse(TrialOptions, arguments, "trial")
+    # They load JAX, which the help text does not need.
+    from ..report import Table, markdown
+    from ..support.platform import suggest_bfloat16
+    from ..trials.procedure import Outcomes
+    from ..trials.report import describe_trial, write_trial
+    from ..trials.run import TaskTrial, trial
+
     suggest_bfloat16(options.dtype)
     if options.plan:
         show(describe_trial(options))

@@ -16,6 +16,7 @@ import tyro
 
 from ..models.architecture import Architecture
 from ..support.checks import at_least
+from ..support.options import PlanFlagOptions
 from ..support.platform import cores, for_cpu
 from ..training.mesh import SeedMode, default_seed_mode
 from .estimate import Device
@@ -88,18 +89,6 @@ def machine(name: str | None) -> Machine:
     raise ValueError(
         f"no machine {name!r}: choose of {names}, or a Mac by its unified memory, such as mac-64gb"
     )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PlanFlagOptions:
-    """A plan instead of the work itself.
-
-    Attributes:
-      plan: print what this needs (FLOPs, memory, time), and run nothing. The base may be the name of a shape, such as
-        flan-t5-large, whose weights are not needed.
-    """
-
-    plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,67 +2,31 @@
 
 import hashlib
 import mmap
-import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..support.reading import FileError, check_lfs, expand_user
-from ..support.text import DATASET_ID, is_file_name
+from ..support.text import HUB_ID, is_file_name
 
 COMPILED = "_orig_mod."  # torch.compile puts it before the names of a model's tensors
 _LONGEST_REASON = 1000  # characters of an error, whose text a hub may write
 _SHA256 = re.compile("[0-9a-f]{64}")
-_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(.+))?")
-# Options that name files or folders, and those that may also name a model or a data set of the hub.
-_SOURCES = {
-    "run",
-    "runs",
-    "reference",
-    "pool",
-    "start_from",
-    "weights_file",
-    "file",
-    "text",
-}
-_HUB_SOURCES = {"base": _HUB_ID, "task": DATASET_ID, "calibration_task": DATASET_ID}
 
 
 def is_hub_id(source: str) -> bool:
     """Return whether a source is `owner/name` or `owner/name@revision` on the hub, and not a local path."""
     return (
-        _HUB_ID.fullmatch(source) is not None
+        HUB_ID.fullmatch(source) is not None
         and not is_file_name(source)
         and not expand_user(source).exists()
     )
 
 
-def check_sources(options: Mapping[str, Any]) -> None:
-    """Raise a ValueError that names all sources in some options, by name, that neither exist nor can be on the hub."""
-    missing = []
-    for name, value in options.items():
-        sources = value if isinstance(value, tuple) else (value,)
-        for source in sources:
-            if source is None or name not in _SOURCES | _HUB_SOURCES.keys():
-                continue
-            on_hub = (
-                name in _HUB_SOURCES
-                and _HUB_SOURCES[name].fullmatch(str(source)) is not None
-                and not is_file_name(str(source))
-            )
-            if not on_hub and not os.path.exists(expand_user(source)):
-                flag = name.removeprefix("start_").replace("_", "-")
-                missing.append(f"--{flag} {source} does not exist")
-    if missing:
-        raise ValueError(
-            f"{'; '.join(missing)}: give existing paths (a model of the hub is owner/name)"
-        )
-
-
 def split_revision(source: str) -> tuple[str, str | None]:
     """Return `owner/name` and the revision (or None) of a hub id; of a local path itself, and None."""
-    hub_id = _HUB_ID.fullmatch(source) if is_hub_id(source) else None
+    hub_id = HUB_ID.fullmatch(source) if is_hub_id(source) else None
     return (source, None) if hub_id is None else (hub_id[1], hub_id[2])
 
 

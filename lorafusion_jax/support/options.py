@@ -2,7 +2,9 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 # What base and pool are held in: whole, or in 4 or 8 bits.
 LoadIn = Literal["full", "nf4", "int8"]
@@ -353,3 +355,76 @@ class TrainRowsOptions:
     """
 
     train_rows: int = 100
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Where work runs.
+
+    Attributes:
+      engine: in this process, or as tasks of a Ray cluster.
+      address: a running Ray cluster: auto, or host:port of its head node; by default one is started on this machine.
+    """
+
+    engine: Literal["local", "ray"] = "local"
+    address: str | None = None
+
+    def __post_init__(self):
+        if self.address is not None and self.engine != "ray":
+            raise ValueError(
+                f"--address {self.address} is that of a Ray cluster: add --engine ray, or leave it out"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanFlagOptions:
+    """A plan instead of the work itself.
+
+    Attributes:
+      plan: print what this needs (FLOPs, memory, time), and run nothing. The base may be the name of a shape, such as
+        flan-t5-large, whose weights are not needed.
+    """
+
+    plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrialOptions(
+    EngineOptions,
+    PlanFlagOptions,
+    SeedOptions,
+    DtypeOptions,
+    PassesOptions,
+    RowOptions,
+    PoolOptions,
+):
+    """Find out what to do with adapters for a task: methods that are tuned and cross-validated, and a sentence.
+
+    Without the pool: the base alone, examples in the prompt, magnitudes, a LoRA of the pool's rank. With it: the
+    nearest adapter (that of least training loss) as it is and trained further, LoRAFusion, and the same with random
+    adapters of the same size. The report has an answer after each round: all methods briefly, then tuned, then fold by
+    fold. When the time is over, or after Ctrl-C, the last answer stands, and the same command continues.
+
+    Examples:
+      lorafusion trial --base examples/small/base --pool examples/small/adapters --task examples/small/tasks/odd_dash \
+--train-rows 40
+      lorafusion trial --base base --pool pool --task rows.csv --input question --target answer --minutes none
+      lorafusion trial --base base --pool pool --task rows.csv --arms DoRA=dora "shuffled modules=fusion:shuffled"
+
+    Attributes:
+      task: one or more tasks, as in `lorafusion fuse`; of one with a training and a test part, only the first is used.
+      chat: put the input into the model's own chat template.
+      train_rows: use at most so many rows; by default all.
+      arms: further methods, or others instead of those of the same names, as NAME=METHOD or NAME=METHOD:CONTROL.
+      folds: parts of the rows; each is tested by models that were trained on the others.
+      minutes: time after which no further training begins, shared by the tasks; none for as long as all rounds take.
+      out: folder of the report and of all measurements.
+    """
+
+    task: tuple[str, ...]
+    chat: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    train_rows: int | None = None
+    arms: tuple[str, ...] = ()
+    folds: int = 5
+    minutes: float | Literal["none"] = 15.0
+    out: Path = Path("runs/trial")

@@ -9,6 +9,8 @@ _FILE_ENDINGS = (
     *(".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".txt", ".yaml", ".yml"),
     *(".gguf", ".safetensors", ".bin", ".pt", ".pth", ".npz", ".zip", ".tar", ".gz"),
 )
+# `owner/name`, with `@revision`.
+HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(.+))?")
 # `name` or `owner/name`, with `@revision` and `:config`.
 DATASET_ID = re.compile(
     r"([\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?:@([\w./-]+))?(?::([\w.-]+))?"

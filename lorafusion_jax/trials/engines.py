@@ -6,20 +6,20 @@ so it compiles each program once.
 """
 
 import contextlib
-import dataclasses
 import functools
 import gc
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
 from ..methods import METHODS
 from ..support import interrupts
 from ..support.checks import load_optional
+from ..support.options import EngineOptions as EngineOptions
 from ..support.text import printable
 from ..support.version import __version__
 
@@ -33,25 +33,6 @@ class OutOfMemory(NamedTuple):
     """The result of an item that ran out of memory; the error has one line."""
 
     error: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EngineOptions:
-    """Where work runs.
-
-    Attributes:
-      engine: in this process, or as tasks of a Ray cluster.
-      address: a running Ray cluster: auto, or host:port of its head node; by default one is started on this machine.
-    """
-
-    engine: Literal["local", "ray"] = "local"
-    address: str | None = None
-
-    def __post_init__(self):
-        if self.address is not None and self.engine != "ray":
-            raise ValueError(
-                f"--address {self.address} is that of a Ray cluster: add --engine ray, or leave it out"
-            )
 
 
 LOCAL = EngineOptions()

@@ -6,14 +6,11 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import tyro
 
 from ..estimates.estimate import Settings, trained_numbers
-from ..estimates.machines import PlanFlagOptions
 from ..io.hf import Base, open_base
 from ..io.pool import AdapterFolders, ConvertedPool, open_pool
 from ..methods import METHODS, find
@@ -23,17 +20,11 @@ from ..methods.lora import LoRARecipe, is_warm
 from ..runs.options import FuseOptions, options_to_json
 from ..support import interrupts
 from ..support.checks import at_least, check_uint32
-from ..support.options import (
-    DtypeOptions,
-    PassesOptions,
-    PoolOptions,
-    RowOptions,
-    SeedOptions,
-)
+from ..support.options import TrialOptions as TrialOptions
 from ..support.progress import progress
 from ..tasks import Example, load_task
 from ..training.recipe import Recipe
-from .engines import EngineOptions, OutOfMemory, connected, run_items
+from .engines import OutOfMemory, connected, run_items
 from .procedure import (
     TUNING_PARTS,
     Candidate,
@@ -67,48 +58,6 @@ _ROLES: dict[str, Role] = {  # by method
 _FORMAT = ("prompt", "input", "target", "chat")  # of rows
 # Options of a run that a score depends on. Base, pool and rows have digests.
 _SETTINGS = ("method", "control", "recipe", "adapters", "chat", "dtype")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrialOptions(
-    EngineOptions,
-    PlanFlagOptions,
-    SeedOptions,
-    DtypeOptions,
-    PassesOptions,
-    RowOptions,
-    PoolOptions,
-):
-    """Find out what to do with adapters for a task: methods that are tuned and cross-validated, and a sentence.
-
-    Without the pool: the base alone, examples in the prompt, magnitudes, a LoRA of the pool's rank. With it: the
-    nearest adapter (that of least training loss) as it is and trained further, LoRAFusion, and the same with random
-    adapters of the same size. The report has an answer after each round: all methods briefly, then tuned, then fold by
-    fold. When the time is over, or after Ctrl-C, the last answer stands, and the same command continues.
-
-    Examples:
-      lorafusion trial --base examples/small/base --pool examples/small/adapters --task examples/small/tasks/odd_dash \
---train-rows 40
-      lorafusion trial --base base --pool pool --task rows.csv --input question --target answer --minutes none
-      lorafusion trial --base base --pool pool --task rows.csv --arms DoRA=dora "shuffled modules=fusion:shuffled"
-
-    Attributes:
-      task: one or more tasks, as in `lorafusion fuse`; of one with a training and a test part, only the first is used.
-      chat: put the input into the model's own chat template.
-      train_rows: use at most so many rows; by default all.
-      arms: further methods, or others instead of those of the same names, as NAME=METHOD or NAME=METHOD:CONTROL.
-      folds: parts of the rows; each is tested by models that were trained on the others.
-      minutes: time after which no further training begins, shared by the tasks; none for as long as all rounds take.
-      out: folder of the report and of all measurements.
-    """
-
-    task: tuple[str, ...]
-    chat: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    train_rows: int | None = None
-    arms: tuple[str, ...] = ()
-    folds: int = 5
-    minutes: float | Literal["none"] = 15.0
-    out: Path = Path("runs/trial")
 
 
 class Contestant(NamedTuple):

@@ -103,15 +103,15 @@ def test_fuse_shows_the_options_of_the_chosen_method(method):
     ("command", "message"),
     [
         (
-            "fuse --base b --task t --lora-rank 4",
+            "fuse --base . --task . --lora-rank 4",
             "--lora-rank is an option of the methods lora, dora, not of fusion",
         ),
         (
-            "fuse --base b --task t --preset best",
+            "fuse --base . --task . --preset best",
             "invalid choice 'best' for argument '--preset'. Expected one of (",
         ),
         (
-            "crossbar --run run",
+            "crossbar --run .",
             "`lorafusion crossbar` has the actions prepare, program and explore",
         ),
     ],
