@@ -321,6 +321,8 @@ def _with_older_rope(content: Mapping[str, Any]) -> dict[str, Any]:
     ropes = content.get("rope_parameters") or {}
     rope = ropes.get("full_attention") or ropes
     kind = rope.get("rope_type", "default")
+    if kind == "proportional":
+        return content  # of a Gemma 4, which is newer
     older = {
         "rope_theta": rope.get("rope_theta"),
         "rope_local_base_freq": (ropes.get("sliding_attention") or {}).get(

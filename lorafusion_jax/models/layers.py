@@ -92,13 +92,18 @@ class RMSNorm(nnx.Module):
         self.scale = Base(jnp.full(shape, 1.0 - offset))
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        exact = widened(x)
-        variance = jnp.mean(jnp.square(exact), axis=-1, keepdims=True)
-        normed = exact * jax.lax.rsqrt(variance + self.eps)
+        normed = unscaled_norm(x, self.eps)
         scale = jnp.expand_dims(self.scale[...], range(x.ndim - 1))
         if self.offset:
-            return (normed * (scale.astype(exact.dtype) + self.offset)).astype(x.dtype)
+            return (normed * (scale.astype(normed.dtype) + self.offset)).astype(x.dtype)
         return normed.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def unscaled_norm(x: Float[Array, "*B D"], eps: float) -> Float[Array, "*B D"]:
+    """Return numbers over their root mean square, in float32 (float64 stays)."""
+    exact = widened(x)
+    variance = jnp.mean(jnp.square(exact), axis=-1, keepdims=True)
+    return exact * jax.lax.rsqrt(variance + eps)
 
 
 class LayerNorm(RMSNorm):

@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from ..support.reading import FileError, decode_as
-from . import decoder, qwen3_5, t5
+from . import decoder, gemma4, qwen3_5, t5
 from .architecture import Architecture, Family, GGUFLayout, Model
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (t5.FAMILY, decoder.FAMILY, qwen3_5.FAMILY)
+    family.name: family
+    for family in (t5.FAMILY, decoder.FAMILY, qwen3_5.FAMILY, gemma4.FAMILY)
 }
 
 

@@ -13,7 +13,7 @@ from lorafusion_jax.estimates.params import size
 from lorafusion_jax.models.decoder import FAMILY
 from lorafusion_jax.models.decoder.config import Rope
 from lorafusion_jax.models.decoder.rotary import rotation
-from lorafusion_jax.models.registry import recorded_config
+from lorafusion_jax.models.registry import family_of_json, recorded_config
 
 _SMALL = small_llama.CONFIG | {
     "vocab_size": 40,
@@ -204,6 +204,12 @@ _LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.0], "long_factor":
             "hidden_size is 16: expected at least 64, one for each",
         ),
         ("falcon", {"alibi": True}, "alibi is True: expected False"),
+        ("gemma4_text", {"enable_moe_block": True}, "a mixture of experts: give a den"),
+        (
+            "gemma4_text",
+            {"layer_types": [_SLIDING, _FULL] * 2, "num_kv_shared_layers": 1},
+            "num_kv_shared_layers 1: expected groups of one size",
+        ),
         (
             "granite",
             {"logits_scaling": 0.0},
@@ -256,6 +262,7 @@ def test_a_config_that_the_decoder_cannot_run_is_refused_by_field(
     model_type, changes, message, capfd
 ):
     with refused(message):
-        FAMILY.read_config(_SMALL | changes | {"model_type": model_type})
+        raw = _SMALL | changes | {"model_type": model_type}
+        family_of_json(raw).read_config(raw)
     # Libraries would print the file's text as it is.
     assert capfd.readouterr().err == ""

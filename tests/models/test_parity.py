@@ -77,6 +77,28 @@ _FAMILIES = {
             "partial_rotary_factor": 0.5,
         },
     },
+    "gemma4_text": {
+        "num_hidden_layers": 6,
+        "layer_types": 2 * ["sliding_attention", "sliding_attention", "full_attention"],
+        "num_kv_shared_layers": 3,
+        # With larger weights the gradients of transformers in float32 are 1e-3 off those in float64.
+        "initializer_range": 0.15,
+        "head_dim": 4,
+        "global_head_dim": 8,
+        "sliding_window": _WINDOW,
+        "use_double_wide_mlp": True,
+        "hidden_size_per_layer_input": 6,
+        "vocab_size_per_layer_input": _VOCABULARY,
+        "final_logit_softcapping": 2.0,
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "proportional",
+                "partial_rotary_factor": 0.5,
+                "rope_theta": 100.0,
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+        },
+    },
     "qwen3_5_text": {
         "num_hidden_layers": 6,
         "layer_types": 2 * ["linear_attention", "linear_attention", "full_attention"],
@@ -180,6 +202,7 @@ _WITH_IMAGES = {
         _FAMILIES["gemma3_text"],
         {"vision_config": _VIT, "mm_tokens_per_image": 4},
     ),
+    "gemma4": (_FAMILIES["gemma4_text"], {"vision_config": _VIT | {"head_dim": 8}}),
     "qwen2_vl": (
         {"rope_parameters": _MROPE},
         {
@@ -283,6 +306,22 @@ _VARIANTS = {
         | {"truncate": False, "beta_fast": 3.0, "beta_slow": 0.2}
     },
     "mt5": {"model_type": "mt5", "vocab_size": _VOCABULARY},
+    "Gemma 4 without inputs of layers": _FAMILIES["gemma4_text"]
+    | {
+        "model_type": "gemma4_text",
+        "layer_types": 3 * ["sliding_attention", "full_attention"],
+        "num_kv_shared_layers": 0,
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+        "hidden_size_per_layer_input": 0,
+        "use_bidirectional_attention": "vision",
+    },
+    "Gemma 4, small groups": _FAMILIES["gemma4_text"]
+    | {
+        "model_type": "gemma4_text",
+        "layer_types": 3 * ["sliding_attention", "full_attention"],
+        "num_kv_shared_layers": 2,
+    },
     "GPT-NeoX in turn": {
         "model_type": "gpt_neox",
         "num_key_value_heads": 4,
@@ -360,7 +399,8 @@ def _made(folder, model_type, changes):
         config = transformers.AutoConfig.for_model(model_type, **fields)
         model = getattr(transformers, f"AutoModelFor{kind}").from_config(config)
     with torch.no_grad():
-        for parameter in model.parameters():
+        scalars = [b for name, b in model.named_buffers() if "layer_scalar" in name]
+        for parameter in [*model.parameters(), *scalars]:
             if parameter.ndim == 1:
                 parameter += 0.3 * torch.randn_like(parameter)
     model.save_pretrained(folder)
@@ -508,6 +548,9 @@ def base(request, tmp_path_factory):
             if request.param in _WITH_IMAGES
             else "all-linear"
         )
+        if request.param.startswith("gemma4"):
+            # All but the map that makes the inputs of all layers.
+            linear = r"(?!.*vision).*layers\.\d+\..*(_proj|_projection|_gate)"
         config = peft.LoraConfig(task_type=task, target_modules=linear, **fields)
         config.fan_in_fan_out = request.param == "gpt2"
         if name == "small":
@@ -687,7 +730,13 @@ def test_an_exported_lora_in_peft(base, model, plain, tmp_path):
 
 @pytest.mark.parametrize(
     ("base", "composition"),
-    [("gemma2", "sum"), ("phi3", "mix"), ("qwen3_5_text", "sum"), *_LONG_GRADIENTS],
+    [
+        ("gemma2", "sum"),
+        ("phi3", "mix"),
+        ("gemma4_text", "sum"),
+        ("qwen3_5_text", "sum"),
+        *_LONG_GRADIENTS,
+    ],
     indirect=["base"],
 )
 def test_gradients(base, model, fusion, composition):

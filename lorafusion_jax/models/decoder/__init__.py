@@ -1,6 +1,7 @@
 """Decoder-only models: Llama, SmolLM, Mistral, Qwen 2 to 3, Gemma, Phi, Granite, OLMo, GPT-2 and others."""
 
 import re
+from collections.abc import Mapping
 from operator import attrgetter
 
 from ..architecture import Checkpoint, Family, Slot
@@ -9,7 +10,7 @@ from .config import DecoderConfig, Rope
 from .families import ALIASES, FAMILIES, NAMES, WITH_IMAGES
 from .gguf import GGUF
 from .hf_config import read_config
-from .model import Decoder
+from .model import Block, Decoder
 
 __all__ = ["FAMILY", "Decoder", "DecoderConfig"]
 
@@ -33,10 +34,8 @@ _TUNIX_MAPS = {
 }
 
 
-def _others(model: Decoder) -> list[Slot]:
-    block = model.decoder
-    config = model.structure
-    stem = config.stem
+def slots_of_block(block: Block, config: DecoderConfig, layers: range) -> list[Slot]:
+    """Return the slots of a stacked block's norms and biases, given the numbers of its layers in the model."""
     renamed = dict(config.renamed)
     norms = (
         block.input_norm,
@@ -45,11 +44,14 @@ def _others(model: Decoder) -> list[Slot]:
         block.mlp_post_norm,
     )
     modules = {
-        name: norm for name, norm in zip(config.norms, norms, strict=True) if name
+        name: norm
+        for name, norm in zip(config.norms, norms, strict=True)
+        if norm is not None
     }
     if config.qk_norm:
         modules["self_attn.q_norm"] = block.self_attn.q_norm
-        modules["self_attn.k_norm"] = block.self_attn.k_norm
+        if "k_proj" not in config.absent:
+            modules["self_attn.k_norm"] = block.self_attn.k_norm
     variables = {}
     for name, norm in modules.items():
         variables |= _of_norm(renamed.get(name, name), norm)
@@ -58,18 +60,38 @@ def _others(model: Decoder) -> list[Slot]:
         if site.rpartition(".")[2] in config.biased:
             bias = attrgetter(name)(block).bias
             variables[f"{renamed.get(name, name)}.bias"] = bias
+    return stacked_slots(variables, config, layers)
+
+
+def stacked_slots(
+    variables: Mapping[str, Base], config: DecoderConfig, layers: range
+) -> list[Slot]:
+    """Return the slots of variables that are stacked over these layers, by their names in a layer."""
+    blocks = f"{config.stem}.{dict(config.renamed).get('layers', 'layers')}"
+    return [
+        Slot(variable, [f"{blocks}.{layer}.{name}" for layer in layers], stacked=True)
+        for name, variable in variables.items()
+    ]
+
+
+def slots_of_model(model: Decoder) -> list[Slot]:
+    """Return the slots of the embeddings and the last norm."""
+    config = model.structure
+    stem = config.stem
     slots = [Slot(model.embedding, [_embedding(config)])]
     if "lm_head" in config.biased:
         slots.append(Slot(model.head_bias, ["lm_head.bias"]))
     if config.learned_positions:
         slots.append(Slot(model.positions, [f"{stem}.wpe.weight"]))
-    last_norm = _of_norm(f"{stem}.{renamed.get('norm', 'norm')}", model.norm)
-    slots += [Slot(variable, [name]) for name, variable in last_norm.items()]
-    blocks = f"{stem}.{renamed.get('layers', 'layers')}"
-    for name, variable in variables.items():
-        names = [f"{blocks}.{layer}.{name}" for layer in range(config.num_layers)]
-        slots.append(Slot(variable, names, stacked=True))
-    return slots
+    name = dict(config.renamed).get("norm", "norm")
+    last_norm = _of_norm(f"{stem}.{name}", model.norm)
+    return slots + [Slot(variable, [name]) for name, variable in last_norm.items()]
+
+
+def _others(model: Decoder) -> list[Slot]:
+    config = model.structure
+    layers = range(config.num_layers)
+    return slots_of_model(model) + slots_of_block(model.decoder, config, layers)
 
 
 def _of_norm(name: str, norm: RMSNorm) -> dict[str, Base]:

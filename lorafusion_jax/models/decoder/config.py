@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from ..architecture import Architecture, Attention, Layers, Parts, Site, Size, Stack
 
@@ -27,13 +27,21 @@ class Rope:
       short: quotient of each pair's frequency in rows of up to `context` tokens (`longrope`).
       long: quotient of each pair's frequency in longer rows (`longrope`).
       scale: factor of the rotated numbers (`yarn`, `longrope`).
+      share: share of the pairs, those of the highest frequencies, that are rotated at all (`proportional`).
       query_growth: queries at position p grow by 1 + query_growth log(1 + floor(p / context)) (Ministral 3).
     """
 
     theta: float = 10_000.0
     width: Size
     scaling: Literal[
-        "default", "linear", "dynamic", "llama3", "yarn", "longrope", "none"
+        "default",
+        "linear",
+        "dynamic",
+        "llama3",
+        "yarn",
+        "longrope",
+        "proportional",
+        "none",
     ] = "default"
     factor: float = 1.0
     context: int = 0
@@ -43,6 +51,7 @@ class Rope:
     short: tuple[float, ...] = ()
     long: tuple[float, ...] = ()
     scale: float = 1.0
+    share: float = 1.0
     query_growth: float = 0.0
 
 
@@ -73,6 +82,9 @@ class DecoderConfig(Architecture):
       norms: names of those before and behind the attention, and before and behind the feed-forward; empty for none.
       qk_norm: what is normalised of queries and keys: each `head`, `all` heads together, or each head when it is
         `rotated`.
+      absent: maps that the attention lacks. Without `v_proj` the values are the keys; without `k_proj` too, keys and
+        values are those of an earlier layer (Gemma 4).
+      value_norm: values are normalised, without a scale (Gemma 4).
       attention_gate: every head of q_proj has a gate for its output behind the query (Qwen 3.5).
       norm_offset: added to the scales of norms; Gemma's scales are 1 + w.
       query_scale: factor of the attention's products.
@@ -116,6 +128,8 @@ class DecoderConfig(Architecture):
         "",
     )
     qk_norm: Literal["", "head", "all", "rotated"] = ""
+    absent: tuple[str, ...] = ()
+    value_norm: bool = False
     attention_gate: bool = False
     norm_offset: float = 0.0
     query_scale: float
@@ -124,6 +138,14 @@ class DecoderConfig(Architecture):
     logit_scale: float = 1.0
     attention_cap: float = 0.0
     logit_cap: float = 0.0
+
+    def plain(self) -> "DecoderConfig":
+        """Return the fields that every decoder has."""
+        fields = dataclasses.fields(DecoderConfig)
+        values: dict[str, Any] = {
+            field.name: getattr(self, field.name) for field in fields
+        }
+        return DecoderConfig(**values)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -156,6 +178,8 @@ class DecoderConfig(Architecture):
             gate = dict.fromkeys(("gate_proj", "up_proj"), (d, self.d_ff))
         else:
             gate = {"up_proj": (d, self.d_ff)}
+        for name in self.absent:
+            del attention[name]
         modules = {
             "self_attn": attention | {"o_proj": (inner, d)},
             "mlp": gate | {"down_proj": (self.d_ff, d)},

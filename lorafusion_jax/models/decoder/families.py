@@ -35,13 +35,13 @@ NAMES = {
 }
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
-_FOUR_NORMS = (
+FOUR_NORMS = (
     "input_layernorm",
     "post_attention_layernorm",
     "pre_feedforward_layernorm",
     "post_feedforward_layernorm",
 )
-_OLMO: Fields = {"norms": ("", _FOUR_NORMS[1], "", _FOUR_NORMS[3]), "qk_norm": "all"}
+_OLMO: Fields = {"norms": ("", FOUR_NORMS[1], "", FOUR_NORMS[3]), "qk_norm": "all"}
 _SHARED_MLP: Fields = {
     "fused": ("gate_up_proj",),
     "renamed": (
@@ -149,7 +149,7 @@ def _check(hf: Any, **expected: Any) -> None:
             raise ValueError(f"{name} is {getattr(hf, name)}: expected {value}")
 
 
-def _windows(hf: Any) -> Fields:
+def windows(hf: Any) -> Fields:
     """Return the windows of the layers that the config lists, or of all layers."""
     kinds = (
         getattr(hf, "layer_types", None) or ["sliding_attention"] * hf.num_hidden_layers
@@ -163,11 +163,11 @@ def _windows(hf: Any) -> Fields:
 
 
 def _qwen2(hf: Any) -> Fields:
-    return _windows(hf) | {"biased": _ATTENTION[:3]}
+    return windows(hf) | {"biased": _ATTENTION[:3]}
 
 
 def _qwen3(hf: Any) -> Fields:
-    return _windows(hf) | {"qk_norm": "head"}
+    return windows(hf) | {"qk_norm": "head"}
 
 
 def _gemma(hf: Any) -> Fields:
@@ -177,8 +177,8 @@ def _gemma(hf: Any) -> Fields:
 def _gemma2(hf: Any) -> Fields:
     both = (
         _gemma(hf)
-        | _windows(hf)
-        | {"activation": hf.hidden_activation, "norms": _FOUR_NORMS}
+        | windows(hf)
+        | {"activation": hf.hidden_activation, "norms": FOUR_NORMS}
     )
     caps = {
         "attention_cap": hf.attn_logit_softcapping or 0.0,
@@ -230,7 +230,7 @@ def _granite4(hf: Any) -> Fields:
 def _ministral3(hf: Any) -> Fields:
     rope = rope_of(hf.rope_parameters, head_width(hf), hf.max_position_embeddings)
     growth = hf.rope_parameters.get("llama_4_scaling_beta", 0.0)
-    return _windows(hf) | {"rope": dataclasses.replace(rope, query_growth=growth)}
+    return windows(hf) | {"rope": dataclasses.replace(rope, query_growth=growth)}
 
 
 def _smollm3(hf: Any) -> Fields:
@@ -336,7 +336,7 @@ WITH_IMAGES |= dict.fromkeys(("idefics3", "smolvlm"), "text_model")
 FAMILIES: dict[str, Callable[[Any], Fields]] = {
     # It ignores a window, such as that of a Mistral whose weights it has.
     "llama": lambda hf: {},
-    "mistral": _windows,
+    "mistral": windows,
     "qwen2": _qwen2,
     "qwen2_vl_text": _qwen2,
     "qwen2_5_vl_text": _qwen2,
@@ -348,11 +348,11 @@ FAMILIES: dict[str, Callable[[Any], Fields]] = {
     "phi3": _phi3,
     "granite": _granite,
     "granitemoehybrid": _granite4,
-    "ministral": _windows,
+    "ministral": windows,
     "ministral3": _ministral3,
     "smollm3": _smollm3,
     "olmo2": lambda hf: _OLMO,
-    "olmo3": lambda hf: _OLMO | _windows(hf),
+    "olmo3": lambda hf: _OLMO | windows(hf),
     "hunyuan_v1_dense": _hunyuan,
     "gpt2": _gpt2,
     "gpt_neox": _gpt_neox,

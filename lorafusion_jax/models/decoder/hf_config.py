@@ -134,10 +134,13 @@ def read_config(
         hf = full_config
     else:
         hf = full_config.get_text_config()
+    # A Gemma 4 has heads of two widths.
+    hf.allow_global_per_layer_attribute_access = True
     if hf.model_type not in families:
         got = f"the text model of this {kind} is {hf.model_type!r}"
         raise ValueError(f"{got}: expected one of {', '.join(families)}")
-    if getattr(hf, "use_bidirectional_attention", False):
+    # Between the tokens of an image alone, if it is "vision".
+    if getattr(hf, "use_bidirectional_attention", False) not in (False, None, "vision"):
         raise ValueError(
             "use_bidirectional_attention is set: expected a causal language model"
         )

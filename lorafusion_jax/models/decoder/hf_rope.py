@@ -11,7 +11,15 @@ from ...support.reading import decode_as
 from ..architecture import Size
 from .config import Rope
 
-_SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+_SCALINGS = (
+    "default",
+    "linear",
+    "dynamic",
+    "llama3",
+    "yarn",
+    "longrope",
+    "proportional",
+)
 
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
 
@@ -92,6 +100,11 @@ def _yarn(rope: Rope, fields: _RopeJson) -> Rope:
     )
 
 
+def _proportional(rope: Rope, fields: _RopeJson) -> Rope:
+    share = fields.get("partial_rotary_factor", 1.0)
+    return dataclasses.replace(rope, share=float(share))
+
+
 def _longrope(rope: Rope, fields: _RopeJson) -> Rope:
     context = fields.get("original_max_position_embeddings", rope.context)
     quotients = {
@@ -124,4 +137,5 @@ _FURTHER: dict[str, Callable[[Rope, _RopeJson], Rope]] = {
     "llama3": _llama3,
     "yarn": _yarn,
     "longrope": _longrope,
+    "proportional": _proportional,
 }

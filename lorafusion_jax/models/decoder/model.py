@@ -40,46 +40,58 @@ from ..layers import (
     of_stack,
     scan_blocks,
     together,
+    unscaled_norm,
     widened,
 )
 from ..weights import SUM, embed, heads_matmul, matmul, unembed
 from .config import DecoderConfig
 from .rotary import Rotation, rotate, rotation
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
 }
 
 
+class KeysValues(NamedTuple):
+    """Keys and values of the prompt's columns and of those after it, some of them still to come."""
+
+    keys: Float[Array, "*L B H K C"]
+    values: Float[Array, "*L B H C K"]
+
+
 class Cache(NamedTuple):
-    """Keys and values of the prompt's columns and of those after it, some of them still to come.
+    """Keys and values for each attention of the module that is stacked, most often one.
 
     `states` are those of blocks that have a state instead, [L, B, ...].
     """
 
-    keys: Float[Array, "*L B H K C"]
-    values: Float[Array, "*L B H C K"]
+    attentions: tuple[KeysValues, ...]
     states: Any = None
 
 
 class Context(NamedTuple):
     """Values that all layers of one kind share: each token's rotation, and the columns that it may attend to.
 
-    `real` are the tokens that are no padding, for layers that need it.
+    `real` are the tokens that are no padding, for layers that need it. `shared` are the keys and values for layers that
+    compute none.
     """
 
     rotation: Rotation
     mask: Bool[Array, "B T C"]
     real: Bool[Array, "B T"] | None = None
+    shared: KeysValues | None = None
 
 
 class Contexts(NamedTuple):
     """The position of each token, and a function from whether a layer has a sliding window to the layer's context."""
 
     positions: Int[Array, "B T"]
-    of_layer: Callable[[Bool[Array, ""] | None], Context]
+    of_layer: Callable[[Bool[Array, ""] | bool | None], Any]
+
+
+Into = Callable[[KeysValues, int], KeysValues]
 
 
 class SelfAttention(nnx.Module):
@@ -92,16 +104,19 @@ class SelfAttention(nnx.Module):
         if self.fused:
             self.qkv_proj = linear("qkv_proj")
         else:
-            self.q_proj, self.k_proj, self.v_proj = map(
-                linear, ("q_proj", "k_proj", "v_proj")
-            )
+            self.q_proj = linear("q_proj")
+            if "k_proj" not in config.absent:
+                self.k_proj = linear("k_proj")
+            if "v_proj" not in config.absent:
+                self.v_proj = linear("v_proj")
         self.o_proj = linear("o_proj")
         if config.qk_norm:
             q_heads = config.num_heads if config.qk_norm == "all" else 1
             k_heads = config.num_kv_heads if config.qk_norm == "all" else 1
             layers = config.num_layers
             self.q_norm = _norm(config, layers, q_heads * config.d_head)
-            self.k_norm = _norm(config, layers, k_heads * config.d_head)
+            if "k_proj" not in config.absent:
+                self.k_norm = _norm(config, layers, k_heads * config.d_head)
 
     def __call__(
         self,
@@ -109,20 +124,20 @@ class SelfAttention(nnx.Module):
         contexts: Sequence[Context],
         adapters: Adapters,
         line: Line | None,
-        into: Callable[[Cache], Cache],
-    ) -> tuple[Hidden, Cache]:
-        """Attend within the rows of `x`, group by group of the line; also return the keys and values of the last one.
+        into: Into,
+    ) -> tuple[Hidden, list[KeysValues]]:
+        """Attend within the rows of `x`, group by group of the line; also return their keys and values.
 
-        `into` puts new keys and values among those to attend to.
+        `into` puts new keys and values among those to attend to, given the number of the attention.
         """
         c = self.config
         if self.fused:
             parts = self._split(self.qkv_proj(x, adapters))
         else:
-            parts = [
-                linear(x, adapters)
-                for linear in (self.q_proj, self.k_proj, self.v_proj)
+            maps = [
+                name for name in ("q_proj", "k_proj", "v_proj") if name not in c.absent
             ]
+            parts = [getattr(self, name)(x, adapters) for name in maps]
         gate = None
         if c.attention_gate:
             heads = parts[0].reshape(*x.shape[:2], -1, 2, c.d_head)
@@ -131,34 +146,51 @@ class SelfAttention(nnx.Module):
         if c.qk_norm == "all":
             parts[:2] = self.q_norm(parts[0]), self.k_norm(parts[1])
         mixed = []
-        cache = None
-        for queries, keys, values, context in zip(
-            *(apart(part, line) for part in parts), contexts, strict=True
+        caches = []
+        for heads, context in zip(
+            zip(*(apart(part, line) for part in parts), strict=True),
+            contexts,
+            strict=True,
         ):
-            queries = queries.reshape(*queries.shape[:2], -1, c.d_head)
-            keys = keys.reshape(*keys.shape[:2], -1, c.d_head)
-            values = values.reshape(*values.shape[:2], -1, c.d_head)
-            if c.qk_norm == "head":
-                queries = self.q_norm(queries)
-                keys = self.k_norm(keys)
-            queries = rotate(queries, context.rotation)
-            keys = rotate(keys, context.rotation)
-            if c.qk_norm == "rotated":
-                queries = self.q_norm(queries)
-                keys = self.k_norm(keys)
+            queries, *rest = (
+                part.reshape(*part.shape[:2], -1, c.d_head) for part in heads
+            )
+            queries = self._rotated(queries, "q_norm", context)
             if context.rotation.queries is not None:
                 queries = queries * context.rotation.queries[:, :, None, None].astype(
                     queries.dtype
                 )
-            cache = into(
-                Cache(keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3))
-            )
+            if rest:
+                keys = self._rotated(rest[0], "k_norm", context)
+                values = rest[-1]
+                if c.value_norm:
+                    values = unscaled_norm(values, c.eps).astype(values.dtype)
+                cache = into(
+                    KeysValues(
+                        keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3)
+                    ),
+                    0,
+                )
+            else:
+                assert context.shared is not None
+                cache = context.shared
+            caches.append(cache)
             mixed.append(self._mix(queries, cache, context.mask))
-        assert cache is not None
         heard = together(mixed, line, x.shape)
         return self.o_proj(
             heard if gate is None else heard * jax.nn.sigmoid(gate), adapters
-        ), cache
+        ), caches
+
+    def _rotated(
+        self, heads: Float[Array, "B T H K"], norm: str, context: Context
+    ) -> Float[Array, "B T H K"]:
+        """Return queries or keys, rotated and normalised, in the order that the family has."""
+        if self.config.qk_norm == "head":
+            heads = getattr(self, norm)(heads)
+        heads = rotate(heads, context.rotation)
+        if self.config.qk_norm == "rotated":
+            heads = getattr(self, norm)(heads)
+        return heads
 
     def _split(self, fused: Float[Array, "B T _"]) -> list[Float[Array, "B T _"]]:
         """Return the queries, keys and values that one matrix makes."""
@@ -173,7 +205,7 @@ class SelfAttention(nnx.Module):
     def _mix(
         self,
         queries: Float[Array, "B T HG K"],
-        cache: Cache,
+        cache: KeysValues,
         mask: Bool[Array, "B T C"],
     ) -> Float[Array, "B T HGK"]:
         c = self.config
@@ -230,7 +262,7 @@ class MLP(nnx.Module):
         else:
             up = self.up_proj(x, adapters)
             gate = self.gate_proj(x, adapters) if self.config.gated else up
-        activated = _ACTIVATIONS[self.config.activation](widened(gate)).astype(x.dtype)
+        activated = ACTIVATIONS[self.config.activation](widened(gate)).astype(x.dtype)
         return self.down_proj(
             activated * up if self.config.gated else activated, adapters
         )
@@ -259,12 +291,12 @@ class Block(nnx.Module):
         contexts: Sequence[Context],
         adapters: Adapters,
         line: Line | None = None,
-        into: Callable[[Cache], Cache] = lambda new: new,
-    ) -> tuple[Hidden, Cache]:
-        """Run one layer; see `SelfAttention`."""
+        into: Into = lambda new, _: new,
+    ) -> tuple[Hidden, list[Cache]]:
+        """Run one layer; see `SelfAttention`. The caches are those of the groups of rows."""
         scale = self.config.residual_scale
         normed = _normed(x, self.input_norm)
-        heard, cache = self.self_attn(normed, contexts, adapters, line, into)
+        heard, caches = self.self_attn(normed, contexts, adapters, line, into)
         heard = _normed(heard, self.attention_post_norm)
         summed = checkpoint_name(x + _scaled(heard, scale), SUM)
         if not self.config.parallel:
@@ -272,13 +304,13 @@ class Block(nnx.Module):
         elif self.mlp_norm is not None:
             normed = self.mlp_norm(x)
         made = self.mlp(normed, adapters)
-        return summed + _scaled(_normed(made, self.mlp_post_norm), scale), cache
+        x = summed + _scaled(_normed(made, self.mlp_post_norm), scale)
+        return x, [Cache((cache,)) for cache in caches]
 
 
 class Decoder(nnx.Module):
     """A decoder-only model with random weights."""
 
-    blocks: ClassVar[type[Any]] = Block
     prefix: ClassVar[str] = (
         ""  # of a site's name; both together are the path of its linear map in the model
     )
@@ -288,7 +320,7 @@ class Decoder(nnx.Module):
         self.embedding = Base(
             0.02 * rngs.params.normal((config.vocab_size, config.d_model))
         )
-        self.decoder: Any = self.blocks(config, rngs=rngs)
+        self.decoder: Any = self._blocks(config, rngs)
         if config.learned_positions:
             self.positions = Base(
                 0.02 * rngs.params.normal((config.context, config.d_model))
@@ -309,6 +341,10 @@ class Decoder(nnx.Module):
         return self._logits(
             self._run(ids, [self._of_rows(mask)], adapters or {})[0], adapters or {}
         )
+
+    def _blocks(self, config: Any, rngs: nnx.Rngs) -> nnx.Module:
+        """Return the module that is stacked and scanned."""
+        return Block(config, rngs=rngs)
 
     @property
     def structure(self) -> DecoderConfig:
@@ -373,13 +409,17 @@ class Decoder(nnx.Module):
         """Return the logits that follow the prompt, and a cache with room for all but the last of `length` tokens."""
         ids = to_the_right(input_ids, input_mask)
         mask = to_the_right(input_mask, input_mask)
-        x, cache = self._run(ids, [self._of_rows(mask)], adapters)
+        x, (cache,) = self._run(ids, [self._of_rows(mask)], adapters)
         room = [(0, 0)] * 4 + [(0, length - 1)]
-        keys = jnp.pad(cache.keys, room)
-        values = jnp.pad(cache.values, [*room[:3], room[4], (0, 0)])
-        return self._logits(x[:, -1:], adapters)[:, 0], cache._replace(
-            keys=pack(keys), values=pack(values)
+        attentions = tuple(
+            KeysValues(
+                pack(jnp.pad(attention.keys, room)),
+                pack(jnp.pad(attention.values, [*room[:3], room[4], (0, 0)])),
+            )
+            for attention in cache.attentions
         )
+        logits = self._logits(x[:, -1:], adapters)[:, 0]
+        return logits, cache._replace(attentions=attentions)
 
     def decode_token(
         self,
@@ -390,7 +430,7 @@ class Decoder(nnx.Module):
         adapters: Adapters,
     ) -> tuple[Float[Array, "B V"], Cache]:
         column = input_mask.shape[1] - 1 + step
-        columns = jnp.arange(cache.keys.shape[-1])[None]
+        columns = jnp.arange(cache.attentions[0].keys.shape[-1])[None]
         sources = jnp.sum(input_mask, axis=1, keepdims=True, dtype=jnp.int32)
         positions = sources - 1 + step
         seen = (columns <= column) & (columns >= column - positions)
@@ -404,34 +444,38 @@ class Decoder(nnx.Module):
 
         def block(
             layer: Any,
-            carry: tuple[Array, Cache],
+            carry: tuple[Array, tuple[KeysValues, ...]],
             layer_inputs: tuple[Any, Array | None, tuple[Array, Any]],
-        ) -> tuple[tuple[Array, Cache], Any]:
-            x, cache = carry
+        ) -> tuple[tuple[Array, tuple[KeysValues, ...]], Any]:
+            x, attentions = carry
             adapters, local, (number, _) = layer_inputs
+            updated = list(attentions)
 
-            def into(new: Cache) -> Cache:
+            def into(new: KeysValues, place: int) -> KeysValues:
                 # In place: a layer's copy with the new column would be copied once more, into the loop's results.
-                nonlocal cache
-                keys = pack(new[0])[None]
-                values = pack(new[1])[None]
+                keys = pack(new.keys)[None]
+                values = pack(new.values)[None]
+                stack = updated[place]
                 update = jax.lax.dynamic_update_slice
-                keys = update(cache.keys, keys, (number, 0, 0, 0, column))
-                values = update(cache.values, values, (number, 0, 0, column, 0))
-                cache = Cache(keys, values)
-                layer_cache = (
-                    jax.lax.dynamic_index_in_dim(a, number, keepdims=False)
-                    for a in (cache.keys, cache.values)
+                updated[place] = KeysValues(
+                    update(stack.keys, keys, (number, 0, 0, 0, column)),
+                    update(stack.values, values, (number, 0, 0, column, 0)),
                 )
-                return Cache(*map(unpack, layer_cache))
+                return jax.tree.map(
+                    lambda a: unpack(
+                        jax.lax.dynamic_index_in_dim(a, number, keepdims=False)
+                    ),
+                    updated[place],
+                )
 
-            x, new = layer(x, [contexts.of_layer(local)], adapters, into=into)
-            return (x, cache), new.states
+            x, (new,) = layer(x, [contexts.of_layer(local)], adapters, into=into)
+            return (x, tuple(updated)), new.states
 
-        numbers = jnp.arange(len(cache.keys)), cache.states
-        carry = self._embed(token[:, None], [contexts]), cache._replace(states=None)
-        (x, cache), states = self._scan(block, carry, adapters, numbers)
-        return self._logits(x, adapters)[:, 0], cache._replace(states=states)
+        numbers = jnp.arange(len(cache.attentions[0].keys)), cache.states
+        ids = token[:, None]
+        carry = self._embed(ids, [contexts]), cache.attentions
+        (x, attentions), states = self._scan(block, carry, ids, adapters, numbers)
+        return self._logits(x, adapters)[:, 0], Cache(attentions, states)
 
     def _run(
         self,
@@ -439,17 +483,18 @@ class Decoder(nnx.Module):
         contexts: Sequence[Contexts],
         adapters: Adapters,
         line: Line | None = None,
-    ) -> tuple[Hidden, Cache]:
-        """Run all tokens at once; return the last block's outputs, and keys and values of all layers."""
+    ) -> tuple[Hidden, list[Cache]]:
+        """Run all tokens at once; return the last block's outputs, and for each context the cache of all layers."""
 
         def block(
             layer: Any, x: Array, layer_inputs: tuple[Any, Array | None, None]
-        ) -> tuple[Array, Cache]:
+        ) -> tuple[Array, list[Cache]]:
             adapters, local, _ = layer_inputs
             of_groups = [context.of_layer(local) for context in contexts]
             return layer(x, of_groups, adapters, line)
 
-        return self._scan(block, self._embed(ids, contexts, line), adapters, None)
+        x = self._embed(ids, contexts, line)
+        return self._scan(block, x, ids, adapters, None)
 
     def _of_rows(
         self, mask: Bool[Array, "B T"], lengths: Int[Array, "B 1"] | None = None
@@ -486,8 +531,10 @@ class Decoder(nnx.Module):
         if all(c.sliding):
             return Contexts(positions, lambda local: nearby)
 
-        def of_layer(local: Bool[Array, ""] | None) -> Context:
+        def of_layer(local: Bool[Array, ""] | bool | None) -> Context:
             assert local is not None
+            if isinstance(local, bool):
+                return nearby if local else everywhere
             return jax.tree.map(lambda a, b: jnp.where(local, a, b), nearby, everywhere)
 
         return Contexts(positions, of_layer)
@@ -522,9 +569,11 @@ class Decoder(nnx.Module):
         self,
         block: Callable[..., tuple[Any, Any]],
         carry: Any,
+        ids: Target,
         adapters: Adapters,
         numbers: Any,
     ) -> tuple[Any, Any]:
+        """Call `block` for one layer after the other; `carry` begins with the embeddings of `ids`."""
         sliding = self.structure.sliding
         local = jnp.array(sliding) if any(sliding) and not all(sliding) else None
         xs = (of_stack(adapters, "decoder", self.config.adaptable), local, numbers)

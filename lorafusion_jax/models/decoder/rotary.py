@@ -66,6 +66,10 @@ def _frequencies(rope: Rope, lengths: Int[Array, "B T"]) -> Float[Array, "#B #T 
         long = jnp.asarray(frequencies / np.array(rope.long, np.float32))[None, None]
         short = jnp.asarray(frequencies / np.array(rope.short, np.float32))[None, None]
         return jnp.where((lengths > rope.context)[:, :, None], long, short)
+    if rope.scaling == "proportional":
+        turned = int(rope.share * rope.width // 2)
+        frequencies = frequencies / np.float32(rope.factor)
+        frequencies = np.where(np.arange(len(exponents)) < turned, frequencies, 0)
     if rope.scaling == "none":
         frequencies = 0 * frequencies
     return jnp.asarray(frequencies, jnp.float32)[None, None]

@@ -59,12 +59,8 @@ class Qwen35Config(DecoderConfig):
     @functools.cached_property
     def of_attention(self) -> DecoderConfig:
         """The structure of the layers with attention."""
-        fields: dict[str, Any] = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(DecoderConfig)
-        }
-        fields["num_layers"] = self.num_layers // self.group
-        return DecoderConfig(**fields)
+        groups = self.num_layers // self.group
+        return dataclasses.replace(self.plain(), num_layers=groups)
 
     @functools.cached_property
     def delta_shapes(self) -> Mapping[str, tuple[int, int]]:

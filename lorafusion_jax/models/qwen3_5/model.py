@@ -21,7 +21,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from ..decoder.model import MLP, Block, Cache, Context, Contexts, Decoder
+from ..decoder.model import MLP, Block, Cache, Context, Contexts, Decoder, Into
 from ..layers import (
     Adapters,
     Base,
@@ -29,6 +29,7 @@ from ..layers import (
     Line,
     Linear,
     RMSNorm,
+    Target,
     apart,
     of_stack,
     scan_blocks,
@@ -189,23 +190,25 @@ class Group(nnx.Module):
         contexts: Sequence[Context],
         adapters: dict[str, Adapters],
         line: Line | None = None,
-        into: Callable[[Cache], Cache] = lambda new: new,
-    ) -> tuple[Hidden, Cache]:
+        into: Into = lambda new, _: new,
+    ) -> tuple[Hidden, list[Cache]]:
         """Run one group, from the states of its delta nets; see `decoder.model.SelfAttention` for the others."""
         after = []
         for place, name in enumerate(self.deltas):
             state = None if states is None else states[place]
             x, new = getattr(self, name)(x, contexts, adapters[name], line, state)
             after.append(new)
-        x, cache = self.full(x, contexts, adapters["full"], line, into)
-        return x, cache._replace(states=tuple(after))
+        x, caches = self.full(x, contexts, adapters["full"], line, into)
+        return x, [cache._replace(states=tuple(after)) for cache in caches]
 
 
 class Qwen35(Decoder):
     """A Qwen 3.5 with random weights."""
 
-    blocks: ClassVar[type[Any]] = Group
     prefix: ClassVar[str] = "decoder."
+
+    def _blocks(self, config: Qwen35Config, rngs: nnx.Rngs) -> Group:
+        return Group(config, rngs=rngs)
 
     def _contexts(
         self,
@@ -225,6 +228,7 @@ class Qwen35(Decoder):
         self,
         block: Callable[..., tuple[Any, Any]],
         carry: Any,
+        ids: Target,
         adapters: Adapters,
         numbers: Any,
     ) -> tuple[Any, Any]:
