@@ -108,7 +108,7 @@ def _single(options: Any) -> list[dict[str, Any]]:
             f"{dtype} floor {structure}": Floor(built, weights)
             for structure, built in structures.items()
         }
-        for composition in ("mix", "sum") if dtype == "float32" else ("mix",):
+        for composition in ("mix",) if dtype == "nf4" else ("mix", "sum"):
             for structure, built in structures.items():
                 runs[f"{dtype} {composition} {structure}"] = Step(
                     built, weights, composition

@@ -157,13 +157,19 @@ class Modules:
                 return Dense(self.delta, self.scale)(x, kernel)
         A = dense(gather(self.A, self.index), x.dtype)
         B = dense(gather(self.B, self.index), x.dtype)
-        reads = checkpoint_name(jnp.einsum("...i,nir->...nr", x, A), SUM)
-        mixed = reads * jnp.expand_dims(
+        coefficients = jnp.expand_dims(
             self.coefficients.astype(x.dtype), range(x.ndim - 1)
         )
-        return _scaled(
-            matmul(x, kernel) + jnp.einsum("...nr,nro->...o", mixed, B), self.scale
-        )
+        if x.dtype == jnp.bfloat16:
+            # XLA's fast products on a CPU have float32 results, which `matmul` asks for.
+            reads = matmul(x, jnp.swapaxes(A, 0, 1).reshape(A.shape[1], -1))
+            reads = reads.reshape(*x.shape[:-1], A.shape[0], A.shape[2])
+            mixed = checkpoint_name(reads, SUM) * coefficients
+            update = matmul(mixed.reshape(*x.shape[:-1], -1), B.reshape(-1, B.shape[2]))
+        else:
+            reads = checkpoint_name(jnp.einsum("...i,nir->...nr", x, A), SUM)
+            update = jnp.einsum("...nr,nro->...o", reads * coefficients, B)
+        return _scaled(matmul(x, kernel) + update, self.scale)
 
     def low_rank(self) -> LowRank:
         """Return the sum over all layers as one update, quantised if the modules are."""

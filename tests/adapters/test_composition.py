@@ -477,3 +477,30 @@ def test_pools_choose_by_name_and_index():
         for field in ("A", "rank"):
             wanted = getattr(pool, field)[site][:, jnp.array([2, 0])]
             assert_array_equal(getattr(chosen, field)[site], wanted)
+
+
+def test_a_sum_in_bfloat16_adds_its_products_in_float32():
+    rng = np.random.default_rng(0)
+
+    def draw(*size):
+        return jnp.asarray(rng.normal(size=size) / size[-1] ** 0.5, jnp.bfloat16)
+
+    A = draw(3, 96, 4)
+    B = draw(3, 4, 80)
+    c = draw(3, 1)
+    W = draw(96, 80)
+    x = draw(2, 5, 96)
+
+    @jax.jit
+    def output(c, x):
+        return lf.Modules(A, B, jnp.arange(3), c)(x, W)
+
+    y, backward = jax.vjp(output, c, x)
+    c_gradient, x_gradient = backward(jnp.ones_like(y))
+    modules = np.einsum("nir,nro->nio", np.float64(A), np.float64(B))
+    kernel = np.float64(W) + np.einsum("nk,nio->io", np.float64(c), modules)
+    rows = np.sum(np.float64(x), axis=(0, 1))
+    _close(np.float64(y), np.float64(x) @ kernel, 0.03)
+    expected = np.einsum("i,nio->n", rows, modules)
+    _close(np.float64(c_gradient)[:, 0], expected, 0.03)
+    _close(np.float64(x_gradient)[0, 0], kernel.sum(axis=1), 0.03)
