@@ -1,14 +1,12 @@
-"""Text of several genres that packages ship: what preparations are fitted to, and what they are measured on.
+"""Text of several genres that nothing is fitted to.
 
-The files lie in source distributions on PyPI: brotli 1.2.1 (tests/testdata, from the Canterbury corpus) and gensim
-4.4.0 (gensim/test/test_data, news of the Australian Broadcasting Corporation). Documentation is that of Python.
+The files lie in the source distribution of brotli 1.2.1 on PyPI (tests/testdata, from the Canterbury corpus).
+Documentation is that of Python.
 """
 
 import hashlib
 import pydoc_data.topics
 from pathlib import Path
-
-from .smollm2 import EXAMPLES
 
 UNSEEN = ("fiction", "proceedings", "dialogue", "documentation")
 _FILES = {
@@ -16,19 +14,6 @@ _FILES = {
     "proceedings": "lcet10.txt",
     "dialogue": "asyoulik.txt",
 }
-_NEWS = "lee_background.cor"
-_FITTED_ARTICLES = 110  # with the shipped texts, 33,000 tokens of SmolLM2
-
-
-def fitted_text(folder: Path) -> str:
-    """Return what may be fitted to: the shipped texts, and as many articles between any two of them."""
-    shipped = [file.read_text() for file in sorted((EXAMPLES / "text").glob("*.txt"))]
-    articles = (folder / _NEWS).read_text().splitlines()[:_FITTED_ARTICLES]
-    each = _FITTED_ARTICLES // len(shipped)
-    parts = [
-        [text, *articles[n * each : (n + 1) * each]] for n, text in enumerate(shipped)
-    ]
-    return "\n".join(text for part in parts for text in part)
 
 
 def digest(folder: Path) -> str:

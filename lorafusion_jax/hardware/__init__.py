@@ -12,11 +12,10 @@ from .chips import (
     on_every_chip as on_every_chip,
     redrawn as redrawn,
 )
-from .distil import distil as distil, divergence as divergence
+from .distil import divergence as divergence
 from .evaluate import (
     EvaluateOnChipsOptions as EvaluateOnChipsOptions,
     evaluate_on_chips as evaluate_on_chips,
-    lora_in_cells as lora_in_cells,
     report_on_chips as report_on_chips,
     results_path as results_path,
 )
@@ -25,16 +24,12 @@ from .explore import (
     explore as explore,
     save_best as save_best,
 )
-from .on_arrays import (
-    module_numbers as module_numbers,
-    without_merged_pool as without_merged_pool,
-)
+from .on_arrays import module_numbers as module_numbers
 from .prepare import PrepareOptions as PrepareOptions, prepare as prepare
-from .program import Restored as Restored, program as _program
+from .program import program as _program
 from .restore import (
     RestoreOptions as RestoreOptions,
     digital_matrices as digital_matrices,
-    drifting_otherwise as drifting_otherwise,
     load_restored as load_restored,
     restore_chips as restore_chips,
 )

@@ -13,9 +13,7 @@ import larger_model
 import numpy as np
 import pool_value
 import pool_value_language
-import prepare_small
 import pytest
-import restore
 import results_page
 import trial_coverage
 import warm_starts
@@ -94,10 +92,7 @@ SCRIPTS = {
         "chips_of_language_models",
         _main(chips_of_language_models),
     ),
-    "prepare_small": ("prepare", _main(prepare_small, "--parts")),
-    "restore": ("restore", _main(restore)),
     "trial_coverage": ("trial", _main(trial_coverage)),
-    "restore, Gemma": ("restore/gemma", _main(restore, *_GEMMA)),
     "results_page": ("small_pool_5", _results_page),
     "results_page, controls": ("ablations/controls", _results_page),
     "hardware": ("hardware", _hardware),
@@ -131,23 +126,19 @@ def _cells(name):
     return [list(line) for line in csv.reader(text.splitlines())]
 
 
-def _prepared(name, score):
-    before, after = [line for line in _cells(f"prepare/{name}") if line[1] == score][:2]
-    return [before[3], before[4], after[4], after[7]]
+def _exact_match(task):
+    lines = [line for line in _cells("fusions_on_chips/table.csv") if line[0] == task]
+    return [lines[0][2], *(line[3] for line in lines)] if lines else []
 
 
 _CONTRAST = "20 rows: loss minus that of LoRAFusion | nats | interval"
-_BACK = "score | digital | not prepared | prepared | of the lost, back, %"
-_CORRECTIONS = "corrections | parameters | % of the weights | excess loss | over chips"
 # A page, the start of a table's header, and the lines whose cells may follow a row's name.
 PAGES = [
-    ("results/prepare", "change | excess loss | interval | worst chip",
-     lambda: [[line[3], *line[5:7]] for line in _cells("prepare/main.csv")]),
-    ("results/prepare", _BACK,
-     lambda: [_prepared("language.csv", "exact_match"), _prepared("fusions.csv", "loss"),
-              _prepared("digits.csv", "accuracy")]),
-    ("results/restore", _CORRECTIONS,
-     lambda: [[*line[1:3], *line[4:]] for line in _cells("restore/main.csv")]),
+    ("results/language_on_chips", "chips and errors | chips | nats | interval",
+     lambda: [[line[2], line[3], *line[5:7]]
+              for line in _cells("chips_of_language_models/table.csv")]),
+    ("results/fusions_on_chips", "task | digital | not prepared | prepared",
+     lambda: [_exact_match(task) for task in (*fusions_on_chips.TASKS, "mean")]),
     ("results/pools", _CONTRAST,
      lambda: [line[start : start + 2]
               for name, start in (("pool_value/contrasts.csv", 4),
