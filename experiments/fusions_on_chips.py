@@ -168,12 +168,17 @@ def lost(row: Row, score: str) -> float:
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
-    """Return a line for each task and their means, with an interval over tasks."""
+    """Return a line for each task that has both rows and their means, with an interval over tasks."""
     lines = [
         ["task", "prepared", "digital, %", "on chips, %", "points lost", "over tasks"]
     ]
+    jobs = {job_of(row) for row in rows}
     for prepared in (False, True):
-        group = [row for row in rows if row["prepared"] == prepared]
+        group = [
+            row
+            for row in rows
+            if row["prepared"] == prepared and Job(row["task"], not prepared) in jobs
+        ]
         for row in group:
             digital = row["digital"]["exact_match"]
             points = lost(row, "exact_match")

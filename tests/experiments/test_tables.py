@@ -8,6 +8,7 @@ from pathlib import Path
 import basis_on_chips
 import chips_of_language_models
 import crossbar_pictures
+import fusions_on_chips
 import hardware
 import larger_model
 import numpy as np
@@ -92,6 +93,7 @@ SCRIPTS = {
         "chips_of_language_models",
         _main(chips_of_language_models),
     ),
+    "fusions_on_chips": ("fusions_on_chips", _main(fusions_on_chips)),
     "trial_coverage": ("trial", _main(trial_coverage)),
     "results_page": ("small_pool_5", _results_page),
     "results_page, controls": ("ablations/controls", _results_page),
