@@ -139,8 +139,8 @@ def test_the_part_for_images_is_left_out_with_a_note(path, tmp_path):
     ("changes", "message"),
     [
         (
-            {"text_config": _TEXT | {"model_type": "gpt_neox"}},
-            "the text model of this mistral3 is 'gpt_neox': expected one of",
+            {"text_config": _TEXT | {"model_type": "mamba"}},
+            "the text model of this mistral3 is 'mamba': expected one of",
         ),
     ],
 )
