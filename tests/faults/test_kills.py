@@ -30,7 +30,9 @@ _LINES = {
     signal.SIGTERM: ("stopped by SIGTERM", "SIGTERM: saving after"),
     signal.SIGINT: ("stopped by Ctrl-C", "Ctrl-C: saving after"),
 }
-_ALWAYS_PRINTED = re.compile(r"going on from step|nothing to resume|^\[\d+/\d+\]")
+_ALWAYS_PRINTED = re.compile(
+    r"going on from step|nothing to resume|^\[\d+/\d+\]|tiles for bfloat16"
+)
 
 
 def _convert(inputs, out):
