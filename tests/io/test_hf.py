@@ -392,7 +392,7 @@ def test_a_tensor_of_the_base_by_name(base, tmp_path):
         ),
         (
             {"model_type": "mixtral"},
-            r"model_type is 'mixtral', .*; dense Qwen 3\.5\. Give a dense model of one of them",
+            r"model_type is 'mixtral', .*; dense Qwen 3\.5; dense Gemma 4\. Give a dense model of one of them",
         ),
         (
             {"feed_forward_proj": "gated-silu"},
