@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from ..support import interrupts
 from .compile_cache import keep_compiled
-from .parsing import check_given
+from .parsing import check_sources
 
 _BROKEN_PIPE = 128 + 13  # what a shell reports of a program that SIGPIPE ends
 # Columns of help texts; in a few, tyro would take minutes to lay one out.
@@ -71,7 +71,7 @@ def _subcommand(arguments: Sequence[str]) -> None:
             f"lorafusion: no subcommand {name!r}: choose one of {', '.join(COMMANDS)}"
         )
     else:
-        check_given(rest)
+        check_sources(rest)
         fresh = "jax" not in sys.modules  # otherwise another program calls the command
         interrupts.watch(_CONTINUATIONS.get(name, ""))
         if fresh:

@@ -40,20 +40,18 @@ GROUPS = {
         "overwrite", "eval_batch", "save_seconds", "seed_mode", "mesh", "distributed", "minutes", "engine", "address",
     ),
 }  # fmt: skip
-
-
-# Options that name files or folders, and those that may also name a model or a data set of the hub.
+# Flags of files or folders, and of those that may also be a model or a data set of the hub.
 _SOURCES = {
     "run",
     "runs",
     "reference",
     "pool",
-    "start_from",
-    "weights_file",
+    "from",
+    "weights-file",
     "file",
     "text",
 }
-_HUB_SOURCES = {"base": HUB_ID, "task": DATASET_ID, "calibration_task": DATASET_ID}
+_HUB_SOURCES = {"base": HUB_ID, "task": DATASET_ID, "calibration-task": DATASET_ID}
 
 
 def parse(
@@ -70,9 +68,6 @@ def parse(
     Fields of the dataclass may be dataclasses too; all options are spelled without a prefix. The help text shows
     options without a group first. `defaults` replace the dataclass's, by option name. Other arguments are added to
     `others`, or refused.
-
-    Raises:
-      ValueError: files or folders that the options name do not exist; a plan may be of some that do not.
     """
     import tyro
 
@@ -94,8 +89,6 @@ def parse(
     for title in groups:
         if (attribute := _attribute(title)) in values:
             values |= vars(values.pop(attribute))
-    if not values.get("plan"):
-        check_sources(values)
     return _built(options, values)
 
 
@@ -137,38 +130,28 @@ def given(arguments: Sequence[str]) -> list[str]:
     return [name.replace("-", "_") for name in names]
 
 
-def check_given(arguments: Sequence[str]) -> None:
-    """Raise the error of `check_sources` for the options among arguments, which takes no other library."""
+def check_sources(arguments: Sequence[str]) -> None:
+    """Raise a ValueError that names all sources among arguments that neither exist nor can be on the hub.
+
+    This takes no other library. A plan may be of sources that do not exist.
+    """
     if {"-h", "--help", "--plan"} & {*arguments}:
         return
-    values: dict[str, tuple[str, ...]] = {}
-    name = ""
-    for argument in arguments:
-        value = argument
-        if argument.startswith("--"):
-            flag, _, value = argument[2:].partition("=")
-            name = "start_from" if flag == "from" else flag.replace("-", "_")
-        if value:
-            values[name] = (*values.get(name, ()), value)
-    check_sources(values)
-
-
-def check_sources(options: Mapping[str, Any]) -> None:
-    """Raise a ValueError that names all sources in some options, by name, that neither exist nor can be on the hub."""
     missing = []
-    for name, value in options.items():
-        sources = value if isinstance(value, tuple) else (value,)
-        for source in sources:
-            if source is None or name not in _SOURCES | _HUB_SOURCES.keys():
-                continue
-            on_hub = (
-                name in _HUB_SOURCES
-                and _HUB_SOURCES[name].fullmatch(str(source)) is not None
-                and not is_file_name(str(source))
-            )
-            if not on_hub and not os.path.exists(expand_user(source)):
-                flag = name.removeprefix("start_").replace("_", "-")
-                missing.append(f"--{flag} {source} does not exist")
+    flag = ""
+    for argument in arguments:
+        source = argument
+        if argument.startswith("--"):
+            name, _, source = argument[2:].partition("=")
+            flag = name.replace("_", "-")
+        hub_id = _HUB_SOURCES.get(flag)
+        if not source or (hub_id is None and flag not in _SOURCES):
+            continue
+        on_hub = hub_id is not None and hub_id.fullmatch(source) is not None
+        if on_hub and not is_file_name(source):
+            continue
+        if not os.path.exists(expand_user(source)):
+            missing.append(f"--{flag} {source} does not exist")
     if missing:
         raise ValueError(
             f"{'; '.join(missing)}: give existing paths (a model of the hub is owner/name)"
