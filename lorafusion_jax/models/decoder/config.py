@@ -7,6 +7,11 @@ from typing import Any, ClassVar, Literal
 
 from ..architecture import Architecture, Attention, Layers, Parts, Site, Size, Stack
 
+# Scalings of rotary positions by the names of Hugging Face.
+Scaling = Literal[
+    "default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional"
+]
+
 _ALL: Parts = ("source", "target")
 
 
@@ -33,16 +38,7 @@ class Rope:
 
     theta: float = 10_000.0
     width: Size
-    scaling: Literal[
-        "default",
-        "linear",
-        "dynamic",
-        "llama3",
-        "yarn",
-        "longrope",
-        "proportional",
-        "none",
-    ] = "default"
+    scaling: Literal[Scaling, "none"] = "default"
     factor: float = 1.0
     context: int = 0
     low_freq: float = 1.0

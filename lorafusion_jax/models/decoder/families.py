@@ -35,6 +35,7 @@ NAMES = {
 }
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
+_FUSED_ATTENTION = ("qkv_proj", "o_proj")
 FOUR_NORMS = (
     "input_layernorm",
     "post_attention_layernorm",
@@ -53,7 +54,7 @@ _GPT2: Fields = {
     "stem": "transformer",
     "fused": ("qkv_proj",),
     "gated": False,
-    "biased": ("qkv_proj", "o_proj", "up_proj", "down_proj"),
+    "biased": (*_FUSED_ATTENTION, *_MLP[1:]),
     "renamed": (
         ("embed_tokens", "wte"),
         ("layers", "h"),
@@ -72,11 +73,14 @@ _DENSE_MLP = (
     ("mlp.up_proj", "mlp.dense_h_to_4h"),
     ("mlp.down_proj", "mlp.dense_4h_to_h"),
 )
-_GPT_NEOX: Fields = {
-    "stem": "gpt_neox",
+_FUSED_BY_HEAD: Fields = {
     "fused": ("qkv_proj",),
     "fused_by_head": True,
     "gated": False,
+    "norm": "layer",
+}
+_GPT_NEOX: Fields = _FUSED_BY_HEAD | {
+    "stem": "gpt_neox",
     "renamed": (
         ("embed_tokens", "embed_in"),
         ("norm", "final_layer_norm"),
@@ -85,14 +89,10 @@ _GPT_NEOX: Fields = {
         ("self_attn.o_proj", "attention.dense"),
         *_DENSE_MLP,
     ),
-    "norm": "layer",
     "partial_rope": True,
 }
-_FALCON: Fields = {
+_FALCON: Fields = _FUSED_BY_HEAD | {
     "stem": "transformer",
-    "fused": ("qkv_proj",),
-    "fused_by_head": True,
-    "gated": False,
     "renamed": (
         ("embed_tokens", "word_embeddings"),
         ("layers", "h"),
@@ -101,7 +101,6 @@ _FALCON: Fields = {
         ("self_attn.o_proj", "self_attention.dense"),
         *_DENSE_MLP,
     ),
-    "norm": "layer",
 }
 _PHI: Fields = {
     "gated": False,
@@ -273,11 +272,11 @@ def _gpt2(hf: Any) -> Fields:
 
 
 def _gpt_neox(hf: Any) -> Fields:
-    attention = ("qkv_proj", "o_proj") if hf.attention_bias else ()
+    attention = _FUSED_ATTENTION if hf.attention_bias else ()
     return _GPT_NEOX | {
         "num_kv_heads": hf.num_attention_heads,
         "parallel": hf.use_parallel_residual,
-        "biased": (*attention, "up_proj", "down_proj"),
+        "biased": (*attention, *_MLP[1:]),
     }
 
 
@@ -295,7 +294,7 @@ def _falcon(hf: Any) -> Fields:
         "d_ff": hf.ffn_hidden_size,
         "num_kv_heads": kv_heads,
         "parallel": parallel,
-        "biased": ("qkv_proj", "o_proj", "up_proj", "down_proj") if hf.bias else (),
+        "biased": _GPT2["biased"] if hf.bias else (),
         "norms": norms,
     }
 

@@ -3,23 +3,15 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Required, TypedDict
+from typing import Annotated, Any, Required, TypedDict, get_args
 
 import msgspec
 
 from ...support.reading import decode_as
 from ..architecture import Size
-from .config import Rope
+from .config import Rope, Scaling
 
-_SCALINGS = (
-    "default",
-    "linear",
-    "dynamic",
-    "llama3",
-    "yarn",
-    "longrope",
-    "proportional",
-)
+_SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
 
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
 
