@@ -79,8 +79,8 @@ class Gemma4Config(DecoderConfig):
     per_layer_vocab: Size
 
     @property
-    def own(self) -> int:
-        """Number of groups with keys and values of their own."""
+    def computing(self) -> int:
+        """Number of groups that compute their keys and values."""
         return self.num_layers // self.group - self.sharing
 
     @functools.cached_property
@@ -96,7 +96,7 @@ class Gemma4Config(DecoderConfig):
         )
         kinds = [sliding] * (self.group - 1) + [full]
         structures = {
-            f"own{place}": replace(kind, num_layers=self.own)
+            f"computing{place}": replace(kind, num_layers=self.computing)
             for place, kind in enumerate(kinds)
         }
         if self.sharing:
@@ -114,8 +114,8 @@ class Gemma4Config(DecoderConfig):
         """Return the numbers of a stack's layers in the model."""
         place = list(self.structures).index(stack)
         if place < self.group:
-            return range(place, self.own * self.group, self.group)
-        first = self.own * self.group + place - self.group
+            return range(place, self.computing * self.group, self.group)
+        first = self.computing * self.group + place - self.group
         return range(first, self.num_layers, self.group)
 
     @functools.cached_property
@@ -310,7 +310,7 @@ class Gemma4(Decoder):
                 unroll=config.unroll,
             )
 
-        carry, outputs = groups("own", 0, config.own, carry, numbers, ())
+        carry, outputs = groups("computing", 0, config.computing, carry, numbers, ())
         if config.sharing:
             caches = outputs if numbers is None else [Cache(carry[1])]
             # Those of the last layer of each kind.
@@ -323,7 +323,7 @@ class Gemma4(Decoder):
             ]
             further = jax.tree.map(lambda a: jnp.arange(config.sharing), numbers)
             carry, _ = groups(
-                "sharing", config.own, config.sharing, carry, further, shared
+                "sharing", config.computing, config.sharing, carry, further, shared
             )
         return carry, outputs
 
@@ -412,7 +412,7 @@ def _others(model: Gemma4) -> list[Slot]:
 
 
 def _checkpoint(config: Gemma4Config) -> Checkpoint:
-    sharing = range(config.own * config.group, config.num_layers)
+    sharing = range(config.computing * config.group, config.num_layers)
     return Checkpoint(
         embedding=f"{config.stem}.embed_tokens.weight",
         head="lm_head.weight",
