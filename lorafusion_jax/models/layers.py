@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from ..crossbar import with_shared_factors
-from ..crossbar.calibration.whole_model import FOUND
+from ..crossbar.calibration.whole_model import TAPPED
 from ..support.platform import for_cpu
 from .bit_cast import from_bits, to_bits
 from .weights import PRODUCT, SUM, PerLayerWeights, is_per_layer, looped, matmul, summed
@@ -33,10 +33,10 @@ _POLICIES = jax.checkpoint_policies
 # at the same speed. The attention products have batch dimensions and are recomputed.
 _PRODUCTS = _POLICIES.save_from_both_policies(
     _POLICIES.dots_with_no_batch_dims_saveable,
-    _POLICIES.save_only_these_names(PRODUCT, FOUND),
+    _POLICIES.save_only_these_names(PRODUCT, TAPPED),
 )
 # On accelerators one value replaces a map's product and its adapter's, the adapter's reads and the residual stream.
-_SUMS = _POLICIES.save_only_these_names(SUM, FOUND)
+_SUMS = _POLICIES.save_only_these_names(SUM, TAPPED)
 
 
 class Base(nnx.Variable):

@@ -36,7 +36,7 @@ Run = Callable[
 Counted = Callable[
     [Any, str], Bool[Array, "*B"]
 ]  # (batch, name of a chip) -> inputs [*B, d_in] that are no padding
-FOUND = "found"  # by taps; a model whose `jax.checkpoint` saves this name computes them once
+TAPPED = "tapped"  # what taps find; a model whose `jax.checkpoint` saves this name computes it once
 _NAMED = 5  # sites that a warning names
 
 
@@ -230,7 +230,9 @@ def _tapped(
 def _tapped_forward(read_and_tree, x, statistics, arrays):
     read, tree = read_and_tree
     y, statistics = read(x, *jax.tree.unflatten(tree, arrays))
-    leaves = tuple(checkpoint_name(leaf, FOUND) for leaf in jax.tree.leaves(statistics))
+    leaves = tuple(
+        checkpoint_name(leaf, TAPPED) for leaf in jax.tree.leaves(statistics)
+    )
     return y, (jnp.zeros_like(x), leaves, None)
 
 

@@ -30,9 +30,8 @@ from .code_errors import CodeErrors, code_errors
 from .preparation import Preparation
 from .transform import transform_matrices
 
-# ranges that are tried, as shares of a column's largest weight, and bins of its weights
-_CLIPS = np.linspace(1, 0.3, 71)
-_BINS = 4096
+_CLIPS = np.linspace(1, 0.3, 71)  # tried as shares of a column's largest weight
+_BINS = 4096  # of a column's weights
 _POWERS = np.linspace(0, 1, 21)  # exponents of the factors without a transform
 # smallest mean square of an input, and square of a row, as shares of the median
 _LEAST_INPUT = 0.1
@@ -153,9 +152,9 @@ def _expected_error(
         # The part of the errors that is along the weights meets their outputs, whose power a transform keeps.
         intended_power = squares @ jnp.square(prepared)
         along = squares @ (prepared * mean_error)
-        along = along / jnp.where(intended_power > 0, intended_power, 1)
+        share_along = along / jnp.where(intended_power > 0, intended_power, 1)
         return jnp.sum(
-            squares @ square_error + jnp.square(along) * (power - intended_power)
+            squares @ square_error + jnp.square(share_along) * (power - intended_power)
         ) / jnp.sum(power)
 
     return one_by_one(of_one, weights.shape[:-2])(weights, squares, preparation)
@@ -172,21 +171,22 @@ def _ranges(
     """Return the ranges of least error power among those that are tried, from histograms of the columns' weights."""
     shares = jnp.asarray(_CLIPS, jnp.float32)
     centres = jnp.linspace(-1, 1, _BINS)
-    shares = shares[:, None]
-    programmed, variance = _programmed(centres[None] / shares, errors, top)
-    powers = jnp.square(shares * programmed - centres[None])
-    powers = powers + jnp.square(shares) * variance  # [shares, bins]
+    ranges = shares[:, None]
+    programmed, variance = _programmed(centres[None] / ranges, errors, top)
+    mean_error = ranges * programmed - centres[None]
+    powers = jnp.square(mean_error) + jnp.square(ranges) * variance  # [shares, bins]
 
     def of_one(weights: Array, squares: Array, preparation: Preparation) -> Array:
-        columns = preparation.weights(weights).T
-        largest = _largest(columns.T)
+        prepared = preparation.weights(weights)
+        largest = _largest(prepared)
+        columns = prepared.T
         places = (columns / largest[:, None] + 1) / 2 * (_BINS - 1)
         column = jnp.arange(len(columns))[:, None]
         histograms = jnp.zeros((len(columns), _BINS))
         histograms = histograms.at[column, jnp.round(places).astype(jnp.int32)].add(
             squares[None]
         )
-        return largest * shares[jnp.argmin(histograms @ powers.T, axis=1), 0]
+        return largest * shares[jnp.argmin(histograms @ powers.T, axis=1)]
 
     return one_by_one(of_one, weights.shape[:-2])(weights, squares, preparation)
 
