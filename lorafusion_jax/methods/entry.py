@@ -13,7 +13,7 @@ from ..training.problem import Problem
 from ..training.recipe import Recipe
 
 Matrix = tuple[int, int]
-OneRecipe = TypeVar("OneRecipe", bound=Recipe)
+Options = TypeVar("Options")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,12 +186,12 @@ def basis_of(recipe: Recipe) -> int | None:
     return recipe.basis if isinstance(recipe, BasisRecipe) else None
 
 
-def recipe_of(kind: type[OneRecipe], values: Mapping[str, Any]) -> OneRecipe:
-    """Return a recipe of a class with its fields from values such as the `vars` of another recipe."""
+def recipe_of(kind: type[Options], values: Mapping[str, Any]) -> Options:
+    """Return a recipe, or another dataclass, with its fields from values such as the `vars` of another recipe."""
     return kind(
         **{
             field.name: values[field.name]
-            for field in dataclasses.fields(kind)
+            for field in dataclasses.fields(kind)  # pyright: ignore[reportArgumentType] (a dataclass)
             if field.name in values
         }
     )

@@ -5,7 +5,6 @@ Axis letters: L layer, N modules of a fusion, r rank, k directions of a basis.
 
 import dataclasses
 from collections.abc import Mapping
-from functools import partial
 from typing import Literal, get_args
 
 import jax
@@ -31,7 +30,15 @@ from ..support.checks import at_least, one_of
 from ..support.platform import for_cpu
 from ..training.method import Adapted, Frozen, Fused, Index, Method, Params
 from ..training.recipe import Optimisation, Recipe
-from .entry import BasisRecipe, Built, CostLayout, MethodEntry, RescalingRecipe, module
+from .entry import (
+    BasisRecipe,
+    Built,
+    CostLayout,
+    MethodEntry,
+    RescalingRecipe,
+    module,
+    recipe_of,
+)
 
 Choose = Literal["draw", "gradient", "basis-gradient"]
 
@@ -67,7 +74,7 @@ class CoefficientsRecipe(BasisRecipe):
     def check(self) -> None:
         super().check()
         at_least(0, l1=self.l1, l2=self.l2)
-        check_basis(self)
+        fusion_of(self)
         if self.basis is None and self.choose == "basis-gradient":
             raise ValueError(
                 "--choose basis-gradient needs a shared basis: give its number of directions with --basis"
@@ -161,7 +168,20 @@ class Fusion(Method):
                 "a mix that starts at zero never moves: its gradient is exactly zero there. "
                 "Start from xavier or uniform, or use the composition sum"
             )
-        check_basis(self)
+        if self.basis is None:
+            return
+        if self.basis < 1:
+            raise ValueError(
+                f"expected a basis of at least 1 direction, got {self.basis}"
+            )
+        if self.composition == "mix":
+            raise ValueError(
+                "a shared basis lacks a mix's factors: use the composition sum, or leave out the basis"
+            )
+        if self.granularity == "rank":
+            raise ValueError(
+                "a shared basis mixes the modules' ranks: use the granularity global, block or site"
+            )
 
     def precompute(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:
         """Return the frozen weights with the directions that are used, and the pool's Gram terms.
@@ -197,7 +217,7 @@ class Fusion(Method):
 
     def check(self, pool: Pool) -> None:
         if isinstance(pool, SharedBasis):
-            check_basis(dataclasses.replace(self, basis=self.basis or pool.k))
+            dataclasses.replace(self, basis=self.basis or pool.k)  # checks the options
             if self.basis is not None:
                 pool.first(self.basis)
         elif self.basis is not None:
@@ -306,22 +326,11 @@ class Fusion(Method):
         return acting
 
 
-def check_basis(options: Fusion | CoefficientsRecipe) -> None:
-    """Raise ValueError for a fusion in a shared basis with an option that needs whole modules."""
-    if options.basis is None:
-        return
-    if options.basis < 1:
-        raise ValueError(
-            f"expected a basis of at least 1 direction, got {options.basis}"
-        )
-    if options.composition == "mix":
-        raise ValueError(
-            "a shared basis lacks a mix's factors: use the composition sum, or leave out the basis"
-        )
-    if options.granularity == "rank":
-        raise ValueError(
-            "a shared basis mixes the modules' ranks: use the granularity global, block or site"
-        )
+def fusion_of(recipe: CoefficientsRecipe) -> Fusion:
+    """Return the fusion of a recipe; ValueError for options that do not go together."""
+    return recipe_of(
+        Fusion, vars(recipe) | {"magnitudes": isinstance(recipe, FusionRecipe)}
+    )
 
 
 # One coefficient for each module, and no magnitudes.
@@ -356,19 +365,9 @@ def _magnitudes(
     }
 
 
-def build(built: Built, *, magnitudes: bool = True) -> Fusion:
+def _build(built: Built) -> Fusion:
     """Return the fusion of a recipe; ValueError if it cannot use the pool."""
-    recipe = built.recipe
-    fusion = Fusion(
-        composition=recipe.composition,
-        granularity=recipe.granularity,
-        start=recipe.start,
-        magnitudes=magnitudes,
-        basis=recipe.basis,
-        differentiate_norm=recipe.differentiate_norm,
-        l1=recipe.l1,
-        l2=recipe.l2,
-    )
+    fusion = fusion_of(built.recipe)
     assert built.pool is not None
     fusion.check(built.pool)
     return fusion
@@ -402,7 +401,7 @@ _FUSION = MethodEntry(
     help="train coefficients that mix the pool, and magnitudes",
     title="LoRAFusion",
     basis_title=_BASIS_TITLE,
-    build=build,
+    build=_build,
     recipe=FusionRecipe,
     pool=True,
     groups=("coefficients", "magnitudes"),
@@ -416,7 +415,6 @@ ENTRIES = (
         help="train coefficients that mix the pool, alone",
         title="LoRAFusion, coefficients only",
         basis_title=None,
-        build=partial(build, magnitudes=False),
         recipe=CoefficientsRecipe,
         groups=("coefficients",),
         cost_layouts=lambda recipe, rank: {},

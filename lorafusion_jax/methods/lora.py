@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Literal, TypeGuard
 
 import jax
@@ -198,8 +197,9 @@ def as_pool(method: LoRA, params: Params, names: Sequence[str]) -> LoraPool:
     return LoraPool(A=A, B=B, rank=ranks, names=tuple(names))
 
 
-def _build(built: Built, *, dora: bool) -> LoRA:
+def _build(built: Built) -> LoRA:
     rank = built.recipe.lora_rank
+    dora = isinstance(built.recipe, DoRARecipe)
     return LoRA(sites=built.sites, rank=rank, alpha=2.0 * rank, dora=dora)
 
 
@@ -219,7 +219,7 @@ ENTRIES = (
         name="lora",
         help="train one new low-rank module",
         title="LoRA, rank {lora_rank}",
-        build=partial(_build, dora=False),
+        build=_build,
         recipe=LoRARecipe,
         groups=("lora",),
         cost_layouts=_lora_cost_layouts,
@@ -228,7 +228,7 @@ ENTRIES = (
         name="dora",
         help="train one new low-rank module, and magnitudes",
         title="DoRA, rank {lora_rank}",
-        build=partial(_build, dora=True),
+        build=_build,
         recipe=DoRARecipe,
         groups=("lora", "magnitudes"),
         cost_layouts=lambda recipe, rank: {

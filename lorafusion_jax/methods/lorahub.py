@@ -16,8 +16,6 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import ModuleType
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,11 +24,9 @@ from jaxtyping import Float
 from ..models.weights import reads
 from ..support.checks import load_optional
 from ..support.progress import progress
-from ..tasks import Batch
 from ..training.loss import seed_entropies
 from ..training.mesh import on_mesh, to_host
 from ..training.method import SEARCH, Params
-from ..training.problem import Problem
 from .entry import Built, MethodEntry, PoolRecipe, SearchJob
 from .fusion import Fusion, separate_modules
 
@@ -69,13 +65,23 @@ def search(
         with warnings.catch_warnings():
             # SciPy's, about the budget; raised in threads of nevergrad's.
             warnings.filterwarnings("ignore", module="scipy|nevergrad")
-            optimisers += [
-                _optimiser(nevergrad, modules, evaluations, seed) for seed in seeds
-            ]
+            for seed in seeds:
+                array = nevergrad.p.Array(
+                    init=np.zeros(modules), lower=-BOUND, upper=BOUND
+                )
+                optimisers.append(
+                    nevergrad.optimizers.NGOpt(
+                        parametrization=array, budget=evaluations
+                    )
+                )
+                optimisers[-1].parametrization.random_state = np.random.RandomState(
+                    seed
+                )
             for number in range(1, evaluations + 1):
                 candidates = [optimiser.ask() for optimiser in optimisers]
                 weights = np.stack([candidate.value for candidate in candidates])
-                _tell(optimisers, candidates, objective(number, weights))
+                for place, value in enumerate(objective(number, weights).tolist()):
+                    optimisers[place].tell(candidates[place], value)
             return np.stack(
                 [optimiser.provide_recommendation().value for optimiser in optimisers]
             )
@@ -85,44 +91,26 @@ def search(
         optimisers.clear()
 
 
-def _optimiser(nevergrad: ModuleType, modules: int, evaluations: int, seed: int) -> Any:
-    weights = nevergrad.p.Array(init=np.zeros(modules), lower=-BOUND, upper=BOUND)
-    optimiser = nevergrad.optimizers.NGOpt(parametrization=weights, budget=evaluations)
-    optimiser.parametrization.random_state = np.random.RandomState(seed)
-    return optimiser
-
-
-def _tell(
-    optimisers: Sequence[Any], candidates: Sequence[Any], scores: np.ndarray
-) -> None:
-    for optimiser, candidate, value in zip(
-        optimisers, candidates, scores.tolist(), strict=True
-    ):
-        optimiser.tell(candidate, value)
-
-
 def objective_of(job: SearchJob) -> Objective:
     """Return LoraHub's objective on the rows of a job."""
     batches = list(job.rows.once(job.recipe.batch_size))
-    problem = job.problem
-    return lambda number, weights: score(weights, batches, problem.read(SEARCH, number))
-
-
-def score(
-    weights: Float[np.ndarray, "seeds N"], batches: Sequence[Batch], problem: Problem
-) -> Float[np.ndarray, " seeds"]:
-    """Return LoraHub's objective of every seed, given batches with a leading axis of seeds."""
-    params = on_mesh({"coefficients": jnp.asarray(weights, jnp.float32)}, of_seeds=True)
-    losses = []
-    for number, batch in enumerate(batches):
-        read = problem.replace(frozen=reads(problem.frozen, number))
-        losses.append(
-            to_host(seed_entropies(params, on_mesh(batch, of_seeds=True), read))
-        )
     rows = np.sum([np.sum(batch.row_mask, axis=1) for batch in batches], axis=0)
-    return np.sum(losses, axis=0, dtype=float) / rows + L1 * np.mean(
-        np.abs(weights), axis=1
-    )
+
+    def objective(number: int, weights: np.ndarray) -> np.ndarray:
+        problem = job.problem.read(SEARCH, number)
+        params = on_mesh(
+            {"coefficients": jnp.asarray(weights, jnp.float32)}, of_seeds=True
+        )
+        losses = []
+        for place, batch in enumerate(batches):
+            read = problem.replace(frozen=reads(problem.frozen, place))
+            losses.append(
+                to_host(seed_entropies(params, on_mesh(batch, of_seeds=True), read))
+            )
+        sizes = np.mean(np.abs(weights), axis=1)
+        return np.sum(losses, axis=0, dtype=float) / rows + L1 * sizes
+
+    return objective
 
 
 load_nevergrad = partial(
