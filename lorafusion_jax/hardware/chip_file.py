@@ -202,13 +202,9 @@ class Chips:
             pairs = {"shared basis": (basis, file["basis_sha256"])}
         for name, (digest, stored_digest) in pairs.items():
             if digest != stored_digest:
-                if stored_digest is None:
-                    state = "is not there"
-                else:
-                    state = f"has the sha256 {stored_digest[:12]}"
                 raise ValueError(
-                    f"the run fuses the {name} (sha256 {digest[:12]}), which on {self.name} {state}: the chips were "
-                    "programmed with another pool; program them with the run's"
+                    f"the run fuses the {name} (sha256 {digest[:12]}), and {self.name} has another one or none: the "
+                    "chips were programmed with another pool; program them with the run's"
                 )
 
     def _check_cells(self, fused: LoadedModel, file: ChipFile) -> None:
@@ -250,52 +246,42 @@ def load_chips(name: str, *, key: int = 0, digital: tuple[str, ...] = ()) -> Chi
     """
     check_uint32(chip_key=key)
     path = Path(name)
+    file = None
+    prepared = None
     if path.is_dir():
         if not (path / PREPARATIONS).is_dir():
             raise ValueError(
                 f"{path} has no {PREPARATIONS}: give a folder that `lorafusion crossbar prepare` wrote, or a file"
             )
         prepared = load_prepared(path)
+        config = prepared.config
         digital = (*digital, *prepared.digital)
-        return Chips(
-            prepared.config, digital, jax.random.key(key), None, name, prepared
-        )
-    if not _holds_chips(path):
-        return Chips(
-            crossbar.load_config(name), digital, jax.random.key(key), None, name
-        )
-    file = read_json(path, ChipFile, "a file of chips")
-    if digital or key:
-        raise ValueError(
-            f"{path} has its own key and digital weights: leave out these options"
-        )
-    with error_context(path):
-        config = config_from(file["config"])
-    prepared = None
-    if file["prepared"] is not None:
-        prepared = load_prepared(path.parent / file["prepared"])
-    chips = Chips(
-        config,
-        tuple(file["digital"]),
-        jax.random.key(file["key"]),
-        file,
-        name,
-        prepared,
-    )
-    if chips.sha256 != file["sha256"]:
+    elif (
+        path.suffix not in (".yaml", ".yml")
+        and path.exists()
+        and b'"cells_sha256"' in path.read_bytes()
+    ):
+        file = read_json(path, ChipFile, "a file of chips")
+        if digital or key:
+            raise ValueError(
+                f"{path} has its own key and digital weights: leave out these options"
+            )
+        with error_context(path):
+            config = config_from(file["config"])
+        if file["prepared"] is not None:
+            prepared = load_prepared(path.parent / file["prepared"])
+        digital = tuple(file["digital"])
+        key = file["key"]
+    else:
+        config = crossbar.load_config(name)
+    chips = Chips(config, digital, jax.random.key(key), file, name, prepared)
+    if file is not None and chips.sha256 != file["sha256"]:
         raise FileError(
             path,
             got="not the configuration or the preparations that the chips were programmed with",
             fix="restore them",
         )
     return chips
-
-
-def _holds_chips(path: Path) -> bool:
-    """Return whether a file is of chips, and not of a configuration."""
-    if path.suffix in (".yaml", ".yml") or not path.exists():
-        return False
-    return b'"cells_sha256"' in path.read_bytes()
 
 
 def seconds(age: str) -> float:
@@ -324,9 +310,8 @@ def aged(
       ValueError: nothing in the configuration depends on time.
     """
     device = config.device
-    over_time = (
-        len(getattr(device.programming, "seconds", ())) > 1
-    )  # measured at several times
+    # Measured at several times.
+    over_time = len(getattr(device.programming, "seconds", ())) > 1
     needs = "--compensate" if compensate else None
     if age is not None and seconds(age):
         needs = f"an age of {age}"
@@ -379,7 +364,6 @@ def write_chips(options: ProgramOptions) -> ChipFile:
             f"{options.out} exists: give another --out; chips are never overwritten"
         )
     at_least(1, chips=options.chips, basis=options.basis)
-    check_uint32(chip_key=options.chip_key)
     chips = load_chips(
         options.crossbar, key=options.chip_key, digital=options.keep_digital
     )
@@ -434,17 +418,17 @@ def _report(leaves: list[crossbar.Chip]) -> OneChip:
     total = crossbar.Counts()
     cells_in_arrays = 0
     used = 0.0
-    pulses = []
+    pulses = None
     for leaf in leaves:
         matrices = math.prod(leaf.shape[:-2])
-        matrix_counts = crossbar.counts(leaf.matrix_shape, leaf.config)
-        total = total + matrix_counts * matrices
+        matrix_counts = crossbar.counts(leaf.matrix_shape, leaf.config) * matrices
+        total += matrix_counts
         explained = crossbar.explain(leaf)
         cells = explained.arrays * math.prod(explained.array) * matrices
-        cells_in_arrays = cells_in_arrays + cells
-        used = used + explained.utilisation * cells
+        cells_in_arrays += cells
+        used += explained.utilisation * cells
         if leaf.pulses is not None:
-            pulses.append((float(leaf.pulses.mean()), matrix_counts.cells * matrices))
+            pulses = (pulses or 0) + float(leaf.pulses.mean()) * matrix_counts.cells
     cost = crossbar.write_cost(total)
     return {
         "arrays": total.arrays,
@@ -453,7 +437,5 @@ def _report(leaves: list[crossbar.Chip]) -> OneChip:
         "pulses": list(dataclasses.astuple(cost.pulses)),
         "joules": list(dataclasses.astuple(cost.energy)),
         "seconds": list(dataclasses.astuple(cost.time)),
-        "simulated_pulses": sum(p * c for p, c in pulses) / total.cells
-        if pulses
-        else None,
+        "simulated_pulses": pulses and pulses / total.cells,
     }

@@ -228,12 +228,11 @@ def on_every_chip(
     chip_numbers = np.minimum(
         first_of_device + np.arange(local_chip.max() + 1), len(keys) - 1
     ).ravel()
+    on_chips = None
     if restored:
         on_chips = jax.tree.map(
             lambda *leaves: jnp.stack(leaves), *(restored[n] for n in chip_numbers)
         )
-    else:
-        on_chips = None
     structure, values = split_config(tuple(rules.items()))
     weights = _program_all(
         on_mesh((keys[chip_numbers], on_chips), of_seeds=True),
@@ -313,15 +312,10 @@ def _with_limits(frozen: Frozen, limits: Limits) -> Frozen:
     """Return a chip whose converters have these ranges; corrected weights keep the ranges of their corrections."""
     leaves = []
     for leaf, (adc_limits, dac_limit) in zip(chips_in(frozen), limits, strict=True):
-        if leaf.correction is not None:
-            leaves.append(leaf)
-            continue
         dac = leaf.config.dac
-        if dac is None or dac.scaling != "calibrated":
-            input_limit = leaf.input_limit
-        else:
-            input_limit = dac_limit
-        leaves.append(
-            dataclasses.replace(leaf, limits=adc_limits, input_limit=input_limit)
-        )
+        if leaf.correction is None:
+            leaf = dataclasses.replace(leaf, limits=adc_limits)
+            if dac is not None and dac.scaling == "calibrated":
+                leaf = dataclasses.replace(leaf, input_limit=dac_limit)
+        leaves.append(leaf)
     return with_chips(frozen, leaves)

@@ -165,9 +165,8 @@ def distil(
         jax.random.permutation(jax.random.fold_in(key, epoch), len(batches))
         for epoch in range(how.epochs)
     ]
-    if left_out is None:
-        best_loss = math.inf
-    else:
+    best_loss = math.inf
+    if left_out is not None:
         best_loss = _mean_divergence(run, weights, corrections, left_out)
     with progress("steps", steps) as bar:
         for step, number in enumerate(np.concatenate(orders), start=1):
@@ -197,21 +196,13 @@ def distil(
 def _optimiser(
     rate: float, rate_low_rank: float, steps: int
 ) -> optax.GradientTransformation:
-    def kinds(params: Any) -> Any:
-        return {
-            site: {
-                name: "low rank" if name in ("U", "V") else "columns" for name in parts
-            }
-            for site, parts in params.items()
-        }
-
-    rates = {"columns": rate, "low rank": rate_low_rank}
+    rates = {"scale": rate, "offset": rate, "U": rate_low_rank, "V": rate_low_rank}
     return optax.multi_transform(
         {
-            kind: optax.adam(optax.cosine_decay_schedule(kind_rate, steps))
-            for kind, kind_rate in rates.items()
+            part: optax.adam(optax.cosine_decay_schedule(part_rate, steps))
+            for part, part_rate in rates.items()
         },
-        kinds,
+        lambda params: jax.tree.map_with_path(lambda path, _: path[-1].key, params),
     )
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Int
 
 from ..adapters.norms import gram
 from ..crossbar import (
+    Chip,
     CrossbarConfig,
     ReadNoise,
     calibrate_tree,
@@ -40,7 +41,7 @@ from ..support.options import MeshOptions
 from ..support.progress import progress
 from ..support.writing import check_writable, write_json
 from ..training.mesh import make_mesh, on_mesh
-from ..training.method import Frozen, Params
+from ..training.method import Params
 from .chip_file import Chips, aged, load_chips
 from .chips import (
     CALIBRATION_ROWS,
@@ -54,6 +55,7 @@ from .program import Restored, check_no_split, program
 from .restore import load_restored
 
 _LONGEST_NAME = 40  # characters of the chips' name in that of a file
+_COMPENSATE = {"on": True, "off": False, None: None}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,8 +113,19 @@ def _load_request(options: EvaluateOnChipsOptions) -> EvaluationRequest:
     chips = load_chips(
         options.crossbar, key=options.chip_key, digital=options.keep_digital
     )
-    config = _overridden(chips.config, options)
-    compensate = _compensation(options)
+    config = chips.config
+    if options.read_noise is not None:
+        noise = ReadNoise(options.read_noise) if options.read_noise else None
+        device = dataclasses.replace(config.device, read_noise=noise)
+        config = dataclasses.replace(config, device=device)
+    if options.adc_bits is not None:
+        if config.adc is None:
+            raise ValueError(
+                f"{options.crossbar} has no ADC to give {options.adc_bits} bits: leave out --adc-bits"
+            )
+        adc = dataclasses.replace(config.adc, bits=options.adc_bits)
+        config = dataclasses.replace(config, adc=adc)
+    compensate = _COMPENSATE[options.compensate]
     configs = {
         age: aged(config, age, compensate=compensate) for age in options.ages or (None,)
     }
@@ -196,7 +209,7 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
             rows += [
                 {
                     "age": age,
-                    "compensate": _compensation(options),
+                    "compensate": _COMPENSATE[options.compensate],
                     "chip": number // len(seeds),
                 }
                 | {name: row[name] for name in ("seed", "exact_match", "loss")}
@@ -237,46 +250,41 @@ def report_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
     )
     chip_rows = []
     sites = []
-    with progress("chips", on.count) as bar:
-        for chip in range(on.count):
-            started = time.perf_counter()
-            restored = on.restored[chip] if on.restored else None
-            frozen = program(
-                problem.graph,
-                problem.frozen,
-                chips.rules(config),
-                chips.chip_key(chip),
-                modules=on.modules,
-                norm=options.norm,
-                restored=restored,
-            )
-            frozen = calibrate_tree(run, frozen, batches)
-            rows = site_errors(frozen, observe(run, frozen, batches))
-            calibrated = time.perf_counter()
-            seeds, scores = evaluate_seeds(
-                setup.with_problem(frozen=frozen), on.fused, params
-            )
-            seconds = {
-                "program": calibrated - started,
-                "evaluate": time.perf_counter() - calibrated,
+    for chip in progress("chips", range(on.count)):
+        started = time.perf_counter()
+        frozen = program(
+            problem.graph,
+            problem.frozen,
+            chips.rules(config),
+            chips.chip_key(chip),
+            modules=on.modules,
+            norm=options.norm,
+            restored=on.restored[chip] if on.restored else None,
+        )
+        frozen = calibrate_tree(run, frozen, batches)
+        rows = site_errors(frozen, observe(run, frozen, batches))
+        calibrated = time.perf_counter()
+        evaluated = evaluate_seeds(setup.with_problem(frozen=frozen), on.fused, params)
+        seconds = {
+            "program": calibrated - started,
+            "evaluate": time.perf_counter() - calibrated,
+        }
+        chip_rows.append(
+            {
+                "chip": chip,
+                "seeds": seed_rows(*evaluated),
+                "seconds": seconds,
+                "matrices": rows,
             }
-            chip_rows.append(
-                {
-                    "chip": chip,
-                    "seeds": seed_rows(seeds, scores),
-                    "seconds": seconds,
-                    "matrices": rows,
-                }
-            )
-            sites = _sites(frozen)
-            bar.update()
+        )
+        sites = [_site(leaf) for leaf in chips_in(frozen)]
     results = {
         "task": setup.task.name,
         "config": options.crossbar,
         "config_sha256": config_hash(config),
         "digital_weights": list(chips.digital),
         "age": age,
-        "compensate": _compensation(options),
+        "compensate": _COMPENSATE[options.compensate],
         **_settings(on.fused.method, options),
         "chip_key": options.chip_key if chips.file is None else chips.file["key"],
         "digital": digital,
@@ -293,10 +301,10 @@ def _settings(method: str, options: EvaluateOnChipsOptions) -> dict[str, Any]:
     return {
         "method": method,
         "options": _given(options),
-        **{
-            name: getattr(options, name)
-            for name in ("read_noise", "adc_bits", "norm", "restore")
-        },
+        "read_noise": options.read_noise,
+        "adc_bits": options.adc_bits,
+        "norm": options.norm,
+        "restore": options.restore,
         "lora_in": options.lora_in if method == "lora" else None,
     }
 
@@ -339,52 +347,21 @@ def lora_in_cells(setup: Setup, params: Params) -> tuple[Setup, Params]:
     terms = jax.jit(gram)(pool, kernels(nnx.merge(problem.graph, problem.frozen.base)))
     frozen = dataclasses.replace(problem.frozen, pool=pool, gram=terms)
     index = jnp.arange(seeds)[:, None]
-    coefficients = jnp.ones((seeds, 1))
-    return setup.with_problem(frozen=frozen, method=PLAIN_SUM, index=index), {
-        "coefficients": coefficients
+    setup = setup.with_problem(frozen=frozen, method=PLAIN_SUM, index=index)
+    return setup, {"coefficients": jnp.ones((seeds, 1))}
+
+
+
+def _site(chip: Chip) -> dict[str, Any]:
+    """Return the counts of a programmed weight, with each matrix in separate arrays."""
+    matrices = math.prod(chip.shape[:-2])
+    explanation = explain(chip)
+    return {
+        "site": chip.name,
+        "matrices": matrices,
+        "shape": list(chip.matrix_shape),
+        "arrays": matrices * explanation.arrays,
+        "utilisation": explanation.utilisation,
+        "conversions": explanation.conversions,
+        "path": explanation.path,
     }
-
-
-def _compensation(options: EvaluateOnChipsOptions) -> bool | None:
-    """Return whether mean drift is undone; None for the configuration's own choice."""
-    return None if options.compensate is None else options.compensate == "on"
-
-
-def _overridden(
-    config: CrossbarConfig, options: EvaluateOnChipsOptions
-) -> CrossbarConfig:
-    """Return the configuration with the options' changes of reads."""
-    if options.read_noise is not None:
-        noise = ReadNoise(options.read_noise) if options.read_noise else None
-        config = dataclasses.replace(
-            config, device=dataclasses.replace(config.device, read_noise=noise)
-        )
-    if options.adc_bits is not None:
-        if config.adc is None:
-            raise ValueError(
-                f"{options.crossbar} has no ADC to give {options.adc_bits} bits: leave out --adc-bits"
-            )
-        config = dataclasses.replace(
-            config, adc=dataclasses.replace(config.adc, bits=options.adc_bits)
-        )
-    return config
-
-
-def _sites(frozen: Frozen) -> list[dict[str, Any]]:
-    """Return the counts of every programmed weight, with each matrix in separate arrays."""
-    sites = []
-    for leaf in chips_in(frozen):
-        matrices = math.prod(leaf.shape[:-2])
-        explanation = explain(leaf)
-        sites.append(
-            {
-                "site": leaf.name,
-                "matrices": matrices,
-                "shape": list(leaf.matrix_shape),
-                "arrays": matrices * explanation.arrays,
-                "utilisation": explanation.utilisation,
-                "conversions": explanation.conversions,
-                "path": explanation.path,
-            }
-        )
-    return sites

@@ -8,7 +8,6 @@ OUT/prepared-...  the base prepared for it, where it needs that
 import dataclasses
 import functools
 import math
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +20,18 @@ from ..crossbar.exploration import LEAST_BATCHES
 from ..loading.model import LoadedModel, load_model
 from ..loading.spec import LoadOptions
 from ..models.architecture import matrices, sharing_inputs
-from ..models.weights import dense
 from ..support.options import BaseOptions, DigitalOptions, OutOptions
 from ..tasks import IGNORED, Batch
 from ..training.loss import log_likelihood
-from .prepare import PrepareOptions, prepare
+from .prepare import PrepareOptions, prepare, weights_in_arrays, with_changes
 from .program import program
 from .texts import (
+    LINES,
     WINDOW,
-    answered,
     logits_of_base,
     no_padding,
+    read_batches,
     read_texts,
-    token_ids,
-    windows,
 )
 
 
@@ -77,14 +74,31 @@ def explore(options: ExploreOptions, macs: float = 0.0) -> crossbar.Exploration:
     """
     if not options.loss > 0:
         raise ValueError(f"loss is {options.loss}: give nats above 0")
-    base = _base_configuration(options.device)
+    if options.device is None:
+        neurram = crossbar.PRESETS["neurram"]
+        base = crossbar.CrossbarConfig(
+            cell=crossbar.Cell(on_off_ratio=neurram.cell.on_off_ratio),
+            device=neurram.device,
+        )
+    else:
+        base = crossbar.load_config(options.device)
+    base = with_changes(base)
     vary = crossbar.parse_vary(options.vary) or crossbar.usual_variations(base)
     grid = crossbar.grid(base, vary)
     content = read_texts(options.text)
     loaded = load_model(LoadOptions(base=options.base, method="zero-shot")).with_layers(
         unroll=False
     )
-    batches = _batches(loaded, content, options.tokens)
+    batches = read_batches(loaded, content, options.tokens)
+    if len(batches) < LEAST_BATCHES:
+        if loaded.config.causal:
+            unit = f"windows of {WINDOW} tokens"
+        else:
+            unit = f"batches of {LINES} lines"
+        raise ValueError(
+            f"the text has {len(batches)} {unit}: give at least {LEAST_BATCHES}, better 48: a third each to "
+            "measure, to choose and to confirm"
+        )
     return crossbar.Exploration(
         _subject(loaded, batches, options, macs),
         batches,
@@ -114,42 +128,6 @@ def save_best(options: ExploreOptions, config: crossbar.CrossbarConfig) -> Path:
     return folder
 
 
-def _base_configuration(device: str | None) -> crossbar.CrossbarConfig:
-    if device is None:
-        neurram = crossbar.PRESETS["neurram"]
-        config = crossbar.CrossbarConfig(
-            cell=crossbar.Cell(on_off_ratio=neurram.cell.on_off_ratio),
-            device=neurram.device,
-        )
-    else:
-        config = crossbar.load_config(device)
-    if crossbar.needs_preparation(config):
-        return config
-    mapping = dataclasses.replace(
-        config.mapping,
-        scale="column",
-        factors=True,
-        transform="hadamard",
-        clip="optimal",
-    )
-    return dataclasses.replace(config, mapping=mapping)
-
-
-def _batches(loaded: LoadedModel, content: str, tokens: int) -> list[Batch]:
-    if loaded.config.causal:
-        batches = windows(loaded, token_ids(loaded, content)[:tokens])
-        unit = f"windows of {WINDOW} tokens"
-    else:
-        lines = [line for line in content.splitlines() if line.strip()]
-        batches = answered(loaded, lines)
-        unit = "batches of 16 lines"
-    if len(batches) < LEAST_BATCHES:
-        raise ValueError(
-            f"the text has {len(batches)} {unit}: give at least {LEAST_BATCHES}, better 48: a third each to "
-            "measure, to choose and to confirm"
-        )
-    return batches
-
 
 def _subject(
     loaded: LoadedModel, batches: list[Batch], options: ExploreOptions, macs: float
@@ -157,34 +135,21 @@ def _subject(
     graph = loaded.problem.graph
     frozen = loaded.problem.frozen
     sites = loaded.config.sites
-    of_base = matrices(nnx.merge(graph, frozen.base))
-    stay_digital = {
-        name
-        for name in of_base
-        if any(fnmatchcase(name, pattern) for pattern in options.keep_digital)
-    }
-    weights = {
-        name: dense(weight, jnp.float32)
-        for name, weight in of_base.items()
-        if name not in stay_digital
-    }
-    if not weights:
-        raise ValueError(
-            f"the digital weights {', '.join(options.keep_digital)} leave none for arrays: name fewer"
-        )
+    weights = weights_in_arrays(loaded, options.keep_digital)
     # A generated token reads matrices of its own tokens once, and has its share of the reads of a source.
     source = sum(int(jnp.sum(batch.input_mask)) for batch in batches)
     target = sum(int(jnp.sum(batch.labels != IGNORED)) for batch in batches)
     products = {}
-    for name, weight in of_base.items():
-        times = 1
-        if name in sites and "target" not in sites[name].reads:
-            times = max(1, round(source / target))
-        vectors = times * (sites[name].layers if name in sites else 1)
-        if name in stay_digital:
-            macs += vectors * math.prod(weight.shape[-2:])
-        else:
+    for name, weight in matrices(nnx.merge(graph, frozen.base)).items():
+        vectors = 1
+        if name in sites:
+            vectors = sites[name].layers
+            if "target" not in sites[name].reads:
+                vectors *= max(1, round(source / target))
+        if name in weights:
             products[name] = vectors
+        else:
+            macs += vectors * math.prod(weight.shape[-2:])
 
     def place(
         rules: crossbar.Rules, key: Array, preparations: Any

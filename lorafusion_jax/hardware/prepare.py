@@ -7,7 +7,7 @@ FOLDER/preparations/arrays.safetensors     SITE/factors, SITE/ranges
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TypedDict
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float
 
 from .. import crossbar
 from ..crossbar.preparation.preparation import check_preparation
@@ -36,21 +37,12 @@ from ..support.options import (
 from ..support.progress import progress
 from ..support.reading import FileError, error_context
 from ..support.writing import new_folder
-from ..tasks import Batch
 from .program import program
-from .texts import (
-    WINDOW,
-    answered,
-    logits_of_base,
-    no_padding,
-    read_texts,
-    token_ids,
-    windows,
-)
+from .texts import WINDOW, logits_of_base, no_padding, read_batches, read_texts
 
 _CONFIG = "config.yaml"
 PREPARATIONS = "preparations"
-_PARTS = ("factors", "ranges")
+
 _KIND = "preparation"
 
 
@@ -147,7 +139,13 @@ def prepare(options: PrepareOptions) -> PreparedManifest:
         )
     at_least(1, tokens=options.tokens, text=len(options.text))
     check_uint32(seed=options.seed)
-    config = _changing(crossbar.load_config(options.crossbar), options.crossbar)
+    config = crossbar.load_config(options.crossbar)
+    scale = config.mapping.scale
+    if scale != "column" and not crossbar.needs_preparation(config):
+        raise ValueError(
+            f"{options.crossbar} has mapping.scale = {scale!r}: ranges are chosen for columns; set it to column"
+        )
+    config = with_changes(config)
     content = read_texts(options.text)
     loaded = load_model(LoadOptions(base=options.base, method="zero-shot")).with_layers(
         unroll=False
@@ -155,23 +153,18 @@ def prepare(options: PrepareOptions) -> PreparedManifest:
     graph = loaded.problem.graph
     frozen = loaded.problem.frozen
     digital = options.keep_digital
-    base = matrices(nnx.merge(graph, frozen.base))
-    base = {
-        name: weight
-        for name, weight in base.items()
-        if not any(fnmatchcase(name, pattern) for pattern in digital)
-    }
-    if not base:
-        raise ValueError(
-            f"the digital weights {', '.join(digital)} leave none for arrays: name fewer"
-        )
-    for name, weight in base.items() if config.mapping.transform != "none" else ():
+    weights = weights_in_arrays(loaded, digital)
+    for name, weight in weights.items() if config.mapping.transform != "none" else ():
         with error_context(name):
             transform_matrices(weight.shape[-2])  # refuses a width that has none
-    batches = _batches(loaded, content, options)
+    batches = read_batches(loaded, content, options.tokens)
+    if not batches:
+        raise ValueError(
+            f"the text has {len(content.splitlines())} lines: give at least a line, or for a causal model a window of "
+            f"{WINDOW} tokens, better {PrepareOptions.tokens:,}"
+        )
     rules = dict.fromkeys(digital) | {"*": crossbar.PRESETS["ideal"]}
     perfect = program(graph, frozen, rules, jax.random.key(0)).base
-    weights = {name: dense(weight, jnp.float32) for name, weight in base.items()}
     run = logits_of_base(graph)
     moments = crossbar.moments(
         run, perfect, progress("text", batches), counted=no_padding(loaded)
@@ -179,33 +172,32 @@ def prepare(options: PrepareOptions) -> PreparedManifest:
     errors = crossbar.code_errors(config)
     preparations = dict[str, crossbar.Preparation]()
     sites: dict[str, OneSite] = {}
-    with progress("sites", len(weights)) as bar:
-        for names in sharing_inputs(loaded.config.sites, weights):
-            squares = moments[names[0]]
-            preparations |= crossbar.prepare(
-                {n: weights[n] for n in names},
-                squares,
-                config,
-                seed=options.seed,
-                errors=errors,
+    groups = sharing_inputs(loaded.config.sites, weights)
+    for names in progress("groups of sites", groups):
+        squares = moments[names[0]]
+        preparations |= crossbar.prepare(
+            {n: weights[n] for n in names},
+            squares,
+            config,
+            seed=options.seed,
+            errors=errors,
+        )
+        for name in names:
+            preparation = preparations[name]
+            error_powers = [
+                np.atleast_1d(
+                    crossbar.expected_error(
+                        weights[name], squares, config, prepared, errors=errors
+                    )
+                ).tolist()
+                for prepared in (crossbar.Preparation(), preparation)
+            ]
+            sites[name] = OneSite(
+                transforms=preparation.transforms,
+                identity=preparation.identity,
+                before=error_powers[0],
+                after=error_powers[1],
             )
-            for name in names:
-                preparation = preparations[name]
-                error_powers = [
-                    np.atleast_1d(
-                        crossbar.expected_error(
-                            weights[name], squares, config, prepared, errors=errors
-                        )
-                    ).tolist()
-                    for prepared in (crossbar.Preparation(), preparation)
-                ]
-                sites[name] = OneSite(
-                    transforms=preparation.transforms,
-                    identity=preparation.identity,
-                    before=error_powers[0],
-                    after=error_powers[1],
-                )
-                bar.update()
     manifest = PreparedManifest(
         base=options.base,
         base_sha256=digests(loaded)["base"],
@@ -218,9 +210,9 @@ def prepare(options: PrepareOptions) -> PreparedManifest:
     )
     tree = {
         name: {
-            part: np.asarray(values)
-            for part in _PARTS
-            if (values := getattr(preparation, part)) is not None
+            part: np.asarray(getattr(preparation, part))
+            for part in ("factors", "ranges")
+            if getattr(preparation, part) is not None
         }
         for name, preparation in preparations.items()
     }
@@ -272,35 +264,32 @@ def load_prepared(folder: Path) -> Prepared:
     )
 
 
-def _changing(config: crossbar.CrossbarConfig, name: str) -> crossbar.CrossbarConfig:
+def with_changes(config: crossbar.CrossbarConfig) -> crossbar.CrossbarConfig:
     """Return the configuration with all changes, unless it has some."""
     if crossbar.needs_preparation(config):
         return config
-    mapping = config.mapping
-    if mapping.scale != "column":
-        raise ValueError(
-            f"{name} has mapping.scale = {mapping.scale!r}: ranges are chosen for columns; set it to column"
-        )
-    changed = dataclasses.replace(
-        mapping, factors=True, transform="hadamard", clip="optimal"
+    mapping = dataclasses.replace(
+        config.mapping,
+        scale="column",
+        factors=True,
+        transform="hadamard",
+        clip="optimal",
     )
-    return dataclasses.replace(config, mapping=changed)
+    return dataclasses.replace(config, mapping=mapping)
 
 
-def _batches(loaded: LoadedModel, content: str, options: PrepareOptions) -> list[Batch]:
-    """Return batches of the text; its first tokens for a causal model."""
-    if loaded.config.causal:
-        ids = token_ids(loaded, content)[: options.tokens]
-        batches = windows(loaded, ids)
-        amount = f"{len(ids)} tokens"
-    else:
-        lines = [line for line in content.splitlines() if line.strip()]
-        batches = answered(loaded, lines)
-        amount = f"{len(lines)} lines"
-    if not batches:
-        if loaded.config.causal:
-            least = f"a window of {WINDOW} tokens, better {PrepareOptions.tokens:,}"
-        else:
-            least = "a line"
-        raise ValueError(f"the text has {amount}: give at least {least}")
-    return batches
+def weights_in_arrays(
+    loaded: LoadedModel, digital: Sequence[str]
+) -> dict[str, Float[Array, "*N d_in d_out"]]:
+    """Return the base's matrices that no pattern keeps digital, by name; ValueError if there are none."""
+    base = matrices(nnx.merge(loaded.problem.graph, loaded.problem.frozen.base))
+    weights = {
+        name: dense(weight, jnp.float32)
+        for name, weight in base.items()
+        if not any(fnmatchcase(name, pattern) for pattern in digital)
+    }
+    if not weights:
+        raise ValueError(
+            f"the digital weights {', '.join(digital)} leave none for arrays: name fewer"
+        )
+    return weights

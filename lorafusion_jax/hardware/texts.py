@@ -18,7 +18,6 @@ from ..support.reading import utf8
 from ..tasks import IGNORED, Batch, Example, encode, eval_batches, tokenise
 
 WINDOW = 128  # most tokens of a row of text
-_PROMPT = 16  # tokens of a text that a sample continues
 # lines in a batch of a model that is not causal, and most tokens of its answers
 LINES = 16
 _ANSWER = 32
@@ -31,6 +30,13 @@ def read_texts(paths: Sequence[Path]) -> str:
         with utf8(path):
             texts.append(path.read_text(encoding="utf-8"))
     return "\n".join(texts)
+
+
+def read_batches(loaded: LoadedModel, content: str, tokens: int) -> list[Batch]:
+    """Return batches of a text: windows of its first tokens for a causal model, for others lines and their answers."""
+    if loaded.config.causal:
+        return windows(loaded, token_ids(loaded, content)[:tokens])
+    return answered(loaded, [line for line in content.splitlines() if line.strip()])
 
 
 def token_ids(loaded: LoadedModel, text: str) -> list[int]:
@@ -98,23 +104,14 @@ def _before_a_text(loaded: LoadedModel) -> list[int]:
     ]
 
 
-def sampled(
-    loaded: LoadedModel, tokens: int, seed: int, text: Sequence[int] = ()
-) -> list[int]:
+def sampled(loaded: LoadedModel, tokens: int, seed: int) -> list[int]:
     """Return text that a causal model samples from itself at temperature 1, in rows that fill a window each.
 
-    Rows continue 16 tokens of the text, from a random place in it. Without a text, they continue the token before a
-    text, or the end-of-text token. What follows the end of an answer is `IGNORED`.
+    Rows continue the token before a text, or the end-of-text token. What follows the end of an answer is `IGNORED`.
     """
     bos = _before_a_text(loaded)
     rows = -(-tokens // (WINDOW - len(bos)))
     start = np.tile(np.asarray(bos or loaded.config.end_ids[:1], np.int32), (rows, 1))
-    if len(text):
-        places = np.random.default_rng(seed).integers(0, len(text) - _PROMPT + 1, rows)
-        prompts = np.stack(
-            [np.asarray(text[at : at + _PROMPT], np.int32) for at in places]
-        )
-        start = np.concatenate([start[:, : len(bos)], prompts], axis=1)
     keys = jax.random.split(jax.random.key(seed), rows)
     model = nnx.merge(loaded.problem.graph, loaded.problem.frozen.base)
     new = jax.jit(
