@@ -1,15 +1,13 @@
 """What sets each family apart from Llama: a function from its config to fields of `DecoderConfig`, by `model_type`.
 
-The configs are those of Hugging Face, completed by transformers. Next to fields, a function may return `partial_rope`,
-whether a part of a head is rotated, and `activation` has Hugging Face's name.
+The configs are those of Hugging Face, completed by transformers. Next to fields, a function may return `rope_reads`,
+the fields of rotary positions that only some families read, and `activation` has Hugging Face's name.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 from .config import DecoderConfig, Rope
-from .hf_rope import rope_of
 
 Fields = dict[str, Any]
 
@@ -33,96 +31,23 @@ NAMES = {
     r"phi-?[12](?!\d)": ("phi",),
     "stablelm": ("stablelm", "gpt_neox"),
 }
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_QKV = ("q_proj", "k_proj", "v_proj")
+_ATTENTION = (*_QKV, "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
-_FUSED_ATTENTION = ("qkv_proj", "o_proj")
+_FUSED_BIASES = ("qkv_proj", "o_proj", "up_proj", "down_proj")
+_ONE_NORM = ("input_layernorm", "", "", "")
 FOUR_NORMS = (
     "input_layernorm",
     "post_attention_layernorm",
     "pre_feedforward_layernorm",
     "post_feedforward_layernorm",
 )
+_PARTIAL: Fields = {"rope_reads": ("partial_rotary_factor",)}
+# Layer norms, and a feed-forward without a gate.
+_PLAIN: Fields = {"norm": "layer", "gated": False}
+_FUSED: Fields = _PLAIN | {"fused": ("qkv_proj",)}
 _OLMO: Fields = {"norms": ("", FOUR_NORMS[1], "", FOUR_NORMS[3]), "qk_norm": "all"}
-_SHARED_MLP: Fields = {
-    "fused": ("gate_up_proj",),
-    "renamed": (
-        ("mlp.gate_up_proj", "shared_mlp.input_linear"),
-        ("mlp.down_proj", "shared_mlp.output_linear"),
-    ),
-}
-_GPT2: Fields = {
-    "stem": "transformer",
-    "fused": ("qkv_proj",),
-    "gated": False,
-    "biased": (*_FUSED_ATTENTION, *_MLP[1:]),
-    "renamed": (
-        ("embed_tokens", "wte"),
-        ("layers", "h"),
-        ("norm", "ln_f"),
-        ("self_attn.qkv_proj", "attn.c_attn"),
-        ("self_attn.o_proj", "attn.c_proj"),
-        ("mlp.up_proj", "mlp.c_fc"),
-        ("mlp.down_proj", "mlp.c_proj"),
-    ),
-    "conv1d": True,
-    "learned_positions": True,
-    "norm": "layer",
-    "norms": ("ln_1", "", "ln_2", ""),
-}
-_DENSE_MLP = (
-    ("mlp.up_proj", "mlp.dense_h_to_4h"),
-    ("mlp.down_proj", "mlp.dense_4h_to_h"),
-)
-_FUSED_BY_HEAD: Fields = {
-    "fused": ("qkv_proj",),
-    "fused_by_head": True,
-    "gated": False,
-    "norm": "layer",
-}
-_GPT_NEOX: Fields = _FUSED_BY_HEAD | {
-    "stem": "gpt_neox",
-    "renamed": (
-        ("embed_tokens", "embed_in"),
-        ("norm", "final_layer_norm"),
-        ("lm_head", "embed_out"),
-        ("self_attn.qkv_proj", "attention.query_key_value"),
-        ("self_attn.o_proj", "attention.dense"),
-        *_DENSE_MLP,
-    ),
-    "partial_rope": True,
-}
-_FALCON: Fields = _FUSED_BY_HEAD | {
-    "stem": "transformer",
-    "renamed": (
-        ("embed_tokens", "word_embeddings"),
-        ("layers", "h"),
-        ("norm", "ln_f"),
-        ("self_attn.qkv_proj", "self_attention.query_key_value"),
-        ("self_attn.o_proj", "self_attention.dense"),
-        *_DENSE_MLP,
-    ),
-}
-_PHI: Fields = {
-    "gated": False,
-    "parallel": True,
-    "biased": (*_ATTENTION, *_MLP, "lm_head"),
-    "renamed": (
-        ("norm", "final_layernorm"),
-        ("self_attn.o_proj", "self_attn.dense"),
-        ("mlp.up_proj", "mlp.fc1"),
-        ("mlp.down_proj", "mlp.fc2"),
-    ),
-    "norm": "layer",
-    "norms": ("input_layernorm", "", "", ""),
-    "partial_rope": True,
-}
-_ROTATED_NORMS: Fields = {
-    "qk_norm": "rotated",
-    "renamed": (
-        ("self_attn.q_norm", "self_attn.query_layernorm"),
-        ("self_attn.k_norm", "self_attn.key_layernorm"),
-    ),
-}
+_DENSE_MLP = {"mlp.up_proj": "mlp.dense_h_to_4h", "mlp.down_proj": "mlp.dense_4h_to_h"}
 
 
 def biased(hf: Any) -> tuple[str, ...]:
@@ -150,11 +75,11 @@ def _check(hf: Any, **expected: Any) -> None:
 
 def windows(hf: Any) -> Fields:
     """Return the windows of the layers that the config lists, or of all layers."""
+    if not (window := getattr(hf, "sliding_window", None)):
+        return {}
     kinds = (
         getattr(hf, "layer_types", None) or ["sliding_attention"] * hf.num_hidden_layers
     )
-    if not (window := getattr(hf, "sliding_window", None)):
-        return {}
     return {
         "window": window,
         "sliding": tuple(kind == "sliding_attention" for kind in kinds),
@@ -162,7 +87,7 @@ def windows(hf: Any) -> Fields:
 
 
 def _qwen2(hf: Any) -> Fields:
-    return windows(hf) | {"biased": _ATTENTION[:3]}
+    return windows(hf) | {"biased": _QKV}
 
 
 def _qwen3(hf: Any) -> Fields:
@@ -174,16 +99,17 @@ def _gemma(hf: Any) -> Fields:
 
 
 def _gemma2(hf: Any) -> Fields:
-    both = (
+    return (
         _gemma(hf)
         | windows(hf)
-        | {"activation": hf.hidden_activation, "norms": FOUR_NORMS}
+        | {
+            "activation": hf.hidden_activation,
+            "norms": FOUR_NORMS,
+            "attention_cap": hf.attn_logit_softcapping or 0.0,
+            "logit_cap": hf.final_logit_softcapping or 0.0,
+            "query_scale": hf.query_pre_attn_scalar**-0.5,
+        }
     )
-    caps = {
-        "attention_cap": hf.attn_logit_softcapping or 0.0,
-        "logit_cap": hf.final_logit_softcapping or 0.0,
-    }
-    return both | caps | {"query_scale": hf.query_pre_attn_scalar**-0.5}
 
 
 def _gemma3(hf: Any) -> Fields:
@@ -192,14 +118,13 @@ def _gemma3(hf: Any) -> Fields:
 
 
 def _phi3(hf: Any) -> Fields:
-    if hf.sliding_window:
-        windows = {
-            "window": hf.sliding_window,
-            "sliding": (True,) * hf.num_hidden_layers,
-        }
-    else:
-        windows = {}
-    return windows | {"fused": ("qkv_proj", "gate_up_proj"), "partial_rope": True}
+    # All layers have the window, whatever the config lists.
+    window = hf.sliding_window or 0
+    return _PARTIAL | {
+        "window": window,
+        "sliding": (True,) * hf.num_hidden_layers if window else (),
+        "fused": ("qkv_proj", "gate_up_proj"),
+    }
 
 
 def _granite(hf: Any) -> Fields:
@@ -220,16 +145,19 @@ def _granite4(hf: Any) -> Fields:
         raise ValueError(
             "layer_types has Mamba layers, which are not implemented: give a Granite of attention alone"
         )
-    fields = _granite(hf) | _SHARED_MLP | {"d_ff": hf.shared_intermediate_size}
-    if hf.position_embedding_type == "rope":
-        return fields
-    return fields | {"rope": _unrotated(hf)}
-
-
-def _ministral3(hf: Any) -> Fields:
-    rope = rope_of(hf.rope_parameters, head_width(hf), hf.max_position_embeddings)
-    growth = hf.rope_parameters.get("llama_4_scaling_beta", 0.0)
-    return windows(hf) | {"rope": dataclasses.replace(rope, query_growth=growth)}
+    rotated = hf.position_embedding_type == "rope"
+    return (
+        _granite(hf)
+        | ({} if rotated else {"rope": _unrotated(hf)})
+        | {
+            "d_ff": hf.shared_intermediate_size,
+            "fused": ("gate_up_proj",),
+            "renamed": {
+                "mlp.gate_up_proj": "shared_mlp.input_linear",
+                "mlp.down_proj": "shared_mlp.output_linear",
+            },
+        }
+    )
 
 
 def _smollm3(hf: Any) -> Fields:
@@ -238,23 +166,11 @@ def _smollm3(hf: Any) -> Fields:
         not rotated for rotated in hf.no_rope_layers[: hf.num_hidden_layers]
     )
     window = (hf.sliding_window or 0) if hf.use_sliding_window else 0
-    if window and sliding != tuple(
-        kind == "sliding_attention" for kind in hf.layer_types
-    ):
+    if window and sliding != windows(hf)["sliding"]:
         raise ValueError(
             "layer_types and no_rope_layers differ: expected windows in layers without rotary positions"
         )
     return {"window": window, "sliding": sliding, "local_rope": _unrotated(hf)}
-
-
-def _hunyuan(hf: Any) -> Fields:
-    width = head_width(hf)
-    rope = rope_of(hf.rope_parameters, width, hf.max_position_embeddings)
-    if rope.scaling == "dynamic" and (alpha := hf.rope_parameters.get("alpha")):
-        # Not dynamic in spite of its name: one stretch for every length.
-        theta = rope.theta * alpha ** (width / max(width - 2, 1))
-        rope = dataclasses.replace(rope, theta=theta, scaling="default")
-    return _ROTATED_NORMS | {"rope": rope}
 
 
 def _gpt2(hf: Any) -> Fields:
@@ -264,63 +180,81 @@ def _gpt2(hf: Any) -> Fields:
         scale_attn_by_inverse_layer_idx=False,
         scale_attn_weights=True,
     )
-    return _GPT2 | {
+    return _FUSED | {
         "d_ff": hf.n_inner or 4 * hf.hidden_size,
         "num_kv_heads": hf.num_attention_heads,
         "rope": _unrotated(hf),
-    }
-
-
-def _gpt_neox(hf: Any) -> Fields:
-    attention = _FUSED_ATTENTION if hf.attention_bias else ()
-    return _GPT_NEOX | {
-        "num_kv_heads": hf.num_attention_heads,
-        "parallel": hf.use_parallel_residual,
-        "biased": (*attention, *_MLP[1:]),
+        "learned_positions": True,
+        "biased": _FUSED_BIASES,
+        "norms": ("ln_1", "", "ln_2", ""),
+        "conv1d": True,
+        "stem": "transformer",
+        "renamed": {
+            "embed_tokens": "wte",
+            "layers": "h",
+            "norm": "ln_f",
+            "self_attn.qkv_proj": "attn.c_attn",
+            "self_attn.o_proj": "attn.c_proj",
+            "mlp.up_proj": "mlp.c_fc",
+            "mlp.down_proj": "mlp.c_proj",
+        },
     }
 
 
 def _falcon(hf: Any) -> Fields:
     _check(hf, alibi=False)
-    parallel = hf.new_decoder_architecture or hf.parallel_attn
-    norms = ("input_layernorm", "", "" if parallel else "post_attention_layernorm", "")
+    kv_heads = 1 if hf.multi_query else hf.num_attention_heads
+    norms = _ONE_NORM if hf.parallel_attn else DecoderConfig.norms
     if hf.new_decoder_architecture:
         kv_heads = hf.num_kv_heads
-        if hf.num_ln_in_parallel_attn != 1:
-            norms = ("ln_attn", "", "ln_mlp", "")
-    else:
-        kv_heads = 1 if hf.multi_query else hf.num_attention_heads
-    return _FALCON | {
+        single = hf.num_ln_in_parallel_attn == 1
+        norms = _ONE_NORM if single else ("ln_attn", "", "ln_mlp", "")
+    return _FUSED | {
         "d_ff": hf.ffn_hidden_size,
         "num_kv_heads": kv_heads,
-        "parallel": parallel,
-        "biased": _GPT2["biased"] if hf.bias else (),
+        "parallel": hf.new_decoder_architecture or hf.parallel_attn,
+        "fused_by_head": True,
+        "biased": _FUSED_BIASES if hf.bias else (),
         "norms": norms,
+        "stem": "transformer",
+        "renamed": {
+            "embed_tokens": "word_embeddings",
+            "layers": "h",
+            "norm": "ln_f",
+            "self_attn.qkv_proj": "self_attention.query_key_value",
+            "self_attn.o_proj": "self_attention.dense",
+        }
+        | _DENSE_MLP,
     }
 
 
 def _phi(hf: Any) -> Fields:
     _check(hf, qk_layernorm=False)
-    return _PHI
+    return (
+        _PLAIN
+        | _PARTIAL
+        | {
+            "parallel": True,
+            "biased": (*_ATTENTION, *_MLP, "lm_head"),
+            "norms": _ONE_NORM,
+            "renamed": {
+                "norm": "final_layernorm",
+                "self_attn.o_proj": "self_attn.dense",
+                "mlp.up_proj": "mlp.fc1",
+                "mlp.down_proj": "mlp.fc2",
+            },
+        }
+    )
 
 
 def _stablelm(hf: Any) -> Fields:
     _check(hf, qk_layernorm=False)
     parallel = hf.use_parallel_residual
-    return {
+    return _PARTIAL | {
         "norm": "layer",
         "parallel": parallel,
-        "norms": _PHI["norms"] if parallel else DecoderConfig.norms,
-        "biased": _ATTENTION[:3] if hf.use_qkv_bias else (),
-        "partial_rope": True,
-    }
-
-
-def _internlm(hf: Any) -> Fields:
-    context = hf.max_position_embeddings
-    return {
-        "biased": _ATTENTION if getattr(hf, "bias", True) else (),
-        "rope": Rope(width=head_width(hf), scaling="dynamic", context=context),
+        "norms": _ONE_NORM if parallel else DecoderConfig.norms,
+        "biased": _QKV if hf.use_qkv_bias else (),
     }
 
 
@@ -348,15 +282,45 @@ FAMILIES: dict[str, Callable[[Any], Fields]] = {
     "granite": _granite,
     "granitemoehybrid": _granite4,
     "ministral": windows,
-    "ministral3": _ministral3,
+    "ministral3": lambda hf: windows(hf) | {"rope_reads": ("llama_4_scaling_beta",)},
     "smollm3": _smollm3,
     "olmo2": lambda hf: _OLMO,
     "olmo3": lambda hf: _OLMO | windows(hf),
-    "hunyuan_v1_dense": _hunyuan,
+    "hunyuan_v1_dense": lambda hf: {
+        "rope_reads": ("alpha",),
+        "qk_norm": "rotated",
+        "renamed": {
+            "self_attn.q_norm": "self_attn.query_layernorm",
+            "self_attn.k_norm": "self_attn.key_layernorm",
+        },
+    },
     "gpt2": _gpt2,
-    "gpt_neox": _gpt_neox,
+    "gpt_neox": lambda hf: (
+        _FUSED
+        | _PARTIAL
+        | {
+            "num_kv_heads": hf.num_attention_heads,
+            "parallel": hf.use_parallel_residual,
+            "fused_by_head": True,
+            "biased": _FUSED_BIASES if hf.attention_bias else _FUSED_BIASES[2:],
+            "stem": "gpt_neox",
+            "renamed": {
+                "embed_tokens": "embed_in",
+                "norm": "final_layer_norm",
+                "lm_head": "embed_out",
+                "self_attn.qkv_proj": "attention.query_key_value",
+                "self_attn.o_proj": "attention.dense",
+            }
+            | _DENSE_MLP,
+        }
+    ),
     "falcon": _falcon,
     "phi": _phi,
     "stablelm": _stablelm,
-    "internlm": _internlm,
+    "internlm": lambda hf: {
+        "biased": _ATTENTION if getattr(hf, "bias", True) else (),
+        "rope": Rope(
+            width=head_width(hf), scaling="dynamic", context=hf.max_position_embeddings
+        ),
+    },
 }

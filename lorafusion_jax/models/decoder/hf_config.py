@@ -174,7 +174,8 @@ def read_config(
         raise ValueError(
             f"the activation is {activation!r}: expected {' or '.join(_ACTIVATIONS)}"
         )
-    partial = fields.pop("partial_rope", False)
+    reads = fields.pop("rope_reads", ())
+    fields["renamed"] = tuple(fields.get("renamed", {}).items())
     config = DecoderConfig(
         model_type=kind,
         stem="model"
@@ -189,8 +190,8 @@ def read_config(
         num_kv_heads=kv_heads,
         num_layers=hf.num_hidden_layers,
         eps=_first(hf, _EPS_FIELDS),
-        rope=rope_of(ropes["full_attention"], d_head, context, partial=partial),
-        local_rope=rope_of(local, d_head, context, partial=partial)
+        rope=rope_of(ropes["full_attention"], d_head, context, reads=reads),
+        local_rope=rope_of(local, d_head, context, reads=reads)
         if local is not None
         else None,
         activation=_ACTIVATIONS[activation],

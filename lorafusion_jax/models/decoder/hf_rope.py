@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, Required, TypedDict, get_args
 
 import msgspec
@@ -37,9 +37,12 @@ class _RopeJson(TypedDict, total=False):
 
 
 def rope_of(
-    raw: Mapping[str, Any], d_head: int, context: int, *, partial: bool = False
+    raw: Mapping[str, Any], d_head: int, context: int, *, reads: Collection[str] = ()
 ) -> Rope:
-    """Return the rotary positions of a model with such heads and this context; `partial` if it reads the share."""
+    """Return the rotary positions of a model with such heads and this context.
+
+    `reads` are those of `partial_rotary_factor`, `llama_4_scaling_beta` and `alpha` that its family reads.
+    """
     fields = decode_as(dict(raw), _RopeJson, "", allow_unknown=True)
     scaling = fields.get("rope_type", "default")
     if scaling not in _SCALINGS:
@@ -47,13 +50,24 @@ def rope_of(
         raise ValueError(
             f"the rope scaling is {scaling!r}, which is not implemented: {fix}"
         )
-    width = (
-        int(d_head * fields.get("partial_rotary_factor", 1.0)) if partial else d_head
-    )
     theta = float(fields["rope_theta"])
-    factor = float(fields.get("factor", 1.0))
+    width = d_head
+    if "partial_rotary_factor" in reads:
+        width = int(d_head * fields.get("partial_rotary_factor", 1.0))
+    growth = 0.0
+    if "llama_4_scaling_beta" in reads:
+        growth = fields.get("llama_4_scaling_beta", 0.0)
+    if "alpha" in reads and scaling == "dynamic" and (alpha := fields.get("alpha")):
+        # Not dynamic in spite of its name: one stretch for every length.
+        theta *= alpha ** (width / max(width - 2, 1))
+        scaling = "default"
     rope = Rope(
-        theta=theta, width=width, scaling=scaling, factor=factor, context=context
+        theta=theta,
+        width=width,
+        scaling=scaling,
+        factor=float(fields.get("factor", 1.0)),
+        context=context,
+        query_growth=growth,
     )
     return _FURTHER[scaling](rope, fields) if scaling in _FURTHER else rope
 

@@ -174,7 +174,7 @@ def _fields(hf: Any) -> dict[str, Any]:
     )
     # In a text all three kinds of positions of a Qwen 3.5 are equal, so its rotation is the plain one.
     same = {
-        "partial_rope": True,
+        "rope_reads": ("partial_rotary_factor",),
         "qk_norm": "head",
         "attention_gate": True,
         "norm_offset": 1.0,
