@@ -44,6 +44,15 @@ QWEN3_5 = {
     "linear_key_head_dim": 6,
     "linear_value_head_dim": 10,
 }
+# A Gemma 4: two groups of three layers, of which the second shares keys and values.
+GEMMA4 = {
+    "model_type": "gemma4_text",
+    "num_hidden_layers": 6,
+    "layer_types": 2 * ["sliding_attention", "sliding_attention", "full_attention"],
+    "num_kv_shared_layers": 3,
+    "hidden_size_per_layer_input": 4,
+    "vocab_size_per_layer_input": 40,
+}
 
 
 def make_tokenizer(*, chat_template=CHATML, eos=SPECIAL[END]):

@@ -37,11 +37,7 @@ _TEXT_MODELS = {
     "idefics3": small_llama.CONFIG,
     "qwen3_vl": {"model_type": "qwen3_vl_text"},
     "qwen3_5": small_llama.QWEN3_5,
-    "gemma4": {
-        "model_type": "gemma4_text",
-        "layer_types": 2 * ["sliding_attention", "sliding_attention", "full_attention"],
-        "num_kv_shared_layers": 3,
-    },
+    "gemma4": small_llama.GEMMA4,
 }
 _QWEN_IMAGES = (
     "model.visual.blocks.0.attn.qkv",

@@ -1,4 +1,4 @@
-"""The gated delta rule against its definition, token by token in float64, and what is refused."""
+"""The gated delta rule against its definition, token by token in float64; what it and a Gemma 4 refuse."""
 
 import copy
 
@@ -111,29 +111,37 @@ def test_a_config_that_cannot_be_run_is_refused_by_field(changes, message):
         family_of_json(raw).read_config(raw)
 
 
-def test_lora_on_the_convolution_is_refused_by_name(tmp_path):
-    base = small_llama.make(tmp_path / "base", **small_llama.QWEN3_5)
-    path = "model.layers.0.linear_attn.conv1d"
-    fields = {
-        "peft_type": "LORA",
-        "r": 2,
-        "lora_alpha": 4,
-        "target_modules": ["conv1d"],
-    }
-    shapes = {"lora_A": (2, 64, 4), "lora_B": (64, 2, 1)}
+@pytest.mark.parametrize(
+    ("model", "module", "shapes", "message"),
+    [
+        (
+            small_llama.QWEN3_5,
+            "layers.0.linear_attn.conv1d",
+            ((2, 64, 4), (64, 2, 1)),
+            r"layers\.0\.linear_attn\.conv1d.*LoRA on a convolution",
+        ),
+        (
+            small_llama.GEMMA4,
+            "per_layer_model_projection",
+            ((2, 16), (24, 2)),
+            r"LoRA on model\.per_layer_model_projection, which is not implemented",
+        ),
+    ],
+)
+def test_lora_on_other_maps_is_refused_by_name(
+    tmp_path, model, module, shapes, message
+):
+    base = small_llama.make(tmp_path / "base", **model)
+    fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
     tensors = {
-        f"base_model.model.{path}.{name}.weight": np.ones(shape, np.float32)
-        for name, shape in shapes.items()
+        f"base_model.model.model.{module}.lora_{factor}.weight": np.ones(shape, "f")
+        for factor, shape in zip("AB", shapes, strict=True)
     }
     lf.io.write_adapter(tmp_path / "lora", fields, tensors)
-    with refused(r"layers\.0\.linear_attn\.conv1d.*LoRA on a convolution"):
-        lf.io.convert(
-            lf.io.ConvertOptions(
-                base=str(base),
-                adapters=(str(tmp_path / "lora"),),
-                out=tmp_path / "pool",
-            )
-        )
+    adapters = (str(tmp_path / "lora"),)
+    out = tmp_path / "pool"
+    with refused(message):
+        lf.io.convert(lf.io.ConvertOptions(base=str(base), adapters=adapters, out=out))
 
 
 @pytest.mark.long

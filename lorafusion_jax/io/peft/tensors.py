@@ -1,5 +1,6 @@
 """Tensors of an adapter's file, sorted into checked LoRA factors by module."""
 
+import contextlib
 import difflib
 import re
 from collections.abc import Callable, Mapping
@@ -94,7 +95,7 @@ def collect(
             f"it has no lora_A and lora_B{''.join(left_out)}: expected a LoRA adapter of the language model"
         )
     if shapes is not None:
-        _check_shapes(parts, shapes, config)
+        _check_shapes(parts, shapes, config, base_tensor)
     for part in parts.values():
         for key, array in part.values():
             if not np.isfinite(array).all():
@@ -213,6 +214,7 @@ def _check_shapes(
     parts: Mapping[str, Part],
     shapes: Mapping[str, tuple[int, int]],
     config: Mapping[str, Any],
+    base_tensor: Callable[[str], np.ndarray] | None,
 ) -> None:
     sizes = {
         path: (part["lora_A"][1].shape[1], part["lora_B"][1].shape[0])
@@ -228,6 +230,11 @@ def _check_shapes(
         d_in, d_out = shapes[path]
         got = f"{key_a} {list(a.shape)} and {key_b} {list(b.shape)}: expected [r, {d_in}] and [{d_out}, r]"
     else:
+        with contextlib.suppress(KeyError):
+            if base_tensor is not None and base_tensor(f"{path}.weight").ndim == 2:
+                raise ValueError(
+                    f"{key_a} is LoRA on {path}, which is not implemented: retrain without it among target_modules"
+                )
         near = difflib.get_close_matches(path, shapes, n=1, cutoff=0)
         got = f"{key_a}: the base has no linear module {path} (nearest: {', '.join(near)})"
     wrong_base = "wrong base? " if 2 * len(misfits) > len(parts) else ""
