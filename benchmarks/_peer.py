@@ -3,20 +3,37 @@
 `_mix` has its step; here it is made from our models and batches.
 """
 
+import argparse
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import _measure
 import jax.numpy as jnp
 import numpy as np
 from _mix import Mix, Site, lines, with_adapter
-from _model import MODULES, RANK, Dtype, graph_of, hf_config
+from _model import CHOICES, MODULES, RANK, Dtype, graph_of, hf_config
 from flax import nnx
 
 from lorafusion_jax import PRESETS, Architecture, Frozen, LoraPool
 from lorafusion_jax.adapters import column_names
 from lorafusion_jax.models import Model, dense, family_of, stack_of
 from lorafusion_jax.tasks import IGNORED, Batch
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """Return a script's parser that knows --json, --tasks and --shape."""
+    parser = _measure.parser(doc)
+    parser.add_argument("--tasks", nargs="+", type=Path, help="files or folders")
+    parser.add_argument(
+        "--shape",
+        choices=CHOICES,
+        nargs="+",
+        default=["flan-t5-small"],
+        help="of the base model",
+    )
+    return parser
 
 
 def peft_model(

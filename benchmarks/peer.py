@@ -5,9 +5,10 @@
 
 Ours: `mix` of 20 modules of rank 16 on q and v, rows packed as runs pack them, with the malloc of commands, layers as
 runs compile them. Peer: PEFT's DoRA layers with the coefficients chained by hand, eager or by torch.compile, with that
-malloc and the default one, in float32 or with products in bfloat16, rows in file order or sorted by length within a
-task, batches as wide as their longest row. Random weights and tokens; lengths of the training rows of --tasks (JSON
-files of BIG-Bench Hard), by default of the embedded tasks; batches of 10.
+malloc and the default one. Weights are float32 or bfloat16, or products of float32 are computed in bfloat16 (by torch's
+setting `medium`, or by autocast). Rows are in file order or sorted by length within a task, batches as wide as their
+longest row. Random weights and tokens; lengths of the training rows of --tasks (JSON files of BIG-Bench Hard), by
+default of the embedded tasks; batches of 10.
 
 Each candidate is a process, and measures the same few batches in every round, in seconds of its CPU time. From the
 counted operations of those batches and of all batches of all tasks follow its real tokens per second. Losses of all
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import _measure
+import _peer
 import jax
 import numpy as np
 from _measure import (
@@ -44,7 +46,7 @@ from _measure import (
     product_rates,
 )
 from _mix import compiled
-from _model import CHOICES, MODULES, Dtype, Step, config_of, frozen
+from _model import MODULES, Dtype, Step, config_of, frozen
 from _peer import Peer, lines_of
 from padding import encoded, tasks_of
 
@@ -64,6 +66,7 @@ class _Candidate(NamedTuple):
       keeps: malloc keeps memory, as in commands.
       dtype: dtype of weights and activations.
       precision: torch's setting for float32 products.
+      autocast: torch.autocast computes products of float32 weights in bfloat16.
       other: layers unrolled where runs scan them, and the other way round.
     """
 
@@ -71,11 +74,16 @@ class _Candidate(NamedTuple):
     keeps: bool = True
     dtype: Dtype = "float32"
     precision: str = "highest"
+    autocast: bool = False
     other: bool = False
 
     def exact(self) -> bool:
         """Return whether products of float32 are computed in float32."""
-        return self.dtype == "float32" and self.precision == "highest"
+        return (
+            self.dtype == "float32"
+            and self.precision == "highest"
+            and not self.autocast
+        )
 
 
 _CANDIDATES = {
@@ -87,9 +95,12 @@ _CANDIDATES = {
     "eager, default malloc": _Candidate("eager", keeps=False),
     "eager, medium": _Candidate("eager", precision="medium"),
     "eager, bfloat16": _Candidate("eager", dtype="bfloat16"),
+    "eager, autocast": _Candidate("eager", autocast=True),
     "compile": _Candidate("default"),
     "compile, default malloc": _Candidate("default", keeps=False),
     "compile, medium": _Candidate("default", precision="medium"),
+    "compile, bfloat16": _Candidate("default", dtype="bfloat16"),
+    "compile, autocast": _Candidate("default", autocast=True),
     "max-autotune": _Candidate("max-autotune"),
     "max-autotune, default malloc": _Candidate("max-autotune", keeps=False),
 }
@@ -127,15 +138,7 @@ _Pass = dict[str, list[float]]
 
 
 def main() -> None:
-    parser = _measure.parser(__doc__)
-    parser.add_argument("--tasks", nargs="+", type=Path, help="files or folders")
-    parser.add_argument(
-        "--shape",
-        choices=CHOICES,
-        nargs="+",
-        default=["flan-t5-small"],
-        help="of the base model",
-    )
+    parser = _peer.parser(__doc__)
     parser.add_argument(
         "--candidates", choices=_CANDIDATES, nargs="+", default=[*_CANDIDATES]
     )
@@ -338,7 +341,12 @@ def _theirs(config: Architecture, weights: Frozen, candidate: _Candidate) -> _Tr
     peer = Peer(config, weights, candidate.dtype)
     if candidate.form in _COMPILED:
         peer.model = compiled(peer.model, candidate.form)
-    return peer.reset, lambda lines: peer(peer.inputs(lines))
+
+    def take(lines: Mapping[str, np.ndarray]) -> float:
+        with torch.autocast("cpu", torch.bfloat16, enabled=candidate.autocast):
+            return peer(peer.inputs(lines))
+
+    return peer.reset, take
 
 
 def _forms(options: argparse.Namespace, config: Architecture) -> dict[str, _Form]:

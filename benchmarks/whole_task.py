@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import _measure
+import _peer
 import numpy as np
 from _measure import (
     MALLOC,
@@ -42,7 +43,7 @@ from _measure import (
     of_turns,
     smollm2,
 )
-from _model import CHOICES, MODULES, config_of, frozen
+from _model import MODULES, config_of, frozen
 from _peer import peft_model
 from flax import nnx
 from padding import encoded, tasks_of
@@ -77,15 +78,7 @@ _SMALL = ROOT / "examples" / "small"
 
 
 def main() -> None:
-    parser = _measure.parser(__doc__)
-    parser.add_argument("--tasks", nargs="+", type=Path, help="files or folders")
-    parser.add_argument(
-        "--shape",
-        choices=CHOICES,
-        nargs="+",
-        default=["flan-t5-small"],
-        help="of the base model",
-    )
+    parser = _peer.parser(__doc__)
     parser.add_argument(
         "--rows",
         type=int,

@@ -11,6 +11,7 @@ gets a line of rows.jsonl for each chip and setting, table.csv and losses.png. I
 
 import dataclasses
 import hashlib
+import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,7 @@ from lorafusion_jax.crossbar import (
     ADC,
     RERAM_WAN_2022,
     Cell,
+    Chip,
     CrossbarConfig,
     Device,
     Independent,
@@ -40,10 +42,14 @@ from lorafusion_jax.crossbar import (
     Wire,
     calibrate_tree,
     chips_in,
+    explain,
     load_config,
+    observe,
     reads,
     save_config,
+    with_chips,
 )
+from lorafusion_jax.crossbar.calibration.one_chip import with_chosen_bits
 from lorafusion_jax.hardware import (
     PrepareOptions,
     load_chips,
@@ -109,6 +115,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "errors of 3 %, 8-bit ADCs": {"device": _error(0.03), "adc": ADC(bits=8)},
     "errors of 3 %, 5-bit ADCs": {"device": _error(0.03), "adc": ADC(bits=5)},
+    "errors of 3 %, chosen ADC bits": {"device": _error(0.03), "adc": ADC(bits=8)},
     "RERAM_WAN_2022, one day": {"device": _aged()},
     "RERAM_WAN_2022, one day, residual, 8 cells": {
         "device": _aged(READBACK),
@@ -127,6 +134,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 WIRES = [*SETTINGS][-1]
+FIVE_BITS = 0.2 + 0.8 * 5 / 8  # energy of a converter of 8 bits that is stopped after 5
+CHOSEN_BITS = "errors of 3 %, chosen ADC bits"
 NOT_PREPARED = [*SETTINGS][:2]
 PREPARATION: dict[str, Any] = {
     "factors": True,
@@ -274,7 +283,25 @@ class Bench:
         programmed = program_on_arrays(
             problem.graph, problem.frozen, {"*": config}, key
         )
-        return calibrate_tree(self.run, programmed.base, self.calibration)
+        weights = calibrate_tree(self.run, programmed.base, self.calibration)
+        if job.setting != CHOSEN_BITS:
+            return weights
+        statistics = observe(self.run, weights, self.calibration)
+        chosen = weights
+        low = 0.0
+        high = 8.0  # powers of ten of the energy that an error is worth
+        for _ in range(12):
+            exponent = (low + high) / 2
+            chips = [
+                with_chosen_bits(chip, seen, 10**exponent)
+                for chip, seen in zip(chips_in(weights), statistics, strict=True)
+            ]
+            if conversion_energy(chips) > FIVE_BITS:
+                high = exponent
+            else:
+                low = exponent
+                chosen = with_chips(weights, chips)
+        return chosen
 
     def losses(self, weights: Any, count: int = WINDOWS) -> dict[str, list[float]]:
         """Return the loss of each genre's windows, in nats per token."""
@@ -285,6 +312,20 @@ class Bench:
             ]
             for genre, batches in self.texts.items()
         }
+
+
+def conversion_energy(chips: Sequence[Chip]) -> float:
+    """Return the energy of all conversions over that of full ones, in converters that are stopped early."""
+    shares = []
+    conversions = []
+    for chip in chips:
+        explanation = explain(chip)
+        assert explanation.adc_energy is not None
+        shares.append(explanation.adc_energy["stopped"])
+        conversions.append(
+            explanation.tiles[0] * math.prod(chip.shape) / chip.shape[-2]
+        )
+    return float(np.average(shares, weights=conversions))
 
 
 def measured(missing: Sequence[Job], options: Options) -> Iterator[Row]:

@@ -473,25 +473,37 @@ def means(
     }
 
 
+CONTRAST = [
+    "contrast",
+    "seeds",
+    "tasks",
+    "nats",
+    "95 % interval",
+    "p",
+    "points",
+    "95 % of points",
+]
+_Arm = Mapping[int, Mapping[str, Row]]  # rows by seed and task
+
+
+def contrast(name: str, first: _Arm, second: _Arm) -> list[str]:
+    """Return a line of the difference of two arms with the same seeds, of each task's mean over them."""
+    losses = means(first)
+    other_losses = means(second)
+    matches = means(first, "exact_match")
+    other_matches = means(second, "exact_match")
+    loss = [losses[task] - other_losses[task] for task in losses]
+    points = [matches[task] - other_matches[task] for task in losses]
+    return [name, str(len(first)), *estimate(loss), *with_interval(points, 1)]
+
+
 def tables(
     rows: Sequence[Row], tuning: Sequence[Row], targets: int = TARGETS
 ) -> dict[str, list[list[str]]]:
     """Return the tables of all arms and contrasts with at least one seed with which all targets have rows."""
     arms = [["arm", "parameters", "rows", "seeds", "test loss", "exact match, %"]]
     rates = [["arm", "rows", "rates", "mean test loss", "rates tried"]]
-    contrasts = [
-        [
-            "rows",
-            "contrast",
-            "seeds",
-            "tasks",
-            "nats",
-            "95 % interval",
-            "p",
-            "points",
-            "95 % of points",
-        ]
-    ]
+    contrasts = [["rows", *CONTRAST]]
     by_seed = [["rows", "seed", "tasks", "nats", "95 % interval", "p"]]
     by_task = [["task", "rows", "seeds", ROTATED, FUSION, "advantage"]]
     for number, arm in itertools.product(EPOCHS, ARMS):
@@ -511,23 +523,22 @@ def tables(
             continue
         first = {seed: first[seed] for seed in sorted(seeds)}
         second = {seed: second[seed] for seed in sorted(seeds)}
-        a = means(first)
-        b = means(second)
-        gain = {task: a[task] - b[task] for task in a}
-        match = means(first, "exact_match")
-        of_other = means(second, "exact_match")
-        points = with_interval([match[task] - of_other[task] for task in gain], 1)
-        label = [str(number), f"{arm} minus {other}", str(len(seeds))]
-        contrasts.append([*label, *estimate([*gain.values()]), *points])
+        contrasts.append(
+            [str(number), *contrast(f"{arm} minus {other}", first, second)]
+        )
         if (arm, other) == (ROTATED, FUSION):
+            a = means(first)
+            b = means(second)
             for seed in sorted(seeds):
                 alone = [
                     first[seed][task]["test_loss"] - second[seed][task]["test_loss"]
-                    for task in gain
+                    for task in a
                 ]
                 by_seed.append([str(number), str(seed), *estimate(alone)])
-            for task in gain:
-                losses = (f"{value:.4f}" for value in (a[task], b[task], gain[task]))
+            for task in a:
+                losses = (
+                    f"{value:.4f}" for value in (a[task], b[task], a[task] - b[task])
+                )
                 by_task.append([task, str(number), str(len(seeds)), *losses])
     found = {
         "arms": arms,

@@ -8,7 +8,7 @@ the pool. Tasks, rows, tuning and files are those of pool_value_language.py, whi
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import _script
 import numpy as np
 import pool_value_language as language
 import tyro
-from lab.common import ROOT, with_interval, write_tables
+from lab.common import ROOT, write_tables
 from lab.pool_rows import Arm, Row
 from lab.smollm2 import base
 from lab.tuning import best_tried
@@ -106,18 +106,7 @@ def tables(
         ),
     ]
     arms = [["arm", "seeds", "test loss", "exact match, %", "rates"]]
-    contrasts = [
-        [
-            "contrast",
-            "seeds",
-            "tasks",
-            "nats",
-            "95 % interval",
-            "p",
-            "points",
-            "95 % of points",
-        ]
-    ]
+    contrasts = [language.CONTRAST]
     complete = {
         arm: language.complete(rows, arm, ROWS, targets)
         for arm in (language.FUSION, LORA, *STARTED)
@@ -136,29 +125,10 @@ def tables(
     for other, arm in itertools.product((language.FUSION, WARM, SLOW), complete):
         seeds = complete[arm].keys() & complete[other].keys()
         if arm != other and seeds:
-            loss = _differences(complete[arm], complete[other], seeds, "test_loss")
-            points = _differences(complete[arm], complete[other], seeds, "exact_match")
-            contrasts.append(
-                [
-                    f"{arm} minus {other}",
-                    str(len(seeds)),
-                    *language.estimate(loss),
-                    *with_interval(points, 1),
-                ]
-            )
+            first = {seed: complete[arm][seed] for seed in seeds}
+            second = {seed: complete[other][seed] for seed in seeds}
+            contrasts.append(language.contrast(f"{arm} minus {other}", first, second))
     return {"arms": arms, "contrasts": contrasts}
-
-
-def _differences(
-    first: Mapping[int, Mapping[str, Row]],
-    second: Mapping[int, Mapping[str, Row]],
-    seeds: Collection[int],
-    value: str,
-) -> list[float]:
-    """Return the difference of two arms for each task, of means over these seeds."""
-    a = language.means({seed: first[seed] for seed in seeds}, value)
-    b = language.means({seed: second[seed] for seed in seeds}, value)
-    return [a[task] - b[task] for task in a]
 
 
 def _started(name: str) -> Arm:
