@@ -152,6 +152,3 @@ def test_a_whole_task_trains_and_answers_alike_in_peft():
             found["loss"] == pytest.approx(found["peer_loss"], rel=1e-4)
             and found["same_answers"] >= 0.99
         )
-
-
-# The model of a step's time against sums by hand.

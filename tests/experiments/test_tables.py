@@ -4,7 +4,9 @@ import csv
 import re
 import shutil
 from pathlib import Path
+from typing import get_args
 
+import basis
 import basis_on_chips
 import chips_of_language_models
 import crossbar_pictures
@@ -16,12 +18,15 @@ import pool_value
 import pool_value_language
 import pytest
 import results_page
+import tiny
 import trial_coverage
 import warm_starts
 import warm_starts_language
 from lab.common import write_tables
+from lab.scores import scores
 
-from lorafusion_jax.trials import read_lines
+from lorafusion_jax import shared_basis
+from lorafusion_jax.trials import merge, read_lines
 
 _RESULTS = Path(__file__).resolve().parents[2] / "results"
 _GEMMA = ("--base", "gemma-3-270m-q4_k_m.gguf")
@@ -54,6 +59,20 @@ def _hardware(folder):
 def _basis_on_chips(folder):
     rows = _numbers(folder / "rows.csv")
     write_tables(folder, {"table": basis_on_chips.table(rows)})
+
+
+def _basis(folder):
+    """Write the table of five training rows."""
+    names = ("LoRA", *basis.CHOICES, *basis.entries_of(get_args(basis.Group)))
+    rows = merge(
+        [_RESULTS / "small_pool_5" / "results.jsonl", folder / "results.jsonl"]
+    )
+    few = [row for row in rows if row["shots"] != "95+5" and row["method"] in names]
+    (results,) = scores(few)
+    directions = shared_basis(tiny.pool(3), 12)
+    lines = basis.tables(results, directions, sizes=(12,))["table"]
+    write_tables(folder, {"table_5": lines})
+    basis.draw(results, folder / "reads.png")
 
 
 def _results_page(folder):
@@ -98,6 +117,7 @@ SCRIPTS = {
     "results_page": ("small_pool_5", _results_page),
     "results_page, controls": ("ablations/controls", _results_page),
     "hardware": ("hardware", _hardware),
+    "basis": ("basis", _basis),
     "basis_on_chips": ("basis_on_chips", _basis_on_chips),
 }
 

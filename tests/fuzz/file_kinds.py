@@ -30,6 +30,7 @@ from lorafusion_jax.crossbar import (
 )
 from lorafusion_jax.crossbar.config.files import config_fields
 from lorafusion_jax.io import store
+from lorafusion_jax.io.peft.adapter import CONFIG, WEIGHTS
 from lorafusion_jax.runs.weight_list import coefficients_of, read_weights
 from lorafusion_jax.support.reading import error_context
 from lorafusion_jax.tasks import load_task
@@ -41,13 +42,13 @@ class Kind(NamedTuple):
 
     Attributes:
       file: a sound one.
-      read: reads the folder that it is in, or the file.
-      seal: puts digests right after the file was damaged, as somebody who means harm would.
+      read: reads it, or what it belongs to.
+      sealed: a folder whose digests are put right after the file was damaged, as somebody who means harm would.
     """
 
     file: Path
-    read: Callable[[], Any]
-    seal: Callable[[], None] = lambda: None
+    read: Callable[[Path], Any]
+    sealed: Path | None = None
 
 
 class Fault(Exception):
@@ -58,22 +59,23 @@ def kinds(folder):
     """Write a sound file of every kind below a folder."""
     base, adapters = one_block.cut(folder, adapters=2)
     pool = folder / "converted"
-    out = folder / "out"
-    basis = pool / "basis"
     sources = tuple(map(str, sorted(adapters.iterdir())))
     lf.io.convert(
         lf.io.ConvertOptions(base=str(base), adapters=sources, out=pool, basis=4)
     )
-    entry = lf.io.ConvertedPool(pool).manifest["adapters"][0]
-    first = pool / entry["folder"]
-    config = read_json(base / "config.json")
-    decoder = _written(folder / "decoder" / "config.json", _LLAMA)
+    (entry, _) = lf.io.ConvertedPool(pool).manifest["adapters"]
+    adapter = pool / entry["folder"]
+    run = lf.runs.RunFolder(folder / "run")
+    _write_run(run, base, pool)
     index = _written(
         folder / "sharded" / "model.safetensors.index.json",
         {"weight_map": _weight_map(base)},
     )
-    _written(folder / "sharded" / "config.json", config)
-    os.link(base / "model.safetensors", folder / "sharded" / "one.safetensors")
+    for name, link in (
+        ("config.json", "config.json"),
+        ("model.safetensors", "one.safetensors"),
+    ):
+        os.link(base / name, index.with_name(link))
     pickled = shutil.copytree(
         one_block.SMALL / "adapters" / "rotl_prev", folder / "pickled"
     )
@@ -81,8 +83,6 @@ def kinds(folder):
         Path(__file__).parents[1] / "goldens" / "mlx" / "dora", folder / "mlx"
     )
     tree = _write_qwix(folder / "qwix")
-    run = lf.runs.RunFolder(folder / "run")
-    _write_run(run, base, pool)
     chip = folder / "chip.safetensors"
     chips = folder / "chips.json"
     _write_chips(chips, chip)
@@ -91,184 +91,136 @@ def kinds(folder):
         folder / "rows.jsonl",
         made_up(methods=("LoRA",), tasks=("easy",), seeds=(1, 2), items=8),
     )
-    shutil.copy(
-        Path(lf.crossbar.__file__ or "").parent / "cost" / "constants.yaml", folder
-    )
-    task = _written(
-        folder / "task.json", [{"input": f"say {n}", "output": "x"} for n in range(4)]
-    )
-    write_rows(
-        folder / "task.jsonl", [{"input": f"say {n}", "target": "x"} for n in range(4)]
-    )
+    constants = Path(lf.crossbar.__file__ or "").parent / "cost" / "constants.yaml"
+    shutil.copy(constants, folder)
 
-    (folder / "bbh").mkdir()
-    bbh = _written(
-        folder / "bbh" / "task.json",
-        {"examples": [{"input": f"say {n}", "target": "x"} for n in range(4)]},
-    )
-    saved = folder / "saved"
-    table = datasets.Dataset.from_list(read_json(task))
-    table.save_to_disk(saved)
-    messages = folder / "messages.jsonl"
+    rows = [{"input": f"say {n}", "target": "x"} for n in range(4)]
+    task = _written(folder / "task.json", rows)
+    write_rows(folder / "task.jsonl", rows)
+    bbh = _written(folder / "bbh" / "task.json", {"examples": rows})
+    table = datasets.Dataset.from_list(rows)
+    table.save_to_disk(folder / "saved")
+    table.to_csv(folder / "task.csv")
     said = [
         [{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": "a"}]
         for n in range(4)
     ]
-    write_rows(messages, [{"messages": each} for each in said])
-    csv_file = folder / "task.csv"
-    table.to_csv(csv_file)
+    write_rows(folder / "messages.jsonl", [{"messages": each} for each in said])
 
-    def stored(at):
-        manifest = read_json(at / "manifest.json")
-        for name in manifest["files"]:
-            manifest["files"][name] = hashlib.sha256(
-                (at / name).read_bytes()
-            ).hexdigest()
-        write_json(at / "manifest.json", manifest)
-
-    def gguf_base(file):
-        lf.load_base(file)
-        lf.load_tokenizer(file)("ab")
-
-    # Small tokenizers: most numbers of the header are the model's.
-    bytes_file = gguf_models.written(
-        gguf_models.make(
-            folder / "bytes", "llama with biases, tied", lambda _, shape: np.ones(shape)
-        ),
-        folder / f"{'bytes'}.gguf",
-        _BYTE_LEVEL,
-        kinds=lambda title: "Q8_0" if ".layers." in title else None,
-    )
-    pieces_file = gguf_models.written(
-        gguf_models.make(folder / "pieces", "llama", lambda _, shape: np.ones(shape)),
-        folder / f"{'pieces'}.gguf",
-        _PIECES,
-        kinds=lambda title: "Q8_0" if ".layers." in title else None,
-    )
-
-    def base_weights():
-        lf.load_base(base)
-        with safe_open(base / "model.safetensors", "np") as file:
-            types = [file.get_slice(name).get_dtype() for name in file.keys()]
-        assert not any(name.startswith("F8") for name in types), (
-            "8-bit numbers without scales were read"
+    def gguf_file(name, model, tokenizer):
+        # Small tokenizers: most numbers of the header are the model's.
+        return gguf_models.written(
+            gguf_models.make(folder / name, model, lambda _, shape: np.ones(shape)),
+            folder / f"{name}.gguf",
+            tokenizer,
+            kinds=lambda title: "Q8_0" if ".layers." in title else None,
         )
-
-    def whole_pool():
-        loaded = lf.load_pool(pool)
-        assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(loaded)), (
-            "numbers that are not finite were read"
-        )
-        lf.io.resave(lf.io.ConvertedPool(pool).adapter(entry["name"]), out)
-        shutil.rmtree(out)
 
     digests = {"base": "0", "modules": {"a": "0", "b": "0"}}
     merged = _written(
         folder / "merged" / "merge.json",
         {"weights": {"a": 1, "b": {"x.0": 2}}, "digests": digests},
-    ).parent
+    )
     weights_file = _written(
         folder / "weights.json", {entry["name"]: {"encoder.0": 2.5, "decoder.0": 1}}
     )
 
-    def weights():
-        found = read_weights(weights_file)
+    def gguf_base(file):
+        lf.load_base(file)
+        lf.load_tokenizer(file)("ab")
+
+    def base_weights(file):
+        lf.load_base(base)
+        with safe_open(file, "np") as opened:
+            types = [opened.get_slice(name).get_dtype() for name in opened.keys()]
+        assert not any(name.startswith("F8") for name in types), (
+            "8-bit numbers without scales were read"
+        )
+
+    def whole_pool(_):
+        loaded = lf.load_pool(pool)
+        assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(loaded)), (
+            "numbers that are not finite were read"
+        )
+        lf.io.resave(lf.io.ConvertedPool(pool).adapter(entry["name"]), folder / "out")
+        shutil.rmtree(folder / "out")
+
+    def weights(file):
+        found = read_weights(file)
         assert found is not None
-        with error_context(weights_file):
+        with error_context(file):
             coefficients_of(found[0], lf.io.ConvertedPool(pool).load([*found[0]]))
         assert {} not in found[0].values(), "a module without weights was read"
 
+    def load_basis(_):
+        lf.load_basis(pool)
+
+    def load_run(_):
+        lf.load_run(run.folder)
+
+    def read_tree(_):
+        lf.io.read_adapter(str(tree), alpha=1.0)
+
+    def read_task(file):
+        load_task(file, train_rows=2)
+
+    basis = pool / "basis"
+    source = Path(sources[0])
     return {
         "pool manifest": Kind(pool / "manifest.json", whole_pool),
-        "pool adapter weights": Kind(
-            first / "adapter_model.safetensors", whole_pool, lambda: stored(pool)
-        ),
-        "pool adapter config": Kind(
-            first / "adapter_config.json", whole_pool, lambda: stored(pool)
-        ),
-        "basis manifest": Kind(basis / "manifest.json", lambda: lf.load_basis(pool)),
-        "basis arrays": Kind(
-            basis / "arrays.safetensors",
-            lambda: lf.load_basis(pool),
-            lambda: stored(basis),
-        ),
-        "final manifest": Kind(
-            run.final / "manifest.json", lambda: lf.load_run(run.folder)
-        ),
-        "final arrays": Kind(
-            run.final / "arrays.safetensors",
-            lambda: lf.load_run(run.folder),
-            lambda: stored(run.final),
-        ),
-        "T5 config": Kind(
-            base / "config.json", lambda: lf.models.abstract_model(lf.read_config(base))
-        ),
+        "pool adapter weights": Kind(adapter / WEIGHTS, whole_pool, pool),
+        "pool adapter config": Kind(adapter / CONFIG, whole_pool, pool),
+        "basis manifest": Kind(basis / "manifest.json", load_basis),
+        "basis arrays": Kind(basis / "arrays.safetensors", load_basis, basis),
+        "final manifest": Kind(run.final / "manifest.json", load_run),
+        "final arrays": Kind(run.final / "arrays.safetensors", load_run, run.final),
+        "T5 config": Kind(base / "config.json", _read_structure),
         "decoder config": Kind(
-            decoder, lambda: lf.models.abstract_model(lf.read_config(decoder.parent))
+            _written(folder / "decoder" / "config.json", _LLAMA), _read_structure
         ),
-        "generation config": Kind(
-            base / "generation_config.json", lambda: lf.read_config(base)
-        ),
-        "base index": Kind(index, lambda: lf.load_base(index.parent)),
+        "generation config": Kind(base / "generation_config.json", _read_structure),
+        "base index": Kind(index, lambda file: lf.load_base(file.parent)),
         "base weights": Kind(base / "model.safetensors", base_weights),
-        "adapter config": Kind(
-            Path(sources[0]) / "adapter_config.json",
-            lambda: _read_adapter(sources[0]),
-        ),
-        "adapter weights": Kind(
-            Path(sources[0]) / "adapter_model.safetensors",
-            lambda: _read_adapter(sources[0]),
-        ),
-        "adapter pickle": Kind(
-            pickled / "adapter_model.bin", lambda: _read_adapter(str(pickled))
-        ),
-        "MLX config": Kind(
-            mlx / "adapter_config.json", lambda: lf.io.read_adapter(str(mlx))
-        ),
-        "MLX weights": Kind(
-            mlx / "adapters.safetensors", lambda: _read_adapter(str(mlx))
-        ),
-        "qwix manifest": Kind(
-            tree / "manifest.ocdbt", lambda: lf.io.read_adapter(str(tree), alpha=1.0)
-        ),
-        "qwix arrays": Kind(
-            next((tree / "d").iterdir()),
-            lambda: lf.io.read_adapter(str(tree), alpha=1.0),
-        ),
+        "adapter config": Kind(source / CONFIG, _read_adapter),
+        "adapter weights": Kind(source / WEIGHTS, _read_adapter),
+        "adapter pickle": Kind(pickled / "adapter_model.bin", _read_adapter),
+        "MLX config": Kind(mlx / CONFIG, _read_adapter),
+        "MLX weights": Kind(mlx / "adapters.safetensors", _read_adapter),
+        "qwix manifest": Kind(tree / "manifest.ocdbt", read_tree),
+        "qwix arrays": Kind(next((tree / "d").iterdir()), read_tree),
         "weights file": Kind(weights_file, weights),
-        "merged list": Kind(merged / "merge.json", lambda: read_weights(merged)),
-        "GGUF, byte level": Kind(bytes_file, lambda: gguf_base(bytes_file)),
-        "GGUF, pieces": Kind(pieces_file, lambda: gguf_base(pieces_file)),
-        "run config": Kind(run.folder / "config.json", lambda: lf.load_run(run.folder)),
-        "run results": Kind(run.folder / "results.json", run.results),
-        "run metrics": Kind(run.folder / "metrics.jsonl", run.metrics),
-        "run predictions": Kind(run.folder / "predictions.jsonl", run.predictions),
-        "chips": Kind(chips, lambda: lf.hardware.load_chips(str(chips)).chip_key(0)),
-        "chip arrays": Kind(chip, lambda: load_chip(chip)),
-        "crossbar config": Kind(
-            folder / "isaac.yaml", lambda: load_config(folder / "isaac.yaml")
+        "merged list": Kind(merged, lambda file: read_weights(file.parent)),
+        "GGUF, byte level": Kind(
+            gguf_file("bytes", "llama with biases, tied", _BYTE_LEVEL), gguf_base
         ),
-        "cost constants": Kind(
-            folder / "constants.yaml", lambda: load_constants(folder / "constants.yaml")
+        "GGUF, pieces": Kind(gguf_file("pieces", "llama", _PIECES), gguf_base),
+        "run config": Kind(run.folder / "config.json", load_run),
+        "run results": Kind(run.folder / "results.json", lambda _: run.results()),
+        "run metrics": Kind(run.folder / "metrics.jsonl", lambda _: run.metrics()),
+        "run predictions": Kind(
+            run.folder / "predictions.jsonl", lambda _: run.predictions()
         ),
-        "result rows": Kind(
-            folder / "rows.jsonl", lambda: read_rows(folder / "rows.jsonl")
+        "chips": Kind(
+            chips, lambda file: lf.hardware.load_chips(str(file)).chip_key(0)
         ),
-        "task list": Kind(task, lambda: load_task(task, train_rows=2)),
-        "task rows": Kind(
-            folder / "task.jsonl",
-            lambda: load_task(folder / "task.jsonl", train_rows=2),
-        ),
+        "chip arrays": Kind(chip, load_chip),
+        "crossbar config": Kind(folder / "isaac.yaml", load_config),
+        "cost constants": Kind(folder / "constants.yaml", load_constants),
+        "result rows": Kind(folder / "rows.jsonl", read_rows),
+        "task list": Kind(task, read_task),
+        "task rows": Kind(folder / "task.jsonl", read_task),
         "messages": Kind(
-            messages, lambda: load_task(messages, train_rows=2, chat=True)
+            folder / "messages.jsonl",
+            lambda file: load_task(file, train_rows=2, chat=True),
         ),
-        "task CSV": Kind(csv_file, lambda: load_task(csv_file, train_rows=2)),
-        "bbh task": Kind(bbh, lambda: load_task(bbh, train_rows=2)),
+        "task CSV": Kind(folder / "task.csv", read_task),
+        "bbh task": Kind(bbh, read_task),
         "data set info": Kind(
-            saved / "dataset_info.json", lambda: load_task(saved, train_rows=2)
+            folder / "saved" / "dataset_info.json", lambda file: read_task(file.parent)
         ),
         "data set rows": Kind(
-            saved / "data-00000-of-00001.arrow", lambda: load_task(saved, train_rows=2)
+            folder / "saved" / "data-00000-of-00001.arrow",
+            lambda file: read_task(file.parent),
         ),
     }
 
@@ -286,10 +238,11 @@ def outcome(kind, root, draw):
         path: path.read_bytes() for path in before if path.name == "manifest.json"
     }
     kind.file.write_bytes(hostile)
-    kind.seal()
+    if kind.sealed is not None:
+        _seal(kind.sealed)
     said = "read"
     try:
-        kind.read()
+        kind.read(kind.file)
     except (ValueError, OSError) as error:
         said = "refused"
         if not any(name in str(error) for name in (str(root), kind.file.name)):
@@ -322,8 +275,20 @@ def _written(path, content):
     return path
 
 
-def _read_adapter(source):
-    adapter = lf.io.read_adapter(source)
+def _seal(folder):
+    manifest = read_json(folder / "manifest.json")
+    for name in manifest["files"]:
+        content = (folder / name).read_bytes()
+        manifest["files"][name] = hashlib.sha256(content).hexdigest()
+    write_json(folder / "manifest.json", manifest)
+
+
+def _read_structure(file):
+    lf.models.abstract_model(lf.read_config(file.parent))
+
+
+def _read_adapter(file):
+    adapter = lf.io.read_adapter(str(file.parent))
     for factors in adapter.factors.values():
         assert all(np.isfinite(factor).all() for factor in factors), (
             "numbers that are not finite were read"

@@ -54,7 +54,7 @@ def main():
         for (
             kind
         ) in kinds.values():  # what a first use compiles or loads is charged to no file
-            kind.read()
+            kind.read(kind.file)
         began = time.monotonic()
         with contextlib.suppress(KeyboardInterrupt):
             while time.monotonic() < began + options.seconds:

@@ -12,7 +12,7 @@ def sandbox(tmp_path_factory):
     root.mkdir()
     kinds = file_kinds.kinds(root)
     for kind in kinds.values():
-        kind.read()
+        kind.read(kind.file)
     return kinds, root
 
 

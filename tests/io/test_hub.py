@@ -1,11 +1,14 @@
 """The hub, by its own library from a server on this machine: what is read from it, and what goes wrong."""
 
+import hashlib
+
 import datasets
 import hub_server
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hub_server import TOKEN
+from huggingface_hub import constants
 from refusals import refused
 
 from lorafusion_jax import LowRank, load_tokenizer, read_config
@@ -55,8 +58,6 @@ def test_a_base_is_found_in_the_home_folder(small, monkeypatch):
 
 
 def test_fetched_files_are_found_offline(hub, monkeypatch):
-    from huggingface_hub import constants
-
     folder = resolve("org/adapter", patterns=None)
     asked = len(hub.requests)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -96,8 +97,6 @@ def test_refusals_of_the_hub_are_explained(hub):
 @pytest.fixture
 def data(hub, monkeypatch, tmp_path):
     """The hub with a data set of two files."""
-    from huggingface_hub import constants
-
     folder = tmp_path / "data"
     folder.mkdir()
     for part, number in (("train", 3), ("test", 2)):
@@ -138,3 +137,43 @@ def test_private_and_gated_data_need_the_token(data, monkeypatch):
         load_task("org/data")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert len(load_task("org/data").test) == 2
+
+
+# A hub that means harm.
+
+
+_INFO = "/api/models/org/base/revision/main"
+_CONFIG = f"/org/base/resolve/{hub_server.COMMIT}/config.json"
+_TREE = f"/api/models/org/base/tree/{hub_server.COMMIT}"
+
+
+def test_a_file_of_another_digest_is_refused_and_removed(hub, tmp_path):
+    digest = hashlib.sha256(b"{}").hexdigest()
+    hub.answers[_CONFIG] = b"[]"
+    with refused(
+        "config.json: damaged, its SHA-256 is not the one that the hub states: fetch"
+    ):
+        resolve("org/base", patterns=("config.json",))
+    assert not [
+        path for path in tmp_path.rglob("*") if path.is_file() and path.name == digest
+    ]
+
+
+def test_a_file_outside_of_the_cache_is_refused(hub, tmp_path):
+    folder = resolve("org/base", patterns=("config.json",))
+    assert folder.is_relative_to(constants.HF_HUB_CACHE)
+    (tmp_path / "outside").write_text("{}")
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to(tmp_path / "outside")
+    with refused(
+        "config.json: outside of the hub's cache: expected a file in .*; remove it"
+    ):
+        resolve("org/base", patterns=("config.json",))
+
+
+@pytest.mark.parametrize("path", [_INFO, _TREE])
+@pytest.mark.parametrize("fetch", [read_config, load_tokenizer])
+def test_answers_that_the_library_cannot_take_are_a_value_error(hub, fetch, path):
+    hub.answers[path] = b"[1]"
+    with refused("org/base"):
+        fetch("org/base")
