@@ -5,16 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import _model
-import jax
 import numpy as np
 import padding
 import pytest
 import table
 from json_files import read_json, write_rows
 from numpy.testing import assert_allclose
-
-from lorafusion_jax import TaskBank
 
 _ROOT = Path(__file__).resolve().parents[2]
 _KEYS = {"name", "ratio", "required", "ambition", "higher_is_better", "computed_from"}
@@ -53,21 +49,6 @@ def test_padding_is_counted_in_tokens(tmp_path, monkeypatch, capsys):
         and evaluation["higher_is_better"]
     )
     assert shapes["ratio"] == 1 and not shapes["higher_is_better"]
-
-
-def test_ten_thousand_tasks_fit_into_40_megabytes():
-    config = _model.config_of("flan-t5-large")
-    found = []
-
-    def trace():
-        bank = TaskBank.empty(
-            _model.graph_of(config), _model.frozen(config, "float32", 20), 10_000
-        )
-        found.extend((a.shape, a.dtype.itemsize) for a in jax.tree.leaves(bank.tasks))
-
-    jax.eval_shape(trace)
-    assert found == [((10_001, 20, 48), 4), ((10_001,), 1)]
-    assert sum(np.prod(shape) * size for shape, size in found) <= 40e6
 
 
 def test_the_committed_table_can_be_made_again():

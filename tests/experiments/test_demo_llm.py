@@ -11,27 +11,6 @@ import pytest
 from lorafusion_jax.runs import RunFolder
 
 _SMOLLM2 = Path(__file__).resolve().parents[2] / "examples" / "smollm2"
-_FORMS = {
-    "past": {"stop": "stopped", "cry": "cried", "obey": "obeyed", "go": "went"},
-    "ing": {
-        "die": "dying",
-        "agree": "agreeing",
-        "begin": "beginning",
-        "glue": "gluing",
-    },
-    "plural": {
-        "box": "boxes",
-        "story": "stories",
-        "monkey": "monkeys",
-        "mouse": "mice",
-    },
-    "comparative": {
-        "big": "bigger",
-        "wise": "wiser",
-        "happy": "happier",
-        "useful": "more useful",
-    },
-}
 
 
 def _rows(task, part):
@@ -46,9 +25,6 @@ def test_the_tasks_are_what_their_script_writes(tmp_path):
             file.read_bytes()
             == (_SMOLLM2 / "tasks" / file.relative_to(tmp_path)).read_bytes()
         )
-    assert all(len(rows) >= 200 for rows in inflections.tasks().values())
-    for task, forms in _FORMS.items():
-        assert forms.items() <= (_rows(task, "train") | _rows(task, "test")).items()
     # No adapter saw a verb of the new task's test.
     assert _rows("ing", "test").keys().isdisjoint(_rows("past", "train"))
 

@@ -15,8 +15,6 @@ from refusals import refused
 from lorafusion_jax.io import read_adapter
 from lorafusion_jax.trials import read_lines
 
-_UNSEEN = [name for tasks in language.UNSEEN.values() for name in tasks]
-
 
 @pytest.fixture(autouse=True)
 def _folder(monkeypatch, tmp_path):
@@ -35,20 +33,6 @@ def _colours(path, rows, first=0):
     pairs = [(f"{first + i} {colour}", colour) for i, colour in enumerate(colours)]
     random.Random(0).shuffle(pairs)
     return _words(path, pairs)
-
-
-def test_no_task_has_two_roles_and_every_relation_has_two_tasks():
-    for pool in ("first", "second"):
-        sources = [name for family in language.POOLS[pool].values() for name in family]
-        roles = [*sources, *language.TUNING, *_UNSEEN]
-        assert len(roles) == len(set(roles)) and len(sources) == 24
-    assert len(language.TUNING) == 2 and len(_UNSEEN) >= 7
-    for relation, tasks in language.UNSEEN.items():
-        assert len(tasks) >= 2
-        assert all(
-            (family in language.SOURCES) == (relation != "none")
-            for family in tasks.values()
-        )
 
 
 def test_test_pairs_that_something_was_trained_on_are_left_out_and_counted(tmp_path):

@@ -1,6 +1,5 @@
 """The pool's value on language: its draw, its rows and tables, and all arms on a small Llama."""
 
-import csv
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -9,31 +8,14 @@ import pool_value_language as experiment
 import pytest
 import small_llama
 from json_files import write_json
-from lab.language import MOST_SHARED, SOURCES, TUNING, load
+from lab.language import SOURCES, TUNING, load
 from refusals import refused
 
 from lorafusion_jax import LowRank, read_config
 from lorafusion_jax.io import lora_adapter, write_adapter
 
-_ROOT = Path(__file__).resolve().parents[2]
-_RESULTS = _ROOT / "results" / "pool_value"
 _NAMES = [name for family in SOURCES.values() for name in family]
 _FIXED = "rotated, magnitudes at 0.0333"  # its rates are not tuned
-
-
-def test_the_committed_draw_takes_tasks_in_the_order_of_the_generator():
-    lines = list(
-        csv.DictReader((_RESULTS / "language_draw.csv").read_text().splitlines())
-    )
-    order = np.random.default_rng(20261128).permutation(experiment.DRAWN_FROM)
-    assert [line["task"] for line in lines] == [*TUNING, *experiment.FIXED, *order]
-    drawn = lines[len(TUNING) + len(experiment.FIXED) :]
-    last = max(place for place, line in enumerate(drawn) if line["use"] != "-")
-    for place, line in enumerate(drawn):
-        seen = float(line["shared test pairs, %"]) > 100 * MOST_SHARED
-        use = "passed over" if seen else "target, drawn"
-        assert line["use"] == ("-" if place > last else use)
-    assert sum(line["use"].startswith("target") for line in lines) == experiment.TARGETS
 
 
 @pytest.fixture(scope="module")

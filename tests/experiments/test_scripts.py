@@ -4,7 +4,6 @@ import dataclasses
 import json
 
 import ablations
-import demo
 import one_block
 import tune
 from lab import common, matrix, methods
@@ -34,15 +33,6 @@ def test_an_earlier_result_is_kept_next_to_a_new_one(tmp_path):
         ):
             pass
         assert (folder / "table.md").read_text() == "third"
-
-
-def test_the_demo_measures_on_tasks_that_nothing_was_trained_or_tuned_on():
-    shown = {*demo.TASKS, demo.OUT_OF_REACH}
-    sources = {path.name for path in (one_block.SMALL / "adapters").iterdir()}
-    assert len(demo.TASKS) >= 4 and shown <= {path.name for path in _TASKS.iterdir()}
-    assert not shown & (sources | set(tune.TASKS)) and not set(demo.SEEDS) & set(
-        tune.SEEDS
-    )
 
 
 def test_every_trained_method_had_the_same_number_of_trials():

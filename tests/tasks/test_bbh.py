@@ -8,7 +8,7 @@ import pytest
 from json_files import write_json
 from refusals import refused
 
-from lorafusion_jax.tasks import load_task, write_lorahub_split
+from lorafusion_jax.tasks import write_lorahub_split
 
 _PREFIX = "Count.\n\n"
 _EXAMPLES = [{"input": f"Wie groß ist {i}?", "target": str(i)} for i in range(6)]
@@ -58,7 +58,6 @@ def test_every_task_is_written_as_its_digest_says(tmp_path):
     rows, index = bbh_rows.write(tmp_path)
     folders = write_lorahub_split(rows, tmp_path / "out", index=index)
     assert folders == [tmp_path / "out" / name for name in bbh_rows.TASKS]
-    overlaps = {}
     for folder in folders:
         rows = bbh_rows.TASKS[folder.name][1]
         trained = bbh_rows.TRAIN_ROWS
@@ -70,20 +69,6 @@ def test_every_task_is_written_as_its_digest_says(tmp_path):
             assert written == "\n".join(bbh_rows.lines(folder.name, numbers)), (
                 folder.name
             )
-        task = load_task(folder)
-        answers = {example.input: example.target for example in task.train}
-        again = [
-            (row, example)
-            for row, example in enumerate(task.test)
-            if example.input in answers
-        ]
-        overlaps |= {
-            (task.name, row): (example.target, answers[example.input])
-            for row, example in again
-        }
-    assert overlaps == {
-        ("causal_judgement", 1): ("Yes", "No")
-    }  # the same prompt, with the other answer
 
 
 def test_what_is_there_is_left_and_what_is_missing_is_added(write):

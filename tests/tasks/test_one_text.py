@@ -189,18 +189,11 @@ def test_tokens_that_the_model_lacks(tokenizer):
 def test_an_answer_without_tokens_is_refused(text_format):
     raw = Tokenizer(models.WordLevel({"hot": 0, "<unk>": 1}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
     with refused(r"the tokenizer makes no tokens of '\\n': take the row out"):
-        encode(
-            PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>"),
-            [Example("hot", "\n")],
-            text_format,
-        )
+        encode(tokenizer, [Example("hot", "\n")], text_format)
     with refused("the tokenizer makes no tokens of ''"):
-        encode(
-            PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>"),
-            [Example("", "")],
-            text_format,
-        )
+        encode(tokenizer, [Example("", "")], text_format)
 
 
 def test_chats_have_the_goldens_tokens(goldens):

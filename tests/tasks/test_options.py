@@ -1,26 +1,12 @@
 """Possible answers of rows, in the form of BIG-Bench Hard and in others."""
 
-import dataclasses
-
-import bbh_rows
-import one_block
 import pytest
 
 from lorafusion_jax.tasks import (
     Example,
     Task,
     answer_options,
-    few_shot,
-    load_task,
-    write_lorahub_split,
 )
-
-# Answers of every test row, or the letters (from A on) that its rows have.
-_LABELS = {"boolean_expressions": ("False", "True"), "causal_judgement": ("Yes", "No")}
-_LETTERS = {"ruin_names": (3, 2, 2)}
-_OPEN = {"object_counting"}
-# Test rows whose target is none of the letters.
-_MALFORMED = {"ruin_names": [1]}
 
 
 def _task(prompts, train=(("p", "x"), ("q", "y")), targets="?"):
@@ -30,46 +16,6 @@ def _task(prompts, train=(("p", "x"), ("q", "y")), targets="?"):
         tuple(Example(text, targets) for text in prompts),
         "here",
     )
-
-
-@pytest.fixture(scope="module")
-def bbh(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bbh")
-    rows, index = bbh_rows.write(folder)
-    return [
-        load_task(task)
-        for task in write_lorahub_split(rows, folder / "split", index=index)
-    ]
-
-
-def _letters(count):
-    return tuple(f"({chr(ord('A') + i)})" for i in range(count))
-
-
-def test_options_of_every_task(bbh):
-    assert {task.name for task in bbh} == {*_LABELS, *_LETTERS, *_OPEN}
-    for task in bbh:
-        options = answer_options(task)
-        # Neither examples in the prompt nor the targets of test rows change them.
-        assert answer_options(few_shot(task, 4, 1)) == options, task.name
-        blind = dataclasses.replace(
-            task, test=tuple(Example(row.input, "?") for row in task.test)
-        )
-        assert answer_options(blind) == options, task.name
-        if task.name in _OPEN:
-            assert options is None, task.name
-            continue
-        assert options is not None and len(options) == len(task.test), task.name
-        letters = tuple(map(_letters, _LETTERS.get(task.name, ())))
-        assert options == (letters or (_LABELS[task.name],) * len(task.test)), task.name
-        outside = [
-            row
-            for row, example in enumerate(task.test)
-            if example.target not in options[row]
-        ]
-        assert outside == _MALFORMED.get(task.name, []), task.name
-    for folder in (one_block.SMALL / "tasks").iterdir():
-        assert answer_options(load_task(folder)) is None, folder
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import json
 import random
 from dataclasses import replace
 
-import bbh_rows
 import datasets
 import numpy as np
 import one_block
@@ -127,22 +126,9 @@ def test_prompt_stands_around_every_input(tmp_path):
         load_task(path, prompt="Q: {}")
 
 
-def test_files_of_big_bench_hard_are_read(tmp_path):
-    folder, _ = bbh_rows.write(tmp_path)
-    for name, (_, rows) in bbh_rows.TASKS.items():
-        task = load_task(folder / f"{name}.json", train_rows=bbh_rows.TRAIN_ROWS)
-        assert (task.name, len(task.train)) == (name, bbh_rows.TRAIN_ROWS)
-        first_of_each_input = dict(reversed(rows)).items()
-        assert sorted((e.input, e.target) for e in task.train + task.test) == sorted(
-            first_of_each_input
-        )
-
-
-@pytest.mark.parametrize("name", ["alpaca.json", "alpaca.jsonl"])
-def test_an_instruction_stands_before_the_input(tmp_path, name):
+def test_an_instruction_stands_before_the_input(tmp_path):
     rows = [
         {"instruction": "Name the opposite.", "input": "hot", "output": "cold"},
-        {"instruction": "Name the opposite.", "input": "tall", "output": "short"},
         {"instruction": "Name a colour.", "input": "", "output": "red"},
         {"instruction": "Name an animal.", "output": "cat"},
         {"instruction": "Name a fruit.", "input": None, "target": "fig"},
@@ -150,14 +136,10 @@ def test_an_instruction_stands_before_the_input(tmp_path, name):
         {"instruction": None, "input": "three", "target": "four"},
         {"instruction": "Sort.", "context": "b a", "completion": "a b"},
     ]
-    lines = name.endswith("l")
-    (tmp_path / name).write_text(
-        "\n".join(map(json.dumps, rows)) if lines else json.dumps(rows)
-    )
-    task = load_task(tmp_path / name, prompt="Q: {input}\nA:", train_rows=2)
+    path = _write(tmp_path / "alpaca.jsonl", rows)
+    task = load_task(path, prompt="Q: {input}\nA:", train_rows=2)
     assert {(example.input, example.target) for example in task.train + task.test} == {
         ("Q: Name the opposite.\nhot\nA:", "cold"),
-        ("Q: Name the opposite.\ntall\nA:", "short"),
         ("Q: Name a colour.\nA:", "red"),
         ("Q: Name an animal.\nA:", "cat"),
         ("Q: Name a fruit.\nA:", "fig"),
