@@ -127,53 +127,31 @@ class _Handler(BaseHTTPRequestHandler):
             name in self.hub.private and not known
         ):
             # As the hub does: who may not see a repository cannot tell whether it is there.
-            self._send(
-                401,
-                headers={
-                    "X-Error-Code": "RepoNotFound",
-                    "X-Error-Message": "Repository not found",
-                },
-            )
-        elif name in self.hub.gated:
+            return self._refuse(401, "RepoNotFound", "Repository not found")
+        if name in self.hub.gated:
             message = f"Access to model {name} is restricted. You must have access to it and be authenticated."
-            self._send(
-                403, headers={"X-Error-Code": "GatedRepo", "X-Error-Message": message}
-            )
-        elif revision not in (None, "main", COMMIT):
-            message = f"Invalid rev id: {revision}"
-            self._send(
-                404,
-                headers={
-                    "X-Error-Code": "RevisionNotFound",
-                    "X-Error-Message": message,
-                },
-            )
-        else:
-            return True
-        return False
+            return self._refuse(403, "GatedRepo", message)
+        if revision not in (None, "main", COMMIT):
+            return self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return True
+
+    def _refuse(self, status, code, message):
+        self._send(status, headers={"X-Error-Code": code, "X-Error-Message": message})
 
     def _info(self, name):
         siblings = [{"rfilename": path} for path in self.hub.repositories[name]]
-        self._json(
-            {
-                "id": name,
-                "modelId": name,
-                "sha": COMMIT,
-                "private": False,
-                "tags": [],
-                "siblings": siblings,
-            }
-        )
+        self._json({"id": name, "sha": COMMIT, "siblings": siblings})
 
     def _tree(self, name):
-        files = {
-            path: (len(of), hashlib.sha1(of).hexdigest())
-            for path, of in self.hub.repositories[name].items()
-        }
         self._json(
             [
-                {"type": "file", "path": p, "size": size, "oid": oid}
-                for p, (size, oid) in files.items()
+                {
+                    "type": "file",
+                    "path": path,
+                    "size": len(content),
+                    "oid": hashlib.sha1(content).hexdigest(),
+                }
+                for path, content in self.hub.repositories[name].items()
             ]
         )
 
@@ -185,7 +163,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not path.endswith(".safetensors"):
             return self._file(name, path)
         headers |= {"X-Linked-Etag": _etag(content), "X-Linked-Size": str(len(content))}
-        headers["Location"] = self._url(f"stored/{name}/{path}")
+        headers["Location"] = f"http://{self.headers['Host']}/stored/{name}/{path}"
         return self._send(302, headers=headers)
 
     def _file(self, name, path):
@@ -193,13 +171,9 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"ETag": _etag(content), "X-Repo-Commit": COMMIT}
         self._send(200, content, headers)
 
-    def _url(self, path):
-        return f"http://{self.headers['Host']}/{path}"
-
-    def _json(self, found, status=200):
-        self._send(
-            status, json.dumps(found).encode(), {"Content-Type": "application/json"}
-        )
+    def _json(self, content):
+        headers = {"Content-Type": "application/json"}
+        self._send(200, json.dumps(content).encode(), headers)
 
     def _send(self, status, content=b"", headers=None):
         self.send_response(status)

@@ -197,14 +197,6 @@ def test_some_adapters_of_a_pool_in_a_given_order(convert, base, adapter, tmp_pa
     chosen = load_pool(tmp_path / "pool", chosen=["third", 0])
     _assert_same_pool(chosen, read_pool([folders[2], folders[0]], config))
     assert all((rank == 2).all() for rank in chosen.rank.values())
-    with refused("the pool lacks 'fourth': choose one of 3"):
-        load_pool(tmp_path / "pool", chosen=["fourth"])
-    with refused("at least one adapter: none was given"):
-        load_pool(tmp_path / "pool", chosen=[])
-    with refused(
-        r"'one' is one name: give a list of names or indices, as in \['one'\]"
-    ):
-        load_pool(tmp_path / "pool", chosen="one")
     # What was not chosen is not read either.
     shutil.rmtree(tmp_path / "pool/adapters/0001")
     _assert_same_pool(load_pool(tmp_path / "pool", chosen=["third", "one"]), chosen)
@@ -216,13 +208,9 @@ def test_dtypes_of_a_pool(convert, base, adapter, tmp_path, dtype):
     convert([folder])
     pool = load_pool(tmp_path / "pool", dtype=dtype)
     _assert_same_pool(read_pool([folder], read_config(base), dtype=dtype), pool)
-    read = io.read_adapter(folder)
+    b = io.read_adapter(folder).factors[_Q][1].T.astype(np.float32)
     site, layer = places(read_config(base))[_Q]
-    a, b = read.factors[_Q]
-    assert_array_equal(pool.A[site][layer, 0], a.T.astype(dtype))
-    assert_array_equal(
-        pool.B[site][layer, 0], (b.T.astype(np.float32) * 1.5).astype(dtype)
-    )
+    assert_array_equal(pool.B[site][layer, 0], (b * 1.5).astype(dtype))
 
 
 def _assert_same_adapter(got, want):
@@ -420,45 +408,30 @@ def test_one_bad_adapter_stops_everything_or_is_left_out_and_listed(
 
 
 @pytest.mark.parametrize(
-    ("kind", "value", "dtype", "pool", "message"),
+    ("kind", "value", "dtype", "pool"),
     [
-        (
-            "lora_B",
-            3e38,
-            np.float32,
-            "float32",
-            "lora_B is infinite in float32 with the scaling 2",
-        ),
-        ("lora_A", 1e300, np.float64, "float32", "lora_A is infinite in float32"),
-        ("lora_B", 1e300, np.float64, "float32", "lora_B is infinite in float32"),
-        ("lora_A", 3.402e38, np.float32, "bfloat16", "lora_A is infinite in bfloat16"),
-        ("lora_B", 1.7e38, np.float32, "float32", None),
+        ("lora_B", 3e38, np.float32, "float32"),
+        ("lora_A", 1e300, np.float64, "float32"),
+        ("lora_B", 1e300, np.float64, "float32"),
+        ("lora_A", 3.402e38, np.float32, "bfloat16"),
     ],
 )
 def test_what_a_pool_would_hold_is_finite(
-    convert, base, adapter, tmp_path, kind, value, dtype, pool, message
+    convert, base, adapter, tmp_path, kind, value, dtype, pool
 ):
-    shape = (2, 8) if kind == "lora_A" else (6, 2)
+    array = np.full((2, 8) if kind == "lora_A" else (6, 2), value, dtype)
     key = f"base_model.model.{_Q}.{kind}.weight"
-    folder = adapter(
-        "large", alpha=4, dtype=dtype, extra={key: np.full(shape, value, dtype)}
-    )
-    if message is None:
-        convert([folder])
-        site, layer = places(read_config(base))[_Q]
-        assert_allclose(
-            load_pool(tmp_path / "pool").B[site][layer, 0], 2 * value, rtol=1e-6
-        )
-        return
-    with pytest.raises(io.AdapterError, match=f"^{folder}: {_Q}.{message}"):
+    folder = adapter("large", alpha=4, dtype=dtype, extra={key: array})
+    message = f"{folder}: {_Q}.{kind} is infinite in {pool} with the scaling 2"
+    with pytest.raises(io.AdapterError, match=message):
         read_pool([folder], read_config(base), dtype=pool)
     if pool == "float32":
-        _refused(f"^{folder}: {_Q}.{message}", convert, [folder])
+        _refused(message, convert, [folder])
         assert not (tmp_path / "pool").exists()
-        return
-    convert([folder])  # which holds float32
-    with pytest.raises(io.AdapterError, match=f"{_Q}.{message}"):
-        load_pool(tmp_path / "pool", dtype="bfloat16")
+    else:
+        convert([folder])  # which holds float32
+        with pytest.raises(io.AdapterError, match=f"{_Q}.{kind} is infinite"):
+            load_pool(tmp_path / "pool", dtype="bfloat16")
 
 
 def _edit_manifest(folder, change):
@@ -667,16 +640,6 @@ _LLAMA = small_llama.CONFIG | {
     "model_type": "llama",
     "sliding_window": 4,
 }
-_QWEN2 = small_llama.CONFIG | {
-    "vocab_size": 40,
-    "model_type": "qwen2",
-    "sliding_window": 4,
-}
-_GEMMA2 = small_llama.CONFIG | {
-    "vocab_size": 40,
-    "model_type": "gemma2",
-    "sliding_window": 4,
-}
 
 
 @pytest.mark.parametrize(
@@ -692,7 +655,6 @@ _GEMMA2 = small_llama.CONFIG | {
             "noted",
             (
                 "google/flan-t5-large",
-                "./our-model",
                 "/a/checkpoint-500",
                 "me/bert512",
                 "me/t5-to-llama",
@@ -704,8 +666,6 @@ _GEMMA2 = small_llama.CONFIG | {
             (
                 "google/mt5-large",
                 "/models/mT5-base/",
-                "umt5-small",
-                "Llama-3-1B",
                 "my_qwen2.5@main",
             ),
         ),
@@ -713,16 +673,9 @@ _GEMMA2 = small_llama.CONFIG | {
         (
             _LLAMA,
             "noted",
-            ("mistralai/Mistral-7B-v0.1", "me/Qwen-LLaMAfied", "unsloth/phi-4"),
+            ("mistralai/Mistral-7B-v0.1", "me/Qwen-LLaMAfied", "me/my-ollama-model"),
         ),
         (_LLAMA, "refused", ("Qwen/Qwen2.5-0.5B", "google/gemma-3-1b-it")),
-        (
-            _QWEN2,
-            "noted",
-            ("Qwen/Qwen3-4B", "me/my-ollama-model", "saves/llama-factory"),
-        ),
-        (_QWEN2, "refused", ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B",)),
-        (_GEMMA2, "noted", ("google/gemma-2b",)),
     ],
 )
 def test_names_of_bases_show_whether_an_adapter_belongs_to_this_one(

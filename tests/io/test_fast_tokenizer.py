@@ -107,17 +107,13 @@ def test_transformers_loads_what_its_settings_change(tmp_path, changes):
     assert type(open_base(folder).tokenizer) is type(lf.load_tokenizer(folder))
 
 
-@pytest.mark.parametrize(
-    ("file", "message"),
-    [("{}", "not a tokenizer"), ("[", "not a tokenizer")],
-    ids=["no model", "no JSON"],
-)
+@pytest.mark.parametrize("content", ["{}", "["], ids=["no model", "no JSON"])
 def test_faults_of_the_file_are_reported_and_not_left_to_transformers(
-    tmp_path, file, message
+    tmp_path, content
 ):
     folder = shutil.copytree(_BASE, tmp_path / "base")
-    (folder / "tokenizer.json").write_text(file)
-    with pytest.raises(lf.FileError, match=f"tokenizer.json: {message}"):
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(lf.FileError, match="tokenizer.json: not a tokenizer"):
         open_base(folder).tokenizer("a")
 
 

@@ -135,15 +135,7 @@ def test_the_part_for_images_is_left_out_with_a_note(path, tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"text_config": _TEXT | {"model_type": "mamba"}},
-            "the text model of this mistral3 is 'mamba': expected one of",
-        ),
-    ],
-)
-def test_a_text_model_that_cannot_be_read_is_refused(changes, message):
-    with refused(message):
-        FAMILY.read_config(_CONFIG | changes)
+def test_a_text_model_that_cannot_be_read_is_refused():
+    text = {"text_config": _TEXT | {"model_type": "mamba"}}
+    with refused("the text model of this mistral3 is 'mamba': expected one of"):
+        FAMILY.read_config(_CONFIG | text)
