@@ -337,6 +337,7 @@ def measured(missing: Sequence[Job], options: Options) -> Iterator[Row]:
         weights = bench.weights(job)
         losses = bench.losses(weights, 1 if job.setting == WIRES else WINDOWS)
         chips = chips_in(weights)
+        chosen = job.setting == CHOSEN_BITS
         yield {
             **job._asdict(),
             "losses": losses,
@@ -346,6 +347,7 @@ def measured(missing: Sequence[Job], options: Options) -> Iterator[Row]:
                 for chip in chips
                 if chip.clipped is not None
             ],
+            "conversion_energy": conversion_energy(chips) if chosen else None,
             "paths": sorted({chip.plan.path for chip in chips}),
             "cpu_seconds": time.process_time() - start,
             **environment(),

@@ -29,17 +29,19 @@ def test_a_small_llama_has_a_row_for_each_chip_once(tmp_path, monkeypatch):
     command = ["--base", str(llama), "--texts", str(texts), "--chips", "0", *folders]
     setting = "errors of 3 %"
     experiment.main([*command, "--settings", setting])
-    experiment.main([*command, "--settings", setting, "errors of 10 %"])
+    chosen = experiment.CHOSEN_BITS
+    experiment.main([*command, "--settings", setting, "errors of 10 %", chosen])
     rows = read_lines(tmp_path / "out" / "rows.jsonl")
     assert [experiment.job_of(row) for row in rows] == [
         (setting, False, 0),
         (setting, True, 0),
         ("errors of 10 %", True, 0),
+        (chosen, True, 0),
     ]
     losses = [experiment.losses_above(row) for row in rows]
     assert all(excess.shape == (4, 1) for excess in losses)
     assert np.abs(losses[2]).mean() > np.abs(losses[1]).mean() > 0
-    assert len((tmp_path / "out" / "table.csv").read_text().splitlines()) == 4
+    assert len((tmp_path / "out" / "table.csv").read_text().splitlines()) == 5
     with refused("there is no setting errors: choose from errors of 3 %"):
         experiment.main([*command, "--settings", "errors"])
     (texts / "alice29.txt").write_text(100 * _WORDS)
