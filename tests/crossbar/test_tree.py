@@ -133,46 +133,6 @@ def test_the_reads_of_a_model_avoid_look_up_which_compiles_slowly():
     assert _on_chip(weight, config).plan.path == "loop"
 
 
-_OFFSET = {
-    "encoding": crossbar.Encoding(kind="offset"),
-    "dac": crossbar.DAC(bits=4, signed=False),
-}
-
-
-@pytest.mark.parametrize(
-    ("changes", "lowest"),
-    [
-        ({}, -40.0),
-        (_OFFSET, 0.0),
-        ({"mapping": crossbar.Mapping(scale="tile")}, -40.0),
-        ({"tile": crossbar.Tile(rows=2)}, -2.0),
-    ],
-)
-def test_a_model_reads_many_vectors_as_it_reads_few(changes, lowest):
-    """Two layers by look-up, the last array of which has fewer rows, against reads of fewer vectors."""
-    tile = crossbar.Tile(rows=100, cols=16, partition="full")
-    adc = ADC(bits=5, range="given", limits=[(lowest, abs(lowest) or 40.0)] * 4)
-    config = CrossbarConfig(
-        **{"dac": crossbar.DAC(bits=4), "tile": tile, **changes}, adc=adc
-    )
-    x = _normal(70, 140)
-    chips = _on_chip(_normal(2, 140, 20), config)
-    assert chips.plan.tabulates and chips.plan.path != "lookup"
-    read = jax.vmap(product, (None, 0))
-    few = [read(part, chips) for part in (x[:35], x[35:])]
-    _equal(read(x, chips), jnp.concatenate(few, axis=1))
-
-
-def test_a_model_whose_converters_have_no_ranges_yet_is_probed_with_many_vectors():
-    config = CrossbarConfig(dac=crossbar.DAC(bits=4), adc=ADC(bits=5))
-    x = _normal(70, 20)
-    chip = _on_chip(_normal(20, 3), config)
-    assert chip.plan.tabulates and chip.limits is None
-    few = [crossbar.probe(part, chip)[0] for part in (x[:35], x[35:])]
-    many = crossbar.probe(x, chip)[0]
-    assert_allclose(many, jnp.concatenate(few), rtol=1e-5, atol=1e-5)
-
-
 # Reads.
 
 

@@ -168,7 +168,7 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
         )
     check_preparation(fields.get("preparation"), shape, config)
     geometry = Geometry.of(shape[-2:], config)
-    plan = dict(meta["plan"])
+    plan = {field.name: meta["plan"][field.name] for field in dataclasses.fields(Plan)}
     if plan["bit_fields"] is not None:
         plan["bit_fields"] = BitFields(
             **{

@@ -29,7 +29,6 @@ class Plan:
       integers: column sums, before read noise, are integers.
       bit_fields: fields of the weight slices in the words of `lookup` and `packed`; None without words.
       ties: method that keeps the codes of sums half-way between two codes exact.
-      tabulates: large batches are read by `lookup`, whatever the path.
     """
 
     path: str
@@ -37,7 +36,6 @@ class Plan:
     integers: bool
     bit_fields: BitFields | None = None
     ties: Ties = None
-    tabulates: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,6 @@ from ...support.reading import error_context
 from ..config.schema import CrossbarConfig
 from ..config.structure import Structure, split_config
 from ..preparation.preparation import Preparation, check_preparation
-from ..read.paths import PATHS
 from .chip import Chip, one_by_one, stacked_keys, typed_key
 from .program import program
 
@@ -142,14 +141,11 @@ def _program_stack(
     def of_one(matrix: Array, key: Array, preparation: Preparation | None) -> Chip:
         config = structure.config(values)
         chip = program(matrix, config, key, preparation=preparation)
-        path = PATHS[chip.plan.path].in_models(chip.plan)
-        if path == chip.plan.path:
+        if chip.plan.path != "lookup":
             return chip
-        programmed = program(matrix, config, key, path=path, preparation=preparation)
-        plan = dataclasses.replace(
-            programmed.plan, tabulates=not config.draws_at_conversion
-        )
-        return dataclasses.replace(programmed, plan=plan)
+        # Compiled in half the time; reads of 64 vectors or more take 0.7 to 1.15 times as long.
+        path = "packed" if chip.plan.bit_fields else "loop"
+        return program(matrix, config, key, path=path, preparation=preparation)
 
     return one_by_one(of_one, weight.shape[:-2])(weight, keys, preparation)
 

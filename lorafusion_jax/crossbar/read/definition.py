@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from ...support.platform import for_cpu
 from ..chip.chip import Chip
-from ..chip.plan import ColumnLayout, Plan, ProgrammedCells, ReadRequirements
+from ..chip.plan import ColumnLayout, ProgrammedCells, ReadRequirements
 from ..config.schema import CrossbarConfig
 from ..devices.normal_draws import normal
 from ..devices.physical import for_each_cell, like
@@ -46,10 +46,6 @@ class ReadPath:
     def chosen(self, requirements: ReadRequirements) -> str | None:
         """Return the reason why the path is the fastest, if no earlier one in the registry is; else None."""
         return None
-
-    def in_models(self, plan: Plan) -> str:
-        """Return the path of whole models, which often read one vector; `lookup` reads their large batches."""
-        return self.name
 
     def lay_out(self, programmed: ProgrammedCells) -> ColumnLayout:
         """Return the columns in the form that the read needs."""

@@ -6,7 +6,7 @@ are tabulated, and each input adds up one table entry for every g rows where a p
 several weight slices to an int32 word (see `mapping.bit_fields`), with their variances for read noise.
 
 The fastest for input slices of one bit, of integer cells or without a sign. It compiles twice as slowly as `packed`, so
-whole models use it only for large batches (see `Plan.tabulates`).
+whole models do not use it.
 
 Axis letters: B batch, K weight slices, k those of one word, J input slices, W words, R row tiles, G groups of rows,
 E table entries, C columns of a block.
@@ -23,14 +23,14 @@ from jaxtyping import Array, Float, Num, UInt8
 
 from ...support.platform import for_cpu
 from ..chip.chip import Chip
-from ..chip.plan import ColumnLayout, Plan, ProgrammedCells, ReadRequirements
+from ..chip.plan import ColumnLayout, ProgrammedCells, ReadRequirements
 from ..devices.physical import varying_as
 from ..mapping.adc.quantiser import Converter
 from ..mapping.bit_fields import INT_BITS, BitFields, FieldWords, drive, unpack
 from ..mapping.encoding import digit
 from ..mapping.geometry import significance
 from .conversion_noise import Noise, add_noise, alike
-from .sliced_products import KernelPath, PackedPath, certificate, fit_words, in_words
+from .sliced_products import KernelPath, certificate, fit_words, in_words
 
 # A block of columns whose table, and a chunk of the batch whose sums, stay in a core's second-level cache.
 _COLUMNS = 64
@@ -55,9 +55,6 @@ class LookupPath(KernelPath):
         ):
             return "input slices have one bit: sums of a few rows come from tables"
         return None
-
-    def in_models(self, plan: Plan) -> str:
-        return "loop" if plan.bit_fields is None else PackedPath.name
 
     def form(self, layout: ColumnLayout, programmed: ProgrammedCells) -> ColumnLayout:
         bit_fields = (

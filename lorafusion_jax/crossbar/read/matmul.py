@@ -25,7 +25,7 @@ from ..config.schema import CrossbarConfig
 from ..devices.physical import is_moved
 from ..mapping import encoding
 from ..mapping.adc.quantiser import converter, level_units
-from .paths import PATHS, read
+from .paths import PATHS
 
 # Powers of two within which factors are multiplied as they are: sums have up to 2^44 in addition.
 _USUAL = 32
@@ -156,7 +156,7 @@ def _multiply(
         quantise = converter(chip.limits, geometry, config, chip.plan.ties)._replace(
             rounds=rounds
         )
-    y = read(n, quantise, chip)
+    y = PATHS[chip.plan.path].read(n, quantise, chip)
     y = y * (limit / geometry.input_top)
     for power in exponents:
         y = y * power

@@ -3,8 +3,6 @@
 `product` is one matrix product with the weights as programmed, to which all slices and tiles telescope.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,8 +131,6 @@ PATHS: dict[str, ReadPath] = {
         LoopPath(),
     )
 }
-# Vectors from which a whole model's arrays are read by `lookup`.
-_MANY = 64
 
 
 def choose(
@@ -160,16 +156,6 @@ def choose(
     elif why := PATHS[path].refusal(requirements):
         raise ValueError(f"path={path!r} {why}; leave path out")
     return Plan(path, reason, requirements.integers, ties=requirements.ties)
-
-
-def read(
-    n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip
-) -> Float[Array, "B d_out"]:
-    """Return weights times input codes, by the plan's path."""
-    if chip.plan.tabulates and PATHS[chip.plan.path].converts and len(n) >= _MANY:
-        plan = dataclasses.replace(chip.plan, path=LookupPath.name)
-        chip = dataclasses.replace(chip, occupied=None, plan=plan)
-    return PATHS[chip.plan.path].read(n, quantise, chip)
 
 
 def columns_of(chip: Chip) -> Columns:
