@@ -183,29 +183,26 @@ class Chips:
                 raise ValueError(
                     f"{self.name} holds no {control} control: give a preset or a file with --crossbar"
                 )
-            self._check_weights(fused, self.file)
+            current = digests(fused)
+            if current["base"] != self.file["base_sha256"]:
+                raise ValueError(
+                    f"{self.name} holds another base model (sha256 {self.file['base_sha256'][:12]}, the run's is "
+                    f"{current['base'][:12]}): program chips with the run's base, or evaluate a run on theirs"
+                )
+            pairs = {
+                f"module {name}": (digest, self.file["modules"].get(name))
+                for name, digest in current["modules"].items()
+            }
+            if basis := current.get("basis"):
+                pairs = {"shared basis": (basis, self.file["basis_sha256"])}
+            for name, (digest, stored_digest) in pairs.items():
+                if digest != stored_digest:
+                    raise ValueError(
+                        f"the run fuses the {name} (sha256 {digest[:12]}), and {self.name} has another one or none: "
+                        "the chips were programmed with another pool; program them with the run's"
+                    )
             self._check_cells(fused, self.file)
         return fused
-
-    def _check_weights(self, fused: LoadedModel, file: ChipFile) -> None:
-        current = digests(fused)
-        if current["base"] != file["base_sha256"]:
-            raise ValueError(
-                f"{self.name} holds another base model (sha256 {file['base_sha256'][:12]}, the run's is "
-                f"{current['base'][:12]}): program chips with the run's base, or evaluate a run on theirs"
-            )
-        pairs = {
-            f"module {name}": (digest, file["modules"].get(name))
-            for name, digest in current["modules"].items()
-        }
-        if basis := current.get("basis"):
-            pairs = {"shared basis": (basis, file["basis_sha256"])}
-        for name, (digest, stored_digest) in pairs.items():
-            if digest != stored_digest:
-                raise ValueError(
-                    f"the run fuses the {name} (sha256 {digest[:12]}), and {self.name} has another one or none: the "
-                    "chips were programmed with another pool; program them with the run's"
-                )
 
     def _check_cells(self, fused: LoadedModel, file: ChipFile) -> None:
         """Draw a matrix of chip 0 again, and compare its digest."""

@@ -109,8 +109,18 @@ def restore(
     """
     key = jax.random.fold_in(jax.random.key(how.seed), 1)
     if how.method == "lora":
-        names = [chip.name for chip in crossbar.chips_in(weights)]
-        corrections = _zeros(names, matrices, how.numbers, key)
+        per_rank = crossbar.numbers_per_rank(matrices)
+        if not (rank := how.numbers // per_rank):
+            raise ValueError(
+                f"{how.numbers:,} numbers are less than one rank for each matrix: give at least {per_rank:,}"
+            )
+        zeros = {}
+        for chip in crossbar.chips_in(weights):
+            *lead, d_in, d_out = chip.shape
+            zeros[chip.name] = crossbar.Correction(
+                U=jnp.zeros((*lead, d_in, rank)), V=jnp.zeros((*lead, rank, d_out))
+            )
+        corrections = _neutral(zeros, key)
     else:
         corrections = crossbar.fit_corrections(
             run,
@@ -291,21 +301,3 @@ def _neutral(
             parts["U"] = normal * shape[-2] ** -0.5
         neutral[site] = crossbar.Correction(**parts)
     return neutral
-
-
-def _zeros(
-    names: Sequence[str], matrices: Sequence[Array], numbers: int, key: Array
-) -> dict[str, crossbar.Correction]:
-    """Return corrections of low rank that change nothing yet: U is random and V is zero, as in LoRA."""
-    per_rank = crossbar.numbers_per_rank(matrices)
-    if not (rank := numbers // per_rank):
-        raise ValueError(
-            f"{numbers:,} numbers are less than one rank for each matrix: give at least {per_rank:,}"
-        )
-    empty = {}
-    for name, matrix in zip(names, matrices, strict=True):
-        *lead, d_in, d_out = matrix.shape
-        empty[name] = crossbar.Correction(
-            U=jnp.zeros((*lead, d_in, rank)), V=jnp.zeros((*lead, rank, d_out))
-        )
-    return _neutral(empty, key)

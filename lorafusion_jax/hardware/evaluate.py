@@ -351,7 +351,6 @@ def lora_in_cells(setup: Setup, params: Params) -> tuple[Setup, Params]:
     return setup, {"coefficients": jnp.ones((seeds, 1))}
 
 
-
 def _site(chip: Chip) -> dict[str, Any]:
     """Return the counts of a programmed weight, with each matrix in separate arrays."""
     matrices = math.prod(chip.shape[:-2])

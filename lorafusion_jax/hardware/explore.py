@@ -17,8 +17,7 @@ from jaxtyping import Array, Float
 
 from .. import crossbar
 from ..crossbar.exploration import LEAST_BATCHES
-from ..loading.model import LoadedModel, load_model
-from ..loading.spec import LoadOptions
+from ..loading.model import LoadedModel
 from ..models.architecture import matrices, sharing_inputs
 from ..support.options import BaseOptions, DigitalOptions, OutOptions
 from ..tasks import IGNORED, Batch
@@ -28,6 +27,7 @@ from .program import program
 from .texts import (
     LINES,
     WINDOW,
+    load_base,
     logits_of_base,
     no_padding,
     read_batches,
@@ -86,9 +86,7 @@ def explore(options: ExploreOptions, macs: float = 0.0) -> crossbar.Exploration:
     vary = crossbar.parse_vary(options.vary) or crossbar.usual_variations(base)
     grid = crossbar.grid(base, vary)
     content = read_texts(options.text)
-    loaded = load_model(LoadOptions(base=options.base, method="zero-shot")).with_layers(
-        unroll=False
-    )
+    loaded = load_base(options.base)
     batches = read_batches(loaded, content, options.tokens)
     if len(batches) < LEAST_BATCHES:
         if loaded.config.causal:
@@ -126,7 +124,6 @@ def save_best(options: ExploreOptions, config: crossbar.CrossbarConfig) -> Path:
             )
         )
     return folder
-
 
 
 def _subject(

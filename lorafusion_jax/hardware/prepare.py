@@ -22,8 +22,7 @@ from .. import crossbar
 from ..crossbar.preparation.preparation import check_preparation
 from ..crossbar.preparation.transform import transform_matrices
 from ..io import store
-from ..loading.model import LoadedModel, digests, load_model
-from ..loading.spec import LoadOptions
+from ..loading.model import LoadedModel, digests
 from ..models.architecture import matrices, sharing_inputs
 from ..models.weights import dense
 from ..support.checks import at_least, check_uint32
@@ -38,7 +37,14 @@ from ..support.progress import progress
 from ..support.reading import FileError, error_context
 from ..support.writing import new_folder
 from .program import program
-from .texts import WINDOW, logits_of_base, no_padding, read_batches, read_texts
+from .texts import (
+    WINDOW,
+    load_base,
+    logits_of_base,
+    no_padding,
+    read_batches,
+    read_texts,
+)
 
 _CONFIG = "config.yaml"
 PREPARATIONS = "preparations"
@@ -147,9 +153,7 @@ def prepare(options: PrepareOptions) -> PreparedManifest:
         )
     config = with_changes(config)
     content = read_texts(options.text)
-    loaded = load_model(LoadOptions(base=options.base, method="zero-shot")).with_layers(
-        unroll=False
-    )
+    loaded = load_base(options.base)
     graph = loaded.problem.graph
     frozen = loaded.problem.frozen
     digital = options.keep_digital

@@ -118,12 +118,11 @@ def program(
     indices = None
     # The arrays of a module are those of its number on the chip, in every layer.
     if modules is not None and isinstance(pool, LoraPool):
-        layered = (
-            (f"pool.{factor}.{site}", len(w))
+        indices = {
+            f"pool.{factor}.{site}": (jnp.arange(len(w)), modules)
             for factor, sites in factors.items()
             for site, w in sites.items()
-        )
-        indices = {path: (jnp.arange(layers), modules) for path, layers in layered}
+        }
     preparations = _with_pool(frozen.preparations or {}, factors)
     write = functools.partial(
         program_tree, rules=rules, key=key, indices=indices, preparations=preparations

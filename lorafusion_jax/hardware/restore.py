@@ -6,7 +6,7 @@ FOLDER/chip_N/arrays.safetensors    SITE/scale and so on, and the converters' ra
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -18,8 +18,7 @@ from jaxtyping import Array, Float
 
 from .. import crossbar
 from ..io import store
-from ..loading.model import LoadedModel, digests, load_model
-from ..loading.spec import LoadOptions
+from ..loading.model import LoadedModel, digests
 from ..models.architecture import matrices as matrices_of
 from ..models.weights import dense
 from ..support.checks import at_least, check_uint32, flags_given
@@ -43,6 +42,7 @@ from .texts import (
     WINDOW,
     Outputs,
     answered,
+    load_base,
     logits_of_base,
     no_padding,
     read_texts,
@@ -61,38 +61,19 @@ _SAMPLED = 3072  # tokens that a causal model samples by default
 _PREPARED_RATE = 1.5e-3  # 0.01 makes chips of a prepared base worse at first
 
 
-class Settings(TypedDict):
-    """Settings that the corrections of one chip were computed from; `text` is the files' digest, or `sampled`."""
-
-    base_sha256: str
-    config_sha256: str
-    key: list[int]
-    digital: list[str]
-    age: str | None
-    in_advance: bool
-    method: Method
-    rank: float
-    epochs: int
-    rate: float
-    rate_low_rank: float
-    text: str
-    tokens: int | None
-    seed: int
-
-
 class Manifest(TypedDict):
     """Metadata of the corrections of one chip.
 
     Attributes:
       chip: number of the chip.
-      settings: base, chips, text and training that they were computed with.
+      settings: base, chips, text and training that they were computed with; `text` is the files' digest, or `sampled`.
       numbers: digital parameters, and `share` the same as a share of the weights in arrays.
       tokens: tokens that they were trained on.
       divergence: from the digital model before and after, in nats per token of text that was left out.
     """
 
     chip: int
-    settings: Settings
+    settings: dict[str, Any]
     numbers: int
     share: float
     tokens: int
@@ -188,23 +169,24 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: give a folder with --out")
     content = read_texts(options.text)
-    loaded = load_model(LoadOptions(base=options.base, method="zero-shot"))
-    loaded = chips.checked(loaded).with_layers(unroll=False)
-    settings = Settings(
-        **_identity(chips, digests(loaded)["base"]),
-        age=options.age,
-        in_advance=options.in_advance,
-        method=options.method,
-        rank=rank if low_rank else 0.0,
-        epochs=options.epochs,
-        rate=rate,
-        rate_low_rank=restoring.rate_of_matrices,
-        text=hashlib.sha256(content.encode()).hexdigest()
-        if options.text
-        else "sampled",
-        tokens=options.tokens or (None if options.text else _SAMPLED),
-        seed=options.seed,
-    )
+    loaded = chips.checked(load_base(options.base))
+    text = "sampled"
+    tokens = options.tokens or _SAMPLED
+    if options.text:
+        text = hashlib.sha256(content.encode()).hexdigest()
+        tokens = options.tokens
+    settings = _identity(chips, digests(loaded)["base"]) | {
+        "age": options.age,
+        "in_advance": options.in_advance,
+        "method": options.method,
+        "rank": rank if low_rank else 0.0,
+        "epochs": options.epochs,
+        "rate": rate,
+        "rate_low_rank": restoring.rate_of_matrices,
+        "text": text,
+        "tokens": tokens,
+        "seed": options.seed,
+    }
     made = _all_kept(out, settings)
     if keys.keys() <= made.keys():
         return {number: made[number] for number in keys}
@@ -239,9 +221,11 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
             corrected = crossbar.with_corrections(weights, corrections)
             divergence_sums = np.zeros(2)
             for batch, target in zip(left_out, left_out_targets, strict=True):
-                before = divergence_on(weights, batch, target, run)
-                after = divergence_on(corrected, batch, target, run)
-                divergence_sums += np.array([before, after]) * batch.labels.size
+                divergences = [
+                    divergence_on(on_chip, batch, target, run)
+                    for on_chip in (weights, corrected)
+                ]
+                divergence_sums += np.array(divergences) * batch.labels.size
             numbers = sum(correction.numbers() for correction in corrections.values())
             made[number] = {
                 "chip": number,
@@ -313,14 +297,23 @@ def load_restored(
                 fix="run `lorafusion restore` on all of them with another --out",
             )
         for field, title in titles.items():
-            if manifest["settings"][field] != identity[field]:
+            of_file = manifest["settings"].get(field)
+            if of_file != identity[field]:
                 raise ValueError(
-                    f"{folder} corrects chips with another {title} ({_short(manifest['settings'][field])}, these have "
+                    f"{folder} corrects chips with another {title} ({_short(of_file)}, these have "
                     f"{_short(identity[field])}): run `lorafusion restore` on these chips"
                 )
         trees.append(tree)
     _give_one_rank(trees)
-    return [_restored(tree, str(folder)) for tree in trees]
+    all_restored = []
+    for tree in trees:
+        corrections = {}
+        ranges = {}
+        for site, parts in jax.tree.map(jnp.asarray, tree).items():
+            ranges[site] = {part: parts.pop(part) for part in _RANGES if part in parts}
+            corrections[site] = crossbar.Correction(**parts)
+        all_restored.append(Restored(corrections, ranges, str(folder)))
+    return all_restored
 
 
 def _check_parts(folder: Path, tree: dict[str, Any]) -> None:
@@ -372,14 +365,11 @@ def drifting_otherwise(config: crossbar.CrossbarConfig) -> crossbar.CrossbarConf
         raise ValueError(
             "corrections are made in advance for an age of chips that drift: give --age, and device.drift"
         )
-    drift = jax.tree_util.Partial(_drifted_otherwise, device.drift)
+    drift = jax.tree_util.Partial(
+        lambda drift, G, key, time: drift(G, jax.random.fold_in(key, 1), time),
+        device.drift,
+    )
     return dataclasses.replace(config, device=dataclasses.replace(device, drift=drift))
-
-
-def _drifted_otherwise(
-    drift: Callable[..., Array], G: Array, key: Array, time: Any
-) -> Array:
-    return drift(G, jax.random.fold_in(key, 1), time)
 
 
 def digital_matrices(
@@ -405,7 +395,7 @@ def _numbers(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def _all_kept(out: Path, settings: Settings) -> dict[int, Manifest]:
+def _all_kept(out: Path, settings: dict[str, Any]) -> dict[int, Manifest]:
     """Return the metadata of a folder's corrections by chip; ValueError if one was computed from other settings."""
     made = {}
     for number in _numbers(out):
@@ -414,7 +404,7 @@ def _all_kept(out: Path, settings: Settings) -> dict[int, Manifest]:
         made[number] = manifest
         _check_number(folder, manifest, number)
         for name, value in settings.items():
-            if (then := manifest["settings"][name]) != value:
+            if (then := manifest["settings"].get(name)) != value:
                 raise ValueError(
                     f"{folder} has corrections with another {name} ({_short(then)}, now {_short(value)}): give another "
                     "--out; corrections are never overwritten, and all in a folder have the same settings"
@@ -434,7 +424,7 @@ def _check_number(folder: Path, manifest: Manifest, number: int) -> None:
 
 
 def _tokens(batches: Sequence[Batch]) -> int:
-    return sum(int(np.sum(np.asarray(batch.labels) != IGNORED)) for batch in batches)
+    return sum(int(jnp.sum(batch.labels != IGNORED)) for batch in batches)
 
 
 def _read_text(
@@ -460,16 +450,6 @@ def _read_text(
         )
     measured = max(1, len(batches) // _MEASURED)
     return batches[:-measured], batches[-measured:]
-
-
-def _restored(tree: dict[str, dict[str, np.ndarray]], folder: str) -> Restored:
-    corrections = {}
-    ranges = {}
-    for site, parts in tree.items():
-        values = {part: jnp.asarray(value) for part, value in parts.items()}
-        ranges[site] = {part: values.pop(part) for part in _RANGES if part in values}
-        corrections[site] = crossbar.Correction(**values)
-    return Restored(corrections, ranges, folder)
 
 
 def _short(value: Any) -> str:

@@ -11,7 +11,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from ..loading.model import LoadedModel
+from ..loading.model import LoadedModel, load_model
+from ..loading.spec import LoadOptions
 from ..models.architecture import Model
 from ..models.generate import Sampling, generate
 from ..support.reading import utf8
@@ -21,6 +22,12 @@ WINDOW = 128  # most tokens of a row of text
 # lines in a batch of a model that is not causal, and most tokens of its answers
 LINES = 16
 _ANSWER = 32
+
+
+def load_base(base: str) -> LoadedModel:
+    """Return a base model, without a pool, with a loop over its layers."""
+    loaded = load_model(LoadOptions(base=base, method="zero-shot"))
+    return loaded.with_layers(unroll=False)
 
 
 def read_texts(paths: Sequence[Path]) -> str:

@@ -101,45 +101,30 @@ def test_steps_draw_chips_of_their_own_from_the_key(steps):
 
 
 def test_ages_in_seconds_need_a_unit_and_a_drift_model():
-    days = {
-        "0": 0,
-        "90": 90,
-        "1s": 1,
-        "2min": 120,
-        "1h": 3600,
-        "1.5days": 129_600,
-        "1month": 2_592_000,
-    }
+    days = {"90": 90, "2min": 120, "1h": 3600, "1.5days": 129_600, "1month": 2_592_000}
     assert {age: hardware.aged(_NOISY, age).device.time for age in days} == days
     for age in ("", "h", "1 fortnight", "-1h", "1e", "NaN", "1e400"):
         with refused("an age of"):
             hardware.aged(_NOISY, age)
-    with refused(
-        "an age of 1h, but these cells have no drift model: give device.drift"
-    ):
-        hardware.aged(ARRAYS["ideal"], "1h")
-    with refused(
-        "--compensate, but these cells have no drift model: give device.drift"
-    ):
-        hardware.aged(ARRAYS["ideal"], None, compensate=True)
-    assert hardware.aged(ARRAYS["ideal"], "0").device.time == 0
-    assert (
-        hardware.aged(_NOISY, "1h", compensate=True).device.compensate
-        and not hardware.aged(_NOISY, "1h").device.compensate
-    )
+    ideal = ARRAYS["ideal"]
+    no_drift = "but these cells have no drift model: give device.drift"
+    with refused(f"an age of 1h, {no_drift}"):
+        hardware.aged(ideal, "1h")
+    with refused(f"--compensate, {no_drift}"):
+        hardware.aged(ideal, None, compensate=True)
+    assert hardware.aged(ideal, "0").device.time == 0
+    assert hardware.aged(_NOISY, "1h", compensate=True).device.compensate
+    assert not hardware.aged(_NOISY, "1h").device.compensate
 
 
 def test_keys_and_numbers_of_chips_have_bounds():
     with refused("chip_key is 4294967296: "):
         hardware.load_chips("isaac", key=2**32)
-    for number in (
-        -1,
-        2**32 - 1,
-        2**40,
-    ):  # the last but one is that of the steps' chips
+    chips = hardware.load_chips("isaac")
+    assert chips.config == ARRAYS["isaac"]
+    for number in (-1, 2**32 - 1):  # the latter is that of the steps' chips
         with refused("chips are numbered from 0 to 4,294,967,294"):
-            hardware.load_chips("isaac").chip_key(number)
-    assert hardware.load_chips("isaac").config == ARRAYS["isaac"]
+            chips.chip_key(number)
 
 
 # Folders and runs.
@@ -172,10 +157,12 @@ def _fusing(small, chips, name, **changes):
     return recipes.small_run(small, chips / "runs", **{"name": name} | changes)
 
 
+def _evaluating(options, **changes):
+    return hardware.EvaluateOnChipsOptions(run=runs.run_path(options), **changes)
+
+
 def _on_chips(options, **changes):
-    return hardware.evaluate_on_chips(
-        hardware.EvaluateOnChipsOptions(run=runs.run_path(options), **changes)
-    )
+    return hardware.evaluate_on_chips(_evaluating(options, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -210,11 +197,8 @@ def test_runs_are_evaluated_and_trained_on_restored_chips(small, chips, fused):
     with refused("corrects chips with another configuration"):
         evaluate(restore=corrections, read_noise=0.01)
     # One chip after the other: each has the corrections of its own number.
-    run = runs.run_path(fused)
     report = hardware.report_on_chips(
-        hardware.EvaluateOnChipsOptions(
-            run=run, crossbar=folder, chips=2, restore=corrections
-        )
+        _evaluating(fused, crossbar=folder, chips=2, restore=corrections)
     )
     alone = [seed["loss"] for chip in report["chips"] for seed in chip["seeds"]]
     assert_allclose(alone, losses[1], rtol=1e-4)
@@ -243,44 +227,33 @@ def test_a_file_records_its_chips_and_refuses_others(small, chips, fused):
     assert written["one_chip"]["cells"] == pytest.approx(2 * sites, rel=0.5)
     assert 0 < written["one_chip"]["utilisation"] <= 1
     assert f"{written['one_chip']['cells']:,} written" in programmed_report(written)
-    for field, value, message in (
+    for changes, message in (
         (
-            "cells_sha256",
-            {_V: "0"},
+            {"cells_sha256": {_V: "0"}},
             f"written by lorafusion-jax .* and jax {jax.__version__}, and its key draws other cells of {_V}",
         ),
-        ("sha256", "0", "not the configuration or the preparations that the chips"),
+        ({"sha256": "0"}, "not the configuration or the preparations that the chips"),
     ):
-        write_json(chips / "changed.json", two | {field: value})
+        write_json(chips / "changed.json", two | changes)
         with refused(message):
             _on_chips(fused, crossbar=str(chips / "changed.json"))
 
 
 def test_what_cannot_be_programmed_is_refused_before_anything_is_written(small, chips):
     before = sorted(chips.iterdir())
+    with refused("two.json exists: give another --out; chips are never overwritten"):
+        hardware.write_chips(_programming(small, chips))
+    digital = "the digital weights"
     for changes, message in (
-        ({}, "two.json exists: give another --out; chips are never overwritten"),
-        ({"out": chips / "new", "chips": 0}, "chips is 0: "),
-        (
-            {"out": chips / "new", "crossbar": "isaac", "chips": 2},
-            "programming is not random in isaac, so 2 chips",
-        ),
-        (
-            {"out": chips / "new", "keep_digital": ("nowhere.*",)},
-            "the rule 'nowhere.\\*' matches no weight",
-        ),
-        (
-            {"out": chips / "new", "keep_digital": ("*",)},
-            "the digital weights '\\*' leave none for arrays",
-        ),
-        (
-            {"out": chips / "new", "keep_digital": ("**",)},
-            "the digital weights '\\*\\*', '\\*' leave none for arrays",
-        ),
-        ({"out": chips / "new", "chip_key": 2**32}, "chip_key is 4294967296: "),
+        ({"chips": 0}, "chips is 0: "),
+        ({"crossbar": "isaac", "chips": 2}, "is not random in isaac, so 2 chips"),
+        ({"keep_digital": ("nowhere.*",)}, r"the rule 'nowhere.\*' matches no weight"),
+        ({"keep_digital": ("*",)}, rf"{digital} '\*' leave none for arrays"),
+        ({"keep_digital": ("**",)}, rf"{digital} '\*\*', '\*' leave none for arrays"),
     ):
         with refused(message):
-            hardware.write_chips(_programming(small, chips, **changes))
+            options = _programming(small, chips, out=chips / "new", **changes)
+            hardware.write_chips(options)
     assert sorted(chips.iterdir()) == before
 
 
@@ -363,12 +336,8 @@ def test_what_a_run_trains_on(small, chips, fused):
         return placed.training.problem.frozen, placed.tested(params).problem.frozen
 
     def value(frozen):
-        return np.asarray(
-            lf.models.dense(
-                lf.models.matrices(nnx.merge(setup.problem.graph, frozen.base))[_V],
-                jnp.float32,
-            )
-        )
+        weights = lf.models.matrices(nnx.merge(setup.problem.graph, frozen.base))
+        return np.asarray(lf.models.dense(weights[_V], jnp.float32))
 
     digital = value(setup.problem.frozen)
     key = hardware.load_chips(str(chips / "two.json")).chip_key(1)
@@ -382,11 +351,8 @@ def test_what_a_run_trains_on(small, chips, fused):
     assert_array_equal(value(tested), value(chip))
     for noise, steps in (("fresh", "every"), ("both", "other")):
         training, tested = asked(noise)
-        assert (
-            isinstance(training, Redrawn)
-            and training.steps == steps
-            and type(tested) is Frozen
-        )
+        assert isinstance(training, Redrawn) and training.steps == steps
+        assert type(tested) is Frozen
         assert_array_equal(value(training), value(tested))
 
 
@@ -400,15 +366,12 @@ def test_a_lora_in_cells_is_the_lora_where_cells_are_ideal(small, chips):
         )["rows"]
         assert [row["loss"] for row in rows] == pytest.approx(wanted, rel=1e-4)
     noisy = {
-        lora_in: [
-            row["loss"]
-            for row in _on_chips(
-                options,
-                lora_in=lora_in,
-                crossbar=str(chips / "noisy.yaml"),
-                keep_digital=_NOT_WRITTEN,
-            )["rows"]
-        ]
+        lora_in: _on_chips(
+            options,
+            lora_in=lora_in,
+            crossbar=str(chips / "noisy.yaml"),
+            keep_digital=_NOT_WRITTEN,
+        )["rows"]
         for lora_in in ("sram", "cells")
     }
     assert noisy["sram"] != noisy["cells"]
@@ -444,11 +407,7 @@ def test_results_of_other_options_are_other_files(tmp_path, monkeypatch):
 def test_a_file_of_results_that_cannot_be_written_is_named_before_anything_is_computed(
     chips, fused, monkeypatch
 ):
-    options = hardware.EvaluateOnChipsOptions(
-        run=runs.run_path(fused),
-        crossbar=str(chips / "two.json"),
-        calibration_rows=7,
-    )
+    options = _evaluating(fused, crossbar=str(chips / "two.json"), calibration_rows=7)
     monkeypatch.setattr("lorafusion_jax.hardware.evaluate.on_every_chip", pytest.fail)
     hardware.results_path(options).mkdir()
     with pytest.raises(FileError, match="chips-two.json-.*: a folder: give a file"):
@@ -473,10 +432,8 @@ def test_a_control_has_the_places_of_the_modules_that_it_replaces(small, chips):
     setup = runs.load_setup(options)
     there = sorted(path.name for path in small[1].iterdir())
     wanted = [there.index(name) for name in there if name in setup.modules[0]]
-    assert (
-        hardware.module_numbers(setup, options, hardware.load_chips("isaac")).tolist()
-        == wanted
-    )
+    numbers = hardware.module_numbers(setup, options, hardware.load_chips("isaac"))
+    assert numbers.tolist() == wanted
 
 
 def test_examples_in_prompts_need_a_report_on_chips(small, chips):
@@ -495,36 +452,21 @@ def test_a_loss_that_is_not_finite_is_null():
         for chip, row in enumerate(runs.seed_rows((4, 4), found))
     ]
     assert [row["loss"] for row in rows] == [None, 1.5]
-    assert age_table({"rows": rows, "chips": 2}).splitlines()[1].split() == [
-        "-",
-        "-",
-        "100.0",
-        "±",
-        "0.0",
-        "-",
-    ]
+    line = age_table({"rows": rows, "chips": 2}).splitlines()[1]
+    assert line.split() == "- - 100.0 ± 0.0 -".split()
 
 
 def test_methods_without_a_frozen_model_have_no_place_on_arrays(small, chips):
+    isaac = runs.OnArrays(crossbar="isaac")
     for method in ("full", "constant"):
         options = _fusing(
-            small,
-            chips,
-            f"no-{method}",
-            method=method,
-            pool=None,
-            arrays=runs.OnArrays(crossbar="isaac"),
+            small, chips, f"no-{method}", method=method, pool=None, arrays=isaac
         )
         with refused(f"the method {method} leaves no frozen model to program"):
             fuse(options)
-    fresh = _fusing(
-        small,
-        chips,
-        "no-noise",
-        arrays=runs.OnArrays(crossbar="isaac", train_chip="fresh"),
-    )
+    fresh = replace(isaac, train_chip="fresh")
     with refused("programming is not random in isaac"):
-        fuse(fresh)
+        fuse(_fusing(small, chips, "no-noise", arrays=fresh))
 
 
 def test_calibration_compiles_once_for_a_model():

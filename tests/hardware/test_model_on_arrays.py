@@ -1,6 +1,7 @@
 """A whole T5 with its pool in arrays: exact where the arrays are ideal, noisy where they are not."""
 
 import functools
+import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -47,11 +48,8 @@ def _somewhere(n, site, layer):
 
 
 @functools.cache
-def _in_arrays(pattern="*", config="ideal"):
-    found = {"ideal": PRESETS["ideal"], "noisy": _NOISY, "read noise": _READ_NOISE}[
-        config
-    ]
-    return program_on_arrays(_GRAPH, _DIGITAL, {pattern: found}, _KEY)
+def _in_arrays(pattern="*", config=PRESETS["ideal"]):
+    return program_on_arrays(_GRAPH, _DIGITAL, {pattern: config}, _KEY)
 
 
 _value_and_grad = jax.jit(jax.value_and_grad(tiny.loss))
@@ -83,80 +81,42 @@ def _in_basis(norm=None, pattern="*"):
     frozen = lf.Fusion().precompute(
         lf.Frozen(_BASE, lf.shared_basis(tiny.pool(3), 5)), lf.kernels(tiny.t5())
     )
-    return (
-        frozen
-        if norm is None
-        else program_on_arrays(
-            _GRAPH, frozen, {pattern: PRESETS["ideal"]}, _KEY, norm=norm
-        )
-    )
+    if norm is None:
+        return frozen
+    rules = {pattern: PRESETS["ideal"]}
+    return program_on_arrays(_GRAPH, frozen, rules, _KEY, norm=norm)
 
 
 _FULL_RANK = tiny.frozen(tiny.t5(), tiny.pool(3, lambda n, site, layer: 8))
 _STACKS = {"encoder.*": PRESETS["ideal"], "decoder.*": PRESETS["ideal"]}
 # Name -> digital weights, the same in ideal arrays, the fusion, and its adapters (of any kind for None).
+_RANK = lf.Fusion(granularity="rank")
+_MIX = lf.Fusion(composition="mix")
+_SITE = lf.Fusion(granularity="site")
+_SUM = lf.Fusion()
 _CASES = {
-    "all, a sum": lambda: (
-        _DIGITAL,
-        _in_arrays(),
-        lf.Fusion(granularity="rank"),
-        Outputs,
-    ),
-    "all, a mix": lambda: (
-        _DIGITAL,
-        _in_arrays(),
-        lf.Fusion(composition="mix"),
-        Outputs,
-    ),
-    "encoder.*": lambda: (
-        _DIGITAL,
-        _in_arrays("encoder.*"),
-        lf.Fusion(granularity="site"),
-        None,
-    ),
-    "pool.B.*": lambda: (
-        _DIGITAL,
-        _in_arrays("pool.B.*"),
-        lf.Fusion(granularity="site"),
-        None,
-    ),
+    "all, a sum": lambda: (_DIGITAL, _in_arrays(), _RANK, Outputs),
+    "all, a mix": lambda: (_DIGITAL, _in_arrays(), _MIX, Outputs),
+    "encoder.*": lambda: (_DIGITAL, _in_arrays("encoder.*"), _SITE, None),
+    "pool.B.*": lambda: (_DIGITAL, _in_arrays("pool.B.*"), _SITE, None),
     "full rank": lambda: (
         _FULL_RANK,
         program_on_arrays(_GRAPH, _FULL_RANK, _STACKS, _KEY),
-        lf.Fusion(),
+        _SUM,
         Dense,
     ),
-    "a basis": lambda: (
-        _in_basis(),
-        _in_basis("programmed"),
-        lf.Fusion(),
-        InBasis,
-    ),
-    "a basis, ideal norms": lambda: (
-        _in_basis(),
-        _in_basis("ideal"),
-        lf.Fusion(),
-        InBasis,
-    ),
-    "V of a basis": lambda: (
-        _in_basis(),
-        _in_basis("ideal", "pool.V.*"),
-        lf.Fusion(),
-        None,
-    ),
+    "a basis": lambda: (_in_basis(), _in_basis("programmed"), _SUM, InBasis),
+    "a basis, ideal norms": lambda: (_in_basis(), _in_basis("ideal"), _SUM, InBasis),
+    "V of a basis": lambda: (_in_basis(), _in_basis("ideal", "pool.V.*"), _SUM, None),
 }
+_OFTEN = ("all, a sum", "encoder.*", "full rank")
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(
-            case,
-            marks=()
-            if case in ("all, a sum", "encoder.*", "full rank")
-            else pytest.mark.nightly,
-        )
+        pytest.param(case, marks=[pytest.mark.nightly] * (case not in _OFTEN))
         for case in _CASES
     ],
 )
@@ -189,7 +149,7 @@ def test_a_pattern_names_the_weights_in_arrays():
 
 
 def test_the_digital_weights_are_left_alone():
-    assert _on_chips(_in_arrays(config="noisy").base) and not _on_chips(
+    assert _on_chips(_in_arrays(config=_NOISY).base) and not _on_chips(
         (_DIGITAL, _BASE)
     )
     for name, weight in matrices(tiny.t5()).items():
@@ -221,7 +181,7 @@ def test_quantised_weights_are_programmed_as_they_are():
 
 
 def test_norms_are_those_of_the_weights_as_programmed():
-    frozen = _in_arrays(config="noisy")
+    frozen = _in_arrays(config=_NOISY)
     for site, kernel in lf.kernels(nnx.merge(_GRAPH, frozen.base)).items():
         if site in frozen.pool.A:
             W = np.asarray(dense(kernel, jnp.float32), np.float64)
@@ -287,7 +247,7 @@ def test_layers_that_a_module_does_not_adapt_add_no_noise():
 
 def test_every_seed_reads_with_separate_noise():
     method = lf.Fusion()
-    problem = tiny.problem(method, _in_arrays(_WRITTEN, "read noise"), [[2, 0], [2, 0]])
+    problem = tiny.problem(method, _in_arrays(_WRITTEN, _READ_NOISE), [[2, 0], [2, 0]])
     params, batch = jax.tree.map(
         lambda leaf: jnp.stack([leaf] * 2), (_params(method), tiny.batch())
     )
@@ -298,7 +258,7 @@ def test_every_seed_reads_with_separate_noise():
 
 @pytest.mark.long
 def test_every_evaluation_of_a_search_and_every_batch_reads_with_separate_noise():
-    frozen = _in_arrays(_WRITTEN, "read noise")
+    frozen = _in_arrays(_WRITTEN, _READ_NOISE)
     batch = jax.tree.map(lambda leaf: leaf[None], tiny.batch())
     rows = SimpleNamespace(once=lambda size: iter([batch, batch]))
     problem = tiny.problem(LORAHUB, frozen, [[2, 0]])
@@ -324,7 +284,7 @@ def test_every_evaluation_of_a_search_and_every_batch_reads_with_separate_noise(
 
 @pytest.mark.long
 def test_every_training_step_reads_anew_and_the_same_seed_the_same():
-    frozen = _in_arrays(_WRITTEN, "read noise")
+    frozen = _in_arrays(_WRITTEN, _READ_NOISE)
     problem = tiny.problem(lf.Fusion(), frozen, _INDEX)
     rates = {"coefficients": jnp.float32(0), "magnitudes": jnp.float32(0)}
     step = jax.jit(
@@ -346,7 +306,7 @@ def test_every_training_step_reads_anew_and_the_same_seed_the_same():
 @pytest.mark.long
 def test_every_token_is_decoded_with_separate_noise():
     """A model that copies noise into its cache: two equal tokens in a row, and different keys behind them."""
-    frozen = _in_arrays("decoder.*", "read noise")
+    frozen = _in_arrays("decoder.*", _READ_NOISE)
     batch = tiny.batch()
 
     @jax.jit
@@ -401,35 +361,19 @@ def test_every_token_is_decoded_with_separate_noise():
 def test_errors_by_site_layer_and_module():
     config = replace(PRESETS["ideal"], dac=crossbar.DAC(bits=6))
     frozen = program_on_arrays(
-        _GRAPH, _DIGITAL, {"pool.A.*": config, "encoder.self.*": config}, _KEY
+        _GRAPH, _DIGITAL, {"pool.A.encoder.*": config, "encoder.self.q": config}, _KEY
     )
     method = lf.Fusion()
     inputs = (_params(method), _INDEX, tiny.batch())
     rows = site_errors(frozen, observe(logits_of(_GRAPH, method), frozen, [inputs]))
     found = {(row["site"], row["layer"], row["module"]): row["sqnr"] for row in rows}
+    layers = range(3)
+    pool = itertools.product("qv", layers, (0, 2))
     assert found.keys() == {
+        *(("encoder.self.q", layer, None) for layer in layers),
         *(
-            (f"encoder.self.{name}", layer, None)
-            for name in "qkvo"
-            for layer in range(3)
-        ),
-        *(
-            (f"pool.A.encoder.self.{name}", layer, n)
-            for name in "qv"
-            for layer in range(3)
-            for n in (0, 2)
-        ),
-        *(
-            (f"pool.A.decoder.self.{name}", layer, n)
-            for name in "qv"
-            for layer in range(2)
-            for n in (0, 2)
-        ),
-        *(
-            (f"pool.A.decoder.cross.{name}", layer, n)
-            for name in "qv"
-            for layer in range(2)
-            for n in (0, 2)
+            (f"pool.A.encoder.self.{name}", layer, module)
+            for name, layer, module in pool
         ),
     }
     # 6 bits, sign included: a uniform error of 1 / 31 of the largest input.

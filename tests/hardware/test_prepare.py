@@ -19,6 +19,7 @@ import lorafusion_jax as lf
 from lorafusion_jax import crossbar, hardware, runs
 from lorafusion_jax.cli import main
 from lorafusion_jax.hardware.chips import calibration_batches, logits_of
+from lorafusion_jax.hardware.texts import load_base
 from lorafusion_jax.models import matrices
 from lorafusion_jax.models.architecture import sharing_inputs
 
@@ -70,9 +71,7 @@ def _options(small, folder, **changes):
 
 def test_factors_follow_from_the_models_inputs(small, folder):
     """The queries, keys and values of the encoder meet the embeddings after its first norm."""
-    loaded = lf.loading.load_model(
-        lf.LoadOptions(base=str(small[0]), method="zero-shot")
-    )
+    loaded = load_base(str(small[0]))
     model = nnx.merge(loaded.problem.graph, loaded.problem.frozen.base)
     tokens = np.concatenate(loaded.tokenizer(LINES.splitlines())["input_ids"])
     embedded = np.asarray(model.embedding.get_value())[tokens]
@@ -207,9 +206,7 @@ def test_wrong_preparations_are_refused(small, folder, tmp_path):
         hardware.load_chips(str(folder / "prepared")).prepared.check("0" * 64, {})
     changed = shutil.copytree(folder / "prepared", tmp_path / "changed")
     sound, manifest = lf.io.load_arrays(changed / "preparations", "preparation")
-    loaded = lf.loading.load_model(
-        lf.LoadOptions(base=str(small[0]), method="zero-shot")
-    )
+    loaded = load_base(str(small[0]))
     ranges = {"ranges": np.ones((1, 96), np.float32)}
     shutil.rmtree(changed / "preparations")
     tree = sound | {"encoder.self.q": sound["encoder.self.q"] | ranges}

@@ -1,7 +1,6 @@
 """A model restored on chips from unlabelled text: on disk, in evaluations, and what is refused."""
 
 import hashlib
-import json
 import os
 import shutil
 from dataclasses import replace
@@ -16,15 +15,16 @@ import small_llama
 from flax import nnx
 from json_files import read_json, write_json
 from numpy.testing import assert_allclose, assert_array_equal
-from refusals import told
+from refusals import refused, told
 from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
 from lorafusion_jax import cli, crossbar, hardware
 from lorafusion_jax.crossbar import Independent, save_config
-from lorafusion_jax.hardware.texts import answered
+from lorafusion_jax.hardware.texts import answered, load_base
 from lorafusion_jax.support.writing import locked
 from lorafusion_jax.tasks import IGNORED, decode
+from lorafusion_jax.trials import read_lines
 
 # Values and outputs alone are in arrays: every kind of matrix takes time to compile.
 _DIGITAL = ("*.mlp.*", "*.[qk]_proj")
@@ -65,9 +65,7 @@ def _options(home, **changed):
 
 @pytest.fixture(scope="module")
 def loaded(home):
-    return lf.loading.load_model(
-        lf.LoadOptions(base=str(home / "base"), method="zero-shot")
-    )
+    return load_base(str(home / "base"))
 
 
 @pytest.fixture(scope="module")
@@ -80,38 +78,41 @@ def digest(home):
     return lf.io.open_base(str(home / "base")).digest
 
 
-def _on_chip(loaded, chips, number, *at):
-    """The base's weights as a chip has them, at an age."""
-    key = chips.chip_key(number)
+@pytest.fixture(scope="module")
+def ids(loaded):
+    return loaded.tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
+
+
+def _on_chip(loaded, chips, number, *at, restored=None):
+    """The base's weights as a chip has them, at an age, with corrections."""
     return hardware.program_on_arrays(
-        loaded.problem.graph, loaded.problem.frozen, chips.rules(*at), key
+        loaded.problem.graph,
+        loaded.problem.frozen,
+        chips.rules(*at),
+        chips.chip_key(number),
+        restored=restored,
     ).base
-
-
-def _made(folder, number):
-    return read_json(folder / f"chip_{number}" / "manifest.json")["metadata"]
 
 
 def test_restoring_brings_the_chips_closer_to_the_digital_model(home):
     for number in (0, 2):
-        before, after = _made(home / "restored", number)["divergence"]
+        manifest = read_json(home / "restored" / f"chip_{number}" / "manifest.json")
+        before, after = manifest["metadata"]["divergence"]
         assert after < 0.5 * before
 
 
 @pytest.mark.long
-def test_loaded_corrections_are_on_the_chips_bit_by_bit(home, loaded, chips, digest):
-    graph = loaded.problem.graph
-    frozen = loaded.problem.frozen
-    run = hardware.logits_of_base(graph)
-    key = chips.chip_key(2)
-    ids = loaded.tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
+def test_loaded_corrections_are_on_the_chips_bit_by_bit(
+    home, loaded, chips, digest, ids
+):
+    digital = loaded.problem.frozen.base
+    run = hardware.logits_of_base(loaded.problem.graph)
     batches = hardware.windows(loaded, ids)
-    measured = max(1, len(batches) // 8)
-    weights = hardware.program_on_arrays(graph, frozen, chips.rules(), key).base
+    train = batches[: -max(1, len(batches) // 8)]
+    weights = _on_chip(loaded, chips, 2)
     numbers = 2 * crossbar.numbers_per_rank(crossbar.chips_in(weights))
     how = lf.Restoring(method="low-rank", numbers=numbers, epochs=2)
-    train = batches[: len(batches) - measured]
-    targets = [run(frozen.base, batch) for batch in train]
+    targets = [run(digital, batch) for batch in train]
     found = lf.restore(
         run, weights, hardware.digital_matrices(loaded, weights), train, targets, how
     )
@@ -120,22 +121,17 @@ def test_loaded_corrections_are_on_the_chips_bit_by_bit(home, loaded, chips, dig
         of_site = of_disk.corrections[site]
         assert_allclose(of_site.scale, correction.scale, rtol=1e-4)
         assert_allclose(of_site.U @ of_site.V, correction.U @ correction.V, atol=1e-4)
-    on_chip = hardware.program_on_arrays(
-        graph, frozen, chips.rules(), key, restored=of_disk
-    ).base
-    again = of_disk.on(
-        hardware.program_on_arrays(graph, frozen, chips.rules(), key).base
+    restored = run(_on_chip(loaded, chips, 2, restored=of_disk), batches[0])
+    assert_array_equal(restored, run(of_disk.on(weights), batches[0]))
+    target = run(digital, batches[0])
+    assert hardware.divergence(restored, target) < hardware.divergence(
+        run(weights, batches[0]), target
     )
-    assert_array_equal(run(on_chip, batches[0]), run(again, batches[0]))
-    assert hardware.divergence(
-        run(on_chip, batches[0]), run(frozen.base, batches[0])
-    ) < hardware.divergence(run(weights, batches[0]), run(frozen.base, batches[0]))
 
 
 def test_windows_of_text_begin_with_the_token_that_the_model_expects_before_a_text(
-    loaded,
+    loaded, ids
 ):
-    ids = loaded.tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
     rows = [
         np.concatenate([batch.input_ids[0], batch.labels[0]])
         for batch in hardware.windows(loaded, ids)
@@ -157,34 +153,14 @@ def test_a_text_on_which_the_tokenizer_panics_is_a_fault_of_the_base(home, tmp_p
         base / "tokenizer.json",
         content | {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
     )
-    with pytest.raises(
-        ValueError,
-        match=f"the tokenizer of {base} rejects a text .it panics: .*non-zero",
-    ):
+    with refused(f"the tokenizer of {base} rejects a text .it panics: .*non-zero"):
         hardware.restore_chips(_options(home, base=str(base), out=tmp_path / "out"))
-
-
-def test_outputs_are_computed_where_they_are_read():
-    calls = []
-
-    def run(weights, batch):
-        calls.append(batch)
-        return jnp.asarray(weights * batch)
-
-    outputs = hardware.Outputs(run, 2, [1, 3, 5])
-    assert (len(outputs), calls) == (3, [])
-    assert (outputs[1], [*outputs], calls) == (6, [2, 6, 10], [3, 1, 3, 5])
 
 
 def test_an_encoder_decoder_reads_lines_and_answers_them_itself(home, tmp_path):
     base, _ = one_block.cut(tmp_path, adapters=1)
-    rows = map(
-        json.loads,
-        (one_block.SMALL / "tasks" / "double_digit" / "train.jsonl")
-        .read_text()
-        .splitlines(),
-    )
-    lines = [row["context"] for row in rows][:32]
+    rows = read_lines(one_block.SMALL / "tasks" / "double_digit" / "train.jsonl")
+    lines = [row["context"] for row in rows[:32]]
     (tmp_path / "lines.txt").write_text("\n".join(lines))
     options = _options(
         home,
@@ -198,27 +174,24 @@ def test_an_encoder_decoder_reads_lines_and_answers_them_itself(home, tmp_path):
         ({"tokens": 100}, 32),
         ({"text": (tmp_path / "few.txt",)}, 16),
     ):
-        refused = f"is not causal, and the text has {found} lines: give more than 16 lines with --text, without"
-        with pytest.raises(ValueError, match=refused):
+        with refused(
+            f"text has {found} lines: give more than 16 lines with --text, without"
+        ):
             hardware.restore_chips(replace(options, **changed))
     manifests = hardware.restore_chips(replace(options, epochs=2))
     before, after = manifests[0]["divergence"]
     assert after < before
     # Answers are shorter than the batch is wide; only their tokens count.
-    loaded = lf.loading.load_model(lf.LoadOptions(base=str(base), method="zero-shot"))
-    graph = loaded.problem.graph
-    frozen = loaded.problem.frozen
+    loaded = load_base(str(base))
     (batch,) = answered(loaded, lines[::8])  # the text that is left out
     chips = hardware.load_chips(str(home / "noisy.yaml"), digital=options.keep_digital)
-    on_chip = np.asarray(
-        jax.nn.log_softmax(
-            hardware.logits_of_base(graph)(_on_chip(loaded, chips, 0), batch)
-        ),
-        float,
-    )[batch.labels != IGNORED]
-    wanted = np.asarray(
-        jax.nn.log_softmax(hardware.logits_of_base(graph)(frozen.base, batch)), float
-    )[batch.labels != IGNORED]
+
+    def log_probabilities(weights):
+        logits = hardware.logits_of_base(loaded.problem.graph)(weights, batch)
+        return np.asarray(jax.nn.log_softmax(logits), float)[batch.labels != IGNORED]
+
+    on_chip = log_probabilities(_on_chip(loaded, chips, 0))
+    wanted = log_probabilities(loaded.problem.frozen.base)
     assert before == pytest.approx(
         np.mean(np.sum(np.exp(wanted) * (wanted - on_chip), axis=1)), rel=1e-2
     )
@@ -245,7 +218,7 @@ def test_corrections_of_other_chips_are_refused_by_name(
         save_config(crossbar.load_config("ideal"), tmp_path / "other.yaml")
         name = str(tmp_path / "other.yaml")
     chips = hardware.load_chips(name, key=changed.get("key", 0), digital=_DIGITAL)
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         hardware.load_restored(
             str(home / changed.get("folder", "restored")),
             chips,
@@ -297,7 +270,7 @@ def test_options_that_cannot_work_are_refused(home, tmp_path, changed, message):
     (tmp_path / "latin.txt").write_bytes("café ".encode("latin-1") * 200)
     if changed.get("text"):
         changed = {"text": tuple(tmp_path / name for name in changed["text"])}
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         hardware.restore_chips(
             _options(home, **{"out": tmp_path / "restored"} | changed)
         )
@@ -309,10 +282,7 @@ def test_an_unknown_kind_of_corrections_is_refused():
     object.__setattr__(
         how, "method", "offset"
     )  # which the type checks of the tests refuse in a constructor
-    with pytest.raises(
-        ValueError,
-        match="method is 'offset': expected one of scales, offsets, low-rank, lora",
-    ):
+    with refused("method is 'offset': expected one of scales, offsets, low-rank, lora"):
         how.__post_init__()
 
 
@@ -333,39 +303,23 @@ def test_the_command_prints_the_divergence_and_never_overwrites(home, tmp_path, 
 
 
 def test_chips_that_are_finished_are_not_computed_again(home, tmp_path):
-    first = hardware.restore_chips(
-        _options(home, chip=(1,), out=tmp_path / "restored", epochs=1)
-    )
+    options = _options(home, chip=(1,), out=tmp_path / "restored", epochs=1)
+    first = hardware.restore_chips(options)
     times = {
-        path: path.stat().st_mtime_ns
-        for path in (tmp_path / "restored").rglob("*.safetensors")
+        path: path.stat().st_mtime_ns for path in options.out.rglob("*.safetensors")
     }
-    both = hardware.restore_chips(
-        _options(home, chip=(0, 1), out=tmp_path / "restored", epochs=1)
-    )
+    both = hardware.restore_chips(replace(options, chip=(0, 1)))
     assert list(both) == [0, 1] and both[1] == first[1]
     assert {path: path.stat().st_mtime_ns for path in times} == times
-    alone = hardware.restore_chips(
-        _options(home, chip=(0,), epochs=1, out=tmp_path / "alone")
-    )
-    assert both[0] == alone[0]
-    with pytest.raises(
-        ValueError,
-        match=r"chip_0 has corrections with another method \(scales, now offsets\)",
-    ):
-        hardware.restore_chips(
-            _options(
-                home, chip=(2,), method="offsets", out=tmp_path / "restored", epochs=1
-            )
-        )
+    alone = replace(options, chip=(0,), out=tmp_path / "alone")
+    assert both[0] == hardware.restore_chips(alone)[0]
+    with refused(r"chip_0 has corrections with another method \(scales, now offsets\)"):
+        hardware.restore_chips(replace(options, chip=(2,), method="offsets"))
 
 
 def test_two_processes_do_not_write_into_one_folder(home, tmp_path):
     with locked(out := tmp_path / "restored", "another --out"):
-        with pytest.raises(
-            ValueError,
-            match=f"restored is in use by process {os.getpid()}: wait for it, or give",
-        ):
+        with refused(f"restored is in use by process {os.getpid()}: wait for it, or"):
             hardware.restore_chips(_options(home, out=out))
     assert [path.name for path in out.iterdir()] == [".lock"]
 
@@ -432,15 +386,11 @@ def test_other_arrays_under_a_right_digest_are_refused(
         (folder / "arrays.safetensors").read_bytes()
     ).hexdigest()
     write_json(folder / "manifest.json", manifest)
-    graph = loaded.problem.graph
-    frozen = loaded.problem.frozen
-    with pytest.raises(ValueError, match=f"{tmp_path / 'restored'}.*{message}"):
+    with refused(f"{tmp_path / 'restored'}.*{message}"):
         (restored,) = hardware.load_restored(
             str(tmp_path / "restored"), chips, [0], digest
         )
-        hardware.program_on_arrays(
-            graph, frozen, chips.rules(), chips.chip_key(0), restored=restored
-        )
+        _on_chip(loaded, chips, 0, restored=restored)
 
 
 def test_corrections_of_two_chips_are_not_exchanged_nor_mixed(
@@ -452,34 +402,25 @@ def test_corrections_of_two_chips_are_not_exchanged_nor_mixed(
             tmp_path / "exchanged" / f"chip_{other}",
         )
     message = r"chip_0: chip is 2: expected 0; rename it to chip_2"
-    with pytest.raises(lf.FileError, match=message):
+    with refused(message):
         hardware.load_restored(str(tmp_path / "exchanged"), chips, [0, 2], digest)
-    with pytest.raises(lf.FileError, match=message):
+    with refused(message):
         hardware.restore_chips(_options(home, out=tmp_path / "exchanged"))
     shutil.copytree(home / "restored", tmp_path / "mixed")
     file = tmp_path / "mixed" / "chip_2" / "manifest.json"
     file.write_text(file.read_text().replace('"epochs": 2', '"epochs": 3'))
-    with pytest.raises(
-        lf.FileError,
-        match="chip_2: computed with other settings than chip 0: run `lorafusion restore`",
-    ):
+    with refused("chip_2: computed with other settings than chip 0: run `lorafusion"):
         hardware.load_restored(str(tmp_path / "mixed"), chips, [0, 2], digest)
 
 
 def test_chips_whose_pool_stays_digital_are_restored(home, tmp_path):
-    made = hardware.restore_chips(
-        _options(
-            home,
-            keep_digital=("pool.*", *_DIGITAL),
-            epochs=0,
-            out=tmp_path / "restored",
-        )
-    )
-    assert made[0]["settings"]["digital"] == ["pool.*", *_DIGITAL]
+    digital = ("pool.*", *_DIGITAL)
+    options = _options(home, keep_digital=digital, epochs=0, out=tmp_path / "restored")
+    assert hardware.restore_chips(options)[0]["settings"]["digital"] == [*digital]
 
 
 def test_corrections_made_in_advance_help_a_chip_that_drifts_otherwise(
-    home, loaded, digest, tmp_path
+    home, loaded, digest, ids, tmp_path
 ):
     drifting = crossbar.load_config("ideal")
     drifting = replace(
@@ -493,31 +434,20 @@ def test_corrections_made_in_advance_help_a_chip_that_drifts_otherwise(
         in_advance=True,
         out=tmp_path / "early",
     )
-    with pytest.raises(
-        ValueError, match="in advance for an age of chips that drift: give --age"
-    ):
+    with refused("in advance for an age of chips that drift: give --age"):
         hardware.restore_chips(early)
-    for name in ("advance", "again"):
-        hardware.restore_chips(
-            replace(
-                early,
-                age="1year",
-                in_advance=name == "advance",
-                out=tmp_path / name,
-            )
-        )
     chips = hardware.load_chips(early.crossbar, digital=_DIGITAL)
-    graph = loaded.problem.graph
-    frozen = loaded.problem.frozen
-    run = hardware.logits_of_base(graph)
+    run = hardware.logits_of_base(loaded.problem.graph)
     aged_chip = _on_chip(loaded, chips, 0, hardware.aged(chips.config, "1year"))
-    batch = hardware.windows(
-        loaded, loaded.tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
-    )[0]
-    target = run(frozen.base, batch)
+    batch = hardware.windows(loaded, ids)[0]
+    target = run(loaded.problem.frozen.base, batch)
     off = [hardware.divergence(run(aged_chip, batch), target)]
-    for name in ("advance", "again"):
-        (restored,) = hardware.load_restored(str(tmp_path / name), chips, [0], digest)
+    for in_advance in (True, False):
+        out = tmp_path / f"{in_advance}"
+        hardware.restore_chips(
+            replace(early, age="1year", in_advance=in_advance, out=out)
+        )
+        (restored,) = hardware.load_restored(str(out), chips, [0], digest)
         off.append(hardware.divergence(run(restored.on(aged_chip), batch), target))
     assert off[2] < off[1] < 0.8 * off[0]
 
