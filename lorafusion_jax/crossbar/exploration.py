@@ -166,39 +166,11 @@ def cost(
     return Cost(written, writing, read.conversions, reading, digital, latency)
 
 
-class Results:
-    """Measured values by name, in a file of JSON lines that only grows, or in memory without one.
-
-    Raises a ValueError for a file of another model or other batches, and once the time is over.
-    """
-
-    def __init__(self, file: Path | None, settings: str, minutes: float | None):
-        self._file = file
-        self._minutes = minutes
-        self._end = math.inf if minutes is None else time.monotonic() + 60 * minutes
-        rows = [] if file is None else read_lines(file)
-        self._values = {row["name"]: row["value"] for row in rows}
-        if self.measured("settings", lambda: settings) != settings:
-            raise ValueError(
-                f"{file} holds results of another model or other text: give another --out"
-            )
-
-    def measured(self, name: str, measure: Callable[[], Any]) -> Any:
-        """Return a value, measured unless the file has it."""
-        if name not in self._values:
-            if time.monotonic() > self._end:
-                raise ValueError(
-                    f"{self._minutes:g} minutes are over: the same command continues"
-                )
-            value = measure()
-            if self._file is not None:
-                append_lines(self._file, [{"name": name, "value": value}])
-            self._values[name] = value
-        return self._values[name]
-
-
 class Exploration:
     """Comparison of configurations for a model.
+
+    Measured values are kept by name, in a file of JSON lines that only grows, or in memory without one. Raises a
+    ValueError for a file of another model or other batches, and once the time is over.
 
     Attributes:
       subject: the model.
@@ -227,49 +199,48 @@ class Exploration:
         for label, config in grid.items():
             with error_context(label):
                 self.costs[label] = cost(subject, config)
+        batches = list(batches)
         third = len(batches) // 3
         self.measuring = batches[:third]
         self.choosing = batches[third : 2 * third]
         self.confirming = batches[2 * third :]
-        digest = hashlib.sha256()
-        for leaf in jax.tree.leaves((dict(subject.weights), list(batches))):
-            digest.update(np.asarray(leaf).tobytes())
-        self._results = Results(file, digest.hexdigest(), minutes)
+        self._numbers = {id(batch): number for number, batch in enumerate(batches)}
         self._errors: dict[str, CodeErrors] = {}
         self._preparations: dict[str, Preparations] = {}
         self.simulated: dict[str, Interval] = {}
+        self._file = file
+        self._minutes = math.inf if minutes is None else minutes
+        self._start = time.monotonic()
+        rows = [] if file is None else read_lines(file)
+        self._values = {row["name"]: row["value"] for row in rows}
+        digest = hashlib.sha256()
+        for leaf in jax.tree.leaves((dict(subject.weights), batches)):
+            digest.update(np.asarray(leaf).tobytes())
+        if self._measured("settings", digest.hexdigest) != digest.hexdigest():
+            raise ValueError(
+                f"{file} holds results of another model or other text: give another --out"
+            )
 
     @functools.cached_property
     def sensitivities(self) -> dict[str, tuple[float, float]]:
         """Excess loss over error power of cells, and over that of converters, by kind of matrix."""
-        names = self._kinds
         unit = self._powers(self._noisy(_SIGMA, _SIGMA))
         digital = self._digital(self.measuring)
         sensitivities = {}
-        with progress("sensitivities", 2 * len(names)) as bar:
-            for kind in names:
-                values = []
-                for part in range(2):
-                    sigma = [0.0, 0.0]
-                    sigma[part] = _SIGMA * math.sqrt(_POWER / unit[kind][part])
-                    rules = {
-                        name: self._noisy(
-                            *(sigma if name in names[kind] else (0.0, 0.0))
-                        )
-                        for name in self.subject.weights
-                    }
-                    means = []
-                    for chip in range(_SENSITIVITY_CHIPS):
-                        losses = self._losses(
-                            f"sensitivity {kind} {part}",
-                            rules,
-                            chip,
-                            self.measuring,
-                        )
-                        means.append(np.mean(losses - digital))
-                    values.append(max(float(np.mean(means)), 0.0) / _POWER)
-                    bar.update()
-                sensitivities[kind] = (values[0], values[1])
+        for kind, names in progress("sensitivities", list(self._kinds.items())):
+            values = []
+            for part in range(2):
+                sigma = [0.0, 0.0]
+                sigma[part] = _SIGMA * math.sqrt(_POWER / unit[kind][part])
+                rules = self._rules(self._noisy(0.0, 0.0))
+                rules |= dict.fromkeys(names, self._noisy(*sigma))
+                row = f"sensitivity {kind} {part}"
+                means = [
+                    np.mean(self._losses(row, rules, chip, self.measuring) - digital)
+                    for chip in range(_SENSITIVITY_CHIPS)
+                ]
+                values.append(max(float(np.mean(means)), 0.0) / _POWER)
+            sensitivities[kind] = (values[0], values[1])
         return sensitivities
 
     @functools.cached_property
@@ -305,13 +276,11 @@ class Exploration:
         candidates = [
             label for label in self.front if self.predicted[label] <= _MARGIN * bound
         ] or self.front[-1:]
-        meets = False
-        label = ""
         for label in progress("simulated", candidates):
-            meets = self._meets(label, bound)
-            if meets:
+            if meets := self._meets(label, bound):
                 break
-        if not meets:
+        else:
+            meets = False
             label = min(self.simulated, key=lambda label: self.simulated[label].mean)
         config = self.grid[label]
         chips = range(_CHIPS, _CHIPS + _CONFIRMING_CHIPS)
@@ -335,10 +304,9 @@ class Exploration:
         config = self.grid[label]
         if not is_random(config) and not config.reads_at_random:
             chips = chips[:1]  # all alike
+        name = config_hash(config)
         rules = self._rules(config)
-        losses = [
-            self._losses(config_hash(config), rules, chip, batches) for chip in chips
-        ]
+        losses = [self._losses(name, rules, chip, batches) for chip in chips]
         return np.stack(losses) - self._digital(batches)
 
     def _meets(self, label: str, bound: float) -> bool:
@@ -355,6 +323,19 @@ class Exploration:
                 return False
         return False
 
+    def _measured(self, name: str, measure: Callable[..., Any], *of: Any) -> Any:
+        """Return a value, which is measured by a function unless the file has it."""
+        if name not in self._values:
+            if time.monotonic() - self._start > 60 * self._minutes:
+                raise ValueError(
+                    f"{self._minutes:g} minutes are over: the same command continues"
+                )
+            value = measure(*of)
+            if self._file is not None:
+                append_lines(self._file, [{"name": name, "value": value}])
+            self._values[name] = value
+        return self._values[name]
+
     @property
     def _kinds(self) -> dict[str, list[str]]:
         """Names of matrices by kind: those whose names differ in numbers alone are of one kind."""
@@ -364,7 +345,7 @@ class Exploration:
             kinds.setdefault(kind, []).append(name)
         return kinds
 
-    def _rules(self, config: CrossbarConfig) -> Rules:
+    def _rules(self, config: CrossbarConfig) -> dict[str, CrossbarConfig | None]:
         return dict.fromkeys(self.subject.weights, config)
 
     def _noisy(self, cells: float, reads: float) -> CrossbarConfig:
@@ -391,16 +372,11 @@ class Exploration:
         def placed() -> tuple[Run, Any]:
             config = next(iter(rules.values()))
             assert config is not None
-            preparations = {}
-            if needs_preparation(config):
-                preparations = self._prepared(config, self.subject.weights, "all")
+            preparations = self._prepared(config, self.subject.weights, "all")
             run, tree = self.subject.place(rules, jax.random.key(chip), preparations)
-            if config.adc is None and not any(
-                leaf.config.dac and leaf.config.dac.scaling == "calibrated"
-                for leaf in chips_in(tree)
-            ):
-                return run, tree
-            return run, calibrate_tree(run, tree, self.measuring[:_CALIBRATING])
+            if config.adc or config.dac and config.dac.scaling == "calibrated":
+                tree = calibrate_tree(run, tree, self.measuring[:_CALIBRATING])
+            return run, tree
 
         def measure(batch: Any, number: int) -> list[float]:
             run, tree = placed()
@@ -409,21 +385,17 @@ class Exploration:
 
         parts = []
         for batch in batches:
-            number = self._number(batch)
+            number = self._numbers[id(batch)]
             row = f"loss {name} chip {chip} batch {number}"
-            parts += self._results.measured(
-                row, functools.partial(measure, batch, number)
-            )
+            parts += self._measured(row, measure, batch, number)
         return np.asarray(parts)
-
-    def _number(self, batch: Any) -> int:
-        every = [*self.measuring, *self.choosing, *self.confirming]
-        return next(n for n, other in enumerate(every) if other is batch)
 
     def _prepared(
         self, config: CrossbarConfig, weights: Mapping[str, Array], part: str
     ) -> Preparations:
-        """Return the preparations of all columns, or of a sample of them, computed once."""
+        """Return the preparations of all columns, or of a sample of them, computed once; none where none are needed."""
+        if not needs_preparation(config):
+            return {}
         key = _written(config) + part
         errors = None
         if config.mapping.clip == "none":  # made for any device
@@ -469,12 +441,9 @@ class Exploration:
 
     def _powers(self, config: CrossbarConfig) -> dict[str, tuple[float, float]]:
         """Return the error power of cells and of converters over that of the outputs, by kind of matrix."""
-        cells = self._results.measured(
-            f"cells {_written(config)}", functools.partial(self._cell_powers, config)
-        )
-        converters = self._results.measured(
-            f"converters {config_hash(config)}",
-            functools.partial(self._converter_powers, config),
+        cells = self._measured(f"cells {_written(config)}", self._cell_powers, config)
+        converters = self._measured(
+            f"converters {config_hash(config)}", self._converter_powers, config
         )
         return {
             kind: (
@@ -486,7 +455,7 @@ class Exploration:
 
     def _cell_powers(self, config: CrossbarConfig) -> dict[str, float]:
         errors = self._code_errors(config)
-        preparations = self._sampled_preparations(config)
+        preparations = self._prepared(config, self._columns, "sample")
         powers = {}
         for name, weights in self._columns.items():
             preparation = preparations.get(name, Preparation())
@@ -507,7 +476,7 @@ class Exploration:
             self._columns,
             self._rules(config),
             jax.random.key(0),
-            preparations=self._sampled_preparations(config),
+            preparations=self._prepared(config, self._columns, "sample"),
         )
         chips = calibrate_tree(_read_all, chips, [self._inputs])
         statistics = observe(_read_all, chips, [self._inputs])
@@ -526,11 +495,6 @@ class Exploration:
             columns[name] = weights[..., places]
         return columns
 
-    def _sampled_preparations(self, config: CrossbarConfig) -> Preparations:
-        if not needs_preparation(config):
-            return {}
-        return self._prepared(config, self._columns, "sample")
-
 
 def interval(excess: Float[np.ndarray, "chips units"], risk: float) -> Interval:
     """Return the mean over chips and units of text, with limits that each fail with a probability of `risk`.
@@ -539,20 +503,20 @@ def interval(excess: Float[np.ndarray, "chips units"], risk: float) -> Interval:
     """
     from scipy.special import stdtrit
 
-    variances = []
-    squares = []
+    mean = float(excess.mean())
+    if excess.shape[1] < 2:
+        return Interval(mean, -math.inf, math.inf)
+    variance = 0.0
+    squares = 0.0
     for axis in range(2):
         means = excess.mean(axis=1 - axis)
         if len(means) > 1:
-            variances.append(means.var(ddof=1) / len(means))
-            squares.append(variances[-1] ** 2 / (len(means) - 1))
-    mean = float(excess.mean())
-    variance = sum(variances)
-    if len(variances) < 1 or excess.shape[1] < 2:
-        return Interval(mean, -math.inf, math.inf)
+            of_mean = means.var(ddof=1) / len(means)
+            variance += of_mean
+            squares += of_mean**2 / (len(means) - 1)
     if variance == 0:
         return Interval(mean, mean, mean)
-    reach = float(stdtrit(variance**2 / sum(squares), 1 - risk)) * math.sqrt(variance)
+    reach = float(stdtrit(variance**2 / squares, 1 - risk)) * math.sqrt(variance)
     return Interval(mean, mean - reach, mean + reach)
 
 
@@ -572,7 +536,7 @@ def _read_all(chips: Mapping[str, Chip], inputs: Mapping[str, Array]) -> Array:
         jnp.sum(over_stack(matmul, chip.shape[:-2])(inputs[name], chip))
         for name, chip in chips.items()
     ]
-    return sum(sums[1:], sums[0])
+    return jnp.sum(jnp.stack(sums))
 
 
 def _first_inputs(

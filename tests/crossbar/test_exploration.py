@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from refusals import refused
 
 from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar.flax import explore
@@ -105,10 +106,10 @@ def test_an_exploration_continues_without_measuring_again(explored, trained):
     again = explore(model, batches, _losses, exploration.grid, file=file, minutes=0.0)
     assert again.predicted == first and file.read_text().startswith(rows)
     other = [(2 * images, labels) for images, labels in batches]
-    with pytest.raises(ValueError, match="another model or other text: give another"):
+    with refused("another model or other text: give another"):
         explore(model, other, _losses, exploration.grid, file=file)
     label = next(iter(exploration.grid))
-    with pytest.raises(ValueError, match="0 minutes are over: the same command cont"):
+    with refused("0 minutes are over: the same command cont"):
         again.excess(label, [99], again.choosing)
 
 
@@ -150,14 +151,14 @@ def test_a_grid_varies_any_field():
     ],
 )
 def test_fields_and_values_that_no_configuration_has_are_refused(vary, message):
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         crossbar.grid(_NOISY, crossbar.parse_vary([vary]))
 
 
 def test_what_cannot_be_explored_is_refused(trained):
     model, batches = trained
-    with pytest.raises(ValueError, match="5 batches: give at least 6"):
+    with refused("5 batches: give at least 6"):
         explore(model, batches[:5], _losses, {"a": _NOISY})
     ideal = dataclasses.replace(_NOISY, adc=None)
-    with pytest.raises(ValueError, match="no adc: adc = None is an ideal converter"):
+    with refused("no adc: adc = None is an ideal converter"):
         explore(model, batches, _losses, {"no adc": ideal})

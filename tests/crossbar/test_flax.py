@@ -134,18 +134,15 @@ def test_a_layer_reads_its_kernel_as_a_matrix(name):
 
 
 def test_layers_on_ideal_arrays_are_the_digital_ones():
-    names = [*_LAYERS, *(prepared := ["einsum of groups", "convolution of groups"])]
-    rules = [_IDEAL] * len(_LAYERS) + [_PREPARED] * len(prepared)
-    on_arrays = [
-        convert(_layer(name), {"*": config}, _KEY)
-        for name, config in zip(names, rules, strict=True)
+    configs = [(name, _IDEAL) for name in _LAYERS] + [
+        (name, _PREPARED) for name in ("einsum of groups", "convolution of groups")
     ]
-    digital = [convert(_layer(name), {}, _KEY) for name in names]
+    on_arrays = [convert(_layer(name), {"*": config}, _KEY) for name, config in configs]
+    digital = [convert(_layer(name), {}, _KEY) for name, _ in configs]
     biased = functools.partial(jax.tree_util.tree_map_with_path, _with_bias)
     compiled = jax.jit(lambda layers: [layer(_X) for layer in biased(layers)])
-    for name, got, wanted in zip(
-        names, compiled(on_arrays), compiled(digital), strict=True
-    ):
+    outputs = zip(compiled(on_arrays), compiled(digital), strict=True)
+    for (name, _), (got, wanted) in zip(configs, outputs, strict=True):
         assert_allclose(got, wanted, rtol=1e-5, atol=2e-6, err_msg=name)
 
 
@@ -210,17 +207,10 @@ def test_a_language_model_goes_onto_arrays_in_one_call():
     assert_allclose(
         _compiled(on_arrays, _TOKENS), _compiled(digital, _TOKENS), rtol=1e-4, atol=1e-5
     )
-    chips = [
-        leaf.name
-        for leaf in jax.tree.leaves(on_arrays, is_leaf=_is_chip)
-        if _is_chip(leaf)
-    ]
+    # And no table of an embedding.
+    names = sorted(chip.name for chip in crossbar.chips_in(nnx.state(on_arrays)))
     layers = [f"attention.{name}" for name in ("key", "out", "query", "value")]
-    assert sorted(chips) == [
-        *layers,
-        "blocks.down",
-        "blocks.up",
-    ]  # and no table of an embedding
+    assert names == [*layers, "blocks.down", "blocks.up"]
 
 
 def test_layers_of_one_input_are_prepared_together_for_the_inputs_of_a_model():
@@ -248,10 +238,6 @@ def test_layers_of_one_input_are_prepared_together_for_the_inputs_of_a_model():
     )
 
 
-def _is_chip(leaf):
-    return isinstance(leaf, crossbar.Chip)
-
-
 def test_reads_are_counted_by_layer_over_positions_calls_and_stacked_layers():
     on_arrays = convert(_language(), _DIGITAL | {"*": _CALIBRATED}, _KEY)
     attention = {
@@ -262,20 +248,9 @@ def test_reads_are_counted_by_layer_over_positions_calls_and_stacked_layers():
 
 
 def test_a_convolution_reads_a_vector_for_each_position_and_group():
-    rngs = nnx.Rngs(0)
-    pictures = nnx.Sequential(
-        nnx.Conv(1, 4, (3, 3), rngs=rngs), nnx.Conv(4, 4, (3, 3), strides=2, rngs=rngs)
-    )
-    counted = count_reads(
-        convert(pictures, {"*": _CALIBRATED}, _KEY), _normal(3, 4, 4, 1)
-    )
-    assert counted == {"layers.0": 3 * 4 * 4, "layers.1": 3 * 2 * 2}
-    grouped = nnx.Sequential(
-        nnx.Conv(4, 6, (3,), feature_group_count=2, padding="VALID", rngs=nnx.Rngs(0))
-    )
-    assert count_reads(convert(grouped, {"*": _IDEAL}, _KEY), _normal(3, 5, 4)) == {
-        "layers.0": 2 * 3 * 3
-    }
+    layer = nnx.Conv(4, 6, 3, feature_group_count=2, padding="VALID", rngs=nnx.Rngs(0))
+    on_arrays = convert(layer, {"*": _CALIBRATED}, _KEY)
+    assert count_reads(on_arrays, _normal(3, 5, 4)) == {"": 2 * 3 * 3}
 
 
 # Rules.
@@ -507,15 +482,11 @@ def test_a_read_key_decides_the_noise_of_all_layers():
     assert_array_equal(step(model, 1), step(model, 1))
     assert not np.array_equal(step(model, 1), step(model, 2))
     keyed = with_read_key(model, jax.random.key(1))
-    keys = [
-        jax.random.key_data(leaf.key)
-        for leaf in jax.tree.leaves(keyed, is_leaf=_is_chip)
-        if _is_chip(leaf)
-    ]
-    keys = np.concatenate([np.asarray(key).reshape(-1, 2) for key in keys])
-    assert (
-        len(np.unique(keys, axis=0)) == len(keys) == 4
-    )  # by path, and by layer within a scan
+    chips = crossbar.chips_in(nnx.state(keyed))
+    data = [np.asarray(jax.random.key_data(chip.key)).reshape(-1, 2) for chip in chips]
+    keys = np.concatenate(data)
+    # By path, and by layer within a scan.
+    assert len(np.unique(keys, axis=0)) == len(keys) == 4
 
 
 def test_training_leaves_arrays_alone():

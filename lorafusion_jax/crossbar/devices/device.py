@@ -61,7 +61,7 @@ class StuckAt:
         )
 
 
-@model("kind", "clip", at_least_0=("sigma",))
+@model(at_least_0=("sigma",))
 class ReadNoise:
     """Normal noise that is drawn again for every read.
 
@@ -105,7 +105,7 @@ class Sinh:
         return G * (jnp.sinh(a * v) / jnp.sinh(a))
 
 
-@model("repeats", at_least_0=("deviation", "offset", "gain", "after"))
+@model(at_least_0=("deviation", "offset", "gain", "after"))
 class Readback:
     """Readings of single cells while they are written, by write-verify and `cell.residual`.
 
@@ -155,7 +155,7 @@ _PARTS = {
 }
 
 
-@model("compensate", "clip", kw_only=True)
+@model(kw_only=True)
 class Device:
     """Differences of a cell from an ideal conductance; None is ideal for each.
 
@@ -191,6 +191,9 @@ class Device:
                 raise ValueError(
                     f"Device.{name} = {value!r}: give {example}, or None where it is absent"
                 )
+            # A plain function is not a pytree: wrapped, it is structure, compared by identity.
+            if callable(value) and jax.tree_util.all_leaves([value]):
+                object.__setattr__(self, name, jax.tree_util.Partial(value))
         check_bounds(self, "time", 0)
         if self.write_verify is not None and self.programming is None:
             raise ValueError(
@@ -208,11 +211,6 @@ class Device:
         ages = self.write_verify is None or self.readback is not None
         if isinstance(self.programming, Measured) and ages:
             self.programming.check_age(self.time)
-        for name in ("programming", "drift", "iv"):
-            function = getattr(self, name)
-            # A plain function is not a pytree: wrapped, it is structure, compared by identity.
-            if callable(function) and jax.tree_util.all_leaves([function]):
-                object.__setattr__(self, name, jax.tree_util.Partial(function))
 
 
 def depends_on_time(device: Device) -> bool:

@@ -37,12 +37,12 @@ _Class = TypeVar("_Class", bound=type)
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 def model(
-    *static: str,
+    *,
     kw_only: bool = False,
     at_least_0: tuple[str, ...] = (),
     above_0: tuple[str, ...] = (),
 ) -> Callable[[_Class], _Class]:
-    """Make a class a frozen dataclass and a pytree, whose `static` fields are structure.
+    """Make a class a frozen dataclass and a pytree; all but physical values, models and functions is structure.
 
     Named fields have lower bounds (see `check_bounds`), and those with a `Literal` annotation have one of its values.
     """
@@ -55,25 +55,28 @@ def model(
                 check_bounds(self, name, 0, open_low=name in above_0)
             for field in dataclasses.fields(self):
                 if get_origin(field.type) is Literal:
-                    *first, last = get_args(field.type)
-                    valid = getattr(self, field.name) in (*first, last)
-                    require(
-                        self, field.name, valid, f"choose {', '.join(first)} or {last}"
-                    )
+                    choices = get_args(field.type)
+                    remedy = f"choose {', '.join(choices[:-1])} or {choices[-1]}"
+                    valid = getattr(self, field.name) in choices
+                    require(self, field.name, valid, remedy)
             post_init(self)
 
         cls.__post_init__ = check
-        names = [
-            field.name
-            for field in dataclasses.fields(
-                dataclasses.dataclass(frozen=True, kw_only=kw_only)(cls)
-            )
-        ]
-        return jax.tree_util.register_dataclass(
-            cls, [name for name in names if name not in static], list(static)
-        )
+        cls = dataclasses.dataclass(frozen=True, kw_only=kw_only)(cls)
+        leaves: dict[bool, list[str]] = {True: [], False: []}
+        for field in dataclasses.fields(cls):
+            leaves[_has_leaves(field.type)].append(field.name)
+        return jax.tree_util.register_dataclass(cls, leaves[True], leaves[False])
 
     return decorate
+
+
+def _has_leaves(hint: Any) -> bool:
+    """Return whether a field of this type may hold a physical value, a model or a function."""
+    return any(
+        part is Any or dataclasses.is_dataclass(part) or get_origin(part) is Callable
+        for part in (hint, *get_args(hint))
+    )
 
 
 def require(part: Any, name: str, holds: bool, remedy: str) -> None:

@@ -19,7 +19,6 @@ from .physical import Physical, check_bounds, for_each_cell, like, model, varyin
 
 
 @model(
-    "iterations",
     at_least_0=("row_resistance", "column_resistance"),
     above_0=("tolerance",),
 )

@@ -144,7 +144,7 @@ class Measured:
         return jnp.where(time <= self.seconds[-1] * _ROUNDED, row, jnp.nan)
 
 
-@model("deviation", "shift", "seconds", "extrapolate", at_least_0=("scale",))
+@model(at_least_0=("scale",))
 class Polynomial(Measured):
     """A measured error, its standard deviation and mean fitted as polynomials of the target conductance.
 
@@ -168,7 +168,7 @@ class Polynomial(Measured):
         return jnp.polyval(row[::-1], G)
 
 
-@model("targets", "deviation", "shift", "seconds", "extrapolate", at_least_0=("scale",))
+@model(at_least_0=("scale",))
 class Table(Measured):
     """A measured error at some target conductances, with linear interpolation between them.
 
@@ -289,7 +289,7 @@ Falcone et al., arXiv:2502.04524 (2025); aihwkit's fit, whose slope is per uS of
 """
 
 
-@model("pulses", above_0=("tolerance",))
+@model(above_0=("tolerance",))
 class WriteVerify:
     """Program, read, and program again every cell outside the tolerance.
 

@@ -9,7 +9,6 @@ Flax.
 """
 
 import dataclasses
-import functools
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -71,6 +70,8 @@ def prepare(
         `crossbar.prepare` and `convert` refuse.
     """
     _check(model, rules)
+    if not any(config and needs_preparation(config) for config in rules.values()):
+        return {}
     weights = on_arrays(model, rules)
     squares = {}
     preparations = {}
@@ -80,13 +81,8 @@ def prepare(
             pattern: config and PRESETS["ideal"] for pattern, config in rules.items()
         }
         digital = converted(model, perfect, jax.random.key(0), {})
-        squares = moments(_run(digital, options), _taken_apart(digital)[0], batches)
-    grouped = {path for group in together for path in group}
-    if unknown := sorted(grouped - weights.keys()):
-        raise ValueError(
-            f"{', '.join(unknown)} in `together`: expected layers on arrays: {', '.join(weights)}"
-        )
-    for group in (*together, *([path] for path in weights if path not in grouped)):
+        squares = moments(_run(digital, options), nnx.state(digital), batches)
+    for group in _groups(weights, together):
         config = first_match(group[0], rules)
         first = squares.get(group[0])
         assert config is not None
@@ -107,6 +103,18 @@ def prepare(
                 {path: weights[path] for path in group}, first, config, seed=seed
             )
     return preparations
+
+
+def _groups(
+    weights: Mapping[str, Array], together: Sequence[Sequence[str]]
+) -> list[Sequence[str]]:
+    """Return the paths of layers, in groups with the same input; ValueError for one that is not on arrays."""
+    grouped = {path for group in together for path in group}
+    if unknown := sorted(grouped - weights.keys()):
+        raise ValueError(
+            f"{', '.join(unknown)} in `together`: expected layers on arrays: {', '.join(weights)}"
+        )
+    return [*together, *([path] for path in weights if path not in grouped)]
 
 
 def convert(
@@ -138,15 +146,14 @@ def convert(
             and config.device.drift is not None
             and config.device.time is None
         ):
-            still = "has a device.drift, but its device.time is None: nothing drifts. Give the seconds"
             warnings.warn(
-                f"the rule {pattern!r} {still} since programming", stacklevel=2
+                f"the rule {pattern!r} has a device.drift, but its device.time is None: nothing drifts. Give the "
+                "seconds since programming",
+                stacklevel=2,
             )
-    if preparations is None and any(
-        config is not None and needs_preparation(config) for config in rules.values()
-    ):
+    if preparations is None:
         preparations = prepare(model, rules)
-    return converted(model, rules, one_key(key), preparations or {})
+    return converted(model, rules, one_key(key), preparations)
 
 
 def _check(model: Any, rules: Any) -> None:
@@ -181,7 +188,7 @@ def calibrate(
       ValueError: there are no batches, none of them reads some of the arrays, or `jax.jit` or `jax.vmap` hides values.
     """
     _check_batches(batches)
-    tree, rebuilt = _taken_apart(model)
+    graph, tree = nnx.split(model)
     done = whole_model.calibrate_tree(
         _run(model, options),
         _keyed(tree, jax.random.key(0)),
@@ -190,11 +197,8 @@ def calibrate(
         sensitivities=sensitivities,
     )
     both = zip(chips.chips_in(done), chips.chips_in(tree), strict=True)
-    return rebuilt(
-        chips.with_chips(
-            done, [dataclasses.replace(new, key=old.key) for new, old in both]
-        )
-    )
+    keyed = [dataclasses.replace(new, key=old.key) for new, old in both]
+    return nnx.merge(graph, chips.with_chips(done, keyed))
 
 
 def evaluate(
@@ -215,8 +219,7 @@ def evaluate(
       batches: inputs of the model, from which converters get their ranges and weights their preparations.
       preparations: those of `prepare`; None to make them where a configuration needs some.
     """
-    needed = [config for config in rules.values() if config is not None]
-    if preparations is None and any(map(needs_preparation, needed)):
+    if preparations is None:
         preparations = prepare(model, rules, batches)
     values = []
     for key in keys:
@@ -261,37 +264,23 @@ def explore(
     _check(model, ideal)
     _check_batches(batches)
     weights = on_arrays(model, ideal)
-    grouped = {path for group in together for path in group}
-    alone = [[path] for path in weights if path not in grouped]
 
     def place(rules: Rules, key: Array, preparations: Preparations) -> tuple[Any, Any]:
-        chips = converted(model, rules, key, preparations)
-        tree = _keyed(_taken_apart(chips)[0], key)
-        return _Losses(nnx.graphdef(chips), metric), tree
+        graph, tree = nnx.split(converted(model, rules, key, preparations))
+        return _Run(graph, metric), _keyed(tree, key)
 
     run, tree = place(ideal, jax.random.key(0), {})
-    zeros = [jnp.zeros(leaf.shape[:-2]) for leaf in chips.chips_in(tree)]
-    sums = whole_model.summed(run, tree, batches[:1], _counted, zeros)
     losses = jax.eval_shape(run, tree, batches[0]).size
-    products = {
-        leaf.name: round(float(jnp.sum(number)) / losses)
-        for leaf, number in zip(chips.chips_in(tree), sums, strict=True)
-    }
     subject = Subject(
-        weights=weights, together=[*together, *alone], products=products, place=place
+        weights=weights,
+        together=_groups(weights, together),
+        products={
+            path: round(number / losses)
+            for path, number in _vectors(run, tree, batches[0]).items()
+        },
+        place=place,
     )
     return Exploration(subject, batches, grid, file=file, minutes=minutes)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Losses:
-    """The losses of a model as a function of its tree and a batch."""
-
-    graph: Any
-    metric: Callable[[Any, Any], Array]
-
-    def __call__(self, tree: Any, batch: Any) -> Array:
-        return self.metric(nnx.merge(self.graph, tree), batch)
 
 
 def site_errors(
@@ -303,7 +292,7 @@ def site_errors(
     the arguments those of `calibrate`.
     """
     _check_batches(batches)
-    tree = _keyed(_taken_apart(model)[0], jax.random.key(0))
+    tree = _keyed(nnx.state(model), jax.random.key(0))
     return whole_model.site_errors(
         tree, whole_model.observe(_run(model, options), tree, batches)
     )
@@ -318,20 +307,24 @@ def count_reads(model: Any, *inputs: Any, **options: Any) -> dict[str, int]:
     Raises:
       ValueError: the outputs have no gradient with respect to a layer, because they are classes or do not use it.
     """
-    tree, _ = _taken_apart(model)
-    leaves = chips.chips_in(tree)
-    zeros = [jnp.zeros(leaf.shape[:-2], jnp.float32) for leaf in leaves]
-    counts = whole_model.summed(_run(model, options), tree, [inputs], _counted, zeros)
-    counted = {
-        leaf.name: int(jnp.sum(number))
-        for leaf, number in zip(leaves, counts, strict=True)
-    }
+    counted = _vectors(_run(model, options), nnx.state(model), inputs)
     if missing := [name for name, number in counted.items() if number == 0]:
         raise ValueError(
             f"the outputs have no gradient with respect to {', '.join(missing)}: let the model return logits instead "
             "of classes, and leave layers that it does not use digital"
         )
     return counted
+
+
+def _vectors(run: Callable[[Any, Any], Array], tree: Any, batch: Any) -> dict[str, int]:
+    """Return the number of vectors that the arrays of each layer read in one call, by path."""
+    leaves = chips.chips_in(tree)
+    zeros = [jnp.zeros(leaf.shape[:-2], jnp.float32) for leaf in leaves]
+    numbers = whole_model.summed(run, tree, [batch], _counted, zeros)
+    return {
+        leaf.name: int(jnp.sum(number))
+        for leaf, number in zip(leaves, numbers, strict=True)
+    }
 
 
 def _counted(
@@ -351,9 +344,8 @@ def with_read_key(model: Model, key: Array) -> Model:
     The same key [] gives the same noise, so every step needs another one. Layers differ by path; a layer that is called
     several times in a step has the same noise each time.
     """
-    key = one_key(key)
-    tree, rebuilt = _taken_apart(model)
-    return rebuilt(_keyed(tree, key))
+    graph, tree = nnx.split(model)
+    return nnx.merge(graph, _keyed(tree, one_key(key)))
 
 
 def _check_batches(batches: Any) -> None:
@@ -376,35 +368,33 @@ def _keyed(tree: Any, key: Array) -> Any:
     )
 
 
-def _taken_apart(model: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """Return a model as a tree, and the function that puts it together again."""
-    graph, state = nnx.split(model)
-    return state, functools.partial(nnx.merge, graph)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """A model as a function of its tree and a batch. Models of one structure are equal, so they compile once."""
+    """A function of a model as one of its tree. Models of one structure are equal, so they compile once."""
 
     graph: Any
-    options: tuple[tuple[str, Any], ...]
+    function: Callable[..., Array]
+    options: tuple[tuple[str, Any], ...] = ()
 
-    def __call__(self, tree: Any, batch: Any) -> Float[Array, ""]:
-        """Return one number that depends on every read."""
-        y = nnx.merge(self.graph, tree)(
-            *(batch if isinstance(batch, tuple) else (batch,)), **dict(self.options)
-        )
-        real = [
-            leaf
-            for leaf in jax.tree.leaves(y)
-            if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-        ]
-        return sum((jnp.sum(leaf, dtype=jnp.float32) for leaf in real), jnp.float32(0))
+    def __call__(self, tree: Any, batch: Any) -> Array:
+        model = nnx.merge(self.graph, tree)
+        return self.function(model, batch, **dict(self.options))
+
+
+def _outputs(model: Any, batch: Any, **options: Any) -> Float[Array, ""]:
+    """Return one number that depends on every read."""
+    y = model(*(batch if isinstance(batch, tuple) else (batch,)), **options)
+    real = [
+        leaf
+        for leaf in jax.tree.leaves(y)
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    ]
+    return sum((jnp.sum(leaf, dtype=jnp.float32) for leaf in real), jnp.float32(0))
 
 
 def _run(model: Any, options: Mapping[str, Any]) -> Callable[[Any, Any], Array]:
-    """Return the `_Run` of a model, or another function where an option, such as an array, has no hash."""
-    run = _Run(nnx.graphdef(model), tuple(options.items()))
+    """Return a model's outputs as a `_Run`, or another function where an option, such as an array, has no hash."""
+    run = _Run(nnx.graphdef(model), _outputs, tuple(options.items()))
     try:
         hash(run)
     except TypeError:

@@ -79,9 +79,22 @@ def converted(
     weights = {path: layer.weight for path, layer in layers.items()}
     placed = program_tree(weights, rules, key, preparations=preparations)
     for path, leaf in placed.items():
-        if is_chip(leaf):
-            # Without the key of `program_tree`: that would give every step the same noise.
-            _put(layers[path].layer, dataclasses.replace(leaf, key=None))
+        if not is_chip(leaf):
+            continue
+        layer = layers[path].layer
+        # Without the key of `program_tree`: that would give every step the same noise.
+        chip = dataclasses.replace(leaf, key=None)
+        equation = getattr(layer, "einsum_str", None)
+        kernel = Kernel(chip, _shape(layer), layer.kernel[...].dtype, equation)
+        layer.promote_dtype = Promote(layer.promote_dtype)
+        layer.kernel = InArrays(kernel)
+        if isinstance(layer, nnx.Conv):
+            layer.conv_general_dilated = conv_general_dilated
+            layer.mask = None
+        elif isinstance(layer, nnx.Einsum):
+            layer.einsum_op = einsum
+        else:
+            layer.dot_general = dot_general
     return model
 
 
@@ -127,29 +140,35 @@ def _found(model: nnx.Module) -> Mapping[str, _Found]:
         ]
         owned |= {id(parameter) for parameter in parameters}
         if isinstance(layer, _DIGITAL):
-            layers |= (
-                {_dotted(parts): _digital(parameters[0][...])} if parameters else {}
-            )
-        else:
-            wrapper = next(
-                (name for above, name in wrappers if parts[: len(above)] == above), None
-            )
-            if isinstance(parameters[0], nnx.Variable):
-                kernel = parameters[0][...]
-            else:
-                kernel = parameters[0]
-            layers[_dotted(parts)] = _of_layer(layer, kernel, wrapper)
+            if parameters:
+                layers[_dotted(parts)] = _digital(parameters[0][...])
+            continue
+        wrapper = next(
+            (name for above, name in wrappers if parts[: len(above)] == above), None
+        )
+        kernel = parameters[0]
+        if isinstance(kernel, nnx.Variable):
+            kernel = kernel[...]
+        layers[_dotted(parts)] = _of_layer(layer, kernel, wrapper)
     for parts, value in nodes:
         if isinstance(value, nnx.LoRAParam):
             layers[_dotted(parts)] = _digital(value[...])
-        elif id(value) in owned or isinstance(value, _STATE):
-            continue
-        elif isinstance(value, nnx.Param):
-            layers[_dotted(parts)] = _of_parameter(value[...])
-        elif _is_matrix(
-            value := value.get_value() if isinstance(value, nnx.Variable) else value
-        ):
-            layers[_dotted(parts)] = _of_parameter(value)
+        elif id(value) not in owned and not isinstance(value, _STATE):
+            parameter = isinstance(value, nnx.Param)
+            if isinstance(value, nnx.Variable):
+                value = value.get_value()
+            # Another array could be multiplied with as a matrix.
+            if parameter or (
+                _is_array(value)
+                and value.ndim > 1
+                and jnp.issubdtype(value.dtype, jnp.floating)
+            ):
+                obstacle = (
+                    f"it is a parameter of shape {value.shape}, and no layer's kernel"
+                )
+                layers[_dotted(parts)] = _Found(
+                    value, obstacle if value.ndim > 1 else None
+                )
     return layers
 
 
@@ -181,37 +200,16 @@ def _of_layer(layer: Any, kernel: Any, wrapper: str | None) -> _Found:
     outputs = [
         axis for axis in range(weight.ndim - stack) if axis not in (*groups, *inputs)
     ]
-    weight = weight.transpose(
-        *range(stack), *(stack + axis for axis in (*groups, *inputs, *outputs))
-    )
-    sizes = weight.shape[stack:]
-    count = len(groups)
-    summed = (math.prod(sizes[:count]),) if groups else ()
-    summed += (
-        math.prod(sizes[count : count + len(inputs)]),
-        math.prod(sizes[count + len(inputs) :]),
-    )
+    kinds = [[stack + axis for axis in axes] for axes in (groups, inputs, outputs)]
+    sizes = [math.prod(weight.shape[axis] for axis in axes) for axes in kinds]
+    weight = weight.transpose(*range(stack), *itertools.chain(*kinds))
+    summed = sizes if groups else sizes[1:]
     return _Found(weight.reshape(*weight.shape[:stack], *summed), None, layer)
 
 
 def _digital(parameter: Array) -> _Found:
     """Return the entry of a parameter that stays digital: a vector [d] of its last axis."""
     return _Found(parameter[(0,) * (parameter.ndim - 1)])
-
-
-def _of_parameter(parameter: Any) -> _Found:
-    """Return the entry of a parameter that does not belong to a layer of Flax."""
-    obstacle = f"it is a parameter of shape {parameter.shape}, and no layer's kernel"
-    return _Found(parameter, None if parameter.ndim < 2 else obstacle)
-
-
-def _is_matrix(value: Any) -> bool:
-    """Return whether a value that is no parameter could be multiplied with as one."""
-    return (
-        _is_array(value)
-        and value.ndim > 1
-        and jnp.issubdtype(value.dtype, jnp.floating)
-    )
 
 
 def _is_array(value: Any) -> bool:
@@ -268,22 +266,6 @@ def _obstacle(layer: Any, kernel: Array) -> str | None:
         ):
             return f"the kernel of {layer.einsum_str!r} has an axis that is neither of inputs, of outputs nor of groups"
     return None
-
-
-def _put(layer: Any, chip: Any) -> None:
-    """Give a layer its kernel on arrays, and products that read it."""
-    kernel = Kernel(
-        chip, _shape(layer), layer.kernel[...].dtype, getattr(layer, "einsum_str", None)
-    )
-    layer.promote_dtype = Promote(layer.promote_dtype)
-    layer.kernel = InArrays(kernel)
-    if isinstance(layer, nnx.Conv):
-        layer.conv_general_dilated = conv_general_dilated
-        layer.mask = None
-    elif isinstance(layer, nnx.Einsum):
-        layer.einsum_op = einsum
-    else:
-        layer.dot_general = dot_general
 
 
 @jax.tree_util.register_dataclass

@@ -108,32 +108,19 @@ def combine(
     low = -top * over_rows(jnp.abs(cells) if signed else jnp.maximum(-cells, 0)).astype(
         jnp.int32
     )
-    parts = (
-        to_words(part, bit_fields)
-        for part in (cells.astype(jnp.int32), -low[:, :, None])
-    )
-    words = jnp.concatenate(list(parts), axis=2)
+
+    def to_words(planes: Array, fields: tuple[tuple[int, int, int], ...]) -> Array:
+        shifts = np.asarray(fields)[:, 1, None, None, None]
+        shifted = planes << shifts.astype(np.int32)
+        sums = [jnp.sum(shifted[word], 0, jnp.int32) for word in bit_fields.words]
+        return jnp.stack(sums)
+
+    rows = jnp.concatenate([cells.astype(jnp.int32), -low[:, :, None]], axis=2)
+    words = to_words(rows, bit_fields.fields)
     if variances is None:
         return FieldWords(words, low)
     squares = jnp.pad(variances.astype(jnp.int32), ((0, 0), (0, 0), (0, 1), (0, 0)))
-    return FieldWords(words, low, to_words(squares, bit_fields, bit_fields.variances))
-
-
-def to_words(
-    planes: Int[Array, "K R rows cols"],
-    bit_fields: BitFields,
-    fields: tuple[tuple[int, int, int], ...] | None = None,
-) -> Int[Array, "W R rows cols"]:
-    """Return integers of every slice in words, in the fields of the slices or others."""
-    shifted = [
-        plane << shift
-        for plane, (_, shift, _) in zip(
-            planes, fields or bit_fields.fields, strict=True
-        )
-    ]
-    return jnp.stack(
-        [sum(shifted[word][1:], shifted[word][0]) for word in bit_fields.words]
-    )
+    return FieldWords(words, low, to_words(squares, bit_fields.variances))
 
 
 def drive(

@@ -15,11 +15,11 @@ from .geometry import Cells, Codes, Columns, Flipped, Gains, Geometry
 
 
 def kappa(
-    geometry: Geometry, config: CrossbarConfig, dtype: jnp.dtype
-) -> Float[Array, " K"]:
-    """Return Gmin in the level units of every weight slice."""
-    g_min = jnp.asarray(config.g_min, dtype)
-    return g_min / (1 - g_min) * jnp.asarray(geometry.levels, dtype)
+    geometry: Geometry, config: CrossbarConfig, arrays: Float[Array, "K ..."]
+) -> Float[Array, "K ..."]:
+    """Return Gmin in the level units of every weight slice, in a shape that broadcasts to arrays."""
+    g_min = jnp.asarray(config.g_min, arrays.dtype)
+    return g_min / (1 - g_min) * encoding.per_slice(geometry.levels, arrays)
 
 
 def recover(
@@ -33,9 +33,8 @@ def recover(
 
     The columns are measured sums, Gmin included, with the unit column last; `ones` is the sum of the inputs.
     """
-    shape = (-1, *[1] * (columns.ndim - 1))
-    gmin = kappa(geometry, config, columns.dtype).reshape(shape)
-    zero = jnp.asarray(geometry.zero_digits, columns.dtype).reshape(shape)
+    gmin = kappa(geometry, config, columns)
+    zero = encoding.per_slice(geometry.zero_digits, columns)
     if not config.encoding.unit_column:
         return columns - (gmin + zero) * ones[None]
     values = columns[..., :-1]
@@ -43,7 +42,7 @@ def recover(
     if flipped is None:  # the unit column holds the zero digits and the same Gmin
         return values - unit
     ones = unit / (1 + gmin)
-    top = jnp.asarray(geometry.levels, columns.dtype).reshape(shape)
+    top = encoding.per_slice(geometry.levels, columns)
     values = values - gmin * ones
     return jnp.where(flipped, top * ones - values, values) - zero * ones
 
@@ -55,25 +54,14 @@ def programmed_codes(
     if config.encoding.kind == "differential":
         slices = cells[:, 0] - cells[:, 1]
     else:
-        columns = (
-            cells[:, 0]
-            + kappa(geometry, config, cells.dtype)[:, None, None, None, None]
-        )
+        columns = cells[:, 0] + kappa(geometry, config, cells[:, 0])
         ones = jnp.ones((1, 1, 1, 1), cells.dtype)
-        slices = recover(
-            columns,
-            ones,
-            None if flipped is None else flipped[:, :, :, None],
-            geometry,
-            config,
-        )
+        of_rows = None if flipped is None else flipped[:, :, :, None]
+        slices = recover(columns, ones, of_rows, geometry, config)
     weights = jnp.asarray(geometry.significance, cells.dtype)
     codes = jnp.einsum("k,krcio->rcio", weights, slices, precision="highest")
-    return encoding.join(
-        encoding.join(jnp.moveaxis(codes, 1, 2), geometry.rows, 0, front=True),
-        geometry.cols,
-        1,
-    )
+    codes = encoding.join(jnp.moveaxis(codes, 1, 2), geometry.rows, 0, front=True)
+    return encoding.join(codes, geometry.cols, 1)
 
 
 def columns(
@@ -83,10 +71,7 @@ def columns(
     if config.encoding.kind == "differential" and not config.converts_each:
         converted = (cells[:, 0] - cells[:, 1])[:, None]
     else:
-        converted = (
-            cells
-            + kappa(geometry, config, cells.dtype)[:, None, None, None, None, None]
-        )
+        converted = cells + kappa(geometry, config, cells)
     return _side_by_side(
         converted if gain is None else converted * gain[..., None, :], geometry, config
     )
@@ -141,7 +126,7 @@ def with_left_out(
     means = jnp.broadcast_to(levels, (len(levels), total.shape[3]))
     if config.encoding.unit_column:
         means = means.at[:, -1].set(jnp.asarray(geometry.unit_levels, n.dtype))
-    means = means + kappa(geometry, config, n.dtype)[:, None]
+    means = means + kappa(geometry, config, means)
     lsb = quantise.lsb.T[:, :, None, None]
     return total + left_out[:, :, None, None] * means[:, None, None] / lsb
 

@@ -32,14 +32,10 @@ def split(x: Array, parts: tuple[int, ...], axis: int, *, front: bool = False) -
     if len(set(parts)) == 1:
         return x.reshape(*x.shape[:axis], len(parts), longest, *x.shape[axis + 1 :])
     pieces = []
-    end = 0
-    for part in parts:
-        piece = jax.lax.slice_in_dim(x, end, end + part, axis=axis)
-        end = end + part
-        pad = (longest - part, 0) if front else (0, longest - part)
-        pieces.append(
-            jnp.pad(piece, [pad if a == axis else (0, 0) for a in range(x.ndim)])
-        )
+    for piece in jnp.split(x, np.cumsum(parts[:-1]), axis):
+        widths = np.zeros((x.ndim, 2), int)
+        widths[axis, 0 if front else 1] = longest - piece.shape[axis]
+        pieces.append(jnp.pad(piece, widths))
     return jnp.stack(pieces, axis=axis)
 
 
@@ -50,11 +46,17 @@ def join(x: Array, parts: tuple[int, ...], axis: int, *, front: bool = False) ->
     if len(set(parts)) == 1:
         return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
     cut = []
-    for i, part in enumerate(parts):
-        piece = jax.lax.index_in_dim(x, i, axis, keepdims=False)
+    for piece, part in zip(jnp.unstack(x, axis=axis), parts, strict=True):
         start = longest - part if front else 0
         cut.append(jax.lax.slice_in_dim(piece, start, start + part, axis=axis))
     return jnp.concatenate(cut, axis=axis)
+
+
+def per_slice(
+    values: tuple[float | int, ...], arrays: Float[Array, "K ..."]
+) -> Float[Array, "K ..."]:
+    """Return a number for each weight slice in a shape that broadcasts to arrays."""
+    return jnp.asarray(values, arrays.dtype).reshape(-1, *[1] * (arrays.ndim - 1))
 
 
 def full_scale(
@@ -85,18 +87,16 @@ def full_scale(
     elif config.mapping.scale == "column":
         scale = largest(magnitude, (0,))
     else:
+        edges = np.cumsum(geometry.cols[:-1])
         bands = jnp.split(magnitude, np.cumsum(geometry.rows[:-1]))
-        tiles = [
-            jnp.split(band, np.cumsum(geometry.cols[:-1]), axis=1) for band in bands
-        ]
         tops = [
             [
                 jnp.broadcast_to(largest(tile, (0, 1)), (1, tile.shape[1]))
-                for tile in band
+                for tile in jnp.split(band, edges, axis=1)
             ]
-            for band in tiles
+            for band in bands
         ]
-        scale = jnp.concatenate([jnp.concatenate(band, axis=1) for band in tops])
+        scale = jnp.block(tops)
     # The weight of one code must not underflow: it is at least about the smallest normal number, in fewer codes.
     least = 1.0001 * float(jnp.finfo(scale.dtype).tiny)
     fewer = geometry.code_scale * (scale / jnp.floor(jnp.maximum(scale / least, 1)))
@@ -183,28 +183,22 @@ def to_arrays(
     slices: Float[Array, "K d_in d_out"], geometry: Geometry, config: CrossbarConfig
 ) -> tuple[Cells, Flipped | None]:
     """Return the target level of every cell of the arrays, a unit column last, and which columns are flipped."""
-    rows = geometry.rows
-    top = jnp.asarray(geometry.levels, slices.dtype)
     if config.encoding.kind == "differential":
-        both = polarities(slices, top[:, None, None], config)
+        both = polarities(slices, per_slice(geometry.levels, slices), config)
     else:
         both = slices[:, None]
     arrays = in_tiles(both, geometry)
     flipped = None
     if config.encoding.flip:
-        full = (
-            jnp.asarray(rows, slices.dtype)[None, :, None, None]
-            * top[:, None, None, None]
-        )
-        flipped = 2 * jnp.sum(arrays[:, 0], axis=3) > full
-        inverted = flipped[:, :, :, None, :] & geometry.cells_in_use[None]
+        sums = jnp.sum(arrays[:, 0], axis=3)
+        rows = jnp.asarray(geometry.rows, slices.dtype)[None, :, None, None]
+        flipped = 2 * sums > rows * per_slice(geometry.levels, sums)
+        inverted = flipped[:, None, :, :, None, :] & geometry.cells_in_use[None, None]
         arrays = jnp.where(
-            inverted, top[:, None, None, None, None] - arrays[:, 0], arrays[:, 0]
-        )[:, None]
+            inverted, per_slice(geometry.levels, arrays) - arrays, arrays
+        )
     if config.encoding.unit_column:
-        unit = jnp.asarray(geometry.unit_levels, slices.dtype)[
-            :, None, None, None, None, None
-        ]
+        unit = per_slice(geometry.unit_levels, arrays)
         arrays = jnp.concatenate(
             [arrays, jnp.broadcast_to(unit, (*arrays.shape[:5], 1))], axis=5
         )

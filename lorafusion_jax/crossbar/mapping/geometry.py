@@ -72,10 +72,7 @@ class Geometry:
         adc = config.adc
         dac = config.dac
         rows = partition(shape[0], tile.rows, tile.partition)
-        half = (
-            0 if config.mapping.weight_bits is None else config.mapping.weight_bits - 1
-        )
-        offset = 2.0**half
+        offset = 2.0 ** ((config.mapping.weight_bits or 1) - 1)
         levels = tuple(2**bits - 1 for bits in config.weight_slices)
         if config.cell.bits is None:
             worth = (1.0 if encoding.kind == "differential" else 2.0,)
@@ -91,24 +88,22 @@ class Geometry:
                 float(int(offset // weight) & top)
                 for weight, top in zip(worth, levels, strict=True)
             )
-        zero_digits = (
-            middle if encoding.kind == "offset" else tuple(0.0 for _ in levels)
-        )
+        zeros = (0.0,) * len(levels)
+        zero_digits = middle if encoding.kind == "offset" else zeros
         input_top = 1 if dac is None else 2**dac.magnitude_bits - 1
         pulse = 1 if dac is None else 2 ** dac.slices[0] - 1
         converted_top = input_top if config.converts_sums else pulse
         # A flipped column sums at most half of its levels. Its unit column holds ones, and is not flipped.
-        halves, unit = (2, 1) if encoding.flip else (1, 0)
+        halves, unit = (2, 1.0) if encoding.flip else (1, 0.0)
         driven = max(rows) * converted_top
         code_range = None
         if adc is not None:
             top = 2 ** (adc.full_bits - config.signed_sums) - 1
             code_range = (-top if config.signed_sums else 0, top)
-        converted_slices = None
-        if dac is not None:
-            converted_slices = dac.slices
-            if config.converts_sums:
-                converted_slices = (dac.magnitude_bits,)
+        input_slices = None if dac is None else dac.slices
+        converted_slices = input_slices
+        if dac is not None and config.converts_sums:
+            converted_slices = (dac.magnitude_bits,)
         return cls(
             rows=rows,
             cols=partition(shape[1], tile.cols, tile.partition),
@@ -118,16 +113,14 @@ class Geometry:
             levels=levels,
             significance=worth,
             zero_digits=zero_digits,
-            unit_levels=tuple(1.0 for _ in levels) if encoding.flip else zero_digits,
-            input_slices=None if dac is None else dac.slices,
+            unit_levels=(1.0,) * len(levels) if encoding.flip else zero_digits,
+            input_slices=input_slices,
             converted_slices=converted_slices,
             input_significance=significance(config.input_slices),
             input_top=input_top,
             pulse=pulse,
             converted_top=converted_top,
-            bounds=tuple(
-                float(max(driven * top / halves, driven * unit)) for top in levels
-            ),
+            bounds=tuple(driven * max(top / halves, unit) for top in levels),
             code_range=code_range,
         )
 

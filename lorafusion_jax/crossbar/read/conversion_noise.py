@@ -46,9 +46,7 @@ def powers(
     assert config.device.read_noise is not None
     if config.device.read_noise.kind == "independent":
         return jnp.ones_like(cells[..., :1])
-    return jnp.square(
-        cells + kappa(geometry, config, cells.dtype)[:, None, None, None, None, None]
-    )
+    return jnp.square(cells + kappa(geometry, config, cells))
 
 
 def deviations(

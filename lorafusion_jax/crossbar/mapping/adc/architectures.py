@@ -38,13 +38,8 @@ class Architecture:
 
 def _sar_time(bits: int, columns: int, constants: Table) -> Range:
     """Return the seconds in which an array is converted: at most `columns_per_adc` columns take turns."""
-    sharing = constants["columns_per_adc"]
-    turns = Range(
-        *(
-            min(float(columns), most)
-            for most in (sharing.low, sharing.typical, sharing.high)
-        )
-    )
+    sharing = dataclasses.astuple(constants["columns_per_adc"])
+    turns = Range(*(min(float(columns), most) for most in sharing))
     return constants["adc_time"] * turns
 
 

@@ -58,12 +58,18 @@ class Converter(NamedTuple):
         merged: Float[Array, "..."] | None = None,
     ) -> Float[Array, "..."]:
         """Return the codes of sums, given the parts of `scale` and `merged` that apply to them."""
-        scaled = self.scaled(sums, scale)
+        codes = self.scaled(sums, scale)
         if self.rounds:
-            scaled = jnp.round(scaled)
-            if self.divides:
-                scaled = self._half_to_even(scaled, sums, scale)
-        codes = jnp.clip(scaled, self.qmin, self.qmax)
+            codes = jnp.round(codes)
+        if self.rounds and self.divides:
+            # Half to even, given codes that are at most one off.
+            twice = 2 * (sums * self.qmax - codes * scale)
+            codes = jnp.where(
+                twice > scale, codes + 1, jnp.where(twice < -scale, codes - 1, codes)
+            )
+            half = (abs(twice) == scale) & (codes != 2 * jnp.round(codes / 2))
+            codes = jnp.where(half, codes + jnp.sign(twice), codes)
+        codes = jnp.clip(codes, self.qmin, self.qmax)
         if merged is None:
             return codes
         if self.rounds:  # a stopped conversion knows the codes' upper bits: their mean
@@ -83,20 +89,6 @@ class Converter(NamedTuple):
     def clips(self, scaled: Float[Array, "..."]) -> Bool[Array, "..."]:
         """Return which sums, in units of a code, are beyond the range."""
         return (scaled > self.qmax + 0.5) | (scaled < self.qmin - 0.5)
-
-    def _half_to_even(
-        self,
-        codes: Float[Array, "..."],
-        sums: Float[Array, "..."],
-        span: Float[Array, "..."],
-    ) -> Float[Array, "..."]:
-        """Return the codes next to S qmax / span, given ones that are at most one off."""
-        twice = 2 * (sums * self.qmax - codes * span)
-        codes = jnp.where(
-            twice > span, codes + 1, jnp.where(twice < -span, codes - 1, codes)
-        )
-        odd = codes != 2 * jnp.round(codes / 2)
-        return jnp.where((abs(twice) == span) & odd, codes + jnp.sign(twice), codes)
 
     def scaled(
         self, sums: Float[Array, "..."], scale: Float[Array, "..."]
@@ -149,14 +141,11 @@ def fixed_limits(
         if config.encoding.flip:
             cells = [max(0.5, 1 / level) for level in geometry.levels]
             shares = [config.g_min + (1 - config.g_min) * share for share in cells]
-        top = xp.asarray(
-            [[height * share for share in shares] for height in heights], dtype
-        )
+        tops = [[height * share for share in shares] for height in heights]
     else:
-        top = xp.asarray(
-            [[geometry.code_range[1] / unit for unit in level_units(geometry, config)]],
-            dtype,
-        )
+        top_code = geometry.code_range[1]
+        tops = [[top_code / unit for unit in level_units(geometry, config)]]
+    top = xp.asarray(tops, dtype)
     return xp.stack([-top if config.signed_sums else 0 * top, top], axis=-1)
 
 
