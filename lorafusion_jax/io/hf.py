@@ -29,7 +29,7 @@ from ..models.architecture import (
     unwrapped,
 )
 from ..models.registry import family_of_json
-from ..support.reading import error_context, expand_user, read_json
+from ..support.reading import error_context, expand_user
 from ..support.text import some
 from ..support.writing import new_folder, write_text
 from .base_files import FolderBase, GGUFBase
@@ -292,9 +292,7 @@ def put_base(
         tensors |= {name: np.asarray(stored[name]) for name in unread}
     base.files.save_texts(folder)
     path = folder / "config.json"
-    content = read_json(
-        path, dict[str, Any], "a Hugging Face model", allow_unknown=True
-    )
+    content = json.loads(path.read_bytes())
     # transformers loads the weights in the dtype of config.json.
     dtypes = {
         name: dtype

@@ -151,7 +151,7 @@ class ConvertedPool:
 
     def basis(self, k: int | None = None) -> SharedBasis:
         """Load the first k directions of the pool's shared basis, as `load_basis` does."""
-        description = self._basis_description(k)
+        description = self.check_basis(k)
         if description["modules"] != self._digests:
             raise ValueError(
                 f"{self.basis_folder} is the basis of other adapters than those of {self.folder}. "
@@ -170,10 +170,6 @@ class ConvertedPool:
             sites=tuple(site for site in self.config.adaptable if site in ranks),
         )
         return basis if k is None else basis.first(k)
-
-    def check_basis(self, k: int) -> None:
-        """Raise a ValueError if the pool has no shared basis of k directions."""
-        self._basis_description(k)
 
     def save_basis(self, basis: SharedBasis) -> None:
         """Write a basis of the pool next to the adapters; raises ValueError if there is one."""
@@ -197,7 +193,8 @@ class ConvertedPool:
     def _make_basis(self, k: int) -> str:
         return f"make one with `lorafusion convert --basis {k} --out {self.folder}`"
 
-    def _basis_description(self, k: int | None) -> BasisDescription:
+    def check_basis(self, k: int | None) -> BasisDescription:
+        """Return the metadata of the shared basis; raises a ValueError if the pool has none of k directions."""
         if not (self.basis_folder / MANIFEST).is_file():
             raise ValueError(f"{self.folder} has no basis: {self._make_basis(k or 32)}")
         manifest = store.read_manifest(self.basis_folder, _BASIS, BasisDescription)

@@ -4,6 +4,7 @@ The types are dataclasses and TypedDicts. msgspec decodes them: it is imported i
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 from collections.abc import Iterator
@@ -20,11 +21,12 @@ T = TypeVar("T")
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
+@dataclasses.dataclass(eq=False)
 class FileError(ValueError):
     """A file cannot be used.
 
     Attributes:
-      file: path, with the number of the line in a file of lines; empty until the caller adds it with `at`.
+      file: path, with the number of the line in a file of lines; empty until `error_context` adds it.
       field: a field such as `options.recipe.epochs`; empty for the whole file.
       got: the field's value, or the fault of the whole file.
       expected: description of valid values; may be empty.
@@ -32,36 +34,22 @@ class FileError(ValueError):
       version: the version that wrote the file, if it is another one; else empty.
     """
 
-    def __init__(
-        self,
-        file: str | Path,
-        *,
-        got: str,
-        fix: str,
-        field: str = "",
-        expected: str = "",
-        version: str = "",
-    ):
-        self.file = str(file)
-        self.field = field
-        self.got = got
-        self.expected = expected
-        self.fix = fix
-        self.version = version
-        place = f"{self.file}: " if self.file else ""
-        fault = f"{field} is {got}" if field else got
-        needed = f"expected {expected}; " if expected else ""
-        other = (
-            f" (written by version {version}, this is {__version__})" if version else ""
-        )
-        super().__init__(f"{place}{fault}: {needed}{fix}{other}")
+    file: str | Path
+    _: dataclasses.KW_ONLY
+    got: str
+    fix: str
+    field: str = ""
+    expected: str = ""
+    version: str = ""
 
-    def at(self, file: str | Path) -> "FileError":
-        """Return the same fault of this file."""
-        return FileError(
-            file,
-            **{name: value for name, value in vars(self).items() if name != "file"},
-        )
+    def __str__(self) -> str:
+        place = f"{self.file}: " if self.file else ""
+        fault = f"{self.field} is {self.got}" if self.field else self.got
+        needed = f"expected {self.expected}; " if self.expected else ""
+        message = f"{place}{fault}: {needed}{self.fix}"
+        if not self.version:
+            return message
+        return f"{message} (written by version {self.version}, this is {__version__})"
 
 
 def expand_user(source: str | Path) -> Path:
@@ -187,7 +175,7 @@ def error_context(where: str | Path) -> Iterator[None]:
     try:
         yield
     except FileError as error:
-        raise error if error.file else error.at(where) from None
+        raise error if error.file else dataclasses.replace(error, file=where) from None
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 

@@ -1,4 +1,4 @@
-"""Tasks: reading them, splitting, tokenising, batching, scoring. NumPy only."""
+"""Tasks: reading them, splitting, tokenising, batching, scoring."""
 
 # ruff: noqa: F401
 

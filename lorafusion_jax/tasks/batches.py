@@ -6,6 +6,7 @@ Axis letters: B batch, S source, T target. In packed batches B is 1, except in `
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Int, Int32
 
@@ -136,24 +137,8 @@ def train_batches(
     packing: Packing | None = None,
 ) -> Iterator[Batch]:
     """Yield the batches of all seeds, step by step: `[seeds, B, width]` (see `train_step_batches`)."""
-    for batches, _, _ in train_step_batches(
-        encoded, orders, pad_id=pad_id, packing=packing
-    ):
-        rows = batches.rows
-        if rows is not None:
-            rows = Rows(
-                tuple(group[:, 0] for group in rows.sources),
-                tuple(group[:, 0] for group in rows.targets),
-                rows.before[:, 0],
-            )
-        row_mask = batches.row_mask[:, 0]
-        yield Batch(
-            batches.input_ids[:, 0],
-            batches.input_mask[:, 0],
-            batches.labels[:, 0],
-            row_mask,
-            rows,
-        )
+    for step in train_step_batches(encoded, orders, pad_id=pad_id, packing=packing):
+        yield jax.tree.map(lambda array: array[:, 0], step.batches)
 
 
 def train_step_batches(

@@ -45,17 +45,12 @@ def read_rows(source: str | Path) -> dict[str, Rows]:
     return _dataset_rows(str(path) if path.is_dir() else str(source))
 
 
-def _without_revision(source: str | Path) -> str:
-    """Return a hub id without its revision, and any other source as it is."""
-    hub_id = None if expand_user(source).exists() else DATASET_ID.fullmatch(str(source))
-    if hub_id is None:
-        return str(source)
-    return hub_id[1] + (f":{hub_id[3]}" if hub_id[3] else "")
-
-
 def task_name(source: str | Path) -> str:
     """Return the name of a task: the last part of its source, without a file's suffix or a hub id's revision."""
-    path = Path(os.path.abspath(_without_revision(source)))
+    hub_id = None if expand_user(source).exists() else DATASET_ID.fullmatch(str(source))
+    if hub_id is not None:
+        source = hub_id[1] + (f":{hub_id[3]}" if hub_id[3] else "")
+    path = Path(os.path.abspath(source))
     name = path.stem if is_file_name(path.name) and not path.is_dir() else path.name
     # Colons are before a hub id's config, and are no part of a folder's name. The name never leads to another folder.
     return name.replace(":", "-").lstrip(".") or "task"

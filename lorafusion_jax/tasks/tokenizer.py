@@ -187,15 +187,12 @@ def _rendered(
             and not example.target[0].isspace()
         )
         return example.input, f"{example.input}{' ' if spaced else ''}{example.target}"
-    messages = [*example.history, ("user", example.input)]
-    prompt = _chat(tokenizer, messages, add_generation_prompt=True)
+    turns = [*example.history, ("user", example.input), ("assistant", example.target)]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    prompt = render_chat(tokenizer, messages[:-1], add_generation_prompt=True)
     if not example.target:
         return prompt, prompt
-    full_text = _chat(
-        tokenizer,
-        [*messages, ("assistant", example.target)],
-        add_generation_prompt=False,
-    )
+    full_text = render_chat(tokenizer, messages, add_generation_prompt=False)
     if not full_text.startswith(prompt):
         raise ValueError(
             f"the chat template renders {_beginning(example.input)} with its answer as {full_text!r}, which does "
@@ -203,13 +200,6 @@ def _rendered(
             "--prompt"
         )
     return prompt, full_text
-
-
-def _chat(
-    tokenizer: Tokenizer, turns: list[tuple[str, str]], *, add_generation_prompt: bool
-) -> str:
-    messages = [{"role": role, "content": content} for role, content in turns]
-    return render_chat(tokenizer, messages, add_generation_prompt=add_generation_prompt)
 
 
 def render_chat(
