@@ -21,9 +21,7 @@ from .engines import LOCAL, EngineOptions, OutOfMemory, run_items
 from .rows import Result, ResultKey, ResultRows, append_lines, key, name
 
 # Options of a run that do not affect its results.
-_BOOKKEEPING = (
-    *("seeds", "name", "out", "resume", "overwrite", "start_from", "save_seconds"),
-)
+_BOOKKEEPING = "seeds name out resume overwrite start_from save_seconds".split()
 
 
 class Job(NamedTuple):
@@ -99,16 +97,20 @@ def run_jobs(
     for row in results.rows():
         if job := job_by_key.get(key(row), job_by_name.get(key(row)[:3])):
             drawn = () if row["seed"] in job.options.seeds else job.drawn
-            _check_same(
-                row["config"],
-                job.options,
-                f"{file}: {name(row)}",
-                root=root,
-                drawn=drawn,
-            )
+            # Options that were added later have their defaults in older rows.
+            default = FuseOptions(base="", task="", method=job.options.method)
+            was = _flat(options_to_json(default)) | _flat(row["config"])
+            if changes := [
+                f"{option} was {was.get(option)}, is {value}"
+                for option, value in _flat(settings_of(job.options, root)).items()
+                if option not in drawn and was.get(option) != value
+            ]:
+                raise ValueError(
+                    f"{file}: {name(row)} was run with other settings ({'; '.join(changes)}): give another --out"
+                )
     failures = file.with_name("failed.jsonl")
-    before = [] if retry_failed else read_lines(failures, _Failed)
-    failed = [dict(failure) | {"error": ""} for failure in before]
+    failed = [] if retry_failed else read_lines(failures, _Failed)
+    failed = [dict(failure) | {"error": ""} for failure in failed]
     left_out = 0
 
     def measure(missing: Sequence[ResultKey]) -> Iterator[Mapping[str, Any]]:
@@ -153,12 +155,14 @@ def run_jobs(
 
 def _failure(job: Job, root: Path | None) -> dict[str, Any]:
     """Return the line of a job that ran out of memory, without the error."""
-    shared = {
+    return {
+        "task": job.task,
+        "method": job.method,
+        "shots": job.shots,
         "seeds": list(job.options.seeds),
         "config": settings_of(job.options, root),
         "error": "",
     }
-    return {"task": job.task, "method": job.method, "shots": job.shots, **shared}
 
 
 def settings_of(options: FuseOptions, root: Path | None = None) -> dict[str, Any]:
@@ -167,30 +171,6 @@ def settings_of(options: FuseOptions, root: Path | None = None) -> dict[str, Any
     if root is not None:
         values = json.loads(json.dumps(values).replace(f"{root}/", ""))
     return {name: value for name, value in values.items() if name not in _BOOKKEEPING}
-
-
-def _check_same(
-    was: Mapping[str, Any],
-    now: FuseOptions,
-    where: str,
-    *,
-    root: Path | None,
-    drawn: Sequence[str],
-) -> None:
-    """Raise ValueError if a row's configuration differs from a run's options, other than those drawn."""
-    new = _flat(settings_of(now, root))
-    # Options that were added later have their defaults in older rows.
-    defaults = options_to_json(FuseOptions(base="", task="", method=now.method))
-    old = _flat(defaults) | _flat(was)
-    if different := [
-        name for name in new if name not in drawn and old.get(name) != new[name]
-    ]:
-        changes = "; ".join(
-            f"{name} was {old.get(name)}, is {new[name]}" for name in different
-        )
-        raise ValueError(
-            f"{where} was run with other settings ({changes}): give another --out"
-        )
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,16 +213,12 @@ def _rows(
     }
     rows = []
     for seed in results.seeds:
-        seed_predictions = [row for row in predictions if row["seed"] == seed["seed"]]
-        scored = all(row["option_correct"] is not None for row in seed_predictions)
-        scores = {
-            "correct": "".join(str(int(row["correct"])) for row in seed_predictions),
-            "option_correct": "".join(
-                str(int(row["option_correct"] or False)) for row in seed_predictions
+        marks = {}
+        for field in ("correct", "option_correct"):
+            right = [row[field] for row in predictions if row["seed"] == seed["seed"]]
+            marks[field] = (
+                None if None in right else "".join("01"[bool(mark)] for mark in right)
             )
-            if scored
-            else None,
-            **{name: value for name, value in seed.items() if name != "modules"},
-        }
-        rows.append(shared | scores)
+        scores = {name: value for name, value in seed.items() if name != "modules"}
+        rows.append(shared | marks | scores)
     return rows

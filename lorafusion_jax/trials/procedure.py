@@ -193,117 +193,45 @@ def procedure(
       seed: seed of the folds.
 
     Raises:
-      ValueError: before anything is measured: names are equal, or the rows are too few for the folds.
+      ValueError: before anything is measured: the rows are too few for the folds.
     """
-    names = [arm.name for arm in arms]
-    if len({*names}) < len(names):
-        raise ValueError(
-            f"methods have the same name: {', '.join(names)}: give each its own"
-        )
-    return _Rounds(tuple(arms), list(groups), measure, folds, seed).run()
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    cross_validation = divide(groups, folds, seed)
+    fold = divide(groups, TUNING_PARTS, seed)
+    tuned: dict[str, Candidate] = {}
+    out = set[str]()
+    seconds = dict.fromkeys([arm.name for arm in arms], 0.0)
+    # Loss, exact match and match of options of each row that was tested.
+    scores = {arm.name: np.full((3, len(groups)), np.nan) for arm in arms}
 
-
-class _Rounds:
-    """Rounds of one task; attributes are those of `Outcomes`, and of `procedure`."""
-
-    def __init__(
-        self,
-        arms: tuple[TrialArm, ...],
-        groups: list[Hashable],
-        measure: Measure,
-        folds: int,
-        seed: int,
-    ):
-        numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-        self.arms = arms
-        self.groups = np.array([numbers[group] for group in groups])
-        self.measure = measure
-        self.folds = divide(groups, folds, seed)
-        self.fold = divide(groups, TUNING_PARTS, seed)
-        self.tuned: dict[str, Candidate] = {}
-        self.out = frozenset[str]()
-        self.seconds = dict.fromkeys([arm.name for arm in arms], 0.0)
-        # Loss, exact match and match of options of each row that was tested.
-        self.scores = {arm.name: self._empty() for arm in arms}
-
-    def run(self) -> Iterator[Outcomes]:
-        """Yield the outcomes after each round, and after the last measurement when time is over."""
-        try:
-            for _ in self._measured():
-                yield self.outcomes()
-        except TimeIsOver:
-            yield self.outcomes()
-
-    def _measured(self) -> Iterator[None]:
-        self._test([arm for arm in self.arms if not arm.rates], 0)
-        yield
-        yield from self._tune([arm for arm in self.arms if arm.rates])
-        self.fold = self.folds
-        for arm in self.arms:
-            if arm.learns:
-                self.scores[arm.name] = self._empty()
-        left = self.arms
-        for number in range(max(self.folds) + 1):
-            self._test([arm for arm in left if arm.learns], number)
-            yield
-            left = self._left()
-
-    def _tune(self, arms: list[TrialArm]) -> Iterator[None]:
-        searches = {arm.name: halving(tuple(arm.rates.items())) for arm in arms}
-        stages = {name: next(search) for name, search in searches.items()}
-        best = dict.fromkeys(searches, math.inf)
-        while stages:
-            trainings = [
-                self._training(arm, 0, candidate, answers=False)
-                for arm in arms
-                for candidate in stages.get(arm.name, ())
-            ]
-            losses = {name: [] for name in stages}
-            for training, scores in self._scored(trainings):
-                loss = float(np.mean(scores.loss))
-                loss = loss if math.isfinite(loss) else math.inf
-                losses[training.arm].append(loss)
-                if loss < best[training.arm] or training.arm not in self.tuned:
-                    best[training.arm] = loss
-                    self.tuned[training.arm] = Candidate(training.rates, training.share)
-                    self._record(training, scores)
-            stages = {}
-            for name, stage_losses in losses.items():
-                with contextlib.suppress(StopIteration):
-                    stages[name] = searches[name].send(stage_losses)
-            yield
-
-    def outcomes(self) -> Outcomes:
-        """Return the outcomes so far."""
-        measured = [
-            arm for arm in self.arms if not np.isnan(self.scores[arm.name][0]).all()
-        ]
-        scores = {arm.name: self.scores[arm.name].copy() for arm in measured}
+    def outcomes() -> Outcomes:
+        tables = {
+            name: table.copy()
+            for name, table in scores.items()
+            if not np.isnan(table[0]).all()
+        }
         return Outcomes(
-            arms=tuple(measured),
-            groups=self.groups,
-            fold=self.fold,
-            loss={name: table[0] for name, table in scores.items()},
-            correct={name: table[1] for name, table in scores.items()},
+            arms=tuple(arm for arm in arms if arm.name in tables),
+            groups=np.array([numbers[group] for group in groups]),
+            fold=fold,
+            loss={name: table[0] for name, table in tables.items()},
+            correct={name: table[1] for name, table in tables.items()},
             option_correct={
                 name: table[2]
-                for name, table in scores.items()
+                for name, table in tables.items()
                 if not np.isnan(table[2]).all()
             },
-            tuned=dict(self.tuned),
-            out=self.out,
-            seconds=dict(self.seconds),
+            tuned=dict(tuned),
+            out=frozenset(out),
+            seconds=dict(seconds),
         )
 
-    def _empty(self) -> Float[np.ndarray, "scores rows"]:
-        return np.full((3, len(self.groups)), np.nan)
-
-    def _training(
-        self, arm: TrialArm, fold: int, candidate: Candidate, *, answers: bool = True
+    def training_of(
+        arm: TrialArm, number: int, candidate: Candidate, *, answers: bool = True
     ) -> Training:
-        every = np.arange(len(self.fold))
-        train = every[self.fold != fold] if arm.learns else every[:0]
-        test = every[self.fold == fold] if arm.learns else every
+        tests = fold == number if arm.learns else np.ones(len(fold), bool)
+        train = np.flatnonzero(~tests)
+        test = np.flatnonzero(tests)
         return Training(
             arm.name,
             arm.draw,
@@ -313,43 +241,79 @@ class _Rounds:
             answers,
         )
 
-    def _test(self, arms: Sequence[TrialArm], fold: int) -> None:
-        """Test methods on a fold, at their best rates; those that do not learn on all rows."""
-        trainings = [
-            self._training(arm, fold, self.tuned.get(arm.name, Candidate((), 1.0)))
-            for arm in arms
-        ]
-        for training, scores in self._scored(trainings):
-            self._record(training, scores)
+    def scored(trainings: Sequence[Training]) -> Iterator[tuple[Training, Scores]]:
+        for training, found in zip(trainings, measure(trainings), strict=True):
+            seconds[training.arm] += found.seconds
+            yield training, found
 
-    def _scored(
-        self, trainings: Sequence[Training]
-    ) -> Iterator[tuple[Training, Scores]]:
-        for training, scores in zip(trainings, self.measure(trainings), strict=True):
-            self.seconds[training.arm] += scores.seconds
-            yield training, scores
-
-    def _record(self, training: Training, scores: Scores) -> None:
+    def record(training: Training, found: Scores) -> None:
         rows = list(training.test)
-        table = self.scores[training.arm]
+        table = scores[training.arm]
         # A loss that is not finite is that of a training that diverged, and no missing one.
-        table[0, rows] = np.nan_to_num(scores.loss, nan=np.inf)
-        if scores.correct is not None:
-            table[1, rows] = scores.correct
-        if scores.option_correct is not None:
-            table[2, rows] = scores.option_correct
+        table[0, rows] = np.nan_to_num(found.loss, nan=np.inf)
+        if found.correct is not None:
+            table[1, rows] = found.correct
+        if found.option_correct is not None:
+            table[2, rows] = found.option_correct
 
-    def _left(self) -> list[TrialArm]:
-        """Take out what is worse than the best method by the margin, and return the others."""
-        outcomes = self.outcomes()
-        best = best_arm(outcomes)
-        left = [arm for arm in outcomes.arms if arm.name not in self.out]
-        rounds = int(max(self.folds)) + 1
-        level = _LEVEL / (max(len(self.arms) - 1, 1) * rounds)
-        self.out |= {
-            arm.name for arm in left if outcomes.is_worse(arm.name, best, level)
+    def test(arms: Sequence[TrialArm], number: int) -> None:
+        """Test methods on a fold, at their best rates; those that do not learn on all rows."""
+        default = Candidate((), 1.0)
+        trainings = [
+            training_of(arm, number, tuned.get(arm.name, default)) for arm in arms
+        ]
+        for training, found in scored(trainings):
+            record(training, found)
+
+    try:
+        test([arm for arm in arms if not arm.rates], 0)
+        yield outcomes()
+
+        searches = {
+            arm.name: halving(tuple(arm.rates.items())) for arm in arms if arm.rates
         }
-        return [arm for arm in left if arm.name not in self.out]
+        stages = {name: next(search) for name, search in searches.items()}
+        best_losses = dict.fromkeys(searches, math.inf)
+        while stages:
+            trainings = [
+                training_of(arm, 0, candidate, answers=False)
+                for arm in arms
+                for candidate in stages.get(arm.name, ())
+            ]
+            losses = {name: [] for name in stages}
+            for training, found in scored(trainings):
+                loss = float(np.mean(found.loss))
+                loss = loss if math.isfinite(loss) else math.inf
+                losses[training.arm].append(loss)
+                if loss < best_losses[training.arm] or training.arm not in tuned:
+                    best_losses[training.arm] = loss
+                    tuned[training.arm] = Candidate(training.rates, training.share)
+                    record(training, found)
+            stages = {}
+            for name, stage_losses in losses.items():
+                with contextlib.suppress(StopIteration):
+                    stages[name] = searches[name].send(stage_losses)
+            yield outcomes()
+
+        fold = cross_validation
+        left = [arm for arm in arms if arm.learns]
+        for arm in left:
+            scores[arm.name][:] = np.nan
+        level = _LEVEL / (max(len(arms) - 1, 1) * folds)
+        for number in range(folds):
+            test(left, number)
+            so_far = outcomes()
+            yield so_far
+            # What is worse than the best method by the margin is out.
+            best = best_arm(so_far)
+            out |= {
+                arm.name
+                for arm in so_far.arms
+                if arm.name not in out and so_far.is_worse(arm.name, best, level)
+            }
+            left = [arm for arm in left if arm.name not in out]
+    except TimeIsOver:
+        yield outcomes()
 
 
 def halving(

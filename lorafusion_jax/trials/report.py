@@ -17,7 +17,7 @@ from ..report import Column, Interval, Table, plot_means, write_report
 from ..runs.options import FuseOptions, row_format
 from ..support.platform import for_cpu
 from ..tasks import load_task
-from .procedure import Outcomes, Rates, Training
+from .procedure import Outcomes, Training
 from .run import TaskTrial, TrialOptions, task_trials
 from .verdict import Verdict, judge, judge_tasks
 
@@ -39,15 +39,13 @@ def arms_table(task_trial: TaskTrial, outcomes: Outcomes, verdict: Verdict) -> T
     lines = []
     scores = outcomes.option_correct or outcomes.correct
     for arm in outcomes.arms:
-        measured = (
-            ~np.isnan(scores[arm.name]) if arm.name in scores else np.zeros(1, bool)
-        )
+        right = scores.get(arm.name, np.array(np.nan))
         lines.append(
             [
                 arm.name,
                 arm.parameters,
                 _loss_text(verdict.loss[arm.name], verdict.behind.get(arm.name)),
-                100 * scores[arm.name][measured].mean() if measured.any() else None,
+                None if np.isnan(right).all() else 100 * np.nanmean(right),
                 outcomes.seconds[arm.name] / 60,
             ]
         )
@@ -73,7 +71,12 @@ def details_table(task_trial: TaskTrial, outcomes: Outcomes) -> Table:
         lines.append(
             [
                 arm.name,
-                _rates_text(tuned.rates) if tuned else None,
+                ", ".join(
+                    f"{name.removeprefix('lr_')} {rate:.2g}"
+                    for name, rate in tuned.rates
+                )
+                if tuned
+                else None,
                 task_trial.epochs(arm.name, tuned) if tuned else None,
                 int(np.sum(~np.isnan(outcomes.loss[arm.name]))),
                 "yes" if arm.name in outcomes.out else "no",
@@ -94,10 +97,6 @@ def _loss_text(loss: float, behind: Interval | None) -> str:
     return (
         text if behind is None else f"{text} ({behind.low:+.3f} to {behind.high:+.3f})"
     )
-
-
-def _rates_text(rates: Rates) -> str:
-    return ", ".join(f"{name.removeprefix('lr_')} {value:.2g}" for name, value in rates)
 
 
 def tasks_table(done: Sequence[tuple[TaskTrial, Outcomes]], verdict: Verdict) -> Table:
@@ -172,14 +171,9 @@ def describe_trial(options: TrialOptions) -> str:
     base = open_base(options.base)
     parts = []
     for task_trial in task_trials(options):
-        trainings_by_arm: dict[str, list[Training]] = {
-            name: [] for name in task_trial.arms
-        }
-        for training in task_trial.trainings(options):
-            trainings_by_arm[training.arm].append(training)
+        trainings = task_trial.trainings(options)
         rows = [
-            _plan_of_arm(task_trial, name, trainings, base)
-            for name, trainings in trainings_by_arm.items()
+            _plan_of_arm(task_trial, name, trainings, base) for name in task_trial.arms
         ]
         at = run_pace(task_trial.arms[rows[-1].method].options)
         jobs = [job for row in rows for job in row.jobs]
@@ -193,16 +187,16 @@ def describe_trial(options: TrialOptions) -> str:
 def _plan_of_arm(
     task_trial: TaskTrial, name: str, trainings: Sequence[Training], base: Base
 ) -> Row:
-    """Return the costs of an arm's trainings together, from the cost of one on most rows."""
+    """Return the costs of an arm's trainings of all together, from the cost of one on most rows."""
     device: Device = "cpu" if for_cpu() else "accelerator"
+    trainings = [training for training in trainings if training.arm == name]
     run = task_trial.arms[name].options
     if isinstance(run.recipe, LoRARecipe):
         # A warm start costs as much, and is not traced again.
         run = dataclasses.replace(
             run, pool=None, recipe=dataclasses.replace(run.recipe, warm_start="none")
         )
-    most = max(len(training.train) for training in trainings)
-    most = most or len(task_trial.rows)
+    most = max(len(training.train) for training in trainings) or len(task_trial.rows)
     tested = len(trainings[-1].test)
     run = dataclasses.replace(run, train_rows=most, test_rows=tested)
     cost = run_cost(run, device, base)

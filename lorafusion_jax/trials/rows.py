@@ -92,14 +92,10 @@ class ResultRows(Generic[Key]):
         """
         rows: list[Row] = read_lines(self.file, self.kind)
         for row in rows:
-            others = {
-                name: value
-                for name, value in self.common.items()
-                if row.get(name) != value
-            }
             if other := [
                 f"{name} was {row.get(name)}, is {value}"
-                for name, value in others.items()
+                for name, value in self.common.items()
+                if row.get(name) != value
             ]:
                 raise ValueError(
                     f"{self.file} holds other rows ({'; '.join(other)}): give another --out"

@@ -10,20 +10,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ..estimates.estimate import Settings, trained_numbers
+from ..estimates.params import trainable_count
 from ..io.hf import Base, open_base
 from ..io.pool import AdapterFolders, ConvertedPool, open_pool
-from ..methods import METHODS, find
-from ..methods.base_alone import FewShotRecipe, MagnitudesRecipe
-from ..methods.entry import PoolRecipe, TargetedRecipe
-from ..methods.lora import LoRARecipe, is_warm
+from ..methods import find
+from ..methods.entry import PlannedPool, PoolRecipe, recipe_of
+from ..methods.lora import is_warm
 from ..runs.options import FuseOptions, options_to_json
 from ..support import interrupts
 from ..support.checks import at_least, check_uint32
 from ..support.options import TrialOptions as TrialOptions
 from ..support.progress import progress
 from ..tasks import Example, load_task
-from ..training.recipe import Recipe
 from .engines import OutOfMemory, connected, run_items
 from .procedure import (
     TUNING_PARTS,
@@ -79,49 +77,40 @@ def contestants(
     Raises:
       ValueError: an arm that is not NAME=METHOD or NAME=METHOD:CONTROL, has no loss, or cannot be used here.
     """
-    shots = min(5, rows - -(-rows // options.folds))
-    lora = LoRARecipe(lora_rank=pool.largest_rank, lora_targets=pool.targets)
-    arms: dict[str, tuple[str, str, Recipe]] = {
-        "base alone": ("zero-shot", "none", Recipe()),
-        "examples in the prompt": (
-            "few-shot",
-            "none",
-            FewShotRecipe(shots=shots),
-        ),
-        "magnitudes": (
-            "magnitudes",
-            "none",
-            MagnitudesRecipe(lora_targets=pool.targets),
-        ),
-        "LoRAFusion": ("fusion", "none", METHODS["fusion"].recipe()),
-        "random adapters": ("fusion", "rotated", METHODS["fusion"].recipe()),
-        "LoRA": ("lora", "none", lora),
-        "nearest adapter": ("single", "none", METHODS["single"].recipe()),
-        "nearest adapter, trained further": (
-            "lora",
-            "none",
-            dataclasses.replace(lora, warm_start="single"),
-        ),
+    numbers = {"lora_targets": pool.targets, "epochs": options.epochs}
+    defaults = numbers | {
+        "shots": min(5, rows - -(-rows // options.folds)),
+        "lora_rank": pool.largest_rank,
+    }
+    further = defaults | {"warm_start": "single"}
+    arms: dict[str, tuple[str, dict[str, Any]]] = {
+        "base alone": ("zero-shot", defaults),
+        "examples in the prompt": ("few-shot", defaults),
+        "magnitudes": ("magnitudes", defaults),
+        "LoRAFusion": ("fusion", defaults),
+        "random adapters": ("fusion:rotated", defaults),
+        "LoRA": ("lora", defaults),
+        "nearest adapter": ("single", defaults),
+        "nearest adapter, trained further": ("lora", further),
     }
     for text in options.arms:
         name, _, what = text.partition("=")
-        method, _, control = what.partition(":")
-        if not (name.strip() and method):
+        if not (name.strip() and what.partition(":")[0]):
             raise ValueError(
                 f"--arms {text!r} is no arm: give NAME=METHOD or NAME=METHOD:CONTROL"
             )
-        recipe = find(method).recipe()
-        if isinstance(recipe, TargetedRecipe):
-            recipe = dataclasses.replace(recipe, lora_targets=pool.targets)
-        arms[name] = (method, control or "none", recipe)
+        arms[name] = (what, numbers)
     chosen = {}
-    for name, (method, control, recipe) in arms.items():
+    for name, (what, numbers) in arms.items():
+        method, _, control = what.partition(":")
+        control = control or "none"
         entry = find(method)
         if entry.answers == "nothing":
             raise ValueError(
                 f"arm {name}: the method {method} has no loss: leave it out of --arms"
             )
         entry.check()
+        recipe = recipe_of(entry.recipe, numbers)
         if isinstance(recipe, PoolRecipe):
             recipe = dataclasses.replace(
                 recipe, modules=min(recipe.modules, len(pool.names))
@@ -133,16 +122,12 @@ def contestants(
             **{name: getattr(options, name) for name in (*_FORMAT, "dtype")},
             method=method,
             control=control,  # pyright: ignore[reportArgumentType] (`check` refuses others)
-            recipe=dataclasses.replace(recipe, epochs=options.epochs),
+            recipe=recipe,
             seeds=(options.seed,),
         )
         run.check()
-        fused = Settings(
-            recipe=run.recipe,
-            rank=pool.largest_rank,
-            targets=pool.targets,
-            pool=len(pool.names),
-        )
+        fused = PlannedPool(pool.largest_rank, len(pool.names), pool.targets)
+        parameters = trainable_count(entry, base.config, run.recipe, fused)
         role = _ROLES.get(method, "other")
         if control != "none":
             role = "control"
@@ -154,7 +139,7 @@ def contestants(
             draw=0 if control == "none" else 1,
             learns=entry.learns != "untrained" or entry.answers == "examples",
             role=role,
-            parameters=trained_numbers(base.config, method, fused),
+            parameters=sum(parameters.values()),
         )
         chosen[name] = Contestant(arm, run)
     return chosen
@@ -298,10 +283,10 @@ def _measure(
 ) -> Measure:
     """Return a function that reads scores from OUT, and measures those that are missing there."""
     trainer = task_trial.trainer()
-    settings = {}
-    for name, (_, run) in task_trial.arms.items():
-        values = options_to_json(run)
-        settings[name] = _digest([values[field] for field in _SETTINGS])
+    runs = {name: options_to_json(run) for name, (_, run) in task_trial.arms.items()}
+    settings = {
+        name: _digest([run[field] for field in _SETTINGS]) for name, run in runs.items()
+    }
     digests = _digests(trainer)
     common = {"base_and_pool": digests[0], "rows": digests[1], "seed": options.seed}
     results = ResultRows(
@@ -342,15 +327,19 @@ def _measure(
                     )
                 row = common | described(finished)
                 for name, values in scores._asdict().items():
-                    is_array = isinstance(values, np.ndarray)
-                    row[name] = values.tolist() if is_array else values
+                    row[name] = np.asarray(values).tolist()
                 append_lines(results.file, [row])
                 rows[_key_of(row)] = row
                 measured += 1
             weight = _weight(task_trial, training)
             bar.total = max(bar.total, bar.n + weight)  # a longer search of rates
             bar.update(weight)
-            yield _scores(rows[key])
+            yield Scores(
+                *(
+                    values if values is None else np.array(values, float)
+                    for values in map(rows[key].__getitem__, Scores._fields)
+                )  # pyright: ignore[reportArgumentType] (a loss is never None)
+            )
 
     return measure
 
@@ -398,12 +387,3 @@ def _digest(value: Any) -> str:
 
 def _key_of(row: Row) -> str:
     return json.dumps([row["settings"], *(row[name] for name in Training._fields)])
-
-
-def _scores(row: Row) -> Scores:
-    """Return the scores of a row."""
-    tables = {
-        name: None if row[name] is None else np.array(row[name], float)
-        for name in ("loss", "correct", "option_correct")
-    }
-    return Scores(**tables, seconds=row["seconds"])  # pyright: ignore[reportArgumentType] (a loss is never None)

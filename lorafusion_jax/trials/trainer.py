@@ -84,6 +84,8 @@ class Trainer:
     def _setup(
         self, loaded: LoadedModel, train: tuple[int, ...], test: tuple[int, ...]
     ) -> Setup:
+        # It trains on all rows, and validates on none, because nothing depends on validation.
+        order = np.arange(len(train), dtype=np.int32)[None]
         return Setup(
             **vars(loaded),
             task=Task(
@@ -94,7 +96,7 @@ class Trainer:
             ),
             train=_take(self.tokens, train),
             test=_take(self.tokens, test),
-            split=_all_of(len(train)),
+            split=Split(order, order[:, :0]),
             max_new_tokens=self._new_tokens,
         )
 
@@ -195,12 +197,6 @@ def _searched(setup: Setup, options: FuseOptions) -> Params:
 def _take(tokens: Encoded, rows: Sequence[int]) -> Encoded:
     inputs = tuple(tokens.inputs[row] for row in rows)
     return Encoded(inputs, tuple(tokens.labels[row] for row in rows))
-
-
-def _all_of(count: int) -> Split:
-    """Return a split that trains on all rows, and validates on none, because nothing depends on validation."""
-    rows = np.arange(count, dtype=np.int32)[None]
-    return Split(rows, rows[:, :0])
 
 
 def shortened(recipe: Recipe, share: float) -> Recipe:

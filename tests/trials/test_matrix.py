@@ -105,8 +105,6 @@ def test_missing_rows_alone_are_computed_and_those_of_other_settings_refused(
             {"epochs": 2},
             r"zero-shot, 95\+5 shots, seed 1 was run with other settings \(epochs was 1, is 2\)",
         ),
-        ({"test_rows": 4}, "test_rows was 5, is 4"),
-        ({"prompt": "do {input}"}, r"\(prompt was None, is do \{input\}\)"),
         ({"chat": True}, "chat was False, is True"),
     ]:
         with refused(message):

@@ -234,27 +234,16 @@ def test_nodes_are_checked_before_anything_runs(cluster, small, tmp_path):
 
 
 def _trial(base, pool, out, *ray):
-    task = _OPTIONS["tasks"][0]
-    size = ("--train-rows", "12", "--folds", "2", "--epochs", "1")
-    return (
-        "trial",
-        "--base",
-        base,
-        "--pool",
-        pool,
-        "--task",
-        task,
-        *size,
-        *ray,
-        "--out",
-        out,
+    where = (
+        f"trial --base {base} --pool {pool} --task {_OPTIONS['tasks'][0]} --out {out}"
     )
+    return [*f"{where} --train-rows 12 --folds 2 --epochs 1".split(), *ray]
 
 
 def test_a_trial_has_the_table_of_one_process_after_a_node_is_killed(
     cluster, small, tmp_path
 ):
-    main([*map(str, _trial(*small, tmp_path / "local"))])
+    main(_trial(*small, tmp_path / "local"))
     file = tmp_path / "out" / "double_digit" / "measured.jsonl"
     ray = ("--engine", "ray", "--address", cluster.address)
     command = _trial(*small, tmp_path / "out", *ray)

@@ -4,13 +4,12 @@ import fcntl
 import json
 import threading
 
-import numpy as np
 import pytest
 from json_files import write_json
-from made_up_rows import made_up, row
+from made_up_rows import made_up
 from refusals import refused
 
-from lorafusion_jax.trials import append_lines, key, merge, read_rows
+from lorafusion_jax.trials import append_lines, merge, read_rows
 
 _ROWS = made_up(
     methods=("zero-shot", "fusion sum"), tasks=("easy", "hard"), seeds=(1, 2), items=8
@@ -28,21 +27,6 @@ def _changed(**changes):
 
 def _line(**changes):
     return json.dumps(_changed(**changes))
-
-
-def test_rows_are_read_as_they_were_appended(path):
-    append_lines(path, _ROWS[:1])
-    append_lines(path, _ROWS[1:])
-    assert read_rows(path) == _ROWS
-    assert {key(row) for row in read_rows(path)} == {
-        ("easy", "zero-shot", "95+5", 1),
-        ("hard", "zero-shot", "95+5", 1),
-        *(
-            (task, "fusion sum", "95+5", seed)
-            for task in ("easy", "hard")
-            for seed in (1, 2)
-        ),
-    }
 
 
 def test_every_cut_of_the_last_line_is_dropped_and_appending_mends_it(path):
@@ -66,28 +50,23 @@ def test_every_cut_of_the_last_line_is_dropped_and_appending_mends_it(path):
 
 def test_a_writer_waits_for_another_one(path):
     """A lock belongs to an open file, so a thread can play another process."""
-    append_lines(path, [row("task0", "LoRA", 1, np.ones(3, bool))])
+    append_lines(path, _ROWS[:1])
     before = path.read_bytes()
-    writer = threading.Thread(
-        target=append_lines, args=(path, [row("task1", "LoRA", 1, np.ones(3, bool))])
-    )
+    writer = threading.Thread(target=append_lines, args=(path, _ROWS[1:2]))
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         writer.start()
         writer.join(0.3)
         assert path.read_bytes() == before
     writer.join(60)
-    assert len(read_rows(path)) == 2
+    assert read_rows(path) == _ROWS[:2]
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("[]", "Expected `object`, got `array`"),
-        ('{"task": "easy"}', "Object missing required field `method`"),
-        (_line(seed="1"), "Expected `int`, got `str` - at `..seed`"),
         (_line(task=" "), "Expected `str` matching .* - at `..task`"),
-        (_line(shots="100"), "Invalid enum value '100' - at `..shots`"),
         (_line(seconds=-1.0), "Expected `float` >= 0.0 - at `..seconds`"),
         (_line(colour="red"), "colour is unknown: remove it"),
         (

@@ -113,6 +113,8 @@ def test_a_finished_trial_is_read_and_its_command_trains_the_method(
     assert len(measured) == count and capsys.readouterr().out == said
     files = "double_digit double_digit.csv double_digit_details.csv double_digit.png report.html"
     assert {path.name for path in options.out.iterdir()} == {*files.split()}
+    plot = (options.out / "double_digit.png").read_bytes()
+    assert plot.startswith(b"\x89PNG\r\n\x1a\n") and plot.endswith(b"IEND\xaeB`\x82")
     (command,) = (
         line for line in said.splitlines() if line.startswith("lorafusion fuse")
     )
@@ -144,11 +146,10 @@ def test_a_stop_in_any_round_gives_an_answer_and_the_command_continues(
     options, measured, monkeypatch, tmp_path
 ):
     first = replace(options, minutes=1e-9)
-    answers = []
     for count in range(1, 40):  # each call measures one training
-        answers = [*trial(first)]
+        *_, (_, outcomes) = trial(first)
         assert len({*measured}) == len(measured) == count
-        assert judge(answers[-1][1]).arm
+        assert judge(outcomes).arm
     continued = [*trial(options)][-1][1]
     assert len({*measured}) == len(measured)
     other = replace(options, out=tmp_path / "other", minutes="none")
