@@ -114,8 +114,9 @@ def task_costs(
         for basis in (None, *bases):
             recipe = recipe_of(entry.recipe, numbers | {"basis": basis})
             for title, layout in entry.cost_layouts(recipe, options.rank).items():
-                method = _Method(config, crossbar, options, entry, recipe, layout)
-                by_title[title] = method.cost(constants)
+                by_title[title] = _task_cost(
+                    config, crossbar, options, constants, entry, recipe, layout
+                )
     return by_title
 
 
@@ -138,166 +139,135 @@ def digital_macs(base: str) -> float:
     return (macs - in_arrays) / row.target
 
 
-@dataclasses.dataclass(frozen=True)
-class _Method:
-    """A method on arrays."""
+def _task_cost(
+    config: Architecture,
+    crossbar: CrossbarConfig,
+    options: CostOptions,
+    constants: Constants,
+    entry: MethodEntry,
+    recipe: Any,
+    layout: CostLayout,
+) -> TaskCost:
+    """Return the cost of a task with a method in one layout."""
+    mac = constants["mac_energy"]
+    word = constants["word_energy"]
+    trains_base = "base" in entry.groups
+    adapted = {} if trains_base else targeted(config, options.targets)
+    # The last token of a causal model predicts nothing.
+    row = Shape(1, options.source - config.causal, options.target)
+    settings = Settings(
+        recipe=recipe,
+        rank=options.rank,
+        targets=options.targets,
+        seeds=1,
+        device="accelerator",
+    )
 
-    config: Architecture
-    crossbar: CrossbarConfig
-    options: CostOptions
-    entry: MethodEntry
-    recipe: Any
-    layout: CostLayout
-
-    @property
-    def settings(self) -> Settings:
-        return Settings(
-            recipe=self.recipe,
-            rank=self.options.rank,
-            targets=self.options.targets,
-            seeds=1,
-            device="accelerator",
-        )
-
-    @property
-    def trains_base(self) -> bool:
-        return "base" in self.entry.groups
-
-    @property
-    def adapted(self) -> dict[str, Site]:
-        return {} if self.trains_base else targeted(self.config, self.options.targets)
-
-    def cost(self, constants: Constants) -> TaskCost:
-        """Return the cost of a task."""
-        mac = constants["mac_energy"]
-        word = constants["word_energy"]
-        rows = split(self.options.train_rows, (0,), limit=self.options.train_rows)
-        epochs = self.options.epochs
-        if self.entry.learns == "searched":
-            evaluations = self.entry.evaluations(self.recipe, self.options.modules)
-            trained_rows = 0
-            forward_rows = evaluations * rows.train.shape[1]
-        else:
-            trained_rows = epochs * rows.train.shape[1]
-            forward_rows = epochs * rows.validation.shape[1]
-        # Multiply-adds of a row: of its products with the base, with adapters in arrays or not, and of attention.
-        base = self.products(_kernel, self.config.sites) + self.head
-        in_arrays = self.products(self.layout.matrices, self.adapted)
-        digital = self.products(self.layout.digital, self.adapted)
-        forward = self.macs("zero-shot", "loss")
-        attention = forward - base
-        on_base = base - self.head if self.config.tied else base
-        training_pass = attention + digital + base
-        if not self.trains_base:
-            training_pass -= on_base
-        if not self.layout.trains_in_arrays:
-            training_pass += in_arrays
-        trained_products = digital
-        if self.trains_base:
-            trained_products += base
-        elif self.layout.written != "never":
-            trained_products += in_arrays
-        gradients = base + in_arrays + digital + 2 * attention + trained_products
-        steps = epochs * -(-rows.train.shape[1] // self.options.batch_size)
-        macs = (trained_rows + forward_rows) * training_pass + trained_rows * gradients
-        if trained_rows:
-            macs += steps * self.macs(self.entry.name, "adapters")
-        reads = self.reads(in_training=True) * (trained_rows + forward_rows)
-        # The rows of a batch share operands.
-        learned = read_energy(reads, self.crossbar, constants).total
-        learned += (mac + constants["words_per_mac"] * word) * macs
-        written = self.written(constants, steps=steps)
-
-        # Generation has the products of a forward pass.
-        macs = forward - on_base + digital
-        reads = self.reads(in_training=False)
-        reading = read_energy(reads, self.crossbar, constants).total
-        return TaskCost(
-            trained=trained_numbers(self.config, self.entry.name, self.settings),
-            written=written,
-            learned=learned + written.energy,
-            token=(reading + (mac + word) * macs) / self.row.target,
-            reads=reading / self.row.target,
-        )
-
-    @property
-    def row(self) -> Shape:
-        """Tokens of a row; the last one of a causal model predicts nothing."""
-        options = self.options
-        return Shape(1, options.source - self.config.causal, options.target)
-
-    def macs(self, method: str, kind: Kind) -> float:
+    def macs(method: str, kind: Kind) -> float:
         """Return the multiply-adds of a traced program for one row."""
-        shape = Shape(1, self.options.source, self.options.target)
-        return program_of(self.config, method, self.settings, kind, shape).flops / 2
-
-    def written(self, constants: Constants, *, steps: int) -> WriteCost:
-        """Return the cost of the cells that a task writes."""
-        passes = {"never": 0, "once": 1, "every step": steps}[self.layout.written]
-        sites = self.config.sites if self.trains_base else self.adapted
-        matrices = _kernel if self.trains_base else self.layout.matrices
-        cells = sum(
-            (
-                counts(matrix, self.crossbar, prepares=False) * site.layers
-                for site in sites.values()
-                for matrix in matrices(site)
-            ),
-            start=Counts(),
-        )
-        if self.trains_base and not self.config.tied:
-            cells += counts(self.config.head, self.crossbar)
-        return write_cost(cells if passes else Counts(), constants, passes=passes)
-
-    def placed(self, *, in_training: bool) -> list[tuple[Site, list[Matrix]]]:
-        """Return the sites with their matrices in arrays, those of the base first."""
-        if in_training and self.trains_base:
-            return []
-        placed = [(site, _kernel(site)) for site in self.config.sites.values()]
-        if self.layout.trains_in_arrays or not in_training:
-            placed += [
-                (site, self.layout.matrices(site)) for site in self.adapted.values()
-            ]
-        return placed
-
-    @property
-    def head(self) -> int:
-        """Multiply-adds of the head for a row."""
-        return self.row.target * math.prod(self.config.head)
+        shape = Shape(1, options.source, options.target)
+        return program_of(config, method, settings, kind, shape).flops / 2
 
     def products(
-        self, matrices: Callable[[Site], list[Matrix]], sites: Mapping[str, Site]
+        matrices: Callable[[Site], list[Matrix]], sites: Mapping[str, Site]
     ) -> int:
         """Return the multiply-adds for a row of matrices at each site."""
         return sum(
-            self.row.tokens(site.reads) * site.layers * d_in * d_out
+            row.tokens(site.reads) * site.layers * d_in * d_out
             for site in sites.values()
             for d_in, d_out in matrices(site)
         )
 
-    def reads(self, *, in_training: bool) -> Counts:
-        """Return the counts of reading arrays for a row."""
-        placed = self.placed(in_training=in_training)
-        if not placed:
-            return Counts()
+    def reads(*, of_adapters: bool) -> Counts:
+        """Return the counts of reading the base, and adapters, from arrays for a row."""
+        placed = [(site, _kernel(site)) for site in config.sites.values()]
+        if of_adapters:
+            placed += [(site, layout.matrices(site)) for site in adapted.values()]
         total = sum(
             (
-                counts(matrix, self.crossbar, prepares=False)
-                * (times * self.row.tokens(site.reads) * site.layers)
+                counts(matrix, crossbar, prepares=False)
+                * (times * row.tokens(site.reads) * site.layers)
                 for site, matrices in placed
                 for matrix, times in Counter(matrices).items()
             ),
             start=Counts(),
         )
         # Inputs are prepared once for all matrices that share them.
-        sites = self.config.sites
-        for names in sharing_inputs(sites, sites):
-            site = sites[names[0]]
-            total += preparing(site.d_in, self.crossbar) * (
-                self.row.tokens(site.reads) * site.layers
+        for names in sharing_inputs(config.sites, config.sites):
+            site = config.sites[names[0]]
+            total += preparing(site.d_in, crossbar) * (
+                row.tokens(site.reads) * site.layers
             )
-        if not self.config.tied:
-            total += counts(self.config.head, self.crossbar) * self.row.target
+        if not config.tied:
+            total += counts(config.head, crossbar) * row.target
         return total
+
+    rows = split(options.train_rows, (0,), limit=options.train_rows)
+    epochs = options.epochs
+    steps = epochs * -(-rows.train.shape[1] // options.batch_size)
+    if entry.learns == "searched":
+        evaluations = entry.evaluations(recipe, options.modules)
+        trained_rows = 0
+        forward_rows = evaluations * rows.train.shape[1]
+    else:
+        trained_rows = epochs * rows.train.shape[1]
+        forward_rows = epochs * rows.validation.shape[1]
+
+    # Cells that the task writes.
+    passes = {"never": 0, "once": 1, "every step": steps}[layout.written]
+    sites = config.sites if trains_base else adapted
+    matrices_of = _kernel if trains_base else layout.matrices
+    cells = sum(
+        (
+            counts(matrix, crossbar, prepares=False) * site.layers
+            for site in sites.values()
+            for matrix in matrices_of(site)
+        ),
+        start=Counts(),
+    )
+    if trains_base and not config.tied:
+        cells += counts(config.head, crossbar)
+    written = write_cost(cells if passes else Counts(), constants, passes=passes)
+
+    # Multiply-adds of a row: of its products with the base, with adapters in arrays or not, and of attention.
+    head = row.target * math.prod(config.head)
+    base = products(_kernel, config.sites) + head
+    in_arrays = products(layout.matrices, adapted)
+    digital = products(layout.digital, adapted)
+    forward = macs("zero-shot", "loss")
+    attention = forward - base
+    on_base = base - head if config.tied else base
+    training_pass = attention + digital + base
+    if not trains_base:
+        training_pass -= on_base
+    if not layout.trains_in_arrays:
+        training_pass += in_arrays
+    trained_products = digital
+    if trains_base:
+        trained_products += base
+    elif layout.written != "never":
+        trained_products += in_arrays
+    gradients = base + in_arrays + digital + 2 * attention + trained_products
+    training = (trained_rows + forward_rows) * training_pass + trained_rows * gradients
+    if trained_rows:
+        training += steps * macs(entry.name, "adapters")
+    training_reads = Counts()
+    if not trains_base:
+        training_reads = reads(of_adapters=layout.trains_in_arrays)
+    training_reads *= trained_rows + forward_rows
+    # The rows of a batch share operands.
+    learned = read_energy(training_reads, crossbar, constants).total
+    learned += (mac + constants["words_per_mac"] * word) * training
+
+    # Generation has the products of a forward pass.
+    reading = read_energy(reads(of_adapters=True), crossbar, constants).total
+    return TaskCost(
+        trained=trained_numbers(config, entry.name, settings),
+        written=written,
+        learned=learned + written.energy,
+        token=(reading + (mac + word) * (forward - on_base + digital)) / row.target,
+        reads=reading / row.target,
+    )
 
 
 def _kernel(site: Site) -> list[Matrix]:

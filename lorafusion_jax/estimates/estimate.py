@@ -131,6 +131,8 @@ class Traced:
             )
         return _bytes(base), _bytes(shapes.leaves[:-1]) - _bytes(base)
 
+    # A plan of several tasks, and jobs of one method, trace the same programs.
+    @functools.lru_cache(maxsize=512)  # noqa: B019 (equal methods share entries)
     def program(self, kind: Kind, shape: Shape) -> Program:
         """Return the FLOPs of one seed's step, loss or answers (of T tokens), and the bytes of all seeds together."""
         optimisation = self.recipe.optimisation(100)
@@ -186,17 +188,11 @@ class Traced:
         return Program(program.flops / self.seeds, program.bytes)
 
 
-# A plan of several tasks, and jobs of one method, trace the same programs.
-@functools.lru_cache(maxsize=512)
-def _program(method: Traced, kind: Kind, shape: Shape) -> Program:
-    return method.program(kind, shape)
-
-
 def program_of(
     config: Architecture, method: str, settings: Settings, kind: Kind, shape: Shape
 ) -> Program:
     """Return the FLOPs of one seed's step, loss or answers (of T tokens), and the bytes of all seeds together."""
-    return _program(_traced(config, method, settings), kind, shape)
+    return _traced(config, method, settings).program(kind, shape)
 
 
 def held_bytes(config: Architecture, method: str, settings: Settings) -> int:
@@ -236,10 +232,10 @@ def interpolated(
 
     def program(shape: Shape) -> Program:
         if shape in (least, largest):
-            return _program(method, kind, shape)
+            return method.program(kind, shape)
         share = (rough(shape) - rough(least)) / distance if distance else 1.0
         ends = zip(
-            _program(method, kind, least), _program(method, kind, largest), strict=True
+            method.program(kind, least), method.program(kind, largest), strict=True
         )
         return Program(*(low + share * (high - low) for low, high in ends))
 
@@ -274,25 +270,15 @@ def estimates(
     evaluated = [_evaluation_shapes(entry, recipe, work) for work in works]
     seeds = seeds_of(method, settings)
     run = _traced(config, method, settings)
+    weights, pool = run.frozen_bytes
     step = interpolated(run, "step", [shape for work in works for shape in work.steps])
-    loss = interpolated(
-        run,
-        "loss",
-        [
-            shape
-            for work, rows in zip(works, evaluated, strict=True)
-            for shape in (work.validation, *work.search, *rows.rows, *rows.options)
-        ],
-    )
-    answers = interpolated(
-        run,
-        "answers",
-        [
-            shape._replace(target=work.new_tokens)
-            for work, rows in zip(works, evaluated, strict=True)
-            for shape in rows.rows
-        ],
-    )
+    scored = []
+    generated = []
+    for work, rows in zip(works, evaluated, strict=True):
+        scored += [work.validation, *work.search, *rows.rows, *rows.options]
+        generated += [shape._replace(target=work.new_tokens) for shape in rows.rows]
+    loss = interpolated(run, "loss", scored)
+    answers = interpolated(run, "answers", generated)
     ranking = _ranking(run)
     rank_modules = None
     if ranking is not None:
@@ -328,7 +314,6 @@ def estimates(
             if entry.learns == "searched":
                 needed += [program.bytes for program in passes]
         largest = work.search if entry.learns in ("trained", "searched") else rows.rows
-        weights, pool = run.frozen_bytes
         activations = round(max(needed))
         return Cost(
             trainable=trainable,

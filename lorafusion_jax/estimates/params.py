@@ -65,18 +65,16 @@ def counts(
     }
     fused = PlannedPool(rank=rank, pool=modules, targets=maps)
     totals = {}
-
-    def count(entry: MethodEntry, title: str, recipe: Recipe) -> None:
-        groups = trainable_count(entry, config, recipe, fused)
-        totals[title.format(**vars(recipe))] = sum(groups.values())
-
     for entry in METHODS.values():
-        recipe = recipe_of(entry.recipe, numbers)
-        if entry.title is not None:
-            count(entry, entry.title, recipe)
-        if entry.basis_title is not None and basis is not None:
-            in_basis = recipe_of(entry.recipe, vars(recipe) | {"basis": basis})
-            count(entry, entry.basis_title, in_basis)
+        titles: dict[int | None, str | None] = {None: entry.title}
+        if basis is not None:
+            titles[basis] = entry.basis_title
+        for k, title in titles.items():
+            if title is None:
+                continue
+            recipe = recipe_of(entry.recipe, numbers | {"basis": k})
+            groups = trainable_count(entry, config, recipe, fused)
+            totals[title.format(**vars(recipe))] = sum(groups.values())
     return totals
 
 
@@ -169,7 +167,9 @@ def abstract_problem(
         )
         frozen = method.precompute(Frozen(base, pool), kernels(model))
         if apart:
-            separate = jax.tree.map(_separate, base, is_leaf=_in_codes)
+            separate = jax.tree.map(
+                _separate, base, is_leaf=lambda leaf: isinstance(leaf, qwix.QArray)
+            )
             frozen = dataclasses.replace(frozen, base=separate)
         index = jnp.zeros(count if seeds == 1 else (seeds, count), jnp.int32)
         problem = Problem(graph=graph, method=method, frozen=frozen, index=index)
@@ -183,13 +183,9 @@ def abstract_problem(
 
 def _separate(leaf: Any) -> Any:
     """Return a stack of plain matrices in separate arrays."""
-    if _in_codes(leaf) or leaf.ndim != 3:
+    if isinstance(leaf, qwix.QArray) or leaf.ndim != 3:
         return leaf
     return PerLayerWeights(tuple(leaf[layer] for layer in range(len(leaf))))
-
-
-def _in_codes(leaf: Any) -> bool:
-    return isinstance(leaf, qwix.QArray)
 
 
 def size(config: Architecture) -> int:

@@ -104,14 +104,10 @@ def plan_table(rows: Sequence[Row], at: Pace | None = None) -> str:
 
 def _times(jobs: Sequence[float], at: Pace | None) -> list[str]:
     """Return the mean time of jobs and that of all, none without a pace."""
-    return (
-        []
-        if at is None
-        else [
-            duration(sum(jobs) / len(jobs) / at.flops),
-            duration(sum(jobs) / at.flops),
-        ]
-    )
+    if at is None:
+        return []
+    total = sum(jobs) / at.flops
+    return [duration(total / len(jobs)), duration(total)]
 
 
 def describe(
@@ -290,11 +286,9 @@ def _batches(shapes: Shapes) -> str:
     rows = _range([shape.rows for shape in shapes])
     source = _range([shape.source for shape in shapes])
     target = _range([shape.target for shape in shapes])
-    row_batches = (
-        f"{sum(count for count, *_ in shapes[0].groups)} packed rows, together"
-        if shapes[0].groups
-        else f"{rows} rows,"
-    )
+    row_batches = f"{rows} rows,"
+    if groups := shapes[0].groups:
+        row_batches = f"{sum(count for count, *_ in groups)} packed rows, together"
     return f"{len(shapes):,} batches of {row_batches} {source} source and {target} target tokens"
 
 
@@ -305,20 +299,14 @@ def _range(sizes: list[int]) -> str:
 
 
 def _flops(count: float | int) -> str:
-    for unit, name in (
-        (1e18, "EFLOP"),
-        (1e15, "PFLOP"),
-        (1e12, "TFLOP"),
-        (1e9, "GFLOP"),
-        (1e6, "MFLOP"),
-    ):
-        if count >= unit:
-            return f"{count / unit:.3g} {name}"
+    for exponent, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M")):
+        if count >= 10**exponent:
+            return f"{count / 10**exponent:.3g} {prefix}FLOP"
     return f"{count:.0f}"
 
 
 def _bytes(count: float | int) -> str:
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if count >= unit:
-            return f"{count / unit:.2f} {name}"
+    for exponent, prefix in ((30, "G"), (20, "M"), (10, "K")):
+        if count >= 2**exponent:
+            return f"{count / 2**exponent:.2f} {prefix}iB"
     return f"{count:.0f}"

@@ -141,21 +141,15 @@ def _peak(jaxpr: Jaxpr, donated: Collection[Var] = ()) -> float:
         elif inner:
             most = max(most, live + max(inner, size))
         else:
-            overwritten = _overwritten(equation, dying, alive)
+            # The result of an elementwise operation may overwrite an operand.
+            overwritten = 0.0
+            if _is_elementwise(equation):
+                entries = _size(equation.outvars[0])
+                overwritten = sum(alive[v] for v in dying if _size(v) == entries)
             most = max(most, live + max(size - overwritten, 0))
         alive |= new
         live += size - sum(alive.pop(variable) for variable in dying)
     return most
-
-
-def _overwritten(
-    equation: JaxprEqn, dying: Collection[Var], alive: dict[Var, float]
-) -> float:
-    """Return the bytes of operands of an elementwise operation that its result may overwrite."""
-    if not _is_elementwise(equation):
-        return 0.0
-    size = _size(equation.outvars[0])
-    return sum((alive[name] for name in dying if _size(name) == size), start=0.0)
 
 
 def _is_elementwise(equation: JaxprEqn) -> bool:

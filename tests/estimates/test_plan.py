@@ -6,9 +6,9 @@ import re
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import one_block
 import pytest
+import tiny
 from numpy.testing import assert_allclose
 from refusals import refused
 
@@ -23,9 +23,8 @@ from lorafusion_jax.methods import METHODS, recipe_of
 from lorafusion_jax.models.decoder.config import Rope
 from lorafusion_jax.models.qwen3_5.config import Delta, Qwen35Config
 from lorafusion_jax.models.t5.config import SHAPES
-from lorafusion_jax.tasks import Batch, Example, Task
+from lorafusion_jax.tasks import Example, Task
 
-_S = jax.ShapeDtypeStruct
 # XLA counts the body of a loop once: layers are unrolled, and no more than `compose` computes in one go.
 _SMALL = lf.models.T5Config(
     vocab_size=512,
@@ -37,15 +36,7 @@ _SMALL = lf.models.T5Config(
     num_decoder_layers=1,
     unroll=True,
 )
-_SCANNED = lf.models.T5Config(
-    vocab_size=512,
-    d_model=128,
-    d_kv=32,
-    d_ff=320,
-    num_heads=4,
-    num_layers=9,
-    num_decoder_layers=7,
-)
+_SCANNED = replace(_SMALL, num_layers=9, num_decoder_layers=7, unroll=False)
 _HEADS = {
     "d_head": 32,
     "num_heads": 4,
@@ -76,8 +67,8 @@ _HYBRID = Qwen35Config(
     delta=_DELTA,
 )
 _SCANNED_HYBRID = replace(_HYBRID, num_layers=8, group=4, unroll=False)
-_UNROLLED = {"unroll": True}
-_BFLOAT16 = {"dtype": "bfloat16"}
+
+
 _LONG = pytest.mark.long
 _SHAPE = estimates.Shape(4, 32, 8)
 _PACKED = estimates.Shape(1, 96, 24, ((2, 32, 8), (2, 16, 8)))
@@ -109,7 +100,7 @@ _QUICK = {
         ("fusion", _SMALL, {}),
         pytest.param("fusion", _SCANNED_DECODER, {"load_in": "nf4"}, marks=_LONG),
         pytest.param("lora", _SCANNED, {}, marks=_LONG),
-        pytest.param("lora", _SCANNED_DECODER, _BFLOAT16, marks=_LONG),
+        pytest.param("lora", _SCANNED_DECODER, {"dtype": "bfloat16"}, marks=_LONG),
         pytest.param("full", _SCANNED, {}, marks=_LONG),
         pytest.param("fusion", _SCANNED_HYBRID, {}, marks=_LONG),
     ],
@@ -127,6 +118,7 @@ def test_a_step_takes_what_xla_counts(method, config, changes):
     recipe = recipe_of(entry.recipe, vars(_RECIPE))
     run = Traced(config, entry, recipe, settings)
     shape = estimates.Shape(8, 64, 8)
+    batch = jax.eval_shape(lambda: tiny.batch(config, rows=8, source=64, target=8))
     apart = run.problem(apart=method != "full")
     state, tree = jax.tree.flatten(run.state)
 
@@ -146,7 +138,7 @@ def test_a_step_takes_what_xla_counts(method, config, changes):
 
     compiled = (
         jax.jit(step, donate_argnums=0)
-        .lower(state, _batch(shape), apart.leaves)
+        .lower(state, batch, apart.leaves)
         .compile(compiler_options=_QUICK)
     )
     memory = compiled.memory_analysis()
@@ -161,17 +153,6 @@ def test_a_step_takes_what_xla_counts(method, config, changes):
         assert_allclose(planned.flops, counted, rtol=0.1)
     else:
         assert_allclose(needed, allocated, rtol=0.25)
-
-
-def _batch(shape):
-    source = (shape.rows, shape.source)
-    target = (shape.rows, shape.target)
-    return Batch(
-        _S(source, jnp.int32),
-        _S(source, bool),
-        _S(target, jnp.int32),
-        _S(source[:1], bool),
-    )
 
 
 def test_flops_by_hand():
@@ -314,14 +295,7 @@ def test_a_plan_adds_up():
     )
     assert fusion.cost.training_flops == pytest.approx(10 * alone.training_flops)
     assert fusion.cost.evaluation_flops == pytest.approx(10 * alone.evaluation_flops)
-    cost = fusion.cost
-    held = (
-        cost.weights_bytes,
-        cost.pool_bytes,
-        cost.state_bytes,
-        cost.activation_bytes,
-    )
-    assert cost.peak_bytes == sum(held) and cost.weights_bytes == 4 * size(_SMALL)
+    assert fusion.cost.weights_bytes == 4 * size(_SMALL)
     # 40 evaluations of LoraHub, one for each of 5 modules of the best single one.
     searched = rows["lorahub"].cost
     assert searched.training_flops / searched.forward_flops == pytest.approx(
@@ -370,11 +344,9 @@ def test_a_plan_describes_its_runs_and_costs():
     )
     assert "lengths estimated from characters, padded" in out and "2.92 GiB" in out
     assert "| fusion    |    5 |   148,416 |" in out
-    table = plan_table(plan(_SMALL, ["lora"], {"a": _work()}, _SETTINGS)).splitlines()
-    assert len({len(line) for line in table}) == 1 and table[-1].startswith("| all ")
 
 
-def test_a_plan_names_what_its_machine_cannot_hold(monkeypatch):
+def test_a_plan_names_what_its_machine_cannot_hold_and_smaller_dtypes(monkeypatch):
     options = lf.FuseOptions(
         base="flan-t5-large", task=_TASK, seeds=(1, 2), method="full"
     )
@@ -386,6 +358,9 @@ def test_a_plan_names_what_its_machine_cannot_hold(monkeypatch):
     h100 = planned("h100")
     assert "batched" in h100 and "float32 on an accelerator" in h100
     assert "The machine has 74.51 GiB. All rows fit." in h100
+    for dtype in ("float32", "bfloat16"):
+        few_bits = planned("h100", dtype=dtype, load_in="nf4", method="lora")
+        assert ("Add --dtype bfloat16." in few_bits) == (dtype == "float32")
     assert "The machine has 14.90 GiB. More than that need: full." in planned("v5e")
     mac = planned("mac-64gb")
     assert "one after the other" in mac and "float32 on a CPU" in mac
@@ -396,26 +371,12 @@ def test_a_plan_names_what_its_machine_cannot_hold(monkeypatch):
     assert "The machine has 4.00 GiB. More than that need: full." in planned(None)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "load_in", "warned"),
-    [("float32", "nf4", True), ("bfloat16", "nf4", False)],
-)
-def test_a_plan_in_few_bits_names_the_dtype_of_activations(dtype, load_in, warned):
-    options = lf.FuseOptions(
-        base="t5-small", task=_TASK, dtype=dtype, load_in=load_in, method="lora"
-    )
-    out = estimates.describe_run(
-        options, estimates.PlanOptions(plan=True, plan_for="h100")
-    )
-    assert ("Add --dtype bfloat16." in out) == warned
-
-
 def test_times_and_costs_by_hand():
     options = estimates.PlanOptions(
         plan=True, plan_for="a100", utilisation=0.5, price=2.5, devices=2
     )
     at = pace(options, _SMALL, _SHAPE)
-    assert at is not None and at.flops == 78e12  # half of 156 TFLOP/s
+    assert at.flops == 78e12  # half of 156 TFLOP/s
     # 1, 2 and 3 hours: the longest on one device, the others on the second.
     out = spent([78e12 * 3600 * hours for hours in (1, 2, 3)], at, options)
     assert out.startswith(
@@ -423,35 +384,20 @@ def test_times_and_costs_by_hand():
     )
     assert "compilation: 6.0 h on one device" in out
     assert out.endswith(" on one device, 3.0 h on 2. At 2.5 an hour: 15.00.")
-    half = pace(
-        replace(options, utilisation=None),
-        replace(_SMALL, **_BFLOAT16),
-        _SHAPE,
-    )
-    assert half is not None and half.flops == pytest.approx(0.3 * 312e12)
+    by_default = replace(options, utilisation=None)
+    half = pace(by_default, replace(_SMALL, dtype="bfloat16"), _SHAPE)
+    assert half.flops == pytest.approx(0.3 * 312e12)
     (row,) = plan(_SMALL, ["lora"], {"a": _work(), "b": _work()}, _SETTINGS)
     assert row.jobs == ((row.cost.training_flops + row.cost.evaluation_flops) / 2,) * 2
-    ends = [
-        line.split("|")[-3:-1]
-        for line in plan_table([row], Pace(row.jobs[0] / 90, "")).splitlines()
-    ]
-    assert [[cell.strip() for cell in cells] for cells in ends[2:]] == [
-        ["1.5 min", "3.0 min"]
-    ] * 2
+    table = plan_table([row], Pace(row.jobs[0] / 90, ""))
+    assert re.findall(r"[\d.]+ min", table) == ["1.5 min", "3.0 min"] * 2
 
 
 def test_the_rate_of_a_cpu_is_measured():
-    whole = pace(
-        estimates.PlanOptions(plan=True, plan_for="cpu", utilisation=1.0),
-        _SMALL,
-        _SHAPE,
-    )
-    half = pace(
-        estimates.PlanOptions(plan=True, plan_for="cpu", utilisation=0.5),
-        _SMALL,
-        _SHAPE,
-    )
-    assert whole is not None and half is not None and whole.flops == 2 * half.flops > 0
+    whole = estimates.PlanOptions(plan=True, plan_for="cpu", utilisation=1.0)
+    half = pace(replace(whole, utilisation=0.5), _SMALL, _SHAPE)
+    whole = pace(whole, _SMALL, _SHAPE)
+    assert whole.flops == 2 * half.flops > 0
     # Four rows of 32 tokens, and the largest matrices.
     assert "GFLOP/s, measured: 128 x 128 by 128 x 320" in whole.source
 
@@ -463,20 +409,14 @@ def test_the_rate_of_a_cpu_is_measured():
             {"utilisation": 0.0},
             "utilisation is 0.0: expected a share of the peak, above 0 and at most 1",
         ),
-        ({"utilisation": 1.5}, "utilisation is 1.5"),
         (
             {"price": -1.0},
             "price is -1.0: expected the price of a device's hour, 0 or more",
         ),
-        ({"price": float("inf")}, "price is inf"),
         ({"devices": 0}, "devices is 0: expected at least 1"),
         (
             {"plan": False, "price": 2.5},
             "--price 2.5 is an option of a plan: add --plan, or leave it out",
-        ),
-        (
-            {"plan": False, "plan_for": "h100"},
-            "--for h100 is an option of a plan: add --plan",
         ),
         (
             {"plan_for": "mac-m3"},
