@@ -1,80 +1,62 @@
 """Local tasks in lm-evaluation-harness's own format: a YAML file and a file of rows each, read offline."""
 
-import json
-
 import yaml
+from json_files import write_rows
 
 
-def write_task(folder, name, rows, **config):
-    """Write a task of the rows into a folder that the harness takes with `--include_path`.
+def write_tasks(folder, answers, texts, **generation):
+    """Write a task of each kind into a folder that the harness takes with `--include_path`.
 
     Args:
       folder: folder of tasks, which must exist.
-      name: of the task.
-      rows: rows of its test set.
-      config: entries of its YAML file, such as `output_type`, `doc_to_text` and `doc_to_target`.
+      answers: answer to each prompt. `local_choices` chooses one of all, `local_cloze` measures how likely it is, and
+        whether it is the greedy answer, `local_answers` generates one.
+      texts: whole texts, whose perplexity `local_text` measures.
+      generation: arguments of generation.
     """
-    file = folder / f"{name}.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = {
-        "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {
-            "data_files": {"test": str(file.absolute())},
-            "cache_dir": str(folder.absolute() / "cache"),
-        },
-        "test_split": "test",
-    }
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(data | config, sort_keys=False))
-
-
-def multiple_choice(folder, name, rows):
-    """Write a task whose rows have a `question`, `choices` and the number of the right one, `answer`."""
-    metrics = [
-        {"metric": metric, "aggregation": "mean", "higher_is_better": True}
-        for metric in ("acc", "acc_norm")
+    choices = [*answers.values()]
+    rows = [
+        {"prompt": prompt, "target": answer, "choices": choices, "answer": number}
+        for number, (prompt, answer) in enumerate(answers.items())
     ]
-    write_task(
-        folder,
-        name,
-        rows,
-        output_type="multiple_choice",
-        doc_to_text="{{question}}",
-        doc_to_choice="choices",
-        doc_to_target="answer",
-        metric_list=metrics,
-    )
-
-
-def perplexity(folder, name, texts):
-    """Write a task that measures the perplexity of whole texts."""
-    metrics = ("word_perplexity", "byte_perplexity", "bits_per_byte")
-    write_task(
-        folder,
-        name,
-        [{"text": text} for text in texts],
-        output_type="loglikelihood_rolling",
-        doc_to_text="",
-        doc_to_target="{{text}}",
-        metric_list=[{"metric": metric} for metric in metrics],
-    )
-
-
-def cloze(folder, name, rows):
-    """Write a task that measures how likely the `target` is behind a `prompt`, and whether it is the greedy answer."""
-    write_task(
-        folder,
-        name,
-        rows,
-        output_type="loglikelihood",
-        doc_to_text="{{prompt}}",
-        doc_to_target=" {{target}}",
-        metric_list=[
-            {
-                "metric": "perplexity",
-                "aggregation": "perplexity",
-                "higher_is_better": False,
+    for name, kind, target, metrics, more in (
+        (
+            "local_choices",
+            "multiple_choice",
+            "answer",
+            ("acc", "acc_norm"),
+            {"doc_to_choice": "choices"},
+        ),
+        ("local_cloze", "loglikelihood", " {{target}}", ("perplexity", "acc"), {}),
+        (
+            "local_answers",
+            "generate_until",
+            "{{target}}",
+            ("exact_match",),
+            {"generation_kwargs": generation},
+        ),
+        (
+            "local_text",
+            "loglikelihood_rolling",
+            "{{text}}",
+            ("word_perplexity", "byte_perplexity", "bits_per_byte"),
+            {"doc_to_text": ""},
+        ),
+    ):
+        file = folder / f"{name}.jsonl"
+        whole = [{"text": text} for text in texts]
+        write_rows(file, whole if name == "local_text" else rows)
+        data = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {
+                "data_files": {"test": str(file.absolute())},
+                "cache_dir": str(folder.absolute() / "cache"),
             },
-            {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
-        ],
-    )
+            "test_split": "test",
+            "output_type": kind,
+            "doc_to_text": "{{prompt}}",
+            "doc_to_target": target,
+            "metric_list": [{"metric": metric} for metric in metrics],
+        }
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(data | more))

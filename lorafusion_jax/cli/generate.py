@@ -93,7 +93,7 @@ def _on_chip(command: GenerateCommand) -> Callable[[], Problem] | None:
     options = LmEvalOptions(
         run=command.run, run_seed=command.seed, base=command.base, **chip
     )
-    return lambda: load_measured(options).loaded.problem
+    return lambda: load_measured(options)[0].problem
 
 
 def lm_eval_command(arguments: Sequence[str]) -> None:

@@ -1,7 +1,6 @@
 """The model that benchmarks of lm-evaluation-harness measure: a base, modules of a pool, or a fused run; on chips."""
 
 import dataclasses
-from typing import NamedTuple
 
 import jax
 
@@ -9,6 +8,7 @@ from ..hardware.on_arrays import on_arrays, restored_base
 from ..io.pool import open_pool
 from ..loading.model import LoadedModel, load_model
 from ..loading.spec import LoadOptions
+from ..methods.entry import recipe_of
 from ..runs.folder import check_answers, load_run, seed_place
 from ..runs.options import ChipOptions, FuseOptions, OnArrays, check_digital
 from ..runs.setup import Setup, load_setup, of_run, own_task
@@ -64,16 +64,8 @@ class LmEvalOptions(
     max_length: int | None = None
 
 
-class MeasuredModel(NamedTuple):
-    """A model, with the problem of one seed; the trained parameters of that seed; and its base."""
-
-    loaded: LoadedModel
-    params: Params
-    base: str
-
-
-def load_measured(options: LmEvalOptions) -> MeasuredModel:
-    """Load the model that the options name.
+def load_measured(options: LmEvalOptions) -> tuple[LoadedModel, Params, str]:
+    """Return the model that the options name with the problem of one seed, the seed's parameters, and the base's name.
 
     Raises:
       ValueError: the options do not name one model, the run lacks the seed or has a method that measures no model, or
@@ -102,11 +94,7 @@ def load_measured(options: LmEvalOptions) -> MeasuredModel:
     if options.crossbar is None:
         loaded = load_model(fused)
     else:
-        chip = {
-            field.name: getattr(options, field.name)
-            for field in dataclasses.fields(ChipOptions)
-        }
-        arrays = OnArrays(train_chip="chip", **chip)
+        arrays = recipe_of(OnArrays, vars(options) | {"train_chip": "chip"})
         task = options.calibration_task or (
             fused.task if isinstance(fused, FuseOptions) else None
         )
@@ -115,11 +103,7 @@ def load_measured(options: LmEvalOptions) -> MeasuredModel:
                 **vars(fused) | {"task": task, "test_rows": 1, "arrays": arrays}
             )
             run_task = None
-            if (
-                options.run is not None
-                and config is not None
-                and options.calibration_task is None
-            ):
+            if options.run and config and options.calibration_task is None:
                 run_task = own_task(fused, options.run, config)
             loaded = load_setup(fused, to_train=False, task=run_task)
         elif options.restore is not None and options.pool is None:
@@ -132,23 +116,19 @@ def load_measured(options: LmEvalOptions) -> MeasuredModel:
                 "a chip needs text that sets the ranges of its ADCs: name a task with training rows by "
                 "--calibration-task, or a restored base by --restore"
             )
-    if options.run is not None and config is not None:
-        loaded = of_run(
-            loaded, fused, options.run, config, jax.tree.map(lambda p: p[place], params)
-        )
+    if options.run and config:
+        seed_params = jax.tree.map(lambda p: p[place], params)
+        loaded = of_run(loaded, fused, options.run, config, seed_params)
     if params is None:
-        seed_params = loaded.problem.replace(index=loaded.problem.index[0]).init(
-            jax.random.key(0)
-        )
-        params = jax.tree.map(lambda p: p[None], seed_params)
+        first_seed = loaded.problem.replace(index=loaded.problem.index[0])
+        params = jax.tree.map(lambda p: p[None], first_seed.init(jax.random.key(0)))
     if isinstance(loaded, Setup) and isinstance(
         fused, FuseOptions
     ):  # with all seeds, whose modules share the chip
         loaded = on_arrays(loaded, fused, params).training
     seed_params = jax.tree.map(lambda p: p[place], params)
-    return MeasuredModel(
-        loaded.with_problem(index=loaded.problem.index[place]), seed_params, fused.base
-    )
+    index = loaded.problem.index[place]
+    return loaded.with_problem(index=index), seed_params, fused.base
 
 
 def _of_base(options: LmEvalOptions) -> LoadOptions:

@@ -469,7 +469,23 @@ def _entry(
         )
         both = pool
         if isinstance(pool, LoraPool) and task_pool.rank.keys() != pool.rank.keys():
-            both, params = _at_sites(pool, task_pool, params)
+            # Elsewhere no module of the task acts, and magnitudes are the base's own norms.
+            sites = tuple(
+                site
+                for site in pool.sites
+                if site in pool.rank and site in task_pool.rank
+            )
+            both = dataclasses.replace(
+                pool,
+                A={site: pool.A[site] for site in sites},
+                B={site: pool.B[site] for site in sites},
+                rank={site: pool.rank[site] for site in sites},
+                scaling=None,
+                sites=sites,
+            )
+            if "magnitudes" in params:
+                magnitudes = {site: params["magnitudes"][site] for site in sites}
+                params = params | {"magnitudes": magnitudes}
             frozen = dataclasses.replace(frozen, pool=both)
         c = coefficients_lib.refined(
             params["coefficients"],
@@ -493,27 +509,6 @@ def _entry(
             | {site: adapter.scale for site, adapter in adapters.items()}
         )
     return entry
-
-
-def _at_sites(
-    pool: LoraPool, task_pool: Pool, params: Params
-) -> tuple[LoraPool, Params]:
-    """Return a bank's pool, and a task's numbers, at the sites that this pool and the task's own both have."""
-    both = tuple(
-        site for site in pool.sites if site in pool.rank and site in task_pool.rank
-    )
-    A = {site: pool.A[site] for site in both}
-    B = {site: pool.B[site] for site in both}
-    rank = {site: pool.rank[site] for site in both}
-    if (
-        "magnitudes" in params
-    ):  # elsewhere no module of the task acts, and they are the base's own norms
-        params = params | {
-            "magnitudes": {site: params["magnitudes"][site] for site in both}
-        }
-    return dataclasses.replace(
-        pool, A=A, B=B, rank=rank, scaling=None, sites=both
-    ), params
 
 
 def _plain(tasks: Tasks) -> Tasks:

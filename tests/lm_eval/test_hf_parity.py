@@ -30,25 +30,8 @@ def _tasks(folder, **generation):
     folder.mkdir()
     questions = [f"The capital of {country} is" for country in _CAPITALS]
     questions[0] = " ".join(questions) + " Paris. " + questions[0]
-    capitals = [*_CAPITALS.values()]
-    choices = [
-        {"question": text, "choices": capitals, "answer": i}
-        for i, text in enumerate(questions)
-    ]
-    prompts = [
-        {"prompt": text, "target": city}
-        for text, city in zip(questions, capitals, strict=True)
-    ]
-    lm_eval_tasks.multiple_choice(folder, "local_choices", choices)
-    lm_eval_tasks.perplexity(folder, "local_text", _TEXTS)
-    lm_eval_tasks.cloze(folder, "local_cloze", prompts)
-    how = {
-        "output_type": "generate_until",
-        "doc_to_text": "{{prompt}}",
-        "doc_to_target": "{{target}}",
-    }
-    how |= {"generation_kwargs": generation, "metric_list": [{"metric": "exact_match"}]}
-    lm_eval_tasks.write_task(folder, "local_answers", prompts, **how)
+    answers = dict(zip(questions, _CAPITALS.values(), strict=True))
+    lm_eval_tasks.write_tasks(folder, answers, _TEXTS, **generation)
     return TaskManager(include_path=str(folder), include_defaults=False)
 
 

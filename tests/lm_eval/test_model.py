@@ -3,21 +3,16 @@
 import re
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import lm_eval_tasks
 import numpy as np
 import pytest
 import recipes
 import small_llama
-from flax import nnx
 from json_files import read_json
 from numpy.testing import assert_allclose
 from refusals import refused
 
-from lorafusion_jax import cli, fuse, kernels, load_base, save_base
-from lorafusion_jax.io import open_pool
-from lorafusion_jax.models import set_matrices
+from lorafusion_jax import cli, fuse
 from lorafusion_jax.runs import run_path
 
 pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
@@ -40,61 +35,18 @@ def llama(base):
     return LorafusionLM(base=str(base), batch_size=4, max_length=24)
 
 
-@pytest.fixture(scope="module")
-def log_probs(base):
-    """A function from a row of tokens to the log-probabilities that follow each of them."""
-    graph, weights = nnx.split(load_base(base))
+def test_answers_are_drawn_or_greedy_and_end_before_their_stop_text(llama):
+    def answer(prompt="the cold", until="\n\n", **how):
+        asked = {"until": [until], "max_gen_toks": 9} | how
+        (text,) = llama.generate_until(_requests((prompt, asked)))
+        return text
 
-    @jax.jit
-    def of_row(weights, ids):
-        return jax.nn.log_softmax(
-            nnx.merge(graph, weights)(ids, jnp.ones(ids.shape, bool))[0]
-        )
-
-    def padded(tokens):  # nothing looks ahead, so what is behind the row has no effect
-        return np.asarray(
-            of_row(weights, np.array([tokens + [0] * (32 - len(tokens))], np.int32))
-        )
-
-    return padded
-
-
-def test_answers_are_greedy_and_end_before_their_stop_text(llama, log_probs):
-    def greedy(prompt, count):
-        row = llama.tok_encode(prompt)[-(24 - count) :]
-        start = len(row)
-        while len(row) < start + count and not {small_llama.EOS, small_llama.END} & {
-            *row[start:]
-        }:
-            row.append(int(log_probs(row)[len(row) - 1].argmax()))
-        return llama.tokenizer.decode(row[start:], skip_special_tokens=True)
-
-    prompts = ("the cold", "hot", "tall " * 30)
-    wanted = [greedy(prompt, 9) for prompt in prompts]
-    asked = {"until": ["\n\n"], "max_gen_toks": 9}
-    assert (
-        llama.generate_until(_requests(*((prompt, asked) for prompt in prompts)))
-        == wanted
-    )
-    stop = wanted[0][2:4]
-    found = llama.generate_until(
-        _requests((prompts[0], {"until": stop, "max_gen_toks": 9}))
-    )
-    assert found == [wanted[0].partition(stop)[0]]
-    drawn = {
-        "until": ["\n\n"],
-        "max_gen_toks": 9,
-        "do_sample": True,
-        "temperature": 3.0,
-    }
-    assert llama.generate_until(_requests((prompts[0], drawn))) != wanted[:1]
-    by_default = {"do_sample": True, "top_p": 0.99}
-    at_one = by_default | {"temperature": 1.0}
-    found = [
-        llama.generate_until(_requests((prompts[0], asked | how)))
-        for how in (by_default, at_one)
-    ]
-    assert found[0] == found[1] != wanted[:1]
+    greedy = answer()
+    assert answer("tall " * 30) == answer("tall " * 40)  # more than its context
+    assert answer(until=greedy[2:4]) == greedy.partition(greedy[2:4])[0]
+    assert answer(do_sample=True, temperature=3.0) != greedy
+    drawn = answer(do_sample=True, top_p=0.99)
+    assert drawn == answer(do_sample=True, top_p=0.99, temperature=1.0) != greedy
 
 
 def test_chat_templates_are_rendered_by_the_base(llama):
@@ -115,26 +67,9 @@ def tasks(tmp_path_factory):
     """A folder of four local tasks."""
     folder = tmp_path_factory.mktemp("tasks")
     words = {"hot": "cold", "tall": "short", "bold": "old"}
-    prompts = [
-        {"prompt": f"Q: {word}\nA:", "target": answer} for word, answer in words.items()
-    ]
-    choices = [
-        {"question": row["prompt"], "choices": [*words.values()], "answer": i}
-        for i, row in enumerate(prompts)
-    ]
-    lm_eval_tasks.multiple_choice(folder, "local_choices", choices)
-    lm_eval_tasks.perplexity(folder, "local_text", ["the cold bold gold is old", "hot"])
-    lm_eval_tasks.cloze(folder, "local_cloze", prompts)
-    how = {
-        "output_type": "generate_until",
-        "doc_to_text": "{{prompt}}",
-        "doc_to_target": "{{target}}",
-    }
-    how |= {
-        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8},
-        "metric_list": [{"metric": "exact_match"}],
-    }
-    lm_eval_tasks.write_task(folder, "local_answers", prompts, **how)
+    answers = {f"Q: {word}\nA:": answer for word, answer in words.items()}
+    texts = ["the cold bold gold is old", "hot"]
+    lm_eval_tasks.write_tasks(folder, answers, texts, until=["\n"], max_gen_toks=8)
     return folder
 
 
@@ -189,27 +124,18 @@ def test_one_module_of_a_pool_is_measured_as_it_is_and_several_as_their_mean(
     small, tmp_path
 ):
     base, pool = map(str, small)
-    names = sorted(path.name for path in Path(pool).iterdir())[:2]
+    everything = sorted(path.name for path in Path(pool).iterdir())
+    names = everything[:2]
     found = [
         _scores(base=base, pool=pool, adapters=chosen)
         for chosen in (names[0], names[1:], ())
     ]
-    for number, chosen in enumerate((names[:1], names[1:], None)):
-        model = load_base(base)
-        modules = open_pool(pool, base).load(chosen)
-        added = {
-            site: jnp.einsum("lnir,lnro->lio", modules.A[site], modules.B[site])
-            for site in modules.A
-        }
-        merged = {
-            site: kernels(model)[site] + update / len(modules)
-            for site, update in added.items()
-        }
-        set_matrices(model, merged)
-        save_base(model, tmp_path / f"merged-{number}", base)
-        assert_allclose(
-            found[number], _scores(base=str(tmp_path / f"merged-{number}")), atol=1e-4
-        )
+    for scores, chosen in zip(found, (names[:1], names[1:], everything), strict=True):
+        out = tmp_path / f"{len(chosen)}-{chosen[0]}"
+        weights = " ".join(f"{name}={1 / len(chosen)}" for name in chosen)
+        merge = f"merge --base {base} --pool {pool} --weights {weights}"
+        cli.main(f"{merge} --format merged --out {out}".split())
+        assert_allclose(scores, _scores(base=str(out)), atol=1e-4)
     assert np.min(np.abs(np.subtract(found[0], found[1]))) > 1e-3
 
 
@@ -296,27 +222,13 @@ def test_options_that_name_no_model_are_refused(options, message, base, run):
         LorafusionLM(**options)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            {"max_gen_toks": 24},
-            "max_gen_toks is 24: expected less than the model's context, 24",
-        ),
+def test_requests_that_cannot_be_answered_are_refused(llama, tmp_path):
+    for arguments, message in (
+        ({"max_gen_toks": 24}, "max_gen_toks is 24: expected less than the model's co"),
         ({"num_beams": 4}, "the task generates with num_beams, which is not supported"),
-        ({"do_sample": True, "temperature": 0.5, "top_p": 7.0}, "top_p"),
-    ],
-)
-def test_arguments_of_generation_that_are_not_supported_are_refused(
-    arguments, message, llama
-):
-    with refused(message):
-        llama.generate_until(
-            _requests(("hot", {"until": [], "max_gen_toks": 8} | arguments))
-        )
-
-
-def test_texts_without_room_or_template_are_refused(llama, tmp_path):
+    ):
+        with refused(message):
+            llama.generate_until(_requests(("hot", {"until": []} | arguments)))
     with refused("a continuation has .* tokens: expected 1 to 24, the model's context"):
         llama.loglikelihood(_requests(("hot", " cold" * 40)))
     plain = LorafusionLM(

@@ -55,7 +55,9 @@ _FOUR = ("llama 3", "mistral", "qwen3", "gemma2")
 # mlx-lm's Gemma 1 has another GELU and its Gemma 2 no windows; its Granite needs more fields, and longrope other ones.
 # It reads a Qwen 3.5 only inside a model for images.
 _NOT_MLX = ("gemma", "gemma2", "granite", "phi3 with longrope", "qwen3.5")
+_MLX = tuple(name for name in _GGUF if name not in _NOT_MLX)
 _GELU = tuple(name for name in _GGUF if name.startswith("gemma"))
+_NOT_GELU = tuple(name for name in _GGUF if name not in _GELU)
 
 
 def _python(program):
@@ -77,19 +79,8 @@ def _python(program):
                 f"{' '.join(requirements)} does not install: {done.stderr.decode()[-300:]}"
             )
         # vLLM's requirements may bring builds for CUDA, which fail on import. Text needs neither.
-        subprocess.run(
-            [
-                python,
-                "-m",
-                "pip",
-                "uninstall",
-                "--quiet",
-                "--yes",
-                "torchaudio",
-                "torchcodec",
-            ],
-            check=True,
-        )
+        remove = "-m pip uninstall --quiet --yes torchaudio torchcodec".split()
+        subprocess.run([python, *remove], check=True)
         stamp.touch()
     return python
 
@@ -164,17 +155,6 @@ def _export(folder, name):
     fused = peft_models.fused(
         model, adapters, lf.Fusion(magnitudes=False), _WEIGHT
     ).adapters
-    answers = _answers(model, prompts, fused)
-    return _Export(
-        folder,
-        texts,
-        prompts,
-        answers,
-        [tokenizer.decode(a, skip_special_tokens=True) for a in answers],
-    )
-
-
-def _answers(model, prompts, adapters):
     width = max(map(len, prompts))
     ids = jnp.array([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
     mask = jnp.arange(width)[None] < jnp.array([*map(len, prompts)])[:, None]
@@ -182,14 +162,13 @@ def _answers(model, prompts, adapters):
 
     @jax.jit
     def say(weights, adapters):
-        return lf.generate(
-            nnx.merge(graph, weights), ids, mask, adapters, max_new_tokens=_TOKENS
-        )
+        model = nnx.merge(graph, weights)
+        return lf.generate(model, ids, mask, adapters, max_new_tokens=_TOKENS)
 
-    return [
-        _ended(answer, model.config.end_ids)
-        for answer in np.asarray(say(weights, adapters)).tolist()
-    ]
+    said = np.asarray(say(weights, fused)).tolist()
+    answers = [_ended(answer, config.end_ids) for answer in said]
+    said = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+    return _Export(folder, texts, prompts, answers, said)
 
 
 def _ended(answer, ends):
@@ -280,22 +259,10 @@ def compare(read, export, capsys):
     [
         # llama.cpp has GELU as a table of float16.
         ("llama_cpp", "gguf", _GELU, 99, 1e-3),
-        (
-            "llama_cpp",
-            "gguf",
-            tuple(name for name in _GGUF if name not in _GELU),
-            99,
-            2e-4,
-        ),
+        ("llama_cpp", "gguf", _NOT_GELU, 99, 2e-4),
         ("llama_cpp", "gguf-f16", _GGUF, 97, 0.1),
         ("llama_cpp", "gguf-q8_0", _GGUF, 0, np.inf),
-        (
-            "mlx",
-            "merged",
-            tuple(name for name in _GGUF if name not in _NOT_MLX),
-            99,
-            2e-4,
-        ),
+        ("mlx", "merged", _MLX, 99, 2e-4),
         ("peft", "adapter", _GGUF, 99, 0),
         ("peft", "merged", _FOUR, 99, 2e-4),
         ("lm_eval", "adapter", _FOUR, 99, 0),

@@ -198,15 +198,12 @@ def test_a_mixture_of_a_dora_adapter_has_its_magnitudes(small, dora, tmp_path):
 def test_mixtures_and_options_that_cannot_be_used_are_refused(
     service, small, names, tmp_path, capsys
 ):
-    for wrong, message in (
-        (lambda: service.add_mixture("x", {}), "an empty mixture"),
-        (
-            lambda: service.add_mixture("x", {"nobody": 1.0}),
-            "the module nobody is not loaded: choose of ",
-        ),
+    for weights, message in (
+        ({}, "an empty mixture"),
+        ({"nobody": 1.0}, "the module nobody is not loaded: choose of "),
     ):
         with refused(message):
-            wrong()
+            service.add_mixture("x", weights)
     base = f"--base {small[0]}"
     pool = _pool(small)
     for command, message in (

@@ -1,11 +1,11 @@
 """Whole runs in one service: answers and scores are those of each run alone."""
 
-import functools
 import io
 import json
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -223,37 +223,22 @@ def test_a_model_that_continues_its_prompt_answers_chats_and_prompts_in_one_batc
             magnitudes[site] = (rng.uniform(0.3, 3, norm.shape) * norm).astype(
                 np.float32
             )
-    write_magnitudes = functools.partial(
-        write, base=str(base), pool=None, method="magnitudes", lora_targets=targets
-    )
-    folders = [
-        write_magnitudes(
-            "chat",
-            {"magnitudes": magnitudes},
-            (1,),
-            chat=True,
-            max_new_tokens=6,
-        ),
-        write_magnitudes(
-            "asked",
-            {"magnitudes": magnitudes},
-            (1,),
-            prompt="Q: {input}\nA:",
-            max_new_tokens=4,
-        ),
-    ]
+    prompts = {
+        "chat": {"chat": True, "max_new_tokens": 6},
+        "asked": {"prompt": "Q: {input}\nA:", "max_new_tokens": 4},
+    }
+    values = {"base": str(base), "pool": None, "method": "magnitudes"}
+    folders = []
+    rows = []
+    alone = []
     (tmp_path / "lines").write_text("hot\nthe tall")
-    alone = [
-        recipes.generate(run=folder, file=tmp_path / "lines") for folder in folders
-    ]
-    rows = [
-        {"run": run, "input": line}
-        for run in ("chat", "asked")
-        for line in ("hot", "the tall")
-    ]
+    for name, prompt in prompts.items():
+        changes = values | prompt | {"lora_targets": targets}
+        folders.append(write(name, {"magnitudes": magnitudes}, (1,), **changes))
+        rows += [{"run": name, "input": line} for line in ("hot", "the tall")]
+        alone += recipes.generate(run=folders[-1], file=tmp_path / "lines")
     said = generate_rows(folders, file=_file(tmp_path, rows))
-    assert said == [answer for of_run in alone for answer in of_run]
-    assert len(set(said)) == len(said)
+    assert said == alone and len(set(said)) == len(said)
 
 
 def test_a_run_is_merged_into_plain_weights_for_long_answers_to_the_same_tokens(
@@ -285,9 +270,7 @@ def test_a_run_whose_prompt_names_columns_answers_rows_with_them(
 ):
     """As another run answers the filled prompts: in `generate --run`, `generate --runs` and a service."""
     params = {"coefficients": np.asarray(tiny.coefficients((1, 2, 2)))}
-    write_coefficients = functools.partial(
-        write, method="coefficients", max_new_tokens=6
-    )
+    write_coefficients = partial(write, method="coefficients", max_new_tokens=6)
     plain = write_coefficients("plain", params, (_MIXED,))
     texts = [line.split(" : ") for line in _LINES]
     rows = [{"how": way, "letters": letters, "mark": ""} for way, letters in texts]
@@ -384,10 +367,6 @@ def test_tasks_are_added_replaced_and_removed_by_name(runs, service, alone, capl
             "'fused' is the name of a run",
         ),
         (lambda: service.add("fused", fused, seed=7), "has no seed 7: it has 1, 2"),
-        (
-            lambda: service.generate(["a"], [None], max_new_tokens=0),
-            "max_new_tokens is ",
-        ),
         (lambda: service.generate(["a"], [None], eval_batch=0), "eval_batch is "),
         (
             lambda: service.generate(["a"], [None], sampling=draw, sampling_seed=-1),
@@ -488,48 +467,33 @@ def test_a_control_is_served_as_it_answers_alone(write, answers, tmp_path):
     assert generate_rows((folder,), file=_file(tmp_path, rows)) == answers(folder)
 
 
-def _without_values(tensors):
-    return {name: tensor for name, tensor in tensors.items() if ".v." not in name}
-
-
-@pytest.mark.parametrize(
-    "granularity", ["block", pytest.param("site", marks=pytest.mark.long)]
-)
 def test_runs_whose_modules_adapt_other_matrices_are_served_together(
-    granularity, small, write, answers, tmp_path
+    small, write, answers, tmp_path
 ):
-    """Modules 1 and 3 adapt queries alone; the run that mixes them has magnitudes, or coefficients, for no others."""
+    """Modules 1 and 3 adapt queries alone; the run that mixes them has coefficients for no others."""
     pool = tmp_path / "pool"
     shutil.copytree(small[1], pool)
     for folder in sorted(pool.iterdir())[1::2]:
-        one_block.change_tensors(folder, _without_values)
-    norms = {
-        site: np.linalg.norm(kernel, axis=1)[None]
-        for site, kernel in lf.kernels(lf.load_base(small[0])).items()
-    }
+        one_block.change_tensors(
+            folder, lambda tensors: {n: tensors[n] for n in tensors if ".v." not in n}
+        )
     folders = []
-    wanted = []
     for seed, last in ((_MIXED, "q"), (_OTHER, "qv")):
-        sites = [site for site in _SITES if site[-1] in last]
-        columns = 2 if granularity == "block" else len(sites)
+        columns = len([site for site in _SITES if site[-1] in last])
         params = {"coefficients": 2 * np.asarray(tiny.coefficients((1, 2, columns)))}
-        if granularity == "block":
-            params["magnitudes"] = {
-                site: np.float32(1.2) * norms[site] for site in sites
-            }
         folder = write(
-            f"{last}_{granularity}",
+            last,
             params,
             (seed,),
-            granularity=granularity,
+            granularity="site",
             pool=str(pool),
-            method="fusion" if "magnitudes" in params else "coefficients",
+            method="coefficients",
         )
         folders.append(folder)
-        wanted += answers(folders[-1])
     rows = [
         {"run": folder.name, "input": line} for folder in folders for line in _LINES
     ]
+    wanted = [answer for folder in folders for answer in answers(folder)]
     assert generate_rows(folders, file=_file(tmp_path, rows)) == wanted
 
 
@@ -572,10 +536,5 @@ def test_rows_files_and_options_that_cannot_be_used_are_refused(
     for command, message in (
         ("evaluate --task t", "give a run with --run, several with --runs, or"),
         (f"generate --run {mixed} --runs {mixed}", "--run: not possible together with"),
-        (f"generate --runs {mixed} --stream", "--stream: not possible together with"),
-        (
-            f"evaluate --runs {mixed} --crossbar isaac",
-            "--crossbar: not possible together with --runs",
-        ),
     ):
         assert message in told(capsys, command.split())
