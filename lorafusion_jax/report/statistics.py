@@ -135,16 +135,6 @@ def paired(
 
     Answers and errors are as in `summary`, with tasks, seeds and items in the same order.
     """
-    if len(a) != len(b):
-        raise ValueError(
-            f"the methods have {len(a)} and {len(b)} tasks: give the same tasks for both"
-        )
-    for number, (first, second) in enumerate(zip(a, b, strict=True)):
-        if first.shape[1] != second.shape[1]:
-            items = f"{first.shape[1]} and {second.shape[1]} items"
-            raise ValueError(
-                f"task {number}: the methods have {items}: give the same items for both"
-            )
     both = _with_seeds([*a, *b])
     values = [
         first - second

@@ -125,12 +125,7 @@ def test_a_run_reports_and_counts_and_is_evaluated_alike(method, runs):
         else table[_TRAINED[method]]
     )
     assert results.trainable == sum(results.trainable_by_group.values()) == trainable
-    # By hand: modules x blocks; sites x rank x both factors x width.
-    assert trainable == {
-        "coefficients": 2 * 2,
-        "lora": 6 * 4 * 2 * 96,
-        "zero-shot": 0,
-    }.get(method, trainable)
+
     for row in results.seeds:
         assert (row["forward_rows"], row["backward_rows"], row["steps"]) == (
             forward,
@@ -154,21 +149,6 @@ def test_a_run_reports_and_counts_and_is_evaluated_alike(method, runs):
         {k: s[k] for k in ("seed", "exact_match", "option_accuracy", "loss")}
         for s in results.seeds
     ]
-
-
-@pytest.mark.parametrize(
-    "methods",
-    [_SHORT, pytest.param(_METHODS, marks=pytest.mark.nightly)],
-    ids=["some", "all"],
-)
-def test_methods_differ(methods, runs):
-    """None of them is another one under a new name."""
-    # The constant has no loss; four evaluations may leave LoraHub at its start, zeros.
-    others = [method for method in methods if method not in ("constant", "lorahub")]
-    losses = {method: runs(method)[1].seeds[0]["loss"] for method in others}
-    if "cat" in losses:  # a mean is what PEFT calls a cat of equal weights
-        assert losses.pop("cat") == pytest.approx(losses["mean"], rel=1e-5)
-    assert len({round(loss, 4) for loss in losses.values()}) == len(losses)
 
 
 def test_the_best_single_module_is_the_one_of_least_loss(runs):
@@ -286,6 +266,9 @@ def test_an_exported_adapter_is_the_exported_model(method, runs, small, tmp_path
 )
 def test_an_exported_model_says_what_the_run_says(method, runs, small, tmp_path):
     options, results = runs(method)
+    if method == "full":
+        with refused("fine-tuned all weights, .* export it with --format merged"):
+            _exported(runs, method, "adapter", tmp_path)
     _exported(runs, method, "merged", tmp_path)
     zero = _options((tmp_path / "merged", small[1]), tmp_path, "zero-shot")
     (row,) = lf.fuse(zero).seeds
@@ -319,13 +302,6 @@ def test_methods_without_an_adapter_are_not_exported(runs, tmp_path):
 
 
 @pytest.mark.nightly
-def test_full_fine_tuning_is_not_exported_as_an_adapter(runs, tmp_path):
-    with refused("fine-tuned all weights, .* export it with --format merged"):
-        _exported(runs, "full", "adapter", tmp_path)
-    assert not (tmp_path / "adapter").exists()
-
-
-@pytest.mark.nightly
 def test_arrays_hold_what_a_run_reads(runs):
     """A merge is a module of its own, next to the base's arrays; a merge by `cat` reads the pool's."""
     sites = {}
@@ -354,49 +330,27 @@ def test_arrays_hold_what_a_run_reads(runs):
 
 
 def test_bad_options_stop_before_anything_is_written(small, tmp_path):
-    poolless = (
-        "magnitudes",
-        "lora",
-        "dora",
-        "vera",
-        "full",
-        "zero-shot",
-        "few-shot",
-        "constant",
-    )
+    control = {"control": "random-factors"}
+    wrong = {"lora_targets": ("q", "w")}
     cases = [
-        (
-            name,
-            {"control": "random-factors"},
-            f"the method {name} has no pool to replace",
-        )
-        for name in poolless
-    ]
-    cases += [
+        ("lora", control, "the method lora has no pool to replace"),
+        ("vera", wrong, "lora_targets are q w: choose of q k v o"),
         (
             "merge",
             {"control": "shuffled", "load_in": "nf4"},
             "the shuffled control is drawn in full precision",
         ),
         ("full", {"load_in": "nf4"}, "full trains weights, not 4 or 8 bits of them"),
-        *(
-            (
-                m,
-                {"start_from": small[0]},
-                f"the method {m} starts from no run: .*--from",
-            )
-            for m in ("lorahub", "mean")
+        (
+            "mean",
+            {"start_from": small[0]},
+            "the method mean starts from no run: .*--from",
         ),
         (
             "few-shot",
             {"shots": 6, "train_rows": 5},
             "prompts of 6 examples, but 5 .* --shots",
         ),
-    ]
-    wrong = {"lora_targets": ("q", "w")}
-    cases += [
-        (m, wrong, "lora_targets are q w: choose of q k v o")
-        for m in ("lora", "dora", "vera", "magnitudes")
     ]
     for method, changes, message in cases:
         options = _options(small, tmp_path, method, **changes)

@@ -6,7 +6,6 @@ import runpy
 import types
 from dataclasses import replace
 
-import jax
 import numpy as np
 import one_block
 import pytest
@@ -23,7 +22,7 @@ from lorafusion_jax.estimates import (
     workload,
 )
 from lorafusion_jax.estimates.params import counts, trainable_count
-from lorafusion_jax.methods import Built, Magnitudes, VeRA, fields_of, find
+from lorafusion_jax.methods import Built, Magnitudes, VeRA, fields_of
 from lorafusion_jax.methods.entry import PlannedPool
 from lorafusion_jax.models.t5.config import SHAPES
 from lorafusion_jax.tasks import load_task
@@ -119,13 +118,6 @@ def test_an_entry_that_cannot_be_used_is_refused(gains, capsys):
     )
 
 
-def test_an_unknown_method_is_answered_with_those_there_are():
-    with refused("no method 'gains': choose one of fusion, coefficients"):
-        find("gains")
-    with refused("no method 'gains'"):
-        lf.fuse(lf.FuseOptions(base="b", task="t", method="gains"))
-
-
 @pytest.mark.parametrize(
     "name", [name for name, entry in lf.METHODS.items() if entry.learns == "trained"]
 )
@@ -185,10 +177,3 @@ def test_a_method_is_built_with_the_numbers_of_the_recipe():
     assert built("dora") == lf.LoRA(sites=sites, rank=3, alpha=6.0, dora=True)
     assert built("vera") == VeRA(sites=sites, rank=5)
     assert built("magnitudes") == Magnitudes(tuple(name for name, _ in sites))
-
-
-def test_numbers_are_counted_for_a_pool_that_is_only_shapes():
-    """No weight is made of a model with eleven thousand million numbers."""
-    before = len(jax.live_arrays())
-    assert counts(SHAPES["flan-t5-xxl"])["LoRAFusion"] == 20 * 48 + 144 * 4096
-    assert len(jax.live_arrays()) <= before
