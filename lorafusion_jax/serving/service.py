@@ -150,15 +150,7 @@ class Service:
             self._check_shares(run)
         if options.entry.pool:
             assert options.pool is not None
-            used = {
-                *modules,
-                *(
-                    name
-                    for run in runs
-                    for seed_modules in run.modules
-                    for name in seed_modules
-                ),
-            }
+            used = {*modules}.union(*(names for run in runs for names in run.modules))
             pool_names = open_pool(options.pool).names
             if missing := ", ".join(sorted(used - set(pool_names))):
                 raise ValueError(
@@ -190,9 +182,7 @@ class Service:
             )
         pool = frozen.pool
         methods = [run.method(self._config, pool) for run in runs]
-        granularities = [
-            GRANULARITIES.index(m.granularity) for m in methods if isinstance(m, Fusion)
-        ]
+        granularities = [m.granularity for m in methods if isinstance(m, Fusion)]
         scaled = {site for run in runs for site in run.params.get("magnitudes", {})}
         if pool is not None and pool.magnitude is not None:
             scaled |= pool.magnitude.keys()
@@ -200,9 +190,7 @@ class Service:
             fused.problem.graph,
             frozen,
             capacity,
-            granularity=GRANULARITIES[
-                max([*granularities, GRANULARITIES.index("block")])
-            ],
+            granularity=max(["block", *granularities], key=GRANULARITIES.index),
             scaled=sorted(scaled),
         )
 
