@@ -21,9 +21,10 @@ from ..support import processes
 from ..support.platform import suggest_bfloat16
 from ..support.reading import show
 from ..support.text import one_line
+from ..support.text_tables import plain as plain_table
 from ..training.recipe import Recipe
 from .parsing import GROUPS, given, parse, peek
-from .scores import score_table
+from .scores import score_lines, score_table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,8 @@ class Preset:
 class FuseCommand(FuseOptions, Preset, PlanOptions):
     """Fuse a pool of LoRA modules for a new task, and evaluate it by generation.
 
+    Several tasks are trained by one program, which is compiled once. Each has a run, as if it were the only task.
+
     Shown are the options of the method fusion, or of another one: `lorafusion fuse --method lora --help`.
 
     Examples:
@@ -48,8 +51,15 @@ class FuseCommand(FuseOptions, Preset, PlanOptions):
       lorafusion fuse --preset reference --base base --pool pool --task task
       lorafusion fuse --base google/flan-t5-large --pool pool --basis 32 --task bbh/snarks.json
       lorafusion fuse --base flan-t5-large --pool pool --task bbh/snarks.json --plan --for h100 --price 2.5
+      lorafusion fuse --base google/flan-t5-large --pool pool --task bbh/snarks.json bbh/hyperbaton.json
       lorafusion fuse --base base --pool pool --task task --crossbar noisy_chips.json --train-chip chip --chip 3
+
+    Attributes:
+      task: one or more tasks: each a JSONL file or a folder of them, a JSON list, a BIG-Bench Hard file, a `datasets`
+        folder or hub id.
     """
+
+    task: tuple[str, ...]  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,21 +91,24 @@ def fuse_command(arguments: Sequence[str]) -> None:
         defaults=vars(recipe),
     )
     command.check_plan()
-    options = with_listed_modules(plain(command))
+    options = plain(dataclasses.replace(command, task=""))
+    options = with_listed_modules(options)
+    tasks = [dataclasses.replace(options, task=task) for task in command.task]
     # The note is on this machine, and asks JAX for its platform, for which processes have to have joined.
     if command.plan_for is None and not options.distributed:
         suggest_bfloat16(options.dtype)
     if command.plan:
-        for stage in stages(options):
-            show(describe_run(stage, command))
+        for of_task in tasks:
+            for stage in stages(of_task):
+                show(describe_run(stage, command))
         if options.arrays.crossbar is not None:
             show(
                 f"counted digitally: simulated arrays ({options.arrays.crossbar}) take more time and memory"
             )
         return
-    results = fuse(options)
+    results = fuse(options, command.task)
     if processes.first():
-        show(report(results, run_path(options)))
+        show(report(results, [run_path(of_task) for of_task in tasks]))
 
 
 def _command(entry: MethodEntry) -> type[FuseCommand]:
@@ -126,10 +139,17 @@ def groups_of(entry: MethodEntry) -> dict[str, Sequence[str]]:
     return groups | {"training": (*others, "start_from")}
 
 
-def report(results: RunResults, folder: Path) -> str:
-    """Return the results of a run: a line for each seed, then mean and spread."""
-    head = (
-        f"{results.task}, {results.method}, {results.trainable:,} trainable parameters, "
-        f"{results.test_rows:,} test rows"
-    )
-    return f"{one_line(head)}\n{score_table(results.seeds)}\nwritten to {one_line(str(folder))}"
+def report(results: Sequence[RunResults], folders: Sequence[Path]) -> str:
+    """Return the results of runs: a line for each seed, and for a single run then mean and spread."""
+    first = results[0]
+    sizes = f"{first.method}, {first.trainable:,} trainable parameters"
+    if len(results) == 1:
+        head = f"{first.task}, {sizes}, {first.test_rows:,} test rows"
+        return f"{one_line(head)}\n{score_table(first.seeds)}\nwritten to {one_line(str(folders[0]))}"
+    rows = [
+        {"run": one_line(str(folder)), "task": one_line(of_task.task)} | seed
+        for of_task, folder in zip(results, folders, strict=True)
+        for seed in of_task.seeds
+    ]
+    table = plain_table(score_lines(rows, "run", "task", "seed"), left=(0, 1, 2, 4))
+    return f"{len(results)} tasks, {sizes}\n{table}"

@@ -1,6 +1,8 @@
 """A run, digitally or on arrays: its chips for training and for evaluation."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +25,28 @@ from .program import Restored, program
 from .restore import load_restored
 
 
-def fuse(options: FuseOptions) -> RunResults:
+@overload
+def fuse(options: FuseOptions, task: None = None) -> RunResults: ...
+
+
+@overload
+def fuse(options: FuseOptions, task: Sequence[str]) -> list[RunResults]: ...
+
+
+def fuse(
+    options: FuseOptions, task: Sequence[str] | None = None
+) -> RunResults | list[RunResults]:
     """Do the run that the options describe, and return its results.
+
+    Several tasks, instead of that of the options, are trained by one program, and each has a run and results.
 
     Raises:
       ValueError: before anything is written, on options or files that cannot be used.
     """
-    return run(options, None if options.arrays.crossbar is None else on_arrays)
+    set_up = None if options.arrays.crossbar is None else on_arrays
+    if task is None:
+        return run([options], set_up)[0]
+    return run([dataclasses.replace(options, task=each) for each in task], set_up)
 
 
 def check(setup: Setup, options: FuseOptions) -> None:

@@ -238,18 +238,18 @@ def save_step(
     arrays = dict(zip(signature(state), jax.tree.leaves(state), strict=True))
     save(checkpoints / f"step_{step:06d}", _CHECKPOINT, arrays, metadata)
     with writing(checkpoints):
-        for old in steps(checkpoints)[:-keep]:
+        for old in [*steps(checkpoints).values()][:-keep]:
             shutil.rmtree(old)
 
 
-def steps(checkpoints: Path) -> list[Path]:
-    """Return the folders of the saved steps, oldest first."""
+def steps(checkpoints: Path) -> dict[int, Path]:
+    """Return the folders of the saved steps by their numbers, oldest first."""
     steps = {
         int(match[1]): path
         for path in checkpoints.glob("*")
         if (match := _STEP.fullmatch(path.name))
     }
-    return [steps[step] for step in sorted(steps)]
+    return dict(sorted(steps.items()))
 
 
 def _flush(path: Path) -> None:

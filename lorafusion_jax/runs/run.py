@@ -19,15 +19,17 @@ from ..io.hf import Base, open_base
 from ..loading.model import check_digests, digests
 from ..methods.fusion import choice_of
 from ..support import processes
+from ..support.checks import flags_given
 from ..support.platform import cores, make_room
 from ..support.version import __version__
 from ..tasks import Task
 from ..training.fit import start
-from ..training.mesh import make_mesh
+from ..training.mesh import make_mesh, to_host
 from ..training.method import Params
 from .evaluate import Evaluation, evaluate_seeds, seed_rows
 from .folder import (
     Environment,
+    FinalSteps,
     Folders,
     RunConfig,
     RunFolder,
@@ -36,7 +38,7 @@ from .folder import (
     run_path,
 )
 from .options import FuseOptions, options_to_json
-from .setup import Setup, load_setup, trainable_count, unrolls
+from .setup import Setup, load_setup, of_all_tasks, trainable_count, unrolls
 from .start import (
     check_targets,
     stages,
@@ -68,14 +70,20 @@ class HardwareSetup(NamedTuple):
 SetUpHardware = Callable[[Setup, FuseOptions, Params], HardwareSetup]
 
 
-def run(options: FuseOptions, set_up: SetUpHardware | None = None) -> RunResults:
-    """Do a run, and return its results.
+def run(
+    tasks: Sequence[FuseOptions], set_up: SetUpHardware | None = None
+) -> list[RunResults]:
+    """Do the runs of some options, which differ in their tasks alone and train as one program; return their results.
 
-    `set_up` puts the run on the hardware of its options; without it the run is digital. Options or files that cannot be
+    `set_up` puts a run on the hardware of its options; without it runs are digital. Options or files that cannot be
     used are a ValueError before anything is written.
     """
-    options = with_listed_modules(options)
-    options.check()
+    tasks = [with_listed_modules(options) for options in tasks]
+    for options in tasks:
+        options.check()
+    if len(tasks) != 1:
+        _check_several(tasks)
+    options = tasks[0]
     base = open_base(options.base)
     make_room()
     if options.distributed:
@@ -85,11 +93,33 @@ def run(options: FuseOptions, set_up: SetUpHardware | None = None) -> RunResults
             stack.enter_context(
                 jax.set_mesh(make_mesh(options.mesh, len(options.seeds)))
             )
-        options = with_targets(options, base)
+        tasks = [with_targets(options, base) for options in tasks]
         previous = RunFolder(run_path(options))
         if options.overwrite and previous.exists():
-            return _replace(previous, options, base, set_up)
-        return _run(options, base, set_up)
+            return _replace(previous, tasks[0], base, set_up)
+        return _run(tasks, base, set_up)
+
+
+def _check_several(tasks: Sequence[FuseOptions]) -> None:
+    """Raise ValueError for several tasks that cannot be trained as one program."""
+    if not tasks:
+        raise ValueError("no tasks: give at least one with --task")
+    options = tasks[0]
+    of_one_task = [
+        flags_given(options, ("name", "overwrite", "distributed")),
+        flags_given(options.arrays, ("crossbar",)),
+    ]
+    if options.entry.learns in ("searched", "untrained"):
+        of_one_task.append(f"--method {options.method}")
+    if flags := ", ".join(filter(None, of_one_task)):
+        raise ValueError(
+            f"{flags}: only for one task: leave it out, or start a run for each --task"
+        )
+    folders = [run_path(each) for each in tasks]
+    if twice := [folder for folder in folders if folders.count(folder) > 1]:
+        raise ValueError(
+            f"two tasks have the name of the run {twice[0]}: rename one of them"
+        )
 
 
 def _replace(
@@ -97,7 +127,7 @@ def _replace(
     options: FuseOptions,
     base: Base,
     set_up: SetUpHardware | None,
-) -> RunResults:
+) -> list[RunResults]:
     """Do a run under a temporary name, and replace a previous run once it is complete."""
     previous.config()  # raises FileError for a folder that is not a run
     folder = previous.folder
@@ -109,7 +139,7 @@ def _replace(
         temporary = dataclasses.replace(
             options, out=folder.parent, name=complete.folder.name
         )
-        results = _run(temporary, base, set_up)
+        results = _run([temporary], base, set_up)
         complete.write_config({**complete.config(), "options": options})
         shutil.rmtree(replaced, ignore_errors=True)
         folder.rename(replaced)
@@ -118,51 +148,104 @@ def _replace(
     return results
 
 
-def _run(options: FuseOptions, base: Base, set_up: SetUpHardware | None) -> RunResults:
-    options.entry.check()
-    run = RunFolder(run_path(options))
-    if not options.resume and processes.first():
-        _refuse_begun(run)
-    recorded = _recorded(run, options) if options.resume and run.exists() else None
-    if recorded is not None and (done := run.results()) is not None:
-        note(f"{run.folder} is complete: nothing to resume")
-        return done
-    *before, last = stages(options)
+def _run(
+    tasks: Sequence[FuseOptions], base: Base, set_up: SetUpHardware | None
+) -> list[RunResults]:
+    tasks[0].entry.check()
+    done: dict[Path, RunResults] = {}
+    incomplete: dict[Path, RunConfig | None] = {}
+    for options in tasks:
+        run = RunFolder(run_path(options))
+        if not options.resume and processes.first():
+            _refuse_begun(run)
+        begun = options.resume and run.exists()
+        recorded = _recorded(run, options) if begun else None
+        results = run.results() if begun else None
+        if results is None:
+            incomplete[run.folder] = recorded
+        else:
+            note(f"{run.folder} is complete: nothing to resume")
+            done[run.folder] = results
+    if incomplete:
+        left = [options for options in tasks if run_path(options) in incomplete]
+        all_results = _complete(left, [*incomplete.values()], base, set_up)
+        done |= zip(incomplete, all_results, strict=True)
+    return [done[run_path(options)] for options in tasks]
+
+
+def _complete(
+    tasks: Sequence[FuseOptions],
+    recorded: Sequence[RunConfig | None],
+    base: Base,
+    set_up: SetUpHardware | None,
+) -> list[RunResults]:
+    """Train and evaluate runs, of which those that were begun have a recorded configuration."""
+    runs = [RunFolder(run_path(options)) for options in tasks]
+    *before, last = zip(*map(stages, tasks), strict=True)
     for stage in before:
-        check_targets(last, base)
+        check_targets(last[0], base)
         _run(stage, base, set_up)
-    setup = load_setup(
-        last,
-        seed_mode=recorded["environment"]["seed_mode"] if recorded else None,
-        base=base,
-    )
-    if setup.task.one_list:
-        note(_division(setup.task, last))
-    if choice_of(options.recipe) != "draw":
-        setup = with_ranked_modules(setup, options, recorded)
-    current_digests = digests(setup)
-    begin, left_out = start_params(setup, last, current_digests)
-    unroll = set_up is None and unrolls(setup, last)
-    if recorded is not None:
-        unroll = recorded["environment"].get("unroll", setup.config.unroll)
-    config = _config(options, setup, current_digests, unroll)
-    if recorded is not None:
-        _compare_environment(recorded, config)
-        check_digests(run.folder, recorded["digests"], current_digests, options)
-    hardware = HardwareSetup(setup.with_layers(unroll=unroll), lambda params: setup)
+    environments = [config["environment"] for config in recorded if config is not None]
+    seed_mode = environments[0]["seed_mode"] if environments else None
+    setups: list[Setup] = []
+    for options in last:
+        like = setups[0] if setups else None
+        setup = load_setup(options, seed_mode, base=base, like=like)
+        setups.append(setup)
+        if setup.task.one_list:
+            note(_division(setup.task, options))
+    if choice_of(tasks[0].recipe) != "draw":
+        setups = [
+            with_ranked_modules(*of_task)
+            for of_task in zip(setups, tasks, recorded, strict=True)
+        ]
+    starts = [
+        start_params(setup, options, digests(setup))
+        for setup, options in zip(setups, last, strict=True)
+    ]
+    begin = starts[0][0]
+    if len(runs) > 1:
+        begins = [to_host(params) for params, _ in starts]
+        begin = jax.tree.map(lambda *parts: np.concatenate(parts), *begins)
+    together = of_all_tasks(setups)
+    all_seeds = dataclasses.replace(last[0], seeds=last[0].seeds * len(runs))
+    unroll = set_up is None and unrolls(together, all_seeds)
+    if environments:
+        unroll = environments[0].get("unroll", together.config.unroll)
+    configs = []
+    for run, options, setup, was in zip(runs, tasks, setups, recorded, strict=True):
+        config = _config(options, setup, digests(setup), unroll)
+        configs.append(config)
+        if was is not None:
+            _compare_environment(was, config)
+            check_digests(run.folder, was["digests"], config["digests"], options)
+    training = together.with_layers(unroll=unroll)
+    hardware = [
+        HardwareSetup(setup, lambda params, setup=setup: setup) for setup in setups
+    ]
     if set_up is not None:
-        hardware = set_up(
-            setup, last, begin or start(setup.problem, options.seeds).params
-        )
+        first_params = begin or start(together.problem, last[0].seeds).params
+        hardware = [set_up(together, last[0], first_params)]
+        training = hardware[0].training
     processes.any_of(True)  # every process has read the files of an earlier attempt
-    with run.locked():
-        if recorded is None:
-            if processes.first():
-                _refuse_begun(
-                    run
-                )  # again: another run may have begun it while this one was loading
-            run.write_config(config)
-        return _complete(run, hardware, last, config, begin, left_out)
+    with contextlib.ExitStack() as locks:
+        for run in runs:
+            locks.enter_context(run.locked())
+        for run, config, was in zip(runs, configs, recorded, strict=True):
+            if was is None:
+                if processes.first():
+                    _refuse_begun(
+                        run
+                    )  # again: another run may have begun it while this one was loading
+                run.write_config(config)
+        trained = train(runs, training, all_seeds, begin)
+        left_out = [shares for _, shares in starts]
+        return [
+            _evaluate(*of_run)
+            for of_run in zip(
+                runs, hardware, last, configs, trained, left_out, strict=True
+            )
+        ]
 
 
 def _division(task: Task, options: FuseOptions) -> str:
@@ -187,17 +270,19 @@ def _refuse_begun(run: RunFolder) -> None:
         )
 
 
-def _complete(
+def _evaluate(
     run: RunFolder,
     hardware: HardwareSetup,
     options: FuseOptions,
     config: RunConfig,
-    begin: dict[str, Any] | None,
+    trained: tuple[Params, FinalSteps],
     left_out: Sequence[dict[str, Any]],
 ) -> RunResults:
+    """Evaluate a run's trained parameters, and write its results."""
     setup = hardware.training
-    params, steps, seconds = train(run, setup, options, begin)
-    trained = time.perf_counter()
+    params, final = trained
+    steps = final["steps"]
+    began = time.perf_counter()
     seeds, evaluation = evaluate_seeds(hardware.tested(params), options, params)
     evaluated = time.perf_counter()
     run.write_predictions(_prediction_rows(setup, seeds, evaluation))
@@ -224,7 +309,10 @@ def _complete(
         ],
         test_rows=len(setup.test),
         test_sha256=hashlib.sha256(tested.encode()).hexdigest(),
-        seconds={"train": seconds, "evaluate": evaluated - trained},
+        seconds={
+            "train": final.get("seconds", 0.0),
+            "evaluate": evaluated - began,
+        },
         environment=config["environment"],
     )
     run.write_results(results)

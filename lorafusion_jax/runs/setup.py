@@ -1,6 +1,7 @@
 """Setup of a run from its options: the base model, the pool, the task's tokens, and each seed's draws."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +28,7 @@ from ..loading.spec import LoadOptions
 from ..methods.base_alone import FewShotRecipe
 from ..support.platform import for_cpu
 from ..training.fit import orders_of
-from ..training.mesh import SeedMode
+from ..training.mesh import SeedMode, on_mesh, to_host
 from ..training.method import Params
 from ..training.problem import Problem
 from .folder import RunConfig
@@ -65,11 +66,13 @@ def load_setup(
     to_train: bool = True,
     task: tasks.Task | None = None,
     base: Base | None = None,
+    like: Setup | None = None,
 ) -> Setup:
     """Load the base, pool and task of the options, and make each seed's draws.
 
     `seed_mode` is that of a run that is resumed; by default the options' own. With `to_train` the task must have
-    training rows for a method that trains. `task` and `base` are those of the options, if they have been read.
+    training rows for a method that trains. `task` and `base` are those of the options, if they have been read. `like`
+    is a setup of another task, whose model is shared.
     """
     recipe = options.recipe
     method = options.entry
@@ -118,14 +121,27 @@ def load_setup(
             task, options
         ):  # raises ValueError for a prompt that is too long
             encode_shown(texts, shown, len(test), new_tokens)
-    fused = load_model(options, seed_mode, base)
+    fused = like or load_model(options, seed_mode, base)
     return Setup(
-        **vars(fused),
+        **{name: getattr(fused, name) for name in LoadedModel.__dataclass_fields__},
         task=task,
         train=train,
         test=test,
         split=rows,
         max_new_tokens=new_tokens,
+    )
+
+
+def of_all_tasks(setups: Sequence[Setup]) -> Setup:
+    """Return the setup of one program that trains several tasks: its seeds are those of one task after another."""
+    first, *others = setups
+    if not others:
+        return first
+    rows = first.rows.followed_by([setup.rows for setup in others])
+    index = np.concatenate([to_host(setup.problem.index) for setup in setups])
+    index = on_mesh(jax.device_put(index), of_seeds=True)
+    return dataclasses.replace(
+        first.with_problem(index=index), train=rows.tokens, split=rows.split
     )
 
 

@@ -1,9 +1,9 @@
-"""Training of a run, with checkpoints that it continues from after it was killed or stopped."""
+"""Training of runs by one program, with checkpoints that they continue from after it was killed or stopped."""
 
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
 import jax
@@ -14,8 +14,9 @@ from ..io import store
 from ..methods.entry import SearchJob
 from ..support import interrupts, processes
 from ..support.reading import show
-from ..training.fit import Epoch, fit, joined, start, whole_epochs
+from ..training.fit import Epoch, fit, joined, orders_of, start, whole_epochs
 from ..training.mesh import on_mesh, to_host
+from ..training.method import Params
 from ..training.step import TrainState
 from .folder import FINAL, FinalSteps, RunFolder, note
 from .options import FuseOptions
@@ -34,93 +35,162 @@ class _Reached(TypedDict):
 
 
 def train(
-    run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, Any] | None
-) -> tuple[dict[str, Any], list[int], float]:
-    """Return the trained parameters, each seed's steps, and seconds of training; `begin` has those to start from."""
+    runs: Sequence[RunFolder],
+    setup: Setup,
+    options: FuseOptions,
+    begin: dict[str, Any] | None,
+) -> list[tuple[Params, FinalSteps]]:
+    """Return the trained parameters of each run, its seeds' steps and the seconds of training.
+
+    Args:
+      runs: runs that one program trains.
+      setup: setup of the seeds of all runs, one run after another.
+      options: options of the runs, with the seeds of all.
+      begin: parameters to start from, of all seeds.
+    """
     method = options.entry
     start_time = time.monotonic()
     if method.learns == "untrained":
-        return {}, [0] * len(options.seeds), 0.0
-    saved = store.newest_sound([run.final], FINAL, FinalSteps, note=note)
-    if saved is not None:
-        params, metadata = saved
-        params = on_mesh(jax.device_put(params), setup.config, of_seeds=True)
-        return params, metadata["steps"], metadata.get("seconds", 0.0)
-    with interrupts.released():
-        if method.learns == "given":
-            params = start(setup.problem, options.seeds).params
+        nothing = FinalSteps(steps=[0] * len(options.seeds), seconds=0.0)
+        return [({}, nothing)] * len(runs)
+    saved = [
+        store.newest_sound([run.final], FINAL, FinalSteps, note=note) for run in runs
+    ]
+    finals = [final for final in saved if final is not None]
+    if len(finals) < len(runs):
+        with interrupts.released():
             steps = [0] * len(options.seeds)
-        elif method.search is not None:
-            run.cut_metrics(0)  # a search is not resumed, but repeated
-            all_losses = (
-                setup.problem,
-                setup.rows,
-                options.recipe,
-                options.seeds,
-                setup.modules,
-            )
-            params, taken = method.search(
-                SearchJob(*all_losses, record=run.append_metrics)
-            )
-            steps = [taken] * len(options.seeds)
-        else:
-            state, start_time = _fit(run, setup, options, begin)
-            params = state.best if options.recipe.stop_early else state.params
-            steps = to_host(state.step).tolist()
-        host_params = to_host(params)
-        seconds = time.monotonic() - start_time
-        if processes.first():
-            store.save(
-                run.final, FINAL, host_params, {"steps": steps, "seconds": seconds}
-            )
-    return on_mesh(params, setup.config, of_seeds=True), steps, seconds
+            if method.learns == "given":
+                params = start(setup.problem, options.seeds).params
+            elif method.search is not None:
+                (run,) = runs
+                run.cut_metrics(0)  # a search is not resumed, but repeated
+                all_losses = (
+                    setup.problem,
+                    setup.rows,
+                    options.recipe,
+                    options.seeds,
+                    setup.modules,
+                )
+                params, taken = method.search(
+                    SearchJob(*all_losses, record=run.append_metrics)
+                )
+                steps = [taken] * len(options.seeds)
+            else:
+                state, start_time = _fit(runs, setup, options, begin)
+                params = state.best if options.recipe.stop_early else state.params
+                steps = to_host(state.step).tolist()
+            all_params = _of_runs(to_host(params), len(runs))
+            seconds = time.monotonic() - start_time
+            all_steps = np.split(np.array(steps), len(runs))
+            finals = [
+                (params, FinalSteps(steps=steps.tolist(), seconds=seconds))
+                for params, steps in zip(all_params, all_steps, strict=True)
+            ]
+            for run, final in zip(runs, finals, strict=True):
+                if processes.first() and not run.final.exists():
+                    store.save(run.final, FINAL, *final)
+    return [
+        (on_mesh(jax.device_put(params), setup.config, of_seeds=True), metadata)
+        for params, metadata in finals
+    ]
+
+
+def _of_runs(tree: Any, runs: int) -> list[Any]:
+    """Return the part of each run of a tree of NumPy arrays with an axis of all seeds."""
+    return [
+        jax.tree.map(lambda leaf, number=number: np.split(leaf, runs)[number], tree)
+        for number in range(runs)
+    ]
 
 
 def _fit(
-    run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, Any] | None
+    runs: Sequence[RunFolder],
+    setup: Setup,
+    options: FuseOptions,
+    begin: dict[str, Any] | None,
 ) -> tuple[TrainState, float]:
     """Return the last state, and the time at which training began or, after an interruption, would have begun."""
     start_time = time.monotonic()
     state = start(setup.problem, options.seeds, begin)
-    reached = 0
-    steps = store.steps(run.checkpoints)
-    saved = store.load_newest(steps, state, metadata=_Reached, note=note)
-    if saved is not None:
-        state, metadata = saved
-        state = on_mesh(jax.tree.map(jnp.asarray, state), setup.config, of_seeds=True)
-        reached = metadata["step"]
-        start_time = start_time - metadata.get("seconds", 0.0)
-    if steps:
-        note(f"{run.folder}: going on from step {reached}")
-    run.cut_metrics(reached)
-    bad = dict.fromkeys(options.seeds, 0)  # steps since the last finite loss
-    _count_bad_steps(run.metrics(), bad)
+    seeds = options.seeds[: len(options.seeds) // len(runs)]
+    orders = orders_of(setup.rows, options.recipe, options.seeds)
+    has_rows = np.any(orders >= 0, axis=2)[:: len(seeds)]
+    # Steps of each run before every step of the program, which has more if other runs have more rows.
+    counts = np.pad(np.cumsum(has_rows, axis=1), ((0, 0), (1, 0))).tolist()
+    reached, saved = _newest(runs, counts, state)
+    if saved:
+        states = [run_state for run_state, _ in saved]
+        state = jax.tree.map(lambda *parts: jnp.asarray(np.concatenate(parts)), *states)
+        state = on_mesh(state, setup.config, of_seeds=True)
+        start_time = start_time - saved[0][1].get("seconds", 0.0)
+    # steps of each run's seeds since the last finite loss
+    bad = [dict.fromkeys(seeds, 0) for _ in runs]
+    for number, run in enumerate(runs):
+        if saved:
+            note(f"{run.folder}: going on from step {counts[number][reached]}")
+        run.cut_metrics(counts[number][reached])
+        _count_bad_steps(run.metrics(), bad[number])
+    # Runs of which all seeds have stopped, whose metrics have ended.
+    ended = np.all(to_host(state.stopped).reshape(len(runs), -1), axis=1)
+
+    def fewest_bad_steps() -> int:
+        return min(count for of_run in bad for count in of_run.values())
 
     def check_losses() -> None:
-        if (least := min(bad.values())) >= _BAD_STEPS:
+        if (least := fewest_bad_steps()) >= _BAD_STEPS:
             raise ValueError(
                 f"no seed has had a finite loss for {least} steps, up to step {reached}: try lower learning rates, or "
-                f"float32 instead of bfloat16. {run.folder} keeps the metrics, and in its last checkpoint the numbers "
-                "of the best validation loss; give the next try another --name"
+                f"float32 instead of bfloat16. {runs[0].folder} keeps the metrics, and in its last checkpoint the "
+                "numbers of the best validation loss; give the next try another --name"
             )
 
     check_losses()  # of the run that is resumed
 
-    last_save = ended = time.monotonic()
+    last_save = last_end = time.monotonic()
     several = processes.several()
     # unit after which a signal stops, and the seconds of the last one
     by_epoch = whole_epochs() or several
     taken = 0.0
 
-    def save(epochs: int, step: int, state: TrainState) -> None:
-        metadata = {
-            "epochs": epochs,
-            "step": step,
-            "seconds": time.monotonic() - start_time,
-        }
-        state = to_host(state)
-        if processes.first():
-            store.save_step(run.checkpoints, step, state, metadata, keep=2)
+    def record(
+        epoch: int, metrics: Mapping[str, np.ndarray], scores: Mapping[str, np.ndarray]
+    ) -> None:
+        """Add the metrics of steps, [steps, seeds], and scores after them, [seeds], to those of the runs."""
+        nonlocal reached
+        begun = reached
+        reached += len(next(iter(metrics.values())))
+        for number in np.flatnonzero(~ended).tolist():
+            count = counts[number]
+            rows: list[tuple[int, Mapping[str, np.ndarray]]] = [
+                (
+                    count[step],
+                    {name: value[step - begun - 1] for name, value in metrics.items()},
+                )
+                for step in range(begun + 1, reached + 1)
+                if count[step] > count[step - 1]
+            ]
+            if scores:
+                rows.append((count[reached], scores))
+            first = number * len(seeds)
+            lines = [
+                {"step": step, "epoch": epoch, "seed": seed}
+                | {name: value[first + place].item() for name, value in values.items()}
+                for step, values in rows
+                for place, seed in enumerate(seeds)
+            ]
+            runs[number].append_metrics(lines)
+            _count_bad_steps(lines, bad[number])
+
+    def save(epochs: int, state: TrainState) -> None:
+        seconds = time.monotonic() - start_time
+        parts = _of_runs(to_host(state), len(runs))
+        for run, count, part in zip(runs, counts, parts, strict=True):
+            step = count[reached]
+            metadata = {"epochs": epochs, "step": step, "seconds": seconds}
+            # Stopped twice between two of its steps, a run has saved this one already.
+            if processes.first() and step not in store.steps(run.checkpoints):
+                store.save_step(run.checkpoints, step, part, metadata, keep=2)
 
     def hold() -> None:
         when = "epoch" if by_epoch else "step"
@@ -129,38 +199,32 @@ def _fit(
     def after_interval(
         number: int, state: TrainState, metrics: Sequence[Mapping[str, Any]]
     ) -> None:
-        nonlocal taken, ended
+        nonlocal taken, last_end
         if not by_epoch:
-            taken = time.monotonic() - ended
+            taken = time.monotonic() - last_end
         hold()
         if (
             interrupts.asked() and not several
         ):  # several processes agree on a stop only after an epoch
-            rows = list(
-                _step_rows(
-                    joined(to_host(list(metrics))), number, reached, options.seeds
-                )
-            )
-            run.append_metrics(rows)
-            save(number - 1, rows[-1]["step"], state)
+            record(number, joined(to_host(list(metrics))), {})
+            save(number - 1, state)
             interrupts.release()
         if not by_epoch:
-            ended = time.monotonic()
+            last_end = time.monotonic()
 
     def after_epoch(epoch: Epoch) -> None:
-        nonlocal reached, last_save, taken, ended
+        nonlocal last_save, taken, last_end, ended
         if by_epoch or not taken:
-            taken = time.monotonic() - ended
+            taken = time.monotonic() - last_end
         hold()
-        rows = list(_epoch_rows(epoch, options.seeds))
-        run.append_metrics(rows)
-        _count_bad_steps(rows, bad)
-        reached = rows[-1]["step"]
+        scores = {"validation_loss": epoch.validation_loss, "stopped": epoch.stopped}
+        record(epoch.number, epoch.metrics, scores)
+        ended = np.all(epoch.stopped.reshape(len(runs), -1), axis=1)
         due, is_stopped = processes.any_of(
             time.monotonic() - last_save >= options.save_seconds, interrupts.asked()
         )
-        if min(bad.values()) >= _BAD_STEPS or due or is_stopped:
-            save(epoch.number, reached, epoch.state)
+        if fewest_bad_steps() >= _BAD_STEPS or due or is_stopped:
+            save(epoch.number, epoch.state)
             last_save = time.monotonic()
             interrupts.release()
             if is_stopped:
@@ -170,19 +234,53 @@ def _fit(
                 )
                 raise SystemExit(os.EX_TEMPFAIL)
         check_losses()
-        ended = time.monotonic()
+        last_end = time.monotonic()
 
-    if not np.all(to_host(state.stopped)):
+    if not np.all(ended):
         state = fit(
             setup.problem,
             setup.rows,
             state,
             options.recipe,
             options.seeds,
+            first_step=reached,
             after_interval=after_interval,
             after_epoch=after_epoch,
         )
     return state, start_time
+
+
+def _newest(
+    runs: Sequence[RunFolder], counts: Sequence[Sequence[int]], state: TrainState
+) -> tuple[int, list[tuple[TrainState, _Reached]]]:
+    """Return the last step of the program that every run has saved, and what each one saved; 0 and nothing if none."""
+    seeds = len(state.step) // len(runs)
+    part = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((seeds, *leaf.shape[1:]), leaf.dtype), state
+    )
+    while True:
+        steps = [store.steps(run.checkpoints) for run in runs]
+        common = [
+            step
+            for step in range(len(counts[0]))
+            if all(
+                count[step] in of_run
+                for count, of_run in zip(counts, steps, strict=True)
+            )
+        ]
+        if not common:
+            return 0, []
+        folders = [
+            of_run[count[common[-1]]]
+            for count, of_run in zip(counts, steps, strict=True)
+        ]
+        saved = [
+            store.load_newest([folder], part, metadata=_Reached, note=note)
+            for folder in folders
+        ]
+        sound = [each for each in saved if each is not None]
+        if len(sound) == len(runs):  # otherwise a damaged one has been put aside
+            return common[-1], sound
 
 
 def _count_bad_steps(rows: Iterable[Mapping[str, Any]], bad: dict[int, int]) -> None:
@@ -193,26 +291,3 @@ def _count_bad_steps(rows: Iterable[Mapping[str, Any]], bad: dict[int, int]) -> 
                 row["loss"]
             )  # null in a file is not finite
             bad[seed] = 0 if finite else bad[seed] + 1
-
-
-def _step_rows(
-    metrics: Mapping[str, np.ndarray],
-    epoch: int,
-    first_step: int,
-    seeds: tuple[int, ...],
-) -> Iterator[dict[str, Any]]:
-    for i in range(len(next(iter(metrics.values())))):
-        for s, seed in enumerate(seeds):
-            values = {name: value[i, s].item() for name, value in metrics.items()}
-            yield {"step": first_step + i + 1, "epoch": epoch, "seed": seed, **values}
-
-
-def _epoch_rows(epoch: Epoch, seeds: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    yield from _step_rows(epoch.metrics, epoch.number, epoch.first_step, seeds)
-    step = epoch.first_step + len(next(iter(epoch.metrics.values())))
-    for s, seed in enumerate(seeds):
-        scores = {
-            "validation_loss": epoch.validation_loss[s].item(),
-            "stopped": epoch.stopped[s].item(),
-        }
-        yield {"step": step, "epoch": epoch.number, "seed": seed, **scores}

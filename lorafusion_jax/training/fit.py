@@ -87,6 +87,7 @@ def fit(
     seeds: tuple[int, ...],
     *,
     rates: Rates | None = None,
+    first_step: int = 0,
     after_interval: AfterInterval = lambda epoch, state, metrics: None,
     after_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> TrainState:
@@ -99,16 +100,17 @@ def fit(
       recipe: recipe of the training.
       seeds: seeds that order the rows.
       rates: learning rates of every seed, leaves [seeds]; None for the recipe's own.
+      first_step: number of steps before `state`.
       after_interval: called with an epoch's number, the state and the metrics of the epoch's intervals so far, after
         each interval (see `whole_epochs`) but its last.
       after_epoch: called with the result of each epoch, to log and to save.
     """
     orders = orders_of(rows, recipe, seeds)
     per_epoch = orders.shape[1] // recipe.epochs
-    # Steps of each seed so far: with the rows of another task, it may have fewer than other seeds.
-    counts = np.cumsum(np.any(orders >= 0, axis=2), axis=1)
-    # The number of steps is an argument of the program, so that trainings of other lengths share it.
-    schedule_steps = on_mesh(counts[:, -1].astype(np.float32), of_seeds=True)
+    # The number of steps is an argument of the program, so that trainings of other lengths share it. With the rows of
+    # another task, a seed may have fewer than other seeds.
+    schedule_steps = np.sum(np.any(orders >= 0, axis=2), axis=1, dtype=np.float32)
+    schedule_steps = on_mesh(schedule_steps, of_seeds=True)
     optimisation = recipe.optimisation(0)
     # All validation rows in one batch: its loss is then their mean per token.
     validating = rows.split.validation
@@ -126,11 +128,6 @@ def fit(
     )
     if "base" not in state.params:  # otherwise those of a seed replace the frozen ones
         problem = problem.per_layer()
-    # A seed that has stopped counts no more steps.
-    first_step = max(
-        int(np.searchsorted(count, step)) + (1 if step else 0)
-        for count, step in zip(counts, to_host(state.step).tolist(), strict=True)
-    )
     length = per_epoch if whole_epochs() else 1
     steps_of_seeds = train_step_batches(
         rows.tokens,

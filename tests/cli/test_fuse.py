@@ -28,8 +28,8 @@ def asked(monkeypatch):
     """The options that a command line asks for, without running it."""
     found = []
 
-    def take(options):
-        found.append(options)
+    def take(options, task):
+        found.append(dataclasses.replace(options, task=" ".join(task)))
         raise ValueError("stop here")
 
     def ask(arguments=""):
@@ -43,6 +43,7 @@ def asked(monkeypatch):
 
 def test_options_in_every_group_reach_the_run(asked):
     assert asked() == lf.FuseOptions(base="owner/b", task="t")
+    assert asked("--task t u").task == "t u"
     options = asked("--method lora --lr-lora 0.5 --age 1day --from .. --seeds 3 4")
     assert (options.method, options.recipe.lr_lora, options.arrays.age) == (
         "lora",

@@ -75,7 +75,7 @@ def _run_outcome(out):
     names = ("metrics.jsonl", "predictions.jsonl")
     texts = [(out / "run" / name).read_text() for name in names]
     trained, _ = store.load(out / "run/final", "training result")
-    newest = store.steps(out / "run/checkpoints")[-1:]
+    newest = [*store.steps(out / "run/checkpoints").values()][-1:]
     states = [store.load(folder, "checkpoint")[0] for folder in newest]
     return results, texts, _bits((trained, states))
 

@@ -63,7 +63,7 @@ def checkpoints(tmp_path):
 
 
 def _newest(folder, note, state=_state):
-    steps = store.steps(folder)
+    steps = [*store.steps(folder).values()]
     return store.load_newest(steps, state(), metadata=_Step, note=note)
 
 
@@ -177,7 +177,7 @@ def test_a_state_of_another_run_is_refused_and_kept(checkpoints, change, message
 def test_the_last_steps_are_kept(checkpoints):
     for step in (20, 1_000_000):
         store.save_step(checkpoints, step, _state(), {"step": step}, keep=2)
-    names = [path.name for path in store.steps(checkpoints)]
+    names = [path.name for path in store.steps(checkpoints).values()]
     assert names == ["step_000020", "step_1000000"]
 
 

@@ -164,7 +164,10 @@ def test_one_command_trains_a_fusion_and_then_a_lora_from_it(small, tmp_path):
         warm_start="fusion",
     )
     with pytest.raises(KeyError):
-        run(options, set_up=lambda setup, stage, begin: _stop_at_the_lora(setup, stage))
+        run(
+            [options],
+            set_up=lambda setup, stage, begin: _stop_at_the_lora(setup, stage),
+        )
     assert (
         RunFolder(tmp_path / "both" / "fusion").results()
         and not RunFolder(tmp_path / "both").exists()
