@@ -188,6 +188,7 @@ class _Language(nnx.Module):
 
 
 _TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 9, (2, 4)))
+_ATTENTION = [f"attention.{name}" for name in ("key", "out", "query", "value")]
 _DIGITAL = {"positions": None}
 
 
@@ -209,8 +210,7 @@ def test_a_language_model_goes_onto_arrays_in_one_call():
     )
     # And no table of an embedding.
     names = sorted(chip.name for chip in crossbar.chips_in(nnx.state(on_arrays)))
-    layers = [f"attention.{name}" for name in ("key", "out", "query", "value")]
-    assert names == [*layers, "blocks.down", "blocks.up"]
+    assert names == [*_ATTENTION, "blocks.down", "blocks.up"]
 
 
 def test_layers_of_one_input_are_prepared_together_for_the_inputs_of_a_model():
@@ -240,9 +240,7 @@ def test_layers_of_one_input_are_prepared_together_for_the_inputs_of_a_model():
 
 def test_reads_are_counted_by_layer_over_positions_calls_and_stacked_layers():
     on_arrays = convert(_language(), _DIGITAL | {"*": _CALIBRATED}, _KEY)
-    attention = {
-        f"attention.{name}": 2 * 4 for name in ("key", "out", "query", "value")
-    }
+    attention = dict.fromkeys(_ATTENTION, 2 * 4)
     stacked = {"blocks.down": 2 * 2 * 4, "blocks.up": 2 * 2 * 4}  # two layers
     assert count_reads(on_arrays, _TOKENS) == attention | stacked
 
@@ -284,7 +282,7 @@ class _Unused(nnx.Module):
 
 def _on_arrays(model=None, rules="*", config=_IDEAL):
     rules = {rules: config} if isinstance(rules, str) else rules
-    return convert(model or nnx.Linear(6, 7, rngs=nnx.Rngs(0)), rules, _KEY)
+    return convert(model or _layer("linear"), rules, _KEY)
 
 
 def _unable(path):
@@ -328,23 +326,12 @@ def _scanned(*kinds):
 
 def _calibrated_inside(key):
     device = crossbar.Device(programming=crossbar.Independent(0.02))
-    layer = nnx.Linear(6, 7, rngs=nnx.Rngs(0))
-    return calibrate(
-        convert(layer, {"*": replace(_CALIBRATED, device=device)}, key),
-        [_X],
-    )
+    config = replace(_CALIBRATED, device=device)
+    return calibrate(convert(_layer("linear"), {"*": config}, key), [_X])
 
 
 def _small():
     return nnx.Linear(6, 7, rngs=nnx.Rngs(0))
-
-
-class _Classes(nnx.Module):
-    def __init__(self, rngs):
-        self.head = nnx.Linear(4, 3, rngs=rngs)
-
-    def __call__(self, x):
-        return self.head(x).argmax(axis=-1)
 
 
 _SQUARE = jnp.ones((7, 7))
@@ -393,8 +380,8 @@ _REFUSED = [
         "in `together` have two configurations",
     ),
     (
-        lambda: count_reads(_on_arrays(_Classes(nnx.Rngs(0))), _normal(2, 4)),
-        "no gradient with respect to head.*logits",
+        lambda: count_reads(_on_arrays(_Unused(nnx.Rngs(0))), _X),
+        "no gradient with respect to unused: let the model return logits",
     ),
     (lambda: jax.jit(_calibrated_inside)(_KEY), r"calibrate outside of them, .*jnp.stack\(leaves"),
 ]  # fmt: skip
@@ -406,14 +393,10 @@ test_what_cannot_be_put_on_arrays_or_read_there_is_refused_with_advice = refusal
 
 
 def test_a_drift_without_a_time_warns():
-    config = crossbar.CrossbarConfig(
-        device=crossbar.Device(drift=crossbar.PowerLaw(0.05))
-    )
-    with pytest.warns(
-        UserWarning,
-        match=r"the rule '\*' has a device.drift, but its device.time is None",
-    ):
-        convert(nnx.Linear(6, 7, rngs=nnx.Rngs(0)), {"*": config}, _KEY)
+    device = crossbar.Device(drift=crossbar.PowerLaw(0.05))
+    words = r"the rule '\*' has a device.drift, but its device.time is None"
+    with pytest.warns(UserWarning, match=words):
+        _on_arrays(config=crossbar.CrossbarConfig(device=device))
 
 
 # Calibration.
@@ -439,23 +422,14 @@ def test_a_layer_is_calibrated_as_its_chip_is():
 
 
 def test_calibration_of_another_chip_compiles_nothing(caplog):
-    def chip(number):
-        device = crossbar.Device(
-            programming=crossbar.Independent(jnp.float32(0.01 * number))
-        )
-        return convert(
-            _mlp(),
-            {"*": replace(_CALIBRATED, device=device)},
-            jax.random.key(number),
-        )
-
-    x = _normal(7, 6)
-    chips = (chip(1), chip(2))
     compiled = []
-    for each in chips:
+    for number in (1, 2):
+        sigma = crossbar.Independent(jnp.float32(0.01 * number))
+        config = replace(_CALIBRATED, device=crossbar.Device(programming=sigma))
+        chip = convert(_mlp(), {"*": config}, jax.random.key(number))
         caplog.clear()
         with jax.log_compiles():
-            calibrate(each, [x])
+            calibrate(chip, [_normal(7, 6)])
         compiled.append("Compiling jit(_found)" in caplog.text)
     assert compiled == [True, False]
 
@@ -503,13 +477,10 @@ def test_training_leaves_arrays_alone():
         optimizer.update(model, slopes)
         return value
 
-    values = [
-        float(step(model, optimizer, jax.random.key(number))) for number in range(5)
-    ]
+    values = [step(model, optimizer, jax.random.key(number)) for number in range(5)]
     assert values[-1] < values[0]
-    for old, new in zip(
-        before[0], jax.tree.leaves(nnx.state(model, InArrays)), strict=True
-    ):
+    after = jax.tree.leaves(nnx.state(model, InArrays))
+    for old, new in zip(before[0], after, strict=True):
         assert (old == new).all()
     paths = [path for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
     assert paths == [("layers", 0, "bias"), ("layers", 2, "bias")]

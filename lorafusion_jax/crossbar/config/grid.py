@@ -69,8 +69,8 @@ def usual_variations(base: CrossbarConfig) -> dict[str, list[Any]]:
     stored = base.stored_bits
     if stored is None:
         return vary
-    cells = []
-    for width in (1, 2, 4):
-        rest = [stored % width] if stored % width else []
-        cells.append([*[width] * (stored // width), *rest])
+    cells = [
+        [min(width, stored - start) for start in range(0, stored, width)]
+        for width in (1, 2, 4)
+    ]
     return {"cell.bits": cells} | vary

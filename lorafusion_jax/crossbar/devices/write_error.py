@@ -328,13 +328,13 @@ class WriteVerify:
         def outside(G: Array, pulse: Array | int) -> Array:
             return jnp.abs(read(G, pulse) - target) > tolerance
 
-        def more(state: tuple[Array, Array, Array, Array]) -> Array:
+        def more(state: tuple[Array, ...]) -> Array:
             _, again, _, pulse = state
             return (pulse < self.pulses) & jnp.any(again)
 
         def rewrite(
-            state: tuple[Array, Array, Array, Array],
-        ) -> tuple[Array, Array, Array, Array]:
+            state: tuple[Array, ...],
+        ) -> tuple[Array, ...]:
             G, again, count, pulse = state
             G = jnp.where(again, write(target, jax.random.fold_in(key, pulse)), G)
             count = count + again.astype(count.dtype)
