@@ -442,18 +442,16 @@ def _patches(
         for (low, high), step in zip(padding, x_dilation, strict=True)
     ]
     x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *around, (0, 0, 0)])
-    room = [size - reach for size, reach in zip(x.shape[1:-1], extent, strict=True)]
-    taps = []
-    for place in itertools.product(*map(range, window)):
-        start = [
-            number * step for number, step in zip(place, window_dilation, strict=True)
+    positions = [
+        [
+            slice(first, max(first + size - reach + 1, 0), stride)
+            for first in range(0, reach, step)
         ]
-        stop = [first + length + 1 for first, length in zip(start, room, strict=True)]
-        taps.append(
-            jax.lax.slice(
-                x, (0, *start, 0), (len(x), *stop, x.shape[-1]), (1, *strides, 1)
-            )
+        for size, reach, step, stride in zip(
+            x.shape[1:-1], extent, window_dilation, strides, strict=True
         )
+    ]
+    taps = [x[:, *place] for place in itertools.product(*positions)]
     return jnp.stack(taps, axis=-2)
 
 
