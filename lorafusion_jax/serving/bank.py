@@ -215,8 +215,7 @@ class TaskBank:
         index = jnp.zeros(0, jnp.int32)
         task_pool = self.frozen.pool
         if isinstance(method, Fusion):
-            task_pool = self._own_pool(method, params, sites)
-            index = self._index(method, params, modules, task_pool)
+            index, task_pool = self._placed(method, params, modules, sites)
         if extra := params.get("magnitudes", {}).keys() - self.tasks.scales.keys():
             raise ValueError(
                 f"the task has magnitudes at {', '.join(sorted(extra))}, and the bank rescales "
@@ -329,47 +328,19 @@ class TaskBank:
                 f"no task {number} in a bank of capacity {self.capacity}: give 0 to {self.capacity - 1}"
             )
 
-    def _own_pool(
-        self, method: Fusion, params: Params, sites: Collection[str] | None
-    ) -> Pool | None:
-        """Return a pool that gives a fusion's coefficients their shape: the bank's, or one of other sites or ranks."""
-        pool = self.frozen.pool
-        if not isinstance(pool, LoraPool):
-            return pool
-        adapted_sites = set(
-            params.get("magnitudes", pool.rank) if sites is None else sites
-        )
-        shape = jnp.shape(params["coefficients"])
-        padded = method.granularity == "rank" and len(shape) == 3
-        if adapted_sites == pool.rank.keys() and not (
-            padded and shape != coefficients_lib.shape(pool, shape[0], "rank")
-        ):
-            return pool
-        config = nnx.merge(self.graph, self.frozen.base).config
-        layers = {
-            name: site.layers
-            for name, site in config.adaptable.items()
-            if name in adapted_sites
-        }
-        width = shape[2] if padded else 0
-        nothing: dict[str, Weight] = {
-            site: jnp.zeros((depth, 0, width, 0)) for site, depth in layers.items()
-        }
-        rank = {
-            site: jnp.zeros((depth, 0), jnp.int32) for site, depth in layers.items()
-        }
-        return LoraPool(A=nothing, B=nothing, rank=rank, names=())
-
-    def _index(
+    def _placed(
         self,
         method: Fusion,
         params: Params,
         modules: Sequence[str | int],
-        task_pool: Pool | None,
-    ) -> Int[Array, " N"]:
-        """Return the places of a fusion's modules in the pool, if the bank can hold it (see `_own_pool`)."""
+        sites: Collection[str] | None,
+    ) -> tuple[Int[Array, " N"], Pool]:
+        """Return the places of a fusion's modules in the pool, and a pool that gives its coefficients their shape.
+
+        That is the bank's, or one of other sites or ranks. Raises the errors of `with_task`.
+        """
         pool = self.frozen.pool
-        if pool is None or task_pool is None:
+        if pool is None:
             raise ValueError(
                 "the bank has no pool, so it holds magnitudes alone: make it from a Frozen with a pool"
             )
@@ -381,11 +352,35 @@ class TaskBank:
                 f"coefficients of the granularity {method.granularity} do not fit into a bank of the granularity "
                 f"{self.granularity}: make the bank with granularity={method.granularity!r}"
             )
-        # Modules of other tasks may differ from these in rank.
-        if isinstance(pool, SharedBasis):
-            chosen = pool
-        else:
+        task_pool = pool
+        chosen = pool
+        got = jnp.shape(params["coefficients"])
+        if isinstance(pool, LoraPool):
+            # Modules of other tasks may differ from these in rank.
             chosen = dataclasses.replace(pool, A={}, B={}).select(modules)
+            adapted_sites = set(
+                params.get("magnitudes", pool.rank) if sites is None else sites
+            )
+            padded = method.granularity == "rank" and len(got) == 3
+            if adapted_sites != pool.rank.keys() or (
+                padded and got != coefficients_lib.shape(pool, got[0], "rank")
+            ):
+                config = nnx.merge(self.graph, self.frozen.base).config
+                layers = {
+                    name: site.layers
+                    for name, site in config.adaptable.items()
+                    if name in adapted_sites
+                }
+                width = got[2] if padded else 0
+                nothing: dict[str, Weight] = {
+                    site: jnp.zeros((depth, 0, width, 0))
+                    for site, depth in layers.items()
+                }
+                rank = {
+                    site: jnp.zeros((depth, 0), jnp.int32)
+                    for site, depth in layers.items()
+                }
+                task_pool = LoraPool(A=nothing, B=nothing, rank=rank, names=())
         method.check(chosen)
         if lacks := sorted(
             {site for site, rank in chosen.rank.items() if np.any(rank)}
@@ -395,7 +390,7 @@ class TaskBank:
                 f"the fusion has no numbers for {', '.join(lacks)}, which modules adapt: give all sites"
             )
         needed = coefficients_lib.shape(task_pool, len(modules), method.granularity)
-        if (got := jnp.shape(params["coefficients"])) != needed:
+        if got != needed:
             raise ValueError(
                 f"expected coefficients of shape {needed}, of one seed, got {got}"
             )
@@ -412,7 +407,7 @@ class TaskBank:
             raise ValueError(
                 "the pool has a DoRA adapter's magnitudes: make the bank with its sites as `scaled`"
             )
-        return index
+        return index, task_pool
 
 
 def nameless(frozen: Frozen) -> Frozen:

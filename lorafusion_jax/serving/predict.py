@@ -46,7 +46,16 @@ def generate_rows(
         raise ValueError(
             "mixtures need a base and a pool: give both, --base and --pool"
         )
-    by_name = _read(runs)
+    if len({folder.resolve() for folder in runs}) < len(runs):
+        raise ValueError(
+            f"a run is given twice in {', '.join(map(str, runs))}: name each one once"
+        )
+    # Runs whose folders have the same last part are named by all of it.
+    last_parts = [folder.absolute().name for folder in runs]
+    by_name = {
+        str(folder) if last_parts.count(name) > 1 else name: FusedRun.read(folder)
+        for folder, name in zip(runs, last_parts, strict=True)
+    }
     names = {
         spelling: name
         for name in by_name
@@ -144,19 +153,3 @@ def _row(
         name if mixture is None else json.dumps(mixture, sort_keys=True),
         mixture,
     )
-
-
-def _read(folders: Sequence[Path]) -> dict[str, FusedRun]:
-    """Return the runs by name: the last part of the folder, or all of it where two runs have the same last part."""
-    last = [folder.absolute().name for folder in folders]
-    names = [
-        str(folder) if last.count(name) > 1 else name
-        for folder, name in zip(folders, last, strict=True)
-    ]
-    if len({folder.resolve() for folder in folders}) < len(folders):
-        raise ValueError(
-            f"a run is given twice in {', '.join(map(str, folders))}: name each one once"
-        )
-    return {
-        name: FusedRun.read(folder) for name, folder in zip(names, folders, strict=True)
-    }

@@ -21,7 +21,7 @@ from lorafusion_jax.adapters.norms import PairTerms
 from lorafusion_jax.adapters.updates import Outputs
 from lorafusion_jax.hardware import program_on_arrays
 from lorafusion_jax.methods import Magnitudes
-from lorafusion_jax.models import dense, matrices, set_matrices
+from lorafusion_jax.models import matrices, set_matrices
 from lorafusion_jax.models.registry import family_of_json
 from lorafusion_jax.serving.rows import RowModules
 from lorafusion_jax.training import log_likelihood
@@ -86,27 +86,14 @@ def bank():
     return _filled(lf.Frozen(_BASE, _POOL))
 
 
-def _merged(method, params, base=_BASE, pool=_POOL):
+def _merged(method, params):
     """The base with a task's update and magnitudes in its kernels, by the definition, in float64."""
-    model = nnx.merge(_GRAPH, jax.tree.map(lambda a: a, base))
-    weights = {
-        s: np.array(dense(k, jnp.float32), np.float64)
-        for s, k in matrices(model).items()
-    }
+    model = tiny.t5()
+    weights = {s: np.array(k, np.float64) for s, k in matrices(model).items()}
     if isinstance(method, lf.Fusion):
-        coefficient = tiny.coefficient_of(
-            params["coefficients"], pool, method.granularity
-        )
-        plain = replace(
-            pool,
-            **{
-                f: {s: dense(w, jnp.float32) for s, w in getattr(pool, f).items()}
-                for f in "AB"
-            },
-        )
-        for (site, layer), update in tiny.updates(
-            plain, _MODULES, coefficient, method.composition
-        ).items():
+        c = tiny.coefficient_of(params["coefficients"], _POOL, method.granularity)
+        updates = tiny.updates(_POOL, _MODULES, c, method.composition)
+        for (site, layer), update in updates.items():
             weights[site][layer] += update
     for site, m in params.get("magnitudes", {}).items():
         weights[site] *= (m / np.linalg.norm(weights[site], axis=1))[:, None]
@@ -367,22 +354,22 @@ _FEW = [(method, _params(method, number)) for number, method in enumerate(_FEW_M
 
 @pytest.mark.long
 def test_base_and_pool_in_4_bits():
-    model = nnx.merge(_GRAPH, jax.tree.map(lambda a: a, _BASE))
-    set_matrices(
-        model,
-        {
-            s: lf.quantise(dense(k, jnp.float32), "nf4", tiled_axis=-2)
-            for s, k in matrices(model).items()
-        },
-    )
-    base = nnx.split(model)[1]
-    pool = _POOL.quantised("nf4")
-    bank = _filled(lf.Frozen(base, pool), _FEW, granularity="site")
+    model = tiny.t5()
+    quantised = {
+        site: lf.quantise(kernel, "nf4", tiled_axis=-2)
+        for site, kernel in matrices(model).items()
+    }
+    set_matrices(model, quantised)
+    frozen = lf.Frozen(nnx.split(model)[1], _POOL.quantised("nf4"))
+    frozen = _FUSED.precompute(frozen, lf.kernels(model))
+    bank = _filled(frozen, _FEW, granularity="site")
     batch = _rows(4)
-    got = bank.logits(batch, _numbers(1, 0, -1, -1))
-    alone = [_merged(*task, base, pool) for task in _FEW[::-1]]
-    for row, one in enumerate([*alone, lf.TaskBank.empty(_GRAPH, lf.Frozen(base), 1)]):
-        _close(got[row], np.asarray(one.logits(batch, _numbers(-1, -1, -1, -1)))[row])
+    got = np.asarray(bank.logits(batch, _numbers(1, 0, -1, -1)))
+    for row, (method, params) in enumerate(_FEW[::-1]):
+        _close(got[row], _alone(params, batch, method, frozen)[row])
+    plain = lf.TaskBank.empty(_GRAPH, lf.Frozen(frozen.base), 1)
+    base = np.asarray(plain.logits(batch, _numbers(-1, -1, -1, -1)))
+    _close(got[2], base[2])
 
 
 def test_a_bank_of_weights_prepared_for_a_sum_on_an_accelerator_holds_mixes_too():
@@ -496,19 +483,12 @@ def test_tasks_and_banks_that_do_not_fit_are_refused():
     ):
         with refused(message):
             lf.TaskBank.empty(_GRAPH, weights, 2).with_task(*arguments)
-    for make, message in (
-        (
-            lambda: _PLAIN.with_task(0, _BLOCK, _PARAMS, _MODULES),
-            "the bank has no pool",
-        ),
-        (lambda: lf.TaskBank.empty(_GRAPH, weights, 0), "capacity is 0"),
-        (
-            lambda: _filled(weights, [(_RANKS, three_ranks)]),
-            "coefficients for 3 ranks of modules of rank 4: give one",
-        ),
-    ):
-        with refused(message):
-            make()
+    with refused("the bank has no pool"):
+        _PLAIN.with_task(0, _BLOCK, _PARAMS, _MODULES)
+    with refused("capacity is 0"):
+        lf.TaskBank.empty(_GRAPH, weights, 0)
+    with refused("coefficients for 3 ranks of modules of rank 4: give one"):
+        _filled(weights, [(_RANKS, three_ranks)])
     uneven = tiny.pool(2, lambda n, site, layer: 3 + n)
     with refused("different ranks"):
         lf.TaskBank.empty(_GRAPH, lf.Frozen(_BASE, uneven), 1).with_task(
