@@ -128,7 +128,7 @@ def run_jobs(
             jobs_of_round,
             engine,
             check=functools.partial(_open, jobs_of_round),
-            memory=_memory,
+            memory=lambda job: run_cost(job.options, "cpu").peak_bytes + PROCESS_BYTES,
         ):
             if isinstance(rows, OutOfMemory):
                 append_lines(failures, [_failure(job, root) | {"error": rows.error}])
@@ -183,11 +183,6 @@ def _open(jobs: Sequence[Job]) -> None:
         _ = open_base(base).config
         if pool is not None:
             open_pool(pool)
-
-
-def _memory(job: Job) -> int:
-    """Return the bytes of memory that a job needs on a CPU."""
-    return run_cost(job.options, "cpu").peak_bytes + PROCESS_BYTES
 
 
 def _rows(

@@ -40,10 +40,6 @@ class Trainer:
         """Train, and return the scores of the test rows."""
         make_room()
         start_time = time.monotonic()
-        scores = self._scores(training)
-        return scores._replace(seconds=time.monotonic() - start_time)
-
-    def _scores(self, training: Training) -> Scores:
         arm = self.runs[training.arm]
         recipe = shortened(arm.recipe, training.share)
         options = dataclasses.replace(
@@ -61,24 +57,28 @@ class Trainer:
             tested = (*tested, self._longest)
         setup = self._setup(loaded, training.train, tested)
         params = self._trained(setup, options, training)
-        count = len(training.test)
-        answer_tokens = np.mean([len(labels) for labels in self.tokens.labels])
+        correct = None
+        chosen = None
         if not training.answers:
             losses = row_losses(setup, params, batch_size=options.eval_batch)
-            return Scores(losses[0, :count] / answer_tokens)
-        closed = self._answers and [self._answers[row] for row in tested]
-        if options.entry.answers == "examples":
-            scored = evaluate_few_shot(setup, options, closed=closed)
         else:
-            scored = evaluate(
-                setup, params, batch_size=options.eval_batch, options=closed
-            )
-        assert scored.row_losses is not None  # a model was evaluated
-        chosen = scored.option_correct
+            closed = self._answers and [self._answers[row] for row in tested]
+            if options.entry.answers == "examples":
+                scored = evaluate_few_shot(setup, options, closed=closed)
+            else:
+                scored = evaluate(
+                    setup, params, batch_size=options.eval_batch, options=closed
+                )
+            losses = scored.row_losses
+            correct = scored.correct
+            chosen = scored.option_correct
+        assert losses is not None  # a model was evaluated
+        rows = slice(len(training.test))
         return Scores(
-            scored.row_losses[0, :count] / answer_tokens,
-            scored.correct[0, :count].astype(float),
-            None if chosen is None else chosen[0, :count].astype(float),
+            losses[0, rows] / np.mean([len(labels) for labels in self.tokens.labels]),
+            None if correct is None else correct[0, rows].astype(float),
+            None if chosen is None else chosen[0, rows].astype(float),
+            time.monotonic() - start_time,
         )
 
     def _setup(

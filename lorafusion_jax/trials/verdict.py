@@ -139,7 +139,14 @@ def _judge(
     named = next(
         (arm for arm, bound in zip(left, worst, strict=True) if bound < MARGIN), None
     )
-    rows = None if named else _rows(difference, half, len(sample.groups), unit)
+    rows = None
+    if named is None:
+        # So many bring the bounds of a method below the margin, if the differences stay.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            times = np.where(difference < MARGIN, half / (MARGIN - difference), np.inf)
+        needed = len(sample.groups) * np.min(np.max(times, axis=1)) ** 2
+        step = 10 if unit == "rows" else 1
+        rows = math.ceil(needed / step) * step if np.isfinite(needed) else None
     parts = []
     if named is not None and len(loss) > 1:
         parts.append(_WINS[named.role].format(name=named.name))
@@ -167,17 +174,3 @@ def _judge(
 
 def _list(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
-
-
-def _rows(
-    difference: Float[np.ndarray, "arms arms"],
-    half: Float[np.ndarray, "arms arms"],
-    units: int,
-    unit: str,
-) -> int | None:
-    """Return how many rows bring the bounds of a method below the margin, if the differences stay; None if none do."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        times = np.where(difference < MARGIN, half / (MARGIN - difference), np.inf)
-    rows = units * np.min(np.max(times, axis=1)) ** 2
-    step = 10 if unit == "rows" else 1
-    return math.ceil(rows / step) * step if np.isfinite(rows) else None
