@@ -193,26 +193,20 @@ class Fusion(Method):
         self.check(pool)
         if self.basis is not None and isinstance(pool, SharedBasis):
             pool = pool.first(self.basis)
-        if isinstance(pool, LoraPool) and self._in_pairs(pool):
-            return dataclasses.replace(
-                frozen, gram=jax.jit(pair_terms)(pool, dict(kernels))
-            )
-        return dataclasses.replace(
-            frozen, pool=pool, gram=jax.jit(gram)(pool, dict(kernels))
-        )
-
-    def _in_pairs(self, pool: LoraPool) -> bool:
-        """Return whether norms come from inner products of modules. CPUs use the other way, which keeps its bits."""
+        terms = gram
         if (
-            for_cpu()
-            or not self.magnitudes
-            or self.composition == "mix"
-            or self.granularity == "rank"
+            isinstance(pool, LoraPool)
+            and not for_cpu()  # keeps its bits
+            and self.magnitudes
+            and self.composition == "sum"
+            and self.granularity != "rank"
+            and not is_in_arrays((pool.A, pool.B))
         ):
-            return False
-        ranks = (jax.tree.leaves(b)[0].shape[2] for b in pool.B.values())
-        return not is_in_arrays((pool.A, pool.B)) and pairs_are_smaller(
-            len(pool), min(ranks)
+            ranks = (jax.tree.leaves(b)[0].shape[2] for b in pool.B.values())
+            if pairs_are_smaller(len(pool), min(ranks)):
+                terms = pair_terms
+        return dataclasses.replace(
+            frozen, pool=pool, gram=jax.jit(terms)(pool, dict(kernels))
         )
 
     def check(self, pool: Pool) -> None:

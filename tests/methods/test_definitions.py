@@ -1,6 +1,5 @@
 """Every method against the matrices that it is by definition, in float64. A new one is an entry of `_MEMBERS`."""
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -85,31 +84,7 @@ def _fused(index, composition="sum"):
     return matrix
 
 
-@dataclasses.dataclass(frozen=True)
-class _Gains(lf.Method):
-    """A method from outside of the package, whose numbers have a name and a form of their own."""
-
-    def init(self, frozen, index, key):
-        return {"coefficients": {name: jnp.ones(site.layers) for name, site in _SITES}}
-
-    def adapters(self, params, frozen, index):
-        gains = params["coefficients"]
-        scales = {
-            name: jnp.tile(gains[name][:, None], (1, site.d_out))
-            for name, site in _SITES
-        }
-        return {name: lf.Rescaled(scale) for name, scale in scales.items()}, {}
-
-    def penalty(self, params, frozen, index):
-        return sum(jnp.sum(gain**2) for gain in params["coefficients"].values())
-
-
-def _of_gains(params, site, W):
-    return W * params["coefficients"][site][:, None, None]
-
-
 _MEMBERS = {
-    "own": _Member(_Gains(), _of_gains),
     "lora": _Member(_LORA, _of_lora),
     "dora": _Member(replace(_LORA, dora=True), _of_lora),
     "vera": _Member(_VERA, _of_vera),

@@ -168,29 +168,31 @@ def test_the_best_single_module_is_the_one_of_least_loss(runs):
 )
 def test_only_a_seeds_own_five_rows_count(method, small, tmp_path):
     rows = load_task(recipes.TASK).train
-    (own,) = split(len(rows), (1,), limit=5).train
-    folders = {}
-    for name, changed in (
-        ("others", set(range(len(rows))) - set(own.tolist())),
-        ("own", set(own.tolist())),
-    ):
-        folders[name] = tmp_path / name
-        shutil.copytree(recipes.TASK, folders[name])
+    own = split(len(rows), (1,), limit=5).train[0]
+    others = np.setdiff1d(range(len(rows)), own)
+    said = []
+    for changed in ((), others, own):
+        task = tmp_path / f"{len(changed)}"
+        shutil.copytree(recipes.TASK, task)
         lines = [
             {"context": row.input, "completion": "z" if i in changed else row.target}
             for i, row in enumerate(rows)
         ]
-        write_rows(folders[name] / "train.jsonl", lines)
-    said = {}
-    for name, task in {"as it is": recipes.TASK, **folders}.items():
+        write_rows(task / "train.jsonl", lines)
         options = _options(
-            small, tmp_path, method, seeds=(1,), task=str(task), train_rows=5, name=name
+            small,
+            tmp_path / "runs",
+            method,
+            seeds=(1,),
+            task=str(task),
+            train_rows=5,
+            name=task.name,
         )
         (row,) = lf.fuse(options).seeds
-        said[name] = row["loss"], recipes.answers(options, 1)
-    assert said["others"] == said["as it is"] != said["own"]
+        said.append((row["loss"], recipes.answers(options, 1)))
+    assert said[0] == said[1] != said[2]
     if method == "constant":
-        assert set(said["own"][1]) == {"z"}
+        assert set(said[2][1]) == {"z"}
 
 
 def _exported(runs, method, form, tmp_path):
