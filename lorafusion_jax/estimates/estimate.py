@@ -267,14 +267,21 @@ def estimates(
     trainable = trained_numbers(config, method, settings)
     if entry.answers == "nothing":
         return [Cost() for _ in works]
-    evaluated = [_evaluation_shapes(entry, recipe, work) for work in works]
+
     seeds = seeds_of(method, settings)
     run = _traced(config, method, settings)
     weights, pool = run.frozen_bytes
     step = interpolated(run, "step", [shape for work in works for shape in work.steps])
+    evaluated: list[EvaluationShapes] = []
     scored = []
     generated = []
-    for work, rows in zip(works, evaluated, strict=True):
+    for work in works:
+        rows = work.few_shot if entry.answers == "examples" else work.test
+        if rows is None:
+            raise ValueError(
+                f"the task has too few training rows for {recipe.shots} examples in a prompt: lower shots"
+            )
+        evaluated.append(rows)
         scored += [work.validation, *work.search, *rows.rows, *rows.options]
         generated += [shape._replace(target=work.new_tokens) for shape in rows.rows]
     loss = interpolated(run, "loss", scored)
@@ -347,18 +354,6 @@ def _of(method: str, settings: Settings) -> tuple[MethodEntry, Any]:
     """Return a method by its name, and its recipe."""
     entry = find(method)
     return entry, recipe_of(entry.recipe, vars(settings.recipe))
-
-
-def _evaluation_shapes(
-    entry: MethodEntry, recipe: Any, work: Workload
-) -> EvaluationShapes:
-    """Return the batches of a method's evaluation; ValueError if the task has too few rows for its prompts."""
-    evaluated = work.few_shot if entry.answers == "examples" else work.test
-    if evaluated is None:
-        raise ValueError(
-            f"the task has too few training rows for {recipe.shots} examples in a prompt: lower shots"
-        )
-    return evaluated
 
 
 def _ranking(run: Traced) -> Traced | None:

@@ -102,8 +102,8 @@ class LorafusionLM(TemplateLM):
                 options[name] = tuple(value)
             elif isinstance(value, str) and isinstance(fields[name].default, tuple):
                 options[name] = (value,)  # `adapters=NAME` is one text
-        if options.get("run") is not None:
-            options["run"] = Path(options["run"])
+            elif name == "run" and value is not None:
+                options[name] = Path(value)
         chosen = LmEvalOptions(**options)
         self.batch_size = _BATCH
         if batch_size is not None and not str(batch_size).startswith("auto"):
@@ -219,9 +219,18 @@ class LorafusionLM(TemplateLM):
         self, requests: Sequence[_Request], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """Return the log-likelihood of each continuation, and whether it is the greedy one."""
-        rows = [
-            self._cut(context, continuation) for _, context, continuation in requests
-        ]
+        rows = []
+        for _, context, continuation in requests:
+            if not 1 <= len(continuation) <= self.max_length:
+                raise ValueError(
+                    f"a continuation has {len(continuation)} tokens: expected 1 to {self.max_length}, the model's "
+                    "context. Take it out of the task"
+                )
+            # Contexts lose the first tokens that the model has no room for. The last one of a continuation is not read.
+            room = self.max_length
+            if self.backend == "causal":
+                room += 1 - len(continuation)
+            rows.append((context[-room:], continuation))
         scores = np.zeros(len(rows))
         greedy = np.zeros(len(rows), bool)
         # A context is read once for all its continuations of one token; longer ones are read in groups of like lengths.
@@ -367,21 +376,6 @@ class LorafusionLM(TemplateLM):
         return min(
             self.batch_size, max(1, _MOST_LOGITS // (longest * self._vocabulary))
         )
-
-    def _cut(
-        self, context: list[int], continuation: list[int]
-    ) -> tuple[list[int], list[int]]:
-        """Return a context without the first tokens that the model has no room for, and its continuation."""
-        if not 1 <= len(continuation) <= self.max_length:
-            raise ValueError(
-                f"a continuation has {len(continuation)} tokens: expected 1 to {self.max_length}, the model's context. "
-                "Take it out of the task"
-            )
-        # The last token of a continuation is not read.
-        room = self.max_length
-        if self.backend == "causal":
-            room += 1 - len(continuation)
-        return context[-room:], continuation
 
     def _read(self, purpose: int) -> Problem:
         """Return the problem with read noise that no earlier batch had."""

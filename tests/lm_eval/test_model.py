@@ -190,7 +190,6 @@ def test_results_are_returned_in_python(llama, tasks):
             {},
             "expected one model: give a fused run with --run, or a base model with --base",
         ),
-        ({"base": "BASE", "run": "here"}, "expected one model"),
         (
             {"base": "BASE", "adapters": ["one"]},
             "--adapters names modules of a pool: give it with --base and --pool",
@@ -212,7 +211,6 @@ def test_results_are_returned_in_python(llama, tasks):
             {"base": "BASE", "run_seed": 2},
             "a base model has no seeds: leave out --run-seed",
         ),
-        ({"run": "RUN", "run_seed": 9}, "has no seed 9: it has 1, 2"),
     ],
 )
 def test_options_that_name_no_model_are_refused(options, message, base, run):
@@ -225,10 +223,12 @@ def test_options_that_name_no_model_are_refused(options, message, base, run):
 def test_requests_that_cannot_be_answered_are_refused(llama, tmp_path):
     for arguments, message in (
         ({"max_gen_toks": 24}, "max_gen_toks is 24: expected less than the model's co"),
-        ({"num_beams": 4}, "the task generates with num_beams, which is not supported"),
+        ({"num_beams": 4}, "the task generates with num_beams, which is not supp"),
     ):
         with refused(message):
-            llama.generate_until(_requests(("hot", {"until": []} | arguments)))
+            llama.generate_until(
+                _requests(("hot", {"until": [], "max_gen_toks": 8} | arguments))
+            )
     with refused("a continuation has .* tokens: expected 1 to 24, the model's context"):
         llama.loglikelihood(_requests(("hot", " cold" * 40)))
     plain = LorafusionLM(
