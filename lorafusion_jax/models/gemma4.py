@@ -32,6 +32,7 @@ from .decoder.model import (
     Decoder,
     Into,
     KeysValues,
+    linear_map,
 )
 from .layers import (
     Adapters,
@@ -126,52 +127,39 @@ class Gemma4Config(DecoderConfig):
         }
 
     @functools.cached_property
-    def sites(self) -> Mapping[str, Site]:
-        sites = {}
-        for stack, structure in self.structures.items():
-            of_block = {**structure.sites, **self._per_layer_sites(structure)}
-            for name, site in of_block.items():
-                sites[f"{stack}.{name.partition('.')[2]}"] = dataclasses.replace(
-                    site, first=self.layers_of(stack).start, every=self.group
-                )
-        return sites
-
-    def _per_layer_sites(self, structure: DecoderConfig) -> dict[str, Site]:
-        if not self.per_layer:
-            return {}
+    def per_layer_maps(self) -> Mapping[str, tuple[int, int]]:
+        """Shapes of the linear maps of layers' own inputs."""
         shapes = {
             "per_layer_input_gate": (self.d_model, self.per_layer),
             "per_layer_projection": (self.per_layer, self.d_model),
         }
-        return {
-            f"decoder.{name}": Site(
-                structure.num_layers,
-                *shape,
-                path=f"{self.stem}.layers.{{layer}}.{name}",
-                reads=("source", "target"),
-                split="rows" if name == "per_layer_projection" else "columns",
-                stage=name,
-            )
-            for name, shape in shapes.items()
-        }
+        return shapes if self.per_layer else {}
+
+    @functools.cached_property
+    def sites(self) -> Mapping[str, Site]:
+        sites = {}
+        for stack, structure in self.structures.items():
+            maps = {**structure.maps, "": self.per_layer_maps}
+            first = self.layers_of(stack).start
+            for place, site in structure.sites_of(maps, first, self.group).items():
+                sites[f"{stack}.{place}"] = site
+        return sites
 
 
 class Gemma4Block(Block):
     """One place of the groups: a block with an input of its own, and a factor of its output."""
+
+    per_layer_input_gate: Linear
+    per_layer_projection: Linear
 
     def __init__(self, config: Gemma4Config, stack: str, *, rngs: nnx.Rngs):
         structure = config.structures[stack]
         super().__init__(structure, rngs=rngs)
         layers = structure.num_layers
 
-        def linear(name: str) -> Linear:
-            site = config.sites[f"{stack}.{name}"]
-            scale = site.d_in**-0.5
-            return Linear(name, layers, site.d_in, site.d_out, scale=scale, rngs=rngs)
-
+        for name, shape in config.per_layer_maps.items():
+            setattr(self, name, linear_map(structure, name, shape, rngs))
         if config.per_layer:
-            self.per_layer_input_gate = linear("per_layer_input_gate")
-            self.per_layer_projection = linear("per_layer_projection")
             self.per_layer_norm = RMSNorm((layers, config.d_model), config.eps)
         self.layer_scalar = Base(jnp.ones((layers, 1)))
 
@@ -414,7 +402,7 @@ def _others(model: Gemma4) -> list[Slot]:
 def _checkpoint(config: Gemma4Config) -> Checkpoint:
     sharing = range(config.computing * config.group, config.num_layers)
     return Checkpoint(
-        embedding=f"{config.stem}.embed_tokens.weight",
+        embedding=config.embedding,
         head="lm_head.weight",
         # Files hold matrices for the keys and values of layers that share those of others.
         unused=tuple(

@@ -36,7 +36,6 @@ _TUNIX_MAPS = {
 
 def slots_of_block(block: Block, config: DecoderConfig, layers: range) -> list[Slot]:
     """Return the slots of a stacked block's norms and biases, given the numbers of its layers in the model."""
-    renamed = dict(config.renamed)
     norms = (
         block.input_norm,
         block.attention_post_norm,
@@ -54,12 +53,12 @@ def slots_of_block(block: Block, config: DecoderConfig, layers: range) -> list[S
             modules["self_attn.k_norm"] = block.self_attn.k_norm
     variables = {}
     for name, norm in modules.items():
-        variables |= _of_norm(renamed.get(name, name), norm)
+        variables |= _of_norm(config.name_of(name), norm)
     for site in config.sites:
         name = site.partition(".")[2]
         if site.rpartition(".")[2] in config.biased:
             bias = attrgetter(name)(block).bias
-            variables[f"{renamed.get(name, name)}.bias"] = bias
+            variables[f"{config.name_of(name)}.bias"] = bias
     return stacked_slots(variables, config, layers)
 
 
@@ -67,9 +66,12 @@ def stacked_slots(
     variables: Mapping[str, Base], config: DecoderConfig, layers: range
 ) -> list[Slot]:
     """Return the slots of variables that are stacked over these layers, by their names in a layer."""
-    blocks = f"{config.stem}.{dict(config.renamed).get('layers', 'layers')}"
     return [
-        Slot(variable, [f"{blocks}.{layer}.{name}" for layer in layers], stacked=True)
+        Slot(
+            variable,
+            [f"{config.blocks}.{layer}.{name}" for layer in layers],
+            stacked=True,
+        )
         for name, variable in variables.items()
     ]
 
@@ -78,13 +80,12 @@ def slots_of_model(model: Decoder) -> list[Slot]:
     """Return the slots of the embeddings and the last norm."""
     config = model.structure
     stem = config.stem
-    slots = [Slot(model.embedding, [_embedding(config)])]
+    slots = [Slot(model.embedding, [config.embedding])]
     if "lm_head" in config.biased:
         slots.append(Slot(model.head_bias, ["lm_head.bias"]))
     if config.learned_positions:
         slots.append(Slot(model.positions, [f"{stem}.wpe.weight"]))
-    name = dict(config.renamed).get("norm", "norm")
-    last_norm = _of_norm(f"{stem}.{name}", model.norm)
+    last_norm = _of_norm(f"{stem}.{config.name_of('norm')}", model.norm)
     return slots + [Slot(variable, [name]) for name, variable in last_norm.items()]
 
 
@@ -102,15 +103,10 @@ def _of_norm(name: str, norm: RMSNorm) -> dict[str, Base]:
     return variables
 
 
-def _embedding(config: DecoderConfig) -> str:
-    name = dict(config.renamed).get("embed_tokens", "embed_tokens")
-    return f"{config.stem}.{name}.weight"
-
-
 def _checkpoint(config: DecoderConfig) -> Checkpoint:
     return Checkpoint(
-        embedding=_embedding(config),
-        head=f"{dict(config.renamed).get('lm_head', 'lm_head')}.weight",
+        embedding=config.embedding,
+        head=f"{config.name_of('lm_head')}.weight",
         # Early checkpoints hold the frequencies of the rotary positions, or the causal mask.
         unused=(
             "*.rotary_emb.inv_freq",

@@ -13,6 +13,8 @@ Scaling = Literal[
 ]
 
 _ALL: Parts = ("source", "target")
+# The linear maps at the ends of modules.
+_LAST = ("o_proj", "out_proj", "down_proj", "per_layer_projection")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,8 +160,8 @@ class DecoderConfig(Architecture):
         return {"decoder": Stack(self.num_layers, _ALL, (attention,), self.d_ff)}
 
     @functools.cached_property
-    def sites(self) -> Mapping[str, Site]:
-        """Every linear map, such as `decoder.self_attn.q_proj` and `decoder.mlp.down_proj`."""
+    def maps(self) -> Mapping[str, Mapping[str, tuple[int, int]]]:
+        """Shapes of a block's linear maps, by module and name."""
         d = self.d_model
         inner = self.num_heads * self.d_head
         kv = self.num_kv_heads * self.d_head
@@ -176,24 +178,55 @@ class DecoderConfig(Architecture):
             gate = {"up_proj": (d, self.d_ff)}
         for name in self.absent:
             del attention[name]
-        modules = {
+        return {
             "self_attn": attention | {"o_proj": (inner, d)},
             "mlp": gate | {"down_proj": (self.d_ff, d)},
         }
-        renamed = dict(self.renamed)
-        layers = renamed.get("layers", "layers")
+
+    def sites_of(
+        self,
+        maps: Mapping[str, Mapping[str, tuple[int, int]]],
+        first: int = 0,
+        every: int = 1,
+    ) -> dict[str, Site]:
+        """Return the sites of a block's linear maps by their places in it, such as `mlp.down_proj`.
+
+        `first` and `every` are those of the sites.
+        """
         sites = {}
-        for module, shapes in modules.items():
+        for module, shapes in maps.items():
             for name, (d_in, d_out) in shapes.items():
-                last = name in ("o_proj", "down_proj")
-                place = f"{module}.{name}"
-                sites[f"decoder.{module}.{name}"] = Site(
+                last = name in _LAST
+                place = f"{module}.{name}".removeprefix(".")
+                sites[place] = Site(
                     self.num_layers,
                     d_in,
                     d_out,
-                    path=f"{self.stem}.{layers}.{{layer}}.{renamed.get(place, place)}",
+                    path=f"{self.blocks}.{{layer}}.{self.name_of(place)}",
                     reads=_ALL,
                     split="rows" if last else "columns",
                     stage=f"{module} out" if last else f"{module} in",
+                    first=first,
+                    every=every,
                 )
         return sites
+
+    @functools.cached_property
+    def sites(self) -> Mapping[str, Site]:
+        """Every linear map, such as `decoder.self_attn.q_proj` and `decoder.mlp.down_proj`."""
+        sites = self.sites_of(self.maps)
+        return {f"decoder.{place}": site for place, site in sites.items()}
+
+    def name_of(self, module: str) -> str:
+        """Return the path in files of a module of a Llama's block, or under the stem."""
+        return dict(self.renamed).get(module, module)
+
+    @property
+    def blocks(self) -> str:
+        """Module path of the blocks."""
+        return f"{self.stem}.{self.name_of('layers')}"
+
+    @property
+    def embedding(self) -> str:
+        """Name of the embedding's tensor."""
+        return f"{self.stem}.{self.name_of('embed_tokens')}.weight"

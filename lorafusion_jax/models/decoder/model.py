@@ -97,19 +97,12 @@ Into = Callable[[KeysValues, int], KeysValues]
 class SelfAttention(nnx.Module):
     """Grouped-query attention with rotary positions."""
 
+    o_proj: Linear
+
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
-        linear = partial(_linear, config, "self_attn", rngs=rngs)
-        self.fused = "qkv_proj" in config.fused
-        if self.fused:
-            self.qkv_proj = linear("qkv_proj")
-        else:
-            self.q_proj = linear("q_proj")
-            if "k_proj" not in config.absent:
-                self.k_proj = linear("k_proj")
-            if "v_proj" not in config.absent:
-                self.v_proj = linear("v_proj")
-        self.o_proj = linear("o_proj")
+        for name, shape in config.maps["self_attn"].items():
+            setattr(self, name, linear_map(config, f"self_attn.{name}", shape, rngs))
         if config.qk_norm:
             q_heads = config.num_heads if config.qk_norm == "all" else 1
             k_heads = config.num_kv_heads if config.qk_norm == "all" else 1
@@ -131,13 +124,10 @@ class SelfAttention(nnx.Module):
         `into` puts new keys and values among those to attend to, given the number of the attention.
         """
         c = self.config
-        if self.fused:
-            parts = self._split(self.qkv_proj(x, adapters))
-        else:
-            maps = [
-                name for name in ("q_proj", "k_proj", "v_proj") if name not in c.absent
-            ]
-            parts = [getattr(self, name)(x, adapters) for name in maps]
+        maps = [name for name in c.maps["self_attn"] if name != "o_proj"]
+        parts = [getattr(self, name)(x, adapters) for name in maps]
+        if "qkv_proj" in c.fused:
+            parts = self._split(parts[0])
         gate = None
         if c.attention_gate:
             heads = parts[0].reshape(*x.shape[:2], -1, 2, c.d_head)
@@ -244,20 +234,18 @@ class SelfAttention(nnx.Module):
 class MLP(nnx.Module):
     """The feed-forward layer: `down(act(gate x) * up x)`, or without a gate `down(act(up x))`."""
 
+    gate_up_proj: Linear
+    gate_proj: Linear
+    up_proj: Linear
+    down_proj: Linear
+
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
-        linear = partial(_linear, config, "mlp", rngs=rngs)
-        self.fused = "gate_up_proj" in config.fused
-        if self.fused:
-            self.gate_up_proj = linear("gate_up_proj")
-        else:
-            if config.gated:
-                self.gate_proj = linear("gate_proj")
-            self.up_proj = linear("up_proj")
-        self.down_proj = linear("down_proj")
+        for name, shape in config.maps["mlp"].items():
+            setattr(self, name, linear_map(config, f"mlp.{name}", shape, rngs))
 
     def __call__(self, x: Hidden, adapters: Adapters) -> Hidden:
-        if self.fused:
+        if "gate_up_proj" in self.config.fused:
             gate, up = jnp.split(self.gate_up_proj(x, adapters), 2, axis=-1)
         else:
             up = self.up_proj(x, adapters)
@@ -596,17 +584,16 @@ def _scaled(x: Float[Array, "*B"], by: float) -> Float[Array, "*B"]:
     return x if by == 1 else (by * widened(x)).astype(x.dtype)
 
 
-def _linear(config: DecoderConfig, module: str, name: str, *, rngs: nnx.Rngs) -> Linear:
-    path = f"{module}.{name}"
-    site = config.sites[f"decoder.{path}"]
-    biased = name in config.biased
+def linear_map(
+    config: DecoderConfig, place: str, shape: tuple[int, int], rngs: nnx.Rngs
+) -> Linear:
+    """Return a linear map at a place in blocks, such as `mlp.down_proj`."""
     return Linear(
-        path,
-        site.layers,
-        site.d_in,
-        site.d_out,
-        scale=site.d_in**-0.5,
-        biased=biased,
+        place,
+        config.num_layers,
+        *shape,
+        scale=shape[0] ** -0.5,
+        biased=place.rpartition(".")[2] in config.biased,
         rngs=rngs,
     )
 

@@ -1,6 +1,7 @@
 """Dense Qwen 3.5 models, of text alone: most layers have a gated delta net instead of attention."""
 
 from ..architecture import Checkpoint, Family, Slot
+from ..decoder import slots_of_block, slots_of_model, stacked_slots
 from .config import MODEL_TYPES, Qwen35Config, read_config
 from .gguf import GGUF
 from .model import Qwen35
@@ -13,52 +14,29 @@ _SEVERAL_TOKENS = "mtp.*"
 def _others(model: Qwen35) -> list[Slot]:
     config = model.structure
     assert isinstance(config, Qwen35Config)
-    stem = config.stem
-    slots = [
-        Slot(model.embedding, [f"{stem}.embed_tokens.weight"]),
-        Slot(model.norm.scale, [f"{stem}.norm.weight"]),
-    ]
+    slots = slots_of_model(model)
     for place, stack in enumerate(config.stacks):
         block = getattr(model.decoder, stack)
-        norms = {
-            "input_layernorm": block.input_norm,
-            "post_attention_layernorm": block.mlp_norm,
-        }
-        if stack == "full":
-            norms |= {
-                "self_attn.q_norm": block.self_attn.q_norm,
-                "self_attn.k_norm": block.self_attn.k_norm,
-            }
-            variables = {
-                f"{name}.bias": getattr(block.self_attn, name).bias
-                for name in config.biased
-            }
-        else:
-            net = block.linear_attn
-            norms["linear_attn.norm"] = net.norm
-            variables = {
-                "conv1d.weight": net.conv1d,
-                "A_log": net.A_log,
-                "dt_bias": net.dt_bias,
-            }
-        tensors = {f"{name}.weight": norm.scale for name, norm in norms.items()}
-        mixer = "self_attn" if stack == "full" else "linear_attn"
-        tensors |= {f"{mixer}.{name}": variable for name, variable in variables.items()}
         layers = range(place, config.num_layers, config.group)
-        for name, variable in tensors.items():
-            slots.append(
-                Slot(
-                    variable,
-                    [f"{stem}.layers.{layer}.{name}" for layer in layers],
-                    stacked=True,
-                )
-            )
+        if stack == "full":
+            slots += slots_of_block(block, config.of_attention, layers)
+            continue
+        net = block.linear_attn
+        variables = {
+            "input_layernorm.weight": block.input_norm.scale,
+            "post_attention_layernorm.weight": block.mlp_norm.scale,
+            "linear_attn.norm.weight": net.norm.scale,
+            "linear_attn.conv1d.weight": net.conv1d,
+            "linear_attn.A_log": net.A_log,
+            "linear_attn.dt_bias": net.dt_bias,
+        }
+        slots += stacked_slots(variables, config, layers)
     return slots
 
 
 def _checkpoint(config: Qwen35Config) -> Checkpoint:
     return Checkpoint(
-        embedding=f"{config.stem}.embed_tokens.weight",
+        embedding=config.embedding,
         head="lm_head.weight",
         # The parts that predict several tokens, and that read images.
         unused=(_SEVERAL_TOKENS,),

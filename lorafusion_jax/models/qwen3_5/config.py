@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, TypedDict
 
 from ...support.reading import decode_as
-from ..architecture import Layers, Parts, Site, Size, Stack
+from ..architecture import Layers, Site, Size, Stack
 from ..decoder import hf_config
 from ..decoder.config import DecoderConfig
 
 MODEL_TYPES = ("qwen3_5", "qwen3_5_text")
-_ALL: Parts = ("source", "target")
 _FULL = "full"
 
 
@@ -63,18 +62,16 @@ class Qwen35Config(DecoderConfig):
         return dataclasses.replace(self.plain(), num_layers=groups)
 
     @functools.cached_property
-    def delta_shapes(self) -> Mapping[str, tuple[int, int]]:
-        """Return the shapes of a delta net's linear maps."""
+    def delta_maps(self) -> Mapping[str, tuple[int, int]]:
+        """Shapes of a delta net's linear maps."""
         d = self.delta
-        width = self.delta.value_heads * self.delta.d_value
-        outputs = {
-            "in_proj_qkv": d.channels,
-            "in_proj_z": width,
-            "in_proj_b": d.value_heads,
-            "in_proj_a": d.value_heads,
-        }
-        return {name: (self.d_model, d_out) for name, d_out in outputs.items()} | {
-            "out_proj": (width, self.d_model)
+        width = d.value_heads * d.d_value
+        return {
+            "in_proj_qkv": (self.d_model, d.channels),
+            "in_proj_z": (self.d_model, width),
+            "in_proj_b": (self.d_model, d.value_heads),
+            "in_proj_a": (self.d_model, d.value_heads),
+            "out_proj": (width, self.d_model),
         }
 
     @functools.cached_property
@@ -87,38 +84,14 @@ class Qwen35Config(DecoderConfig):
 
     @functools.cached_property
     def sites(self) -> Mapping[str, Site]:
+        structure = self.of_attention
+        delta = {"linear_attn": self.delta_maps, "mlp": structure.maps["mlp"]}
         sites = {}
-        attention_sites = self.of_attention.sites
-        for place, stack in enumerate(self.stacks):
-            stack_sites = {
-                name.partition(".")[2]: site for name, site in attention_sites.items()
-            }
-            if stack != _FULL:
-                mixer = {
-                    f"linear_attn.{name}": self._delta_site(name)
-                    for name in self.delta_shapes
-                }
-                stack_sites = mixer | {
-                    name: site
-                    for name, site in stack_sites.items()
-                    if name.startswith("mlp.")
-                }
-            for name, site in stack_sites.items():
-                sites[f"{stack}.{name}"] = dataclasses.replace(
-                    site, first=place, every=self.group
-                )
+        for first, stack in enumerate(self.stacks):
+            maps = structure.maps if stack == _FULL else delta
+            for place, site in structure.sites_of(maps, first, self.group).items():
+                sites[f"{stack}.{place}"] = site
         return sites
-
-    def _delta_site(self, name: str) -> Site:
-        last = name == "out_proj"
-        return Site(
-            self.num_layers // self.group,
-            *self.delta_shapes[name],
-            path=f"{self.stem}.layers.{{layer}}.linear_attn.{name}",
-            reads=_ALL,
-            split="rows" if last else "columns",
-            stage=f"linear_attn {'out' if last else 'in'}",
-        )
 
 
 class _Json(TypedDict, total=False):

@@ -21,7 +21,16 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from ..decoder.model import MLP, Block, Cache, Context, Contexts, Decoder, Into
+from ..decoder.model import (
+    MLP,
+    Block,
+    Cache,
+    Context,
+    Contexts,
+    Decoder,
+    Into,
+    linear_map,
+)
 from ..layers import (
     Adapters,
     Base,
@@ -53,21 +62,18 @@ class State(NamedTuple):
 class DeltaNet(nnx.Module):
     """A gated delta net behind a short convolution, with a gate for its output."""
 
+    in_proj_qkv: Linear
+    in_proj_z: Linear
+    in_proj_b: Linear
+    in_proj_a: Linear
+    out_proj: Linear
+
     def __init__(self, config: Qwen35Config, *, rngs: nnx.Rngs):
         self.sizes = config.delta
         layers = config.of_attention.num_layers
-
-        def linear(name: str) -> Linear:
-            d_in, d_out = config.delta_shapes[name]
-            return Linear(
-                f"linear_attn.{name}", layers, d_in, d_out, scale=d_in**-0.5, rngs=rngs
-            )
-
-        self.in_proj_qkv = linear("in_proj_qkv")
-        self.in_proj_z = linear("in_proj_z")
-        self.in_proj_b = linear("in_proj_b")
-        self.in_proj_a = linear("in_proj_a")
-        self.out_proj = linear("out_proj")
+        for name, shape in config.delta_maps.items():
+            place = f"linear_attn.{name}"
+            setattr(self, name, linear_map(config.of_attention, place, shape, rngs))
         channels = self.sizes.channels
         kernel = self.sizes.kernel
         heads = self.sizes.value_heads
