@@ -189,6 +189,23 @@ _ARCHITECTURES = {
     "olmo3": "olmo2",
     "qwen3_5_text": "qwen35",
 }
+# Keys of a file, and the fields that they are.
+_KEYS = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "block_count": "num_hidden_layers",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.value_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "rope.freq_base": "rope_theta",
+    "vocab_size": "vocab_size",
+}
 INTERLEAVED = ("llama", "granite", "smollm3")
 
 
@@ -252,25 +269,10 @@ def writer_of(folder, file, changes=None, kinds=lambda name: None):
     heads = config["num_attention_heads"]
     kv_heads = config["num_key_value_heads"]
     d_head = config["head_dim"]
-    values = {
-        "context_length": config["max_position_embeddings"],
-        "embedding_length": config["hidden_size"],
-        "feed_forward_length": config["intermediate_size"],
-        "block_count": config["num_hidden_layers"],
-        "attention.head_count": heads,
-        "attention.head_count_kv": kv_heads,
-        "attention.key_length": d_head,
-        "attention.value_length": d_head,
-        "attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
-        "attention.sliding_window": config.get("sliding_window"),
-        "attn_logit_softcapping": config.get("attn_logit_softcapping"),
-        "final_logit_softcapping": config.get("final_logit_softcapping"),
-        "rope.freq_base": config["rope_theta"],
-        "rope.dimension_count": int(d_head * config.get("partial_rotary_factor", 1))
-        if kind != "gemma2"
-        else None,
-        "vocab_size": config["vocab_size"],
-    }
+    values = {key: config.get(field) for key, field in _KEYS.items()}
+    if kind != "gemma2":
+        share = config.get("partial_rotary_factor", 1)
+        values["rope.dimension_count"] = int(d_head * share)
     if kind == "granite":
         scales = ("attention.scale", "embedding_scale", "residual_scale", "logit_scale")
         values |= dict(zip(scales, _GRANITE.values(), strict=True))
@@ -294,40 +296,28 @@ def writer_of(folder, file, changes=None, kinds=lambda name: None):
     if kind == "olmo3":
         values["attention.sliding_window_pattern"] = [True, True, True, False, True]
     scaling = config.get("rope_scaling", {})
-    if scaling.get("rope_type") == "yarn":
+    scaled = scaling.get("rope_type")
+    if scaled in ("yarn", "linear"):
         values |= {
-            "rope.scaling.type": "yarn",
+            "rope.scaling.type": scaled,
             "rope.scaling.factor": scaling["factor"],
         }
-        values["rope.scaling.original_context_length"] = scaling[
-            "original_max_position_embeddings"
-        ]
-    if scaling.get("rope_type") == "longrope":
-        values["rope.scaling.original_context_length"] = config[
-            "original_max_position_embeddings"
-        ]
+    if scaled in ("yarn", "longrope"):
+        original = (config | scaling)["original_max_position_embeddings"]
+        values["rope.scaling.original_context_length"] = original
+    if scaled == "longrope":
         values["rope.scaling.attn_factor"] = scaling["attention_factor"]
         for part in ("short", "long"):
-            tensors[f"rope_factors_{part}"] = np.array(
-                scaling[f"{part}_factor"], np.float32
-            )
-    if scaling.get("rope_type") == "linear":
-        values |= {
-            "rope.scaling.type": "linear",
-            "rope.scaling.factor": scaling["factor"],
-        }
-    if scaling.get("rope_type") == "llama3":
+            factors = scaling[f"{part}_factor"]
+            tensors[f"rope_factors_{part}"] = np.array(factors, np.float32)
+    if scaled == "llama3":
         tensors["rope_freqs"] = _quotients(config["rope_theta"], d_head, scaling)
-    end, *others = (
-        config["eos_token_id"]
-        if isinstance(config["eos_token_id"], list)
-        else [config["eos_token_id"]]
-    )
+    end, other, *_ = [*np.atleast_1d(config["eos_token_id"]).tolist(), None]
     ids = {
         "bos": config["bos_token_id"],
         "eos": end,
         "padding": config["pad_token_id"],
-        "eot": [*others, None][0],
+        "eot": other,
     }
     values = {f"{name}.{key}": value for key, value in values.items()} | BYTE_LEVEL
     values |= {
@@ -369,19 +359,12 @@ def writer_of(folder, file, changes=None, kinds=lambda name: None):
             else f"{names.get_name(stem)}.{suffix}"
         )
         to = names.get_name(title) if suffix == "A_log" else to
+        raw_dtype = None
         quantised = kinds(title) if tensor.ndim == 2 and "conv1d" not in title else None
-        data = (
-            tensor
-            if quantised is None
-            else gguf.quantize(tensor, gguf.GGMLQuantizationType[quantised])
-        )
-        writer.add_tensor(
-            to,
-            data,
-            raw_dtype=None
-            if quantised is None
-            else gguf.GGMLQuantizationType[quantised],
-        )
+        if quantised is not None:
+            raw_dtype = gguf.GGMLQuantizationType[quantised]
+            tensor = gguf.quantize(tensor, raw_dtype)
+        writer.add_tensor(to, tensor, raw_dtype=raw_dtype)
     return writer
 
 

@@ -67,11 +67,7 @@ def fused(model, folders, method, coefficients=None, base=None):
         model.config,
         base_tensor=None if base is None else lf.base_tensor(base),
     )
-    frozen = lf.Frozen(
-        nnx.state(model),
-        pool,
-        _gram(pool, {site: lf.kernels(model, pool.sites)[site] for site in pool.A}),
-    )
+    frozen = tiny.frozen(model, pool)
     index = jnp.arange(len(folders))
     params = method.init(frozen, index, jax.random.key(0))
     shape = params["coefficients"].shape
@@ -91,9 +87,6 @@ def fused(model, folders, method, coefficients=None, base=None):
         params,
         _composed(method, params, lf.Frozen(nnx.State({}), pool, frozen.gram), index),
     )
-
-
-_gram = jax.jit(lf.gram)
 
 
 # The base's weights are no argument: families whose matrices have the same sizes share the program.

@@ -10,13 +10,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import one_block
 import pytest
 import recipes
 import small_llama
 import tiny
 from json_files import read_json
-from refusals import refused
 from safetensors.numpy import load_file
 
 import lorafusion_jax as lf
@@ -122,17 +120,6 @@ def results(family):
     return functools.cache(
         lambda method: lf.fuse(family.options(method, method=method))
     )
-
-
-def test_an_adapter_of_another_family_is_refused(family, tmp_path):
-    of_t5 = one_block.SMALL / "adapters" / "sort_dash"
-    for base, adapter, path in (
-        (family.base, of_t5, r"\S+SelfAttention"),
-        (one_block.SMALL / "base", family.adapters[0], r"model\.layers\.0"),
-    ):
-        message = rf"wrong base\?.* no linear module {path}"
-        with refused(message):
-            _convert(base, [adapter], tmp_path / "pool")
 
 
 @pytest.mark.parametrize(

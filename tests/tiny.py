@@ -147,15 +147,17 @@ def pool(
     )
 
 
-def frozen(model, modules=None):
-    """The model with a pool: by default three modules of rank 4, of which the first has nothing in the decoder."""
+def frozen(model, modules=None, terms=lf.gram):
+    """The model with a pool or a basis, and the terms of norms.
+
+    By default it has three modules of rank 4, of which the first has nothing in the decoder.
+    """
     modules = modules or pool(
         3, lambda n, site, layer: 0 if n == 0 and "decoder" in site else 4
     )
-    used = {
-        site: kernel for site, kernel in lf.kernels(model).items() if site in modules.A
-    }
-    return lf.Frozen(nnx.state(model), modules, jax.jit(lf.gram)(modules, used))
+    kernels = lf.kernels(model, modules.sites)
+    used = {site: kernels[site] for site in modules.rank}
+    return lf.Frozen(nnx.state(model), modules, jax.jit(terms)(modules, used))
 
 
 def problem(

@@ -32,10 +32,6 @@ def _frozen(method, pool):
     return method.precompute(lf.Frozen(nnx.state(_MODEL), pool), _KERNELS)
 
 
-def _gram(basis):
-    return jax.jit(lf.gram)(basis, {site: _KERNELS[site] for site in basis.U})
-
-
 @functools.partial(jax.jit, static_argnames="granularity")
 def _fuse(c, basis, granularity, **more):
     spread = expand(c, basis, granularity)
@@ -86,7 +82,7 @@ def test_adapters_are_the_definition(granularity):
     basis = lf.shared_basis(pool, 5)
     c = tiny.coefficients(shape(basis, len(_INDEX), granularity))
     coefficient = tiny.coefficient_of(c, pool, granularity)
-    terms = _gram(basis)
+    terms = tiny.frozen(_MODEL, basis).gram
     magnitudes = {site: 2.0 * norm for site, norm in lf.column_norms(terms).items()}
     adapters, floored = _fuse(c, basis, granularity, gram=terms, magnitudes=magnitudes)
     assert adapters.keys() == pool.A.keys() and floored == 0
@@ -159,7 +155,7 @@ def test_quantised_directions_have_the_norms_of_what_they_are():
         assert U.scale.shape == (len(U.qvalue), 1, 8)
         assert basis.V[site].scale.shape == (len(U.qvalue), 8, 1)
     c = tiny.coefficients(shape(basis, len(_INDEX), "block"))
-    terms = _gram(basis)
+    terms = tiny.frozen(_MODEL, basis).gram
     norms = lf.column_norms(terms)
     adapters, _ = _fuse(c, basis, "block", gram=terms, magnitudes=norms)
     for site, matrices in tiny.matrices(adapters, _KERNELS).items():

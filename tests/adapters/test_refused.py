@@ -29,11 +29,6 @@ _ONES = expand(jnp.ones(4), _POOL, "global")
 _TWO = expand(jnp.ones(2), _POOL, "global")
 
 
-def _frozen(pool, terms=lf.gram):
-    kernels = {site: _KERNELS[site] for site in pool.rank}
-    return lf.Frozen(nnx.state(_MODEL), pool, jax.jit(terms)(pool, kernels))
-
-
 def _start(method, frozen):
     return method.adapters(method.init(frozen, _ALL, _KEY), frozen, _ALL)
 
@@ -54,7 +49,7 @@ _RANKS = "different ranks.*use the composition sum"
 _BY_PAIRS = "a sum of digital modules with one coefficient each: precompute the frozen"
 _NO_FACTORS = "lacks a mix's factors"
 _MAGNITUDES = "a DoRA adapter has magnitudes"
-_NORMS = lf.column_norms(lf.gram(_POOL, {s: _KERNELS[s] for s in _POOL.A}))
+_NORMS = lf.column_norms(tiny.frozen(_MODEL, _POOL).gram)
 _REFUSED = [
     # Pools.
     (lambda: _POOL.select([]), "a pool needs at least one adapter: none was given"),
@@ -69,7 +64,7 @@ _REFUSED = [
     (lambda: _POOL.select("module_1"), "'module_1' is one name: give a list"),
     # A mix of several ranks.
     (lambda: lf.Fusion(composition="mix").check(_MIXED), _RANKS),
-    (lambda: _start(lf.Fusion(composition="mix"), _frozen(_MIXED)), _RANKS),
+    (lambda: _start(lf.Fusion(composition="mix"), tiny.frozen(_MODEL, _MIXED)), _RANKS),
     (lambda: lf.compose(_MIXED, _ALL, _ONES, "mix"), _RANKS),
     # The values of an index are not known inside a compiled function, so all modules count.
     (lambda: jax.jit(lambda i: lf.compose(_MIXED, i, _TWO, "mix"))(_EVEN), _RANKS),
@@ -95,11 +90,15 @@ _REFUSED = [
         r"Gram terms .* give gram\(basis, kernels\)",
     ),
     (
-        lambda: _start(lf.Fusion(composition="mix"), _frozen(_POOL, pair_terms)),
+        lambda: _start(
+            lf.Fusion(composition="mix"), tiny.frozen(_MODEL, _POOL, pair_terms)
+        ),
         _BY_PAIRS,
     ),
     (
-        lambda: _start(lf.Fusion(granularity="rank"), _frozen(_POOL, pair_terms)),
+        lambda: _start(
+            lf.Fusion(granularity="rank"), tiny.frozen(_MODEL, _POOL, pair_terms)
+        ),
         _BY_PAIRS,
     ),
     # Shared bases.

@@ -3,16 +3,12 @@
 import dataclasses
 import json
 
-import jax.numpy as jnp
-import numpy as np
 import pytest
 import small_llama
 from refusals import refused
 
 from lorafusion_jax.estimates.params import size
 from lorafusion_jax.models.decoder import FAMILY
-from lorafusion_jax.models.decoder.config import Rope
-from lorafusion_jax.models.decoder.rotary import rotation
 from lorafusion_jax.models.registry import family_of_json, recorded_config
 
 _SMALL = small_llama.CONFIG | {
@@ -94,19 +90,6 @@ def test_configs_of_transformers_4_and_5_describe_the_same_model(case):
     # A pool's manifest gives back the structure.
     record = {"family": "decoder", "config": dataclasses.asdict(config)}
     assert recorded_config(json.loads(json.dumps(record))) == config
-
-
-def test_llama3_stretches_low_frequencies_and_keeps_high_ones():
-    """Of wavelengths of 6, 20, 63 and 199 tokens, those below 64 / 4 are kept, those above 64 are stretched."""
-    scaled = {"scaling": "llama3", "factor": 8.0, "context": 64}
-    angles = []
-    for changes in ({}, scaled):
-        one = jnp.ones((1, 1), int)
-        turned = rotation(Rope(theta=100.0, width=8, **changes), one, one)
-        angles.append(np.arctan2(turned.sin[0, 0], turned.cos[0, 0]))
-    ratio = angles[1] / angles[0]
-    np.testing.assert_allclose(ratio[[0, 3]], [1, 1 / 8], rtol=1e-5)
-    assert 1 > ratio[1] > ratio[2] > 1 / 8
 
 
 def test_a_model_has_the_number_of_parameters_that_its_page_shows():

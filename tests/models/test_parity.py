@@ -39,6 +39,16 @@ _SIZES = {
     "eos_token_id": 2,
     "initializer_range": 0.2,
 }
+_TWO_KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
+
+
+def _rope(rope_type="default", theta=100.0, **fields):
+    return {"rope_type": rope_type, "rope_theta": theta} | fields
+
+
+_LOCAL = _rope(theta=50.0)
+_HALF = {"rope_parameters": _rope(partial_rotary_factor=0.5)}
+_YARN = _rope("yarn", factor=8.0, original_max_position_embeddings=8)
 _GEMMA = {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": _WINDOW}
 # Every family with what sets it apart, strong enough to matter.
 _FAMILIES = {
@@ -58,25 +68,13 @@ _FAMILIES = {
     "gemma2": _GEMMA | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0},
     "gemma3_text": _GEMMA
     | {
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "layer_types": _TWO_KINDS,
         "rope_parameters": {
-            "full_attention": {
-                "rope_type": "linear",
-                "factor": 4.0,
-                "rope_theta": 1000.0,
-            },
-            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            "full_attention": _rope("linear", 1000.0, factor=4.0),
+            "sliding_attention": _LOCAL,
         },
     },
-    "phi3": {
-        "sliding_window": _WINDOW,
-        "tie_word_embeddings": False,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 100.0,
-            "partial_rotary_factor": 0.5,
-        },
-    },
+    "phi3": _HALF | {"sliding_window": _WINDOW, "tie_word_embeddings": False},
     "gemma4_text": {
         "num_hidden_layers": 6,
         "layer_types": 2 * ["sliding_attention", "sliding_attention", "full_attention"],
@@ -91,15 +89,12 @@ _FAMILIES = {
         "vocab_size_per_layer_input": _VOCABULARY,
         "final_logit_softcapping": 2.0,
         "rope_parameters": {
-            "full_attention": {
-                "rope_type": "proportional",
-                "partial_rotary_factor": 0.5,
-                "rope_theta": 100.0,
-            },
-            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            "full_attention": _rope("proportional", partial_rotary_factor=0.5),
+            "sliding_attention": _LOCAL,
         },
     },
-    "qwen3_5_text": {
+    "qwen3_5_text": _HALF
+    | {
         "num_hidden_layers": 6,
         "layer_types": 2 * ["linear_attention", "linear_attention", "full_attention"],
         "head_dim": 16,
@@ -107,18 +102,7 @@ _FAMILIES = {
         "linear_num_value_heads": 4,
         "linear_key_head_dim": 6,
         "linear_value_head_dim": 10,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 100.0,
-            "partial_rotary_factor": 0.5,
-        },
     },
-}
-_YARN = {
-    "rope_type": "yarn",
-    "factor": 8.0,
-    "original_max_position_embeddings": 8,
-    "rope_theta": 100.0,
 }
 _GRANITE_4 = {
     "layer_types": ["attention"] * 3,
@@ -139,7 +123,7 @@ _FURTHER = {
     "ministral": {
         "head_dim": 12,
         "sliding_window": _WINDOW,
-        "layer_types": _FAMILIES["gemma3_text"]["layer_types"],
+        "layer_types": _TWO_KINDS,
     },
     "smollm3": {
         "no_rope_layers": [1, 0, 1],
@@ -154,19 +138,14 @@ _FURTHER = {
     "stablelm": {},
     "hunyuan_v1_dense": {
         "head_dim": 12,
-        "rope_parameters": {
-            "rope_type": "dynamic",
-            "factor": 1.0,
-            "alpha": 30.0,
-            "rope_theta": 50.0,
-        },
+        "rope_parameters": _rope("dynamic", 50.0, factor=1.0, alpha=30.0),
     },
     "olmo3": {
         "sliding_window": _WINDOW,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "layer_types": _TWO_KINDS,
         "rope_parameters": {
             "full_attention": _YARN | {"attention_factor": 1.3},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            "sliding_attention": _LOCAL,
         },
     },
     "ministral3": {
@@ -195,7 +174,7 @@ _QWEN_VIT = {
     "intermediate_size": 16,
     "out_hidden_size": 32,
 }
-_MROPE = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [1, 1, 2]}
+_MROPE = _rope(mrope_section=[1, 1, 2])
 # Models for images and text: the fields of the text model, and of the others.
 _WITH_IMAGES = {
     "gemma3": (
@@ -247,22 +226,19 @@ _WITH_IMAGES = {
     "idefics3": ({"model_type": "llama"}, {"vision_config": _VIT}),
     "smolvlm": ({"model_type": "llama"}, {"vision_config": _VIT}),
 }
-_LONGROPE = {
-    "rope_type": "longrope",
-    "short_factor": [1.0, 1.3, 1.1, 2.0],
-    "long_factor": [2.0, 3.0, 5.0, 9.0],
-    "rope_theta": 100.0,
-    "partial_rotary_factor": 1.0,
-}
-_TWO_ROPES = ["sliding_attention", "full_attention", "sliding_attention"]
+_LONGROPE = _rope(
+    "longrope",
+    short_factor=[1.0, 1.3, 1.1, 2.0],
+    long_factor=[2.0, 3.0, 5.0, 9.0],
+    partial_rotary_factor=1.0,
+)
 
 
 def _in_layers_of_one_kind(scaling):
     """Return models in which only some layers have this scaling of rotary positions."""
-    unscaled = {"rope_type": "default", "rope_theta": 50.0}
-    two_kinds = {"layer_types": _TWO_ROPES, "sliding_window": _WINDOW}
-    full = {"full_attention": scaling, "sliding_attention": unscaled}
-    sliding = {"full_attention": unscaled, "sliding_attention": scaling}
+    two_kinds = {"layer_types": _TWO_KINDS, "sliding_window": _WINDOW}
+    full = {"full_attention": scaling, "sliding_attention": _LOCAL}
+    sliding = {"full_attention": _LOCAL, "sliding_attention": scaling}
     gemma = {"query_pre_attn_scalar": 20, "head_dim": 8} | two_kinds
     return {
         "smollm3": {"no_rope_layers": [1, 0, 1], "rope_parameters": scaling},
@@ -275,30 +251,30 @@ def _in_layers_of_one_kind(scaling):
 _VARIANTS = {
     "plain": {"tie_word_embeddings": False},
     "tied": {"tie_word_embeddings": True},
-    "linear": {
-        "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 100.0}
-    },
-    "partial": {
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 100.0,
-            "partial_rotary_factor": 0.5,
-        }
-    },
+    "linear": {"rope_parameters": _rope("linear", factor=3.0)},
+    "partial": _HALF,
     # Rows are longer than these contexts.
     "dynamic": {
         "max_position_embeddings": 6,
-        "rope_parameters": {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 100.0},
+        "rope_parameters": _rope("dynamic", factor=3.0),
     },
     "llama3": {
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8,
-            "rope_theta": 100.0,
+        "rope_parameters": _rope(
+            "llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=8,
+        )
+    },
+    # Rows have 12, 5 and 9 tokens, and those that are longer than the context have other frequencies.
+    **{
+        f"longrope after {context} tokens": {
+            "model_type": "phi3",
+            "original_max_position_embeddings": context,
+            "rope_parameters": _LONGROPE | {"attention_factor": 1.2},
         }
+        for context in (4, 40)
     },
     "yarn": {"rope_parameters": _YARN},
     "yarn between pairs": {
@@ -823,7 +799,7 @@ def test_lora_on_the_head(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", _VARIANTS)
-def test_rope_scalings_tied_heads_and_further_families(tmp_path, kind):
+def test_variants_and_further_families(tmp_path, kind):
     changes = {"model_type": "llama"} | _VARIANTS[kind]
     ours = lf.load_base(_made(tmp_path / "base", changes.pop("model_type"), changes))
     theirs = _read(tmp_path / "base")
@@ -835,22 +811,6 @@ def test_rope_scalings_tied_heads_and_further_families(tmp_path, kind):
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "phi3"])
 def test_windows_that_a_family_does_not_read(tmp_path, model_type):
     """A Llama has no window, and a Phi-3 has one in all layers; transformers reads this Mistral as a Ministral."""
-    changes = {
-        "sliding_window": _WINDOW,
-        "layer_types": _FAMILIES["gemma3_text"]["layer_types"],
-    }
+    changes = {"sliding_window": _WINDOW, "layer_types": _TWO_KINDS}
     folder = _made(tmp_path / "base", model_type, changes)
     _check(_theirs(_read(folder)), lf.load_base(folder))
-
-
-@pytest.mark.parametrize("context", [4, 40])
-def test_longrope_has_the_frequencies_of_the_row_s_length(tmp_path, context):
-    """Rows of 12, 5 and 9 tokens."""
-    changes = {
-        "original_max_position_embeddings": context,
-        "rope_parameters": _LONGROPE | {"attention_factor": 1.2},
-    }
-    ours = lf.load_base(_made(tmp_path / "base", "phi3", changes))
-    theirs = _read(tmp_path / "base")
-    _check(_theirs(theirs), ours)
-    _check_said(theirs, ours)

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from flax import nnx
 
 import lorafusion_jax as lf
 from lorafusion_jax.adapters.norms import pair_terms
@@ -49,21 +48,8 @@ def _check(products, *, of_weights=True):
     assert all(highest == weights for weights, highest in products)
 
 
-def _frozen(pool, terms=lf.gram):
-    return lf.Frozen(
-        nnx.state(_MODEL),
-        pool,
-        jax.jit(terms)(pool, {s: lf.kernels(_MODEL)[s] for s in pool.rank}),
-    )
-
-
 def _step(method, pool, terms=lf.gram):
-    problem = lf.Problem(
-        graph=nnx.split(_MODEL)[0],
-        method=method,
-        frozen=_frozen(pool, terms),
-        index=jnp.arange(3),
-    )
+    problem = tiny.problem(method, tiny.frozen(_MODEL, pool, terms), (0, 1, 2))
     state = lf.init_state(problem, jax.random.key(0))
     rates = {group: jnp.float32(0.1) for group in state.params}
     step = partial(lf.fusion_step, optimisation=lf.Optimisation(steps=1))
@@ -86,24 +72,12 @@ def test_a_step(composition, rank, differentiate_norm):
     _check(_step(method, tiny.pool(3, lambda n, site, layer: rank)))
 
 
-def test_a_step_with_pair_terms():
+def test_a_step_with_pair_terms_or_in_a_shared_basis():
     method = lf.Fusion(differentiate_norm=True)
     _check(_step(method, tiny.pool(3), pair_terms))
-
-
-def test_a_step_in_a_shared_basis():
     basis = lf.shared_basis(tiny.pool(3), 5)
-    _check(
-        _products(
-            lf.gram, basis, {site: lf.kernels(_MODEL)[site] for site in basis.rank}
-        )
-    )
-    _check(
-        _step(
-            lf.Fusion(composition="sum", basis=5, differentiate_norm=True),
-            basis,
-        )
-    )
+    _check(_products(lf.gram, basis, {s: lf.kernels(_MODEL)[s] for s in basis.rank}))
+    _check(_step(lf.Fusion(basis=5, differentiate_norm=True), basis))
 
 
 def test_a_dora_in_training():

@@ -44,12 +44,7 @@ def test_the_delta_rule(length):
         (2, length, 4),
         (2, 4, 3, 5),
     ]
-    q = rng.standard_normal(shapes[0])
-    k = rng.standard_normal(shapes[1])
-    v = rng.standard_normal(shapes[2])
-    decay = rng.standard_normal(shapes[3])
-    beta = rng.standard_normal(shapes[4])
-    memory = rng.standard_normal(shapes[5])
+    q, k, v, decay, beta, memory = map(rng.standard_normal, shapes)
     given = (q, k, v, -np.exp(decay - 2), 1 / (1 + np.exp(-beta)), memory)
     ours = [jnp.asarray(a, jnp.float32) for a in given]
     rule = jax.jit(delta_rule).lower(*ours).compile()
