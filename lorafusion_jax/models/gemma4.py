@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from .architecture import Checkpoint, Family, Layers, Site, Size, Slot, Stack
 from .bit_cast import unpack
@@ -250,17 +250,8 @@ class Gemma4(Decoder):
             {stack: Gemma4Block(config, stack, rngs=rngs) for stack in config.stacks}
         )
 
-    def _contexts(
-        self,
-        positions: Int[Array, "B T"],
-        lengths: Int[Array, "B #T"],
-        seen: Bool[Array, "B T C"],
-        places: Int[Array, "#B T"],
-        columns: Int[Array, "#B C"],
-    ) -> Contexts:
-        plain = super()._contexts(positions, lengths, seen, places, columns)
-        both = (plain.of_layer(True), plain.of_layer(False))
-        return plain._replace(of_layer=lambda local: both)
+    def _of_layer(self, contexts: Contexts, local: Bool[Array, ""] | None) -> Any:
+        return contexts.nearby, contexts.everywhere
 
     def _scan(
         self,

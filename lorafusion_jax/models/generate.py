@@ -200,21 +200,6 @@ def begin(
     return _with_token(model, state, first, sampling) if model.config.causal else state
 
 
-def next_token(
-    model: Model,
-    state: Generation,
-    adapters: Adapters | None = None,
-    *,
-    sampling: Sampling = GREEDY,
-) -> Generation:
-    """Return the state with one more token in every row; the arguments are those of `generate`."""
-    read_model, read_adapters = _read(model, adapters, state.step + 1)
-    logits, cache = read_model.decode_token(
-        state.token, state.step, state.cache, state.input_mask, read_adapters
-    )
-    return _with_token(model, state._replace(cache=cache), logits, sampling)
-
-
 def advance(
     model: Model,
     state: Generation,
@@ -243,11 +228,14 @@ def advance(
         waits = (count if axis is None else jax.lax.psum(count, axis)) < enough_ended
         return waits if last is None else waits & (state.step < last)
 
-    return jax.lax.while_loop(
-        running,
-        lambda state: next_token(model, state, adapters, sampling=sampling),
-        state,
-    )
+    def next_token(state: Generation) -> Generation:
+        read_model, read_adapters = _read(model, adapters, state.step + 1)
+        logits, cache = read_model.decode_token(
+            state.token, state.step, state.cache, state.input_mask, read_adapters
+        )
+        return _with_token(model, state._replace(cache=cache), logits, sampling)
+
+    return jax.lax.while_loop(running, next_token, state)
 
 
 def of_rows(state: Generation, rows: Int[Array, " R"]) -> Generation:

@@ -172,10 +172,10 @@ def _is_causal(arrays):
     return arrays["labels_0"].shape == arrays["input_ids_0"].shape
 
 
-def _rows_of_four(arrays, k, start=0, end=None):
+def _rows_of_four(arrays, k, end=None):
     """Return ids and mask of a batch. Both batches have four rows, so that they share programs."""
-    ids = arrays[f"{'input_ids'}_{k}"][:, start:end]
-    mask = arrays[f"{'attention_mask'}_{k}"][:, start:end]
+    ids = arrays[f"input_ids_{k}"][:, :end]
+    mask = arrays[f"attention_mask_{k}"][:, :end]
     filling = ((0, 4 - len(ids)), (0, 0))
     return jnp.asarray(np.pad(ids, filling), jnp.int32), jnp.asarray(
         np.pad(mask > 0, filling)

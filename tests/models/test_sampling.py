@@ -13,8 +13,6 @@ from numpy.testing import assert_array_equal
 from refusals import refused
 
 from lorafusion_jax import Sampling, generate
-from lorafusion_jax.models import GREEDY, begin
-from lorafusion_jax.models.generate import next_token
 
 _TOKENS = 6
 
@@ -86,22 +84,6 @@ def _say(graph, weights, ids, row_keys, sampling):
     )
 
 
-@functools.partial(jax.jit, static_argnames="graph")
-def _begin(graph, weights, ids, row_keys):
-    return begin(
-        nnx.merge(graph, weights),
-        ids,
-        ids > 0,
-        max_new_tokens=_TOKENS,
-        row_keys=row_keys,
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("graph", "sampling"))
-def _next(graph, weights, state, sampling):
-    return next_token(nnx.merge(graph, weights), state, sampling=sampling)
-
-
 @pytest.fixture(scope="module")
 def said():
     """A model's graph, weights, sources and keys, and its draws."""
@@ -134,19 +116,6 @@ def test_a_row_s_draws_depend_on_no_other_row(said):
     assert not np.array_equal(mixed[1], together[1]) and not np.array_equal(
         mixed[2], together[0]
     )
-
-
-@pytest.mark.parametrize("drawn", [True, False])
-def test_token_after_token_gives_what_the_loop_gives(said, drawn):
-    graph, weights, ids, keys, sampling, together = said
-    if not drawn:
-        keys = None
-        sampling = GREEDY
-        together = _say(graph, weights, ids, keys, sampling)
-    state = _begin(graph, weights, ids, keys)
-    for _ in range(_TOKENS):
-        state = _next(graph, weights, state, sampling)
-    assert_array_equal(state.tokens, together)
 
 
 @pytest.mark.parametrize(

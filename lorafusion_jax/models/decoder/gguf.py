@@ -366,16 +366,8 @@ def _layer_types(sliding: Collection[bool]) -> list[str]:
 def _special_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return the tokens that begin and end texts; those that end a turn of a chat end an answer too."""
     tokens = metadata.get("tokenizer.ggml.tokens", [])
-    ids = {
-        name: metadata.get(f"tokenizer.ggml.{key}_token_id")
-        for name, key in {
-            "bos": "bos",
-            "eos": "eos",
-            "pad": "padding",
-            "eot": "eot",
-            "eom": "eom",
-        }.items()
-    }
+    names = ("bos", "eos", "padding", "eot", "eom")
+    ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in names}
     for name, token in ids.items():
         if token is not None and token >= len(tokens):
             raise ValueError(
@@ -393,7 +385,7 @@ def _special_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "bos_token_id": ids["bos"],
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
-        "pad_token_id": ids["pad"],
+        "pad_token_id": ids["padding"],
     }
 
 

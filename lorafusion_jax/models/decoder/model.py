@@ -85,10 +85,12 @@ class Context(NamedTuple):
 
 
 class Contexts(NamedTuple):
-    """The position of each token, and a function from whether a layer has a sliding window to the layer's context."""
+    """The position of each token, whether it is no padding, and the contexts of layers without and with a window."""
 
     positions: Int[Array, "B T"]
-    of_layer: Callable[[Bool[Array, ""] | bool | None], Any]
+    real: Bool[Array, "B T"]
+    everywhere: Context
+    nearby: Context
 
 
 Into = Callable[[KeysValues, int], KeysValues]
@@ -456,7 +458,8 @@ class Decoder(nnx.Module):
                     updated[place],
                 )
 
-            x, (new,) = layer(x, [contexts.of_layer(local)], adapters, into=into)
+            context = self._of_layer(contexts, local)
+            x, (new,) = layer(x, [context], adapters, into=into)
             return (x, tuple(updated)), new.states
 
         numbers = jnp.arange(len(cache.attentions[0].keys)), cache.states
@@ -478,7 +481,7 @@ class Decoder(nnx.Module):
             layer: Any, x: Array, layer_inputs: tuple[Any, Array | None, None]
         ) -> tuple[Array, list[Cache]]:
             adapters, local, _ = layer_inputs
-            of_groups = [context.of_layer(local) for context in contexts]
+            of_groups = [self._of_layer(context, local) for context in contexts]
             return layer(x, of_groups, adapters, line)
 
         x = self._embed(ids, contexts, line)
@@ -509,23 +512,25 @@ class Decoder(nnx.Module):
         """
         c = self.structure
         everywhere = Context(rotation(c.rope, positions, lengths), seen)
-        if not any(c.sliding):
-            return Contexts(positions, lambda local: everywhere)
-        if c.window:
-            near = seen & (columns[:, None, :] > places[:, :, None] - c.window)
-        else:
+        nearby = everywhere
+        if any(c.sliding):
             near = seen
-        nearby = Context(rotation(c.local_rope or c.rope, positions, lengths), near)
-        if all(c.sliding):
-            return Contexts(positions, lambda local: nearby)
+            if c.window:
+                near = seen & (columns[:, None, :] > places[:, :, None] - c.window)
+            rope = c.local_rope or c.rope
+            nearby = Context(rotation(rope, positions, lengths), near)
+        # A real token attends to itself.
+        real = jnp.any(seen & (columns[:, None, :] == places[:, :, None]), axis=-1)
+        return Contexts(positions, real, everywhere, nearby)
 
-        def of_layer(local: Bool[Array, ""] | bool | None) -> Context:
-            assert local is not None
-            if isinstance(local, bool):
-                return nearby if local else everywhere
-            return jax.tree.map(lambda a, b: jnp.where(local, a, b), nearby, everywhere)
-
-        return Contexts(positions, of_layer)
+    def _of_layer(self, contexts: Contexts, local: Bool[Array, ""] | None) -> Any:
+        """Return the context of a layer, given whether it has a window; None if all layers are of one kind."""
+        if local is None:
+            sliding = any(self.structure.sliding)
+            return contexts.nearby if sliding else contexts.everywhere
+        return jax.tree.map(
+            lambda a, b: jnp.where(local, a, b), contexts.nearby, contexts.everywhere
+        )
 
     def _embed(
         self, ids: Target, contexts: Sequence[Contexts], line: Line | None = None

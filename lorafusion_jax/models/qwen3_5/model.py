@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from ..decoder.model import (
     MLP,
@@ -216,19 +216,8 @@ class Qwen35(Decoder):
     def _blocks(self, config: Qwen35Config, rngs: nnx.Rngs) -> Group:
         return Group(config, rngs=rngs)
 
-    def _contexts(
-        self,
-        positions: Int[Array, "B T"],
-        lengths: Int[Array, "B #T"],
-        seen: Bool[Array, "B T C"],
-        places: Int[Array, "#B T"],
-        columns: Int[Array, "#B C"],
-    ) -> Contexts:
-        plain = super()._contexts(positions, lengths, seen, places, columns)
-        # A real token attends to itself.
-        real = jnp.any(seen & (columns[:, None, :] == places[:, :, None]), axis=-1)
-        context = plain.of_layer(None)._replace(real=real)
-        return plain._replace(of_layer=lambda local: context)
+    def _of_layer(self, contexts: Contexts, local: Bool[Array, ""] | None) -> Any:
+        return contexts.everywhere._replace(real=contexts.real)
 
     def _scan(
         self,
