@@ -82,16 +82,14 @@ def test_factors_follow_from_the_models_inputs(small, folder):
         * scale
     )
     prepared = hardware.load_chips(str(folder / "prepared")).prepared.of_sites
-    q = prepared["encoder.self.q"]
-    k = prepared["encoder.self.k"]
-    o = prepared["encoder.self.o"]
-    np.testing.assert_array_equal(q.factors, k.factors)
-    assert not np.array_equal(q.factors, o.factors)
+    factors = {name: prepared[f"encoder.self.{name}"].factors for name in "qko"}
+    np.testing.assert_array_equal(factors["q"], factors["k"])
+    assert not np.array_equal(factors["q"], factors["o"])
     sums = sum(
         np.sum(np.square(lf.kernels(model)[f"encoder.self.{name}"][0]), axis=-1)
         for name in "qkv"
     )
-    squares = np.asarray(q.factors[0]) ** 4 * sums
+    squares = np.asarray(factors["q"][0]) ** 4 * sums
     expected = np.mean(normed**2, axis=0)
     np.testing.assert_allclose(
         squares / squares.mean(), expected / expected.mean(), rtol=2e-3
@@ -133,32 +131,27 @@ def test_outputs_on_prepared_chips_are_closer_to_the_digital_ones(folder, fused)
 @pytest.mark.long
 def test_programmed_chips_keep_their_preparation(small, folder, fused):
     out = folder / "chips.json"
+    prepared = str(folder / "prepared")
+    base, pool = map(str, small)
     hardware.write_chips(
         hardware.ProgramOptions(
-            base=str(small[0]),
-            pool=str(small[1]),
+            base=base,
+            pool=pool,
             out=out,
-            crossbar=str(folder / "prepared"),
+            crossbar=prepared,
             keep_digital=NOT_WRITTEN,
             chip_key=3,
         )
     )
-    run = runs.run_path(fused)
-    written = hardware.evaluate_on_chips(
-        hardware.EvaluateOnChipsOptions(run=run, crossbar=str(out))
-    )["rows"]
-    drawn = hardware.evaluate_on_chips(
-        hardware.EvaluateOnChipsOptions(
-            run=run,
-            crossbar=str(folder / "prepared"),
-            keep_digital=NOT_WRITTEN,
-            chip_key=3,
-        )
-    )["rows"]
-    assert [row["loss"] for row in written] == [row["loss"] for row in drawn]
-    assert hardware.load_chips(str(out)).sha256 != crossbar.config_hash(
-        hardware.load_chips(str(out)).config
-    )
+
+    def losses(**chips):
+        options = hardware.EvaluateOnChipsOptions(run=runs.run_path(fused), **chips)
+        return [row["loss"] for row in hardware.evaluate_on_chips(options)["rows"]]
+
+    drawn = losses(crossbar=prepared, keep_digital=NOT_WRITTEN, chip_key=3)
+    assert losses(crossbar=str(out)) == drawn
+    chips = hardware.load_chips(str(out))
+    assert chips.sha256 != crossbar.config_hash(chips.config)
 
 
 @pytest.mark.long
