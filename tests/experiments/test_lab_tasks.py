@@ -7,17 +7,13 @@ from lorafusion_jax.tasks import Example, Task
 
 
 def test_lorahubs_own_folder(tmp_path):
-    where = r"release 0\.1 \(https://github\.com/sail-sg/lorahub/releases/.*/data_bbh\.zip\); .*BIG-Bench-Hard.*--bbh"
-    with refused(rf"data_bbh does not exist: give LoraHub's data_bbh, .*{where}"):
-        lorahub_tasks(tmp_path / "data_bbh")
     for name in ("snarks", "navigate"):
         (tmp_path / "data_bbh" / name).mkdir(parents=True)
-    with refused(rf"data_bbh has no task: .*{where}"):
+    with refused(r"data_bbh has no task: .*release 0\.1 .*BIG-Bench-Hard.*--bbh"):
         lorahub_tasks(tmp_path / "data_bbh")
     for name in ("snarks", "navigate"):
-        (tmp_path / "data_bbh" / name / "example.jsonl").write_text(
-            '{"context": "a", "completion": "b"}'
-        )
+        row = '{"context": "a", "completion": "b"}'
+        (tmp_path / "data_bbh" / name / "example.jsonl").write_text(row)
     assert [path.name for path in lorahub_tasks(tmp_path / "data_bbh")] == [
         "navigate",
         "snarks",

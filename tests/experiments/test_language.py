@@ -1,6 +1,5 @@
 """Real language: roles of the tasks, and the script that trains the pool, on a small Llama and tasks made up here."""
 
-import json
 import random
 
 import language as experiment
@@ -13,6 +12,7 @@ from lab import language
 from refusals import refused
 
 from lorafusion_jax.io import read_adapter
+from lorafusion_jax.tasks import Example
 from lorafusion_jax.trials import read_lines
 
 
@@ -46,27 +46,21 @@ def test_test_pairs_that_something_was_trained_on_are_left_out_and_counted(tmp_p
         (row.input.lower(), row.target.lower().rstrip(".")) for row in of_source
     }
 
-    train = [(f"Word {i}", f"Answer {i}") for i in range(100)]
-    clean = [(f"new {i}", "yes") for i in range(150)]
-    known = [("WORD 3", "answer 3."), (of_source[0].input.upper(), of_source[0].target)]
-    others = [("word 3", "another answer"), (of_source[0].input, "another answer")]
+    seen = of_source[0]
+    train = [Example(f"Word {i}", f"Answer {i}") for i in range(100)]
+    clean = [Example(f"new {i}", "yes") for i in range(150)]
+    known = [Example("WORD 3", "answer 3."), Example(seen.input.upper(), seen.target)]
+    others = [Example(text, "another answer") for text in ("word 3", seen.input)]
 
     def task(name, test):
-        (tmp_path / name).mkdir()
-        for part, pairs in (("train", train), ("test", test)):
-            lines = [
-                json.dumps({"input": word, "target": answer}) for word, answer in pairs
-            ]
-            (tmp_path / name / f"{part}.jsonl").write_text("\n".join(lines))
-        return tmp_path / name
+        return language.write_task(tmp_path / name, train=train, test=test)
 
     found = language.unseen(
         task("leaks", [*known, *others, *clean]), trained, tmp_path / "out"
     )
     assert found == (tmp_path / "out" / "leaks", 2)
     kept = language.load_task(found.path)
-    assert [(row.input, row.target) for row in kept.train] == train
-    assert [(row.input, row.target) for row in kept.test] == [*others, *clean]
+    assert (kept.train, kept.test) == (tuple(train), (*others, *clean))
     # Pairs that are not evaluated leave the task unchanged.
     for name, test in (("clean", [*others, *clean]), ("late", [*clean, *known])):
         path = task(name, test)
@@ -92,50 +86,6 @@ def test_a_task_that_a_source_was_trained_on_is_refused(tmp_path):
         r"30 of 100 test pairs are training pairs, .* expected at least 75 others"
     ):
         language.unseen(path, few, tmp_path / "out")
-
-
-def test_the_pool_is_trained_task_by_task(tmp_path, monkeypatch):
-    llama = small_llama.make(tmp_path / "llama")
-    monkeypatch.setattr(language_pool, "base", lambda: llama)
-    monkeypatch.setattr(language_pool, "EVALUATED_ROWS", 8)
-    for name in ("one", "two"):
-        _colours(tmp_path / "tasks" / "sub" / f"{name}.json", 190)
-    given = f"--tasks {tmp_path / 'tasks'} --out {tmp_path / 'out'} --rank 2".split()
-    given += ["--lr", "0.02"]
-    language_pool.main([*given, "--sources", "one"])
-    first = (tmp_path / "out" / "pool.jsonl").read_text()
-    row = json.loads(first)
-    assert (row["task"], row["train_rows"], row["test_rows"], row["steps"]) == (
-        "one",
-        100,
-        8,
-        30,
-    )
-    assert (
-        row["adapter"]["loss"] < row["base"]["loss"]
-        and len(row["validation_loss"]) == 5
-    )
-    assert row["adapter"]["same_case"] <= row["adapter"]["exact_match"]
-    assert row["base"]["option_accuracy"] is not None
-    adapter = read_adapter(str(tmp_path / "out" / "adapters" / "one"))
-    assert (
-        adapter.config["base_model_name_or_path"]
-        == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    )
-    assert {
-        (str(A.dtype), A.shape[0], B.shape[1]) for A, B in adapter.factors.values()
-    } == {("bfloat16", 2, 2)}
-    assert {path.rpartition(".")[2] for path in adapter.factors} == {"q_proj", "v_proj"}
-
-    trained = []
-    monkeypatch.setattr(
-        language_pool,
-        "_train",
-        lambda name, path, options: trained.append(name) or row | {"task": name},
-    )
-    language_pool.main([*given, "--sources", "one", "two"])
-    assert trained == ["two"]
-    assert (tmp_path / "out" / "pool.jsonl").read_text().startswith(first)
 
 
 def test_a_dose_has_a_number_of_modules_of_the_family_and_all_smaller_doses():
@@ -170,6 +120,37 @@ def trained(tmp_path, monkeypatch):
     tasks = ["--tasks", str(tmp_path / "tasks"), "--out", str(tmp_path / "out")]
     language_pool.main([*tasks, *"--sources one two --rank 2".split()])
     return tasks
+
+
+def test_the_pool_is_trained_task_by_task(trained, tmp_path, monkeypatch):
+    file = tmp_path / "out" / "pool.jsonl"
+    before = file.read_text()
+    row, other = read_lines(file)
+    assert (row["task"], other["task"], row["test_rows"]) == ("one", "two", 6)
+    assert (row["train_rows"], row["steps"]) == (100, 30)
+    assert row["adapter"]["loss"] < row["base"]["loss"]
+    assert len(row["validation_loss"]) == 5
+    assert row["adapter"]["same_case"] <= row["adapter"]["exact_match"]
+    assert row["base"]["option_accuracy"] is not None
+    adapter = read_adapter(str(tmp_path / "out" / "adapters" / "one"))
+    assert (
+        adapter.config["base_model_name_or_path"]
+        == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    )
+    assert {
+        (str(A.dtype), A.shape[0], B.shape[1]) for A, B in adapter.factors.values()
+    } == {("bfloat16", 2, 2)}
+    assert {path.rpartition(".")[2] for path in adapter.factors} == {"q_proj", "v_proj"}
+
+    more = []
+    monkeypatch.setattr(
+        language_pool,
+        "_train",
+        lambda name, path, options: more.append(name) or row | {"task": name},
+    )
+    language_pool.main([*trained, *"--sources one new --rank 2".split()])
+    assert more == ["new"]
+    assert file.read_text().startswith(before)
 
 
 @pytest.mark.nightly

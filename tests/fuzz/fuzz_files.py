@@ -4,7 +4,6 @@ Prints how many files of each kind were read and refused, and every fault with t
 (`--only KIND --seed SEED --first NUMBER`); exits with 1 if there was one.
 """
 
-import argparse
 import contextlib
 import faulthandler
 import random
@@ -18,38 +17,36 @@ from pathlib import Path
 
 import datasets
 import file_kinds
+import tyro
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--seconds", type=float, default=3600.0, help="how long to draw"
-    )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=random.SystemRandom().randrange(2**32),
-        help="of the draws",
-    )
-    parser.add_argument("--first", type=int, default=0, help="number of the first draw")
-    parser.add_argument("--only", default="", help="part of a kind's name")
-    options = parser.parse_args()
+def main(
+    seconds: float = 3600.0, seed: int | None = None, first: int = 0, only: str = ""
+) -> bool:
+    """Read damaged files, and return whether there was a fault.
+
+    Args:
+      seconds: how long to draw.
+      seed: of the draws; by default a new one.
+      first: number of the first draw.
+      only: part of a kind's name.
+    """
+    if seed is None:
+        seed = random.SystemRandom().randrange(2**32)
     faulthandler.enable()  # a crash says at least which kind it was
     signal.signal(
         signal.SIGINT, signal.default_int_handler
     )  # also where a shell started this in the background
     warnings.simplefilter("ignore")
     datasets.disable_progress_bars()
-    print(f"seed {options.seed}", flush=True)
+    print(f"seed {seed}", flush=True)
     found = Counter()
-    number = options.first
+    number = first
     with tempfile.TemporaryDirectory() as sandbox:
         root = Path(sandbox) / "root"
         root.mkdir()
         kinds = {
-            name: kind
-            for name, kind in file_kinds.kinds(root).items()
-            if options.only in name
+            name: kind for name, kind in file_kinds.kinds(root).items() if only in name
         }
         for (
             kind
@@ -57,9 +54,9 @@ def main():
             kind.read(kind.file)
         began = time.monotonic()
         with contextlib.suppress(KeyboardInterrupt):
-            while time.monotonic() < began + options.seconds:
+            while time.monotonic() < began + seconds:
                 for name, kind in kinds.items():
-                    draw = random.Random(f"{name} {options.seed} {number}")
+                    draw = random.Random(f"{name} {seed} {number}")
                     try:
                         found[name, file_kinds.outcome(kind, root, draw)] += 1
                     except file_kinds.Fault as fault:
@@ -74,4 +71,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(tyro.cli(main))

@@ -2,9 +2,6 @@
 
 import contextlib
 import resource
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import made_up_rows
@@ -20,34 +17,28 @@ from lorafusion_jax.trials import append_lines, read_rows
 _ROWS = made_up_rows.made_up(items=5)
 
 
-class _Case(NamedTuple):
-    """Something that is saved twice, at first with few numbers, and how it is read."""
-
-    save: Callable[[Path, int], Any]
-    read: Callable[[Path], Any]
-
-
 def _save_chip(folder, size):
     chip = crossbar.program(jnp.ones((size, size)), crossbar.CrossbarConfig())
     crossbar.save_chip(chip, folder / "chip.safetensors")
 
 
+# What saves twice, at first few numbers, and how that is read.
 _CASES = {
-    "text": _Case(
+    "text": (
         lambda folder, size: write_text(folder / "file", "x" * 101 * size),
         lambda folder: (folder / "file").read_text(),
     ),
-    "rows": _Case(
+    "rows": (
         lambda folder, size: append_lines(folder / "rows.jsonl", _ROWS[:1] * size),
         lambda folder: read_rows(folder / "rows.jsonl")[:1],
     ),
-    "arrays": _Case(
+    "arrays": (
         lambda folder, size: store.save(
             folder / f"saved-{size}", "thing", {"x": np.ones(99 * size)}, {}
         ),
         lambda folder: [path.name for path in folder.iterdir()],
     ),
-    "chip": _Case(
+    "chip": (
         _save_chip,
         lambda folder: crossbar.load_chip(folder / "chip.safetensors").matrix_shape,
     ),
@@ -67,14 +58,14 @@ def _full_disk():
 
 @pytest.mark.parametrize("name", _CASES)
 def test_a_full_disk_leaves_what_was_saved(name, tmp_path, capfd):
-    case = _CASES[name]
+    save, read = _CASES[name]
     folder = tmp_path / "folder"
     folder.mkdir()
-    case.save(folder, 1)
-    before = case.read(folder)
+    save(folder, 1)
+    before = read(folder)
     with _full_disk(), pytest.raises(WriteError, match=f"^{folder} cannot be written"):
-        case.save(folder, 1000)
-    assert case.read(folder) == before
+        save(folder, 1000)
+    assert read(folder) == before
     assert not [path for path in folder.rglob("*") if path.name.endswith(".partial")]
     assert "Traceback" not in capfd.readouterr().err
 

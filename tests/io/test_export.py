@@ -154,12 +154,10 @@ def test_a_quantised_pool_exports_what_it_computes(composition):
 @pytest.mark.parametrize("magnitudes", [True, False], ids=["trained", "frozen"])
 def test_magnitudes_of_either_sign_and_zero_start_the_next_fusion(tmp_path, magnitudes):
     """The oracle is the run that was exported: pruned and negative magnitudes are read back as they were."""
-    graph, base = nnx.split(_MODEL)
     pool = tiny.pool(3, _somewhere)
     index = jnp.arange(3)
-    terms = jax.jit(lf.gram)(pool, {s: lf.kernels(_MODEL)[s] for s in pool.A})
     method = lf.Fusion()
-    frozen = lf.Frozen(base, pool, terms)
+    frozen = tiny.frozen(_MODEL, pool)
     rng = np.random.default_rng(0)
     params = method.init(frozen, index, jax.random.key(0))
     params["magnitudes"] = {
@@ -178,11 +176,7 @@ def test_magnitudes_of_either_sign_and_zero_start_the_next_fusion(tmp_path, magn
     )
     io.write_adapter(tmp_path / "fused", *written)
     again = lf.read_pool([str(tmp_path / "fused")], _MODEL.config)
-    frozen_again = lf.Frozen(
-        base,
-        again,
-        jax.jit(lf.gram)(again, {s: lf.kernels(_MODEL)[s] for s in again.A}),
-    )
+    frozen_again = tiny.frozen(_MODEL, again)
     next_method = lf.Fusion(magnitudes=magnitudes)
     start = next_method.init(frozen_again, jnp.arange(1), jax.random.key(1))
     assert (start["coefficients"] == 1).all() and ("magnitudes" in start) == magnitudes
@@ -191,14 +185,9 @@ def test_magnitudes_of_either_sign_and_zero_start_the_next_fusion(tmp_path, magn
     _close(_logits(_MODEL, adapters), _logits(_MODEL, wanted))
 
 
-def _fused(model, composition):
-    pool = tiny.pool(4, _somewhere)
-    frozen = lf.Frozen(
-        nnx.split(model)[1],
-        pool,
-        jax.jit(lf.gram)(pool, {s: lf.kernels(model)[s] for s in pool.A}),
-    )
-    method = lf.Fusion(composition=composition)
+def _fused(model):
+    frozen = tiny.frozen(model, tiny.pool(4, _somewhere))
+    method = lf.Fusion(composition="sum")
     params = method.init(frozen, jnp.array(_INDEX), jax.random.key(0))
     params["coefficients"] = tiny.coefficients(params["coefficients"].shape)
     params["magnitudes"] = {site: 1.5 * m for site, m in params["magnitudes"].items()}
@@ -223,7 +212,7 @@ def test_quantised_and_bf16_models_merge_in_float32():
             module.kernel.set_value(
                 lf.quantise(module.kernel.get_value(), "int8", tiled_axis=-2)
             )
-    adapters = _fused(model, "sum")
+    adapters = _fused(model)
     merged = lf.merged_base(model, adapters)
     _close(_logits(merged), _logits(model, adapters), 1e-4)
     assert all(isinstance(lf.kernels(merged)[site], jax.Array) for site in adapters)

@@ -246,12 +246,6 @@ def test_a_model_is_quantised_as_it_loads(base, qtype):
         # A tile holds one scale: along d_in, of which 8, 6 and 10 are single tiles.
         layers, _, d_out = lf.kernels(plain)[site].shape
         assert kernel.qtype == qtype and kernel.scale.shape == (layers, 1, d_out)
-        width = np.abs(lf.kernels(plain)[site]).max(axis=1, keepdims=True)
-        # Half the widest gap between levels, in units of the largest weight: 0.152 in NF4, 1 / 15 in int4.
-        gap = {"nf4": 0.153, "int4": 0.067, "int8": 0.004}[qtype]
-        assert (
-            np.abs(dense(kernel, "float32") - lf.kernels(plain)[site]) <= gap * width
-        ).all()
         at_once = lf.quantise(lf.kernels(plain)[site], qtype, tiled_axis=-2)
         assert jax.tree.structure(kernel) == jax.tree.structure(at_once)
         assert_array_equal(dense(kernel, "float32"), dense(at_once, "float32"))

@@ -374,10 +374,7 @@ def test_tokenizer_loads_and_encodes(tokenizer):
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
     encoded = encode(tokenizer, [Example("a b c", "d"), Example("b Ж", "a c")])
     assert len(encoded) == 2
-    a = tokenizer.convert_tokens_to_ids("a")
-    b = tokenizer.convert_tokens_to_ids("b")
-    c = tokenizer.convert_tokens_to_ids("c")
-    d = tokenizer.convert_tokens_to_ids("d")
+    a, b, c, d = tokenizer.convert_tokens_to_ids(["a", "b", "c", "d"])
     assert [ids.tolist() for ids in encoded.inputs] == [[a, b, c, 1], [b, 2, 1]]
     assert [ids.tolist() for ids in encoded.labels] == [[d, 1], [a, c, 1]]
     assert {ids.dtype for ids in encoded.inputs + encoded.labels} == {
