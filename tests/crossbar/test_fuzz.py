@@ -566,8 +566,8 @@ PAIRS = {
 
 @cases(
     15,
-    case=reads("lookup", "packed", **{**OF_ADC, **PAIRS})
-    | reads("loop", "lookup", None, **OF_ADC)
+    case=reads("packed", **{**OF_ADC, **PAIRS})
+    | reads("loop", None, **OF_ADC)
     | reads(
         "definition",
         **{
@@ -576,8 +576,8 @@ PAIRS = {
             "nonlinear": st.sampled_from([None, "current", "iv"]),
         },
     )
-    | reads("lookup", "packed", **{**NOISE, **PAIRS})
-    | reads("lookup", "loop", **NOISE)
+    | reads("packed", **{**NOISE, **PAIRS})
+    | reads("loop", **NOISE)
     | reads("product", **{**NOISE, "adc": None})
     | reads("definition", **{**NOISE, "nonlinear": st.sampled_from([None, "iv"])})
     | reads("definition", **{**NOISE, "noise": "clipped", "adc": None}),

@@ -334,11 +334,10 @@ def test_noise_is_the_same_on_every_path():
     noisy = replace(quiet, device=Device(read_noise=noise))
     without = matmul(x, program(W, quiet, path="loop"))
     least = float(jnp.abs(without).max()) / 1000  # less than a code is worth
-    paths = ("loop", "lookup", "packed")
+    paths = ("loop", "packed")
     reads = [matmul(x, with_read_key(program(W, noisy, path=p), KEY)) for p in paths]
     assert np.mean(np.abs(reads[0] - without) > least) > 0.5
-    for other in reads[1:]:
-        assert_allclose(other, reads[0], rtol=0, atol=least)
+    assert_allclose(reads[1], reads[0], rtol=0, atol=least)
 
 
 def test_draws_are_the_same_everywhere():

@@ -270,6 +270,7 @@ CHIPS = [
     (chip(path="loop", tile=Tile(current_limit=1.0), adc=AT_MAX), "column currents are limited"),
     (chip(path="loop", encoding=FLIP, adc=AT_MAX), "columns that are stored inverted"),
     (chip(path="lookup", dac=DAC(slice_bits=4), adc=AT_MAX), "input slices of up to 2 bits"),
+    (chip(path="lookup", device=NOISY, adc=AT_MAX), "path='lookup' draws no noise"),
     (chip(KEY, "packed", device=Device(programming=UNIFORM), adc=AT_MAX), "takes integer cells"),
     (chip(conductances=measured(0.5)[:, :1]), r"\(4, 1, 1, 1, 6, 5\): expected \(4, 2, "),
     (chip(conductances=measured(40.0)), "from 0.5 to 40: .* microsiemens by the Gmax"),

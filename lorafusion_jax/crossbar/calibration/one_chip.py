@@ -107,14 +107,9 @@ def probe(
     dtype = x.dtype
     x = x.astype(chip.codes.dtype)
     config = chip.config
-    if (
-        config.dac is not None
-        and config.dac.scaling == "calibrated"
-        and chip.input_limit is None
-    ):
-        config = dataclasses.replace(
-            config, dac=dataclasses.replace(config.dac, scaling="row")
-        )
+    if config.dac is not None and chip.awaits_inputs:
+        by_row = dataclasses.replace(config.dac, scaling="row")
+        config = dataclasses.replace(config, dac=by_row)
         chip = reconfigured(chip, config)
     if (
         config.adc is not None
@@ -147,12 +142,8 @@ def probe(
     counts = jnp.ones(len(batch), batch.dtype)
     if chip.preparation is not None:
         counts = _squares_of_full_scales(batch, unnamed)
-    histogram, errors, clipped, inputs, clipped_inputs = _met_by_converters(
-        batch, unnamed, counts
-    )
-    return y.astype(dtype), Statistics(
-        histogram, errors, clipped, inputs, clipped_inputs, signal, error
-    )
+    met = _met_by_converters(batch, unnamed, counts)
+    return y.astype(dtype), Statistics(*met, signal=signal, error=error)
 
 
 def calibrated(chip: Chip, statistics: Statistics) -> Chip:
@@ -173,11 +164,9 @@ def calibrated(chip: Chip, statistics: Statistics) -> Chip:
     geometry = chip.geometry
     config = chip.config
     adc = config.adc
-    dac = config.dac
-    if dac is not None and dac.scaling == "calibrated" and chip.input_limit is None:
-        return dataclasses.replace(
-            chip, input_limit=_input_limit(statistics.inputs, dac.quantile)
-        )
+    if config.dac is not None and chip.awaits_inputs:
+        input_limit = _input_limit(statistics.inputs, config.dac.quantile)
+        return dataclasses.replace(chip, input_limit=input_limit)
     if (
         adc is None
         or geometry.code_range is None
@@ -389,8 +378,8 @@ def _of_conversions(
     zeros = (
         none + jnp.zeros((slices, BINS), dtype),
         none + jnp.zeros((slices, STEPS), dtype),
+        none + jnp.zeros((slices,), dtype),
     )
-    zeros = (*zeros, none + jnp.zeros((slices,), dtype))
     if geometry.code_range is None or not PATHS[chip.plan.path].converts or len(n) == 0:
         return zeros
     columns = None

@@ -62,7 +62,7 @@ def calibrate_tree(
       sensitivities: factors of the error power by the names of chips; 1 for others.
     """
     statistics: list[Statistics] = []
-    for _ in range(2 if any(map(_awaits_inputs, chips_in(weights))) else 1):
+    for _ in range(2 if any(chip.awaits_inputs for chip in chips_in(weights)) else 1):
         statistics = observe(run, weights, batches)
         leaves = chips_in(weights)
         weights = with_chips(
@@ -141,23 +141,24 @@ def site_errors(weights: Any, statistics: list[Statistics]) -> list[dict[str, An
     conversions of the slice that clips most), clipped_inputs (share)}. Shares over `clip_share` warn.
     """
     rows = []
-    clipping_adcs = []
-    clipping_dacs = []
+    clipping_rows: dict[str, list[Any]] = {"clipped": [], "clipped_inputs": []}
     for leaf, seen in zip(chips_in(weights), statistics, strict=True):
         site_rows = list(_rows(leaf, seen))
         rows += site_rows
-        if (adc := leaf.config.adc) is not None:
-            clipping_adcs += [
-                row for row in site_rows if row["clipped"] > adc.clip_share
-            ]
-        if (dac := leaf.config.dac) is not None:
-            clipping_dacs += [
-                row for row in site_rows if row["clipped_inputs"] > dac.clip_share
-            ]
-    for problem, column, clipping in (
-        ("ADCs clip more conversions than adc.clip_share", "clipped", clipping_adcs),
-        ("DACs clip more inputs than dac.clip_share", "clipped_inputs", clipping_dacs),
+        config = leaf.config
+        for column, converter in (
+            ("clipped", config.adc),
+            ("clipped_inputs", config.dac),
+        ):
+            if converter is not None:
+                clipping_rows[column] += [
+                    row for row in site_rows if row[column] > converter.clip_share
+                ]
+    for column, problem in (
+        ("clipped", "ADCs clip more conversions than adc.clip_share"),
+        ("clipped_inputs", "DACs clip more inputs than dac.clip_share"),
     ):
+        clipping = clipping_rows[column]
         if clipping:
             worst = sorted(clipping, key=lambda row, column=column: -row[column])
             sites = "; ".join(
@@ -184,13 +185,11 @@ def _found(
     leaves = chips_in(reads(weights, number))
 
     def total(zeros: list[Any]) -> Array:
-        taps = [
-            _Tap(*tap_parts, read)
-            for tap_parts in zip(zeros, arguments, masks, strict=True)
-        ]
         tapped = [
-            dataclasses.replace(leaf, tap=tap)
-            for leaf, tap in zip(leaves, taps, strict=True)
+            dataclasses.replace(leaf, tap=_Tap(found, arrays, mask, read))
+            for leaf, found, arrays, mask in zip(
+                leaves, zeros, arguments, masks, strict=True
+            )
         ]
         return jnp.sum(run(with_chips(weights, tapped), batch))
 
@@ -251,18 +250,13 @@ def _zeros(leaf: Chip) -> Statistics:
     return Statistics(*(jnp.zeros((*lead, *shape), dtype) for shape in shapes))
 
 
-def _awaits_inputs(leaf: Chip) -> bool:
-    dac = leaf.config.dac
-    return dac is not None and dac.scaling == "calibrated" and leaf.input_limit is None
-
-
 def _calibrated(leaf: Chip, seen: Statistics) -> Chip:
     adc = leaf.config.adc
     if leaf.correction is not None and (
         leaf.limits is not None or leaf.input_limit is not None
     ):
         return leaf  # its correction belongs to these ranges
-    if not _awaits_inputs(leaf) and (
+    if not leaf.awaits_inputs and (
         adc is None or adc.range != "calibrated" or not PATHS[leaf.plan.path].converts
     ):
         return leaf

@@ -95,14 +95,14 @@ def check_correction(correction: Correction, name: str, shape: tuple[int, ...]) 
 
 def by_name(chips: Sequence[Any]) -> dict[str, Any]:
     """Return chips by their names; raises a ValueError if two share one."""
-    chips_by_name = {chip.name: chip for chip in chips}
-    for name in chips_by_name if len(chips_by_name) < len(chips) else ():
-        if (count := sum(chip.name == name for chip in chips)) > 1:
+    names = [chip.name for chip in chips]
+    for name in names:
+        if (count := names.count(name)) > 1:
             raise ValueError(
                 f"{count} chips have the name {name!r}, by which their data are given: set other names with "
                 "dataclasses.replace(chip, name=...)"
             )
-    return chips_by_name
+    return dict(zip(names, chips, strict=True))
 
 
 # The corrections of a model, by the names of its chips.
@@ -187,6 +187,14 @@ class Chip:
     def shape(self) -> tuple[int, ...]:
         """Shape of the weights: [..., d_in, d_out]."""
         return self.codes.shape
+
+    @property
+    def awaits_inputs(self) -> bool:
+        """Whether the range of the DAC comes from data that it has not seen."""
+        dac = self.config.dac
+        return (
+            dac is not None and dac.scaling == "calibrated" and self.input_limit is None
+        )
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -294,11 +302,8 @@ def with_corrections(weights: Any, corrections: Corrections) -> Any:
                 f"a correction of {name!r}: expected one of the chips {', '.join(chips)}"
             )
         check_correction(correction, name, chips[name].shape)
-    corrected = {
-        name: dataclasses.replace(chips[name], correction=of_chip)
-        for name, of_chip in corrections.items()
-    }
-    return with_chips(weights, list((chips | corrected).values()))
+        chips[name] = dataclasses.replace(chips[name], correction=correction)
+    return with_chips(weights, list(chips.values()))
 
 
 def with_shared_factors(weights: Any) -> Any:

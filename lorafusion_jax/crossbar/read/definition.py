@@ -193,18 +193,17 @@ def mapped(
         return jax.vmap(fn, in_axes=in_axes), size * bytes_each
 
     def in_turn(*arguments: Any) -> Any:
-        along = [
-            a if axis is None else jnp.moveaxis(a, axis, 0)
-            for a, axis in zip(arguments, in_axes, strict=True)
-        ]
-        moving = [i for i, axis in enumerate(in_axes) if axis is not None]
-
-        def one(parts: list[Array]) -> Any:
-            moved = dict(zip(moving, parts, strict=True))
-            return fn(*(moved.get(i, a) for i, a in enumerate(along)))
+        def one(i: Array) -> Any:
+            parts = [
+                a
+                if axis is None
+                else jax.lax.dynamic_index_in_dim(a, i, axis, keepdims=False)
+                for a, axis in zip(arguments, in_axes, strict=True)
+            ]
+            return fn(*parts)
 
         return jax.lax.map(
-            one, [along[i] for i in moving], batch_size=max(1, BUDGET // bytes_each)
+            one, jnp.arange(size), batch_size=max(1, BUDGET // bytes_each)
         )
 
     return in_turn, max(BUDGET, bytes_each)

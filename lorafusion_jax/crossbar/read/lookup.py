@@ -3,7 +3,7 @@
 A few rows of an array can be driven in only a few ways: g rows under one-bit pulses in 2^g. The sums of all of them
 are tabulated, and each input adds up one table entry for every g rows where a product takes g multiplications
 ("four Russians"). The entries are contiguous rows of a table that stays in the cache. Integer cells travel in words,
-several weight slices to an int32 word (see `mapping.bit_fields`), with their variances for read noise.
+several weight slices to an int32 word (see `mapping.bit_fields`). Noise of conversions would take longer than the sums.
 
 The fastest for input slices of one bit, of integer cells or without a sign. It compiles twice as slowly as `packed`, so
 whole models do not use it.
@@ -26,11 +26,11 @@ from ..chip.chip import Chip
 from ..chip.plan import ColumnLayout, ProgrammedCells, ReadRequirements
 from ..devices.physical import varying_as
 from ..mapping.adc.quantiser import Converter
-from ..mapping.bit_fields import INT_BITS, BitFields, FieldWords, drive, unpack
+from ..mapping.bit_fields import INT_BITS, BitFields, FieldWords, drive
 from ..mapping.encoding import digit
 from ..mapping.geometry import significance
-from .conversion_noise import Noise, add_noise, alike
-from .sliced_products import KernelPath, certificate, fit_words, in_words
+from .conversion_noise import Noise
+from .sliced_products import KernelPath, in_words, separated
 
 # A block of columns whose table, and a chunk of the batch whose sums, stay in a core's second-level cache.
 _COLUMNS = 64
@@ -45,26 +45,23 @@ class LookupPath(KernelPath):
     def refusal(self, requirements: ReadRequirements) -> str | None:
         if requirements.bits > 2:  # 4 levels at most, or 7 with a sign
             return "takes input slices of up to 2 bits: set dac.slice_bits"
+        if requirements.config.draws_at_conversion:
+            return "draws no noise"
         return super().refusal(requirements)
 
     def chosen(self, requirements: ReadRequirements) -> str | None:
         if (
             for_cpu()
             and requirements.bits == 1
+            and not requirements.config.draws_at_conversion
             and (requirements.integers or not requirements.config.signed_inputs)
         ):
             return "input slices have one bit: sums of a few rows come from tables"
         return None
 
     def form(self, layout: ColumnLayout, programmed: ProgrammedCells) -> ColumnLayout:
-        bit_fields = (
-            certificate(layout, programmed, INT_BITS)[1]
-            if fit_words(layout, programmed)
-            else None
-        )
-        return (
-            layout if bit_fields is None else in_words(layout, programmed, bit_fields)
-        )
+        words = in_words(layout, programmed, INT_BITS)
+        return layout if words is None else words[0]
 
     def codes(
         self,
@@ -83,7 +80,6 @@ class LookupPath(KernelPath):
             adc,
             slices,
             signed=chip.config.signed_inputs,
-            noise=noise,
         )
 
 
@@ -95,11 +91,10 @@ def lookup(
     slices: tuple[int, ...],
     *,
     signed: bool,
-    noise: Noise | None = None,
 ) -> Float[Array, "K B cols"]:
     """Return the codes of all conversions, shifted and added over input slices and row tiles.
 
-    Cells are in level units. The variances of `noise` are not read where words hold them.
+    Cells are in level units.
     """
     batch = n.shape[0]
     cols = (cells.words if isinstance(cells, FieldWords) else cells).shape[3]
@@ -109,33 +104,22 @@ def lookup(
     size = math.ceil(batch / chunks)
     top = 2 ** max(slices) - 1
     digits = list(range(-top if signed else 0, top + 1))
-    squares = [d * d for d in digits]
     group = _group(len(digits), size * len(slices))
     worth = jnp.asarray(significance(slices), n.dtype)
-    # What is tabulated, once for each word: sums of a list of planes under digits or their squares.
+    planes: Num[Array, "W R _rows cols"]
     low = None
     if isinstance(cells, FieldWords):
         assert bit_fields is not None
         n = drive(n, slices)
         members = bit_fields.words
         low = _pad(cells.low, -1, blocks * width)
-        sources = [[(cells.words, digits)]]
-        if cells.variances is not None:
-            sources[0].append((cells.variances, squares))
+        planes = cells.words
     else:
         members = [slice(k, k + 1) for k in range(cells.shape[0])]
-        sources = [[(cells, digits)]]
-        if noise is not None and noise.variance.shape[3] > 1:
-            sources.append([(noise.variance, squares)])
-    tabulated = [
-        [(_pad(planes, -1, blocks * width), levels) for planes, levels in parts]
-        for parts in sources
-    ]
+        planes = cells
+    planes = _pad(planes, -1, blocks * width)
 
-    def of_chunk(
-        argument: tuple[Float[Array, "B R rows"], Array],
-    ) -> Float[Array, "N K B C"]:
-        n, chunk = argument
+    def of_chunk(n: Float[Array, "B R rows"]) -> Float[Array, "N K B C"]:
         rows = (n.shape[2] // group + 1) * group
         chosen = _entries(_pad(n, 2, rows), slices, digits, group)
 
@@ -145,16 +129,10 @@ def lookup(
             """Add the codes of word w, of row tile r and column block c."""
             own = members[w]
             first = c * width
-
-            def plane(planes: Num[Array, "W R rows cols"]) -> Num[Array, "rows C"]:
-                return jax.lax.dynamic_slice(
-                    planes, (w, r, 0, first), (1, 1, planes.shape[2], width)
-                )[0, 0]
-
-            tables = [
-                _table([(plane(planes), levels) for planes, levels in parts], group)
-                for parts in tabulated
-            ]
+            plane = jax.lax.dynamic_slice(
+                planes, (w, r, 0, first), (1, 1, planes.shape[2], width)
+            )[0, 0]
+            table = _table(plane, digits, group)
             least = (
                 None
                 if low is None
@@ -163,45 +141,17 @@ def lookup(
                 )
             )
 
-            def add(j: int | Array) -> list[Num[Array, "B C"]]:
+            def add(j: int | Array) -> Num[Array, "B C"]:
                 of_slice = jax.lax.dynamic_slice(
                     chosen, (r, j, 0, 0), (1, 1, *chosen.shape[2:])
                 )[0, 0]
-                return [_add_entries(table, of_slice) for table in tables]
+                return _add_entries(table, of_slice)
 
-            def convert(total: Array, added: list[Array], j: int | Array) -> Array:
-                variance = None
-                if bit_fields is None or least is None:
-                    sums = added[0][None]
-                    variance = added[1][None] if len(added) > 1 else None
-                else:
-                    sums = (unpack(added[0], bit_fields.fields[own]) + least).astype(
-                        n.dtype
-                    )
-                    if bit_fields.variances:
-                        variance = unpack(added[0], bit_fields.variances[own]).astype(
-                            n.dtype
-                        )
-                if noise is not None:
-                    if variance is None:
-                        u = digit(n[:, r, : noise.variance.shape[2]], slices, j).astype(
-                            n.dtype
-                        )
-                        variance = alike(u, noise.variance[own, r, :, 0])
-                    place = jnp.asarray(r * len(slices) + j)
-                    sums = add_noise(
-                        sums,
-                        variance,
-                        noise,
-                        place,
-                        (own.start, chunk * size, first),
-                        cols,
-                    )
+            def convert(total: Array, added: Array, j: int | Array) -> Array:
+                sums, _ = separated([added], bit_fields, own, least, n.dtype)
                 return total + worth[j] * adc.of_slices(sums, own, j)
 
-            def step(
-                j: Array, carry: tuple[Array, list[Array]]
-            ) -> tuple[Array, list[Array]]:
+            def step(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
                 # Sums wait for the next step: in the same one XLA would add them up anew for every slice.
                 total, added = carry
                 return convert(total, added, j - 1), add(j)
@@ -217,17 +167,13 @@ def lookup(
                 jnp.zeros((own.stop - own.start, size, width), n.dtype)
                 for own in members
             )
-            zero = tuple(
-                varying_as(of_word, n, cells, adc.scale, noise) for of_word in zeros
-            )
+            zero = tuple(varying_as(of_word, n, cells, adc.scale) for of_word in zeros)
             return jnp.concatenate(jax.lax.fori_loop(0, n.shape[1], tile, zero))
 
         return jax.lax.map(of_block, jnp.arange(blocks))
 
     n = _pad(n, 0, chunks * size).reshape(chunks, size, *n.shape[1:])
-    found = jax.lax.map(
-        of_chunk, (n, jnp.arange(chunks))
-    )  # [chunks, blocks, K, size, width]
+    found = jax.lax.map(of_chunk, n)  # [chunks, blocks, K, size, width]
     return found.transpose(2, 0, 3, 1, 4).reshape(found.shape[2], chunks * size, -1)[
         :, :batch, :cols
     ]
@@ -268,20 +214,19 @@ def _entries(
 
 
 def _table(
-    parts: list[tuple[Num[Array, "rows C"], list[int]]], group: int
+    plane: Num[Array, "rows C"], digits: Sequence[int], group: int
 ) -> Num[Array, "G E C"]:
-    """Return the sums of every group of rows of some planes, for each row at any of the plane's levels."""
+    """Return the sums of every group of rows of a plane, for each row under any of the digits."""
+    # A row of zeros is always added, so that XLA copies the plane instead of reading it scattered.
+    groups = plane.shape[0] // group + 1
+    base = len(digits)
+    rows = _pad(plane, 0, groups * group).reshape(groups, group, 1, -1)
+    # An odd number of entries, so that the tables of all groups do not compete for the same lines of the cache.
+    entries = np.arange(base**group | 1)
     terms = []
-    for plane, levels in parts:
-        # A row of zeros is always added, so that XLA copies the plane instead of reading it scattered.
-        groups = plane.shape[0] // group + 1
-        base = len(levels)
-        rows = _pad(plane, 0, groups * group).reshape(groups, group, 1, -1)
-        # An odd number of entries, so that the tables of all groups do not compete for the same lines of the cache.
-        entries = np.arange(base**group | 1)
-        for i in range(group):
-            driven = np.asarray(levels)[entries // base**i % base]
-            terms.append(jnp.asarray(driven, plane.dtype)[None, :, None] * rows[:, i])
+    for i in range(group):
+        driven = np.asarray(digits)[entries // base**i % base]
+        terms.append(jnp.asarray(driven, plane.dtype)[None, :, None] * rows[:, i])
     return sum(terms[1:], terms[0])
 
 

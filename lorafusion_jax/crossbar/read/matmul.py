@@ -10,7 +10,6 @@ depends on, get those of a read whose ADC clips but does not round.
 import dataclasses
 import functools
 import math
-from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -21,7 +20,6 @@ from jaxtyping import Array, Float
 from ...support.platform import is_traced
 from ..chip.chip import Chip, check_correction
 from ..chip.plan import loses_nothing
-from ..config.schema import CrossbarConfig
 from ..devices.physical import is_moved
 from ..mapping import encoding
 from ..mapping.adc.quantiser import converter, level_units
@@ -96,11 +94,7 @@ def check_ready(chip: Chip, name: str, *, key: str, ranges: str) -> None:
         raise ValueError(
             f"{name} draws noise, or rounds at random, again for every read: give it a key, as in {key}"
         )
-    if (
-        config.dac is not None
-        and config.dac.scaling == "calibrated"
-        and chip.input_limit is None
-    ):
+    if chip.awaits_inputs:
         raise ValueError(
             f"{name} has a DAC whose range comes from data: {ranges}, or choose dac.scaling = 'row'"
         )
@@ -205,7 +199,20 @@ def _derivative(tree, names, primals, tangents):
     moved = {
         name: dot for name, dot in zip(names, leaves_dot, strict=True) if is_moved(dot)
     }
-    _check_moved(moved, config)
+    if config.tile.wire is not None:
+        for name in moved:
+            if name.startswith(
+                (
+                    "cell.on_off_ratio",
+                    "tile.wire",
+                    "adc.noise",
+                    "device.read_noise",
+                    "device.iv",
+                )
+            ):
+                raise ValueError(
+                    f"{name} has no gradient with resistive wires: use lax.stop_gradient, or take differences"
+                )
     y = _read(tree, names, x, leaves)
     terms = []
     inside = jnp.ones_like(x, bool)
@@ -262,28 +269,6 @@ def _derivative(tree, names, primals, tangents):
             )[1]
         )
     return y, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(y)
-
-
-def _check_moved(moved: Collection[str], config: CrossbarConfig) -> None:
-    """Raise an error for derivatives that a read does not have, instead of returning zeros."""
-    read_prefixes = (
-        "cell.on_off_ratio",
-        "tile.",
-        "adc.noise",
-        "device.read_noise.",
-        "device.iv.",
-    )
-    for name in moved:
-        if "." not in name:
-            continue
-        if (
-            config.tile.wire is not None
-            and name.startswith(read_prefixes)
-            and name != "tile.current_limit"
-        ):
-            raise ValueError(
-                f"{name} has no gradient with resistive wires: use lax.stop_gradient, or take differences"
-            )
 
 
 def _check_limits(chip: Chip) -> None:

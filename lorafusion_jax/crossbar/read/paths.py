@@ -162,21 +162,11 @@ def columns_of(chip: Chip) -> Columns:
     """Return the columns that multiply the inputs in the arrays, unit columns last."""
     config = chip.config
     geometry = chip.geometry
-    if (
-        chip.plan.bit_fields is not None or chip.columns is None
-    ):  # perfect cells, which follow from the codes
-        if (
-            config.encoding.kind == "differential" and not config.converts_each
-        ):  # the difference of a pair is the digit
-            return encoding.split(
-                encoding.digits(chip.codes, geometry, config),
-                geometry.rows,
-                1,
-                front=True,
-            )
-        cells, _ = encoding.to_arrays(
-            encoding.digits(chip.codes, geometry, config), geometry, config
-        )
-        return decoding.columns(cells, geometry, config)
-    assert isinstance(chip.columns, jax.Array)
-    return chip.columns.astype(chip.codes.dtype)
+    if isinstance(chip.columns, jax.Array):
+        return chip.columns.astype(chip.codes.dtype)
+    # Perfect cells, which follow from the codes; the difference of a pair is the digit.
+    digits = encoding.digits(chip.codes, geometry, config)
+    if config.encoding.kind == "differential" and not config.converts_each:
+        return encoding.split(digits, geometry.rows, 1, front=True)
+    cells, _ = encoding.to_arrays(digits, geometry, config)
+    return decoding.columns(cells, geometry, config)

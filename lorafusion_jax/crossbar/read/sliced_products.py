@@ -5,14 +5,12 @@ of one float32 product; `mapping.bit_fields` has the certificate.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from ...support.platform import for_cpu, is_traced
 from ..chip.chip import Chip
@@ -31,7 +29,7 @@ from ..mapping.bit_fields import (
     unpack,
 )
 from ..mapping.encoding import digit
-from ..mapping.geometry import Columns, significance
+from ..mapping.geometry import significance
 from .conversion_noise import (
     Noise,
     add_noise,
@@ -71,7 +69,7 @@ def sliced_products(
 
     def tile(r: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
         x = jax.lax.dynamic_index_in_dim(n, r, 1, keepdims=False)
-        least = (
+        low = (
             jax.lax.dynamic_index_in_dim(cells.low, r, 1, keepdims=False)
             if isinstance(cells, FieldWords)
             else None
@@ -99,38 +97,19 @@ def sliced_products(
                     jnp.dot(factor, word_planes[w], precision="highest")
                     for factor, word_planes in factors
                 ]
-                if bit_fields is None or least is None:
-                    sums = products[0][None]
-                    variances = [variance[None] for variance in products[1:]]
-                else:
-                    word = functools.reduce(
-                        jnp.add,
-                        [word_product.astype(jnp.int32) for word_product in products],
-                    )
-                    sums = (
-                        unpack(word, bit_fields.fields[planes_of_word])
-                        + least[planes_of_word, None]
-                    ).astype(n.dtype)
-                    variances = (
-                        [
-                            unpack(word, bit_fields.variances[planes_of_word]).astype(
-                                n.dtype
-                            )
-                        ]
-                        if bit_fields.variances
-                        else []
-                    )
+                least = None if low is None else low[planes_of_word, None]
+                sums, variance = separated(
+                    products, bit_fields, planes_of_word, least, n.dtype
+                )
                 if noise is not None:
-                    if not variances:
-                        variances = [
-                            alike(
-                                u[:, : noise.variance.shape[2]],
-                                noise.variance[planes_of_word, r, :, 0],
-                            )
-                        ]
+                    if variance is None:
+                        variance = alike(
+                            u[:, : noise.variance.shape[2]],
+                            noise.variance[planes_of_word, r, :, 0],
+                        )
                     sums = add_noise(
                         sums,
-                        variances[0],
+                        variance,
                         noise,
                         r * worth.size + j,
                         (planes_of_word.start, 0, 0),
@@ -167,6 +146,25 @@ def sliced_products(
         for word_zeros in zeros
     )
     return jnp.concatenate(jax.lax.fori_loop(0, n.shape[1], tile, zero))
+
+
+def separated(
+    products: list[Array],
+    bit_fields: BitFields | None,
+    planes: slice,
+    low: Int[Array, "k #B cols"] | None,
+    dtype: jnp.dtype,
+) -> tuple[Float[Array, "k B cols"], Float[Array, "k B _cols"] | None]:
+    """Return the column sums of some planes and their variances, or None, given products with both, or with words."""
+    if bit_fields is None or low is None:
+        sums = products[0][None]
+        return sums, products[1][None] if len(products) > 1 else None
+    integers = [product.astype(jnp.int32) for product in products]
+    word = sum(integers[1:], integers[0])
+    sums = (unpack(word, bit_fields.fields[planes]) + low).astype(dtype)
+    if not bit_fields.variances:
+        return sums, None
+    return sums, unpack(word, bit_fields.variances[planes]).astype(dtype)
 
 
 class KernelPath(ReadPath):
@@ -213,17 +211,15 @@ class KernelPath(ReadPath):
             return self._of_tiles(tiles, 0, quantise, chip) * chip.scale
 
         # Row tiles whose weights, or ADCs, have separate ranges are added up as outputs.
-        def along(
-            move: Callable[[Array], Array], parts: dict[str, Any]
-        ) -> dict[str, Any]:
-            return {name: jax.tree.map(move, part) for name, part in parts.items()}
-
         def add(
-            y: Array, tile: tuple[Array, dict[str, Any], Array, Array, Array]
+            y: Array, tile: tuple[Array, Any, Array, Array, Array]
         ) -> tuple[Array, None]:
             x, parts, adc_scale, scale, number = tile
+            columns, variance, occupied = jax.tree.map(
+                lambda a: jnp.expand_dims(a, 1), parts
+            )
             tile_chip = dataclasses.replace(
-                chip, **along(lambda a: jnp.expand_dims(a, 1), parts)
+                chip, columns=columns, variance=variance, occupied=occupied
             )
             of_tile = self._of_tiles(
                 x[:, None], number, quantise._replace(scale=adc_scale[None]), tile_chip
@@ -231,12 +227,10 @@ class KernelPath(ReadPath):
             return y + of_tile * scale[None], None
 
         zero = varying_as(jnp.zeros((n.shape[0], chip.shape[1]), n.dtype), n, chip)
-        by_tile = {
-            "columns": chip.columns,
-            "variance": chip.variance,
-            "occupied": chip.occupied,
-        }
-        by_tile = along(lambda a: jnp.moveaxis(a, 1, 0), by_tile)
+        by_tile = jax.tree.map(
+            lambda a: jnp.moveaxis(a, 1, 0),
+            (chip.columns, chip.variance, chip.occupied),
+        )
         adc_scale = jnp.broadcast_to(
             quantise.scale, (len(rows), quantise.scale.shape[1])
         )
@@ -321,17 +315,16 @@ class LoopPath(KernelPath):
         plan = layout.plan
         config = programmed.config
         count = len(layout.columns)
-        if fit_words(layout, programmed):
-            _, bit_fields = certificate(layout, programmed, FLOAT_BITS)
-            as_fast = (
-                bit_fields is None
-                or config.converts_sums
-                or len(bit_fields.words) == count
-            )
-            if bit_fields is not None and not as_fast and plan.reason != ON_REQUEST:
-                reason = f"{count} conversions come out of {len(bit_fields.words)} products of integers"
-                plan = dataclasses.replace(plan, path=PackedPath.name, reason=reason)
-                return in_words(layout._replace(plan=plan), programmed, bit_fields)
+        if plan.reason != ON_REQUEST and not config.converts_sums:
+            packed = in_words(layout, programmed, FLOAT_BITS)
+            if packed is not None and (products := len(packed[1].words)) < count:
+                reason = (
+                    f"{count} conversions come out of {products} products of integers"
+                )
+                plan = dataclasses.replace(
+                    packed[0].plan, path=PackedPath.name, reason=reason
+                )
+                return packed[0]._replace(plan=plan)
         stopped = config.adc is not None and isinstance(config.adc.bits, tuple)
         if plan.integers and not config.draws_at_conversion and not stopped:
             layout = layout._replace(occupied=jnp.any(layout.columns != 0, axis=(2, 3)))
@@ -351,77 +344,53 @@ class PackedPath(KernelPath):
         return super().refusal(requirements)
 
     def form(self, layout: ColumnLayout, programmed: ProgrammedCells) -> ColumnLayout:
-        if not fit_words(layout, programmed):
-            raise ValueError("path='packed' has no room for this noise: leave path out")
-        spans, bit_fields = certificate(layout, programmed, FLOAT_BITS)
-        if bit_fields is None:
+        packed = in_words(layout, programmed, FLOAT_BITS)
+        if packed is None:
             raise ValueError(
-                f"path='packed': sums of up to {max(spans)} levels do not fit {FLOAT_BITS} bits: leave path out"
+                f"path='packed': sums, with the variances of noise, do not fit {FLOAT_BITS} bits: leave path out"
             )
-        return in_words(layout, programmed, bit_fields)
+        return packed[0]
 
 
-def fit_words(layout: ColumnLayout, programmed: ProgrammedCells) -> bool:
-    """Return whether columns and variances are integers, so that words can hold them."""
-    # Squares of halves, and of levels with Gmin, are not integers.
-    config = programmed.config
-    whole_squares = not config.encoding.two_sided and config.cell.on_off_ratio is None
-    return layout.plan.integers and (_squares(layout) is None or whole_squares)
-
-
-def certificate(
+def in_words(
     layout: ColumnLayout, programmed: ProgrammedCells, word_bits: int
-) -> tuple[list[int], BitFields | None]:
-    """Return the span of every slice's sums, and bit fields of them in such words, or None if they do not fit.
+) -> tuple[ColumnLayout, BitFields] | None:
+    """Return the columns in words, and their bit fields, or None if sums or variances are no integers, or do not fit.
 
-    Bit fields are certified by the columns' own sums if these are known, else by the largest sums of any weights.
+    Variances that are alike for all columns stay next to the words. Bit fields are certified by the columns' own sums
+    if these are known, else by the largest sums of any weights.
     """
     geometry = programmed.geometry
-    squares = _squares(layout)
-    count = len(layout.columns)
+    config = programmed.config
+    columns = layout.columns
+    variance = layout.variance
+    squares = None
+    if variance is not None and variance.shape[3] > 1:
+        squares = variance
+        variance = None
+        # Squares of halves, and of levels with Gmin, are not integers.
+        if config.encoding.two_sided or config.cell.on_off_ratio is not None:
+            return None
+    if not layout.plan.integers:
+        return None
     top = geometry.converted_top
 
     def largest(cells: Array, power: int) -> list[int]:
         if is_traced(cells):
-            levels = geometry.levels * (count // len(geometry.levels))
+            levels = geometry.levels * (len(columns) // len(geometry.levels))
             return [geometry.tallest * (top * level) ** power for level in levels]
         return [
             top**power * int(slice_level)
             for slice_level in np.max(np.asarray(over_rows(cells)), axis=(1, 2))
         ]
 
-    spans = [
-        (1 + programmed.config.signed_inputs) * most
-        for most in largest(jnp.abs(layout.columns), 1)
-    ]
-    return spans, certify(
+    signed = config.signed_inputs
+    spans = [(1 + signed) * most for most in largest(jnp.abs(columns), 1)]
+    bit_fields = certify(
         spans, word_bits, () if squares is None else largest(squares, 2)
     )
-
-
-def in_words(
-    layout: ColumnLayout, programmed: ProgrammedCells, bit_fields: BitFields
-) -> ColumnLayout:
-    """Return the columns in words, with their variances unless these are alike for all columns."""
-    squares = _squares(layout)
-    signed = programmed.config.signed_inputs
-    words = combine(
-        layout.columns,
-        bit_fields,
-        programmed.geometry.converted_top,
-        signed=signed,
-        variances=squares,
-    )
+    if bit_fields is None:
+        return None
+    words = combine(columns, bit_fields, top, signed=signed, variances=squares)
     plan = dataclasses.replace(layout.plan, bit_fields=bit_fields)
-    return layout._replace(
-        plan=plan, columns=words, variance=layout.variance if squares is None else None
-    )
-
-
-def _squares(layout: ColumnLayout) -> Columns | None:
-    """Return the variances that differ from column to column, or None."""
-    return (
-        None
-        if layout.variance is None or layout.variance.shape[3] == 1
-        else layout.variance
-    )
+    return layout._replace(plan=plan, columns=words, variance=variance), bit_fields
