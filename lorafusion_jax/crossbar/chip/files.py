@@ -24,10 +24,6 @@ from .chip import Chip, Correction, check_correction, reconfigured
 from .plan import Plan
 
 _META = "chip"
-_ARRAYS = (
-    *("codes", "scale", "cells", "columns", "variance", "occupied", "flipped"),
-    *("gain", "offset", "limits", "input_limit", "pulses", "clipped"),
-)
 # What the library, JSON of another layout and impossible numbers raise.
 _DAMAGED = (
     SafetensorError,
@@ -37,29 +33,21 @@ _DAMAGED = (
     AttributeError,
     ArithmeticError,
     RecursionError,
+    json.JSONDecodeError,
 )
-_DAMAGED += (json.JSONDecodeError,)
 
 
 def save_chip(chip: Chip, path: str | Path) -> None:
     """Write a programmed chip, or a stack of them, to a file, without its read key."""
     path = Path(path)
-    arrays = dict[str, Any]()
-    for name in _ARRAYS:
-        value = getattr(chip, name)
-        parts = value._asdict() if isinstance(value, FieldWords) else {"": value}
-        arrays |= {
-            f"{name}.{part}".rstrip("."): np.asarray(a)
-            for part, a in parts.items()
-            if a is not None
-        }
-    arrays |= {f"values.{i}": np.asarray(value) for i, value in enumerate(chip.values)}
-    for name in ("correction", "preparation"):
-        parts = jax.tree.leaves_with_path(getattr(chip, name))
-        arrays |= {
-            f"{name}{jax.tree_util.keystr(part)}": np.asarray(values)
-            for part, values in parts
-        }
+    arrays = {
+        jax.tree_util.keystr(place, simple=True, separator="."): np.asarray(
+            leaf, order="C"
+        )
+        for place, leaf in jax.tree.leaves_with_path(
+            dataclasses.replace(chip, key=None, tap=None)
+        )
+    }
     # Without the axes of a stack, unless its matrices differ in values.
     first = [value[(0,) * (len(chip.shape) - 2)] for value in chip.values]
     same = all(
@@ -71,20 +59,18 @@ def save_chip(chip: Chip, path: str | Path) -> None:
         "config": config_hash(config),
         "fields": to_json(config),
         "shape": chip.matrix_shape,
+        "name": chip.name,
+        "plan": dataclasses.asdict(chip.plan),
     }
-    meta |= {"name": chip.name, "plan": dataclasses.asdict(chip.plan)}
     if chip.preparation is not None:
-        meta |= {
-            "preparation": {
-                n: getattr(chip.preparation, n)
-                for n in ("transforms", "white", "identity")
-            }
+        meta["preparation"] = {
+            name: getattr(chip.preparation, name)
+            for name in ("transforms", "white", "identity")
         }
 
     def writer(file: BinaryIO) -> None:
-        tensors = {name: np.asarray(a, order="C") for name, a in arrays.items()}
         try:
-            save_file(tensors, file.name, {_META: json.dumps(meta)})
+            save_file(arrays, file.name, {_META: json.dumps(meta)})
         except SafetensorError as error:  # such as a full disk
             raise OSError(str(error)) from error
         # The library replaces the file by one that only its owner can read.
@@ -156,7 +142,9 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
         }
 
     shape = stored["codes"].shape
-    fields: dict[str, Any] = {name: stored.get(name) for name in _ARRAYS}
+    fields: dict[str, Any] = {
+        field.name: stored.get(field.name) for field in dataclasses.fields(Chip)
+    }
     if words := parts_of("columns"):
         fields["columns"] = FieldWords(**words)
     if parts := parts_of("correction"):
@@ -181,14 +169,16 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
             f"its path is {plan['path']!r}, not one of {', '.join(PATHS)}: program the weights again"
         )
     structure, values = split_config(config)
-    chip = Chip(
-        **fields,
-        values=[],
-        structure=structure,
-        geometry=geometry,
-        plan=Plan(**plan),
-        name=meta["name"],
-    )
+    fields |= {
+        "values": [],
+        "structure": structure,
+        "geometry": geometry,
+        "plan": Plan(**plan),
+        "key": None,
+        "tap": None,
+        "name": meta["name"],
+    }
+    chip = Chip(**fields)
     if device_values := parts_of("values"):
         return dataclasses.replace(
             chip, values=[device_values[str(i)] for i in range(len(values))]

@@ -103,8 +103,19 @@ def program(
         if config.cell.residual and conductances is None:
             written = _write_residual(codes, geometry, config, key)
         else:
-            written = _write(cells, geometry, config, key, conductances)
+            tops = jnp.asarray(geometry.levels, cells.dtype).reshape(-1, *[1] * 5)
+            if conductances is None:
+                written, _ = _realised(cells, tops, geometry, config, key)
+            elif conductances.shape == cells.shape:
+                measured = conductances.astype(cells.dtype)
+                written = _Cells(_levels(measured, tops, config))
+            else:
+                raise ValueError(
+                    f"conductances of shape {conductances.shape}: expected {cells.shape} "
+                    "[weight slices, polarities, row tiles, column tiles, rows, columns]"
+                )
         cells, fresh, pulses, clipped = written
+        pulses = None if pulses is None else jnp.mean(pulses)
         ratio = config.cell.on_off_ratio
         mapped_config = config
         if route.converts and is_traced(
@@ -145,7 +156,7 @@ def program(
 
 
 class _Cells(NamedTuple):
-    """Cells at the time of the read, fresh ones to compensate drift, mean pulses, and the share that residuals clip."""
+    """Cells at the time of the read, fresh ones to compensate drift, pulses, and the share that residuals clip."""
 
     cells: Cells
     fresh: Cells | None = None
@@ -183,11 +194,7 @@ def _write_residual(
         remaining = remaining - worth * (read[0, 0] - read[0, 1])
         slices.insert(0, cells)
     together = jax.tree.map(lambda *parts: jnp.concatenate(parts), *slices)
-    pulses = together.pulses
-    return together._replace(
-        pulses=None if pulses is None else jnp.mean(pulses),
-        clipped=jnp.mean(beyond, where=used, dtype=codes.dtype),
-    )
+    return together._replace(clipped=jnp.mean(beyond, where=used, dtype=codes.dtype))
 
 
 def _realised(
@@ -196,10 +203,6 @@ def _realised(
     """Return the cells of targets in level units, with mean pulses [1], and what reading them back returns."""
     device = config.device
     g_min = like(config.g_min, targets)
-
-    def levels(conductances: Array) -> Array:
-        return (conductances - g_min) / (1 - g_min) * top
-
     conductance_targets = g_min + targets / top * (1 - g_min)
     written = realise(conductance_targets, device, key, g_min=g_min)
     pulses = None
@@ -210,33 +213,16 @@ def _realised(
     fresh = None
     if device.compensate and device.time is not None:
         young = dataclasses.replace(device, time=None)
-        fresh = levels(
-            realise(conductance_targets, young, key, g_min=g_min).conductances
-        )
-    return _Cells(levels(written.conductances), fresh, pulses), levels(written.read)
+        rewritten = realise(conductance_targets, young, key, g_min=g_min)
+        fresh = _levels(rewritten.conductances, top, config)
+    cells = _Cells(_levels(written.conductances, top, config), fresh, pulses)
+    return cells, _levels(written.read, top, config)
 
 
-def _write(
-    targets: Cells,
-    geometry: Geometry,
-    config: CrossbarConfig,
-    key: Array | None,
-    conductances: Array | None,
-) -> _Cells:
-    """Return cells, modelled or measured."""
-    g_min = like(config.g_min, targets)
-    top = jnp.asarray(geometry.levels, targets.dtype)[:, None, None, None, None, None]
-    if conductances is None:
-        cells, _ = _realised(targets, top, geometry, config, key)
-        if cells.pulses is None:
-            return cells
-        return cells._replace(pulses=cells.pulses[0])
-    if conductances.shape != targets.shape:
-        raise ValueError(
-            f"conductances of shape {conductances.shape}: expected {targets.shape} "
-            "[weight slices, polarities, row tiles, column tiles, rows, columns]"
-        )
-    return _Cells((conductances.astype(targets.dtype) - g_min) / (1 - g_min) * top)
+def _levels(conductances: Array, top: Array, config: CrossbarConfig) -> Array:
+    """Return conductances in level units."""
+    g_min = like(config.g_min, conductances)
+    return (conductances - g_min) / (1 - g_min) * top
 
 
 def _mismatch(
