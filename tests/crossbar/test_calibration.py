@@ -91,26 +91,6 @@ def test_a_sample_of_the_sums_stands_for_all():
     assert_allclose(share, 0.01, rtol=0.2)
 
 
-def test_the_statistics_are_those_of_every_conversion():
-    """Tiles of unequal height, in groups that do not divide the batch."""
-    config = CrossbarConfig(
-        cell=crossbar.Cell(bits=(4, 4)),
-        encoding=ENCODINGS["unit column"],
-        dac=DAC(bits=4, slice_bits=None, scaling="fixed"),
-        adc=ADC(bits=6),
-        tile=Tile(rows=10, partition="full"),
-        device=REAL,
-    )
-    x = jnp.clip(normal(11, 25), -1, 1)
-    loop = probe(x, program(normal(25, 7), config, KEY, path="loop"))[1]
-    definition = probe(x, program(normal(25, 7), config, KEY, path="definition"))[1]
-    for ours, theirs in zip(*map(jax.tree.leaves, (loop, definition)), strict=True):
-        totals = [np.atleast_1d(leaf).sum(-1) for leaf in (ours, theirs)]
-        assert_allclose(*totals, rtol=1e-3)
-    assert loop.histogram.sum(axis=-1).tolist() == [11 * 3 * 8] * 2
-    assert float(loop.inputs.sum()) == 11 * 25
-
-
 # The steps of whole sums, and the ranges of others.
 
 

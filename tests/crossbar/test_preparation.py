@@ -120,14 +120,35 @@ _AGED = crossbar.Device(
 )
 
 
-@pytest.mark.parametrize(
-    ("kind", "device"),
-    [("normal", INDEPENDENT), ("uniform", _FAULTY), ("heavy tails", _AGED)],
-    ids=["independent", "proportional and stuck", "measured and drifted"],
+_READBACK = crossbar.Readback(0.01, repeats=4, offset=0.005, gain=0.01)
+_READ_BACK = replace(INDEPENDENT, readback=_READBACK)
+_VERIFIED = replace(_READ_BACK, write_verify=crossbar.WriteVerify(0.03))
+_MEASURED = crossbar.Device(
+    programming=crossbar.RERAM_WAN_2022, time=86_400.0, readback=_READBACK
 )
-def test_error_power_is_that_of_many_chips(kind, device):
+_PLAIN = crossbar.Mapping(scale="column")
+_RESIDUAL = {"cell": crossbar.Cell(residual=True), "mapping": _PLAIN}
+_ANALOGUE = {
+    "cell": crossbar.Cell(bits=None, residual=True, significance=0.2),
+    "mapping": replace(_PLAIN, weight_bits=None),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "device", "parts"),
+    [
+        ("normal", INDEPENDENT, {}),
+        ("uniform", _FAULTY, {}),
+        ("heavy tails", _AGED, {}),
+        ("normal", _READ_BACK, _RESIDUAL),
+        ("normal", _VERIFIED, {"mapping": _PLAIN}),
+        ("normal", _MEASURED, _ANALOGUE),
+    ],
+)
+def test_error_power_is_that_of_many_chips(kind, device, parts):
     weights, moments = drawn(kind, (48, 64))
-    config = crossbar.CrossbarConfig(mapping=ALL, device=device, dac=None)
+    parts = {"mapping": ALL, **parts}
+    config = crossbar.CrossbarConfig(**parts, device=device, dac=None)
     preparation = crossbar.prepare({"w": weights}, moments, config)["w"]
     expected = crossbar.expected_error(weights, moments, config, preparation)
 

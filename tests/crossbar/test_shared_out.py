@@ -71,17 +71,7 @@ def _inputs():
     "name",
     [
         "packed",
-        *(
-            pytest.param(name, marks=pytest.mark.long)
-            for name in (
-                "row tiles",
-                "definition",
-                "loop",
-                "lookup",
-                "noise",
-                "wires",
-            )
-        ),
+        *(pytest.param(n, marks=pytest.mark.long) for n in _CASES if n != "packed"),
     ],
 )
 def test_chips_and_inputs_may_differ_between_devices(name, mesh):

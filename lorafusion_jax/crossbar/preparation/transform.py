@@ -25,22 +25,15 @@ def transform_matrices(width: int) -> tuple[Float[np.ndarray, "_f _f"], ...]:
     Raises:
       ValueError: the width has a large odd factor and no Hadamard matrix that is known here.
     """
-    if (orders := _orders(width)) is not None:
-        small = [_hadamard(order) / math.sqrt(order) for order in orders]
-    else:
-        odd = width // (width & -width)
-        if odd > _WIDEST:
-            raise ValueError(
-                f"a transform of {width} inputs needs a dense matrix of width {odd}, more than {_WIDEST}: set "
-                "mapping.transform to none, or keep these weights digital"
-            )
-        small = [
-            _cosine(odd),
-            *(
-                _hadamard(order) / math.sqrt(order)
-                for order in _orders(width // odd) or ()
-            ),
-        ]
+    odd, orders = _factors(width)
+    if odd > _WIDEST:
+        raise ValueError(
+            f"a transform of {width} inputs needs a dense matrix of width {odd}, more than {_WIDEST}: set "
+            "mapping.transform to none, or keep these weights digital"
+        )
+    small = [_hadamard(order) / math.sqrt(order) for order in orders]
+    if odd > 1:
+        small.insert(0, _cosine(odd))
     merged: list[np.ndarray] = small[:1] or [np.ones((1, 1))]
     for matrix in small[1:]:
         if len(merged[-1]) * len(matrix) <= _MERGED:
@@ -74,12 +67,17 @@ def transform_operations(width: int) -> tuple[int, int]:
     A Hadamard matrix of order q, one factor of the Kronecker product, needs q - 1 additions for each number; its scale
     and the signs belong to the factors. A cosine transform of the odd width q needs q multiplications too.
     """
-    odd = width // (width & -width)
+    odd, orders = _factors(width)
+    additions = width * (odd - 1 + sum(order - 1 for order in orders))
+    return additions, width * odd if odd > 1 else 0
+
+
+def _factors(width: int) -> tuple[int, tuple[int, ...]]:
+    """Return the width of a cosine transform, 1 for none, and orders of Hadamard matrices, which together give one."""
     if (orders := _orders(width)) is not None:
-        return width * sum(order - 1 for order in orders), 0
-    return width * (
-        odd - 1 + sum(order - 1 for order in _orders(width // odd) or ())
-    ), width * odd
+        return 1, orders
+    odd = width // (width & -width)
+    return odd, _orders(width // odd) or ()
 
 
 @functools.lru_cache
