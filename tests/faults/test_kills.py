@@ -11,9 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -85,17 +83,11 @@ def _matrix_outcome(out):
     return [json.loads(line) | {"seconds": None, "config": None} for line in lines]
 
 
-class _Command(NamedTuple):
-    """A command that is killed: its arguments by inputs and output folder, and what must be the same."""
-
-    arguments: Callable[[Path, Path], list[str | Path]]
-    outcome: Callable[[Path], Any]
-
-
+# Arguments by inputs and output folder, and what must be the same after a kill.
 _COMMANDS = {
-    "convert": _Command(_convert, _pool_outcome),
-    "fuse": _Command(_fuse, _run_outcome),
-    "matrix": _Command(_matrix, _matrix_outcome),
+    "convert": (_convert, _pool_outcome),
+    "fuse": (_fuse, _run_outcome),
+    "matrix": (_matrix, _matrix_outcome),
 }
 
 
@@ -159,10 +151,10 @@ def inputs(tmp_path_factory):
     ],
 )
 def test_a_killed_command_ends_in_the_same_bits(name, inputs, tmp_path):
-    command = _COMMANDS[name]
-    _finish(command.arguments(inputs, tmp_path / "compiled"))
-    seconds = _finish(command.arguments(inputs, tmp_path / "undisturbed"))
-    killed = command.arguments(inputs, tmp_path / "killed")
+    arguments, outcome = _COMMANDS[name]
+    _finish(arguments(inputs, tmp_path / "compiled"))
+    seconds = _finish(arguments(inputs, tmp_path / "undisturbed"))
+    killed = arguments(inputs, tmp_path / "killed")
     draw = random.Random(name)
     moments = [draw.uniform(0, 0.9 * seconds) for _ in _SIGNALS]
     for number, after in zip(
@@ -170,6 +162,6 @@ def test_a_killed_command_ends_in_the_same_bits(name, inputs, tmp_path):
     ):
         if not _kill(_start(killed), number, after):
             break
-    expected = command.outcome(tmp_path / "undisturbed")
-    assert command.outcome(tmp_path / "killed") == expected
+    expected = outcome(tmp_path / "undisturbed")
+    assert outcome(tmp_path / "killed") == expected
     assert not list(tmp_path.glob("killed/**/.*.partial/"))

@@ -73,17 +73,21 @@ def _saved(folder, fields):
     return model, base
 
 
-def _merged(adapter, base):
-    """Return the weights with an adapter's updates and magnitudes, in float64."""
-    found = {name: array.astype(float) for name, array in base.items()}
+def _read(folder, fields):
+    """Save a LoRA with these fields, read it, and compare its weights with those that PEFT merges."""
+    model, base = _saved(folder, fields)
+    adapter = read_adapter(str(folder))
+    merged = model.merge_and_unload().state_dict()
     for path, (a, b) in adapter.factors.items():
-        weight = found[f"{path}.weight"] + adapter.scaling[path] * b.astype(float) @ a
+        weight = base[f"{path}.weight"] + adapter.scaling[path] * b.astype(float) @ a
         if adapter.magnitude is not None:
-            weight *= (adapter.magnitude[path] / np.linalg.norm(weight, axis=1))[
-                :, None
-            ]
-        found[f"{path}.weight"] = weight
-    return found
+            factors = adapter.magnitude[path] / np.linalg.norm(weight, axis=1)
+            weight *= factors[:, None]
+        base[f"{path}.weight"] = weight
+    for name, weight in base.items():
+        message = f"{fields} {name}"
+        assert_allclose(weight, merged[name].numpy(), atol=1e-5, err_msg=message)
+    return adapter
 
 
 @_of_peft
@@ -91,33 +95,18 @@ def test_drawn_configurations_are_read_as_peft_merges_them(tmp_path):
     draw = random.Random("configurations, LORA")
     for number in range(8):
         fields = {name: draw.choice(values) for name, values in _OPTIONS.items()}
-        model, base = _saved(tmp_path / str(number), fields)
-        adapter = read_adapter(str(tmp_path / str(number)))
-        merged = {
-            name: tensor.numpy()
-            for name, tensor in model.merge_and_unload().state_dict().items()
-        }
-        for name, weight in _merged(adapter, base).items():
-            assert_allclose(weight, merged[name], atol=1e-5, err_msg=f"{fields} {name}")
+        _read(tmp_path / str(number), fields)
 
 
 @_of_peft
 @pytest.mark.parametrize("init", _CHANGE_BASE)
-@pytest.mark.parametrize(
-    "fields", [{"r": 3, "lora_alpha": 2}, {"r": 3, "lora_alpha": 2, "use_rslora": True}]
-)
+@pytest.mark.parametrize("rslora", [False, True])
 def test_an_initialisation_that_changes_the_base_is_read_after_its_conversion(
-    tmp_path, init, fields
+    tmp_path, init, rslora
 ):
-    model, base = _saved(tmp_path / "saved", fields | {"init_lora_weights": init})
-    adapter = read_adapter(str(tmp_path / "saved"))
+    fields = {"r": 3, "lora_alpha": 2, "use_rslora": rslora, "init_lora_weights": init}
+    adapter = _read(tmp_path / "saved", fields)
     assert {len(a) for a, _ in adapter.factors.values()} == {6}
-    merged = {
-        name: tensor.numpy()
-        for name, tensor in model.merge_and_unload().state_dict().items()
-    }
-    for name, weight in _merged(adapter, base).items():
-        assert_allclose(weight, merged[name], atol=1e-5, err_msg=name)
 
 
 @_of_peft
