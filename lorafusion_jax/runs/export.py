@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -117,14 +117,11 @@ def _export_run(options: ExportOptions, folder: Path) -> str:
     card = _card(options, fused, seed, RunFolder(folder).results())
     if merged:
         model, adapters, _ = problem.adapted_model(params)
-        result = merged_export(merged_base(model, adapters), base, options.dtype)
+        made = merged_base(model, adapters)
     else:
         # As it was given, because an absolute path would contain folders of this machine.
-        adapter = _adapter(problem, params, config["options"].base)
-        result = adapter_export(*adapter, options.dtype)
-    with new_folder(options.out) as partial:
-        put_export(partial, options.format, base, result)
-        write_text(partial / "README.md", card)
+        made = _adapter(problem, params, config["options"].base)
+    _write(options, base, made, {"README.md": card})
     return f"seed {seed} of {folder}, {fused.method}"
 
 
@@ -158,13 +155,6 @@ def _card(
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(lines)))
 
 
-class Export(NamedTuple):
-    """The finite tensors of an export, by PEFT's keys with the fields of PEFT's configuration, or of a whole base."""
-
-    tensors: dict[str, np.ndarray]
-    fields: Mapping[str, Any] | None = None
-
-
 def check_format(format: Format, base: Base, dtype: Dtype | None) -> None:
     """Raise a ValueError if a format cannot hold what is made of a base, or has no choice of a dtype."""
     if not format.startswith("gguf"):
@@ -176,64 +166,67 @@ def check_format(format: Format, base: Base, dtype: Dtype | None) -> None:
     gguf_layout(base.raw.get("model_type"), "model_type")
 
 
-def adapter_export(
-    fields: Mapping[str, Any],
-    tensors: Mapping[str, np.ndarray],
-    dtype: Dtype | None,
-) -> Export:
-    """Return an adapter, A [r, d_in] and B [d_out, r], in a dtype; ValueError if a tensor is not finite in it."""
-    with np.errstate(over="ignore"):
-        cast = {
-            name: tensor.astype(dtype or tensor.dtype)
-            for name, tensor in tensors.items()
-        }
-    return Export(_finite(cast), fields)
+def _write(
+    options: FormatOptions,
+    base: Base,
+    made: Model | tuple[Mapping[str, Any], Mapping[str, np.ndarray]],
+    files: Mapping[str, str],
+) -> None:
+    """Write a merged model, or the fields and the tensors of an adapter, in a format and dtype, and files of text.
 
-
-def merged_export(model: Model, base: Base, dtype: Dtype | None) -> Export:
-    """Return a merged model in a dtype; ValueError if a tensor is not finite in it."""
-    return Export(_finite(hf_tensors(model, base, dtype)))
-
-
-def put_export(folder: Path, format: Format, base: Base, export: Export) -> None:
-    """Write an export into a folder as PEFT's, Hugging Face's or GGUF files."""
-    tensors, fields = export
-    if format == "merged":
-        put_base(tensors, folder, base)
-    elif format == "gguf-f16":
-        write_merged(folder / "model.gguf", base.files, tensors, "F16")
-    elif format == "gguf-q8_0":
-        write_merged(folder / "model.gguf", base.files, tensors, "Q8_0")
-    elif format == "adapter":
-        assert fields is not None
-        put_adapter(folder, fields, tensors)
+    Raises a ValueError, before anything is written, if a tensor is not finite in the dtype.
+    """
+    fields = None
+    if isinstance(made, tuple):
+        fields, exact = made
+        with np.errstate(over="ignore"):
+            tensors = {
+                name: tensor.astype(options.dtype or tensor.dtype)
+                for name, tensor in exact.items()
+            }
     else:
-        assert fields is not None
-        if fields["use_dora"]:
-            raise ValueError(
-                "a GGUF LoRA has no magnitudes: use --format gguf-f16 or gguf-q8_0, which merge them"
-            )
-        if base.config.tied and any(".lm_head." in name for name in tensors):
-            raise ValueError(
-                "a GGUF LoRA cannot change a tied head: use --format gguf-f16 or gguf-q8_0, which give it a matrix"
-            )
-        alpha = fields["lora_alpha"]
-        # llama.cpp multiplies B A by alpha / r with each matrix's own r; PEFT's alpha_pattern makes that 1.
-        scaled = {
-            name: tensor * (tensor.shape[1] / alpha) if ".lora_B." in name else tensor
-            for name, tensor in tensors.items()
-        }
-        write_lora(folder / "adapter.gguf", base.raw, scaled, float(alpha))
-
-
-def _finite(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        tensors = hf_tensors(made, base, options.dtype)
     for name, tensor in tensors.items():
         if not np.isfinite(tensor).all():
             raise ValueError(
                 f"{name} has NaN or infinite numbers in {tensor.dtype}: export a run or seed that did not diverge, "
                 "smaller weights, or --dtype float32"
             )
-    return tensors
+    with new_folder(options.out) as folder:
+        if fields is None and options.format == "merged":
+            put_base(tensors, folder, base)
+        elif fields is None:
+            kind = "F16" if options.format == "gguf-f16" else "Q8_0"
+            write_merged(folder / "model.gguf", base.files, tensors, kind)
+        elif options.format == "adapter":
+            put_adapter(folder, fields, tensors)
+        else:
+            _write_gguf_lora(folder, base, fields, tensors)
+        for name, text in files.items():
+            write_text(folder / name, text)
+
+
+def _write_gguf_lora(
+    folder: Path,
+    base: Base,
+    fields: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+) -> None:
+    if fields["use_dora"]:
+        raise ValueError(
+            "a GGUF LoRA has no magnitudes: use --format gguf-f16 or gguf-q8_0, which merge them"
+        )
+    if base.config.tied and any(".lm_head." in name for name in tensors):
+        raise ValueError(
+            "a GGUF LoRA cannot change a tied head: use --format gguf-f16 or gguf-q8_0, which give it a matrix"
+        )
+    alpha = fields["lora_alpha"]
+    # llama.cpp multiplies B A by alpha / r with each matrix's own r; PEFT's alpha_pattern makes that 1.
+    scaled = {
+        name: tensor * (tensor.shape[1] / alpha) if ".lora_B." in name else tensor
+        for name, tensor in tensors.items()
+    }
+    write_lora(folder / "adapter.gguf", base.raw, scaled, float(alpha))
 
 
 def _adapter(
@@ -323,18 +316,11 @@ def merge(options: MergeOptions) -> str:
             Frozen(nnx.state(model), pool), kernels(model, pool.sites)
         )
         adapters, _ = fusion.adapters({"coefficients": coefficients}, frozen, index)
-        result = merged_export(merged_base(model, adapters), base, options.dtype)
+        made = merged_base(model, adapters)
     else:
         spread = expand(coefficients, pool, "block")
-        adapter = fused_adapter(
-            base.config, pool, index, spread, "sum", base=options.base
-        )
-        result = adapter_export(*adapter, options.dtype)
-    with new_folder(options.out) as partial:
-        put_export(partial, options.format, base, result)
-        digests: Digests = {"base": base.digest, "modules": pool_digests(pool).modules}
-        write_text(
-            partial / RECORD,
-            json.dumps(Merged(weights=weights, digests=digests), indent=1) + "\n",
-        )
+        made = fused_adapter(base.config, pool, index, spread, "sum", base=options.base)
+    digests: Digests = {"base": base.digest, "modules": pool_digests(pool).modules}
+    record = json.dumps(Merged(weights=weights, digests=digests), indent=1) + "\n"
+    _write(options, base, made, {RECORD: record})
     return f"{len(weights)} modules of {options.pool}"
