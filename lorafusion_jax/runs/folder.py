@@ -112,7 +112,7 @@ class RunResults:
       seeds: scores, steps and modules of each seed.
       test_rows: number of test rows.
       test_sha256: digest of the test rows with all columns.
-      seconds: time of training and of evaluation.
+      seconds: time of training, of which runs that were trained together have equal shares, and of evaluation.
       environment: versions, devices and settings.
     """
 

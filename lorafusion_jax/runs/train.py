@@ -81,7 +81,8 @@ def train(
                 params = state.best if options.recipe.stop_early else state.params
                 steps = to_host(state.step).tolist()
             all_params = _of_runs(to_host(params), len(runs))
-            seconds = time.monotonic() - start_time
+            # of each run, a share
+            seconds = (time.monotonic() - start_time) / len(runs)
             all_steps = np.split(np.array(steps), len(runs))
             finals = [
                 (params, FinalSteps(steps=steps.tolist(), seconds=seconds))

@@ -103,10 +103,9 @@ def test_a_run_reads_like_that_of_one_task(number, small, tasks, together, tmp_p
         ),
     ],
 )
-@pytest.mark.parametrize("seed_mode", ["batched"])
-def test_batched_tasks_are_trained_as_alone(method, seed_mode, small, tasks, tmp_path):
+def test_batched_tasks_are_trained_as_alone(method, small, tasks, tmp_path):
     options = _options(
-        small, tmp_path / "together", method=method, seed_mode=seed_mode, epochs=2
+        small, tmp_path / "together", method=method, seed_mode="batched", epochs=2
     )
     lf.fuse(options, task=tasks[1:])
     single = replace(options, out=tmp_path / "alone", task=tasks[2])
