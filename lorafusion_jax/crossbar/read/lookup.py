@@ -14,7 +14,6 @@ E table entries, C columns of a block.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +25,7 @@ from ..chip.chip import Chip
 from ..chip.plan import ColumnLayout, ProgrammedCells, ReadRequirements
 from ..devices.physical import varying_as
 from ..mapping.adc.quantiser import Converter
-from ..mapping.bit_fields import INT_BITS, BitFields, FieldWords, drive
+from ..mapping.bit_fields import INT_BITS, FieldWords, drive
 from ..mapping.encoding import digit
 from ..mapping.geometry import significance
 from .conversion_noise import Noise
@@ -65,37 +64,22 @@ class LookupPath(KernelPath):
 
     def codes(
         self,
-        tiles: Float[Array, "B R rows"],
-        columns: Any,
+        n: Float[Array, "B R rows"],
         adc: Converter,
         noise: Noise | None,
         chip: Chip,
     ) -> Float[Array, "k B _cols"]:
-        slices = chip.geometry.converted_slices
-        assert slices is not None
-        return lookup(
-            tiles,
-            columns,
-            chip.plan.bit_fields,
-            adc,
-            slices,
-            signed=chip.config.signed_inputs,
-        )
+        return lookup(n, adc, chip)
 
 
 def lookup(
-    n: Float[Array, "B R rows"],
-    cells: FieldWords | Float[Array, "K R rows cols"],
-    bit_fields: BitFields | None,
-    adc: Converter,
-    slices: tuple[int, ...],
-    *,
-    signed: bool,
+    n: Float[Array, "B R rows"], adc: Converter, chip: Chip
 ) -> Float[Array, "K B cols"]:
-    """Return the codes of all conversions, shifted and added over input slices and row tiles.
-
-    Cells are in level units.
-    """
+    """Return the codes of all conversions, shifted and added over input slices and row tiles."""
+    bit_fields = chip.plan.bit_fields
+    slices = chip.geometry.converted_slices
+    cells = chip.columns
+    assert slices is not None and cells is not None
     batch = n.shape[0]
     cols = (cells.words if isinstance(cells, FieldWords) else cells).shape[3]
     blocks = math.ceil(cols / _COLUMNS)
@@ -103,7 +87,7 @@ def lookup(
     width = math.ceil(cols / blocks)
     size = math.ceil(batch / chunks)
     top = 2 ** max(slices) - 1
-    digits = list(range(-top if signed else 0, top + 1))
+    digits = list(range(-top if chip.config.signed_inputs else 0, top + 1))
     group = _group(len(digits), size * len(slices))
     worth = jnp.asarray(significance(slices), n.dtype)
     planes: Num[Array, "W R _rows cols"]
@@ -116,7 +100,7 @@ def lookup(
         planes = cells.words
     else:
         members = [slice(k, k + 1) for k in range(cells.shape[0])]
-        planes = cells
+        planes = cells = cells.astype(n.dtype)
     planes = _pad(planes, -1, blocks * width)
 
     def of_chunk(n: Float[Array, "B R rows"]) -> Float[Array, "N K B C"]:

@@ -10,7 +10,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from ...support.platform import for_cpu, is_traced
 from ..chip.chip import Chip
@@ -42,19 +42,18 @@ from .definition import ReadPath
 
 
 def sliced_products(
-    n: Float[Array, "B R rows"],
-    cells: FieldWords | Float[Array, "K R rows cols"],
-    bit_fields: BitFields | None,
-    adc: Converter,
-    slices: tuple[int, ...] | None,
-    occupied: Bool[Array, "K R"] | None = None,
-    noise: Noise | None = None,
+    n: Float[Array, "B R rows"], adc: Converter, noise: Noise | None, chip: Chip
 ) -> Float[Array, "K B cols"]:
     """Return the codes of all conversions, shifted and added over input slices and row tiles.
 
-    Cells are in level units: real numbers, or integers in words of `bit_fields.FLOAT_BITS`. No `slices` mean an ideal
-    DAC. Planes that are not `occupied` are skipped. The variances of `noise` are not read where words hold them.
+    Columns are in level units: real numbers, or integers in words of `bit_fields.FLOAT_BITS`. Planes that are not
+    `occupied` are skipped. The variances of `noise` are not read where words hold them.
     """
+    bit_fields = chip.plan.bit_fields
+    slices = chip.geometry.converted_slices  # None for an ideal DAC
+    occupied = chip.occupied
+    cells = chip.columns
+    assert cells is not None
     if isinstance(cells, FieldWords):
         assert bit_fields is not None and slices is not None
         n = drive(n, slices)
@@ -63,6 +62,7 @@ def sliced_products(
             [cells.words] if cells.variances is None else [cells.words, cells.variances]
         )
     else:
+        cells = cells.astype(n.dtype)
         words = [slice(k, k + 1) for k in range(len(cells))]
         operands = [cells] if noise is None else [cells, noise.variance]
     worth = jnp.asarray((1.0,) if slices is None else significance(slices), n.dtype)
@@ -181,19 +181,13 @@ class KernelPath(ReadPath):
 
     def codes(
         self,
-        tiles: Float[Array, "B R rows"],
-        columns: Any,
+        n: Float[Array, "B R rows"],
         adc: Converter,
         noise: Noise | None,
         chip: Chip,
     ) -> Float[Array, "k B _cols"]:
         """Return the codes of all conversions, shifted and added over input slices and row tiles."""
-        bit_fields = chip.plan.bit_fields
-        slices = chip.geometry.converted_slices
-        columns = columns if bit_fields else columns.astype(tiles.dtype)
-        return sliced_products(
-            tiles, columns, bit_fields, adc, slices, chip.occupied, noise
-        )
+        return sliced_products(n, adc, noise, chip)
 
     def lay_out(self, programmed: ProgrammedCells) -> ColumnLayout:
         return self.form(
@@ -263,7 +257,7 @@ class KernelPath(ReadPath):
         if adc.merged is not None:
             adc = adc._replace(merged=jnp.tile(adc.merged, (each, 1)))
         noise = _noise(2 * number, chip, tiles.dtype)
-        total = self.codes(tiles, chip.columns, adc, noise, chip)
+        total = self.codes(tiles, adc, noise, chip)
         if each == 2:
             total = total[: len(total) // 2] - total[len(total) // 2 :]
         whole = encoding.split(total[..., :d_out], geometry.cols, axis=2)
