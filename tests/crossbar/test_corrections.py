@@ -184,21 +184,6 @@ def test_a_calibrated_and_corrected_chip_keeps_its_ranges():
         assert_array_equal(before.limits, after.limits)
 
 
-def test_trained_scales_bring_outputs_closer():
-    chips = _chips()
-    matrices = [_WEIGHTS["head"], _WEIGHTS["layers"]]
-    inputs = [jax.random.normal(jax.random.key(n), (20, 8)) for n in range(6)]
-    digital = [_outputs(_WEIGHTS, x) for x in inputs]
-    found = lf.restore(_run, chips, matrices, inputs[:-1], digital[:-1])
-    restored = crossbar.with_corrections(chips, found)
-    errors = [
-        float(jnp.mean(jnp.square(_outputs(tree, inputs[-1]) - digital[-1])))
-        for tree in (chips, restored)
-    ]
-    assert errors[1] < 0.8 * errors[0]
-    assert sum(correction.numbers() for correction in found.values()) == 3 * 8 + 5
-
-
 @pytest.mark.parametrize("method", ["scales", "low-rank"])
 def test_left_out_inputs_choose_the_start_and_the_epoch(method):
     """A rate of 5 makes training worse than its start: the closed form or ones, whichever is wanted."""
