@@ -96,6 +96,7 @@ def test_a_plan_shows_what_a_run_needs_and_runs_nothing(capsys, tmp_path):
     main(f"fuse --base t5-small --pool none --preset reference {task}".split())
     assert "lengths estimated from characters" in capsys.readouterr().out
     assert "nobody" in told(capsys, f"{command} --adapters nobody".split())
+    assert "no tasks: give" in told(capsys, "fuse --base owner/b --task".split())
     assert not list(tmp_path.iterdir())
 
 

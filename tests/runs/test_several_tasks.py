@@ -14,6 +14,7 @@ from refusals import refused
 
 import lorafusion_jax as lf
 from lorafusion_jax import runs
+from lorafusion_jax.cli.fuse import report
 from lorafusion_jax.support import interrupts
 
 # Rows of which the first and the second task have the same widths, and the third has fewer.
@@ -188,6 +189,14 @@ def test_what_is_for_one_task_alone_is_refused(changes, words, small, tasks, tmp
     with refused(words):
         lf.fuse(_options(small, tmp_path / "runs", **changes), task=tasks)
     assert not (tmp_path / "runs").exists()
+
+
+def test_results_are_one_table(tasks, together):
+    options, results = together
+    head, _, *lines = report(results, _folders(options, tasks)).splitlines()
+    assert head.startswith("3 tasks, fusion, ")
+    seeds = [line.split()[1:3] for line in lines]
+    assert seeds == [[name, seed] for name in _ROWS for seed in ("1", "2")]
 
 
 def test_tasks_of_one_name_are_refused(small, tasks, tmp_path):
