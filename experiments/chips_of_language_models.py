@@ -48,8 +48,8 @@ from lorafusion_jax.crossbar import (
     reads,
     save_config,
     with_chips,
+    with_chosen_bits,
 )
-from lorafusion_jax.crossbar.calibration.one_chip import with_chosen_bits
 from lorafusion_jax.hardware import (
     PrepareOptions,
     load_chips,

@@ -25,8 +25,7 @@ from lorafusion_jax.crossbar import (
     save_config,
 )
 from lorafusion_jax.hardware import ExploreOptions, explore
-from lorafusion_jax.support.progress import progress
-from lorafusion_jax.support.writing import write_json
+from lorafusion_jax.report import write_text
 
 RESULTS = ROOT / "results" / "explorations"
 SMALL = ROOT / "examples" / "small"
@@ -83,7 +82,7 @@ def measure(out: Path) -> None:
         )
     )
     configurations = {}
-    for label in progress("configurations", list(exploration.grid)):
+    for label in exploration.grid:
         excess = exploration.excess(label, CHIPS, exploration.confirming)
         configurations[label] = {
             "predicted": exploration.predicted[label],
@@ -91,7 +90,8 @@ def measure(out: Path) -> None:
             "energy": exploration.costs[label].energy.typical,
         }
     named = {bound: exploration.choose(bound)._asdict() for bound in BOUNDS}
-    write_json(out / "rows.json", {"configurations": configurations, "named": named})
+    content = {"configurations": configurations, "named": named}
+    write_text(out / "rows.json", json.dumps(content, indent=1) + "\n")
 
 
 def table(content: dict) -> list[list[str]]:
@@ -119,7 +119,7 @@ def summary(content: dict) -> list[list[str]]:
     low = [label for label, row in rows.items() if row["predicted"] < LOW]
     rank = spearmanr(
         [rows[label]["predicted"] for label in low], [means[label] for label in low]
-    ).statistic
+    )[0]
     lines = [["what", "value"]]
     lines.append(
         [f"rank correlation of {len(low)} predictions below {LOW} nats", f"{rank:.3f}"]

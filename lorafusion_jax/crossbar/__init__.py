@@ -13,7 +13,7 @@ converted); P polarities (1 once subtracted), R row tiles (1 once summed), C col
 
 from types import ModuleType as _ModuleType
 
-from .calibration.one_chip import Statistics, calibrated, probe
+from .calibration.one_chip import Statistics, calibrated, probe, with_chosen_bits
 from .calibration.restore import fit_corrections
 from .calibration.whole_model import calibrate_tree, observe, site_errors
 from .chip.chip import (

@@ -18,6 +18,7 @@ from ..models.architecture import Model
 from ..models.generate import GREEDY, Generation, Sampling, advance, begin, of_rows
 from ..models.layers import Adapters
 from ..models.weights import read_at_random
+from ..support.platform import quick_jit
 from ..tasks import Batch, Encoded, eval_batches
 from ..training.mesh import AXIS, axis_size, on_mesh, to_host
 from ..training.method import Params
@@ -261,7 +262,7 @@ def _of_turn(seed_values: Any, turn: Array, *, turns: int) -> Any:
     )
 
 
-@partial(jax.jit, static_argnames=("room", "sampling"))
+@partial(quick_jit, static_argnames=("room", "sampling"))
 def begin_rows(
     models: SeedModels,
     input_ids: Int[Array, "B S"],
@@ -301,7 +302,7 @@ def begin_rows(
     return models.each(of_seed, (), rows)
 
 
-@partial(jax.jit, static_argnames="sampling", donate_argnames="state")
+@partial(quick_jit, static_argnames="sampling", donate_argnames="state")
 def advance_rows(
     models: SeedModels,
     state: Generation,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from ..support.platform import for_cpu
+from ..support.platform import for_cpu, quick_jit
 from ..support.progress import progress
 from ..tasks import (
     Batch,
@@ -212,7 +212,7 @@ def orders_of(
 
 
 @partial(
-    jax.jit, static_argnames=("optimisation", "shapes"), donate_argnames=("state",)
+    quick_jit, static_argnames=("optimisation", "shapes"), donate_argnames=("state",)
 )
 def train_seeds(
     state: TrainState,

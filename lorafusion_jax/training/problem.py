@@ -17,7 +17,7 @@ from ..adapters.basis import Pool
 from ..adapters.pool import in_pool
 from ..models.architecture import Architecture, Model, kernels
 from ..models.weights import reads
-from ..support.platform import check_mesh
+from ..support.platform import check_mesh, quick_jit
 from .mesh import WHOLE, SeedMode, over_seeds
 from .method import Frozen, Method, Metrics, Params
 
@@ -143,7 +143,7 @@ def per_seed(
 
     of_seeds.__name__ = function.__name__
     of_seeds.__doc__ = function.__doc__
-    return jax.jit(of_seeds)
+    return quick_jit(of_seeds)
 
 
 def problem(model: Model, pool: Pool | None, method: Method) -> Problem:
