@@ -44,6 +44,7 @@ from .texts import (
     no_padding,
     read_batches,
     read_texts,
+    token_ids,
 )
 
 _CONFIG = "config.yaml"
@@ -163,9 +164,11 @@ def prepare(options: PrepareOptions) -> PreparedManifest:
             transform_matrices(weight.shape[-2])  # refuses a width that has none
     batches = read_batches(loaded, content, options.tokens)
     if not batches:
+        if not loaded.config.causal:
+            raise ValueError("the text has 0 lines: give at least one")
+        ids = token_ids(loaded, content)[: options.tokens]
         raise ValueError(
-            f"the text has {len(content.splitlines())} lines: give at least a line, or for a causal model a window of "
-            f"{WINDOW} tokens, better {PrepareOptions.tokens:,}"
+            f"the text has {len(ids)} tokens: give at least a window of {WINDOW}, better {PrepareOptions.tokens:,}"
         )
     rules = dict.fromkeys(digital) | {"*": crossbar.PRESETS["ideal"]}
     perfect = program(graph, frozen, rules, jax.random.key(0)).base

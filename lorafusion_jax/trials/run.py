@@ -334,12 +334,12 @@ def _measure(
             weight = _weight(task_trial, training)
             bar.total = max(bar.total, bar.n + weight)  # a longer search of rates
             bar.update(weight)
-            yield Scores(
-                *(
-                    values if values is None else np.array(values, float)
-                    for values in map(rows[key].__getitem__, Scores._fields)
-                )  # pyright: ignore[reportArgumentType] (a loss is never None)
-            )
+            row = rows[key]
+            tables = {
+                name: None if row[name] is None else np.array(row[name], float)
+                for name in ("loss", "correct", "option_correct")
+            }
+            yield Scores(**tables, seconds=row["seconds"])  # pyright: ignore[reportArgumentType] (a loss is never None)
 
     return measure
 

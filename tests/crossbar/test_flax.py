@@ -370,7 +370,7 @@ _REFUSED = [
         lambda: calibrate(_on_arrays(_Unused(nnx.Rngs(0)), config=_CALIBRATED), [_X]),
         "unused was read by none",
     ),
-    (lambda: prepare(_language(), _RULES, together=[["kinds"]]), "kinds in `together`: expected"),
+    (lambda: prepare(_mlp(), {"*": _IDEAL}, together=[["kinds"]]), "kinds in `together`: expected"),
     (
         lambda: prepare(_language(), _RULES, [_TOKENS], together=_DIFFERENT),
         "attention.out and attention.query in `together` meet different inputs",

@@ -100,6 +100,13 @@ def test_a_chip_of_float64_is_not_read_as_float32(tmp_path):
     ("changes", "words"),
     [
         ({"plan": {"path": "other"}}, "its path is 'other', not one of product, "),
+        (
+            {
+                "plan": {"path": "lookup"},
+                "fields": '{"device": {"read_noise": {"sigma": 0.01}}}',
+            },
+            "its path 'lookup' draws no noise: program the weights again",
+        ),
         ({"plan": None}, "an earlier version wrote it: program the weights again"),
         ({"fields": '{"cell": 0}'}, "cell is 0"),
         ({"shape": "}"}, "damaged .*JSON"),

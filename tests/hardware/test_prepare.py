@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import recipes
+import small_llama
 import tiny
 from flax import nnx
 from refusals import refused
@@ -180,6 +181,12 @@ def test_the_command_prints_what_it_gains(folder):
     chips = hardware.load_chips(str(folder / "prepared"))
     assert chips.digital == DIGITAL
     assert not [name for name in chips.prepared.of_sites if ".ff.wi" in name]
+
+
+def test_a_causal_model_needs_a_window_of_text(folder, tmp_path):
+    small_llama.make(tmp_path / "base")
+    with refused("the text has 100 tokens: give at least a window of 128"):
+        hardware.prepare(_options((tmp_path / "base",), folder, tokens=100))
 
 
 def test_wrong_preparations_are_refused(small, folder, tmp_path):

@@ -168,6 +168,8 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
         raise ValueError(
             f"its path is {plan['path']!r}, not one of {', '.join(PATHS)}: program the weights again"
         )
+    if plan["path"] == "lookup" and config.draws_at_conversion:
+        raise ValueError("its path 'lookup' draws no noise: program the weights again")
     structure, values = split_config(config)
     fields |= {
         "values": [],

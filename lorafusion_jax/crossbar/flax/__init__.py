@@ -70,9 +70,10 @@ def prepare(
         `crossbar.prepare` and `convert` refuse.
     """
     _check(model, rules)
+    weights = on_arrays(model, rules)
+    groups = _groups(weights, together)
     if not any(config and needs_preparation(config) for config in rules.values()):
         return {}
-    weights = on_arrays(model, rules)
     squares = {}
     preparations = {}
     if batches is not None:
@@ -82,7 +83,7 @@ def prepare(
         }
         digital = converted(model, perfect, jax.random.key(0), {})
         squares = moments(_run(digital, options), nnx.state(digital), batches)
-    for group in _groups(weights, together):
+    for group in groups:
         config = first_match(group[0], rules)
         first = squares.get(group[0])
         assert config is not None
