@@ -323,14 +323,14 @@ class Exploration:
                 return False
         return False
 
-    def _measured(self, name: str, measure: Callable[..., Any], *of: Any) -> Any:
+    def _measured(self, name: str, measure: Callable[..., Any], *arguments: Any) -> Any:
         """Return a value, which is measured by a function unless the file has it."""
         if name not in self._values:
             if time.monotonic() - self._start > 60 * self._minutes:
                 raise ValueError(
                     f"{self._minutes:g} minutes are over: the same command continues"
                 )
-            value = measure(*of)
+            value = measure(*arguments)
             if self._file is not None:
                 append_lines(self._file, [{"name": name, "value": value}])
             self._values[name] = value

@@ -21,7 +21,15 @@ from .engines import LOCAL, EngineOptions, OutOfMemory, run_items
 from .rows import Result, ResultKey, ResultRows, append_lines, key, name
 
 # Options of a run that do not affect its results.
-_BOOKKEEPING = "seeds name out resume overwrite start_from save_seconds".split()
+_BOOKKEEPING = (
+    "seeds",
+    "name",
+    "out",
+    "resume",
+    "overwrite",
+    "start_from",
+    "save_seconds",
+)
 
 
 class Job(NamedTuple):
@@ -212,7 +220,9 @@ def _rows(
         for field in ("correct", "option_correct"):
             right = [row[field] for row in predictions if row["seed"] == seed["seed"]]
             marks[field] = (
-                None if None in right else "".join("01"[bool(mark)] for mark in right)
+                None
+                if None in right
+                else "".join(str(int(bool(mark))) for mark in right)
             )
         scores = {name: value for name, value in seed.items() if name != "modules"}
         rows.append(shared | marks | scores)

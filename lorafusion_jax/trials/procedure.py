@@ -242,19 +242,19 @@ def procedure(
         )
 
     def scored(trainings: Sequence[Training]) -> Iterator[tuple[Training, Scores]]:
-        for training, found in zip(trainings, measure(trainings), strict=True):
-            seconds[training.arm] += found.seconds
-            yield training, found
+        for training, result in zip(trainings, measure(trainings), strict=True):
+            seconds[training.arm] += result.seconds
+            yield training, result
 
-    def record(training: Training, found: Scores) -> None:
+    def record(training: Training, result: Scores) -> None:
         rows = list(training.test)
         table = scores[training.arm]
         # A loss that is not finite is that of a training that diverged, and no missing one.
-        table[0, rows] = np.nan_to_num(found.loss, nan=np.inf)
-        if found.correct is not None:
-            table[1, rows] = found.correct
-        if found.option_correct is not None:
-            table[2, rows] = found.option_correct
+        table[0, rows] = np.nan_to_num(result.loss, nan=np.inf)
+        if result.correct is not None:
+            table[1, rows] = result.correct
+        if result.option_correct is not None:
+            table[2, rows] = result.option_correct
 
     def test(arms: Sequence[TrialArm], number: int) -> None:
         """Test methods on a fold, at their best rates; those that do not learn on all rows."""
@@ -262,8 +262,8 @@ def procedure(
         trainings = [
             training_of(arm, number, tuned.get(arm.name, default)) for arm in arms
         ]
-        for training, found in scored(trainings):
-            record(training, found)
+        for training, result in scored(trainings):
+            record(training, result)
 
     try:
         test([arm for arm in arms if not arm.rates], 0)
@@ -281,14 +281,14 @@ def procedure(
                 for candidate in stages.get(arm.name, ())
             ]
             losses = {name: [] for name in stages}
-            for training, found in scored(trainings):
-                loss = float(np.mean(found.loss))
+            for training, result in scored(trainings):
+                loss = float(np.mean(result.loss))
                 loss = loss if math.isfinite(loss) else math.inf
                 losses[training.arm].append(loss)
                 if loss < best_losses[training.arm] or training.arm not in tuned:
                     best_losses[training.arm] = loss
                     tuned[training.arm] = Candidate(training.rates, training.share)
-                    record(training, found)
+                    record(training, result)
             stages = {}
             for name, stage_losses in losses.items():
                 with contextlib.suppress(StopIteration):

@@ -187,7 +187,7 @@ def describe_trial(options: TrialOptions) -> str:
 def _plan_of_arm(
     task_trial: TaskTrial, name: str, trainings: Sequence[Training], base: Base
 ) -> Row:
-    """Return the costs of an arm's trainings of all together, from the cost of one on most rows."""
+    """Return the cost of the trainings of one arm together, from the cost of one on most rows."""
     device: Device = "cpu" if for_cpu() else "accelerator"
     trainings = [training for training in trainings if training.arm == name]
     run = task_trial.arms[name].options

@@ -101,7 +101,7 @@ def contestants(
             )
         arms[name] = (what, numbers)
     chosen = {}
-    for name, (what, numbers) in arms.items():
+    for name, (what, fields) in arms.items():
         method, _, control = what.partition(":")
         control = control or "none"
         entry = find(method)
@@ -110,7 +110,7 @@ def contestants(
                 f"arm {name}: the method {method} has no loss: leave it out of --arms"
             )
         entry.check()
-        recipe = recipe_of(entry.recipe, numbers)
+        recipe = recipe_of(entry.recipe, fields)
         if isinstance(recipe, PoolRecipe):
             recipe = dataclasses.replace(
                 recipe, modules=min(recipe.modules, len(pool.names))

@@ -142,8 +142,8 @@ def probe(
     counts = jnp.ones(len(batch), batch.dtype)
     if chip.preparation is not None:
         counts = _squares_of_full_scales(batch, unnamed)
-    met = _met_by_converters(batch, unnamed, counts)
-    return y.astype(dtype), Statistics(*met, signal=signal, error=error)
+    statistics = _met_by_converters(batch, unnamed, counts)
+    return y.astype(dtype), Statistics(*statistics, signal=signal, error=error)
 
 
 def calibrated(chip: Chip, statistics: Statistics) -> Chip:
