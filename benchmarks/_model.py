@@ -330,7 +330,7 @@ def step_of(
         ),
         batch,
     )
-    return train_seeds.__wrapped__.lower(
+    return train_seeds.lower(
         state, batches, problem, rates, optimisation=_RECIPE.optimisation(steps=10)
     )
 

@@ -5,13 +5,12 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import jax
 import jax.core
+import jax.numpy as jnp
 from jax.sharding import AxisType
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 _MAPPING_LIMIT = Path("/proc/sys/vm/max_map_count")
 _MAPPINGS = Path("/proc/self/maps")
@@ -32,10 +31,10 @@ def for_cpu() -> bool:
     )
 
 
-def quick_jit(function: Function, **arguments: Any) -> Function:
+def quick_jit(function: Callable[..., Any], **arguments: Any) -> Any:
     """Return `jax.jit` of a function whose programs for a CPU are compiled with LLVM's level 1.
 
-    They compile in 0.8 of the time and run as fast. `__wrapped__` is the function as `jax.jit` has it by default.
+    They compile in 0.8 of the time and run as fast. `__wrapped__` is the function as `jax.jit` has it by default, whose `lower` it has.
     """
     usual = jax.jit(function, **arguments)
     quick = jax.jit(
@@ -44,11 +43,14 @@ def quick_jit(function: Function, **arguments: Any) -> Function:
 
     @functools.wraps(usual)
     def call(*args: Any, **kwargs: Any) -> Any:
-        top = for_cpu() and not is_traced((args, kwargs))
+        # Within another program JAX takes no options, and there a new array is traced, even if no argument is.
+        top = for_cpu() and not is_traced((args, kwargs, jnp.zeros(())))
         return (quick if top else usual)(*args, **kwargs)
 
-    call.quick = quick  # pyright: ignore[reportFunctionMemberAccess]
-    return cast(Function, call)
+    jitted: Any = call
+    jitted.lower = usual.lower
+    jitted.quick = quick
+    return jitted
 
 
 def cores() -> int:

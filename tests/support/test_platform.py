@@ -13,7 +13,7 @@ import lorafusion_jax as lf
 from lorafusion_jax.models import dense
 from lorafusion_jax.models.bit_cast import to_bits
 from lorafusion_jax.support import platform
-from lorafusion_jax.support.platform import for_cpu, make_room
+from lorafusion_jax.support.platform import for_cpu, make_room, quick_jit
 from lorafusion_jax.training import AXES, default_seed_mode
 
 
@@ -59,6 +59,19 @@ def test_the_devices_of_a_mesh_say_it(monkeypatch):
         jax.make_mesh((2, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
     ):
         assert for_cpu()
+
+
+def test_quick_programs_are_parts_of_others_like_those_of_jax_jit():
+    double = quick_jit(lambda x: 2 * x)
+    x = jnp.arange(3.0)
+    for found in (
+        double(x),
+        jax.jit(lambda: double(x))(),
+        jax.vmap(double)(x),
+        jax.jit(double)(x),
+        double.lower(x).compile()(x),
+    ):
+        np.testing.assert_array_equal(found, 2 * x)
 
 
 def test_a_mesh_with_explicit_axes_is_refused():
