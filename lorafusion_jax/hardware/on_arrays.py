@@ -43,6 +43,8 @@ def fuse(
     Raises:
       ValueError: before anything is written, on options or files that cannot be used.
     """
+    if isinstance(task, str):
+        raise ValueError(f"task is the text {task!r}: give a list of tasks")
     set_up = None if options.arrays.crossbar is None else on_arrays
     if task is None:
         return run([options], set_up)[0]

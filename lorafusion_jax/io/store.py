@@ -242,6 +242,14 @@ def save_step(
             shutil.rmtree(old)
 
 
+def remove_later(checkpoints: Path, step: int) -> None:
+    """Remove the saved steps after one."""
+    with writing(checkpoints):
+        for number, folder in steps(checkpoints).items():
+            if number > step:
+                shutil.rmtree(folder)
+
+
 def steps(checkpoints: Path) -> dict[int, Path]:
     """Return the folders of the saved steps by their numbers, oldest first."""
     steps = {

@@ -166,10 +166,18 @@ def _run(
         else:
             note(f"{run.folder} is complete: nothing to resume")
             done[run.folder] = results
-    if incomplete:
-        left = [options for options in tasks if run_path(options) in incomplete]
-        all_results = _complete(left, [*incomplete.values()], base, set_up)
-        done |= zip(incomplete, all_results, strict=True)
+    # Runs that were begun continue without new ones, with which they would have to start again.
+    for is_begun in (True, False):
+        left = [
+            options
+            for options in tasks
+            if (folder := run_path(options)) in incomplete
+            and (incomplete[folder] is not None) == is_begun
+        ]
+        if left:
+            recorded_of_left = [incomplete[run_path(options)] for options in left]
+            all_results = _complete(left, recorded_of_left, base, set_up)
+            done |= zip(map(run_path, left), all_results, strict=True)
     return [done[run_path(options)] for options in tasks]
 
 
@@ -184,7 +192,10 @@ def _complete(
     *before, last = zip(*map(stages, tasks), strict=True)
     for stage in before:
         check_targets(last[0], base)
-        _run(stage, base, set_up)
+        # A search is of one task.
+        together = stage[0].entry.learns == "trained"
+        for part in [stage] if together else [[options] for options in stage]:
+            _run(part, base, set_up)
     environments = [config["environment"] for config in recorded if config is not None]
     seed_mode = environments[0]["seed_mode"] if environments else None
     setups: list[Setup] = []
@@ -217,7 +228,7 @@ def _complete(
         config = _config(options, setup, digests(setup), unroll)
         configs.append(config)
         if was is not None:
-            _compare_environment(was, config)
+            _compare_environment(run, was, config)
             check_digests(run.folder, was["digests"], config["digests"], options)
     training = together.with_layers(unroll=unroll)
     hardware = [
@@ -422,11 +433,13 @@ def _flat(
     return others | recipe | arrays
 
 
-def _compare_environment(recorded: RunConfig, current: RunConfig) -> None:
+def _compare_environment(
+    run: RunFolder, recorded: RunConfig, current: RunConfig
+) -> None:
     for key in ("modules", "task_sha256"):
         if recorded[key] != current[key]:
             raise ValueError(
-                f"the {key} changed since the run was begun: restore them, or begin another run"
+                f"the {key} changed since {run.folder} was begun: restore them, or begin another run"
             )
     was = recorded["environment"]
     is_ = current["environment"]

@@ -128,9 +128,15 @@ def _fit(
     # steps of each run's seeds since the last finite loss
     bad = [dict.fromkeys(seeds, 0) for _ in runs]
     for number, run in enumerate(runs):
+        step = counts[number][reached]
         if saved:
-            note(f"{run.folder}: going on from step {counts[number][reached]}")
-        run.cut_metrics(counts[number][reached])
+            note(f"{run.folder}: going on from step {step}")
+        elif store.steps(run.checkpoints):
+            note(f"{run.folder}: starts again, with tasks that have no checkpoint near")
+        run.cut_metrics(step)
+        # Otherwise later steps that another run lacks would push out those that both are going to have.
+        if processes.first():
+            store.remove_later(run.checkpoints, step)
         _count_bad_steps(run.metrics(), bad[number])
     # Runs of which all seeds have stopped, whose metrics have ended.
     ended = np.all(to_host(state.stopped).reshape(len(runs), -1), axis=1)

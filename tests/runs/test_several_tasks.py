@@ -167,6 +167,52 @@ def test_tasks_that_were_stopped_within_an_epoch_resume_bit_for_bit(
         _assert_same(folder, before)
 
 
+def test_a_checkpoint_that_other_tasks_lack_is_left(tasks, together, tmp_path):
+    options, _ = together
+    resumed = replace(options, out=tmp_path, resume=True)
+    folders = _folders(resumed, tasks)[:2]
+    for before, folder in zip(_folders(options, tasks), folders, strict=False):
+        shutil.copytree(before, folder)
+        (folder / "results.json").unlink()
+        shutil.rmtree(folder / "final")
+    # Only the first has saved its last steps, of which it keeps two.
+    for step in (folders[1] / "checkpoints").iterdir():
+        shutil.rmtree(step)
+    resumed = replace(resumed, save_seconds=1e9)
+    lf.fuse(resumed, task=tasks[:2])
+    for before, folder in zip(_folders(options, tasks), folders, strict=False):
+        _assert_same(folder, before)
+        assert not [*(folder / "checkpoints").glob("*")]
+
+
+def test_a_task_that_is_added_does_not_start_others_again(
+    tasks, together, tmp_path, capsys
+):
+    options, _ = together
+    resumed = replace(options, out=tmp_path, resume=True)
+    before = _folders(options, tasks)
+    folders = _folders(resumed, tasks)
+    shutil.copytree(before[0], folders[0])
+    (folders[0] / "results.json").unlink()
+    shutil.rmtree(folders[0] / "final")
+    shutil.rmtree(max((folders[0] / "checkpoints").iterdir()))
+    results = lf.fuse(resumed, task=[tasks[1], tasks[0]])
+    assert "going on from step" in capsys.readouterr().err
+    for number in (0, 1):
+        _assert_same(folders[number], before[number])
+    assert [result.task for result in results] == ["second", "first"]
+
+
+def test_tasks_start_from_a_module_of_each(small, tasks, tmp_path):
+    options = _options(
+        small, tmp_path / "together", method="lora", warm_start="single", epochs=1
+    )
+    lf.fuse(options, task=tasks[:2])
+    single = replace(options, out=tmp_path / "alone", task=tasks[1])
+    lf.fuse(single)
+    _assert_same(_folders(options, tasks)[1], runs.run_path(single))
+
+
 def test_one_bad_task_is_refused_before_anything_is_written(small, tasks, tmp_path):
     bad = tmp_path / "bad.json"
     write_json(bad, [{"input": "a"}])
@@ -202,5 +248,7 @@ def test_results_are_one_table(tasks, together):
 def test_tasks_of_one_name_are_refused(small, tasks, tmp_path):
     with refused("two tasks have the name of the run .*first-fusion: rename one"):
         lf.fuse(_options(small, tmp_path), task=[tasks[0], tasks[0]])
+    with refused("task is the text '.*first': give a list"):
+        lf.fuse(_options(small, tmp_path), task=tasks[0])
     with refused("no tasks: give at least one"):
         lf.fuse(_options(small, tmp_path), task=[])
