@@ -34,7 +34,8 @@ def for_cpu() -> bool:
 def quick_jit(function: Callable[..., Any], **arguments: Any) -> Any:
     """Return `jax.jit` of a function whose programs for a CPU are compiled with LLVM's level 1.
 
-    They compile in 0.8 of the time and run as fast. `__wrapped__` is the function as `jax.jit` has it by default, whose `lower` it has.
+    They compile in 0.8 of the time and run as fast. `__wrapped__` is the function as `jax.jit` has it by default, and
+    `lower` is that of the latter.
     """
     usual = jax.jit(function, **arguments)
     quick = jax.jit(
