@@ -34,23 +34,25 @@ def for_cpu() -> bool:
 def quick_jit(function: Callable[..., Any], **arguments: Any) -> Any:
     """Return `jax.jit` of a function whose programs for a CPU are compiled with LLVM's level 1.
 
-    They compile in 0.8 of the time and run as fast. `__wrapped__` is the function as `jax.jit` has it by default, and
-    `lower` is that of the latter.
+    They compile faster and run as fast, because most of their time is that of products, which LLVM does not compile.
     """
     usual = jax.jit(function, **arguments)
     quick = jax.jit(
         function, compiler_options={"xla_backend_optimization_level": 1}, **arguments
     )
 
+    def program() -> Any:
+        return quick if for_cpu() else usual
+
     @functools.wraps(usual)
     def call(*args: Any, **kwargs: Any) -> Any:
         # Within another program JAX takes no options, and there a new array is traced, even if no argument is.
-        top = for_cpu() and not is_traced((args, kwargs, jnp.zeros(())))
-        return (quick if top else usual)(*args, **kwargs)
+        within = is_traced((args, kwargs, jnp.zeros(())))
+        return (usual if within else program())(*args, **kwargs)
 
     jitted: Any = call
-    jitted.lower = usual.lower
-    jitted.quick = quick
+    jitted.lower = lambda *args, **kwargs: program().lower(*args, **kwargs)
+    jitted.cache_size = lambda: program()._cache_size()
     return jitted
 
 

@@ -65,12 +65,12 @@ def _trained(problem, patch, *, whole, state=None, **how):
     patch.setattr(fit_lib, "for_cpu", lambda: not whole)
     patch.setattr(fit_lib, "train_seeds", counted)
     patch.setattr(fit_lib, "to_host", lambda tree: read.append(tree) or to_host(tree))
-    before = program.quick._cache_size()
+    before = program.cache_size()
     state = start(problem, _SEEDS) if state is None else jax.tree.map(jnp.copy, state)
     last = fit(
         problem, _rows(), state, _RECIPE, _SEEDS, after_epoch=epochs.append, **how
     )
-    return last, epochs, calls, len(read), program.quick._cache_size() - before
+    return last, epochs, calls, len(read), program.cache_size() - before
 
 
 @pytest.fixture(scope="module")
