@@ -3,12 +3,14 @@
 Axis letters: B batch, S source, T target, L layer, P modules of the pool.
 """
 
+import argparse
 import dataclasses
 from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any, Literal
 from unittest import mock
 
+import _measure
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,6 +82,21 @@ CHOICES = (
 # What weights and activations are: `nf4` weights are multiplied in float32.
 Dtype = Literal["float32", "bfloat16", "nf4"]
 Composition = Literal["mix", "sum"]
+
+
+def shape_parser(
+    doc: str | None, default: str, *, several: bool = False
+) -> argparse.ArgumentParser:
+    """Return a script's parser that knows --json, and --shape of one or several base models."""
+    parser = _measure.parser(doc)
+    parser.add_argument(
+        "--shape",
+        choices=CHOICES,
+        nargs="+" if several else None,
+        default=[default] if several else default,
+        help="of the base model",
+    )
+    return parser
 
 
 def held_in(dtype: Dtype) -> LoadIn:

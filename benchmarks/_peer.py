@@ -9,11 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import _measure
 import jax.numpy as jnp
 import numpy as np
 from _mix import Mix, Site, lines, with_adapter
-from _model import CHOICES, MODULES, RANK, Dtype, graph_of, hf_config
+from _model import MODULES, RANK, Dtype, graph_of, hf_config, shape_parser
 from flax import nnx
 
 from lorafusion_jax import PRESETS, Architecture, Frozen, LoraPool
@@ -24,15 +23,8 @@ from lorafusion_jax.tasks import IGNORED, Batch
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
     """Return a script's parser that knows --json, --tasks and --shape."""
-    parser = _measure.parser(doc)
+    parser = shape_parser(doc, "flan-t5-small", several=True)
     parser.add_argument("--tasks", nargs="+", type=Path, help="files or folders")
-    parser.add_argument(
-        "--shape",
-        choices=CHOICES,
-        nargs="+",
-        default=["flan-t5-small"],
-        help="of the base model",
-    )
     return parser
 
 

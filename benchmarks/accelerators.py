@@ -25,7 +25,6 @@ import numpy as np
 from _measure import case
 from _model import (
     BATCH,
-    CHOICES,
     RANK,
     SOURCE,
     Composition,
@@ -34,6 +33,7 @@ from _model import (
     config_of,
     held_in,
     precomputed,
+    shape_parser,
     shapes_of,
     step_of,
 )
@@ -169,11 +169,8 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 def main() -> None:
-    parser = _measure.parser(__doc__)
+    parser = shape_parser(__doc__, "small-pool")
     parser.add_argument("--chip", choices=_CHIPS, default="v5e")
-    parser.add_argument(
-        "--shape", choices=CHOICES, default="small-pool", help="of the base model"
-    )
     parser.add_argument(
         "--program",
         choices=[*_PROGRAMS, *_READS],

@@ -16,7 +16,7 @@ from typing import Any
 
 import _measure
 from _measure import ROOT, case
-from _model import CHOICES
+from _model import shape_parser
 
 _REQUIRED = {"cold": 60.0, "from the persistent cache": 10.0}  # seconds
 
@@ -34,10 +34,7 @@ print(time.perf_counter() - began)
 
 
 def main() -> None:
-    parser = _measure.parser(__doc__)
-    parser.add_argument(
-        "--shape", choices=CHOICES, default="flan-t5-large", help="of the base model"
-    )
+    parser = shape_parser(__doc__, "flan-t5-large")
     parser.add_argument("--unroll", action="store_true", help="the layers")
     options = parser.parse_args()
     _measure.launch()

@@ -17,7 +17,6 @@ import numpy as np
 from _measure import case, features, in_turns, of_turns, product_rates
 from _model import (
     BATCH,
-    CHOICES,
     MODULES,
     RANK,
     SOURCE,
@@ -28,6 +27,7 @@ from _model import (
     config_of,
     frozen,
     in_basis,
+    shape_parser,
     unrolled,
 )
 
@@ -45,10 +45,7 @@ _DECODER_MIX_AMX = 1.25
 
 
 def main() -> None:
-    parser = _measure.parser(__doc__)
-    parser.add_argument(
-        "--shape", choices=CHOICES, default="flan-t5-small", help="of the base model"
-    )
+    parser = shape_parser(__doc__, "flan-t5-small")
     parser.add_argument(
         "--dtype",
         choices=_DTYPES,

@@ -26,7 +26,6 @@ import jax.numpy as jnp
 import numpy as np
 from _measure import case, in_turns, need_peft, of_turns, product_rates, smollm2
 from _model import (
-    CHOICES,
     MODULES,
     SOURCE,
     TARGET,
@@ -36,6 +35,7 @@ from _model import (
     config_of,
     frozen,
     graph_of,
+    shape_parser,
 )
 from _peer import Peer
 from flax import nnx
@@ -57,10 +57,7 @@ _DECODER = 1.5
 
 
 def main() -> None:
-    parser = _measure.parser(__doc__)
-    parser.add_argument(
-        "--shape", choices=CHOICES, default="flan-t5-small", help="of the base model"
-    )
+    parser = shape_parser(__doc__, "flan-t5-small")
     parser.add_argument(
         "--batch", type=int, nargs="+", default=[10], help="rows of a batch"
     )

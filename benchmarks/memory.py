@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from _measure import case
 from _model import (
-    CHOICES,
     MODULES,
     RANK,
     SOURCE,
@@ -27,6 +26,7 @@ from _model import (
     config_of,
     held_in,
     lowered,
+    shape_parser,
     shapes_of,
 )
 
@@ -60,10 +60,7 @@ _SEEDS = 8
 
 
 def main() -> None:
-    parser = _measure.parser(__doc__)
-    parser.add_argument(
-        "--shape", choices=CHOICES, default="flan-t5-large", help="of the base model"
-    )
+    parser = shape_parser(__doc__, "flan-t5-large")
     parser.add_argument(
         "--peak", action="store_true", help="only what has a bar in GiB"
     )

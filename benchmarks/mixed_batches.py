@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 from _measure import case, has_peft, in_turns, of_turns, product_rates
 from _model import (
-    CHOICES,
     MODULES,
     answers,
     batch_of,
@@ -29,6 +28,7 @@ from _model import (
     frozen,
     graph_of,
     in_basis,
+    shape_parser,
 )
 from _peer import mixed_batch
 
@@ -49,10 +49,7 @@ _METHODS = {
 
 
 def main() -> None:
-    parser = _measure.parser(__doc__)
-    parser.add_argument(
-        "--shape", choices=CHOICES, default="flan-t5-small", help="of the base model"
-    )
+    parser = shape_parser(__doc__, "flan-t5-small")
     parser.add_argument("--cores", type=int, default=1, help="that both sides may use")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()

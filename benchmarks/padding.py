@@ -17,7 +17,7 @@ import _measure
 import jax
 import numpy as np
 from _measure import ROOT, case
-from _model import CHOICES, config_of
+from _model import config_of, shape_parser
 
 from lorafusion_jax import PRESETS, load_tokenizer
 from lorafusion_jax.estimates import CHARACTERS_PER_TOKEN
@@ -54,14 +54,8 @@ _SMALL = ROOT / "examples/small"
 
 
 def main() -> None:
-    parser = _measure.parser(__doc__)
+    parser = shape_parser(__doc__, "flan-t5-large")
     parser.add_argument("--tasks", nargs="+", type=Path, help="files or folders")
-    parser.add_argument(
-        "--shape",
-        choices=CHOICES,
-        default="flan-t5-large",
-        help="model whose steps are counted",
-    )
     parser.add_argument(
         "--tokenizer", help="folder, hub id or GGUF file of a base model"
     )
