@@ -135,7 +135,18 @@ def paired(
 
     Answers and errors are as in `summary`, with tasks, seeds and items in the same order.
     """
+    if len(a) != len(b):
+        raise ValueError(
+            f"the methods have {len(a)} and {len(b)} tasks: give the same tasks for both"
+        )
     both = _with_seeds([*a, *b])
+    for number, (first, second) in enumerate(zip(a, b, strict=True)):
+        # NumPy would repeat a single item.
+        if first.shape[1] != second.shape[1]:
+            raise ValueError(
+                f"task {number}: the methods have {first.shape[1]} and {second.shape[1]} items: give the same items "
+                "for both"
+            )
     values = [
         first - second
         for first, second in zip(both[: len(a)], both[len(a) :], strict=True)

@@ -86,8 +86,8 @@ def test_equal_methods_have_no_difference_and_one_seed_stands_for_all():
     ("a", "b", "message"),
     [
         ([], [], "no task to summarise"),
-        ([(5, 8)], [(5, 8), (5, 8)], "is longer"),
-        ([(5, 8)], [(5, 9)], "could not be broadcast"),
+        ([(5, 8)], [(5, 8), (5, 8)], "the methods have 1 and 2 tasks"),
+        ([(5, 8)], [(5, 1)], "task 0: the methods have 8 and 1 items"),
         ([(5, 8)], [(3, 8)], "the tasks have 3 and 5 seeds"),
         (
             [(0, 8)],
