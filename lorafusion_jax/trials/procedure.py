@@ -193,16 +193,21 @@ def procedure(
       seed: seed of the folds.
 
     Raises:
-      ValueError: before anything is measured: the rows are too few for the folds.
+      ValueError: before anything is measured: names are equal, or the rows are too few for the folds.
     """
+    names = [arm.name for arm in arms]
+    if len({*names}) < len(names):
+        raise ValueError(
+            f"methods have the same name: {', '.join(names)}: give each its own"
+        )
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     cross_validation = divide(groups, folds, seed)
     fold = divide(groups, TUNING_PARTS, seed)
     tuned: dict[str, Candidate] = {}
     out = set[str]()
-    seconds = dict.fromkeys([arm.name for arm in arms], 0.0)
+    seconds = dict.fromkeys(names, 0.0)
     # Loss, exact match and match of options of each row that was tested.
-    scores = {arm.name: np.full((3, len(groups)), np.nan) for arm in arms}
+    scores = {name: np.full((3, len(groups)), np.nan) for name in names}
 
     def outcomes() -> Outcomes:
         tables = {
@@ -229,16 +234,14 @@ def procedure(
     def training_of(
         arm: TrialArm, number: int, candidate: Candidate, *, answers: bool = True
     ) -> Training:
-        tests = fold == number if arm.learns else np.ones(len(fold), bool)
-        train = np.flatnonzero(~tests)
-        test = np.flatnonzero(tests)
+        is_tested = fold == number if arm.learns else np.ones(len(fold), bool)
         return Training(
             arm.name,
             arm.draw,
             *candidate,
-            tuple(train.tolist()),
-            tuple(test.tolist()),
-            answers,
+            train=tuple(np.flatnonzero(~is_tested).tolist()),
+            test=tuple(np.flatnonzero(is_tested).tolist()),
+            answers=answers,
         )
 
     def scored(trainings: Sequence[Training]) -> Iterator[tuple[Training, Scores]]:
@@ -256,17 +259,18 @@ def procedure(
         if result.option_correct is not None:
             table[2, rows] = result.option_correct
 
-    def test(arms: Sequence[TrialArm], number: int) -> None:
+    def test_fold(tested_arms: Sequence[TrialArm], number: int) -> None:
         """Test methods on a fold, at their best rates; those that do not learn on all rows."""
         default = Candidate((), 1.0)
         trainings = [
-            training_of(arm, number, tuned.get(arm.name, default)) for arm in arms
+            training_of(arm, number, tuned.get(arm.name, default))
+            for arm in tested_arms
         ]
         for training, result in scored(trainings):
             record(training, result)
 
     try:
-        test([arm for arm in arms if not arm.rates], 0)
+        test_fold([arm for arm in arms if not arm.rates], 0)
         yield outcomes()
 
         searches = {
@@ -295,16 +299,17 @@ def procedure(
                     stages[name] = searches[name].send(stage_losses)
             yield outcomes()
 
+        # From here on, trainings and outcomes have these folds, and no losses of the thirds.
         fold = cross_validation
         left = [arm for arm in arms if arm.learns]
         for arm in left:
             scores[arm.name][:] = np.nan
         level = _LEVEL / (max(len(arms) - 1, 1) * folds)
         for number in range(folds):
-            test(left, number)
+            test_fold(left, number)
             so_far = outcomes()
             yield so_far
-            # What is worse than the best method by the margin is out.
+            # Methods that are worse than the best one by the margin are out.
             best = best_arm(so_far)
             out |= {
                 arm.name

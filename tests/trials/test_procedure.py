@@ -8,7 +8,7 @@ from numpy.testing import assert_array_equal
 from refusals import refused
 
 from lorafusion_jax.trials import Scores, TrialArm, procedure
-from lorafusion_jax.trials.procedure import STEP, divide, halving
+from lorafusion_jax.trials.procedure import STEP, TimeIsOver, divide, halving
 
 _GROUPS = [f"question {number // 2}" for number in range(42)]
 _BOTH = {"rates": {"a": 0.1, "b": 0.01}}
@@ -32,18 +32,19 @@ def test_folds_divide_no_input_and_have_equal_sizes():
 
 
 @pytest.mark.parametrize(
-    ("groups", "folds", "message"),
+    ("arms", "groups", "folds", "message"),
     [
-        ("aaaaaaaaa", 5, "the 9 rows have 1 different inputs"),
-        ("aabbc", 5, r"the 5 rows have 3 different inputs, .* lower --folds"),
-        ("abcdefghi", 5, "9 rows give a fold of 1, expected at least 2"),
-        ("aabb", 2, "expected at least 3"),
-        ("abcdef", 1, "--folds is 1: give at least 2"),
+        (_ARMS, "aaaaaaaaa", 5, "the 9 rows have 1 different inputs"),
+        (_ARMS, "aabbc", 5, r"the 5 rows have 3 different inputs, .* lower --folds"),
+        (_ARMS, "abcdefghi", 5, "9 rows give a fold of 1, expected at least 2"),
+        (_ARMS, "aabb", 2, "expected at least 3"),
+        (_ARMS, "abcdef", 1, "--folds is 1: give at least 2"),
+        (_ARMS[:1] * 2, _GROUPS, 5, "same name: base, base"),
     ],
 )
-def test_what_cannot_be_tried_is_refused_before_training(groups, folds, message):
+def test_what_cannot_be_tried_is_refused_before_training(arms, groups, folds, message):
     with refused(message):
-        next(procedure(_ARMS, [*groups], pytest.fail, folds=folds))
+        next(procedure(arms, [*groups], pytest.fail, folds=folds))
 
 
 def _search(defaults, loss):
@@ -96,12 +97,15 @@ def test_one_rate_is_refined_by_half_steps_and_divergence_is_never_chosen():
 class _Measured:
     """Made-up scores: the loss of a method is its own part, how far its rates are from the best, and a row's part."""
 
-    def __init__(self, parts):
+    def __init__(self, parts, most=math.inf):
         self.parts = parts
+        self.most = most
         self.trainings = []
 
     def __call__(self, trainings):
         for training in trainings:
+            if len(self.trainings) >= self.most:
+                raise TimeIsOver
             self.trainings.append(training)
             trained = {_GROUPS[row] for row in training.train}
             assert not trained & {_GROUPS[row] for row in training.test}
@@ -142,3 +146,17 @@ def test_a_method_is_out_after_a_fold_that_shows_it_worse_by_the_margin():
     tested = np.isfinite(last.loss["random"])
     assert_array_equal(tested, last.fold == 0)
     assert np.isfinite(last.loss["LoRA"]).all()
+
+
+@pytest.mark.parametrize("most", [1, 3, 10, 30])
+def test_outcomes_have_what_was_measured_when_time_is_over(most):
+    measure = _Measured({"pool": 0.5}, most)
+    *_, last = procedure(_ARMS, _GROUPS, measure)
+    assert len(measure.trainings) == most
+    measured = {training.arm for training in measure.trainings}
+    assert last.arms and {arm.name for arm in last.arms} <= measured
+    assert all(np.isfinite(losses).any() for losses in last.loss.values())
+    assert last.seconds == {
+        arm.name: 2.0 * sum(training.arm == arm.name for training in measure.trainings)
+        for arm in _ARMS
+    }
