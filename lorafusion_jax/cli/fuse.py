@@ -15,6 +15,7 @@ from ..methods.entry import MethodEntry, recipe_of
 from ..methods.fusion import PRESETS
 from ..runs.folder import RunResults, run_path
 from ..runs.options import FuseOptions, options_with, plain
+from ..runs.run import check_together
 from ..runs.start import stages
 from ..runs.weight_list import with_listed_modules
 from ..support import processes
@@ -98,8 +99,9 @@ def fuse_command(arguments: Sequence[str]) -> None:
     if command.plan_for is None and not options.distributed:
         suggest_bfloat16(options.dtype)
     if command.plan:
-        for of_task in tasks:
-            for stage in stages(of_task):
+        check_together(tasks)
+        for task_options in tasks:
+            for stage in stages(task_options):
                 show(describe_run(stage, command))
         if options.arrays.crossbar is not None:
             show(
@@ -108,7 +110,7 @@ def fuse_command(arguments: Sequence[str]) -> None:
         return
     results = fuse(options, command.task)
     if processes.first():
-        show(report(results, [run_path(of_task) for of_task in tasks]))
+        show(report(results, [run_path(task_options) for task_options in tasks]))
 
 
 def _command(entry: MethodEntry) -> type[FuseCommand]:
@@ -147,9 +149,9 @@ def report(results: Sequence[RunResults], folders: Sequence[Path]) -> str:
         head = f"{first.task}, {sizes}, {first.test_rows:,} test rows"
         return f"{one_line(head)}\n{score_table(first.seeds)}\nwritten to {one_line(str(folders[0]))}"
     rows = [
-        {"run": one_line(str(folder)), "task": one_line(of_task.task)} | seed
-        for of_task, folder in zip(results, folders, strict=True)
-        for seed in of_task.seeds
+        {"run": one_line(str(folder)), "task": one_line(result.task)} | seed
+        for result, folder in zip(results, folders, strict=True)
+        for seed in result.seeds
     ]
     table = plain_table(score_lines(rows, "run", "task", "seed"), left=(0, 1, 2, 4))
     return f"{len(results)} tasks, {sizes}\n{table}"

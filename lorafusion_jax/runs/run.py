@@ -81,8 +81,7 @@ def run(
     tasks = [with_listed_modules(options) for options in tasks]
     for options in tasks:
         options.check()
-    if len(tasks) != 1:
-        _check_several(tasks)
+    check_together(tasks)
     options = tasks[0]
     base = open_base(options.base)
     make_room()
@@ -100,10 +99,12 @@ def run(
         return _run(tasks, base, set_up)
 
 
-def _check_several(tasks: Sequence[FuseOptions]) -> None:
-    """Raise ValueError for several tasks that cannot be trained as one program."""
+def check_together(tasks: Sequence[FuseOptions]) -> None:
+    """Raise ValueError for no task, or for several that cannot be trained as one program."""
     if not tasks:
         raise ValueError("no tasks: give at least one with --task")
+    if len(tasks) == 1:
+        return
     options = tasks[0]
     of_one_task = [
         flags_given(options, ("name", "overwrite", "distributed")),

@@ -97,6 +97,8 @@ def test_a_plan_shows_what_a_run_needs_and_runs_nothing(capsys, tmp_path):
     assert "lengths estimated from characters" in capsys.readouterr().out
     assert "nobody" in told(capsys, f"{command} --adapters nobody".split())
     assert "no tasks: give" in told(capsys, "fuse --base owner/b --task".split())
+    two = "fuse --base owner/b --task owner/c owner/d --plan --name mine".split()
+    assert "--name: only for one task" in told(capsys, two)
     assert not list(tmp_path.iterdir())
 
 
