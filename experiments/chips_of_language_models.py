@@ -296,7 +296,7 @@ class Bench:
                 with_chosen_bits(chip, seen, 10**exponent)
                 for chip, seen in zip(chips_in(weights), statistics, strict=True)
             ]
-            if conversion_energy(chips) > FIVE_BITS:
+            if conversion_energy_share(chips) > FIVE_BITS:
                 high = exponent
             else:
                 low = exponent
@@ -314,7 +314,7 @@ class Bench:
         }
 
 
-def conversion_energy(chips: Sequence[Chip]) -> float:
+def conversion_energy_share(chips: Sequence[Chip]) -> float:
     """Return the energy of all conversions over that of full ones, in converters that are stopped early."""
     shares = []
     conversions = []
@@ -347,7 +347,9 @@ def measured(missing: Sequence[Job], options: Options) -> Iterator[Row]:
                 for chip in chips
                 if chip.clipped is not None
             ],
-            "conversion_energy": conversion_energy(chips) if chosen else None,
+            "conversion_energy_share": conversion_energy_share(chips)
+            if chosen
+            else None,
             "paths": sorted({chip.plan.path for chip in chips}),
             "cpu_seconds": time.process_time() - start,
             **environment(),

@@ -48,7 +48,7 @@ def fuse(
     set_up = None if options.arrays.crossbar is None else on_arrays
     if task is None:
         return run([options], set_up)[0]
-    return run([dataclasses.replace(options, task=each) for each in task], set_up)
+    return run([dataclasses.replace(options, task=source) for source in task], set_up)
 
 
 def check(setup: Setup, options: FuseOptions) -> None:
