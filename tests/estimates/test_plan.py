@@ -88,7 +88,6 @@ class _Numbers(lf.FusionRecipe):
 
 _RECIPE = _Numbers(modules=5, lora_rank=8, vera_rank=24)
 _SETTINGS = estimates.Settings(recipe=_RECIPE, rank=8, pool=7)
-_IN_BASIS = replace(_SETTINGS, recipe=replace(_RECIPE, basis=12))
 _QUICK = {
     "xla_backend_optimization_level": "0"
 }  # of LLVM: what XLA computes and holds stays the same
@@ -295,7 +294,11 @@ def test_a_plan_adds_up():
     )
     assert fusion.cost.training_flops == pytest.approx(10 * alone.training_flops)
     assert fusion.cost.evaluation_flops == pytest.approx(10 * alone.evaluation_flops)
-    assert fusion.cost.weights_bytes == 4 * size(_SMALL)
+    cost = fusion.cost
+    assert cost.weights_bytes == 4 * size(_SMALL)
+    assert cost.peak_bytes == (
+        cost.weights_bytes + cost.pool_bytes + cost.state_bytes + cost.activation_bytes
+    )
     # 40 evaluations of LoraHub, one for each of 5 modules of the best single one.
     searched = rows["lorahub"].cost
     assert searched.training_flops / searched.forward_flops == pytest.approx(
@@ -409,15 +412,18 @@ def test_the_rate_of_a_cpu_is_measured():
             {"utilisation": 0.0},
             "utilisation is 0.0: expected a share of the peak, above 0 and at most 1",
         ),
+        ({"utilisation": 1.5}, "utilisation is 1.5"),
         (
             {"price": -1.0},
             "price is -1.0: expected the price of a device's hour, 0 or more",
         ),
+        ({"price": float("inf")}, "price is inf"),
         ({"devices": 0}, "devices is 0: expected at least 1"),
         (
             {"plan": False, "price": 2.5},
             "--price 2.5 is an option of a plan: add --plan, or leave it out",
         ),
+        ({"plan": False, "plan_for": "h100"}, "--for h100 is an option of a plan"),
         (
             {"plan_for": "mac-m3"},
             "no machine 'mac-m3': choose of cpu, a100, .*, or a Mac by its unified memory, such as mac-64gb",

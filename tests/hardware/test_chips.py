@@ -101,8 +101,9 @@ def test_steps_draw_chips_of_their_own_from_the_key(steps):
 
 
 def test_ages_in_seconds_need_a_unit_and_a_drift_model():
-    days = {"90": 90, "2min": 120, "1h": 3600, "1.5days": 129_600, "1month": 2_592_000}
-    assert {age: hardware.aged(_NOISY, age).device.time for age in days} == days
+    ages = {"0": 0, "90": 90, "1s": 1, "2min": 120, "1h": 3600, "1.5days": 129_600}
+    ages["1month"] = 2_592_000
+    assert {age: hardware.aged(_NOISY, age).device.time for age in ages} == ages
     for age in ("", "h", "1 fortnight", "-1h", "1e", "NaN", "1e400"):
         with refused("an age of"):
             hardware.aged(_NOISY, age)

@@ -157,6 +157,18 @@ def test_a_text_on_which_the_tokenizer_panics_is_a_fault_of_the_base(home, tmp_p
         hardware.restore_chips(_options(home, base=str(base), out=tmp_path / "out"))
 
 
+def test_outputs_are_computed_where_they_are_read():
+    calls = []
+
+    def run(weights, batch):
+        calls.append(batch)
+        return weights * batch
+
+    outputs = hardware.Outputs(run, 2, [1, 3, 5])
+    assert (len(outputs), calls) == (3, [])
+    assert (outputs[1], [*outputs], calls) == (6, [2, 6, 10], [3, 1, 3, 5])
+
+
 def test_an_encoder_decoder_reads_lines_and_answers_them_itself(home, tmp_path):
     base, _ = one_block.cut(tmp_path, adapters=1)
     rows = read_lines(one_block.SMALL / "tasks" / "double_digit" / "train.jsonl")

@@ -190,6 +190,7 @@ def test_results_are_returned_in_python(llama, tasks):
             {},
             "expected one model: give a fused run with --run, or a base model with --base",
         ),
+        ({"base": "BASE", "run": "here"}, "expected one model"),
         (
             {"base": "BASE", "adapters": ["one"]},
             "--adapters names modules of a pool: give it with --base and --pool",
@@ -211,6 +212,7 @@ def test_results_are_returned_in_python(llama, tasks):
             {"base": "BASE", "run_seed": 2},
             "a base model has no seeds: leave out --run-seed",
         ),
+        ({"run": "RUN", "run_seed": 9}, "has no seed 9: it has 1, 2"),
     ],
 )
 def test_options_that_name_no_model_are_refused(options, message, base, run):

@@ -462,6 +462,7 @@ def test_tasks_and_banks_that_do_not_fit_are_refused():
             (2, _BLOCK, _PARAMS, _MODULES),
             "no task 2 in a bank of capacity 2: give 0 to 1",
         ),
+        ((-1, _BLOCK, _PARAMS, _MODULES), "no task -1 in a bank"),
         ((0, lf.LoRA(sites=(), rank=4), {}, ()), "not LoRA"),
         (
             (0, _SITE, _params(_SITE, 0), _MODULES),
