@@ -647,6 +647,9 @@ _LLAMA = small_llama.CONFIG | {
                 "/a/checkpoint-500",
                 "me/bert512",
                 "me/t5-to-llama",
+                "me/my-ollama-model",
+                "saves/llama-factory",
+                "unsloth/phi-4",
             ),
         ),
         (
@@ -655,6 +658,8 @@ _LLAMA = small_llama.CONFIG | {
             (
                 "google/mt5-large",
                 "/models/mT5-base/",
+                "umt5-small",
+                "Llama-3-1B",
                 "my_qwen2.5@main",
             ),
         ),
@@ -662,9 +667,11 @@ _LLAMA = small_llama.CONFIG | {
         (
             _LLAMA,
             "noted",
-            ("mistralai/Mistral-7B-v0.1", "me/Qwen-LLaMAfied", "me/my-ollama-model"),
+            ("mistralai/Mistral-7B-v0.1", "me/Qwen-LLaMAfied"),
         ),
         (_LLAMA, "refused", ("Qwen/Qwen2.5-0.5B", "google/gemma-3-1b-it")),
+        (_LLAMA | {"model_type": "qwen2"}, "noted", ("Qwen/Qwen3-4B",)),
+        (_LLAMA | {"model_type": "gemma2"}, "noted", ("google/gemma-2b",)),
     ],
 )
 def test_names_of_bases_show_whether_an_adapter_belongs_to_this_one(

@@ -77,6 +77,7 @@ def _read(folder, fields):
     """Save a LoRA with these fields, read it, and compare its weights with those that PEFT merges."""
     model, base = _saved(folder, fields)
     adapter = read_adapter(str(folder))
+    assert not adapter.notes  # no field that PEFT writes is unknown
     merged = model.merge_and_unload().state_dict()
     for path, (a, b) in adapter.factors.items():
         weight = base[f"{path}.weight"] + adapter.scaling[path] * b.astype(float) @ a

@@ -148,6 +148,22 @@ def test_dora_magnitudes_with_and_without_weight(write, tmp_path, suffix):
             ({"init_lora_weights": init}, ())
             for init in (True, False, None, "gaussian", "eva", "orthogonal", "mica")
         ),
+        ({"init_lora_weights": "Gaussian"}, ()),
+        *(
+            ({"target_modules": targets}, ())
+            for targets in ("all-linear", r".*\.(q|v)$", None, ["q", "v", "none"])
+        ),
+        (
+            {
+                "bias": None,
+                "use_dora": None,
+                "layer_replication": [],
+                "trainable_token_indices": [],
+                "layers_to_transform": 3,
+                "runtime_config": {"ephemeral_gpu_offload": False},
+            },
+            (),
+        ),
         ({"fan_in_fan_out": True}, ()),  # the flag never transposes a linear map
         (
             {
