@@ -35,6 +35,18 @@ def _colours(path, rows, first=0):
     return _words(path, pairs)
 
 
+def test_no_task_has_two_roles_and_relations_are_to_families_of_the_pool():
+    unseen = [name for tasks in language.UNSEEN.values() for name in tasks]
+    for pool in language.POOLS.values():
+        sources = [name for family in pool.values() for name in family]
+        roles = [*sources, *language.TUNING, *unseen]
+        assert len(roles) == len(set(roles)) and len(sources) == 24
+    for relation, tasks in language.UNSEEN.items():
+        assert len(tasks) >= 2
+        for family in tasks.values():
+            assert (family in language.SOURCES) == (relation != "none")
+
+
 def test_test_pairs_that_something_was_trained_on_are_left_out_and_counted(tmp_path):
     source = _words(
         tmp_path / "tasks" / "source.json",

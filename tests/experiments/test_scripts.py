@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import ablations
+import demo
 import one_block
 import tune
 from lab import common, matrix, methods
@@ -33,6 +34,14 @@ def test_an_earlier_result_is_kept_next_to_a_new_one(tmp_path):
         ):
             pass
         assert (folder / "table.md").read_text() == "third"
+
+
+def test_the_demo_measures_on_tasks_that_nothing_was_trained_or_tuned_on():
+    shown = {*demo.TASKS, demo.OUT_OF_REACH}
+    sources = {path.name for path in (one_block.SMALL / "adapters").iterdir()}
+    assert shown <= {path.name for path in _TASKS.iterdir()}
+    assert not shown & (sources | {*tune.TASKS})
+    assert not {*demo.SEEDS} & {*tune.SEEDS}
 
 
 def test_every_trained_method_had_the_same_number_of_trials():

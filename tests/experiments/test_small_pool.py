@@ -12,6 +12,8 @@ from flax import nnx
 
 import lorafusion_jax as lf
 from examples.string_tasks import Task, draw, split
+from lorafusion_jax.estimates.params import size
+from lorafusion_jax.io.tensor_files import load_tensors
 from lorafusion_jax.tasks import exact_match
 
 _SMALL = one_block.SMALL
@@ -114,6 +116,19 @@ def test_every_row_solves_its_task_and_none_is_in_both_parts(tokenizer):
         ":",
         *"first",
     ]
+
+
+def test_the_base_and_the_adapters_are_what_the_readme_says():
+    config = lf.read_config(_SMALL / "base")
+    readme = (_SMALL / "README.md").read_text()
+    assert f"{size(config):,} parameters in float16" in readme
+    tensors = load_tensors(_SMALL / "base" / "model.safetensors").values()
+    assert {tensor.dtype for tensor in tensors} == {np.dtype("float16")}
+    adapters = [str(_SMALL / "adapters" / task.name) for task in split().pool]
+    pool = lf.read_pool(adapters, config)
+    assert len(pool) == 28 and f"{len(pool)} LoRA adapters" in readme
+    assert all((rank == 16).all() for rank in pool.rank.values())
+    assert all(bool(jnp.any(B != 0, axis=(2, 3)).all()) for B in pool.B.values())
 
 
 def test_the_base_and_two_adapters_score_as_in_the_readme(answer):

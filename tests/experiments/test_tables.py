@@ -29,7 +29,6 @@ from lorafusion_jax import shared_basis
 from lorafusion_jax.trials import merge, read_lines
 
 _RESULTS = Path(__file__).resolve().parents[2] / "results"
-_GEMMA = ("--base", "gemma-3-270m-q4_k_m.gguf")
 
 
 def _main(script, *options):
@@ -70,8 +69,10 @@ def _basis(folder):
     few = [row for row in rows if row["shots"] != "95+5" and row["method"] in names]
     (results,) = scores(few)
     directions = shared_basis(tiny.pool(3), 12)
-    lines = basis.tables(results, directions, sizes=(12,))["table"]
-    write_tables(folder, {"table_5": lines})
+    tables = basis.tables(results, directions, sizes=(12,))
+    # As many directions as modules have ranks keep everything.
+    assert tables["kept"][-1] == ["12", "0.75", "100 to 100"]
+    write_tables(folder, {"table_5": tables["table"]})
     basis.draw(results, folder / "reads.png")
 
 

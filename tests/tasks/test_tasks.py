@@ -9,6 +9,7 @@ import numpy as np
 import one_block
 import pytest
 from hypothesis import given, strategies as st
+from json_files import write_json
 from numpy.testing import assert_array_equal
 from refusals import refusals, refused
 
@@ -100,6 +101,8 @@ def test_one_file_is_divided_by_one_shuffle_whatever_is_needed(tmp_path):
     assert task.test == tuple(_examples(150)[i] for i in order[100:])
     assert load_task(path, need=["test"]).test == task.test
     assert len(load_task(path, train_rows=10).test) == 140
+    write_json(tmp_path / "bbh.json", {"examples": _rows(150), "canary": "none"})
+    assert load_task(tmp_path / "bbh.json").train == task.train
     assert len(load_task(path, train_rows=0, need=["test"]).test) == 150
 
 
