@@ -144,6 +144,12 @@ def test_low_rank_is_the_best_matrix_of_that_rank():
     assert removed > 0
 
 
+def test_columns_of_zeros_are_no_numbers_of_a_correction():
+    U = jnp.ones((6, 2)).at[:, 1].set(0)
+    correction = Correction(scale=jnp.ones(5), U=U, V=jnp.ones((2, 5)))
+    assert correction.numbers() == 5 + (6 + 5)
+
+
 def test_corrections_of_the_same_chip_are_the_same_and_bring_outputs_closer():
     chips = _chips()
     x = jax.random.normal(jax.random.key(9), (30, 8))

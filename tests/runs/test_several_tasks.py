@@ -116,7 +116,9 @@ def test_batched_tasks_are_trained_as_alone(method, small, tasks, tmp_path):
 
 
 @pytest.mark.parametrize("left", ["the first epoch", "some results"])
-def test_tasks_resume_bit_for_bit_after_a_kill(left, tasks, together, tmp_path):
+def test_tasks_resume_bit_for_bit_after_a_kill(
+    left, tasks, together, tmp_path, capsys
+):
     options, results = together
     resumed = replace(options, out=tmp_path, resume=True)
     folders = _folders(resumed, tasks)
@@ -131,6 +133,8 @@ def test_tasks_resume_bit_for_bit_after_a_kill(left, tasks, together, tmp_path):
             newest = max((folders[number] / "checkpoints").iterdir())
             shutil.rmtree(newest)
     again = lf.fuse(resumed, task=tasks)
+    going_on = "going on from step" in capsys.readouterr().err
+    assert going_on == (left == "the first epoch")
     for before, folder in zip(_folders(options, tasks), folders, strict=True):
         _assert_same(folder, before)
     assert [replace(each, seconds={}) for each in again] == [
@@ -139,7 +143,7 @@ def test_tasks_resume_bit_for_bit_after_a_kill(left, tasks, together, tmp_path):
 
 
 def test_tasks_that_were_stopped_within_an_epoch_resume_bit_for_bit(
-    tasks, together, tmp_path, monkeypatch
+    tasks, together, tmp_path, monkeypatch, capsys
 ):
     options, _ = together
     steps = []
@@ -161,6 +165,7 @@ def test_tasks_that_were_stopped_within_an_epoch_resume_bit_for_bit(
     with pytest.raises(SystemExit):
         lf.fuse(replace(stopped, resume=True), task=tasks)
     lf.fuse(replace(stopped, resume=True), task=tasks)
+    assert capsys.readouterr().err.count("going on from step") >= 2 * len(tasks) - 1
     for folder, before in zip(
         _folders(stopped, tasks), _folders(options, tasks), strict=True
     ):
