@@ -312,12 +312,12 @@ def writer_of(folder, file, changes=None, kinds=lambda name: None):
             tensors[f"rope_factors_{part}"] = np.array(factors, np.float32)
     if scaled == "llama3":
         tensors["rope_freqs"] = _quotients(config["rope_theta"], d_head, scaling)
-    end, other, *_ = [*np.atleast_1d(config["eos_token_id"]).tolist(), None]
+    ends = np.atleast_1d(config["eos_token_id"]).tolist()
     ids = {
         "bos": config["bos_token_id"],
-        "eos": end,
+        "eos": ends[0],
         "padding": config["pad_token_id"],
-        "eot": other,
+        "eot": ends[1] if len(ends) > 1 else None,
     }
     values = {f"{name}.{key}": value for key, value in values.items()} | BYTE_LEVEL
     values |= {

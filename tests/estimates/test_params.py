@@ -66,6 +66,7 @@ def test_models_and_numbers_without_counts_are_refused():
             {"targets": ("q", "q_proj")},
             "targets are q q_proj: choose of q k v o wi_0 wi_1 wo",
         ),
+        ({"targets": ()}, "targets are none"),
         ({"basis": 0}, "basis is 0"),
         (
             {"basis": 1025},

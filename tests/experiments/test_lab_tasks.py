@@ -7,6 +7,8 @@ from lorafusion_jax.tasks import Example, Task
 
 
 def test_lorahubs_own_folder(tmp_path):
+    with refused("data_bbh does not exist: give LoraHub's data_bbh"):
+        lorahub_tasks(tmp_path / "data_bbh")
     for name in ("snarks", "navigate"):
         (tmp_path / "data_bbh" / name).mkdir(parents=True)
     with refused(r"data_bbh has no task: .*release 0\.1 .*BIG-Bench-Hard.*--bbh"):

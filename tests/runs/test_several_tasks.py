@@ -116,9 +116,7 @@ def test_batched_tasks_are_trained_as_alone(method, small, tasks, tmp_path):
 
 
 @pytest.mark.parametrize("left", ["the first epoch", "some results"])
-def test_tasks_resume_bit_for_bit_after_a_kill(
-    left, tasks, together, tmp_path, capsys
-):
+def test_tasks_resume_bit_for_bit_after_a_kill(left, tasks, together, tmp_path, capsys):
     options, results = together
     resumed = replace(options, out=tmp_path, resume=True)
     folders = _folders(resumed, tasks)
