@@ -423,6 +423,16 @@ def test_what_a_pool_would_hold_is_finite(
             load_pool(tmp_path / "pool", dtype="bfloat16")
 
 
+def test_numbers_that_are_just_finite_with_the_scaling_are_kept(
+    convert, base, adapter, tmp_path
+):
+    key = f"base_model.model.{_Q}.lora_B.weight"
+    large = {key: np.full((6, 2), 1.7e38, np.float32)}
+    convert([adapter("large", alpha=4, extra=large)])
+    site, layer = places(read_config(base))[_Q]
+    assert_allclose(load_pool(tmp_path / "pool").B[site][layer, 0], 3.4e38, rtol=1e-6)
+
+
 def _edit_manifest(folder, change):
     manifest = read_json(folder / "manifest.json")
     change(manifest)
