@@ -117,6 +117,8 @@ def run(
         finally:
             sys.stdout.flush()  # fails here if the reader of a pipe has ended, not while Python ends
     except Exception as error:
+        if (stopped := interrupts.exit_code()) is not None:
+            sys.exit(stopped)
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             # As `| head` is, so that there is nobody to tell. What is left in the buffer goes nowhere.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -14,6 +14,7 @@ _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 _continuation = ""  # how to continue after the process has ended
 _unit: str | None = None  # after which a state is saved before the process ends
 _signal: int | None = None  # that waits until the state is saved
+_exit_code: int | None = None  # once a signal ends the process
 
 
 def watch(continuation: str = "") -> None:
@@ -37,6 +38,11 @@ def hold(unit: str) -> None:
 def asked() -> bool:
     """Return whether a signal waits for `release`."""
     return _signal is not None
+
+
+def exit_code() -> int | None:
+    """Return the exit code if a signal has ended the process. C code turns `SystemExit` into other errors."""
+    return _exit_code
 
 
 def release() -> None:
@@ -71,9 +77,11 @@ def _stop(number: int, frame: object) -> None:
 
 
 def _end(number: int) -> None:
+    global _exit_code
+    _exit_code = 128 + number
     name = _NAMES[signal.Signals(number)]
     _say(f"stopped by {name}{_continuation and f': {_continuation}'}")
-    raise SystemExit(128 + number)
+    raise SystemExit(_exit_code)
 
 
 def _say(line: str) -> None:

@@ -57,6 +57,16 @@ def command(arguments):
 convert.convert_command = fuse.fuse_command = trial.trial_command = command
 cli.main(["{command}"])
 """
+# What the import of a C extension makes of a SystemExit.
+_IMPORT = """
+def command(arguments):
+    try:
+        ready()
+        time.sleep(60)
+    except SystemExit as stopped:
+        raise ImportError("Encountered an error while initializing the extension.") from stopped
+cli.run(command, [])
+"""
 _RESUMED = "stopped by Ctrl-C: the same command with --resume continues\n"
 _REPEATED = "stopped by SIGTERM: the same command continues\n"
 
@@ -65,11 +75,12 @@ _REPEATED = "stopped by SIGTERM: the same command continues\n"
     ("code", "number", "line"),
     [
         ("ready()\nwhile True: pass", signal.SIGINT, "stopped by Ctrl-C\n"),
+        (_IMPORT, signal.SIGINT, "stopped by Ctrl-C\n"),
         (_COMMAND.format(command="convert"), signal.SIGTERM, "stopped by SIGTERM\n"),
         (_COMMAND.format(command="fuse"), signal.SIGINT, _RESUMED),
         (_COMMAND.format(command="trial"), signal.SIGTERM, _REPEATED),
     ],
-    ids=["a loop", "convert", "fuse", "trial"],
+    ids=["a loop", "an import", "convert", "fuse", "trial"],
 )
 def test_a_signal_ends_work_with_one_line_that_tells_how_to_continue(
     code, number, line, tmp_path
