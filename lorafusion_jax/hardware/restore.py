@@ -6,7 +6,7 @@ FOLDER/chip_N/arrays.safetensors    SITE/scale and so on, and the converters' ra
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -365,11 +365,14 @@ def drifting_otherwise(config: crossbar.CrossbarConfig) -> crossbar.CrossbarConf
         raise ValueError(
             "corrections are made in advance for an age of chips that drift: give --age, and device.drift"
         )
-    drift = jax.tree_util.Partial(
-        lambda drift, G, key, time: drift(G, jax.random.fold_in(key, 1), time),
-        device.drift,
-    )
+    drift = jax.tree_util.Partial(_drift_by_another_key, device.drift)
     return dataclasses.replace(config, device=dataclasses.replace(device, drift=drift))
+
+
+def _drift_by_another_key(
+    drift: Callable[..., Array], G: Array, key: Array, time: Any
+) -> Array:
+    return drift(G, jax.random.fold_in(key, 1), time)
 
 
 def digital_matrices(
