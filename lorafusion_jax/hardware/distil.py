@@ -36,7 +36,6 @@ class Restoring:
       method: a factor of each column (`scales`); an offset too (`offsets`); factors and matrices of low rank
         (`low-rank`); or these matrices alone, which start as zeros (`lora`).
       numbers: digital parameters that matrices of low rank may have in all.
-      ridge: ridge of the closed forms (see `crossbar.fit_corrections`).
       epochs: passes of distillation over the inputs; 0 for the closed form alone.
       rate: Adam's learning rate of factors and offsets.
       rate_low_rank: that of the matrices; by default 0.001, and 0.003 for `lora`.
@@ -45,7 +44,6 @@ class Restoring:
 
     method: Method = "scales"
     numbers: int = 0
-    ridge: float = 1e-2
     epochs: int = 5
     rate: float = 1e-2
     rate_low_rank: float | None = None
@@ -54,7 +52,7 @@ class Restoring:
     def __post_init__(self) -> None:
         one_of(get_args(Method), method=self.method)
         at_least(0, epochs=self.epochs)
-        for name in ("ridge", "rate", "rate_low_rank"):
+        for name in ("rate", "rate_low_rank"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(
@@ -129,7 +127,6 @@ def restore(
             batches,
             offsets=how.method == "offsets",
             numbers=how.numbers,
-            ridge=how.ridge,
             counted=counted,
         )
         if how.epochs and left_out is not None:
