@@ -103,7 +103,7 @@ def program(
         if config.cell.residual and conductances is None:
             written = _write_residual(codes, geometry, config, key)
         else:
-            tops = jnp.asarray(geometry.levels, cells.dtype).reshape(-1, *[1] * 5)
+            tops = encoding.per_slice(geometry.levels, cells)
             if conductances is None:
                 written, _ = _realised(cells, tops, geometry, config, key)
             elif conductances.shape == cells.shape:
