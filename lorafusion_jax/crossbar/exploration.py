@@ -510,9 +510,9 @@ def interval(excess: Float[np.ndarray, "chips units"], risk: float) -> Interval:
     for axis in range(2):
         means = excess.mean(axis=1 - axis)
         if len(means) > 1:
-            of_mean = means.var(ddof=1) / len(means)
-            variance += of_mean
-            squares += of_mean**2 / (len(means) - 1)
+            mean_variance = means.var(ddof=1) / len(means)
+            variance += mean_variance
+            squares += mean_variance**2 / (len(means) - 1)
     if variance == 0:
         return Interval(mean, mean, mean)
     reach = float(stdtrit(variance**2 / squares, 1 - risk)) * math.sqrt(variance)
