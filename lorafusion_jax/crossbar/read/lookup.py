@@ -59,8 +59,7 @@ class LookupPath(KernelPath):
         return None
 
     def form(self, layout: ColumnLayout, programmed: ProgrammedCells) -> ColumnLayout:
-        words = in_words(layout, programmed, INT_BITS)
-        return layout if words is None else words[0]
+        return in_words(layout, programmed, INT_BITS) or layout
 
     def codes(
         self,

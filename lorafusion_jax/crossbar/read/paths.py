@@ -3,7 +3,6 @@
 `product` is one matrix product with the weights as programmed, to which all slices and tiles telescope.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -21,6 +20,7 @@ from ..devices.normal_draws import normal
 from ..devices.physical import like
 from ..mapping import decoding, encoding
 from ..mapping.adc.quantiser import Converter
+from ..mapping.bit_fields import FieldWords
 from ..mapping.geometry import Columns, Geometry
 from .conversion_noise import root
 from .definition import DefinitionPath, ReadPath
@@ -162,8 +162,9 @@ def columns_of(chip: Chip) -> Columns:
     """Return the columns that multiply the inputs in the arrays, unit columns last."""
     config = chip.config
     geometry = chip.geometry
-    if isinstance(chip.columns, jax.Array):
-        return chip.columns.astype(chip.codes.dtype)
+    columns = chip.columns
+    if columns is not None and not isinstance(columns, FieldWords):
+        return columns.astype(chip.codes.dtype)
     # Perfect cells, which follow from the codes; the difference of a pair is the digit.
     digits = encoding.digits(chip.codes, geometry, config)
     if config.encoding.kind == "differential" and not config.converts_each:

@@ -311,14 +311,14 @@ class LoopPath(KernelPath):
         count = len(layout.columns)
         if plan.reason != ON_REQUEST and not config.converts_sums:
             packed = in_words(layout, programmed, FLOAT_BITS)
-            if packed is not None and (products := len(packed[1].words)) < count:
+            if packed is not None and (products := len(packed.columns.words)) < count:
                 reason = (
                     f"{count} conversions come out of {products} products of integers"
                 )
                 plan = dataclasses.replace(
-                    packed[0].plan, path=PackedPath.name, reason=reason
+                    packed.plan, path=PackedPath.name, reason=reason
                 )
-                return packed[0]._replace(plan=plan)
+                return packed._replace(plan=plan)
         stopped = config.adc is not None and isinstance(config.adc.bits, tuple)
         if plan.integers and not config.draws_at_conversion and not stopped:
             layout = layout._replace(occupied=jnp.any(layout.columns != 0, axis=(2, 3)))
@@ -341,15 +341,15 @@ class PackedPath(KernelPath):
         packed = in_words(layout, programmed, FLOAT_BITS)
         if packed is None:
             raise ValueError(
-                f"path='packed': sums, with the variances of noise, do not fit {FLOAT_BITS} bits: leave path out"
+                f"path='packed': sums and variances of noise are not integers that fit {FLOAT_BITS} bits: leave path out"
             )
-        return packed[0]
+        return packed
 
 
 def in_words(
     layout: ColumnLayout, programmed: ProgrammedCells, word_bits: int
-) -> tuple[ColumnLayout, BitFields] | None:
-    """Return the columns in words, and their bit fields, or None if sums or variances are no integers, or do not fit.
+) -> ColumnLayout | None:
+    """Return the columns in words, or None if sums or variances are no integers, or do not fit.
 
     Variances that are alike for all columns stay next to the words. Bit fields are certified by the columns' own sums
     if these are known, else by the largest sums of any weights.
@@ -387,4 +387,4 @@ def in_words(
         return None
     words = combine(columns, bit_fields, top, signed=signed, variances=squares)
     plan = dataclasses.replace(layout.plan, bit_fields=bit_fields)
-    return layout._replace(plan=plan, columns=words, variance=variance), bit_fields
+    return layout._replace(plan=plan, columns=words, variance=variance)
