@@ -36,7 +36,7 @@ serving: loading models adapters io tasks training methods runs
 hardware: loading crossbar models adapters io tasks training methods runs
 estimates: loading crossbar models adapters io tasks training methods runs
 trials: io loading methods runs report tasks training estimates
-lm_eval: loading models io methods tasks training runs hardware
+lm_eval: loading models io tasks training runs hardware
 cli: crossbar io tasks report training methods runs serving hardware estimates lm_eval trials
 """
 _MAY_IMPORT = {

@@ -8,7 +8,6 @@ from ..hardware.on_arrays import on_arrays, restored_base
 from ..io.pool import open_pool
 from ..loading.model import LoadedModel, load_model
 from ..loading.spec import LoadOptions
-from ..methods.entry import recipe_of
 from ..runs.folder import check_answers, load_run, seed_place
 from ..runs.options import ChipOptions, FuseOptions, OnArrays, check_digital
 from ..runs.setup import Setup, load_setup, of_run, own_task
@@ -94,7 +93,10 @@ def load_measured(options: LmEvalOptions) -> tuple[LoadedModel, Params, str]:
     if options.crossbar is None:
         loaded = load_model(fused)
     else:
-        arrays = recipe_of(OnArrays, vars(options) | {"train_chip": "chip"})
+        chip = {
+            name: getattr(options, name) for name in ChipOptions.__dataclass_fields__
+        }
+        arrays = OnArrays(train_chip="chip", **chip)
         task = options.calibration_task or (
             fused.task if isinstance(fused, FuseOptions) else None
         )
@@ -116,17 +118,16 @@ def load_measured(options: LmEvalOptions) -> tuple[LoadedModel, Params, str]:
                 "a chip needs text that sets the ranges of its ADCs: name a task with training rows by "
                 "--calibration-task, or a restored base by --restore"
             )
-    if options.run and config:
-        seed_params = jax.tree.map(lambda p: p[place], params)
-        loaded = of_run(loaded, fused, options.run, config, seed_params)
     if params is None:
         first_seed = loaded.problem.replace(index=loaded.problem.index[0])
         params = jax.tree.map(lambda p: p[None], first_seed.init(jax.random.key(0)))
+    seed_params = jax.tree.map(lambda p: p[place], params)
+    if options.run and config:
+        loaded = of_run(loaded, fused, options.run, config, seed_params)
     if isinstance(loaded, Setup) and isinstance(
         fused, FuseOptions
     ):  # with all seeds, whose modules share the chip
         loaded = on_arrays(loaded, fused, params).training
-    seed_params = jax.tree.map(lambda p: p[place], params)
     index = loaded.problem.index[place]
     return loaded.with_problem(index=index), seed_params, fused.base
 

@@ -80,8 +80,9 @@ def search(
             for number in range(1, evaluations + 1):
                 candidates = [optimiser.ask() for optimiser in optimisers]
                 weights = np.stack([candidate.value for candidate in candidates])
-                for place, value in enumerate(objective(number, weights).tolist()):
-                    optimisers[place].tell(candidates[place], value)
+                scores = objective(number, weights).tolist()
+                for place in range(len(optimisers)):
+                    optimisers[place].tell(candidates[place], scores[place])
             return np.stack(
                 [optimiser.provide_recommendation().value for optimiser in optimisers]
             )

@@ -203,12 +203,15 @@ def _rendered(
 
 
 def render_chat(
-    tokenizer: Tokenizer, messages: list[dict[str, str]], **how: bool
+    tokenizer: Tokenizer,
+    messages: list[dict[str, str]],
+    *,
+    add_generation_prompt: bool,
+    continue_final_message: bool = False,
 ) -> str:
     """Return the text of a conversation, as `tokenizer.apply_chat_template` renders it, in jinja2's sandbox.
 
-    `how` are that method's `add_generation_prompt` and `continue_final_message`. Raises a ValueError for a template
-    that fails.
+    Raises a ValueError for a template that fails.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -216,7 +219,11 @@ def render_chat(
     special = tokenizer.special_tokens_map
     try:
         rendered: Any = render_jinja_template(
-            conversations=[messages], chat_template=template, **how, **special
+            conversations=[messages],
+            chat_template=template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            **special,
         )
     except Exception as error:  # a template may raise anything
         roles = ", ".join(message["role"] for message in messages)

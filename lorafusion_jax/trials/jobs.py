@@ -107,18 +107,20 @@ def run_jobs(
             drawn = () if row["seed"] in job.options.seeds else job.drawn
             # Options that were added later have their defaults in older rows.
             default = FuseOptions(base="", task="", method=job.options.method)
-            was = _flat(options_to_json(default)) | _flat(row["config"])
+            row_settings = _flat(options_to_json(default)) | _flat(row["config"])
             if changes := [
-                f"{option} was {was.get(option)}, is {value}"
+                f"{option} was {row_settings.get(option)}, is {value}"
                 for option, value in _flat(settings_of(job.options, root)).items()
-                if option not in drawn and was.get(option) != value
+                if option not in drawn and row_settings.get(option) != value
             ]:
                 raise ValueError(
                     f"{file}: {name(row)} was run with other settings ({'; '.join(changes)}): give another --out"
                 )
     failures = file.with_name("failed.jsonl")
-    failed = [] if retry_failed else read_lines(failures, _Failed)
-    failed = [dict(failure) | {"error": ""} for failure in failed]
+    failed = []
+    if not retry_failed:
+        lines = read_lines(failures, _Failed)
+        failed = [dict(line) | {"error": ""} for line in lines]
     left_out = 0
 
     def measure(missing: Sequence[ResultKey]) -> Iterator[Mapping[str, Any]]:
@@ -216,14 +218,12 @@ def _rows(
     }
     rows = []
     for seed in results.seeds:
-        marks = {}
+        marks: dict[str, str | None] = {}
         for field in ("correct", "option_correct"):
             right = [row[field] for row in predictions if row["seed"] == seed["seed"]]
-            marks[field] = (
-                None
-                if None in right
-                else "".join(str(int(bool(mark))) for mark in right)
-            )
+            marks[field] = None
+            if None not in right:
+                marks[field] = "".join(str(int(mark)) for mark in right)
         scores = {name: value for name, value in seed.items() if name != "modules"}
         rows.append(shared | marks | scores)
     return rows

@@ -77,12 +77,13 @@ def contestants(
     Raises:
       ValueError: an arm that is not NAME=METHOD or NAME=METHOD:CONTROL, has no loss, or cannot be used here.
     """
-    numbers = {"lora_targets": pool.targets, "epochs": options.epochs}
-    defaults = numbers | {
+    common = {"lora_targets": pool.targets, "epochs": options.epochs}
+    defaults = common | {
         "shots": min(5, rows - -(-rows // options.folds)),
         "lora_rank": pool.largest_rank,
     }
     further = defaults | {"warm_start": "single"}
+    # METHOD or METHOD:CONTROL, and fields of the recipe.
     arms: dict[str, tuple[str, dict[str, Any]]] = {
         "base alone": ("zero-shot", defaults),
         "examples in the prompt": ("few-shot", defaults),
@@ -94,15 +95,15 @@ def contestants(
         "nearest adapter, trained further": ("lora", further),
     }
     for text in options.arms:
-        name, _, what = text.partition("=")
-        if not (name.strip() and what.partition(":")[0]):
+        name, _, method_text = text.partition("=")
+        if not (name.strip() and method_text.partition(":")[0]):
             raise ValueError(
                 f"--arms {text!r} is no arm: give NAME=METHOD or NAME=METHOD:CONTROL"
             )
-        arms[name] = (what, numbers)
+        arms[name] = (method_text, common)
     chosen = {}
-    for name, (what, fields) in arms.items():
-        method, _, control = what.partition(":")
+    for name, (method_text, fields) in arms.items():
+        method, _, control = method_text.partition(":")
         control = control or "none"
         entry = find(method)
         if entry.answers == "nothing":

@@ -141,7 +141,7 @@ def _judge(
     )
     rows = None
     if named is None:
-        # So many bring the bounds of a method below the margin, if the differences stay.
+        # With this many, the bounds of a method are below the margin, if the differences stay as they are.
         with np.errstate(divide="ignore", invalid="ignore"):
             times = np.where(difference < MARGIN, half / (MARGIN - difference), np.inf)
         needed = len(sample.groups) * np.min(np.max(times, axis=1)) ** 2

@@ -1,7 +1,11 @@
 """What sets each family apart from Llama: a function from its config to fields of `DecoderConfig`, by `model_type`.
 
-The configs are those of Hugging Face, completed by transformers. Next to fields, a function may return `rope_reads`,
-the fields of rotary positions that only some families read, and `activation` has Hugging Face's name.
+The configs are those of Hugging Face, completed by transformers; `hf_config.read_config` reads the fields that all
+families share. Fields that a function leaves out are as in Llama. Three entries differ from those of `DecoderConfig`:
+
+* `activation` is Hugging Face's name of the function;
+* `renamed` is a dictionary from a module's path in Llama to its path in the family;
+* `rope_reads` names fields of the config's rotary positions that only some families read (see `hf_rope.rope_of`).
 """
 
 from collections.abc import Callable
@@ -34,7 +38,8 @@ NAMES = {
 _QKV = ("q_proj", "k_proj", "v_proj")
 _ATTENTION = (*_QKV, "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
-_FUSED_BIASES = ("qkv_proj", "o_proj", "up_proj", "down_proj")
+_FUSED_ATTENTION = ("qkv_proj", "o_proj")
+_PLAIN_MLP = ("up_proj", "down_proj")
 _ONE_NORM = ("input_layernorm", "", "", "")
 FOUR_NORMS = (
     "input_layernorm",
@@ -42,10 +47,12 @@ FOUR_NORMS = (
     "pre_feedforward_layernorm",
     "post_feedforward_layernorm",
 )
+# A part of each head may be rotated.
 _PARTIAL: Fields = {"rope_reads": ("partial_rotary_factor",)}
 # Layer norms, and a feed-forward without a gate.
 _PLAIN: Fields = {"norm": "layer", "gated": False}
-_FUSED: Fields = _PLAIN | {"fused": ("qkv_proj",)}
+# The same with one matrix for queries, keys and values.
+_FUSED: Fields = {**_PLAIN, "fused": ("qkv_proj",)}
 _OLMO: Fields = {"norms": ("", FOUR_NORMS[1], "", FOUR_NORMS[3]), "qk_norm": "all"}
 _DENSE_MLP = {"mlp.up_proj": "mlp.dense_h_to_4h", "mlp.down_proj": "mlp.dense_4h_to_h"}
 
@@ -99,17 +106,15 @@ def _gemma(hf: Any) -> Fields:
 
 
 def _gemma2(hf: Any) -> Fields:
-    return (
-        _gemma(hf)
-        | windows(hf)
-        | {
-            "activation": hf.hidden_activation,
-            "norms": FOUR_NORMS,
-            "attention_cap": hf.attn_logit_softcapping or 0.0,
-            "logit_cap": hf.final_logit_softcapping or 0.0,
-            "query_scale": hf.query_pre_attn_scalar**-0.5,
-        }
-    )
+    return {
+        **_gemma(hf),
+        **windows(hf),
+        "activation": hf.hidden_activation,
+        "norms": FOUR_NORMS,
+        "attention_cap": hf.attn_logit_softcapping or 0.0,
+        "logit_cap": hf.final_logit_softcapping or 0.0,
+        "query_scale": hf.query_pre_attn_scalar**-0.5,
+    }
 
 
 def _gemma3(hf: Any) -> Fields:
@@ -118,13 +123,12 @@ def _gemma3(hf: Any) -> Fields:
 
 
 def _phi3(hf: Any) -> Fields:
-    # All layers have the window, whatever the config lists.
-    window = hf.sliding_window or 0
-    return _PARTIAL | {
-        "window": window,
-        "sliding": (True,) * hf.num_hidden_layers if window else (),
-        "fused": ("qkv_proj", "gate_up_proj"),
-    }
+    fields = {**_PARTIAL, "fused": ("qkv_proj", "gate_up_proj")}
+    if hf.sliding_window:
+        # All layers have the window, whatever the config lists.
+        fields["window"] = hf.sliding_window
+        fields["sliding"] = (True,) * hf.num_hidden_layers
+    return fields
 
 
 def _granite(hf: Any) -> Fields:
@@ -145,19 +149,18 @@ def _granite4(hf: Any) -> Fields:
         raise ValueError(
             "layer_types has Mamba layers, which are not implemented: give a Granite of attention alone"
         )
-    rotated = hf.position_embedding_type == "rope"
-    return (
-        _granite(hf)
-        | ({} if rotated else {"rope": _unrotated(hf)})
-        | {
-            "d_ff": hf.shared_intermediate_size,
-            "fused": ("gate_up_proj",),
-            "renamed": {
-                "mlp.gate_up_proj": "shared_mlp.input_linear",
-                "mlp.down_proj": "shared_mlp.output_linear",
-            },
-        }
-    )
+    fields = {
+        **_granite(hf),
+        "d_ff": hf.shared_intermediate_size,
+        "fused": ("gate_up_proj",),
+        "renamed": {
+            "mlp.gate_up_proj": "shared_mlp.input_linear",
+            "mlp.down_proj": "shared_mlp.output_linear",
+        },
+    }
+    if hf.position_embedding_type != "rope":
+        fields["rope"] = _unrotated(hf)
+    return fields
 
 
 def _smollm3(hf: Any) -> Fields:
@@ -180,12 +183,13 @@ def _gpt2(hf: Any) -> Fields:
         scale_attn_by_inverse_layer_idx=False,
         scale_attn_weights=True,
     )
-    return _FUSED | {
+    return {
+        **_FUSED,
         "d_ff": hf.n_inner or 4 * hf.hidden_size,
         "num_kv_heads": hf.num_attention_heads,
         "rope": _unrotated(hf),
         "learned_positions": True,
-        "biased": _FUSED_BIASES,
+        "biased": (*_FUSED_ATTENTION, *_PLAIN_MLP),
         "norms": ("ln_1", "", "ln_2", ""),
         "conv1d": True,
         "stem": "transformer",
@@ -201,20 +205,43 @@ def _gpt2(hf: Any) -> Fields:
     }
 
 
+def _gpt_neox(hf: Any) -> Fields:
+    attention = _FUSED_ATTENTION if hf.attention_bias else ()
+    return {
+        **_FUSED,
+        **_PARTIAL,
+        "num_kv_heads": hf.num_attention_heads,
+        "parallel": hf.use_parallel_residual,
+        "fused_by_head": True,
+        "biased": (*attention, *_PLAIN_MLP),
+        "stem": "gpt_neox",
+        "renamed": {
+            "embed_tokens": "embed_in",
+            "norm": "final_layer_norm",
+            "lm_head": "embed_out",
+            "self_attn.qkv_proj": "attention.query_key_value",
+            "self_attn.o_proj": "attention.dense",
+            **_DENSE_MLP,
+        },
+    }
+
+
 def _falcon(hf: Any) -> Fields:
     _check(hf, alibi=False)
-    kv_heads = 1 if hf.multi_query else hf.num_attention_heads
-    norms = _ONE_NORM if hf.parallel_attn else DecoderConfig.norms
     if hf.new_decoder_architecture:
         kv_heads = hf.num_kv_heads
         single = hf.num_ln_in_parallel_attn == 1
         norms = _ONE_NORM if single else ("ln_attn", "", "ln_mlp", "")
-    return _FUSED | {
+    else:
+        kv_heads = 1 if hf.multi_query else hf.num_attention_heads
+        norms = _ONE_NORM if hf.parallel_attn else DecoderConfig.norms
+    return {
+        **_FUSED,
         "d_ff": hf.ffn_hidden_size,
         "num_kv_heads": kv_heads,
         "parallel": hf.new_decoder_architecture or hf.parallel_attn,
         "fused_by_head": True,
-        "biased": _FUSED_BIASES if hf.bias else (),
+        "biased": (*_FUSED_ATTENTION, *_PLAIN_MLP) if hf.bias else (),
         "norms": norms,
         "stem": "transformer",
         "renamed": {
@@ -223,38 +250,56 @@ def _falcon(hf: Any) -> Fields:
             "norm": "ln_f",
             "self_attn.qkv_proj": "self_attention.query_key_value",
             "self_attn.o_proj": "self_attention.dense",
-        }
-        | _DENSE_MLP,
+            **_DENSE_MLP,
+        },
     }
 
 
 def _phi(hf: Any) -> Fields:
     _check(hf, qk_layernorm=False)
-    return (
-        _PLAIN
-        | _PARTIAL
-        | {
-            "parallel": True,
-            "biased": (*_ATTENTION, *_MLP, "lm_head"),
-            "norms": _ONE_NORM,
-            "renamed": {
-                "norm": "final_layernorm",
-                "self_attn.o_proj": "self_attn.dense",
-                "mlp.up_proj": "mlp.fc1",
-                "mlp.down_proj": "mlp.fc2",
-            },
-        }
-    )
+    return {
+        **_PLAIN,
+        **_PARTIAL,
+        "parallel": True,
+        "biased": (*_ATTENTION, *_MLP, "lm_head"),
+        "norms": _ONE_NORM,
+        "renamed": {
+            "norm": "final_layernorm",
+            "self_attn.o_proj": "self_attn.dense",
+            "mlp.up_proj": "mlp.fc1",
+            "mlp.down_proj": "mlp.fc2",
+        },
+    }
 
 
 def _stablelm(hf: Any) -> Fields:
     _check(hf, qk_layernorm=False)
     parallel = hf.use_parallel_residual
-    return _PARTIAL | {
+    return {
+        **_PARTIAL,
         "norm": "layer",
         "parallel": parallel,
         "norms": _ONE_NORM if parallel else DecoderConfig.norms,
         "biased": _QKV if hf.use_qkv_bias else (),
+    }
+
+
+def _hunyuan(hf: Any) -> Fields:
+    return {
+        "rope_reads": ("alpha",),
+        "qk_norm": "rotated",
+        "renamed": {
+            "self_attn.q_norm": "self_attn.query_layernorm",
+            "self_attn.k_norm": "self_attn.key_layernorm",
+        },
+    }
+
+
+def _internlm(hf: Any) -> Fields:
+    context = hf.max_position_embeddings
+    return {
+        "biased": _ATTENTION if getattr(hf, "bias", True) else (),
+        "rope": Rope(width=head_width(hf), scaling="dynamic", context=context),
     }
 
 
@@ -286,41 +331,11 @@ FAMILIES: dict[str, Callable[[Any], Fields]] = {
     "smollm3": _smollm3,
     "olmo2": lambda hf: _OLMO,
     "olmo3": lambda hf: _OLMO | windows(hf),
-    "hunyuan_v1_dense": lambda hf: {
-        "rope_reads": ("alpha",),
-        "qk_norm": "rotated",
-        "renamed": {
-            "self_attn.q_norm": "self_attn.query_layernorm",
-            "self_attn.k_norm": "self_attn.key_layernorm",
-        },
-    },
+    "hunyuan_v1_dense": _hunyuan,
     "gpt2": _gpt2,
-    "gpt_neox": lambda hf: (
-        _FUSED
-        | _PARTIAL
-        | {
-            "num_kv_heads": hf.num_attention_heads,
-            "parallel": hf.use_parallel_residual,
-            "fused_by_head": True,
-            "biased": _FUSED_BIASES if hf.attention_bias else _FUSED_BIASES[2:],
-            "stem": "gpt_neox",
-            "renamed": {
-                "embed_tokens": "embed_in",
-                "norm": "final_layer_norm",
-                "lm_head": "embed_out",
-                "self_attn.qkv_proj": "attention.query_key_value",
-                "self_attn.o_proj": "attention.dense",
-            }
-            | _DENSE_MLP,
-        }
-    ),
+    "gpt_neox": _gpt_neox,
     "falcon": _falcon,
     "phi": _phi,
     "stablelm": _stablelm,
-    "internlm": lambda hf: {
-        "biased": _ATTENTION if getattr(hf, "bias", True) else (),
-        "rope": Rope(
-            width=head_width(hf), scaling="dynamic", context=hf.max_position_embeddings
-        ),
-    },
+    "internlm": _internlm,
 }
