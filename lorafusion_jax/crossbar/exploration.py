@@ -61,9 +61,9 @@ _POWER = (
 )
 _SIGMA = 0.01  # error that is scaled to it
 _SENSITIVITY_CHIPS = 2
-# Chips and share of the text of each interim analysis.
-_LOOKS = ((3, 0.25), (3, 1.0), (6, 1.0), (10, 1.0))
-_CHIPS = 10  # that confirm
+_CHIPS = 3
+_LOOKS = 4  # interim analyses, at most
+_CONFIRMING_CHIPS = 10
 _RISK = 0.05  # of an interval that misses the mean, in all analyses of a configuration
 LEAST_BATCHES = 6
 _CALIBRATING = 4  # batches that set ranges of converters
@@ -283,8 +283,7 @@ class Exploration:
             meets = False
             label = min(self.simulated, key=lambda label: self.simulated[label].mean)
         config = self.grid[label]
-        most, _ = _LOOKS[-1]
-        chips = range(most, most + _CHIPS)
+        chips = range(_CHIPS, _CHIPS + _CONFIRMING_CHIPS)
         excess = self.excess(label, chips, self.confirming)
         rounded = dataclasses.replace(deterministic(config), adc=None)
         above = self._losses(
@@ -311,11 +310,13 @@ class Exploration:
         return np.stack(losses) - self._digital(batches)
 
     def _meets(self, label: str, bound: float) -> bool:
-        """Return whether the loss of a configuration is below a bound, from as few chips and as little text as show it."""
-        for chips, share in _LOOKS:
-            batches = self.choosing[: math.ceil(share * len(self.choosing))]
-            excess = self.excess(label, range(chips), batches)
-            self.simulated[label] = interval(excess, _RISK / len(_LOOKS))
+        """Return whether the loss of a configuration is below a bound, from as little text as shows it."""
+        number = len(self.choosing)
+        for look in sorted(
+            {-(-number * (look + 1) // _LOOKS) for look in range(_LOOKS)}
+        ):
+            excess = self.excess(label, range(_CHIPS), self.choosing[:look])
+            self.simulated[label] = interval(excess, _RISK / _LOOKS)
             if self.simulated[label].high <= bound:
                 return True
             if self.simulated[label].low > bound:
