@@ -223,7 +223,7 @@ def _rows(
             right = [row[field] for row in predictions if row["seed"] == seed["seed"]]
             marks[field] = None
             if None not in right:
-                marks[field] = "".join(str(int(mark)) for mark in right)
+                marks[field] = "".join(str(int(bool(mark))) for mark in right)
         scores = {name: value for name, value in seed.items() if name != "modules"}
         rows.append(shared | marks | scores)
     return rows

@@ -341,7 +341,7 @@ class PackedPath(KernelPath):
         packed = in_words(layout, programmed, FLOAT_BITS)
         if packed is None:
             raise ValueError(
-                f"path='packed': sums and variances of noise are not integers that fit {FLOAT_BITS} bits: leave path out"
+                f"path='packed': sums and variances of noise are no integers of {FLOAT_BITS} bits: leave path out"
             )
         return packed
 
