@@ -7,6 +7,7 @@ import numpy as np
 import tiny
 from json_files import read_json
 from safetensors.numpy import load_file
+from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lorafusion_jax.io.gguf.tokenizer import build_tokenizer
@@ -183,6 +184,43 @@ MODELS = {
         "linear_conv_kernel_dim": 4,
     },
 }
+# Families that are read from folders alone.
+FOLDERS = {
+    "gpt2": {"model_type": "gpt2", "num_key_value_heads": 4, "n_ctx": 128},
+    "gpt_neox": {"model_type": "gpt_neox", "num_key_value_heads": 4},
+    "falcon": {"model_type": "falcon"},
+    "phi": {"model_type": "phi"},
+    "stablelm": {"model_type": "stablelm"},
+    "hunyuan": {"model_type": "hunyuan_v1_dense", "head_dim": 16},
+    "ministral3": {
+        "model_type": "ministral3",
+        "head_dim": 16,
+        "sliding_window": 16,
+        "rope_parameters": _YARN
+        | {"rope_theta": 20_000.0, "llama_4_scaling_beta": 0.1},
+    },
+    "granite 4": {
+        "model_type": "granitemoehybrid",
+        "layer_types": ["attention"] * 2,
+        "position_embedding_type": "rope",
+        "num_local_experts": 0,
+        "shared_intermediate_size": 96,
+        "mamba_n_heads": 4,
+    }
+    | _GRANITE,
+    "gemma4": {
+        "model_type": "gemma4_text",
+        "head_dim": 16,
+        "num_hidden_layers": 6,
+        "layer_types": 2 * ["sliding_attention", "sliding_attention", "full_attention"],
+        "num_kv_shared_layers": 3,
+        "global_head_dim": 32,
+        "sliding_window": 16,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 272,
+        "tie_word_embeddings": True,
+    },
+}
 _ARCHITECTURES = {
     "mistral": "llama",
     "gemma3_text": "gemma3",
@@ -211,7 +249,13 @@ INTERLEAVED = ("llama", "granite", "smollm3")
 
 def make(folder, name, draw):
     """Write a model's Hugging Face folder, with weights that `draw` makes of a tensor's name and shape."""
-    config = TINY | MODELS[name]
+    if name in FOLDERS:
+        fields = TINY | {"head_dim": None} | FOLDERS[name]
+        fields = {key: value for key, value in fields.items() if value is not None}
+        # By the family's own names too.
+        config = AutoConfig.for_model(**fields).to_dict() | FOLDERS[name]
+    else:
+        config = TINY | MODELS[name]
     config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]]
     tiny.write_base(folder, config, draw)
     tokens = SENTENCE_PIECE if name in ("mistral", "gemma3") else BYTE_LEVEL | IDS

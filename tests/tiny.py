@@ -44,11 +44,14 @@ def write_base(folder, config, draw):
     (folder / "config.json").write_text(json.dumps(config))
     family = family_of_json(config)
     model = family.abstract(family.read_config(config))
+    checkpoint = family.checkpoint(model.config)
     tensors = {
         name: draw(name, slot.shape).astype(np.float32)
-        for slot in family.checkpoint(model.config).slots(model)
+        for slot in checkpoint.slots(model)
         for name in slot.names
     }
+    for name in filter(checkpoint.is_flipped, tensors):
+        tensors[name] = np.ascontiguousarray(tensors[name].T)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

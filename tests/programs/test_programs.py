@@ -51,11 +51,15 @@ _TOKENS = 6
 _WEIGHT = 0.7
 # llama.cpp and PEFT read all, the slower programs four.
 _GGUF = tuple(gguf_models.MODELS)
+_FOLDERS = tuple(gguf_models.FOLDERS)
+_ALL = (*_GGUF, *_FOLDERS)
 _FOUR = ("llama 3", "mistral", "qwen3", "gemma2")
 # mlx-lm's Gemma 1 has another GELU and its Gemma 2 no windows; its Granite needs more fields, and longrope other ones.
-# It reads a Qwen 3.5 only inside a model for images.
+# It reads a Qwen 3.5 only inside a model for images, a GPT-2 by other names, a GPT-NeoX by fields of older configs, and
+# no Falcon. Its Ministral 3 answers otherwise than transformers.
 _NOT_MLX = ("gemma", "gemma2", "granite", "phi3 with longrope", "qwen3.5")
-_MLX = tuple(name for name in _GGUF if name not in _NOT_MLX)
+_NOT_MLX += ("gpt2", "gpt_neox", "falcon", "ministral3")
+_MLX = tuple(name for name in _ALL if name not in _NOT_MLX)
 _GELU = tuple(name for name in _GGUF if name.startswith("gemma"))
 _NOT_GELU = tuple(name for name in _GGUF if name not in _GELU)
 
@@ -132,8 +136,11 @@ def _export(folder, name):
         + tokens[key]
         for key in tokens
     }
-    gguf_models.written(base, folder / "base.gguf", more)
-    for kind in _FILES:
+    kinds = ("adapter", "merged")
+    if name in _GGUF:
+        gguf_models.written(base, folder / "base.gguf", more)
+        kinds = tuple(_FILES)
+    for kind in kinds:
         weights = (f"one={_WEIGHT}", f"two={_WEIGHT}")
         merge(
             MergeOptions(
@@ -238,7 +245,7 @@ def compare(read, export, capsys):
                     for a, b in zip(theirs, ours.answers, strict=True)
                 ]
         if logits:
-            _, wanted = read("peft", "adapter", _GGUF)
+            _, wanted = read("peft", "adapter", _ALL)
             for name in names:
                 assert np.isfinite(logits[name]).mean() > 0.2
                 apart.append(np.nanmax(np.abs(logits[name] - wanted[name])))
@@ -263,8 +270,8 @@ def compare(read, export, capsys):
         ("llama_cpp", "gguf-f16", _GGUF, 97, 0.1),
         ("llama_cpp", "gguf-q8_0", _GGUF, 0, np.inf),
         ("mlx", "merged", _MLX, 99, 2e-4),
-        ("peft", "adapter", _GGUF, 99, 0),
-        ("peft", "merged", _FOUR, 99, 2e-4),
+        ("peft", "adapter", _ALL, 99, 0),
+        ("peft", "merged", (*_FOUR, *_FOLDERS), 99, 2e-4),
         ("lm_eval", "adapter", _FOUR, 99, 0),
         ("lm_eval", "merged", _FOUR, 99, 0),
         ("vllm", "adapter", _FOUR, 99, 0),
