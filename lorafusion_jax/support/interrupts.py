@@ -22,8 +22,9 @@ def watch(continuation: str = "") -> None:
 
     `continuation` tells how to continue afterwards.
     """
-    global _continuation
+    global _continuation, _exit_code
     _continuation = continuation
+    _exit_code = None  # of a command that this process ran before
     if threading.current_thread() is threading.main_thread():
         for number in _NAMES:
             signal.signal(number, _stop)

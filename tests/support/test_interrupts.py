@@ -90,6 +90,24 @@ def test_a_signal_ends_work_with_one_line_that_tells_how_to_continue(
     assert process.returncode == 128 + number
 
 
+def test_an_error_of_a_command_after_a_stopped_one_is_reported(tmp_path):
+    code = """
+def command(arguments):
+    ready()
+    time.sleep(60)
+def failing(arguments):
+    raise ValueError("give a folder")
+try:
+    cli.run(command, [])
+except SystemExit:
+    cli.run(failing, [])
+"""
+    process = _start(code, tmp_path)
+    printed = _signals(process, signal.SIGINT)
+    assert printed == "stopped by Ctrl-C\nerror: give a folder\n"
+    assert process.returncode == 2
+
+
 def test_a_signal_ends_a_script_of_experiments_while_it_imports(tmp_path):
     # The first library that it imports; JAX comes later.
     (tmp_path / "tyro.py").write_text(
