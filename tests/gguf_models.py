@@ -1,4 +1,4 @@
-"""Small models of every family of GGUF files, as Hugging Face folders and as files of llama.cpp's converter."""
+"""Small models as Hugging Face folders, and those of GGUF's families as files of llama.cpp's converter too."""
 
 from pathlib import Path
 
@@ -250,10 +250,9 @@ INTERLEAVED = ("llama", "granite", "smollm3")
 def make(folder, name, draw):
     """Write a model's Hugging Face folder, with weights that `draw` makes of a tensor's name and shape."""
     if name in FOLDERS:
-        fields = TINY | {"head_dim": None} | FOLDERS[name]
-        fields = {key: value for key, value in fields.items() if value is not None}
-        # By the family's own names too.
-        config = AutoConfig.for_model(**fields).to_dict() | FOLDERS[name]
+        sizes = {key: value for key, value in TINY.items() if key != "head_dim"}
+        complete = AutoConfig.for_model(**sizes | FOLDERS[name])
+        config = complete.to_dict() | FOLDERS[name]
     else:
         config = TINY | MODELS[name]
     config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]]
