@@ -15,6 +15,7 @@ from jax.sharding import AxisType
 _MAPPING_LIMIT = Path("/proc/sys/vm/max_map_count")
 _MAPPINGS = Path("/proc/self/maps")
 _PROCESSOR = Path("/proc/cpuinfo")
+QUICK = {"xla_backend_optimization_level": 1}
 
 
 def for_cpu() -> bool:
@@ -37,9 +38,7 @@ def quick_jit(function: Callable[..., Any], **arguments: Any) -> Any:
     They compile faster and run as fast, because most of their time is that of products, which LLVM does not compile.
     """
     usual = jax.jit(function, **arguments)
-    quick = jax.jit(
-        function, compiler_options={"xla_backend_optimization_level": 1}, **arguments
-    )
+    quick = jax.jit(function, compiler_options=QUICK, **arguments)
 
     def program() -> Any:
         return quick if for_cpu() else usual
