@@ -133,12 +133,11 @@ if _IS_0_10:
             zlib.compress, level=1
         )
 
-from lorafusion_jax.support import interrupts, platform  # noqa: E402
+from lorafusion_jax.support import interrupts  # noqa: E402
 
 interrupts.watch = lambda *_: (
     None
 )  # signals are pytest's, also while a test runs a command
-platform.QUICK = None  # XLA_FLAGS above hold for every program
 
 # The same examples in every run, however long the first compilation of one takes.
 hypothesis.settings.register_profile(

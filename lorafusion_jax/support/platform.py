@@ -15,7 +15,9 @@ from jax.sharding import AxisType
 _MAPPING_LIMIT = Path("/proc/sys/vm/max_map_count")
 _MAPPINGS = Path("/proc/self/maps")
 _PROCESSOR = Path("/proc/cpuinfo")
-QUICK = {"xla_backend_optimization_level": 1}
+_LEVEL = "xla_backend_optimization_level"
+# A level that the environment names holds for every program.
+_QUICK = None if _LEVEL in os.environ.get("XLA_FLAGS", "") else {_LEVEL: 1}
 
 
 def for_cpu() -> bool:
@@ -38,7 +40,7 @@ def quick_jit(function: Callable[..., Any], **arguments: Any) -> Any:
     They compile faster and run as fast, because most of their time is that of products, which LLVM does not compile.
     """
     usual = jax.jit(function, **arguments)
-    quick = jax.jit(function, compiler_options=QUICK, **arguments)
+    quick = jax.jit(function, compiler_options=_QUICK, **arguments)
 
     def program() -> Any:
         return quick if for_cpu() else usual
