@@ -288,8 +288,8 @@ class Bench:
             return weights
         statistics = observe(self.run, weights, self.calibration)
         chosen = weights
-        low = 0.0
-        high = 8.0  # powers of ten of the energy that an error is worth
+        low = 5.0
+        high = 10.0  # powers of ten of the energy that an error is worth
         for _ in range(12):
             exponent = (low + high) / 2
             chips = [

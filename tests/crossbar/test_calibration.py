@@ -140,6 +140,8 @@ def test_chosen_bits_have_less_error_than_equal_ones_of_their_energy():
     assert energy < energy_of_five and error < 0.1 * error_of_five
     assert calibrated_at(1e5, sensitivity=10.0).config == chip.config
     assert error_and_energy(calibrated_at(1e5))[1] < energy
+    with pytest.raises(ValueError, match="tradeoff = 1 is worth no conversion"):
+        calibrated_at(1.0)
 
 
 def test_calibrated_ranges_cover_flipped_columns_whose_cells_exceed_their_targets():

@@ -113,6 +113,14 @@ SCRIPTS = {
         "chips_of_language_models",
         _main(chips_of_language_models),
     ),
+    "chips_of_language_models, larger": (
+        "larger_model/on_chips",
+        _main(
+            chips_of_language_models,
+            "--base",
+            "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+        ),
+    ),
     "fusions_on_chips": ("fusions_on_chips", _main(fusions_on_chips)),
     "trial_coverage": ("trial", _main(trial_coverage)),
     "results_page": ("small_pool_5", _results_page),

@@ -228,7 +228,8 @@ def with_chosen_bits(
     its sum.
 
     Raises:
-      ValueError: the ADC has fewer than 8 bits, or converts sums of input slices.
+      ValueError: the ADC has fewer than 8 bits, or converts sums of input slices; or the trade-off is worth no
+        conversion.
     """
     geometry = chip.geometry
     config = chip.config
@@ -265,6 +266,11 @@ def with_chosen_bits(
         power = tradeoff * sensitivity * shares * errors
         costs.append(conversions * energy + power)
     best = choices[np.argmin(costs, axis=0)]
+    if not best.any():
+        raise ValueError(
+            f"tradeoff = {tradeoff:g} is worth no conversion of {chip.name or 'the chip'}: "
+            "give a larger one"
+        )
     table = tuples(best.tolist())
     config = dataclasses.replace(config, adc=dataclasses.replace(adc, bits=table))
     return reconfigured(chip, config, occupied=None)
