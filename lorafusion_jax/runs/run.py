@@ -251,13 +251,28 @@ def _complete(
                     )  # again: another run may have begun it while this one was loading
                 run.write_config(config)
         trained = train(runs, training, all_seeds, begin)
-        left_out = [shares for _, shares in starts]
-        return [
-            _evaluate(*of_run)
-            for of_run in zip(
-                runs, hardware, last, configs, trained, left_out, strict=True
+        results = []
+        failed = []
+        for number, final in enumerate(trained):
+            if final is None:
+                failed.append(str(runs[number].folder))
+                continue
+            results.append(
+                _evaluate(
+                    runs[number],
+                    hardware[number],
+                    last[number],
+                    configs[number],
+                    final,
+                    left_out=starts[number][1],
+                )
             )
-        ]
+        if failed:
+            raise ValueError(
+                f"no seed had a finite loss at the end of {', '.join(failed)}: try each alone with another --name and "
+                "lower learning rates, or float32 instead of bfloat16. --resume without them continues other tasks"
+            )
+        return results
 
 
 def _division(task: Task, options: FuseOptions) -> str:

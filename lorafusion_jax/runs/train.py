@@ -39,8 +39,10 @@ def train(
     setup: Setup,
     options: FuseOptions,
     begin: dict[str, Any] | None,
-) -> list[tuple[Params, FinalSteps]]:
+) -> list[tuple[Params, FinalSteps] | None]:
     """Return the trained parameters of each run, its seeds' steps and the seconds of training.
+
+    Of several runs, one whose seeds have had no finite loss for many steps has None.
 
     Args:
       runs: runs that one program trains.
@@ -57,6 +59,7 @@ def train(
         store.newest_sound([run.final], FINAL, FinalSteps, note=note) for run in runs
     ]
     finals = [final for final in saved if final is not None]
+    failed = [False] * len(runs)
     if len(finals) < len(runs):
         with interrupts.released():
             steps = [0] * len(options.seeds)
@@ -77,7 +80,7 @@ def train(
                 )
                 steps = [taken] * len(options.seeds)
             else:
-                state, start_time = _fit(runs, setup, options, begin)
+                state, start_time, failed = _fit(runs, setup, options, begin)
                 params = state.best if options.recipe.stop_early else state.params
                 steps = to_host(state.step).tolist()
             all_params = _of_runs(to_host(params), len(runs))
@@ -88,12 +91,14 @@ def train(
                 (params, FinalSteps(steps=steps.tolist(), seconds=seconds))
                 for params, steps in zip(all_params, all_steps, strict=True)
             ]
-            for run, final in zip(runs, finals, strict=True):
-                if processes.first() and not run.final.exists():
+            for run, final, has_failed in zip(runs, finals, failed, strict=True):
+                if processes.first() and not (has_failed or run.final.exists()):
                     store.save(run.final, FINAL, *final)
     return [
-        (on_mesh(jax.device_put(params), setup.config, of_seeds=True), metadata)
-        for params, metadata in finals
+        None
+        if has_failed
+        else (on_mesh(jax.device_put(params), setup.config, of_seeds=True), metadata)
+        for (params, metadata), has_failed in zip(finals, failed, strict=True)
     ]
 
 
@@ -110,8 +115,8 @@ def _fit(
     setup: Setup,
     options: FuseOptions,
     begin: dict[str, Any] | None,
-) -> tuple[TrainState, float]:
-    """Return the last state, and the time at which training began or, after an interruption, would have begun."""
+) -> tuple[TrainState, float, list[bool]]:
+    """Return the last state, when training began or would have begun without interruptions, and which runs failed."""
     start_time = time.monotonic()
     state = start(setup.problem, options.seeds, begin)
     seeds = options.seeds[: len(options.seeds) // len(runs)]
@@ -124,7 +129,7 @@ def _fit(
         states = [run_state for run_state, _ in saved]
         state = jax.tree.map(lambda *parts: jnp.asarray(np.concatenate(parts)), *states)
         state = on_mesh(state, setup.config, of_seeds=True)
-        start_time = start_time - saved[0][1].get("seconds", 0.0)
+        start_time -= sum(reached_by.get("seconds", 0.0) for _, reached_by in saved)
     # steps of each run's seeds since the last finite loss
     bad = [dict.fromkeys(seeds, 0) for _ in runs]
     for number, run in enumerate(runs):
@@ -141,11 +146,13 @@ def _fit(
     # Runs of which all seeds have stopped, whose metrics have ended.
     ended = np.all(to_host(state.stopped).reshape(len(runs), -1), axis=1)
 
-    def fewest_bad_steps() -> int:
-        return min(count for of_run in bad for count in of_run.values())
+    def failed() -> list[bool]:
+        """Return whether all seeds of each run are without a finite loss."""
+        return [min(of_run.values()) >= _BAD_STEPS for of_run in bad]
 
     def check_losses() -> None:
-        if (least := fewest_bad_steps()) >= _BAD_STEPS:
+        if all(failed()):
+            least = min(count for of_run in bad for count in of_run.values())
             raise ValueError(
                 f"no seed has had a finite loss for {least} steps, up to step {reached}: try lower learning rates, or "
                 f"float32 instead of bfloat16. {runs[0].folder} keeps the metrics, and in its last checkpoint the "
@@ -153,6 +160,7 @@ def _fit(
             )
 
     check_losses()  # of the run that is resumed
+    ended |= failed()
 
     last_save = last_end = time.monotonic()
     several = processes.several()
@@ -190,7 +198,7 @@ def _fit(
             _count_bad_steps(lines, bad[number])
 
     def save(epochs: int, state: TrainState) -> None:
-        seconds = time.monotonic() - start_time
+        seconds = (time.monotonic() - start_time) / len(runs)  # of each run, a share
         parts = _of_runs(to_host(state), len(runs))
         for run, count, part in zip(runs, counts, parts, strict=True):
             step = count[reached]
@@ -226,11 +234,11 @@ def _fit(
         hold()
         scores = {"validation_loss": epoch.validation_loss, "stopped": epoch.stopped}
         record(epoch.number, epoch.metrics, scores)
-        ended = np.all(epoch.stopped.reshape(len(runs), -1), axis=1)
+        ended = np.all(epoch.stopped.reshape(len(runs), -1), axis=1) | failed()
         due, is_stopped = processes.any_of(
             time.monotonic() - last_save >= options.save_seconds, interrupts.asked()
         )
-        if fewest_bad_steps() >= _BAD_STEPS or due or is_stopped:
+        if all(failed()) or due or is_stopped:
             save(epoch.number, epoch.state)
             last_save = time.monotonic()
             interrupts.release()
@@ -254,7 +262,7 @@ def _fit(
             after_interval=after_interval,
             after_epoch=after_epoch,
         )
-    return state, start_time
+    return state, start_time, failed()
 
 
 def _newest(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from refusals import refused
 import lorafusion_jax as lf
 from lorafusion_jax import runs
 from lorafusion_jax.cli.fuse import report
+from lorafusion_jax.io import store
 from lorafusion_jax.support import interrupts
 
 # Rows of which the first and the second task have the same widths, and the third has fewer.
@@ -130,7 +132,16 @@ def test_tasks_resume_bit_for_bit_after_a_kill(left, tasks, together, tmp_path, 
             shutil.rmtree(folders[number] / "final")
             newest = max((folders[number] / "checkpoints").iterdir())
             shutil.rmtree(newest)
+    shares = []
+    if left == "the first epoch":
+        for folder in folders:
+            first = min((folder / "checkpoints").iterdir())
+            shares.append(store.load(first, "checkpoint")[1]["seconds"])
     again = lf.fuse(resumed, task=tasks)
+    for share, result, before in zip(shares, again, results, strict=False):
+        # A share of what one program took, in each process.
+        assert share < before.seconds["train"]
+        assert share < result.seconds["train"]
     going_on = "going on from step" in capsys.readouterr().err
     assert going_on == (left == "the first epoch")
     for before, folder in zip(_folders(options, tasks), folders, strict=True):
@@ -168,6 +179,39 @@ def test_tasks_that_were_stopped_within_an_epoch_resume_bit_for_bit(
         _folders(stopped, tasks), _folders(options, tasks), strict=True
     ):
         _assert_same(folder, before)
+
+
+@pytest.mark.long
+def test_a_task_without_a_finite_loss_is_reported_and_others_complete(
+    tasks, together, tmp_path, monkeypatch, capsys
+):
+    options = replace(
+        together[0], out=tmp_path, recipe=replace(together[0].recipe, epochs=5)
+    )
+    module = sys.modules[runs.RunFolder.__module__.replace("folder", "train")]
+    fit = module.fit
+
+    def fit_without_a_loss(*args, after_epoch, **others):
+        def after(epoch):
+            loss = epoch.metrics["loss"].copy()
+            loss[:, 2:4] = np.nan  # the seeds of the second task
+            metrics = epoch.metrics | {"loss": loss}
+            after_epoch(epoch._replace(metrics=metrics))
+
+        return fit(*args, after_epoch=after, **others)
+
+    monkeypatch.setattr(module, "fit", fit_without_a_loss)
+    first, second = _folders(options, tasks[:2])
+    words = f"no seed had a finite loss at the end of {second}: try each alone"
+    with refused(words):
+        lf.fuse(options, task=tasks[:2])
+    assert runs.RunFolder(first).results() is not None
+    assert not (second / "results.json").exists()
+    assert not (second / "final").exists()
+    resumed = replace(options, resume=True)
+    with refused("no seed has had a finite loss for 2. steps"):
+        lf.fuse(resumed, task=tasks[:2])
+    assert "is complete" in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_other_tasks_lack_is_left(tasks, together, tmp_path):
