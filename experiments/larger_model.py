@@ -1,10 +1,11 @@
-"""Does a language model of 358 million parameters learn tasks of BIG-Bench Hard? The pilot of larger_model.md.
+"""Do larger language models learn tasks of BIG-Bench Hard? The pilots of larger_model.md.
 
-    python experiments/larger_model.py --part pilot                             # the tables of the rows in OUT
-    python experiments/larger_model.py --part pilot --base FILE --bbh FOLDER    # measures what is missing
+    python experiments/larger_model.py                                             # the tables of the rows in OUT
+    python experiments/larger_model.py --model 0.5B --base FILE --bbh FOLDER       # measures what is missing
+    python experiments/larger_model.py --model 1.5B --base FILE --bbh FOLDER       # five tasks, after 0.5B
 
-FOLDER holds BIG-Bench Hard's JSON files. Each result is a line of OUT/PART.jsonl; interrupted, the same command
-continues with the next one.
+FOLDER holds BIG-Bench Hard's JSON files. Each result is a line of OUT/pilot.jsonl, or of OUT/pilot_1.5B.jsonl;
+interrupted, the same command continues with the next one.
 """
 
 import dataclasses
@@ -64,6 +65,7 @@ TASKS = (
     "logical_deduction_three_objects",
 )
 RATES = (0.0003, 0.001)
+FIVE = TASKS[:5]  # of the 1.5B model
 SHOTS = 3
 EVALUATED = 25  # rows in a batch of the test
 ANSWERS = "answers of the training rows"
@@ -71,9 +73,6 @@ EXAMPLES = f"{SHOTS} examples in the prompt"
 LORA = "LoRA"
 SHUFFLED = "LoRA, shuffled labels"
 _MODELS = (EXAMPLES, SHUFFLED, LORA)
-# The precision's trainings take ten steps, and are tested on the first rows.
-PRECISION_SEEDS = (1, 2, 3)
-PRECISION_ROWS = 50
 # Linear maps of Qwen's and Llama's blocks.
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SMALLER = {
@@ -98,14 +97,14 @@ class Options:
     """Options of the measurement.
 
     Attributes:
-      part: part of the design.
-      base: the model, to measure what is missing.
+      model: the larger model whose file is given.
+      base: the file, to measure what is missing.
       bbh: folder of BIG-Bench Hard's JSON files.
       dtype: dtype of weights and activations of the pilot.
       out: folder of results; rows that it has are not measured again.
     """
 
-    part: Literal["precision", "pilot"]
+    model: Literal["0.5B", "1.5B"] = "0.5B"
     base: Path | None = None
     bbh: Path | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -115,24 +114,36 @@ class Options:
 def main(arguments: Sequence[str] = ()) -> None:
     """Measure what is missing if there is a base, and write the tables."""
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
-    file = options.out / f"{options.part}.jsonl"
+    file = options.out / "pilot.jsonl"
+    file_of_five = options.out / "pilot_1.5B.jsonl"
     if options.base is not None:
         if options.bbh is None:
             raise ValueError("give the folder of BIG-Bench Hard's JSON files: --bbh")
         lab = Lab(options.base, load_tasks(options.bbh))
-        results = ResultRows(file, cell_of, lab.settings)
-        if options.part == "precision":
-            lab.fill(results, precision_cells())
-        else:
+        if options.model == "0.5B":
+            results = ResultRows(file, cell_of, lab.settings)
             lab.fill(results, tuning_cells(options.dtype))
             rate = best_rate(results.rows())
             assert rate is not None
             lab.fill(results, pilot_cells(options.dtype, rate))
+        else:
+            rate = best_rate(read_lines(file))
+            if rate is None:
+                raise ValueError(
+                    f"{file} has no rate yet: measure --model 0.5B first, which chooses it"
+                )
+            results = ResultRows(file_of_five, cell_of, lab.settings)
+            lab.fill(results, cells_of_five(options.dtype, rate))
     rows = read_lines(file)
-    if options.part == "precision":
-        write_tables(options.out, {"precision": precision_table(rows)})
-    else:
-        write_tables(options.out, {"pilot": table(rows), "learned": both_rules(rows)})
+    rate = best_rate(rows)
+    by_task = by_task_and_arm(rows, rate)
+    by_task_of_five = by_task_and_arm(read_lines(file_of_five), rate)
+    tables = {
+        "pilot": table(by_task),
+        "pilot_1.5B": table(by_task_of_five),
+        "learned": both_rules(by_task, by_task_of_five),
+    }
+    write_tables(options.out, tables)
 
 
 def load_tasks(bbh: Path) -> dict[str, Task]:
@@ -144,14 +155,6 @@ def load_tasks(bbh: Path) -> dict[str, Task]:
         test = [row for number, row in enumerate(task.test) if number not in dropped]
         tasks[task.name] = dataclasses.replace(task, test=tuple(test))
     return tasks
-
-
-def precision_cells() -> list[Cell]:
-    return [
-        Cell(TUNING[0], LORA, RATES[-1], seed, dtype)
-        for dtype in ("float32", "bfloat16")
-        for seed in PRECISION_SEEDS
-    ]
 
 
 def tuning_cells(dtype: str) -> list[Cell]:
@@ -168,6 +171,12 @@ def pilot_cells(dtype: str, rate: float) -> list[Cell]:
         cells.append(_cell(task, LORA, rate, dtype))
         cells.append(_cell(task, EXAMPLES, 0.0, dtype))
     return cells + [_cell(task, SHUFFLED, rate, dtype) for task in TASKS]
+
+
+def cells_of_five(dtype: str, rate: float) -> list[Cell]:
+    """Return the cells of the 1.5B model: five tasks, at the rate of the 0.5B model."""
+    arms = {ANSWERS: 0.0, LORA: rate, EXAMPLES: 0.0}
+    return [_cell(task, arm, arms[arm], dtype) for task in FIVE for arm in arms]
 
 
 def _cell(task: str, arm: str, rate: float, dtype: str) -> Cell:
@@ -195,22 +204,19 @@ class Lab:
 
     def fill(self, results: ResultRows[Cell], cells: Sequence[Cell]) -> None:
         """Measure the missing cells, and append each row when it is complete."""
-        short = results.file.stem == "precision"
         results.fill(
             cells,
-            lambda missing: (self.row(cell, short=short) for cell in missing),
+            lambda missing: map(self.row, missing),
             lambda row: (
                 f"{row['task']}, {row['arm']}, {row['rate']:g}: {row['cpu_seconds']} CPU s"
             ),
         )
 
-    def row(self, cell: Cell, *, short: bool) -> Row:
-        """Return the row of a cell; a short one takes one epoch and fewer test rows."""
+    def row(self, cell: Cell) -> Row:
+        """Return the row of a cell."""
         make_room()
         began = time.process_time()
         task = self.tasks[cell.task]
-        if short:
-            task = dataclasses.replace(task, test=task.test[:PRECISION_ROWS])
         rows = split(len(task.train), (cell.seed,))
         train = tuple(task.train[number] for number in rows.train[0])
         shown = dataclasses.replace(task, train=train)
@@ -229,7 +235,6 @@ class Lab:
                     cell,
                     task.train,
                     rows,
-                    epochs=1 if short else 6,
                     after_epoch=lambda epoch: validation_losses.append(
                         round(float(epoch.validation_loss[0]), 5)
                     ),
@@ -257,7 +262,6 @@ def trained(
     examples: Sequence[Example],
     rows: Split,
     *,
-    epochs: int,
     after_epoch: Callable[[Epoch], None],
 ) -> TrainState:
     """Return the state after training a LoRA on the examples, or on their shuffled labels."""
@@ -273,9 +277,7 @@ def trained(
         model.tokenizer.pad_token_id,
         packing_of(model.config, on_cpu=True),
     )
-    recipe = LoRARecipe(
-        epochs=epochs, lora_rank=8, lora_targets=TARGETS, lr_lora=cell.rate
-    )
+    recipe = LoRARecipe(epochs=6, lora_rank=8, lora_targets=TARGETS, lr_lora=cell.rate)
     seeds = (cell.seed,)
     return fit(
         model.problem,
@@ -356,9 +358,10 @@ def learned(lora: Row, *controls: Sequence[float]) -> bool:
     return True
 
 
-def _by_task(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
-    """Return the rows of each task by arm, those of a LoRA only at the best rate."""
-    rate = best_rate(rows)
+def by_task_and_arm(
+    rows: Sequence[Row], rate: float | None
+) -> dict[str, dict[str, Row]]:
+    """Return the rows of each task by arm, those of a LoRA only at this rate."""
     by_task: dict[str, dict[str, Row]] = {task: {} for task in TASKS}
     for row in rows:
         if row["rate"] in (0, rate):
@@ -366,7 +369,7 @@ def _by_task(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
     return by_task
 
 
-def table(rows: Sequence[Row]) -> list[list[str]]:
+def table(by_task: dict[str, dict[str, Row]]) -> list[list[str]]:
     """Return the loss per answer token and the share of exact answers of each task."""
     lines = [
         [
@@ -378,7 +381,7 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
             *_MODELS,
         ]
     ]
-    for task, arms in _by_task(rows).items():
+    for task, arms in by_task.items():
         if LORA not in arms:
             continue
         tokens = arms[LORA]["answer_tokens"]
@@ -394,16 +397,17 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
     return lines
 
 
-def both_rules(rows: Sequence[Row]) -> list[list[str]]:
+def both_rules(
+    by_task: dict[str, dict[str, Row]], by_task_of_five: dict[str, dict[str, Row]]
+) -> list[list[str]]:
     """Return which tasks each model learns by the committed rule, and by that with named answers."""
-    by_task = _by_task(rows)
-    models = {
-        "Qwen2.5-Coder-0.5B-Instruct": {
+    models = {}
+    for size, tasks in (("0.5B", by_task), ("1.5B", by_task_of_five)):
+        models[f"Qwen2.5-Coder-{size}-Instruct"] = {
             task: (arms[LORA], arms[EXAMPLES]["nats"])
-            for task, arms in by_task.items()
+            for task, arms in tasks.items()
             if {LORA, EXAMPLES} <= arms.keys()
         }
-    }
     for name, folder in SMALLER.items():
         models[name] = {
             row["task"]: (row | {"nats": row["adapter"]}, row["examples"])
@@ -421,23 +425,6 @@ def both_rules(rows: Sequence[Row]) -> list[list[str]]:
             cells = [words.get(task, "-") for task in TASKS]
             count = f"{sum(answers.values())} of {len(answers)}"
             lines.append([name, rule, *cells, count])
-    return lines
-
-
-def precision_table(rows: Sequence[Row]) -> list[list[str]]:
-    """Return the test loss of each seed in both precisions, in nats per answer token."""
-    lines = [["seed", "float32", "bfloat16", "difference"]]
-    differences = []
-    for seed in PRECISION_SEEDS:
-        losses = {
-            row["dtype"]: np.divide(row["nats"], row["answer_tokens"]).mean()
-            for row in rows
-            if row["seed"] == seed
-        }
-        differences.append(losses["bfloat16"] - losses["float32"])
-        values = [losses["float32"], losses["bfloat16"], differences[-1]]
-        lines.append([str(seed), *(f"{value:.4f}" for value in values)])
-    lines.append(["mean", "", "", f"{fmean(differences):.4f}"])
     return lines
 
 

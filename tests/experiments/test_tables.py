@@ -104,11 +104,7 @@ SCRIPTS = {
     ),
     "warm_starts": ("warm_starts", _main(warm_starts)),
     "warm_starts_language": ("warm_starts", _warm_starts_language),
-    "larger_model, precision": (
-        "larger_model",
-        _main(larger_model, "--part", "precision"),
-    ),
-    "larger_model": ("larger_model", _main(larger_model, "--part", "pilot")),
+    "larger_model": ("larger_model", _main(larger_model)),
     "chips_of_language_models": (
         "chips_of_language_models",
         _main(chips_of_language_models),
