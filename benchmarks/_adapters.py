@@ -1,23 +1,16 @@
 """Random PEFT adapters of a base model's shape on disk: what loading and converting are measured on."""
 
-import json
 import os
 from pathlib import Path
 
 import numpy as np
-from _model import RANK, hf_config
+from _model import RANK
 
 from lorafusion_jax import Architecture
 from lorafusion_jax.io import write_adapter
 from lorafusion_jax.models import family_of, linear_shapes
 
 _DIFFERENT = 20
-
-
-def write_config(folder: Path, config: Architecture) -> None:
-    """Write the config.json that the converter reads of a base model."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(hf_config(config)))
 
 
 def write_adapters(folder: Path, config: Architecture, count: int) -> list[Path]:

@@ -126,7 +126,10 @@ def launch(cores: int | None = None) -> None:
 
 def of_commands(folder: Path) -> dict[str, str]:
     """Return the environment of commands that keep compiled functions in a folder, and nothing else of this process."""
-    other = {"JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE", *MALLOC}
+    # Compiled Python is kept, as the Makefile has it: otherwise each command would compile this package anew.
+    bytecode = "PYTHONDONTWRITEBYTECODE"
+    cache = ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE")
+    other = {bytecode, *cache, *MALLOC}
     environment = {
         name: value for name, value in os.environ.items() if name not in other
     }

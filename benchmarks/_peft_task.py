@@ -1,4 +1,6 @@
-"""The peer of whole_task.py as a process: `python benchmarks/_peft_task.py FOLDER FORM` prints its result as JSON.
+"""The peer of whole_task.py as a process, which prints its result as JSON.
+
+    python benchmarks/_peft_task.py FOLDER FORM PRODUCTS WEIGHTS
 
 It loads the base and the modules, trains on rows sorted by length, merges the mix, and evaluates. Only training is
 compiled: graphs of the few batches of evaluation would not pay.
@@ -23,7 +25,7 @@ _EVAL_BATCH = 64  # as of `lorafusion fuse`
 Row = tuple[list[int], list[int]]
 
 
-def main(folder: Path, form: str) -> None:
+def main(folder: Path, form: str, weights: str) -> None:
     """Fuse and evaluate; the printed times are those at which each stage ended."""
     times = [time.time()]
     job = json.loads((folder / "job.json").read_text())
@@ -39,7 +41,9 @@ def main(folder: Path, form: str) -> None:
         if causal
         else transformers.AutoModelForSeq2SeqLM
     )
-    model = kind.from_pretrained(base, dtype=torch.float32).requires_grad_(False)
+    model = kind.from_pretrained(base, dtype=getattr(torch, weights)).requires_grad_(
+        False
+    )
     model = with_adapter(
         model, config.task_type, config.r, config.target_modules, dora=True
     )
@@ -147,4 +151,6 @@ def _answers(
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), sys.argv[2])
+    folder, form, products, weights = sys.argv[1:]
+    with torch.autocast("cpu", torch.bfloat16, enabled=products != weights):
+        main(Path(folder), form, weights)

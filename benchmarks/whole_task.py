@@ -7,7 +7,8 @@ Everything counts: start, imports, loading, compilation, 20 epochs in batches of
 loss and greedy answers of all test rows. The first call of each has an empty folder of compiled functions, later ones
 take turns. Ours is `lorafusion fuse`: the mix of 20 modules of rank 16 on q and v, in the reference protocol's rates.
 Peers hold the mix in PEFT's DoRA layers and chain the coefficients by hand, eager or by torch.compile, with rows sorted
-by length, the mix merged for the evaluation, one thread, and the malloc of commands.
+by length, the mix merged for the evaluation, one thread, and the malloc of commands. Ours in float32 is compared with
+peers in float32, and ours in bfloat16 with peers whose weights are bfloat16 or whose products are (autocast).
 
 A task of the demo is measured, and of --tasks (JSON files of BIG-Bench Hard) the three in the middle of each third by
 length. Only their numbers of rows and tokens count: texts are random words. T5 has random weights and a tokenizer of
@@ -26,9 +27,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import _measure
 import _peer
@@ -56,8 +58,31 @@ from lorafusion_jax.runs import RunFolder
 from lorafusion_jax.tasks import Task, load_task, most_new_tokens, split
 
 _BARS = {"first": 1.2, "second": 1.5}
-_OURS = "ours"
-_PEERS = ("eager", "compile")
+_OURS = {"float32": "ours", "bfloat16": "ours, bfloat16"}  # by the type of products
+
+
+class _Peer(NamedTuple):
+    """How a peer computes.
+
+    Attributes:
+      form: eager, or compile for torch.compile.
+      products: the type of the products of matrices.
+      weights: the type of the weights; float32 with products in bfloat16 is torch.autocast.
+    """
+
+    form: str
+    products: str = "float32"
+    weights: str = "float32"
+
+
+_PEERS = {
+    "eager": _Peer("eager"),
+    "compile": _Peer("compile"),
+    "eager, autocast": _Peer("eager", "bfloat16"),
+    "eager, bfloat16": _Peer("eager", "bfloat16", "bfloat16"),
+    "compile, autocast": _Peer("compile", "bfloat16"),
+    "compile, bfloat16": _Peer("compile", "bfloat16", "bfloat16"),
+}
 _STAGES = (
     "start, imports",
     "training",
@@ -86,7 +111,9 @@ def main() -> None:
         default=[20],
         help="that are trained on; 5 %% more validate",
     )
-    parser.add_argument("--peers", choices=_PEERS, nargs="+", default=[*_PEERS])
+    parser.add_argument(
+        "--peers", choices=_PEERS, nargs="+", default=["eager", "compile"]
+    )
     parser.add_argument(
         "--rounds", type=int, default=1, help="of calls after the first ones"
     )
@@ -96,6 +123,7 @@ def main() -> None:
     need_peft()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
     tasks = _tasks(options)
+    types = dict.fromkeys(_PEERS[peer].products for peer in options.peers)
     cases = []
     table = [["seconds", "call", "all", "CPU", *_STAGES]]
     for shape in options.shape:
@@ -112,13 +140,16 @@ def main() -> None:
                 _write_task(folder, task, tokenizer, rows, words)
                 for turn in range(1 + options.rounds):
                     turns.append({})
-                    for candidate in (_OURS, *options.peers):
-                        found = (
-                            _ours(folder, base, turn)
-                            if candidate == _OURS
-                            else _theirs(folder, candidate)
-                        )
-                        turns[-1][candidate] = found
+                    runs = {
+                        _OURS[dtype]: partial(_ours, folder, base, turn, dtype)
+                        for dtype in types
+                    }
+                    runs |= {
+                        peer: partial(_theirs, folder, _PEERS[peer])
+                        for peer in options.peers
+                    }
+                    for candidate, run in runs.items():
+                        turns[-1][candidate] = found = run()
                         stages = (found["stages"].get(name, 0.0) for name in _STAGES)
                         seconds = (
                             f"{seconds:.1f}"
@@ -133,8 +164,9 @@ def main() -> None:
                         )
                         print(*table[-1], file=sys.stderr, flush=True)
                 cases += [
-                    _case(where, "first", turns[:1]),
-                    _case(where, "second", turns[1:]),
+                    _case(where, call, dtype, of_call)
+                    for dtype in types
+                    for call, of_call in (("first", turns[:1]), ("second", turns[1:]))
                 ]
     _measure.show(cases, as_json=options.json)
     print(markdown(table, left=(0, 1)), file=sys.stderr if options.json else sys.stdout)
@@ -262,15 +294,16 @@ def _write_task(
     (folder / "job.json").write_text(json.dumps(job))
 
 
-def _ours(folder: Path, base: Path, turn: int) -> dict[str, Any]:
+def _ours(folder: Path, base: Path, turn: int, dtype: str) -> dict[str, Any]:
     recipe = json.loads((folder / "job.json").read_text())["recipe"]
-    run = folder / f"run-{turn}"
+    run = folder / f"run-{dtype}-{turn}"
     files = {
         "base": base,
         "pool": folder.parent / "pool",
         "task": folder,
         "out": folder,
         "name": run.name,
+        "dtype": dtype,
     }
     given = [
         text for name, value in files.items() for text in (f"--{name}", str(value))
@@ -291,14 +324,14 @@ def _ours(folder: Path, base: Path, turn: int) -> dict[str, Any]:
     }
 
 
-def _theirs(folder: Path, form: str) -> dict[str, Any]:
+def _theirs(folder: Path, peer: _Peer) -> dict[str, Any]:
     cache = {
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
     }
     began = time.time()
     found = _call(
-        [str(ROOT / "benchmarks/_peft_task.py"), str(folder), form],
+        [str(ROOT / "benchmarks/_peft_task.py"), str(folder), *peer],
         of_commands(folder) | MALLOC | cache,
     )
     said = json.loads(found["output"][-1])
@@ -348,28 +381,33 @@ def _call(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
 
 
 def _case(
-    where: str, call: str, turns: Sequence[dict[str, dict[str, Any]]]
+    where: str, call: str, dtype: str, turns: Sequence[dict[str, dict[str, Any]]]
 ) -> dict[str, Any]:
-    """Return the ratio of the fastest peer to ours."""
+    """Return the ratio of the fastest peer to ours, of those whose products have this dtype."""
+    peers = [
+        name for name in turns[0] if name in _PEERS and _PEERS[name].products == dtype
+    ]
+    compared = [_OURS[dtype], *peers]
     seconds = {
-        name: np.array([turn[name]["seconds"] for turn in turns]) for name in turns[0]
+        name: np.array([turn[name]["seconds"] for turn in turns]) for name in compared
     }
     cpu = {
         f"{name}_cpu": float(np.median([turn[name]["cpu"] for turn in turns]))
-        for name in turns[0]
+        for name in compared
     }
-    peer = min(turns[0].keys() - {_OURS}, key=lambda name: np.median(seconds[name]))
-    ours = turns[0][_OURS]
+    peer = min(peers, key=lambda name: np.median(seconds[name]))
+    ours = turns[0][_OURS[dtype]]
     theirs = turns[0][peer]
     same = [
         theirs["answers"].get(prompt) == said
         for prompt, said in ours["answers"].items()
     ]
     return case(
-        f"{where}, {call} call: fastest peer / ours",
-        of_turns(seconds[peer], seconds[_OURS]),
-        _BARS[call],
+        f"{where}, {dtype}, {call} call: fastest peer / ours",
+        of_turns(seconds[peer], seconds[_OURS[dtype]]),
+        _BARS[call] if dtype == "float32" else None,
         higher_is_better=True,
+        peer=peer,
         **{f"{name}_seconds": float(np.median(took)) for name, took in seconds.items()},
         **cpu,
         loss=ours["loss"],
