@@ -29,7 +29,7 @@ def test_a_small_llama_has_a_row_for_each_chip_once(tmp_path, monkeypatch):
     command = ["--base", str(llama), "--texts", str(texts), "--chips", "0", *folders]
     setting = "errors of 3 %"
     experiment.main([*command, "--settings", setting])
-    chosen = experiment.CHOSEN_BITS
+    chosen = "errors of 3 %, chosen ADC bits"
     experiment.main([*command, "--settings", setting, "errors of 10 %", chosen])
     rows = read_lines(tmp_path / "out" / "rows.jsonl")
     assert [experiment.job_of(row) for row in rows] == [
