@@ -42,7 +42,6 @@ from _measure import (
     cpu_of_children,
     need_peft,
     of_commands,
-    of_turns,
     smollm2,
 )
 from _model import MODULES, config_of, frozen
@@ -384,34 +383,32 @@ def _case(
     where: str, call: str, dtype: str, turns: Sequence[dict[str, dict[str, Any]]]
 ) -> dict[str, Any]:
     """Return the ratio of the fastest peer to ours, of those whose products have this dtype."""
+
+    def median(name: str, what: str) -> float:
+        return float(np.median([turn[name][what] for turn in turns]))
+
+    ours = _OURS[dtype]
     peers = [
         name for name in turns[0] if name in _PEERS and _PEERS[name].products == dtype
     ]
-    compared = [_OURS[dtype], *peers]
-    seconds = {
-        name: np.array([turn[name]["seconds"] for turn in turns]) for name in compared
-    }
-    cpu = {
-        f"{name}_cpu": float(np.median([turn[name]["cpu"] for turn in turns]))
-        for name in compared
-    }
-    peer = min(peers, key=lambda name: np.median(seconds[name]))
-    ours = turns[0][_OURS[dtype]]
-    theirs = turns[0][peer]
+    peer = min(peers, key=lambda name: median(name, "seconds"))
+    ratios = [turn[peer]["seconds"] / turn[ours]["seconds"] for turn in turns]
+    theirs = turns[0][peer]["answers"]
     same = [
-        theirs["answers"].get(prompt) == said
-        for prompt, said in ours["answers"].items()
+        theirs.get(prompt) == said for prompt, said in turns[0][ours]["answers"].items()
     ]
+    sides = (("", ours), ("peer_", peer))
     return case(
         f"{where}, {dtype}, {call} call: fastest peer / ours",
-        of_turns(seconds[peer], seconds[_OURS[dtype]]),
+        np.median(ratios),
         _BARS[call] if dtype == "float32" else None,
         higher_is_better=True,
         peer=peer,
-        **{f"{name}_seconds": float(np.median(took)) for name, took in seconds.items()},
-        **cpu,
-        loss=ours["loss"],
-        peer_loss=theirs["loss"],
+        **{
+            f"{side}{what}": median(name, what)
+            for side, name in sides
+            for what in ("seconds", "cpu", "loss")
+        },
         same_answers=float(np.mean(same)),
         rounds=len(turns),
     )
