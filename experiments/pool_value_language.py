@@ -6,7 +6,7 @@
 
 FOLDER holds the function-vector data sets. `python experiments/language_pool.py --tasks FOLDER --own-seeds` trains the
 pool: 24 adapters of SmolLM2-135M, for twelve targets, whose cells are those of the committed rows. Another base has
-twelve of them, six targets and 20 rows. Designs are Part 2 of experiments/pool_value.md, and experiments/larger_model.md.
+twelve of them, six targets and 20 rows. Designs: Part 2 of experiments/pool_value.md, experiments/larger_model.md.
 
 Written to OUT: language_draw.csv, a line of language_tune.jsonl for each cell of the tuning, a line of language.jsonl
 for each cell, and tables as CSV. Interrupted, the same command continues with the next cell.
