@@ -23,6 +23,8 @@ def keep_compiled() -> None:
 
     JAX runs what its cache holds unchecked. A folder that others may open, or another user's, is left alone.
     """
+    # Every program costs more to compile than to read.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     if {
         "JAX_COMPILATION_CACHE_DIR",
         "JAX_ENABLE_COMPILATION_CACHE",
@@ -46,8 +48,6 @@ def keep_compiled() -> None:
     except (OSError, RuntimeError):  # a home that cannot be written to, or none
         return
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-    # Every program costs more to compile than to read.
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     _mend(folder)
 
 
